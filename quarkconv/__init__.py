@@ -1,0 +1,76 @@
+"""Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints.
+
+    import quarkconv
+
+    inspection = quarkconv.inspect_checkpoint("Qwen3-30B-A3B-ptpc-int8")
+    result = quarkconv.convert_checkpoint("Qwen3-30B-A3B-ptpc-int8", "fused-int8")
+    verification = quarkconv.verify_checkpoint(result.output, source=result.source)
+
+Importing this package, and inspecting, planning and converting, import neither torch nor triton.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from quarkconv.api import (
+    ConversionResult,
+    convert_checkpoint,
+    inspect_checkpoint,
+    plan_conversion,
+)
+from quarkconv.errors import (
+    InterruptedByUser,
+    QuarkconvError,
+    SourceError,
+    UnsupportedError,
+    UsageError,
+    WriteError,
+)
+from quarkconv.findings import Finding, Severity
+from quarkconv.inspection.inspection import Inspection
+from quarkconv.plan.pieces import Plan
+
+if TYPE_CHECKING:
+    from quarkconv.verify.loading import FusedExperts, load_fused_experts
+    from quarkconv.verify.verify import Verification, verify_checkpoint
+
+__all__ = [
+    "ConversionResult",
+    "Finding",
+    "FusedExperts",
+    "Inspection",
+    "InterruptedByUser",
+    "Plan",
+    "QuarkconvError",
+    "Severity",
+    "SourceError",
+    "UnsupportedError",
+    "UsageError",
+    "Verification",
+    "WriteError",
+    "convert_checkpoint",
+    "inspect_checkpoint",
+    "load_fused_experts",
+    "plan_conversion",
+    "verify_checkpoint",
+]
+
+_NEED_TORCH = {
+    "FusedExperts": "quarkconv.verify.loading",
+    "load_fused_experts": "quarkconv.verify.loading",
+    "Verification": "quarkconv.verify.verify",
+    "verify_checkpoint": "quarkconv.verify.verify",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name in _NEED_TORCH:
+        from importlib import import_module
+
+        return getattr(import_module(_NEED_TORCH[name]), name)
+    if name == "__version__":
+        from importlib.metadata import version
+
+        return version("quarkconv")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

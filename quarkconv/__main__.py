@@ -1,0 +1,5 @@
+"""``python -m quarkconv``."""
+
+from quarkconv.cli.main import main
+
+main()

@@ -1,0 +1,86 @@
+"""Where output goes: data to stdout, everything else to stderr."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from quarkconv.errors import QuarkconvError
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from rich.console import Console
+    from rich.text import Text
+
+STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
+
+
+@cache
+def console(stderr: bool = False) -> Console:
+    """The terminal as rich sees it; made when first needed, since rich takes a while to import."""
+    from rich.console import Console
+
+    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+
+
+def print_json(value: dict[str, Any]) -> None:
+    """The one JSON object of ``--json``."""
+    sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+
+
+def show_error(error: QuarkconvError, *, as_json: bool) -> None:
+    """A known error: one message, then what is known about it, on stderr; with ``--json`` an object on stdout too."""
+    if as_json:
+        details = dict(error.details())
+        print_json({"schema": "quarkconv.error/1", "error": error.message, "exit_code": error.exit_code, **details})
+    from rich.text import Text
+
+    text = Text.assemble(("error: ", "bold red"), (printable(error.message), "bold"))
+    for label, detail in error.details():
+        text.append(f"\n  {label + ':':<10}", style="green" if label == "hint" else "dim")
+        text.append(printable(detail))
+    console(stderr=True).print(text, soft_wrap=True)
+
+
+def printable(text: str) -> str:
+    """Text from a file with control characters escaped, so that a name cannot drive the terminal."""
+    return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
+
+
+def size(nbytes: int) -> str:
+    """Bytes for people, in decimal units as the Hub shows them."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def verdict(text: str, *, good: bool) -> Text:
+    """A closing line with a mark."""
+    from rich.text import Text
+
+    return Text.assemble(("✓ " if good else "✗ ", "bold green" if good else "bold red"), (text, "bold"))
+
+
+@contextmanager
+def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A progress bar in bytes with rate and time left, on stderr; silent when that is no terminal."""
+    terminal = console(stderr=True)
+    if not terminal.is_terminal:
+        yield lambda _: None
+        return
+    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
+    )  # fmt: skip
+    with Progress(*columns, console=terminal, transient=True) as progress:
+        task = progress.add_task(description, total=total)
+        yield lambda nbytes: progress.advance(task, nbytes)

@@ -1,0 +1,63 @@
+"""``quarkconv convert``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quarkconv.api import DEFAULT_SHARD_SIZE, output_directory, plan_conversion, plan_summary, run_plan
+from quarkconv.cli.console import byte_progress, console, print_json
+from quarkconv.cli.options import Json, Model
+from quarkconv.hub import resolve_model
+from quarkconv.targets import TARGETS
+
+
+def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
+    return [(name, target.summary) for name, target in TARGETS.items() if name.startswith(incomplete)]
+
+
+def convert(
+    to: Annotated[
+        str,
+        typer.Option("--to", metavar="TARGET", help=" | ".join(TARGETS), autocompletion=_complete_targets),
+    ],
+    model: Model = ".",
+    out: Annotated[
+        str | None, typer.Option("--out", metavar="DIR", help="Output directory. [default: <model>-<target>]")
+    ] = None,
+    max_shard_size: Annotated[
+        str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard, such as 5GB or 512MiB.")
+    ] = DEFAULT_SHARD_SIZE,
+    jobs: Annotated[
+        int | None, typer.Option("--jobs", min=1, metavar="N", help="Shards written at once. [default: processors, <= 4]")
+    ] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in DIR.")] = False,
+    json: Json = False,
+) -> int:
+    """Rewrite a checkpoint for an engine: bit-exact, in constant memory, resumable.
+
+    The source is only read. Interrupted or out of space, the same command resumes.
+    """
+    source = resolve_model(model)
+    output = output_directory(source, model, to, out)
+    plan = plan_conversion(source, to, max_shard_size=max_shard_size)
+    if dry_run:
+        summary = {**plan_summary(plan, source, output), "dry_run": True}
+        if json:
+            print_json(summary)
+        else:
+            from quarkconv.cli.render_conversion import render_summary
+
+            console().print(render_summary(summary))
+        return 0
+    with byte_progress(f"Converting to {to}", plan.output_bytes) as progress:
+        result = run_plan(plan, source, output, jobs, overwrite, progress)
+    if json:
+        print_json(result.to_json())
+    else:
+        from quarkconv.cli.render_conversion import render_result
+
+        console().print(render_result(result.to_json()))
+    return 0

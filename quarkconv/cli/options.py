@@ -1,0 +1,12 @@
+"""Arguments and options that several commands share."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+Model = Annotated[
+    str, typer.Argument(metavar="[MODEL]", help="Model directory, or Hub repo id (org/name, org/name@revision).")
+]
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]

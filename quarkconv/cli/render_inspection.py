@@ -1,0 +1,167 @@
+"""How ``inspect`` and ``engines`` look in a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.panel import Panel
+from rich.table import Table
+from rich.text import Text
+
+from quarkconv.cli.console import STYLES, printable, size, verdict
+from quarkconv.experts.topology import MoELayer
+from quarkconv.findings import Finding, Severity
+from quarkconv.inspection.engines import EngineFact
+from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
+from quarkconv.scheme.spec import ModuleScheme, TensorSpec
+
+_VERDICT_STYLES: Final = {"int8": "bold green", "w8a16": "yellow", "wrong": "bold red", "fails": "red"}
+_MARKS: Final = {Severity.ERROR: "✗", Severity.WARNING: "!", Severity.INFO: "·"}
+
+
+def render_inspection(inspection: Inspection) -> RenderableType:
+    """Header, scheme, experts, findings, targets, engines, verdict."""
+    parts: list[RenderableType] = [_header(inspection), _scheme(inspection)]
+    if inspection.description.moe_layers:
+        parts.append(_experts(inspection.description.moe_layers))
+    if inspection.findings:
+        parts.append(_findings(inspection.findings))
+    parts.append(_targets(inspection))
+    if inspection.engines:
+        parts.append(engine_table(inspection.engines, evidence=False))
+    parts.append(_verdict(inspection))
+    return Group(*parts)
+
+
+def _header(inspection: Inspection) -> RenderableType:
+    description = inspection.description
+    checkpoint = description.checkpoint
+    declared = description.declared
+    tool = f"{declared.method} {declared.version or ''}".strip() if declared else "no quantization_config"
+    facts = [
+        description.geometry.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
+        f"{len(checkpoint.kinds):,} tensors", f"{len(checkpoint.shards)} shard{'s' * (len(checkpoint.shards) != 1)}",
+    ]  # fmt: skip
+    text = Text.assemble(
+        (printable(inspection.model), "bold"), "\n", (printable("  ·  ".join(facts)), "dim"),
+    )  # fmt: skip
+    return Panel(text, box=box.ROUNDED, expand=False)
+
+
+def _scheme(inspection: Inspection) -> RenderableType:
+    description = inspection.description
+    declared = description.declared.default if description.declared else ModuleScheme()
+    stored = main_scheme(description)
+    counts = linear_counts(description)
+    table = Table(title="Scheme", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("", "weight", "activation"):
+        table.add_column(column, style="dim" if not column else None)
+    table.add_row("config declares", _spec(declared.weight), _spec(declared.activation))
+    table.add_row("tensors hold", _spec(stored.weight), _spec(stored.activation))
+    name = inspection.scheme
+    closing = Text.assemble(
+        ("  scheme ", "dim"), (name or "none", "bold green" if name else "bold red"),
+        ("   linears without experts: ", "dim"), f"{counts['int8']} int8, {counts['unquantized']} unquantized",
+    )  # fmt: skip
+    return Group(table, closing, "")
+
+
+def _spec(spec: TensorSpec | None) -> str:
+    if spec is None:
+        return "float"
+    words = [spec.dtype, spec.granularity.replace("_", " "), "dynamic" if spec.dynamic else "static"]
+    return printable(", ".join(words + ([] if spec.symmetric else ["asymmetric"])))
+
+
+def _experts(layers: tuple[MoELayer, ...]) -> RenderableType:
+    table = Table(title="Experts", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("layers", "experts", "hidden", "intermediate", "layout", "stored", "names"):
+        table.add_column(column)
+    for numbers, layer in _alike(layers):
+        stored = {form.weight[0] for form in layer.all_forms}
+        style = "green" if layer.quantized else "red"
+        scales = "/".join(sorted({form.scale[0] for form in layer.all_forms if form.scale is not None}))
+        table.add_row(
+            numbers, str(layer.experts), str(layer.hidden), str(layer.intermediate), layer.layout.replace("_", " "),
+            Text(f"{'/'.join(sorted(stored))}" + (f", scale {scales}" if scales else ""), style=style),
+            printable("/".join(layer.naming.projections())),
+        )  # fmt: skip
+    return table
+
+
+def _alike(layers: tuple[MoELayer, ...]) -> Iterator[tuple[str, MoELayer]]:
+    """Runs of layers that look the same, with their numbers as ``1-61``."""
+    groups: dict[tuple[object, ...], list[MoELayer]] = {}
+    for layer in layers:
+        forms = frozenset(layer.all_forms)
+        key = (layer.experts, layer.hidden, layer.intermediate, layer.layout, layer.naming, forms)
+        groups.setdefault(key, []).append(layer)
+    for group in groups.values():
+        yield number_ranges([layer.index for layer in group]), group[0]
+
+
+def number_ranges(numbers: list[int]) -> str:
+    """``0, 2-5`` for 0, 2, 3, 4, 5."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
+
+
+def _findings(findings: tuple[Finding, ...]) -> RenderableType:
+    lines: list[RenderableType] = [Text("Findings", style="bold")]
+    for item in findings:
+        style = STYLES[item.severity]
+        text = Text.assemble((f"  {_MARKS[item.severity]} {item.code}", style), f"  {printable(item.subject)}")
+        text.append(f"\n      {printable(item.message)}")
+        if item.hint:
+            text.append(f"\n      → {printable(item.hint)}", style="green")
+        lines.append(text)
+    return Group(*lines, "")
+
+
+def _targets(inspection: Inspection) -> RenderableType:
+    lines: list[RenderableType] = [Text("Targets", style="bold")]
+    for name, support in inspection.targets.items():
+        if support.supported:
+            lines.append(Text.assemble(("  ✓ ", "green"), name, (f"  {size(support.nbytes or 0)}", "dim")))
+        else:
+            lines.append(Text.assemble(("  ✗ ", "red"), name, (f"  {printable(support.reason or '')}", "dim")))
+    return Group(*lines, "")
+
+
+def engine_table(facts: Iterable[EngineFact], *, evidence: bool) -> Table:
+    """Rows of the table of engines."""
+    table = Table(title="Engines", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
+    for column in ("engine", "version", "checkpoint as", "runs as"):
+        table.add_column(column, no_wrap=True)
+    table.add_column("note", style="dim")
+    if evidence:
+        table.add_column("only for", style="dim")
+        table.add_column("evidence", style="dim")
+    for fact in facts:
+        row = [fact.engine, fact.version, fact.form, Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict]), fact.note]
+        if evidence:
+            except_for = [f"not {name}" for name in fact.not_model_types]
+            row.append(", ".join([*fact.schemes, *fact.layouts, *fact.model_types, *except_for]))
+            row.append(f"{fact.evidence} ({fact.checked})")
+        table.add_row(*row)
+    return table
+
+
+def _verdict(inspection: Inspection) -> RenderableType:
+    errors = [item for item in inspection.findings if item.severity is Severity.ERROR]
+    if errors:
+        return verdict(f"{len(errors)} finding{'s' * (len(errors) != 1)} of severity error", good=False)
+    supported = [name for name, support in inspection.targets.items() if support.supported]
+    lines: list[RenderableType] = [verdict("Sound: config and tensors agree", good=True)]
+    if supported:
+        command = f"quarkconv convert {printable(inspection.model)} --to {supported[0]}"
+        lines.append(Text.assemble(("  convert it: ", "dim"), (command, "cyan")))
+    return Group(*lines)

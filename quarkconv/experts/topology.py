@@ -1,0 +1,266 @@
+"""Which layers have routed experts, under which names, in which layout and of which size."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Final, Literal
+
+from quarkconv.experts.naming import BY_PROJECTION, EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
+from quarkconv.findings import Finding, finding
+from quarkconv.scheme.stored import Form, StoredModules
+
+Layout = Literal["per_expert", "stacked", "fused"]
+"""``per_expert``: ``experts.N.gate_proj.weight`` [I, H]. ``stacked`` (3-key): ``moe.gate_proj.weight`` [E, I, H].
+``fused``: ``experts.gate_up_proj`` [E, 2I, H]."""
+
+_LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
+_EXPERT_SUFFIX: Final = "." + EXPERTS
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """The routed experts of one layer.
+
+    Attributes:
+        index: number of the layer; those of a separate ``mtp.layers`` are counted on after the model's own.
+        prefix: module of the experts, such as ``model.layers.3.mlp.experts``; fused tensors are named under it.
+        moe: module that holds experts and router, such as ``model.layers.3.mlp``.
+        naming: family of the projections' names.
+        layout: how the experts are laid out.
+        experts, hidden, intermediate: E, H and I.
+        forms: role -> the form of every expert's projection, E of them; in the layouts of one tensor for all experts,
+            one. A fused layer has its gate and up under ``gate`` and an empty ``up``.
+    """
+
+    index: int
+    prefix: str
+    moe: str
+    naming: ExpertNaming
+    layout: Layout
+    experts: int
+    hidden: int
+    intermediate: int
+    forms: dict[Role, tuple[Form, ...]]
+
+    @property
+    def all_forms(self) -> set[Form]:
+        """The distinct forms of the layer's weights."""
+        return {form for forms in self.forms.values() for form in forms}
+
+    @property
+    def quantized(self) -> bool:
+        """True when every projection of every expert is stored in int8."""
+        return all(form.quantized for form in self.all_forms)
+
+    def float_experts(self) -> int:
+        """How many experts have a projection that is stored in float."""
+        if self.layout != "per_expert":
+            return self.experts if any(form.is_float for form in self.all_forms) else 0
+        if not any(form.is_float for form in self.all_forms):
+            return 0
+        return sum(any(form.is_float for form in forms) for forms in zip(*self.forms.values(), strict=True))
+
+    def modules(self) -> Iterator[tuple[Role, int, str]]:
+        """(role, expert, module) of every projection; in the layouts of one tensor for all experts, expert is 0."""
+        for role, name in zip(ROLES, self.naming.projections(), strict=True):
+            if self.layout == "per_expert":
+                for expert in range(self.experts):
+                    yield role, expert, f"{self.prefix}.{expert}.{name}"
+            elif self.layout == "stacked":
+                yield role, 0, f"{self.moe}.{name}"
+        if self.layout == "fused":
+            yield "gate", 0, f"{self.prefix}.{self.naming.fused_gate_up}"
+            yield "down", 0, f"{self.prefix}.{self.naming.fused_down}"
+
+
+@dataclass(frozen=True, slots=True)
+class Topology:
+    """The MoE layers of a model, in order, and what is wrong with their experts.
+
+    Attributes:
+        layers: the layers whose experts are complete.
+        findings: what is missing or does not fit.
+        members: names of all modules that are routed experts, complete or not.
+    """
+
+    layers: tuple[MoELayer, ...]
+    findings: tuple[Finding, ...]
+    members: frozenset[str]
+
+
+def expert_topology(stored: StoredModules, config_experts: int | None, hidden_layers: int | None) -> Topology:
+    """Find the routed experts among the stored modules.
+
+    Args:
+        stored: the modules of the checkpoint.
+        config_experts: number of routed experts that the config claims, if it does.
+        hidden_layers: number of decoder layers that the config claims, to number the layers of ``mtp.layers``.
+    """
+    per_expert, single, members = _collect(stored)
+    findings: list[Finding] = []
+    layers: dict[str, MoELayer] = {}
+    for prefix, projections in per_expert.items():
+        index = _layer_index(prefix, hidden_layers, len(layers))
+        layer = _per_expert_layer(prefix, index, projections, findings)
+        if layer is not None:
+            layers[prefix] = layer
+    for prefix, tensors in single.items():
+        index = _layer_index(prefix, hidden_layers, len(layers))
+        if prefix in per_expert:
+            findings.append(
+                finding(
+                    "layout-conflict", prefix, "The layer stores its experts one by one and in one tensor as well",
+                    hint="remove one of the two: engines load one and drop the other",
+                )
+            )  # fmt: skip
+            layers.pop(prefix, None)
+            continue
+        layer = _single_tensor_layer(prefix, index, tensors, findings)
+        if layer is not None:
+            layers[prefix] = layer
+    for layer in layers.values():
+        if config_experts is not None and layer.experts != config_experts:
+            findings.append(
+                finding(
+                    "expert-count", layer.prefix,
+                    f"The layer stores {layer.experts} experts, config.json says {config_experts}",
+                    hint="take the config.json that belongs to these weights",
+                )
+            )  # fmt: skip
+    ordered = tuple(sorted(layers.values(), key=lambda layer: (layer.index, layer.prefix)))
+    return Topology(ordered, tuple(findings), frozenset(members))
+
+
+_PerExpert = dict[str, dict[tuple[ExpertNaming, Role], dict[int, Form]]]
+_Single = dict[str, dict[tuple[ExpertNaming, str], Form]]
+
+
+def _collect(stored: StoredModules) -> tuple[_PerExpert, _Single, list[str]]:
+    """Group the modules that are routed experts by the module that holds them."""
+    per_expert: _PerExpert = {}
+    single: _Single = {}
+    members: list[str] = []
+    for module, form in stored.linears.items():
+        head, _, leaf = module.rpartition(".")
+        role = BY_PROJECTION.get(leaf)
+        if role is None:
+            continue
+        if len(form.weight[1]) == 3:  # 3-key: the tensors of all experts directly below the MoE module
+            prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
+            single.setdefault(prefix, {})[role] = form
+            members.append(module)
+            continue
+        prefix, _, number = head.rpartition(".")
+        if prefix.endswith(_EXPERT_SUFFIX) and number.isascii() and number.isdecimal():
+            layer = per_expert.get(prefix)
+            if layer is None:
+                layer = per_expert[prefix] = {}
+            experts = layer.get(role)
+            if experts is None:
+                experts = layer[role] = {}
+            experts[int(number[:9])] = form
+            members.append(module)
+    for module, form in stored.fused.items():
+        prefix, _, leaf = module.rpartition(".")
+        for naming in NAMINGS:
+            if prefix.endswith(_EXPERT_SUFFIX) and leaf in (naming.fused_gate_up, naming.fused_down):
+                part = "gate_up" if leaf == naming.fused_gate_up else "down"
+                single.setdefault(prefix, {})[naming, part] = form
+                members.append(module)
+    return per_expert, single, members
+
+
+def _per_expert_layer(
+    prefix: str, index: int, projections: dict[tuple[ExpertNaming, Role], dict[int, Form]], findings: list[Finding]
+) -> MoELayer | None:
+    namings = {naming for naming, _ in projections}
+    if len(namings) > 1:
+        names = " and ".join(sorted("/".join(naming.projections()) for naming in namings))
+        findings.append(finding("layout-conflict", prefix, f"The layer names its experts in two ways: {names}"))
+        return None
+    naming = namings.pop()
+    numbers = set().union(*projections.values())
+    experts = len(numbers)
+    wanted = range(experts)
+    gaps = [number for number in wanted if number not in numbers]
+    lost = [
+        f"{number}.{name}"
+        for role, name in zip(ROLES, naming.projections(), strict=True)
+        for number in sorted(numbers)
+        if number not in projections.get((naming, role), {})
+    ]
+    if gaps or lost:
+        shown = f"expert {gaps[0]} is not there" if gaps else f"{lost[0]} is not there"
+        findings.append(
+            finding(
+                "expert-missing", prefix,
+                f"The layer has experts up to number {max(numbers)}, and {len(gaps) or len(lost)} missing: {shown}",
+                hint="download the checkpoint again; if it came so, quantize it again", count=len(gaps) or len(lost),
+            )
+        )  # fmt: skip
+        return None
+    forms = {role: tuple(projections[naming, role][number] for number in wanted) for role in ROLES}
+    intermediate, hidden = forms["gate"][0].weight[1][0], forms["down"][0].weight[1][0]
+    right = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    for role, name in zip(ROLES, naming.projections(), strict=True):
+        for number, form in enumerate(forms[role]):
+            # Formats that pack several codes into an element store fewer columns than the projection has.
+            packed = not (form.quantized or form.is_float)
+            if form.weight[1][: 1 if packed else 2] != right[role][: 1 if packed else 2]:
+                findings.append(_wrong_shape(f"{prefix}.{number}.{name}", right[role], form.weight[1]))
+                return None
+    moe = prefix.removesuffix(_EXPERT_SUFFIX)
+    return MoELayer(index, prefix, moe, naming, "per_expert", experts, hidden, intermediate, forms)
+
+
+def _single_tensor_layer(
+    prefix: str, index: int, tensors: dict[tuple[ExpertNaming, str], Form], findings: list[Finding]
+) -> MoELayer | None:
+    """A layer whose experts share tensors: stacked (gate, up, down) or fused (gate_up, down)."""
+    for naming in NAMINGS:
+        parts = {part: form for (owner, part), form in tensors.items() if owner is naming}
+        if not parts:
+            continue
+        layout: Layout = "fused" if "gate_up" in parts else "stacked"
+        needed = ("gate_up", "down") if layout == "fused" else ROLES
+        lost = [part for part in needed if part not in parts]
+        if lost or len(parts) != len(tensors):
+            message = f"The layer has no {lost[0]} tensor" if lost else "The layer mixes names of two families"
+            findings.append(finding("expert-missing" if lost else "layout-conflict", prefix, message))
+            return None
+        moe = prefix.removesuffix(_EXPERT_SUFFIX)
+        experts, rows, hidden = parts[needed[0]].weight[1]
+        intermediate = rows // 2 if layout == "fused" else rows
+        right = {
+            "gate_up": (experts, 2 * intermediate, hidden), "gate": (experts, intermediate, hidden),
+            "up": (experts, intermediate, hidden), "down": (experts, hidden, intermediate),
+        }  # fmt: skip
+        for part, form in parts.items():
+            if form.weight[1] != right[part]:
+                findings.append(_wrong_shape(f"{prefix} ({part})", right[part], form.weight[1]))
+                return None
+        forms: dict[Role, tuple[Form, ...]] = {"down": (parts["down"],)}
+        if layout == "fused":
+            forms = {"gate": (parts["gate_up"],), "up": (), **forms}
+        else:
+            forms = {"gate": (parts["gate"],), "up": (parts["up"],), **forms}
+        return MoELayer(index, prefix, moe, naming, layout, experts, hidden, intermediate, forms)
+    return None
+
+
+def _layer_index(prefix: str, hidden_layers: int | None, position: int) -> int:
+    numbers = _LAYER_NUMBER.findall(prefix)
+    if not numbers:
+        return position
+    index = int(numbers[-1][:9])
+    separate_mtp = prefix.startswith("mtp.") or ".mtp." in prefix
+    return index + (hidden_layers or 0) if separate_mtp else index
+
+
+def _wrong_shape(subject: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Finding:
+    return finding(
+        "expert-shape", subject, f"The projection has shape {list(found)}, the others of its layer need {list(expected)}",
+        hint="download the checkpoint again; if it came so, quantize it again",
+    )  # fmt: skip

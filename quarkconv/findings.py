@@ -1,0 +1,111 @@
+"""What ``inspect`` can find, as a table of stable codes.
+
+A finding is a fact about a checkpoint that its user should know: ``error`` when an engine would fail or compute
+something else than the model, ``warning`` when it may, ``info`` when it is only good to know. Codes are part of the
+public interface: they are never renamed, and ``docs/findings.md`` is made from this table.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final
+
+from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError
+
+
+class Severity(StrEnum):
+    """How bad a finding is. ``error`` makes ``inspect`` exit 1."""
+
+    ERROR = "error"
+    WARNING = "warning"
+    INFO = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class FindingCode:
+    """A row of the table.
+
+    Attributes:
+        severity: severity where nothing else is said.
+        meaning: what the code means, one sentence.
+        blocks: the error with which a conversion refuses such a source; None when it can be converted all the same.
+    """
+
+    severity: Severity
+    meaning: str
+    blocks: type[QuarkconvError] | None = None
+
+
+_E, _W, _I = Severity.ERROR, Severity.WARNING, Severity.INFO
+_BROKEN, _UNSUPPORTED = SourceError, UnsupportedError
+
+CODES: Final[dict[str, FindingCode]] = {
+    # What cannot be read
+    "config-invalid": FindingCode(_E, "config.json is missing, is not JSON, or is not an object.", _BROKEN),
+    "shard-missing": FindingCode(_E, "The index names a file that does not exist.", _BROKEN),
+    "shard-truncated": FindingCode(_E, "A file ends before the data that its header promises.", _BROKEN),
+    "header-invalid": FindingCode(_E, "A safetensors header breaks the format's rules.", _BROKEN),
+    "index-invalid": FindingCode(_E, "model.safetensors.index.json is not an index.", _BROKEN),
+    "index-mismatch": FindingCode(_E, "The index and the headers disagree about where a tensor is.", _BROKEN),
+    "tensor-duplicate": FindingCode(_E, "The same tensor lies in more than one file.", _BROKEN),
+    "file-unused": FindingCode(_W, "A safetensors file is not named by the index; engines may or may not load it."),
+    # What the config claims
+    "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
+    "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
+    "scheme-unsupported": FindingCode(_E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED),
+    "mixed-scheme": FindingCode(_W, "The model mixes more than one INT8 scheme."),
+    "granularity-mismatch": FindingCode(_E, "Stored scales are of another granularity than the config declares."),
+    "excluded-but-quantized": FindingCode(_E, "The config excludes a module that is stored in int8."),
+    "quantized-but-stored-float": FindingCode(_E, "The config declares a linear quantized that is stored in float."),
+    "experts-not-quantized": FindingCode(
+        _E, "Experts are stored in float although the config declares them quantized, or others of their layer are int8.",
+    ),
+    "experts-excluded": FindingCode(_I, "The config excludes all routed experts of a layer, and they are stored in float."),
+    # What is stored
+    "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
+    "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
+    "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _BROKEN),
+    "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
+    "scale-invalid": FindingCode(_E, "A scale is NaN, infinite, zero or negative (read by --deep)."),
+    "zero-point-present": FindingCode(_I, "Zero points are stored; engines want none. Zeros are dropped on conversion."),
+    "zero-point-shape": FindingCode(_E, "A zero point has another shape than its scale.", _BROKEN),
+    "zero-point-nonzero": FindingCode(_E, "A zero point is not zero: the weights are not symmetric (read by --deep)."),
+    "tensor-unrecognised": FindingCode(_W, "A tensor belongs to no module that is understood; engines may drop it."),
+    # What the experts look like
+    "expert-missing": FindingCode(_E, "Experts of a layer, or projections of an expert, are not there.", _BROKEN),
+    "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
+    "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
+    "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
+    "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
+    "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
+}
+"""Code -> default severity and meaning. Codes are stable."""
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One fact about a checkpoint.
+
+    Attributes:
+        severity: see :class:`Severity`.
+        code: key of :data:`CODES`.
+        subject: the module, tensor or file that it is about; the first one where there are several.
+        count: how many modules, tensors or files it is about.
+        message: what was found, one sentence.
+        hint: what to do next, one sentence; empty when nothing has to be done.
+    """
+
+    severity: Severity
+    code: str
+    subject: str
+    count: int
+    message: str
+    hint: str = ""
+
+
+def finding(
+    code: str, subject: str, message: str, *, hint: str = "", count: int = 1, severity: Severity | None = None
+) -> Finding:
+    """Make a finding with the severity that its code has by default. Raises ``KeyError`` for an unknown code."""
+    return Finding(severity or CODES[code].severity, code, subject, count, message, hint)

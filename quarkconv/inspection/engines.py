@@ -1,0 +1,97 @@
+"""Which engine runs a checkpoint, from a table of facts with their evidence (``engines.toml`` beside this file)."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import dataclass
+from functools import cache
+from importlib.resources import files
+from typing import Any, Final
+
+from quarkconv.description import Description
+
+VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
+"""Best first."""
+
+_CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types")
+_FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence", "checked")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineFact:
+    """A row of the table. The conditions are empty where the row holds for every checkpoint."""
+
+    engine: str
+    version: str
+    form: str
+    verdict: str
+    note: str
+    evidence: str
+    checked: str
+    schemes: tuple[str, ...] = ()
+    layouts: tuple[str, ...] = ()
+    model_types: tuple[str, ...] = ()
+    not_model_types: tuple[str, ...] = ()
+
+    def holds_for(self, scheme: str, layout: str | None, model_type: str | None) -> bool:
+        """Whether the row is about a checkpoint of this scheme, layout of the experts and model type."""
+        wanted = ((self.schemes, scheme), (self.layouts, layout), (self.model_types, model_type))
+        return all(not allowed or value in allowed for allowed, value in wanted) and (
+            model_type not in self.not_model_types
+        )
+
+    def to_json(self) -> dict[str, str]:
+        """The fields of the contract."""
+        return {
+            "engine": self.engine,
+            "version": self.version,
+            "as": self.form,
+            "verdict": self.verdict,
+            "note": self.note,
+        }
+
+
+@cache
+def engine_facts() -> tuple[EngineFact, ...]:
+    """All rows of the table."""
+    rows = tomllib.loads(files(__package__).joinpath("engines.toml").read_text("utf-8"))["rows"]
+    return tuple(_fact(row) for row in rows)
+
+
+def engines_for(description: Description, converted_to: list[str]) -> list[EngineFact]:
+    """The rows that apply to a checkpoint as it is and after each conversion, best first.
+
+    Args:
+        description: the checkpoint.
+        converted_to: the targets that it can be converted to.
+    """
+    scheme = description.scheme
+    if scheme is None or not description.int8_layers:
+        return []
+    layout = description.int8_layers[0].layout
+    model_type = (description.geometry.model_type or "").removesuffix("_text")
+    forms = {stored_form(description): layout, **dict.fromkeys(converted_to)}
+    found = [
+        fact
+        for fact in engine_facts()
+        if fact.form in forms and fact.holds_for(scheme, forms[fact.form], model_type)
+    ]
+    return sorted(found, key=lambda fact: VERDICTS.index(fact.verdict))
+
+
+def stored_form(description: Description) -> str | None:
+    """The form that a checkpoint is in, in the terms of the table; None when it is none of them."""
+    method = description.declared.method if description.declared else None
+    if method == "compressed-tensors":
+        fused = description.moe_layers and description.moe_layers[0].layout == "fused"
+        return "fused-int8" if fused else "compressed-tensors"
+    return {"quark": "quark", "w8a8_int8": "w8a8-int8"}.get(method or "")
+
+
+def _fact(row: dict[str, Any]) -> EngineFact:
+    unknown = set(row) - {*_FIELDS, *_CONDITIONS}
+    if unknown or row["verdict"] not in VERDICTS:
+        raise ValueError(f"engines.toml: a row for {row['engine']} is malformed")
+    conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
+    engine, version, form, verdict, note, evidence, checked = (str(row[key]) for key in _FIELDS)
+    return EngineFact(engine, version, form, verdict, note, evidence, checked, **conditions)

@@ -1,0 +1,147 @@
+"""The answer of ``inspect``: what a checkpoint holds, where its config is wrong, and what can be done with it."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import asdict, dataclass
+from typing import Any, Final
+
+from quarkconv.description import Description
+from quarkconv.errors import QuarkconvError
+from quarkconv.findings import Finding, Severity
+from quarkconv.inspection.engines import EngineFact, engines_for
+from quarkconv.plan.planner import check_convertible
+from quarkconv.plan.target import Target
+from quarkconv.scheme.spec import ModuleScheme, TensorSpec
+from quarkconv.targets import TARGETS
+
+SCHEMA: Final = "quarkconv.inspect/1"
+
+
+@dataclass(frozen=True, slots=True)
+class TargetSupport:
+    """Whether a checkpoint can be converted to a target: the size of the tensors then, or why not."""
+
+    supported: bool
+    nbytes: int | None = None
+    reason: str | None = None
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields of the contract."""
+        return {"supported": True, "bytes": self.nbytes} if self.supported else {
+            "supported": False,
+            "reason": self.reason,
+        }  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Inspection:
+    """What ``inspect`` found.
+
+    Attributes:
+        model: the model as it was named.
+        description: everything that the headers tell.
+        findings: those of the description and, after a deep inspection, those of scales and zero points.
+        targets: target -> whether the checkpoint can be converted to it.
+        engines: what engines do with it, best first.
+    """
+
+    model: str
+    description: Description
+    findings: tuple[Finding, ...]
+    targets: dict[str, TargetSupport]
+    engines: tuple[EngineFact, ...]
+
+    @property
+    def ok(self) -> bool:
+        """True when nothing of severity ``error`` was found."""
+        return all(item.severity is not Severity.ERROR for item in self.findings)
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme of what is stored quantized."""
+        return self.description.scheme
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``inspect --json`` prints."""
+        description = self.description
+        declared = description.declared
+        default = declared.default if declared else ModuleScheme()
+        main = main_scheme(description)
+        return {
+            "schema": SCHEMA,
+            "model": self.model,
+            "quant_method": declared.method if declared else None,
+            "producer_version": declared.version if declared else None,
+            "scheme": self.scheme,
+            "declared": None if declared is None else {
+                "weight": _spec(default.weight), "activation": _spec(default.activation)
+            },
+            "weight": _spec(main.weight),
+            "activation": _spec(main.activation),
+            "moe": _moe(description),
+            "linear": linear_counts(description),
+            "tensors": len(description.checkpoint.kinds),
+            "bytes": description.checkpoint.tensor_bytes,
+            "shards": len(description.checkpoint.shards),
+            "findings": [asdict(item) for item in self.findings],
+            "targets": {name: support.to_json() for name, support in self.targets.items()},
+            "engines": [fact.to_json() for fact in self.engines],
+        }  # fmt: skip
+
+
+def make_inspection(model: str, description: Description, extra: tuple[Finding, ...] = ()) -> Inspection:
+    """Add targets and engines to a description.
+
+    Args:
+        model: the model as it was named.
+        description: what the headers tell.
+        extra: findings of a deep inspection.
+    """
+    targets = {name: _support(description, target) for name, target in TARGETS.items()}
+    engines = engines_for(description, [name for name, support in targets.items() if support.supported])
+    findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
+    return Inspection(model, description, tuple(findings), targets, tuple(engines))
+
+
+def main_scheme(description: Description) -> ModuleScheme:
+    """The scheme of most of what is stored quantized."""
+    return next((scheme for scheme, _ in description.schemes.most_common(1)), ModuleScheme())
+
+
+def linear_counts(description: Description) -> dict[str, int]:
+    """How many linears, routed experts aside, are stored in int8 and how many in float."""
+    members = description.topology.members
+    counts = Counter(
+        "int8" if form.quantized else "unquantized"
+        for module, form in description.stored.linears.items()
+        if module not in members and len(form.weight[1]) == 2 and "embed" not in module.rpartition(".")[2]
+    )
+    return {"int8": counts["int8"], "unquantized": counts["unquantized"]}
+
+
+def _support(description: Description, target: Target) -> TargetSupport:
+    try:
+        check_convertible(description, target)
+    except QuarkconvError as error:
+        return TargetSupport(False, reason=error.message)
+    return TargetSupport(True, nbytes=target.output_bytes(description))
+
+
+def _moe(description: Description) -> dict[str, Any] | None:
+    layers = description.moe_layers
+    if not layers:
+        return None
+    return {
+        "layers": [layer.index for layer in layers],
+        "experts": layers[0].experts,
+        "top_k": description.geometry.top_k,
+        "hidden_size": layers[0].hidden,
+        "intermediate_size": layers[0].intermediate,
+        "layout": layers[0].layout,
+        "activation_function": description.geometry.activation,
+    }
+
+
+def _spec(spec: TensorSpec | None) -> dict[str, object] | None:
+    return None if spec is None else spec.to_json()

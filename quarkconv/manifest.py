@@ -1,0 +1,218 @@
+"""``quarkconv.json``: what a conversion wrote, piece by piece, with checksums.
+
+Every byte of the output is covered: the header of each shard, every piece of every tensor, and every other file. A
+piece names the source tensor and byte range that it came from, so that a wrong byte can be told by the name of the
+expert it belongs to, and compared with the source where that is at hand. The manifest holds no time, path or host: the
+same source and options give the same manifest.
+
+    {"format": "quarkconv.manifest/1", "quarkconv": "0.1.0", "plan": SHA-256 of the plan, "checksum": "xxh3-128",
+     "target": ..., "scheme": ..., "producer_version": ..., "moe": {...}, "sources": [[file, size], ...],
+     "shards": [{"file": ..., "size": ..., "header": [size, checksum],
+                 "tensors": [{"name": ..., "dtype": ..., "shape": [...],
+                              "pieces": [[source tensor, number in sources, start, nbytes, widen, repeat, checksum]]}]}],
+     "files": [[file, size, checksum], ...]}
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+from quarkconv.errors import SourceError
+from quarkconv.headers.checkpoint import MANIFEST_NAME
+from quarkconv.headers.json_files import read_json_object
+from quarkconv.plan.pieces import MoEGeometry, Piece, SourceFile
+
+MANIFEST_FORMAT: Final = "quarkconv.manifest/1"
+CHECKSUM: Final = "xxh3-128"
+MAX_MANIFEST_BYTES: Final = 2**30
+
+
+class WrittenPiece(NamedTuple):
+    """A piece, and the checksum of the output bytes that it gave (XXH3, 128 bits, hexadecimal)."""
+
+    piece: Piece
+    checksum: str
+
+
+class WrittenTensor(NamedTuple):
+    """A tensor of the output."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[WrittenPiece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(written.piece.output_nbytes for written in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenShard:
+    """A safetensors file of the output: its size, its header's size and checksum, and its tensors in order."""
+
+    file: str
+    size: int
+    header: int
+    header_checksum: str
+    tensors: tuple[WrittenTensor, ...]
+
+
+class WrittenFile(NamedTuple):
+    """Any other file of the output."""
+
+    name: str
+    size: int
+    checksum: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """What a conversion wrote. See the module for the fields."""
+
+    quarkconv: str
+    plan: str
+    target: str
+    scheme: str
+    producer_version: str | None
+    moe: MoEGeometry
+    sources: tuple[SourceFile, ...]
+    shards: tuple[WrittenShard, ...]
+    files: tuple[WrittenFile, ...]
+
+    def file_names(self) -> Iterator[str]:
+        """Every file that the conversion wrote, the manifest included."""
+        for shard in self.shards:
+            yield shard.file
+        for file in self.files:
+            yield file.name
+        yield MANIFEST_NAME
+
+
+def manifest_to_bytes(manifest: Manifest) -> bytes:
+    """The manifest as the bytes of its file."""
+    number = {source.name: position for position, source in enumerate(manifest.sources)}
+    value = {
+        "format": MANIFEST_FORMAT,
+        "quarkconv": manifest.quarkconv,
+        "plan": manifest.plan,
+        "checksum": CHECKSUM,
+        "target": manifest.target,
+        "scheme": manifest.scheme,
+        "producer_version": manifest.producer_version,
+        "moe": asdict(manifest.moe),
+        "sources": manifest.sources,
+        "shards": [
+            {
+                "file": shard.file,
+                "size": shard.size,
+                "header": [shard.header, shard.header_checksum],
+                "tensors": [
+                    {
+                        "name": tensor.name,
+                        "dtype": tensor.dtype,
+                        "shape": tensor.shape,
+                        "pieces": [_piece_row(written, number) for written in tensor.pieces],
+                    }
+                    for tensor in shard.tensors
+                ],
+            }
+            for shard in manifest.shards
+        ],
+        "files": manifest.files,
+    }
+    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+
+
+def read_manifest(root: Path) -> Manifest | None:
+    """The manifest of a converted checkpoint; None when there is none.
+
+    Raises:
+        SourceError: there is one, and it cannot be read or is of another version.
+    """
+    path = root / MANIFEST_NAME
+    if not path.exists():
+        return None
+    value = read_json_object(path, code="manifest-invalid", limit=MAX_MANIFEST_BYTES)
+    if value.get("format") != MANIFEST_FORMAT or value.get("checksum") != CHECKSUM:
+        raise SourceError(
+            "The manifest is of a version that this quarkconv does not know", code="manifest-invalid",
+            file=MANIFEST_NAME, expected=f"{MANIFEST_FORMAT} with {CHECKSUM}",
+            found=f"{str(value.get('format'))[:40]} with {str(value.get('checksum'))[:40]}",
+            hint="use the version of quarkconv that wrote it, or a later one",
+        )  # fmt: skip
+    try:
+        return _parse(value)
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise SourceError(
+            "The manifest is malformed", code="manifest-invalid", file=MANIFEST_NAME, found=repr(error)[:120],
+            hint="convert the model again",
+        ) from error  # fmt: skip
+
+
+def _piece_row(written: WrittenPiece, number: dict[str, int]) -> list[Any]:
+    piece = written.piece
+    return [
+        piece.tensor, number[piece.file], piece.start, piece.nbytes, piece.widen, piece.repeat, written.checksum,
+    ]  # fmt: skip
+
+
+def _parse(value: dict[str, Any]) -> Manifest:
+    sources = tuple(SourceFile(_text(name), _size(size)) for name, size in value["sources"])
+
+    def piece(row: list[Any]) -> WrittenPiece:
+        tensor, file, start, nbytes, widen, repeat, checksum = row
+        if widen not in ("", "BF16", "F16"):
+            raise ValueError(f"unknown computation {widen!r}")
+        source = sources[_size(file)].name
+        made = Piece(_text(tensor), source, _size(start), _size(nbytes), widen, _size(repeat))
+        return WrittenPiece(made, _text(checksum))
+
+    def tensor(item: dict[str, Any]) -> WrittenTensor:
+        shape = tuple(_size(dimension) for dimension in item["shape"])
+        pieces = tuple(piece(row) for row in item["pieces"])
+        return WrittenTensor(_text(item["name"]), _text(item["dtype"]), shape, pieces)
+
+    def shard(item: dict[str, Any]) -> WrittenShard:
+        header, checksum = item["header"]
+        tensors = tuple(tensor(entry) for entry in item["tensors"])
+        return WrittenShard(_file(item["file"]), _size(item["size"]), _size(header), _text(checksum), tensors)
+
+    moe = value["moe"]
+    version = value["producer_version"]
+    return Manifest(
+        quarkconv=_text(value["quarkconv"]),
+        plan=_text(value["plan"]),
+        target=_text(value["target"]),
+        scheme=_text(value["scheme"]),
+        producer_version=None if version is None else _text(version),
+        moe=MoEGeometry(**{**moe, "layers": tuple(moe["layers"]), "prefixes": tuple(moe["prefixes"])}),
+        sources=sources,
+        shards=tuple(shard(item) for item in value["shards"]),
+        files=tuple(WrittenFile(_file(name), _size(size), _text(checksum)) for name, size, checksum in value["files"]),
+    )
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"expected a string, found {value!r:.40}")
+    return value
+
+
+def _size(value: object) -> int:
+    if type(value) is not int or value < 0:
+        raise TypeError(f"expected a whole number, found {value!r:.40}")
+    return value
+
+
+def _file(value: object) -> str:
+    """A relative path that stays inside the directory."""
+    name = _text(value)
+    if name.startswith("/") or "\\" in name or not name or any(part in ("", ".", "..") for part in name.split("/")):
+        raise ValueError(f"not a path inside the checkpoint: {name!r:.80}")
+    return name

@@ -1,0 +1,145 @@
+"""A plan as data: output files made of tensors, tensors made of pieces of source files.
+
+A plan says everything that a conversion does, and doing it takes no further decision. It is made from headers alone
+and survives a round trip through JSON; the same source and options give the same plan, wherever the files lie.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final, Literal, NamedTuple
+
+from quarkconv.headers.safetensors import TensorRef
+
+PLAN_FORMAT: Final = 1
+
+
+class Piece(NamedTuple):
+    """A run of output bytes: a byte range of a source file, or a small computation on one.
+
+    The computation turns scales into F32 rows: first each element is widened from ``widen`` to F32, if that is set,
+    then the result is written ``repeat`` times. Without either the bytes are copied.
+
+    Attributes:
+        tensor: source tensor that the range belongs to.
+        file: source file.
+        start: first byte in the file.
+        nbytes: length of the range.
+        widen: ``BF16`` or ``F16`` when elements of that dtype become F32; empty for a copy.
+        repeat: how many times the result is written, one after the other.
+    """
+
+    tensor: str
+    file: str
+    start: int
+    nbytes: int
+    widen: str = ""
+    repeat: int = 1
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return self.nbytes * (2 if self.widen else 1) * self.repeat
+
+    @classmethod
+    def whole(cls, name: str, ref: TensorRef) -> Piece:
+        """The copy of a whole tensor."""
+        return cls(name, ref.file, ref.start, ref.nbytes)
+
+
+class OutputTensor(NamedTuple):
+    """A tensor of the output: its name, dtype and shape, and the pieces that fill it, in order."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+    pieces: tuple[Piece, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return sum(piece.output_nbytes for piece in self.pieces)
+
+
+@dataclass(frozen=True, slots=True)
+class OutputShard:
+    """A file of the output: a header of ``header`` bytes (with its length prefix), then the tensors in order."""
+
+    file: str
+    header: int
+    tensors: tuple[OutputTensor, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the file in bytes."""
+        return self.header + sum(tensor.nbytes for tensor in self.tensors)
+
+
+class Check(NamedTuple):
+    """What must hold of the source's data before the first byte is written.
+
+    ``zero``: the bytes of ``first`` are all zero. ``equal``: the bytes of ``first`` and ``second`` are the same.
+    """
+
+    kind: Literal["zero", "equal"]
+    first: Piece
+    second: Piece | None = None
+
+
+class SourceFile(NamedTuple):
+    """A file of the source and the size that it had when the plan was made."""
+
+    name: str
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class MoEGeometry:
+    """The experts of the converted model: E, k, H, I, the layers, and the names of their modules."""
+
+    layers: tuple[int, ...]
+    prefixes: tuple[str, ...]
+    experts: int
+    top_k: int | None
+    hidden_size: int
+    intermediate_size: int
+    activation_function: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What a conversion will do.
+
+    Attributes:
+        target: name of the target.
+        scheme: scheme of the source.
+        producer_version: version of the tool that quantized the source, where its config says so.
+        max_shard_size: largest size of a shard's data in bytes; a larger tensor has a file of its own.
+        moe: geometry of the experts.
+        sources: the shards of the source.
+        checks: what must hold of the source's data before anything is written.
+        shards: the safetensors files to write.
+        config: config.json to write.
+        copies: files of the source that are copied as they are.
+    """
+
+    target: str
+    scheme: str
+    producer_version: str | None
+    max_shard_size: int
+    moe: MoEGeometry
+    sources: tuple[SourceFile, ...]
+    checks: tuple[Check, ...]
+    shards: tuple[OutputShard, ...]
+    config: dict[str, Any]
+    copies: tuple[SourceFile, ...]
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that the plan writes as shards and copies; index, config and manifest come on top."""
+        return sum(shard.nbytes for shard in self.shards) + sum(copy.size for copy in self.copies)
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Bytes of all output tensors, without headers."""
+        return sum(shard.nbytes - shard.header for shard in self.shards)

@@ -1,0 +1,160 @@
+"""From a description and a target to a plan. No tensor data is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator
+from typing import Final
+
+from quarkconv.description import Description
+from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.findings import CODES, Severity
+from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.safetensors import TensorRef, collector_paused
+from quarkconv.plan.layout import pack_shards
+from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile
+from quarkconv.plan.sources import ExpertSource
+from quarkconv.plan.target import Target
+from quarkconv.scheme.stored import linear_names
+
+_REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
+_OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
+_DIGITS: Final = re.compile(r"(\d+)")
+
+
+def make_plan(description: Description, target: Target, max_shard_size: int) -> Plan:
+    """Plan the conversion of a described checkpoint.
+
+    Args:
+        description: the source.
+        target: what to convert it to.
+        max_shard_size: largest size of a shard's data in bytes.
+
+    Raises:
+        UsageError: ``max_shard_size`` is not positive.
+        SourceError: the source is damaged or inconsistent.
+        UnsupportedError: the source is not INT8, or the target cannot represent it.
+    """
+    if max_shard_size <= 0:
+        raise UsageError("The largest shard size must be positive", found=str(max_shard_size))
+    check_convertible(description, target)
+    checkpoint = description.checkpoint
+    with collector_paused():
+        refs = checkpoint.refs()
+        tensors = sorted(_output_tensors(description, target, refs), key=lambda tensor: natural_key(tensor.name))
+        _check_names(tensors)
+        layers = description.int8_layers
+        return Plan(
+            target=target.name,
+            scheme=description.scheme or "",
+            producer_version=description.declared.version if description.declared else None,
+            max_shard_size=max_shard_size,
+            moe=MoEGeometry(
+                tuple(layer.index for layer in layers),
+                tuple(layer.prefix for layer in layers),
+                layers[0].experts,
+                description.geometry.top_k,
+                layers[0].hidden,
+                layers[0].intermediate,
+                description.geometry.activation,
+            ),
+            sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
+            checks=tuple(_checks(description, refs)),
+            shards=pack_shards(tensors, max_shard_size),
+            config=target.config(description),
+            copies=tuple(_copies(description)),
+        )
+
+
+def check_convertible(description: Description, target: Target) -> None:
+    """Raise what keeps ``target`` from being made of a checkpoint, if anything does.
+
+    Raises:
+        SourceError: the source is damaged or inconsistent.
+        UnsupportedError: the source is not INT8, or the target cannot represent it.
+    """
+    root = str(description.checkpoint.root)
+    for item in description.findings:
+        blocks = CODES[item.code].blocks
+        if item.severity is Severity.INFO or blocks is None:
+            continue
+        hint = item.hint or "run `quarkconv inspect` for all findings"
+        if blocks is SourceError:
+            raise SourceError(
+                f"The source is inconsistent ({item.code}): {item.message}",
+                code=item.code, file=root, tensor=item.subject, hint=hint,
+            )  # fmt: skip
+        raise UnsupportedError(
+            f"The source cannot be converted ({item.code}): {item.message}",
+            file=root, tensor=item.subject, hint=hint,
+        )  # fmt: skip
+    reason = target.unsupported(description)
+    if reason is not None:
+        raise UnsupportedError(
+            f"The target {target.name} cannot represent this checkpoint: {reason}", file=root,
+            hint="run `quarkconv inspect` for the targets that can",
+        )  # fmt: skip
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part[:18]), part) if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
+
+
+def _output_tensors(
+    description: Description, target: Target, refs: dict[str, TensorRef]
+) -> Iterator[OutputTensor]:
+    """The tensors of the output: experts and int8 linears as the target writes them, the rest untouched."""
+    consumed: set[str] = set()
+    for layer in description.int8_layers:
+        source = ExpertSource(layer, refs)
+        for role, expert, _ in layer.modules():
+            consumed.update(source.names(role, expert))
+        yield from target.expert_tensors(source)
+    for module, form in description.stored.linears.items():
+        names = linear_names(module)
+        if form.quantized and names.weight not in consumed:
+            consumed.update(names)
+            yield from target.linear_tensors(module, form, refs)
+    for name, ref in refs.items():
+        if name not in consumed:
+            yield OutputTensor(name, ref.dtype, ref.shape, (Piece.whole(name, ref),))
+
+
+def _checks(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:
+    """Zero points must be zero; gate and up of an expert see the same input, so their static scales must agree."""
+    for form, _, modules in description.modules.quantized():
+        if form.zero_point is None and form.input_zero_point is None:
+            continue
+        for module in modules:
+            names = linear_names(module)
+            for name in (names.zero_point, names.input_zero_point):
+                if name in refs:
+                    yield Check("zero", Piece.whole(name, refs[name]))
+    for layer in description.int8_layers:
+        if layer.layout == "fused":
+            continue
+        source = ExpertSource(layer, refs)
+        for expert in range(layer.experts):
+            gate, up = source.input_scale("gate", expert), source.input_scale("up", expert)
+            if gate is None or up is None:
+                break
+            yield Check("equal", gate, up)
+
+
+def _copies(description: Description) -> Iterator[SourceFile]:
+    """Every other file of the source, but weights in other formats: they are another copy of the model."""
+    root = description.checkpoint.root
+    for path in description.checkpoint.files():
+        name = path.as_posix()
+        if name not in _REPLACED and not name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+            yield SourceFile(name, (root / path).stat().st_size)
+
+
+def _check_names(tensors: list[OutputTensor]) -> None:
+    for first, second in zip(tensors, tensors[1:], strict=False):
+        if first.name == second.name:
+            raise UnsupportedError(
+                "The source already has a tensor of a name that the target needs", tensor=first.name,
+                hint="the checkpoint is partly converted; start from the original",
+            )  # fmt: skip

@@ -1,0 +1,103 @@
+"""A plan as JSON, and back.
+
+File names are written once and referred to by number, since a large plan has 100,000 pieces.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from typing import Any
+
+from quarkconv.errors import SourceError
+from quarkconv.plan.pieces import PLAN_FORMAT, Check, MoEGeometry, OutputShard, OutputTensor, Piece, Plan, SourceFile
+
+
+def plan_to_json(plan: Plan) -> dict[str, Any]:
+    """The plan as an object of JSON values."""
+    number = {source.name: position for position, source in enumerate(plan.sources)}
+
+    def piece(item: Piece) -> list[Any]:
+        row = [item.tensor, number[item.file], item.start, item.nbytes]
+        return row if item.repeat == 1 and not item.widen else [*row, item.widen, item.repeat]
+
+    return {
+        "format": PLAN_FORMAT,
+        "target": plan.target,
+        "scheme": plan.scheme,
+        "producer_version": plan.producer_version,
+        "max_shard_size": plan.max_shard_size,
+        "moe": asdict(plan.moe),
+        "sources": plan.sources,
+        "checks": [
+            [check.kind, piece(check.first), piece(check.second) if check.second else None] for check in plan.checks
+        ],
+        "shards": [
+            {
+                "file": shard.file,
+                "header": shard.header,
+                "tensors": [
+                    [tensor.name, tensor.dtype, tensor.shape, [piece(item) for item in tensor.pieces]]
+                    for tensor in shard.tensors
+                ],
+            }
+            for shard in plan.shards
+        ],
+        "config": plan.config,
+        "copies": plan.copies,
+    }
+
+
+def plan_from_json(value: dict[str, Any]) -> Plan:
+    """The plan that :func:`plan_to_json` wrote.
+
+    Raises:
+        SourceError: the object is not a plan, or of a format that this version does not know.
+    """
+    if value.get("format") != PLAN_FORMAT:
+        raise SourceError(
+            "The plan is of another format", code="plan-invalid",
+            expected=str(PLAN_FORMAT), found=repr(value.get("format"))[:40],
+        )  # fmt: skip
+    try:
+        sources = tuple(SourceFile(str(name), int(size)) for name, size in value["sources"])
+
+        def piece(row: list[Any]) -> Piece:
+            tensor, file, start, nbytes, *rest = row
+            widen, repeat = rest or ("", 1)
+            return Piece(str(tensor), sources[file].name, int(start), int(nbytes), str(widen), int(repeat))
+
+        moe = value["moe"]
+        return Plan(
+            target=value["target"],
+            scheme=value["scheme"],
+            producer_version=value["producer_version"],
+            max_shard_size=value["max_shard_size"],
+            moe=MoEGeometry(**{**moe, "layers": tuple(moe["layers"]), "prefixes": tuple(moe["prefixes"])}),
+            sources=sources,
+            checks=tuple(
+                Check(kind, piece(first), piece(second) if second else None) for kind, first, second in value["checks"]
+            ),
+            shards=tuple(
+                OutputShard(
+                    shard["file"],
+                    shard["header"],
+                    tuple(
+                        OutputTensor(name, dtype, tuple(shape), tuple(piece(row) for row in pieces))
+                        for name, dtype, shape, pieces in shard["tensors"]
+                    ),
+                )
+                for shard in value["shards"]
+            ),
+            config=value["config"],
+            copies=tuple(SourceFile(str(name), int(size)) for name, size in value["copies"]),
+        )
+    except (KeyError, TypeError, ValueError, IndexError) as error:
+        raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error
+
+
+def plan_digest(plan: Plan) -> str:
+    """SHA-256 of the plan's canonical JSON, in hexadecimal: the identity of a conversion."""
+    text = json.dumps(plan_to_json(plan), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,0 +1,45 @@
+"""From config.json to the declared scheme."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Final
+
+from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme, UnknownScheme
+from quarkconv.scheme.engine_formats import CompressedTensorsScheme, W8A8Int8Scheme
+from quarkconv.scheme.quark import QuarkScheme
+
+QUANTIZATION_KEY: Final = "quantization_config"
+
+READERS: Final[dict[str, Callable[[dict[str, Any]], DeclaredScheme]]] = {
+    "quark": QuarkScheme,
+    "compressed-tensors": CompressedTensorsScheme,
+    "w8a8_int8": W8A8Int8Scheme,
+}
+"""``quant_method`` -> reader. A new config format is one row."""
+
+
+def declared_scheme(config: dict[str, Any]) -> DeclaredScheme | None:
+    """The scheme that a config.json declares; None when it has no quantization_config.
+
+    The config of a multimodal model may carry it in its text part. A ``quant_method`` that is not known gives a
+    scheme of which nothing is known but the name.
+    """
+    for part in (config, config.get("text_config")):
+        if isinstance(part, dict) and part.get(QUANTIZATION_KEY) is not None:
+            return _read(part[QUANTIZATION_KEY])
+    return None
+
+
+def _read(quantization: object) -> DeclaredScheme:
+    if not isinstance(quantization, dict):
+        unknown = UnknownScheme("unknown")
+        unknown.problems.append(ConfigProblem(QUANTIZATION_KEY, "an object", type(quantization).__name__))
+        return unknown
+    method = quantization.get("quant_method")
+    if not isinstance(method, str):
+        unknown = UnknownScheme("unknown")
+        unknown.problems.append(ConfigProblem("quant_method", "a string", repr(method)[:80]))
+        return unknown
+    reader = READERS.get(method)
+    return reader(quantization) if reader else UnknownScheme(method)

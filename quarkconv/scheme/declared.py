@@ -1,0 +1,68 @@
+"""What a config claims about the quantization of each module, whatever tool wrote it."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import Any
+
+from quarkconv.scheme.spec import FLOAT, ModuleScheme
+
+
+@dataclass(frozen=True, slots=True)
+class ConfigProblem:
+    """A field of a quantization config that has the wrong type and was ignored."""
+
+    field: str
+    expected: str
+    found: str
+
+
+class DeclaredScheme(ABC):
+    """The scheme that a config declares for each module.
+
+    Attributes:
+        method: the config's ``quant_method``.
+        version: version of the tool that wrote the config, where it says so.
+        default: the scheme of a module that no entry mentions.
+        problems: fields of the wrong type, which were ignored.
+        stores_codes: False when the config says that weights are stored in float, to be quantized at load.
+    """
+
+    def __init__(self, method: str, version: str | None = None) -> None:
+        self.method = method
+        self.version = version
+        self.default: ModuleScheme = FLOAT
+        self.problems: list[ConfigProblem] = []
+        self.stores_codes = True
+
+    @abstractmethod
+    def resolve(self, module: str) -> ModuleScheme:
+        """The scheme of one linear, named as in the checkpoint and without ``.weight``."""
+
+    def resolve_expert(self, experts: str, module: str) -> ModuleScheme:  # noqa: ARG002
+        """The scheme of a routed expert's projection ``module``, in the module ``experts`` that holds all of them."""
+        return self.resolve(module)
+
+    def _object(self, value: object, where: str) -> dict[str, Any]:
+        if value is None:
+            return {}
+        if isinstance(value, dict):
+            return value
+        self.problems.append(ConfigProblem(where, "an object", type(value).__name__))
+        return {}
+
+    def _strings(self, value: object, where: str) -> list[str]:
+        if value is None:
+            return []
+        if isinstance(value, list) and all(isinstance(item, str) for item in value):
+            return value
+        self.problems.append(ConfigProblem(where, "a list of strings", repr(value)[:80]))
+        return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
+
+
+class UnknownScheme(DeclaredScheme):
+    """A ``quant_method`` that is not read: nothing is known of any module."""
+
+    def resolve(self, module: str) -> ModuleScheme:  # noqa: ARG002
+        return FLOAT

@@ -1,0 +1,89 @@
+"""The schemes that the configs of engine formats declare: what conversion writes, read back.
+
+``compressed-tensors``: https://github.com/vllm-project/compressed-tensors, ``quantization/quant_config.py``.
+``w8a8_int8``: SGLang, ``srt/layers/quantization/w8a8_int8.py``.
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Any
+
+from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme
+from quarkconv.scheme.patterns import name_filter
+from quarkconv.scheme.spec import (
+    FLOAT,
+    INPUT_PER_TOKEN,
+    PER_CHANNEL,
+    PER_TENSOR,
+    PER_TOKEN,
+    WEIGHT_PER_CHANNEL,
+    ModuleScheme,
+    TensorSpec,
+)
+
+_GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
+
+
+class CompressedTensorsScheme(DeclaredScheme):
+    """A ``quantization_config`` with ``quant_method: compressed-tensors``."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__("compressed-tensors", None)
+        self._groups: list[tuple[list[str], ModuleScheme]] = []
+        for key, value in self._object(config.get("config_groups"), "config_groups").items():
+            group = self._object(value, f"config_groups.{key}")
+            scheme = ModuleScheme(
+                self._spec(group.get("weights"), f"config_groups.{key}.weights"),
+                self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
+            )
+            self._groups.append((self._strings(group.get("targets"), f"config_groups.{key}.targets"), scheme))
+        self._ignored = name_filter(self._strings(config.get("ignore"), "ignore"), globs=False)
+        self.default = next((scheme for targets, scheme in self._groups if "Linear" in targets), FLOAT)
+
+    def resolve(self, module: str) -> ModuleScheme:
+        if self._ignored(module):
+            return FLOAT
+        for targets, scheme in self._groups:
+            for target in targets:
+                if target == module or (target.startswith("re:") and _matches(target[3:], module)):
+                    return scheme
+        return self.default
+
+    def resolve_expert(self, experts: str, module: str) -> ModuleScheme:
+        return FLOAT if self._ignored(experts) else self.resolve(module)
+
+    def _spec(self, value: object, where: str) -> TensorSpec | None:
+        if value is None:
+            return None
+        spec = self._object(value, where)
+        kind, bits, dynamic = spec.get("type"), spec.get("num_bits"), spec.get("dynamic", False)
+        if not isinstance(kind, str) or not isinstance(bits, int):
+            self.problems.append(ConfigProblem(where, "type a string and num_bits a number", repr(value)[:80]))
+            return None
+        strategy = spec.get("strategy")
+        return TensorSpec(
+            f"{kind}{bits}",
+            _GRANULARITY.get(str(strategy), str(strategy)),
+            symmetric=spec.get("symmetric", True) is True,
+            dynamic=dynamic is True,
+        )
+
+
+class W8A8Int8Scheme(DeclaredScheme):
+    """A ``quantization_config`` with ``quant_method: w8a8_int8``: per-channel weights, per-token activations."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__("w8a8_int8", None)
+        self.default = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
+        self._ignored = name_filter(self._strings(config.get("ignore"), "ignore"), globs=False)
+
+    def resolve(self, module: str) -> ModuleScheme:
+        return FLOAT if self._ignored(module) else self.default
+
+
+def _matches(pattern: str, module: str) -> bool:
+    try:
+        return re.match(pattern, module) is not None
+    except (re.error, OverflowError, RecursionError):
+        return False

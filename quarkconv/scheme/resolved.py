@@ -1,0 +1,79 @@
+"""Stored form and declared scheme of every module, side by side."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from typing import Final
+
+from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.spec import (
+    FLOAT,
+    INPUT_STATIC,
+    PER_CHANNEL,
+    PER_TENSOR,
+    WEIGHT_PER_CHANNEL,
+    WEIGHT_PER_TENSOR,
+    ModuleScheme,
+)
+from quarkconv.scheme.stored import Form, StoredModules
+
+_WEIGHTS: Final = {PER_CHANNEL: WEIGHT_PER_CHANNEL, PER_TENSOR: WEIGHT_PER_TENSOR, None: None}
+
+
+@dataclass(frozen=True, slots=True)
+class ResolvedModules:
+    """The modules of a checkpoint, grouped by what is stored and what is declared: few groups, many modules.
+
+    Attributes:
+        groups: (form, declared scheme) -> modules, in the order of the files.
+        default: the scheme that the config declares where it says nothing of a module.
+    """
+
+    groups: dict[tuple[Form, ModuleScheme], list[str]]
+    default: ModuleScheme
+
+    def effective(self, form: Form, declared: ModuleScheme) -> ModuleScheme:
+        """The scheme of a module that is stored quantized.
+
+        The weight's follows from its scale. The activation's is static when an input scale is stored, and else what
+        the config declares, of the module or, where it excludes the module, of the rest.
+        """
+        claim = declared if declared.weight is not None else self.default
+        weight = _WEIGHTS[form.granularity]
+        if weight is not None and claim.weight is not None and not claim.weight.symmetric:
+            weight = replace(weight, symmetric=False)
+        return ModuleScheme(weight, INPUT_STATIC if form.input_scale else claim.activation)
+
+    def quantized(self) -> Iterator[tuple[Form, ModuleScheme, list[str]]]:
+        """(form, effective scheme, modules) of what is stored quantized, in int8 or otherwise."""
+        for (form, declared), modules in self.groups.items():
+            if form.quantized:
+                yield form, self.effective(form, declared), modules
+
+    def schemes(self) -> Counter[ModuleScheme]:
+        """How many int8 modules have each effective scheme."""
+        counts: Counter[ModuleScheme] = Counter()
+        for _, scheme, modules in self.quantized():
+            counts[scheme] += len(modules)
+        return counts
+
+
+def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> ResolvedModules:
+    """Ask the config about every stored module. Without a config, or with one that is not read, all are float."""
+    if declared is None or isinstance(declared, UnknownScheme):
+        default = FLOAT
+        pairs = ((module, (form, FLOAT)) for module, form in stored)
+    else:
+        default = declared.default
+        resolve = declared.resolve
+        pairs = ((module, (form, resolve(module))) for module, form in stored)
+    groups: dict[tuple[Form, ModuleScheme], list[str]] = {}
+    for module, key in pairs:
+        group = groups.get(key)
+        if group is None:
+            groups[key] = [module]
+        else:
+            group.append(module)
+    return ResolvedModules(groups, default)

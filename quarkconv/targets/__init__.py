@@ -1,0 +1,23 @@
+"""The formats to convert to. A new target is one module here and one row in :data:`TARGETS`."""
+
+from __future__ import annotations
+
+from typing import Final
+
+from quarkconv.errors import UsageError
+from quarkconv.plan.target import Target
+from quarkconv.targets.fused_int8 import FusedInt8
+
+TARGETS: Final[dict[str, Target]] = {target.name: target for target in (FusedInt8(),)}
+"""Name, as given to ``--to``, -> target."""
+
+
+def get_target(name: str) -> Target:
+    """The target of a name.
+
+    Raises:
+        UsageError: there is none.
+    """
+    if name not in TARGETS:
+        raise UsageError("There is no such target", expected=" or ".join(TARGETS), found=name)
+    return TARGETS[name]

@@ -1,0 +1,401 @@
+"""Routing against goldens of the models' own blocks (tests/data/routing/make_goldens.py) and worked examples."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import json
+import math
+from collections import Counter
+from pathlib import Path
+from typing import Any, Literal
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from quarkconv.verify.routing import Routing, route, router_tensor_names, routing_from_config, uniform_routing
+
+DATA = Path(__file__).parents[1] / "data" / "routing"
+CASES: dict[str, dict[str, Any]] = json.loads((DATA / "goldens.json").read_text())["cases"]
+TENSORS = load_file(DATA / "goldens.safetensors")
+# config.json of Quark exports and of a 3-key fused checkpoint, without quantization_config.
+EXPORTED: dict[str, dict[str, object]] = json.loads((DATA / "exported_configs.json").read_text())
+
+# Both sides compute in float32 from the same inputs; what may differ is the order in which the 16-term dot products are
+# summed: an error of a few 1e-7 in logits of order 1, which softmax and sigmoid do not enlarge.
+TOLERANCE = 2e-6
+
+# A config of each family from which one key at a time is spoilt below.
+VALID = {name: (CASES[name]["config"], CASES[name]["experts"]) for name in CASES}
+
+
+def golden_routing(name: str) -> Routing:
+    routing = routing_from_config(CASES[name]["config"], CASES[name]["experts"])
+    assert routing is not None
+    return routing
+
+
+def routed(name: str, routing: Routing) -> tuple[torch.Tensor, torch.Tensor]:
+    return route(routing, TENSORS[f"{name}.hidden_states"], TENSORS[f"{name}.weight"], TENSORS.get(f"{name}.bias"))
+
+
+def by_expert(topk_weights: torch.Tensor, topk_ids: torch.Tensor, experts: int) -> torch.Tensor:
+    """[M, E] weights with 0 where unchosen: equal for any order of the k."""
+    return torch.zeros(len(topk_ids), experts).scatter(-1, topk_ids, topk_weights)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_equals_the_models_own_block(name: str) -> None:
+    routing = golden_routing(name)
+    topk_weights, topk_ids = routed(name, routing)
+    expected_weights, expected_ids = TENSORS[f"{name}.topk_weights"], TENSORS[f"{name}.topk_ids"]
+
+    assert topk_weights.dtype == torch.float32
+    assert topk_ids.dtype == torch.int64
+    assert topk_ids.shape == (len(expected_ids), routing.top_k)
+    assert torch.equal(topk_ids.sort(-1).values, expected_ids.sort(-1).values)
+    torch.testing.assert_close(
+        by_expert(topk_weights, topk_ids, routing.experts),
+        by_expert(expected_weights, expected_ids, routing.experts),
+        rtol=TOLERANCE,
+        atol=TOLERANCE,
+    )
+
+
+# Otherwise a golden that a missing step also satisfies would prove nothing about that step.
+@pytest.mark.parametrize("name", [name for name in CASES if f"{name}.bias" in TENSORS])
+def test_goldens_depend_on_the_bias(name: str) -> None:
+    routing = dataclasses.replace(golden_routing(name), bias_name=None)
+    _, topk_ids = route(routing, TENSORS[f"{name}.hidden_states"], TENSORS[f"{name}.weight"])
+    assert not torch.equal(topk_ids.sort(-1).values, TENSORS[f"{name}.topk_ids"].sort(-1).values)
+
+
+@pytest.mark.parametrize("change", [{"n_group": 1, "topk_group": 1}, {"group_score": "max"}, {"group_score": "top2"}])
+@pytest.mark.parametrize("name", ["deepseek_v2-groups", "deepseek_v3", "deepseek_v3-not_renormalised", "glm4_moe"])
+def test_goldens_depend_on_the_groups(name: str, change: dict[str, Any]) -> None:
+    routing = golden_routing(name)
+    changed = dataclasses.replace(routing, **change)
+    same = torch.equal(routed(name, routing)[1].sort(-1).values, routed(name, changed)[1].sort(-1).values)
+    assert same == (changed == routing)
+
+
+DESCRIPTIONS = {
+    "mixtral": "softmax, top 2 of 8, renormalised",
+    "qwen2_moe": "softmax, top 4 of 8, not renormalised",
+    "qwen3_moe": "softmax, top 3 of 8, renormalised",
+    "qwen3_moe-not_renormalised": "softmax, top 3 of 8, not renormalised",
+    "qwen3_next": "softmax, top 5 of 16, renormalised",
+    "qwen3_5_moe": "softmax, top 4 of 16, renormalised",
+    "deepseek_v2-greedy": "softmax, top 3 of 8, not renormalised",
+    "deepseek_v2-groups": "softmax, top 3 of 12 in 2 of 4 groups, not renormalised, x16",
+    "deepseek_v3": "sigmoid + correction bias, top 4 of 16 in 2 of 4 groups, renormalised, x2.5",
+    "deepseek_v3-not_renormalised": "sigmoid + correction bias, top 2 of 9 in 1 of 3 groups, not renormalised, x1.5",
+    "kimi_k2": "sigmoid + correction bias, top 3 of 8, renormalised, x2.827",
+    "glm4_moe": "sigmoid + correction bias, top 3 of 8 in 1 of 2 groups, renormalised, x1.5",
+    "minimax_m2": "sigmoid + correction bias, top 3 of 8, renormalised",
+    "step3p5": "sigmoid + correction bias, top 3 of 8, renormalised, x3",
+}
+
+
+def test_describe() -> None:
+    assert {name: golden_routing(name).describe() for name in CASES} == DESCRIPTIONS
+
+
+@pytest.mark.parametrize(
+    ("name", "experts", "description"),
+    [
+        ("deepseek_v3-quark0.13-f2f", 8, "sigmoid + correction bias, top 4 of 8 in 2 of 4 groups, renormalised, x2.5"),
+        ("minimax_m2-quark0.13-f2f", 8, "sigmoid + correction bias, top 4 of 8, renormalised"),
+        ("mixtral-quark0.11-eager", 6, "softmax, top 2 of 6, renormalised"),
+        ("mixtral-quark0.13-eager-experts_left_bf16", 6, "softmax, top 2 of 6, renormalised"),
+        ("qwen3_moe-bf16", 8, "softmax, top 3 of 8, renormalised"),
+        ("qwen3_moe-quark0.11-eager-int8_static", 8, "softmax, top 3 of 8, renormalised"),
+        ("qwen3_moe-quark0.13-f2f", 8, "softmax, top 3 of 8, renormalised"),
+        ("qwen3_moe-quark0.13-f2f-per_tensor_weight", 8, "softmax, top 3 of 8, renormalised"),
+        ("step3p5-like-3key_fused", 6, "sigmoid + correction bias, top 2 of 6, renormalised, x3"),
+    ],
+)
+def test_exported_configs_are_recognised(name: str, experts: int, description: str) -> None:
+    routing = routing_from_config(EXPORTED[name], experts)
+    assert routing is not None
+    assert routing.describe() == description
+
+
+def test_every_exported_config_is_asked_for() -> None:
+    assert len(EXPORTED) == 9
+
+
+@pytest.mark.parametrize("renormalize", [True, False])
+def test_step3p5_by_a_loop_over_tokens(renormalize: bool) -> None:
+    generator = torch.Generator().manual_seed(5)
+    hidden_states, weight = torch.randn(7, 16, generator=generator), torch.randn(6, 16, generator=generator) * 0.4
+    bias = torch.randn(6, generator=generator)
+    config = {**EXPORTED["step3p5-like-3key_fused"], "norm_expert_weight": renormalize}
+    routing = routing_from_config(config, 6)
+    assert routing is not None
+
+    topk_weights, topk_ids = route(routing, hidden_states, weight, bias)
+
+    for token in range(7):
+        scores = [1 / (1 + math.exp(-math.fsum((hidden_states[token] * row).tolist()))) for row in weight]
+        chosen = sorted(range(6), key=lambda expert: scores[expert] + bias[expert].item(), reverse=True)[:2]
+        total = sum(scores[expert] for expert in chosen) if renormalize else 1.0
+        assert topk_ids[token].tolist() == chosen
+        assert topk_weights[token].tolist() == pytest.approx([3.0 * scores[e] / total for e in chosen], rel=TOLERANCE)
+
+
+def logit(score: float) -> float:
+    return math.log(score / (1 - score))
+
+
+# Hidden states [1, 1] of one 1.0 make the weight column the logits. Six experts, three groups of two:
+#   scores        0.9 0.1 | 0.6 0.5 | 0.7 0.2
+#   top2 sums       1.0   |   1.1   |   0.9
+#   maxima          0.9   |   0.6   |   0.7
+SCORES = [0.9, 0.1, 0.6, 0.5, 0.7, 0.2]
+
+
+@pytest.mark.parametrize(
+    ("group_score", "topk_group", "bias", "chosen"),
+    [
+        ("top2", 1, [0.0] * 6, [2, 3]),
+        ("top2", 2, [0.0] * 6, [0, 2]),
+        ("max", 1, [0.0] * 6, [0, 1]),
+        ("max", 2, [0.0] * 6, [0, 4]),
+        ("top2", 3, [0.0] * 6, [0, 4]),
+        # 0.3 for expert 5 lifts its group to 1.2, the best; the weights below stay those of the scores alone.
+        ("top2", 1, [0.0, 0.0, 0.0, 0.0, 0.0, 0.3], [4, 5]),
+        # All below zero: an expert of a dropped group must not win for being 0.
+        ("top2", 1, [-2.0] * 6, [2, 3]),
+    ],
+)
+def test_group_limit_by_hand(
+    group_score: Literal["max", "top2"], topk_group: int, bias: list[float], chosen: list[int]
+) -> None:
+    routing = Routing(
+        "by_hand", "sigmoid", 6, 2, False, 2.0, n_group=3, topk_group=topk_group,
+        group_score=group_score, bias_name="bias",
+    )  # fmt: skip
+    weight = torch.tensor([[logit(score)] for score in SCORES])
+    topk_weights, topk_ids = route(routing, torch.ones(1, 1), weight, torch.tensor(bias))
+    assert sorted(topk_ids[0].tolist()) == chosen
+    assert topk_weights[0].tolist() == pytest.approx([2.0 * SCORES[e] for e in topk_ids[0].tolist()], rel=TOLERANCE)
+
+
+def test_softmax_by_hand() -> None:
+    # Logits ln 5, ln 3, ln 1, ln 1: softmax 0.5, 0.3, 0.1, 0.1; of the best two, 5/8 and 3/8.
+    weight = torch.tensor([5.0, 3.0, 1.0, 1.0]).log().unsqueeze(1)
+    topk_weights, topk_ids = route(Routing("by_hand", "softmax", 4, 2, True), torch.ones(1, 1), weight)
+    assert topk_ids.tolist() == [[0, 1]]
+    assert topk_weights[0].tolist() == pytest.approx([0.625, 0.375], rel=TOLERANCE)
+    topk_weights, _ = route(Routing("by_hand", "softmax", 4, 2, False), torch.ones(1, 1), weight)
+    assert topk_weights[0].tolist() == pytest.approx([0.5, 0.3], rel=TOLERANCE)
+
+
+def test_epsilon_keeps_vanished_scores_finite() -> None:
+    # sigmoid(-200) is 0 in float32: the models that add the epsilon give 0, the others 0 / 0.
+    weight = torch.full((4, 1), -200.0)
+    with_epsilon = Routing("by_hand", "sigmoid", 4, 2, True, epsilon=1e-20)
+    assert route(with_epsilon, torch.ones(1, 1), weight)[0].tolist() == [[0.0, 0.0]]
+    without = dataclasses.replace(with_epsilon, epsilon=0.0)
+    assert route(without, torch.ones(1, 1), weight)[0].isnan().all()
+
+
+def test_epsilon_of_each_family() -> None:
+    with_epsilon = {golden_routing(name).model_type for name in CASES if golden_routing(name).epsilon}
+    assert with_epsilon == {"deepseek_v3", "kimi_k2", "glm4_moe", "step3p5"}
+
+
+def test_bf16_inputs_are_computed_in_float32() -> None:
+    name = "deepseek_v3"
+    rounded = [TENSORS[f"{name}.{part}"].bfloat16() for part in ("hidden_states", "weight", "bias")]
+    from_bf16 = route(golden_routing(name), *rounded)
+    from_f32 = route(golden_routing(name), *(tensor.float() for tensor in rounded))
+    assert all(torch.equal(left, right) for left, right in zip(from_bf16, from_f32, strict=True))
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_no_tokens(name: str) -> None:
+    routing = golden_routing(name)
+    bias = TENSORS.get(f"{name}.bias")
+    topk_weights, topk_ids = route(routing, torch.empty(0, 16), TENSORS[f"{name}.weight"], bias)
+    assert topk_weights.shape == topk_ids.shape == (0, routing.top_k)
+
+
+# "meta" refuses to meet a tensor of another device, so without a GPU it still finds one that route() misplaces.
+@pytest.mark.parametrize("device", ["meta", pytest.param("cuda", marks=pytest.mark.gpu)])
+@pytest.mark.parametrize("name", CASES)
+def test_stays_on_the_device(name: str, device: str) -> None:
+    if device == "cuda" and not torch.cuda.is_available():
+        pytest.skip("needs a GPU")
+    routing = golden_routing(name)
+    bias = TENSORS.get(f"{name}.bias")
+    topk_weights, topk_ids = route(
+        routing,
+        TENSORS[f"{name}.hidden_states"].to(device),
+        TENSORS[f"{name}.weight"].to(device),
+        None if bias is None else bias.to(device),
+    )
+    assert topk_weights.device.type == topk_ids.device.type == device
+    if device == "cuda":
+        assert torch.equal(topk_ids.cpu().sort(-1).values, TENSORS[f"{name}.topk_ids"].sort(-1).values)
+
+
+def test_refuses_what_does_not_fit() -> None:
+    plain = Routing("mixtral", "softmax", 4, 2, True)
+    biased = dataclasses.replace(plain, bias_name="gate.bias")
+    hidden_states, weight, bias = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)
+    with pytest.raises(ValueError, match="does not fit 4 experts"):
+        route(plain, hidden_states, torch.zeros(5, 8))
+    with pytest.raises(ValueError, match="does not fit 4 experts"):
+        route(plain, hidden_states, torch.zeros(4, 7))
+    with pytest.raises(ValueError, match="does not fit 4 experts"):
+        route(plain, torch.zeros(8), weight)
+    with pytest.raises(ValueError, match="with a correction bias"):
+        route(biased, hidden_states, weight)
+    with pytest.raises(ValueError, match="without a correction bias"):
+        route(plain, hidden_states, weight, bias)
+    with pytest.raises(ValueError, match="correction bias"):
+        route(biased, hidden_states, weight, torch.zeros(1))
+
+
+@pytest.mark.parametrize(
+    ("name", "moe_module", "expected"),
+    [
+        ("mixtral", "model.layers.0.block_sparse_moe", ("gate.weight", None)),
+        ("qwen3_5_moe", "model.language_model.layers.3.mlp", ("gate.weight", None)),
+        ("deepseek_v2-greedy", "model.layers.1.mlp", ("gate.weight", None)),
+        ("deepseek_v3", "model.layers.1.mlp", ("gate.weight", "gate.e_score_correction_bias")),
+        ("kimi_k2", "model.layers.1.mlp", ("gate.weight", "gate.e_score_correction_bias")),
+        ("glm4_moe", "model.layers.1.mlp", ("gate.weight", "gate.e_score_correction_bias")),
+        ("minimax_m2", "model.layers.0.block_sparse_moe", ("gate.weight", "e_score_correction_bias")),
+        ("step3p5", "model.layers.1.moe", ("gate.weight", "router_bias")),
+    ],
+)
+def test_router_tensor_names(name: str, moe_module: str, expected: tuple[str, str | None]) -> None:
+    weight, bias = (part and f"{moe_module}.{part}" for part in expected)
+    assert router_tensor_names(golden_routing(name), moe_module) == (weight, bias)
+
+
+def test_nested_text_config() -> None:
+    text = CASES["qwen3_5_moe"]["config"]
+    direct = golden_routing("qwen3_5_moe")
+    assert text["model_type"] == "qwen3_5_moe_text"
+    assert direct.model_type == "qwen3_5_moe"
+    assert routing_from_config({"model_type": "qwen3_5_moe", "text_config": text}, 16) == direct
+    untyped = {key: value for key, value in text.items() if key != "model_type"}
+    assert routing_from_config({"model_type": "qwen3_5_moe", "text_config": untyped}, 16) == direct
+    # The outer type is the wrapper's; what is inside decides.
+    kimi = {"model_type": "kimi_k25", "text_config": CASES["kimi_k2"]["config"]}
+    assert routing_from_config(kimi, 8) == golden_routing("kimi_k2")
+    assert routing_from_config({**text, "text_config": {"model_type": "unheard_of"}}, 16) is None
+
+
+HOSTILE = [None, True, False, 0, -1, 1.5, math.nan, math.inf, 10**400, "", "8", "true", [], [8], {}, {"a": 1}, b"8"]
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_hostile_values_never_raise(name: str) -> None:
+    config, experts = VALID[name]
+    for key in [*config, "text_config"]:
+        for value in HOSTILE:
+            routing_from_config({**copy.deepcopy(config), key: value}, experts)
+    for value in HOSTILE:
+        assert routing_from_config(config, value) is None  # type: ignore[arg-type]
+        assert routing_from_config(value, experts) is None  # type: ignore[arg-type]
+        assert routing_from_config({**config, "model_type": value}, experts) is None
+
+
+NEEDED = {
+    "mixtral": ["num_experts_per_tok"],
+    "qwen2_moe": ["num_experts_per_tok", "norm_topk_prob"],
+    "qwen3_moe": ["num_experts_per_tok", "norm_topk_prob"],
+    "qwen3_next": ["num_experts_per_tok", "norm_topk_prob"],
+    "qwen3_5_moe": ["num_experts_per_tok"],
+    "deepseek_v2-greedy": ["num_experts_per_tok", "routed_scaling_factor", "topk_method"],
+    "deepseek_v2-groups": ["num_experts_per_tok", "routed_scaling_factor", "topk_method", "n_group", "topk_group"],
+    "deepseek_v3": ["num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group"],
+    "kimi_k2": ["num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group"],
+    "glm4_moe": ["num_experts_per_tok", "routed_scaling_factor", "norm_topk_prob", "n_group", "topk_group"],
+    "minimax_m2": ["num_experts_per_tok"],
+    "step3p5": [
+        "moe_top_k", "moe_router_scaling_factor", "norm_expert_weight", "moe_router_activation", "use_moe_router_bias",
+    ],
+}  # fmt: skip
+
+
+# Hostile values that these keys may well hold: a switch either bool, a factor any positive number.
+GOOD_IN_SOME_PLACES: dict[str, list[object]] = {
+    "norm_topk_prob": [True, False],
+    "norm_expert_weight": [True, False],
+    "use_moe_router_bias": [True],
+    "routed_scaling_factor": [1.5],
+    "moe_router_scaling_factor": [1.5],
+}
+
+
+@pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in NEEDED.items() for key in keys])
+def test_needed_keys_missing_or_malformed(name: str, key: str) -> None:
+    config, experts = VALID[name]
+    assert routing_from_config({k: v for k, v in config.items() if k != key}, experts) is None
+    accepted = [value for value in HOSTILE if routing_from_config({**config, key: value}, experts) is not None]
+    # repr, since True == 1 and the types are the point.
+    assert repr(accepted) == repr(GOOD_IN_SOME_PLACES.get(key, []))
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("mixtral", {"num_experts_per_tok": 9}),
+        ("mixtral", {"num_local_experts": 16}),
+        ("qwen3_moe", {"n_routed_experts": True}),
+        ("qwen3_5_moe", {"norm_topk_prob": False}),
+        ("deepseek_v2-greedy", {"norm_topk_prob": True}),
+        ("deepseek_v2-greedy", {"norm_topk_prob": 0}),
+        ("deepseek_v2-greedy", {"topk_method": "noaux_tc"}),
+        ("deepseek_v2-greedy", {"scoring_func": "sigmoid"}),
+        ("deepseek_v3", {"scoring_func": "softmax"}),
+        ("deepseek_v3", {"topk_method": "greedy"}),
+        ("deepseek_v3", {"n_group": 3}),
+        ("deepseek_v3", {"topk_group": 5}),
+        ("deepseek_v3", {"n_group": 16}),
+        ("deepseek_v3", {"topk_group": 1, "num_experts_per_tok": 5}),
+        ("minimax_m2", {"use_routing_bias": False}),
+        ("minimax_m2", {"scoring_func": "softmax"}),
+        ("step3p5", {"use_moe_router_bias": 1}),
+        ("step3p5", {"moe_router_activation": "softmax"}),
+    ],
+)
+def test_inconsistent_or_ambiguous_settings(name: str, change: dict[str, Any]) -> None:
+    config, experts = VALID[name]
+    assert routing_from_config({**config, **change}, experts) is None
+
+
+def test_unknown_model_type() -> None:
+    config, experts = VALID["mixtral"]
+    assert routing_from_config({**config, "model_type": "mixtral_vision"}, experts) is None
+    assert routing_from_config({}, experts) is None
+
+
+def test_uniform_routing() -> None:
+    topk_weights, topk_ids = uniform_routing(4000, 6, 2, torch.Generator().manual_seed(3))
+    assert topk_weights.dtype == torch.float32
+    assert topk_ids.dtype == torch.int64
+    assert topk_weights.shape == topk_ids.shape == (4000, 2)
+    assert (topk_weights > 0).all()
+    torch.testing.assert_close(topk_weights.sum(-1), torch.ones(4000))
+    pairs = Counter(tuple(sorted(row)) for row in topk_ids.tolist())
+    assert all(first != second for first, second in pairs)
+    # 15 pairs, 267 of each expected with a standard deviation of 16; five of those either way.
+    assert len(pairs) == 15
+    assert all(187 < count < 347 for count in pairs.values())
+
+
+def test_uniform_routing_repeats_and_has_limits() -> None:
+    first, again = (uniform_routing(5, 4, 4, torch.Generator().manual_seed(9)) for _ in range(2))
+    assert all(torch.equal(left, right) for left, right in zip(first, again, strict=True))
+    assert first[1].sort(-1).values.tolist() == [[0, 1, 2, 3]] * 5
+    for top_k in (0, 5):
+        with pytest.raises(ValueError, match="distinct experts"):
+            uniform_routing(5, 4, top_k, torch.Generator())
