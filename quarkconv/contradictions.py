@@ -207,13 +207,13 @@ def _scheme(
             "scheme-unsupported", names[0], f"{_count(names)} stored in {', '.join(other)}: {_first(names)}",
             hint="quarkconv converts INT8 W8A8 only", count=len(names),
         )  # fmt: skip
-    elif not schemes and declared is not None and declared.default.name is None:
+    elif not schemes and declared is not None and declared.default not in modules.names:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
             "scheme-unsupported", "quantization_config", f"config.json declares {kind}, and nothing is stored in int8",
             hint="quarkconv converts INT8 W8A8 only",
         )  # fmt: skip
-    unnamed = [scheme for scheme in schemes if scheme.name is None and scheme.weight is not None]
+    unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
     if unnamed and declared is not None:
         count = sum(schemes[scheme] for scheme in unnamed)
         yield finding(
@@ -222,7 +222,7 @@ def _scheme(
             "activations, which is not one of the INT8 W8A8 schemes",
             hint="quarkconv converts INT8 W8A8 only", count=count,
         )  # fmt: skip
-    names_found = sorted({scheme.name for scheme in schemes if scheme.name is not None})
+    names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:
         yield finding("mixed-scheme", "quantization_config", f"int8 modules are of {' and '.join(names_found)}")
     if not topology.members:

@@ -66,7 +66,7 @@ class Description:
         """The scheme of the modules that are stored quantized: a name, ``mixed``, or None for anything else."""
         if any(not form.quantized and not form.is_float for form, _ in self.modules.groups):
             return None
-        names = {scheme.name for scheme in self.schemes}
+        names = {self.modules.names.get(scheme) for scheme in self.schemes}
         if len(names) > 1 and None not in names:
             return MIXED
         return names.pop() if len(names) == 1 else None

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
-from quarkconv.scheme.spec import FLOAT, ModuleScheme
+from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,7 +28,10 @@ class DeclaredScheme(ABC):
         default: the scheme of a module that no entry mentions.
         problems: fields of the wrong type, which were ignored.
         stores_codes: False when the config says that weights are stored in float, to be quantized at load.
+        names: the INT8 schemes that the format can express, and their names.
     """
+
+    names: ClassVar[Mapping[ModuleScheme, str]] = SCHEME_NAMES
 
     def __init__(self, method: str, version: str | None = None) -> None:
         self.method = method

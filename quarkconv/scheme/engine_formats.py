@@ -7,16 +7,19 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+from collections.abc import Mapping
+from typing import Any, ClassVar
 
 from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme
 from quarkconv.scheme.patterns import name_filter
 from quarkconv.scheme.spec import (
     FLOAT,
     INPUT_PER_TOKEN,
+    INPUT_STATIC,
     PER_CHANNEL,
     PER_TENSOR,
     PER_TOKEN,
+    SCHEME_NAMES,
     WEIGHT_PER_CHANNEL,
     ModuleScheme,
     TensorSpec,
@@ -26,7 +29,15 @@ _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN
 
 
 class CompressedTensorsScheme(DeclaredScheme):
-    """A ``quantization_config`` with ``quant_method: compressed-tensors``."""
+    """A ``quantization_config`` with ``quant_method: compressed-tensors``.
+
+    Here a scale per tensor is stored as one for each row, so static activations go with either.
+    """
+
+    names: ClassVar[Mapping[ModuleScheme, str]] = {
+        **SCHEME_NAMES,
+        ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_STATIC): "int8_static",
+    }
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("compressed-tensors", None)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -15,6 +15,7 @@ from quarkconv.scheme.spec import (
     PER_TENSOR,
     WEIGHT_PER_CHANNEL,
     WEIGHT_PER_TENSOR,
+    SCHEME_NAMES,
     ModuleScheme,
 )
 from quarkconv.scheme.stored import Form, StoredModules
@@ -29,10 +30,12 @@ class ResolvedModules:
     Attributes:
         groups: (form, declared scheme) -> modules, in the order of the files.
         default: the scheme that the config declares where it says nothing of a module.
+        names: the INT8 schemes and their names.
     """
 
     groups: dict[tuple[Form, ModuleScheme], list[str]]
     default: ModuleScheme
+    names: Mapping[ModuleScheme, str]
 
     def effective(self, form: Form, declared: ModuleScheme) -> ModuleScheme:
         """The scheme of a module that is stored quantized.
@@ -76,4 +79,4 @@ def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> R
             groups[key] = [module]
         else:
             group.append(module)
-    return ResolvedModules(groups, default)
+    return ResolvedModules(groups, default, SCHEME_NAMES if declared is None else declared.names)

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
-SCHEMES: Final = ("ptpc_int8", "int8_per_tensor_weight", "int8_static")
-"""The INT8 schemes that are understood. A model that holds more than one of them is ``mixed``."""
-
 MIXED: Final = "mixed"
+"""The name for a model that holds modules of more than one INT8 scheme."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,11 +44,6 @@ class ModuleScheme:
     weight: TensorSpec | None = None
     activation: TensorSpec | None = None
 
-    @property
-    def name(self) -> str | None:
-        """One of :data:`SCHEMES`, or None for any other combination."""
-        return _NAMES.get((self.weight, self.activation))
-
 
 FLOAT: Final = ModuleScheme()
 """The scheme of a module that is not quantized."""
@@ -63,9 +57,9 @@ WEIGHT_PER_TENSOR: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynami
 INPUT_PER_TOKEN: Final = TensorSpec("int8", PER_TOKEN, symmetric=True, dynamic=True)
 INPUT_STATIC: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynamic=False)
 
-_NAMES: Final = {
-    (WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN): "ptpc_int8",
-    (WEIGHT_PER_TENSOR, INPUT_PER_TOKEN): "int8_per_tensor_weight",
-    (WEIGHT_PER_TENSOR, INPUT_STATIC): "int8_static",
-    (WEIGHT_PER_CHANNEL, INPUT_STATIC): "int8_static",  # what conversion makes of it: the scale repeated over the rows
+SCHEME_NAMES: Final[Mapping[ModuleScheme, str]] = {
+    ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN): "ptpc_int8",
+    ModuleScheme(WEIGHT_PER_TENSOR, INPUT_PER_TOKEN): "int8_per_tensor_weight",
+    ModuleScheme(WEIGHT_PER_TENSOR, INPUT_STATIC): "int8_static",
 }
+"""The name of each combination that has one."""

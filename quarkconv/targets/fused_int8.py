@@ -24,7 +24,6 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.plan.pieces import OutputTensor, Piece
 from quarkconv.plan.sources import ExpertSource
 from quarkconv.plan.target import Target
-from quarkconv.scheme.spec import SCHEMES
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config
 
 _PARTS: Final[tuple[tuple[Role, ...], ...]] = (("gate", "up"), ("down",))
@@ -44,7 +43,7 @@ class FusedInt8(Target):
         for layer in description.moe_layers:
             if not layer.quantized and layer.float_experts() < layer.experts:
                 return f"{layer.prefix} mixes experts in int8 and in float"
-        if any(scheme.name not in SCHEMES for scheme in description.schemes):
+        if description.scheme is None:
             return "it has int8 modules that are not W8A8"
         if len({scheme.activation for scheme in description.schemes}) > 1:
             return "it mixes static and dynamic activation scales, which one config group cannot say"

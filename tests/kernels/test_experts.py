@@ -1,0 +1,312 @@
+"""The whole forward: each stage from what the stage before it left, then end to end.
+
+Comparing stage by stage keeps the bounds tight: end to end, a last-bit difference in the activation can move an int8
+code by one step, and the bound would have to allow for that everywhere.
+"""
+
+import math
+
+import pytest
+import torch
+
+from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference
+from quarkconv.kernels.arguments import check_arguments
+from quarkconv.kernels.combine import combine_experts, combine_experts_reference
+from quarkconv.kernels.grouped_gemm import grouped_down_reference, grouped_gate_up_reference
+from quarkconv.kernels.options import LaunchOptions, TileOptions
+from quarkconv.kernels.pipeline import default_options, empty_workspace, run_pipeline
+from quarkconv.kernels.quantize import quantize_rows_reference
+
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
+
+# M, H, I, E, K
+SHAPES = [(1, 96, 80, 4, 2), (5, 176, 88, 8, 3), (17, 80, 96, 3, 1)]
+
+NO_OPTIONS = {
+    "activation": "silu",
+    "activation_limit": None,
+    "activation_alpha": None,
+    "w13_input_scale": None,
+    "w2_input_scale": None,
+    "w13_bias": None,
+    "w2_bias": None,
+    "apply_router_weight_on_input": False,
+    "out": None,
+}
+
+
+def relative_rms(found, expected):
+    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+
+
+def poison(workspace):
+    """Fill the buffers with what would show: NaN, and codes and indices that no stage writes."""
+    for name in ("input_scale", "activated", "hidden_scale", "expert_out"):
+        getattr(workspace, name).fill_(math.nan)
+    for name in ("input_codes", "hidden_codes"):
+        getattr(workspace, name).fill_(-128)
+
+
+def check_stages(case, **options):
+    """Run the kernels on poisoned buffers and check every stage against the twin of that stage alone."""
+    arguments = check_arguments(*case.tensors(), **(NO_OPTIONS | options))
+    launch = default_options(arguments)
+    buffers = empty_workspace(arguments, launch)
+    poison(buffers)
+    out = torch.full_like(case.hidden_states, math.nan)
+    run_pipeline(arguments, out, launch, buffers)
+
+    ids, experts, dtype = case.topk_ids, case.w13.shape[0], out.dtype
+    on_input = arguments.apply_router_weight_on_input
+    static = arguments.gate_up_input_scale is not None
+    here = ((ids >= 0) & (ids < experts)).flatten()
+
+    codes, scale = quantize_rows_reference(
+        case.hidden_states,
+        topk_ids=ids if static else None,
+        num_experts=experts,
+        expert_scale=arguments.gate_up_input_scale,
+        router_weight=case.topk_weights if static and on_input else None,
+        pairs_per_row=ids.shape[1] if static else 1,
+    )
+    quantized = here if static else slice(None)
+    assert torch.equal(buffers.input_codes[quantized], codes[quantized])
+    assert torch.equal(buffers.input_scale[quantized], scale[quantized])
+
+    activated = grouped_gate_up_reference(
+        codes,
+        scale,
+        arguments.gate_up,
+        ids,
+        arguments.activation,
+        dtype,
+        router_weight=case.topk_weights if on_input and not static else None,
+        pairs_per_row=1 if static else ids.shape[1],
+    )
+    # The float32 epilogues differ in a few last bits, which can flip the rounding to `dtype` by one unit.
+    one_unit = {"rtol": 2 * UNIT_ROUNDOFF[dtype], "atol": 1e-6}
+    torch.testing.assert_close(buffers.activated[here], activated[here], **one_unit)
+
+    codes, scale = quantize_rows_reference(
+        buffers.activated, topk_ids=ids, num_experts=experts, expert_scale=arguments.down_input_scale
+    )
+    assert torch.equal(buffers.hidden_codes[here], codes[here])
+    assert torch.equal(buffers.hidden_scale[here], scale[here])
+
+    expert_out = grouped_down_reference(codes, scale, arguments.down, ids, dtype)
+    torch.testing.assert_close(buffers.expert_out[here], expert_out[here], **one_unit)
+    assert buffers.expert_out[~here].isnan().all()
+    assert buffers.activated[~here].isnan().all()
+
+    weights = torch.ones_like(case.topk_weights) if on_input else case.topk_weights
+    combined = combine_experts_reference(buffers.expert_out, weights, ids, experts, dtype)
+    # K float32 roundings of terms that may cancel, then the store's.
+    terms = (
+        (buffers.expert_out.double().view(*ids.shape, -1) * weights.double().unsqueeze(-1)).abs().nan_to_num().sum(1)
+    )
+    bound = 2 * UNIT_ROUNDOFF[dtype] * combined.double().abs() + ids.shape[1] * 2.0**-23 * terms + 1e-7
+    assert ((out.double() - combined.double()).abs() <= bound).all()
+    return out
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_stages(shape, dtype, make_case):
+    check_stages(make_case(*shape, dtype=dtype))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"activation": "gelu_tanh"},
+        {"activation": "swigluoai"},
+        {"activation": "swiglustep", "activation_limit": 0.75},
+        {"apply_router_weight_on_input": True},
+    ],
+    ids=lambda options: "-".join(str(value) for value in options.values()),
+)
+def test_stages_with_options(options, make_case):
+    check_stages(make_case(5, 96, 80, 4, 2, ids_dtype=torch.int64), **options)
+
+
+@pytest.mark.parametrize("on_input", [False, True])
+def test_stages_with_static_scales_and_biases(on_input, make_case, device):
+    g = torch.Generator().manual_seed(5)
+    case = make_case(5, 96, 80, 4, 2)
+    case.topk_ids[1, 1] = -1
+    check_stages(
+        case,
+        w13_input_scale=torch.tensor([0.02, 0.03, 0.04, 0.01], device=device),
+        w2_input_scale=torch.tensor([0.02, 0.01, 0.005, 0.03], device=device),
+        w13_bias=torch.randn(4, 160, generator=g).to(device),
+        w2_bias=torch.randn(4, 96, generator=g).bfloat16().to(device),
+        apply_router_weight_on_input=on_input,
+    )
+
+
+def test_stages_with_per_tensor_weight_scales(make_case):
+    case = make_case(5, 96, 80, 4, 2)
+    check_stages(case.replace(w13_scale=case.w13_scale[:, :1].contiguous(), w2_scale=case.w2_scale[:, :1].contiguous()))
+
+
+def test_per_tensor_scales_equal_repeated_ones(make_case):
+    case = make_case(5, 96, 80, 4, 2)
+    single = case.replace(w13_scale=case.w13_scale[:, :1].contiguous(), w2_scale=case.w2_scale[:, :1].contiguous())
+    repeated = single.replace(
+        w13_scale=single.w13_scale.expand(-1, 160, 1).contiguous(),
+        w2_scale=single.w2_scale.expand(-1, 96, 1).contiguous(),
+    )
+    assert torch.equal(fused_experts_int8(*single.tensors()), fused_experts_int8(*repeated.tensors()))
+
+
+@pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
+@pytest.mark.parametrize("on_input", [False, True])
+def test_close_to_unquantized_activations(implementation, on_input, make_case):
+    """Against float64 experts written from the definition, with dequantized weights and activations as they are.
+
+    Rounding to one of 127 steps of the largest of about a hundred normal values (2.5 sigma) leaves a relative error of
+    2.5 / 127 / sqrt(12) = 0.6 %, twice (x and h; a product has heavier tails, so more); 3 % catches anything that is
+    not rounding.
+    """
+    case = make_case(9, 96, 80, 4, 2)
+    out = implementation(*case.tensors(), apply_router_weight_on_input=on_input)
+    w13, w2 = case.w13.double() * case.w13_scale, case.w2.double() * case.w2_scale
+    expected = torch.zeros_like(case.hidden_states, dtype=torch.float64)
+    for t, x in enumerate(case.hidden_states.double()):
+        for e, r in zip(case.topk_ids[t].tolist(), case.topk_weights[t].tolist(), strict=True):
+            gate_up = w13[e] @ (x * r if on_input else x)
+            gate, up = gate_up[:80], gate_up[80:]
+            y = w2[e] @ (gate / (1 + torch.exp(-gate)) * up)
+            expected[t] += y if on_input else r * y
+    assert relative_rms(out, expected) < 0.03
+
+
+@pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
+def test_experts_of_other_ranks(ids_dtype, make_case):
+    """Two ranks with half of the experts each add up to the whole; a token with none of them here gets exactly 0."""
+    case = make_case(6, 96, 80, 4, 2, ids_dtype=ids_dtype)
+    case.topk_ids[2] = torch.tensor([0, 1])
+    whole = fused_experts_int8(*case.tensors())
+    total = torch.zeros_like(whole, dtype=torch.float32)
+    for first in (0, 2):
+        part = slice(first, first + 2)
+        local = torch.where((case.topk_ids >= first) & (case.topk_ids < first + 2), case.topk_ids - first, -1)
+        rank = case.replace(
+            w13=case.w13[part],
+            w2=case.w2[part],
+            w13_scale=case.w13_scale[part],
+            w2_scale=case.w2_scale[part],
+            topk_ids=local.to(ids_dtype),
+        )
+        out = check_stages(rank)
+        if first == 2:
+            assert (out[2] == 0).all()
+        total += out.float()
+    # Each rank rounds once, and so does the whole.
+    bound = 2.0**-8 * 3 * (whole.float().abs() + total.abs()) + 1e-2
+    assert ((whole.float() - total).abs() <= bound).all()
+
+
+def test_no_pair_on_this_rank(make_case):
+    case = make_case(3, 96, 80, 4, 2)
+    out = torch.full_like(case.hidden_states, math.nan)
+    nowhere = case.replace(topk_ids=torch.full_like(case.topk_ids, -1))
+    assert fused_experts_int8(*nowhere.tensors(), out=out) is out
+    assert (out == 0).all()
+
+
+@pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
+def test_no_tokens_and_no_slots(implementation, make_case):
+    empty = make_case(0, 96, 80, 4, 2)
+    assert implementation(*empty.tensors()).shape == (0, 96)
+    case = make_case(3, 96, 80, 4, 1)
+    slotless = case.replace(topk_weights=case.topk_weights[:, :0], topk_ids=case.topk_ids[:, :0])
+    out = torch.full_like(case.hidden_states, math.nan)
+    implementation(*slotless.tensors(), out=out)
+    assert (out == 0).all()
+
+
+def test_the_same_expert_twice(make_case):
+    """Nothing in the layout needs a token's experts to differ."""
+    case = make_case(4, 96, 80, 4, 2)
+    case.topk_ids.fill_(1)
+    check_stages(case)
+
+
+@pytest.mark.parametrize("bad", [math.nan, math.inf])
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+@pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
+def test_a_token_that_is_not_finite_keeps_to_itself(bad, static, activation, make_case, device):
+    case = make_case(4, 96, 80, 4, 2)
+    scale = torch.full((4,), 0.03, device=device)
+    options = {"activation": activation} | ({"w13_input_scale": scale, "w2_input_scale": scale} if static else {})
+    clean = fused_experts_int8(*case.tensors(), **options)
+    case.hidden_states[2, 50] = bad
+    for implementation in (fused_experts_int8, fused_experts_int8_reference):
+        out = implementation(*case.tensors(), **options)
+        assert out[2].isnan().all()
+    spoiled = fused_experts_int8(*case.tensors(), **options)
+    others = [0, 1, 3]
+    assert torch.equal(spoiled[others], clean[others])
+
+
+def test_deterministic_and_independent_of_the_batch(make_case):
+    """The same bits run to run, with other tiles, and for a token alone as among others."""
+    case = make_case(6, 176, 88, 4, 2)
+    out = fused_experts_int8(*case.tensors())
+    assert torch.equal(out, fused_experts_int8(*case.tensors()))
+    arguments = check_arguments(*case.tensors(), **NO_OPTIONS)
+    tile = TileOptions(block_n=64, block_k=32, group_m=4, num_warps=8, num_stages=2)
+    other = run_pipeline(arguments, torch.empty_like(out), LaunchOptions(32, tile, tile))
+    assert torch.equal(out, other)
+    for t in range(6):
+        one = slice(t, t + 1)
+        alone = case.replace(
+            hidden_states=case.hidden_states[one], topk_weights=case.topk_weights[one], topk_ids=case.topk_ids[one]
+        )
+        assert torch.equal(fused_experts_int8(*alone.tensors()), out[one])
+
+
+def test_output_may_be_the_input_and_rows_may_be_apart(make_case):
+    case = make_case(5, 96, 80, 4, 2)
+    expected = fused_experts_int8(*case.tensors())
+    apart = torch.full((5, 200), math.nan, dtype=torch.bfloat16, device=expected.device)[:, 8:104]
+    apart.copy_(case.hidden_states)
+    assert torch.equal(fused_experts_int8(*case.replace(hidden_states=apart).tensors()), expected)
+    assert torch.equal(fused_experts_int8(*case.tensors(), out=case.hidden_states), expected)
+    assert torch.equal(case.hidden_states, expected)
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_end_to_end_equals_twin(shape, make_case):
+    """A flipped bit of an activation moves its code by at most one of 127 steps: far below 1 % of the result."""
+    case = make_case(*shape)
+    assert relative_rms(fused_experts_int8(*case.tensors()), fused_experts_int8_reference(*case.tensors())) < 0.01
+
+
+def test_cpu_tensors_take_the_torch_path(make_case, monkeypatch):
+    monkeypatch.delenv("TRITON_INTERPRET", raising=False)
+    monkeypatch.setattr("quarkconv.kernels.pipeline.run_pipeline", None)  # calling it would fail
+    case = make_case(3, 96, 80, 4, 2)
+    cpu = case.replace(**{name: getattr(case, name).cpu() for name in case.__dataclass_fields__})
+    out = torch.empty_like(cpu.hidden_states)
+    assert fused_experts_int8(*cpu.tensors(), out=out) is out
+    assert torch.equal(out, fused_experts_int8_reference(*cpu.tensors()))
+
+
+@pytest.mark.parametrize("hidden", [8, 1100])
+def test_combine(hidden, device):
+    """Poisoned rows and weights of skipped slots must not reach the sum; more columns than a block has."""
+    g = torch.Generator().manual_seed(hidden)
+    ids = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 3, 0]], dtype=torch.int32, device=device)
+    values = torch.randn(9, hidden, generator=g).to(device)
+    weights = torch.rand(3, 3, generator=g).to(device)
+    skipped = (ids < 0) | (ids >= 3)
+    values[skipped.flatten()] = math.nan
+    weights[skipped] = math.nan
+    out = torch.full((3, hidden), math.nan, device=device)
+    combine_experts(values, weights, ids, 3, out)
+    torch.testing.assert_close(out, combine_experts_reference(values, weights, ids, 3, torch.float32))
+    assert (out[1] == 0).all()
+    assert out.isfinite().all()

@@ -1,0 +1,202 @@
+"""The grouped products: integer sums bit for bit, float epilogues against float64."""
+
+import pytest
+import torch
+
+from quarkconv.kernels.activations import ACTIVATIONS, activate_reference, make_activation
+from quarkconv.kernels.grouped_gemm import (
+    ExpertWeights,
+    grouped_down,
+    grouped_down_reference,
+    grouped_gate_up,
+    grouped_gate_up_reference,
+    int8_matmul_reference,
+)
+from quarkconv.kernels.options import TileOptions
+from quarkconv.kernels.routing import empty_plan, route_pairs
+
+TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)
+WIDE = TileOptions(block_n=64, block_k=32, group_m=1, num_warps=4, num_stages=3)
+UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}
+
+# D, N: multiples of the tile; less than one; one and a bit; real odd sizes.
+SIZES = [(128, 64), (24, 8), (80, 96), (176, 88)]
+
+
+def random_codes(g, shape, device):
+    return torch.randint(-128, 128, shape, generator=g, dtype=torch.int8).to(device)
+
+
+def inputs(depth, columns, device, *, tokens=9, top_k=2, experts=4, per_tensor=False, bias=None):
+    """(codes, row_scale, gate-up-shaped weights [E, columns, depth], ids with an empty expert and skipped pairs)."""
+    g = torch.Generator().manual_seed(depth + columns)
+    ids = torch.randint(0, experts - 1, (tokens, top_k), generator=g)  # the last expert gets nothing
+    ids[1, 0] = -1
+    ids[-1, -1] = experts
+    scale_rows = 1 if per_tensor else columns
+    weights = ExpertWeights(
+        codes=random_codes(g, (experts, columns, depth), device),
+        scale=(0.5 + torch.rand(experts, scale_rows, 1, generator=g)).to(device) / (74 * depth**0.5),
+        bias=None if bias is None else torch.randn(experts, columns, generator=g).to(bias).to(device),
+    )
+    row_scale = (0.5 + torch.rand(tokens * top_k, generator=g)).to(device) / 40
+    return random_codes(g, (tokens * top_k, depth), device), row_scale, weights, ids.to(torch.int32).to(device)
+
+
+def plan_for(ids, experts, block_m=16):
+    return route_pairs(ids, experts, empty_plan(ids.numel(), experts, block_m, ids.device))
+
+
+def here(ids, experts):
+    return ((ids >= 0) & (ids < experts)).flatten()
+
+
+def exact_sums(codes, weights, ids):
+    """int64 sums on the CPU, with the sums of skipped pairs 0."""
+    codes, w, ids = codes.cpu().long(), weights.cpu().long(), ids.flatten().tolist()
+    zero = torch.zeros(w.shape[1], dtype=torch.long)
+    return torch.stack([w[e] @ codes[p] if 0 <= e < len(w) else zero for p, e in enumerate(ids)])
+
+
+@pytest.mark.parametrize(("depth", "columns"), SIZES)
+@pytest.mark.parametrize("tile", [TILE, WIDE])
+def test_down_sums_are_exact(depth, columns, tile, device):
+    codes, row_scale, weights, ids = inputs(depth, columns, device)
+    out = torch.full((codes.shape[0], columns), -7, dtype=torch.int32, device=device)
+    grouped_down(codes, row_scale, weights, plan_for(ids, 4), out, tile)
+    rows = here(ids, 4)
+    assert torch.equal(out[rows].cpu().long(), exact_sums(codes, weights.codes, ids)[rows.cpu()])
+    assert (out[~rows] == -7).all()
+
+
+@pytest.mark.parametrize(("depth", "columns"), SIZES)
+@pytest.mark.parametrize("tile", [TILE, WIDE])
+def test_gate_up_sums_are_exact(depth, columns, tile, device):
+    _, row_scale, weights, ids = inputs(depth, 2 * columns, device)
+    token_codes = random_codes(torch.Generator().manual_seed(1), (ids.shape[0], depth), device)
+    out = torch.full((ids.numel(), 2 * columns), -7, dtype=torch.int32, device=device)
+    silu = make_activation("silu")
+    grouped_gate_up(token_codes, row_scale, weights, plan_for(ids, 4), silu, out, tile, pairs_per_row=2)
+    rows = here(ids, 4)
+    expected = exact_sums(token_codes.repeat_interleave(2, 0), weights.codes, ids)
+    assert torch.equal(out[rows].cpu().long(), expected[rows.cpu()])
+    assert (out[~rows] == -7).all()
+
+
+def test_largest_sums(device):
+    """Every product at its largest, with the sign that float32 accumulation would round: 127 * 128 * 3000 > 2^24."""
+    depth = 3000
+    codes = torch.full((1, depth), -127, dtype=torch.int8, device=device)
+    codes[0, 0] = 1
+    w = torch.full((1, 16, depth), -128, dtype=torch.int8, device=device)
+    ids = torch.zeros((1, 1), dtype=torch.int32, device=device)
+    weights = ExpertWeights(w, torch.ones((1, 16, 1), device=device), None)
+    out = torch.zeros((1, 16), dtype=torch.int32, device=device)
+    grouped_down(codes, torch.ones(1, device=device), weights, plan_for(ids, 1), out, TILE)
+    assert out.unique().tolist() == [127 * 128 * (depth - 1) - 128]
+    assert int8_matmul_reference(codes, w[0]).unique().tolist() == out.unique().tolist()
+
+
+@pytest.mark.parametrize("depth", [1, 1023, 1024, 1025, 4100])
+def test_twin_sums_are_exact(depth):
+    g = torch.Generator().manual_seed(depth)
+    a, b = random_codes(g, (3, depth), "cpu"), random_codes(g, (5, depth), "cpu")
+    assert torch.equal(int8_matmul_reference(a, b).long(), a.long() @ b.long().t())
+
+
+def magnitude_and_value(codes, row_scale, weights, ids, experts):
+    """float64 results of the linear part, and the sum of the magnitudes of its two terms."""
+    sums = exact_sums(codes, weights.codes, ids).double()
+    which = ids.flatten().clamp(0, experts - 1).long().cpu()
+    scaled = sums * row_scale.double().cpu().unsqueeze(-1) * weights.scale.double().cpu()[which].squeeze(-1)
+    bias = 0.0 if weights.bias is None else weights.bias.double().cpu()[which]
+    return scaled + bias, scaled.abs() + abs(bias)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("per_tensor", [False, True])
+def test_down_epilogue(dtype, bias, per_tensor, device):
+    codes, row_scale, weights, ids = inputs(176, 88, device, per_tensor=per_tensor, bias=bias)
+    value, magnitude = magnitude_and_value(codes, row_scale, weights, ids, 4)
+    # Four float32 roundings (sum to float, two scales, bias) of 2^-24 each, then the store's.
+    bound = 4 * 2.0**-24 * magnitude + UNIT_ROUNDOFF[dtype] * value.abs() + 2.0**-25
+    rows = here(ids, 4)
+    out = torch.full((codes.shape[0], 88), torch.nan, dtype=dtype, device=device)
+    grouped_down(codes, row_scale, weights, plan_for(ids, 4), out, TILE)
+    assert ((out.cpu().double() - value).abs() <= bound)[rows.cpu()].all()
+    assert out[~rows].isnan().all()
+    twin = grouped_down_reference(codes, row_scale, weights, ids, dtype)
+    assert ((twin.cpu().double() - value).abs() <= bound)[rows.cpu()].all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+@pytest.mark.parametrize("bias", [None, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_gate_up_epilogue(name, bias, dtype, device):
+    activation = make_activation(name, limit=1.25 if name.startswith("swiglu") else None)
+    codes, row_scale, weights, ids = inputs(176, 2 * 88, device, bias=bias)
+    row_scale = row_scale * 3  # past the limit of 1.25 often enough
+    router = torch.linspace(0.5, 1.5, ids.numel(), device=device)
+    value, magnitude = magnitude_and_value(codes, row_scale * router, weights, ids, 4)
+    expected = activate_reference(value[:, :88], value[:, 88:], activation)
+    # Relative errors of a few 2^-24 in gate and up; an activation has a slope below 1.13 (limit included) and is below
+    # |gate| itself, its exponential is good to 2^-22 on GPUs: together well under 2^-19 of (1 + |gate|) * (1 + |up|).
+    inner = 2.0**-19 * (1 + magnitude[:, :88]) * (1 + magnitude[:, 88:])
+    bound = inner + UNIT_ROUNDOFF[dtype] * expected.abs()
+    rows = here(ids, 4)
+    out = torch.full((codes.shape[0], 88), torch.nan, dtype=dtype, device=device)
+    options = {"router_weight": router, "pairs_per_row": 1}
+    grouped_gate_up(codes, row_scale, weights, plan_for(ids, 4), activation, out, TILE, **options)
+    assert ((out.cpu().double() - expected).abs() <= bound)[rows.cpu()].all()
+    assert out[~rows].isnan().all()
+    twin = grouped_gate_up_reference(codes, row_scale, weights, ids, activation, dtype, **options)
+    assert ((twin.cpu().double() - expected).abs() <= bound)[rows.cpu()].all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_large_values_saturate_and_nan_stays_in_its_row(name, device):
+    """Gates of +-1e4 overflow a naive exponential; a NaN scale must survive the clamps and touch only its row."""
+    g = torch.Generator().manual_seed(3)
+    codes = random_codes(g, (4, 64), device)
+    weights = ExpertWeights(random_codes(g, (1, 32, 64), device), torch.ones((1, 32, 1), device=device), None)
+    ids = torch.zeros((4, 1), dtype=torch.int32, device=device)
+    row_scale = torch.tensor([0.1, torch.nan, 0.1, 1e-30], device=device)
+    activation = make_activation(name)
+    out = torch.zeros((4, 16), device=device)
+    grouped_gate_up(codes, row_scale, weights, plan_for(ids, 1), activation, out, TILE, pairs_per_row=1)
+    twin = grouped_gate_up_reference(codes, row_scale, weights, ids, activation, torch.float32, pairs_per_row=1)
+    assert out[1].isnan().all()
+    assert out[[0, 2, 3]].isfinite().all()
+    torch.testing.assert_close(out, twin, rtol=2.0**-18, atol=1e-6, equal_nan=True)
+
+
+@pytest.mark.parametrize("columns", [88, 96])
+def test_tiles_do_not_change_a_bit(columns, device):
+    codes, row_scale, weights, ids = inputs(176, 2 * columns, device, bias=torch.float32)
+    results = []
+    for block_m, tile in ((16, TILE), (32, WIDE), (64, TileOptions(16, 128, 4, 4, 1))):
+        out = torch.zeros((codes.shape[0], columns), dtype=torch.bfloat16, device=device)
+        plan = plan_for(ids, 4, block_m)
+        grouped_gate_up(codes, row_scale, weights, plan, make_activation("silu"), out, tile, pairs_per_row=1)
+        results.append(out)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_activation_formulas():
+    """The definitions, on numbers worked out by hand: sigmoid(0) = 1/2, and clamps at 7 on both sides."""
+    gate, up = torch.tensor([0.0, 1e3, 1e3, -1e3]), torch.tensor([3.0, 100.0, -100.0, 2.0])
+    assert activate_reference(gate, up, make_activation("silu")).tolist() == [0.0, 1e5, -1e5, -0.0]
+    assert activate_reference(gate, up, make_activation("swiglustep")).tolist() == [0.0, 49.0, -49.0, -0.0]
+    oai = activate_reference(gate, up, make_activation("swigluoai"))
+    saturated = 7 * torch.sigmoid(torch.tensor(1.702 * 7)).item()
+    torch.testing.assert_close(oai, torch.tensor([0.0, saturated * 8, saturated * -6, -0.0]))
+    with pytest.raises(ValueError, match="expected one of silu, gelu_tanh, swigluoai, swiglustep, found 'relu'"):
+        make_activation("relu")
+    with pytest.raises(ValueError, match="activation_limit: expected None"):
+        make_activation("silu", limit=7.0)
+    with pytest.raises(ValueError, match="activation_alpha: expected None"):
+        make_activation("swiglustep", alpha=1.0)
+    with pytest.raises(ValueError, match="positive finite"):
+        make_activation("swigluoai", limit=float("nan"))
