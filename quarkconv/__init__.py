@@ -33,7 +33,8 @@ from quarkconv.plan.pieces import Plan
 
 if TYPE_CHECKING:
     from quarkconv.verify.loading import FusedExperts, load_fused_experts
-    from quarkconv.verify.verify import Verification, verify_checkpoint
+    from quarkconv.verify.results import Verification
+    from quarkconv.verify.verify import verify_checkpoint
 
 __all__ = [
     "ConversionResult",
@@ -59,7 +60,7 @@ __all__ = [
 _NEED_TORCH = {
     "FusedExperts": "quarkconv.verify.loading",
     "load_fused_experts": "quarkconv.verify.loading",
-    "Verification": "quarkconv.verify.verify",
+    "Verification": "quarkconv.verify.results",
     "verify_checkpoint": "quarkconv.verify.verify",
 }
 

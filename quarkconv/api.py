@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.description import describe
 from quarkconv.errors import UsageError
+from quarkconv.findings import Finding
 from quarkconv.headers.checkpoint import INDEX_NAME, MANIFEST_NAME
 from quarkconv.hub import resolve_model
 from quarkconv.inspection.inspection import Inspection, make_inspection
@@ -37,7 +38,7 @@ def inspect_checkpoint(model: str | Path, *, deep: bool = False) -> Inspection:
         SourceError: there is nothing that can be described.
     """
     description = describe(resolve_model(model))
-    extra = ()
+    extra: tuple[Finding, ...] = ()
     if deep:
         from quarkconv.inspection.deep import deep_findings
 
@@ -58,8 +59,8 @@ def plan_conversion(model: str | Path, target: str, *, max_shard_size: int | str
         SourceError: the source is damaged or inconsistent.
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
-    wanted = get_target(target)
-    return make_plan(describe(resolve_model(model)), wanted, parse_size(max_shard_size))
+    wanted, size = get_target(target), parse_size(max_shard_size)
+    return make_plan(describe(resolve_model(model)), wanted, size)
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,8 +110,9 @@ def convert_checkpoint(
         WriteError: writing failed; the same call resumes.
         InterruptedByUser: interrupted; the same call resumes.
     """
+    wanted, size = get_target(target), parse_size(max_shard_size)
     source = resolve_model(model)
-    plan = make_plan(describe(source), get_target(target), parse_size(max_shard_size))
+    plan = make_plan(describe(source), wanted, size)
     return run_plan(plan, source, output_directory(source, model, target, out), jobs, overwrite, progress)
 
 

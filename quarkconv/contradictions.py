@@ -28,8 +28,7 @@ def contradictions(
     """Everything that a user should know about the scheme of a checkpoint."""
     yield from _config(declared, modules)
     yield from _experts(declared, topology)
-    known = declared is not None and not isinstance(declared, UnknownScheme)
-    if known:
+    if declared is not None and not isinstance(declared, UnknownScheme):
         yield from _linears(declared, modules, topology)
     yield from _stored(modules)
     yield from _scheme(declared, stored, modules, topology)
@@ -66,10 +65,11 @@ def _experts(declared: DeclaredScheme | None, topology: Topology) -> Iterator[Fi
         if not missing:
             continue
         claims = {declared.resolve_expert(layer.prefix, module) for module in _float_modules(layer)}
-        if missing < layer.experts:
+        if missing < layer.experts or layer.partly_quantized:
+            part = "" if missing < layer.experts else " in some of their projections"
             yield finding(
                 "experts-not-quantized", layer.prefix,
-                f"{missing} of {layer.experts} experts are stored in float and the others in int8",
+                f"{missing} of {layer.experts} experts are stored in float{part} and the others in int8",
                 hint="quantize all experts of a layer or none: no engine runs a layer that mixes them", count=missing,
             )  # fmt: skip
         elif claims == {FLOAT}:
@@ -207,7 +207,7 @@ def _scheme(
             "scheme-unsupported", names[0], f"{_count(names)} stored in {', '.join(other)}: {_first(names)}",
             hint="quarkconv converts INT8 W8A8 only", count=len(names),
         )  # fmt: skip
-    elif not schemes and declared is not None and declared.default not in modules.names:
+    elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
             "scheme-unsupported", "quantization_config", f"config.json declares {kind}, and nothing is stored in int8",

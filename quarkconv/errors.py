@@ -104,7 +104,7 @@ class WriteError(QuarkconvError):
     exit_code = 5
 
 
-class InterruptedByUser(QuarkconvError):
+class InterruptedByUser(QuarkconvError):  # noqa: N818 - an interrupt is no error
     """Stopped by SIGINT or SIGTERM. What was finished is kept, the same command resumes."""
 
     exit_code = 130

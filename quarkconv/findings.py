@@ -53,22 +53,29 @@ CODES: Final[dict[str, FindingCode]] = {
     # What the config claims
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
     "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
-    "scheme-unsupported": FindingCode(_E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED),
+    "scheme-unsupported": FindingCode(
+        _E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED
+    ),
     "mixed-scheme": FindingCode(_W, "The model mixes more than one INT8 scheme."),
     "granularity-mismatch": FindingCode(_E, "Stored scales are of another granularity than the config declares."),
     "excluded-but-quantized": FindingCode(_E, "The config excludes a module that is stored in int8."),
     "quantized-but-stored-float": FindingCode(_E, "The config declares a linear quantized that is stored in float."),
     "experts-not-quantized": FindingCode(
-        _E, "Experts are stored in float although the config declares them quantized, or others of their layer are int8.",
+        _E,
+        "Experts are stored in float although the config declares them quantized, or others of their layer are int8.",
     ),
-    "experts-excluded": FindingCode(_I, "The config excludes all routed experts of a layer, and they are stored in float."),
+    "experts-excluded": FindingCode(
+        _I, "The config excludes all routed experts of a layer, and they are stored in float."
+    ),
     # What is stored
     "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
     "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
     "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _BROKEN),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(_E, "A scale is NaN, infinite, zero or negative (read by --deep)."),
-    "zero-point-present": FindingCode(_I, "Zero points are stored; engines want none. Zeros are dropped on conversion."),
+    "zero-point-present": FindingCode(
+        _I, "Zero points are stored; engines want none. Zeros are dropped on conversion."
+    ),
     "zero-point-shape": FindingCode(_E, "A zero point has another shape than its scale.", _BROKEN),
     "zero-point-nonzero": FindingCode(_E, "A zero point is not zero: the weights are not symmetric (read by --deep)."),
     "tensor-unrecognised": FindingCode(_W, "A tensor belongs to no module that is understood; engines may drop it."),

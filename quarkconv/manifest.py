@@ -8,8 +8,8 @@ same source and options give the same manifest.
     {"format": "quarkconv.manifest/1", "quarkconv": "0.1.0", "plan": SHA-256 of the plan, "checksum": "xxh3-128",
      "target": ..., "scheme": ..., "producer_version": ..., "moe": {...}, "sources": [[file, size], ...],
      "shards": [{"file": ..., "size": ..., "header": [size, checksum],
-                 "tensors": [{"name": ..., "dtype": ..., "shape": [...],
-                              "pieces": [[source tensor, number in sources, start, nbytes, widen, repeat, checksum]]}]}],
+                 "tensors": [{"name": ..., "dtype": ..., "shape": [...], "pieces": [
+                     [source tensor, number in sources, start, nbytes, widen, repeat, checksum]]}]}],
      "files": [[file, size, checksum], ...]}
 """
 
@@ -163,7 +163,7 @@ def _piece_row(written: WrittenPiece, number: dict[str, int]) -> list[Any]:
 
 
 def _parse(value: dict[str, Any]) -> Manifest:
-    sources = tuple(SourceFile(_text(name), _size(size)) for name, size in value["sources"])
+    sources = tuple(SourceFile(_file(name), _size(size)) for name, size in value["sources"])
 
     def piece(row: list[Any]) -> WrittenPiece:
         tensor, file, start, nbytes, widen, repeat, checksum = row
@@ -183,7 +183,6 @@ def _parse(value: dict[str, Any]) -> Manifest:
         tensors = tuple(tensor(entry) for entry in item["tensors"])
         return WrittenShard(_file(item["file"]), _size(item["size"]), _size(header), _text(checksum), tensors)
 
-    moe = value["moe"]
     version = value["producer_version"]
     return Manifest(
         quarkconv=_text(value["quarkconv"]),
@@ -191,10 +190,23 @@ def _parse(value: dict[str, Any]) -> Manifest:
         target=_text(value["target"]),
         scheme=_text(value["scheme"]),
         producer_version=None if version is None else _text(version),
-        moe=MoEGeometry(**{**moe, "layers": tuple(moe["layers"]), "prefixes": tuple(moe["prefixes"])}),
+        moe=_moe(value["moe"]),
         sources=sources,
         shards=tuple(shard(item) for item in value["shards"]),
         files=tuple(WrittenFile(_file(name), _size(size), _text(checksum)) for name, size, checksum in value["files"]),
+    )
+
+
+def _moe(value: dict[str, Any]) -> MoEGeometry:
+    top_k, activation = value["top_k"], value["activation_function"]
+    return MoEGeometry(
+        layers=tuple(map(_size, value["layers"])),
+        prefixes=tuple(map(_text, value["prefixes"])),
+        experts=_size(value["experts"]),
+        top_k=None if top_k is None else _size(top_k),
+        hidden_size=_size(value["hidden_size"]),
+        intermediate_size=_size(value["intermediate_size"]),
+        activation_function=None if activation is None else _text(activation),
     )
 
 

@@ -15,6 +15,8 @@ if TYPE_CHECKING:
     from collections.abc import Callable
 
     from rich.console import Console
+    from rich.padding import Padding
+    from rich.panel import Panel
     from rich.text import Text
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
@@ -60,6 +62,24 @@ def size(nbytes: int) -> str:
             return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
         value /= 1000
     return f"{value:.3g} TB"
+
+
+def indented(text: str | Text, by: int, style: str = "") -> Padding:
+    """Text whose lines all start ``by`` columns in, also those that are wrapped."""
+    from rich.padding import Padding
+    from rich.text import Text
+
+    return Padding(Text(text, style=style) if isinstance(text, str) else text, (0, 0, 0, by))
+
+
+def title(name: str, facts: list[str]) -> Panel:
+    """The box at the top: what this is about, and a line of facts."""
+    from rich import box
+    from rich.panel import Panel
+    from rich.text import Text
+
+    text = Text.assemble((printable(name), "bold"), "\n", (printable("  ·  ".join(facts)), "dim"))
+    return Panel(text, box=box.ROUNDED, expand=False)
 
 
 def verdict(text: str, *, good: bool) -> Text:

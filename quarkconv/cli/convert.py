@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from typing import Annotated
 
 import typer
@@ -10,7 +11,7 @@ from quarkconv.api import DEFAULT_SHARD_SIZE, output_directory, plan_conversion,
 from quarkconv.cli.console import byte_progress, console, print_json
 from quarkconv.cli.options import Json, Model
 from quarkconv.hub import resolve_model
-from quarkconv.targets import TARGETS
+from quarkconv.targets import TARGETS, get_target
 
 
 def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
@@ -30,7 +31,8 @@ def convert(
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard, such as 5GB or 512MiB.")
     ] = DEFAULT_SHARD_SIZE,
     jobs: Annotated[
-        int | None, typer.Option("--jobs", min=1, metavar="N", help="Shards written at once. [default: processors, <= 4]")
+        int | None,
+        typer.Option("--jobs", min=1, metavar="N", help="Shards written at once. [default: processors, <= 4]"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in DIR.")] = False,
@@ -40,6 +42,7 @@ def convert(
 
     The source is only read. Interrupted or out of space, the same command resumes.
     """
+    get_target(to)  # a wrong name is told before a model is downloaded
     source = resolve_model(model)
     output = output_directory(source, model, to, out)
     plan = plan_conversion(source, to, max_shard_size=max_shard_size)
@@ -52,6 +55,7 @@ def convert(
 
             console().print(render_summary(summary))
         return 0
+    started = time.perf_counter()
     with byte_progress(f"Converting to {to}", plan.output_bytes) as progress:
         result = run_plan(plan, source, output, jobs, overwrite, progress)
     if json:
@@ -59,5 +63,5 @@ def convert(
     else:
         from quarkconv.cli.render_conversion import render_result
 
-        console().print(render_result(result.to_json()))
+        console().print(render_result(result.to_json(), time.perf_counter() - started))
     return 0

@@ -35,7 +35,7 @@ def _version(value: bool) -> None:
 
 @app.callback()
 def _root(
-    version: Annotated[  # noqa: ARG001
+    version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
     ] = False,
 ) -> None:
@@ -52,9 +52,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         show_error(error, as_json=as_json)
         sys.exit(error.exit_code)
     except KeyboardInterrupt:
-        interrupted = InterruptedByUser("Interrupted")
-        show_error(interrupted, as_json=as_json)
-        sys.exit(interrupted.exit_code)
+        _exit_interrupted(as_json=as_json)
     except BrokenPipeError:  # the reader, such as `head`, has gone
         sys.stderr.close()
         sys.exit(141)
@@ -65,9 +63,16 @@ def main(args: list[str] | None = None) -> NoReturn:
             show_error(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
             sys.exit(UsageError.exit_code)
         if type(error).__name__ == "Abort":
-            sys.exit(InterruptedByUser.exit_code)
+            _exit_interrupted(as_json=as_json)
         raise
+    if status == InterruptedByUser.exit_code:  # Typer turns a KeyboardInterrupt into this, or into an Abort
+        _exit_interrupted(as_json=as_json)
     sys.exit(status if isinstance(status, int) else 0)
+
+
+def _exit_interrupted(*, as_json: bool) -> NoReturn:
+    show_error(InterruptedByUser("Interrupted"), as_json=as_json)
+    sys.exit(InterruptedByUser.exit_code)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:  # noqa: ARG001

@@ -16,9 +16,9 @@ def render_summary(summary: dict[str, Any]) -> RenderableType:
     return Group(_table(summary), Text("Nothing was written (--dry-run).", style="dim"))
 
 
-def render_result(result: dict[str, Any]) -> RenderableType:
+def render_result(result: dict[str, Any], seconds: float) -> RenderableType:
     """A finished conversion."""
-    closing = verdict(f"Converted to {result['target']}", good=True)
+    closing = verdict(f"Converted to {result['target']} in {seconds:.1f} s", good=True)
     output = printable(result["output"])
     next_step = Text.assemble(("  prove it: ", "dim"), (f"quarkconv verify {output}", "cyan"))
     return Group(_table(result), closing, next_step)
@@ -26,13 +26,19 @@ def render_result(result: dict[str, Any]) -> RenderableType:
 
 def _table(summary: dict[str, Any]) -> Table:
     moe = summary["moe"]
-    layers = f"{len(moe['layers'])} layers x {moe['experts']} experts, H {moe['hidden_size']}, I {moe['intermediate_size']}"
+    sizes = f"H {moe['hidden_size']}, I {moe['intermediate_size']}"
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     table.add_row("source", f"{printable(summary['source'])} ({summary['scheme']})")
     table.add_row("output", printable(summary["output"]))
-    table.add_row("experts", layers)
-    table.add_row("tensors", f"{summary['tensors']:,} from {summary['pieces']:,} pieces, in {summary['shards']} shards")
+    table.add_row("experts", f"{len(moe['layers'])} layers x {moe['experts']} experts, {sizes}")
+    table.add_row(
+        "tensors", f"{summary['tensors']:,} from {summary['pieces']:,} pieces, in {_shards(summary['shards'])}"
+    )
     table.add_row("on disk", size(summary["bytes"]))
     return table
+
+
+def _shards(count: int) -> str:
+    return f"{count} shard{'s' * (count != 1)}"

@@ -7,11 +7,10 @@ from typing import Final
 
 from rich import box
 from rich.console import Group, RenderableType
-from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.console import STYLES, printable, size, verdict
+from quarkconv.cli.console import STYLES, indented, printable, size, title, verdict
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding, Severity
 from quarkconv.inspection.engines import EngineFact
@@ -45,10 +44,7 @@ def _header(inspection: Inspection) -> RenderableType:
         description.geometry.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
         f"{len(checkpoint.kinds):,} tensors", f"{len(checkpoint.shards)} shard{'s' * (len(checkpoint.shards) != 1)}",
     ]  # fmt: skip
-    text = Text.assemble(
-        (printable(inspection.model), "bold"), "\n", (printable("  ·  ".join(facts)), "dim"),
-    )  # fmt: skip
-    return Panel(text, box=box.ROUNDED, expand=False)
+    return title(inspection.model, facts)
 
 
 def _scheme(inspection: Inspection) -> RenderableType:
@@ -69,11 +65,11 @@ def _scheme(inspection: Inspection) -> RenderableType:
     return Group(table, closing, "")
 
 
-def _spec(spec: TensorSpec | None) -> str:
+def _spec(spec: TensorSpec | None) -> Text:
     if spec is None:
-        return "float"
+        return Text("float")
     words = [spec.dtype, spec.granularity.replace("_", " "), "dynamic" if spec.dynamic else "static"]
-    return printable(", ".join(words + ([] if spec.symmetric else ["asymmetric"])))
+    return Text(printable(", ".join(words + ([] if spec.symmetric else ["asymmetric"]))))
 
 
 def _experts(layers: tuple[MoELayer, ...]) -> RenderableType:
@@ -118,11 +114,11 @@ def _findings(findings: tuple[Finding, ...]) -> RenderableType:
     lines: list[RenderableType] = [Text("Findings", style="bold")]
     for item in findings:
         style = STYLES[item.severity]
-        text = Text.assemble((f"  {_MARKS[item.severity]} {item.code}", style), f"  {printable(item.subject)}")
-        text.append(f"\n      {printable(item.message)}")
+        head = Text.assemble((f"{_MARKS[item.severity]} {item.code}", style), f"  {printable(item.subject)}")
+        lines.append(indented(head, 2))
+        lines.append(indented(printable(item.message), 6))
         if item.hint:
-            text.append(f"\n      → {printable(item.hint)}", style="green")
-        lines.append(text)
+            lines.append(indented(f"→ {printable(item.hint)}", 6, "green"))
     return Group(*lines, "")
 
 
@@ -132,7 +128,8 @@ def _targets(inspection: Inspection) -> RenderableType:
         if support.supported:
             lines.append(Text.assemble(("  ✓ ", "green"), name, (f"  {size(support.nbytes or 0)}", "dim")))
         else:
-            lines.append(Text.assemble(("  ✗ ", "red"), name, (f"  {printable(support.reason or '')}", "dim")))
+            lines.append(Text.assemble(("  ✗ ", "red"), name))
+            lines.append(indented(printable(support.reason or ""), 6, "dim"))
     return Group(*lines, "")
 
 
@@ -146,7 +143,13 @@ def engine_table(facts: Iterable[EngineFact], *, evidence: bool) -> Table:
         table.add_column("only for", style="dim")
         table.add_column("evidence", style="dim")
     for fact in facts:
-        row = [fact.engine, fact.version, fact.form, Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict]), fact.note]
+        row: list[str | Text] = [
+            fact.engine,
+            fact.version,
+            fact.form,
+            Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict]),
+            fact.note,
+        ]
         if evidence:
             except_for = [f"not {name}" for name in fact.not_model_types]
             row.append(", ".join([*fact.schemes, *fact.layouts, *fact.model_types, *except_for]))

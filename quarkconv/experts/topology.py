@@ -9,6 +9,7 @@ from typing import Final, Literal
 
 from quarkconv.experts.naming import BY_PROJECTION, EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
 from quarkconv.findings import Finding, finding
+from quarkconv.headers.safetensors import distinct
 from quarkconv.scheme.stored import Form, StoredModules
 
 Layout = Literal["per_expert", "stacked", "fused"]
@@ -17,6 +18,8 @@ Layout = Literal["per_expert", "stacked", "fused"]
 
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
+_MAX_DIGITS: Final = 9
+"""Longer numbers of layers and experts are not believed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +35,7 @@ class MoELayer:
         experts, hidden, intermediate: E, H and I.
         forms: role -> the form of every expert's projection, E of them; in the layouts of one tensor for all experts,
             one. A fused layer has its gate and up under ``gate`` and an empty ``up``.
+        all_forms: the distinct forms among them.
     """
 
     index: int
@@ -43,16 +47,22 @@ class MoELayer:
     hidden: int
     intermediate: int
     forms: dict[Role, tuple[Form, ...]]
+    all_forms: frozenset[Form]
 
     @property
-    def all_forms(self) -> set[Form]:
-        """The distinct forms of the layer's weights."""
-        return {form for forms in self.forms.values() for form in forms}
+    def geometry(self) -> tuple[int, int, int]:
+        """E, H and I."""
+        return self.experts, self.hidden, self.intermediate
 
     @property
     def quantized(self) -> bool:
         """True when every projection of every expert is stored in int8."""
         return all(form.quantized for form in self.all_forms)
+
+    @property
+    def partly_quantized(self) -> bool:
+        """True when some projections are stored in int8 and others are not."""
+        return len({form.quantized for form in self.all_forms}) > 1
 
     def float_experts(self) -> int:
         """How many experts have a projection that is stored in float."""
@@ -98,8 +108,8 @@ def expert_topology(stored: StoredModules, config_experts: int | None, hidden_la
         config_experts: number of routed experts that the config claims, if it does.
         hidden_layers: number of decoder layers that the config claims, to number the layers of ``mtp.layers``.
     """
-    per_expert, single, members = _collect(stored)
     findings: list[Finding] = []
+    per_expert, single, members = _collect(stored, findings)
     layers: dict[str, MoELayer] = {}
     for prefix, projections in per_expert.items():
         index = _layer_index(prefix, hidden_layers, len(layers))
@@ -130,15 +140,26 @@ def expert_topology(stored: StoredModules, config_experts: int | None, hidden_la
                 )
             )  # fmt: skip
     ordered = tuple(sorted(layers.values(), key=lambda layer: (layer.index, layer.prefix)))
+    odd = [layer for layer in ordered if layer.geometry != ordered[0].geometry]
+    if odd:
+        findings.append(
+            finding(
+                "layer-geometry", odd[0].prefix,
+                f"{len(odd)} of {len(ordered)} MoE layers have another number or size of experts than the first: "
+                f"{_geometry(odd[0])} instead of {_geometry(ordered[0])}", count=len(odd),
+            )
+        )  # fmt: skip
     return Topology(ordered, tuple(findings), frozenset(members))
 
 
-_PerExpert = dict[str, dict[tuple[ExpertNaming, Role], dict[int, Form]]]
+_PerExpert = dict[str, dict[str, dict[int, Form]]]  # module of the experts -> projection -> number -> form
 _Single = dict[str, dict[tuple[ExpertNaming, str], Form]]
 
 
-def _collect(stored: StoredModules) -> tuple[_PerExpert, _Single, list[str]]:
+def _collect(stored: StoredModules, findings: list[Finding]) -> tuple[_PerExpert, _Single, list[str]]:
     """Group the modules that are routed experts by the module that holds them."""
+    misspelt: list[str] = []
+    places: dict[str, tuple[dict[str, dict[int, Form]], int]] = {}  # module of an expert -> its layer, its number
     per_expert: _PerExpert = {}
     single: _Single = {}
     members: list[str] = []
@@ -152,16 +173,20 @@ def _collect(stored: StoredModules) -> tuple[_PerExpert, _Single, list[str]]:
             single.setdefault(prefix, {})[role] = form
             members.append(module)
             continue
-        prefix, _, number = head.rpartition(".")
-        if prefix.endswith(_EXPERT_SUFFIX) and number.isascii() and number.isdecimal():
-            layer = per_expert.get(prefix)
-            if layer is None:
-                layer = per_expert[prefix] = {}
-            experts = layer.get(role)
-            if experts is None:
-                experts = layer[role] = {}
-            experts[int(number[:9])] = form
-            members.append(module)
+        place = places.get(head)
+        if place is None:
+            prefix, _, number = head.rpartition(".")
+            if not (prefix.endswith(_EXPERT_SUFFIX) and number.isascii() and number.isdecimal()):
+                continue
+            if number[0] == "0" != number or len(number) > _MAX_DIGITS:
+                misspelt.append(module)
+                continue
+            place = places[head] = (per_expert.setdefault(prefix, {}), int(number))
+        projections, expert = place
+        if leaf not in projections:
+            projections[leaf] = {}
+        projections[leaf][expert] = form
+        members.append(module)
     for module, form in stored.fused.items():
         prefix, _, leaf = module.rpartition(".")
         for naming in NAMINGS:
@@ -169,13 +194,21 @@ def _collect(stored: StoredModules) -> tuple[_PerExpert, _Single, list[str]]:
                 part = "gate_up" if leaf == naming.fused_gate_up else "down"
                 single.setdefault(prefix, {})[naming, part] = form
                 members.append(module)
+    if misspelt:
+        findings.append(
+            finding(
+                "tensor-unrecognised", misspelt[0],
+                f"{len(misspelt)} module(s) of experts have a number that no engine writes, such as 01",
+                hint="conversion treats them as ordinary linears; engines drop them", count=len(misspelt),
+            )
+        )  # fmt: skip
     return per_expert, single, members
 
 
 def _per_expert_layer(
-    prefix: str, index: int, projections: dict[tuple[ExpertNaming, Role], dict[int, Form]], findings: list[Finding]
+    prefix: str, index: int, projections: dict[str, dict[int, Form]], findings: list[Finding]
 ) -> MoELayer | None:
-    namings = {naming for naming, _ in projections}
+    namings = {BY_PROJECTION[name][0] for name in projections}
     if len(namings) > 1:
         names = " and ".join(sorted("/".join(naming.projections()) for naming in namings))
         findings.append(finding("layout-conflict", prefix, f"The layer names its experts in two ways: {names}"))
@@ -189,30 +222,42 @@ def _per_expert_layer(
         f"{number}.{name}"
         for role, name in zip(ROLES, naming.projections(), strict=True)
         for number in sorted(numbers)
-        if number not in projections.get((naming, role), {})
+        if number not in projections.get(name, {})
     ]
     if gaps or lost:
-        shown = f"expert {gaps[0]} is not there" if gaps else f"{lost[0]} is not there"
+        count = max(numbers) + 1 - experts if gaps else len(lost)
+        what = "expert" if gaps else "projection"
+        first = f"expert {gaps[0]}" if gaps else lost[0]
         findings.append(
             finding(
                 "expert-missing", prefix,
-                f"The layer has experts up to number {max(numbers)}, and {len(gaps) or len(lost)} missing: {shown}",
-                hint="download the checkpoint again; if it came so, quantize it again", count=len(gaps) or len(lost),
+                f"The layer has experts up to number {max(numbers)}, and {count} {what}(s) missing, first {first}",
+                hint="download the checkpoint again; if it came so, quantize it again", count=count,
             )
         )  # fmt: skip
         return None
-    forms = {role: tuple(projections[naming, role][number] for number in wanted) for role in ROLES}
+    names_of = dict(zip(ROLES, naming.projections(), strict=True))
+    forms = {role: tuple(map(projections[name].__getitem__, wanted)) for role, name in names_of.items()}
     intermediate, hidden = forms["gate"][0].weight[1][0], forms["down"][0].weight[1][0]
     right = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-    for role, name in zip(ROLES, naming.projections(), strict=True):
-        for number, form in enumerate(forms[role]):
-            # Formats that pack several codes into an element store fewer columns than the projection has.
-            packed = not (form.quantized or form.is_float)
-            if form.weight[1][: 1 if packed else 2] != right[role][: 1 if packed else 2]:
+    kept = {role: frozenset(distinct(forms[role])) for role in ROLES}
+    for role, name in names_of.items():
+        wrong = {form for form in kept[role] if not _fits(form, right[role])}
+        for number, form in enumerate(forms[role] if wrong else ()):
+            if form in wrong:
                 findings.append(_wrong_shape(f"{prefix}.{number}.{name}", right[role], form.weight[1]))
                 return None
     moe = prefix.removesuffix(_EXPERT_SUFFIX)
-    return MoELayer(index, prefix, moe, naming, "per_expert", experts, hidden, intermediate, forms)
+    all_forms = frozenset().union(*kept.values())
+    return MoELayer(index, prefix, moe, naming, "per_expert", experts, hidden, intermediate, forms, all_forms)
+
+
+def _fits(form: Form, shape: tuple[int, int]) -> bool:
+    """Whether a projection has a shape; formats that pack several codes into an element store fewer columns."""
+    found = form.weight[1]
+    if form.quantized or form.is_float:
+        return found == shape
+    return len(found) == 2 and found[0] == shape[0]
 
 
 def _single_tensor_layer(
@@ -246,7 +291,8 @@ def _single_tensor_layer(
             forms = {"gate": (parts["gate_up"],), "up": (), **forms}
         else:
             forms = {"gate": (parts["gate"],), "up": (parts["up"],), **forms}
-        return MoELayer(index, prefix, moe, naming, layout, experts, hidden, intermediate, forms)
+        all_forms = frozenset(parts.values())
+        return MoELayer(index, prefix, moe, naming, layout, experts, hidden, intermediate, forms, all_forms)
     return None
 
 
@@ -254,13 +300,18 @@ def _layer_index(prefix: str, hidden_layers: int | None, position: int) -> int:
     numbers = _LAYER_NUMBER.findall(prefix)
     if not numbers:
         return position
-    index = int(numbers[-1][:9])
+    index = int(numbers[-1][:_MAX_DIGITS])
     separate_mtp = prefix.startswith("mtp.") or ".mtp." in prefix
     return index + (hidden_layers or 0) if separate_mtp else index
 
 
+def _geometry(layer: MoELayer) -> str:
+    return f"{layer.experts} experts, hidden {layer.hidden}, intermediate {layer.intermediate}"
+
+
 def _wrong_shape(subject: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Finding:
     return finding(
-        "expert-shape", subject, f"The projection has shape {list(found)}, the others of its layer need {list(expected)}",
+        "expert-shape", subject,
+        f"The projection has shape {list(found)}, the others of its layer need {list(expected)}",
         hint="download the checkpoint again; if it came so, quantize it again",
     )  # fmt: skip

@@ -122,7 +122,11 @@ def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:
                 "The index has no weight_map", code="index-invalid", file=INDEX_NAME,
                 expected="an object from tensor to file", found=type(weight_map).__name__,
             )  # fmt: skip
-        for file in set(map(str, weight_map.values())):
+        if set(map(type, weight_map.values())) - {str}:
+            raise SourceError(
+                "The index maps a tensor to something that is no file name", code="index-invalid", file=INDEX_NAME
+            )
+        for file in set(weight_map.values()):
             if "/" in file or "\\" in file or file in ("", ".", "..") or not file.endswith(".safetensors"):
                 raise SourceError(
                     "The index names something that is no shard of this directory", code="index-invalid",
@@ -131,7 +135,7 @@ def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:
     except SourceError as error:
         findings.append(_as_finding(error))
         return None
-    return {name: str(file) for name, file in weight_map.items()}
+    return weight_map
 
 
 def _shard_names(root: Path, weight_map: dict[str, str] | None, findings: list[Finding]) -> list[str]:
@@ -163,24 +167,29 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
     if sum(len(shard.names) for shard in shards) == distinct:
         return
     first: dict[str, str] = {}
+    twice: dict[tuple[str, str], list[str]] = {}
     for shard in shards:
         for name in shard.names:
             other = first.setdefault(name, shard.file)
             if other != shard.file:
-                yield finding(
-                    "tensor-duplicate", name, f"The tensor lies in {other} and in {shard.file}",
-                    hint="keep one of them; engines disagree about which one they load",
-                )  # fmt: skip
+                twice.setdefault((other, shard.file), []).append(name)
+    for (one, other), names in twice.items():
+        yield finding(
+            "tensor-duplicate", names[0], f"{len(names)} tensor(s) lie in {one} and in {other}, first {names[0]}",
+            hint="keep one of them; engines disagree about which one they load", count=len(names),
+        )  # fmt: skip
 
 
 def _compare_index(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iterator[Finding]:
+    if list(weight_map) == [name for shard in shards for name in shard.names]:  # often in the same order, too
+        files = [shard.file for shard in shards for _ in shard.names]
+        if list(weight_map.values()) == files:
+            return
     stored: dict[str, str] = {}
     for shard in shards:
         stored.update(dict.fromkeys(shard.names, shard.file))
-    if stored == weight_map:
-        return
-    readable = {shard.file for shard in shards}
-    missing = [name for name, file in weight_map.items() if file in readable and stored.get(name) != file]
+    contents = {shard.file: set(shard.names) for shard in shards}
+    missing = [name for name, file in weight_map.items() if file in contents and name not in contents[file]]
     extra = [name for name in stored if name not in weight_map]
     if missing:
         place = stored.get(missing[0])

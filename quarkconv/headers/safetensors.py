@@ -15,15 +15,17 @@ import gc
 import json
 import os
 import struct
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import chain
+from itertools import accumulate, chain
 from math import prod
-from operator import eq, itemgetter, sub
-from typing import Final, NamedTuple, NoReturn
+from operator import eq, itemgetter, mul, sub
+from typing import Final, NamedTuple, NoReturn, TypeVar
 
 from quarkconv.errors import SourceError
+from quarkconv.headers.scan import scan_header
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The bound that safetensors itself sets on a header."""
@@ -35,9 +37,13 @@ DTYPE_BITS: Final[dict[str, int]] = {
 }  # fmt: skip
 """Bits per element of every dtype of the format."""
 
+_MAX_SIZE: Final = 2**64 - 1
+
 FLOAT_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
 """Dtypes in which unquantized weights are stored."""
 
+
+_T = TypeVar("_T")
 
 Kind = tuple[str, tuple[int, ...]]
 """Dtype and shape of a tensor, outermost dimension first; the shape of a scalar is ``()``."""
@@ -117,10 +123,11 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
             (length,) = struct.unpack("<Q", prefix)
             _check_length(file, length, size)
             raw = handle.read(length)
-    except OSError as error:
+    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise SourceError(
-            "The file cannot be read", code="shard-missing", file=file, found=error.strerror or str(error)
-        ) from error
+            "The file cannot be read", code="shard-missing", file=file,
+            found=getattr(error, "strerror", None) or str(error),
+        ) from error  # fmt: skip
     return parse_header(raw, file, size)
 
 
@@ -137,14 +144,13 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
     """
     data_start = 8 + len(raw)
     with collector_paused():
-        entries = _load(raw, file)
-        metadata = entries.pop("__metadata__", None)
-        if metadata is not None and not (
-            isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
-        ):
-            _refuse(file, "__metadata__", "an object of strings", _show(metadata))
-        names = list(entries)
-        kinds, starts, ends = _columns(entries, file)
+        text = _decode(raw, file)
+        scanned = scan_header(text)
+        if scanned is not None and all(map(_is_kind, distinct(scanned.kinds))):
+            names, kinds, ends = scanned
+            starts: Sequence[int] = (0, *ends[:-1])
+        else:
+            names, kinds, starts, ends = _parse(text, file)
         _check_sizes(file, names, kinds, starts, ends)
         data_size = _check_coverage(file, names, starts, ends)
     if data_start + data_size < size:
@@ -154,6 +160,17 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
             hint="download or copy the file again",
         )  # fmt: skip
     return ShardHeader(file, size, data_start, names, kinds, starts, ends, data_start + data_size - size)
+
+
+def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[Kind], Sequence[int], Sequence[int]]:
+    """Names, kinds, starts and ends of a header in any form of JSON."""
+    entries = _load(text, file)
+    metadata = entries.pop("__metadata__", None)
+    if metadata is not None and not (
+        isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
+    ):
+        _refuse(file, "__metadata__", "an object of strings", _show(metadata))
+    return list(entries), *_columns(entries, file)
 
 
 def _check_length(file: str, length: int, size: int) -> None:
@@ -171,21 +188,31 @@ def _check_length(file: str, length: int, size: int) -> None:
         )  # fmt: skip
 
 
-def _load(raw: bytes, file: str) -> dict[str, dict[str, object]]:
+def _decode(raw: bytes, file: str) -> str:
     try:
-        text = raw.decode("utf-8")
+        return raw.decode("utf-8")
+    except ValueError as error:
+        raise _not_json(error, file) from error
+
+
+def _not_json(error: Exception, file: str) -> SourceError:
+    return SourceError(
+        "The header is not valid JSON", file=file, found=str(error) or "nesting too deep",
+        hint="download or copy the file again",
+    )  # fmt: skip
+
+
+def _load(text: str, file: str) -> dict[str, dict[str, object]]:
+    try:
         if not text.startswith("{"):
             raise ValueError("the header does not start with '{'")
         entries = json.loads(text, parse_constant=_no_constant)
-        # A duplicate name is lost by the dict. Counting a key that every entry has shows it without slowing the parse;
-        # a name may contain that text, so the count only decides whether to look closer.
-        if text.count('"data_offsets"') != len(entries) - ("__metadata__" in entries):
-            json.loads(text, object_pairs_hook=_no_duplicates)
+        # What Python's parser lets pass, and the format does not, is looked for with a second, slower parse. Headers as
+        # tools write them do not need it: the hints are cheap, and may be wrong in one direction only.
+        if text.count(":") != _pairs(entries) or "\\u" in text or "-0" in text:
+            json.loads(text, object_pairs_hook=_strict_object, parse_int=_strict_int)
     except (ValueError, RecursionError) as error:
-        raise SourceError(
-            "The header is not valid JSON", file=file, found=str(error) or "nesting too deep",
-            hint="download or copy the file again",
-        ) from error  # fmt: skip
+        raise _not_json(error, file) from error
     if not isinstance(entries, dict):  # pragma: no cover - a text that starts with '{' parses to an object
         _refuse(file, "header", "an object", _show(entries))
     return entries
@@ -208,12 +235,28 @@ def _columns(
         if set(map(type, chain(starts, ends, chain.from_iterable(shapes)))) != {int} or min(starts) < 0:
             raise ValueError
         kinds = list(zip(dtypes, map(tuple, shapes), strict=True))
-        for dtype, shape in set(kinds):
-            if dtype not in DTYPE_BITS or min(shape, default=0) < 0:
-                raise ValueError
+        if not all(map(_is_kind, distinct(kinds))):
+            raise ValueError
     except (ValueError, KeyError, TypeError):
         _find_bad_entry(entries, file)
     return kinds, starts, ends
+
+
+def distinct(items: Iterable[_T]) -> Collection[_T]:
+    """The distinct objects among many that are mostly shared: by identity, which spares hashing what they hold."""
+    return {id(item): item for item in items}.values()
+
+
+def _is_kind(kind: Kind) -> bool:
+    """True for a dtype of the format and a shape that a tensor can have."""
+    dtype, shape = kind
+    return dtype in DTYPE_BITS and min(shape, default=0) >= 0 and not _overflows(dtype, shape)
+
+
+def _overflows(dtype: str, shape: Sequence[int]) -> bool:
+    """True when a size does not fit in 64 bits while it is multiplied up, even if a later factor is 0."""
+    counts = list(accumulate(shape, mul, initial=1))
+    return max(*shape, *counts, counts[-1] * DTYPE_BITS[dtype]) > _MAX_SIZE
 
 
 def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoReturn:
@@ -228,8 +271,10 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             _refuse(file, name, "a dtype of the safetensors format", _show(dtype))
-        if not sizes(shape):
+        if not isinstance(shape, list) or not sizes(shape):
             _refuse(file, name, "a shape of whole numbers that are not negative", _show(shape))
+        if _overflows(dtype, shape):
+            _refuse(file, name, "a size that fits in 64 bits", _show(shape))
         if not sizes(offsets) or not isinstance(offsets, list) or len(offsets) != 2:
             _refuse(file, name, "two data_offsets that are not negative", _show(offsets))
     raise AssertionError("no bad entry in a header that failed its checks")  # pragma: no cover
@@ -239,13 +284,13 @@ def _check_sizes(
     file: str, names: Sequence[str], kinds: Sequence[Kind], starts: Sequence[int], ends: Sequence[int]
 ) -> None:
     """Every byte range is as long as dtype and shape say."""
-    bits = {kind: DTYPE_BITS[kind[0]] * prod(kind[1]) for kind in set(kinds)}
-    nbytes = {kind: count // 8 if count % 8 == 0 else -1 for kind, count in bits.items()}
-    if all(map(eq, map(nbytes.__getitem__, kinds), map(sub, ends, starts))):
+    bits = {id(kind): DTYPE_BITS[kind[0]] * prod(kind[1]) for kind in distinct(kinds)}
+    nbytes = {key: count // 8 if count % 8 == 0 else None for key, count in bits.items()}
+    if all(map(eq, map(nbytes.__getitem__, map(id, kinds)), map(sub, ends, starts))):
         return
     for name, kind, start, end in zip(names, kinds, starts, ends, strict=True):
-        if nbytes[kind] != end - start:
-            expected = f"{bits[kind] / 8:g} bytes for {kind[0]} {list(kind[1])}"
+        if nbytes[id(kind)] != end - start:
+            expected = f"{bits[id(kind)] / 8:g} bytes for {kind[0]} {list(kind[1])}"
             _refuse(file, name, expected, f"data_offsets that span {end - start} bytes")
 
 
@@ -279,13 +324,29 @@ def _no_constant(text: str) -> NoReturn:
     raise ValueError(f"{text} is not a JSON number")
 
 
-def _no_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:
+def _pairs(entries: dict[str, dict[str, object]]) -> int:
+    """How many colons a header has that is as it should be: one a pair, four a tensor. A duplicate makes it more."""
+    metadata = entries.get("__metadata__", ())
+    return 4 * len(entries) + (len(metadata) - 3 if isinstance(metadata, dict) else 0)
+
+
+def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
+    """Refuse a key that occurs twice, of which Python keeps the last, and text that is not Unicode."""
+    for pair in pairs:
+        for text in pair:
+            if isinstance(text, str) and not text.isascii():
+                text.encode()  # half a surrogate pair raises
     found = dict(pairs)
     if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))
-        raise ValueError(f"the name {_show(twice)} occurs twice")
+        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
+        raise ValueError(f"the name {_show(name)} occurs twice")
     return found
+
+
+def _strict_int(text: str) -> int:
+    if text == "-0":
+        raise ValueError("-0 is not a whole number")
+    return int(text)
 
 
 def _refuse(file: str, tensor: str, expected: str, found: str) -> NoReturn:

@@ -43,7 +43,8 @@ def deep_findings(description: Description) -> Iterator[Finding]:
     if bad_scales:
         name, problem = bad_scales[0]
         yield finding(
-            "scale-invalid", name, f"{len(bad_scales)} scale tensor(s) are not finite and positive: {name} has {problem}",
+            "scale-invalid", name,
+            f"{len(bad_scales)} scale tensor(s) are not finite and positive: {name} has {problem}",
             hint="quantize the model again; its outputs would be NaN or zero", count=len(bad_scales),
         )  # fmt: skip
     if nonzero:

@@ -70,7 +70,8 @@ def engines_for(description: Description, converted_to: list[str]) -> list[Engin
         return []
     layout = description.int8_layers[0].layout
     model_type = (description.geometry.model_type or "").removesuffix("_text")
-    forms = {stored_form(description): layout, **dict.fromkeys(converted_to)}
+    forms: dict[str | None, str | None] = {stored_form(description): layout}
+    forms.update(dict.fromkeys(converted_to))
     found = [
         fact
         for fact in engine_facts()

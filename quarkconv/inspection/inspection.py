@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
+from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
 from quarkconv.errors import QuarkconvError
 from quarkconv.findings import Finding, Severity
@@ -110,14 +110,14 @@ def main_scheme(description: Description) -> ModuleScheme:
 
 
 def linear_counts(description: Description) -> dict[str, int]:
-    """How many linears, routed experts aside, are stored in int8 and how many in float."""
+    """How many linears, routed experts aside, are stored in int8 and how many in float; other formats are neither."""
     members = description.topology.members
-    counts = Counter(
-        "int8" if form.quantized else "unquantized"
-        for module, form in description.stored.linears.items()
-        if module not in members and len(form.weight[1]) == 2 and "embed" not in module.rpartition(".")[2]
-    )
-    return {"int8": counts["int8"], "unquantized": counts["unquantized"]}
+    counts = {"int8": 0, "unquantized": 0}
+    for (form, _), modules in description.modules.groups.items():
+        if form.quantized or form.is_float:
+            linears = sum(module not in members and is_linear(module, form) for module in modules)
+            counts["int8" if form.quantized else "unquantized"] += linears
+    return counts
 
 
 def _support(description: Description, target: Target) -> TargetSupport:

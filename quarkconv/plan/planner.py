@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Final
 
 from quarkconv.description import Description
@@ -15,7 +16,7 @@ from quarkconv.plan.layout import pack_shards
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile
 from quarkconv.plan.sources import ExpertSource
 from quarkconv.plan.target import Target
-from quarkconv.scheme.stored import linear_names
+from quarkconv.scheme.stored import fused_names, linear_names
 
 _REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
@@ -41,7 +42,9 @@ def make_plan(description: Description, target: Target, max_shard_size: int) -> 
     checkpoint = description.checkpoint
     with collector_paused():
         refs = checkpoint.refs()
-        tensors = sorted(_output_tensors(description, target, refs), key=lambda tensor: natural_key(tensor.name))
+        checks = tuple(_checks(description, refs))
+        tensors = list(_output_tensors(description, target, refs, checks))
+        tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
         layers = description.int8_layers
         return Plan(
@@ -59,7 +62,7 @@ def make_plan(description: Description, target: Target, max_shard_size: int) -> 
                 description.geometry.activation,
             ),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
-            checks=tuple(_checks(description, refs)),
+            checks=checks,
             shards=pack_shards(tensors, max_shard_size),
             config=target.config(description),
             copies=tuple(_copies(description)),
@@ -102,22 +105,23 @@ def natural_key(name: str) -> list[tuple[int, str]]:
 
 
 def _output_tensors(
-    description: Description, target: Target, refs: dict[str, TensorRef]
+    description: Description, target: Target, refs: dict[str, TensorRef], checks: tuple[Check, ...]
 ) -> Iterator[OutputTensor]:
-    """The tensors of the output: experts and int8 linears as the target writes them, the rest untouched."""
-    consumed: set[str] = set()
+    """The tensors of the output: experts and int8 linears as the target writes them, the rest untouched.
+
+    What only a check reads, such as zero points, is not written.
+    """
+    made: list[OutputTensor] = []
     for layer in description.int8_layers:
-        source = ExpertSource(layer, refs)
-        for role, expert, _ in layer.modules():
-            consumed.update(source.names(role, expert))
-        yield from target.expert_tensors(source)
+        made += target.expert_tensors(ExpertSource(layer, refs))
     for module, form in description.stored.linears.items():
-        names = linear_names(module)
-        if form.quantized and names.weight not in consumed:
-            consumed.update(names)
-            yield from target.linear_tensors(module, form, refs)
+        if form.quantized and module not in description.topology.members:
+            made += target.linear_tensors(module, form, refs)
+    yield from made
+    used = {piece.tensor for tensor in made for piece in tensor.pieces}
+    used.update(piece.tensor for check in checks for piece in (check.first, check.second) if piece is not None)
     for name, ref in refs.items():
-        if name not in consumed:
+        if name not in used:
             yield OutputTensor(name, ref.dtype, ref.shape, (Piece.whole(name, ref),))
 
 
@@ -127,7 +131,7 @@ def _checks(description: Description, refs: dict[str, TensorRef]) -> Iterator[Ch
         if form.zero_point is None and form.input_zero_point is None:
             continue
         for module in modules:
-            names = linear_names(module)
+            names = fused_names(module) if module in description.stored.fused else linear_names(module)
             for name in (names.zero_point, names.input_zero_point):
                 if name in refs:
                     yield Check("zero", Piece.whole(name, refs[name]))
@@ -147,12 +151,18 @@ def _copies(description: Description) -> Iterator[SourceFile]:
     root = description.checkpoint.root
     for path in description.checkpoint.files():
         name = path.as_posix()
-        if name not in _REPLACED and not name.endswith((*_OTHER_WEIGHTS, ".index.json")):
-            yield SourceFile(name, (root / path).stat().st_size)
+        if name in _REPLACED or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+            continue
+        if "\\" in name or any("\ud800" <= char <= "\udfff" for char in name):
+            raise UnsupportedError(
+                "A file of the source has a name that the manifest cannot hold", file=repr(name),
+                expected="UTF-8 without backslashes", hint="rename the file, or move it out of the source",
+            )  # fmt: skip
+        yield SourceFile(name, (root / path).stat().st_size)
 
 
 def _check_names(tensors: list[OutputTensor]) -> None:
-    for first, second in zip(tensors, tensors[1:], strict=False):
+    for first, second in pairwise(tensors):
         if first.name == second.name:
             raise UnsupportedError(
                 "The source already has a tensor of a name that the target needs", tensor=first.name,

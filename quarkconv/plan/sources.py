@@ -51,7 +51,8 @@ class ExpertSource:
             leaf = naming.fused_down if role == "down" else naming.fused_gate_up
             return fused_names(f"{layer.prefix}.{leaf}")
         leaf = {"gate": naming.gate, "up": naming.up, "down": naming.down}[role]
-        return linear_names(f"{layer.prefix}.{expert}.{leaf}" if layer.layout == "per_expert" else f"{layer.moe}.{leaf}")
+        head = f"{layer.prefix}.{expert}" if layer.layout == "per_expert" else layer.moe
+        return linear_names(f"{head}.{leaf}")
 
     def rows(self, role: Role) -> int:
         """Output rows of a projection: I for gate and up, H for down."""

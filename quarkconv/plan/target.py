@@ -49,28 +49,32 @@ class Target(ABC):
         A scale per tensor is repeated over the rows, a 16-bit scale is widened; both are exact.
         """
         names = linear_names(module)
-        rows = form.weight[1][0]
+        *lead, rows, _ = form.weight[1]
         per_row = form.granularity == PER_CHANNEL
         yield OutputTensor(names.weight, *form.weight, (Piece.whole(names.weight, refs[names.weight]),))
-        scale = scale_piece(names.scale, refs[names.scale], rows, per_row=per_row)
-        yield OutputTensor(names.scale, "F32", (rows, 1), (scale,))
+        parts = prod(lead)
+        scales = (
+            scale_piece(names.scale, refs[names.scale], rows, part=part, parts=parts, per_row=per_row)
+            for part in range(parts)
+        )
+        yield OutputTensor(names.scale, "F32", (*lead, rows, 1), tuple(scales))
         if form.input_scale is not None:
             piece = scale_piece(names.input_scale, refs[names.input_scale], 1, per_row=False)
             yield OutputTensor(names.input_scale, "F32", form.input_scale[1], (piece,))
 
     def linear_bytes(self, form: Form) -> int:
         """Size of :meth:`linear_tensors`, without making them."""
-        out, inner = form.weight[1]
-        return out * inner + 4 * out + (4 if form.input_scale is not None else 0)
+        static = 0 if form.input_scale is None else 4 * prod(form.input_scale[1])
+        return prod(form.weight[1]) + 4 * prod(form.weight[1][:-1]) + static
 
     def output_bytes(self, description: Description) -> int:
         """Size of all tensors of the output, without planning them."""
-        consumed = sum(map(form_bytes, (form for _, form in description.stored if form.quantized)))
+        consumed = sum(len(modules) * form_bytes(form) for form, _, modules in description.modules.quantized())
         experts = sum(self.expert_bytes(layer) for layer in description.int8_layers)
+        members = description.topology.members
         linears = sum(
-            self.linear_bytes(form)
-            for module, form in description.stored.linears.items()
-            if form.quantized and module not in description.topology.members
+            self.linear_bytes(form) * sum(module not in members for module in modules)
+            for form, _, modules in description.modules.quantized()
         )
         return description.checkpoint.tensor_bytes - consumed + experts + linears
 

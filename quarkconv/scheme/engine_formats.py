@@ -6,8 +6,7 @@
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme
@@ -25,6 +24,9 @@ from quarkconv.scheme.spec import (
     TensorSpec,
 )
 
+LINEAR_TYPE = "Linear"
+"""The class that a group names to mean every linear that no group names."""
+
 _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
 
 
@@ -41,24 +43,25 @@ class CompressedTensorsScheme(DeclaredScheme):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("compressed-tensors", None)
-        self._groups: list[tuple[list[str], ModuleScheme]] = []
+        self._groups: list[tuple[Callable[[str], bool], ModuleScheme]] = []
         for key, value in self._object(config.get("config_groups"), "config_groups").items():
             group = self._object(value, f"config_groups.{key}")
             scheme = ModuleScheme(
                 self._spec(group.get("weights"), f"config_groups.{key}.weights"),
                 self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
             )
-            self._groups.append((self._strings(group.get("targets"), f"config_groups.{key}.targets"), scheme))
+            targets = self._strings(group.get("targets"), f"config_groups.{key}.targets")
+            self._groups.append((name_filter(targets, globs=False), scheme))
+            if LINEAR_TYPE in targets and self.default == FLOAT:
+                self.default = scheme
         self._ignored = name_filter(self._strings(config.get("ignore"), "ignore"), globs=False)
-        self.default = next((scheme for targets, scheme in self._groups if "Linear" in targets), FLOAT)
 
     def resolve(self, module: str) -> ModuleScheme:
         if self._ignored(module):
             return FLOAT
-        for targets, scheme in self._groups:
-            for target in targets:
-                if target == module or (target.startswith("re:") and _matches(target[3:], module)):
-                    return scheme
+        for named, scheme in self._groups:
+            if named(module):
+                return scheme
         return self.default
 
     def resolve_expert(self, experts: str, module: str) -> ModuleScheme:
@@ -91,10 +94,3 @@ class W8A8Int8Scheme(DeclaredScheme):
 
     def resolve(self, module: str) -> ModuleScheme:
         return FLOAT if self._ignored(module) else self.default
-
-
-def _matches(pattern: str, module: str) -> bool:
-    try:
-        return re.match(pattern, module) is not None
-    except (re.error, OverflowError, RecursionError):
-        return False

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import translate
 
@@ -19,6 +20,15 @@ def glob_matcher(pattern: str) -> Callable[[str], object]:
     return re.compile(translate(pattern)).match if is_pattern(pattern) else pattern.__eq__
 
 
+def regex_matcher(pattern: str) -> Callable[[str], object] | None:
+    """A test of names against a regular expression, from the start of the name; None when it is not one."""
+    try:
+        with warnings.catch_warnings(action="ignore"):  # such as: the meaning of "[[" may change
+            return re.compile(pattern).match
+    except (re.error, OverflowError, RecursionError):
+        return None
+
+
 def name_filter(entries: Iterable[str], *, globs: bool) -> Callable[[str], bool]:
     """A test whether a module name is in a list of names and patterns.
 
@@ -31,10 +41,9 @@ def name_filter(entries: Iterable[str], *, globs: bool) -> Callable[[str], bool]
     matchers: list[Callable[[str], object]] = []
     for entry in entries:
         if entry.startswith("re:"):
-            try:
-                matchers.append(re.compile(entry[3:]).match)
-            except (re.error, OverflowError, RecursionError):
-                continue
+            matcher = regex_matcher(entry[3:])
+            if matcher is not None:
+                matchers.append(matcher)
         elif globs and is_pattern(entry):
             matchers.append(glob_matcher(entry))
         else:

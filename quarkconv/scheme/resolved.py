@@ -13,9 +13,9 @@ from quarkconv.scheme.spec import (
     INPUT_STATIC,
     PER_CHANNEL,
     PER_TENSOR,
+    SCHEME_NAMES,
     WEIGHT_PER_CHANNEL,
     WEIGHT_PER_TENSOR,
-    SCHEME_NAMES,
     ModuleScheme,
 )
 from quarkconv.scheme.stored import Form, StoredModules
@@ -67,16 +67,21 @@ def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> R
     """Ask the config about every stored module. Without a config, or with one that is not read, all are float."""
     if declared is None or isinstance(declared, UnknownScheme):
         default = FLOAT
-        pairs = ((module, (form, FLOAT)) for module, form in stored)
+        triples = ((module, form, FLOAT) for module, form in stored)
     else:
         default = declared.default
         resolve = declared.resolve
-        pairs = ((module, (form, resolve(module))) for module, form in stored)
-    groups: dict[tuple[Form, ModuleScheme], list[str]] = {}
-    for module, key in pairs:
-        group = groups.get(key)
+        triples = ((module, form, resolve(module)) for module, form in stored)
+    # Forms and schemes are shared objects: to group by identity first spares hashing what they hold, module by module.
+    alike: dict[tuple[int, int], tuple[Form, ModuleScheme, list[str]]] = {}
+    for module, form, scheme in triples:
+        key = (id(form), id(scheme))
+        group = alike.get(key)
         if group is None:
-            groups[key] = [module]
+            alike[key] = (form, scheme, [module])
         else:
-            group.append(module)
+            group[2].append(module)
+    groups: dict[tuple[Form, ModuleScheme], list[str]] = {}
+    for form, scheme, modules in alike.values():
+        groups.setdefault((form, scheme), []).extend(modules)
     return ResolvedModules(groups, default, SCHEME_NAMES if declared is None else declared.names)

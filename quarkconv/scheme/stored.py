@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from operator import methodcaller
 from typing import Final, Literal, NamedTuple
 
 from quarkconv.headers.safetensors import FLOAT_DTYPES, Kind
@@ -20,6 +21,7 @@ from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
+_WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point")
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -36,6 +38,11 @@ class Form(NamedTuple):
     zero_point: Kind | None = None
     input_scale: Kind | None = None
     input_zero_point: Kind | None = None
+
+    @property
+    def companions(self) -> int:
+        """How many tensors the module has beside its weight."""
+        return 4 - self.count(None)
 
     @property
     def quantized(self) -> bool:
@@ -119,39 +126,44 @@ def stored_modules(kinds: Mapping[str, Kind], fused_leaves: Collection[str]) -> 
     """
     linears: dict[str, Form] = {}
     fused: dict[str, Form] = {}
-    forms: dict[Form, Form] = {}
-    get = kinds.get
-    companions = 0
-    has_inputs = any(name.endswith(("input_scale", "input_zero_point")) for name in kinds)
+    forms: dict[tuple[int, ...], tuple[Form, int]] = {}  # by identity: kinds are mostly shared objects, and costly to hash
+    weights = [item for item in kinds.items() if item[0].endswith(_WEIGHT)]
+    companions = [name for name in kinds if name.endswith(_COMPANIONS)]
+    only_scales = all(map(methodcaller("endswith", ".weight_scale"), companions))
+    owned = 0
+    for name, kind in weights:
+        dtype, shape = kind
+        if len(shape) < 2:
+            continue
+        module = name[: -len(_WEIGHT)]
+        if dtype in FLOAT_DTYPES:
+            found: tuple[Kind | None, ...] = (kind,)
+            key: tuple[int, ...] = (id(kind),)
+        elif only_scales:
+            scale = kinds.get(name + "_scale")
+            found = (kind, scale)
+            key = (id(kind), id(scale))
+        else:
+            found = tuple(map(kinds.get, linear_names(module)))
+            key = tuple(map(id, found))
+        known = forms.get(key)
+        if known is None:
+            form = Form(*found)  # type: ignore[arg-type]  # the first is a weight that is there
+            known = forms[key] = form, form.companions
+        linears[module], companions_here = known
+        owned += companions_here
     others: list[str] = []
-    for name, kind in kinds.items():
-        if name.endswith(".weight"):
-            if len(kind[1]) < 2:
-                continue
-            module = name[:-7]
-            if kind[0] in FLOAT_DTYPES:
-                form = Form(kind)
-            elif has_inputs:
-                form = _form(kinds, kind, linear_names(module))
-            else:
-                form = Form(kind, get(name + "_scale"), get(name + "_zero_point"))
-            linears[module] = form = forms.setdefault(form, form)
-            companions += 4 - form.count(None)
-        elif name.endswith(_COMPANIONS):
-            companions -= 1
-        elif len(kind[1]) == 3 and name.rpartition(".")[2] in fused_leaves:
-            form = _form(kinds, kind, fused_names(name))
-            fused[name] = forms.setdefault(form, form)
-            companions += 4 - form.count(None)
-        elif kind[0] == "I8":
-            others.append(name)
-    if companions:  # the number of scales and zero points is not what the modules account for: find the orphans
+    if len(weights) + len(companions) != len(kinds):
+        for name in (name for name in kinds if not name.endswith((_WEIGHT, *_COMPANIONS))):
+            kind = kinds[name]
+            if len(kind[1]) == 3 and name.rpartition(".")[2] in fused_leaves:
+                fused[name] = form = Form(*map(kinds.get, fused_names(name)))  # type: ignore[arg-type]
+                owned += form.companions
+            elif kind[0] == "I8":
+                others.append(name)
+    if owned != len(companions):
         others.extend(_orphans(kinds, linears, fused))
     return StoredModules(linears, fused, tuple(others))
-
-
-def _form(kinds: Mapping[str, Kind], weight: Kind, names: TensorNames) -> Form:
-    return Form(weight, *(kinds.get(name) for name in names[1:]))
 
 
 def _orphans(kinds: Mapping[str, Kind], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:

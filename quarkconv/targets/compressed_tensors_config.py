@@ -11,9 +11,10 @@ from typing import Any, Final
 
 from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
+from quarkconv.experts.geometry import TEXT_PARTS
+from quarkconv.experts.naming import NAMINGS
 from quarkconv.scheme.config import QUANTIZATION_KEY
 from quarkconv.scheme.spec import INPUT_STATIC
-from quarkconv.experts.geometry import TEXT_PARTS
 
 FUSED_PARENTS: Final[dict[str, str]] = {
     "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
@@ -71,9 +72,11 @@ def _ignored(description: Description) -> Iterator[str]:
     topology = description.topology
     quantized = {module for module, form in description.stored.linears.items() if form.quantized}
     for module, form in description.stored.linears.items():
-        if not form.is_float or module in topology.members or not is_linear(module, form):
+        if not form.is_float or not is_linear(module, form):
             continue
         yield module
+        if module in topology.members:
+            continue
         head, _, leaf = module.rpartition(".")
         parent = FUSED_PARENTS.get(leaf)
         parts = [f"{head}.{part}" for part, merged in FUSED_PARENTS.items() if merged == parent]
@@ -82,3 +85,5 @@ def _ignored(description: Description) -> Iterator[str]:
     for layer in topology.layers:
         if not layer.quantized:
             yield layer.prefix
+            for leaf in NAMINGS[0].projections():  # vLLM and SGLang ask about these three, whatever the names are
+                yield f"{layer.prefix}.0.{leaf}"

@@ -21,7 +21,7 @@ from typing import Any, Final
 from quarkconv.description import Description
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
-from quarkconv.plan.pieces import OutputTensor, Piece
+from quarkconv.plan.pieces import OutputTensor
 from quarkconv.plan.sources import ExpertSource
 from quarkconv.plan.target import Target
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config
@@ -60,8 +60,8 @@ class FusedInt8(Target):
             yield OutputTensor(name, "I8", (layer.experts, rows, inner), codes)
             scales = tuple(source.scale(role, expert) for expert in experts for role in roles)
             yield OutputTensor(f"{name}_scale", "F32", (layer.experts, rows, 1), scales)
-            static = tuple(source.input_scale(roles[0], expert) for expert in experts)
-            if _all_there(static):
+            static = tuple(filter(None, (source.input_scale(roles[0], expert) for expert in experts)))
+            if len(static) == layer.experts:
                 yield OutputTensor(f"{name}_input_scale", "F32", (layer.experts,), static)
 
     def expert_bytes(self, layer: MoELayer) -> int:
@@ -72,7 +72,3 @@ class FusedInt8(Target):
 
     def config(self, description: Description) -> dict[str, Any]:
         return compressed_tensors_config(description)
-
-
-def _all_there(pieces: tuple[Piece | None, ...]) -> bool:
-    return all(piece is not None for piece in pieces)

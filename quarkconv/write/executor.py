@@ -10,7 +10,7 @@ import os
 import shutil
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from importlib.metadata import version
 from pathlib import Path
@@ -189,9 +189,10 @@ class _Run:
             if done[shard.file] is not None:
                 self._advance(shard.nbytes)
         self._check_space(sum(shard.nbytes for shard in todo))
+        futures: list[Future[WrittenShard]] = []
         with ThreadPoolExecutor(max_workers=max(1, jobs), thread_name_prefix="quarkconv") as pool:
-            futures = [pool.submit(self._write_shard, shard) for shard in todo]
             try:
+                futures.extend(pool.submit(self._write_shard, shard) for shard in todo)
                 wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
                 raise _interrupted() from None
@@ -199,10 +200,12 @@ class _Run:
                 self._stop.set()
                 for future in futures:
                     future.cancel()
+        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+        if errors:  # those that only stopped because another failed do not hide why
+            raise next((error for error in errors if not isinstance(error, InterruptedByUser)), errors[0])
         for future in futures:
-            if not future.cancelled():
-                written = future.result()
-                done[written.file] = written
+            written = future.result()
+            done[written.file] = written
         return [shard for shard in done.values() if shard is not None]
 
     def copy(self, name: str) -> WrittenFile:
@@ -288,7 +291,7 @@ class _Run:
 
     def _check_space(self, needed: int) -> None:
         # What an interrupted run left half-written is overwritten in place, so it counts as free.
-        needed -= sum(path.stat().st_size for path in self.staging.folder.glob("*.part"))
+        needed -= sum(path.stat().st_size for path in self.staging.files.glob("*.part"))
         free = shutil.disk_usage(self.staging.folder).free
         if needed > free:
             raise WriteError(

@@ -5,8 +5,9 @@ directory has no config.json and no engine takes it for a model. The folder hold
 
     plan.json          the plan that is being carried out: a later run resumes it only if it would make the same
     lock               held while a process works here
-    NAME.part          a shard that is being written
-    NAME, NAME.json    a finished shard, on disk, and the checksums of its pieces
+    notes/NAME.json    the checksums of the pieces of a finished shard
+    files/NAME         a file that is finished and on disk
+    files/NAME.part    a file that is being written
 
 A finished shard is never written again; whatever else is found after a crash is made anew.
 """
@@ -35,49 +36,52 @@ _LOCK: Final = "lock"
 class Staging:
     """The working folder of one conversion. Use :func:`open_staging` to get one."""
 
-    def __init__(self, output: Path) -> None:
+    def __init__(self, output: Path, plan_digest: str) -> None:
         self.output = output
+        self.plan_digest = plan_digest
         self.folder = output / STAGING_NAME
+        self.files = self.folder / "files"
+        self.notes = self.folder / "notes"
 
     def part(self, name: str) -> Path:
         """Where a file is written before it is finished; its folder exists."""
-        path = self.folder / (name + ".part")
+        path = self.files / (name + ".part")
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def finish(self, name: str) -> None:
         """Give a file that is complete and on disk its name."""
-        os.replace(self.part(name), self.folder / name)
+        os.replace(self.part(name), self.files / name)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file, durably, under its name or not at all."""
-        part = self.part(name)
-        with open(part, "wb") as handle:
-            handle.write(data)
-            handle.flush()
-            os.fsync(handle.fileno())
-        self.finish(name)
+        """Write a small file of the output, durably, under its name or not at all."""
+        write_durably(self.files / name, data)
 
     def record(self, shard: WrittenShard) -> None:
         """Note the checksums of a shard that is complete and on disk, then give it its name."""
         checksums = [[written.checksum for written in tensor.pieces] for tensor in shard.tensors]
-        note = {"size": shard.size, "header": shard.header_checksum, "pieces": checksums}
-        self.write(f"{shard.file}.json", json.dumps(note).encode())
+        note = {"plan": self.plan_digest, "header": shard.header_checksum, "pieces": checksums}
+        write_durably(self.notes / f"{shard.file}.json", json.dumps(note).encode())
         self.finish(shard.file)
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """What an earlier run recorded of a shard; None when it has to be written."""
-        path = next((path for path in (self.folder / shard.file, self.output / shard.file) if path.is_file()), None)
-        note_path = self.folder / f"{shard.file}.json"
+        path = next((path for path in (self.files / shard.file, self.output / shard.file) if path.is_file()), None)
+        note_path = self.notes / f"{shard.file}.json"
         if path is None or not note_path.is_file() or path.stat().st_size != shard.nbytes:
             return None
         try:
             note = json.loads(note_path.read_bytes())
+            if note["plan"] != self.plan_digest:
+                return None
             tensors = tuple(
                 WrittenTensor(
-                    tensor.name, tensor.dtype, tensor.shape, tuple(map(WrittenPiece, tensor.pieces, sums, strict=True))
+                    tensor.name,
+                    tensor.dtype,
+                    tensor.shape,
+                    tuple(WrittenPiece(*pair) for pair in zip(tensor.pieces, checksums, strict=True)),
                 )
-                for tensor, sums in zip(shard.tensors, note["pieces"], strict=True)
+                for tensor, checksums in zip(shard.tensors, note["pieces"], strict=True)
             )
             return WrittenShard(shard.file, shard.nbytes, shard.header, note["header"], tensors)
         except (ValueError, KeyError, TypeError):
@@ -86,7 +90,7 @@ class Staging:
     def publish(self, names: list[str]) -> None:
         """Move the finished files to where they belong, config.json last, and remove the working folder."""
         for name in sorted(names, key=lambda name: name == CONFIG_NAME):
-            staged, final = self.folder / name, self.output / name
+            staged, final = self.files / name, self.output / name
             final.parent.mkdir(parents=True, exist_ok=True)
             if staged.exists():
                 if name == CONFIG_NAME:
@@ -110,16 +114,16 @@ def open_staging(output: Path, plan_digest: str, plan_files: list[str], *, overw
         UsageError: the directory holds something that must not be overwritten, or another plan's unfinished work.
         WriteError: another process works there, or the directory cannot be made.
     """
-    staging = Staging(output)
+    staging = Staging(output, plan_digest)
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not overwrite:
             _refuse_foreign(output, set(plan_files) if staging.folder.is_dir() else set())
         made = not staging.folder.is_dir()
         staging.folder.mkdir(exist_ok=True)
+        descriptor = os.open(staging.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
     except OSError as error:
         raise as_write_error(error, output) from error
-    descriptor = os.open(staging.folder / _LOCK, os.O_RDWR | os.O_CREAT, 0o644)
     try:
         _lock(descriptor, output)
         try:
@@ -135,7 +139,7 @@ def open_staging(output: Path, plan_digest: str, plan_files: list[str], *, overw
                     hint="give the options it was started with, or --overwrite to start anew",
                 )  # fmt: skip
             if found is None:
-                staging.write(_PLAN, json.dumps({"plan": plan_digest}).encode())
+                write_durably(plan_file, json.dumps({"plan": plan_digest}).encode())
         except OSError as error:
             raise as_write_error(error, output) from error
         yield staging
@@ -145,6 +149,17 @@ def open_staging(output: Path, plan_digest: str, plan_files: list[str], *, overw
         raise
     finally:
         os.close(descriptor)
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file so that it is on disk under its name, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    with open(part, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+    os.replace(part, path)
 
 
 def sync_directory(path: Path) -> None:
@@ -184,11 +199,9 @@ def _refuse_foreign(output: Path, expected: set[str]) -> None:
 
 def _start_anew(staging: Staging) -> None:
     """Delete an earlier conversion, finished or not, and nothing else."""
-    for path in list(staging.folder.iterdir()):
-        if path.name != _LOCK:
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
     try:
-        manifest = read_manifest(staging.output)
+        # A conversion that was stopped while it moved its files up still has its manifest in the working folder.
+        manifest = read_manifest(staging.output) or read_manifest(staging.files)
     except SourceError as error:
         raise UsageError(
             "The output directory has a manifest that cannot be read", file=str(staging.output), found=error.message,
@@ -200,7 +213,18 @@ def _start_anew(staging: Staging) -> None:
         names = sorted(manifest.file_names(), key=lambda name: (name != CONFIG_NAME, name == MANIFEST_NAME))
         for name in names:
             (staging.output / name).unlink(missing_ok=True)
+            _remove_empty_folders(staging.output, name)
+    for path in list(staging.folder.iterdir()):
+        if path.name != _LOCK:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
     _refuse_foreign(staging.output, set())
+
+
+def _remove_empty_folders(output: Path, name: str) -> None:
+    """Remove the folders of a deleted file that hold nothing else."""
+    for folder in list(Path(name).parents)[:-1]:
+        if (output / folder).is_dir() and not any((output / folder).iterdir()):
+            (output / folder).rmdir()
 
 
 def _lock(descriptor: int, output: Path) -> None:

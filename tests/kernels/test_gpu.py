@@ -10,7 +10,7 @@ from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference, 
 
 pytestmark = pytest.mark.gpu
 
-# M, H, I, E, K: decode and prefill of the sizes of Mixtral-8x7B (two experts fewer bytes), Qwen3-30B-A3B and odd ones.
+# M, H, I, E, K: decode and prefill at (about) the sizes of Mixtral-8x7B and Qwen3-30B-A3B, and an odd one.
 LARGE = {
     "mixtral-decode": (3, 4096, 14336, 4, 2),
     "mixtral-prefill": (300, 4096, 3584, 8, 2),

@@ -39,7 +39,7 @@ def spread(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> t
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 5), (3, 88), (4, 129), (2, 8200)])
+@pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 5), (3, 88), (4, 129), (2, 2100)])
 def test_per_token_equals_exact_arithmetic(quantize, dtype, rows, width, device):
     x = spread(rows, width, dtype, device)
     codes, scales = quantize(x)
@@ -93,7 +93,7 @@ def test_values_too_small_for_a_normal_scale(quantize, device):
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-@pytest.mark.parametrize("width", [96, 8200])
+@pytest.mark.parametrize("width", [96, 2100])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_row_that_is_not_finite_keeps_to_itself(quantize, bad, width, device):
     x = spread(3, width, torch.bfloat16, device)

@@ -1,0 +1,46 @@
+# Everything a fresh machine with Python 3.11+ needs: `make demo`, `make test`.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMP  := $(VENV)/.installed
+
+.PHONY: demo test check style bench picture docs clean help
+
+help:  ## Show what can be made
+	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
+	@touch $(STAMP)
+
+demo: $(STAMP)  ## Inspect, convert and verify a real Quark export
+	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
+
+test: $(STAMP)  ## Run every test
+	$(BIN)/python -m pytest -q $(TESTS)
+
+check: $(STAMP)  ## Lint, formatting, types, and whether generated documents are current
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	@rm -rf build/typecheck && mkdir -p build/typecheck/quarkconv
+	@ln -s $(CURDIR)/quarkconv/* build/typecheck/quarkconv/ && ln -s $(CURDIR)/kernels/src build/typecheck/quarkconv/kernels
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p quarkconv
+	$(BIN)/python docs/generate.py --check
+
+style: $(STAMP)  ## Format, and mend what the linter can mend
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+docs: $(STAMP)  ## Make the documents that come from tables in the code
+	$(BIN)/python docs/generate.py
+
+picture: $(STAMP)  ## Make the picture of the terminal in the README
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/picture.py
+
+bench: $(STAMP)  ## Measure inspect and plan on a 230 GB checkpoint of holes
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/headers.py
+
+clean:  ## Remove what was built
+	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

@@ -1,0 +1,159 @@
+"""The arguments of the fused operation, checked once and carried as one value."""
+
+from dataclasses import dataclass
+
+import torch
+
+from .activations import Activation, make_activation
+from .grouped_gemm import ExpertWeights
+
+# An int32 sum of d products of codes in [-127, 127] and weights in [-128, 127] cannot overflow up to this d.
+MAX_DEPTH = (2**31 - 1) // (127 * 128)
+_MAX_INDEX = 2**31 - 1
+
+_HIDDEN_DTYPES = (torch.bfloat16, torch.float16)
+_BIAS_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+_ID_DTYPES = (torch.int32, torch.int64)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertsArguments:
+    """Checked arguments of one forward; see `fused_experts_int8` for their meaning."""
+
+    hidden_states: torch.Tensor
+    gate_up: ExpertWeights
+    down: ExpertWeights
+    topk_weights: torch.Tensor
+    topk_ids: torch.Tensor
+    activation: Activation
+    gate_up_input_scale: torch.Tensor | None
+    down_input_scale: torch.Tensor | None
+    apply_router_weight_on_input: bool
+
+    @property
+    def tokens(self) -> int:
+        return self.hidden_states.shape[0]
+
+    @property
+    def hidden(self) -> int:
+        return self.hidden_states.shape[1]
+
+    @property
+    def intermediate(self) -> int:
+        return self.down.codes.shape[2]
+
+    @property
+    def experts(self) -> int:
+        return self.down.codes.shape[0]
+
+    @property
+    def top_k(self) -> int:
+        return self.topk_ids.shape[1]
+
+    @property
+    def pairs(self) -> int:
+        return self.topk_ids.numel()
+
+
+def check_arguments(
+    hidden_states: torch.Tensor,
+    w13: torch.Tensor,
+    w2: torch.Tensor,
+    w13_scale: torch.Tensor,
+    w2_scale: torch.Tensor,
+    topk_weights: torch.Tensor,
+    topk_ids: torch.Tensor,
+    *,
+    activation: str,
+    activation_limit: float | None,
+    activation_alpha: float | None,
+    w13_input_scale: torch.Tensor | None,
+    w2_input_scale: torch.Tensor | None,
+    w13_bias: torch.Tensor | None,
+    w2_bias: torch.Tensor | None,
+    apply_router_weight_on_input: bool,
+    out: torch.Tensor | None,
+) -> ExpertsArguments:
+    """Check everything that can be checked without reading the device; raise TypeError or ValueError otherwise."""
+    _check_tensor("hidden_states", hidden_states, _HIDDEN_DTYPES, None, hidden_states.device, "[M, H]", dim=2)
+    device = hidden_states.device
+    tokens, hidden = hidden_states.shape
+    if hidden_states.stride(1) != 1 and hidden > 1:
+        raise ValueError(f"hidden_states: expected rows contiguous in memory, found strides {hidden_states.stride()}")
+    _check_tensor("w13", w13, (torch.int8,), None, device, "[E, 2I, H]", dim=3, contiguous=True)
+    experts, gate_up_rows, _ = w13.shape
+    if experts < 1 or gate_up_rows < 2 or gate_up_rows % 2 or hidden < 1:
+        raise ValueError(f"w13: expected [E, 2I, H], none of them 0 and 2I even, found {tuple(w13.shape)}")
+    intermediate = gate_up_rows // 2
+    _check_shape("w13", w13, (experts, gate_up_rows, hidden), "[E, 2I, H]")
+    for name, depth in (("H", hidden), ("I", intermediate)):
+        if depth > MAX_DEPTH:
+            raise ValueError(f"{name}: expected at most {MAX_DEPTH}, beyond which int32 overflows, found {depth}")
+    if gate_up_rows * hidden > _MAX_INDEX:
+        raise ValueError(f"w13: expected fewer than 2^31 codes an expert, found {gate_up_rows * hidden}")
+    int8 = (torch.int8,)
+    _check_tensor("w2", w2, int8, (experts, hidden, intermediate), device, "[E, H, I]", contiguous=True)
+
+    _check_scale("w13_scale", w13_scale, experts, gate_up_rows, device)
+    _check_scale("w2_scale", w2_scale, experts, hidden, device)
+    for name, scale in (("w13_input_scale", w13_input_scale), ("w2_input_scale", w2_input_scale)):
+        if scale is not None:
+            _check_tensor(name, scale, (torch.float32,), (experts,), device, "[E]", contiguous=True)
+    for name, bias, columns in (("w13_bias", w13_bias, gate_up_rows), ("w2_bias", w2_bias, hidden)):
+        if bias is not None:
+            _check_tensor(name, bias, _BIAS_DTYPES, (experts, columns), device, "[E, out]", contiguous=True)
+
+    _check_tensor("topk_ids", topk_ids, _ID_DTYPES, None, device, "[M, K]", dim=2, contiguous=True)
+    top_k = topk_ids.shape[1]
+    _check_shape("topk_ids", topk_ids, (tokens, top_k), "[M, K]")
+    _check_tensor("topk_weights", topk_weights, (torch.float32,), (tokens, top_k), device, "[M, K]", contiguous=True)
+    # The worst-case padding is at most 127 rows an expert; leave room for it in the int32 positions.
+    if tokens * top_k + 128 * experts > _MAX_INDEX:
+        raise ValueError(f"topk_ids: expected fewer than 2^31 pairs with their padding, found {tokens * top_k}")
+    if out is not None:
+        _check_tensor("out", out, (hidden_states.dtype,), (tokens, hidden), device, "[M, H]", contiguous=True)
+    return ExpertsArguments(
+        hidden_states=hidden_states,
+        gate_up=ExpertWeights(w13, w13_scale, w13_bias),
+        down=ExpertWeights(w2, w2_scale, w2_bias),
+        topk_weights=topk_weights,
+        topk_ids=topk_ids,
+        activation=make_activation(activation, activation_limit, activation_alpha),
+        gate_up_input_scale=w13_input_scale,
+        down_input_scale=w2_input_scale,
+        apply_router_weight_on_input=apply_router_weight_on_input,
+    )
+
+
+def _check_scale(name: str, scale: torch.Tensor, experts: int, rows: int, device: torch.device) -> None:
+    _check_tensor(name, scale, (torch.float32,), None, device, "[E, out, 1] or [E, 1, 1]", dim=3, contiguous=True)
+    if tuple(scale.shape) not in ((experts, rows, 1), (experts, 1, 1)):
+        raise ValueError(f"{name}: expected {(experts, rows, 1)} or {(experts, 1, 1)}, found {tuple(scale.shape)}")
+
+
+def _check_tensor(
+    name: str,
+    tensor: torch.Tensor,
+    dtypes: tuple[torch.dtype, ...],
+    shape: tuple[int, ...] | None,
+    device: torch.device,
+    meaning: str,
+    *,
+    dim: int | None = None,
+    contiguous: bool = False,
+) -> None:
+    if tensor.dtype not in dtypes:
+        raise TypeError(f"{name}: expected {' or '.join(str(d) for d in dtypes)}, found {tensor.dtype}")
+    if dim is not None and tensor.dim() != dim:
+        raise ValueError(f"{name}: expected {dim} dimensions {meaning}, found shape {tuple(tensor.shape)}")
+    if shape is not None:
+        _check_shape(name, tensor, shape, meaning)
+    if tensor.device != device:
+        raise ValueError(f"{name}: expected device {device} of hidden_states, found {tensor.device}")
+    if contiguous and not tensor.is_contiguous():
+        raise ValueError(f"{name}: expected a contiguous tensor, found strides {tensor.stride()}")
+
+
+def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name}: expected shape {shape}, {meaning}, found {tuple(tensor.shape)}")

@@ -1,0 +1,201 @@
+"""The two grouped products: int8 codes times int8 weights, one expert per row block, with their epilogues.
+
+Gate-up, for pair p of expert e (row r = p // pairs_per_row of the codes):
+
+    g = (sum_h codes[r, h] * w13[e, i, h])     * row_scale[r] * w13_scale[e, i]     + bias[e, i]
+    u = (sum_h codes[r, h] * w13[e, I + i, h]) * row_scale[r] * w13_scale[e, I + i] + bias[e, I + i]
+    out[p, i] = act(g, u)
+
+Down:
+
+    out[p, o] = (sum_i codes[p, i] * w2[e, o, i]) * row_scale[p] * w2_scale[e, o] + bias[e, o]
+
+Sums are int32 and exact, the rest is float32, and the store rounds once to the dtype of `out`. An int32 `out` ([P, 2I]
+for gate-up) receives the sums themselves instead, for checking. Rows of pairs that the routing leaves out are not
+written.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from .activations import Activation, activate_reference
+from .backend import interpreting
+from .options import TileOptions
+from .routing import RoutingPlan
+
+# The sum of this many products of codes of magnitude at most 128 is at most 2^24, so that every partial sum, in any
+# order, is an integer that float32 holds exactly.
+_EXACT_F32_DEPTH = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One projection of all experts.
+
+    codes  int8 [E, N, D], contiguous
+    scale  float32 [E, N, 1] (per channel) or [E, 1, 1] (per tensor)
+    bias   float [E, N] or None
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def per_channel(self) -> bool:
+        return self.scale.shape[1] != 1 or self.codes.shape[1] == 1
+
+
+def grouped_gate_up(
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    weights: ExpertWeights,
+    plan: RoutingPlan,
+    activation: Activation,
+    out: torch.Tensor,
+    options: TileOptions,
+    *,
+    router_weight: torch.Tensor | None = None,
+    pairs_per_row: int,
+) -> torch.Tensor:
+    """Launch the gate-up product: codes int8 [R, H], row_scale float32 [R] -> out [P, I].
+
+    Row p // pairs_per_row of the codes serves pair p. `router_weight` (float32, P elements), where given, multiplies
+    row_scale.
+    """
+    from .grouped_gemm_jit import grouped_gate_up_kernel
+
+    intermediate = weights.codes.shape[1] // 2
+    grouped_gate_up_kernel[_grid(plan, intermediate, options)](
+        codes,
+        row_scale,
+        weights.codes,
+        weights.scale,
+        weights.bias,
+        router_weight,
+        out,
+        plan.pairs,
+        plan.block_expert,
+        plan.num_blocks,
+        out.shape[0],
+        weights.codes.shape[2],
+        intermediate,
+        activation.limit,
+        activation.alpha,
+        PAIRS_PER_ROW=pairs_per_row,
+        ACTIVATION=activation.name,
+        **_constants(weights, plan, options, out),
+    )
+    return out
+
+
+def grouped_down(
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    weights: ExpertWeights,
+    plan: RoutingPlan,
+    out: torch.Tensor,
+    options: TileOptions,
+) -> torch.Tensor:
+    """Launch the down product: codes int8 [P, I], row_scale float32 [P] -> out [P, H]."""
+    from .grouped_gemm_jit import grouped_down_kernel
+
+    hidden = weights.codes.shape[1]
+    grouped_down_kernel[_grid(plan, hidden, options)](
+        codes,
+        row_scale,
+        weights.codes,
+        weights.scale,
+        weights.bias,
+        out,
+        plan.pairs,
+        plan.block_expert,
+        plan.num_blocks,
+        out.shape[0],
+        weights.codes.shape[2],
+        hidden,
+        **_constants(weights, plan, options, out),
+    )
+    return out
+
+
+def grouped_gate_up_reference(
+    codes: torch.Tensor,
+    row_scale: torch.Tensor,
+    weights: ExpertWeights,
+    topk_ids: torch.Tensor,
+    activation: Activation,
+    dtype: torch.dtype,
+    *,
+    router_weight: torch.Tensor | None = None,
+    pairs_per_row: int,
+) -> torch.Tensor:
+    """Torch twin of `grouped_gate_up`; rows that it leaves unwritten are 0 here."""
+    intermediate = weights.codes.shape[1] // 2
+    out = torch.zeros((topk_ids.numel(), intermediate), dtype=dtype, device=codes.device)
+    for expert, pairs in _pairs_by_expert(topk_ids, weights.codes.shape[0]):
+        rows = pairs // pairs_per_row
+        scale = row_scale[rows]
+        if router_weight is not None:
+            scale = scale * router_weight.reshape(-1)[pairs]
+        sums = int8_matmul_reference(codes[rows], weights.codes[expert])
+        gate_up = _dequantize(sums, scale, weights, expert)
+        gate, up = gate_up[:, :intermediate], gate_up[:, intermediate:]
+        out[pairs] = activate_reference(gate, up, activation).to(dtype)
+    return out
+
+
+def grouped_down_reference(
+    codes: torch.Tensor, row_scale: torch.Tensor, weights: ExpertWeights, topk_ids: torch.Tensor, dtype: torch.dtype
+) -> torch.Tensor:
+    """Torch twin of `grouped_down`; rows that it leaves unwritten are 0 here."""
+    out = torch.zeros((topk_ids.numel(), weights.codes.shape[1]), dtype=dtype, device=codes.device)
+    for expert, pairs in _pairs_by_expert(topk_ids, weights.codes.shape[0]):
+        sums = int8_matmul_reference(codes[pairs], weights.codes[expert])
+        out[pairs] = _dequantize(sums, row_scale[pairs], weights, expert).to(dtype)
+    return out
+
+
+def int8_matmul_reference(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
+    """a int8 [m, d] times the transpose of b int8 [n, d] -> int32 [m, n], exact.
+
+    The float32 products run over slices of the summed dimension short enough that no partial sum needs rounding.
+    """
+    sums = torch.zeros((a.shape[0], b.shape[0]), dtype=torch.int32, device=a.device)
+    for start in range(0, a.shape[1], _EXACT_F32_DEPTH):
+        part = slice(start, start + _EXACT_F32_DEPTH)
+        sums += (a[:, part].float() @ b[:, part].float().t()).to(torch.int32)
+    return sums
+
+
+def _dequantize(sums: torch.Tensor, row_scale: torch.Tensor, weights: ExpertWeights, expert: int) -> torch.Tensor:
+    values = sums.float() * row_scale.unsqueeze(-1) * weights.scale[expert].reshape(1, -1)
+    return values if weights.bias is None else values + weights.bias[expert].float()
+
+
+def _pairs_by_expert(topk_ids: torch.Tensor, num_experts: int) -> list[tuple[int, torch.Tensor]]:
+    """(expert, its pairs in ascending order) for the experts that have any."""
+    ids = topk_ids.reshape(-1)
+    experts = [e for e in torch.unique(ids).tolist() if 0 <= e < num_experts]
+    return [(e, torch.nonzero(ids == e).flatten()) for e in experts]
+
+
+def _grid(plan: RoutingPlan, columns: int, options: TileOptions) -> tuple[int]:
+    return (plan.max_blocks * -(-columns // options.block_n),)
+
+
+def _constants(weights: ExpertWeights, plan: RoutingPlan, options: TileOptions, out: torch.Tensor) -> dict[str, Any]:
+    return {
+        "PER_CHANNEL": weights.per_channel,
+        "RAW_SUMS": out.dtype == torch.int32,
+        "INTERPRETED": interpreting(),
+        "EVEN_D": weights.codes.shape[2] % options.block_k == 0,
+        "BLOCK_M": plan.block_m,
+        "BLOCK_N": options.block_n,
+        "BLOCK_D": options.block_k,
+        "GROUP_M": options.group_m,
+        "num_warps": options.num_warps,
+        "num_stages": options.num_stages,
+    }

@@ -1,0 +1,110 @@
+"""How ``verify`` looks in a terminal, and as an HTML file."""
+
+from __future__ import annotations
+
+import io
+from typing import Final
+
+from rich import box
+from rich.console import Console, Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quarkconv.cli.console import indented, printable, size, title, verdict
+from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
+
+_SHOWN_PROBLEMS: Final = 20
+_HTML_WIDTH: Final = 120
+
+
+def render_verification(verification: Verification) -> RenderableType:
+    """The three stages, the numbers of each layer, what is wrong, the verdict."""
+    parts: list[RenderableType] = [_stages(verification)]
+    if verification.numbers.layers:
+        parts.append(_numbers(verification.numbers.layers))
+    if verification.problems:
+        parts.append(_problems(verification.problems))
+    parts.append(_verdict(verification))
+    return Group(*parts)
+
+
+def to_html(verification: Verification) -> str:
+    """The same as one HTML file that needs nothing else."""
+    recorder = Console(record=True, width=_HTML_WIDTH, file=io.StringIO(), highlight=False)
+    recorder.print(Text(f"quarkconv verify {printable(verification.model)}", style="bold"))
+    recorder.print(render_verification(verification))
+    return recorder.export_html(inline_styles=True)
+
+
+def _stages(verification: Verification) -> RenderableType:
+    structure, checked, numbers = verification.structure, verification.bytes, verification.numbers
+    wrong = {problem.stage for problem in verification.problems}
+    manifest = "headers, index and manifest" if structure.manifest else "headers and index"
+    compared = "manifest and source" if checked.against_source else "manifest"
+    forward = f"{len(numbers.layers)} layers, {numbers.tokens} tokens each, on {numbers.device} ({numbers.backend})"
+    table = Table.grid(padding=(0, 2))
+    for stage, said, skipped in (
+        ("structure", f"{structure.tensors:,} tensors in {structure.files} files: {manifest}", None),
+        ("bytes", f"{checked.pieces:,} pieces, {size(checked.nbytes)}: against {compared}", checked.skipped),
+        ("numbers", forward, numbers.skipped),
+    ):
+        mark = Text("✓", style="bold green")
+        if stage in wrong:
+            mark = Text("✗", style="bold red")
+        elif skipped is not None:
+            mark = Text("–", style="bold yellow")
+        table.add_row(
+            mark, Text(stage, style="bold"), Text(f"not checked: {skipped}" if skipped else said, style="dim")
+        )
+    facts = [
+        verification.scheme or "no scheme",
+        f"source {verification.source}" if verification.source else "no source",
+    ]
+    return Group(title(verification.model, facts), table, "")
+
+
+def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
+    for column in ("layer", "experts", "vs exact", "vs float", "SNR", "cosine", "largest"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in layers:
+        noise = layer.reference
+        table.add_row(
+            str(layer.layer), f"{layer.reached}/{layer.experts}", _error(layer.exact), _error(noise),
+            "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB", f"{noise.cosine:.5f}", f"{noise.max_error:.2g}",
+        )  # fmt: skip
+    lines: list[RenderableType] = [table]
+    for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
+        lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))
+    for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.reference.bound) for layer in layers):
+        said = (
+            f"vs exact: relative error against integer arithmetic in float64, at most {exact:.1e}; vs float: against "
+            f"dequantized weights and float activations, at most {noise_bound:g}; largest: of an element, over the RMS"
+        )
+        lines.append(indented(said, 2, "dim"))
+    return Group(*lines, "")
+
+
+def _error(distance: Distance) -> Text:
+    text = "equal" if distance.relative_error == 0 else f"{distance.relative_error:.1e}"
+    return Text(text, style="green" if distance.ok else "bold red")
+
+
+def _problems(problems: tuple[Problem, ...]) -> RenderableType:
+    lines: list[RenderableType] = [Text("Problems", style="bold")]
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        where = f"layer {problem.layer}  " if problem.layer is not None else ""
+        lines.append(indented(Text.assemble(("✗ ", "bold red"), where, (printable(problem.tensor), "bold")), 2))
+        lines.append(indented(printable(problem.message), 6))
+    if len(problems) > _SHOWN_PROBLEMS:
+        lines.append(indented(f"and {len(problems) - _SHOWN_PROBLEMS} more (all with --json)", 2, "dim"))
+    return Group(*lines, "")
+
+
+def _verdict(verification: Verification) -> Text:
+    if not verification.ok:
+        count = len(verification.problems)
+        return verdict(f"Not verified: {count} problem{'s' * (count != 1)}", good=False)
+    skipped = verification.bytes.skipped
+    said = "Verified" if skipped is None else "Verified: structure and numbers; bytes could not be checked"
+    return verdict(said, good=True)

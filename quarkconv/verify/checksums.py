@@ -1,0 +1,153 @@
+"""Bytes: is every piece of the output what the manifest says, and what the source holds.
+
+The ranges in the output follow from the manifest and the headers, the checksums are computed anew, and the bytes that
+the source should have given are computed with torch. Nothing of this is shared with the code that wrote the output.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Final
+
+import torch
+import xxhash
+
+from quarkconv.description import Description
+from quarkconv.errors import SourceError
+from quarkconv.manifest import Manifest, WrittenPiece, WrittenShard
+from quarkconv.plan.pieces import Piece
+from quarkconv.verify.places import layer_of
+from quarkconv.verify.results import BytesResult, Problem
+
+_BLOCK: Final = 8 * 2**20
+_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "": torch.uint8}
+
+
+def check_bytes(
+    description: Description,
+    manifest: Manifest,
+    source: Path | None,
+    problems: list[Problem],
+    progress: Callable[[int], None],
+    jobs: int,
+) -> BytesResult:
+    """Compare every byte of a converted checkpoint with its manifest, and with the source where there is one.
+
+    Args:
+        description: the converted checkpoint.
+        manifest: its manifest.
+        source: directory of the source, or None.
+        problems: where mismatches are added, one for each tensor.
+        progress: called with the number of bytes checked since its last call.
+        jobs: number of files that are read at the same time.
+
+    Raises:
+        SourceError: a file of the source cannot be read, or is not the one that was converted.
+    """
+    root = description.checkpoint.root
+    if source is not None:
+        _check_source(source, manifest)
+    present = [shard for shard in manifest.shards if (root / shard.file).is_file()]
+    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+        results = pool.map(lambda shard: list(_shard_problems(description, shard, source, progress)), present)
+        for found in results:
+            problems.extend(found)
+    for file in manifest.files:
+        path = root / file.name
+        if path.is_file() and _file_checksum(path) != file.checksum:
+            problems.append(Problem("bytes", None, file.name, "The file has changed since it was written"))
+    return BytesResult(
+        pieces=sum(len(tensor.pieces) for shard in present for tensor in shard.tensors),
+        nbytes=sum(shard.size for shard in present) + sum(file.size for file in manifest.files),
+        against_source=source is not None,
+    )
+
+
+def _check_source(source: Path, manifest: Manifest) -> None:
+    for name, size in manifest.sources:
+        path = source / name
+        found = path.stat().st_size if path.is_file() else None
+        if found != size:
+            raise SourceError(
+                "This is not the source that was converted", code="shard-missing", file=str(path),
+                expected=f"{size} bytes", found="no file" if found is None else f"{found} bytes",
+                hint="give --source the checkpoint that was converted, or leave it out",
+            )  # fmt: skip
+
+
+def _shard_problems(
+    description: Description, shard: WrittenShard, source: Path | None, progress: Callable[[int], None]
+) -> Iterator[Problem]:
+    path = description.checkpoint.root / shard.file
+    with ExitStack() as stack:
+        output = stack.enter_context(open(path, "rb")).fileno()
+        sources: dict[str, int] = {}
+        if _range_checksum(output, 0, shard.header) != shard.header_checksum:
+            yield Problem("bytes", None, shard.file, "The header is not the one that was written")
+        progress(shard.header)
+        position = shard.header
+        available = os.fstat(output).st_size
+        for tensor in shard.tensors:
+            if position + tensor.nbytes > available:  # cut off: a matter of structure, which has named it
+                return
+            wrong: list[tuple[WrittenPiece, str]] = []
+            for written in tensor.pieces:
+                piece = written.piece
+                if _range_checksum(output, position, piece.output_nbytes) != written.checksum:
+                    wrong.append((written, "do not have the checksum of the manifest"))
+                elif source is not None:
+                    if piece.file not in sources:
+                        sources[piece.file] = stack.enter_context(open(source / piece.file, "rb")).fileno()
+                    if not _same_as_source(output, position, sources[piece.file], piece):
+                        wrong.append((written, "are not those of the source"))
+                position += piece.output_nbytes
+                progress(piece.output_nbytes)
+            if wrong:
+                (first, reason), count = wrong[0], len(wrong)
+                message = f"The bytes from {first.piece.tensor} {reason}"
+                if count > 1:
+                    message += f"; so it is with {count} of {len(tensor.pieces)} pieces"
+                yield Problem("bytes", layer_of(description, tensor.name), tensor.name, message, count)
+
+
+def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
+    """A byte range, a block at a time; shorter where the file ends."""
+    end = start + nbytes
+    while start < end:
+        block = os.pread(descriptor, min(_BLOCK, end - start), start)
+        if not block:
+            return
+        yield block
+        start += len(block)
+
+
+def _range_checksum(descriptor: int, start: int, nbytes: int) -> str:
+    hasher = xxhash.xxh3_128()
+    for block in _blocks(descriptor, start, nbytes):
+        hasher.update(block)
+    return hasher.hexdigest()
+
+
+def _file_checksum(path: Path) -> str:
+    with open(path, "rb") as handle:
+        return _range_checksum(handle.fileno(), 0, path.stat().st_size)
+
+
+def _same_as_source(output: int, position: int, source: int, piece: Piece) -> bool:
+    """Whether a piece of the output holds what its source range gives."""
+    if piece.widen or piece.repeat != 1:
+        expected = _computed(b"".join(_blocks(source, piece.start, piece.nbytes)), piece)
+        return b"".join(_blocks(output, position, piece.output_nbytes)) == expected
+    pairs = zip(_blocks(output, position, piece.nbytes), _blocks(source, piece.start, piece.nbytes), strict=True)
+    return all(mine == theirs for mine, theirs in pairs)
+
+
+def _computed(data: bytes, piece: Piece) -> bytes:
+    """A scale as F32, repeated: by torch, unlike the writer's own computation."""
+    values = torch.frombuffer(bytearray(data), dtype=_DTYPES[piece.widen])
+    wide = values.float() if piece.widen else values
+    return bytes(wide.repeat(piece.repeat).view(torch.uint8).tolist())

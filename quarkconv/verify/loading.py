@@ -1,0 +1,214 @@
+"""Loading the experts of a checkpoint, in whatever layout they are stored.
+
+Tensors are read with safetensors, and stacked with torch: nothing here knows how a conversion moves bytes, so that
+what it moved can be compared with what is loaded here.
+"""
+
+from __future__ import annotations
+
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quarkconv.description import Description, describe
+from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.topology import MoELayer
+from quarkconv.hub import resolve_model
+
+
+@dataclass(frozen=True, slots=True)
+class FusedExperts:
+    """The routed experts of one layer, as :func:`quarkconv.kernels.fused_experts_int8` takes them.
+
+    E experts, hidden size H, intermediate size I.
+
+    Attributes:
+        layer: number of the layer.
+        prefix: module of the experts.
+        w13: int8 [E, 2I, H]; rows 0..I-1 are gate, rows I..2I-1 up.
+        w13_scale: float32 [E, 2I, 1].
+        w2: int8 [E, H, I].
+        w2_scale: float32 [E, H, 1].
+        w13_input_scale, w2_input_scale: float32 [E], or None where activations are quantized per token.
+    """
+
+    layer: int
+    prefix: str
+    w13: Tensor
+    w13_scale: Tensor
+    w2: Tensor
+    w2_scale: Tensor
+    w13_input_scale: Tensor | None = None
+    w2_input_scale: Tensor | None = None
+
+    @property
+    def experts(self) -> int:
+        """E."""
+        return self.w13.shape[0]
+
+    @property
+    def hidden_size(self) -> int:
+        """H."""
+        return self.w13.shape[2]
+
+    @property
+    def intermediate_size(self) -> int:
+        """I."""
+        return self.w2.shape[2]
+
+    @property
+    def nbytes(self) -> int:
+        """Size of all tensors in bytes."""
+        tensors = (self.w13, self.w13_scale, self.w2, self.w2_scale, self.w13_input_scale, self.w2_input_scale)
+        return sum(tensor.nbytes for tensor in tensors if tensor is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class Projection:
+    """One projection of one expert: codes int8 [out, in], a scale per row float32 [out], and a static input scale."""
+
+    codes: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+
+    def dequantized(self, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """The weight [out, in] in ``dtype``: code times scale."""
+        return self.codes.to(device, dtype) * self.scale.to(device, dtype).unsqueeze(1)
+
+
+class ExpertReader:
+    """Reads the experts of a described checkpoint. A context manager: it keeps the files open that it has read from."""
+
+    def __init__(self, description: Description) -> None:
+        self.description = description
+        self._places = {name: shard.file for shard in description.checkpoint.shards for name in shard.names}
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+
+    def __enter__(self) -> ExpertReader:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._stack.close()
+        self._files.clear()
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint holds a tensor."""
+        return name in self._places
+
+    def tensor(self, name: str, part: int | None = None) -> Tensor:
+        """A tensor on the CPU, or the part of that number along its first dimension.
+
+        Raises:
+            SourceError: its file cannot be read.
+        """
+        file = self._places[name]
+        try:
+            if file not in self._files:
+                path = self.description.checkpoint.root / file
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            handle = self._files[file]
+            tensor: Tensor = handle.get_tensor(name) if part is None else handle.get_slice(name)[part]
+        except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
+            raise SourceError(
+                "A tensor cannot be read", code="shard-truncated", file=file, tensor=name, found=str(error)[:200]
+            ) from error
+        return tensor
+
+    def projection(self, layer: MoELayer, role: Role, expert: int) -> Projection:
+        """One projection of one expert, whatever the layout of its layer."""
+        if layer.layout == "per_expert":
+            module = f"{layer.prefix}.{expert}.{_leaf(layer, role)}"
+            names, part = (f"{module}.weight", f"{module}.weight_scale", f"{module}.input_scale"), None
+        elif layer.layout == "stacked":
+            module = f"{layer.moe}.{_leaf(layer, role)}"
+            names, part = (f"{module}.weight", f"{module}.weight_scale", f"{module}.input_scale"), expert
+        else:
+            leaf = layer.naming.fused_down if role == "down" else layer.naming.fused_gate_up
+            module = f"{layer.prefix}.{leaf}"
+            names, part = (module, f"{module}_scale", f"{module}_input_scale"), expert
+        codes, scale = self.tensor(names[0], part), self.tensor(names[1], part).float()
+        input_scale = self.tensor(names[2], part).float().reshape(()) if self.has(names[2]) else None
+        rows = codes.shape[0]
+        scale = scale.reshape(-1)
+        if layer.layout == "fused" and role != "down":
+            half = slice(0, rows // 2) if role == "gate" else slice(rows // 2, rows)
+            codes = codes[half]
+            scale = scale[half] if scale.numel() == rows else scale
+        return Projection(codes, scale.expand(codes.shape[0]), input_scale)
+
+    def fused(self, layer: MoELayer, device: torch.device) -> FusedExperts:
+        """All experts of a layer on a device, one expert at a time: no second copy of the layer is made."""
+        experts, hidden, inner = layer.experts, layer.hidden, layer.intermediate
+        w13 = torch.empty(experts, 2 * inner, hidden, dtype=torch.int8, device=device)
+        w2 = torch.empty(experts, hidden, inner, dtype=torch.int8, device=device)
+        w13_scale = torch.empty(experts, 2 * inner, 1, dtype=torch.float32, device=device)
+        w2_scale = torch.empty(experts, hidden, 1, dtype=torch.float32, device=device)
+        input_scales: dict[Role, list[Tensor]] = {role: [] for role in ROLES}
+        for expert in range(experts):
+            for role in ROLES:
+                projection = self.projection(layer, role, expert)
+                codes, scales = (w2, w2_scale) if role == "down" else (w13, w13_scale)
+                rows = slice(inner, 2 * inner) if role == "up" else slice(0, len(projection.scale))
+                codes[expert, rows] = projection.codes.to(device)
+                scales[expert, rows, 0] = projection.scale.to(device)
+                if projection.input_scale is not None:
+                    input_scales[role].append(projection.input_scale)
+        return FusedExperts(
+            layer.index, layer.prefix, w13, w13_scale, w2, w2_scale,
+            _stacked(input_scales["gate"], experts, device), _stacked(input_scales["down"], experts, device),
+        )  # fmt: skip
+
+
+def load_fused_experts(model: str | Path, layer: int, device: str | torch.device = "cpu") -> FusedExperts:
+    """Load the routed experts of one layer, stacked, from any INT8 MoE checkpoint.
+
+    Args:
+        model: directory or Hub repo id of a Quark export or of a converted checkpoint.
+        layer: number of the layer.
+        device: where the tensors go.
+
+    Raises:
+        SourceError: the checkpoint cannot be read.
+        UsageError: it has no MoE layer of that number.
+        UnsupportedError: the layer's experts are not int8.
+    """
+    description = describe(resolve_model(model))
+    found = next((item for item in description.moe_layers if item.index == layer), None)
+    if found is None:
+        have = ", ".join(str(item.index) for item in description.moe_layers) or "none"
+        raise UsageError("There is no such MoE layer", file=str(model), expected=f"one of {have}", found=str(layer))
+    check_loadable(found)
+    with ExpertReader(description) as reader:
+        return reader.fused(found, torch.device(device))
+
+
+def check_loadable(layer: MoELayer) -> None:
+    """Refuse a layer that cannot be loaded as int8 experts.
+
+    Raises:
+        UnsupportedError: its weights are not int8, or a scale is missing or of a wrong shape.
+    """
+    if not layer.quantized or any(form.granularity is None for form in layer.all_forms):
+        raise UnsupportedError(
+            "The experts of this layer are not stored in int8 with scales", tensor=layer.prefix,
+            found="/".join(sorted({form.weight[0] for form in layer.all_forms})),
+            hint="run `quarkconv inspect`",
+        )  # fmt: skip
+
+
+def _leaf(layer: MoELayer, role: Role) -> str:
+    return dict(zip(ROLES, layer.naming.projections(), strict=True))[role]
+
+
+def _stacked(scales: list[Tensor], experts: int, device: torch.device) -> Tensor | None:
+    return torch.stack(scales).to(device) if len(scales) == experts else None

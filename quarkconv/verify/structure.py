@@ -1,0 +1,84 @@
+"""Structure: do headers, index, config and manifest tell the same story."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quarkconv.description import Description
+from quarkconv.errors import SourceError
+from quarkconv.findings import CODES
+from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.manifest import Manifest
+from quarkconv.verify.places import layer_of
+from quarkconv.verify.results import Problem, StructureResult
+
+
+def check_structure(description: Description, manifest: Manifest | None, problems: list[Problem]) -> StructureResult:
+    """Look at the headers, index and config of a checkpoint, and compare them with its manifest.
+
+    Args:
+        description: the checkpoint.
+        manifest: its manifest, or None.
+        problems: where what is wrong is added.
+    """
+    damage = [*_truncated(description)]
+    if manifest is not None:
+        damage.extend(_against_manifest(description, description.checkpoint, manifest))
+    for item in description.errors():
+        where = layer_of(description, item.subject)
+        problems.append(Problem("structure", where, item.subject, f"{item.code}: {item.message}", item.count))
+    problems.extend(damage)
+    broken = any(CODES[item.code].blocks is SourceError for item in description.errors())
+    checkpoint = description.checkpoint
+    return StructureResult(
+        len(checkpoint.shards), len(checkpoint.kinds), manifest is not None, not damage and not broken
+    )
+
+
+def _truncated(description: Description) -> Iterator[Problem]:
+    for shard in description.checkpoint.shards:
+        if shard.truncated:
+            available = shard.size - shard.data_start
+            for name, end in zip(shard.names, shard.ends, strict=True):
+                if end > available:
+                    message = f"{shard.file} ends {shard.truncated} bytes too early and cuts this tensor"
+                    yield Problem("structure", layer_of(description, name), name, message)
+
+
+def _against_manifest(description: Description, checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Problem]:
+    """Every file and tensor of the manifest is there as it says, and nothing else is."""
+    refs = checkpoint.refs()
+    sizes = {shard.file: shard.size for shard in checkpoint.shards}
+    for written in manifest.shards:
+        if written.file not in sizes:
+            yield Problem("structure", None, written.file, "The manifest names this file, and it is not there")
+            continue
+        if sizes[written.file] != written.size:
+            message = f"The file has {sizes[written.file]} bytes, the manifest says {written.size}"
+            yield Problem("structure", None, written.file, message)
+        position = written.header
+        for tensor in written.tensors:
+            ref = refs.pop(tensor.name, None)
+            found = None if ref is None else (ref.dtype, ref.shape, ref.file, ref.start, ref.end)
+            expected = (tensor.dtype, tensor.shape, written.file, position, position + tensor.nbytes)
+            position += tensor.nbytes
+            if found is None:
+                message = f"The manifest says that {written.file} holds this tensor, and no header has it"
+                yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
+            elif found != expected:
+                message = f"The header says {_shown(found)}, the manifest {_shown(expected)}"
+                yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
+    for name in refs:
+        yield Problem("structure", layer_of(description, name), name, "The manifest does not know this tensor")
+    for file in manifest.files:
+        path = checkpoint.root / file.name
+        if not path.is_file():
+            yield Problem("structure", None, file.name, "The manifest names this file, and it is not there")
+        elif path.stat().st_size != file.size:
+            message = f"The file has {path.stat().st_size} bytes, the manifest says {file.size}"
+            yield Problem("structure", None, file.name, message)
+
+
+def _shown(place: tuple[str, tuple[int, ...], str, int, int]) -> str:
+    dtype, shape, file, start, end = place
+    return f"{dtype} {list(shape)} at {start}..{end} of {file}"

@@ -1,0 +1,399 @@
+"""Which layers have routed experts, and what is wrong with them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import pytest
+
+from quarkconv.experts.geometry import ConfigGeometry, config_geometry, text_config
+from quarkconv.experts.naming import FUSED_LEAVES
+from quarkconv.experts.topology import MoELayer, Topology, expert_topology
+from quarkconv.headers.safetensors import Kind
+from quarkconv.scheme.stored import stored_modules
+
+Kinds = dict[str, Kind]
+GATED = ("gate_proj", "up_proj", "down_proj")
+NUMBERED = ("w1", "w3", "w2")
+PREFIX = "model.layers.3.mlp.experts"
+H, I = 8, 6  # noqa: E741
+
+
+def linear(module: str, rows: int, columns: int, dtype: str = "I8") -> Kinds:
+    kinds: Kinds = {f"{module}.weight": (dtype, (rows, columns))}
+    return kinds | {f"{module}.weight_scale": ("F32", (rows,))} if dtype == "I8" else kinds
+
+
+def per_expert(
+    prefix: str = PREFIX, numbers: Iterable[int | str] = range(4), names: tuple[str, ...] = GATED, dtype: str = "I8"
+) -> Kinds:
+    kinds: Kinds = {}
+    for number in numbers:
+        for name, (rows, columns) in zip(names, ((I, H), (I, H), (H, I)), strict=True):
+            kinds |= linear(f"{prefix}.{number}.{name}", rows, columns, dtype)
+    return kinds
+
+
+def stacked(moe: str, names: tuple[str, ...] = GATED, experts: int = 4) -> Kinds:
+    kinds: Kinds = {}
+    for name, (rows, columns) in zip(names, ((I, H), (I, H), (H, I)), strict=True):
+        kinds[f"{moe}.{name}.weight"] = ("I8", (experts, rows, columns))
+        kinds[f"{moe}.{name}.weight_scale"] = ("F32", (experts, rows))
+    return kinds
+
+
+def fused(prefix: str, names: tuple[str, str], dtype: str = "I8", experts: int = 4) -> Kinds:
+    return {
+        f"{prefix}.{names[0]}": (dtype, (experts, 2 * I, H)),
+        f"{prefix}.{names[0]}_scale": ("F32", (experts, 2 * I, 1)),
+        f"{prefix}.{names[1]}": (dtype, (experts, H, I)),
+        f"{prefix}.{names[1]}_scale": ("F32", (experts, H, 1)),
+    }
+
+
+def topology(kinds: Kinds, experts: int | None = None, layers: int | None = None) -> Topology:
+    return expert_topology(stored_modules(kinds, FUSED_LEAVES), experts, layers)
+
+
+def only_layer(kinds: Kinds) -> MoELayer:
+    found = topology(kinds)
+    assert found.findings == ()
+    assert len(found.layers) == 1
+    return found.layers[0]
+
+
+def codes(kinds: Kinds, experts: int | None = None) -> list[tuple[str, str, int]]:
+    return [(item.code, item.subject, item.count) for item in topology(kinds, experts).findings]
+
+
+def geometry(layer: MoELayer) -> tuple[int, int, int]:
+    return layer.experts, layer.hidden, layer.intermediate
+
+
+def modules_exist(layer: MoELayer, kinds: Kinds) -> bool:
+    stored = stored_modules(kinds, FUSED_LEAVES)
+    return {module for _, _, module in layer.modules()} == {module for module, _ in stored}
+
+
+# Layouts
+
+
+@pytest.mark.parametrize("names", [GATED, NUMBERED])
+def test_one_by_one(names: tuple[str, ...]) -> None:
+    kinds = per_expert(names=names)
+    layer = only_layer(kinds)
+    assert (layer.index, layer.prefix, layer.moe) == (3, PREFIX, "model.layers.3.mlp")
+    assert (layer.layout, layer.naming.projections()) == ("per_expert", names)
+    assert geometry(layer) == (4, H, I)
+    assert layer.quantized
+    assert modules_exist(layer, kinds)
+    assert [len(layer.forms[role]) for role in ("gate", "up", "down")] == [4, 4, 4]
+
+
+@pytest.mark.parametrize("names", [GATED, NUMBERED])
+@pytest.mark.parametrize(
+    ("moe", "prefix"),
+    [
+        ("model.layers.3.moe", "model.layers.3.moe.experts"),
+        ("model.layers.3.mlp.experts", "model.layers.3.mlp.experts"),
+    ],
+)
+def test_stacked(moe: str, prefix: str, names: tuple[str, ...]) -> None:
+    layer = only_layer(stacked(moe, names))
+    assert (layer.layout, layer.prefix, layer.naming.projections()) == ("stacked", prefix, names)
+    assert geometry(layer) == (4, H, I)
+    assert [len(layer.forms[role]) for role in ("gate", "up", "down")] == [1, 1, 1]
+
+
+def test_modules_of_three_keys_are_those_of_the_moe_module() -> None:
+    kinds = stacked("model.layers.3.moe")
+    assert modules_exist(only_layer(kinds), kinds)
+
+
+@pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("w13", "w2")])
+def test_fused(names: tuple[str, str]) -> None:
+    kinds = fused(PREFIX, names)
+    layer = only_layer(kinds)
+    assert (layer.layout, layer.prefix, layer.index) == ("fused", PREFIX, 3)
+    assert (layer.naming.fused_gate_up, layer.naming.fused_down) == names
+    assert geometry(layer) == (4, H, I)
+    assert (len(layer.forms["gate"]), len(layer.forms["up"]), len(layer.forms["down"])) == (1, 0, 1)
+    assert modules_exist(layer, kinds)
+
+
+def test_experts_are_found_in_any_order_of_names() -> None:
+    kinds = per_expert(numbers=range(12))
+    assert only_layer(dict(sorted(kinds.items(), reverse=True))).experts == 12
+
+
+# What is no routed expert
+
+
+@pytest.mark.parametrize(
+    "module",
+    [
+        "model.layers.3.mlp.gate_proj",
+        "model.layers.3.mlp.shared_expert.gate_proj",
+        "model.layers.3.mlp.shared_experts.gate_proj",
+        "model.layers.3.mlp.shared_experts.0.gate_proj",
+        "model.layers.3.mlp.experts.shared.gate_proj",
+        "model.layers.3.mlp.experts.0.gate",
+        "model.layers.3.mlp.experts.\N{SUPERSCRIPT TWO}.gate_proj",
+        "model.layers.3.mlp.experts.\N{ARABIC-INDIC DIGIT ONE}.gate_proj",
+        "experts.0.gate_proj",
+    ],
+)
+def test_other_linears_are_no_members(module: str) -> None:
+    found = topology(linear(module, I, H))
+    assert (found.layers, found.findings, found.members) == ((), (), frozenset())
+
+
+def test_shared_experts_and_dense_layers_stay_outside() -> None:
+    kinds = per_expert() | linear("model.layers.3.mlp.shared_experts.down_proj", H, I)
+    kinds |= linear("model.layers.0.mlp.down_proj", H, I)
+    found = topology(kinds)
+    assert [layer.index for layer in found.layers] == [3]
+    assert len(found.members) == 12
+    assert all(".mlp.experts." in member for member in found.members)
+
+
+# Numbers of layers
+
+
+@pytest.mark.parametrize(
+    ("prefix", "index"),
+    [
+        ("model.layers.0.mlp.experts", 0),
+        ("model.layers.61.mlp.experts", 61),
+        ("model.language_model.layers.7.mlp.experts", 7),
+        ("language_model.model.layers.7.block_sparse_moe.experts", 7),
+        ("transformer.h.5.mlp.experts", 5),
+        ("model.blocks.5.experts", 5),
+        ("mtp.layers.0.mlp.experts", 48),
+        ("mtp.layers.2.mlp.experts", 50),
+        ("model.mtp.layers.1.mlp.experts", 49),
+        ("model.layers.48.mtp_block.mlp.experts", 48),
+    ],
+)
+def test_the_number_of_a_layer(prefix: str, index: int) -> None:
+    (layer,) = topology(per_expert(prefix), layers=48).layers
+    assert layer.index == index
+
+
+def test_layers_are_in_order_and_mtp_comes_last() -> None:
+    kinds = per_expert("mtp.layers.0.mlp.experts")
+    for number in (10, 2, 1):
+        kinds |= per_expert(f"model.layers.{number}.mlp.experts")
+    assert [layer.index for layer in topology(kinds, layers=11).layers] == [1, 2, 10, 11]
+
+
+def test_without_numbers_layers_count_up() -> None:
+    kinds = per_expert("first.experts") | per_expert("second.experts")
+    assert [layer.index for layer in topology(kinds).layers] == [0, 1]
+
+
+# Missing, doubled, misshapen
+
+
+def drop(kinds: Kinds, *parts: str) -> Kinds:
+    return {name: kind for name, kind in kinds.items() if not any(part in name for part in parts)}
+
+
+@pytest.mark.parametrize(
+    ("gone", "count"),
+    [
+        ((".2.gate_proj",), 1),
+        ((".0.gate_proj", ".3.down_proj"), 2),
+        ((".1.",), 1),
+        ((".0.", ".1."), 2),
+        ((".up_proj",), 4),
+    ],
+)
+def test_missing(gone: tuple[str, ...], count: int) -> None:
+    kinds = drop(per_expert(), *gone)
+    assert codes(kinds) == [("expert-missing", PREFIX, count)]
+    assert topology(kinds).layers == ()
+    assert topology(kinds).members
+
+
+def test_the_last_experts_missing_show_in_the_count() -> None:
+    kinds = drop(per_expert(), "experts.3.")
+    assert only_layer(kinds).experts == 3
+    assert codes(kinds, experts=4) == [("expert-count", PREFIX, 1)]
+
+
+def test_numbers_up_to_a_billion_cost_nothing() -> None:
+    assert codes(per_expert(numbers=[0, 1, 999_999_999])) == [("expert-missing", PREFIX, 10**9 - 3)]
+
+
+@pytest.mark.parametrize("number", ["00", "01", "0003", "1234567890", "9" * 30])
+def test_a_number_in_another_spelling_is_no_second_expert(number: str) -> None:
+    kinds = per_expert() | per_expert(numbers=[number])
+    assert codes(kinds) == [("tensor-unrecognised", f"{PREFIX}.{number}.gate_proj", 3)]
+    (layer,) = topology(kinds).layers
+    assert layer.experts == 4
+
+
+@pytest.mark.parametrize("tensor", ["gate_up_proj", "down_proj"])
+def test_half_of_fused_experts(tensor: str) -> None:
+    kinds = fused(PREFIX, ("gate_up_proj", "down_proj"))
+    del kinds[f"{PREFIX}.{tensor}"]
+    assert codes(kinds) == [("expert-missing", PREFIX, 1)]
+
+
+@pytest.mark.parametrize("name", GATED)
+def test_one_of_three_keys_missing(name: str) -> None:
+    kinds = drop(stacked("model.layers.3.moe"), f"{name}.weight")
+    assert codes(kinds) == [("expert-missing", "model.layers.3.moe.experts", 1)]
+
+
+@pytest.mark.parametrize(
+    ("module", "shape"),
+    [
+        ("0.gate_proj", (I + 1, H)),
+        ("1.gate_proj", (I, H + 1)),
+        ("2.up_proj", (H, I)),
+        ("3.down_proj", (H, I - 1)),
+        ("3.down_proj", (H, I, 1, 1)),
+        ("0.up_proj", (I, 0)),
+    ],
+)
+def test_misshapen(module: str, shape: tuple[int, ...]) -> None:
+    kinds = per_expert() | {f"{PREFIX}.{module}.weight": ("I8", shape)}
+    ((code, subject, count),) = codes(kinds)
+    assert (code, count) == ("expert-shape", 1)
+    assert subject.startswith(PREFIX)
+    assert topology(kinds).layers == ()
+
+
+@pytest.mark.parametrize(
+    ("kinds", "tensor", "shape"),
+    [
+        (fused(PREFIX, ("gate_up_proj", "down_proj")), f"{PREFIX}.gate_up_proj", (4, 2 * I + 1, H)),
+        (fused(PREFIX, ("gate_up_proj", "down_proj")), f"{PREFIX}.gate_up_proj", (4, H, 2 * I)),
+        (fused(PREFIX, ("gate_up_proj", "down_proj")), f"{PREFIX}.down_proj", (3, H, I)),
+        (stacked("model.layers.3.moe"), "model.layers.3.moe.up_proj.weight", (5, I, H)),
+        (stacked("model.layers.3.moe"), "model.layers.3.moe.down_proj.weight", (4, I, H)),
+    ],
+)
+def test_misshapen_in_one_tensor(kinds: Kinds, tensor: str, shape: tuple[int, ...]) -> None:
+    assert [code for code, _, _ in codes(kinds | {tensor: ("I8", shape)})] == ["expert-shape"]
+
+
+@pytest.mark.parametrize(
+    "kinds",
+    [
+        per_expert() | fused(PREFIX, ("gate_up_proj", "down_proj")),
+        per_expert() | {f"{PREFIX}.gate_proj.weight": ("I8", (4, I, H))},
+        per_expert() | per_expert(names=NUMBERED),
+        per_expert(numbers=[0, 1]) | per_expert(numbers=[2, 3], names=NUMBERED),
+        fused(PREFIX, ("gate_up_proj", "down_proj")) | fused(PREFIX, ("w13", "w2")),
+        stacked("model.layers.3.mlp") | stacked("model.layers.3.mlp", NUMBERED),
+    ],
+    ids=[
+        "one by one and fused",
+        "one by one and stacked",
+        "both names",
+        "names by halves",
+        "fused twice",
+        "stacked twice",
+    ],
+)
+def test_conflicts(kinds: Kinds) -> None:
+    assert codes(kinds) == [("layout-conflict", PREFIX, 1)]
+    assert topology(kinds).layers == ()
+
+
+def test_a_damaged_layer_leaves_the_others() -> None:
+    kinds = drop(per_expert(), ".3.up_proj") | per_expert("model.layers.4.mlp.experts")
+    found = topology(kinds)
+    assert [layer.index for layer in found.layers] == [4]
+    assert [item.code for item in found.findings] == ["expert-missing"]
+    assert len(found.members) == 23
+
+
+def test_layers_of_different_size() -> None:
+    kinds = per_expert() | per_expert("model.layers.4.mlp.experts") | per_expert("model.layers.5.mlp.experts", range(2))
+    found = topology(kinds)
+    assert [(item.code, item.subject, item.count) for item in found.findings] == [
+        ("layer-geometry", "model.layers.5.mlp.experts", 1)
+    ]
+    assert [layer.experts for layer in found.layers] == [4, 4, 2]
+
+
+# Stored otherwise
+
+
+def test_packed_experts_have_fewer_columns() -> None:
+    kinds: Kinds = {}
+    for number in range(2):
+        for name, rows, columns in (("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)):
+            kinds[f"{PREFIX}.{number}.{name}.weight"] = ("U8", (rows, columns // 2))
+    layer = only_layer(kinds)
+    assert geometry(layer) == (2, H, I)
+    assert not layer.quantized
+    assert layer.float_experts() == 0
+
+
+@pytest.mark.parametrize(
+    ("in_float", "experts", "partly"),
+    [((), 0, False), ((".1.",), 1, True), ((".1.gate_proj", ".2.down_proj"), 2, True), ((".down_proj",), 4, True),
+     (("",), 4, False)],
+)  # fmt: skip
+def test_how_many_experts_are_in_float(in_float: tuple[str, ...], experts: int, partly: bool) -> None:
+    kinds = {
+        name: ("BF16", kind[1]) if name.endswith(".weight") and any(part in name for part in in_float) else kind
+        for name, kind in per_expert().items()
+    }
+    layer = only_layer(kinds)
+    assert layer.float_experts() == experts
+    assert layer.partly_quantized is partly
+    assert layer.quantized is (experts == 0)
+
+
+@pytest.mark.parametrize("dtype", ["I8", "BF16"])
+def test_fused_in_float_counts_every_expert(dtype: str) -> None:
+    layer = only_layer(fused(PREFIX, ("gate_up_proj", "down_proj"), dtype))
+    assert layer.float_experts() == (0 if dtype == "I8" else 4)
+
+
+# What config.json says of the experts
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (
+            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "hidden_act": "silu"},
+            ConfigGeometry("qwen3_moe", 8, 2, None, "silu"),
+        ),
+        ({"n_routed_experts": 256, "num_hidden_layers": 61}, ConfigGeometry(None, 256, None, 61, None)),
+        ({"num_local_experts": 8}, ConfigGeometry(None, 8, None, None, None)),
+        ({"moe_num_experts": 288, "moe_top_k": 8}, ConfigGeometry(None, 288, 8, None, None)),
+        (
+            {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text", "num_experts": 4}},
+            ConfigGeometry("qwen3_5_moe_text", 4, None, None, None),
+        ),
+        ({"model_type": "vlm", "text_config": {"num_experts": 4}}, ConfigGeometry("vlm", 4, None, None, None)),
+        (
+            {
+                "model_type": 1,
+                "num_experts": "8",
+                "num_experts_per_tok": True,
+                "num_hidden_layers": -1,
+                "hidden_act": [],
+            },
+            ConfigGeometry(None, None, None, None, None),
+        ),
+        ({"num_experts": 0, "num_local_experts": 8.0, "text_config": []}, ConfigGeometry(None, None, None, None, None)),
+        ({}, ConfigGeometry(None, None, None, None, None)),
+    ],
+)
+def test_geometry(config: dict[str, Any], expected: ConfigGeometry) -> None:
+    assert config_geometry(config) == expected
+
+
+def test_text_config_is_the_part_that_is_an_object() -> None:
+    assert text_config({"text_config": None, "llm_config": {"a": 1}}) == {"a": 1}
+    assert text_config({"a": 1}) == {"a": 1}

@@ -1,0 +1,294 @@
+"""Opening a directory: which files make up the model, and what is wrong with them."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from builders import FIRST, INDEX, SECOND, Model, entry, raw_file, write_json
+from safetensors.torch import save_file
+
+from quarkconv.errors import SourceError
+from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
+from quarkconv.headers.json_files import read_json_object
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return Model().write(tmp_path / "model")
+
+
+def codes(checkpoint: Checkpoint) -> list[str]:
+    return [item.code for item in checkpoint.findings]
+
+
+def only_finding(checkpoint: Checkpoint, code: str) -> str:
+    """The message and hint of the one finding."""
+    assert codes(checkpoint) == [code]
+    return f"{checkpoint.findings[0].message} {checkpoint.findings[0].hint}"
+
+
+def test_a_sound_checkpoint(folder: Path) -> None:
+    model = Model()
+    checkpoint = open_checkpoint(folder)
+    assert checkpoint.findings == ()
+    assert checkpoint.config == model.config
+    assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
+    tensors = model.first | model.second
+    assert {name: shape for name, (_, shape) in checkpoint.kinds.items()} == {
+        name: tuple(tensor.shape) for name, tensor in tensors.items()
+    }
+    assert checkpoint.tensor_bytes == sum(tensor.nbytes for tensor in tensors.values())
+
+
+def test_refs_are_the_bytes_of_the_tensors(folder: Path) -> None:
+    model = Model()
+    refs = open_checkpoint(folder).refs()
+    assert set(refs) == set(model.first) | set(model.second)
+    for shard, file in ((model.first, FIRST), (model.second, SECOND)):
+        raw = (folder / file).read_bytes()
+        for name, tensor in shard.items():
+            assert refs[name].file == file
+            assert raw[refs[name].start : refs[name].end] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
+
+
+def test_files_are_listed_without_hidden_ones(folder: Path) -> None:
+    (folder / ".cache").mkdir()
+    (folder / ".cache" / "x").touch()
+    (folder / ".gitattributes").touch()
+    (folder / "figures").mkdir()
+    (folder / "figures" / "a.png").touch()
+    assert [str(path) for path in open_checkpoint(folder).files()] == [
+        "config.json", "figures/a.png", FIRST, SECOND, INDEX,
+    ]  # fmt: skip
+
+
+# Which files are the model
+
+
+def test_one_file_without_an_index(tmp_path: Path) -> None:
+    save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
+    save_file({"a": torch.ones(2)}, tmp_path / "adapter.safetensors")
+    write_json(tmp_path / "config.json", {})
+    checkpoint = open_checkpoint(tmp_path)
+    assert [shard.file for shard in checkpoint.shards] == ["model.safetensors"]
+    assert checkpoint.findings == ()
+
+
+def test_shards_without_an_index(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    checkpoint = open_checkpoint(folder)
+    assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
+    assert checkpoint.findings == ()
+
+
+def test_a_file_that_the_index_does_not_name_is_not_read(folder: Path) -> None:
+    (folder / "a.safetensors").write_bytes(b"garbage")
+    (folder / "b.safetensors").write_bytes(b"garbage")
+    checkpoint = open_checkpoint(folder)
+    assert "2 safetensors file(s)" in only_finding(checkpoint, "file-unused")
+    assert (checkpoint.findings[0].subject, checkpoint.findings[0].count) == ("a.safetensors", 2)
+
+
+@pytest.mark.parametrize("is_file", [False, True])
+def test_no_such_directory(is_file: bool, tmp_path: Path) -> None:
+    if is_file:
+        (tmp_path / "model").touch()
+    with pytest.raises(SourceError, match="no such model directory") as caught:
+        open_checkpoint(tmp_path / "model")
+    assert caught.value.file == str(tmp_path / "model")
+
+
+def test_a_directory_without_weights(tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {})
+    (tmp_path / "pytorch_model.bin").touch()
+    with pytest.raises(SourceError, match="no safetensors file"):
+        open_checkpoint(tmp_path)
+
+
+def test_an_unfinished_conversion_is_no_model(folder: Path) -> None:
+    (folder / ".quarkconv").mkdir()
+    with pytest.raises(SourceError, match="unfinished conversion") as caught:
+        open_checkpoint(folder)
+    assert caught.value.hint is not None
+    assert "resumes" in caught.value.hint
+
+
+# Damaged files: the rest is still described
+
+
+def test_a_missing_shard(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    checkpoint = open_checkpoint(folder)
+    only_finding(checkpoint, "shard-missing")
+    assert checkpoint.findings[0].subject == SECOND
+    assert set(checkpoint.kinds) == set(Model().first)
+
+
+@pytest.mark.parametrize("lost", [1, 100])
+def test_a_truncated_shard(lost: int, folder: Path) -> None:
+    os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - lost)
+    checkpoint = open_checkpoint(folder)
+    assert f"ends {lost} bytes before" in only_finding(checkpoint, "shard-truncated")
+    ends = {name: ref.end for name, ref in checkpoint.refs().items() if ref.file == SECOND}
+    size = (folder / SECOND).stat().st_size
+    assert checkpoint.findings[0].count == sum(end > size for end in ends.values()) > 0
+    assert checkpoint.tensor_bytes == sum(t.nbytes for t in (Model().first | Model().second).values())
+
+
+@pytest.mark.parametrize("keep", [0, 5, 8, 20])
+def test_a_shard_cut_in_its_header(keep: int, folder: Path) -> None:
+    os.truncate(folder / SECOND, keep)
+    checkpoint = open_checkpoint(folder)
+    only_finding(checkpoint, "shard-truncated")
+    assert [shard.file for shard in checkpoint.shards] == [FIRST]
+
+
+def test_a_header_that_is_not_valid_names_file_and_tensor(folder: Path) -> None:
+    (folder / SECOND).write_bytes(raw_file({"weight": entry("I9", [1], 0, 1)}, b"1"))
+    checkpoint = open_checkpoint(folder)
+    assert "tensor weight" in only_finding(checkpoint, "header-invalid")
+    assert checkpoint.findings[0].subject == SECOND
+
+
+def test_a_shard_that_is_a_directory(folder: Path) -> None:
+    (folder / SECOND).unlink()
+    (folder / SECOND).mkdir()
+    only_finding(open_checkpoint(folder), "shard-missing")
+
+
+def test_no_shard_can_be_read(folder: Path) -> None:
+    for file in (FIRST, SECOND):
+        (folder / file).write_bytes(b"not safetensors")
+    checkpoint = open_checkpoint(folder)
+    assert codes(checkpoint) == ["header-invalid", "header-invalid"]
+    assert checkpoint.kinds == {}
+    assert checkpoint.tensor_bytes == 0
+
+
+# Indexes
+
+BAD_INDEXES = {
+    "empty": "",
+    "not JSON": "{",
+    "not UTF-8": b'{"weight_map": {"a": "\xff.safetensors"}}',
+    "a list": "[]",
+    "no weight_map": '{"metadata": {"total_size": 1}}',
+    "weight_map null": '{"weight_map": null}',
+    "weight_map a list": '{"weight_map": []}',
+    "nested 100,000 deep": "[" * 100_000,
+    **{
+        f"names {file!r}": json.dumps({"weight_map": {"a": file}})
+        for file in (
+            1, None, "", ".", "..", "/etc/passwd", "/x.safetensors", "../x.safetensors", "sub/x.safetensors",
+            "..\\x.safetensors", "weights.bin", "config.json", ["x.safetensors"],
+        )
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_INDEXES)
+def test_an_index_that_is_none_is_set_aside(name: str, folder: Path) -> None:
+    text = BAD_INDEXES[name]
+    (folder / INDEX).write_bytes(text if isinstance(text, bytes) else text.encode())
+    checkpoint = open_checkpoint(folder)
+    only_finding(checkpoint, "index-invalid")
+    assert checkpoint.findings[0].subject == INDEX
+    assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
+
+
+def test_an_empty_index_makes_every_file_unused(folder: Path) -> None:
+    write_json(folder / INDEX, {"weight_map": {}})
+    checkpoint = open_checkpoint(folder)
+    assert [(item.code, item.count) for item in checkpoint.findings] == [("file-unused", 2)]
+    assert checkpoint.shards == ()
+
+
+@pytest.mark.parametrize("file", ["a\0b.safetensors", "\ud800.safetensors", "new\nline.safetensors"])
+def test_an_index_that_names_a_file_that_cannot_be(file: str, folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["lm_head.weight"] = file
+    write_json(folder / INDEX, index)
+    assert "shard-missing" in codes(open_checkpoint(folder))
+
+
+def test_tensors_of_a_missing_shard_are_no_mismatch(folder: Path) -> None:
+    (folder / FIRST).unlink()
+    assert codes(open_checkpoint(folder)) == ["shard-missing"]
+
+
+def test_a_tensor_in_another_file_than_the_index_says(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    for name in ("lm_head.weight", "model.norm.weight"):
+        index["weight_map"][name] = SECOND
+    write_json(folder / INDEX, index)
+    checkpoint = open_checkpoint(folder)
+    message = only_finding(checkpoint, "index-mismatch")
+    assert checkpoint.findings[0].count == 2
+    assert f"should be in {SECOND}" in message
+    assert f"is in {FIRST}" in message
+
+
+def test_a_tensor_that_only_the_index_knows(folder: Path) -> None:
+    index = json.loads((folder / INDEX).read_text())
+    index["weight_map"]["model.ghost.weight"] = FIRST
+    write_json(folder / INDEX, index)
+    assert "model.ghost.weight should be in" in (message := only_finding(open_checkpoint(folder), "index-mismatch"))
+    assert "nowhere" in message
+
+
+def test_the_same_shard_under_two_names_is_one_finding(folder: Path) -> None:
+    (folder / INDEX).unlink()
+    shutil.copy(folder / SECOND, folder / "model-copy.safetensors")
+    checkpoint = open_checkpoint(folder)
+    message = only_finding(checkpoint, "tensor-duplicate")
+    assert checkpoint.findings[0].count == len(Model().second)
+    assert SECOND in message
+    assert "model-copy.safetensors" in message
+
+
+# config.json
+
+BAD_CONFIGS = {
+    "empty": b"",
+    "a list": b"[]",
+    "a string": b'"x"',
+    "null": b"null",
+    "not JSON": b"{model}",
+    "not UTF-8": b'{"model_type": "\xff"}',
+    "nested 100,000 deep": b'{"a":' * 100_000,
+    "a huge number": b'{"a":' + b"9" * 5000 + b"}",
+}
+
+
+@pytest.mark.parametrize("name", BAD_CONFIGS)
+def test_a_config_that_is_none_leaves_the_tensors(name: str, folder: Path) -> None:
+    (folder / "config.json").write_bytes(BAD_CONFIGS[name])
+    checkpoint = open_checkpoint(folder)
+    only_finding(checkpoint, "config-invalid")
+    assert checkpoint.findings[0].subject == "config.json"
+    assert checkpoint.config == {}
+    assert len(checkpoint.shards) == 2
+
+
+def test_a_config_that_is_a_directory(folder: Path) -> None:
+    (folder / "config.json").unlink()
+    (folder / "config.json").mkdir()
+    only_finding(open_checkpoint(folder), "config-invalid")
+
+
+def test_a_config_of_a_gigabyte_is_not_read(folder: Path) -> None:
+    os.truncate(folder / "config.json", 2**30)
+    assert "too large" in only_finding(open_checkpoint(folder), "config-invalid")
+
+
+def test_the_limit_is_inclusive(tmp_path: Path) -> None:
+    path = tmp_path / "x.json"
+    path.write_text('{"a": 1}')
+    assert read_json_object(path, code="config-invalid", limit=8) == {"a": 1}
+    with pytest.raises(SourceError, match="too large"):
+        read_json_object(path, code="config-invalid", limit=7)

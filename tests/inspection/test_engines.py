@@ -1,0 +1,155 @@
+"""The table of engines: well-formed, and right about the exports that were tried."""
+
+from __future__ import annotations
+
+import datetime
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import quarkconv
+from quarkconv import inspect_checkpoint
+from quarkconv.inspection import engines
+from quarkconv.inspection.engines import VERDICTS, EngineFact, engine_facts, stored_form
+from quarkconv.scheme.spec import SCHEME_NAMES
+
+TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
+ROWS: list[dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))["rows"]
+FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8"}
+
+
+def fact(**conditions: tuple[str, ...]) -> EngineFact:
+    return EngineFact("vllm", ">=1", "quark", "int8", "", "source", "2026-11-01", **conditions)
+
+
+def verdicts(path: Path, form: str, engine: str = "vllm") -> dict[str, str]:
+    """Version -> verdict."""
+    return {
+        row.version: row.verdict for row in inspect_checkpoint(path).engines if (row.engine, row.form) == (engine, form)
+    }
+
+
+def test_every_row_is_read() -> None:
+    assert len(engine_facts()) == len(ROWS) > 10
+
+
+@pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['engine']} {row['version']} {row['as']}")
+def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
+    assert row["engine"] in {"vllm", "sglang", "transformers"}
+    assert row["as"] in FORMS
+    assert row["verdict"] in VERDICTS
+    assert row["version"]
+    assert row["evidence"]
+    assert type(row["checked"]) is datetime.date
+    assert row["note"] or row["verdict"] == "int8"
+    assert set(row.get("schemes", [])) <= {*SCHEME_NAMES.values(), "mixed"}
+    assert set(row.get("layouts", [])) <= {"per_expert", "stacked", "fused"}
+    for key in ("schemes", "layouts", "model_types", "not_model_types"):
+        assert key not in row or (row[key] and all(isinstance(item, str) for item in row[key]))
+
+
+def test_no_row_says_the_same_twice() -> None:
+    keys = [
+        (row["engine"], row["version"], row["as"], str(row.get("schemes")), str(row.get("layouts")),
+         str(row.get("model_types")))
+        for row in ROWS
+    ]  # fmt: skip
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}])
+def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(engines.tomllib, "loads", lambda _: {"rows": [{**ROWS[0], **change}]})
+    with pytest.raises(ValueError, match="malformed"):
+        engine_facts.__wrapped__()
+
+
+@pytest.mark.parametrize(
+    ("row", "arguments", "holds"),
+    [
+        (fact(), ("ptpc_int8", "fused", "mixtral"), True),
+        (fact(), ("mixed", None, None), True),
+        (fact(schemes=("ptpc_int8",)), ("ptpc_int8", None, None), True),
+        (fact(schemes=("ptpc_int8",)), ("int8_static", None, None), False),
+        (fact(layouts=("stacked", "fused")), ("ptpc_int8", "fused", None), True),
+        (fact(layouts=("stacked", "fused")), ("ptpc_int8", "per_expert", None), False),
+        (fact(layouts=("stacked",)), ("ptpc_int8", None, None), False),
+        (fact(model_types=("mixtral",)), ("ptpc_int8", None, "mixtral"), True),
+        (fact(model_types=("mixtral",)), ("ptpc_int8", None, "step3p5"), False),
+        (fact(not_model_types=("mixtral",)), ("ptpc_int8", None, "mixtral"), False),
+        (fact(not_model_types=("mixtral",)), ("ptpc_int8", None, None), True),
+        (fact(schemes=("mixed",), model_types=("mixtral",)), ("mixed", None, "step3p5"), False),
+    ],
+)
+def test_holds_for(row: EngineFact, arguments: tuple[str, str | None, str | None], holds: bool) -> None:
+    assert row.holds_for(*arguments) is holds
+
+
+def test_json_of_a_row() -> None:
+    assert fact().to_json() == {"engine": "vllm", "version": ">=1", "as": "quark", "verdict": "int8", "note": ""}
+
+
+# Against engines that were run
+
+
+def test_qwen3_moe(checkpoints: Any) -> None:
+    path = checkpoints("qwen3_moe-quark0.13-f2f")
+    assert verdicts(path, "quark") == {
+        "<0.20": "fails", "0.25.1": "int8", "0.27.0": "w8a16", "0.28 - 0.33": "int8",
+    }  # fmt: skip
+    assert verdicts(path, "fused-int8") == {"0.25.1": "fails", ">=0.28": "int8"}
+    assert verdicts(path, "quark", "sglang") == {"0.5.23": "fails"}
+    assert verdicts(path, "fused-int8", "transformers") == {"5.23": "fails"}
+
+
+@pytest.mark.parametrize("name", ["mixtral-quark0.11-eager", "minimax_m2-quark0.13-f2f"])
+def test_models_of_the_other_naming_load_fused(name: str, checkpoints: Any) -> None:
+    assert verdicts(checkpoints(name), "fused-int8")[">=0.28"] == "int8"
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3-quark0.13-f2f", "step3p5-like-3key_fused"])
+def test_models_whose_class_takes_no_fused_experts(name: str, checkpoints: Any) -> None:
+    found = verdicts(checkpoints(name), "fused-int8")
+    assert found["0.28 - 0.33"] == "fails"
+    assert "int8" not in found.values()
+
+
+def test_static_activations_fail_fused_and_the_engine_is_named(checkpoints: Any) -> None:
+    inspection = inspect_checkpoint(checkpoints("qwen3_moe-quark0.11-eager-int8_static"))
+    assert inspection.targets["fused-int8"].supported
+    rows = [row for row in inspection.engines if row.form == "fused-int8" and row.engine == "vllm"]
+    assert {row.verdict for row in rows} == {"fails"}
+    assert any("need dynamic activation scales" in row.note for row in rows)
+
+
+def test_three_keys_are_loaded_wrongly_by_old_engines(checkpoints: Any) -> None:
+    assert verdicts(checkpoints("step3p5-like-3key_fused"), "quark")["0.20 - 0.21"] == "wrong"
+    assert "0.20 - 0.21" not in verdicts(checkpoints("mixtral-quark0.11-eager"), "quark")
+
+
+def test_a_scale_for_each_tensor_is_said_to_lose_accuracy(checkpoints: Any) -> None:
+    rows = inspect_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f-per_tensor_weight")).engines
+    assert any(row.form == "quark" and "loses accuracy" in row.note for row in rows)
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe-bf16", "mixtral-quark0.13-eager-experts_left_bf16", "qwen3-0.13-f2f-dense"]
+)
+def test_nothing_is_said_where_no_expert_is_int8(name: str, checkpoints: Any) -> None:
+    assert inspect_checkpoint(checkpoints(name)).engines == ()
+
+
+def test_best_first(checkpoints: Any) -> None:
+    found = [row.verdict for row in inspect_checkpoint(checkpoints("step3p5-like-3key_fused")).engines]
+    assert found == sorted(found, key=["int8", "w8a16", "wrong", "fails"].index)
+    assert len(set(found)) > 2
+
+
+@pytest.mark.parametrize(
+    ("name", "form"),
+    [("qwen3_moe-quark0.13-f2f", "quark"), ("step3p5-like-3key_fused", "quark"), ("qwen3_moe-bf16", None)],
+)
+def test_the_form_that_a_checkpoint_is_in(name: str, form: str | None, checkpoints: Any) -> None:
+    assert stored_form(inspect_checkpoint(checkpoints(name)).description) == form

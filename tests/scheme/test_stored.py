@@ -1,0 +1,158 @@
+"""From tensors to modules: what belongs together, and what form it has."""
+
+from __future__ import annotations
+
+import pytest
+
+from quarkconv.experts.naming import FUSED_LEAVES
+from quarkconv.headers.safetensors import Kind
+from quarkconv.scheme.stored import Form, StoredModules, fused_names, linear_names, stored_modules
+
+
+def stored(kinds: dict[str, Kind]) -> StoredModules:
+    return stored_modules(kinds, FUSED_LEAVES)
+
+
+@pytest.mark.parametrize(
+    ("weight", "scale", "granularity"),
+    [
+        ((6, 4), (6,), "per_channel"),
+        ((6, 4), (6, 1), "per_channel"),
+        ((6, 4), (), "per_tensor"),
+        ((6, 4), (1,), "per_tensor"),
+        ((6, 4), (1, 1), "per_tensor"),
+        ((6, 4), (4,), None),
+        ((6, 4), (1, 4), None),
+        ((6, 4), (6, 4), None),
+        ((6, 4), (0,), None),
+        ((6, 4), (6, 1, 1), None),
+        ((1, 4), (1,), "per_channel"),
+        ((3, 6, 4), (3, 6), "per_channel"),
+        ((3, 6, 4), (3, 6, 1), "per_channel"),
+        ((3, 6, 4), (3,), "per_tensor"),
+        ((3, 6, 4), (3, 1), "per_tensor"),
+        ((3, 6, 4), (3, 1, 1), "per_tensor"),
+        ((3, 6, 4), (6,), None),
+        ((3, 6, 4), (), None),
+        ((3, 6, 4), (1,), None),
+        ((6,), (6,), None),
+    ],
+)
+def test_granularity(weight: tuple[int, ...], scale: tuple[int, ...], granularity: str | None) -> None:
+    assert Form(("I8", weight), ("F32", scale)).granularity == granularity
+
+
+def test_without_a_scale_there_is_no_granularity() -> None:
+    assert Form(("I8", (6, 4))).granularity is None
+
+
+@pytest.mark.parametrize(
+    ("dtype", "quantized", "is_float"),
+    [("I8", True, False), ("BF16", False, True), ("F16", False, True), ("F32", False, True), ("F64", False, True),
+     ("U8", False, False), ("I32", False, False), ("F8_E4M3", False, False)],
+)  # fmt: skip
+def test_dtypes(dtype: str, quantized: bool, is_float: bool) -> None:
+    form = Form((dtype, (2, 2)))
+    assert (form.quantized, form.is_float) == (quantized, is_float)
+
+
+def test_the_tensors_of_a_linear_are_gathered() -> None:
+    kinds: dict[str, Kind] = {
+        "a.input_zero_point": ("I8", ()),
+        "a.weight_scale": ("F32", (6,)),
+        "a.weight": ("I8", (6, 4)),
+        "a.weight_zero_point": ("I8", (6,)),
+        "a.input_scale": ("F32", ()),
+        "a.bias": ("BF16", (6,)),
+    }
+    modules = stored(kinds)
+    assert modules.linears == {
+        "a": Form(("I8", (6, 4)), ("F32", (6,)), ("I8", (6,)), ("F32", ()), ("I8", ())),
+    }
+    assert modules.unrecognised == ()
+    assert set(linear_names("a")) == set(kinds) - {"a.bias"}
+
+
+def test_fused_experts_are_gathered() -> None:
+    kinds: dict[str, Kind] = {
+        "mlp.experts.gate_up_proj": ("I8", (3, 8, 4)),
+        "mlp.experts.gate_up_proj_scale": ("F32", (3, 8, 1)),
+        "mlp.experts.gate_up_proj_input_scale": ("F32", (3,)),
+        "mlp.experts.w2": ("BF16", (3, 4, 4)),
+    }
+    modules = stored(kinds)
+    assert modules.linears == {}
+    assert modules.fused == {
+        "mlp.experts.gate_up_proj": Form(("I8", (3, 8, 4)), ("F32", (3, 8, 1)), None, ("F32", (3,))),
+        "mlp.experts.w2": Form(("BF16", (3, 4, 4))),
+    }
+    assert modules.unrecognised == ()
+    assert fused_names("e.w13")[:2] == ("e.w13", "e.w13_scale")
+
+
+def test_equal_forms_are_one_object() -> None:
+    modules = stored(
+        {f"{name}.weight{part}": kind for name in "ab" for part, kind in
+         (("", ("I8", (6, 4))), ("_scale", ("F32", (6,))))}
+    )  # fmt: skip
+    assert modules.linears["a"] is modules.linears["b"]
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("model.norm.weight", ("BF16", (8,))),
+        ("model.norm.bias", ("BF16", (8,))),
+        ("mlp.gate.e_score_correction_bias", ("F32", (8,))),
+        ("mlp.experts.gate_up_proj_bias", ("BF16", (3, 8))),
+        ("attention.sinks", ("BF16", (8, 1, 1))),
+    ],
+)
+def test_what_is_no_module_is_passed_over(name: str, kind: Kind) -> None:
+    modules = stored({name: kind})
+    assert list(modules) == []
+    assert modules.unrecognised == ()
+
+
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.weight_scale", ("F32", (6,))),
+        ("a.weight_zero_point", ("I8", (6,))),
+        ("a.input_scale", ("F32", ())),
+        ("a.qweight", ("I8", (6, 4))),
+        ("mlp.experts.gate_up_proj_scale", ("F32", (3, 8, 1))),
+    ],
+)
+def test_codes_and_scales_without_a_module_are_unrecognised(name: str, kind: Kind) -> None:
+    beside: dict[str, Kind] = {"b.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
+    assert stored({**beside, name: kind}).unrecognised == (name,)
+
+
+def test_an_orphan_is_found_when_the_numbers_add_up() -> None:
+    """One scale too many and one missing: as many scales as int8 modules."""
+    kinds: dict[str, Kind] = {"a.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
+    assert stored(kinds).linears["a"].scale is None
+    assert stored(kinds).unrecognised == ("b.weight_scale",)
+
+
+def test_scales_of_a_key_value_cache_belong_to_their_projection() -> None:
+    kinds: dict[str, Kind] = {
+        "k_proj.weight": ("I8", (6, 4)),
+        "k_proj.weight_scale": ("F32", (6,)),
+        "k_proj.output_scale": ("BF16", ()),
+    }
+    assert stored(kinds).unrecognised == ()
+
+
+def test_counts() -> None:
+    modules = stored(
+        {
+            "a.weight": ("I8", (2, 2)),
+            "b.weight": ("I8", (2, 2)),
+            "c.weight": ("BF16", (2, 2)),
+            "d.weight": ("U8", (2, 2)),
+        }
+    )
+    assert modules.count(quantized=True) == 2
+    assert modules.count(quantized=False) == 1

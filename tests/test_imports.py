@@ -1,0 +1,154 @@
+"""Imports go one way, torch is imported only where it is needed, and the package list names every package."""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from writing_support import make_checkpoint
+
+ROOT = Path(__file__).resolve().parents[1]
+PACKAGE = ROOT / "quarkconv"
+KERNELS = ROOT / "kernels" / "src"
+
+LAYERS = (
+    ("errors",),
+    ("findings",),
+    ("headers", "hub"),
+    ("scheme",),
+    ("experts",),
+    ("contradictions",),
+    ("description",),
+    ("plan",),
+    ("targets", "manifest"),
+    ("write",),
+    ("inspection", "verify"),
+    ("api",),
+    ("__init__",),
+    ("cli",),
+    ("__main__",),
+)
+"""The layers of quarkconv from the bottom up; a module imports from its own package and from layers below."""
+RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
+
+
+def imported(path: Path) -> Iterator[str]:
+    """The modules that a file imports, anywhere in it, by their full names."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0 or path.parent == KERNELS, f"{path} imports relatively"
+            assert node.level <= 1, f"{path} imports from outside of its package"
+            base = f"quarkconv.kernels.{node.module}" if node.level else node.module
+            yield from (f"{base}.{alias.name}" for alias in node.names)
+
+
+def part(module: str) -> str | None:
+    """The layer of a module of quarkconv: ``plan`` for ``quarkconv.plan.pieces.Plan``."""
+    parts = module.split(".")
+    if parts[0] != "quarkconv":
+        return None
+    return parts[1] if len(parts) > 1 and parts[1] in {*RANK, "kernels"} else "__init__"
+
+
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if path.name != "__init__.py" or path.parent == PACKAGE]
+
+
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: str(path.relative_to(PACKAGE)))
+def test_imports_go_one_way(path: Path) -> None:
+    relative = path.relative_to(PACKAGE)
+    own = relative.parts[0].removesuffix(".py")
+    assert own in RANK, f"{own} has no place in LAYERS"
+    for module in imported(path):
+        layer = part(module)
+        if layer is None or layer == own:
+            continue
+        if layer == "kernels":
+            assert own == "verify", f"{relative} imports {module}"
+            continue
+        assert RANK[layer] < RANK[own], f"{relative} imports {module}"
+
+
+def test_verification_shares_no_code_with_writing() -> None:
+    for path in (PACKAGE / "verify").rglob("*.py"):
+        assert not [module for module in imported(path) if module.startswith("quarkconv.write")], path
+
+
+def test_the_kernels_know_nothing_of_the_rest() -> None:
+    paths = list(KERNELS.glob("*.py"))
+    assert paths
+    for path in paths:
+        others = [name for name in imported(path) if name.startswith("quarkconv")]
+        assert all(name.startswith("quarkconv.kernels.") for name in others), f"{path.name} imports {others}"
+
+
+def test_click_is_left_to_typer() -> None:
+    for path in PACKAGE.rglob("*.py"):
+        assert not [name for name in imported(path) if name.split(".")[0] == "click"], path
+
+
+def test_the_package_list_equals_the_tree() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    mapped = {name: ROOT / folder for name, folder in setuptools["package-dir"].items()}
+    assert mapped == {"quarkconv.kernels": KERNELS}
+    folders = {path.parent for path in PACKAGE.rglob("*.py")}
+    tree = {".".join(("quarkconv", *folder.relative_to(PACKAGE).parts)) for folder in folders}
+    assert sorted(setuptools["packages"]) == sorted(tree | set(mapped))
+    for folder in (*folders, KERNELS):
+        assert (folder / "__init__.py").is_file(), folder
+    assert not (ROOT / "kernels" / "__init__.py").exists()  # PyPI has another package of that name
+
+
+def test_package_data_exists() -> None:
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    for package, names in setuptools["package-data"].items():
+        for name in names:
+            assert (ROOT / package.replace(".", "/") / name).is_file()
+
+
+REPORT = """
+import json, sys
+{code}
+print()
+print(json.dumps(sorted(name for name in ("torch", "triton", "numpy", "safetensors") if name in sys.modules)))
+"""
+RUN = """
+from quarkconv.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as stop:
+    assert stop.code == 0, stop.code
+"""
+
+
+def heavy_imports(code: str, *args: str | Path) -> list[str]:
+    command = [sys.executable, "-c", REPORT.format(code=code), *map(str, args)]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    names: list[str] = json.loads(run.stdout.splitlines()[-1])
+    return names
+
+
+def test_the_check_below_can_fail() -> None:
+    assert heavy_imports("import safetensors") == ["safetensors"]
+
+
+def test_importing_quarkconv_imports_no_torch() -> None:
+    assert heavy_imports("import quarkconv; quarkconv.inspect_checkpoint; quarkconv.convert_checkpoint") == []
+
+
+def test_no_command_but_verify_imports_torch(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model")
+    out = tmp_path / "out"
+    assert heavy_imports(RUN, "--help") == []
+    assert heavy_imports(RUN, "inspect", model) == []
+    assert heavy_imports(RUN, "inspect", model, "--deep", "--json") == []
+    assert heavy_imports(RUN, "convert", model, "--to", "fused-int8", "--dry-run") == []
+    assert heavy_imports(RUN, "convert", model, "--to", "fused-int8", "--out", out) == []
+    assert heavy_imports(RUN, "inspect", out) == []

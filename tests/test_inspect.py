@@ -1,0 +1,496 @@
+"""``quarkconv inspect`` on every export, on the command line and from Python."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from builders import FIRST, SECOND, STATIC_INPUT, WEIGHT, Model, layer_config, raw_file
+from conftest import EXPORTS, FIXTURES
+
+from quarkconv import Inspection, SourceError, inspect_checkpoint
+from quarkconv.cli.main import main
+from quarkconv.findings import CODES
+
+TRUTH: dict[str, dict[str, Any]] = json.loads((Path(__file__).parent / "data" / "exports" / "exports.json").read_text())
+
+Found = tuple[str, str, str, int]
+"""Severity, code, subject, count."""
+
+
+class Result(NamedTuple):
+    code: int
+    out: str
+    err: str
+
+    @property
+    def json(self) -> dict[str, Any]:
+        """The one object on stdout."""
+        assert self.out.endswith("}\n")
+        assert self.out.count("\n") == 1
+        value = json.loads(self.out)
+        assert isinstance(value, dict)
+        return value
+
+
+Run = Callable[..., Result]
+
+
+@pytest.fixture
+def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+    """Run ``quarkconv inspect`` in this process."""
+    monkeypatch.setenv("COLUMNS", "100")
+    handler = signal.getsignal(signal.SIGTERM)
+
+    def invoke(*arguments: str | Path) -> Result:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as caught:
+            main(["inspect", *map(str, arguments)])
+        return Result(int(caught.value.code or 0), *capsys.readouterr())
+
+    yield invoke
+    signal.signal(signal.SIGTERM, handler)
+
+
+def found(inspection: Inspection) -> list[Found]:
+    return [(item.severity.value, item.code, item.subject, item.count) for item in inspection.findings]
+
+
+def eager(module: str, narrow: int, zero_points: int) -> list[Found]:
+    """What every export of the eager mode has: scales in BF16 where they are per channel, and zero points."""
+    return [("info", "scale-narrow", module, narrow), ("info", "zero-point-present", module, zero_points)]
+
+
+def experts(layer: int, moe: str = "model.layers.{}.mlp") -> str:
+    return f"{moe.format(layer)}.experts"
+
+
+DOWN = "model.layers.0.mlp.experts.0.down_proj"
+DENSE: Found = ("warning", "not-moe", "config.json", 1)
+MIXED: Found = ("warning", "mixed-scheme", "quantization_config", 1)
+NOT_W8A8: Found = ("error", "scheme-unsupported", "quantization_config", 32)
+WRAPPED = "model.language_model.layers.{}.mlp"
+
+FINDINGS: dict[str, list[Found]] = {
+    "glm4_moe-0.13-f2f-mtp_bf16": [("info", "experts-excluded", experts(2), 4)],
+    "qwen2_moe-0.11-eager-shared_expert": eager(DOWN, 38, 38),
+    "qwen3-0.13-eager-dense": [DENSE, *eager("model.layers.0.mlp.down_proj", 14, 14)],
+    "qwen3-0.13-f2f-dense": [DENSE],
+    "qwen3_5_moe-0.13-f2f-experts_left_3d": [
+        ("error", "experts-not-quantized", experts(layer, WRAPPED), 4) for layer in (0, 1)
+    ],
+    "qwen3_5_moe-0.13-f2f-language_model": [("error", "experts-not-quantized", "mtp.layers.0.mlp.experts", 4)],
+    "qwen3_moe-0.11-eager-asymmetric": [NOT_W8A8, *eager(DOWN, 32, 32)],
+    "qwen3_moe-0.11-eager-attention_static": [MIXED, *eager(DOWN, 25, 32)],
+    "qwen3_moe-0.11-eager-channel_weight_static_input": [NOT_W8A8, *eager(DOWN, 32, 32)],
+    "qwen3_moe-0.11-eager-kv_cache_fp8": eager(DOWN, 32, 32),
+    "qwen3_moe-0.11-eager-layer_type": [MIXED, *eager(DOWN, 24, 32)],
+    "qwen3_moe-0.11-eager-sharded": eager(DOWN, 48, 48),
+    "qwen3_moe-0.11-f2f": [("info", "scale-narrow", DOWN, 32)],
+    "qwen3_moe-0.13-f2f-attention_per_tensor": [MIXED],
+    "qwen3_moe-0.13-f2f-exclude_patterns_on_disk": [("info", "experts-excluded", experts(1), 4)],
+    "qwen3_moe-0.13-f2f-experts_per_projection": [MIXED],
+    "qwen3_moe-0.13-f2f-int4_fp8": [("error", "scheme-unsupported", DOWN, 32)],
+    "qwen3_moe-0.13-f2f-int8_static_without_input_scale": [("error", "scale-missing", DOWN, 32)],
+    "qwen3_moe-0.13-f2f-int8_weight_only": [NOT_W8A8],
+    "qwen3_moe-0.13-f2f-layer_excluded": [("info", "experts-excluded", experts(1), 4)],
+    "qwen3_moe-0.13-f2f-mxfp4_experts": [("error", "scheme-unsupported", DOWN, 24)],
+    "qwen3_moe-0.13-f2f-ptpc_fp8": [("error", "scheme-unsupported", DOWN, 32)],
+    "qwen3_moe-0.13-f2f-some_experts_excluded": [
+        ("error", "experts-not-quantized", experts(1), 2),
+        ("error", "experts-not-quantized", experts(2), 4),
+    ],
+    # the fixtures
+    "mixtral-quark0.11-eager": eager("model.layers.0.block_sparse_moe.experts.0.w1", 66, 66),
+    "mixtral-quark0.13-eager-experts_left_bf16": [
+        *(("error", "experts-not-quantized", experts(layer), 6) for layer in range(3)),
+        ("error", "quantized-but-stored-float", "model.layers.0.mlp.gate", 3),
+        *eager("model.layers.0.self_attn.k_proj", 12, 12),
+    ],
+    "qwen3_moe-bf16": [("error", "quant-config-missing", "config.json", 1)],
+    "qwen3_moe-quark0.11-eager-int8_static": [("info", "zero-point-present", DOWN, 84)],
+}
+"""Of every export that is not without findings."""
+
+FIXTURE_SCHEMES = {
+    "qwen3_moe-quark0.13-f2f": "ptpc_int8",
+    "minimax_m2-quark0.13-f2f": "ptpc_int8",
+    "deepseek_v3-quark0.13-f2f": "ptpc_int8",
+    "mixtral-quark0.11-eager": "ptpc_int8",
+    "step3p5-like-3key_fused": "ptpc_int8",
+    "qwen3_moe-quark0.13-f2f-per_tensor_weight": "int8_per_tensor_weight",
+    "qwen3_moe-quark0.11-eager-int8_static": "int8_static",
+    "mixtral-quark0.13-eager-experts_left_bf16": "ptpc_int8",
+    "qwen3_moe-bf16": None,
+}
+
+
+def test_no_export_is_left_out() -> None:
+    assert set(EXPORTS) == set(TRUTH)
+    assert set(FIXTURES) == set(FIXTURE_SCHEMES)
+    assert set(FINDINGS) <= set(EXPORTS) | set(FIXTURES)
+
+
+@pytest.mark.parametrize("name", EXPORTS)
+def test_an_export_is_what_quark_made(name: str, checkpoints: Any, run: Run) -> None:
+    truth = TRUTH[name]
+    inspection = inspect_checkpoint(checkpoints(name))
+    description = inspection.description
+
+    assert inspection.scheme == truth["scheme"]
+    counts = inspection.to_json()["linear"]
+    members = [description.stored.linears.get(name) for name in description.topology.members]
+    routed = [form for form in members if form is not None]
+    assert counts["int8"] + sum(form.quantized for form in routed) == truth["int8"]
+    assert counts["unquantized"] + sum(form.is_float for form in routed) == truth["unquantized"]
+    neither = [form for form in description.stored.linears.values() if not form.quantized and not form.is_float]
+    assert len(neither) == truth["otherwise"]
+    assert sorted(found(inspection)) == sorted(FINDINGS.get(name, []))
+
+    expected = int(any(severity == "error" for severity, *_ in FINDINGS.get(name, [])))
+    assert run(checkpoints(name)).code == expected
+
+
+@pytest.mark.parametrize("name", FIXTURES)
+def test_a_fixture_is_what_the_table_says(name: str, checkpoints: Any, run: Run) -> None:
+    inspection = inspect_checkpoint(checkpoints(name))
+    assert inspection.scheme == FIXTURE_SCHEMES[name]
+    assert sorted(found(inspection)) == sorted(FINDINGS.get(name, []))
+    assert run(checkpoints(name)).code == int("left_bf16" in name or "moe-bf16" in name)
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("qwen3_moe-quark0.13-f2f", ([0, 1, 2], 8, 3, 128, 96, "per_expert")),
+        ("deepseek_v3-quark0.13-f2f", ([1, 2], 8, 4, 128, 80, "per_expert")),
+        ("step3p5-like-3key_fused", ([1, 2], 6, 2, 128, 80, "stacked")),
+        ("mixtral-quark0.13-eager-experts_left_bf16", ([0, 1, 2], 6, 2, 128, 176, "fused")),
+        ("deepseek_v3-0.13-f2f-mtp", ([1, 2], 4, 2, 64, 40, "per_expert")),
+        ("qwen3_5_moe-0.13-f2f-language_model", ([0, 1, 2], 4, 2, 64, 32, "per_expert")),
+        ("qwen3_moe-0.13-f2f-wrapped", ([0, 1], 4, 2, 64, 48, "per_expert")),
+        ("qwen3-0.13-f2f-dense", None),
+    ],
+)
+def test_experts(name: str, expected: tuple[Any, ...] | None, checkpoints: Any) -> None:
+    moe = inspect_checkpoint(checkpoints(name)).to_json()["moe"]
+    keys = ("layers", "experts", "top_k", "hidden_size", "intermediate_size", "layout")
+    assert (moe and tuple(moe[key] for key in keys)) == expected
+
+
+# --json
+
+KEYS: dict[str, type | tuple[type, ...]] = {
+    "schema": str, "model": str, "quant_method": (str, type(None)), "producer_version": (str, type(None)),
+    "scheme": (str, type(None)), "declared": (dict, type(None)), "weight": (dict, type(None)),
+    "activation": (dict, type(None)), "moe": (dict, type(None)), "linear": dict, "tensors": int, "bytes": int,
+    "shards": int, "findings": list, "targets": dict, "engines": list,
+}  # fmt: skip
+SPEC = {"dtype": str, "granularity": str, "symmetric": bool, "dynamic": bool}
+MOE = {
+    "layers": list, "experts": int, "top_k": (int, type(None)), "hidden_size": int, "intermediate_size": int,
+    "layout": str, "activation_function": (str, type(None)),
+}  # fmt: skip
+FINDING = {"severity": str, "code": str, "subject": str, "count": int, "message": str, "hint": str}
+ENGINE = {"engine": str, "version": str, "as": str, "verdict": str, "note": str}
+
+
+def has(value: dict[str, Any], keys: dict[str, Any]) -> None:
+    """Exactly these keys, of these types; a boolean is no number."""
+    assert list(value) == list(keys)
+    for key, kind in keys.items():
+        assert isinstance(value[key], kind), key
+        assert kind is bool or not isinstance(value[key], bool), key
+
+
+@pytest.mark.parametrize("name", [*FIXTURES, *EXPORTS])
+def test_json_is_as_in_the_contract(name: str, checkpoints: Any, run: Run) -> None:
+    path = checkpoints(name)
+    result = run(path, "--json")
+    value = result.json
+    assert result.err == ""
+    assert result.code == int(any(item["severity"] == "error" for item in value["findings"]))
+
+    has(value, KEYS)
+    assert (value["schema"], value["model"]) == ("quarkconv.inspect/1", str(path))
+    for spec in (value["weight"], value["activation"], *(value["declared"] or {}).values()):
+        if spec is not None:
+            has(spec, SPEC)
+    if value["declared"] is not None:
+        assert list(value["declared"]) == ["weight", "activation"]
+    if value["moe"] is not None:
+        has(value["moe"], MOE)
+        assert all(type(layer) is int for layer in value["moe"]["layers"])
+        assert value["moe"]["layout"] in {"per_expert", "stacked", "fused"}
+    has(value["linear"], {"int8": int, "unquantized": int})
+    for item in value["findings"]:
+        has(item, FINDING)
+        assert item["severity"] in {"error", "warning", "info"}
+        assert item["code"] in CODES
+        assert item["message"]
+    assert "fused-int8" in value["targets"]
+    for target in value["targets"].values():
+        has(target, {"supported": bool, "bytes": int} if target["supported"] else {"supported": bool, "reason": str})
+    for item in value["engines"]:
+        has(item, ENGINE)
+
+    files = sorted(path.glob("*.safetensors"))
+    assert value["shards"] == len(files)
+    sizes = [file.stat().st_size - 8 - int.from_bytes(file.read_bytes()[:8], "little") for file in files]
+    assert value["bytes"] == sum(sizes)
+
+
+def test_json_of_the_example(checkpoints: Any, run: Run) -> None:
+    path = checkpoints("qwen3_moe-quark0.13-f2f")
+    value = run(path, "--json").json
+    weight = {"dtype": "int8", "granularity": "per_channel", "symmetric": True, "dynamic": False}
+    activation = {"dtype": "int8", "granularity": "per_token", "symmetric": True, "dynamic": True}
+    index = json.loads((path / "model.safetensors.index.json").read_text())
+    assert (value["quant_method"], value["producer_version"], value["scheme"]) == ("quark", "0.13", "ptpc_int8")
+    assert value["declared"] == {"weight": weight, "activation": activation}
+    assert (value["weight"], value["activation"]) == (weight, activation)
+    assert value["moe"] == {
+        "layers": [0, 1, 2], "experts": 8, "top_k": 3, "hidden_size": 128, "intermediate_size": 96,
+        "layout": "per_expert", "activation_function": "silu",
+    }  # fmt: skip
+    assert value["linear"] == {"int8": 12, "unquantized": 4}
+    assert value["tensors"] == len(index["weight_map"])
+    assert value["findings"] == []
+    assert value["targets"]["fused-int8"]["supported"] is True
+
+
+def test_static_scheme_in_json(checkpoints: Any, run: Run) -> None:
+    value = run(checkpoints("qwen3_moe-quark0.11-eager-int8_static"), "--json").json
+    spec = {"dtype": "int8", "granularity": "per_tensor", "symmetric": True, "dynamic": False}
+    assert (value["weight"], value["activation"]) == (spec, spec)
+
+
+def test_a_module_declared_and_not_stored_does_not_make_the_scheme(tmp_path: Path, run: Run) -> None:
+    """``weight`` is what is stored, ``declared`` what the config says."""
+    model = Model()
+    model.quantization["global_quant_config"] = layer_config({**WEIGHT, "qscheme": "per_tensor"}, STATIC_INPUT)
+    value = run(model.write(tmp_path), "--json").json
+    assert value["declared"]["weight"]["granularity"] == "per_tensor"
+    assert value["weight"]["granularity"] == "per_channel"
+    assert {item["code"] for item in value["findings"]} >= {"granularity-mismatch", "scale-missing"}
+
+
+# For people
+
+
+@pytest.mark.parametrize("name", [*FIXTURES, *EXPORTS])
+def test_people_see_every_finding(name: str, checkpoints: Any, run: Run) -> None:
+    result = run(checkpoints(name))
+    assert result.err == ""
+    assert "\x1b" not in result.out
+    for _, code, subject, _ in FINDINGS.get(name, []):
+        assert code in result.out
+        assert subject in result.out
+    for code in CODES.keys() - {code for _, code, _, _ in FINDINGS.get(name, [])}:
+        assert f" {code} " not in result.out
+    assert "fused-int8" in result.out
+    assert ("Experts" in result.out) is ("dense" not in name)
+
+
+def test_the_working_directory_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
+    monkeypatch.chdir(Model().write(tmp_path))
+    assert run("--json").json["model"] == "."
+    assert run("--json").code == 0
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    folder = Model().write(tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-m", "quarkconv", "inspect", str(folder), "--json"], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["scheme"] == "ptpc_int8"
+
+
+HOSTILE = "\x1b]0;owned\x07\x1b[31m\r\n[bold red]x[/] :boom: \u202e"
+"""Terminal escapes, line ends, rich's markup, and a mark that turns text around."""
+
+
+def assert_harmless(text: str) -> None:
+    assert not set("\x1b\x07\r\u202e") & set(text)
+    assert "\\x1b" in text
+
+
+def test_names_of_tensors_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
+    model = Model()
+    model.set(f"model.{HOSTILE}", torch.zeros(1, dtype=torch.int8))
+    folder = model.write(tmp_path)
+    result = run(folder)
+    assert_harmless(result.out)
+    assert "[/]" in result.out
+    assert run(folder, "--json").json["findings"][0]["subject"] == f"model.{HOSTILE}"
+    assert_harmless_json = run(folder, "--json").out
+    assert assert_harmless_json.isascii()
+    assert "\x1b" not in assert_harmless_json
+
+
+def test_strings_of_the_config_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
+    model = Model()
+    model.config["model_type"] = HOSTILE
+    model.quantization["version"] = HOSTILE
+    model.quantization["exclude"] = [HOSTILE]
+    model.quantization["global_quant_config"] = layer_config(
+        {**WEIGHT, "dtype": HOSTILE, "qscheme": "[/bold]"}, {**WEIGHT, "qscheme": HOSTILE}
+    )
+    result = run(model.write(tmp_path))
+    assert result.code == 1
+    assert_harmless(result.out)
+    assert "[/bold]" in result.out
+
+
+def test_half_a_surrogate_pair_can_be_printed(tmp_path: Path, run: Run) -> None:
+    model = Model()
+    model.config["model_type"] = "\ud800"
+    folder = model.write(tmp_path)
+    assert "\\ud800" in run(folder).out
+    assert run(folder, "--json").code == 0
+
+
+def test_names_of_files_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
+    folder = Model().write(tmp_path)
+    (folder / "\x1b[31m.safetensors").write_bytes(raw_file("{}"))
+    result = run(folder)
+    assert "file-unused" in result.out
+    assert_harmless(result.out)
+
+
+# Failures
+
+
+def test_no_such_model(tmp_path: Path, run: Run) -> None:
+    path = tmp_path / "\x1b[31mmissing"
+    result = run(path)
+    assert (result.code, result.out) == (3, "")
+    assert_harmless(result.err)
+    assert "Traceback" not in result.err
+    value = run(path, "--json").json
+    assert (value["exit_code"], value["file"]) == (3, str(path))
+    with pytest.raises(SourceError):
+        inspect_checkpoint(path)
+
+
+def test_damage_is_described_and_gives_1(tmp_path: Path, run: Run) -> None:
+    folder = Model().write(tmp_path)
+    (folder / SECOND).unlink()
+    value = run(folder, "--json").json
+    assert [item["code"] for item in value["findings"]] == ["shard-missing"]
+    assert (value["scheme"], value["shards"], value["moe"]["layers"]) == ("ptpc_int8", 1, [0])
+    assert value["targets"]["fused-int8"]["supported"] is False
+    assert run(folder).code == 1
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--layers", "1"]])
+def test_wrong_usage(arguments: list[str], run: Run) -> None:
+    result = run(*arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "--help" in result.err
+    assert run(*arguments, "--json").json["exit_code"] == 2
+
+
+# --deep
+
+O_PROJ = "model.layers.0.self_attn.o_proj"
+BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "0": 0.0, "-0": -0.0, "negative": -0.5}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("value", BAD.values(), ids=BAD)
+def test_deep_finds_a_scale_that_is_none(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Model()
+    model.set(f"{O_PROJ}.weight_scale", torch.tensor([1.0] * 7 + [value], dtype=dtype))
+    folder = model.write(tmp_path)
+    errors = [item for item in found(inspect_checkpoint(folder, deep=True)) if item[0] == "error"]
+    assert errors == [("error", "scale-invalid", f"{O_PROJ}.weight_scale", 1)]
+    assert inspect_checkpoint(folder).ok
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_deep_accepts_the_smallest_and_largest_scales(dtype: torch.dtype, tmp_path: Path) -> None:
+    limits = torch.finfo(dtype)
+    model = Model()
+    values = [limits.smallest_normal / 4, limits.smallest_normal, limits.max, 1.0] * 2
+    model.set(f"{O_PROJ}.weight_scale", torch.tensor(values, dtype=dtype))
+    assert (model.first[f"{O_PROJ}.weight_scale"] > 0).all()
+    assert inspect_checkpoint(model.write(tmp_path), deep=True).ok
+
+
+@pytest.mark.parametrize("name", ["weight_scale", "input_scale", "output_scale"])
+def test_deep_reads_every_kind_of_scale(name: str, tmp_path: Path) -> None:
+    model = Model()
+    model.set(f"{O_PROJ}.{name}", torch.zeros(8 if name == "weight_scale" else (), dtype=torch.float32))
+    subjects = {
+        item[2] for item in found(inspect_checkpoint(model.write(tmp_path), deep=True)) if item[1] == "scale-invalid"
+    }
+    assert subjects == {f"{O_PROJ}.{name}"}
+
+
+@pytest.mark.parametrize("value", [1, -1, -128])
+def test_deep_finds_a_zero_point_that_is_not_zero(value: int, tmp_path: Path) -> None:
+    model = Model()
+    for layer in (0, 1):
+        zero_point = torch.tensor([0] * 7 + [value], dtype=torch.int8)
+        model.set(f"model.layers.{layer}.self_attn.o_proj.weight_zero_point", zero_point)
+    errors = [item for item in found(inspect_checkpoint(model.write(tmp_path), deep=True)) if item[0] == "error"]
+    assert errors == [("error", "zero-point-nonzero", f"{O_PROJ}.weight_zero_point", 2)]
+
+
+def test_deep_on_an_asymmetric_export(checkpoints: Any, run: Run) -> None:
+    path = checkpoints("qwen3_moe-0.11-eager-asymmetric")
+    codes = [item["code"] for item in run(path, "--deep", "--json").json["findings"]]
+    assert codes == ["scheme-unsupported", "zero-point-nonzero", "scale-narrow", "zero-point-present"]
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "step3p5-like-3key_fused"])
+def test_deep_finds_nothing_in_a_sound_export(name: str, checkpoints: Any, run: Run) -> None:
+    assert run(checkpoints(name), "--deep").code == 0
+
+
+def test_deep_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import os
+
+    from quarkconv.inspection import deep
+
+    folder = Model().write(tmp_path)
+    scales = {
+        name: ref for name, ref in inspect_checkpoint(folder).description.checkpoint.refs().items() if "_scale" in name
+    }
+    read: list[tuple[int, int]] = []
+
+    def pread(descriptor: int, length: int, offset: int) -> bytes:
+        read.append((length, offset))
+        return os.pread(descriptor, length, offset)
+
+    monkeypatch.setattr(deep, "os", type("os", (), {"pread": staticmethod(pread)}))
+    assert inspect_checkpoint(folder, deep=True).ok
+    assert sorted(read) == sorted((ref.nbytes, ref.start) for ref in scales.values())
+
+
+def test_deep_leaves_truncated_files_alone(tmp_path: Path) -> None:
+    model = Model()
+    model.set(f"{O_PROJ}.weight_scale", torch.zeros(8))
+    folder = model.write(tmp_path)
+    raw = (folder / FIRST).read_bytes()
+    (folder / FIRST).write_bytes(raw[:-1])
+    assert {item[1] for item in found(inspect_checkpoint(folder, deep=True))} == {"shard-truncated"}
+
+
+def test_inspecting_imports_neither_torch_nor_triton(tmp_path: Path) -> None:
+    folder = Model().write(tmp_path / "model")
+    code = (
+        "import sys, quarkconv; quarkconv.inspect_checkpoint(sys.argv[1], deep=True); "
+        "sys.exit(','.join({'torch', 'triton', 'numpy', 'transformers'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stderr) == (0, "")

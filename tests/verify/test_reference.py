@@ -1,0 +1,142 @@
+"""The references against a few lines of plain arithmetic."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+from quarkconv.verify.activation import ExpertActivation, expert_activation
+from quarkconv.verify.loading import Projection
+from quarkconv.verify.reference import dequantized_forward, exact_forward, quantize
+
+E, H, I = 3, 24, 10  # noqa: E741
+
+
+@pytest.fixture
+def experts():
+    generator = torch.Generator().manual_seed(5)
+
+    def projection(out, inner, static):
+        codes = torch.randint(-127, 128, (out, inner), generator=generator, dtype=torch.int8)
+        return Projection(codes, torch.rand(out, generator=generator) * 0.01 + 1e-3, static)
+
+    def make(static=None):
+        roles = {"gate": (I, H), "up": (I, H), "down": (H, I)}
+        return {(role, n): projection(*roles[role], static) for role in roles for n in range(E)}
+
+    return make
+
+
+def inputs(tokens=7, dtype=torch.bfloat16):
+    generator = torch.Generator().manual_seed(6)
+    states = torch.randn(tokens, H, generator=generator).to(dtype)
+    ids = torch.rand(tokens, E, generator=generator).topk(2).indices
+    weights = torch.rand(tokens, 2, generator=generator)
+    return states, weights, ids
+
+
+def silu(x):
+    return x / (1 + math.exp(-x))
+
+
+@pytest.mark.parametrize(
+    ("row", "codes", "scale"),
+    [
+        ([127.0, -127.0, 0.5, 1.5, 2.5, -0.5], [127, -127, 0, 2, 2, 0], 1.0),  # halves go to the even code
+        ([0.0, 0.0], [0, 0], None),
+        ([2.54, -1.0, 0.01], [127, -50, 0], 0.02),
+    ],
+)
+def test_quantize_one_row(row, codes, scale):
+    found, found_scale = quantize(torch.tensor([row]), None)
+    assert found[0].tolist() == codes
+    if scale is not None:
+        assert found_scale.item() == pytest.approx(scale, rel=1e-6)
+
+
+def test_static_scale_cuts_off():
+    found, scale = quantize(torch.tensor([[1.0, 300.0, -300.0]]), torch.tensor(1.0))
+    assert found[0].tolist() == [1, 127, -127]
+    assert scale.item() == 1.0
+
+
+def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts):
+    projections = experts()
+    states, weights, ids = inputs()
+    result = exact_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
+    for token in range(len(states)):
+        total = torch.zeros(H, dtype=torch.float64)
+        for slot in range(2):
+            x = states[token].float()
+            x_scale = x.abs().max() / 127
+            x_codes = torch.round(x / x_scale).to(torch.int64)
+            n = ids[token, slot].item()
+            row = {}
+            for role in ("gate", "up"):
+                codes, scale = projections[role, n].codes.long(), projections[role, n].scale.double()
+                row[role] = (codes * x_codes).sum(1).double() * x_scale.double() * scale
+            h = torch.tensor([silu(g) * u for g, u in zip(row["gate"].tolist(), row["up"].tolist(), strict=True)])
+            h = (
+                torch.tensor(
+                    [silu(g) * u for g, u in zip(row["gate"].tolist(), row["up"].tolist(), strict=True)],
+                    dtype=torch.float64,
+                )
+                .bfloat16()
+                .float()
+            )
+            h_scale = h.abs().max() / 127
+            h_codes = torch.round(h / h_scale).to(torch.int64)
+            down = projections["down", n]
+            y = (down.codes.long() * h_codes).sum(1).double() * h_scale.double() * down.scale.double()
+            total += weights[token, slot].double() * y.bfloat16().double()
+        assert torch.equal(result[token], total.bfloat16())
+
+
+def test_dequantized_forward_is_the_float_model(experts):
+    projections = experts()
+    states, weights, ids = inputs()
+    result = dequantized_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
+
+    def weight(role, n):
+        return projections[role, n].codes.double() * projections[role, n].scale.double()[:, None]
+
+    for token in range(len(states)):
+        expected = torch.zeros(H, dtype=torch.float64)
+        for slot in range(2):
+            n, x = ids[token, slot].item(), states[token].double()
+            gate, up = weight("gate", n) @ x, weight("up", n) @ x
+            expected += weights[token, slot].double() * (weight("down", n) @ (torch.nn.functional.silu(gate) * up))
+        torch.testing.assert_close(result[token], expected, rtol=1e-12, atol=1e-12)
+
+
+def test_static_scales_cut_the_float_model_off_too(experts):
+    projections = experts(torch.tensor(0.001))
+    states, weights, ids = inputs()
+    result = dequantized_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
+    small = dequantized_forward(
+        (states.float().clamp(-0.127, 0.127)).to(states.dtype),
+        weights,
+        ids,
+        lambda r, n: projections[r, n],
+        ExpertActivation("silu"),
+    )
+    torch.testing.assert_close(result, small, rtol=2e-2, atol=1e-3)  # bfloat16 rounds 0.127
+
+
+@pytest.mark.parametrize(
+    ("config", "layer", "expected"),
+    [
+        ({"hidden_act": "silu"}, 0, ExpertActivation("silu")),
+        ({}, 0, ExpertActivation("silu")),
+        ({"hidden_act": "gelu_pytorch_tanh"}, 0, ExpertActivation("gelu_tanh")),
+        ({"hidden_act": "relu"}, 0, None),
+        ({"hidden_act": "silu", "swiglu_limits": [0, 7.0, None]}, 0, ExpertActivation("silu")),
+        ({"hidden_act": "silu", "swiglu_limits": [0, 7.0, None]}, 1, ExpertActivation("swiglustep", 7.0)),
+        ({"hidden_act": "silu", "swiglu_limits": [0, 7.0, None]}, 2, ExpertActivation("silu")),
+        ({"text_config": {"hidden_act": "gelu_pytorch_tanh"}}, 0, ExpertActivation("gelu_tanh")),
+    ],
+)
+def test_activation_from_config(config, layer, expected):
+    assert expert_activation(config, layer) == expected

@@ -1,0 +1,45 @@
+"""verify with the Triton kernels: in the interpreter everywhere, compiled where there is a GPU."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import quarkconv
+
+NAMES = [
+    "qwen3_moe-quark0.13-f2f",
+    "minimax_m2-quark0.13-f2f",
+    "deepseek_v3-quark0.13-f2f",
+    "mixtral-quark0.11-eager",
+    "step3p5-like-3key_fused",
+    "qwen3_moe-quark0.11-eager-int8_static",
+]
+
+
+@pytest.mark.parametrize("name", ["minimax_m2-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
+def test_interpreted_kernels_verify_a_conversion(name, converted):
+    done = subprocess.run(
+        [sys.executable, "-m", "quarkconv", "verify", converted(name), "--json", "--device", "cpu", "--layers", "1",
+         "--tokens", "5"],
+        capture_output=True, text=True, check=False, env={**os.environ, "TRITON_INTERPRET": "1"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout + done.stderr
+    numbers = json.loads(done.stdout)["numbers"]
+    assert numbers["backend"] == "triton"
+    assert numbers["layers"][0]["reached"] == 8
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("tokens", [1, 64, 700])
+@pytest.mark.parametrize("name", NAMES)
+def test_compiled_kernels_verify_a_conversion(name, tokens, checkpoints, converted):
+    result = quarkconv.verify_checkpoint(converted(name), checkpoints(name), "cuda", tokens=tokens)
+    assert result.problems == ()
+    assert (result.numbers.device, result.numbers.backend) == ("cuda", "triton")

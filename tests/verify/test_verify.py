@@ -1,0 +1,179 @@
+"""verify on what is right: every stage passes, and says what it did."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors import safe_open
+
+import quarkconv
+
+CONVERTIBLE = [
+    "qwen3_moe-quark0.13-f2f",
+    "minimax_m2-quark0.13-f2f",
+    "deepseek_v3-quark0.13-f2f",
+    "mixtral-quark0.11-eager",
+    "step3p5-like-3key_fused",
+    "qwen3_moe-quark0.13-f2f-per_tensor_weight",
+    "qwen3_moe-quark0.11-eager-int8_static",
+    "deepseek_v3-0.13-f2f-mtp",
+    "glm4_moe-0.13-f2f-mtp_bf16",
+    "qwen2_moe-0.11-eager-shared_expert",
+    "qwen3_5_moe-0.13-f2f-language_model",
+    "qwen3_moe-0.13-f2f-wrapped",
+    "qwen3_moe-0.13-f2f-attention_per_tensor",
+    "qwen3_moe-0.13-f2f-experts_per_projection",
+]
+
+
+@pytest.mark.parametrize("name", CONVERTIBLE)
+@pytest.mark.parametrize("with_source", [True, False])
+def test_conversion_is_verified(name, with_source, checkpoints, converted):
+    source = checkpoints(name) if with_source else None
+    result = quarkconv.verify_checkpoint(converted(name), source, device="cpu")
+    assert result.problems == ()
+    assert result.ok
+    assert result.bytes.skipped is None
+    assert result.bytes.against_source is with_source
+    assert result.numbers.layers
+    for layer in result.numbers.layers:
+        assert layer.reached == layer.experts
+        assert layer.exact.relative_error <= layer.exact.bound
+        assert 0 < layer.reference.relative_error <= layer.reference.bound
+        assert layer.reference.cosine > 0.99
+
+
+@pytest.mark.parametrize("name", [name for name in CONVERTIBLE if "language_model" not in name])
+def test_export_as_it_came_is_verified_but_for_its_bytes(name, checkpoints):
+    result = quarkconv.verify_checkpoint(checkpoints(name), device="cpu")
+    assert result.ok
+    assert result.bytes.pieces == 0
+    assert "no quarkconv.json" in result.bytes.skipped
+    assert result.numbers.layers
+
+
+def test_config_that_lies_is_a_problem_and_numbers_are_checked_all_the_same(checkpoints):
+    result = quarkconv.verify_checkpoint(checkpoints("qwen3_5_moe-0.13-f2f-language_model"), device="cpu")
+    (problem,) = result.problems
+    assert (problem.stage, problem.tensor) == ("structure", "mtp.layers.0.mlp.experts")
+    assert "experts-not-quantized" in problem.message
+    assert [layer.ok for layer in result.numbers.layers] == [True, True]
+
+
+def test_export_and_conversion_give_the_same_numbers(checkpoints, converted):
+    name = "mixtral-quark0.11-eager"
+    one = quarkconv.verify_checkpoint(checkpoints(name), device="cpu").numbers.layers
+    other = quarkconv.verify_checkpoint(converted(name), device="cpu").numbers.layers
+    assert [layer.reference for layer in one] == [layer.reference for layer in other]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("mixtral-quark0.11-eager", "softmax, top 2 of 6, renormalised"),
+        ("deepseek_v3-quark0.13-f2f", "sigmoid + correction bias, top 4 of 8 in 2 of 4 groups, renormalised, x2.5"),
+        ("step3p5-like-3key_fused", "sigmoid + correction bias, top 2 of 6, renormalised, x3"),
+    ],
+)
+def test_routing_is_the_models_own(name, said, checkpoints):
+    layers = quarkconv.verify_checkpoint(checkpoints(name), device="cpu").numbers.layers
+    assert {layer.routing for layer in layers} == {f"the model's own: {said}"}
+
+
+def test_unknown_model_routes_uniformly_and_says_so(checkpoints, tmp_path):
+    model = checkpoints.copy("qwen3_moe-quark0.13-f2f", tmp_path / "model")
+    config = json.loads((model / "config.json").read_text())
+    config["model_type"] = "something_new"
+    (model / "config.json").write_text(json.dumps(config))
+    layers = quarkconv.verify_checkpoint(model, device="cpu", layers={0}).numbers.layers
+    assert layers[0].routing == "uniform random top 3 of 8 (the model's own is not known)"
+
+
+def test_layers_tokens_and_seed(checkpoints):
+    model = checkpoints("qwen3_moe-quark0.13-f2f")
+    one = quarkconv.verify_checkpoint(model, device="cpu", layers={0, 2}, tokens=1, seed=3).numbers
+    assert [layer.layer for layer in one.layers] == [0, 2]
+    assert (one.tokens, one.seed) == (1, 3)
+    again = quarkconv.verify_checkpoint(model, device="cpu", layers={2}, tokens=1, seed=3).numbers
+    other = quarkconv.verify_checkpoint(model, device="cpu", layers={2}, tokens=1, seed=4).numbers
+    assert again.layers[0].reference == one.layers[1].reference != other.layers[0].reference
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code"),
+    [
+        ({"layers": {7}}, 2),
+        ({"device": "tpu"}, 2),
+        ({"tokens": 0}, 2),
+    ],
+)
+def test_wrong_usage(arguments, code, checkpoints):
+    with pytest.raises(quarkconv.QuarkconvError) as caught:
+        quarkconv.verify_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f"), **{"device": "cpu", **arguments})
+    assert caught.value.exit_code == code
+
+
+@pytest.mark.parametrize(
+    "name", ["qwen3_moe-bf16", "mixtral-quark0.13-eager-experts_left_bf16", "qwen3-0.13-f2f-dense"]
+)
+def test_nothing_to_verify_is_unsupported(name, checkpoints):
+    with pytest.raises(quarkconv.UnsupportedError):
+        quarkconv.verify_checkpoint(checkpoints(name), device="cpu")
+
+
+def test_wrong_source_is_refused(checkpoints, converted):
+    with pytest.raises(quarkconv.SourceError):
+        quarkconv.verify_checkpoint(
+            converted("qwen3_moe-quark0.13-f2f"), checkpoints("minimax_m2-quark0.13-f2f"), device="cpu"
+        )
+
+
+def test_quantized_model_stays_close_to_the_original(checkpoints):
+    """Layer 0 of qwen3_moe-quark0.13-f2f against the BF16 model that it was quantized from."""
+    original, quantized = checkpoints("qwen3_moe-bf16"), checkpoints("qwen3_moe-quark0.13-f2f")
+    weights = {}
+    for path in sorted(original.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys() if ".layers.0." in name}  # noqa: SIM118
+    experts = quarkconv.load_fused_experts(quantized, 0)
+    noise = signal = 0.0
+    for expert in range(experts.experts):
+        prefix = f"model.layers.0.mlp.experts.{expert}"
+        parts = [weights[f"{prefix}.{name}.weight"].double() for name in ("gate_proj", "up_proj", "down_proj")]
+        found = [
+            experts.w13[expert].double() * experts.w13_scale[expert].double(),
+            experts.w2[expert].double() * experts.w2_scale[expert].double(),
+        ]
+        for expected, mine in ((torch.cat(parts[:2]), found[0]), (parts[2], found[1])):
+            noise += (mine - expected).pow(2).sum().item()
+            signal += expected.pow(2).sum().item()
+            # A code is at most half a step away from the value it stands for.
+            step = expected.abs().amax(1, keepdim=True) / 127
+            assert ((mine - expected).abs() <= 0.51 * step).all()
+    relative = (noise / signal) ** 0.5
+    assert 1e-3 < relative < 1e-2
+    print(f"relative error of the weights: {relative:.5f}")
+
+
+def test_json_and_exit_codes_of_the_command(converted, tmp_path):
+    report = tmp_path / "report.html"
+    command = [sys.executable, "-m", "quarkconv", "verify", str(converted("qwen3_moe-quark0.13-f2f"))]
+    done = subprocess.run(
+        [*command, "--json", "--device", "cpu", "--layers", "0-1", "--report", str(report)],
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    value = json.loads(done.stdout)
+    assert value["schema"] == "quarkconv.verify/1"
+    assert value["ok"] is True
+    assert [layer["layer"] for layer in value["numbers"]["layers"]] == [0, 1]
+    html = report.read_text()
+    assert "Verified" in html
+    assert "http://" not in html.replace("http://www.w3.org", "")
+    bad = subprocess.run([*command, "--layers", "5-2"], capture_output=True, text=True, check=False)
+    assert bad.returncode == 2
+    assert bad.stdout == ""
