@@ -9,9 +9,9 @@ import sys
 from pathlib import Path
 
 import torch
-from quarkconv.kernels import fused_experts_int8
 
 import quarkconv
+from quarkconv.kernels import fused_experts_int8
 
 model = sys.argv[1] if len(sys.argv) > 1 else str(Path(__file__).parent / "qwen3_moe-quark0.13-f2f")
 layer = int(sys.argv[2]) if len(sys.argv) > 2 else 0

@@ -96,6 +96,11 @@ def leave_layer_out(model: Model) -> None:
     model.quantization["exclude"].append("*layers.1.mlp.experts*")
 
 
+def leave_projection_out(model: Model) -> None:
+    model.to_float(*(f"{LATER}.{number}.down_proj" for number in range(3)))
+    model.quantization["exclude"].append("*layers.1.mlp.experts.*.down_proj")
+
+
 def dense(model: Model, *, quantized: bool) -> None:
     model.remove("model.layers.0.mlp", "model.layers.1.mlp")
     if not quantized:
@@ -244,6 +249,11 @@ CASES = (
         "one projection of every expert in float",
         (("error", "experts-not-quantized", LATER, 3),),
         in_float(*(f"{LATER}.{number}.down_proj" for number in range(3))),
+    ),
+    Case(
+        "one projection of every expert in float, and excluded",
+        (("error", "experts-not-quantized", LATER, 3),),
+        leave_projection_out,
     ),
     Case("a layer of experts excluded and in float", (("info", "experts-excluded", LATER, 3),), leave_layer_out),
     # What is stored

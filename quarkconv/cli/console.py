@@ -64,6 +64,11 @@ def size(nbytes: int) -> str:
     return f"{value:.3g} TB"
 
 
+def plural(count: int, noun: str) -> str:
+    """``1 shard``, ``2 shards``."""
+    return f"{count:,} {noun}{'' if count == 1 else 's'}"
+
+
 def indented(text: str | Text, by: int, style: str = "") -> Padding:
     """Text whose lines all start ``by`` columns in, also those that are wrapped."""
     from rich.padding import Padding

@@ -8,7 +8,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.console import printable, size, verdict
+from quarkconv.cli.console import plural, printable, size, verdict
 
 
 def render_summary(summary: dict[str, Any]) -> RenderableType:
@@ -34,11 +34,7 @@ def _table(summary: dict[str, Any]) -> Table:
     table.add_row("output", printable(summary["output"]))
     table.add_row("experts", f"{len(moe['layers'])} layers x {moe['experts']} experts, {sizes}")
     table.add_row(
-        "tensors", f"{summary['tensors']:,} from {summary['pieces']:,} pieces, in {_shards(summary['shards'])}"
+        "tensors", f"{summary['tensors']:,} from {summary['pieces']:,} pieces, in {plural(summary['shards'], 'shard')}"
     )
     table.add_row("on disk", size(summary["bytes"]))
     return table
-
-
-def _shards(count: int) -> str:
-    return f"{count} shard{'s' * (count != 1)}"

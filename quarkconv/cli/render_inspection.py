@@ -10,7 +10,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.console import STYLES, indented, printable, size, title, verdict
+from quarkconv.cli.console import STYLES, indented, plural, printable, size, title, verdict
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding, Severity
 from quarkconv.inspection.engines import EngineFact
@@ -42,7 +42,7 @@ def _header(inspection: Inspection) -> RenderableType:
     tool = f"{declared.method} {declared.version or ''}".strip() if declared else "no quantization_config"
     facts = [
         description.geometry.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
-        f"{len(checkpoint.kinds):,} tensors", f"{len(checkpoint.shards)} shard{'s' * (len(checkpoint.shards) != 1)}",
+        f"{len(checkpoint.kinds):,} tensors", plural(len(checkpoint.shards), "shard"),
     ]  # fmt: skip
     return title(inspection.model, facts)
 
@@ -161,7 +161,7 @@ def engine_table(facts: Iterable[EngineFact], *, evidence: bool) -> Table:
 def _verdict(inspection: Inspection) -> RenderableType:
     errors = [item for item in inspection.findings if item.severity is Severity.ERROR]
     if errors:
-        return verdict(f"{len(errors)} finding{'s' * (len(errors) != 1)} of severity error", good=False)
+        return verdict(f"{plural(len(errors), 'finding')} of severity error", good=False)
     supported = [name for name, support in inspection.targets.items() if support.supported]
     lines: list[RenderableType] = [verdict("Sound: config and tensors agree", good=True)]
     if supported:

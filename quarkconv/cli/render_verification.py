@@ -10,7 +10,7 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.console import indented, printable, size, title, verdict
+from quarkconv.cli.console import indented, plural, printable, size, title, verdict
 from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
@@ -41,10 +41,11 @@ def _stages(verification: Verification) -> RenderableType:
     wrong = {problem.stage for problem in verification.problems}
     manifest = "headers, index and manifest" if structure.manifest else "headers and index"
     compared = "manifest and source" if checked.against_source else "manifest"
-    forward = f"{len(numbers.layers)} layers, {numbers.tokens} tokens each, on {numbers.device} ({numbers.backend})"
+    amount = f"{plural(len(numbers.layers), 'layer')}, {plural(numbers.tokens, 'token')} each"
+    forward = f"{amount}, on {numbers.device} ({numbers.backend})"
     table = Table.grid(padding=(0, 2))
     for stage, said, skipped in (
-        ("structure", f"{structure.tensors:,} tensors in {structure.files} files: {manifest}", None),
+        ("structure", f"{structure.tensors:,} tensors in {plural(structure.files, 'file')}: {manifest}", None),
         ("bytes", f"{checked.pieces:,} pieces, {size(checked.nbytes)}: against {compared}", checked.skipped),
         ("numbers", forward, numbers.skipped),
     ):
@@ -103,8 +104,7 @@ def _problems(problems: tuple[Problem, ...]) -> RenderableType:
 
 def _verdict(verification: Verification) -> Text:
     if not verification.ok:
-        count = len(verification.problems)
-        return verdict(f"Not verified: {count} problem{'s' * (count != 1)}", good=False)
+        return verdict(f"Not verified: {plural(len(verification.problems), 'problem')}", good=False)
     skipped = verification.bytes.skipped
     said = "Verified" if skipped is None else "Verified: structure and numbers; bytes could not be checked"
     return verdict(said, good=True)

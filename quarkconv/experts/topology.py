@@ -165,12 +165,11 @@ def _collect(stored: StoredModules, findings: list[Finding]) -> tuple[_PerExpert
     members: list[str] = []
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
-        role = BY_PROJECTION.get(leaf)
-        if role is None:
+        if leaf not in BY_PROJECTION:
             continue
-        if len(form.weight[1]) == 3:  # 3-key: the tensors of all experts directly below the MoE module
+        if len(form[0][1]) == 3:  # 3-key: the tensors of all experts directly below the MoE module
             prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
-            single.setdefault(prefix, {})[role] = form
+            single.setdefault(prefix, {})[BY_PROJECTION[leaf]] = form
             members.append(module)
             continue
         place = places.get(head)

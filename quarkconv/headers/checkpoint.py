@@ -6,7 +6,8 @@ finding, and whatever can still be read is there, so that ``inspect`` can descri
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import re
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -21,6 +22,7 @@ INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 MANIFEST_NAME: Final = "quarkconv.json"
 """What a conversion wrote; see :mod:`quarkconv.manifest`."""
+_SHARD_NAME: Final = re.compile(r"[^/\\]*\.safetensors", re.DOTALL)
 STAGING_NAME: Final = ".quarkconv"
 """Folder inside an output directory in which a conversion is prepared; gone when it is finished."""
 
@@ -122,12 +124,8 @@ def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:
                 "The index has no weight_map", code="index-invalid", file=INDEX_NAME,
                 expected="an object from tensor to file", found=type(weight_map).__name__,
             )  # fmt: skip
-        if set(map(type, weight_map.values())) - {str}:
-            raise SourceError(
-                "The index maps a tensor to something that is no file name", code="index-invalid", file=INDEX_NAME
-            )
-        for file in set(weight_map.values()):
-            if "/" in file or "\\" in file or file in ("", ".", "..") or not file.endswith(".safetensors"):
+        for file in _distinct_values(weight_map):
+            if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
                 raise SourceError(
                     "The index names something that is no shard of this directory", code="index-invalid",
                     file=INDEX_NAME, expected="plain names of .safetensors files", found=repr(file)[:120],
@@ -136,6 +134,14 @@ def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:
         findings.append(_as_finding(error))
         return None
     return weight_map
+
+
+def _distinct_values(weight_map: dict[str, Any]) -> Collection[object]:
+    """The files that a weight_map names; as a list where it maps to something that is no file name at all."""
+    try:
+        return set(weight_map.values())
+    except TypeError:
+        return list(weight_map.values())
 
 
 def _shard_names(root: Path, weight_map: dict[str, str] | None, findings: list[Finding]) -> list[str]:

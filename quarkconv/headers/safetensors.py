@@ -218,9 +218,7 @@ def _load(text: str, file: str) -> dict[str, dict[str, object]]:
     return entries
 
 
-def _columns(
-    entries: dict[str, dict[str, object]], file: str
-) -> tuple[Sequence[Kind], Sequence[int], Sequence[int]]:
+def _columns(entries: dict[str, dict[str, object]], file: str) -> tuple[Sequence[Kind], Sequence[int], Sequence[int]]:
     """Split the entries into kinds, starts and ends, every field present and of the right JSON type."""
     if not entries:
         return (), (), ()

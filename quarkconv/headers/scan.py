@@ -11,15 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from functools import lru_cache
-from itertools import chain
 from typing import Final, NamedTuple
 
 # No escapes and no control characters in strings: they stand for themselves.
-_START: Final = re.compile(r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?(?=")')
+_START: Final = re.compile(
+    r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?(?=")'
+)
 _ENTRY: Final = re.compile(
     r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+","shape":\[[\d,]*)\],"data_offsets":\[(\d+),(\d+)\]\}[,}]', re.ASCII
 )
-_ENTRY_FRAME: Final = len('"":{"dtype":"],"data_offsets":[,]},')
 _KIND: Final = re.compile(r'([A-Z0-9_]+)","shape":\[((?:(?:0|[1-9]\d{0,17})(?:,(?!$)|$))*)', re.ASCII)
 _MAX_DIGITS: Final = 18
 
@@ -39,20 +39,19 @@ def scan_header(text: str) -> Scanned | None:
     """The entries of a header, checked for their form only; None when it is not in the expected form."""
     start = _START.match(text)
     body = text.rstrip(" ")
-    rows = _ENTRY.findall(body, start.end()) if start is not None else []
-    if start is None or not rows:
+    if start is None or not body.endswith("]}}") or body.count("]}}") != 1:
         return None
-    names, kind_texts, starts, ends = zip(*rows, strict=True)
-    # findall passes over what does not match: if the matches are as long as the text, it passed over nothing. Entries
-    # are followed by a comma, and the last one by the brace that closes the header.
-    length = len("".join(chain(names, kind_texts, starts, ends))) + _ENTRY_FRAME * len(rows)
-    if start.end() + length != len(body) or not body.endswith("]}}") or body.count("]}}") != 1:
+    # Splitting leaves what is between the entries: nothing, if the grammar accounts for all there is. Entries are
+    # followed by a comma, and the last one, where the only "]}}" is, by the brace that closes the header.
+    parts = _ENTRY.split(body[start.end() :])
+    between, names, kind_texts, starts, ends = (parts[column::5] for column in range(5))
+    if any(between) or not names or len(set(names)) != len(names):
         return None
-    if starts[0] != "0" or starts[1:] != ends[:-1] or len(set(names)) != len(names):
+    if starts[0] != "0" or starts[1:] != ends[:-1]:
+        return None
+    if "__metadata__" in names:  # of another form than metadata has
         return None
     if any(end != "0" for end in ends if end[0] == "0") or max(map(len, ends)) > _MAX_DIGITS:
-        return None
-    if "__metadata__" in names:
         return None
     kinds = {kind_text: _parse_kind(kind_text) for kind_text in set(kind_texts)}
     resolved = [kind for kind in map(kinds.__getitem__, kind_texts) if kind is not None]

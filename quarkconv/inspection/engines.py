@@ -5,7 +5,7 @@ from __future__ import annotations
 import tomllib
 from dataclasses import dataclass
 from functools import cache
-from importlib.resources import files
+from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.description import Description
@@ -54,7 +54,7 @@ class EngineFact:
 @cache
 def engine_facts() -> tuple[EngineFact, ...]:
     """All rows of the table."""
-    rows = tomllib.loads(files(__package__).joinpath("engines.toml").read_text("utf-8"))["rows"]
+    rows = tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))["rows"]
     return tuple(_fact(row) for row in rows)
 
 
@@ -73,9 +73,7 @@ def engines_for(description: Description, converted_to: list[str]) -> list[Engin
     forms: dict[str | None, str | None] = {stored_form(description): layout}
     forms.update(dict.fromkeys(converted_to))
     found = [
-        fact
-        for fact in engine_facts()
-        if fact.form in forms and fact.holds_for(scheme, forms[fact.form], model_type)
+        fact for fact in engine_facts() if fact.form in forms and fact.holds_for(scheme, forms[fact.form], model_type)
     ]
     return sorted(found, key=lambda fact: VERDICTS.index(fact.verdict))
 

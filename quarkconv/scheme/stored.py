@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from operator import methodcaller
 from typing import Final, Literal, NamedTuple
 
 from quarkconv.headers.safetensors import FLOAT_DTYPES, Kind
@@ -23,6 +22,7 @@ SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
 _WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point")
+_KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
 
@@ -38,11 +38,6 @@ class Form(NamedTuple):
     zero_point: Kind | None = None
     input_scale: Kind | None = None
     input_zero_point: Kind | None = None
-
-    @property
-    def companions(self) -> int:
-        """How many tensors the module has beside its weight."""
-        return 4 - self.count(None)
 
     @property
     def quantized(self) -> bool:
@@ -124,43 +119,30 @@ def stored_modules(kinds: Mapping[str, Kind], fused_leaves: Collection[str]) -> 
         kinds: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    linears: dict[str, Form] = {}
-    fused: dict[str, Form] = {}
-    forms: dict[tuple[int, ...], tuple[Form, int]] = {}  # by identity: kinds are mostly shared objects, and costly to hash
-    weights = [item for item in kinds.items() if item[0].endswith(_WEIGHT)]
+    weights = [name for name in kinds if name.endswith(_WEIGHT) and len(kinds[name][1]) >= 2]
     companions = [name for name in kinds if name.endswith(_COMPANIONS)]
-    only_scales = all(map(methodcaller("endswith", ".weight_scale"), companions))
-    owned = 0
-    for name, kind in weights:
-        dtype, shape = kind
-        if len(shape) < 2:
-            continue
-        module = name[: -len(_WEIGHT)]
-        if dtype in FLOAT_DTYPES:
-            found: tuple[Kind | None, ...] = (kind,)
-            key: tuple[int, ...] = (id(kind),)
-        elif only_scales:
-            scale = kinds.get(name + "_scale")
-            found = (kind, scale)
-            key = (id(kind), id(scale))
-        else:
-            found = tuple(map(kinds.get, linear_names(module)))
-            key = tuple(map(id, found))
-        known = forms.get(key)
-        if known is None:
-            form = Form(*found)  # type: ignore[arg-type]  # the first is a weight that is there
-            known = forms[key] = form, form.companions
-        linears[module], companions_here = known
-        owned += companions_here
+    modules = [name[: -len(_WEIGHT)] for name in weights]
+    # One column for each tensor that a module may have, and one pass over each; most checkpoints have but two.
+    leaves = {name.rpartition(".")[2] for name in companions}
+    names = zip(Form._fields, linear_names(""), strict=True)
+    suffixes = {field: suffix for field, suffix in names if suffix[1:] in leaves}
+    columns = [list(map(kinds.__getitem__, weights))]
+    columns += [list(map(kinds.get, [module + suffix for module in modules])) for suffix in suffixes.values()]
+    # Kinds are mostly shared objects, and costly to hash: forms are told apart by identity.
+    keys = list(zip(*(map(id, column) for column in columns), strict=True))
+    rows = dict(zip(keys, zip(*columns, strict=True), strict=True))
+    forms = {key: Form(row[0], **dict(zip(suffixes, row[1:], strict=True))) for key, row in rows.items()}
+    linears = dict(zip(modules, map(forms.__getitem__, keys), strict=True))
+    owned = sum(len(column) - list(map(id, column)).count(id(None)) for column in columns[1:])
+    fused: dict[str, Form] = {}
     others: list[str] = []
-    if len(weights) + len(companions) != len(kinds):
-        for name in (name for name in kinds if not name.endswith((_WEIGHT, *_COMPANIONS))):
-            kind = kinds[name]
-            if len(kind[1]) == 3 and name.rpartition(".")[2] in fused_leaves:
-                fused[name] = form = Form(*map(kinds.get, fused_names(name)))  # type: ignore[arg-type]
-                owned += form.companions
-            elif kind[0] == "I8":
-                others.append(name)
+    for name in [name for name in kinds if not name.endswith(_KNOWN)]:
+        kind = kinds[name]
+        if len(kind[1]) == 3 and name.rpartition(".")[2] in fused_leaves:
+            fused[name] = form = Form(kind, *map(kinds.get, fused_names(name)[1:]))
+            owned += 4 - form.count(None)
+        elif kind[0] == "I8":
+            others.append(name)
     if owned != len(companions):
         others.extend(_orphans(kinds, linears, fused))
     return StoredModules(linears, fused, tuple(others))

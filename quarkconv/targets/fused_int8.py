@@ -41,7 +41,7 @@ class FusedInt8(Target):
         if not description.int8_layers:
             return "none of its experts are stored in int8"
         for layer in description.moe_layers:
-            if not layer.quantized and layer.float_experts() < layer.experts:
+            if layer.partly_quantized:
                 return f"{layer.prefix} mixes experts in int8 and in float"
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"

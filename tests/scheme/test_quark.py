@@ -204,6 +204,11 @@ def test_two_stages_are_shown_with_both_dtypes() -> None:
     assert scheme.default.weight == TensorSpec("fp8_e4m3+int4", "multi_stage", symmetric=False, dynamic=False)
 
 
+def test_only_a_dynamic_input_is_per_token() -> None:
+    scheme = QuarkScheme(quark_config(global_quant_config=layer_config(WEIGHT, {**INPUT, "is_dynamic": False})))
+    assert scheme.default.activation == TensorSpec("int8", "per_channel(axis=1)", symmetric=True, dynamic=False)
+
+
 def test_version_and_format() -> None:
     scheme = QuarkScheme(quark_config(version="0.11.1+abc", export={"weight_format": "fake_quantized"}))
     assert (scheme.method, scheme.version, scheme.stores_codes) == ("quark", "0.11.1+abc", False)

@@ -213,6 +213,20 @@ def test_experts_left_in_float_are_ignored_as_engines_ask(converted: Converted, 
     assert {layer, *asked} <= set(converted.ignore(name))
 
 
+def test_a_linear_in_float_beside_one_in_int8_is_ignored_alone(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    module = "model.layers.0.self_attn.q_proj"
+
+    def dequantize(tensors: Tensors) -> None:
+        del tensors[f"{module}.weight_scale"]
+        tensors[f"{module}.weight"] = tensors[f"{module}.weight"].bfloat16()
+
+    edit_checkpoint(root, dequantize)
+    out = quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out").output
+    ignore = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
+    assert ignore == ["lm_head", "model.layers.0.mlp.gate", module]
+
+
 def test_experts_in_float_named_w_are_ignored_as_engines_ask(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model", layers=2, family="w1")
     config = json.loads((root / "config.json").read_text())

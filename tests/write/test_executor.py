@@ -68,6 +68,7 @@ def reference(source: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[st
     out = convert(source, tmp_path_factory.mktemp("reference") / "out")
     assert_same_tensors(load(out), fused_int8(source))
     assert len(list(out.glob("*.safetensors"))) >= 5
+    assert not (out / STAGING).exists()
     return snapshot(out)
 
 
@@ -292,7 +293,8 @@ def test_killed_at_any_moment_the_same_command_gives_the_same_bytes(
     assert process.returncode == 0
     total = int(text.split()[-1])
     assert total > 300
-    moments = [2, 3, 4, *random.Random(7).sample(range(5, total - 14), 6), *range(total - 14, total + 1, 3)]
+    # The last 40 calls move the files up and remove the working folder.
+    moments = [2, 3, 4, *random.Random(7).sample(range(5, total - 40), 5), *range(total - 40, total + 1, 4)]
     states = set()
     for moment in moments:
         out = tmp_path / f"killed-{moment}"
@@ -332,7 +334,7 @@ def test_killed_while_it_moves_files_up_overwrite_starts_anew(
     out = tmp_path / "out"
     process = start(KILLED, 0, *arguments(source, tmp_path / "counting"))
     total = int(process.communicate(timeout=60)[0].split()[-1])
-    for moment in range(total - 24, total, 8):
+    for moment in (total - 33, total - 22, total - 11):
         process = start(KILLED, moment, *arguments(source, out))
         process.communicate(timeout=60)
         assert process.returncode == -signal.SIGKILL
@@ -411,7 +413,7 @@ def test_an_interrupt_stops_soon_and_the_work_resumes(
     began = time.monotonic()
     process.send_signal(number)
     text, err = process.communicate(timeout=30)
-    assert time.monotonic() - began < 2  # a second, and leaving the interpreter
+    assert time.monotonic() - began < 3  # of half a minute; it takes a fraction of a second
     assert process.returncode == 130
     assert "Interrupted" in err
     assert "Traceback" not in err
@@ -670,9 +672,8 @@ def test_leftover_notes_of_another_plan_are_ignored(source: Path, reference: dic
     """The folder of a finished conversion may be half removed: its notes there, its plan gone."""
     other, out = tmp_path / "other", tmp_path / "out"
     shutil.copytree(source, other)
-    edit_checkpoint(other, lambda tensors: tensors.update({"model.norm.weight": tensors["model.norm.weight"] * 2}))
-    config = json.loads((other / "config.json").read_text())
-    (other / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
+    (other / "extra.txt").write_text("another plan")
+    edit_checkpoint(other, lambda tensors: tensors.update({"lm_head.weight": -tensors["lm_head.weight"]}))
     interrupt(other, out)
     (out / STAGING / "plan.json").unlink()
     assert snapshot(convert(source, out)) == reference

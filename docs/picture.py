@@ -1,0 +1,42 @@
+"""Make docs/terminal.svg, the picture in the README: the demo, run for real, as a terminal shows it.
+
+Usage: python docs/picture.py
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import tempfile
+from io import StringIO
+from pathlib import Path
+
+from rich.console import Console
+from rich.text import Text
+
+ROOT = Path(__file__).resolve().parents[1]
+WIDTH = 104
+MODEL = "qwen3_moe-quark0.13-f2f"
+COMMANDS = [
+    ["quarkconv", "inspect", MODEL],
+    ["quarkconv", "convert", MODEL, "--to", "fused-int8"],
+    ["quarkconv", "verify", f"{MODEL}-fused-int8", "--source", MODEL],
+]
+
+
+def main() -> None:
+    """Run the commands beside a copy of the example, and save what they print."""
+    console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
+    environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
+    with tempfile.TemporaryDirectory() as folder:
+        shutil.copytree(ROOT / "examples" / MODEL, Path(folder) / MODEL)
+        for command in COMMANDS:
+            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
+            console.print(Text(f"$ {' '.join(command)}", style="bold blue"))
+            console.print(Text.from_ansi(done.stdout))
+    console.save_svg(str(ROOT / "docs" / "terminal.svg"), title="quarkconv")
+
+
+if __name__ == "__main__":
+    main()
