@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from quarkconv.headers.safetensors import FLOAT_DTYPES, Kind
 from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
@@ -119,14 +119,14 @@ def stored_modules(kinds: Mapping[str, Kind], fused_leaves: Collection[str]) -> 
         kinds: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    weights = [name for name in kinds if name.endswith(_WEIGHT) and len(kinds[name][1]) >= 2]
+    weights = {name: kind for name, kind in kinds.items() if name.endswith(_WEIGHT) and len(kind[1]) >= 2}
     companions = [name for name in kinds if name.endswith(_COMPANIONS)]
     modules = [name[: -len(_WEIGHT)] for name in weights]
     # One column for each tensor that a module may have, and one pass over each; most checkpoints have but two.
     leaves = {name.rpartition(".")[2] for name in companions}
     names = zip(Form._fields, linear_names(""), strict=True)
     suffixes = {field: suffix for field, suffix in names if suffix[1:] in leaves}
-    columns = [list(map(kinds.__getitem__, weights))]
+    columns: list[list[Any]] = [list(weights.values())]
     columns += [list(map(kinds.get, [module + suffix for module in modules])) for suffix in suffixes.values()]
     # Kinds are mostly shared objects, and costly to hash: forms are told apart by identity.
     keys = list(zip(*(map(id, column) for column in columns), strict=True))
