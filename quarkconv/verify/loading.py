@@ -80,7 +80,12 @@ class Projection:
 
     def dequantized(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The weight [out, in] in ``dtype``: code times scale."""
-        return self.codes.to(device, dtype) * self.scale.to(device, dtype).unsqueeze(1)
+        return self.codes.to(device).to(dtype) * self.scale.to(device).to(dtype).unsqueeze(1)
+
+    def to(self, device: torch.device) -> Projection:
+        """The same on a device."""
+        moved = None if self.input_scale is None else self.input_scale.to(device)
+        return Projection(self.codes.to(device), self.scale.to(device), moved)
 
 
 class ExpertReader:

@@ -19,7 +19,7 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.verify.activation import ExpertActivation, expert_activation
 from quarkconv.verify.loading import ExpertReader, FusedExperts, Projection
-from quarkconv.verify.reference import CODE_MAX, dequantized_forward, exact_forward
+from quarkconv.verify.reference import CODE_MAX, both_forwards
 from quarkconv.verify.results import Distance, LayerNumbers, Problem
 from quarkconv.verify.routing import Routing, route, router_tensor_names, routing_from_config, uniform_routing
 
@@ -79,9 +79,8 @@ def verify_layer(
         w13_input_scale=experts.w13_input_scale, w2_input_scale=experts.w2_input_scale,
     )  # fmt: skip
     of_layer, of_reader = source or (layer, reader)
-    read = _remembering(lambda role, expert: of_reader.projection(of_layer, role, expert))
-    exact = exact_forward(hidden_states, weights, ids, read, activation)
-    reference = dequantized_forward(hidden_states, weights, ids, read, activation)
+    read = _remembering(lambda role, expert: of_reader.projection(of_layer, role, expert).to(device))
+    exact, reference = both_forwards(hidden_states, weights, ids, read, activation)
     noise_bound = DYNAMIC_BOUND if experts.w13_input_scale is None else STATIC_BOUND
     numbers = LayerNumbers(
         layer.index, layer.prefix, experts.experts, len(torch.unique(ids)), routing, said,
@@ -160,7 +159,7 @@ def _reach_every_expert(
 
 
 def _remembering(read: Callable[[Role, int], Projection]) -> Callable[[Role, int], Projection]:
-    """Both references read the same experts in the same order; keep the last one only, so that memory stays small."""
+    """Both references use an expert one after the other; keep the last one only, so that memory stays small."""
     last: dict[tuple[Role, int], Projection] = {}
 
     def reading(role: Role, expert: int) -> Projection:

@@ -44,7 +44,10 @@ def quantize(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """
     wide = x.float()
     if static_scale is None:
-        scale = (wide.abs().amax(dim=1, keepdim=True) / CODE_MAX).clamp(min=MIN_SCALE)
+        # A tensor as divisor: torch divides by a number on a GPU by multiplying with its reciprocal, which is not the
+        # same, and decides the codes of values halfway between two.
+        largest = wide.abs().amax(dim=1, keepdim=True)
+        scale = (largest / torch.full_like(largest, CODE_MAX)).clamp(min=MIN_SCALE)
     else:
         scale = static_scale.to(x.device).float().expand(len(x), 1)
     return torch.round(wide / scale).clamp(-CODE_MAX, CODE_MAX).double(), scale.double()
@@ -53,27 +56,27 @@ def quantize(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 def exact_forward(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, read: Read, activation: ExpertActivation
 ) -> Tensor:
-    """The INT8 forward, exactly. Arguments as :func:`dequantized_forward`; returns [M, H] in their dtype."""
-    dtype = hidden_states.dtype
-
-    def product(x: Tensor, projection: Projection) -> Tensor:
-        codes, scale = quantize(x, projection.input_scale)
-        # Codes are at most 127, so a sum of products is an integer below 2^53 / 127^2 terms: float64 is exact.
-        sums = codes @ projection.codes.to(x.device, torch.float64).T
-        return sums * scale * projection.scale.to(x.device, torch.float64)
-
-    def expert(number: int, x: Tensor) -> Tensor:
-        gate, up = product(x, read("gate", number)), product(x, read("up", number))
-        hidden = activate(gate, up, activation).to(dtype)
-        return product(hidden, read("down", number)).to(dtype).double()
-
-    return _combine(hidden_states, topk_weights, topk_ids, expert).to(dtype)
+    """The INT8 forward, exactly. Arguments as :func:`both_forwards`; returns [M, H] in their dtype."""
+    expert = _exact_expert(read, activation, hidden_states.dtype)
+    (output,) = _combine(hidden_states, topk_weights, topk_ids, [expert])
+    return output.to(hidden_states.dtype)
 
 
 def dequantized_forward(
     hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, read: Read, activation: ExpertActivation
 ) -> Tensor:
-    """The forward with dequantized weights and activations that are not rounded, in float64.
+    """The forward with dequantized weights and activations that are not rounded.
+
+    Arguments as :func:`both_forwards`; returns float64 [M, H].
+    """
+    (output,) = _combine(hidden_states, topk_weights, topk_ids, [_dequantized_expert(read, activation)])
+    return output
+
+
+def both_forwards(
+    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, read: Read, activation: ExpertActivation
+) -> tuple[Tensor, Tensor]:
+    """Both references, reading each expert once.
 
     Args:
         hidden_states: [M, H], bfloat16 or float16.
@@ -83,9 +86,33 @@ def dequantized_forward(
         activation: the gated activation.
 
     Returns:
-        float64 [M, H].
+        :func:`exact_forward`, :func:`dequantized_forward`.
     """
+    experts = [_exact_expert(read, activation, hidden_states.dtype), _dequantized_expert(read, activation)]
+    exact, dequantized = _combine(hidden_states, topk_weights, topk_ids, experts)
+    return exact.to(hidden_states.dtype), dequantized
 
+
+Expert = Callable[[int, Tensor], Tensor]
+"""(number, its tokens [m, H]) -> its output, float64 [m, H]."""
+
+
+def _exact_expert(read: Read, activation: ExpertActivation, dtype: torch.dtype) -> Expert:
+    def product(x: Tensor, projection: Projection) -> Tensor:
+        codes, scale = quantize(x, projection.input_scale)
+        # A product of codes is at most 127^2, so sums of 2^39 of them are exact in float64.
+        sums = codes @ projection.codes.to(x.device).double().T
+        return sums * scale * projection.scale.to(x.device).double()
+
+    def expert(number: int, x: Tensor) -> Tensor:
+        gate, up = product(x, read("gate", number)), product(x, read("up", number))
+        hidden = activate(gate, up, activation).to(dtype)
+        return product(hidden, read("down", number)).to(dtype).double()
+
+    return expert
+
+
+def _dequantized_expert(read: Read, activation: ExpertActivation) -> Expert:
     def product(x: Tensor, projection: Projection) -> Tensor:
         if projection.input_scale is not None:
             limit = CODE_MAX * projection.input_scale.item()
@@ -96,7 +123,7 @@ def dequantized_forward(
         gate, up = product(x.double(), read("gate", number)), product(x.double(), read("up", number))
         return product(activate(gate, up, activation), read("down", number))
 
-    return _combine(hidden_states, topk_weights, topk_ids, expert)
+    return expert
 
 
 def activate(gate: Tensor, up: Tensor, activation: ExpertActivation) -> Tensor:
@@ -109,15 +136,14 @@ def activate(gate: Tensor, up: Tensor, activation: ExpertActivation) -> Tensor:
     return gated * up
 
 
-def _combine(
-    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, expert: Callable[[int, Tensor], Tensor]
-) -> Tensor:
-    """Sum over each token's experts, weighted by the router; one expert at a time."""
-    output = torch.zeros(hidden_states.shape, dtype=torch.float64, device=hidden_states.device)
+def _combine(hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: list[Expert]) -> list[Tensor]:
+    """For each way to compute an expert: the sum over each token's experts, weighted by the router."""
+    outputs = [torch.zeros_like(hidden_states, dtype=torch.float64) for _ in experts]
     for number, tokens, slots in _assignments(topk_ids):
         weight = topk_weights[tokens, slots].double().unsqueeze(1)
-        output.index_add_(0, tokens, weight * expert(number, hidden_states[tokens]))
-    return output
+        for output, expert in zip(outputs, experts, strict=True):
+            output.index_add_(0, tokens, weight * expert(number, hidden_states[tokens]))
+    return outputs
 
 
 def _assignments(topk_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:
