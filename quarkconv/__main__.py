@@ -1,5 +1,5 @@
 """``python -m quarkconv``."""
 
-from quarkconv.cli.main import main
+from quarkconv.cli.main import run
 
-main()
+run()

@@ -14,13 +14,14 @@ from quarkconv.findings import Finding
 from quarkconv.headers.checkpoint import INDEX_NAME, MANIFEST_NAME
 from quarkconv.hub import resolve_model
 from quarkconv.inspection.inspection import Inspection, make_inspection
-from quarkconv.manifest import Manifest
 from quarkconv.plan.pieces import Plan
 from quarkconv.plan.planner import make_plan
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from quarkconv.manifest import Manifest
 
 DEFAULT_SHARD_SIZE: Final = "5GB"
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,

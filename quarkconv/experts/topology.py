@@ -159,6 +159,7 @@ _Single = dict[str, dict[tuple[ExpertNaming, str], Form]]
 def _collect(stored: StoredModules, findings: list[Finding]) -> tuple[_PerExpert, _Single, list[str]]:
     """Group the modules that are routed experts by the module that holds them."""
     misspelt: list[str] = []
+    last_head, place = None, None
     places: dict[str, tuple[dict[str, dict[int, Form]], int]] = {}  # module of an expert -> its layer, its number
     per_expert: _PerExpert = {}
     single: _Single = {}
@@ -172,7 +173,8 @@ def _collect(stored: StoredModules, findings: list[Finding]) -> tuple[_PerExpert
             single.setdefault(prefix, {})[BY_PROJECTION[leaf]] = form
             members.append(module)
             continue
-        place = places.get(head)
+        if head != last_head:  # the projections of an expert mostly follow one another
+            last_head, place = head, places.get(head)
         if place is None:
             prefix, _, number = head.rpartition(".")
             if not (prefix.endswith(_EXPERT_SUFFIX) and number.isascii() and number.isdecimal()):

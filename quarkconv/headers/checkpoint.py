@@ -187,10 +187,9 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
 
 
 def _compare_index(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iterator[Finding]:
-    if list(weight_map) == [name for shard in shards for name in shard.names]:  # often in the same order, too
-        files = [shard.file for shard in shards for _ in shard.names]
-        if list(weight_map.values()) == files:
-            return
+    agree = all(set(map(weight_map.get, shard.names)) == {shard.file} for shard in shards if shard.names)
+    if agree and sum(len(shard.names) for shard in shards) == len(weight_map):
+        return
     stored: dict[str, str] = {}
     for shard in shards:
         stored.update(dict.fromkeys(shard.names, shard.file))
