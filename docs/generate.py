@@ -32,9 +32,8 @@ def engines() -> str:
     rows = ["| engine | version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 7]
     for fact in engine_facts():
         only = ", ".join([*fact.schemes, *fact.layouts, *fact.model_types, *(f"not {m}" for m in fact.not_model_types)])
-        said = f"{fact.evidence} ({fact.checked})"
         rows.append(
-            f"| {fact.engine} | {fact.version} | {fact.form} | **{fact.verdict}** | {only} | {fact.note} | {said} |"
+            f"| {fact.engine} | {fact.version} | {fact.form} | **{fact.verdict}** | {only} | {fact.note} | {fact.proof} |"
         )
     return "\n".join(rows)
 

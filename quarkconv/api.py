@@ -146,8 +146,8 @@ def output_directory(source: Path, model: str | Path, target: str, out: str | Pa
     if out is not None:
         output = Path(out)
     elif source == Path(model):
-        resolved = source.resolve()
-        output = resolved.with_name(f"{resolved.name}-{target}")
+        named = source if source.name not in ("", "..") else source.resolve()
+        output = named.with_name(f"{named.name}-{target}")
     else:  # a repo id: beside the working directory's other models, not inside the Hub's cache
         output = Path(f"{str(model).partition('@')[0].rpartition('/')[2]}-{target}")
     inner, outer = output.resolve(), source.resolve()

@@ -134,27 +134,19 @@ def _targets(inspection: Inspection) -> RenderableType:
 
 
 def engine_table(facts: Iterable[EngineFact], *, evidence: bool) -> Table:
-    """Rows of the table of engines."""
+    """Rows of the table of engines, with or without what they hold for and their evidence."""
     table = Table(title="Engines", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
     for column in ("engine", "version", "checkpoint as", "runs as"):
         table.add_column(column, no_wrap=True)
     table.add_column("note", style="dim")
-    if evidence:
-        table.add_column("only for", style="dim")
-        table.add_column("evidence", style="dim")
     for fact in facts:
-        row: list[str | Text] = [
-            fact.engine,
-            fact.version,
-            fact.form,
-            Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict]),
-            fact.note,
-        ]
+        notes = [fact.note] if fact.note else []
         if evidence:
-            except_for = [f"not {name}" for name in fact.not_model_types]
-            row.append(", ".join([*fact.schemes, *fact.layouts, *fact.model_types, *except_for]))
-            row.append(f"{fact.evidence} ({fact.checked})")
-        table.add_row(*row)
+            only = [*fact.schemes, *fact.layouts, *fact.model_types, *(f"not {name}" for name in fact.not_model_types)]
+            notes += [f"only: {', '.join(only)}"] if only else []
+            notes.append(f"evidence: {fact.proof}")
+        shown = Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict])
+        table.add_row(fact.engine, fact.version, fact.form, shown, "\n".join(notes))
     return table
 
 

@@ -14,12 +14,15 @@ VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
 """Best first."""
 
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types")
-_FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence", "checked")
+_FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
 
 @dataclass(frozen=True, slots=True)
 class EngineFact:
-    """A row of the table. The conditions are empty where the row holds for every checkpoint."""
+    """A row of the table. The conditions are empty where the row holds for every checkpoint.
+
+    ``checked`` is the day on which the fact was last looked at, empty where that is not recorded.
+    """
 
     engine: str
     version: str
@@ -27,7 +30,7 @@ class EngineFact:
     verdict: str
     note: str
     evidence: str
-    checked: str
+    checked: str = ""
     schemes: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
@@ -39,6 +42,11 @@ class EngineFact:
         return all(not allowed or value in allowed for allowed, value in wanted) and (
             model_type not in self.not_model_types
         )
+
+    @property
+    def proof(self) -> str:
+        """Evidence and date, for people."""
+        return f"{self.evidence}, {self.checked}" if self.checked else self.evidence
 
     def to_json(self) -> dict[str, str]:
         """The fields of the contract."""
@@ -88,9 +96,10 @@ def stored_form(description: Description) -> str | None:
 
 
 def _fact(row: dict[str, Any]) -> EngineFact:
-    unknown = set(row) - {*_FIELDS, *_CONDITIONS}
+    unknown = set(row) - {*_FIELDS, *_CONDITIONS, "checked"}
     if unknown or row["verdict"] not in VERDICTS:
         raise ValueError(f"engines.toml: a row for {row['engine']} is malformed")
     conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
-    engine, version, form, verdict, note, evidence, checked = (str(row[key]) for key in _FIELDS)
+    engine, version, form, verdict, note, evidence = (str(row[key]) for key in _FIELDS)
+    checked = str(row.get("checked", ""))
     return EngineFact(engine, version, form, verdict, note, evidence, checked, **conditions)
