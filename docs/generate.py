@@ -32,9 +32,8 @@ def engines() -> str:
     rows = ["| engine | version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 7]
     for fact in engine_facts():
         only = ", ".join([*fact.schemes, *fact.layouts, *fact.model_types, *(f"not {m}" for m in fact.not_model_types)])
-        rows.append(
-            f"| {fact.engine} | {fact.version} | {fact.form} | **{fact.verdict}** | {only} | {fact.note} | {fact.proof} |"
-        )
+        cells = [fact.engine, fact.version, fact.form, f"**{fact.verdict}**", only, fact.note, fact.proof]
+        rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
 
 
