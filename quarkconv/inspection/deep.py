@@ -11,8 +11,8 @@ from contextlib import ExitStack
 from quarkconv.description import Description
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import TensorRef
+from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.scheme.stored import SCALE_DTYPES
-from quarkconv.write.transforms import widen_bf16, widen_f16
 
 
 def deep_findings(description: Description) -> Iterator[Finding]:

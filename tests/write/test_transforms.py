@@ -8,8 +8,9 @@ import struct
 import pytest
 import torch
 
+from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.plan.pieces import Piece
-from quarkconv.write.transforms import transform, widen_bf16, widen_f16
+from quarkconv.write.transforms import transform
 
 ALL = struct.pack("<65536H", *range(65536))
 
