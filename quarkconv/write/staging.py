@@ -3,7 +3,8 @@
 Everything is prepared in ``OUT/.quarkconv`` and moved up when all of it is complete, config.json last: until then the
 directory has no config.json and no engine takes it for a model. The folder holds
 
-    plan.json          the plan that is being carried out: a later run resumes it only if it would make the same
+    plan.json          the plan that is being carried out, and the state of the source's files: a later run resumes
+                       only if it would make the same of the same
     lock               held while a process works here
     notes/NAME.json    the checksums of the pieces of a finished shard
     files/NAME         a file that is finished and on disk
@@ -101,12 +102,15 @@ class Staging:
 
 
 @contextmanager
-def open_staging(output: Path, plan_digest: str, plan_files: list[str], *, overwrite: bool) -> Iterator[Staging]:
+def open_staging(
+    output: Path, plan_digest: str, source_state: list[list[int]], plan_files: list[str], *, overwrite: bool
+) -> Iterator[Staging]:
     """Make or resume the working folder of a conversion, and hold its lock.
 
     Args:
         output: the output directory; made if it does not exist.
         plan_digest: identity of the plan.
+        source_state: size and time of modification of the source's files, in order.
         plan_files: the files that the plan will write.
         overwrite: whether an earlier output of quarkconv is deleted, and an unfinished one started anew.
 
@@ -129,17 +133,7 @@ def open_staging(output: Path, plan_digest: str, plan_files: list[str], *, overw
         try:
             if overwrite:
                 _start_anew(staging)
-            plan_file = staging.folder / _PLAN
-            found = plan_file.read_text() if plan_file.is_file() else None
-            if found is not None and json.loads(found).get("plan") != plan_digest:
-                raise UsageError(
-                    "The output directory holds an unfinished conversion of another source or with other options",
-                    file=str(output), expected=f"plan {plan_digest[:12]}",
-                    found=f"plan {str(json.loads(found).get('plan'))[:12]}",
-                    hint="give the options it was started with, or --overwrite to start anew",
-                )  # fmt: skip
-            if found is None:
-                write_durably(plan_file, json.dumps({"plan": plan_digest}).encode())
+            _resume_or_begin(staging, {"plan": plan_digest, "sources": source_state})
         except OSError as error:
             raise as_write_error(error, output) from error
         yield staging
@@ -149,6 +143,27 @@ def open_staging(output: Path, plan_digest: str, plan_files: list[str], *, overw
         raise
     finally:
         os.close(descriptor)
+
+
+def _resume_or_begin(staging: Staging, state: dict[str, object]) -> None:
+    """Note what is being done, or refuse to go on with what was begun with something else."""
+    plan_file = staging.folder / _PLAN
+    if not plan_file.is_file():
+        write_durably(plan_file, json.dumps(state).encode())
+        return
+    try:
+        begun = json.loads(plan_file.read_bytes())
+    except ValueError:
+        begun = None
+    if begun == state:
+        return
+    same_plan = isinstance(begun, dict) and begun.get("plan") == state["plan"]
+    found = "the source's files have changed since" if same_plan else "another source, target or shard size"
+    raise UsageError(
+        "The output directory holds a conversion that was begun with something else", file=str(staging.output),
+        expected="the same source, unchanged, and the same options", found=found,
+        hint="give the options it was begun with, or --overwrite to start anew",
+    )  # fmt: skip
 
 
 def write_durably(path: Path, data: bytes) -> None:

@@ -207,7 +207,7 @@ def test_a_source_that_is_cut_while_it_is_read(
     mine, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(source, mine)
     cut = mine / "model-00003-of-00003.safetensors"
-    whole = cut.read_bytes()
+    whole, modified = cut.read_bytes(), cut.stat().st_mtime_ns
     started = threading.Event()
 
     def cut_once(_: int) -> None:
@@ -222,6 +222,10 @@ def test_a_source_that_is_cut_while_it_is_read(
     assert caught.value.tensor
     assert_unfinished(out)
     cut.write_bytes(whole)
+    with pytest.raises(UsageError, match="begun with something else") as refused:  # it was written to: is it the same?
+        convert(mine, out)
+    assert refused.value.found == "the source's files have changed since"
+    os.utime(cut, ns=(modified, modified))
     assert snapshot(convert(mine, out)) == reference
 
 
@@ -586,7 +590,8 @@ def test_unfinished_work_with_other_options_is_refused_and_kept(
     before = snapshot(out)
     code, _, err = run_cli(capsys, "convert", source, "--to", "fused-int8", "--out", out, "--max-shard-size", "6MB")
     assert code == 2
-    assert "other options" in err
+    assert "begun with something else" in err
+    assert "another source, target or shard size" in err
     assert "--overwrite" in err
     assert snapshot(out) == before
     assert snapshot(convert(source, out)) == reference
