@@ -12,10 +12,8 @@ entry by entry; only when a column fails is the first bad entry looked for, to n
 from __future__ import annotations
 
 import gc
-import json
 import os
 import struct
-from collections import Counter
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +24,7 @@ from typing import Final, NamedTuple, NoReturn, TypeVar
 
 from quarkconv.errors import SourceError
 from quarkconv.headers.scan import scan_header
+from quarkconv.headers.strict_json import load_header_json, shown
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The bound that safetensors itself sets on a header."""
@@ -164,12 +163,15 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
 
 def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[Kind], Sequence[int], Sequence[int]]:
     """Names, kinds, starts and ends of a header in any form of JSON."""
-    entries = _load(text, file)
+    try:
+        entries = load_header_json(text)
+    except (ValueError, RecursionError) as error:
+        raise _not_json(error, file) from error
     metadata = entries.pop("__metadata__", None)
     if metadata is not None and not (
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
-        _refuse(file, "__metadata__", "an object of strings", _show(metadata))
+        _refuse(file, "__metadata__", "an object of strings", shown(metadata))
     return list(entries), *_columns(entries, file)
 
 
@@ -200,22 +202,6 @@ def _not_json(error: Exception, file: str) -> SourceError:
         "The header is not valid JSON", file=file, found=str(error) or "nesting too deep",
         hint="download or copy the file again",
     )  # fmt: skip
-
-
-def _load(text: str, file: str) -> dict[str, dict[str, object]]:
-    try:
-        if not text.startswith("{"):
-            raise ValueError("the header does not start with '{'")
-        entries = json.loads(text, parse_constant=_no_constant)
-        # What Python's parser lets pass, and the format does not, is looked for with a second, slower parse. Headers as
-        # tools write them do not need it: the hints are cheap, and may be wrong in one direction only.
-        if text.count(":") != _pairs(entries) or "\\u" in text or "-0" in text:
-            json.loads(text, object_pairs_hook=_strict_object, parse_int=_strict_int)
-    except (ValueError, RecursionError) as error:
-        raise _not_json(error, file) from error
-    if not isinstance(entries, dict):  # pragma: no cover - a text that starts with '{' parses to an object
-        _refuse(file, "header", "an object", _show(entries))
-    return entries
 
 
 def _columns(entries: dict[str, dict[str, object]], file: str) -> tuple[Sequence[Kind], Sequence[int], Sequence[int]]:
@@ -265,16 +251,16 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
 
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            _refuse(file, name, "an object of dtype, shape and data_offsets", _show(entry))
+            _refuse(file, name, "an object of dtype, shape and data_offsets", shown(entry))
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-            _refuse(file, name, "a dtype of the safetensors format", _show(dtype))
+            _refuse(file, name, "a dtype of the safetensors format", shown(dtype))
         if not isinstance(shape, list) or not sizes(shape):
-            _refuse(file, name, "a shape of whole numbers that are not negative", _show(shape))
+            _refuse(file, name, "a shape of whole numbers that are not negative", shown(shape))
         if _overflows(dtype, shape):
-            _refuse(file, name, "a size that fits in 64 bits", _show(shape))
+            _refuse(file, name, "a size that fits in 64 bits", shown(shape))
         if not sizes(offsets) or not isinstance(offsets, list) or len(offsets) != 2:
-            _refuse(file, name, "two data_offsets that are not negative", _show(offsets))
+            _refuse(file, name, "two data_offsets that are not negative", shown(offsets))
     raise AssertionError("no bad entry in a header that failed its checks")  # pragma: no cover
 
 
@@ -318,43 +304,8 @@ def collector_paused() -> Iterator[None]:
             gc.enable()
 
 
-def _no_constant(text: str) -> NoReturn:
-    raise ValueError(f"{text} is not a JSON number")
-
-
-def _pairs(entries: dict[str, dict[str, object]]) -> int:
-    """How many colons a header has that is as it should be: one a pair, four a tensor. A duplicate makes it more."""
-    metadata = entries.get("__metadata__", ())
-    return 4 * len(entries) + (len(metadata) - 3 if isinstance(metadata, dict) else 0)
-
-
-def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a key that occurs twice, of which Python keeps the last, and text that is not Unicode."""
-    for pair in pairs:
-        for text in pair:
-            if isinstance(text, str) and not text.isascii():
-                text.encode()  # half a surrogate pair raises
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        name, _ = Counter(name for name, _ in pairs).most_common(1)[0]
-        raise ValueError(f"the name {_show(name)} occurs twice")
-    return found
-
-
-def _strict_int(text: str) -> int:
-    if text == "-0":
-        raise ValueError("-0 is not a whole number")
-    return int(text)
-
-
 def _refuse(file: str, tensor: str, expected: str, found: str) -> NoReturn:
     raise SourceError(
         "The safetensors header is not valid", file=file, tensor=tensor, expected=expected, found=found,
         hint="download or copy the file again",
     )  # fmt: skip
-
-
-def _show(value: object) -> str:
-    """A short, escaped rendering of a value from the file."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
