@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from dataclasses import dataclass
+from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
@@ -147,6 +148,9 @@ def output_directory(source: Path, model: str | Path, target: str, out: str | Pa
         output = Path(out)
     elif source == Path(model):
         named = source if source.name not in ("", "..") else source.resolve()
+        if not named.name:
+            raise UsageError("There is no directory beside this model for the output", file=str(source),
+                             hint="give --out")  # fmt: skip
         output = named.with_name(f"{named.name}-{target}")
     else:  # a repo id: beside the working directory's other models, not inside the Hub's cache
         output = Path(f"{str(model).partition('@')[0].rpartition('/')[2]}-{target}")
@@ -192,4 +196,7 @@ def parse_size(size: int | str) -> int:
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     if match is None or match[2].upper() not in _UNITS:
         raise UsageError("This is not a size", expected="a size such as 5GB, 512MiB or 1000000", found=repr(size))
-    return int(float(match[1]) * _UNITS[match[2].upper()])
+    size_in_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
+    if size_in_bytes >= 2**63:
+        raise UsageError("This is more than any file can hold", expected="less than 2^63 bytes", found=repr(size)[:80])
+    return size_in_bytes

@@ -16,7 +16,7 @@ from quarkconv.experts.naming import FUSED_LEAVES
 from quarkconv.experts.topology import MoELayer, Topology, expert_topology
 from quarkconv.findings import Finding, Severity
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
-from quarkconv.headers.safetensors import collector_paused
+from quarkconv.headers.collector import collector_paused
 from quarkconv.scheme.config import declared_scheme
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.resolved import ResolvedModules, resolve_modules

@@ -72,7 +72,8 @@ class UsageError(QuarkconvError):
 class SourceError(QuarkconvError):
     """The source cannot be read: missing, malformed, truncated or inconsistent.
 
-    ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect.
+    ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect, where
+    it can go on; ``conversion-unfinished``, ``manifest-invalid`` and ``plan-invalid`` are codes of errors alone.
     """
 
     exit_code = 3

@@ -217,7 +217,7 @@ def _text(value: object) -> str:
 
 
 def _size(value: object) -> int:
-    if type(value) is not int or value < 0:
+    if type(value) is not int or not 0 <= value < 2**63:
         raise TypeError(f"expected a whole number, found {value!r:.40}")
     return value
 

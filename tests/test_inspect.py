@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -513,3 +514,45 @@ def test_inspecting_imports_neither_torch_nor_triton(tmp_path: Path) -> None:
     )
     done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=False, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
+
+
+# Standard output that goes away
+
+
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_a_reader_that_has_gone_is_no_finding(arguments: list[str], checkpoints: Callable[[str], Path]) -> None:
+    command = [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f")), *arguments]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert process.stdout is not None
+    process.stdout.close()
+    _, err = process.communicate()
+    assert (process.returncode, err) == (141, b"")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [[], ["--json"]])
+def test_standard_output_that_is_full_is_a_write_error(
+    arguments: list[str], checkpoints: Callable[[str], Path]
+) -> None:
+    command = [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f")), *arguments]
+    with open("/dev/full", "w") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
+    assert done.returncode == 5
+    assert "No space left" in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_a_terminal_that_knows_only_ascii_is_served(checkpoints: Callable[[str], Path]) -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f"))],
+        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert b"Sound" in done.stdout
+
+
+def test_the_bare_command_shows_help() -> None:
+    done = subprocess.run([sys.executable, "-m", "quarkconv"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ")
+    assert "\n" in done.stdout.strip()

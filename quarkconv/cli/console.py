@@ -27,19 +27,31 @@ def console(stderr: bool = False) -> Console:
     """The terminal as rich sees it; made when first needed, since rich takes a while to import."""
     from rich.console import Console
 
-    return Console(stderr=stderr, highlight=False, soft_wrap=False)
+    class PipedConsole(Console):
+        def on_broken_pipe(self) -> None:
+            raise BrokenPipeError  # the program ends in one place, and there with one exit code
+
+    return PipedConsole(stderr=stderr, highlight=False, soft_wrap=False)
 
 
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``."""
-    sys.stdout.write(json.dumps(value, ensure_ascii=True) + "\n")
+    text = json.dumps(value, ensure_ascii=True, allow_nan=False)
+    if sys.stdout is None:
+        return
+    try:
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+    except BrokenPipeError:
+        raise BrokenPipeError from None  # without a number: Typer would exit 1 for EPIPE, which means a finding
 
 
 def show_error(error: QuarkconvError, *, as_json: bool) -> None:
     """A known error: one message, then what is known about it, on stderr; with ``--json`` an object on stdout too."""
     if as_json:
         details = dict(error.details())
-        print_json({"schema": "quarkconv.error/1", "error": error.message, "exit_code": error.exit_code, **details})
+        about = {"error": error.message, "exit_code": error.exit_code, "code": getattr(error, "code", None)}
+        print_json({"schema": "quarkconv.error/1", **about, **details})
     from rich.text import Text
 
     text = Text.assemble(("error: ", "bold red"), (printable(error.message), "bold"))

@@ -6,18 +6,22 @@ import gc
 import os
 import signal
 import sys
-from typing import Annotated, Any, NoReturn
+from contextlib import suppress
+from io import TextIOWrapper
+from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
 from quarkconv.cli import convert, engines, inspect, verify
 from quarkconv.cli.console import show_error
-from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError
+from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
+
+BROKEN_PIPE: Final = 128 + 13
+"""Exit code of a program that SIGPIPE ends."""
 
 app = typer.Typer(
     name="quarkconv",
     help="Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints.",
-    no_args_is_help=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
@@ -47,28 +51,30 @@ def _root(
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the program and exit with the code of the contract; a known error never shows a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
-    as_json = "--json" in (sys.argv[1:] if args is None else args)
+    words = sys.argv[1:] if args is None else args
+    as_json = "--json" in words
     try:
-        status: Any = app(args, standalone_mode=False)
+        status: Any = app(words or ["--help"], standalone_mode=False)
+        if sys.stdout is not None:
+            sys.stdout.flush()
     except QuarkconvError as error:
-        show_error(error, as_json=as_json)
-        sys.exit(error.exit_code)
+        _exit_with(error, as_json=as_json)
     except KeyboardInterrupt:
-        _exit_interrupted(as_json=as_json)
+        _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
     except BrokenPipeError:  # the reader, such as `head`, has gone
-        sys.stderr.close()
-        sys.exit(141)
+        sys.exit(BROKEN_PIPE)
+    except OSError as error:  # what reads and writes files has errors of its own: this is standard output
+        _exit_with(WriteError("Standard output cannot be written", found=error.strerror), as_json=False)
     except Exception as error:
         # Usage errors of the parser, which Typer brings along: they format themselves and carry their exit code.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             hint = "run `quarkconv --help`, or `quarkconv COMMAND --help`"
-            show_error(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
-            sys.exit(UsageError.exit_code)
+            _exit_with(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
         if type(error).__name__ == "Abort":
-            _exit_interrupted(as_json=as_json)
+            _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
         raise
     if status == InterruptedByUser.exit_code:  # Typer turns a KeyboardInterrupt into this, or into an Abort
-        _exit_interrupted(as_json=as_json)
+        _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
     sys.exit(status if isinstance(status, int) else 0)
 
 
@@ -79,17 +85,21 @@ def run() -> NoReturn:
     every object back before the process ends, would take longer than reading the headers did.
     """
     gc.disable()
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
     try:
         main()
     except SystemExit as stop:
-        sys.stdout.flush()
-        sys.stderr.flush()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, AttributeError):  # closed, gone or full: said already, or nobody is there to read
+                stream.flush()
         os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
-def _exit_interrupted(*, as_json: bool) -> NoReturn:
-    show_error(InterruptedByUser("Interrupted"), as_json=as_json)
-    sys.exit(InterruptedByUser.exit_code)
+def _exit_with(error: QuarkconvError, *, as_json: bool) -> NoReturn:
+    show_error(error, as_json=as_json)
+    sys.exit(error.exit_code)
 
 
 def _terminate(signum: int, frame: object) -> NoReturn:  # noqa: ARG001

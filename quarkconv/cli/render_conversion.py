@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from typing import Any
 
 from rich.console import Group, RenderableType
@@ -19,7 +20,7 @@ def render_summary(summary: dict[str, Any]) -> RenderableType:
 def render_result(result: dict[str, Any], seconds: float) -> RenderableType:
     """A finished conversion."""
     closing = verdict(f"Converted to {result['target']} in {seconds:.1f} s", good=True)
-    output = printable(result["output"])
+    output = printable(shlex.quote(result["output"]))
     next_step = Text.assemble(("  prove it: ", "dim"), (f"quarkconv verify {output}", "cyan"))
     return Group(_table(result), closing, next_step)
 
@@ -30,8 +31,8 @@ def _table(summary: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    table.add_row("source", f"{printable(summary['source'])} ({summary['scheme']})")
-    table.add_row("output", printable(summary["output"]))
+    table.add_row("source", Text(f"{printable(summary['source'])} ({summary['scheme']})"))
+    table.add_row("output", Text(printable(summary["output"])))
     table.add_row("experts", f"{len(moe['layers'])} layers x {moe['experts']} experts, {sizes}")
     table.add_row(
         "tensors", f"{summary['tensors']:,} from {summary['pieces']:,} pieces, in {plural(summary['shards'], 'shard')}"

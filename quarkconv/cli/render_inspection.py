@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -13,7 +14,7 @@ from rich.text import Text
 from quarkconv.cli.console import STYLES, indented, plural, printable, size, title, verdict
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding, Severity
-from quarkconv.inspection.engines import EngineFact
+from quarkconv.inspection.engines import EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 
@@ -74,7 +75,7 @@ def _spec(spec: TensorSpec | None) -> Text:
 
 def _experts(layers: tuple[MoELayer, ...]) -> RenderableType:
     table = Table(title="Experts", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("layers", "experts", "hidden", "intermediate", "layout", "stored", "names"):
+    for column in ("layers", "experts", "hidden", "intermediate", "layout", "stored"):
         table.add_column(column)
     for numbers, layer in _alike(layers):
         stored = {form.weight[0] for form in layer.all_forms}
@@ -83,9 +84,9 @@ def _experts(layers: tuple[MoELayer, ...]) -> RenderableType:
         table.add_row(
             numbers, str(layer.experts), str(layer.hidden), str(layer.intermediate), layer.layout.replace("_", " "),
             Text(f"{'/'.join(sorted(stored))}" + (f", scale {scales}" if scales else ""), style=style),
-            printable("/".join(layer.naming.projections())),
         )  # fmt: skip
-    return table
+    names = dict.fromkeys("/".join(layer.naming.projections()) for layer in layers)
+    return Group(table, Text(f"  names {' and '.join(names)}", style="dim"), "")
 
 
 def _alike(layers: tuple[MoELayer, ...]) -> Iterator[tuple[str, MoELayer]]:
@@ -154,9 +155,15 @@ def _verdict(inspection: Inspection) -> RenderableType:
     errors = [item for item in inspection.findings if item.severity is Severity.ERROR]
     if errors:
         return verdict(f"{plural(len(errors), 'finding')} of severity error", good=False)
-    supported = [name for name, support in inspection.targets.items() if support.supported]
     lines: list[RenderableType] = [verdict("Sound: config and tensors agree", good=True)]
-    if supported:
-        command = f"quarkconv convert {printable(inspection.model)} --to {supported[0]}"
-        lines.append(Text.assemble(("  convert it: ", "dim"), (command, "cyan")))
+    form = stored_form(inspection.description)
+    for name, support in inspection.targets.items():
+        runs = any(fact.form == name and fact.verdict == "int8" for fact in inspection.engines)
+        if support.supported and runs and name != form:
+            command = f"quarkconv convert {printable(shlex.quote(inspection.model))} --to {name}"
+            lines.append(Text.assemble(("  convert it: ", "dim"), (command, "cyan")))
+            return Group(*lines)
+    as_it_is = next((fact for fact in inspection.engines if fact.form == form and fact.verdict == "int8"), None)
+    if as_it_is is not None:
+        lines.append(Text(f"  keep it as it is: {as_it_is.engine} {as_it_is.version} runs it in int8", style="dim"))
     return Group(*lines)

@@ -10,11 +10,13 @@ from rich.console import Console, Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.console import indented, plural, printable, size, title, verdict
+from quarkconv.cli.console import console, indented, plural, printable, size, title, verdict
 from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
 _HTML_WIDTH: Final = 120
+_FULL_WIDTH: Final = 72
+"""Columns of a terminal from which on all figures of a layer are shown."""
 
 
 def render_verification(verification: Verification) -> RenderableType:
@@ -66,14 +68,17 @@ def _stages(verification: Verification) -> RenderableType:
 
 def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
-    for column in ("layer", "experts", "vs exact", "vs float", "SNR", "cosine", "largest"):
+    columns = ("layer", "experts", "vs exact", "vs float", "SNR", "cosine", "largest")
+    shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
+    for column in columns[:shown]:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in layers:
         noise = layer.reference
-        table.add_row(
+        cells = (
             str(layer.layer), f"{layer.reached}/{layer.experts}", _error(layer.exact), _error(noise),
             "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB", f"{noise.cosine:.5f}", f"{noise.max_error:.2g}",
         )  # fmt: skip
+        table.add_row(*cells[:shown])
     lines: list[RenderableType] = [table]
     for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
         lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))

@@ -52,15 +52,16 @@ def verify(
         verification = verify_checkpoint(
             model, source, device, layers=wanted, tokens=tokens, seed=seed, watcher=watcher
         )  # fmt: skip
+    if report is not None:
+        from quarkconv.cli.render_verification import to_html
+
+        _write_report(report, to_html(verification))
     if json:
         print_json(verification.to_json())
-    if report is not None or not json:
-        from quarkconv.cli.render_verification import render_verification, to_html
+    else:
+        from quarkconv.cli.render_verification import render_verification
 
-        if not json:
-            console().print(render_verification(verification))
-        if report is not None:
-            _write_report(report, to_html(verification))
+        console().print(render_verification(verification))
     return 0 if verification.ok else 1
 
 

@@ -14,8 +14,9 @@ from typing import Any, Final
 
 from quarkconv.errors import SourceError
 from quarkconv.findings import Finding, finding
+from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, read_json_object
-from quarkconv.headers.safetensors import Kind, ShardHeader, TensorRef, collector_paused, read_header
+from quarkconv.headers.safetensors import Kind, ShardHeader, TensorRef, read_header
 
 CONFIG_NAME: Final = "config.json"
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -56,10 +57,10 @@ class Checkpoint:
             return {name: ref for shard in self.shards for name, ref in shard.refs()}
 
     def files(self) -> Iterator[Path]:
-        """Every file below the root that is not hidden, relative to the root, in the order of names."""
+        """Every file below the root that lies in no hidden folder, relative to the root, in the order of names."""
         for path in sorted(self.root.rglob("*")):
             relative = path.relative_to(self.root)
-            if path.is_file() and not any(part.startswith(".") for part in relative.parts):
+            if path.is_file() and not any(part.startswith(".") for part in relative.parts[:-1]):
                 yield relative
 
 

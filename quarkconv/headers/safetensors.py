@@ -11,11 +11,9 @@ entry by entry; only when a column fails is the first bad entry looked for, to n
 
 from __future__ import annotations
 
-import gc
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import accumulate, chain
 from math import prod
@@ -23,6 +21,7 @@ from operator import eq, itemgetter, mul, sub
 from typing import Final, NamedTuple, NoReturn, TypeVar
 
 from quarkconv.errors import SourceError
+from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.scan import scan_header
 from quarkconv.headers.strict_json import load_header_json, shown
 
@@ -290,18 +289,6 @@ def _check_coverage(file: str, names: Sequence[str], starts: Sequence[int], ends
                 _refuse(file, name, f"data that starts at {position}", f"data that starts at {start} and {kind} it")
             position = end
     return max(ends)
-
-
-@contextmanager
-def collector_paused() -> Iterator[None]:
-    """Pause the cyclic garbage collector: parsing makes 100,000 small containers, none of them garbage."""
-    enabled = gc.isenabled()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
 
 
 def _refuse(file: str, tensor: str, expected: str, found: str) -> NoReturn:

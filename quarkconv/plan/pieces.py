@@ -134,6 +134,23 @@ class Plan:
     config: dict[str, Any]
     copies: tuple[SourceFile, ...]
 
+    def to_json(self) -> dict[str, Any]:
+        """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""
+        from quarkconv.plan.serialize import plan_to_json
+
+        return plan_to_json(self)
+
+    @classmethod
+    def from_json(cls, value: dict[str, Any]) -> Plan:
+        """The plan that :meth:`to_json` gave.
+
+        Raises:
+            SourceError: the object is not a plan, or of a format that this version does not know.
+        """
+        from quarkconv.plan.serialize import plan_from_json
+
+        return plan_from_json(value)
+
     @property
     def output_bytes(self) -> int:
         """Bytes that the plan writes as shards and copies; index, config and manifest come on top."""

@@ -11,7 +11,8 @@ from quarkconv.description import Description
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.findings import CODES, Severity
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from quarkconv.headers.safetensors import TensorRef, collector_paused
+from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.layout import pack_shards
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile
 from quarkconv.plan.sources import ExpertSource

@@ -21,6 +21,7 @@ from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.hub import resolve_model
+from quarkconv.verify.devices import pick_device
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,9 +185,10 @@ def load_fused_experts(model: str | Path, layer: int, device: str | torch.device
 
     Raises:
         SourceError: the checkpoint cannot be read.
-        UsageError: it has no MoE layer of that number.
+        UsageError: it has no MoE layer of that number, or there is no such device.
         UnsupportedError: the layer's experts are not int8.
     """
+    place = pick_device(device)
     description = describe(resolve_model(model))
     found = next((item for item in description.moe_layers if item.index == layer), None)
     if found is None:
@@ -194,7 +196,7 @@ def load_fused_experts(model: str | Path, layer: int, device: str | torch.device
         raise UsageError("There is no such MoE layer", file=str(model), expected=f"one of {have}", found=str(layer))
     check_loadable(found)
     with ExpertReader(description) as reader:
-        return reader.fused(found, torch.device(device))
+        return reader.fused(found, place)
 
 
 def check_loadable(layer: MoELayer) -> None:

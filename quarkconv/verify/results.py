@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -147,7 +148,7 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``verify --json`` prints."""
-        layers = [{**asdict(layer), "ok": layer.ok} for layer in self.numbers.layers]
+        layers = [{**_finite(asdict(layer)), "ok": layer.ok} for layer in self.numbers.layers]
         return {
             "schema": SCHEMA,
             "model": self.model,
@@ -159,3 +160,13 @@ class Verification:
             "numbers": {**asdict(self.numbers), "layers": layers},
             "problems": [asdict(problem) for problem in self.problems],
         }
+
+
+def _finite(value: dict[str, Any]) -> dict[str, Any]:
+    """NaN and infinity as null: JSON has neither."""
+    return {
+        key: _finite(item) if isinstance(item, dict)
+        else None if isinstance(item, float) and not math.isfinite(item)
+        else item
+        for key, item in value.items()
+    }  # fmt: skip

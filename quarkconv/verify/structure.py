@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from quarkconv.description import Description
 from quarkconv.errors import SourceError
@@ -11,6 +12,9 @@ from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.manifest import Manifest
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem, StructureResult
+
+_LOADED: Final = frozenset({".safetensors", ".py", ".bin", ".pt", ".gguf"})
+"""Suffixes of files that loaders pick up by themselves."""
 
 
 def check_structure(description: Description, manifest: Manifest | None, problems: list[Problem]) -> StructureResult:
@@ -70,6 +74,12 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
                 yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
     for name in refs:
         yield Problem("structure", layer_of(description, name), name, "The manifest does not know this tensor")
+    known = set(manifest.file_names())
+    for path in checkpoint.files():
+        if path.suffix in _LOADED and path.as_posix() not in known:
+            yield Problem(
+                "structure", None, path.as_posix(), "The manifest does not know this file, and loaders may use it"
+            )
     for file in manifest.files:
         path = checkpoint.root / file.name
         if not path.is_file():

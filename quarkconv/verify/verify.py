@@ -14,6 +14,7 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.hub import resolve_model
 from quarkconv.manifest import Manifest, read_manifest
 from quarkconv.verify.checksums import check_bytes
+from quarkconv.verify.devices import pick_device
 from quarkconv.verify.loading import ExpertReader, check_loadable
 from quarkconv.verify.numbers import backend_name, verify_layer
 from quarkconv.verify.results import (
@@ -77,6 +78,8 @@ def verify_checkpoint(
     """
     if tokens < 1:
         raise UsageError("The number of tokens must be positive", found=str(tokens))
+    if not 0 <= seed < 2**32:
+        raise UsageError("The seed is out of range", expected="a number from 0 to 2^32 - 1", found=str(seed))
     watcher = watcher or _Silent()
     place = pick_device(device)
     description = describe(resolve_model(model))
@@ -98,26 +101,10 @@ def verify_checkpoint(
     )  # fmt: skip
 
 
-def pick_device(name: str) -> torch.device:
-    """The device of a name; ``auto`` is a GPU where there is one.
-
-    Raises:
-        UsageError: no such device, or it is not there.
-    """
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if name not in ("cpu", "cuda"):
-        raise UsageError("There is no such device", expected="auto, cpu or cuda", found=name)
-    if name == "cuda" and not torch.cuda.is_available():
-        raise UsageError("There is no GPU that torch can use", expected="a CUDA or ROCm device", found="none",
-                         hint="use --device cpu, or install a torch built for this machine's GPU")  # fmt: skip
-    return torch.device(name)
-
-
 def _check_verifiable(description: Description, manifest: Manifest | None) -> None:
     if manifest is not None or description.int8_layers:
         return
-    first = next(iter(description.errors()), None)
+    first = next(iter(description.findings), None)
     raise UnsupportedError(
         "There are no INT8 experts to verify", file=str(description.checkpoint.root),
         expected="a checkpoint whose routed experts are stored in int8",
@@ -129,7 +116,8 @@ def _check_layers(description: Description, wanted: set[int] | None) -> None:
     known = {layer.index for layer in description.int8_layers}
     if wanted is not None and not wanted <= known:
         have = ", ".join(map(str, sorted(known))) or "none"
-        missing = ", ".join(map(str, sorted(wanted - known)))
+        absent = sorted(wanted - known)
+        missing = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise UsageError("There is no such INT8 MoE layer", expected=f"layers among {have}", found=missing)
 
 

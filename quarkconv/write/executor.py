@@ -31,6 +31,7 @@ from quarkconv.manifest import (
 from quarkconv.plan.layout import encode_header
 from quarkconv.plan.pieces import Check, OutputShard, Piece, Plan
 from quarkconv.plan.serialize import plan_digest
+from quarkconv.write.source_files import SourceFiles
 from quarkconv.write.staging import Staging, as_write_error, open_staging
 from quarkconv.write.transforms import transform
 
@@ -63,7 +64,7 @@ def execute(
     digest = plan_digest(plan)
     files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies]
     files += [CONFIG_NAME, INDEX_NAME, MANIFEST_NAME]
-    with closing(_Sources(source, plan)) as sources:
+    with closing(SourceFiles(source, plan)) as sources:
         run_checks(plan.checks, sources)
         with open_staging(output, digest, sources.state(), files, overwrite=overwrite) as staging:
             run = _Run(plan, sources, staging, progress)
@@ -88,7 +89,7 @@ def execute(
     return manifest
 
 
-def run_checks(checks: tuple[Check, ...], sources: _Sources) -> None:
+def run_checks(checks: tuple[Check, ...], sources: SourceFiles) -> None:
     """Read what a plan says must hold of the source's data; nothing has been written yet.
 
     Raises:
@@ -110,74 +111,10 @@ def run_checks(checks: tuple[Check, ...], sources: _Sources) -> None:
             )  # fmt: skip
 
 
-class _Sources:
-    """The source's files, opened once, read at offsets by several threads."""
-
-    def __init__(self, root: Path, plan: Plan) -> None:
-        self.root = root
-        self._descriptors: dict[str, int] = {}
-        try:
-            for name, size in plan.sources:
-                descriptor = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC)
-                self._descriptors[name] = descriptor
-                found = os.fstat(descriptor).st_size
-                if found != size:
-                    raise SourceError(
-                        "A source file has changed since the plan was made", code="shard-truncated",
-                        file=str(root / name), expected=f"{size} bytes", found=f"{found} bytes",
-                        hint="give the command again when nothing writes to the source",
-                    )  # fmt: skip
-        except OSError as error:
-            self.close()
-            raise SourceError(
-                "A source file cannot be opened", code="shard-missing", file=str(error.filename),
-                found=error.strerror,
-            ) from error  # fmt: skip
-        except SourceError:
-            self.close()
-            raise
-
-    def state(self) -> list[list[int]]:
-        """Size and time of modification (ns) of each file, in order: what tells a source from another one like it."""
-        found = map(os.fstat, self._descriptors.values())
-        return [[status.st_size, status.st_mtime_ns] for status in found]
-
-    def close(self) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-        self._descriptors.clear()
-
-    def read(self, piece: Piece) -> bytes:
-        """The source range of a small piece."""
-        data = bytearray(piece.nbytes)
-        self.fill(piece, 0, memoryview(data))
-        return bytes(data)
-
-    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a piece from ``offset`` on."""
-        position = 0
-        while position < len(view):
-            try:
-                at = piece.start + offset + position
-                count = os.preadv(self._descriptors[piece.file], [view[position:]], at)
-            except OSError as error:
-                raise SourceError(
-                    "Reading the source failed", code="shard-truncated", file=str(self.root / piece.file),
-                    tensor=piece.tensor, found=error.strerror, hint="check the disk, then give the command again",
-                ) from error  # fmt: skip
-            if count == 0:
-                raise SourceError(
-                    "A source file ended while it was read", code="shard-truncated",
-                    file=str(self.root / piece.file), tensor=piece.tensor, expected=f"{piece.nbytes} bytes",
-                    found=f"{offset + position} bytes", hint="give the command again when nothing writes to the source",
-                )  # fmt: skip
-            position += count
-
-
 class _Run:
     """One execution of a plan."""
 
-    def __init__(self, plan: Plan, sources: _Sources, staging: Staging, progress: Progress) -> None:
+    def __init__(self, plan: Plan, sources: SourceFiles, staging: Staging, progress: Progress) -> None:
         self.plan = plan
         self.sources = sources
         self.staging = staging
@@ -296,7 +233,7 @@ class _Run:
 
     def _check_space(self, needed: int) -> None:
         # What an interrupted run left half-written is overwritten in place, so it counts as free.
-        needed -= sum(path.stat().st_size for path in self.staging.files.glob("*.part"))
+        needed -= sum(path.stat().st_size for path in self.staging.parts.glob("*.safetensors"))
         free = shutil.disk_usage(self.staging.folder).free
         if needed > free:
             raise WriteError(

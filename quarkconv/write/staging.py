@@ -8,7 +8,7 @@ directory has no config.json and no engine takes it for a model. The folder hold
     lock               held while a process works here
     notes/NAME.json    the checksums of the pieces of a finished shard
     files/NAME         a file that is finished and on disk
-    files/NAME.part    a file that is being written
+    parts/NAME         a file that is being written
 
 A finished shard is never written again; whatever else is found after a crash is made anew.
 """
@@ -42,21 +42,25 @@ class Staging:
         self.plan_digest = plan_digest
         self.folder = output / STAGING_NAME
         self.files = self.folder / "files"
+        self.parts = self.folder / "parts"
         self.notes = self.folder / "notes"
 
     def part(self, name: str) -> Path:
         """Where a file is written before it is finished; its folder exists."""
-        path = self.files / (name + ".part")
+        path = self.parts / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
     def finish(self, name: str) -> None:
         """Give a file that is complete and on disk its name."""
-        os.replace(self.part(name), self.files / name)
+        path = self.files / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        os.replace(self.part(name), path)
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file of the output, durably, under its name or not at all."""
-        write_durably(self.files / name, data)
+        _write_and_sync(self.part(name), data)
+        self.finish(name)
 
     def record(self, shard: WrittenShard) -> None:
         """Note the checksums of a shard that is complete and on disk, then give it its name."""
@@ -119,6 +123,10 @@ def open_staging(
         WriteError: another process works there, or the directory cannot be made.
     """
     staging = Staging(output, plan_digest)
+    if output.exists() and not output.is_dir():
+        raise UsageError(
+            "The output is a file", file=str(output), expected="a new or empty directory", hint="give another --out"
+        )
     try:
         output.mkdir(parents=True, exist_ok=True)
         if not overwrite:
@@ -170,11 +178,15 @@ def write_durably(path: Path, data: bytes) -> None:
     """Write a small file so that it is on disk under its name, or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
-    with open(part, "wb") as handle:
+    _write_and_sync(part, data)
+    os.replace(part, path)
+
+
+def _write_and_sync(path: Path, data: bytes) -> None:
+    with open(path, "wb") as handle:
         handle.write(data)
         handle.flush()
         os.fsync(handle.fileno())
-    os.replace(part, path)
 
 
 def sync_directory(path: Path) -> None:
@@ -200,15 +212,16 @@ def as_write_error(error: OSError, path: Path) -> WriteError:
 
 
 def _refuse_foreign(output: Path, expected: set[str]) -> None:
-    """Refuse a directory that holds anything but what this conversion has already published."""
-    tops = {name.split("/")[0] for name in expected}
-    foreign = sorted(path.name for path in output.iterdir() if path.name not in tops and path.name != STAGING_NAME)
+    """Refuse a directory that holds anything but ``expected``, the files of a conversion, and its working folder."""
+    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
+    foreign = sorted(name for name in found - expected if not name.startswith(f"{STAGING_NAME}/"))
     if foreign:
         is_ours = (output / MANIFEST_NAME).is_file()
         raise UsageError(
             "The output directory is not empty", file=str(output), expected="an empty or new directory",
             found=f"{foreign[0]}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
-            hint="give --overwrite to replace the earlier conversion" if is_ours else "give another --out",
+            hint="give --overwrite to replace the earlier conversion" if is_ours and not expected
+            else "move what is not of the conversion away, or give another --out",
         )  # fmt: skip
 
 
@@ -222,6 +235,7 @@ def _start_anew(staging: Staging) -> None:
             "The output directory has a manifest that cannot be read", file=str(staging.output), found=error.message,
             hint="delete the directory, or give another --out",
         ) from error  # fmt: skip
+    _refuse_foreign(staging.output, set(manifest.file_names()) if manifest is not None else set())
     if manifest is not None:
         # config.json goes first, so that what is left of a model whose deletion is interrupted is not taken for one;
         # the manifest goes last, so that the deletion can be repeated.
@@ -232,7 +246,6 @@ def _start_anew(staging: Staging) -> None:
     for path in list(staging.folder.iterdir()):
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
-    _refuse_foreign(staging.output, set())
 
 
 def _remove_empty_folders(output: Path, name: str) -> None:

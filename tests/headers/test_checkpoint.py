@@ -56,14 +56,14 @@ def test_refs_are_the_bytes_of_the_tensors(folder: Path) -> None:
             assert raw[refs[name].start : refs[name].end] == tensor.reshape(-1).view(torch.uint8).numpy().tobytes()
 
 
-def test_files_are_listed_without_hidden_ones(folder: Path) -> None:
+def test_files_are_listed_without_those_of_hidden_folders(folder: Path) -> None:
     (folder / ".cache").mkdir()
     (folder / ".cache" / "x").touch()
     (folder / ".gitattributes").touch()
     (folder / "figures").mkdir()
     (folder / "figures" / "a.png").touch()
     assert [str(path) for path in open_checkpoint(folder).files()] == [
-        "config.json", "figures/a.png", FIRST, SECOND, INDEX,
+        ".gitattributes", "config.json", "figures/a.png", FIRST, SECOND, INDEX,
     ]  # fmt: skip
 
 

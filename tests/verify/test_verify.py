@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors import safe_open
 
 import quarkconv
+from quarkconv.cli.main import main
 from quarkconv.description import describe
 from quarkconv.verify.activation import ExpertActivation
 from quarkconv.verify.loading import ExpertReader
@@ -208,3 +211,42 @@ def test_json_and_exit_codes_of_the_command(converted, tmp_path):
     bad = subprocess.run([*command, "--layers", "5-2"], capture_output=True, text=True, check=False)
     assert bad.returncode == 2
     assert bad.stdout == ""
+
+
+def test_numbers_that_are_not_finite_are_null_in_json(checkpoints, tmp_path, capsys):
+    model = checkpoints.copy("qwen3_moe-quark0.13-f2f", tmp_path / "model")
+    for path in model.glob("*.safetensors"):  # every tensor zero: outputs are zero, and relative errors undefined
+        data = bytearray(path.read_bytes())
+        start = 8 + int.from_bytes(data[:8], "little")
+        path.write_bytes(data[:start] + bytes(len(data) - start))
+    with pytest.raises(SystemExit) as exited:
+        main(["verify", str(model), "--json", "--device", "cpu", "--layers", "0"])
+    assert exited.value.code == 1
+
+    def refuse(text):
+        raise AssertionError(f"{text} is not JSON")
+
+    value = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert value["numbers"]["layers"][0]["reference"]["cosine"] is None
+
+
+def test_a_report_that_cannot_be_written_leaves_one_object_on_stdout(converted, tmp_path, capsys):
+    with pytest.raises(SystemExit) as exited:
+        main(["verify", str(converted("qwen3_moe-quark0.13-f2f")), "--json", "--device", "cpu", "--layers", "0",
+              "--report", str(tmp_path / "no" / "report.html")])  # fmt: skip
+    assert exited.value.code == 5
+    assert json.loads(capsys.readouterr().out)["exit_code"] == 5
+
+
+def test_a_weight_file_that_the_manifest_does_not_know_is_a_problem(converted, tmp_path):
+    model = Path(shutil.copytree(converted("qwen3_moe-quark0.13-f2f"), tmp_path / "model"))
+    (model / "modeling_x.py").write_text("raise SystemExit")
+    (model / "notes.txt").write_text("mine")
+    (problem,) = quarkconv.verify_checkpoint(model, device="cpu", layers={0}).problems
+    assert problem.tensor == "modeling_x.py"
+
+
+@pytest.mark.parametrize("device", ["nope", "cuda:99", "mps"])
+def test_devices_that_are_not_there(device, checkpoints):
+    with pytest.raises(quarkconv.UsageError):
+        quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0, device)

@@ -238,11 +238,12 @@ def test_other_files_are_copied_and_other_copies_of_the_weights_are_not(small: P
         "sub/folder/notes.txt": bytes(range(256)), "sub/vocab.txt": b"a\nb\n",
         # names that the working folder could use itself
         "plan.json": b"{}", "lock": b"x", "model-00001-of-00001.safetensors.json": b"{}", "a.part": b"x",
-        "files/plan.json": b"1", "notes/x": b"y",
+        "files/plan.json": b"1", "notes/x": b"y", "config.json.part": b"z", "quarkconv.json.part": b"z",
+        ".gitattributes": b"*.safetensors filter=lfs\n",
     }  # fmt: skip
     left = (
         "pytorch_model.bin", "pytorch_model.bin.index.json", "model.gguf", "consolidated.00.pth", "flax_model.msgpack",
-        "tf_model.h5", "onnx/model.onnx", "original/consolidated.safetensors", ".gitattributes", ".cache/huggingface/x",
+        "tf_model.h5", "onnx/model.onnx", "original/consolidated.safetensors", ".cache/huggingface/x",
         "old.ckpt", "optimizer.pt",
     )  # fmt: skip
     for name, data in {**copied, **dict.fromkeys(left, b"w")}.items():
@@ -629,12 +630,14 @@ def test_overwrite_deletes_only_what_was_written(small: Path, tmp_path: Path) ->
     (small / "sub").mkdir()
     (small / "sub" / "vocab.txt").write_text("a")
     out = convert(small, tmp_path / "out")
-    (out / "sub" / "mine.txt").write_text("mine")
-    with pytest.raises(UsageError, match="not empty"):
-        convert(small, out, overwrite=True)
-    assert (out / "sub" / "mine.txt").read_text() == "mine"
-    assert not (out / "config.json").exists()
-    shutil.rmtree(out / "sub")
+    for foreign in (out / "sub" / "mine.txt", out / "notes.txt"):
+        foreign.write_text("mine")
+        before = snapshot(out)
+        with pytest.raises(UsageError, match="not empty") as caught:
+            convert(small, out, overwrite=True)
+        assert caught.value.found == foreign.relative_to(out).as_posix()
+        assert snapshot(out) == before  # refused before anything was deleted
+        foreign.unlink()
     convert(small, out, overwrite=True)
     assert_same_tensors(load(out), fused_int8(small))
 

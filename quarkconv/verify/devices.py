@@ -1,0 +1,29 @@
+"""From the name of a device to one that is there."""
+
+from __future__ import annotations
+
+import torch
+
+from quarkconv.errors import UsageError
+
+
+def pick_device(name: str | torch.device) -> torch.device:
+    """The device of a name such as ``cpu``, ``cuda`` or ``cuda:1``; ``auto`` is a GPU where there is one.
+
+    Raises:
+        UsageError: no such device, or it is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+    except RuntimeError:
+        device = None
+    if device is None or device.type not in ("cpu", "cuda"):
+        raise UsageError("There is no such device", expected="auto, cpu or cuda", found=str(name))
+    if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
+        raise UsageError(
+            "There is no GPU that torch can use", expected="a CUDA or ROCm device", found="none of that name",
+            hint="use --device cpu, or install a torch built for this machine's GPU",
+        )  # fmt: skip
+    return device
