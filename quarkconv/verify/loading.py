@@ -21,6 +21,7 @@ from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.hub import resolve_model
+from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.verify.devices import pick_device
 
 
@@ -132,18 +133,17 @@ class ExpertReader:
 
     def projection(self, layer: MoELayer, role: Role, expert: int) -> Projection:
         """One projection of one expert, whatever the layout of its layer."""
+        part = None if layer.layout == "per_expert" else expert
         if layer.layout == "per_expert":
-            module = f"{layer.prefix}.{expert}.{_leaf(layer, role)}"
-            names, part = (f"{module}.weight", f"{module}.weight_scale", f"{module}.input_scale"), None
+            names = linear_names(f"{layer.prefix}.{expert}.{_leaf(layer, role)}")
         elif layer.layout == "stacked":
-            module = f"{layer.moe}.{_leaf(layer, role)}"
-            names, part = (f"{module}.weight", f"{module}.weight_scale", f"{module}.input_scale"), expert
+            names = linear_names(f"{layer.moe}.{_leaf(layer, role)}")
         else:
             leaf = layer.naming.fused_down if role == "down" else layer.naming.fused_gate_up
-            module = f"{layer.prefix}.{leaf}"
-            names, part = (module, f"{module}_scale", f"{module}_input_scale"), expert
-        codes, scale = self.tensor(names[0], part), self.tensor(names[1], part).float()
-        input_scale = self.tensor(names[2], part).float().reshape(()) if self.has(names[2]) else None
+            names = fused_names(f"{layer.prefix}.{leaf}")
+        codes, scale = self.tensor(names.weight, part), self.tensor(names.scale, part).float()
+        static = names.input_scale
+        input_scale = self.tensor(static, part).float().reshape(()) if self.has(static) else None
         rows = codes.shape[0]
         scale = scale.reshape(-1)
         if layer.layout == "fused" and role != "down":

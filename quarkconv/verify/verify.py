@@ -167,10 +167,7 @@ def _counterpart(
     if origin is None:
         return None
     found = origins.get(layer.prefix)
-    same = found is not None and (found.experts, found.hidden, found.intermediate) == (
-        layer.experts, layer.hidden, layer.intermediate,
-    )  # fmt: skip
-    if found is None or not same:
+    if found is None or found.geometry != layer.geometry:
         raise UsageError(
             "The source does not have this layer in this shape", file=str(origin.checkpoint.root), tensor=layer.prefix,
             hint="give --source the checkpoint that was converted, or leave it out",
