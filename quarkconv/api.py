@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from quarkconv.manifest import Manifest
 
 DEFAULT_SHARD_SIZE: Final = "5GB"
+MAX_JOBS: Final = 64
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                  "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
@@ -103,7 +104,7 @@ def convert_checkpoint(
         target: name of the target, such as ``fused-int8``.
         out: directory to make; by default ``<model>-<target>`` beside the model.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
-        jobs: shards written at the same time; by default one for each processor, at most 4.
+        jobs: threads that read and write; by default one for each processor, at most 4.
         overwrite: replace an earlier conversion in ``out``.
         progress: called with the number of bytes written since its last call.
 
@@ -130,8 +131,8 @@ def run_plan(
     from quarkconv.write.executor import execute
 
     workers = jobs if jobs is not None else min(4, os.cpu_count() or 1)
-    if workers < 1:
-        raise UsageError("The number of jobs must be positive", found=str(jobs))
+    if not 1 <= workers <= MAX_JOBS:
+        raise UsageError("This number of jobs makes no sense", expected=f"1 to {MAX_JOBS}", found=str(jobs))
     manifest = execute(
         plan, source, output, jobs=workers, overwrite=overwrite, progress=progress or (lambda _: None)
     )  # fmt: skip

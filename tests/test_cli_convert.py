@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -126,6 +128,7 @@ def test_refused_exports_write_nothing(
         [],
         ["--to", "fused-int8", "--jobs", "0"],
         ["--to", "fused-int8", "--jobs", "many"],
+        ["--to", "fused-int8", "--jobs", "65"],
         ["--to", "fused-int8", "--max-shard-size", "0"],
         ["--to", "fused-int8", "--max-shard-size", "big"],
         ["--to", "fused-int8", "--unknown"],
@@ -203,3 +206,23 @@ def test_the_module_and_the_script_are_the_program(model: Path, tmp_path: Path) 
         assert json.loads(run.stdout)["output"] == str(out)
         hashes.append(snapshot(out))
     assert hashes[0] == hashes[1]
+
+
+@pytest.mark.parametrize("verbose", [False, True])
+def test_verbose_says_how_it_is_done(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verbose: bool
+) -> None:
+    model = make_checkpoint(tmp_path / "model", layers=3)
+    opened = os.open
+
+    def refuse_direct(path: Any, flags: int, *args: Any, **kwargs: Any) -> int:
+        if flags & os.O_DIRECT:
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return opened(path, flags, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", refuse_direct)
+    words = ["convert", model, "--to", "fused-int8", "--max-shard-size", "5000", *(["-v"] if verbose else [])]
+    code, _, err = run_cli(capsys, *words)
+    assert code == 0
+    assert err.count("writing through the page cache") == verbose
+    assert bool(err) == verbose

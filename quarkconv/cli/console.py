@@ -34,6 +34,19 @@ def console(stderr: bool = False) -> Console:
     return PipedConsole(stderr=stderr, highlight=False, soft_wrap=False)
 
 
+def show_log() -> None:
+    """Show on stderr what the library logs, one line a message."""
+    import logging
+
+    class TerminalHandler(logging.Handler):
+        def emit(self, record: logging.LogRecord) -> None:
+            console(stderr=True).print(printable(record.getMessage()), style="dim", markup=False, soft_wrap=True)
+
+    log = logging.getLogger("quarkconv")
+    log.setLevel(logging.INFO)
+    log.handlers = [TerminalHandler()]
+
+
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)

@@ -8,8 +8,8 @@ from typing import Annotated
 import typer
 
 from quarkconv.api import DEFAULT_SHARD_SIZE, output_directory, plan_conversion, plan_summary, run_plan
-from quarkconv.cli.console import byte_progress, console, print_json
-from quarkconv.cli.options import Json, Model
+from quarkconv.cli.console import byte_progress, console, print_json, show_log
+from quarkconv.cli.options import Json, Model, Verbose
 from quarkconv.hub import resolve_model
 from quarkconv.targets import TARGETS, get_target
 
@@ -32,16 +32,19 @@ def convert(
     ] = DEFAULT_SHARD_SIZE,
     jobs: Annotated[
         int | None,
-        typer.Option("--jobs", min=1, metavar="N", help="Shards written at once. [default: processors, <= 4]"),
+        typer.Option("--jobs", min=1, metavar="N", help="Threads that read and write. [default: processors, <= 4]"),
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in DIR.")] = False,
+    verbose: Verbose = False,
     json: Json = False,
 ) -> int:
     """Rewrite a checkpoint for an engine: bit-exact, in constant memory, resumable.
 
     The source is only read. Interrupted or out of space, the same command resumes.
     """
+    if verbose:
+        show_log()
     get_target(to)  # a wrong name is told before a model is downloaded
     source = resolve_model(model)
     output = output_directory(source, model, to, out)

@@ -10,3 +10,4 @@ Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="Model directory, or Hub repo id (org/name, org/name@revision).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr about how it is done.")]

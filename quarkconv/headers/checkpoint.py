@@ -17,6 +17,7 @@ from quarkconv.findings import Finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, read_json_object
 from quarkconv.headers.safetensors import Kind, ShardHeader, TensorRef, read_header
+from quarkconv.headers.unfinished import refuse_unfinished
 
 CONFIG_NAME: Final = "config.json"
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -24,8 +25,6 @@ SINGLE_NAME: Final = "model.safetensors"
 MANIFEST_NAME: Final = "quarkconv.json"
 """What a conversion wrote; see :mod:`quarkconv.manifest`."""
 _SHARD_NAME: Final = re.compile(r"[^/\\]*\.safetensors", re.DOTALL)
-STAGING_NAME: Final = ".quarkconv"
-"""Folder inside an output directory in which a conversion is prepared; gone when it is finished."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,12 +103,7 @@ def _check_directory(root: Path) -> None:
             expected="a directory with config.json and *.safetensors, or a Hub repo id such as org/name",
             found="a file" if root.exists() else "nothing",
         )  # fmt: skip
-    if (root / STAGING_NAME).is_dir():
-        raise SourceError(
-            "This directory is an unfinished conversion, not a model", code="conversion-unfinished",
-            file=str(root), expected="a finished checkpoint", found=f"the working folder {STAGING_NAME}",
-            hint="run the same `quarkconv convert` command again: it resumes where it stopped",
-        )  # fmt: skip
+    refuse_unfinished(root)
 
 
 def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:

@@ -1,44 +1,50 @@
 """Carrying out a plan: byte ranges are read, checksummed and written, nothing is decided.
 
-Memory does not grow with the model: each worker has one buffer, and what is computed is a scale at a time.
+Threads take segments of shards in turn, each with a buffer of its own: while one waits for the disk, another reads and
+computes checksums. Memory does not grow with the model.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import shutil
+import logging
 import threading
 from collections.abc import Callable, Iterator
-from concurrent.futures import FIRST_EXCEPTION, Future, ThreadPoolExecutor, wait
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Final
 
 import xxhash
 
-from quarkconv.errors import InterruptedByUser, SourceError, UnsupportedError, WriteError
+from quarkconv.errors import InterruptedByUser, UnsupportedError
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from quarkconv.manifest import (
-    Manifest,
-    WrittenFile,
-    WrittenPiece,
-    WrittenShard,
-    WrittenTensor,
-    manifest_to_bytes,
-)
-from quarkconv.plan.layout import encode_header
-from quarkconv.plan.pieces import Check, OutputShard, Piece, Plan
+from quarkconv.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
+from quarkconv.plan.layout import PAGE
+from quarkconv.plan.pieces import Check, OutputShard, Plan, SourceFile
 from quarkconv.plan.serialize import plan_digest
+from quarkconv.write.copying import copy_file
+from quarkconv.write.durable import writing
+from quarkconv.write.output_file import DirectWrites, aligned_buffer
+from quarkconv.write.segments import Segment
+from quarkconv.write.shard_writer import ShardWriter
 from quarkconv.write.source_files import SourceFiles
-from quarkconv.write.staging import Staging, as_write_error, open_staging
-from quarkconv.write.transforms import transform
+from quarkconv.write.space import allocated, records_nbytes, require_space, running_out_told
+from quarkconv.write.staging import Staging, open_staging
+from quarkconv.write.state import plan_state
 
 BUFFER_BYTES: Final = 8 * 2**20
+"""Bytes of a write: beyond it nothing gets faster."""
+ALL_BUFFERS_BYTES: Final = 64 * 2**20
+"""Bytes of the buffers of all threads, however many there are."""
+_CHECKS_AT_ONCE: Final = 256
 
 Progress = Callable[[int], None]
 """Called with the number of bytes that were written, or found written, since the last call."""
+
+_log: Final = logging.getLogger(__name__)
 
 
 def execute(
@@ -50,65 +56,84 @@ def execute(
         plan: what to do.
         source: directory of the source.
         output: directory to make; unfinished work of the same plan in it is resumed.
-        jobs: number of shards that are written at the same time.
+        jobs: number of threads that read and write.
         overwrite: whether an earlier conversion in ``output`` is deleted.
         progress: told of bytes as they are written; called from several threads, one at a time.
 
     Raises:
-        SourceError: a source file is not as long as planned, or ends early.
+        SourceError: a source file is not as long as planned, ends early, or changed meanwhile.
         UnsupportedError: a zero point is not zero, or two scales that must be equal are not.
         UsageError: ``output`` holds something else.
         WriteError: writing failed; what was finished is kept.
         InterruptedByUser: interrupted; what was finished is kept.
     """
     digest = plan_digest(plan)
-    files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies]
-    files += [CONFIG_NAME, INDEX_NAME, MANIFEST_NAME]
+    files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies] + [CONFIG_NAME, INDEX_NAME]
+    needed = plan.output_bytes + records_nbytes(plan.shards)
     with closing(SourceFiles(source, plan)) as sources:
-        run_checks(plan.checks, sources)
-        with open_staging(output, digest, sources.state(), files, overwrite=overwrite) as staging:
+        state = plan_state(plan, digest, sources.state(), source, output)
+        run_checks(plan.checks, sources, jobs)
+        with open_staging(output, state, [*files, MANIFEST_NAME], needed=needed, overwrite=overwrite) as staging:
             run = _Run(plan, sources, staging, progress)
             shards = run.write_shards(jobs)
-            others = [run.copy(copy.name) for copy in plan.copies]
-            others.append(run.write_json(CONFIG_NAME, plan.config))
-            others.append(run.write_json(INDEX_NAME, _index(plan)))
-            manifest = Manifest(
-                quarkconv=version("quarkconv"),
-                plan=digest,
-                target=plan.target,
-                scheme=plan.scheme,
-                producer_version=plan.producer_version,
-                moe=plan.moe,
-                sources=plan.sources,
-                shards=tuple(shards),
-                files=tuple(sorted(others)),
-            )
-            with _writing(staging.folder):
+            with run.writing():
+                others = run.write_others()
+                staging.sync(files)
+                manifest = Manifest(
+                    quarkconv=version("quarkconv"),
+                    plan=digest,
+                    target=plan.target,
+                    scheme=plan.scheme,
+                    producer_version=plan.producer_version,
+                    moe=plan.moe,
+                    sources=plan.sources,
+                    shards=tuple(shards),
+                    files=tuple(sorted(others)),
+                )
                 staging.write(MANIFEST_NAME, manifest_to_bytes(manifest))
-                staging.publish(files)
+                staging.publish([*files, MANIFEST_NAME])
     return manifest
 
 
-def run_checks(checks: tuple[Check, ...], sources: SourceFiles) -> None:
+def run_checks(checks: tuple[Check, ...], sources: SourceFiles, jobs: int = 1) -> None:
     """Read what a plan says must hold of the source's data; nothing has been written yet.
 
     Raises:
         UnsupportedError: it does not hold.
     """
-    for check in checks:
-        first = sources.read(check.first)
-        if check.kind == "zero" and any(first):
-            raise UnsupportedError(
-                "A zero point is not zero: the weights are not quantized symmetrically", tensor=check.first.tensor,
-                file=check.first.file, expected="zeros", found=f"{sum(map(bool, first))} bytes that are not zero",
-                hint="quantize the model again with symmetric weights",
-            )  # fmt: skip
-        if check.kind == "equal" and check.second is not None and first != sources.read(check.second):
-            raise UnsupportedError(
-                "Gate and up of an expert have different input scales, and the fused tensor has one for both",
-                tensor=check.first.tensor, file=check.first.file, expected=f"the value of {check.second.tensor}",
-                hint="quantize the model again with dynamic activation scales (ptpc_int8)",
-            )  # fmt: skip
+    stop = threading.Event()
+
+    def check(batch: list[Check]) -> None:
+        for item in batch:
+            if stop.is_set():
+                return
+            _check(item, sources)
+
+    remaining = iter(checks)
+    batches = iter(lambda: list(islice(remaining, _CHECKS_AT_ONCE)), [])
+    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-check") as pool:
+        try:
+            for _ in pool.map(check, batches):
+                pass
+        finally:  # the others stop at their next check
+            stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def _check(check: Check, sources: SourceFiles) -> None:
+    first = sources.read(check.first)
+    if check.kind == "zero" and first.strip(b"\0"):
+        raise UnsupportedError(
+            "A zero point is not zero: the weights are not quantized symmetrically", tensor=check.first.tensor,
+            file=check.first.file, expected="zeros", found=f"{len(first) - first.count(0)} bytes that are not zero",
+            hint="quantize the model again with symmetric weights",
+        )  # fmt: skip
+    if check.kind == "equal" and check.second is not None and first != sources.read(check.second):
+        raise UnsupportedError(
+            "Gate and up of an expert have different input scales, and the fused tensor has one for both",
+            tensor=check.first.tensor, file=check.first.file, expected=f"the value of {check.second.tensor}",
+            hint="quantize the model again with dynamic activation scales (ptpc_int8)",
+        )  # fmt: skip
 
 
 class _Run:
@@ -121,145 +146,132 @@ class _Run:
         self._progress = progress
         self._progress_lock = threading.Lock()
         self._stop = threading.Event()
-        self._buffers = threading.local()
+        self._direct = DirectWrites()
+        self._done: dict[str, WrittenShard] = {}
+
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Failures to write become errors that say what to do."""
+        with writing(self.staging.folder), running_out_told(self.staging.output, self.staging.parts, self._bytes_left):
+            yield
 
     def write_shards(self, jobs: int) -> list[WrittenShard]:
-        """Write the shards that are not finished yet, ``jobs`` at a time."""
-        done = {shard.file: self.staging.finished(shard) for shard in self.plan.shards}
-        todo = [shard for shard in self.plan.shards if done[shard.file] is None]
+        """Write the shards that are not finished yet, with ``jobs`` threads."""
         for shard in self.plan.shards:
-            if done[shard.file] is not None:
+            written = self.staging.finished(shard)
+            if written is not None:
+                self._done[shard.file] = written
                 self._advance(shard.nbytes)
-        self._check_space(sum(shard.nbytes for shard in todo))
-        futures: list[Future[WrittenShard]] = []
-        with ThreadPoolExecutor(max_workers=max(1, jobs), thread_name_prefix="quarkconv") as pool:
+        if self._done:
+            _log.info("resuming: %d of %d shards are finished", len(self._done), len(self.plan.shards))
+        require_space(self.staging.output, self._bytes_left(), allocated(self.staging.parts.rglob("*")))
+        with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv") as pool:
+            claims = _Claims([shard for shard in self.plan.shards if shard.file not in self._done], self._open)
+            size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // jobs // PAGE * PAGE), PAGE)
+            futures = [pool.submit(self._work, claims, size) for _ in range(jobs)]
             try:
-                futures.extend(pool.submit(self._write_shard, shard) for shard in todo)
                 wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
                 raise _interrupted() from None
-            finally:  # after a failure or an interrupt the others stop at their next buffer
+            finally:  # after a failure or an interrupt the others stop at their next block
                 self._stop.set()
-                for future in futures:
-                    future.cancel()
-        errors = [error for future in futures if not future.cancelled() and (error := future.exception())]
+                wait(futures)
+                claims.close()
+        errors = [error for future in futures if (error := future.exception())]
         if errors:  # those that only stopped because another failed do not hide why
             raise next((error for error in errors if not isinstance(error, InterruptedByUser)), errors[0])
-        for future in futures:
-            written = future.result()
-            done[written.file] = written
-        return [shard for shard in done.values() if shard is not None]
+        return [self._done[shard.file] for shard in self.plan.shards]
 
-    def copy(self, name: str) -> WrittenFile:
-        """Copy a file of the source as it is."""
-        hasher = xxhash.xxh3_128()
-        size = 0
-        with _writing(self.staging.folder), open(self.staging.part(name), "wb") as handle:
-            for block in self._blocks(self.sources.root / name):
-                hasher.update(block)
-                handle.write(block)
-                size += len(block)
-                self._advance(len(block))
-            handle.flush()
-            os.fsync(handle.fileno())
-        with _writing(self.staging.folder):
-            self.staging.finish(name)
-        return WrittenFile(name, size, hasher.hexdigest())
+    def write_others(self) -> list[WrittenFile]:
+        """Write everything that is neither a shard nor the manifest."""
+        return [
+            *map(self._copy, self.plan.copies),
+            self._write_json(CONFIG_NAME, self.plan.config),
+            self._write_json(INDEX_NAME, _index(self.plan)),
+        ]
 
-    def write_json(self, name: str, value: object) -> WrittenFile:
-        """Write a small JSON file."""
-        data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
-        with _writing(self.staging.folder):
-            self.staging.write(name, data)
-        return WrittenFile(name, len(data), xxhash.xxh3_128_hexdigest(data))
-
-    def _write_shard(self, shard: OutputShard) -> WrittenShard:
-        header = encode_header(shard.tensors)
-        with _writing(self.staging.folder), open(self.staging.part(shard.file), "wb", buffering=0) as handle:
-            _write_all(handle.fileno(), memoryview(header))
-            self._advance(len(header))
-            tensors = []
-            for tensor in shard.tensors:
-                pieces = tuple(self._write_piece(handle.fileno(), piece) for piece in tensor.pieces)
-                tensors.append(WrittenTensor(tensor.name, tensor.dtype, tensor.shape, pieces))
-            os.fsync(handle.fileno())
-        checksum = xxhash.xxh3_128_hexdigest(header)
-        written = WrittenShard(shard.file, shard.nbytes, shard.header, checksum, tuple(tensors))
-        with _writing(self.staging.folder):
-            self.staging.record(written)
-        return written
-
-    def _write_piece(self, descriptor: int, piece: Piece) -> WrittenPiece:
-        hasher = xxhash.xxh3_128()
-        for block in self._output(piece):
-            if self._stop.is_set():
-                raise _interrupted()
-            hasher.update(block)
-            _write_all(descriptor, block)
-            self._advance(len(block))
-        return WrittenPiece(piece, hasher.hexdigest())
-
-    def _output(self, piece: Piece) -> Iterator[memoryview]:
-        """The output bytes of a piece, a buffer at a time."""
-        if piece.widen or piece.repeat != 1:
-            yield memoryview(transform(piece, self.sources.read(piece)))
-            return
-        buffer = self._buffer()
-        for offset in range(0, piece.nbytes, BUFFER_BYTES):
-            view = buffer[: min(BUFFER_BYTES, piece.nbytes - offset)]
-            self.sources.fill(piece, offset, view)
-            yield view
-
-    def _buffer(self) -> memoryview:
-        """The buffer of this thread."""
-        if not hasattr(self._buffers, "view"):
-            self._buffers.view = memoryview(bytearray(BUFFER_BYTES))
-        view: memoryview = self._buffers.view
-        return view
-
-    def _blocks(self, path: Path) -> Iterator[bytes]:
+    def _work(self, claims: _Claims, buffer_size: int) -> None:
+        """What a thread does: segment after segment, and the end of a shard whose last one it was."""
+        buffer = aligned_buffer(buffer_size)
         try:
-            with open(path, "rb") as handle:
-                while block := handle.read(BUFFER_BYTES):
-                    yield block
-        except OSError as error:
-            raise SourceError(
-                "A source file cannot be read", code="shard-missing", file=str(path), found=error.strerror
-            ) from error
+            while not self._stop.is_set():
+                with self.writing():
+                    claim = claims.take()
+                    if claim is None:
+                        return
+                    writer, segment = claim
+                    if writer.write(segment, self.sources, buffer, self._wrote):
+                        self.sources.check_unchanged(writer.source_names())
+                        written = writer.seal()
+                        self.staging.record(written)
+                        self._done[written.file] = written
+        except BaseException:
+            self._stop.set()
+            raise
+
+    def _open(self, shard: OutputShard) -> ShardWriter:
+        return ShardWriter(shard, self.staging.part(shard.file), self._direct)
+
+    def _wrote(self, nbytes: int) -> None:
+        self._advance(nbytes)
+        if self._stop.is_set():
+            raise _interrupted()
 
     def _advance(self, nbytes: int) -> None:
         with self._progress_lock:
             self._progress(nbytes)
 
-    def _check_space(self, needed: int) -> None:
-        # What an interrupted run left half-written is overwritten in place, so it counts as free.
-        needed -= sum(path.stat().st_size for path in self.staging.parts.glob("*.safetensors"))
-        free = shutil.disk_usage(self.staging.folder).free
-        if needed > free:
-            raise WriteError(
-                "There is not enough space for the output", file=str(self.staging.output),
-                expected=f"{needed / 1e9:.1f} GB free", found=f"{free / 1e9:.1f} GB free",
-                hint=f"free {(needed - free) / 1e9:.1f} GB more, or give --out on another disk; then the same command",
-            )  # fmt: skip
+    def _copy(self, copy: SourceFile) -> WrittenFile:
+        written = copy_file(self.sources.root, copy, self.staging.part(copy.name))
+        self.staging.finish(copy.name)
+        self._advance(written.size)
+        return written
+
+    def _write_json(self, name: str, value: object) -> WrittenFile:
+        data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        self.staging.write(name, data)
+        return WrittenFile(name, len(data), xxhash.xxh3_128_hexdigest(data))
+
+    def _bytes_left(self) -> int:
+        """Bytes that are still to be written, those of shards in progress counted from their start."""
+        todo = [shard for shard in self.plan.shards if shard.file not in self._done]
+        copies = sum(copy.size for copy in self.plan.copies)
+        return sum(shard.nbytes for shard in todo) + copies + records_nbytes(todo)
+
+
+class _Claims:
+    """The segments that are still to be written, dealt out one by one to several threads.
+
+    They come shard after shard, so that few shards are in progress at any time: what a crash makes lost is little.
+    """
+
+    def __init__(self, shards: list[OutputShard], open_writer: Callable[[OutputShard], ShardWriter]) -> None:
+        self._lock = threading.Lock()
+        self._shards = iter(shards)
+        self._open_writer = open_writer
+        self._writers: list[ShardWriter] = []
+        self._segments: Iterator[Segment] = iter(())
+
+    def take(self) -> tuple[ShardWriter, Segment] | None:
+        """The next segment and its shard; None when all have been taken."""
+        with self._lock:
+            while (segment := next(self._segments, None)) is None:
+                shard = next(self._shards, None)
+                if shard is None:
+                    return None
+                self._writers.append(self._open_writer(shard))
+                self._segments = iter(self._writers[-1].segments)
+            return self._writers[-1], segment
+
+    def close(self) -> None:
+        """Close what was not sealed."""
+        for writer in self._writers:
+            writer.close()
 
 
 def _index(plan: Plan) -> dict[str, object]:
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     return {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _write_all(descriptor: int, view: memoryview) -> None:
-    while view:
-        view = view[os.write(descriptor, view) :]
-
-
-@contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    """Turn an OSError of writing into a WriteError; errors of reading are a SourceError by then."""
-    try:
-        yield
-    except OSError as error:
-        raise as_write_error(error, path) from error
 
 
 def _interrupted() -> InterruptedByUser:

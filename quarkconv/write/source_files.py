@@ -2,11 +2,18 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import resource
+from collections.abc import Iterable
 from pathlib import Path
 
 from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import Piece, Plan
+from quarkconv.write.state import FileState
+
+_OTHER_FILES = 64
+"""Open files that a process needs beside those of the source."""
 
 
 class SourceFiles:
@@ -15,31 +22,48 @@ class SourceFiles:
     def __init__(self, root: Path, plan: Plan) -> None:
         self.root = root
         self._descriptors: dict[str, int] = {}
+        self._states: dict[str, os.stat_result] = {}
+        _allow_open_files(len(plan.sources) + _OTHER_FILES)
         try:
             for name, size in plan.sources:
                 descriptor = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC)
                 self._descriptors[name] = descriptor
-                found = os.fstat(descriptor).st_size
+                self._states[name] = os.fstat(descriptor)
+                found = self._states[name].st_size
                 if found != size:
-                    raise SourceError(
-                        "A source file has changed since the plan was made", code="shard-truncated",
-                        file=str(root / name), expected=f"{size} bytes", found=f"{found} bytes",
-                        hint="give the command again when nothing writes to the source",
-                    )  # fmt: skip
+                    raise _changed(root / name, f"{size} bytes", f"{found} bytes", "give the command again")
         except OSError as error:
             self.close()
             raise SourceError(
-                "A source file cannot be opened", code="shard-missing", file=str(error.filename),
-                found=error.strerror,
+                "A source file cannot be opened", code="shard-missing", file=os.fsdecode(error.filename or root),
+                found=error.strerror, hint="raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else None,
             ) from error  # fmt: skip
         except SourceError:
             self.close()
             raise
 
-    def state(self) -> list[list[int]]:
-        """Size and time of modification (ns) of each file, in order: what tells a source from another one like it."""
-        found = map(os.fstat, self._descriptors.values())
-        return [[status.st_size, status.st_mtime_ns] for status in found]
+    def state(self) -> list[FileState]:
+        """Name, size and time of modification of each file, in order."""
+        return [(name, status.st_size, status.st_mtime_ns) for name, status in self._states.items()]
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Raise if any of some files is not what it was when it was opened.
+
+        Raises:
+            SourceError: a file was written to, cut, replaced or deleted.
+        """
+        for name in names:
+            path, before = self.root / name, self._states[name]
+            try:
+                for now in (os.fstat(self._descriptors[name]), os.stat(path)):
+                    if not os.path.samestat(before, now):
+                        raise _changed(path, "the file that was opened", "another file of that name")
+                    if now.st_size != before.st_size:
+                        raise _changed(path, f"{before.st_size} bytes", f"{now.st_size} bytes")
+                    if now.st_mtime_ns != before.st_mtime_ns:
+                        raise _changed(path, "no writes to it", "a later time of modification")
+            except OSError as error:
+                raise _changed(path, "the file that was opened", error.strerror or str(error)) from error
 
     def close(self) -> None:
         """Close all files."""
@@ -72,3 +96,18 @@ class SourceFiles:
                     found=f"{offset + position} bytes", hint="give the command again when nothing writes to the source",
                 )  # fmt: skip
             position += count
+
+
+def _changed(path: Path, expected: str, found: str, command: str = "start anew with --overwrite") -> SourceError:
+    return SourceError(
+        "A source file changed while the model was converted", code="source-changed", file=str(path),
+        expected=expected, found=found, hint=f"when nothing writes to the source any more, {command}",
+    )  # fmt: skip
+
+
+def _allow_open_files(count: int) -> None:
+    """Raise the limit on open files as far as it has to be and may be."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft != resource.RLIM_INFINITY and soft < count:
+        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

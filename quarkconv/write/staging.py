@@ -3,34 +3,38 @@
 Everything is prepared in ``OUT/.quarkconv`` and moved up when all of it is complete, config.json last: until then the
 directory has no config.json and no engine takes it for a model. The folder holds
 
-    plan.json          the plan that is being carried out, and the state of the source's files: a later run resumes
-                       only if it would make the same of the same
+    plan.json          what is being converted, and from what: a later run resumes only if it would make the same
     lock               held while a process works here
     notes/NAME.json    the checksums of the pieces of a finished shard
     files/NAME         a file that is finished and on disk
     parts/NAME         a file that is being written
 
-A finished shard is never written again; whatever else is found after a crash is made anew.
+A finished shard is never written again; whatever else is found after a crash is made anew. Each step is on disk before
+the next one says so: the data of a shard before its note, the note before the shard has its name, all files and their
+names before the manifest, and the manifest before config.json.
 """
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import os
 import shutil
+import socket
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from quarkconv.errors import SourceError, UsageError, WriteError
-from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME, STAGING_NAME
+from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME
 from quarkconv.manifest import WrittenPiece, WrittenShard, WrittenTensor, read_manifest
 from quarkconv.plan.pieces import OutputShard
+from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
+from quarkconv.write.space import allocated, require_space
+from quarkconv.write.state import difference
 
-_PLAN: Final = "plan.json"
 _LOCK: Final = "lock"
 
 
@@ -43,7 +47,7 @@ class Staging:
         self.folder = output / STAGING_NAME
         self.files = self.folder / "files"
         self.parts = self.folder / "parts"
-        self.notes = self.folder / "notes"
+        self.notes = self.folder / NOTES_NAME
 
     def part(self, name: str) -> Path:
         """Where a file is written before it is finished; its folder exists."""
@@ -59,7 +63,7 @@ class Staging:
 
     def write(self, name: str, data: bytes) -> None:
         """Write a small file of the output, durably, under its name or not at all."""
-        _write_and_sync(self.part(name), data)
+        write_and_sync(self.part(name), data)
         self.finish(name)
 
     def record(self, shard: WrittenShard) -> None:
@@ -68,6 +72,7 @@ class Staging:
         note = {"plan": self.plan_digest, "header": shard.header_checksum, "pieces": checksums}
         write_durably(self.notes / f"{shard.file}.json", json.dumps(note).encode())
         self.finish(shard.file)
+        sync_directory(self.files)
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """What an earlier run recorded of a shard; None when it has to be written."""
@@ -92,126 +97,104 @@ class Staging:
         except (ValueError, KeyError, TypeError):
             return None
 
+    def sync(self, names: list[str]) -> None:
+        """Bring the names of finished files to the disk, those that were moved up already too."""
+        for folder in folders_of(names):
+            for root in (self.files, self.output):
+                if (root / folder).is_dir():
+                    sync_directory(root / folder)
+
     def publish(self, names: list[str]) -> None:
-        """Move the finished files to where they belong, config.json last, and remove the working folder."""
-        for name in sorted(names, key=lambda name: name == CONFIG_NAME):
-            staged, final = self.files / name, self.output / name
-            final.parent.mkdir(parents=True, exist_ok=True)
-            if staged.exists():
-                if name == CONFIG_NAME:
-                    sync_directory(self.output)
-                os.replace(staged, final)
-        sync_directory(self.output)
+        """Move the finished files to where they belong, and remove the working folder.
+
+        The manifest follows when all other names are on disk, and config.json when the manifest's is.
+        """
+        last = (MANIFEST_NAME, CONFIG_NAME)
+        for stage in ([name for name in names if name not in last], *([name] for name in last)):
+            for name in stage:
+                staged, final = self.files / name, self.output / name
+                final.parent.mkdir(parents=True, exist_ok=True)
+                if staged.exists():
+                    os.replace(staged, final)
+            for folder in folders_of(stage):
+                sync_directory(self.output / folder)
         shutil.rmtree(self.folder)
+        sync_directory(self.output)
 
 
 @contextmanager
 def open_staging(
-    output: Path, plan_digest: str, source_state: list[list[int]], plan_files: list[str], *, overwrite: bool
+    output: Path, state: dict[str, Any], plan_files: list[str], *, needed: int, overwrite: bool
 ) -> Iterator[Staging]:
     """Make or resume the working folder of a conversion, and hold its lock.
 
     Args:
         output: the output directory; made if it does not exist.
-        plan_digest: identity of the plan.
-        source_state: size and time of modification of the source's files, in order.
+        state: what identifies the conversion, of :func:`plan_state`.
         plan_files: the files that the plan will write.
+        needed: bytes that the whole conversion writes.
         overwrite: whether an earlier output of quarkconv is deleted, and an unfinished one started anew.
 
     Raises:
         UsageError: the directory holds something that must not be overwritten, or another plan's unfinished work.
-        WriteError: another process works there, or the directory cannot be made.
+        WriteError: another process works there, the directory cannot be made, or there is no space.
     """
-    staging = Staging(output, plan_digest)
-    if output.exists() and not output.is_dir():
-        raise UsageError(
-            "The output is a file", file=str(output), expected="a new or empty directory", hint="give another --out"
-        )
-    try:
+    staging = Staging(output, state["plan"])
+    with writing(output):
+        if output.exists() and not output.is_dir():
+            raise UsageError(
+                "The output is a file", file=str(output), expected="a new or empty directory", hint="give another --out"
+            )
         output.mkdir(parents=True, exist_ok=True)
         if not overwrite:
-            _refuse_foreign(output, set(plan_files) if staging.folder.is_dir() else set())
-        made = not staging.folder.is_dir()
-        staging.folder.mkdir(exist_ok=True)
-        descriptor = os.open(staging.folder / _LOCK, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
-    except OSError as error:
-        raise as_write_error(error, output) from error
+            _refuse_foreign(staging, plan_files)
+        descriptor, made = _lock(staging)
     try:
-        _lock(descriptor, output)
         try:
-            if overwrite:
-                _start_anew(staging)
-            _resume_or_begin(staging, {"plan": plan_digest, "sources": source_state})
-        except OSError as error:
-            raise as_write_error(error, output) from error
+            with writing(output):
+                if overwrite:
+                    _start_anew(staging, needed)
+                else:
+                    _refuse_foreign(staging, plan_files)
+                _resume_or_begin(staging, state)
+        except BaseException:
+            if made:  # nothing was begun, so nothing is unfinished
+                shutil.rmtree(staging.folder, ignore_errors=True)
+            raise
+        for folder in (staging.folder, output, output.absolute().parent):
+            with suppress(OSError):  # a folder that others own: its names are theirs to bring to the disk
+                sync_directory(folder)
         yield staging
-    except UsageError:
-        if made:
-            shutil.rmtree(staging.folder, ignore_errors=True)
-        raise
     finally:
         os.close(descriptor)
 
 
-def _resume_or_begin(staging: Staging, state: dict[str, object]) -> None:
+def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     """Note what is being done, or refuse to go on with what was begun with something else."""
-    plan_file = staging.folder / _PLAN
-    if not plan_file.is_file():
-        write_durably(plan_file, json.dumps(state).encode())
+    path = staging.folder / STATE_NAME
+    if not path.is_file():
+        write_durably(path, json.dumps(state).encode())
         return
     try:
-        begun = json.loads(plan_file.read_bytes())
+        begun = json.loads(path.read_bytes())
     except ValueError:
         begun = None
-    if begun == state:
-        return
-    same_plan = isinstance(begun, dict) and begun.get("plan") == state["plan"]
-    found = "the source's files have changed since" if same_plan else "another source, target or shard size"
-    raise UsageError(
-        "The output directory holds a conversion that was begun with something else", file=str(staging.output),
-        expected="the same source, unchanged, and the same options", found=found,
-        hint="give the options it was begun with, or --overwrite to start anew",
-    )  # fmt: skip
-
-
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file so that it is on disk under its name, or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
-    _write_and_sync(part, data)
-    os.replace(part, path)
-
-
-def _write_and_sync(path: Path, data: bytes) -> None:
-    with open(path, "wb") as handle:
-        handle.write(data)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
-def sync_directory(path: Path) -> None:
-    """Make the names in a directory durable."""
-    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def as_write_error(error: OSError, path: Path) -> WriteError:
-    """The error for a failure to write below ``path``."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return WriteError(
-            "There is no space left", file=str(path), found=error.strerror,
-            hint="make space and give the same command again: it resumes where it stopped",
+    found = difference(begun, state)
+    if found is not None:
+        raise UsageError(
+            "The output directory holds a conversion that was begun with something else", file=str(staging.output),
+            expected="the same source, unchanged, and the same options", found=found,
+            hint="give the options it was begun with, or --overwrite to start anew",
         )  # fmt: skip
-    return WriteError(
-        "Writing failed", file=str(error.filename or path), found=error.strerror or str(error),
-        hint="give the same command again when the cause is gone: it resumes where it stopped",
-    )  # fmt: skip
 
 
-def _refuse_foreign(output: Path, expected: set[str]) -> None:
+def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
+    """Refuse a directory that holds anything but the files of unfinished work."""
+    unfinished = staging.folder.is_dir()
+    _refuse_others(staging.output, set(plan_files) if unfinished else set(), unfinished=unfinished)
+
+
+def _refuse_others(output: Path, expected: set[str], *, unfinished: bool) -> None:
     """Refuse a directory that holds anything but ``expected``, the files of a conversion, and its working folder."""
     found = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
     foreign = sorted(name for name in found - expected if not name.startswith(f"{STAGING_NAME}/"))
@@ -220,12 +203,12 @@ def _refuse_foreign(output: Path, expected: set[str]) -> None:
         raise UsageError(
             "The output directory is not empty", file=str(output), expected="an empty or new directory",
             found=f"{foreign[0]}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
-            hint="give --overwrite to replace the earlier conversion" if is_ours and not expected
+            hint="give --overwrite to replace the earlier conversion" if is_ours and not unfinished and not expected
             else "move what is not of the conversion away, or give another --out",
         )  # fmt: skip
 
 
-def _start_anew(staging: Staging) -> None:
+def _start_anew(staging: Staging, needed: int) -> None:
     """Delete an earlier conversion, finished or not, and nothing else."""
     try:
         # A conversion that was stopped while it moved its files up still has its manifest in the working folder.
@@ -235,14 +218,17 @@ def _start_anew(staging: Staging) -> None:
             "The output directory has a manifest that cannot be read", file=str(staging.output), found=error.message,
             hint="delete the directory, or give another --out",
         ) from error  # fmt: skip
-    _refuse_foreign(staging.output, set(manifest.file_names()) if manifest is not None else set())
-    if manifest is not None:
-        # config.json goes first, so that what is left of a model whose deletion is interrupted is not taken for one;
-        # the manifest goes last, so that the deletion can be repeated.
-        names = sorted(manifest.file_names(), key=lambda name: (name != CONFIG_NAME, name == MANIFEST_NAME))
-        for name in names:
-            (staging.output / name).unlink(missing_ok=True)
-            _remove_empty_folders(staging.output, name)
+    names = list(manifest.file_names()) if manifest is not None else []
+    _refuse_others(staging.output, set(names), unfinished=False)
+    written = [*(staging.output / name for name in names), *staging.folder.rglob("*")]
+    require_space(staging.output, needed, allocated(written))
+    # config.json goes first, so that what is left of a model whose deletion is interrupted is not taken for one;
+    # the manifest goes last, so that the deletion can be repeated.
+    for name in sorted(names, key=lambda name: (name != CONFIG_NAME, name == MANIFEST_NAME)):
+        (staging.output / name).unlink(missing_ok=True)
+        _remove_empty_folders(staging.output, name)
+        if name == CONFIG_NAME:
+            sync_directory(staging.output)
     for path in list(staging.folder.iterdir()):
         if path.name != _LOCK:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
@@ -255,14 +241,36 @@ def _remove_empty_folders(output: Path, name: str) -> None:
             (output / folder).rmdir()
 
 
-def _lock(descriptor: int, output: Path) -> None:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        owner = os.pread(descriptor, 32, 0).decode(errors="replace").strip() or "unknown"
-        raise WriteError(
-            "Another process is converting into this directory", file=str(output), found=f"process {owner}",
-            hint="wait until it has finished, or give another --out",
-        ) from None  # fmt: skip
-    os.ftruncate(descriptor, 0)
-    os.pwrite(descriptor, f"{os.getpid()}\n".encode(), 0)
+def _lock(staging: Staging) -> tuple[int, bool]:
+    """Lock the working folder; returns the file that holds the lock, and whether the folder was made for it.
+
+    The lock ends with the process that holds it, however it ends.
+    """
+    path = staging.folder / _LOCK
+    while True:
+        try:
+            staging.folder.mkdir()
+            made = True
+        except FileExistsError:
+            made = False
+        try:
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except FileNotFoundError:  # another process has just finished here and removed the folder
+            continue
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
+                os.ftruncate(descriptor, 0)
+                os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
+                return descriptor, made
+        except BlockingIOError:
+            owner = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "unknown"
+            os.close(descriptor)
+            raise WriteError(
+                "Another process is converting into this directory", file=str(staging.output),
+                found=f"process {owner}", hint="wait until it has finished, or give another --out",
+            ) from None  # fmt: skip
+        except BaseException:
+            os.close(descriptor)
+            raise
+        os.close(descriptor)  # the lock of a folder that is gone by now

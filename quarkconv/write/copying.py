@@ -1,0 +1,73 @@
+"""Files that a conversion takes over as they are."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from quarkconv.errors import SourceError
+from quarkconv.manifest import WrittenFile
+from quarkconv.plan.pieces import SourceFile
+
+_BLOCK: Final = 2**20
+_FICLONE: Final = 0x40049409
+"""Share the blocks of another file (ioctl_ficlone(2)); btrfs and XFS can, others refuse."""
+
+
+def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
+    """Copy a file of the source, durably; where the file system can, the copy shares the blocks of the original.
+
+    The checksum is that of the copy, read back, when it shares them: nobody can change it under us.
+
+    Raises:
+        OSError: writing failed.
+        SourceError: the source cannot be read, or is not as long as planned.
+    """
+    path = root / source.name
+    try:
+        original = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        with open(part, "w+b", buffering=0) as handle:
+            cloned = _clone(original, handle.fileno())
+            hasher = xxhash.xxh3_128()
+            size = 0
+            while block := _read(path, handle.fileno() if cloned else original):
+                hasher.update(block)
+                if not cloned:
+                    handle.write(block)
+                size += len(block)
+            os.fsync(handle.fileno())
+    finally:
+        os.close(original)
+    if size != source.size:
+        raise SourceError(
+            "A source file changed while the model was converted", code="source-changed", file=str(path),
+            expected=f"{source.size} bytes", found=f"{size} bytes",
+            hint="when nothing writes to the source any more, start anew with --overwrite",
+        )  # fmt: skip
+    return WrittenFile(source.name, size, hasher.hexdigest())
+
+
+def _clone(original: int, copy: int) -> bool:
+    try:
+        fcntl.ioctl(copy, _FICLONE, original)
+    except OSError:  # another file system, or one that cannot
+        return False
+    return True
+
+
+def _read(path: Path, descriptor: int) -> bytes:
+    try:
+        return os.read(descriptor, _BLOCK)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+
+
+def _unreadable(path: Path, error: OSError) -> SourceError:
+    return SourceError("A source file cannot be read", code="shard-missing", file=str(path), found=error.strerror)

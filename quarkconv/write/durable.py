@@ -1,0 +1,68 @@
+"""Small files and directories brought to the disk, and the error that a user sees when that fails."""
+
+from __future__ import annotations
+
+import errno
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+from quarkconv.errors import WriteError
+
+FULL: Final = (errno.ENOSPC, errno.EDQUOT)
+"""What the system says when there is no space."""
+
+
+def write_durably(path: Path, data: bytes) -> None:
+    """Write a small file so that it is on disk under its name, or not at all."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part = path.with_name(path.name + ".part")
+    write_and_sync(part, data)
+    os.replace(part, path)
+    sync_directory(path.parent)
+
+
+def write_and_sync(path: Path, data: bytes) -> None:
+    """Write a small file and bring its contents to the disk."""
+    with open(path, "wb") as handle:
+        handle.write(data)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def sync_directory(path: Path) -> None:
+    """Make the names in a directory durable."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def folders_of(names: list[str]) -> list[str]:
+    """The folders that files lie in, as relative paths, each after those that it holds; the root, ``.``, is last."""
+    found = {folder.as_posix() for name in names for folder in Path(name).parents} | {"."}
+    return sorted(found, key=lambda folder: (-len(Path(folder).parts), folder))
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Turn an OSError into a WriteError about ``path``; an error of reading the source is a SourceError by then."""
+    try:
+        yield
+    except OSError as error:
+        raise as_write_error(error, path) from error
+
+
+def as_write_error(error: OSError, path: Path) -> WriteError:
+    """The error for a failure to write below ``path``."""
+    message, hint = "Writing failed", "give the same command again when the cause is gone: it resumes where it stopped"
+    if error.errno in FULL:
+        message = "There is no space left" if error.errno == errno.ENOSPC else "The disk quota is used up"
+        hint = "nothing is lost: make space, then give the same command again; it resumes where it stopped"
+    elif error.errno == errno.ENAMETOOLONG:
+        hint = "give a shorter --out"
+    found = error.strerror or str(error)
+    return WriteError(message, file=os.fsdecode(error.filename or path), found=found, hint=hint)

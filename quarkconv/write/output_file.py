@@ -1,0 +1,154 @@
+"""Output files, written at offsets by several threads, past the page cache where the file system allows it.
+
+A conversion writes as much as the machine has memory, or more, and reads none of it again. Going through the page cache
+would copy every byte once more and push the source out of it. Direct I/O (``O_DIRECT``) sends a buffer to the device as
+it is; in return buffer, offset and length must be multiples of the device's block. A page is one on every device.
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import logging
+import mmap
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import Final
+
+from quarkconv.plan.layout import PAGE
+
+_DIRECT: Final = getattr(os, "O_DIRECT", 0)
+_REFUSED: Final = (errno.EINVAL, errno.EOPNOTSUPP)
+_log: Final = logging.getLogger(__name__)
+
+
+class DirectWrites:
+    """Whether the files of one conversion are written past the page cache; shared by them, since they lie together."""
+
+    def __init__(self) -> None:
+        self.enabled = _DIRECT != 0
+
+    def refused(self, path: Path, reason: str) -> None:
+        """The file system does not take direct writes: go on without, and say so once."""
+        if self.enabled:
+            self.enabled = False
+            _log.info("direct writes are not possible in %s (%s): writing through the page cache", path.parent, reason)
+
+
+def aligned_buffer(nbytes: int) -> memoryview:
+    """Memory that starts on a page."""
+    return memoryview(mmap.mmap(-1, nbytes))
+
+
+class OutputFile:
+    """A new file that several threads write blocks to, and that is then sealed at its length."""
+
+    def __init__(self, path: Path, direct: DirectWrites) -> None:
+        self.path = path
+        self._direct = direct
+        self._descriptor = self._open()
+
+    def write(self, block: memoryview, offset: int) -> None:
+        """Write a block at an offset: page-aligned memory, and whole pages at a page.
+
+        Raises:
+            OSError: writing failed.
+        """
+        while block:
+            try:
+                written = os.pwrite(self._descriptor, block, offset)
+            except OSError as error:
+                if error.errno not in _REFUSED or not self._is_direct():
+                    raise
+                self._direct.refused(self.path, os.strerror(error.errno))
+                self._through_page_cache()
+                continue
+            block, offset = block[written:], offset + written
+            if block and written % PAGE:  # cut short, as on a disk that gets full: the rest does not lie on a page
+                self._through_page_cache()
+
+    def flush(self) -> None:
+        """Bring what went into the page cache to the disk: so little is left there that no later step takes long."""
+        if not self._is_direct():
+            os.fdatasync(self._descriptor)
+
+    def seal(self, nbytes: int) -> None:
+        """Cut the padding of the last block off, make the file durable, and close it."""
+        os.ftruncate(self._descriptor, nbytes)
+        os.fsync(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        """Close the file; it is not complete unless it was sealed."""
+        descriptor, self._descriptor = self._descriptor, -1
+        if descriptor >= 0:
+            os.close(descriptor)
+
+    def _open(self) -> int:
+        flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC
+        if self._direct.enabled:
+            try:
+                return os.open(self.path, flags | _DIRECT, 0o666)
+            except OSError as error:
+                if error.errno not in _REFUSED:
+                    raise
+                self._direct.refused(self.path, os.strerror(error.errno))
+        return os.open(self.path, flags, 0o666)
+
+    def _is_direct(self) -> bool:
+        return bool(fcntl.fcntl(self._descriptor, fcntl.F_GETFL) & _DIRECT)
+
+    def _through_page_cache(self) -> None:
+        flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
+        fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+
+
+class BlockStream:
+    """Bytes gathered in a buffer and written to a file in blocks as long as the buffer.
+
+    Args:
+        file: the file.
+        buffer: page-aligned memory of whole pages.
+        offset: where in the file the stream starts; a multiple of a page.
+        wrote: called after each block with the number of bytes of the stream in it.
+    """
+
+    def __init__(self, file: OutputFile, buffer: memoryview, offset: int, wrote: Callable[[int], None]) -> None:
+        self._file = file
+        self._buffer = buffer
+        self._offset = offset
+        self._wrote = wrote
+        self._filled = 0
+
+    def room(self) -> memoryview:
+        """Where the next bytes go; never empty. Report with :meth:`filled` how many were put there."""
+        if self._filled == len(self._buffer):
+            self._write(len(self._buffer))
+        return self._buffer[self._filled :]
+
+    def filled(self, nbytes: int) -> None:
+        """The first ``nbytes`` of the room hold bytes of the stream now."""
+        self._filled += nbytes
+
+    def put(self, data: memoryview) -> None:
+        """Append bytes that are in memory already."""
+        while data:
+            room = self.room()
+            count = min(len(room), len(data))
+            room[:count] = data[:count]
+            self.filled(count)
+            data = data[count:]
+
+    def finish(self) -> None:
+        """Write what is left, filled up with zeros to a whole page."""
+        end = -(-self._filled // PAGE) * PAGE
+        self._buffer[self._filled : end] = bytes(end - self._filled)
+        self._write(end)
+        self._file.flush()
+
+    def _write(self, count: int) -> None:
+        self._file.write(self._buffer[:count], self._offset)
+        self._offset += count
+        filled, self._filled = self._filled, 0
+        self._wrote(filled)

@@ -1,0 +1,97 @@
+"""One shard on its way to the disk, written by several threads, a segment each."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable
+from pathlib import Path
+
+import xxhash
+
+from quarkconv.manifest import WrittenPiece, WrittenShard, WrittenTensor
+from quarkconv.plan.layout import encode_header
+from quarkconv.plan.pieces import OutputShard, Piece
+from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile
+from quarkconv.write.segments import Segment, cut
+from quarkconv.write.source_files import SourceFiles
+from quarkconv.write.transforms import transform
+
+
+class ShardWriter:
+    """A shard that is being written; made when its first segment is, since it opens the file.
+
+    Attributes:
+        shard: the shard.
+        segments: its segments, which may be written in any order and at the same time.
+    """
+
+    def __init__(self, shard: OutputShard, path: Path, direct: DirectWrites) -> None:
+        self.shard = shard
+        self.segments = list(cut(shard))
+        self._header = encode_header(shard.tensors)
+        self._checksums: dict[int, list[str]] = {}
+        self._lock = threading.Lock()
+        self._file = OutputFile(path, direct)
+
+    def write(self, segment: Segment, sources: SourceFiles, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
+        """Write one segment; True when it was the last one that was missing.
+
+        Args:
+            segment: one of :attr:`segments`.
+            sources: where its bytes come from.
+            buffer: page-aligned memory of whole pages that nobody else uses meanwhile.
+            wrote: called with the number of bytes after each block; what it raises ends the writing.
+
+        Raises:
+            OSError: writing failed.
+            SourceError: reading failed.
+        """
+        stream = BlockStream(self._file, buffer, segment.start, wrote)
+        if segment.start == 0:
+            stream.put(memoryview(self._header))
+        checksums = [_put_piece(stream, piece, sources) for piece in segment.pieces]
+        stream.finish()
+        with self._lock:
+            self._checksums[segment.first] = checksums
+            return len(self._checksums) == len(self.segments)
+
+    def seal(self) -> WrittenShard:
+        """Make the file durable when all segments are written, and say what is in it."""
+        self._file.seal(self.shard.nbytes)
+        in_order = iter([checksum for _, part in sorted(self._checksums.items()) for checksum in part])
+        tensors = tuple(
+            WrittenTensor(
+                tensor.name,
+                tensor.dtype,
+                tensor.shape,
+                tuple(WrittenPiece(piece, next(in_order)) for piece in tensor.pieces),
+            )
+            for tensor in self.shard.tensors
+        )
+        checksum = xxhash.xxh3_128_hexdigest(self._header)
+        return WrittenShard(self.shard.file, self.shard.nbytes, self.shard.header, checksum, tensors)
+
+    def source_names(self) -> set[str]:
+        """The source files that the shard is made of."""
+        return {piece.file for tensor in self.shard.tensors for piece in tensor.pieces}
+
+    def close(self) -> None:
+        """Close the file, complete or not."""
+        self._file.close()
+
+
+def _put_piece(stream: BlockStream, piece: Piece, sources: SourceFiles) -> str:
+    """Append the output bytes of a piece; returns their checksum."""
+    if piece.widen or piece.repeat != 1:
+        data = memoryview(transform(piece, sources.read(piece)))
+        stream.put(data)
+        return xxhash.xxh3_128_hexdigest(data)
+    hasher = xxhash.xxh3_128()
+    done = 0
+    while done < piece.nbytes:
+        room = stream.room()[: piece.nbytes - done]
+        sources.fill(piece, done, room)
+        hasher.update(room)
+        stream.filled(len(room))
+        done += len(room)
+    return hasher.hexdigest()

@@ -1,0 +1,77 @@
+"""What a conversion was begun with, so that a later run resumes only what it would have made itself."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shlex
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, Final
+
+from quarkconv.plan.pieces import Plan
+
+FileState = tuple[str, int, int]
+"""Name, size in bytes and time of modification in ns of a source file."""
+
+_LABELS: Final = {
+    "quarkconv": "version of quarkconv",
+    "target": "target",
+    "max_shard_size": "largest shard size",
+    "config": "config.json of the source",
+    "copies": "other files of the source",
+}
+
+
+def plan_state(plan: Plan, digest: str, files: list[FileState], source: Path, output: Path) -> dict[str, Any]:
+    """What identifies a conversion, and for those who find it unfinished, the command that resumes it.
+
+    Args:
+        plan, digest: the plan and its digest.
+        files: the source's files as they are now.
+        source, output: the directories; part of the command, not of the identity.
+    """
+    words = ["quarkconv", "convert", str(source.absolute()), "--to", plan.target, "--out", str(output.absolute())]
+    config = json.dumps(plan.config, sort_keys=True).encode("utf-8", "surrogatepass")
+    return {
+        "quarkconv": version("quarkconv"),
+        "target": plan.target,
+        "max_shard_size": plan.max_shard_size,
+        "config": hashlib.sha256(config).hexdigest(),
+        "copies": [list(copy) for copy in plan.copies],
+        "sources": [list(file) for file in files],
+        "plan": digest,
+        "shards": len(plan.shards),
+        "command": shlex.join([*words, "--max-shard-size", str(plan.max_shard_size)]),
+    }
+
+
+def difference(begun: object, now: dict[str, Any]) -> str | None:
+    """What keeps the work of ``begun`` from being resumed, in words; None when nothing does."""
+    if not isinstance(begun, dict):
+        return "notes that cannot be read"
+    if all(begun.get(key) == now[key] for key in ("plan", "sources", "quarkconv")):
+        return None
+    for key, label in _LABELS.items():
+        before, after = begun.get(key), now[key]
+        if before != after:
+            if key in ("config", "copies"):
+                return f"{label} {'has' if key == 'config' else 'have'} changed"
+            return f"{label} {before}, now {after}"
+    return _source_difference(begun.get("sources"), now["sources"]) or "another plan"
+
+
+def _source_difference(before: object, after: list[list[Any]]) -> str | None:
+    try:
+        old = {name: (size, time) for name, size, time in before}  # type: ignore[attr-defined]
+    except (TypeError, ValueError):
+        return "notes that cannot be read"
+    new = {name: (size, time) for name, size, time in after}
+    if old.keys() != new.keys():
+        return f"other shards in the source: {sorted(old.keys() ^ new.keys())[0]}"
+    for name, (size, _) in new.items():
+        if old[name][0] != size:
+            return f"{name} of the source had {old[name][0]} bytes, now {size}"
+        if old[name] != new[name]:
+            return f"{name} of the source was written to since"
+    return None

@@ -1,0 +1,264 @@
+"""The source: never written to, followed through links, and told when it changes while it is read."""
+
+from __future__ import annotations
+
+import os
+import resource
+import shutil
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from conversion_support import SHARD, arguments, assert_unfinished, convert
+from writing_support import make_checkpoint, run_cli, snapshot, start
+
+import quarkconv
+from quarkconv.api import run_plan
+from quarkconv.errors import SourceError, UsageError
+
+
+def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
+    mine = tmp_path / "model"
+    shutil.copytree(source, mine)
+    everything = [mine, *mine.rglob("*")]
+
+    def state() -> list[tuple[int, ...]]:
+        return [(item.st_mode, item.st_mtime_ns, item.st_ctime_ns, item.st_ino) for item in map(os.stat, everything)]
+
+    for path in everything:
+        path.chmod(0o555 if path.is_dir() else 0o444)
+    before = state()
+    hashes = snapshot(mine)
+    convert(mine, tmp_path / "out", jobs=2)
+    assert snapshot(mine) == hashes
+    assert state() == before
+    assert sorted(mine.rglob("*")) == sorted(everything[1:])
+
+
+@pytest.mark.parametrize("inside", ["", "sub", "sub/deeper", ".."])
+def test_source_and_output_must_not_contain_one_another(small: Path, inside: str) -> None:
+    before = snapshot(small.parent)
+    with pytest.raises(UsageError, match="inside one another"):
+        convert(small, small / inside)
+    assert snapshot(small.parent) == before
+
+
+def test_a_link_to_the_source_is_seen_through(small: Path, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(small)
+    for out in (tmp_path / "link", tmp_path / "link" / "sub"):
+        with pytest.raises(UsageError, match="inside one another"):
+            convert(small, out)
+
+
+def test_a_cache_of_links_to_blobs_is_followed(small: Path, tmp_path: Path) -> None:
+    expected = snapshot(convert(small, tmp_path / "plain"))
+    linked = tmp_path / "snapshots" / "abc"
+    linked.mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    for number, file in enumerate(sorted(small.iterdir())):
+        shutil.copy(file, tmp_path / "blobs" / str(number))
+        (linked / file.name).symlink_to(f"../../blobs/{number}")
+    assert snapshot(convert(linked, tmp_path / "out")) == expected
+    assert not any(path.is_symlink() for path in (tmp_path / "out").iterdir())
+
+
+def test_a_source_that_changed_after_planning_is_refused(small: Path, tmp_path: Path) -> None:
+    plan = quarkconv.plan_conversion(small, "fused-int8")
+    file = small / "model-00002-of-00002.safetensors"
+    os.truncate(file, file.stat().st_size - 1)
+    with pytest.raises(SourceError, match="changed while") as caught:
+        run_plan(plan, small, tmp_path / "out")
+    assert caught.value.file == str(file)
+    assert not (tmp_path / "out").exists()
+    file.unlink()
+    with pytest.raises(SourceError) as caught:
+        run_plan(plan, small, tmp_path / "out")
+    assert caught.value.code == "shard-missing"
+
+
+@pytest.mark.parametrize("jobs", [1, 4])
+def test_a_source_that_is_cut_while_it_is_read(
+    source: Path, reference: dict[str, str], tmp_path: Path, jobs: int
+) -> None:
+    mine, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, mine)
+    cut = mine / "model-00003-of-00003.safetensors"
+    whole, modified = cut.read_bytes(), cut.stat().st_mtime_ns
+
+    with pytest.raises(SourceError, match=r"ended while it was read|changed while") as caught:
+        convert(mine, out, jobs=jobs, progress=once(lambda: os.truncate(cut, 5000)))
+    assert caught.value.exit_code == 3
+    assert caught.value.file == str(cut)
+    assert_unfinished(out)
+    assert not list(out.rglob("files/*.safetensors"))
+    cut.write_bytes(whole)
+    with pytest.raises(UsageError, match="begun with something else") as refused:  # it was written to: is it the same?
+        convert(mine, out)
+    assert refused.value.found == f"{cut.name} of the source was written to since"
+    os.utime(cut, ns=(modified, modified))
+    assert snapshot(convert(mine, out)) == reference
+
+
+def once(change: Callable[[], object]) -> Callable[[int], None]:
+    """A progress function that changes something when the first bytes were written."""
+    done = threading.Lock()
+
+    def progress(_: int) -> None:
+        if done.acquire(blocking=False):
+            change()
+
+    return progress
+
+
+def write_same_bytes(file: Path) -> None:
+    """As a second download would: not a byte differs, but it was written to."""
+    time.sleep(0.02)  # file systems keep times to a few milliseconds
+    file.write_bytes(file.read_bytes())
+
+
+def replace(file: Path) -> None:
+    other = file.with_name("other")
+    shutil.copy2(file, other)
+    other.replace(file)
+
+
+@pytest.mark.parametrize(
+    ("change", "found"),
+    [
+        (write_same_bytes, "a later time of modification"),
+        (lambda file: os.truncate(file, file.stat().st_size + 1), "bytes"),
+        (replace, "another file of that name"),
+        (lambda file: file.unlink(), "No such file"),
+    ],
+)
+def test_a_source_that_changes_is_told_and_nothing_made_of_it_is_marked_complete(
+    source: Path, tmp_path: Path, change: Callable[[Path], None], found: str
+) -> None:
+    mine, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, mine)
+    file = mine / "model-00002-of-00003.safetensors"
+    with pytest.raises(SourceError, match="changed while the model was converted") as caught:
+        convert(mine, out, progress=once(lambda: change(file)))
+    assert caught.value.code == "source-changed"
+    assert caught.value.file == str(file)
+    assert found in (caught.value.found or "")
+    assert "--overwrite" in (caught.value.hint or "")
+    assert_unfinished(out)
+    assert not list(out.rglob("files/*.safetensors"))
+    assert not list(out.rglob("notes/*"))
+
+
+def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: Path) -> None:
+    """What matters is checked where it matters: shards that were made before stay finished."""
+    mine, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, mine)
+    plan = quarkconv.plan_conversion(mine, "fused-int8", max_shard_size=1_000_000)
+    readers = [
+        {piece.file for tensor in shard.tensors for piece in tensor.pieces}
+        for shard in plan.shards
+    ]  # fmt: skip
+    one = next(number for number, files in enumerate(readers) if len(files) < 3)
+    other = sorted({file.name for file in plan.sources} - readers[one])[0]
+    seen: list[int] = []
+
+    def touch(_: int) -> None:
+        seen.append(1)
+        if len(seen) == one + 1:
+            write_same_bytes(mine / other)
+
+    with pytest.raises(SourceError, match="changed while"):
+        run_plan(plan, mine, out, 1, progress=touch)
+    finished = {path.name for path in out.rglob("files/*.safetensors")}
+    assert plan.shards[one].file in finished
+
+
+def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", layers=2, experts=12, shards=120)
+    limited = (
+        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])));"
+        "from quarkconv.cli.main import main; main(sys.argv[3:])"
+    )
+    words = arguments(model, tmp_path / "out")
+    process = start(limited, 100, 1000, *words)
+    assert process.communicate(timeout=60)[1] == ""
+    assert process.returncode == 0
+    process = start(limited, 100, 100, *arguments(model, tmp_path / "other"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3
+    assert "Too many open files" in err
+    assert "ulimit -n" in err
+    assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 100
+
+
+# Paths
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["größe 模型".encode(), b"latin-1 \xe9\xff", b"-to", b"a\nb\tc \x1b[31m", b"x" * 230],
+    ids=["utf-8", "latin-1", "option", "control", "long"],
+)
+def test_any_path_works(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], name: bytes) -> None:
+    expected = snapshot(convert(small, tmp_path / "plain"))
+    parent = tmp_path / "odd"
+    parent.mkdir()
+    odd = Path(os.fsdecode(os.fsencode(parent) + b"/" + name))
+    shutil.copytree(small, odd)
+    code, _, err = run_cli(capsys, "convert", odd, "--to", "fused-int8", "--max-shard-size", str(SHARD))
+    assert code == 0, err
+    assert "\x1b" not in err
+    out = odd.with_name(f"{odd.name}-fused-int8")
+    assert snapshot(out) == expected
+    for command in ("inspect", "convert"):
+        code, text, err = run_cli(capsys, command, out, *(["--to", "fused-int8"] if command == "convert" else []))
+        assert "Traceback" not in err
+        assert "\x1b" not in text + err
+
+
+def test_a_path_that_is_too_long_is_told(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = snapshot(small)
+    for out in (tmp_path / ("y" * 300), tmp_path.joinpath(*["z" * 200] * 25)):
+        code, _, err = run_cli(capsys, "convert", small, "--to", "fused-int8", "--out", out)
+        assert code == 5
+        assert "File name too long" in err
+        assert "Traceback" not in err
+    named = tmp_path / ("m" * 250)
+    shutil.copytree(small, named)
+    code, _, err = run_cli(capsys, "convert", named, "--to", "fused-int8")  # no room for "-fused-int8"
+    assert code == 5
+    assert "File name too long" in err
+    assert "--out" in err
+    assert snapshot(small) == before
+
+
+def test_a_very_deep_output_works(small: Path, tmp_path: Path) -> None:
+    expected = snapshot(convert(small, tmp_path / "plain"))
+    deep = tmp_path
+    while len(str(deep)) < 3800:
+        deep = deep / ("d" * 200)
+    assert snapshot(convert(small, deep)) == expected
+
+
+def test_a_source_that_may_only_be_read_by_its_owner_is_told(small: Path, tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("needs root, to become somebody else")
+    for folder in (tmp_path, *list(tmp_path.parents)[:3]):
+        if folder != Path("/tmp"):
+            folder.chmod(0o755)
+    (small / "model-00001-of-00002.safetensors").chmod(0o600)
+    as_nobody = (
+        "import os, sys\nfrom quarkconv.cli.main import main\nimport quarkconv.write.executor, rich.text\n"
+        "os.setgid(65534); os.setuid(65534)\nmain(sys.argv[1:])"
+    )
+    (tmp_path / "open").mkdir()
+    (tmp_path / "open").chmod(0o777)
+    process = start(as_nobody, *arguments(small, tmp_path / "open" / "out"))
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 3, err
+    assert "Permission denied" in err
+    assert "model-00001-of-00002.safetensors" in err
+    assert "Traceback" not in err
+    assert sys.platform.startswith("linux")
