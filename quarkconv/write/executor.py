@@ -75,8 +75,8 @@ def execute(
         run_checks(plan.checks, sources, jobs)
         with open_staging(output, state, [*files, MANIFEST_NAME], needed=needed, overwrite=overwrite) as staging:
             run = _Run(plan, sources, staging, progress)
-            shards = run.write_shards(jobs)
             with run.writing():
+                shards = run.write_shards(jobs)
                 others = run.write_others()
                 staging.sync(files)
                 manifest = Manifest(
@@ -151,7 +151,7 @@ class _Run:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Failures to write become errors that say what to do."""
+        """Failures to write become errors that say what to do; what is missing is counted when no thread runs."""
         with writing(self.staging.folder), running_out_told(self.staging.output, self.staging.parts, self._bytes_left):
             yield
 
@@ -195,16 +195,15 @@ class _Run:
         buffer = aligned_buffer(buffer_size)
         try:
             while not self._stop.is_set():
-                with self.writing():
-                    claim = claims.take()
-                    if claim is None:
-                        return
-                    writer, segment = claim
-                    if writer.write(segment, self.sources, buffer, self._wrote):
-                        self.sources.check_unchanged(writer.source_names())
-                        written = writer.seal()
-                        self.staging.record(written)
-                        self._done[written.file] = written
+                claim = claims.take()
+                if claim is None:
+                    return
+                writer, segment = claim
+                if writer.write(segment, self.sources, buffer, self._wrote):
+                    self.sources.check_unchanged(writer.source_names())
+                    written = writer.seal()
+                    self.staging.record(written)
+                    self._done[written.file] = written
         except BaseException:
             self._stop.set()
             raise
