@@ -39,8 +39,10 @@ docs: $(STAMP)  ## Make the documents that come from tables in the code
 picture: $(STAMP)  ## Make the picture of the terminal in the README
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/picture.py
 
-bench: $(STAMP)  ## Measure inspect and plan on a 230 GB checkpoint of holes
+bench: $(STAMP)  ## Measure inspect, plan and conversion (10 minutes, 25 GB of disk in TMPDIR)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/headers.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/convert.py
 
 clean:  ## Remove what was built
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)

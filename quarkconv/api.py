@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from decimal import Decimal
@@ -25,6 +24,8 @@ if TYPE_CHECKING:
     from quarkconv.manifest import Manifest
 
 DEFAULT_SHARD_SIZE: Final = "5GB"
+DEFAULT_JOBS: Final = 4
+"""Threads of a conversion: they wait for the disk most of the time, so that two processors serve four of them."""
 MAX_JOBS: Final = 64
 _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                  "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
@@ -93,7 +94,7 @@ def convert_checkpoint(
     out: str | Path | None = None,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    jobs: int | None = None,
+    jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ConversionResult:
@@ -104,7 +105,7 @@ def convert_checkpoint(
         target: name of the target, such as ``fused-int8``.
         out: directory to make; by default ``<model>-<target>`` beside the model.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
-        jobs: threads that read and write; by default one for each processor, at most 4.
+        jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
         progress: called with the number of bytes written since its last call.
 
@@ -123,19 +124,17 @@ def run_plan(
     plan: Plan,
     source: Path,
     output: Path,
-    jobs: int | None = None,
+    jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ConversionResult:
     """Carry out a plan that was made of ``source``. See :func:`convert_checkpoint`."""
     from quarkconv.write.executor import execute
 
-    workers = jobs if jobs is not None else min(4, os.cpu_count() or 1)
-    if not 1 <= workers <= MAX_JOBS:
+    if not 1 <= jobs <= MAX_JOBS:
         raise UsageError("This number of jobs makes no sense", expected=f"1 to {MAX_JOBS}", found=str(jobs))
-    manifest = execute(
-        plan, source, output, jobs=workers, overwrite=overwrite, progress=progress or (lambda _: None)
-    )  # fmt: skip
+    report = progress or (lambda _: None)
+    manifest = execute(plan, source, output, jobs=jobs, overwrite=overwrite, progress=report)
     return ConversionResult(source, output, plan, manifest)
 
 

@@ -7,7 +7,15 @@ from typing import Annotated
 
 import typer
 
-from quarkconv.api import DEFAULT_SHARD_SIZE, output_directory, plan_conversion, plan_summary, run_plan
+from quarkconv.api import (
+    DEFAULT_JOBS,
+    DEFAULT_SHARD_SIZE,
+    MAX_JOBS,
+    output_directory,
+    plan_conversion,
+    plan_summary,
+    run_plan,
+)
 from quarkconv.cli.console import byte_progress, console, print_json, show_log
 from quarkconv.cli.options import Json, Model, Verbose
 from quarkconv.hub import resolve_model
@@ -31,9 +39,8 @@ def convert(
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard, such as 5GB or 512MiB.")
     ] = DEFAULT_SHARD_SIZE,
     jobs: Annotated[
-        int | None,
-        typer.Option("--jobs", min=1, metavar="N", help="Threads that read and write. [default: processors, <= 4]"),
-    ] = None,
+        int, typer.Option("--jobs", min=1, max=MAX_JOBS, metavar="N", help="Threads that read and write.")
+    ] = DEFAULT_JOBS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in DIR.")] = False,
     verbose: Verbose = False,

@@ -37,7 +37,7 @@ from quarkconv.write.state import plan_state
 
 BUFFER_BYTES: Final = 8 * 2**20
 """Bytes of a write: beyond it nothing gets faster."""
-ALL_BUFFERS_BYTES: Final = 64 * 2**20
+ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 _CHECKS_AT_ONCE: Final = 256
 

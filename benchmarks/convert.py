@@ -1,0 +1,211 @@
+"""What a conversion costs beside `cp -r`, and beside other ways to convert.
+
+A conversion moves every byte once, so copying is what it is measured against: same source, same disk, alternating,
+and the median of the ratios counts, since a machine's speed drifts. cp leaves its output in the page cache; quarkconv
+has it on the disk, checksums included, when it returns. Before each run the output of the last one is deleted and the
+disk is quiet.
+
+    main        9.8 GB of MiniMax-M2 (2 layers), page cache warm: threads, checksums, other tools
+                and again with a cold page cache (needs root, to drop it)
+    layers      Qwen3-30B-A3B, 1 to 8 layers: time must grow with the bytes
+    small       512 experts of intermediate size 64: many small tensors
+    pieces      9,000 and 95,000 pieces in one file, those of 6 and 62 layers: what a piece costs in time and memory
+
+Usage: python benchmarks/convert.py [--only main,cold] [--rounds 3] [--folder DIR]
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Mapping
+from functools import partial
+from multiprocessing import Process
+from pathlib import Path
+from typing import Any
+
+from common import (
+    MANY_SMALL,
+    MINIMAX_M2,
+    QWEN3_30B,
+    TINY,
+    Sample,
+    Shape,
+    measure,
+    row,
+    save,
+    show,
+    write_checkpoint,
+)
+
+ALTERNATIVES = Path(__file__).parent / "alternatives"
+WITHOUT_CHECKSUMS = """
+import sys, types
+import quarkconv.write.shard_writer as shard_writer
+from quarkconv.cli.main import run
+
+class Nothing:
+    def update(self, data): pass
+    def hexdigest(self): return "0" * 32
+
+shard_writer.xxhash = types.SimpleNamespace(xxh3_128=Nothing, xxh3_128_hexdigest=lambda data: "0" * 32)
+run()
+"""
+
+Command = Callable[[Path, Path], list[str | Path]]
+
+
+def cp(source: Path, out: Path) -> list[str | Path]:
+    """Copying."""
+    return ["cp", "-r", source, out]
+
+
+def cp_and_sync(source: Path, out: Path) -> list[str | Path]:
+    """Copying, and having it on the disk, as quarkconv has."""
+    return ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, out]
+
+
+def quarkconv(source: Path, out: Path, *words: str) -> list[str | Path]:
+    """Converting."""
+    return ["quarkconv", "convert", source, "--to", "fused-int8", "--out", out, *words]
+
+
+def without_checksums(source: Path, out: Path) -> list[str | Path]:
+    """Converting with the checksums left out, to see what they cost."""
+    return [sys.executable, "-c", WITHOUT_CHECKSUMS, *quarkconv(source, out)[1:]]
+
+
+def script(name: str, source: Path, out: Path) -> list[str | Path]:
+    """Another way to convert."""
+    return [sys.executable, ALTERNATIVES / name, source, out]
+
+
+COPIES: Mapping[str, Command] = {"cp -r": cp, "cp -r, sync": cp_and_sync}
+
+
+class Bench:
+    """Runs commands on a source in turn, each into a fresh output."""
+
+    def __init__(self, folder: Path, rounds: int) -> None:
+        self.folder = folder
+        self.rounds = rounds
+        self.result: dict[str, Any] = {"rounds": rounds}
+
+    def source(self, name: str, shape: Shape, layers: int, **options: Any) -> tuple[Path, int]:
+        """A checkpoint and its size in bytes; read once, so that it is in the page cache as far as that can hold it."""
+        source = self.folder / name
+        # In a process of its own: what this one holds would count as the memory of those that it starts.
+        writer = Process(target=write_checkpoint, args=(source, shape, layers), kwargs={"data": True, **options})
+        writer.start()
+        writer.join()
+        for file in source.iterdir():
+            with open(file, "rb", buffering=0) as handle:
+                while handle.read(2**24):
+                    pass
+        return source, sum(file.stat().st_size for file in source.iterdir())
+
+    def run(self, source: Path, command: Command, *, cold: bool = False) -> Sample:
+        """One run."""
+        out = self.folder / "out"
+        os.sync()
+        if cold:
+            Path("/proc/sys/vm/drop_caches").write_text("3")
+        sample = measure(command(source, out))
+        shutil.rmtree(out)
+        return sample
+
+    def compare(
+        self, source: Path, commands: Mapping[str, Command], *, rounds: int | None = None, cold: bool = False
+    ) -> list[dict[str, Any]]:
+        """Rows of all commands, the first of which is what the others are compared with."""
+        samples: dict[str, list[Sample]] = {name: [] for name in commands}
+        for _ in range(rounds or self.rounds):
+            for name, command in commands.items():
+                samples[name].append(self.run(source, command, cold=cold))
+        beside = next(iter(samples.values()))
+        return [row(name, found, beside) for name, found in samples.items()]
+
+    def main(self) -> None:
+        """The figures that count, and other tools."""
+        source, size = self.source("main", MINIMAX_M2, 2)
+        title = f"{size / 1e9:.1f} GB, MiniMax-M2, 2 layers, page cache warm"
+        rows = self.compare(
+            source,
+            {
+                **COPIES,
+                "quarkconv": quarkconv,
+                "quarkconv --jobs 1": partial(_with_jobs, 1),
+                "quarkconv --jobs 2": partial(_with_jobs, 2),
+                "quarkconv without checksums": without_checksums,
+            },
+        )
+        others: dict[str, Command] = {"cp -r": cp, "torch.stack, save_file": partial(script, "torch_stack.py")}
+        if importlib.util.find_spec("compressed_tensors"):
+            name = "compressed-tensors convert_checkpoint"
+            others[name] = partial(script, "compressed_tensors_convert.py")
+        else:
+            print("compressed-tensors is not installed: left out (pip install 'quarkconv[bench]')")
+        beside = self.compare(source, others, rounds=1)
+        show(title, [*rows, *beside[1:]], "cp")
+        self.result["main"] = {"bytes": size, "rows": rows, "others": beside}
+        if os.geteuid() == 0:
+            cold = self.compare(source, {**COPIES, "quarkconv": quarkconv}, cold=True)
+            show("the same, page cache cold", cold, "cp")
+            self.result["cold"] = {"bytes": size, "rows": cold}
+        shutil.rmtree(source)
+
+    def layers(self) -> None:
+        """Time must grow with the bytes."""
+        found = []
+        for layers in (1, 2, 4, 8):
+            source, size = self.source("layers", QWEN3_30B, layers)
+            rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
+            found.append({"layers": layers, "bytes": size, "rows": rows})
+            show(f"{size / 1e9:.2f} GB, Qwen3-30B-A3B, {layers} layers", rows, "cp")
+            shutil.rmtree(source)
+        self.result["layers"] = found
+
+    def small(self) -> None:
+        """Many small tensors."""
+        source, size = self.source("small", MANY_SMALL, 12)
+        rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
+        show(f"{size / 1e9:.2f} GB, 12 layers of 512 experts with I = 64, 37,000 pieces", rows, "cp")
+        self.result["small"] = {"bytes": size, "rows": rows}
+        shutil.rmtree(source)
+
+    def pieces(self) -> None:
+        """What a piece costs."""
+        found = []
+        for layers in (6, 62):  # 10,000 and 96,000 pieces, all in one file of the output
+            source, size = self.source("pieces", TINY, layers, shard_bytes=10**7)
+            rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
+            found.append({"layers": layers, "pieces": layers * 256 * 6, "bytes": size, "rows": rows})
+            show(f"{size / 1e6:.0f} MB in {layers * 256 * 6:,} pieces in one file", rows, "cp")
+            shutil.rmtree(source)
+        self.result["pieces"] = found
+
+
+def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
+    return quarkconv(source, out, "--jobs", str(jobs))
+
+
+def main() -> None:
+    """Measure, print tables, and save them in benchmarks/results."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--only", default="main,layers,small,pieces")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--folder", type=Path, help="where the data goes, 25 GB; it is deleted")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.folder) as temporary:
+        bench = Bench(Path(temporary), options.rounds)
+        for name in options.only.split(","):
+            getattr(bench, name)()
+    save("convert", bench.result)
+
+
+if __name__ == "__main__":
+    main()
