@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.util
 import os
 from dataclasses import dataclass
 from typing import Literal
@@ -18,11 +19,17 @@ _TRUE_STRINGS = ("1", "true", "on", "y", "yes")  # the spellings that Triton tak
 class DeviceTraits:
     """What the launch heuristics need to know about a device.
 
-    `shared_memory` is the most bytes of shared memory (LDS) that one program may hold.
+    shared_memory       the most bytes of shared memory (LDS) that one program may hold
+    tensor_descriptors  whether tiles can be copied by the hardware from a descriptor of the tensor (NVIDIA's TMA)
+    dependent_launch    whether a launch may begin while the one before it ends; see `dependent_jit`
+    name                the device's own name for itself, by which tables of launch options are found
     """
 
     platform: Platform
     shared_memory: int
+    tensor_descriptors: bool = False
+    dependent_launch: bool = False
+    name: str = ""
 
 
 def interpreting() -> bool:
@@ -52,13 +59,36 @@ def device_guard(device: torch.device) -> contextlib.AbstractContextManager[obje
     return contextlib.nullcontext()
 
 
+def _triton_has(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ImportError:
+        return False
+
+
+def dependence(device: torch.device) -> dict[str, bool]:
+    """The arguments of a launch that say whether it may begin while the one before it ends."""
+    if device_traits(device).dependent_launch:
+        return {"DEPENDENT": True, "launch_pdl": True}
+    return {"DEPENDENT": False}
+
+
 @functools.cache
 def device_traits(device: torch.device) -> DeviceTraits:
     """The traits of `device`; cached, since asking the driver costs more than a launch."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
         shared = getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
-        return DeviceTraits("hip" if torch.version.hip else "cuda", shared)
+        if torch.version.hip:
+            return DeviceTraits("hip", shared, name=properties.name)
+        hopper = properties.major >= 9
+        return DeviceTraits(
+            "cuda",
+            shared,
+            tensor_descriptors=hopper and _triton_has("triton.tools.tensor_descriptor"),
+            dependent_launch=hopper and _triton_has("triton.language.extra.cuda.gdc"),
+            name=properties.name,
+        )
     if device.type == "xpu":
         return DeviceTraits("xpu", 128 * 1024)
     return DeviceTraits("interpreter", 1 << 30)

@@ -6,7 +6,7 @@ nothing, whatever their weight and their row of y hold; a token without any othe
 
 import torch
 
-from .backend import interpreting
+from .backend import dependence, interpreting
 from .options import choose_combine_options
 
 
@@ -33,6 +33,7 @@ def combine_experts(
         INTERPRETED=interpreting(),
         BLOCK_H=options.block,
         num_warps=options.num_warps,
+        **dependence(out.device),
     )
     return out
 

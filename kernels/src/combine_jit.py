@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .cast_jit import _to_dtype
+from .dependent_jit import _trigger, _wait
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -17,8 +18,11 @@ def combine_kernel(
     num_experts,
     TOP_K: tl.constexpr,
     INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    _wait(DEPENDENT)
+    _trigger(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     total = tl.zeros([BLOCK_H], dtype=tl.float32)

@@ -21,9 +21,9 @@ from typing import Any
 import torch
 
 from .activations import Activation, activate_reference
-from .backend import interpreting
-from .options import TileOptions
-from .routing import RoutingPlan
+from .backend import dependence, interpreting
+from .routing import PairPlan, RoutingPlan
+from .tables import TileOptions
 
 # The sum of this many products of codes of magnitude at most 128 is at most 2^24, so that every partial sum, in any
 # order, is an integer that float32 holds exactly.
@@ -52,7 +52,7 @@ def grouped_gate_up(
     codes: torch.Tensor,
     row_scale: torch.Tensor,
     weights: ExpertWeights,
-    plan: RoutingPlan,
+    plan: RoutingPlan | PairPlan,
     activation: Activation,
     out: torch.Tensor,
     options: TileOptions,
@@ -60,7 +60,7 @@ def grouped_gate_up(
     router_weight: torch.Tensor | None = None,
     pairs_per_row: int,
 ) -> torch.Tensor:
-    """Launch the gate-up product: codes int8 [R, H], row_scale float32 [R] -> out [P, I].
+    """Launch the gate-up product: codes int8 [R, H], row_scale float32 [R] -> out [P, I], in the plan's row order.
 
     Row p // pairs_per_row of the codes serves pair p. `router_weight` (float32, P elements), where given, multiplies
     row_scale.
@@ -72,14 +72,13 @@ def grouped_gate_up(
         codes,
         row_scale,
         weights.codes,
+        _descriptor(weights.codes, options.block_n, options),
         weights.scale,
         weights.bias,
         router_weight,
         out,
-        plan.pairs,
-        plan.block_expert,
-        plan.num_blocks,
-        out.shape[0],
+        *_plan_arguments(plan),
+        weights.codes.shape[0],
         weights.codes.shape[2],
         intermediate,
         activation.limit,
@@ -95,30 +94,40 @@ def grouped_down(
     codes: torch.Tensor,
     row_scale: torch.Tensor,
     weights: ExpertWeights,
-    plan: RoutingPlan,
+    plan: RoutingPlan | PairPlan,
     out: torch.Tensor,
     options: TileOptions,
 ) -> torch.Tensor:
-    """Launch the down product: codes int8 [P, I], row_scale float32 [P] -> out [P, H]."""
+    """Launch the down product: codes int8 [P, I], row_scale float32 [P], in row order -> out [P, H], in pair order."""
     from .grouped_gemm_jit import grouped_down_kernel
 
     hidden = weights.codes.shape[1]
     grouped_down_kernel[_grid(plan, hidden, options)](
         codes,
+        _descriptor(codes, plan.blocks.block_m, options),
         row_scale,
         weights.codes,
+        _descriptor(weights.codes, options.block_n, options),
         weights.scale,
         weights.bias,
         out,
-        plan.pairs,
-        plan.block_expert,
-        plan.num_blocks,
-        out.shape[0],
+        *_plan_arguments(plan),
+        weights.codes.shape[0],
         weights.codes.shape[2],
         hidden,
         **_constants(weights, plan, options, out),
     )
     return out
+
+
+def _descriptor(codes: torch.Tensor, rows: int, options: TileOptions) -> Any:
+    """A descriptor of `codes` as [-1, D] for tiles of `rows` rows, or None where options or layout forbid it."""
+    depth = codes.shape[-1]
+    if not options.descriptors or depth % 16 or codes.data_ptr() % 16:
+        return None
+    from triton.tools.tensor_descriptor import TensorDescriptor
+
+    return TensorDescriptor.from_tensor(codes.view(-1, depth), [rows, options.block_k])
 
 
 def grouped_gate_up_reference(
@@ -182,20 +191,31 @@ def _pairs_by_expert(topk_ids: torch.Tensor, num_experts: int) -> list[tuple[int
     return [(e, torch.nonzero(ids == e).flatten()) for e in experts]
 
 
-def _grid(plan: RoutingPlan, columns: int, options: TileOptions) -> tuple[int]:
+def _grid(plan: RoutingPlan | PairPlan, columns: int, options: TileOptions) -> tuple[int]:
     return (plan.max_blocks * -(-columns // options.block_n),)
 
 
-def _constants(weights: ExpertWeights, plan: RoutingPlan, options: TileOptions, out: torch.Tensor) -> dict[str, Any]:
+def _plan_arguments(plan: RoutingPlan | PairPlan) -> tuple[torch.Tensor | int | None, ...]:
+    """pairs, block_expert, block_first, block_rows, totals, topk_ids, the most row blocks."""
+    if isinstance(plan, PairPlan):
+        return (None, None, None, None, None, plan.topk_ids, plan.max_blocks)
+    return (plan.pairs, plan.block_expert, plan.block_first, plan.block_rows, plan.totals, None, plan.max_blocks)
+
+
+def _constants(
+    weights: ExpertWeights, plan: RoutingPlan | PairPlan, options: TileOptions, out: torch.Tensor
+) -> dict[str, Any]:
     return {
         "PER_CHANNEL": weights.per_channel,
         "RAW_SUMS": out.dtype == torch.int32,
         "INTERPRETED": interpreting(),
         "EVEN_D": weights.codes.shape[2] % options.block_k == 0,
-        "BLOCK_M": plan.block_m,
+        "BLOCK_M": plan.blocks.block_m,
+        "TAIL_M": plan.blocks.tail_m,
+        "SMALL_M": plan.blocks.small_m,
         "BLOCK_N": options.block_n,
         "BLOCK_D": options.block_k,
         "GROUP_M": options.group_m,
         "num_warps": options.num_warps,
         "num_stages": options.num_stages,
-    }
+    } | dependence(out.device)

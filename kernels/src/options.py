@@ -1,63 +1,32 @@
 """Launch options: how the work is cut into programs. They change the speed, never the result.
 
-The heuristic here is the answer for every device and shape; it reasons from the rows an expert can expect:
+They come from a table of what was measured on this device at this shape (`tables`), and otherwise from the heuristic
+here, which reasons from the rows that an expert can expect:
 
 - few rows (decode): the time is that of reading the weights once. Row blocks are as small as the matrix units allow
   (16), and each step of the pipeline loads a long run of every weight row (256 codes).
-- many rows (prefill): the time is that of the matrix units. Tiles grow until each byte loaded is used often enough,
-  and neighbouring programs share an expert's weights (`group_m`) while the second-level cache still holds them.
+- many rows (prefill): the time is that of the matrix units and of bringing tiles to them. Tiles are as large as the
+  registers hold, neighbouring programs share an expert's weights (`group_m`) while the second-level cache still holds
+  them, and what an expert has beyond whole blocks joins its last one as a tail, so that its weights pass once.
 """
 
 from dataclasses import dataclass, replace
 
 from .backend import DeviceTraits
+from .tables import LaunchOptions, RowBlocks, TileOptions, find_options
 
 MIN_BLOCK_M = 16  # the smallest row count of the matrix instructions that Triton emits for int8
 MAX_BLOCK_M = 128
-
-
-@dataclass(frozen=True, slots=True)
-class TileOptions:
-    """How one grouped product is tiled.
-
-    block_n   output columns a program computes (for gate-up: of the gate and of the up half each)
-    block_k   codes of the summed dimension loaded at a time
-    group_m   row blocks walked before the next column tile, for reuse of the weights in cache
-    num_warps, num_stages   Triton's warps per program and depth of the load pipeline
-    """
-
-    block_n: int
-    block_k: int
-    group_m: int
-    num_warps: int
-    num_stages: int
-
-
-@dataclass(frozen=True, slots=True)
-class LaunchOptions:
-    """Options of one forward. `block_m`, the rows of a tile, is shared: the routing pads each expert to it."""
-
-    block_m: int
-    gate_up: TileOptions
-    down: TileOptions
+_BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
 
 
 @dataclass(frozen=True, slots=True)
 class RowOptions:
-    """Options of a kernel that walks rows: columns at a time (a power of two) and warps."""
+    """Options of a kernel that walks rows: columns at a time (a power of two), warps, and rows at a time."""
 
     block: int
     num_warps: int
-
-
-# (gate-up, down) for each block_m: the fastest, or within a few percent of it, of some thirty tiles timed on an H200 at
-# the sizes of MiniMax-M2, Qwen3-30B-A3B and Mixtral-8x7B, 1 to 4096 tokens.
-_TILES = {
-    16: (TileOptions(64, 256, 1, num_warps=4, num_stages=3), TileOptions(64, 256, 1, num_warps=4, num_stages=3)),
-    32: (TileOptions(64, 128, 1, num_warps=4, num_stages=4), TileOptions(128, 256, 1, num_warps=4, num_stages=3)),
-    64: (TileOptions(64, 128, 8, num_warps=4, num_stages=3), TileOptions(128, 128, 8, num_warps=4, num_stages=3)),
-    128: (TileOptions(64, 128, 8, num_warps=4, num_stages=3), TileOptions(128, 128, 8, num_warps=4, num_stages=3)),
-}
+    rows: int = 1
 
 
 def next_power_of_2(value: int) -> int:
@@ -68,32 +37,52 @@ def next_power_of_2(value: int) -> int:
 def choose_launch_options(
     tokens: int, experts: int, top_k: int, hidden: int, intermediate: int, traits: DeviceTraits
 ) -> LaunchOptions:
-    """Options for `tokens` tokens over `experts` experts of size [2 * intermediate, hidden], `top_k` a token.
+    """Options for `tokens` tokens over `experts` experts of size [2 * intermediate, hidden], `top_k` a token."""
+    found = find_options(traits.name, tokens, experts, top_k, hidden, intermediate)
+    if found is None:
+        found = heuristic_options(tokens, experts, top_k, intermediate)
+    return fit_options(found, hidden, intermediate, traits)
 
-    The rows of an expert are not known on the host; their mean over the experts that can have any stands for them.
+
+def heuristic_options(tokens: int, experts: int, top_k: int, intermediate: int) -> LaunchOptions:
+    """Options by the mean rows of the experts that can have any; the real counts are not known on the host.
+
+    The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
+    MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens.
     """
     pairs = tokens * top_k
     mean_rows = pairs / max(min(experts, pairs), 1)
-    # Half as many again as the mean: an expert just over a block would pay for a second, nearly empty one.
-    block_m = min(max(next_power_of_2(int(mean_rows * 1.5)), MIN_BLOCK_M), MAX_BLOCK_M)
-    gate_up, down = _TILES[block_m]
+    if tokens == 1 or pairs * pairs <= experts:
+        # So few pairs that two seldom share an expert.
+        down = TileOptions(64, 512 if intermediate >= 4096 else 256, 1, num_warps=4, num_stages=3)
+        return LaunchOptions(RowBlocks(16), TileOptions(128, 256, 1, num_warps=4, num_stages=3), down, sorted=False)
+    if mean_rows <= 10:
+        tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
+        return LaunchOptions(RowBlocks(16), tile, tile)
+    if mean_rows <= 45:
+        blocks, group = RowBlocks(32, tail_m=16, small_m=16), 4
+    elif mean_rows <= 90:
+        blocks, group = RowBlocks(64, tail_m=16, small_m=32), 4
+    else:
+        blocks, group = RowBlocks(128, tail_m=32, small_m=32), 8
     return LaunchOptions(
-        block_m,
-        gate_up=_fit(gate_up, block_m, hidden, 2, traits),
-        down=_fit(down, block_m, intermediate, 1, traits),
+        blocks,
+        gate_up=TileOptions(64, 128, group, num_warps=4, num_stages=3),
+        down=TileOptions(128, 128, group, num_warps=4, num_stages=3),
     )
 
 
 def choose_row_options(width: int) -> RowOptions:
-    """Options for a kernel with one program a row of `width` elements.
+    """Options for the row quantization of rows of `width` elements.
 
-    Rows up to 2048 stay in registers. Longer ones go through in blocks of 1024, twice, the second time from cache:
-    1024 divides most hidden sizes, and more programs fit on a processor than with the whole row in registers.
+    Four rows a program, unless they are long: a program takes about as long for four short rows as for one, since most
+    of that is the latency of its loads. The block is the largest that leaves at most an eighth of its lanes without an
+    element: the work is as much arithmetic as memory.
     """
-    if width <= 2048:
-        block = max(next_power_of_2(width), 128)
-        return RowOptions(block, num_warps=max(block // 512, 1))
-    return RowOptions(1024, num_warps=4 if width <= 4096 else 8)
+    long = width > 4096
+    sizes = (2048, 1024, 512, 256) if long else (512, 256)
+    block = next((size for size in sizes if -width % size <= width // 8), 128)
+    return RowOptions(block, num_warps=4, rows=1 if long else 4)
 
 
 def choose_combine_options(hidden: int) -> RowOptions:
@@ -102,18 +91,29 @@ def choose_combine_options(hidden: int) -> RowOptions:
     return RowOptions(block, num_warps=min(block // 128, 4))
 
 
-def shared_bytes(tile: TileOptions, block_m: int, weight_tiles: int) -> int:
+def shared_bytes(tile: TileOptions, rows: int, weight_tiles: int) -> int:
     """Shared memory that the load pipeline of one program takes, in bytes (a code is one byte)."""
-    return tile.num_stages * tile.block_k * (block_m + weight_tiles * tile.block_n)
+    return tile.num_stages * tile.block_k * (rows + weight_tiles * tile.block_n)
 
 
-def _fit(tile: TileOptions, block_m: int, depth: int, weight_tiles: int, traits: DeviceTraits) -> TileOptions:
-    """Make `tile` fit the device: no longer along the summed dimension than it is, no larger than shared memory."""
+def fit_options(options: LaunchOptions, hidden: int, intermediate: int, traits: DeviceTraits) -> LaunchOptions:
+    """Make options fit the device and the sizes."""
+    rows = options.blocks.block_m + options.blocks.tail_m
+    return replace(
+        options,
+        gate_up=_fit(options.gate_up, rows, hidden, 2, traits),
+        down=_fit(options.down, rows, intermediate, 1, traits),
+    )
+
+
+def _fit(tile: TileOptions, rows: int, depth: int, weight_tiles: int, traits: DeviceTraits) -> TileOptions:
+    """Make `tile` fit: no longer along the summed dimension than it is, no larger than shared memory."""
     block_k = min(tile.block_k, max(next_power_of_2(depth), 32))  # int8 matrix instructions take at least 32
     # AMD prefetches into registers: one buffer in LDS and one in flight is what its pipeliner is built for.
     stages = 2 if traits.platform == "hip" else tile.num_stages
-    tile = replace(tile, block_k=block_k, num_stages=stages)
-    while shared_bytes(tile, block_m, weight_tiles) > traits.shared_memory and tile.block_n > 32:
+    descriptors = tile.descriptors and traits.tensor_descriptors
+    tile = replace(tile, block_k=block_k, num_stages=stages, descriptors=descriptors)
+    while shared_bytes(tile, rows, weight_tiles) + _BARRIERS > traits.shared_memory and tile.block_n > 32:
         # Depth of the pipeline goes first, but not below two stages, where loads and products stop overlapping.
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)

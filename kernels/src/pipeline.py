@@ -14,9 +14,10 @@ from .arguments import ExpertsArguments
 from .backend import device_guard, device_traits
 from .combine import combine_experts
 from .grouped_gemm import grouped_down, grouped_gate_up
-from .options import LaunchOptions, choose_launch_options
+from .options import choose_launch_options
 from .quantize import quantize_rows
-from .routing import RoutingPlan, empty_plan, route_pairs
+from .routing import PairPlan, RoutingPlan, empty_plan, route_pairs
+from .tables import LaunchOptions
 
 
 @dataclass(frozen=True, slots=True)
@@ -30,7 +31,7 @@ class Workspace:
     expert_out    [P, H], dtype of the hidden states
     """
 
-    plan: RoutingPlan
+    plan: RoutingPlan | PairPlan
     input_codes: torch.Tensor
     input_scale: torch.Tensor
     activated: torch.Tensor
@@ -57,7 +58,9 @@ def empty_workspace(arguments: ExpertsArguments, options: LaunchOptions) -> Work
     pairs, hidden, intermediate = arguments.pairs, arguments.hidden, arguments.intermediate
     input_rows = arguments.tokens if arguments.gate_up_input_scale is None else pairs
     return Workspace(
-        plan=empty_plan(pairs, arguments.experts, options.block_m, device),
+        plan=empty_plan(pairs, arguments.experts, options.blocks, device)
+        if options.sorted
+        else PairPlan(arguments.topk_ids, options.blocks),
         input_codes=torch.empty((input_rows, hidden), dtype=torch.int8, device=device),
         input_scale=torch.empty(input_rows, dtype=torch.float32, device=device),
         activated=torch.empty((pairs, intermediate), dtype=dtype, device=device),
@@ -99,12 +102,14 @@ def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: LaunchOptio
         router_weight=router_on_input if static else None,
         pairs_per_row=arguments.top_k if static else 1,
     )
-    route_pairs(ids, arguments.experts, buffers.plan)
+    plan = buffers.plan
+    if isinstance(plan, RoutingPlan):
+        route_pairs(ids, arguments.experts, plan)
     grouped_gate_up(
         buffers.input_codes,
         buffers.input_scale,
         arguments.gate_up,
-        buffers.plan,
+        plan,
         arguments.activation,
         buffers.activated,
         options.gate_up,
@@ -116,11 +121,11 @@ def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: LaunchOptio
         codes=buffers.hidden_codes,
         scales=buffers.hidden_scale,
         topk_ids=ids,
+        plan=plan if isinstance(plan, RoutingPlan) else None,
         num_experts=arguments.experts,
         expert_scale=arguments.down_input_scale,
+        trigger_first=True,
     )
-    grouped_down(
-        buffers.hidden_codes, buffers.hidden_scale, arguments.down, buffers.plan, buffers.expert_out, options.down
-    )
+    grouped_down(buffers.hidden_codes, buffers.hidden_scale, arguments.down, plan, buffers.expert_out, options.down)
     router_on_output = None if arguments.apply_router_weight_on_input else weights
     combine_experts(buffers.expert_out, router_on_output, ids, arguments.experts, out)

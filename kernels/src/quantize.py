@@ -15,12 +15,15 @@ tensor) cannot say that without spoiling the others, so there the absmax is that
 saturate to +-127 and NaN becomes 0.
 """
 
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from .backend import device_guard, uses_triton
+from .backend import dependence, device_guard, interpreting, uses_triton
 from .options import choose_row_options
+
+if TYPE_CHECKING:
+    from .routing import RoutingPlan
 
 Granularity = Literal["per_token", "per_tensor"]
 
@@ -30,6 +33,7 @@ MIN_SCALE = 2.0**-100
 _FLOAT_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 _FLAT_BLOCK = 4096
 _MAX_PARTIALS = 1024
+_MAX_UNROLLED = 16
 
 
 def quantize_int8(
@@ -71,16 +75,20 @@ def quantize_rows(
     codes: torch.Tensor | None = None,
     scales: torch.Tensor | None = None,
     topk_ids: torch.Tensor | None = None,
+    plan: "RoutingPlan | None" = None,
     num_experts: int = 0,
     expert_scale: torch.Tensor | None = None,
     router_weight: torch.Tensor | None = None,
     pairs_per_row: int = 1,
+    trigger_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the row quantization: x [R, N] -> codes int8 [R * pairs_per_row, N], scales float32 [R * pairs_per_row].
 
     Output row p comes from row p // pairs_per_row of x, multiplied in float32 by router_weight[p] where given.
     With `topk_ids` (P elements), rows whose id is not in 0..num_experts-1 are left unwritten; `expert_scale`
-    (float32 [E]) then fixes the scale of row p to expert_scale[topk_ids[p]] instead of the row's own.
+    (float32 [E]) then fixes the scale of row p to expert_scale[topk_ids[p]] instead of the row's own. With `plan`, rows
+    are in its sorted order: row i belongs to pair plan.pairs[i], and rows past the last pair are left unwritten.
+    `trigger_first` lets the next launch start before this one's inputs are complete (see `dependent_jit`).
     """
     from .quantize_jit import quantize_rows_kernel
 
@@ -88,21 +96,29 @@ def quantize_rows(
     codes = torch.empty((rows, width), dtype=torch.int8, device=x.device) if codes is None else codes
     scales = torch.empty(rows, dtype=torch.float32, device=x.device) if scales is None else scales
     options = choose_row_options(width)
-    quantize_rows_kernel[(rows,)](
+    chunks = -(-width // options.block)
+    quantize_rows_kernel[(-(-rows // options.rows),)](
         x,
         codes,
         scales,
         topk_ids,
+        None if plan is None else plan.pairs,
+        None if plan is None else plan.totals,
         expert_scale,
         router_weight,
         x.stride(0),
         width,
+        rows,
         num_experts,
         PAIRS_PER_ROW=pairs_per_row,
         MIN_SCALE=MIN_SCALE,
+        INTERPRETED=interpreting(),
+        TRIGGER_FIRST=trigger_first,
+        ROWS=options.rows,
         BLOCK_N=options.block,
-        ONE_BLOCK=width <= options.block,
+        CHUNKS=chunks if chunks <= _MAX_UNROLLED else 0,
         num_warps=options.num_warps,
+        **dependence(x.device),
     )
     return codes, scales
 

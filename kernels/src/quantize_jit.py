@@ -4,74 +4,149 @@
 import triton
 import triton.language as tl
 
+from .dependent_jit import _trigger, _wait
+
 
 @triton.jit
-def _magnitude(x):
-    """|x|, infinite for a NaN: the maximum reductions of GPUs drop NaNs, which must not go unseen."""
-    return tl.where(x == x, tl.abs(x), float("inf"))
+def _magnitude_bits(x):
+    """The bits of |x| for float32 x. As integers they order like the magnitudes, with NaN above infinity, so that a
+    maximum over them keeps a NaN, which the maximum instructions of GPUs would drop."""
+    return x.to(tl.int32, bitcast=True) & 0x7FFFFFFF
+
+
+@triton.jit
+def _codes_of(quotient):
+    """rint(quotient) as int8, 0 for a NaN; |quotient| at most 127.5.
+
+    1.5 * 2^23: the spacing of float32 is 1 there, so the addition itself rounds, half to even, on any hardware, and
+    the sum's lowest byte is the code.
+    """
+    code = (quotient + 12582912.0).to(tl.int32, bitcast=True)
+    return tl.where(quotient == quotient, code, 0).to(tl.int8)
 
 
 @triton.jit
 def _to_codes(x, scale):
     """rint(clamp(x / scale, -127, 127)) as int8, 0 for a NaN quotient; `div_rn` is the IEEE division."""
     quotient = tl.div_rn(x, scale)
-    quotient = tl.where(quotient > 127.0, 127.0, tl.where(quotient < -127.0, -127.0, quotient))
-    quotient = tl.where(quotient == quotient, quotient, 0.0)
-    # 1.5 * 2^23: the spacing of float32 is 1 there, so the addition itself rounds, half to even, on any hardware.
-    return ((quotient + 12582912.0) - 12582912.0).to(tl.int8)
+    return _codes_of(tl.where(quotient > 127.0, 127.0, tl.where(quotient < -127.0, -127.0, quotient)))
 
 
-@triton.jit(do_not_specialize=["num_experts"])
+@triton.jit
+def _to_own_codes(x, scale, inverse):
+    """`_to_codes` for a scale that is the row's own absmax / 127, and `inverse`, the rounded 1 / scale.
+
+    The quotient is refined from x * inverse by two fused steps. The first brings it within one unit in the last
+    place; then the remainder x - quotient * scale is exact, and the second gives the correctly rounded quotient, as the
+    division would, at a fifth of its instructions (Markstein, IBM J. Res. Dev. 34, 1990). Where the remainder
+    underflows, the code is 0 either way. With |x| <= absmax no clamp is needed.
+    """
+    quotient = x * inverse
+    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
+    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
+    return _codes_of(quotient)
+
+
+@triton.jit
+def _quantize_tile(x, scale, INTERPRETED: tl.constexpr, OWN_SCALE: tl.constexpr):
+    """Codes of x [rows, n] by the scales [rows]."""
+    if OWN_SCALE and not INTERPRETED:  # the interpreter's fused product and sum rounds twice
+        codes = _to_own_codes(x, scale[:, None], tl.div_rn(1.0, scale)[:, None])
+    else:
+        codes = _to_codes(x, scale[:, None])
+    return codes
+
+
+@triton.jit
+def _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK_N)
+    x = tl.load(x_ptrs + cols[None, :], mask=in_use[:, None] & (cols < N)[None, :], other=0.0)
+    return x.to(tl.float32) * factor
+
+
+@triton.jit
+def _store_tile(codes_ptrs, codes, start, N, in_use, BLOCK_N: tl.constexpr):
+    cols = start + tl.arange(0, BLOCK_N)
+    tl.store(codes_ptrs + cols[None, :], codes, mask=in_use[:, None] & (cols < N)[None, :])
+
+
+@triton.jit
+def _own_scale(absmax, MIN_SCALE: tl.constexpr):
+    return tl.maximum(tl.div_rn(absmax, 127.0), MIN_SCALE)
+
+
+@triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def quantize_rows_kernel(
     x_ptr,  # float [R, N], rows row_stride apart
     codes_ptr,  # int8 [P, N]
     scale_ptr,  # f32 [P]
     topk_ids_ptr,  # int [P] or None: rows of other ranks are skipped
+    pairs_ptr,  # i32 [P] or None: rows in sorted order, row i for pair pairs[i]
+    totals_ptr,  # i32 [2], with pairs: its second element is the number of rows
     expert_scale_ptr,  # f32 [E] or None: dynamic scales
     router_weight_ptr,  # f32 [P] or None
     row_stride,
     N,
+    num_rows,
     num_experts,
     PAIRS_PER_ROW: tl.constexpr,
     MIN_SCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    TRIGGER_FIRST: tl.constexpr,
+    ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    ONE_BLOCK: tl.constexpr,  # the row fits one block and is read once
+    CHUNKS: tl.constexpr,  # blocks in a row, 0 for too many to unroll
 ):
-    pair = tl.program_id(0).to(tl.int64)
+    if TRIGGER_FIRST:
+        _trigger(DEPENDENT)
+    _wait(DEPENDENT)
+    if not TRIGGER_FIRST:
+        _trigger(DEPENDENT)
+    if pairs_ptr is not None:
+        num_rows = tl.load(totals_ptr + 1)
+    rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    in_use = rows < num_rows
     if topk_ids_ptr is not None:
-        expert = tl.load(topk_ids_ptr + pair)
-        if (expert < 0) | (expert >= num_experts):
-            return
-    x_ptr += (pair // PAIRS_PER_ROW) * row_stride
-    codes_ptr += pair * N
+        if pairs_ptr is None:
+            expert = tl.load(topk_ids_ptr + rows, mask=in_use, other=-1)
+            in_use = (expert >= 0) & (expert < num_experts)
+        elif expert_scale_ptr is not None:
+            expert = tl.load(topk_ids_ptr + tl.load(pairs_ptr + rows, mask=in_use, other=0), mask=in_use, other=0)
+    x_ptrs = x_ptr + ((rows // PAIRS_PER_ROW) * row_stride)[:, None]
+    codes_ptrs = codes_ptr + (rows * N)[:, None]
     factor = 1.0
     if router_weight_ptr is not None:
-        factor = tl.load(router_weight_ptr + pair)
-    cols = tl.arange(0, BLOCK_N)
+        factor = tl.load(router_weight_ptr + rows, mask=in_use, other=0.0)[:, None]
 
-    if ONE_BLOCK:
-        x = tl.load(x_ptr + cols, mask=cols < N, other=0.0).to(tl.float32) * factor
-        absmax = tl.max(_magnitude(x), axis=0)
+    # Rows are read twice, the second time from cache: that keeps few registers and many rows in flight.
+    largest = tl.zeros([ROWS, BLOCK_N], dtype=tl.int32)
+    if CHUNKS:
+        for i in tl.static_range(CHUNKS):
+            x = _load_tile(x_ptrs, i * BLOCK_N, N, in_use, factor, BLOCK_N)
+            largest = tl.maximum(largest, _magnitude_bits(x))
     else:
-        largest = tl.zeros([BLOCK_N], dtype=tl.float32)
         for start in range(0, N, BLOCK_N):
-            x = tl.load(x_ptr + start + cols, mask=start + cols < N, other=0.0).to(tl.float32) * factor
-            largest = tl.maximum(largest, _magnitude(x))
-        absmax = tl.max(largest, axis=0)
+            x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
+            largest = tl.maximum(largest, _magnitude_bits(x))
+    absmax = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
 
     if expert_scale_ptr is not None:
-        scale = tl.load(expert_scale_ptr + expert)
+        scale = tl.load(expert_scale_ptr + expert, mask=in_use, other=1.0)
     else:
-        scale = tl.maximum(tl.div_rn(absmax, 127.0), MIN_SCALE)
+        scale = _own_scale(absmax, MIN_SCALE)
     scale = tl.where(absmax < float("inf"), scale, float("nan"))
-    tl.store(scale_ptr + pair, scale)
+    tl.store(scale_ptr + rows, scale, mask=in_use)
 
-    if ONE_BLOCK:
-        tl.store(codes_ptr + cols, _to_codes(x, scale), mask=cols < N)
+    OWN_SCALE: tl.constexpr = expert_scale_ptr is None
+    if CHUNKS:
+        for i in tl.static_range(CHUNKS):
+            x = _load_tile(x_ptrs, i * BLOCK_N, N, in_use, factor, BLOCK_N)
+            _store_tile(codes_ptrs, _quantize_tile(x, scale, INTERPRETED, OWN_SCALE), i * BLOCK_N, N, in_use, BLOCK_N)
     else:
         for start in range(0, N, BLOCK_N):
-            x = tl.load(x_ptr + start + cols, mask=start + cols < N, other=0.0).to(tl.float32) * factor
-            tl.store(codes_ptr + start + cols, _to_codes(x, scale), mask=start + cols < N)
+            x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
+            _store_tile(codes_ptrs, _quantize_tile(x, scale, INTERPRETED, OWN_SCALE), start, N, in_use, BLOCK_N)
 
 
 @triton.jit
@@ -86,7 +161,7 @@ def absmax_kernel(
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
         offsets = start + tl.arange(0, BLOCK)
-        magnitude = _magnitude(tl.load(x_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32))
+        magnitude = tl.abs(tl.load(x_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32))
         largest = tl.maximum(largest, tl.where(magnitude < float("inf"), magnitude, 0.0))
     tl.store(partial_ptr + tl.program_id(0), tl.max(largest, axis=0))
 

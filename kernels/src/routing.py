@@ -1,7 +1,11 @@
-"""Routing alignment: the (token, slot) pairs sorted by expert, each expert padded to whole row blocks.
+"""Routing: the (token, slot) pairs sorted by expert, and every expert's rows cut into row blocks.
 
-A grouped product wants every program's rows to share one expert. With c_e pairs for expert e and blocks of BM rows,
-expert e gets ceil(c_e / BM) consecutive blocks; inside them its pairs stand in ascending order, followed by padding.
+A grouped product wants every program's rows to share one expert. The pairs of expert 0 come first, in ascending order,
+then those of expert 1, and so on, without gaps; a pair's place in that order is its row. An expert's rows are cut into
+blocks of BM rows; what remains joins its last block if it is at most TM rows, or becomes a block of its own:
+
+    c rows -> ceil(c / BM) blocks, or one less where c >= BM and c mod BM is 1..TM.
+
 How many blocks that makes is known only on the device, so the buffers have the size of the worst case,
 
     max over routings of sum ceil(c_e / BM) = n + floor((P - n) / BM),    n = min(E, P),
@@ -14,28 +18,46 @@ from dataclasses import dataclass
 
 import torch
 
+from .backend import dependence
 from .options import next_power_of_2
+from .tables import RowBlocks
 
-_MAX_SCAN = 4096  # ids looked at in one step
+_RUN = 1024  # pairs that one program looks at
 
 
 @dataclass(frozen=True, slots=True)
 class RoutingPlan:
-    """Pairs grouped by expert, on the device.
+    """Pairs grouped by expert, on the device. What lies beyond the blocks and rows in use is unspecified.
 
-    pairs         int32 [max_blocks * block_m]: pair indices; P marks padding
+    pairs         int32 [P]: the pair of each row
     block_expert  int32 [max_blocks]: the expert of each block
-    num_blocks    int32 [1]: the blocks in use; what lies beyond them in the other tensors is unspecified
+    block_first   int32 [max_blocks]: its first row
+    block_rows    int32 [max_blocks]: its rows, 1 .. BM + TM
+    totals        int32 [2]: blocks in use, rows in use
     """
 
-    block_m: int
+    blocks: RowBlocks
     pairs: torch.Tensor
     block_expert: torch.Tensor
-    num_blocks: torch.Tensor
+    block_first: torch.Tensor
+    block_rows: torch.Tensor
+    totals: torch.Tensor
 
     @property
     def max_blocks(self) -> int:
         return self.block_expert.numel()
+
+
+@dataclass(frozen=True, slots=True)
+class PairPlan:
+    """No sorting: every pair is a row and a row block of its own, in the order of topk_ids (int [M, K])."""
+
+    topk_ids: torch.Tensor
+    blocks: RowBlocks
+
+    @property
+    def max_blocks(self) -> int:
+        return self.topk_ids.numel()
 
 
 def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -44,60 +66,81 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
     return active + (num_pairs - active) // block_m
 
 
-def empty_plan(num_pairs: int, num_experts: int, block_m: int, device: torch.device) -> RoutingPlan:
+def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torch.device) -> RoutingPlan:
     """Uninitialized buffers for `route_pairs`."""
-    blocks = max_row_blocks(num_pairs, num_experts, block_m)
+    most = max_row_blocks(num_pairs, num_experts, blocks.block_m)
+    expert, first, rows = torch.empty((3, most), dtype=torch.int32, device=device)
     return RoutingPlan(
-        block_m=block_m,
-        pairs=torch.empty(blocks * block_m, dtype=torch.int32, device=device),
-        block_expert=torch.empty(blocks, dtype=torch.int32, device=device),
-        num_blocks=torch.empty(1, dtype=torch.int32, device=device),
+        blocks=blocks,
+        pairs=torch.empty(num_pairs, dtype=torch.int32, device=device),
+        block_expert=expert,
+        block_first=first,
+        block_rows=rows,
+        totals=torch.empty(2, dtype=torch.int32, device=device),
     )
 
 
 def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> RoutingPlan:
-    """Launch the alignment of topk_ids (int32 or int64, P >= 1 elements) into the buffers of `plan`.
+    """Launch the routing of topk_ids (int32 or int64, P >= 1 elements) into the buffers of `plan`.
 
-    Two launches: one program an expert counts its pairs, then one program an expert writes its blocks. Each reads all
-    P ids, which stay in the second-level cache; in return there are no atomics, and the order is always the same.
+    There are no atomics, so the order is always the same. Few pairs take one launch, in which every expert's program
+    looks at all of them. Many are cut into runs: one launch counts each run, one arranges what was counted into rows
+    and blocks, and in the third a program per expert and run places its pairs.
     """
-    from .routing_jit import count_pairs_kernel, place_pairs_kernel
+    from .routing_jit import arrange_kernel, count_run_kernel, place_run_kernel, route_at_once_kernel
 
-    num_pairs = topk_ids.numel()
-    counts = torch.empty(num_experts, dtype=torch.int32, device=topk_ids.device)
-    scan = min(max(next_power_of_2(num_pairs), 32), _MAX_SCAN)
-    warps = min(max(scan // 512, 1), 8)
-    grid = (num_experts,)
-    count_pairs_kernel[grid](topk_ids, counts, num_pairs, BLOCK_P=scan, num_warps=warps)
-    place_pairs_kernel[grid](
-        topk_ids,
+    num_pairs, device = topk_ids.numel(), topk_ids.device
+    dependent = dependence(device)
+    block_e = next_power_of_2(num_experts + 1)
+    cut = {"BLOCK_M": plan.blocks.block_m, "TAIL_M": plan.blocks.tail_m, "BLOCK_E": block_e}
+    blocks = (plan.block_expert, plan.block_first, plan.block_rows, plan.totals)
+    if num_pairs <= _RUN:
+        scan = max(next_power_of_2(num_pairs), 32)
+        route_at_once_kernel[(num_experts,)](
+            topk_ids,
+            plan.pairs,
+            *blocks,
+            num_pairs,
+            num_experts,
+            **cut,
+            BLOCK_P=scan,
+            num_warps=max(scan // 256, 1),
+            **dependent,
+        )
+        return plan
+    runs = -(-num_pairs // _RUN)
+    counts, starts = torch.empty((2, runs, num_experts), dtype=torch.int32, device=device)
+    run = {"BLOCK_P": _RUN, **dependent}
+    count_run_kernel[(runs,)](topk_ids, counts, num_pairs, num_experts, BLOCK_E=block_e, num_warps=4, **run)
+    arrange_kernel[(num_experts,)](
         counts,
-        plan.pairs,
-        plan.block_expert,
-        plan.num_blocks,
-        num_pairs,
+        starts,
+        *blocks,
+        runs,
         num_experts,
-        BLOCK_M=plan.block_m,
-        BLOCK_E=next_power_of_2(num_experts),
-        BLOCK_P=scan,
-        num_warps=warps,
+        **cut,
+        BLOCK_C=min(next_power_of_2(runs), 16),
+        num_warps=4,
+        **dependent,
     )
+    place_run_kernel[(num_experts, runs)](topk_ids, starts, plan.pairs, num_pairs, num_experts, num_warps=1, **run)
     return plan
 
 
-def route_pairs_reference(topk_ids: torch.Tensor, num_experts: int, block_m: int) -> RoutingPlan:
-    """Torch twin of `route_pairs`; the unused tail holds padding and expert -1."""
+def route_pairs_reference(topk_ids: torch.Tensor, num_experts: int, blocks: RowBlocks) -> RoutingPlan:
+    """Torch twin of `route_pairs`; unused rows and blocks hold -1 here."""
     ids = topk_ids.reshape(-1)
-    num_pairs = ids.numel()
-    plan = empty_plan(num_pairs, num_experts, block_m, topk_ids.device)
-    plan.pairs.fill_(num_pairs)
-    plan.block_expert.fill_(-1)
-    block = 0
+    plan = empty_plan(ids.numel(), num_experts, blocks, topk_ids.device)
+    for buffer in (plan.pairs, plan.block_expert, plan.block_first, plan.block_rows):
+        buffer.fill_(-1)
+    block = row = 0
     for expert in range(num_experts):
         members = torch.nonzero(ids == expert).flatten().to(torch.int32)
-        blocks = -(-members.numel() // block_m)
-        plan.pairs[block * block_m : block * block_m + members.numel()] = members
-        plan.block_expert[block : block + blocks] = expert
-        block += blocks
-    plan.num_blocks.fill_(block)
+        left = members.numel()
+        plan.pairs[row : row + left] = members
+        while left:
+            rows = left if left <= blocks.block_m + blocks.tail_m else blocks.block_m
+            plan.block_expert[block], plan.block_first[block], plan.block_rows[block] = expert, row, rows
+            block, row, left = block + 1, row + rows, left - rows
+    plan.totals.copy_(torch.tensor([block, row]))
     return plan

@@ -1,66 +1,187 @@
 # mypy: ignore-errors
-"""Jitted code of the routing alignment; `routing` defines the layout and launches it."""
+"""Jitted code of the routing; `routing` defines the layout and launches it."""
 
 import triton
 import triton.language as tl
 
-
-@triton.jit(do_not_specialize=["num_pairs"])
-def count_pairs_kernel(
-    topk_ids_ptr,  # int [P]
-    counts_ptr,  # i32 [E]
-    num_pairs,
-    BLOCK_P: tl.constexpr,
-):
-    """counts[e] = pairs routed to e, for e the program's index."""
-    expert = tl.program_id(0)
-    found = tl.zeros([BLOCK_P], dtype=tl.int32)
-    for start in range(0, num_pairs, BLOCK_P):
-        pairs = start + tl.arange(0, BLOCK_P)
-        ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-        found += (ids == expert).to(tl.int32)
-    tl.store(counts_ptr + expert, tl.sum(found, axis=0))
+from .dependent_jit import _trigger, _wait
 
 
-@triton.jit(do_not_specialize=["num_pairs"])
-def place_pairs_kernel(
-    topk_ids_ptr,  # int [P]
-    counts_ptr,  # i32 [E]
-    pairs_ptr,  # i32 [max_blocks * BLOCK_M]
-    block_expert_ptr,  # i32 [max_blocks]
-    num_blocks_ptr,  # i32 [1]
-    num_pairs,
-    num_experts,
+@triton.jit
+def _count(ids, num_experts, BLOCK_E: tl.constexpr):
+    """How often each expert occurs among `ids`; what is not an expert counts for number num_experts."""
+    bins = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+    return tl.histogram(bins, BLOCK_E)
+
+
+@triton.jit
+def _first_row(counts, expert, BLOCK_E: tl.constexpr):
+    return tl.sum(tl.where(tl.arange(0, BLOCK_E) < expert, counts, 0), axis=0)
+
+
+@triton.jit
+def _write_blocks(
+    counts,  # i32 [BLOCK_E]: rows of every expert, 0 beyond
+    expert,
+    first_row,
+    block_expert_ptr,
+    block_first_ptr,
+    block_rows_ptr,
+    totals_ptr,
     BLOCK_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # at least num_experts
-    BLOCK_P: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
 ):
-    """Write the blocks of one expert: its pairs in ascending order, then padding."""
-    expert = tl.program_id(0)
+    """The blocks of one expert, and for expert 0 the totals. The last block takes up to TAIL_M more than BLOCK_M."""
     experts = tl.arange(0, BLOCK_E)
-    counts = tl.load(counts_ptr + experts, mask=experts < num_experts, other=0)
-    blocks = (counts + BLOCK_M - 1) // BLOCK_M
-    # Every program sums the counts again: cheaper than a third launch to do it once.
+    whole = counts // BLOCK_M
+    rest = counts - whole * BLOCK_M
+    blocks = whole + ((rest > TAIL_M) | ((rest > 0) & (whole == 0))).to(tl.int32)
     first_block = tl.sum(tl.where(experts < expert, blocks, 0), axis=0)
+    own_rows = tl.sum(tl.where(experts == expert, counts, 0), axis=0)
     own_blocks = tl.sum(tl.where(experts == expert, blocks, 0), axis=0)
-    own_pairs = tl.sum(tl.where(experts == expert, counts, 0), axis=0)
     if expert == 0:
-        tl.store(num_blocks_ptr, tl.sum(blocks, axis=0))
-
+        tl.store(totals_ptr, tl.sum(blocks, axis=0))
+        tl.store(totals_ptr + 1, tl.sum(counts, axis=0))
     for start in range(0, own_blocks, BLOCK_E):
         block = start + experts
-        tl.store(block_expert_ptr + first_block + block, expert + tl.zeros_like(block), mask=block < own_blocks)
+        mask = block < own_blocks
+        rows = tl.where(block == own_blocks - 1, own_rows - block * BLOCK_M, BLOCK_M)
+        tl.store(block_expert_ptr + first_block + block, expert + tl.zeros_like(block), mask=mask)
+        tl.store(block_first_ptr + first_block + block, first_row + block * BLOCK_M, mask=mask)
+        tl.store(block_rows_ptr + first_block + block, rows, mask=mask)
 
-    first_row = first_block * BLOCK_M
-    padding = own_pairs + tl.arange(0, BLOCK_M)
-    tl.store(pairs_ptr + first_row + padding, num_pairs + tl.zeros_like(padding), mask=padding < own_blocks * BLOCK_M)
 
-    if own_pairs > 0:
-        placed = 0
-        for start in range(0, num_pairs, BLOCK_P):
-            pairs = start + tl.arange(0, BLOCK_P)
-            ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-            mine = (ids == expert).to(tl.int32)
-            rank = placed + tl.cumsum(mine, axis=0) - 1
-            tl.store(pairs_ptr + first_row + rank, pairs, mask=mine != 0)
-            placed += tl.sum(mine, axis=0)
+@triton.jit
+def _place(ids, pairs, expert, start, pairs_ptr):
+    """Write those of `pairs` whose id is `expert` to the rows from `start`."""
+    mine = (ids == expert).to(tl.int32)
+    rank = tl.cumsum(mine, axis=0) - 1
+    tl.store(pairs_ptr + start + rank, pairs, mask=mine != 0)
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def route_at_once_kernel(
+    topk_ids_ptr,  # int [P]
+    pairs_ptr,  # i32 [P]
+    block_expert_ptr,  # i32 [max_blocks]
+    block_first_ptr,  # i32 [max_blocks]
+    block_rows_ptr,  # i32 [max_blocks]
+    totals_ptr,  # i32 [2]
+    num_pairs,
+    num_experts,
+    DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,  # more than num_experts
+    BLOCK_P: tl.constexpr,  # at least num_pairs
+):
+    """The whole routing of few pairs: every program, one an expert, counts all of them, and places its own."""
+    _wait(DEPENDENT)
+    _trigger(DEPENDENT)
+    expert = tl.program_id(0)
+    pairs = tl.arange(0, BLOCK_P)
+    ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+    counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, _count(ids, num_experts, BLOCK_E), 0)
+    first_row = _first_row(counts, expert, BLOCK_E)
+    _place(ids, pairs, expert, first_row, pairs_ptr)
+    _write_blocks(
+        counts,
+        expert,
+        first_row,
+        block_expert_ptr,
+        block_first_ptr,
+        block_rows_ptr,
+        totals_ptr,
+        BLOCK_M,
+        TAIL_M,
+        BLOCK_E,
+    )
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def count_run_kernel(
+    topk_ids_ptr,  # int [P]
+    counts_ptr,  # i32 [C, E]
+    num_pairs,
+    num_experts,
+    DEPENDENT: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """counts[c, e] = pairs of the c-th run of BLOCK_P that are routed to e, for the program c."""
+    _wait(DEPENDENT)
+    _trigger(DEPENDENT)
+    run = tl.program_id(0)
+    pairs = run * BLOCK_P + tl.arange(0, BLOCK_P)
+    ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+    experts = tl.arange(0, BLOCK_E)
+    tl.store(counts_ptr + run * num_experts + experts, _count(ids, num_experts, BLOCK_E), mask=experts < num_experts)
+
+
+@triton.jit(do_not_specialize=["num_runs", "num_experts"])
+def arrange_kernel(
+    counts_ptr,  # i32 [C, E]
+    starts_ptr,  # i32 [C, E]: where the rows of a run and expert start
+    block_expert_ptr,  # i32 [max_blocks]
+    block_first_ptr,  # i32 [max_blocks]
+    block_rows_ptr,  # i32 [max_blocks]
+    totals_ptr,  # i32 [2]
+    num_runs,
+    num_experts,
+    DEPENDENT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """The blocks of one expert, and the starts of its runs."""
+    _wait(DEPENDENT)
+    _trigger(DEPENDENT)
+    expert = tl.program_id(0)
+    experts = tl.arange(0, BLOCK_E)
+    counts = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for first in range(0, num_runs, BLOCK_C):
+        runs = first + tl.arange(0, BLOCK_C)
+        is_count = (runs < num_runs)[:, None] & (experts < num_experts)[None, :]
+        tile = tl.load(counts_ptr + runs[:, None] * num_experts + experts[None, :], mask=is_count, other=0)
+        counts += tl.sum(tile, axis=0)
+    first_row = _first_row(counts, expert, BLOCK_E)
+    start = first_row
+    for first in range(0, num_runs, BLOCK_C):
+        runs = first + tl.arange(0, BLOCK_C)
+        own = tl.load(counts_ptr + runs * num_experts + expert, mask=runs < num_runs, other=0)
+        tl.store(starts_ptr + runs * num_experts + expert, start + tl.cumsum(own, axis=0) - own, mask=runs < num_runs)
+        start += tl.sum(own, axis=0)
+    _write_blocks(
+        counts,
+        expert,
+        first_row,
+        block_expert_ptr,
+        block_first_ptr,
+        block_rows_ptr,
+        totals_ptr,
+        BLOCK_M,
+        TAIL_M,
+        BLOCK_E,
+    )
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
+def place_run_kernel(
+    topk_ids_ptr,  # int [P]
+    starts_ptr,  # i32 [C, E]
+    pairs_ptr,  # i32 [P]
+    num_pairs,
+    num_experts,
+    DEPENDENT: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """Place one expert's pairs of one run, in ascending order."""
+    _wait(DEPENDENT)
+    _trigger(DEPENDENT)
+    expert, run = tl.program_id(0), tl.program_id(1)
+    pairs = run * BLOCK_P + tl.arange(0, BLOCK_P)
+    ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+    start = tl.load(starts_ptr + run * num_experts + expert)
+    _place(ids, pairs, expert, start, pairs_ptr)

@@ -10,7 +10,15 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-JIT_MODULES = ("cast_jit", "combine_jit", "grouped_gemm_jit", "quantize_jit", "routing_jit")
+JIT_MODULES = (
+    "cast_jit",
+    "combine_jit",
+    "dependent_jit",
+    "epilogue_jit",
+    "grouped_gemm_jit",
+    "quantize_jit",
+    "routing_jit",
+)
 
 
 def _import_kernels_for_the_interpreter() -> None:

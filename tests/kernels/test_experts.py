@@ -13,9 +13,10 @@ from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference
 from quarkconv.kernels.arguments import check_arguments
 from quarkconv.kernels.combine import combine_experts, combine_experts_reference
 from quarkconv.kernels.grouped_gemm import grouped_down_reference, grouped_gate_up_reference
-from quarkconv.kernels.options import LaunchOptions, TileOptions
 from quarkconv.kernels.pipeline import default_options, empty_workspace, run_pipeline
 from quarkconv.kernels.quantize import quantize_rows_reference
+from quarkconv.kernels.routing import RoutingPlan
+from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
@@ -47,10 +48,28 @@ def poison(workspace):
         getattr(workspace, name).fill_(-128)
 
 
-def check_stages(case, **options):
+TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)
+LAUNCHES = {
+    "sorted": LaunchOptions(RowBlocks(16), TILE, TILE),
+    "tails": LaunchOptions(RowBlocks(32, 16, 16), TILE, TileOptions(64, 32, 1, 4, 3, descriptors=False)),
+    "unsorted": LaunchOptions(RowBlocks(16), TILE, TILE, sorted=False),
+}
+
+
+def by_pair(plan, rows, rest):
+    """Rows in the plan's order, [P, ...], as rows of pairs; those of pairs that it leaves out hold `rest`."""
+    if not isinstance(plan, RoutingPlan):
+        return rows
+    out = torch.full_like(rows, rest)
+    used = plan.totals[1].item()
+    out[plan.pairs[:used].long()] = rows[:used]
+    return out
+
+
+def check_stages(case, launch=None, **options):
     """Run the kernels on poisoned buffers and check every stage against the twin of that stage alone."""
     arguments = check_arguments(*case.tensors(), **(NO_OPTIONS | options))
-    launch = default_options(arguments)
+    launch = launch or default_options(arguments)
     buffers = empty_workspace(arguments, launch)
     poison(buffers)
     out = torch.full_like(case.hidden_states, math.nan)
@@ -83,20 +102,23 @@ def check_stages(case, **options):
         router_weight=case.topk_weights if on_input and not static else None,
         pairs_per_row=1 if static else ids.shape[1],
     )
+    found_activated = by_pair(buffers.plan, buffers.activated, math.nan)
     # The float32 epilogues differ in a few last bits, which can flip the rounding to `dtype` by one unit.
     one_unit = {"rtol": 2 * UNIT_ROUNDOFF[dtype], "atol": 1e-6}
-    torch.testing.assert_close(buffers.activated[here], activated[here], **one_unit)
+    torch.testing.assert_close(found_activated[here], activated[here], **one_unit)
 
     codes, scale = quantize_rows_reference(
-        buffers.activated, topk_ids=ids, num_experts=experts, expert_scale=arguments.down_input_scale
+        found_activated, topk_ids=ids, num_experts=experts, expert_scale=arguments.down_input_scale
     )
-    assert torch.equal(buffers.hidden_codes[here], codes[here])
-    assert torch.equal(buffers.hidden_scale[here], scale[here])
+    assert torch.equal(by_pair(buffers.plan, buffers.hidden_codes, -128)[here], codes[here])
+    assert torch.equal(by_pair(buffers.plan, buffers.hidden_scale, math.nan)[here], scale[here])
 
     expert_out = grouped_down_reference(codes, scale, arguments.down, ids, dtype)
     torch.testing.assert_close(buffers.expert_out[here], expert_out[here], **one_unit)
     assert buffers.expert_out[~here].isnan().all()
-    assert buffers.activated[~here].isnan().all()
+    # As many rows as pairs without an expert are never written.
+    assert found_activated[~here].isnan().all()
+    assert buffers.activated.isnan().all(1).sum() == (~here).sum()
 
     weights = torch.ones_like(case.topk_weights) if on_input else case.topk_weights
     combined = combine_experts_reference(buffers.expert_out, weights, ids, experts, dtype)
@@ -111,8 +133,9 @@ def check_stages(case, **options):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
-def test_stages(shape, dtype, make_case):
-    check_stages(make_case(*shape, dtype=dtype))
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_stages(shape, dtype, launch, make_case):
+    check_stages(make_case(*shape, dtype=dtype), launch)
 
 
 @pytest.mark.parametrize(
@@ -130,12 +153,14 @@ def test_stages_with_options(options, make_case):
 
 
 @pytest.mark.parametrize("on_input", [False, True])
-def test_stages_with_static_scales_and_biases(on_input, make_case, device):
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_stages_with_static_scales_and_biases(on_input, launch, make_case, device):
     g = torch.Generator().manual_seed(5)
     case = make_case(5, 96, 80, 4, 2)
     case.topk_ids[1, 1] = -1
     check_stages(
         case,
+        launch,
         w13_input_scale=torch.tensor([0.02, 0.03, 0.04, 0.01], device=device),
         w2_input_scale=torch.tensor([0.02, 0.01, 0.005, 0.03], device=device),
         w13_bias=torch.randn(4, 160, generator=g).to(device),
@@ -251,21 +276,31 @@ def test_a_token_that_is_not_finite_keeps_to_itself(bad, static, activation, mak
     assert torch.equal(spoiled[others], clean[others])
 
 
-def test_deterministic_and_independent_of_the_batch(make_case):
-    """The same bits run to run, with other tiles, and for a token alone as among others."""
-    case = make_case(6, 176, 88, 4, 2)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_deterministic_and_independent_of_the_batch(dtype, make_case):
+    """The same bits run to run, with other tiles and paths, and for a token alone as among others."""
+    case = make_case(6, 176, 88, 4, 2, dtype=dtype)
     out = fused_experts_int8(*case.tensors())
     assert torch.equal(out, fused_experts_int8(*case.tensors()))
     arguments = check_arguments(*case.tensors(), **NO_OPTIONS)
-    tile = TileOptions(block_n=64, block_k=32, group_m=4, num_warps=8, num_stages=2)
-    other = run_pipeline(arguments, torch.empty_like(out), LaunchOptions(32, tile, tile))
-    assert torch.equal(out, other)
+    for launch in LAUNCHES.values():
+        other = torch.full_like(out, math.nan)
+        assert torch.equal(out, run_pipeline(arguments, other, launch))
     for t in range(6):
         one = slice(t, t + 1)
         alone = case.replace(
             hidden_states=case.hidden_states[one], topk_weights=case.topk_weights[one], topk_ids=case.topk_ids[one]
         )
         assert torch.equal(fused_experts_int8(*alone.tensors()), out[one])
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_one_expert_takes_all(launch, make_case):
+    """The most uneven routing, in every kind of row block: whole, with a tail, short."""
+    case = make_case(75, 48, 40, 3, 1)
+    case.topk_ids.fill_(1)
+    case.topk_ids[70:] = 2
+    check_stages(case, launch)
 
 
 def test_output_may_be_the_input_and_rows_may_be_apart(make_case):

@@ -12,8 +12,8 @@ from quarkconv.kernels.grouped_gemm import (
     grouped_gate_up_reference,
     int8_matmul_reference,
 )
-from quarkconv.kernels.options import TileOptions
-from quarkconv.kernels.routing import empty_plan, route_pairs
+from quarkconv.kernels.routing import PairPlan, empty_plan, route_pairs
+from quarkconv.kernels.tables import RowBlocks, TileOptions
 
 TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)
 WIDE = TileOptions(block_n=64, block_k=32, group_m=1, num_warps=4, num_stages=3)
@@ -43,8 +43,35 @@ def inputs(depth, columns, device, *, tokens=9, top_k=2, experts=4, per_tensor=F
     return random_codes(g, (tokens * top_k, depth), device), row_scale, weights, ids.to(torch.int32).to(device)
 
 
-def plan_for(ids, experts, block_m=16):
-    return route_pairs(ids, experts, empty_plan(ids.numel(), experts, block_m, ids.device))
+# One height; a tail; a tail of the same height and short blocks.
+CUTS = [RowBlocks(16), RowBlocks(16, 16), RowBlocks(32, 32, 16)]
+
+
+def plan_for(ids, experts, blocks=CUTS[0]):
+    """Routed pairs, or for no blocks the plan in which every pair is a block."""
+    if blocks is None:
+        return PairPlan(ids, RowBlocks(16))
+    return route_pairs(ids, experts, empty_plan(ids.numel(), experts, blocks, ids.device))
+
+
+def sort_rows(plan, rows):
+    """Rows of pairs, [P, ...], in the row order of the plan."""
+    if isinstance(plan, PairPlan):
+        return rows
+    order = plan.pairs[: plan.totals[1]].long()
+    return torch.cat([rows[order], rows[: len(rows) - len(order)]])
+
+
+def unsort_rows(plan, rows, rest):
+    """The reverse; pairs that the plan leaves out get `rest`, which the rows beyond its own must still hold."""
+    if isinstance(plan, PairPlan):
+        return rows
+    used = plan.totals[1].item()
+    expected = torch.full_like(rows[used:], rest)
+    assert torch.equal(rows[used:].nan_to_num(nan=-99), expected.nan_to_num(nan=-99))
+    out = torch.full_like(rows, rest)
+    out[plan.pairs[:used].long()] = rows[:used]
+    return out
 
 
 def here(ids, experts):
@@ -60,10 +87,12 @@ def exact_sums(codes, weights, ids):
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
 @pytest.mark.parametrize("tile", [TILE, WIDE])
-def test_down_sums_are_exact(depth, columns, tile, device):
-    codes, row_scale, weights, ids = inputs(depth, columns, device)
+@pytest.mark.parametrize("blocks", [*CUTS, None], ids=str)
+def test_down_sums_are_exact(depth, columns, tile, blocks, device):
+    codes, row_scale, weights, ids = inputs(depth, columns, device, tokens=24)
     out = torch.full((codes.shape[0], columns), -7, dtype=torch.int32, device=device)
-    grouped_down(codes, row_scale, weights, plan_for(ids, 4), out, tile)
+    plan = plan_for(ids, 4, blocks)
+    grouped_down(sort_rows(plan, codes), sort_rows(plan, row_scale), weights, plan, out, tile)
     rows = here(ids, 4)
     assert torch.equal(out[rows].cpu().long(), exact_sums(codes, weights.codes, ids)[rows.cpu()])
     assert (out[~rows] == -7).all()
@@ -71,12 +100,14 @@ def test_down_sums_are_exact(depth, columns, tile, device):
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
 @pytest.mark.parametrize("tile", [TILE, WIDE])
-def test_gate_up_sums_are_exact(depth, columns, tile, device):
-    _, row_scale, weights, ids = inputs(depth, 2 * columns, device)
+@pytest.mark.parametrize("blocks", [*CUTS, None], ids=str)
+def test_gate_up_sums_are_exact(depth, columns, tile, blocks, device):
+    _, row_scale, weights, ids = inputs(depth, 2 * columns, device, tokens=24)
     token_codes = random_codes(torch.Generator().manual_seed(1), (ids.shape[0], depth), device)
     out = torch.full((ids.numel(), 2 * columns), -7, dtype=torch.int32, device=device)
-    silu = make_activation("silu")
-    grouped_gate_up(token_codes, row_scale, weights, plan_for(ids, 4), silu, out, tile, pairs_per_row=2)
+    silu, plan = make_activation("silu"), plan_for(ids, 4, blocks)
+    grouped_gate_up(token_codes, row_scale, weights, plan, silu, out, tile, pairs_per_row=2)
+    out = unsort_rows(plan, out, -7)
     rows = here(ids, 4)
     expected = exact_sums(token_codes.repeat_interleave(2, 0), weights.codes, ids)
     assert torch.equal(out[rows].cpu().long(), expected[rows.cpu()])
@@ -123,7 +154,8 @@ def test_down_epilogue(dtype, bias, per_tensor, device):
     bound = 4 * 2.0**-24 * magnitude + UNIT_ROUNDOFF[dtype] * value.abs() + 2.0**-25
     rows = here(ids, 4)
     out = torch.full((codes.shape[0], 88), torch.nan, dtype=dtype, device=device)
-    grouped_down(codes, row_scale, weights, plan_for(ids, 4), out, TILE)
+    plan = plan_for(ids, 4)
+    grouped_down(sort_rows(plan, codes), sort_rows(plan, row_scale), weights, plan, out, TILE)
     assert ((out.cpu().double() - value).abs() <= bound)[rows.cpu()].all()
     assert out[~rows].isnan().all()
     twin = grouped_down_reference(codes, row_scale, weights, ids, dtype)
@@ -147,7 +179,9 @@ def test_gate_up_epilogue(name, bias, dtype, device):
     rows = here(ids, 4)
     out = torch.full((codes.shape[0], 88), torch.nan, dtype=dtype, device=device)
     options = {"router_weight": router, "pairs_per_row": 1}
-    grouped_gate_up(codes, row_scale, weights, plan_for(ids, 4), activation, out, TILE, **options)
+    plan = plan_for(ids, 4)
+    grouped_gate_up(codes, row_scale, weights, plan, activation, out, TILE, **options)
+    out = unsort_rows(plan, out, torch.nan)
     assert ((out.cpu().double() - expected).abs() <= bound)[rows.cpu()].all()
     assert out[~rows].isnan().all()
     twin = grouped_gate_up_reference(codes, row_scale, weights, ids, activation, dtype, **options)
@@ -173,15 +207,17 @@ def test_large_values_saturate_and_nan_stays_in_its_row(name, device):
 
 @pytest.mark.parametrize("columns", [88, 96])
 def test_tiles_do_not_change_a_bit(columns, device):
-    codes, row_scale, weights, ids = inputs(176, 2 * columns, device, bias=torch.float32)
+    codes, row_scale, weights, ids = inputs(176, 2 * columns, device, tokens=24, bias=torch.float32)
     results = []
-    for block_m, tile in ((16, TILE), (32, WIDE), (64, TileOptions(16, 128, 4, 4, 1))):
-        out = torch.zeros((codes.shape[0], columns), dtype=torch.bfloat16, device=device)
-        plan = plan_for(ids, 4, block_m)
-        grouped_gate_up(codes, row_scale, weights, plan, make_activation("silu"), out, tile, pairs_per_row=1)
-        results.append(out)
-    assert torch.equal(results[0], results[1])
-    assert torch.equal(results[0], results[2])
+    for blocks in (*CUTS, RowBlocks(64), None):
+        for tile in (TILE, WIDE, TileOptions(16, 128, 4, 4, 1), TileOptions(32, 64, 2, 4, 2, descriptors=False)):
+            out = torch.zeros((codes.shape[0], columns), dtype=torch.bfloat16, device=device)
+            plan = plan_for(ids, 4, blocks)
+            grouped_gate_up(codes, row_scale, weights, plan, make_activation("silu"), out, tile, pairs_per_row=1)
+            results.append(unsort_rows(plan, out, 0))
+    assert results[0].any()
+    for result in results[1:]:
+        assert torch.equal(results[0], result)
 
 
 def test_activation_formulas():

@@ -1,9 +1,12 @@
 """Launch options: whatever the shape and device, they can be launched."""
 
 import itertools
+import json
 
 import pytest
+import torch
 
+from quarkconv.kernels import tune
 from quarkconv.kernels.backend import DeviceTraits
 from quarkconv.kernels.options import (
     MAX_BLOCK_M,
@@ -11,11 +14,24 @@ from quarkconv.kernels.options import (
     choose_combine_options,
     choose_launch_options,
     choose_row_options,
+    fit_options,
     next_power_of_2,
     shared_bytes,
 )
+from quarkconv.kernels.tables import (
+    FOLDER,
+    LaunchOptions,
+    RowBlocks,
+    TileOptions,
+    dump_table,
+    find_options,
+    load_table,
+    parse_table,
+    table_path,
+)
 
 DEVICES = [
+    DeviceTraits("cuda", 227 * 1024, tensor_descriptors=True, dependent_launch=True, name="NVIDIA H200"),
     DeviceTraits("cuda", 227 * 1024),
     DeviceTraits("cuda", 99 * 1024),
     DeviceTraits("hip", 64 * 1024),
@@ -29,32 +45,137 @@ def is_power_of_2(value):
     return value > 0 and value & (value - 1) == 0
 
 
+def check_launchable(options, traits):
+    blocks = options.blocks
+    assert MIN_BLOCK_M <= blocks.block_m <= MAX_BLOCK_M
+    assert blocks.tail_m <= blocks.block_m
+    assert blocks.small_m < blocks.block_m
+    assert all(is_power_of_2(size) for size in (blocks.block_m, blocks.tail_m or 1, blocks.small_m or 1))
+    for tile, weight_tiles in ((options.gate_up, 2), (options.down, 1)):
+        assert is_power_of_2(tile.block_n)
+        assert is_power_of_2(tile.block_k)
+        assert tile.block_n >= 16
+        assert tile.block_k >= 32
+        assert tile.num_stages >= 2
+        assert traits.tensor_descriptors or not tile.descriptors
+        assert shared_bytes(tile, blocks.block_m + blocks.tail_m, weight_tiles) <= traits.shared_memory
+
+
 @pytest.mark.parametrize("traits", DEVICES, ids=str)
 def test_always_launchable(traits):
-    for tokens, experts, top_k, width in itertools.product((1, 64, 4096), (1, 8, 256), (1, 8), (24, 88, 4096)):
-        options = choose_launch_options(tokens, experts, top_k, width, width, traits)
-        assert MIN_BLOCK_M <= options.block_m <= MAX_BLOCK_M
-        assert is_power_of_2(options.block_m)
-        for tile, weight_tiles in ((options.gate_up, 2), (options.down, 1)):
-            assert is_power_of_2(tile.block_n)
-            assert is_power_of_2(tile.block_k)
-            assert tile.block_n >= 16
-            assert tile.block_k >= 32
-            assert tile.num_stages >= 2
-            assert shared_bytes(tile, options.block_m, weight_tiles) <= traits.shared_memory
+    for tokens, experts, top_k, width in itertools.product((1, 8, 64, 700, 4096), (1, 8, 256), (1, 8), (24, 88, 4096)):
+        check_launchable(choose_launch_options(tokens, experts, top_k, width, width, traits), traits)
+    for shape in tune.SHAPES.values():
+        for tokens in tune.TOKENS:
+            options = choose_launch_options(tokens, *shape, traits)
+            check_launchable(options, traits)
+            for candidate in tune.candidates(tokens, shape):
+                check_launchable(fit_options(candidate, shape[2], shape[3], traits), traits)
 
 
 def test_rows_grow_with_the_tokens():
-    blocks = [choose_launch_options(m, 256, 8, 3072, 1536, DEVICES[0]).block_m for m in (1, 64, 512, 4096)]
+    found = [choose_launch_options(m, 256, 8, 3072, 1536, DEVICES[1]) for m in (1, 64, 512, 2048, 4096)]
+    blocks = [options.blocks.block_m for options in found]
     assert blocks == sorted(blocks)
     assert blocks[0] == MIN_BLOCK_M
     assert blocks[-1] == MAX_BLOCK_M
+    assert [options.sorted for options in found] == [False, True, True, True, True]
 
 
 def test_row_blocks_are_powers_of_two():
     for width in (1, 88, 128, 4096, 8192, 8193, 20000):
         assert is_power_of_2(choose_row_options(width).block)
         assert is_power_of_2(choose_combine_options(width).block)
-    assert choose_row_options(2048).block == 2048
-    assert choose_row_options(2049).block == 1024
+    # At most an eighth of the lanes idle, where a block of 256 allows it.
+    assert [choose_row_options(width).block for width in (2048, 1536, 768, 1408, 88, 14336)] == [
+        512,
+        512,
+        256,
+        512,
+        128,
+        2048,
+    ]
     assert [next_power_of_2(v) for v in (0, 1, 2, 3, 4, 5)] == [1, 1, 2, 4, 4, 8]
+
+
+OPTIONS = LaunchOptions(RowBlocks(32, 16, 16), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3, False))
+
+
+def test_table_round_trip():
+    table = {(8, 2, 64, 32): {1: OPTIONS, 64: OPTIONS}, (4, 1, 32, 32): {2: OPTIONS}}
+    text = dump_table("Some GPU", {"date": "2026-01-01"}, table)
+    assert parse_table(json.loads(text)) == table
+    assert text.count("\n") < 12  # a line an entry
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"blocks": {"block_m": 48}},
+        {"blocks": {"block_m": 16, "tail_m": 32}},
+        {"blocks": {"block_m": 16, "small_m": 16}},
+        {"blocks": {"block_n": 16}},
+        {"gate_up": {"block_n": 64}},
+        {"down": {"block_n": 64, "block_k": 128, "group_m": 0, "num_warps": 4, "num_stages": 3}},
+        {"sorted": None},
+    ],
+    ids=str,
+)
+def test_table_with_impossible_options(change):
+    document = json.loads(dump_table("Some GPU", {}, {(8, 2, 64, 32): {1: OPTIONS}}))
+    fields = document["shapes"][0]["tokens"]["1"]
+    for name, value in change.items():
+        if value is None:
+            del fields[name]
+        else:
+            fields[name] = value
+    with pytest.raises(ValueError, match="launch options: expected"):
+        parse_table(document)
+
+
+def test_committed_tables():
+    paths = list(FOLDER.glob("*.json"))
+    assert table_path("NVIDIA H200") in paths
+    for path in paths:
+        document = json.loads(path.read_text())
+        assert table_path(document["device"]) == path
+        table = parse_table(document)
+        assert path.read_text() == dump_table(document["device"], document["measured"], table)
+        for shape in tune.SHAPES.values():
+            assert set(table[shape]) == set(tune.TOKENS)
+
+
+def test_an_entry_serves_its_neighbourhood():
+    experts, top_k, hidden, intermediate = shape = tune.SHAPES["Qwen3-30B-A3B"]
+    entries = load_table("NVIDIA H200")[shape]
+    assert find_options("NVIDIA H200", 512, *shape) == entries[512]
+    assert find_options("NVIDIA H200", 700, *shape) == entries[512]
+    assert find_options("NVIDIA H200", 800, *shape) == entries[1024]
+    assert find_options("NVIDIA H200", 8192, *shape) == entries[4096]
+    assert find_options("NVIDIA H200", 8193, *shape) is None
+    assert find_options("NVIDIA H200", 512, experts, top_k, hidden, intermediate + 16) is None
+    assert find_options("Some GPU", 512, *shape) is None
+    assert choose_launch_options(512, *shape, DEVICES[0]) == entries[512]
+
+
+def test_tune_names_what_is_wrong(capsys, monkeypatch):
+    for arguments in (["--shape", "8,2,64"], ["--shape", "2,8,64,64"], ["--tokens", "0"], ["--tokens", "x"]):
+        with pytest.raises(SystemExit) as stop:
+            tune.main(arguments)
+        assert stop.value.code == 2
+    assert "expected one of MiniMax-M2" in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert tune.main([]) == 4
+    assert "needs a GPU" in capsys.readouterr().err
+
+
+@pytest.mark.gpu
+def test_tune_writes_a_table_and_keeps_what_it_had(tmp_path):
+    path = tmp_path / "table.json"
+    assert tune.main(["--shape", "8,2,128,64", "--tokens", "1,64", "--out", str(path)]) == 0
+    assert tune.main(["--shape", "4,1,128,64", "--tokens", "2", "--out", str(path)]) == 0
+    table = parse_table(json.loads(path.read_text()))
+    assert {shape: list(entries) for shape, entries in table.items()} == {
+        (8, 2, 128, 64): [1, 64],
+        (4, 1, 128, 64): [2],
+    }

@@ -1,4 +1,4 @@
-"""Routing alignment: the layout against the torch twin, and the bound on its size."""
+"""Routing: the layout against the torch twin, and the bound on its size."""
 
 import itertools
 
@@ -6,63 +6,79 @@ import pytest
 import torch
 
 from quarkconv.kernels.routing import empty_plan, max_row_blocks, route_pairs, route_pairs_reference
+from quarkconv.kernels.tables import RowBlocks
 
 POISON = -77
 
 
-def poisoned_plan(pairs, experts, block_m, device):
-    plan = empty_plan(pairs, experts, block_m, device)
-    for buffer in (plan.pairs, plan.block_expert, plan.num_blocks):
+def poisoned_plan(pairs, experts, blocks, device):
+    plan = empty_plan(pairs, experts, blocks, device)
+    for buffer in (plan.pairs, plan.block_expert, plan.block_first, plan.block_rows, plan.totals):
         buffer.fill_(POISON)
     return plan
 
 
-def check(ids, experts, block_m):
-    plan = route_pairs(ids, experts, poisoned_plan(ids.numel(), experts, block_m, ids.device))
-    twin = route_pairs_reference(ids, experts, block_m)
-    blocks = twin.num_blocks.item()
-    assert plan.num_blocks.item() == blocks
-    assert torch.equal(plan.block_expert[:blocks], twin.block_expert[:blocks])
-    assert torch.equal(plan.pairs[: blocks * block_m], twin.pairs[: blocks * block_m])
-    # Nothing is written beyond the blocks in use, let alone beyond the buffers.
-    assert (plan.block_expert[blocks:] == POISON).all()
-    assert (plan.pairs[blocks * block_m :] == POISON).all()
+def check(ids, experts, blocks):
+    plan = route_pairs(ids, experts, poisoned_plan(ids.numel(), experts, blocks, ids.device))
+    twin = route_pairs_reference(ids, experts, blocks)
+    used, rows = twin.totals.tolist()
+    assert plan.totals.tolist() == [used, rows]
+    for name, count in (("pairs", rows), ("block_expert", used), ("block_first", used), ("block_rows", used)):
+        found = getattr(plan, name)
+        assert torch.equal(found[:count], getattr(twin, name)[:count]), name
+        # Nothing is written beyond what is in use, let alone beyond the buffers.
+        assert (found[count:] == POISON).all(), name
+    # Whatever the twin says: every pair with an expert is in exactly one block, and its block is of its expert.
+    here = ((ids >= 0) & (ids < experts)).flatten()
+    assert sorted(plan.pairs[:rows].tolist()) == torch.nonzero(here).flatten().tolist()
+    seen = 0
+    for expert, first, count in zip(
+        plan.block_expert[:used].tolist(),
+        plan.block_first[:used].tolist(),
+        plan.block_rows[:used].tolist(),
+        strict=True,
+    ):
+        assert first == seen
+        assert 1 <= count <= blocks.block_m + blocks.tail_m
+        assert (ids.flatten()[plan.pairs[first : first + count].long()] == expert).all()
+        seen += count
+    assert seen == rows
     return twin
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
+@pytest.mark.parametrize("blocks", [RowBlocks(16), RowBlocks(16, 16), RowBlocks(32, 16, 16)], ids=str)
 @pytest.mark.parametrize(
-    ("tokens", "top_k", "experts", "block_m"),
-    [(1, 1, 1, 16), (1, 8, 12, 16), (7, 3, 5, 16), (33, 2, 3, 32), (50, 4, 8, 128), (2600, 2, 2, 64)],
+    ("tokens", "top_k", "experts"), [(1, 1, 1), (1, 8, 12), (7, 3, 5), (33, 2, 3), (50, 4, 8), (1700, 2, 3)]
 )
-def test_equals_twin(dtype, tokens, top_k, experts, block_m, device):
+def test_equals_twin(dtype, blocks, tokens, top_k, experts, device):
     g = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-1, experts, (tokens, top_k), generator=g).to(dtype).to(device)
-    check(ids, experts, block_m)
+    check(ids, experts, blocks)
 
 
 def test_many_experts_most_of_them_empty(device):
     ids = torch.tensor([[511, 0], [511, 300]], dtype=torch.int32, device=device)
-    twin = check(ids, 512, 16)
+    twin = check(ids, 512, RowBlocks(16))
     assert twin.block_expert[:3].tolist() == [0, 300, 511]
-    assert twin.pairs[:16].tolist() == [1] + [4] * 15
+    assert twin.pairs.tolist() == [1, 3, 0, 2]
 
 
-def test_one_expert_takes_all(device):
-    check(torch.full((40, 1), 2, dtype=torch.int32, device=device), 4, 16)
-
-
-def test_blocks_that_are_exactly_full(device):
-    twin = check(torch.tensor([[0], [1]] * 16, dtype=torch.int32, device=device), 2, 16)
-    assert twin.num_blocks.item() == 2
+@pytest.mark.parametrize(
+    ("rows", "expected"), [(1, [1]), (16, [16]), (17, [17]), (20, [20]), (21, [16, 5]), (32, [16, 16]), (36, [16, 20])]
+)
+def test_what_remains_joins_the_last_block_if_it_is_short(rows, expected, device):
+    twin = check(torch.full((rows, 1), 2, dtype=torch.int32, device=device), 4, RowBlocks(16, tail_m=4))
+    assert twin.block_rows[: len(expected)].tolist() == expected
+    assert twin.totals.tolist() == [len(expected), rows]
 
 
 def test_ids_of_other_ranks_are_left_out(device):
     ids = torch.tensor([[-1, 4], [2**32 + 1, -(2**40)], [1, 3]], dtype=torch.int64, device=device)
-    twin = check(ids, 4, 16)
-    assert twin.num_blocks.item() == 2
-    nothing = torch.full((5, 2), -1, dtype=torch.int32, device=device)
-    assert check(nothing, 4, 16).num_blocks.item() == 0
+    assert check(ids, 4, RowBlocks(16)).totals.tolist() == [2, 2]
+    for tokens in (5, 1100):  # in one launch, and in runs
+        nothing = torch.full((tokens, 2), -1, dtype=torch.int32, device=device)
+        assert check(nothing, 4, RowBlocks(16)).totals.tolist() == [0, 0]
 
 
 @pytest.mark.parametrize("block_m", [1, 2, 3])

@@ -1,0 +1,299 @@
+"""The INT8 MoE forward on one GPU: ours, vLLM's, and torch's in bfloat16, beside the floors of the hardware.
+
+    python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--out FILE.json]
+
+Every implementation runs under a CUDA graph in which up to eight inputs and routings take turns, so that the
+second-level cache does not serve the weights; a time is the median of the graph's replays over its calls. Before ours
+is timed, its result is checked against float64 experts on a few tokens, and against vLLM's where vLLM runs. vLLM, where
+it can be imported, runs twice: with the configuration that it picks by itself ("default"), and with the best of a few
+("tuned"): those that won somewhere in a sweep of vLLM 0.25.1 over the four shapes at this many tokens.
+
+Floors: the bytes of the touched weights, and of the input and output, at the read bandwidth measured in the same run;
+the products' operations at the rate of a plain dense int8 product, likewise.
+"""
+
+import argparse
+import datetime
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from quarkconv.kernels.arguments import ExpertsArguments
+from quarkconv.kernels.pipeline import default_options, run_pipeline
+from quarkconv.kernels.tables import Shape, find_options
+from quarkconv.kernels.tune import SHAPES, Weights, make_call, make_weights, time_calls
+
+TOKENS = (1, 8, 64, 512, 4096)
+# Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
+# neighbouring numbers for the last one.
+OTHERS: list[tuple[str, Shape, tuple[int, ...]]] = [
+    ("DeepSeek-V3", (256, 8, 7168, 2048), (1, 33, 1000)),
+    ("Qwen1.5-MoE", (60, 4, 2048, 1408), (3, 200, 2000)),
+    ("Qwen3-30B-A3B", SHAPES["Qwen3-30B-A3B"], (3, 33, 200, 1000, 2000)),
+]
+BUDGET = 400.0  # seconds after which nothing more of vLLM or torch is timed
+
+# BLOCK_SIZE_M, _N, _K, GROUP_SIZE_M, num_warps, num_stages
+VLLM_CONFIGS = {
+    64: [(16, 64, 128, 1, 4, 3), (16, 64, 128, 1, 4, 5), *((16, 64, 256, 1, 4, stages) for stages in (3, 4, 5))],
+    512: [(32, 128, 128, 1, 4, 4), (64, 128, 128, 1, 4, 4), (16, 64, 128, 1, 4, 4)],
+    4096: [(64, 128, 128, 16, 4, 4), (64, 128, 128, 16, 4, 3), (64, 256, 128, 1, 8, 4), (128, 128, 128, 16, 8, 4)],
+}
+
+
+@triton.jit
+def _read_kernel(source, result, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
+    total = tl.zeros([BLOCK], tl.int32)
+    for step in range(STEPS):
+        offsets = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
+        total += tl.load(source + offsets, mask=offsets < size, other=0)
+    tl.atomic_add(result, tl.sum(total))
+
+
+@triton.jit
+def _dense_kernel(a, b, c, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
+    across = N // BLOCK
+    group = tl.program_id(0) // (GROUP * across)
+    row = group * GROUP + tl.program_id(0) % GROUP
+    col = (tl.program_id(0) % (GROUP * across)) // GROUP
+    rows, cols, depth = row * BLOCK + tl.arange(0, BLOCK), col * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK)
+    a_ptrs, b_ptrs = a + rows[:, None] * N + depth[None, :], b + cols[None, :] * N + depth[:, None]
+    sums = tl.zeros([BLOCK, BLOCK], tl.int32)
+    for _ in range(0, N, BLOCK):
+        sums = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), acc=sums, out_dtype=tl.int32)
+        a_ptrs += BLOCK
+        b_ptrs += BLOCK
+    tl.store(c + rows[:, None] * N + cols[None, :], (sums.to(tl.float32) * 1e-4).to(tl.bfloat16))
+
+
+def measure_ceilings() -> dict[str, float]:
+    """Bytes read and int8 operations a second."""
+    source = torch.randint(-(2**31), 2**31 - 1, (1 << 30,), dtype=torch.int32, device="cuda")
+    result = torch.zeros(1, dtype=torch.int32, device="cuda")
+
+    def read(block: int, steps: int) -> None:
+        grid = (triton.cdiv(source.numel(), block * steps),)
+        _read_kernel[grid](source, result, source.numel(), BLOCK=block, STEPS=steps, num_warps=4 if block < 4096 else 8)
+
+    sizes = ((1024, 8), (2048, 8), (2048, 4), (4096, 4))
+    reads = [time_calls([lambda block=block, steps=steps: read(block, steps)]) for block, steps in sizes]
+    n = 8192
+    a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda") for _ in range(2))
+    c = torch.empty((n, n), dtype=torch.bfloat16, device="cuda")
+    dense = time_calls([lambda: _dense_kernel[((n // 128) ** 2,)](a, b, c, n, BLOCK=128, GROUP=8, num_warps=4)])
+    return {"read_bytes_per_s": 4 * (1 << 30) / min(reads) * 1e6, "int8_ops_per_s": 2 * n**3 / dense * 1e6}
+
+
+def check(arguments: ExpertsArguments, out: torch.Tensor) -> float:
+    """Relative error of the first and last tokens against float64 experts with activations that are not quantized."""
+    tokens = sorted({0, arguments.tokens // 2, arguments.tokens - 1})
+    error = norm = 0.0
+    for token in tokens:
+        x = arguments.hidden_states[token].double()
+        expected = torch.zeros_like(x)
+        ids, weights = arguments.topk_ids[token].tolist(), arguments.topk_weights[token].tolist()
+        for expert, weight in zip(ids, weights, strict=True):
+            w13 = arguments.gate_up.codes[expert].double() * arguments.gate_up.scale[expert]
+            gate, up = (w13 @ x).chunk(2)
+            w2 = arguments.down.codes[expert].double() * arguments.down.scale[expert]
+            expected += weight * (w2 @ (torch.nn.functional.silu(gate) * up))
+        error += (out[token].double() - expected).norm().item() ** 2
+        norm += expected.norm().item() ** 2
+    relative = math.sqrt(error / norm)
+    # Two roundings to 127 steps of the largest of thousands of values leave about 1.5 %.
+    if not relative < 0.03:
+        raise SystemExit(f"wrong result: relative error {relative:.4f} against float64")
+    return relative
+
+
+def time_ours(calls: list[ExpertsArguments]) -> tuple[float, float]:
+    """(microseconds, relative error)."""
+    outs = [torch.full_like(call.hidden_states, math.nan) for call in calls]
+
+    def run(call: ExpertsArguments, out: torch.Tensor) -> Callable[[], object]:
+        return lambda: run_pipeline(call, out)
+
+    runs = [run(call, out) for call, out in zip(calls, outs, strict=True)]
+    runs[0]()
+    error = check(calls[0], outs[0])
+    return time_calls(runs, repeats=20), error
+
+
+def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch.Tensor]) -> float:
+    """bfloat16 experts through torch's grouped product; the sorting by expert is part of it."""
+    w13, w2 = weights
+    experts = w13.shape[0]
+
+    def run(call: ExpertsArguments) -> torch.Tensor:
+        ids = call.topk_ids.flatten()
+        order = ids.argsort(stable=True)
+        ends = torch.zeros(experts, dtype=torch.int32, device=ids.device)
+        ends = ends.scatter_add_(0, ids.long(), torch.ones_like(ids)).cumsum(0, dtype=torch.int32)
+        rows = call.hidden_states[order // call.top_k]
+        gate, up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends).chunk(2, -1)
+        y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=ends)
+        y = y * call.topk_weights.flatten()[order].unsqueeze(-1).to(y.dtype)
+        return torch.zeros_like(call.hidden_states).index_add_(0, order // call.top_k, y)
+
+    return time_calls([lambda call=call: run(call) for call in calls], repeats=8)
+
+
+def load_vllm() -> Any:
+    """(fused_experts, override_config, quantization config) of vLLM, its version, or None."""
+    try:
+        import vllm
+        from vllm.model_executor.layers.fused_moe import fused_experts, override_config
+        from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
+    except ImportError as error:
+        print(f"vLLM cannot be imported: {error}", file=sys.stderr)
+        return None
+    return fused_experts, override_config, int8_w8a8_moe_quant_config, vllm.__version__
+
+
+def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int) -> dict[str, Any]:
+    fused_experts, override_config, make_config, _ = vllm
+    gate_up, down = calls[0].gate_up, calls[0].down
+    config = make_config(
+        w1_scale=gate_up.scale, w2_scale=down.scale, a1_scale=None, a2_scale=None, per_act_token_quant=True
+    )
+
+    def run(call: ExpertsArguments) -> Callable[[], torch.Tensor]:
+        x = call.hidden_states
+        return lambda: fused_experts(
+            x, gate_up.codes, down.codes, call.topk_weights, call.topk_ids, quant_config=config
+        )
+
+    runs = [run(call) for call in calls]
+    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states)).double()
+    difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
+    if not difference < 0.02:
+        raise SystemExit(f"vLLM and ours differ by {difference:.4f}")
+    default = time_calls(runs, repeats=20)
+    best, which = default, "default"
+    listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
+    for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
+        tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
+        with override_config(tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}):
+            taken = time_calls(runs, repeats=12)
+        if taken < best:
+            best, which = taken, f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
+    return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
+
+
+def measure(
+    name: str, shape: Shape, weights: Weights, tokens: int, ceilings: dict[str, float], vllm: Any, bf16: Any
+) -> dict[str, Any]:
+    """One row."""
+    experts, top_k, hidden, intermediate = shape
+    calls = [make_call(shape, weights, tokens) for _ in range(max(1, min(8, 4096 // tokens)))]
+    touched = statistics.mean(call.topk_ids.unique().numel() for call in calls)
+    size = 3 * hidden * intermediate
+    ours, error = time_ours(calls)
+    row = {
+        "shape": name,
+        "experts": experts,
+        "top_k": top_k,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "tokens": tokens,
+        "ours_us": ours,
+        "error": error,
+        "bytes_floor_us": (touched * size + 4 * tokens * hidden) / ceilings["read_bytes_per_s"] * 1e6,
+        "operations_floor_us": 2 * tokens * top_k * size / ceilings["int8_ops_per_s"] * 1e6,
+        "touched_experts": touched,
+        "from_table": find_options(torch.cuda.get_device_name(), tokens, experts, top_k, hidden, intermediate)
+        is not None,
+        "options": repr(default_options(calls[0])),
+    }
+    if vllm is not None:
+        row |= time_vllm(vllm, calls, tokens)
+    if bf16 is not None:
+        row["torch_bf16_us"] = time_torch(calls, bf16)
+    return row
+
+
+def describe(row: dict[str, Any]) -> str:
+    def number(key: str) -> str:
+        return f"{row[key]:9.1f}" if key in row else "        -"
+
+    floor = max(row["bytes_floor_us"], row["operations_floor_us"])
+    ratios = [
+        f"{row[key] / row['ours_us']:5.2f}" if key in row else "    -" for key in ("vllm_default_us", "vllm_tuned_us")
+    ]
+    return (
+        f"{row['shape']:15} {row['tokens']:5} {number('ours_us')} "
+        f"{number('vllm_default_us')} {number('vllm_tuned_us')} "
+        f"{number('torch_bf16_us')} {number('bytes_floor_us')} {number('operations_floor_us')} "
+        f"{ratios[0]} {ratios[1]} {row['ours_us'] / floor:5.2f}"
+    )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
+    parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="sizes not in the table")
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe-int8-h200.json")
+    parser.add_argument("--commit", default=None, help="what to record; default: git's HEAD")
+    options = parser.parse_args()
+    if not torch.cuda.is_available():
+        print("moe_int8: needs a GPU, and torch finds none", file=sys.stderr)
+        return 4
+    began = time.monotonic()
+    torch.manual_seed(0)
+    vllm = load_vllm()
+    ceilings = measure_ceilings()
+    commit = options.commit
+    if commit is None:
+        git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+        commit = git.stdout.strip()
+    document: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "commit": commit,
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "vllm": None if vllm is None else vllm[3],
+        "command": "python benchmarks/moe_int8.py",
+        "ceilings": ceilings,
+        "rows": [],
+    }
+    print(f"{document['device']}, torch {torch.__version__}, triton {triton.__version__}, vLLM {document['vllm']}")
+    print(f"reads {ceilings['read_bytes_per_s'] / 1e12:.2f} TB/s, int8 {ceilings['int8_ops_per_s'] / 1e12:.0f} TOP/s")
+    print("microseconds        M      ours   default     tuned torch bf16    floor B   floor op  vs d  vs t  vs floor")
+    tokens = tuple(int(text) for text in options.tokens.split(","))
+    work = [(name, SHAPES[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
+    for name, shape, counts in work:
+        weights = make_weights(shape, torch.device("cuda"))
+        named = name in SHAPES and counts == tokens
+        wide = None
+        if named and time.monotonic() - began < BUDGET:
+            wide = weights[0].bfloat16(), weights[1].bfloat16()
+        for count in counts:
+            late = time.monotonic() - began > BUDGET
+            row = measure(name, shape, weights, count, ceilings, None if late else vllm, None if late else wide)
+            document["rows"].append(row | {"goal": named})
+            print(describe(row), flush=True)
+            options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+        del weights, wide
+        torch.cuda.empty_cache()
+    for key in ("vllm_default_us", "vllm_tuned_us"):
+        ratios = [row[key] / row["ours_us"] for row in document["rows"] if row["goal"] and key in row]
+        if ratios:
+            mean = statistics.geometric_mean(ratios)
+            print(f"geometric mean over {len(ratios)}: {mean:.3f} times as fast as {key[:-3]}, worst {min(ratios):.3f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

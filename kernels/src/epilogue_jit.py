@@ -1,0 +1,57 @@
+# mypy: ignore-errors
+"""Jitted epilogues of the products: scales, bias and activation, in float32.
+
+Where a product is added to something, the fused form is spelled out, so that every kernel that shares these functions
+rounds the same way, whatever its compiler would contract.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def _sigmoid(x):
+    """1 / (1 + exp(-x)), written with exp(-|x|) so that nothing overflows."""
+    e = tl.exp(-tl.abs(x))
+    return tl.where(x >= 0, 1.0, e) / (1.0 + e)
+
+
+@triton.jit
+def _clamp_max(x, limit):
+    return tl.where(x > limit, limit, x)  # unlike a hardware minimum, keeps a NaN
+
+
+@triton.jit
+def _activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
+    """The formulas of `activations`, in float32."""
+    if ACTIVATION == "silu":
+        out = gate * _sigmoid(gate) * up
+    elif ACTIVATION == "gelu_tanh":
+        # (1 + tanh(z)) / 2 = sigmoid(2 z): no tanh needed, and no cancellation in the negative tail.
+        z = 0.7978845608028654 * gate * (1.0 + 0.044715 * gate * gate)
+        out = gate * _sigmoid(2.0 * z) * up
+    else:
+        up = -_clamp_max(-_clamp_max(up, limit), limit)
+        if ACTIVATION == "swiglustep":
+            out = _clamp_max(gate * _sigmoid(gate), limit) * up
+        else:
+            tl.static_assert(ACTIVATION == "swigluoai")
+            gate = _clamp_max(gate, limit)
+            out = gate * _sigmoid(alpha * gate) * (up + 1.0)
+    return out
+
+
+@triton.jit
+def _scaled(sums, row_scale, scale_ptr, bias_ptr, expert, first, cols, num_cols, total_cols, PER_CHANNEL: tl.constexpr):
+    """sums * row_scale * weight scale + bias; columns first + cols of the total_cols of this expert."""
+    in_range = cols < num_cols
+    if PER_CHANNEL:
+        scale = tl.load(scale_ptr + expert * total_cols + first + cols, mask=in_range, other=0.0)[None, :]
+    else:
+        scale = tl.load(scale_ptr + expert)
+    # One scale after the other: the product of the two scales could leave float32's range where the result does not.
+    values = sums.to(tl.float32) * row_scale[:, None] * scale
+    if bias_ptr is not None:
+        bias = tl.load(bias_ptr + expert * total_cols + first + cols, mask=in_range, other=0.0)
+        values += bias.to(tl.float32)[None, :]
+    return values

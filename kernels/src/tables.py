@@ -1,0 +1,135 @@
+"""Tables of launch options that were measured: `tables/<device>.json` beside this file, one for each kind of device.
+
+    {"device": "NVIDIA H200", "measured": {...},
+     "shapes": [{"experts": 256, "top_k": 8, "hidden": 3072, "intermediate": 1536,
+                 "tokens": {"1": {"sorted": false, "blocks": {...}, "gate_up": {...}, "down": {...}}, ...}}]}
+
+`python -m quarkconv.kernels.tune` writes one. An entry serves its shape from half of its tokens to twice as many.
+"""
+
+import functools
+import json
+import re
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+FOLDER = Path(__file__).with_name("tables")
+_REACH = 2  # an entry serves up to this many times more or fewer tokens
+
+
+@dataclass(frozen=True, slots=True)
+class TileOptions:
+    """How one grouped product is tiled.
+
+    block_n   output columns a program computes (for gate-up: of the gate and of the up half each)
+    block_k   codes of the summed dimension loaded at a time
+    group_m   row blocks walked before the next column tile, for reuse of the weights in cache
+    num_warps, num_stages   Triton's warps per program and depth of the load pipeline
+    descriptors   whether tiles are copied through tensor descriptors, where the device and the layout allow it
+    """
+
+    block_n: int
+    block_k: int
+    group_m: int
+    num_warps: int
+    num_stages: int
+    descriptors: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class RowBlocks:
+    """How an expert's rows are cut: blocks of `block_m`, the last up to `tail_m` more; see `routing`.
+
+    A block of at most `small_m` rows runs at that height.
+    """
+
+    block_m: int
+    tail_m: int = 0
+    small_m: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class LaunchOptions:
+    """Options of one forward.
+
+    Not `sorted`, every (token, slot) pair is a row block of its own: nothing needs routing, but a pair reads the
+    weights that another one reads too. For few pairs over many experts.
+    """
+
+    blocks: RowBlocks
+    gate_up: TileOptions
+    down: TileOptions
+    sorted: bool = True
+
+
+Shape = tuple[int, int, int, int]
+"""experts, top_k, hidden, intermediate"""
+
+Table = dict[Shape, dict[int, LaunchOptions]]
+"""Options by shape and tokens."""
+
+
+def find_options(
+    device: str, tokens: int, experts: int, top_k: int, hidden: int, intermediate: int
+) -> LaunchOptions | None:
+    """The entry of this shape for the nearest number of tokens, or None if there is none within reach."""
+    entries = load_table(device).get((experts, top_k, hidden, intermediate))
+    if not entries or tokens < 1:
+        return None
+    nearest = min(entries, key=lambda listed: max(listed / tokens, tokens / listed))
+    return entries[nearest] if max(nearest / tokens, tokens / nearest) <= _REACH else None
+
+
+@functools.cache
+def load_table(device: str) -> Table:
+    """The table of a device, by the name that it gives itself; empty if there is none."""
+    path = table_path(device)
+    return parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+
+
+def table_path(device: str) -> Path:
+    """Where the table of a device lies: "NVIDIA H200" -> tables/nvidia-h200.json."""
+    return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
+
+
+def parse_table(document: dict[str, Any]) -> Table:
+    """The options of a table's JSON. Raises ValueError for a field that is missing, unknown or impossible."""
+    table: Table = {}
+    for entry in document["shapes"]:
+        shape = (entry["experts"], entry["top_k"], entry["hidden"], entry["intermediate"])
+        table[shape] = {int(tokens): _parse_options(fields) for tokens, fields in entry["tokens"].items()}
+    return table
+
+
+def dump_table(device: str, measured: dict[str, Any], table: Table) -> str:
+    """The JSON of a table, a line an entry; `measured` says when and with which versions."""
+    shapes = []
+    for shape, entries in table.items():
+        sizes = json.dumps(dict(zip(("experts", "top_k", "hidden", "intermediate"), shape, strict=True)))
+        rows = (f'  "{tokens}": {json.dumps(asdict(options))}' for tokens, options in sorted(entries.items()))
+        shapes.append(sizes[:-1] + ', "tokens": {\n' + ",\n".join(rows) + "}}")
+    head = f'{{"device": {json.dumps(device)},\n"measured": {json.dumps(measured)},\n"shapes": [\n'
+    return head + ",\n".join(shapes) + "]}\n"
+
+
+def _parse_options(fields: dict[str, Any]) -> LaunchOptions:
+    try:
+        options = LaunchOptions(
+            blocks=RowBlocks(**fields["blocks"]),
+            gate_up=TileOptions(**fields["gate_up"]),
+            down=TileOptions(**fields["down"]),
+            sorted=fields["sorted"],
+        )
+    except (KeyError, TypeError) as error:
+        raise ValueError(f"launch options: expected blocks, gate_up, down and sorted, found {fields!r}") from error
+    blocks, tiles = options.blocks, (options.gate_up, options.down)
+    sizes = [blocks.block_m, *(v for t in tiles for v in (t.block_n, t.block_k, t.num_warps))]
+    sizes += [size for size in (blocks.tail_m, blocks.small_m) if size]
+    if not all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes):
+        raise ValueError(f"launch options: expected powers of two, found {fields!r}")
+    if blocks.tail_m > blocks.block_m or blocks.small_m >= blocks.block_m:
+        raise ValueError(f"launch options: expected tail_m and small_m below block_m, found {fields!r}")
+    if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
+        raise ValueError(f"launch options: expected positive group_m and num_stages, found {fields!r}")
+    return options
