@@ -41,7 +41,7 @@ OTHERS: list[tuple[str, Shape, tuple[int, ...]]] = [
     ("Qwen1.5-MoE", (60, 4, 2048, 1408), (3, 200, 2000)),
     ("Qwen3-30B-A3B", SHAPES["Qwen3-30B-A3B"], (3, 33, 200, 1000, 2000)),
 ]
-BUDGET = 400.0  # seconds after which nothing more of vLLM or torch is timed
+BUDGET = 240.0  # seconds after which nothing more of vLLM or torch is timed
 
 # BLOCK_SIZE_M, _N, _K, GROUP_SIZE_M, num_warps, num_stages
 VLLM_CONFIGS = {
@@ -95,7 +95,7 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def check(arguments: ExpertsArguments, out: torch.Tensor) -> float:
-    """Relative error of the first and last tokens against float64 experts with activations that are not quantized."""
+    """Relative error of three tokens against float64 experts with activations that are not quantized."""
     tokens = sorted({0, arguments.tokens // 2, arguments.tokens - 1})
     error = norm = 0.0
     for token in tokens:
@@ -110,8 +110,9 @@ def check(arguments: ExpertsArguments, out: torch.Tensor) -> float:
         error += (out[token].double() - expected).norm().item() ** 2
         norm += expected.norm().item() ** 2
     relative = math.sqrt(error / norm)
-    # Two roundings to 127 steps of the largest of thousands of values leave about 1.5 %.
-    if not relative < 0.03:
+    # A row's step is its largest value over 127, and a rounding's error that step over sqrt(12). The largest of a
+    # thousand normal values is 3.5 times their size, which gives 0.8 %; of products of two, 12 times: 2.7 %.
+    if not relative < 0.05:
         raise SystemExit(f"wrong result: relative error {relative:.4f} against float64")
     return relative
 

@@ -7,8 +7,26 @@ import pytest
 import torch
 
 from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference, quantize_int8, quantize_int8_reference
+from quarkconv.kernels.arguments import check_arguments
+from quarkconv.kernels.backend import device_traits
+from quarkconv.kernels.options import fit_options
+from quarkconv.kernels.pipeline import run_pipeline
+from quarkconv.kernels.quantize import quantize_rows, quantize_rows_reference
+from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions, load_table
 
 pytestmark = pytest.mark.gpu
+
+NO_OPTIONS = {
+    "activation": "silu",
+    "activation_limit": None,
+    "activation_alpha": None,
+    "w13_input_scale": None,
+    "w2_input_scale": None,
+    "w13_bias": None,
+    "w2_bias": None,
+    "apply_router_weight_on_input": False,
+    "out": None,
+}
 
 # M, H, I, E, K: decode and prefill at (about) the sizes of Mixtral-8x7B and Qwen3-30B-A3B, and an odd one.
 LARGE = {
@@ -32,6 +50,24 @@ def test_real_sizes(shape, make_case):
     assert relative_rms(out, fused_experts_int8_reference(*case.tensors())) < 0.01
     again = fused_experts_int8(*case.tensors())
     assert torch.equal(out, again)
+
+
+LISTED = sorted({o for entries in load_table("NVIDIA H200").values() for o in entries.values()}, key=repr)
+
+
+@pytest.mark.parametrize("listed", LISTED, ids=range(len(LISTED)))
+def test_listed_options_give_the_same_bits(listed, make_case, device):
+    """Every entry of the table, on experts with rows for whole blocks, tails and short blocks, at an odd size."""
+    case = make_case(601, 1040, 560, 6, 2)
+    case.topk_ids[:290] = torch.tensor([0, 1])
+    case.topk_ids[290:296] = torch.tensor([2, -1])
+    arguments = check_arguments(*case.tensors(), **NO_OPTIONS)
+    out, expected = (torch.full_like(case.hidden_states, math.nan) for _ in range(2))
+    run_pipeline(arguments, out, fit_options(listed, 1040, 560, device_traits(device)))
+    tile = TileOptions(64, 64, 1, 4, 2, descriptors=False)
+    run_pipeline(arguments, expected, LaunchOptions(RowBlocks(16), tile, tile))
+    assert expected.isfinite().all()
+    assert torch.equal(out, expected)
 
 
 def test_offsets_past_2_to_the_31(make_case):
@@ -109,3 +145,15 @@ def test_quantization_equals_the_twin_on_the_cpu(device):
         twin_codes, twin_scales = quantize_int8_reference(x.cpu(), granularity=granularity)
         assert torch.equal(codes.cpu(), twin_codes)
         assert torch.equal(scales.cpu(), twin_scales)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_refined_quotients_are_the_divisions(dtype, device):
+    """Every mantissa of a row's largest value, against every value below it down to where all codes are 0."""
+    values = torch.arange(0x7C00, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
+    below = values[(values.float() >= 2**-9) & (values.float() < 2)]
+    for largest in values[(values.float() >= 1) & (values.float() < 2)].split(128):
+        x = torch.minimum(below[None, :], largest[:, None])
+        x = torch.cat([x, -x, largest[:, None]], dim=1)
+        for found, expected in zip(quantize_rows(x), quantize_rows_reference(x), strict=True):
+            assert torch.equal(found, expected)
