@@ -9,6 +9,7 @@ disk is quiet.
                 and again with a cold page cache (needs root, to drop it)
     layers      Qwen3-30B-A3B, 1 to 8 layers: time must grow with the bytes
     small       512 experts of intermediate size 64: many small tensors
+    checksums   how fast checksums are on a buffer in memory
     pieces      9,000 and 95,000 pieces in one file, those of 6 and 62 layers: what a piece costs in time and memory
 
 Usage: python benchmarks/convert.py [--only main,cold] [--rounds 3] [--folder DIR]
@@ -17,17 +18,23 @@ Usage: python benchmarks/convert.py [--only main,cold] [--rounds 3] [--folder DI
 from __future__ import annotations
 
 import argparse
+import hashlib
 import importlib.util
 import os
+import random
 import shutil
+import statistics
 import sys
 import tempfile
+import time
+import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
 from multiprocessing import Process
 from pathlib import Path
 from typing import Any
 
+import xxhash
 from common import (
     MANY_SMALL,
     MINIMAX_M2,
@@ -188,6 +195,28 @@ class Bench:
             shutil.rmtree(source)
         self.result["pieces"] = found
 
+    def checksums(self) -> None:
+        """What could check a piece while it streams by: XXH3 of 128 bits is what the manifest has."""
+        buffer = random.Random(0).randbytes(8 * 2**20)
+        candidates: dict[str, Callable[[bytes], object]] = {
+            "XXH3, 128 bits": lambda data: xxhash.xxh3_128_digest(data),
+            "XXH3, 64 bits": lambda data: xxhash.xxh3_64_digest(data),
+            "CRC-32 (zlib)": zlib.crc32,
+            "MD5": lambda data: hashlib.md5(data).digest(),
+            "SHA-256": lambda data: hashlib.sha256(data).digest(),
+            "BLAKE2b": lambda data: hashlib.blake2b(data).digest(),
+        }
+        times: dict[str, list[float]] = {name: [] for name in candidates}
+        for _ in range(7):
+            for name, digest in candidates.items():
+                started = time.perf_counter()
+                for _ in range(4):
+                    digest(buffer)
+                times[name].append(time.perf_counter() - started)
+        rates = {name: round(4 * len(buffer) / statistics.median(found) / 1e9, 2) for name, found in times.items()}
+        print("\nchecksums, GB/s of one thread: " + ", ".join(f"{name} {rate}" for name, rate in rates.items()))
+        self.result["checksums"] = [{"name": name, "gb_per_s": rate} for name, rate in rates.items()]
+
 
 def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
     return quarkconv(source, out, "--jobs", str(jobs))
@@ -196,7 +225,7 @@ def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
 def main() -> None:
     """Measure, print tables, and save them in benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="main,layers,small,pieces")
+    parser.add_argument("--only", default="main,layers,small,pieces,checksums")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the data goes, 25 GB; it is deleted")
     options = parser.parse_args()

@@ -7,9 +7,11 @@ Between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` the text is replaced; 
 
 from __future__ import annotations
 
+import json
 import re
 import sys
 from pathlib import Path
+from typing import Any
 
 from quarkconv.findings import CODES
 from quarkconv.inspection.engines import engine_facts
@@ -44,15 +46,98 @@ def targets() -> str:
     return "\n".join(rows)
 
 
-PARTS = {"findings": findings, "engines": engines, "targets": targets}
-DOCUMENTS = ["README.md", "docs/findings.md", "docs/engines.md"]
+def result(name: str) -> dict[str, Any]:
+    """What a benchmark measured."""
+    found: dict[str, Any] = json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text())
+    return found
+
+
+def measured(name: str, what: str) -> str:
+    """Where a figure comes from."""
+    about = result(name)
+    where = f"{about['machine']}, Python {about['python']}, {about['date']}, commit {about['commit']}"
+    return f"{what}: `make bench`, {where}, medians of {about['rounds']} rounds."
+
+
+def table(first: str, rows: list[tuple[str, list[dict[str, Any]]]], unit: str) -> str:
+    """Rows of a benchmark as a table; ``first`` heads the first column, ``unit`` says what ratios are to."""
+    lines = [f"| {first} | | wall | processor | peak memory | wall, times {unit} |", "|" + " --- |" * 6]
+    for label, items in rows:
+        for item in items:
+            cells = (
+                label, f"`{item['command']}`", f"{item['wall_s']:.2f} s", f"{item['cpu_s']:.2f} s",
+                f"{item['peak_bytes'] / 1e6:.0f} MB", f"{item['ratio']:.2f}",
+            )  # fmt: skip
+            lines.append(f"| {' | '.join(cells)} |")
+            label = ""
+    return "\n".join(lines)
+
+
+def conversion() -> str:
+    """Conversion beside copying and other tools."""
+    found = result("convert")
+    rows = [
+        ("page cache warm", found["main"]["rows"]),
+        ("other tools, one round", found["main"]["others"][1:]),
+        ("page cache cold", found["cold"]["rows"]),
+    ]
+    size = found["main"]["bytes"] / 1e9
+    what = measured("convert", f"{size:.1f} GB of MiniMax-M2 shapes, 2 layers")
+    return f"{what}\n\n{table('', rows, '`cp -r`')}"
+
+
+def conversion_short() -> str:
+    """The same in the README."""
+    found = result("convert")
+    wanted = ("cp -r", "cp -r, sync", "quarkconv")
+    rows = [item for item in found["main"]["rows"] if item["command"] in wanted] + found["main"]["others"][1:]
+    size = found["main"]["bytes"] / 1e9
+    what = measured("convert", f"How long a conversion takes, {size:.1f} GB of MiniMax-M2 shapes")
+    return f"{what}\n\n{table('', [('', rows)], '`cp -r`')}"
+
+
+def conversion_growth() -> str:
+    """How conversion grows with bytes and with pieces."""
+    found = result("convert")
+    layers = [(f"{item['layers']} layers, {item['bytes'] / 1e9:.2f} GB", item["rows"]) for item in found["layers"]]
+    small = [(f"12 layers of 512 experts, I = 64, {found['small']['bytes'] / 1e9:.2f} GB", found["small"]["rows"])]
+    pieces = [(f"{item['pieces']:,} pieces, {item['bytes'] / 1e6:.0f} MB", item["rows"]) for item in found["pieces"]]
+    return table("", layers + small + pieces, "`cp -r`")
+
+
+def checksums() -> str:
+    """How fast checksums are."""
+    rows = [f"| {item['name']} | {item['gb_per_s']:.2f} GB/s |" for item in result("convert")["checksums"]]
+    return "\n".join(["| checksum | one thread |", "| --- | --- |", *rows])
+
+
+def headers() -> str:
+    """Headers of a large checkpoint."""
+    found = result("headers")
+    what = measured("headers", f"How long headers take, {found['tensors']:,} tensors, 230 GB")
+    return f"{what}\n\n{table('', [('', found['rows'])], '`json.loads`')}"
+
+
+PARTS = {
+    "findings": findings,
+    "engines": engines,
+    "targets": targets,
+    "headers": headers,
+    "conversion": conversion,
+    "conversion-short": conversion_short,
+    "conversion-growth": conversion_growth,
+    "checksums": checksums,
+}
+DOCUMENTS = ["README.md", "docs/findings.md", "docs/engines.md", "docs/performance.md"]
 
 
 def filled(text: str) -> str:
     """A document with its generated parts made anew."""
     for name, make in PARTS.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
-        text = pattern.sub(lambda match, make=make: f"{match[1]}\n{make()}\n\n{match[2]}", text)
+        if pattern.search(text):
+            made = make()
+            text = pattern.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
     return text
 
 

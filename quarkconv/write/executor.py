@@ -35,8 +35,8 @@ from quarkconv.write.space import allocated, records_nbytes, require_space, runn
 from quarkconv.write.staging import Staging, open_staging
 from quarkconv.write.state import plan_state
 
-BUFFER_BYTES: Final = 8 * 2**20
-"""Bytes of a write: beyond it nothing gets faster."""
+BUFFER_BYTES: Final = 2 * 2**20
+"""Bytes of a write: few enough that they are in the processor's cache when their checksum is computed."""
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 _CHECKS_AT_ONCE: Final = 256

@@ -3,20 +3,26 @@
 A conversion writes as much as the machine has memory, or more, and reads none of it again. Going through the page cache
 would copy every byte once more and push the source out of it. Direct I/O (``O_DIRECT``) sends a buffer to the device as
 it is; in return buffer, offset and length must be multiples of the device's block. A page is one on every device.
+
+The space of a file is reserved before the first write (fallocate): a disk that is too small says so at once, and threads
+that write to one file do not wait for one another, as they would where each write made it longer.
 """
 
 from __future__ import annotations
 
+import ctypes
 import errno
 import fcntl
 import logging
 import mmap
 import os
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Final
 
 from quarkconv.plan.layout import PAGE
+from quarkconv.write.durable import FULL
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _REFUSED: Final = (errno.EINVAL, errno.EOPNOTSUPP)
@@ -42,12 +48,24 @@ def aligned_buffer(nbytes: int) -> memoryview:
 
 
 class OutputFile:
-    """A new file that several threads write blocks to, and that is then sealed at its length."""
+    """A new file that several threads write blocks to, and that is then sealed at its length.
 
-    def __init__(self, path: Path, direct: DirectWrites) -> None:
+    Args:
+        path: the file; made, or emptied.
+        nbytes: the length that it will have.
+        direct: whether to write past the page cache.
+    """
+
+    def __init__(self, path: Path, nbytes: int, direct: DirectWrites) -> None:
         self.path = path
+        self.nbytes = nbytes
         self._direct = direct
         self._descriptor = self._open()
+        try:
+            _reserve(self._descriptor, -(-nbytes // PAGE) * PAGE)
+        except BaseException:
+            self.close()
+            raise
 
     def write(self, block: memoryview, offset: int) -> None:
         """Write a block at an offset: page-aligned memory, and whole pages at a page.
@@ -73,9 +91,9 @@ class OutputFile:
         if not self._is_direct():
             os.fdatasync(self._descriptor)
 
-    def seal(self, nbytes: int) -> None:
+    def seal(self) -> None:
         """Cut the padding of the last block off, make the file durable, and close it."""
-        os.ftruncate(self._descriptor, nbytes)
+        os.ftruncate(self._descriptor, self.nbytes)
         os.fsync(self._descriptor)
         self.close()
 
@@ -102,6 +120,34 @@ class OutputFile:
     def _through_page_cache(self) -> None:
         flags = fcntl.fcntl(self._descriptor, fcntl.F_GETFL)
         fcntl.fcntl(self._descriptor, fcntl.F_SETFL, flags & ~_DIRECT)
+
+
+def _reserve(descriptor: int, nbytes: int) -> None:
+    """Reserve the space of a file where the file system can do that.
+
+    This is fallocate(2) itself: os.posix_fallocate would write to every block where the file system cannot.
+
+    Raises:
+        OSError: there is no space.
+    """
+    fallocate = _fallocate()
+    while fallocate is not None and nbytes and fallocate(descriptor, 0, 0, nbytes):
+        number = ctypes.get_errno()
+        if number in FULL:
+            raise OSError(number, os.strerror(number))
+        if number != errno.EINTR:  # it cannot
+            return
+
+
+@cache
+def _fallocate() -> Callable[[int, int, int, int], int] | None:
+    """fallocate of the C library; None where it has none."""
+    library = ctypes.CDLL(None, use_errno=True)
+    function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
+    if function is not None:
+        function.argtypes = (ctypes.c_int, ctypes.c_int, ctypes.c_int64, ctypes.c_int64)
+        function.restype = ctypes.c_int
+    return function
 
 
 class BlockStream:

@@ -31,7 +31,7 @@ class ShardWriter:
         self._header = encode_header(shard.tensors)
         self._checksums: dict[int, list[str]] = {}
         self._lock = threading.Lock()
-        self._file = OutputFile(path, direct)
+        self._file = OutputFile(path, shard.nbytes, direct)
 
     def write(self, segment: Segment, sources: SourceFiles, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
         """Write one segment; True when it was the last one that was missing.
@@ -57,7 +57,7 @@ class ShardWriter:
 
     def seal(self) -> WrittenShard:
         """Make the file durable when all segments are written, and say what is in it."""
-        self._file.seal(self.shard.nbytes)
+        self._file.seal()
         in_order = iter([checksum for _, part in sorted(self._checksums.items()) for checksum in part])
         tensors = tuple(
             WrittenTensor(

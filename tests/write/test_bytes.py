@@ -200,9 +200,9 @@ def test_a_direct_write_that_is_cut_short_is_continued_through_the_page_cache(
     expected = random.Random(1).randbytes(3 * PAGE)
     buffer = aligned_buffer(3 * PAGE)
     buffer[:] = expected
-    file = OutputFile(tmp_path / "file", DirectWrites())
+    file = OutputFile(tmp_path / "file", len(expected), DirectWrites())
     file.write(buffer, 0)
-    file.seal(len(expected))
+    file.seal()
     assert asked == [3 * PAGE, 3 * PAGE - 1000]
     assert (tmp_path / "file").read_bytes() == expected
 
@@ -214,13 +214,13 @@ def test_a_stream_writes_what_was_put_into_it_however_it_was_cut(tmp_path: Path)
         parts = [rng.randbytes(rng.choice([0, 1, 999, PAGE, 5 * PAGE, 20_001])) for _ in range(rng.randrange(6))]
         whole = b"".join(parts)
         reported: list[int] = []
-        file = OutputFile(path, DirectWrites())
+        file = OutputFile(path, 3 * PAGE + len(whole), DirectWrites())
         stream = BlockStream(file, aligned_buffer(2 * PAGE), 3 * PAGE, reported.append)
         for part in parts:
             stream.put(memoryview(part))
         stream.finish()
         assert sum(reported) == len(whole)
-        file.seal(3 * PAGE + len(whole))
+        file.seal()
         assert path.read_bytes() == bytes(3 * PAGE) + whole
 
 
@@ -229,3 +229,45 @@ def test_the_platform_may_have_no_direct_writes(
 ) -> None:
     monkeypatch.setattr(output_file, "_DIRECT", 0)
     assert snapshot(convert(source, tmp_path / "out", jobs=2)) == reference
+
+
+# Reserved space
+
+
+def test_the_space_of_a_file_is_reserved_before_the_first_write(tmp_path: Path) -> None:
+    file = OutputFile(tmp_path / "file", 3_000_001, DirectWrites())
+    assert (tmp_path / "file").stat().st_blocks * 512 >= 3_000_001
+    file.seal()
+    assert (tmp_path / "file").stat().st_size == 3_000_001
+
+
+@pytest.mark.parametrize("number", [errno.EOPNOTSUPP, errno.ENOSYS, None])
+def test_where_space_cannot_be_reserved_it_is_done_without(
+    source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None
+) -> None:
+    import ctypes
+
+    def refuse(*_: int) -> int:
+        assert number is not None
+        ctypes.set_errno(number)
+        return -1
+
+    monkeypatch.setattr(output_file, "_fallocate", lambda: None if number is None else refuse)
+    assert snapshot(convert(source, tmp_path / "out", jobs=2)) == reference
+
+
+def test_a_disk_without_the_space_for_a_file_says_so_before_it_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ctypes
+
+    answers = [errno.EINTR, errno.ENOSPC]
+
+    def refuse(*_: int) -> int:
+        ctypes.set_errno(answers.pop(0))
+        return -1
+
+    monkeypatch.setattr(output_file, "_fallocate", lambda: refuse)
+    with pytest.raises(OSError, match="No space left"):
+        OutputFile(tmp_path / "file", 10**6, DirectWrites())
+    assert not answers
