@@ -4,8 +4,8 @@ A conversion writes as much as the machine has memory, or more, and reads none o
 would copy every byte once more and push the source out of it. Direct I/O (``O_DIRECT``) sends a buffer to the device as
 it is; in return buffer, offset and length must be multiples of the device's block. A page is one on every device.
 
-The space of a file is reserved before the first write (fallocate): a disk that is too small says so at once, and threads
-that write to one file do not wait for one another, as they would where each write made it longer.
+The space of a file is reserved before the first write (fallocate): a disk that is too small says so at once, and
+threads that write to one file do not wait for one another, as they would where each write made it longer.
 """
 
 from __future__ import annotations
