@@ -24,7 +24,9 @@ from .tables import LaunchOptions
 class Workspace:
     """The buffers between the launches; R is M, or P when the first product's activation scales are static.
 
-    plan          the routing
+    The rows of `activated`, `hidden_codes` and `hidden_scale` are in the plan's order, all others in that of pairs.
+
+    plan          the routing, or that there is none
     input_codes   int8 [R, H];  input_scale   float32 [R]
     activated     [P, I], dtype of the hidden states
     hidden_codes  int8 [P, I];  hidden_scale  float32 [P]

@@ -86,8 +86,7 @@ def exact_sums(codes, weights, ids):
 
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
-@pytest.mark.parametrize("tile", [TILE, WIDE])
-@pytest.mark.parametrize("blocks", [*CUTS, None], ids=str)
+@pytest.mark.parametrize(("blocks", "tile"), zip((*CUTS, None), (TILE, WIDE, TILE, WIDE), strict=True), ids=str)
 def test_down_sums_are_exact(depth, columns, tile, blocks, device):
     codes, row_scale, weights, ids = inputs(depth, columns, device, tokens=24)
     out = torch.full((codes.shape[0], columns), -7, dtype=torch.int32, device=device)
@@ -99,8 +98,7 @@ def test_down_sums_are_exact(depth, columns, tile, blocks, device):
 
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
-@pytest.mark.parametrize("tile", [TILE, WIDE])
-@pytest.mark.parametrize("blocks", [*CUTS, None], ids=str)
+@pytest.mark.parametrize(("blocks", "tile"), zip((*CUTS, None), (TILE, WIDE, TILE, WIDE), strict=True), ids=str)
 def test_gate_up_sums_are_exact(depth, columns, tile, blocks, device):
     _, row_scale, weights, ids = inputs(depth, 2 * columns, device, tokens=24)
     token_codes = random_codes(torch.Generator().manual_seed(1), (ids.shape[0], depth), device)
