@@ -71,6 +71,7 @@ def execute(
     files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies] + [CONFIG_NAME, INDEX_NAME]
     needed = plan.output_bytes + records_nbytes(plan.shards)
     with closing(SourceFiles(source, plan)) as sources:
+        sources.check_layout(plan)
         state = plan_state(plan, digest, sources.state(), source, output)
         run_checks(plan.checks, sources, jobs)
         with open_staging(output, state, [*files, MANIFEST_NAME], needed=needed, overwrite=overwrite) as staging:

@@ -6,9 +6,12 @@ import errno
 import os
 import resource
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 
 from quarkconv.errors import SourceError
+from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.safetensors import read_header
 from quarkconv.plan.pieces import Piece, Plan
 from quarkconv.write.state import FileState
 
@@ -41,6 +44,36 @@ class SourceFiles:
         except SourceError:
             self.close()
             raise
+
+    def check_layout(self, plan: Plan) -> None:
+        """Raise if a range that the plan reads is not where its tensor lies: a plan may be older than its source.
+
+        Raises:
+            SourceError: a file has another layout than the plan was made of.
+        """
+        with collector_paused():
+            refs = {
+                name: ref
+                for source in plan.sources
+                for name, ref in read_header(self.root / source.name, source.name).refs()
+            }
+        read = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
+        checked = (piece for check in plan.checks for piece in (check.first, check.second) if piece is not None)
+        for piece in chain(read, checked):
+            ref = refs.get(piece.tensor)
+            if (
+                ref is None
+                or ref.file != piece.file
+                or not (ref.start <= piece.start and piece.start + piece.nbytes <= ref.start + ref.nbytes)
+            ):
+                raise SourceError(
+                    "The source is not the one that the plan was made of", code="source-changed",
+                    file=str(self.root / piece.file), tensor=piece.tensor,
+                    expected=f"its bytes from {piece.start} to {piece.start + piece.nbytes}",
+                    found="no such tensor in this file" if ref is None or ref.file != piece.file
+                    else f"the tensor from {ref.start} to {ref.start + ref.nbytes}",
+                    hint="make the plan again",
+                )  # fmt: skip
 
     def state(self) -> list[FileState]:
         """Name, size and time of modification of each file, in order."""

@@ -79,6 +79,33 @@ def test_a_source_that_changed_after_planning_is_refused(small: Path, tmp_path: 
     assert caught.value.code == "shard-missing"
 
 
+@pytest.mark.parametrize(
+    ("old", "new", "found"),
+    [
+        (b"experts.0.up_proj.weight_zero", b"experts.7.up_proj.weight_zero", "no such tensor in this file"),  # a check
+        (b'experts.0.down_proj.weight"', b'experts.7.down_proj.weight"', "no such tensor in this file"),
+        (b"model.layers.0.mlp.experts.0.gate_proj", b"model.layers.1.mlp.experts.0.gate_proj", "the tensor from"),
+    ],
+)
+def test_a_plan_that_is_older_than_its_source_is_refused(
+    small: Path, tmp_path: Path, old: bytes, new: bytes, found: str
+) -> None:
+    """The files are as long as they were, but other tensors lie in them."""
+    plan = quarkconv.plan_conversion(small, "fused-int8")
+    for file in small.glob("*.safetensors"):
+        data = file.read_bytes()
+        swapped = data.replace(old, b"@" * len(old)).replace(new, old).replace(b"@" * len(old), new)
+        file.write_bytes(swapped)
+    with pytest.raises(SourceError, match="not the one that the plan was made of") as caught:
+        run_plan(plan, small, tmp_path / "out")
+    assert caught.value.code == "source-changed"
+    assert found in (caught.value.found or "")
+    assert not (tmp_path / "out").exists()
+    run_plan(
+        quarkconv.Plan.from_json(plan.to_json()), make_checkpoint(small, layers=2, zero_points=True), tmp_path / "out"
+    )
+
+
 @pytest.mark.parametrize("jobs", [1, 4])
 def test_a_source_that_is_cut_while_it_is_read(
     source: Path, reference: dict[str, str], tmp_path: Path, jobs: int
