@@ -45,6 +45,7 @@ def inputs(depth, columns, device, *, tokens=9, top_k=2, experts=4, per_tensor=F
 
 # One height; a tail; a tail of the same height and short blocks.
 CUTS = [RowBlocks(16), RowBlocks(16, 16), RowBlocks(32, 32, 16)]
+CUTS_AND_TILES = list(zip((*CUTS, None), (TILE, WIDE, TILE, WIDE), strict=True))
 
 
 def plan_for(ids, experts, blocks=CUTS[0]):
@@ -86,7 +87,7 @@ def exact_sums(codes, weights, ids):
 
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
-@pytest.mark.parametrize(("blocks", "tile"), zip((*CUTS, None), (TILE, WIDE, TILE, WIDE), strict=True), ids=str)
+@pytest.mark.parametrize(("blocks", "tile"), CUTS_AND_TILES, ids=str)
 def test_down_sums_are_exact(depth, columns, tile, blocks, device):
     codes, row_scale, weights, ids = inputs(depth, columns, device, tokens=24)
     out = torch.full((codes.shape[0], columns), -7, dtype=torch.int32, device=device)
@@ -98,7 +99,7 @@ def test_down_sums_are_exact(depth, columns, tile, blocks, device):
 
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
-@pytest.mark.parametrize(("blocks", "tile"), zip((*CUTS, None), (TILE, WIDE, TILE, WIDE), strict=True), ids=str)
+@pytest.mark.parametrize(("blocks", "tile"), CUTS_AND_TILES, ids=str)
 def test_gate_up_sums_are_exact(depth, columns, tile, blocks, device):
     _, row_scale, weights, ids = inputs(depth, 2 * columns, device, tokens=24)
     token_codes = random_codes(torch.Generator().manual_seed(1), (ids.shape[0], depth), device)
