@@ -6,12 +6,15 @@ import json
 import os
 import platform
 import random
+import re
 import statistics
 import struct
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -167,12 +170,32 @@ def measure(command: Sequence[str | Path]) -> Sample:
     """Run a process to its end, in silence."""
     started = time.perf_counter()
     process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    peaks = [0]
+    ended = threading.Event()
+    watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended))
+    watcher.start()
     _, status, usage = os.wait4(process.pid, 0)
     wall = time.perf_counter() - started
+    ended.set()
+    watcher.join()
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         sys.exit(f"failed with {process.returncode}: {' '.join(map(str, command))}")
-    return Sample(wall, usage.ru_utime + usage.ru_stime, usage.ru_maxrss * 1024)
+    return Sample(wall, usage.ru_utime + usage.ru_stime, max(peaks))
+
+
+def _watch(process: int, peaks: list[int], ended: threading.Event) -> None:
+    """Note the peak memory of a process and its children until it has ended.
+
+    The kernel's own figure for a process that has ended would count what this one had when it started it.
+    """
+    while not ended.wait(0.02):
+        with suppress(OSError):
+            children = Path(f"/proc/{process}/task/{process}/children").read_text().split()
+            for number in (process, *children):
+                status = Path(f"/proc/{number}/status").read_text()
+                found = re.search(r"VmHWM:\s*(\d+) kB", status)
+                peaks.append(int(found[1]) * 1024 if found else 0)
 
 
 def row(name: str, samples: Sequence[Sample], beside: Sequence[Sample]) -> dict[str, Any]:
