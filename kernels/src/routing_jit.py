@@ -86,17 +86,9 @@ def route_at_once_kernel(
     first_row = _first_row(counts, expert, BLOCK_E)
     _place(ids, pairs, expert, first_row, pairs_ptr)
     _write_blocks(
-        counts,
-        expert,
-        first_row,
-        block_expert_ptr,
-        block_first_ptr,
-        block_rows_ptr,
-        totals_ptr,
-        BLOCK_M,
-        TAIL_M,
+        counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
         BLOCK_E,
-    )
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
@@ -154,17 +146,9 @@ def arrange_kernel(
         tl.store(starts_ptr + runs * num_experts + expert, start + tl.cumsum(own, axis=0) - own, mask=runs < num_runs)
         start += tl.sum(own, axis=0)
     _write_blocks(
-        counts,
-        expert,
-        first_row,
-        block_expert_ptr,
-        block_first_ptr,
-        block_rows_ptr,
-        totals_ptr,
-        BLOCK_M,
-        TAIL_M,
+        counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
         BLOCK_E,
-    )
+    )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
