@@ -5,10 +5,10 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check style bench picture docs clean help
+.PHONY: demo test check style bench bench-gpu tune picture docs clean help
 
 help:  ## Show what can be made
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 10
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
@@ -43,6 +43,12 @@ bench: $(STAMP)  ## Measure inspect, plan and conversion (10 minutes, 25 GB of d
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/headers.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/convert.py
+
+bench-gpu: $(STAMP)  ## Measure the INT8 forward on the GPU, beside vLLM where that is installed
+	$(BIN)/python benchmarks/moe_int8.py
+
+tune: $(STAMP)  ## Write a table of launch options for the GPU at hand
+	$(BIN)/python -m quarkconv.kernels.tune
 
 clean:  ## Remove what was built
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV)
