@@ -149,6 +149,7 @@ class Bench:
                 "quarkconv --jobs 2": partial(_with_jobs, 2),
                 "quarkconv without checksums": without_checksums,
             },
+            rounds=self.rounds + 2,
         )
         others: dict[str, Command] = {"cp -r": cp, "torch.stack, save_file": partial(script, "torch_stack.py")}
         if importlib.util.find_spec("compressed_tensors"):

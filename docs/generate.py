@@ -56,7 +56,7 @@ def measured(name: str, what: str) -> str:
     """Where a figure comes from."""
     about = result(name)
     where = f"{about['machine']}, Python {about['python']}, {about['date']}, commit {about['commit']}"
-    return f"{what}: `make bench`, {where}, medians of {about['rounds']} rounds."
+    return f"{what}: `make bench`, {where}, medians of at least {about['rounds']} rounds."
 
 
 def table(first: str, rows: list[tuple[str, list[dict[str, Any]]]], unit: str) -> str:
