@@ -223,16 +223,23 @@ def show(title: str, rows: Iterable[dict[str, Any]], unit: str) -> None:
         print(f"{item['command']:44} {times}", flush=True)
 
 
-def save(name: str, result: dict[str, Any]) -> None:
-    """Keep a result in benchmarks/results, with when, where and of what it was measured."""
+def save(name: str, result: dict[str, Any], *, merge: bool = False) -> None:
+    """Keep a result in benchmarks/results, with when, where and of what it was measured.
+
+    With ``merge`` its parts, which are objects, replace those of an earlier run; each says where it is from.
+    """
     commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     about = {
-        "benchmark": name,
         "date": datetime.now(UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, Linux {platform.release()}",
         "python": platform.python_version(),
         "commit": commit.stdout.strip(),
     }
-    folder = Path(__file__).parent / "results"
-    folder.mkdir(exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps({**about, **result}, indent=1) + "\n")
+    path = Path(__file__).parent / "results" / f"{name}.json"
+    path.parent.mkdir(exist_ok=True)
+    if merge:
+        earlier = json.loads(path.read_text()) if path.exists() else {}
+        whole = {**earlier, **{part: {**about, **found} for part, found in result.items()}}
+    else:
+        whole = {"benchmark": name, **about, **result}
+    path.write_text(json.dumps(whole, indent=1) + "\n")

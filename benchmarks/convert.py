@@ -5,7 +5,8 @@ and the median of the ratios counts, since a machine's speed drifts. cp leaves i
 has it on the disk, checksums included, when it returns. Before each run the output of the last one is deleted and the
 disk is quiet.
 
-    main        9.8 GB of MiniMax-M2 (2 layers), page cache warm: threads, checksums, other tools
+    cp          9.8 GB of MiniMax-M2 (2 layers), page cache warm: cp, quarkconv and dd in turn, and nothing else
+    main        the same: threads, checksums, other tools
                 and again with a cold page cache (needs root, to drop it)
     layers      Qwen3-30B-A3B, 1 to 8 layers: time must grow with the bytes
     small       512 experts of intermediate size 64: many small tensors
@@ -86,6 +87,12 @@ def without_checksums(source: Path, out: Path) -> list[str | Path]:
     return [sys.executable, "-c", WITHOUT_CHECKSUMS, *quarkconv(source, out)[1:]]
 
 
+def zeros(size: int, _source: Path, out: Path) -> list[str | Path]:
+    """Writing as many bytes of nothing, past the page cache: what the disk takes."""
+    words = f'mkdir "$0" && dd if=/dev/zero of="$0/zeros" bs=8M count={size >> 23} oflag=direct conv=fsync status=none'
+    return ["sh", "-c", words, out]
+
+
 def script(name: str, source: Path, out: Path) -> list[str | Path]:
     """Another way to convert."""
     return [sys.executable, ALTERNATIVES / name, source, out]
@@ -100,7 +107,7 @@ class Bench:
     def __init__(self, folder: Path, rounds: int) -> None:
         self.folder = folder
         self.rounds = rounds
-        self.result: dict[str, Any] = {"rounds": rounds}
+        self.result: dict[str, dict[str, Any]] = {}
 
     def source(self, name: str, shape: Shape, layers: int, **options: Any) -> tuple[Path, int]:
         """A checkpoint and its size in bytes; read once, so that it is in the page cache as far as that can hold it."""
@@ -136,8 +143,17 @@ class Bench:
         beside = next(iter(samples.values()))
         return [row(name, found, beside) for name, found in samples.items()]
 
+    def cp(self) -> None:
+        """The figure that counts: nothing between the two but what the disk can do alone."""
+        source, size = self.source("cp", MINIMAX_M2, 2)
+        commands: dict[str, Command] = {"cp -r": cp, "quarkconv": quarkconv, "dd, direct, zeros": partial(zeros, size)}
+        rows = self.compare(source, commands)
+        show(f"{size / 1e9:.1f} GB, MiniMax-M2, 2 layers, page cache warm", rows, "cp")
+        self.result["cp"] = {"bytes": size, "rounds": self.rounds, "rows": rows}
+        shutil.rmtree(source)
+
     def main(self) -> None:
-        """The figures that count, and other tools."""
+        """Threads, checksums, and other tools."""
         source, size = self.source("main", MINIMAX_M2, 2)
         title = f"{size / 1e9:.1f} GB, MiniMax-M2, 2 layers, page cache warm"
         rows = self.compare(
@@ -159,11 +175,11 @@ class Bench:
             print("compressed-tensors is not installed: left out (pip install 'quarkconv[bench]')")
         beside = self.compare(source, others, rounds=1)
         show(title, [*rows, *beside[1:]], "cp")
-        self.result["main"] = {"bytes": size, "rows": rows, "others": beside}
+        self.result["main"] = {"bytes": size, "rounds": self.rounds + 2, "rows": rows, "others": beside}
         if os.geteuid() == 0:
             cold = self.compare(source, {**COPIES, "quarkconv": quarkconv}, cold=True)
             show("the same, page cache cold", cold, "cp")
-            self.result["cold"] = {"bytes": size, "rows": cold}
+            self.result["cold"] = {"bytes": size, "rounds": self.rounds, "rows": cold}
         shutil.rmtree(source)
 
     def layers(self) -> None:
@@ -175,14 +191,14 @@ class Bench:
             found.append({"layers": layers, "bytes": size, "rows": rows})
             show(f"{size / 1e9:.2f} GB, Qwen3-30B-A3B, {layers} layers", rows, "cp")
             shutil.rmtree(source)
-        self.result["layers"] = found
+        self.result["layers"] = {"rounds": self.rounds, "sizes": found}
 
     def small(self) -> None:
         """Many small tensors."""
         source, size = self.source("small", MANY_SMALL, 12)
         rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
         show(f"{size / 1e9:.2f} GB, 12 layers of 512 experts with I = 64, 37,000 pieces", rows, "cp")
-        self.result["small"] = {"bytes": size, "rows": rows}
+        self.result["small"] = {"bytes": size, "rounds": self.rounds, "rows": rows}
         shutil.rmtree(source)
 
     def pieces(self) -> None:
@@ -194,7 +210,7 @@ class Bench:
             found.append({"layers": layers, "pieces": layers * 256 * 6, "bytes": size, "rows": rows})
             show(f"{size / 1e6:.0f} MB in {layers * 256 * 6:,} pieces in one file", rows, "cp")
             shutil.rmtree(source)
-        self.result["pieces"] = found
+        self.result["pieces"] = {"rounds": self.rounds, "sizes": found}
 
     def checksums(self) -> None:
         """What could check a piece while it streams by: XXH3 of 128 bits is what the manifest has."""
@@ -216,7 +232,7 @@ class Bench:
                 times[name].append(time.perf_counter() - started)
         rates = {name: round(4 * len(buffer) / statistics.median(found) / 1e9, 2) for name, found in times.items()}
         print("\nchecksums, GB/s of one thread: " + ", ".join(f"{name} {rate}" for name, rate in rates.items()))
-        self.result["checksums"] = [{"name": name, "gb_per_s": rate} for name, rate in rates.items()]
+        self.result["checksums"] = {"rows": [{"name": name, "gb_per_s": rate} for name, rate in rates.items()]}
 
 
 def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
@@ -226,7 +242,7 @@ def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
 def main() -> None:
     """Measure, print tables, and save them in benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="main,layers,small,pieces,checksums")
+    parser.add_argument("--only", default="cp,main,layers,small,pieces,checksums")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the data goes, 25 GB; it is deleted")
     options = parser.parse_args()
@@ -234,7 +250,7 @@ def main() -> None:
         bench = Bench(Path(temporary), options.rounds)
         for name in options.only.split(","):
             getattr(bench, name)()
-    save("convert", bench.result)
+    save("convert", bench.result, merge=True)
 
 
 if __name__ == "__main__":
