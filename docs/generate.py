@@ -52,11 +52,10 @@ def result(name: str) -> dict[str, Any]:
     return found
 
 
-def measured(name: str, what: str) -> str:
+def measured(about: dict[str, Any], what: str) -> str:
     """Where a figure comes from."""
-    about = result(name)
     where = f"{about['machine']}, Python {about['python']}, {about['date']}, commit {about['commit']}"
-    return f"{what}: `make bench`, {where}, medians of at least {about['rounds']} rounds."
+    return f"{what}: `make bench`, {where}, medians of {about['rounds']} rounds."
 
 
 def table(first: str, rows: list[tuple[str, list[dict[str, Any]]]], unit: str) -> str:
@@ -73,48 +72,49 @@ def table(first: str, rows: list[tuple[str, list[dict[str, Any]]]], unit: str) -
     return "\n".join(lines)
 
 
+def copying() -> str:
+    """Conversion and copying in turn."""
+    found = result("convert")["cp"]
+    what = measured(found, f"How long a conversion takes, {found['bytes'] / 1e9:.1f} GB of MiniMax-M2 shapes, 2 layers")
+    ratios = next(item["ratios"] for item in found["rows"] if item["command"] == "quarkconv")
+    rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
+    return f"{what}\n\n{table('', [('', found['rows'])], '`cp -r`')}\n\nRound by round: {rounds} times `cp -r`."
+
+
 def conversion() -> str:
-    """Conversion beside copying and other tools."""
+    """Conversion with other options, beside other tools, and with a cold page cache."""
     found = result("convert")
     rows = [
         ("page cache warm", found["main"]["rows"]),
         ("other tools, one round", found["main"]["others"][1:]),
         ("page cache cold", found["cold"]["rows"]),
     ]
-    size = found["main"]["bytes"] / 1e9
-    what = measured("convert", f"{size:.1f} GB of MiniMax-M2 shapes, 2 layers")
-    return f"{what}\n\n{table('', rows, '`cp -r`')}"
-
-
-def conversion_short() -> str:
-    """The same in the README."""
-    found = result("convert")
-    wanted = ("cp -r", "cp -r, sync", "quarkconv")
-    rows = [item for item in found["main"]["rows"] if item["command"] in wanted] + found["main"]["others"][1:]
-    size = found["main"]["bytes"] / 1e9
-    what = measured("convert", f"How long a conversion takes, {size:.1f} GB of MiniMax-M2 shapes")
-    return f"{what}\n\n{table('', [('', rows)], '`cp -r`')}"
+    what = measured(found["main"], f"{found['main']['bytes'] / 1e9:.1f} GB of MiniMax-M2 shapes, 2 layers")
+    cold = f"With a cold page cache, medians of {found['cold']['rounds']}."
+    return f"{what} {cold}\n\n{table('', rows, '`cp -r`')}"
 
 
 def conversion_growth() -> str:
     """How conversion grows with bytes and with pieces."""
     found = result("convert")
-    layers = [(f"{item['layers']} layers, {item['bytes'] / 1e9:.2f} GB", item["rows"]) for item in found["layers"]]
-    small = [(f"12 layers of 512 experts, I = 64, {found['small']['bytes'] / 1e9:.2f} GB", found["small"]["rows"])]
-    pieces = [(f"{item['pieces']:,} pieces, {item['bytes'] / 1e6:.0f} MB", item["rows"]) for item in found["pieces"]]
-    return table("", layers + small + pieces, "`cp -r`")
+    layers, pieces, small = found["layers"]["sizes"], found["pieces"]["sizes"], found["small"]
+    rows = [(f"{item['layers']} layers, {item['bytes'] / 1e9:.2f} GB", item["rows"]) for item in layers]
+    rows.append((f"12 layers of 512 experts, I = 64, {small['bytes'] / 1e9:.2f} GB", small["rows"]))
+    rows += [(f"{item['pieces']:,} pieces, {item['bytes'] / 1e6:.0f} MB", item["rows"]) for item in pieces]
+    what = measured(found["layers"], "Qwen3-30B-A3B shapes, then many small tensors")
+    return f"{what}\n\n{table('', rows, '`cp -r`')}"
 
 
 def checksums() -> str:
     """How fast checksums are."""
-    rows = [f"| {item['name']} | {item['gb_per_s']:.2f} GB/s |" for item in result("convert")["checksums"]]
+    rows = [f"| {item['name']} | {item['gb_per_s']:.2f} GB/s |" for item in result("convert")["checksums"]["rows"]]
     return "\n".join(["| checksum | one thread |", "| --- | --- |", *rows])
 
 
 def headers() -> str:
     """Headers of a large checkpoint."""
     found = result("headers")
-    what = measured("headers", f"How long headers take, {found['tensors']:,} tensors, 230 GB")
+    what = measured(found, f"How long headers take, {found['tensors']:,} tensors, 230 GB")
     return f"{what}\n\n{table('', [('', found['rows'])], '`json.loads`')}"
 
 
@@ -123,8 +123,8 @@ PARTS = {
     "engines": engines,
     "targets": targets,
     "headers": headers,
+    "copying": copying,
     "conversion": conversion,
-    "conversion-short": conversion_short,
     "conversion-growth": conversion_growth,
     "checksums": checksums,
 }
