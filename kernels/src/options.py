@@ -45,13 +45,12 @@ def choose_launch_options(
 
 
 def heuristic_options(tokens: int, experts: int, top_k: int, intermediate: int) -> LaunchOptions:
-    """Options by the mean rows of the experts that can have any; the real counts are not known on the host.
+    """Options by the mean rows of an expert.
 
     The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
     MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens.
     """
-    pairs = tokens * top_k
-    mean_rows = pairs / max(min(experts, pairs), 1)
+    pairs, mean_rows = tokens * top_k, mean_rows_of(tokens, experts, top_k)
     if tokens == 1 or pairs * pairs <= experts:
         # So few pairs that two seldom share an expert.
         down = TileOptions(64, 512 if intermediate >= 4096 else 256, 1, num_warps=4, num_stages=3)
@@ -70,6 +69,12 @@ def heuristic_options(tokens: int, experts: int, top_k: int, intermediate: int) 
         gate_up=TileOptions(64, 128, group, num_warps=4, num_stages=3),
         down=TileOptions(128, 128, group, num_warps=4, num_stages=3),
     )
+
+
+def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:
+    """Mean rows of the experts that can have any; the real counts are not known on the host."""
+    pairs = tokens * top_k
+    return pairs / max(min(experts, pairs), 1)
 
 
 def choose_row_options(width: int) -> RowOptions:

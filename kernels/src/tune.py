@@ -17,7 +17,7 @@ import torch
 
 from .arguments import ExpertsArguments, check_arguments
 from .backend import device_traits
-from .options import fit_options, heuristic_options
+from .options import fit_options, heuristic_options, mean_rows_of
 from .pipeline import empty_workspace, run_pipeline
 from .tables import LaunchOptions, RowBlocks, Shape, Table, TileOptions, dump_table, parse_table, table_path
 
@@ -35,20 +35,16 @@ _MAX_INPUT_TOKENS = 4096
 def candidates(tokens: int, shape: Shape) -> list[LaunchOptions]:
     """Options worth timing: the heuristic's first, then those that won somewhere nearby."""
     experts, top_k, _, intermediate = shape
-    pairs = tokens * top_k
-    mean_rows = pairs / max(min(experts, pairs), 1)
+    pairs, mean_rows = tokens * top_k, mean_rows_of(tokens, experts, top_k)
     found = [heuristic_options(tokens, experts, top_k, intermediate)]
-
-    def tiles(block_n: int, block_k: int, group_m: int, num_warps: int, num_stages: int) -> TileOptions:
-        return TileOptions(block_n, block_k, group_m, num_warps, num_stages)
 
     if pairs <= 64:
         decode = [
-            (tiles(128, 256, 1, 4, 3), tiles(64, 256, 1, 4, 3)),
-            (tiles(64, 256, 1, 4, 3), tiles(64, 256, 1, 4, 3)),
-            (tiles(64, 512, 1, 4, 3), tiles(64, 256, 1, 4, 3)),
-            (tiles(128, 256, 1, 4, 3), tiles(64, 512, 1, 4, 4)),
-            (tiles(128, 256, 1, 4, 3), tiles(128, 256, 1, 4, 3)),
+            (TileOptions(128, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
+            (TileOptions(64, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
+            (TileOptions(64, 512, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
+            (TileOptions(128, 256, 1, 4, 3), TileOptions(64, 512, 1, 4, 4)),
+            (TileOptions(128, 256, 1, 4, 3), TileOptions(128, 256, 1, 4, 3)),
         ]
         for gate_up, down in decode:
             found.append(LaunchOptions(RowBlocks(16), gate_up, down))
@@ -59,18 +55,18 @@ def candidates(tokens: int, shape: Shape) -> list[LaunchOptions]:
             LaunchOptions(blocks, gate_up, down)
             for blocks in (RowBlocks(16), RowBlocks(32, 0, 16))
             for gate_up, down in (
-                (tiles(64, 256, 1, 4, 3), tiles(64, 256, 1, 4, 3)),
-                (tiles(64, 256, 1, 4, 3), tiles(128, 128, 1, 4, 4)),
-                (tiles(64, 128, 1, 4, 5), tiles(128, 128, 1, 4, 4)),
+                (TileOptions(64, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
+                (TileOptions(64, 256, 1, 4, 3), TileOptions(128, 128, 1, 4, 4)),
+                (TileOptions(64, 128, 1, 4, 5), TileOptions(128, 128, 1, 4, 4)),
             )
         ]
     if 6 < mean_rows <= 80:
         for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 16)):
-            found.append(LaunchOptions(blocks, tiles(64, 128, 4, 4, 3), tiles(128, 128, 4, 4, 3)))
+            found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
     if mean_rows > 40:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
-            found.append(LaunchOptions(blocks, tiles(64, 128, 8, 4, 3), tiles(128, 128, 8, 4, 3)))
-        found.append(LaunchOptions(RowBlocks(128, 32), tiles(64, 128, 4, 4, 3), tiles(128, 128, 4, 4, 3)))
+            found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))
+        found.append(LaunchOptions(RowBlocks(128, 32), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
     return list(dict.fromkeys(found))
 
 
@@ -100,15 +96,6 @@ def make_call(shape: Shape, weights: Weights, tokens: int) -> ExpertsArguments:
         *weights,
         topk_weights.contiguous(),
         topk_ids.to(torch.int32).contiguous(),
-        activation="silu",
-        activation_limit=None,
-        activation_alpha=None,
-        w13_input_scale=None,
-        w2_input_scale=None,
-        w13_bias=None,
-        w2_bias=None,
-        apply_router_weight_on_input=False,
-        out=None,
     )
 
 

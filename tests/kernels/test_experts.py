@@ -23,18 +23,6 @@ UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 # M, H, I, E, K
 SHAPES = [(1, 96, 80, 4, 2), (5, 176, 88, 8, 3), (17, 80, 96, 3, 1)]
 
-NO_OPTIONS = {
-    "activation": "silu",
-    "activation_limit": None,
-    "activation_alpha": None,
-    "w13_input_scale": None,
-    "w2_input_scale": None,
-    "w13_bias": None,
-    "w2_bias": None,
-    "apply_router_weight_on_input": False,
-    "out": None,
-}
-
 
 def relative_rms(found, expected):
     return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
@@ -68,7 +56,7 @@ def by_pair(plan, rows, rest):
 
 def check_stages(case, launch=None, **options):
     """Run the kernels on poisoned buffers and check every stage against the twin of that stage alone."""
-    arguments = check_arguments(*case.tensors(), **(NO_OPTIONS | options))
+    arguments = check_arguments(*case.tensors(), **options)
     launch = launch or default_options(arguments)
     buffers = empty_workspace(arguments, launch)
     poison(buffers)
@@ -282,7 +270,7 @@ def test_deterministic_and_independent_of_the_batch(dtype, make_case):
     case = make_case(6, 176, 88, 4, 2, dtype=dtype)
     out = fused_experts_int8(*case.tensors())
     assert torch.equal(out, fused_experts_int8(*case.tensors()))
-    arguments = check_arguments(*case.tensors(), **NO_OPTIONS)
+    arguments = check_arguments(*case.tensors())
     for launch in LAUNCHES.values():
         other = torch.full_like(out, math.nan)
         assert torch.equal(out, run_pipeline(arguments, other, launch))

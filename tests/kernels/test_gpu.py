@@ -16,18 +16,6 @@ from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions, load
 
 pytestmark = pytest.mark.gpu
 
-NO_OPTIONS = {
-    "activation": "silu",
-    "activation_limit": None,
-    "activation_alpha": None,
-    "w13_input_scale": None,
-    "w2_input_scale": None,
-    "w13_bias": None,
-    "w2_bias": None,
-    "apply_router_weight_on_input": False,
-    "out": None,
-}
-
 # M, H, I, E, K: decode and prefill at (about) the sizes of Mixtral-8x7B and Qwen3-30B-A3B, and an odd one.
 LARGE = {
     "mixtral-decode": (3, 4096, 14336, 4, 2),
@@ -61,7 +49,7 @@ def test_listed_options_give_the_same_bits(listed, make_case, device):
     case = make_case(601, 1040, 560, 6, 2)
     case.topk_ids[:290] = torch.tensor([0, 1])
     case.topk_ids[290:296] = torch.tensor([2, -1])
-    arguments = check_arguments(*case.tensors(), **NO_OPTIONS)
+    arguments = check_arguments(*case.tensors())
     out, expected = (torch.full_like(case.hidden_states, math.nan) for _ in range(2))
     run_pipeline(arguments, out, fit_options(listed, 1040, 560, device_traits(device)))
     tile = TileOptions(64, 64, 1, 4, 2, descriptors=False)
