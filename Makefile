@@ -5,7 +5,9 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: demo test check style bench bench-gpu tune picture docs clean help
+ENGINES := vllm sglang transformers quark
+
+.PHONY: demo test test-engines check style bench bench-gpu tune picture docs clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -20,6 +22,13 @@ demo: $(STAMP)  ## Inspect, convert and verify a real Quark export
 
 test: $(STAMP)  ## Run every test
 	$(BIN)/python -m pytest -q $(TESTS)
+
+test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 400 MB, 2 GB of disk)
+	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
+	@set -e; for engine in $(ENGINES); do \
+		echo "$$engine:"; \
+		PYTHONPATH=.venv-engines/$$engine $(BIN)/python -m pytest -q -W default tests/engines/$$engine; \
+	done
 
 check: $(STAMP)  ## Lint, formatting, types, and whether generated documents are current
 	$(BIN)/ruff check .

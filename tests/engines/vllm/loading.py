@@ -1,0 +1,130 @@
+"""vLLM's model classes on the CPU: built as vLLM builds them, loaded by vLLM's own loader.
+
+What is replaced, because it asks for a machine or for compiled code, and nothing else:
+- the platform is vLLM's CPU platform (``VLLM_TARGET_DEVICE``);
+- where vLLM chooses a kernel for INT8 experts, which looks at the device, it sees one of CUDA;
+- the ranks of a parallel group are set by hand: no tensor is exchanged while loading;
+- model classes are inspected in this process instead of in one of their own, which would import vLLM again;
+- torchvision, which is compiled, is an empty module: the classes of models that also take images import it.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib.machinery import ModuleSpec
+from pathlib import Path
+from types import ModuleType, SimpleNamespace
+from typing import Any
+
+os.environ["VLLM_TARGET_DEVICE"] = "cpu"
+os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
+os.environ["VLLM_NO_USAGE_STATS"] = "1"
+
+import torch
+from engines.expected import WHOLE, Rank, fill
+from vllm.config import VllmConfig, set_current_vllm_config
+from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
+from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.model_executor.model_loader import get_model_loader
+from vllm.model_executor.model_loader.utils import initialize_model
+from vllm.model_executor.models import registry
+from writing_support import edit_checkpoint
+
+PUBLISHED: dict[str, dict[str, Any]] = {
+    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
+    "deepseek_v3": {"topk_method": "noaux_tc"},
+    "step3p5": {
+        "need_fp32_gate": True, "num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 32,
+        "use_head_wise_attn_gate": True, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "layer_types": ["full_attention"] * 3, "yarn_only_types": [], "sliding_window": None,
+    },
+}  # fmt: skip
+"""Model type -> fields that the published models have in config.json, vLLM reads, and the fixtures lack."""
+
+
+triton_moe.current_platform = SimpleNamespace(
+    is_cuda_alike=lambda: True,
+    is_cuda=lambda: True,
+    is_rocm=lambda: False,
+    is_xpu=lambda: False,
+    has_device_capability=lambda _: True,
+    supports_fp8=lambda: True,
+)
+registry._run_in_subprocess = lambda function: function()
+registry._LazyRegisteredModel._load_modelinfo_from_cache = lambda *_: None
+registry._LazyRegisteredModel._save_modelinfo_to_cache = lambda *_: None
+for name in (
+    "torchvision",
+    "torchvision.transforms",
+    "torchvision.transforms.v2",
+    "torchvision.transforms.v2.functional",
+):
+    sys.modules.setdefault(name, ModuleType(name))
+    sys.modules[name].__spec__ = ModuleSpec(name, None)
+sys.modules["torchvision.transforms.v2"].functional = sys.modules["torchvision.transforms.v2.functional"]
+
+
+def prepare(folder: Path) -> Path:
+    """Make a copy of an export one that vLLM can tell apart: with content, and with what the published models have."""
+    fill(folder)
+    path = folder / "config.json"
+    config = json.loads(path.read_text())
+    path.write_text(json.dumps(config | PUBLISHED.get(config["model_type"], {})))
+    if config["model_type"] == "step3p5":
+        norms = [f"model.layers.{layer}.self_attn.{norm}_norm.weight" for layer in range(3) for norm in "qk"]
+        edit_checkpoint(folder, lambda tensors: tensors.update({name: torch.rand(32).bfloat16() for name in norms}))
+    return folder
+
+
+def engine_config(folder: Path, rank: Rank = WHOLE) -> VllmConfig:
+    """vLLM's configuration for a checkpoint."""
+    arguments = EngineArgs(
+        str(folder), dtype="bfloat16", load_format="safetensors", max_model_len=64, enforce_eager=True,
+        skip_tokenizer_init=True, use_tqdm_on_load=False,
+    )  # fmt: skip
+    config = arguments.create_engine_config()
+    config.parallel_config.tensor_parallel_size = rank.size
+    config.parallel_config.enable_expert_parallel = rank.expert_parallel
+    return config
+
+
+def build(folder: Path, rank: Rank = WHOLE) -> torch.nn.Module:
+    """The model of a checkpoint with its parameters poisoned: -128 where they are int8, NaN where they are float."""
+    config = engine_config(folder, rank)
+    with _as_rank(config, rank):
+        model = initialize_model(config)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan") if parameter.is_floating_point() else -128)
+    model.engine_config = config
+    return model
+
+
+def load(model: torch.nn.Module, rank: Rank = WHOLE) -> torch.nn.Module:
+    """Load the checkpoint that a model was built for."""
+    config = model.engine_config
+    with _as_rank(config, rank):
+        get_model_loader(config.load_config).load_weights(model, config.model_config)
+    return model
+
+
+@contextmanager
+def _as_rank(config: VllmConfig, rank: Rank) -> Iterator[None]:
+    with set_current_vllm_config(config):
+        if parallel_state._TP is None:
+            store = f"file:///tmp/vllm-rendezvous-{os.getpid()}"
+            init_distributed_environment(1, 0, store, 0, "gloo")
+            initialize_model_parallel(1, 1)
+        group = parallel_state._TP
+        group.world_size, group.rank_in_group = rank.size, rank.rank
+        default = torch.get_default_dtype()
+        torch.set_default_dtype(torch.bfloat16)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(default)
+            group.world_size, group.rank_in_group = 1, 0
