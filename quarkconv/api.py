@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from decimal import Decimal
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -184,6 +184,7 @@ def plan_summary(plan: Plan, source: Path, output: Path) -> dict[str, Any]:
         "files": [shard.file for shard in plan.shards]
         + ["config.json", INDEX_NAME, MANIFEST_NAME]
         + [copy.name for copy in plan.copies],
+        "findings": [asdict(loss) for loss in plan.losses],
     }
 
 

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from quarkconv.contradictions import contradictions
 from quarkconv.experts.geometry import ConfigGeometry, config_geometry
-from quarkconv.experts.naming import FUSED_LEAVES
-from quarkconv.experts.topology import MoELayer, Topology, expert_topology
+from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
+from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
 from quarkconv.findings import Finding, Severity
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
@@ -70,6 +70,11 @@ class Description:
         if len(names) > 1 and None not in names:
             return MIXED
         return names.pop() if len(names) == 1 else None
+
+    def unfused_layout(self, layer: MoELayer) -> Layout:
+        """How the unquantized model lays out the experts of a layer: one by one, or all in one in 3-key models."""
+        stacked = layer.layout == "stacked" or self.geometry.model_type in STACKED_MODEL_TYPES
+        return "stacked" if stacked else "per_expert"
 
     def errors(self) -> list[Finding]:
         """The findings of severity ``error``."""

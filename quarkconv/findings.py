@@ -86,6 +86,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
+    # What a conversion leaves behind (told by convert, of one target)
+    "setting-dropped": FindingCode(_W, "The target cannot say a setting of the source's quantization_config."),
+    "tensor-dropped": FindingCode(_I, "The target does not have some tensors of the source."),
 }
 """Code -> default severity and meaning. Codes are stable."""
 

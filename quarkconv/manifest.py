@@ -9,8 +9,11 @@ same source and options give the same manifest.
      "target": ..., "scheme": ..., "producer_version": ..., "moe": {...}, "sources": [[file, size], ...],
      "shards": [{"file": ..., "size": ..., "header": [size, checksum],
                  "tensors": [{"name": ..., "dtype": ..., "shape": [...], "pieces": [
-                     [source tensor, number in sources, start, nbytes, widen, repeat, checksum]]}]}],
+                     [source tensor, number in sources, start, nbytes, widen, repeat, checksum,
+                      [scale's tensor, number, start, nbytes, widen, repeat] or null, run, stride]]}]}],
      "files": [[file, size, checksum], ...]}
+
+The last three values of a piece are there only where codes became weights or columns were cut out.
 """
 
 from __future__ import annotations
@@ -29,6 +32,7 @@ from quarkconv.plan.pieces import MoEGeometry, Piece, SourceFile
 MANIFEST_FORMAT: Final = "quarkconv.manifest/1"
 CHECKSUM: Final = "xxh3-128"
 MAX_MANIFEST_BYTES: Final = 2**30
+_PLAIN_ROW: Final = 7
 
 
 class WrittenPiece(NamedTuple):
@@ -157,21 +161,34 @@ def read_manifest(root: Path) -> Manifest | None:
 
 def _piece_row(written: WrittenPiece, number: dict[str, int]) -> list[Any]:
     piece = written.piece
-    return [
-        piece.tensor, number[piece.file], piece.start, piece.nbytes, piece.widen, piece.repeat, written.checksum,
-    ]  # fmt: skip
+    row = [*_range_row(piece, number), written.checksum]
+    if piece.scale is None and not piece.run:
+        return row
+    return [*row, piece.scale and _range_row(piece.scale, number), piece.run, piece.stride]
+
+
+def _range_row(piece: Piece, number: dict[str, int]) -> list[Any]:
+    return [piece.tensor, number[piece.file], piece.start, piece.nbytes, piece.widen, piece.repeat]
 
 
 def _parse(value: dict[str, Any]) -> Manifest:
     sources = tuple(SourceFile(_file(name), _size(size)) for name, size in value["sources"])
 
-    def piece(row: list[Any]) -> WrittenPiece:
-        tensor, file, start, nbytes, widen, repeat, checksum = row
+    def source_range(row: list[Any]) -> Piece:
+        tensor, file, start, nbytes, widen, repeat = row
         if widen not in ("", "BF16", "F16"):
             raise ValueError(f"unknown computation {widen!r}")
         source = sources[_size(file)].name
-        made = Piece(_text(tensor), source, _size(start), _size(nbytes), widen, _size(repeat))
-        return WrittenPiece(made, _text(checksum))
+        return Piece(_text(tensor), source, _size(start), _size(nbytes), widen, _size(repeat))
+
+    def piece(row: list[Any]) -> WrittenPiece:
+        made, checksum = source_range(row[:6]), _text(row[6])
+        if len(row) == _PLAIN_ROW:
+            return WrittenPiece(made, checksum)
+        scale, run, stride = row[_PLAIN_ROW:]
+        made = made._replace(scale=source_range(scale) if scale else None, run=_size(run), stride=_size(stride))
+        _check_computation(made)
+        return WrittenPiece(made, checksum)
 
     def tensor(item: dict[str, Any]) -> WrittenTensor:
         shape = tuple(_size(dimension) for dimension in item["shape"])
@@ -195,6 +212,18 @@ def _parse(value: dict[str, Any]) -> Manifest:
         shards=tuple(shard(item) for item in value["shards"]),
         files=tuple(WrittenFile(_file(name), _size(size), _text(checksum)) for name, size, checksum in value["files"]),
     )
+
+
+def _check_computation(piece: Piece) -> None:
+    """Refuse a computation whose numbers do not fit together: verification divides by them."""
+    plain = not piece.widen and piece.repeat == 1
+    if piece.scale is not None and not piece.run:
+        rows, rest = divmod(piece.scale.output_nbytes, 4)
+        if plain and not rest and (piece.nbytes % rows == 0 if rows else piece.nbytes == 0):
+            return
+    elif plain and piece.scale is None and 0 < piece.run <= piece.stride and piece.nbytes % piece.run == 0:
+        return
+    raise ValueError("a computation whose sizes do not fit together")
 
 
 def _moe(value: dict[str, Any]) -> MoEGeometry:

@@ -63,7 +63,7 @@ def convert(
         else:
             from quarkconv.cli.render_conversion import render_summary
 
-            console().print(render_summary(summary))
+            console().print(render_summary(summary, plan.losses))
         return 0
     started = time.perf_counter()
     with byte_progress(f"Converting to {to}", plan.output_bytes) as progress:
@@ -73,5 +73,5 @@ def convert(
     else:
         from quarkconv.cli.render_conversion import render_result
 
-        console().print(render_result(result.to_json(), time.perf_counter() - started))
+        console().print(render_result(result.to_json(), plan.losses, time.perf_counter() - started))
     return 0

@@ -10,19 +10,21 @@ from rich.table import Table
 from rich.text import Text
 
 from quarkconv.cli.console import plural, printable, size, verdict
+from quarkconv.cli.render_findings import render_findings
+from quarkconv.findings import Finding
 
 
-def render_summary(summary: dict[str, Any]) -> RenderableType:
+def render_summary(summary: dict[str, Any], losses: tuple[Finding, ...]) -> RenderableType:
     """A plan before it is carried out."""
-    return Group(_table(summary), Text("Nothing was written (--dry-run).", style="dim"))
+    return Group(_table(summary), *render_findings(losses), Text("Nothing was written (--dry-run).", style="dim"))
 
 
-def render_result(result: dict[str, Any], seconds: float) -> RenderableType:
+def render_result(result: dict[str, Any], losses: tuple[Finding, ...], seconds: float) -> RenderableType:
     """A finished conversion."""
     closing = verdict(f"Converted to {result['target']} in {seconds:.1f} s", good=True)
     output = printable(shlex.quote(result["output"]))
     next_step = Text.assemble(("  prove it: ", "dim"), (f"quarkconv verify {output}", "cyan"))
-    return Group(_table(result), closing, next_step)
+    return Group(_table(result), *render_findings(losses), closing, next_step)
 
 
 def _table(summary: dict[str, Any]) -> Table:

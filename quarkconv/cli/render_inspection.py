@@ -11,15 +11,15 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.console import STYLES, indented, plural, printable, size, title, verdict
+from quarkconv.cli.console import indented, plural, printable, size, title, verdict
+from quarkconv.cli.render_findings import render_findings
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import Finding, Severity
+from quarkconv.findings import Severity
 from quarkconv.inspection.engines import EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 
 _VERDICT_STYLES: Final = {"int8": "bold green", "w8a16": "yellow", "wrong": "bold red", "fails": "red"}
-_MARKS: Final = {Severity.ERROR: "✗", Severity.WARNING: "!", Severity.INFO: "·"}
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
@@ -28,7 +28,7 @@ def render_inspection(inspection: Inspection) -> RenderableType:
     if inspection.description.moe_layers:
         parts.append(_experts(inspection.description.moe_layers))
     if inspection.findings:
-        parts.append(_findings(inspection.findings))
+        parts += [Text("Findings", style="bold"), *render_findings(inspection.findings), ""]
     parts.append(_targets(inspection))
     if inspection.engines:
         parts.append(engine_table(inspection.engines, evidence=False))
@@ -111,23 +111,12 @@ def number_ranges(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _findings(findings: tuple[Finding, ...]) -> RenderableType:
-    lines: list[RenderableType] = [Text("Findings", style="bold")]
-    for item in findings:
-        style = STYLES[item.severity]
-        head = Text.assemble((f"{_MARKS[item.severity]} {item.code}", style), f"  {printable(item.subject)}")
-        lines.append(indented(head, 2))
-        lines.append(indented(printable(item.message), 6))
-        if item.hint:
-            lines.append(indented(f"→ {printable(item.hint)}", 6, "green"))
-    return Group(*lines, "")
-
-
 def _targets(inspection: Inspection) -> RenderableType:
     lines: list[RenderableType] = [Text("Targets", style="bold")]
     for name, support in inspection.targets.items():
         if support.supported:
             lines.append(Text.assemble(("  ✓ ", "green"), name, (f"  {size(support.nbytes or 0)}", "dim")))
+            lines += [indented(f"without {printable(loss.subject)}", 6, "dim") for loss in support.losses]
         else:
             lines.append(Text.assemble(("  ✗ ", "red"), name))
             lines.append(indented(printable(support.reason or ""), 6, "dim"))
@@ -156,14 +145,11 @@ def _verdict(inspection: Inspection) -> RenderableType:
     if errors:
         return verdict(f"{plural(len(errors), 'finding')} of severity error", good=False)
     lines: list[RenderableType] = [verdict("Sound: config and tensors agree", good=True)]
+    if inspection.advice:
+        lines.append(indented(inspection.advice, 2))
     form = stored_form(inspection.description)
-    for name, support in inspection.targets.items():
-        runs = any(fact.form == name and fact.verdict == "int8" for fact in inspection.engines)
-        if support.supported and runs and name != form:
-            command = f"quarkconv convert {printable(shlex.quote(inspection.model))} --to {name}"
-            lines.append(Text.assemble(("  convert it: ", "dim"), (command, "cyan")))
-            return Group(*lines)
-    as_it_is = next((fact for fact in inspection.engines if fact.form == form and fact.verdict == "int8"), None)
-    if as_it_is is not None:
-        lines.append(Text(f"  keep it as it is: {as_it_is.engine} {as_it_is.version} runs it in int8", style="dim"))
+    good = next((fact for fact in inspection.engines if fact.verdict == "int8"), None)
+    if good is not None and good.form != form:
+        command = f"quarkconv convert {printable(shlex.quote(inspection.model))} --to {good.form}"
+        lines.append(Text.assemble(("  convert it: ", "dim"), (command, "cyan")))
     return Group(*lines)

@@ -40,6 +40,9 @@ NAMINGS: Final = (
 )
 """The families that are understood. A new one is one row."""
 
+STACKED_MODEL_TYPES: Final = frozenset({"step3p5"})
+"""Model types whose own checkpoints have ``moe.gate_proj`` for all experts (3-key); engines know no other names."""
+
 EXPERTS: Final = "experts"
 """Last part of the name of the module that holds the routed experts."""
 

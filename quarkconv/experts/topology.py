@@ -64,6 +64,11 @@ class MoELayer:
         """True when some projections are stored in int8 and others are not."""
         return len({form.quantized for form in self.all_forms}) > 1
 
+    @property
+    def static(self) -> bool:
+        """True when every projection of every expert has a static input scale."""
+        return all(form.input_scale is not None for form in self.all_forms)
+
     def float_experts(self) -> int:
         """How many experts have a projection that is stored in float."""
         if self.layout != "per_expert":

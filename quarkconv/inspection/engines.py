@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import tomllib
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -13,6 +14,11 @@ from quarkconv.description import Description
 VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
 """Best first."""
 
+FUSED: Final = "fused-int8"
+ENGINE_NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
+"""How engines write their names, where that is not in small letters."""
+
+_SILENTLY: Final = {"w8a16": "keeps activations in 16 bits", "wrong": "computes something else than the model"}
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
@@ -66,8 +72,8 @@ def engine_facts() -> tuple[EngineFact, ...]:
     return tuple(_fact(row) for row in rows)
 
 
-def engines_for(description: Description, converted_to: list[str]) -> list[EngineFact]:
-    """The rows that apply to a checkpoint as it is and after each conversion, best first.
+def engines_for(description: Description, converted_to: Collection[str]) -> list[EngineFact]:
+    """The rows that apply to a checkpoint as it is and after each conversion, best first, and as it is before others.
 
     Args:
         description: the checkpoint.
@@ -76,14 +82,47 @@ def engines_for(description: Description, converted_to: list[str]) -> list[Engin
     scheme = description.scheme
     if scheme is None or not description.int8_layers:
         return []
-    layout = description.int8_layers[0].layout
+    layer, stored = description.int8_layers[0], stored_form(description)
     model_type = (description.geometry.model_type or "").removesuffix("_text")
-    forms: dict[str | None, str | None] = {stored_form(description): layout}
-    forms.update(dict.fromkeys(converted_to))
+    layouts: dict[str | None, str] = dict.fromkeys(converted_to, description.unfused_layout(layer))
+    layouts |= {FUSED: "fused"} if FUSED in layouts else {}
+    layouts[stored] = layer.layout
     found = [
-        fact for fact in engine_facts() if fact.form in forms and fact.holds_for(scheme, forms[fact.form], model_type)
+        fact
+        for fact in engine_facts()
+        if fact.form in layouts and fact.holds_for(scheme, layouts[fact.form], model_type)
     ]
-    return sorted(found, key=lambda fact: VERDICTS.index(fact.verdict))
+    return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), fact.form != stored))
+
+
+def advice(description: Description, facts: Iterable[EngineFact]) -> str | None:
+    """One line on what to do with a checkpoint, engine by engine; None where nothing is known.
+
+    Args:
+        description: the checkpoint.
+        facts: what :func:`engines_for` found.
+    """
+    stored = stored_form(description)
+    by_engine: dict[str, list[EngineFact]] = {}
+    for fact in facts:
+        by_engine.setdefault(fact.engine, []).append(fact)
+    said = [_advice(engine, rows, stored) for engine, rows in by_engine.items()]
+    return "; ".join(filter(None, said)) or None
+
+
+def _advice(engine: str, facts: list[EngineFact], stored: str | None) -> str | None:
+    """What to do for one engine: nothing, another release, a conversion, or give up."""
+    as_it_is = [fact for fact in facts if fact.form == stored]
+    good = next((fact for fact in facts if fact.verdict == "int8"), None)
+    silent = [f"{fact.version} {_SILENTLY[fact.verdict]}" for fact in as_it_is if fact.verdict in _SILENTLY]
+    name = ENGINE_NAMES.get(engine, engine)
+    if good is None:
+        return f"{name} {' and '.join(silent)}" if silent else None
+    if good.form == stored:
+        text = f"{name} {good.version} runs it in int8 as it is"
+    else:
+        text = f"for {name} {good.version} convert it to {good.form}"
+    return f"{text} ({', '.join(silent)})" if silent else text
 
 
 def stored_form(description: Description) -> str | None:

@@ -9,7 +9,7 @@ from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
 from quarkconv.errors import QuarkconvError
 from quarkconv.findings import Finding, Severity
-from quarkconv.inspection.engines import EngineFact, engines_for
+from quarkconv.inspection.engines import EngineFact, advice, engines_for
 from quarkconv.plan.planner import check_convertible
 from quarkconv.plan.target import Target
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
@@ -20,18 +20,19 @@ SCHEMA: Final = "quarkconv.inspect/1"
 
 @dataclass(frozen=True, slots=True)
 class TargetSupport:
-    """Whether a checkpoint can be converted to a target: the size of the tensors then, or why not."""
+    """Whether a checkpoint can be converted to a target: the size of the tensors then, and what is lost, or why not."""
 
     supported: bool
     nbytes: int | None = None
     reason: str | None = None
+    losses: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
-        """The fields of the contract."""
-        return {"supported": True, "bytes": self.nbytes} if self.supported else {
-            "supported": False,
-            "reason": self.reason,
-        }  # fmt: skip
+        """The fields of the contract, and ``findings`` where something is lost."""
+        if not self.supported:
+            return {"supported": False, "reason": self.reason}
+        lost = {"findings": [asdict(loss) for loss in self.losses]} if self.losses else {}
+        return {"supported": True, "bytes": self.nbytes, **lost}
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +62,11 @@ class Inspection:
     def scheme(self) -> str | None:
         """The scheme of what is stored quantized."""
         return self.description.scheme
+
+    @property
+    def advice(self) -> str | None:
+        """One line on which engine runs the checkpoint, and what to convert it to."""
+        return advice(self.description, self.engines)
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``inspect --json`` prints."""
@@ -99,7 +105,7 @@ def make_inspection(model: str, description: Description, extra: tuple[Finding, 
         extra: findings of a deep inspection.
     """
     targets = {name: _support(description, target) for name, target in TARGETS.items()}
-    engines = engines_for(description, [name for name, support in targets.items() if support.supported])
+    engines = engines_for(description, {name for name, support in targets.items() if support.supported})
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     return Inspection(model, description, tuple(findings), targets, tuple(engines))
 
@@ -125,7 +131,7 @@ def _support(description: Description, target: Target) -> TargetSupport:
         check_convertible(description, target)
     except QuarkconvError as error:
         return TargetSupport(False, reason=error.message)
-    return TargetSupport(True, nbytes=target.output_bytes(description))
+    return TargetSupport(True, nbytes=target.output_bytes(description), losses=tuple(target.losses(description)))
 
 
 def _moe(description: Description) -> dict[str, Any] | None:

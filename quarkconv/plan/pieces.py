@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
+from quarkconv.findings import Finding
 from quarkconv.headers.safetensors import TensorRef
 
 PLAN_FORMAT: Final = 1
@@ -17,16 +18,22 @@ PLAN_FORMAT: Final = 1
 class Piece(NamedTuple):
     """A run of output bytes: a byte range of a source file, or a small computation on one.
 
-    The computation turns scales into F32 rows: first each element is widened from ``widen`` to F32, if that is set,
-    then the result is written ``repeat`` times. Without either the bytes are copied.
+    Three computations exist, and a piece has at most one of them; without any the bytes are copied.
+
+    - Scales become F32 rows: each element is widened from ``widen`` to F32, if that is set, and the result is written
+      ``repeat`` times.
+    - Codes become weights: the I8 codes of a row are multiplied in F32 by the row's scale, and rounded to BF16.
+    - Columns are cut out: runs of ``run`` bytes, each ``stride`` bytes after the start of the last, are put together.
 
     Attributes:
         tensor: source tensor that the range belongs to.
         file: source file.
         start: first byte in the file.
-        nbytes: length of the range.
+        nbytes: bytes that are taken: the length of the range, or of all runs together.
         widen: ``BF16`` or ``F16`` when elements of that dtype become F32; empty for a copy.
         repeat: how many times the result is written, one after the other.
+        scale: the piece that gives the rows' scales as F32, when codes become weights.
+        run, stride: length of a run and distance between two of them, when columns are cut out; else 0.
     """
 
     tensor: str
@@ -35,11 +42,28 @@ class Piece(NamedTuple):
     nbytes: int
     widen: str = ""
     repeat: int = 1
+    scale: Piece | None = None
+    run: int = 0
+    stride: int = 0
 
     @property
     def output_nbytes(self) -> int:
         """Length of what the piece contributes to its output tensor."""
-        return self.nbytes * (2 if self.widen else 1) * self.repeat
+        return self.nbytes * (2 if self.widen or self.scale else 1) * self.repeat
+
+    @property
+    def is_copy(self) -> bool:
+        """True when the output bytes are those of one range, as they are."""
+        return not self.widen and self.repeat == 1 and self.scale is None and not self.run
+
+    @property
+    def span(self) -> int:
+        """Bytes from the first one that is taken to the last, those between runs included."""
+        return (self.nbytes // self.run - 1) * self.stride + self.run if self.run else self.nbytes
+
+    def ranges(self) -> tuple[Piece, ...]:
+        """The piece itself, and the one that it takes its scales from."""
+        return (self,) if self.scale is None else (self, self.scale)
 
     @classmethod
     def whole(cls, name: str, ref: TensorRef) -> Piece:
@@ -79,9 +103,10 @@ class Check(NamedTuple):
     """What must hold of the source's data before the first byte is written.
 
     ``zero``: the bytes of ``first`` are all zero. ``equal``: the bytes of ``first`` and ``second`` are the same.
+    ``repeats``: the bytes of ``first`` are those of ``second``, again and again.
     """
 
-    kind: Literal["zero", "equal"]
+    kind: Literal["zero", "equal", "repeats"]
     first: Piece
     second: Piece | None = None
 
@@ -121,6 +146,7 @@ class Plan:
         shards: the safetensors files to write.
         config: config.json to write.
         copies: files of the source that are copied as they are.
+        losses: what the source says and the output does not.
     """
 
     target: str
@@ -133,6 +159,7 @@ class Plan:
     shards: tuple[OutputShard, ...]
     config: dict[str, Any]
     copies: tuple[SourceFile, ...]
+    losses: tuple[Finding, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""

@@ -15,7 +15,7 @@ from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.layout import pack_shards
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile
-from quarkconv.plan.sources import ExpertSource
+from quarkconv.plan.sources import ExpertSource, linear_module
 from quarkconv.plan.target import Target
 from quarkconv.scheme.stored import fused_names, linear_names
 
@@ -43,8 +43,8 @@ def make_plan(description: Description, target: Target, max_shard_size: int) -> 
     checkpoint = description.checkpoint
     with collector_paused():
         refs = checkpoint.refs()
-        checks = tuple(_checks(description, refs))
-        tensors = list(_output_tensors(description, target, refs, checks))
+        made = _Made(description, target, refs)
+        tensors = [*made.tensors, *made.untouched()]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
         layers = description.int8_layers
@@ -63,10 +63,11 @@ def make_plan(description: Description, target: Target, max_shard_size: int) -> 
                 description.geometry.activation,
             ),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
-            checks=checks,
+            checks=tuple(made.checks),
             shards=pack_shards(tensors, max_shard_size),
             config=target.config(description),
             copies=tuple(_copies(description)),
+            losses=tuple(target.losses(description)),
         )
 
 
@@ -105,29 +106,39 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part[:18]), part) if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
 
 
-def _output_tensors(
-    description: Description, target: Target, refs: dict[str, TensorRef], checks: tuple[Check, ...]
-) -> Iterator[OutputTensor]:
-    """The tensors of the output: experts and int8 linears as the target writes them, the rest untouched.
+class _Made:
+    """What a target makes of the int8 modules of a source.
 
-    What only a check reads, such as zero points, is not written.
+    Attributes:
+        tensors: the tensors of experts and int8 linears as the target writes them.
+        checks: what must hold of the source's data.
     """
-    made: list[OutputTensor] = []
-    for layer in description.int8_layers:
-        made += target.expert_tensors(ExpertSource(layer, refs))
-    for module, form in description.stored.linears.items():
-        if form.quantized and module not in description.topology.members:
-            made += target.linear_tensors(module, form, refs)
-    yield from made
-    used = {piece.tensor for tensor in made for piece in tensor.pieces}
-    used.update(piece.tensor for check in checks for piece in (check.first, check.second) if piece is not None)
-    for name, ref in refs.items():
-        if name not in used:
-            yield OutputTensor(name, ref.dtype, ref.shape, (Piece.whole(name, ref),))
+
+    def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef]) -> None:
+        self.tensors: list[OutputTensor] = []
+        self.checks: list[Check] = [*_zero_points(description, refs)]
+        self._target, self._refs = target, refs
+        for layer in description.int8_layers:
+            source = ExpertSource(layer, refs, description.unfused_layout(layer))
+            self.tensors += target.expert_tensors(source)
+            self.checks += target.expert_checks(source)
+        for name, form in description.stored.linears.items():
+            if form.quantized and name not in description.topology.members:
+                module = linear_module(name, form, refs)
+                self.tensors += target.module_tensors(module)
+                self.checks += target.module_checks(module)
+
+    def untouched(self) -> Iterator[OutputTensor]:
+        """Everything else, as it is; what only a check reads, such as zero points, is not written."""
+        used = {piece.tensor for tensor in self.tensors for piece in tensor.pieces}
+        used.update(piece.scale.tensor for tensor in self.tensors for piece in tensor.pieces if piece.scale)
+        used.update(piece.tensor for check in self.checks for piece in (check.first, check.second) if piece)
+        for name, ref in self._refs.items():
+            if name not in used and not self._target.drops(name):
+                yield OutputTensor(name, ref.dtype, ref.shape, (Piece.whole(name, ref),))
 
 
-def _checks(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:
-    """Zero points must be zero; gate and up of an expert see the same input, so their static scales must agree."""
+def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:
     for form, _, modules in description.modules.quantized():
         if form.zero_point is None and form.input_zero_point is None:
             continue
@@ -136,15 +147,6 @@ def _checks(description: Description, refs: dict[str, TensorRef]) -> Iterator[Ch
             for name in (names.zero_point, names.input_zero_point):
                 if name in refs:
                     yield Check("zero", Piece.whole(name, refs[name]))
-    for layer in description.int8_layers:
-        if layer.layout == "fused":
-            continue
-        source = ExpertSource(layer, refs)
-        for expert in range(layer.experts):
-            gate, up = source.input_scale("gate", expert), source.input_scale("up", expert)
-            if gate is None or up is None:
-                break
-            yield Check("equal", gate, up)
 
 
 def _copies(description: Description) -> Iterator[SourceFile]:

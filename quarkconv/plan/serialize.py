@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from quarkconv.errors import SourceError
+from quarkconv.findings import Finding, Severity
 from quarkconv.plan.pieces import PLAN_FORMAT, Check, MoEGeometry, OutputShard, OutputTensor, Piece, Plan, SourceFile
 
 
@@ -20,7 +21,10 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
 
     def piece(item: Piece) -> list[Any]:
         row = [item.tensor, number[item.file], item.start, item.nbytes]
-        return row if item.repeat == 1 and not item.widen else [*row, item.widen, item.repeat]
+        if item.is_copy:
+            return row
+        row += [item.widen, item.repeat]
+        return [*row, item.scale and piece(item.scale), item.run, item.stride] if item.scale or item.run else row
 
     return {
         "format": PLAN_FORMAT,
@@ -46,6 +50,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         ],
         "config": plan.config,
         "copies": plan.copies,
+        "losses": [asdict(loss) for loss in plan.losses],
     }
 
 
@@ -65,8 +70,13 @@ def plan_from_json(value: dict[str, Any]) -> Plan:
 
         def piece(row: list[Any]) -> Piece:
             tensor, file, start, nbytes, *rest = row
-            widen, repeat = rest or ("", 1)
-            return Piece(str(tensor), sources[file].name, int(start), int(nbytes), str(widen), int(repeat))
+            made = Piece(str(tensor), sources[file].name, int(start), int(nbytes))
+            if rest:
+                made = made._replace(widen=str(rest[0]), repeat=int(rest[1]))
+            if rest[2:]:
+                scale, run, stride = rest[2:]
+                made = made._replace(scale=piece(scale) if scale else None, run=int(run), stride=int(stride))
+            return made
 
         moe = value["moe"]
         return Plan(
@@ -92,6 +102,7 @@ def plan_from_json(value: dict[str, Any]) -> Plan:
             ),
             config=value["config"],
             copies=tuple(SourceFile(str(name), int(size)) for name, size in value["copies"]),
+            losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error

@@ -1,4 +1,4 @@
-"""Pieces of the experts of a layer, whatever layout the source has.
+"""Pieces of the int8 modules of a source, whatever layout it has.
 
 Targets ask for "the gate rows of expert 3" and get byte ranges; only this module knows whether they lie in a tensor of
 their own, in a tensor of all experts (3-key), or in the upper half of a fused one.
@@ -6,16 +6,16 @@ their own, in a tensor of all experts (3-key), or in the upper half of a fused o
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 
-from quarkconv.experts.naming import Role
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.topology import Layout, MoELayer
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.pieces import Piece
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import NARROW_DTYPES, TensorNames, fused_names, linear_names
+from quarkconv.scheme.stored import NARROW_DTYPES, Form, TensorNames, fused_names, linear_names
 
 
 def scale_piece(name: str, ref: TensorRef, rows: int, *, part: int = 0, parts: int = 1, per_row: bool) -> Piece:
@@ -33,16 +33,77 @@ def scale_piece(name: str, ref: TensorRef, rows: int, *, part: int = 0, parts: i
 
 
 @dataclass(frozen=True, slots=True)
+class Int8Module:
+    """An int8 linear of the output, under the name that it has there, as pieces of the source.
+
+    Attributes:
+        name: module, such as ``model.layers.0.self_attn.q_proj``.
+        shape: of the weight: [out, in], or [E, out, in] for the experts of a layer in one tensor.
+        codes: pieces of the weight, in order; each holds whole rows.
+        scales: pieces of the weight's scale as F32 for each row, one for each of ``codes``.
+        input_scales: pieces of the static input scale, one element of F32 each; none where activations are dynamic.
+        input_shape: of the static input scale.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    codes: tuple[Piece, ...]
+    scales: tuple[Piece, ...]
+    input_scales: tuple[Piece, ...] = ()
+    input_shape: tuple[int, ...] = ()
+
+
+def linear_module(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Int8Module:
+    """A linear of the source that keeps its name and shape."""
+    names = linear_names(name)
+    shape = form.weight[1]
+    *lead, rows, _ = shape
+    parts = prod(lead)
+    weight, scale, per_row = refs[names.weight], refs[names.scale], form.granularity == PER_CHANNEL
+    size = weight.nbytes // parts if parts else 0
+    codes = tuple(Piece(names.weight, weight.file, weight.start + part * size, size) for part in range(parts))
+    scales = tuple(
+        scale_piece(names.scale, scale, rows, part=part, parts=parts, per_row=per_row) for part in range(parts)
+    )
+    if form.input_scale is None:
+        return Int8Module(name, shape, codes, scales)
+    static = refs[names.input_scale]
+    pieces = (scale_piece(names.input_scale, static, 1, per_row=False),)
+    return Int8Module(name, shape, codes, scales, pieces, form.input_scale[1])
+
+
+def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
+    """The experts of a layer under the names of the unquantized model: one by one, or all in one in 3-key models."""
+    layer, stacked = source.layer, source.unfused == "stacked"
+    numbers = range(layer.experts)
+    for role, leaf in zip(ROLES, layer.naming.projections(), strict=True):
+        rows = source.rows(role)
+        shape = (rows, layer.intermediate if role == "down" else layer.hidden)
+        groups = [numbers] if stacked else [range(number, number + 1) for number in numbers]
+        for group in groups:
+            static = tuple(filter(None, (source.input_scale(role, expert) for expert in group)))
+            yield Int8Module(
+                f"{layer.moe}.{leaf}" if stacked else f"{layer.prefix}.{group[0]}.{leaf}",
+                (layer.experts, *shape) if stacked else shape,
+                tuple(source.weight(role, expert) for expert in group),
+                tuple(source.scale(role, expert) for expert in group),
+                static, (layer.experts,) if stacked else (),
+            )  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertSource:
     """The experts of one layer as pieces of the source.
 
     Attributes:
         layer: the layer.
         refs: byte range of every tensor of the source.
+        unfused: layout of the unquantized model: ``per_expert``, or ``stacked`` in 3-key models.
     """
 
     layer: MoELayer
     refs: Mapping[str, TensorRef]
+    unfused: Layout = "per_expert"
 
     def names(self, role: Role, expert: int) -> TensorNames:
         """Names of the tensors in which a projection of an expert lies."""

@@ -3,17 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from math import prod
 from typing import Any, ClassVar
 
 from quarkconv.description import Description
 from quarkconv.experts.topology import MoELayer
-from quarkconv.headers.safetensors import DTYPE_BITS, TensorRef
-from quarkconv.plan.pieces import OutputTensor, Piece
-from quarkconv.plan.sources import ExpertSource, scale_piece
-from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import Form, linear_names
+from quarkconv.findings import Finding
+from quarkconv.plan.pieces import Check, OutputTensor
+from quarkconv.plan.sources import ExpertSource, Int8Module
+from quarkconv.scheme.stored import Form, linear_names, nbytes
 
 
 class Target(ABC):
@@ -27,9 +26,20 @@ class Target(ABC):
     name: ClassVar[str]
     summary: ClassVar[str]
 
-    @abstractmethod
     def unsupported(self, description: Description) -> str | None:
         """Why this target cannot represent a checkpoint that is sound; None when it can."""
+        if not description.moe_layers:
+            return "it has no routed experts"
+        if not description.int8_layers:
+            return "none of its experts are stored in int8"
+        for layer in description.moe_layers:
+            if layer.partly_quantized:
+                return f"{layer.prefix} mixes experts in int8 and in float"
+        if description.scheme is None:
+            return "it has int8 modules that are not W8A8"
+        if len({scheme.activation for scheme in description.schemes}) > 1:
+            return "it mixes static and dynamic activation scales, which one config group cannot say"
+        return None
 
     @abstractmethod
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
@@ -43,42 +53,56 @@ class Target(ABC):
     def config(self, description: Description) -> dict[str, Any]:
         """The config.json of the output."""
 
-    def linear_tensors(self, module: str, form: Form, refs: Mapping[str, TensorRef]) -> Iterator[OutputTensor]:
-        """The output tensors of another int8 linear: codes as they are, weight_scale F32 [out, 1], no zero point.
+    def losses(self, description: Description) -> Iterator[Finding]:  # noqa: ARG002
+        """What the source says and the output cannot; nothing is dropped that is not named here."""
+        yield from ()
+
+    def drops(self, name: str) -> bool:  # noqa: ARG002
+        """Whether a tensor that no other is made of is left out; :meth:`losses` says so."""
+        return False
+
+    def expert_checks(self, source: ExpertSource) -> Iterator[Check]:  # noqa: ARG002
+        """What must hold of a layer's data for :meth:`expert_tensors` to be exact."""
+        yield from ()
+
+    def module_checks(self, module: Int8Module) -> Iterator[Check]:  # noqa: ARG002
+        """What must hold of a module's data for :meth:`module_tensors` to be exact."""
+        yield from ()
+
+    def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
+        """The output tensors of an int8 linear: codes as they are, weight_scale F32 [out, 1], no zero point.
 
         A scale per tensor is repeated over the rows, a 16-bit scale is widened; both are exact.
         """
-        names = linear_names(module)
-        *lead, rows, _ = form.weight[1]
-        per_row = form.granularity == PER_CHANNEL
-        yield OutputTensor(names.weight, *form.weight, (Piece.whole(names.weight, refs[names.weight]),))
-        parts = prod(lead)
-        scales = (
-            scale_piece(names.scale, refs[names.scale], rows, part=part, parts=parts, per_row=per_row)
-            for part in range(parts)
-        )
-        yield OutputTensor(names.scale, "F32", (*lead, rows, 1), tuple(scales))
-        if form.input_scale is not None:
-            piece = scale_piece(names.input_scale, refs[names.input_scale], 1, per_row=False)
-            yield OutputTensor(names.input_scale, "F32", form.input_scale[1], (piece,))
+        names = linear_names(module.name)
+        yield OutputTensor(names.weight, "I8", module.shape, module.codes)
+        yield OutputTensor(names.scale, "F32", (*module.shape[:-1], 1), module.scales)
+        if module.input_scales:
+            yield OutputTensor(names.input_scale, "F32", module.input_shape, module.input_scales)
 
-    def linear_bytes(self, form: Form) -> int:
-        """Size of :meth:`linear_tensors`, without making them."""
-        static = 0 if form.input_scale is None else 4 * prod(form.input_scale[1])
-        return prod(form.weight[1]) + 4 * prod(form.weight[1][:-1]) + static
+    def module_bytes(self, shape: tuple[int, ...], static: int) -> int:
+        """Size of :meth:`module_tensors`, without making them.
+
+        Args:
+            shape: of the weight.
+            static: number of static input scales.
+        """
+        return prod(shape) + 4 * prod(shape[:-1]) + 4 * static
 
     def output_bytes(self, description: Description) -> int:
         """Size of all tensors of the output, without planning them."""
-        consumed = sum(len(modules) * form_bytes(form) for form, _, modules in description.modules.quantized())
-        experts = sum(self.expert_bytes(layer) for layer in description.int8_layers)
+        consumed = experts = linears = 0
         members = description.topology.members
-        linears = sum(
-            self.linear_bytes(form) * sum(module not in members for module in modules)
-            for form, _, modules in description.modules.quantized()
-        )
+        for form, _, modules in description.modules.quantized():
+            consumed += len(modules) * form_bytes(form)
+            static = 0 if form.input_scale is None else prod(form.input_scale[1])
+            others = sum(module not in members for module in modules)
+            linears += others * self.module_bytes(form.weight[1], static) if others else 0
+        for layer in description.int8_layers:
+            experts += self.expert_bytes(layer)
         return description.checkpoint.tensor_bytes - consumed + experts + linears
 
 
 def form_bytes(form: Form) -> int:
     """Size in bytes of the tensors of a module."""
-    return sum(prod(kind[1]) * DTYPE_BITS[kind[0]] // 8 for kind in form if kind is not None)
+    return sum(nbytes(kind) for kind in form if kind is not None)

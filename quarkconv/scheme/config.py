@@ -25,9 +25,16 @@ def declared_scheme(config: dict[str, Any]) -> DeclaredScheme | None:
     The config of a multimodal model may carry it in its text part. A ``quant_method`` that is not known gives a
     scheme of which nothing is known but the name.
     """
+    quantization = quantization_config(config)
+    return None if quantization is None else _read(quantization)
+
+
+def quantization_config(config: dict[str, Any]) -> object:
+    """The quantization_config of a config.json, whatever it is; None when there is none."""
     for part in (config, config.get("text_config")):
         if isinstance(part, dict) and part.get(QUANTIZATION_KEY) is not None:
-            return _read(part[QUANTIZATION_KEY])
+            found: object = part[QUANTIZATION_KEY]
+            return found
     return None
 
 

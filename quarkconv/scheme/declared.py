@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
-from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme
+from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +28,8 @@ class DeclaredScheme(ABC):
         default: the scheme of a module that no entry mentions.
         problems: fields of the wrong type, which were ignored.
         stores_codes: False when the config says that weights are stored in float, to be quantized at load.
+        kv_cache: how the key-value cache is quantized; None when it is not.
+        kv_cache_modules: name patterns of the modules whose outputs go into it.
         names: the INT8 schemes that the format can express, and their names.
     """
 
@@ -39,6 +41,8 @@ class DeclaredScheme(ABC):
         self.default: ModuleScheme = FLOAT
         self.problems: list[ConfigProblem] = []
         self.stores_codes = True
+        self.kv_cache: TensorSpec | None = None
+        self.kv_cache_modules: tuple[str, ...] = ()
 
     @abstractmethod
     def resolve(self, module: str) -> ModuleScheme:

@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme
@@ -26,6 +27,9 @@ from quarkconv.scheme.spec import (
 
 LINEAR_TYPE = "Linear"
 """The class that a group names to mean every linear that no group names."""
+
+KV_CACHE_MODULES = ("*k_proj", "*v_proj")
+"""The linears whose outputs a key-value cache holds, as Quark's patterns."""
 
 _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
 
@@ -55,6 +59,11 @@ class CompressedTensorsScheme(DeclaredScheme):
             if LINEAR_TYPE in targets and self.default == FLOAT:
                 self.default = scheme
         self._ignored = name_filter(self._strings(config.get("ignore"), "ignore"), globs=False)
+        kv_cache = self._spec(config.get("kv_cache_scheme"), "kv_cache_scheme")
+        if kv_cache is not None:
+            fp8 = kv_cache.dtype == "float8"
+            self.kv_cache = replace(kv_cache, dtype="fp8_e4m3") if fp8 else kv_cache
+            self.kv_cache_modules = KV_CACHE_MODULES
 
     def resolve(self, module: str) -> ModuleScheme:
         if self._ignored(module):

@@ -38,6 +38,13 @@ class QuarkScheme(DeclaredScheme):
         self._excluded = name_filter(self._strings(config.get("exclude"), "exclude"), globs=True)
         export = self._object(config.get("export"), "export")
         self.stores_codes = export.get("weight_format", "real_quantized") == "real_quantized"
+        group = self._strings(export.get("kv_cache_group"), "export.kv_cache_group")
+        for key in group:
+            layer = by_name.get(key)
+            outputs = layer.get("output_tensors") if isinstance(layer, dict) else None
+            spec = self._spec(outputs, f"layer_quant_config.{key}.output_tensors", weight=False)
+            if spec is not None:
+                self.kv_cache, self.kv_cache_modules = spec, tuple(group)
 
     def resolve(self, module: str) -> ModuleScheme:
         if self._excluded(module):

@@ -56,6 +56,8 @@ WEIGHT_PER_CHANNEL: Final = TensorSpec("int8", PER_CHANNEL, symmetric=True, dyna
 WEIGHT_PER_TENSOR: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynamic=False)
 INPUT_PER_TOKEN: Final = TensorSpec("int8", PER_TOKEN, symmetric=True, dynamic=True)
 INPUT_STATIC: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynamic=False)
+FP8_STATIC: Final = TensorSpec("fp8_e4m3", PER_TENSOR, symmetric=True, dynamic=False)
+"""How engines store a quantized key-value cache."""
 
 SCHEME_NAMES: Final[Mapping[ModuleScheme, str]] = {
     ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN): "ptpc_int8",

@@ -13,9 +13,10 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
+from math import prod
 from typing import Any, Final, Literal, NamedTuple
 
-from quarkconv.headers.safetensors import FLOAT_DTYPES, Kind
+from quarkconv.headers.safetensors import DTYPE_BITS, FLOAT_DTYPES, Kind
 from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
@@ -61,6 +62,11 @@ class Form(NamedTuple):
         if shape in (leading, (*leading, 1), (*leading, 1, 1)):
             return PER_TENSOR
         return None
+
+
+def nbytes(kind: Kind) -> int:
+    """Size of a tensor in bytes."""
+    return prod(kind[1]) * DTYPE_BITS[kind[0]] // 8
 
 
 class TensorNames(NamedTuple):

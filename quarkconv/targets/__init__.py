@@ -6,9 +6,15 @@ from typing import Final
 
 from quarkconv.errors import UsageError
 from quarkconv.plan.target import Target
+from quarkconv.targets.bf16 import Bf16
+from quarkconv.targets.compressed_tensors import CompressedTensors
 from quarkconv.targets.fused_int8 import FusedInt8
+from quarkconv.targets.quark import Quark
+from quarkconv.targets.w8a8_int8 import W8A8Int8
 
-TARGETS: Final[dict[str, Target]] = {target.name: target for target in (FusedInt8(),)}
+TARGETS: Final[dict[str, Target]] = {
+    target.name: target for target in (FusedInt8(), CompressedTensors(), W8A8Int8(), Bf16(), Quark())
+}
 """Name, as given to ``--to``, -> target."""
 
 

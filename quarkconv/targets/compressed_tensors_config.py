@@ -9,23 +9,16 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
-from quarkconv.experts.geometry import TEXT_PARTS
-from quarkconv.experts.naming import NAMINGS
-from quarkconv.scheme.config import QUANTIZATION_KEY
-from quarkconv.scheme.spec import INPUT_STATIC
+from quarkconv.findings import Finding
+from quarkconv.scheme.config import quantization_config
+from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
+from quarkconv.targets.ignored import ignored_modules
+from quarkconv.targets.settings import KV_CACHE, dropped_settings, replace_quantization
 
-FUSED_PARENTS: Final[dict[str, str]] = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "w1": "gate_up_proj", "w3": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz",
-    "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
-}  # fmt: skip
-"""Linears that engines merge into one at load -> name of the merged linear. vLLM expands the merged name to its parts;
-SGLang has no such table for some models and looks for the merged name itself, so both are named."""
+_KV_CACHE_FP8: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_CARRIED: Final = ("version", "kv_cache_scheme", "sparsity_config", "transform_config")
+"""Fields of a source in the same form that go over as they are."""
 
 
 def compressed_tensors_config(description: Description) -> dict[str, Any]:
@@ -49,41 +42,23 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
         "config_groups": {"group_0": group},
         "ignore": ignored_modules(description),
     }
+    quantization.update(_carried(description))
     return replace_quantization(description.checkpoint.config, quantization)
 
 
-def ignored_modules(description: Description) -> list[str]:
-    """Every module that is not quantized, by its exact name, with the linear that engines merge it into."""
-    return sorted(set(_ignored(description)))
+def compressed_tensors_losses(description: Description) -> Iterator[Finding]:
+    """What the source says and the compressed-tensors form cannot."""
+    carried = _carried(description)
+    kept = {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
+    yield from dropped_settings(description, "compressed-tensors", kept=kept)
 
 
-def replace_quantization(config: dict[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of a config with another quantization_config, at the top, or with none."""
-    replaced = {key: value for key, value in config.items() if key != QUANTIZATION_KEY}
-    for part in TEXT_PARTS:
-        if isinstance(replaced.get(part), dict):
-            replaced[part] = {key: value for key, value in replaced[part].items() if key != QUANTIZATION_KEY}
-    if quantization is not None:
-        replaced[QUANTIZATION_KEY] = quantization
-    return replaced
-
-
-def _ignored(description: Description) -> Iterator[str]:
-    topology = description.topology
-    quantized = {module for module, form in description.stored.linears.items() if form.quantized}
-    for module, form in description.stored.linears.items():
-        if not form.is_float or not is_linear(module, form):
-            continue
-        yield module
-        if module in topology.members:
-            continue
-        head, _, leaf = module.rpartition(".")
-        parent = FUSED_PARENTS.get(leaf)
-        parts = [f"{head}.{part}" for part, merged in FUSED_PARENTS.items() if merged == parent]
-        if parent is not None and not quantized.intersection(parts):
-            yield f"{head}.{parent}"
-    for layer in topology.layers:
-        if not layer.quantized:
-            yield layer.prefix
-            for leaf in NAMINGS[0].projections():  # vLLM and SGLang ask about these three, whatever the names are
-                yield f"{layer.prefix}.0.{leaf}"
+def _carried(description: Description) -> dict[str, Any]:
+    """The settings beside weights and activations."""
+    declared = description.declared
+    if declared is None:
+        return {}
+    if declared.method == "compressed-tensors":
+        source = quantization_config(description.checkpoint.config)
+        return {key: source[key] for key in _CARRIED if isinstance(source, dict) and source.get(key) is not None}
+    return {"kv_cache_scheme": dict(_KV_CACHE_FP8)} if declared.kv_cache == FP8_STATIC else {}

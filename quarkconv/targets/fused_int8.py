@@ -21,10 +21,11 @@ from typing import Any, Final
 from quarkconv.description import Description
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
-from quarkconv.plan.pieces import OutputTensor
+from quarkconv.findings import Finding
+from quarkconv.plan.pieces import Check, OutputTensor
 from quarkconv.plan.sources import ExpertSource
 from quarkconv.plan.target import Target
-from quarkconv.targets.compressed_tensors_config import compressed_tensors_config
+from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
 
 _PARTS: Final[tuple[tuple[Role, ...], ...]] = (("gate", "up"), ("down",))
 
@@ -34,20 +35,6 @@ class FusedInt8(Target):
 
     name = "fused-int8"
     summary = "experts of a layer in two int8 tensors; loads in vLLM 0.28 and later"
-
-    def unsupported(self, description: Description) -> str | None:
-        if not description.moe_layers:
-            return "it has no routed experts"
-        if not description.int8_layers:
-            return "none of its experts are stored in int8"
-        for layer in description.moe_layers:
-            if layer.partly_quantized:
-                return f"{layer.prefix} mixes experts in int8 and in float"
-        if description.scheme is None:
-            return "it has int8 modules that are not W8A8"
-        if len({scheme.activation for scheme in description.schemes}) > 1:
-            return "it mixes static and dynamic activation scales, which one config group cannot say"
-        return None
 
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
         layer = source.layer
@@ -64,11 +51,23 @@ class FusedInt8(Target):
             if len(static) == layer.experts:
                 yield OutputTensor(f"{name}_input_scale", "F32", (layer.experts,), static)
 
+    def expert_checks(self, source: ExpertSource) -> Iterator[Check]:
+        """Gate and up of an expert share a static scale here, so theirs must be the same; they see the same input."""
+        if source.layer.layout == "fused" or not source.layer.static:
+            return
+        for expert in range(source.layer.experts):
+            gate, up = source.input_scale("gate", expert), source.input_scale("up", expert)
+            if gate is not None and up is not None:
+                yield Check("equal", gate, up)
+
     def expert_bytes(self, layer: MoELayer) -> int:
         codes = 3 * layer.hidden * layer.intermediate
         scales = 4 * (2 * layer.intermediate + layer.hidden)
-        static = 8 if all(form.input_scale is not None for form in layer.all_forms) else 0
+        static = 8 if layer.static else 0
         return layer.experts * (codes + scales + static)
 
     def config(self, description: Description) -> dict[str, Any]:
         return compressed_tensors_config(description)
+
+    def losses(self, description: Description) -> Iterator[Finding]:
+        return compressed_tensors_losses(description)

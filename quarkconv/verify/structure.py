@@ -6,12 +6,15 @@ from collections.abc import Iterator
 from typing import Final
 
 from quarkconv.description import Description
-from quarkconv.errors import SourceError
-from quarkconv.findings import CODES
+from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.findings import CODES, Finding
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.manifest import Manifest
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem, StructureResult
+
+DEQUANTIZED: Final = "bf16"
+"""The target that leaves nothing quantized."""
 
 _LOADED: Final = frozenset({".safetensors", ".py", ".bin", ".pt", ".gguf"})
 """Suffixes of files that loaders pick up by themselves."""
@@ -28,7 +31,7 @@ def check_structure(description: Description, manifest: Manifest | None, problem
     damage = [*_truncated(description)]
     if manifest is not None:
         damage.extend(_against_manifest(description, description.checkpoint, manifest))
-    for item in description.errors():
+    for item in _unexpected_errors(description, manifest):
         where = layer_of(description, item.subject)
         problems.append(Problem("structure", where, item.subject, f"{item.code}: {item.message}", item.count))
     problems.extend(damage)
@@ -37,6 +40,14 @@ def check_structure(description: Description, manifest: Manifest | None, problem
     return StructureResult(
         len(checkpoint.shards), len(checkpoint.kinds), manifest is not None, not damage and not broken
     )
+
+
+def _unexpected_errors(description: Description, manifest: Manifest | None) -> Iterator[Finding]:
+    """The errors of a checkpoint; that a dequantized one is not quantized is none."""
+    dequantized = manifest is not None and manifest.target == DEQUANTIZED
+    for item in description.errors():
+        if not dequantized or CODES[item.code].blocks is not UnsupportedError:
+            yield item
 
 
 def _truncated(description: Description) -> Iterator[Problem]:

@@ -129,6 +129,14 @@ def _check(check: Check, sources: SourceFiles) -> None:
             file=check.first.file, expected="zeros", found=f"{len(first) - first.count(0)} bytes that are not zero",
             hint="quantize the model again with symmetric weights",
         )  # fmt: skip
+    if check.kind == "repeats" and check.second is not None:
+        one = sources.read(check.second)
+        if first != one * (len(first) // len(one)):
+            raise UnsupportedError(
+                "The rows of a weight have different scales, and Quark has one for a weight with static activations",
+                tensor=check.first.tensor, file=check.first.file, expected="the same scale for each row",
+                hint="convert to compressed-tensors or fused-int8 instead",
+            )  # fmt: skip
     if check.kind == "equal" and check.second is not None and first != sources.read(check.second):
         raise UnsupportedError(
             "Gate and up of an expert have different input scales, and the fused tensor has one for both",

@@ -14,7 +14,7 @@ from quarkconv.plan.pieces import OutputShard, Piece
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile
 from quarkconv.write.segments import Segment, cut
 from quarkconv.write.source_files import SourceFiles
-from quarkconv.write.transforms import transform
+from quarkconv.write.transforms import transformed
 
 
 class ShardWriter:
@@ -82,11 +82,12 @@ class ShardWriter:
 
 def _put_piece(stream: BlockStream, piece: Piece, sources: SourceFiles) -> str:
     """Append the output bytes of a piece; returns their checksum."""
-    if piece.widen or piece.repeat != 1:
-        data = memoryview(transform(piece, sources.read(piece)))
-        stream.put(data)
-        return xxhash.xxh3_128_hexdigest(data)
     hasher = xxhash.xxh3_128()
+    if not piece.is_copy:
+        for data in transformed(piece, sources):
+            hasher.update(data)
+            stream.put(memoryview(data))
+        return hasher.hexdigest()
     done = 0
     while done < piece.nbytes:
         room = stream.room()[: piece.nbytes - done]

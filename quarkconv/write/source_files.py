@@ -57,19 +57,20 @@ class SourceFiles:
                 for source in plan.sources
                 for name, ref in read_header(self.root / source.name, source.name).refs()
             }
-        read = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
+        pieces = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
+        read = (part for piece in pieces for part in ((piece,) if piece.scale is None else piece.ranges()))
         checked = (piece for check in plan.checks for piece in (check.first, check.second) if piece is not None)
         for piece in chain(read, checked):
             ref = refs.get(piece.tensor)
             if (
                 ref is None
                 or ref.file != piece.file
-                or not (ref.start <= piece.start and piece.start + piece.nbytes <= ref.start + ref.nbytes)
+                or not (ref.start <= piece.start and piece.start + piece.span <= ref.start + ref.nbytes)
             ):
                 raise SourceError(
                     "The source is not the one that the plan was made of", code="source-changed",
                     file=str(self.root / piece.file), tensor=piece.tensor,
-                    expected=f"its bytes from {piece.start} to {piece.start + piece.nbytes}",
+                    expected=f"its bytes from {piece.start} to {piece.start + piece.span}",
                     found="no such tensor in this file" if ref is None or ref.file != piece.file
                     else f"the tensor from {ref.start} to {ref.start + ref.nbytes}",
                     hint="make the plan again",

@@ -1,15 +1,92 @@
-"""The small computations of a plan: scales to F32 rows. Exact, and without torch."""
+"""The computations of a plan, a block at a time, so that memory does not grow with the tensor."""
 
 from __future__ import annotations
 
+import math
+import struct
+from collections.abc import Iterator
+from typing import Final, Protocol
+
+from quarkconv.errors import SourceError
 from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.plan.pieces import Piece
 
+BLOCK_BYTES: Final = 2**20
+"""Source bytes that are read at a time, at least a row."""
+_CODES_AT_ONCE: Final = 96 * 2**10
+"""Codes that become weights at a time: few enough that they, as F32, stay in the cache of a processor."""
 
-def transform(piece: Piece, data: bytes) -> bytes:
-    """The output bytes of a piece that is not a plain copy, from the bytes of its source range."""
+
+class Reader(Protocol):
+    """Where the bytes of pieces come from."""
+
+    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the source's bytes from ``offset`` after the start of a piece."""
+
+
+def transformed(piece: Piece, source: Reader) -> Iterator[bytes | bytearray | memoryview]:
+    """The output bytes of a piece that is not a copy, in order.
+
+    Raises:
+        SourceError: reading failed, or a scale by which codes are multiplied is not finite.
+    """
+    if piece.scale is not None:
+        yield from _weights(piece, piece.scale, source)
+    elif piece.run:
+        yield from _columns(piece, source)
+    else:
+        yield _rows(piece, source)
+
+
+def _rows(piece: Piece, source: Reader) -> bytes:
+    """Scales as F32 rows. Exact: F32 has every value of BF16 and F16."""
+    data = bytes(_read(piece, 0, piece.nbytes, source))
     if piece.widen == "BF16":
         data = widen_bf16(data)
     elif piece.widen == "F16":
         data = widen_f16(data)
     return data * piece.repeat
+
+
+def _weights(piece: Piece, scale: Piece, source: Reader) -> Iterator[memoryview]:
+    """Codes times the scales of their rows, in F32, rounded once to BF16, to nearest and ties to even."""
+    import torch  # only this computation needs it, and importing it takes longer than many conversions
+
+    factors = bytearray(_rows(scale, source))
+    count = len(factors) // 4
+    if not all(map(math.isfinite, struct.unpack(f"<{count}f", factors))):
+        raise SourceError(
+            "A scale is NaN or infinite", code="scale-invalid", file=scale.file, tensor=scale.tensor,
+            hint="quantize the model again; its outputs would be NaN",
+        )  # fmt: skip
+    columns = piece.nbytes // count if count else 0
+    rows = max(1, BLOCK_BYTES // max(1, columns))
+    few = max(1, _CODES_AT_ONCE // max(1, columns))
+    for first in range(0, count if columns else 0, rows):
+        block = min(rows, count - first)
+        codes = torch.frombuffer(_read(piece, first * columns, block * columns, source), dtype=torch.int8)
+        codes = codes.view(block, columns)
+        scales = torch.frombuffer(factors, dtype=torch.float32, count=block, offset=4 * first).unsqueeze(1)
+        result = bytearray(2 * block * columns)
+        weights = torch.frombuffer(result, dtype=torch.bfloat16).view(block, columns)
+        for row in range(0, block, few):
+            part = slice(row, row + few)
+            weights[part] = codes[part].float().mul_(scales[part])
+        yield memoryview(result)
+
+
+def _columns(piece: Piece, source: Reader) -> Iterator[bytearray]:
+    """The same bytes of many rows: whole rows are read, and their runs put together."""
+    run, stride = piece.run, piece.stride
+    count = piece.nbytes // run
+    rows = max(1, BLOCK_BYTES // stride)
+    for first in range(0, count, rows):
+        block = min(rows, count - first)
+        data = _read(piece, first * stride, (block - 1) * stride + run, source)
+        yield bytearray().join(memoryview(data)[row * stride : row * stride + run] for row in range(block))
+
+
+def _read(piece: Piece, offset: int, nbytes: int, source: Reader) -> bytearray:
+    data = bytearray(nbytes)
+    source.fill(piece, offset, memoryview(data))
+    return data

@@ -130,6 +130,8 @@ def test_config_is_the_compressed_tensors_form_and_nothing_else_changes(
     inputs = {"num_bits": 8, "type": "int", "strategy": strategy, "symmetric": True, "dynamic": dynamic}
     weights = {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False}
     ignore = quantization.pop("ignore")
+    kv_cache = quantization.pop("kv_cache_scheme", None)
+    assert (kv_cache is not None) is (name == "qwen3_moe-0.11-eager-kv_cache_fp8")
     assert quantization == {
         "quant_method": "compressed-tensors",
         "format": "int-quantized",

@@ -10,7 +10,24 @@ import torch
 
 from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.plan.pieces import Piece
-from quarkconv.write.transforms import transform
+from quarkconv.write.transforms import transformed
+
+
+class Memory:
+    """Source bytes in memory: a piece's ``file`` names which."""
+
+    def __init__(self, **files: bytes) -> None:
+        self.files = files
+
+    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
+        start = piece.start + offset
+        view[:] = self.files[piece.file][start : start + len(view)]
+
+
+def transform(piece: Piece, data: bytes) -> bytes:
+    """The output of a piece of a file that holds ``data``."""
+    return b"".join(transformed(piece, Memory(file=data)))
+
 
 ALL = struct.pack("<65536H", *range(65536))
 

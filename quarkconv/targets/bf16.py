@@ -1,0 +1,56 @@
+"""``bf16``: the model that the codes stand for, without any quantization: the reference for evaluation.
+
+Each weight is code times scale in F32, rounded once to BF16. Names are those of the unquantized model, so that
+transformers and every engine load it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, Final
+
+from quarkconv.description import Description
+from quarkconv.findings import Finding, finding
+from quarkconv.plan.pieces import OutputTensor
+from quarkconv.plan.sources import Int8Module
+from quarkconv.scheme.stored import linear_names, nbytes
+from quarkconv.targets.per_expert import PerExpertTarget
+from quarkconv.targets.settings import dropped_settings, replace_quantization
+
+_OF_ACTIVATIONS: Final = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+
+
+class Bf16(PerExpertTarget):
+    """The target ``bf16``."""
+
+    name = "bf16"
+    summary = "dequantized, without quantization_config; loads everywhere, for evaluation"
+
+    def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
+        pieces = tuple(codes._replace(scale=scale) for codes, scale in zip(module.codes, module.scales, strict=True))
+        yield OutputTensor(linear_names(module.name).weight, "BF16", module.shape, pieces)
+
+    def module_bytes(self, shape: tuple[int, ...], static: int) -> int:  # noqa: ARG002
+        return 2 * prod(shape)
+
+    def output_bytes(self, description: Description) -> int:
+        dropped = sum(nbytes(kind) for name, kind in description.checkpoint.kinds.items() if self.drops(name))
+        for form, _, modules in description.modules.quantized():  # these were counted as consumed
+            inputs = (kind for kind in (form.input_scale, form.input_zero_point) if kind is not None)
+            dropped -= len(modules) * sum(map(nbytes, inputs))
+        return super().output_bytes(description) - dropped
+
+    def drops(self, name: str) -> bool:
+        return name.endswith(_OF_ACTIVATIONS)
+
+    def config(self, description: Description) -> dict[str, Any]:
+        config = replace_quantization(description.checkpoint.config, None)
+        return {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
+
+    def losses(self, description: Description) -> Iterator[Finding]:
+        yield from dropped_settings(description, self.name, kept=())
+        names = [name for name in description.checkpoint.kinds if self.drops(name)]
+        if names:
+            message = f"{len(names)} scale(s) and zero point(s) of activations have no place in a model without any"
+            yield finding("tensor-dropped", names[0], message, count=len(names))

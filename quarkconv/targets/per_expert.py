@@ -1,0 +1,31 @@
+"""What the targets have in common that name the experts as the unquantized model does."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quarkconv.experts.topology import MoELayer
+from quarkconv.plan.pieces import Check, OutputTensor
+from quarkconv.plan.sources import ExpertSource, expert_modules
+from quarkconv.plan.target import Target
+
+
+class PerExpertTarget(Target):
+    """A target with an ``experts.N.gate_proj`` for every expert, or ``moe.gate_proj`` in 3-key models.
+
+    A projection of an expert is written as any other int8 linear: see :meth:`Target.module_tensors`.
+    """
+
+    def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
+        for module in expert_modules(source):
+            yield from self.module_tensors(module)
+
+    def expert_checks(self, source: ExpertSource) -> Iterator[Check]:
+        if source.layer.static:
+            for module in expert_modules(source):
+                yield from self.module_checks(module)
+
+    def expert_bytes(self, layer: MoELayer) -> int:
+        up = self.module_bytes((layer.intermediate, layer.hidden), layer.static)
+        down = self.module_bytes((layer.hidden, layer.intermediate), layer.static)
+        return layer.experts * (2 * up + down)

@@ -1,0 +1,143 @@
+"""``quark``: back to what AMD Quark 0.13 exports, so that its tools and every engine that reads them can go on.
+
+    P.N.gate_proj.weight         I8   [I, H]
+    P.N.gate_proj.weight_scale   F32  [I]      per tensor, F32 [], where activation scales are static
+    P.N.gate_proj.input_scale    F32  []       static activation scales only
+
+The scheme is ``ptpc_int8``, which a weight of one scale becomes by repeating it. With static activation scales it is
+``int8_static``, the only form that Quark has for them; then the rows of a weight must all have the same scale.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from math import prod
+from typing import Any, Final
+
+from quarkconv.description import Description
+from quarkconv.findings import Finding
+from quarkconv.plan.pieces import Check, OutputTensor, Piece
+from quarkconv.plan.sources import Int8Module
+from quarkconv.scheme.config import quantization_config
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
+from quarkconv.scheme.stored import linear_names
+from quarkconv.targets.ignored import ignored_modules
+from quarkconv.targets.per_expert import PerExpertTarget
+from quarkconv.targets.settings import KV_CACHE, dropped_settings, replace_quantization
+
+QUARK_VERSION: Final = "0.13"
+"""The version of Quark whose form is written."""
+
+_F32: Final = 4
+
+
+class Quark(PerExpertTarget):
+    """The target ``quark``."""
+
+    name = "quark"
+    summary = "back to a Quark export; loads in vLLM 0.28 and later, and in Quark"
+
+    def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
+        names = linear_names(module.name)
+        *lead, rows, _ = module.shape
+        yield OutputTensor(names.weight, "I8", module.shape, module.codes)
+        if not module.input_scales:
+            yield OutputTensor(names.scale, "F32", (*lead, rows), module.scales)
+            return
+        yield OutputTensor(names.scale, "F32", tuple(lead), tuple(map(_one, module.scales)))
+        yield OutputTensor(names.input_scale, "F32", module.input_shape, module.input_scales)
+
+    def module_bytes(self, shape: tuple[int, ...], static: int) -> int:
+        scales = prod(shape[:-2]) if static else prod(shape[:-1])
+        return prod(shape) + _F32 * scales + _F32 * static
+
+    def module_checks(self, module: Int8Module) -> Iterator[Check]:
+        if module.input_scales:
+            for scale in module.scales:
+                if scale.repeat == 1:
+                    yield Check("repeats", scale, _one(scale))
+
+    def config(self, description: Description) -> dict[str, Any]:
+        static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
+        source = quantization_config(description.checkpoint.config)
+        declared = description.declared
+        carried = source if isinstance(source, dict) and declared is not None and declared.method == "quark" else {}
+        layer = _layer_config(static)
+        kv_layers = _kv_cache_layers(declared, layer)
+        quantization = {
+            "algo_config": None,
+            "kv_cache_post_rope": False,
+            "softmax_quant_spec": None,
+            **carried,
+            "quant_method": "quark",
+            "quant_mode": "eager_mode",
+            "version": QUARK_VERSION,
+            "global_quant_config": layer,
+            "layer_type_quant_config": {},
+            "layer_quant_config": kv_layers,
+            "kv_cache_quant_config": kv_layers,
+            "exclude": ignored_modules(description),
+            "export": {
+                "min_kv_scale": 0.0,
+                **carried.get("export", {}),
+                "kv_cache_group": list(kv_layers),
+                "pack_method": "reorder",
+                "weight_format": "real_quantized",
+                "weight_merge_groups": None,
+            },
+        }
+        return replace_quantization(description.checkpoint.config, quantization)
+
+    def losses(self, description: Description) -> Iterator[Finding]:
+        declared = description.declared
+        kept = {KV_CACHE} if _kv_cache_layers(declared, {}) else set()
+        source = quantization_config(description.checkpoint.config)
+        if declared is not None and declared.method == "quark" and isinstance(source, dict):
+            kept.update(source, ("export",))  # carried over; what is said of single layers is not
+            kept -= {"global_quant_config", "layer_quant_config", "layer_type_quant_config"}
+        yield from dropped_settings(description, self.name, kept=kept)
+
+
+def _one(scale: Piece) -> Piece:
+    """The first element of a scale, as F32; of one that is repeated over rows, the only one."""
+    size = scale.nbytes if scale.repeat > 1 else (_F32 // 2 if scale.widen else _F32)
+    return scale._replace(nbytes=size, repeat=1)
+
+
+def _kv_cache_layers(declared: DeclaredScheme | None, layer: dict[str, Any]) -> dict[str, Any]:
+    """What ``layer_quant_config`` says of the linears whose outputs go into a quantized key-value cache."""
+    if declared is None or declared.kv_cache != FP8_STATIC:
+        return {}
+    outputs = _tensor_config("fp8_e4m3", static=True)
+    return {pattern: {**layer, "output_tensors": outputs} for pattern in declared.kv_cache_modules}
+
+
+def _layer_config(static: bool) -> dict[str, Any]:
+    """``global_quant_config``: of ptpc_int8, or of int8_static."""
+    if static:
+        weight = inputs = _tensor_config("int8", static=True)
+    else:
+        weight = _tensor_config("int8", static=False, axis=0)
+        inputs = {**_tensor_config("int8", static=False, axis=1), "is_dynamic": True}
+    return {"weight": weight, "input_tensors": inputs, "output_tensors": None, "bias": None, "target_device": None}
+
+
+def _tensor_config(dtype: str, *, static: bool, axis: int | None = None) -> dict[str, Any]:
+    """A QTensorConfig of Quark: per tensor where it is ``static``, else per channel along ``axis``."""
+    return {
+        "dtype": dtype,
+        "is_dynamic": False,
+        "qscheme": "per_tensor" if static else "per_channel",
+        "ch_axis": axis,
+        "group_size": None,
+        "block_size": None,
+        "symmetric": True,
+        "round_method": "half_even",
+        "scale_type": "float",
+        "scale_format": None,
+        "scale_calculation_mode": None,
+        "mx_element_dtype": None,
+        "observer_cls": "PerTensorMinMaxObserver" if static else "PerChannelMinMaxObserver",
+        "is_scale_quant": False,
+    }

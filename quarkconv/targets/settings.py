@@ -1,0 +1,108 @@
+"""The settings of a source's quantization_config that the stored tensors do not show, and which of them are lost.
+
+What a config says of weights and activations is written anew from what is stored. Everything else, such as a quantized
+key-value cache, a rotation or quantized biases, either goes over to the output or becomes a finding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterator, Mapping
+from typing import Any, Final
+
+from quarkconv.description import Description
+from quarkconv.experts.geometry import TEXT_PARTS
+from quarkconv.findings import Finding, finding
+from quarkconv.scheme.config import QUANTIZATION_KEY, quantization_config
+
+KV_CACHE: Final = "kv_cache"
+"""Stands for the quantization of the key-value cache, under whatever names a config has it."""
+
+_OF_WEIGHTS: Final[Mapping[str, frozenset[str]]] = {
+    "quark": frozenset({
+        "quant_method", "quant_mode", "version", "global_quant_config", "layer_quant_config", "layer_type_quant_config",
+        "exclude", "export", "kv_cache_quant_config",
+    }),
+    "compressed-tensors": frozenset({
+        "quant_method", "version", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme",
+        "global_compression_ratio",
+    }),
+    "w8a8_int8": frozenset({"quant_method", "ignore"}),
+}  # fmt: skip
+"""Fields that say how weights and activations are quantized, which the stored tensors show, or that say nothing of what
+is computed; and those of the key-value cache, which are looked at by themselves."""
+
+_EXPORT_HISTORY: Final = frozenset(
+    {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
+)
+"""Fields of Quark's ``export`` that record how the export was made. ``pack_method`` is about codes below 8 bits."""
+
+
+def replace_quantization(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
+    """A copy of a config with another quantization_config, at the top, or with none."""
+    replaced = {key: value for key, value in config.items() if key != QUANTIZATION_KEY}
+    for part in TEXT_PARTS:
+        if isinstance(replaced.get(part), dict):
+            replaced[part] = {key: value for key, value in replaced[part].items() if key != QUANTIZATION_KEY}
+    if quantization is not None:
+        replaced[QUANTIZATION_KEY] = quantization
+    return replaced
+
+
+def dropped_settings(description: Description, target: str, *, kept: Collection[str]) -> Iterator[Finding]:
+    """A finding for each setting of the source that the output does not have.
+
+    Args:
+        description: the source.
+        target: name of the target.
+        kept: the settings that the target writes: top-level fields of quantization_config, and :data:`KV_CACHE`.
+    """
+    lost = {name: value for name, value in _settings(description) if name.partition(".")[0] not in kept}
+    for name, value in lost.items():
+        said = repr(value)
+        yield finding(
+            "setting-dropped", f"{QUANTIZATION_KEY}.{name}",
+            f"The target {target} has no place for this setting, which is {said[:80]}{'...' if len(said) > 80 else ''}",
+            hint="check whether the model needs it; the weights are the same without it",
+        )  # fmt: skip
+
+
+def _settings(description: Description) -> Iterator[tuple[str, Any]]:
+    """Name and value of every setting that the stored tensors do not show, but for those that say nothing."""
+    quantization = quantization_config(description.checkpoint.config)
+    declared = description.declared
+    if not isinstance(quantization, dict) or declared is None:
+        return
+    for key, value in quantization.items():
+        if key not in _OF_WEIGHTS.get(declared.method, frozenset()) and _says_something(value):
+            yield key, value
+    if declared.kv_cache is not None:
+        yield KV_CACHE, declared.kv_cache.to_json()
+    if declared.method == "quark":
+        yield from _quark_settings(quantization, declared.kv_cache_modules)
+    if declared.method == "compressed-tensors":
+        for key, group in _items(quantization.get("config_groups")):
+            if isinstance(group, dict) and _says_something(group.get("output_activations")):
+                yield f"config_groups.{key}.output_activations", group["output_activations"]
+
+
+def _quark_settings(quantization: dict[str, Any], kv_modules: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Settings inside the fields of a Quark config: quantized outputs and biases, and what ``export`` says."""
+    layers = [("global_quant_config", quantization.get("global_quant_config"))]
+    for field in ("layer_quant_config", "layer_type_quant_config"):
+        layers += [(f"{field}.{key}", layer) for key, layer in _items(quantization.get(field))]
+    for where, layer in layers:
+        for key in ("bias", "output_tensors"):
+            of_kv_cache = key == "output_tensors" and where.partition(".")[2] in kv_modules
+            if isinstance(layer, dict) and _says_something(layer.get(key)) and not of_kv_cache:
+                yield f"{where}.{key}", layer[key]
+    for key, value in _items(quantization.get("export")):
+        if key not in _EXPORT_HISTORY and _says_something(value):
+            yield f"export.{key}", value
+
+
+def _items(value: object) -> Iterator[tuple[str, Any]]:
+    yield from value.items() if isinstance(value, dict) else ()
+
+
+def _says_something(value: object) -> bool:
+    return value not in (None, False, "", [], {})

@@ -1,0 +1,35 @@
+"""``w8a8-int8``: the tensors of ``compressed-tensors`` under the config that SGLang reads.
+
+SGLang: ``srt/layers/quantization/w8a8_int8.py``, class ``W8A8Int8Config``. Activations are always quantized per token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+from quarkconv.description import Description
+from quarkconv.findings import Finding
+from quarkconv.scheme.spec import INPUT_STATIC
+from quarkconv.targets.ignored import ignored_modules
+from quarkconv.targets.per_expert import PerExpertTarget
+from quarkconv.targets.settings import dropped_settings, replace_quantization
+
+
+class W8A8Int8(PerExpertTarget):
+    """The target ``w8a8-int8``."""
+
+    name = "w8a8-int8"
+    summary = "experts one by one; loads in SGLang on CUDA"
+
+    def unsupported(self, description: Description) -> str | None:
+        if any(scheme.activation == INPUT_STATIC for scheme in description.schemes):
+            return "it has static activation scales, and w8a8_int8 computes them for each token"
+        return super().unsupported(description)
+
+    def config(self, description: Description) -> dict[str, Any]:
+        quantization = {"quant_method": "w8a8_int8", "ignore": ignored_modules(description)}
+        return replace_quantization(description.checkpoint.config, quantization)
+
+    def losses(self, description: Description) -> Iterator[Finding]:
+        return dropped_settings(description, self.name, kept=())
