@@ -50,13 +50,20 @@ def inspect_checkpoint(model: str | Path, *, deep: bool = False) -> Inspection:
     return make_inspection(str(model), description, extra)
 
 
-def plan_conversion(model: str | Path, target: str, *, max_shard_size: int | str = DEFAULT_SHARD_SIZE) -> Plan:
+def plan_conversion(
+    model: str | Path,
+    target: str,
+    *,
+    max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    base_model: str | None = None,
+) -> Plan:
     """Plan a conversion: pure data, no tensor data is read.
 
     Args:
         model: directory or Hub repo id.
         target: name of the target, such as ``fused-int8``.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
+        base_model: repo id that the model card names as the source; by default ``model``, where it is one.
 
     Raises:
         UsageError: no such target, or a size that is none.
@@ -64,7 +71,8 @@ def plan_conversion(model: str | Path, target: str, *, max_shard_size: int | str
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
     wanted, size = get_target(target), parse_size(max_shard_size)
-    return make_plan(describe(resolve_model(model)), wanted, size)
+    source = resolve_model(model)
+    return make_plan(describe(source), wanted, size, base_model=base_model or repo_id(model, source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -116,8 +124,13 @@ def convert_checkpoint(
     """
     wanted, size = get_target(target), parse_size(max_shard_size)
     source = resolve_model(model)
-    plan = make_plan(describe(source), wanted, size)
+    plan = make_plan(describe(source), wanted, size, base_model=repo_id(model, source))
     return run_plan(plan, source, output_directory(source, model, target, out), jobs, overwrite, progress)
+
+
+def repo_id(model: str | Path, source: Path) -> str | None:
+    """The Hub repo id of a model; None of a local one."""
+    return None if source == Path(model) else str(model).partition("@")[0]
 
 
 def run_plan(
@@ -183,7 +196,8 @@ def plan_summary(plan: Plan, source: Path, output: Path) -> dict[str, Any]:
         "bytes": plan.output_bytes,
         "files": [shard.file for shard in plan.shards]
         + ["config.json", INDEX_NAME, MANIFEST_NAME]
-        + [copy.name for copy in plan.copies],
+        + [copy.name for copy in plan.copies]
+        + [text.name for text in plan.texts],
         "findings": [asdict(loss) for loss in plan.losses],
     }
 

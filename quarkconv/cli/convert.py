@@ -14,6 +14,7 @@ from quarkconv.api import (
     output_directory,
     plan_conversion,
     plan_summary,
+    repo_id,
     run_plan,
 )
 from quarkconv.cli.console import byte_progress, console, print_json, show_log
@@ -55,7 +56,7 @@ def convert(
     get_target(to)  # a wrong name is told before a model is downloaded
     source = resolve_model(model)
     output = output_directory(source, model, to, out)
-    plan = plan_conversion(source, to, max_shard_size=max_shard_size)
+    plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=repo_id(model, source))
     if dry_run:
         summary = {**plan_summary(plan, source, output), "dry_run": True}
         if json:

@@ -118,6 +118,13 @@ class SourceFile(NamedTuple):
     size: int
 
 
+class TextFile(NamedTuple):
+    """A small file of the output, and what it says."""
+
+    name: str
+    text: str
+
+
 @dataclass(frozen=True, slots=True)
 class MoEGeometry:
     """The experts of the converted model: E, k, H, I, the layers, and the names of their modules."""
@@ -147,6 +154,7 @@ class Plan:
         config: config.json to write.
         copies: files of the source that are copied as they are.
         losses: what the source says and the output does not.
+        texts: files that are written anew, such as the model card.
     """
 
     target: str
@@ -160,6 +168,7 @@ class Plan:
     config: dict[str, Any]
     copies: tuple[SourceFile, ...]
     losses: tuple[Finding, ...] = ()
+    texts: tuple[TextFile, ...] = ()
 
     def to_json(self) -> dict[str, Any]:
         """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""
@@ -180,8 +189,9 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes that the plan writes as shards and copies; index, config and manifest come on top."""
-        return sum(shard.nbytes for shard in self.shards) + sum(copy.size for copy in self.copies)
+        """Bytes that the plan writes as shards, copies and texts; index, config and manifest come on top."""
+        texts = sum(len(file.text.encode()) for file in self.texts)
+        return sum(shard.nbytes for shard in self.shards) + sum(copy.size for copy in self.copies) + texts
 
     @property
     def tensor_bytes(self) -> int:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from itertools import pairwise
 from typing import Final
 
@@ -14,7 +14,8 @@ from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.layout import pack_shards
-from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile
+from quarkconv.plan.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
+from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile, TextFile
 from quarkconv.plan.sources import ExpertSource, linear_module
 from quarkconv.plan.target import Target
 from quarkconv.scheme.stored import fused_names, linear_names
@@ -24,13 +25,14 @@ _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt"
 _DIGITS: Final = re.compile(r"(\d+)")
 
 
-def make_plan(description: Description, target: Target, max_shard_size: int) -> Plan:
+def make_plan(description: Description, target: Target, max_shard_size: int, *, base_model: str | None = None) -> Plan:
     """Plan the conversion of a described checkpoint.
 
     Args:
         description: the source.
         target: what to convert it to.
         max_shard_size: largest size of a shard's data in bytes.
+        base_model: repo id of the source, where it has one; for the model card.
 
     Raises:
         UsageError: ``max_shard_size`` is not positive.
@@ -48,6 +50,7 @@ def make_plan(description: Description, target: Target, max_shard_size: int) -> 
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
         layers = description.int8_layers
+        texts = tuple(_texts(description, target, base_model))
         return Plan(
             target=target.name,
             scheme=description.scheme or "",
@@ -66,8 +69,9 @@ def make_plan(description: Description, target: Target, max_shard_size: int) -> 
             checks=tuple(made.checks),
             shards=pack_shards(tensors, max_shard_size),
             config=target.config(description),
-            copies=tuple(_copies(description)),
+            copies=tuple(_copies(description, {file.name for file in texts})),
             losses=tuple(target.losses(description)),
+            texts=texts,
         )
 
 
@@ -149,12 +153,26 @@ def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterat
                     yield Check("zero", Piece.whole(name, refs[name]))
 
 
-def _copies(description: Description) -> Iterator[SourceFile]:
+def _texts(description: Description, target: Target, base_model: str | None) -> Iterator[TextFile]:
+    """The model card, where the source has one that can be read."""
+    path = description.checkpoint.root / CARD_NAME
+    if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+        return
+    try:
+        text = path.read_bytes().decode()
+    except UnicodeDecodeError:
+        return
+    card = converted_card(text, target.name, target.summary, target.facts, base_model)
+    if card is not None:
+        yield TextFile(CARD_NAME, card)
+
+
+def _copies(description: Description, written: Collection[str]) -> Iterator[SourceFile]:
     """Every other file of the source, but weights in other formats: they are another copy of the model."""
     root = description.checkpoint.root
     for path in description.checkpoint.files():
         name = path.as_posix()
-        if name in _REPLACED or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+        if name in _REPLACED or name in written or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
             continue
         if "\\" in name or any("\ud800" <= char <= "\udfff" for char in name):
             raise UnsupportedError(

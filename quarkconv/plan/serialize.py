@@ -12,7 +12,17 @@ from typing import Any
 
 from quarkconv.errors import SourceError
 from quarkconv.findings import Finding, Severity
-from quarkconv.plan.pieces import PLAN_FORMAT, Check, MoEGeometry, OutputShard, OutputTensor, Piece, Plan, SourceFile
+from quarkconv.plan.pieces import (
+    PLAN_FORMAT,
+    Check,
+    MoEGeometry,
+    OutputShard,
+    OutputTensor,
+    Piece,
+    Plan,
+    SourceFile,
+    TextFile,
+)
 
 
 def plan_to_json(plan: Plan) -> dict[str, Any]:
@@ -51,6 +61,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "config": plan.config,
         "copies": plan.copies,
         "losses": [asdict(loss) for loss in plan.losses],
+        "texts": plan.texts,
     }
 
 
@@ -103,6 +114,7 @@ def plan_from_json(value: dict[str, Any]) -> Plan:
             config=value["config"],
             copies=tuple(SourceFile(str(name), int(size)) for name, size in value["copies"]),
             losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
+            texts=tuple(TextFile(str(name), str(text)) for name, text in value["texts"]),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error

@@ -21,10 +21,12 @@ class Target(ABC):
     Attributes:
         name: as given to ``--to``.
         summary: one line for people.
+        facts: one sentence on what becomes of the weights, for the model card.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
     def unsupported(self, description: Description) -> str | None:
         """Why this target cannot represent a checkpoint that is sound; None when it can."""

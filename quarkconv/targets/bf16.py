@@ -26,6 +26,7 @@ class Bf16(PerExpertTarget):
 
     name = "bf16"
     summary = "dequantized, without quantization_config; loads everywhere, for evaluation"
+    facts = "Each weight is its int8 code times its scale, computed in float32 and rounded once to bfloat16."
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
         pieces = tuple(codes._replace(scale=scale) for codes, scale in zip(module.codes, module.scales, strict=True))

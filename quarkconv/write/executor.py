@@ -68,7 +68,8 @@ def execute(
         InterruptedByUser: interrupted; what was finished is kept.
     """
     digest = plan_digest(plan)
-    files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies] + [CONFIG_NAME, INDEX_NAME]
+    files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies]
+    files += [*(text.name for text in plan.texts), CONFIG_NAME, INDEX_NAME]
     needed = plan.output_bytes + records_nbytes(plan.shards)
     with closing(SourceFiles(source, plan)) as sources:
         sources.check_layout(plan)
@@ -195,6 +196,7 @@ class _Run:
         """Write everything that is neither a shard nor the manifest."""
         return [
             *map(self._copy, self.plan.copies),
+            *(self._write_text(file.name, file.text) for file in self.plan.texts),
             self._write_json(CONFIG_NAME, self.plan.config),
             self._write_json(INDEX_NAME, _index(self.plan)),
         ]
@@ -236,7 +238,10 @@ class _Run:
         return written
 
     def _write_json(self, name: str, value: object) -> WrittenFile:
-        data = (json.dumps(value, indent=2, ensure_ascii=False) + "\n").encode()
+        return self._write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+    def _write_text(self, name: str, text: str) -> WrittenFile:
+        data = text.encode()
         self.staging.write(name, data)
         return WrittenFile(name, len(data), xxhash.xxh3_128_hexdigest(data))
 

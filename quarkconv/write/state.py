@@ -32,18 +32,22 @@ def plan_state(plan: Plan, digest: str, files: list[FileState], source: Path, ou
         source, output: the directories; part of the command, not of the identity.
     """
     words = ["quarkconv", "convert", str(source.absolute()), "--to", plan.target, "--out", str(output.absolute())]
-    config = json.dumps(plan.config, sort_keys=True).encode("utf-8", "surrogatepass")
+    config = json.dumps(plan.config, sort_keys=True)
     return {
         "quarkconv": version("quarkconv"),
         "target": plan.target,
         "max_shard_size": plan.max_shard_size,
-        "config": hashlib.sha256(config).hexdigest(),
-        "copies": [list(copy) for copy in plan.copies],
+        "config": _hash(config),
+        "copies": [*map(list, plan.copies), *([name, _hash(text)] for name, text in plan.texts)],
         "sources": [list(file) for file in files],
         "plan": digest,
         "shards": len(plan.shards),
         "command": shlex.join([*words, "--max-shard-size", str(plan.max_shard_size)]),
     }
+
+
+def _hash(text: str) -> str:
+    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
 def difference(begun: object, now: dict[str, Any]) -> str | None:
