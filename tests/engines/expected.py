@@ -34,6 +34,7 @@ _SHARDED_NORMS = {"minimax_m2": {"q_norm", "k_norm"}}
 """Model type -> norms over all heads at once, of which a rank has those of its heads."""
 
 _ROUTED = re.compile(r"(?P<experts>.+\.experts)\.(?:routed_experts\.)?(?P<half>w13|w2)_(?P<leaf>weight|weight_scale)")
+_ROUTED_INPUT = re.compile(r"(?P<experts>.+\.experts)\.(?:routed_experts\.)?(?P<half>w13|w2)_input_scale")
 
 
 @dataclass(frozen=True)
@@ -86,6 +87,28 @@ class Stacked:
         head = head.replace(".moe.share_expert", ".share_expert")  # vLLM moves it there
         parts = [f"{head}.{part}".strip(".") for part in MERGED.get(last, (last,))]
         return torch.cat([_sliced(tensors[f"{part}.{leaf}"], part, leaf, rank, self._columns) for part in parts])
+
+    def scale_of_parts(self, name: str, rank: Rank) -> torch.Tensor:
+        """What a ``weight_scale`` must hold where an engine keeps one scale for each linear it merged or stacked."""
+        rows = self.parameter(name, Rank(rank.size, rank.rank, True) if rank.expert_parallel else WHOLE)
+        if match := _ROUTED.fullmatch(name):
+            return (
+                torch.stack([half[:, 0, 0] for half in rows.chunk(2, 1)], 1)
+                if match["half"] == "w13"
+                else rows[:, 0, 0]
+            )
+        head, _, last = name.removesuffix(".weight_scale").rpartition(".")
+        return torch.stack([self.tensors[f"{head}.{part}.weight_scale"][0, 0] for part in MERGED.get(last, (last,))])
+
+    def input_scale(self, name: str, rank: Rank) -> torch.Tensor:
+        """What an ``input_scale`` must hold: one for each expert of the rank, or the one of all merged linears."""
+        if match := _ROUTED_INPUT.fullmatch(name):
+            leaf = {"w13": "gate_up_proj", "w2": "down_proj"}[match["half"]]
+            scales = self.tensors[f"{match['experts']}.{leaf}_input_scale"]
+            return torch.tensor_split(scales, rank.size)[rank.rank] if rank.expert_parallel else scales
+        head, _, last = name.removesuffix(".input_scale").rpartition(".")
+        [scale] = {float(self.tensors[f"{head}.{part}.input_scale"]) for part in MERGED.get(last, (last,))}
+        return torch.tensor([scale])
 
     def is_int8(self, module: str) -> bool:
         """Whether the weight of an engine's module, or the experts that it holds, is int8."""

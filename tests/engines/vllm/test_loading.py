@@ -25,6 +25,7 @@ from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMetho
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
 from writing_support import Tensors, edit_checkpoint
+from writing_support import load as load_tensors
 
 EXPORTS = (
     "qwen3_moe-quark0.13-f2f",
@@ -46,9 +47,10 @@ EXPORTS = (
     "qwen3_moe-0.13-f2f-experts_per_projection",
     "qwen3_moe-0.13-f2f-layer_excluded",
     "qwen3_moe-0.13-f2f-re_given_to_quark",
+    "qwen3_moe-quark0.11-eager-int8_static",
+    "qwen3_moe-0.11-eager-kv_cache_fp8",
 )
-"""Every export that can be converted and that vLLM has a model class for, but those with static scales and with a
-quantized key-value cache, which have tests of their own."""
+"""Every export that can be converted and that vLLM has a model class for."""
 
 FORMS = (QUARK, "fused-int8", "compressed-tensors", "quark", "bf16")
 
@@ -56,6 +58,8 @@ FAILS = {
     ("deepseek_v3-quark0.13-f2f", "fused-int8"): (KeyError, "layers.1.mlp.experts.down_proj"),
     ("deepseek_v3-0.13-f2f-mtp", "fused-int8"): (KeyError, "layers.1.mlp.experts.down_proj"),
     ("qwen3_moe-0.11-eager-layer_type", QUARK): (RuntimeError, "is invalid for input of size 64"),
+    ("qwen3_moe-quark0.11-eager-int8_static", "fused-int8"): (RuntimeError, "Unsupported FusedMoe scheme"),
+    ("qwen3_moe-quark0.11-eager-int8_static", "compressed-tensors"): (RuntimeError, "Unsupported FusedMoe scheme"),
 }
 """What vLLM refuses, and how: classes that take experts one by one only; settings by layer type, which it ignores."""
 
@@ -66,8 +70,11 @@ WRONG = {
 """What vLLM takes without an error and loads wrongly, and which parameters: experts that the class skips; modules
 excluded by fnmatch patterns, which vLLM reads as names."""
 
-PER_TENSOR = {"qwen3_moe-quark0.13-f2f-per_tensor_weight", "qwen3_moe-0.13-f2f-attention_per_tensor"}
-"""Exports with one scale for a whole weight: from them as exported vLLM has one scale for each part of a parameter."""
+STATIC = {"qwen3_moe-quark0.11-eager-int8_static"}
+"""Exports with static activation scales."""
+
+KV_CACHE = {"qwen3_moe-0.11-eager-kv_cache_fp8"}
+"""Exports with a quantized key-value cache."""
 
 NOT_STORED = re.compile(r".+\.attn\.((k|v|q|prob)_scale|(k|v|q)_zero_point)|.+_zero_point")
 """Parameters that checkpoints need not have: scales of a key-value cache in BF16, zero points that are zero."""
@@ -83,11 +90,17 @@ def mismatches(model: torch.nn.Module, stacked: Stacked, rank: Rank, form: str) 
         if NOT_STORED.fullmatch(name) or (rank.size > 1 and FLOAT_ONLY.fullmatch(name)):
             continue
         try:
-            expected = stacked.parameter(name, rank, dequantized=form == "bf16")
+            expected = (
+                stacked.input_scale(name, rank)
+                if name.endswith("input_scale")
+                else stacked.parameter(name, rank, dequantized=form == "bf16")
+            )
         except KeyError:  # vLLM has a scale for what is stored without
             wrong.append(name)
             continue
         if form in (QUARK, "quark") and name.endswith("weight_scale"):
+            if expected.numel() != parameter.numel():
+                expected = stacked.scale_of_parts(name, rank)
             expected = expected.reshape(parameter.shape)  # there a scale of a row has no second axis
         if expected.is_floating_point() and not name.endswith("_scale"):
             expected = expected.to(parameter.dtype)  # routers and biases in F32
@@ -99,12 +112,7 @@ def mismatches(model: torch.nn.Module, stacked: Stacked, rank: Rank, form: str) 
 
 def cases() -> list[tuple[str, str]]:
     """(export, form) of everything that loads."""
-    return [
-        (name, form)
-        for name in EXPORTS
-        for form in FORMS
-        if (name, form) not in {*FAILS, *WRONG} and not (form == QUARK and name in PER_TENSOR)
-    ]
+    return [(name, form) for name in EXPORTS for form in FORMS if (name, form) not in {*FAILS, *WRONG}]
 
 
 @pytest.mark.parametrize(("name", "form"), cases())
@@ -133,7 +141,9 @@ def test_int8_is_computed_where_int8_is_stored(forms: Forms, name: str, form: st
             assert isinstance(method, QuarkLinearMethod | QuarkW8A8Int8MoEMethod), module_name
             if isinstance(method, QuarkLinearMethod):
                 assert isinstance(module.scheme, QuarkW8A8Int8)
-                assert not module.scheme.is_static_input_scheme
+                assert module.scheme.is_static_input_scheme == (name in STATIC)
+            else:
+                assert method.static_input_scales == (name in STATIC)
         elif isinstance(method, CompressedTensorsLinearMethod):
             assert isinstance(module.scheme, CompressedTensorsW8A8Int8)
             assert (module.scheme.strategy, module.scheme.input_symmetric) == ("channel", True)
@@ -142,6 +152,19 @@ def test_int8_is_computed_where_int8_is_stored(forms: Forms, name: str, form: st
             assert isinstance(method, ct_moe.CompressedTensorsW8A8Int8MoEMethod), module_name
             assert method.int8_backend.value == "TRITON"
     assert all(seen.values())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", KV_CACHE)
+def test_scales_of_the_key_value_cache_arrive(forms: Forms, name: str, form: str) -> None:
+    model = load(build(forms(name, form)))
+    source = load_tensors(forms.source(name))
+    for layer in range(2):
+        attention = model.get_submodule(f"model.layers.{layer}.self_attn.attn")
+        assert attention.kv_cache_dtype == ("fp8" if form in ("fused-int8", "compressed-tensors") else "auto")
+        for part in "kv" if form != "bf16" else "":
+            expected = source[f"model.layers.{layer}.self_attn.{part}_proj.output_scale"]
+            assert getattr(attention, f"{part}_scale").item() == expected.item()
 
 
 @pytest.mark.parametrize(("name", "form"), FAILS)
