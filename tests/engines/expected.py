@@ -68,7 +68,10 @@ class Stacked:
 
     def __init__(self, source: Path) -> None:
         self.config = json.loads((source / "config.json").read_text())
-        self.tensors = fused_int8(source) | _stacked_float_experts(load(source))
+        float_experts = _stacked_float_experts(load(source))
+        prefixes = tuple(f"{name.rpartition('.')[0]}.{digit}" for name in float_experts for digit in range(10))
+        left = {name: tensor for name, tensor in fused_int8(source).items() if not name.startswith(prefixes)}
+        self.tensors = left | float_experts
         self._columns = _COLUMN | _SHARDED_NORMS.get(self.config["model_type"], set())
         self.dequantized = dict(self.tensors)
         for name, codes in self.tensors.items():

@@ -5,6 +5,7 @@ The parameters are poisoned before: one that vLLM leaves alone, for a name that 
 
 from __future__ import annotations
 
+import json
 import re
 import shutil
 from collections.abc import Callable
@@ -26,6 +27,8 @@ from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
 from writing_support import Tensors, edit_checkpoint
 from writing_support import load as load_tensors
+
+import quarkconv
 
 EXPORTS = (
     "qwen3_moe-quark0.13-f2f",
@@ -123,6 +126,29 @@ def test_every_parameter_is_what_stacking_gives(forms: Forms, name: str, form: s
         if form != "bf16":
             routed = [value for key, value in model.named_parameters() if key.endswith("w13_weight")]
             assert any(value.dtype == torch.int8 for value in routed)
+
+
+@pytest.mark.parametrize("target", [form for form in FORMS if form != QUARK])
+def test_experts_that_do_not_divide_by_the_ranks(forms: Forms, tmp_path: Path, target: str) -> None:
+    """The first ranks have one more."""
+    source = tmp_path / "source"
+    shutil.copytree(forms.source("qwen3_moe-quark0.13-f2f"), source)
+
+    def drop(tensors: Tensors) -> None:
+        for name in list(tensors):
+            if ".experts.7." in name:
+                del tensors[name]
+            elif name.endswith(".mlp.gate.weight"):
+                tensors[name] = tensors[name][:7].clone()
+
+    edit_checkpoint(source, drop)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps(config | {"num_local_experts": 7}))
+    folder = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
+    for rank, experts in (Rank(2, 0, True), 4), (Rank(2, 1, True), 3):
+        model = load(build(folder, rank), rank)
+        assert not mismatches(model, Stacked(source), rank, target)
+        assert len(model.get_parameter("model.layers.0.mlp.experts.routed_experts.w2_weight")) == experts
 
 
 @pytest.mark.parametrize(("name", "form"), [case for case in cases() if case[1] != "bf16"])
