@@ -19,6 +19,7 @@ from quarkconv.api import (
     inspect_checkpoint,
     plan_conversion,
 )
+from quarkconv.by_rank import RankConversion, convert_by_rank, plan_by_rank
 from quarkconv.errors import (
     InterruptedByUser,
     QuarkconvError,
@@ -44,15 +45,18 @@ __all__ = [
     "InterruptedByUser",
     "Plan",
     "QuarkconvError",
+    "RankConversion",
     "Severity",
     "SourceError",
     "UnsupportedError",
     "UsageError",
     "Verification",
     "WriteError",
+    "convert_by_rank",
     "convert_checkpoint",
     "inspect_checkpoint",
     "load_fused_experts",
+    "plan_by_rank",
     "plan_conversion",
     "verify_checkpoint",
 ]

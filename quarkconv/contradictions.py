@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from typing import Final
 
+from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
 from quarkconv.findings import Finding, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
@@ -38,6 +39,16 @@ def contradictions(
             f"{len(stored.unrecognised)} tensor(s) with codes or scales belong to no module that is understood",
             hint="conversion copies them as they are; engines may drop them", count=len(stored.unrecognised),
         )  # fmt: skip
+
+
+def rank_part(rank: Rank) -> Finding:
+    """That a checkpoint is the part of one rank."""
+    way = "tensor" if rank.parallel == "tp" else "expert"
+    return finding(
+        "rank-part", "config.json",
+        f"These are the experts of rank {rank.rank} of {rank.world_size} under {way} parallelism; engines divide whole "
+        "models themselves", hint="load them with quarkconv.load_fused_experts, or a loader of your own",
+    )  # fmt: skip
 
 
 def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterator[Finding]:

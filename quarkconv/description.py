@@ -10,7 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
-from quarkconv.contradictions import contradictions
+from quarkconv.contradictions import contradictions, rank_part
 from quarkconv.experts.geometry import ConfigGeometry, config_geometry
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
@@ -93,10 +93,11 @@ def describe(root: Path) -> Description:
         geometry = config_geometry(checkpoint.config)
         stored = stored_modules(checkpoint.kinds, FUSED_LEAVES)
         modules = resolve_modules(stored, declared)
-        topology = expert_topology(stored, geometry.experts, geometry.hidden_layers)
+        topology = expert_topology(stored, geometry.local_experts, geometry.hidden_layers)
         findings = [
             *checkpoint.findings,
             *topology.findings,
+            *([rank_part(geometry.rank)] if geometry.rank else ()),
             *contradictions(declared, stored, modules, topology),
         ]
     order = list(Severity)

@@ -347,6 +347,11 @@ CASES = (
         lambda model: rename(model, f"{EXPERTS}.2.up_proj", f"{EXPERTS}.2.w3"),
     ),
     Case("a layer of other size", (("info", "layer-geometry", LATER, 1),), resize_layer),
+    Case(
+        "the part of a rank",
+        (("warning", "rank-part", "config.json", 1),),
+        lambda model: model.config.update(quarkconv_rank={"parallel": "tp", "rank": 0, "world_size": 2}),
+    ),
     Case("dense", (("warning", "not-moe", "config.json", 1),), lambda model: dense(model, quantized=True)),
     Case(
         "dense and not quantized",

@@ -29,6 +29,7 @@ LAYERS = (
     ("targets", "manifest"),
     ("write", "inspection", "verify"),
     ("api",),
+    ("by_rank",),
     ("__init__",),
     ("cli",),
     ("__main__",),

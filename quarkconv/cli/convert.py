@@ -44,6 +44,12 @@ def convert(
     ] = DEFAULT_JOBS,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Show the plan and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier conversion in DIR.")] = False,
+    tp: Annotated[
+        int | None, typer.Option("--tp", min=2, metavar="N", help="Divide experts among N tensor parallel ranks.")
+    ] = None,
+    ep: Annotated[
+        int | None, typer.Option("--ep", min=2, metavar="N", help="Divide experts among N expert parallel ranks.")
+    ] = None,
     verbose: Verbose = False,
     json: Json = False,
 ) -> int:
@@ -54,6 +60,10 @@ def convert(
     if verbose:
         show_log()
     get_target(to)  # a wrong name is told before a model is downloaded
+    if tp is not None or ep is not None:
+        from quarkconv.cli.convert_by_rank import convert_by_rank
+
+        return convert_by_rank(model, to, out, max_shard_size, jobs, dry_run, overwrite, tp, ep, json)
     source = resolve_model(model)
     output = output_directory(source, model, to, out)
     plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=repo_id(model, source))

@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quarkconv.by_rank import RankConversion
 from quarkconv.cli.console import plural, printable, size, verdict
 from quarkconv.cli.render_findings import render_findings
 from quarkconv.findings import Finding
@@ -25,6 +26,24 @@ def render_result(result: dict[str, Any], losses: tuple[Finding, ...], seconds: 
     output = printable(shlex.quote(result["output"]))
     next_step = Text.assemble(("  prove it: ", "dim"), (f"quarkconv verify {output}", "cyan"))
     return Group(_table(result), *render_findings(losses), closing, next_step)
+
+
+def render_ranks(conversion: RankConversion, seconds: float | None) -> RenderableType:
+    """A conversion by rank: planned when ``seconds`` is None, else finished."""
+    first = conversion.plans[0]
+    table = Table.grid(padding=(0, 2))
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    table.add_row("source", Text(f"{printable(str(conversion.source))} ({first.scheme})"))
+    table.add_row("output", Text(printable(str(conversion.output))))
+    for rank, plan in zip(conversion.ranks, conversion.plans, strict=True):
+        moe = plan.moe
+        held = f"{moe.experts} experts, H {moe.hidden_size}, I {moe.intermediate_size}"
+        table.add_row(rank.folder(), f"{held}, {plural(len(plan.shards), 'shard')}, {size(plan.output_bytes)}")
+    if seconds is None:
+        return Group(table, *render_findings(first.losses), Text("Nothing was written (--dry-run).", style="dim"))
+    closing = verdict(f"Converted to {first.target} for {len(conversion.plans)} ranks in {seconds:.1f} s", good=True)
+    return Group(table, *render_findings(first.losses), closing)
 
 
 def _table(summary: dict[str, Any]) -> Table:

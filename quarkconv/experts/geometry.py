@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from quarkconv.experts.ranks import Rank, rank_of_config
+
 TEXT_PARTS: Final = ("text_config", "llm_config", "language_config")
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K: Final = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
@@ -22,6 +24,7 @@ class ConfigGeometry:
         top_k: experts per token.
         hidden_layers: decoder layers, without those of multi-token prediction.
         activation: name of the activation function of the experts.
+        rank: whose part of the experts the checkpoint holds; None of a whole one.
     """
 
     model_type: str | None
@@ -29,6 +32,12 @@ class ConfigGeometry:
     top_k: int | None
     hidden_layers: int | None
     activation: str | None
+    rank: Rank | None = None
+
+    @property
+    def local_experts(self) -> int | None:
+        """Routed experts per layer that the checkpoint itself holds."""
+        return self.experts if self.experts is None or self.rank is None else len(self.rank.experts(self.experts))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -51,6 +60,7 @@ def config_geometry(config: Mapping[str, Any]) -> ConfigGeometry:
         _first_count(text, _TOP_K),
         _first_count(text, ("num_hidden_layers",)),
         activation,
+        rank_of_config(config),
     )
 
 

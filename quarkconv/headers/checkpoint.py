@@ -16,6 +16,7 @@ from quarkconv.errors import SourceError
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, read_json_object
+from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.safetensors import Kind, ShardHeader, TensorRef, read_header
 from quarkconv.headers.unfinished import refuse_unfinished
 
@@ -104,6 +105,7 @@ def _check_directory(root: Path) -> None:
             found="a file" if root.exists() else "nothing",
         )  # fmt: skip
     refuse_unfinished(root)
+    refuse_ranks(root)
 
 
 def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:

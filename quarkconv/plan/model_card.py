@@ -31,8 +31,8 @@ def converted_card(text: str, target: str, summary: str, facts: str, base_model:
     try:
         card = ModelCard(text)
         if base_model is not None:
-            card.data.base_model = base_model
-            card.data.base_model_relation = "quantized"
+            card.data["base_model"] = base_model
+            card.data["base_model_relation"] = "quantized"
             text = str(card)
     except Exception:  # YAML has many ways to be wrong, and a card is no reason to refuse a model
         return None

@@ -9,6 +9,7 @@ from typing import Final
 
 from quarkconv.description import Description
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.experts.ranks import RANK_KEY, Rank
 from quarkconv.findings import CODES, Severity
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
@@ -16,6 +17,7 @@ from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.layout import pack_shards
 from quarkconv.plan.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile, TextFile
+from quarkconv.plan.rank_source import RankSource
 from quarkconv.plan.sources import ExpertSource, linear_module
 from quarkconv.plan.target import Target
 from quarkconv.scheme.stored import fused_names, linear_names
@@ -25,13 +27,21 @@ _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt"
 _DIGITS: Final = re.compile(r"(\d+)")
 
 
-def make_plan(description: Description, target: Target, max_shard_size: int, *, base_model: str | None = None) -> Plan:
+def make_plan(
+    description: Description,
+    target: Target,
+    max_shard_size: int,
+    *,
+    rank: Rank | None = None,
+    base_model: str | None = None,
+) -> Plan:
     """Plan the conversion of a described checkpoint.
 
     Args:
         description: the source.
         target: what to convert it to.
         max_shard_size: largest size of a shard's data in bytes.
+        rank: whose part of the experts to make; None for all of them.
         base_model: repo id of the source, where it has one; for the model card.
 
     Raises:
@@ -42,10 +52,11 @@ def make_plan(description: Description, target: Target, max_shard_size: int, *, 
     if max_shard_size <= 0:
         raise UsageError("The largest shard size must be positive", found=str(max_shard_size))
     check_convertible(description, target)
+    _check_rank(description, target, rank)
     checkpoint = description.checkpoint
     with collector_paused():
         refs = checkpoint.refs()
-        made = _Made(description, target, refs)
+        made = _Made(description, target, refs, rank)
         tensors = [*made.tensors, *made.untouched()]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
@@ -59,19 +70,20 @@ def make_plan(description: Description, target: Target, max_shard_size: int, *, 
             moe=MoEGeometry(
                 tuple(layer.index for layer in layers),
                 tuple(layer.prefix for layer in layers),
-                layers[0].experts,
+                len(rank.experts(layers[0].experts)) if rank else layers[0].experts,
                 description.geometry.top_k,
                 layers[0].hidden,
-                layers[0].intermediate,
+                len(rank.intermediate(layers[0].intermediate)) if rank else layers[0].intermediate,
                 description.geometry.activation,
             ),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
             checks=tuple(made.checks),
             shards=pack_shards(tensors, max_shard_size),
-            config=target.config(description),
+            config=target.config(description) | ({RANK_KEY: rank.to_json()} if rank else {}),
             copies=tuple(_copies(description, {file.name for file in texts})),
             losses=tuple(target.losses(description)),
             texts=texts,
+            rank=rank,
         )
 
 
@@ -97,12 +109,29 @@ def check_convertible(description: Description, target: Target) -> None:
             f"The source cannot be converted ({item.code}): {item.message}",
             file=root, tensor=item.subject, hint=hint,
         )  # fmt: skip
+    if description.geometry.rank is not None:
+        raise UnsupportedError(
+            "The source is the part of one rank, not a model", file=root, expected="a whole checkpoint",
+            found=description.geometry.rank.folder(), hint="convert the checkpoint that it was made of",
+        )  # fmt: skip
     reason = target.unsupported(description)
     if reason is not None:
         raise UnsupportedError(
             f"The target {target.name} cannot represent this checkpoint: {reason}", file=root,
             hint="run `quarkconv inspect` for the targets that can",
         )  # fmt: skip
+
+
+def _check_rank(description: Description, target: Target, rank: Rank | None) -> None:
+    """Raise what keeps the experts from being divided among ranks."""
+    if rank is None:
+        return
+    if not target.by_rank:
+        raise UsageError(
+            "This target is not written by rank: engines divide it themselves", expected="fused-int8", found=target.name
+        )
+    for layer in description.int8_layers:
+        rank.check(layer.prefix, layer.experts, layer.intermediate)
 
 
 def natural_key(name: str) -> list[tuple[int, str]]:
@@ -118,12 +147,16 @@ class _Made:
         checks: what must hold of the source's data.
     """
 
-    def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef]) -> None:
+    def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef], rank: Rank | None) -> None:
         self.tensors: list[OutputTensor] = []
         self.checks: list[Check] = [*_zero_points(description, refs)]
         self._target, self._refs = target, refs
+        self._of_other_ranks: set[str] = set()
         for layer in description.int8_layers:
-            source = ExpertSource(layer, refs, description.unfused_layout(layer))
+            layout = description.unfused_layout(layer)
+            source = RankSource(layer, refs, layout, rank) if rank else ExpertSource(layer, refs, layout)
+            if rank is not None:
+                self._of_other_ranks.update(*(source.names(role, number) for role, number, _ in layer.modules()))
             self.tensors += target.expert_tensors(source)
             self.checks += target.expert_checks(source)
         for name, form in description.stored.linears.items():
@@ -137,6 +170,7 @@ class _Made:
         used = {piece.tensor for tensor in self.tensors for piece in tensor.pieces}
         used.update(piece.scale.tensor for tensor in self.tensors for piece in tensor.pieces if piece.scale)
         used.update(piece.tensor for check in self.checks for piece in (check.first, check.second) if piece)
+        used.update(self._of_other_ranks)
         for name, ref in self._refs.items():
             if name not in used and not self._target.drops(name):
                 yield OutputTensor(name, ref.dtype, ref.shape, (Piece.whole(name, ref),))

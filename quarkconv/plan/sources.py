@@ -75,10 +75,10 @@ def linear_module(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Int8M
 def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
     """The experts of a layer under the names of the unquantized model: one by one, or all in one in 3-key models."""
     layer, stacked = source.layer, source.unfused == "stacked"
-    numbers = range(layer.experts)
+    numbers = source.experts
     for role, leaf in zip(ROLES, layer.naming.projections(), strict=True):
         rows = source.rows(role)
-        shape = (rows, layer.intermediate if role == "down" else layer.hidden)
+        shape = (rows, source.intermediate if role == "down" else layer.hidden)
         groups = [numbers] if stacked else [range(number, number + 1) for number in numbers]
         for group in groups:
             static = tuple(filter(None, (source.input_scale(role, expert) for expert in group)))
@@ -115,9 +115,19 @@ class ExpertSource:
         head = f"{layer.prefix}.{expert}" if layer.layout == "per_expert" else layer.moe
         return linear_names(f"{head}.{leaf}")
 
+    @property
+    def experts(self) -> range:
+        """Numbers of the experts that are taken."""
+        return range(self.layer.experts)
+
+    @property
+    def intermediate(self) -> int:
+        """I, of what is taken."""
+        return self.layer.intermediate
+
     def rows(self, role: Role) -> int:
         """Output rows of a projection: I for gate and up, H for down."""
-        return self.layer.hidden if role == "down" else self.layer.intermediate
+        return self.layer.hidden if role == "down" else self.intermediate
 
     def weight(self, role: Role, expert: int) -> Piece:
         """The codes of one projection of one expert: [I, H] or, for down, [H, I]."""
@@ -131,7 +141,7 @@ class ExpertSource:
         """The weight scale of one projection of one expert, as F32 for each of its rows."""
         name = self.names(role, expert).scale
         ref = self.refs[name]
-        per_row = self._form_granularity(role, expert) == PER_CHANNEL
+        per_row = self.granularity(role, expert) == PER_CHANNEL
         if per_row or self.layer.layout != "fused":
             part, parts = self._part(role, expert)
         else:  # one scale for gate and up together
@@ -156,7 +166,8 @@ class ExpertSource:
             return 2 * expert + (role == "up"), 2 * layer.experts
         return expert, layer.experts
 
-    def _form_granularity(self, role: Role, expert: int) -> str | None:
+    def granularity(self, role: Role, expert: int) -> str | None:
+        """Which parts of a projection's weight share a scale."""
         layer = self.layer
         if layer.layout == "per_expert":
             return layer.forms[role][expert].granularity

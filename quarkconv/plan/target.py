@@ -21,11 +21,13 @@ class Target(ABC):
     Attributes:
         name: as given to ``--to``.
         summary: one line for people.
+        by_rank: whether the experts can be divided among ranks.
         facts: one sentence on what becomes of the weights, for the model card.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    by_rank: ClassVar[bool] = False
     facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
     def unsupported(self, description: Description) -> str | None:

@@ -35,27 +35,28 @@ class FusedInt8(Target):
 
     name = "fused-int8"
     summary = "experts of a layer in two int8 tensors; loads in vLLM 0.28 and later"
+    by_rank = True
 
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
         layer = source.layer
         leaves = (layer.naming.fused_gate_up, layer.naming.fused_down)
-        for roles, leaf, inner in zip(_PARTS, leaves, (layer.hidden, layer.intermediate), strict=True):
+        experts = source.experts
+        for roles, leaf, inner in zip(_PARTS, leaves, (layer.hidden, source.intermediate), strict=True):
             name = f"{layer.prefix}.{leaf}"
             rows = sum(source.rows(role) for role in roles)
-            experts = range(layer.experts)
             codes = tuple(source.weight(role, expert) for expert in experts for role in roles)
-            yield OutputTensor(name, "I8", (layer.experts, rows, inner), codes)
+            yield OutputTensor(name, "I8", (len(experts), rows, inner), codes)
             scales = tuple(source.scale(role, expert) for expert in experts for role in roles)
-            yield OutputTensor(f"{name}_scale", "F32", (layer.experts, rows, 1), scales)
+            yield OutputTensor(f"{name}_scale", "F32", (len(experts), rows, 1), scales)
             static = tuple(filter(None, (source.input_scale(roles[0], expert) for expert in experts)))
-            if len(static) == layer.experts:
-                yield OutputTensor(f"{name}_input_scale", "F32", (layer.experts,), static)
+            if len(static) == len(experts):
+                yield OutputTensor(f"{name}_input_scale", "F32", (len(experts),), static)
 
     def expert_checks(self, source: ExpertSource) -> Iterator[Check]:
         """Gate and up of an expert share a static scale here, so theirs must be the same; they see the same input."""
         if source.layer.layout == "fused" or not source.layer.static:
             return
-        for expert in range(source.layer.experts):
+        for expert in source.experts:
             gate, up = source.input_scale("gate", expert), source.input_scale("up", expert)
             if gate is not None and up is not None:
                 yield Check("equal", gate, up)

@@ -1,0 +1,105 @@
+"""Which part of the experts of a layer belongs to which rank.
+
+Tensor parallel: every rank has all experts, and of each the rows of gate and up, and the columns of down, of its own
+part of the intermediate size; the ranks' outputs add up. Expert parallel: every rank has some experts whole. The rules
+are those of vLLM's loader (``RoutedExperts.load_weights``, ``determine_expert_map`` with linear placement).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any, Final, Literal
+
+from quarkconv.errors import UnsupportedError, UsageError
+
+Parallel = Literal["tp", "ep"]
+
+RANK_KEY: Final = "quarkconv_rank"
+"""Field of a config.json that says which rank's part a checkpoint holds."""
+_MAX_RANKS: Final = 1024
+
+
+@dataclass(frozen=True, slots=True)
+class Rank:
+    """One of several ranks among which the experts of a layer are divided.
+
+    Attributes:
+        parallel: ``tp`` for tensor parallel, ``ep`` for expert parallel.
+        rank: number of the rank, from 0.
+        world_size: number of ranks.
+    """
+
+    parallel: Parallel
+    rank: int
+    world_size: int
+
+    def experts(self, count: int) -> range:
+        """The experts of the rank, of ``count``: contiguous; the first ``count % world_size`` ranks have one more."""
+        if self.parallel == "tp":
+            return range(count)
+        least, more = divmod(count, self.world_size)
+        start = self.rank * least + min(self.rank, more)
+        return range(start, start + least + (self.rank < more))
+
+    def intermediate(self, size: int) -> range:
+        """The part of the intermediate size that the rank has, of ``size``."""
+        if self.parallel == "ep":
+            return range(size)
+        part = size // self.world_size
+        return range(self.rank * part, (self.rank + 1) * part)
+
+    def check(self, prefix: str, experts: int, intermediate: int) -> None:
+        """Refuse a layer that cannot be divided so.
+
+        Raises:
+            UnsupportedError: the intermediate size is no multiple of the number of ranks, or a rank has no expert.
+        """
+        if self.parallel == "tp" and intermediate % self.world_size:
+            raise UnsupportedError(
+                f"The intermediate size cannot be divided among {self.world_size} ranks", tensor=prefix,
+                expected=f"a multiple of {self.world_size}", found=str(intermediate), hint="give another --tp, or --ep",
+            )  # fmt: skip
+        if self.parallel == "ep" and experts < self.world_size:
+            raise UnsupportedError(
+                "There are more ranks than experts", tensor=prefix, expected=f"{self.world_size} experts or more",
+                found=str(experts), hint="give a smaller --ep, or --tp",
+            )  # fmt: skip
+
+    def folder(self) -> str:
+        """Name of the rank's folder: ``rank-00-of-08``."""
+        return f"rank-{self.rank:02d}-of-{self.world_size:02d}"
+
+    def to_json(self) -> dict[str, str | int]:
+        """What stands under :data:`RANK_KEY` in config.json."""
+        return {"parallel": self.parallel, "rank": self.rank, "world_size": self.world_size}
+
+
+def make_rank(parallel: str, rank: int, world_size: int) -> Rank:
+    """A rank, checked.
+
+    Raises:
+        UsageError: there is no such rank.
+    """
+    if parallel not in ("tp", "ep"):
+        raise UsageError("There is no such way to divide experts", expected="tp or ep", found=parallel)
+    if not 1 <= world_size <= _MAX_RANKS or not 0 <= rank < world_size:
+        raise UsageError(
+            "There is no such rank", expected=f"a rank from 0, below a number of ranks up to {_MAX_RANKS}",
+            found=f"rank {rank} of {world_size}",
+        )  # fmt: skip
+    return Rank("tp" if parallel == "tp" else "ep", rank, world_size)
+
+
+def rank_of_config(config: Mapping[str, Any]) -> Rank | None:
+    """The rank whose part a checkpoint holds; None of a whole one, and of a config that says nonsense."""
+    said = config.get(RANK_KEY)
+    if not isinstance(said, dict):
+        return None
+    parallel, rank, world_size = said.get("parallel"), said.get("rank"), said.get("world_size")
+    if not isinstance(parallel, str) or type(rank) is not int or type(world_size) is not int:
+        return None
+    try:
+        return make_rank(parallel, rank, world_size)
+    except UsageError:
+        return None
