@@ -29,7 +29,7 @@ LAYERS = (
     ("targets", "manifest"),
     ("write", "inspection", "verify"),
     ("api",),
-    ("by_rank",),
+    ("by_rank", "compressed_tensors"),
     ("__init__",),
     ("cli",),
     ("__main__",),
