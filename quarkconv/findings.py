@@ -7,6 +7,8 @@ public interface: they are never renamed, and ``docs/findings.md`` is made from 
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final
@@ -37,6 +39,9 @@ class FindingCode:
     blocks: type[QuarkconvError] | None = None
 
 
+MAX_FINDINGS: Final = 200
+"""How many findings of one code are listed; the largest models have half as many layers."""
+
 _E, _W, _I = Severity.ERROR, Severity.WARNING, Severity.INFO
 _BROKEN, _UNSUPPORTED = SourceError, UnsupportedError
 
@@ -49,6 +54,11 @@ CODES: Final[dict[str, FindingCode]] = {
     "index-invalid": FindingCode(_E, "model.safetensors.index.json is not an index.", _BROKEN),
     "index-mismatch": FindingCode(_E, "The index and the headers disagree about where a tensor is.", _BROKEN),
     "tensor-duplicate": FindingCode(_E, "The same tensor lies in more than one file.", _BROKEN),
+    "index-total-size": FindingCode(_I, "The total size in the index is no number of bytes; it is not used."),
+    "file-outside": FindingCode(_E, "A file is a link that leads out of the model's directory.", _BROKEN),
+    "tensor-name": FindingCode(
+        _E, "A tensor has a name that cannot be printed, or (info) with slashes in it.", _BROKEN
+    ),
     "file-unused": FindingCode(_W, "A safetensors file is not named by the index; engines may or may not load it."),
     # What the config claims
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
@@ -68,11 +78,13 @@ CODES: Final[dict[str, FindingCode]] = {
         _I, "The config excludes all routed experts of a layer, and they are stored in float."
     ),
     # What is stored
+    "weight-shape": FindingCode(_E, "An int8 weight has no elements, or more matrices than a layer has.", _BROKEN),
     "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
     "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
     "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _BROKEN),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(_E, "A scale is NaN, infinite, zero or negative (read by --deep)."),
+    "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
     "zero-point-present": FindingCode(
         _I, "Zero points are stored; engines want none. Zeros are dropped on conversion."
     ),
@@ -120,3 +132,28 @@ def finding(
 ) -> Finding:
     """Make a finding with the severity that its code has by default. Raises ``KeyError`` for an unknown code."""
     return Finding(severity or CODES[code].severity, code, subject, count, message, hint)
+
+
+def as_finding(error: SourceError) -> Finding:
+    """What ``inspect`` says of an error after which it can go on."""
+    parts = [error.message, *(f"{label} {text}" for label, text in error.details() if label in ("expected", "found"))]
+    subject = error.file or error.tensor or ""
+    if error.tensor is not None:
+        parts.insert(1, f"tensor {error.tensor}")
+    return finding(error.code, subject, "; ".join(parts), hint=error.hint or "")
+
+
+def bounded(findings: Iterable[Finding]) -> list[Finding]:
+    """The findings, and of a code of which there are very many the first ones and one that stands for the rest."""
+    kept: list[Finding] = []
+    more: dict[str, list[Finding]] = {}
+    counts: Counter[str] = Counter()
+    for item in findings:
+        counts[item.code] += 1
+        (kept if counts[item.code] <= MAX_FINDINGS else more.setdefault(item.code, [])).append(item)
+    for code, rest in more.items():
+        message = f"{len(rest)} more of these, first of {rest[0].subject}: {rest[0].message}"
+        worst = min((item.severity for item in rest), key=list(Severity).index)
+        count = sum(item.count for item in rest)
+        kept.append(finding(code, rest[0].subject, message, hint=rest[0].hint, count=count, severity=worst))
+    return kept

@@ -6,26 +6,27 @@ finding, and whatever can still be read is there, so that ``inspect`` can descri
 
 from __future__ import annotations
 
-import re
-from collections.abc import Collection, Iterator
+import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
-from quarkconv.headers.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, read_json_object
+from quarkconv.headers.files import leads_outside, walk
+from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
+from quarkconv.headers.index import compare_index, read_index
+from quarkconv.headers.json_files import MAX_CONFIG_BYTES, link_error, read_json_object
 from quarkconv.headers.rank_index import refuse_ranks
-from quarkconv.headers.safetensors import Kind, ShardHeader, TensorRef, read_header
+from quarkconv.headers.safetensors import MAX_TENSORS, Kind, ShardHeader, TensorRef, read_header
 from quarkconv.headers.unfinished import refuse_unfinished
 
 CONFIG_NAME: Final = "config.json"
-INDEX_NAME: Final = "model.safetensors.index.json"
 SINGLE_NAME: Final = "model.safetensors"
 MANIFEST_NAME: Final = "quarkconv.json"
 """What a conversion wrote; see :mod:`quarkconv.manifest`."""
-_SHARD_NAME: Final = re.compile(r"[^/\\]*\.safetensors", re.DOTALL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,10 +59,14 @@ class Checkpoint:
 
     def files(self) -> Iterator[Path]:
         """Every file below the root that lies in no hidden folder, relative to the root, in the order of names."""
-        for path in sorted(self.root.rglob("*")):
-            relative = path.relative_to(self.root)
-            if path.is_file() and not any(part.startswith(".") for part in relative.parts[:-1]):
-                yield relative
+        yield from sorted(Path(name) for name, entry in walk(self.root, hidden=False) if _is_file(entry))
+
+
+def _is_file(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_file()
+    except OSError:  # a link in a circle
+        return False
 
 
 def open_checkpoint(root: Path) -> Checkpoint:
@@ -76,24 +81,33 @@ def open_checkpoint(root: Path) -> Checkpoint:
     try:
         config = read_json_object(root / CONFIG_NAME, code="config-invalid", limit=MAX_CONFIG_BYTES)
     except SourceError as error:
-        findings.append(_as_finding(error))
-    weight_map = _read_index(root, findings)
+        findings.append(as_finding(error))
+    index = read_index(root, findings)
     shards: list[ShardHeader] = []
     kinds: dict[str, Kind] = {}
+    findings.extend(_outside(root))
+    tensors, odd = 0, list[str]()
     with collector_paused():
-        for file in _shard_names(root, weight_map, findings):
+        for file in _shard_names(root, None if index is None else index.weight_map, findings):
+            if leads_outside(root, file) is not None:  # said above
+                continue
             try:
                 shard = read_header(root / file, file)
             except SourceError as error:
-                findings.append(_as_finding(error))
+                findings.append(as_finding(error))
                 continue
+            tensors += len(shard.names)
+            if tensors > MAX_TENSORS:
+                raise _too_many(root)
             if shard.truncated:
                 findings.append(_truncated(shard))
+            odd += shard.odd_names
             shards.append(shard)
             kinds.update(zip(shard.names, shard.kinds, strict=True))
+        findings.extend(_odd_names(odd))
         findings.extend(_duplicates(shards, len(kinds)))
-        if weight_map is not None:
-            findings.extend(_compare_index(weight_map, shards))
+        if index is not None:
+            findings.extend(compare_index(index, shards))
     return Checkpoint(root, config, tuple(shards), kinds, tuple(findings))
 
 
@@ -108,37 +122,43 @@ def _check_directory(root: Path) -> None:
     refuse_ranks(root)
 
 
-def _read_index(root: Path, findings: list[Finding]) -> dict[str, str] | None:
-    """The index's weight_map, or None where there is no index that can be used."""
-    path = root / INDEX_NAME
-    if not path.exists():
-        return None
-    try:
-        index = read_json_object(path, code="index-invalid", limit=MAX_INDEX_BYTES)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise SourceError(
-                "The index has no weight_map", code="index-invalid", file=INDEX_NAME,
-                expected="an object from tensor to file", found=type(weight_map).__name__,
-            )  # fmt: skip
-        for file in _distinct_values(weight_map):
-            if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
-                raise SourceError(
-                    "The index names something that is no shard of this directory", code="index-invalid",
-                    file=INDEX_NAME, expected="plain names of .safetensors files", found=repr(file)[:120],
-                )  # fmt: skip
-    except SourceError as error:
-        findings.append(_as_finding(error))
-        return None
-    return weight_map
+def _too_many(root: Path) -> SourceError:
+    return SourceError(
+        "The checkpoint holds more tensors than can be believed", file=str(root),
+        expected=f"at most {MAX_TENSORS} tensors", found="more",
+    )  # fmt: skip
 
 
-def _distinct_values(weight_map: dict[str, Any]) -> Collection[object]:
-    """The files that a weight_map names; as a list where it maps to something that is no file name at all."""
-    try:
-        return set(weight_map.values())
-    except TypeError:
-        return list(weight_map.values())
+def _odd_names(names: list[str]) -> Iterator[Finding]:
+    unprintable = [name for name in names if not name.isprintable()]
+    if unprintable:
+        yield finding(
+            "tensor-name", unprintable[0],
+            f"{len(unprintable)} tensor(s) have names that cannot be printed, first {unprintable[0]}",
+            hint="no tool writes such names: ask yourself what else the files hold", count=len(unprintable),
+        )  # fmt: skip
+    paths = [name for name in names if name.isprintable()]
+    if paths:
+        yield finding(
+            "tensor-name", paths[0], f"{len(paths)} tensor(s) have names with slashes, first {paths[0]}",
+            hint="quarkconv never takes them for paths; see that nothing else does", count=len(paths),
+            severity=Severity.INFO,
+        )  # fmt: skip
+
+
+def _outside(root: Path) -> Iterator[Finding]:
+    """Files of the model that are links to somewhere else: a conversion would copy what lies there."""
+    links = sorted(name for name, entry in walk(root, hidden=False) if entry.is_symlink())
+    links = [name for name in links if name not in (CONFIG_NAME, INDEX_NAME)]  # whoever reads these has said it
+    found = [(name, target) for name in links if (target := leads_outside(root, name)) is not None]
+    if found:
+        name, target = found[0]
+        error = link_error(name, target)
+        yield finding(
+            error.code, name,
+            f"{len(found)} file(s) are links that lead out of the model's directory: {name} leads to {target}",
+            hint=error.hint or "", count=len(found),
+        )  # fmt: skip
 
 
 def _shard_names(root: Path, weight_map: dict[str, str] | None, findings: list[Finding]) -> list[str]:
@@ -183,32 +203,6 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _compare_index(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iterator[Finding]:
-    agree = all(set(map(weight_map.get, shard.names)) == {shard.file} for shard in shards if shard.names)
-    if agree and sum(len(shard.names) for shard in shards) == len(weight_map):
-        return
-    stored: dict[str, str] = {}
-    for shard in shards:
-        stored.update(dict.fromkeys(shard.names, shard.file))
-    contents = {shard.file: set(shard.names) for shard in shards}
-    missing = [name for name, file in weight_map.items() if file in contents and name not in contents[file]]
-    extra = [name for name in stored if name not in weight_map]
-    if missing:
-        place = stored.get(missing[0])
-        yield finding(
-            "index-mismatch", missing[0],
-            f"{len(missing)} tensor(s) are not in the file that the index names: {missing[0]} should be in "
-            f"{weight_map[missing[0]]}, " + (f"and is in {place}" if place else "and is nowhere"),
-            hint="download the checkpoint again, or rebuild the index", count=len(missing),
-        )  # fmt: skip
-    if extra:
-        yield finding(
-            "index-mismatch", extra[0],
-            f"{len(extra)} stored tensor(s) are not in the index, such as {extra[0]} in {stored[extra[0]]}",
-            hint="rebuild the index: loaders that follow it drop these tensors", count=len(extra),
-        )  # fmt: skip
-
-
 def _truncated(shard: ShardHeader) -> Finding:
     available = shard.size - shard.data_start
     lost = [name for name, end in zip(shard.names, shard.ends, strict=True) if end > available]
@@ -217,11 +211,3 @@ def _truncated(shard: ShardHeader) -> Finding:
         f"The file ends {shard.truncated} bytes before its data does; {len(lost)} tensor(s) are cut, first {lost[0]}",
         hint="download or copy the file again", count=len(lost),
     )  # fmt: skip
-
-
-def _as_finding(error: SourceError) -> Finding:
-    parts = [error.message, *(f"{label} {text}" for label, text in error.details() if label in ("expected", "found"))]
-    subject = error.file or error.tensor or ""
-    if error.tensor is not None:
-        parts.insert(1, f"tensor {error.tensor}")
-    return finding(error.code, subject, "; ".join(parts), hint=error.hint or "")

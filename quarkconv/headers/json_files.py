@@ -7,35 +7,47 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
+from quarkconv.headers.files import leads_outside, read_regular
 
 MAX_CONFIG_BYTES: Final = 32 * 2**20
-MAX_INDEX_BYTES: Final = 512 * 2**20
+MAX_INDEX_BYTES: Final = 100_000_000
+MAX_VALUES: Final = 4_000_000
+"""How many values a file may hold: a few bytes of JSON can become a hundred of memory."""
+MAX_DEPTH: Final = 100
 
 
-def read_json_object(path: Path, *, code: str, limit: int) -> dict[str, Any]:
+def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Args:
         path: the file.
         code: finding code for whatever is wrong with it.
         limit: largest size in bytes that is read.
+        values: how many JSON values it may hold.
 
     Raises:
-        SourceError: missing, larger than ``limit``, not UTF-8, not JSON, or not an object.
+        SourceError: missing, no regular file, a link that leads out of the directory, larger than ``limit``, of too
+            many values, not UTF-8, not JSON, nested more than 100 deep, or not an object.
     """
     try:
-        size = path.stat().st_size
-        if size > limit:
-            raise SourceError(
-                "The file is too large to be believed", code=code, file=path.name,
-                expected=f"at most {limit} bytes", found=f"{size} bytes",
-            )  # fmt: skip
-        value = json.loads(path.read_bytes())
-    except OSError as error:
+        raw = read_regular(path, limit)
+    except (OSError, ValueError) as error:
         raise SourceError(
-            "The file cannot be read", code=code, file=path.name, found=error.strerror or str(error),
-            hint="download or copy the checkpoint again",
+            "The file cannot be read", code=code, file=path.name,
+            found=getattr(error, "strerror", None) or str(error), hint="download or copy the checkpoint again",
         ) from error  # fmt: skip
+    outside = leads_outside(path.parent, path.name)
+    if outside is not None:
+        raise link_error(path.name, outside)
+    if isinstance(raw, int):
+        raise _too_much(path, code, f"at most {limit} bytes", f"{raw} bytes")
+    found = raw.count(b",") + raw.count(b"{") + raw.count(b"[")
+    if found > values:
+        raise _too_much(path, code, f"at most {values} values", f"{found} separators")
+    try:
+        value = json.loads(raw)
+        if not _is_shallow(value):
+            raise RecursionError
     except (ValueError, RecursionError) as error:
         raise SourceError(
             "The file is not valid JSON", code=code, file=path.name, found=str(error) or "nesting too deep",
@@ -47,3 +59,33 @@ def read_json_object(path: Path, *, code: str, limit: int) -> dict[str, Any]:
             expected="an object", found=type(value).__name__,
         )  # fmt: skip
     return value
+
+
+def link_error(file: str, target: str) -> SourceError:
+    """The error for a file of a checkpoint that is a link to somewhere else."""
+    return SourceError(
+        "The file is a link that leads out of the model's directory", code="file-outside", file=file,
+        expected="a file in the directory", found=f"a link to {target}",
+        hint="if you made the link yourself, replace it by the file (`cp` follows links) or by a hard link (`ln`)",
+    )  # fmt: skip
+
+
+def _too_much(path: Path, code: str, expected: str, found: str) -> SourceError:
+    return SourceError(
+        "The file is too large to be believed", code=code, file=path.name, expected=expected, found=found
+    )
+
+
+def _is_shallow(value: object) -> bool:
+    """Whether a value is nested at most :data:`MAX_DEPTH` deep: what handles it later may call itself."""
+    level: list[object] = [value]
+    for _ in range(MAX_DEPTH):
+        level = [
+            child
+            for item in level
+            if isinstance(item, (dict, list))
+            for child in (item.values() if isinstance(item, dict) else item)
+        ]
+        if not level:
+            return True
+    return False

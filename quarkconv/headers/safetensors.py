@@ -3,7 +3,9 @@
 The format (https://huggingface.co/docs/safetensors, ``safetensors/src/tensor.rs``): 8 bytes little-endian header
 length N, N bytes of JSON that map a tensor's name to ``{"dtype", "shape", "data_offsets"}``, then the data. Offsets
 count from the end of the header; together they cover the data without overlap and without hole. This parser refuses
-whatever the format's own parser refuses, and also duplicate names and NaN.
+whatever the format's own parser refuses, and also duplicate names, NaN, and what no tool writes and reading would cost
+more memory than a stranger's file is worth: names of more than 1,024 characters, more than 64 dimensions or 500,000
+tensors.
 
 A large checkpoint has 100,000 entries, so the checks below run over whole columns with C-level iteration instead of
 entry by entry; only when a column fails is the first bad entry looked for, to name it.
@@ -15,18 +17,29 @@ import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import accumulate, chain
+from itertools import chain
 from math import prod
-from operator import eq, itemgetter, mul, sub
+from operator import eq, itemgetter, sub
 from typing import Final, NamedTuple, NoReturn, TypeVar
 
 from quarkconv.errors import SourceError
 from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.files import open_regular
 from quarkconv.headers.scan import scan_header
-from quarkconv.headers.strict_json import load_header_json, shown
+from quarkconv.headers.shown import shortened, shown
+from quarkconv.headers.strict_json import load_header_json
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The bound that safetensors itself sets on a header."""
+
+MAX_TENSORS: Final = 500_000
+"""Tensors of one checkpoint: twice those of the largest models, a 1T mixture of experts with scales and zero points."""
+MAX_NAME: Final = 1024
+MAX_DIMENSIONS: Final = 64
+_MAX_FREE_BYTES: Final = 32 * 2**20
+_MAX_FREE_TENSORS: Final = 150_000
+_MAX_FREE_VALUES: Final = 2_000_000
+"""Bounds for a header in another form than tools write: as JSON it takes several times the memory."""
 
 DTYPE_BITS: Final[dict[str, int]] = {
     "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
@@ -36,6 +49,8 @@ DTYPE_BITS: Final[dict[str, int]] = {
 """Bits per element of every dtype of the format."""
 
 _MAX_SIZE: Final = 2**64 - 1
+_ODD: Final = ("\\", "/", "\x7f")
+"""What has to be in a header of ASCII for a name to be odd."""
 
 FLOAT_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
 """Dtypes in which unquantized weights are stored."""
@@ -79,6 +94,7 @@ class ShardHeader:
         size: size of the whole file in bytes.
         data_start: where the data starts; ``starts`` and ``ends`` count from there.
         truncated: how many bytes the header promises beyond the end of the file; 0 for a sound file.
+        odd_names: the names that cannot be printed as they are, or that read as paths.
     """
 
     file: str
@@ -89,6 +105,7 @@ class ShardHeader:
     starts: Sequence[int]
     ends: Sequence[int]
     truncated: int = 0
+    odd_names: tuple[str, ...] = ()
 
     def refs(self) -> Iterator[tuple[str, TensorRef]]:
         """The tensors with their byte ranges in the file."""
@@ -109,7 +126,7 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
             data does not raise: ``truncated`` of the result says by how much.
     """
     try:
-        with open(path, "rb") as handle:
+        with open(open_regular(path), "rb") as handle:
             size = os.fstat(handle.fileno()).st_size
             prefix = handle.read(8)
             if len(prefix) < 8:
@@ -142,6 +159,7 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
     """
     data_start = 8 + len(raw)
     with collector_paused():
+        _check_costs(raw, file)
         text = _decode(raw, file)
         scanned = scan_header(text)
         if scanned is not None and all(map(_is_kind, distinct(scanned.kinds))):
@@ -149,19 +167,31 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
             starts: Sequence[int] = (0, *ends[:-1])
         else:
             names, kinds, starts, ends = _parse(text, file)
+        if max(map(len, names), default=0) > MAX_NAME:
+            _refuse(file, max(names, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
         _check_sizes(file, names, kinds, starts, ends)
         data_size = _check_coverage(file, names, starts, ends)
+        plain = text.isascii() and not any(char in text for char in _ODD)
+        odd = () if plain else tuple(name for name in names if not name.isprintable() or "/" in name or "\\" in name)
     if data_start + data_size < size:
         raise SourceError(
             "The file has bytes after the data of its last tensor",
             file=file, expected=f"{data_start + data_size} bytes", found=f"{size} bytes",
             hint="download or copy the file again",
         )  # fmt: skip
-    return ShardHeader(file, size, data_start, names, kinds, starts, ends, data_start + data_size - size)
+    return ShardHeader(file, size, data_start, names, kinds, starts, ends, data_start + data_size - size, odd)
 
 
 def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[Kind], Sequence[int], Sequence[int]]:
     """Names, kinds, starts and ends of a header in any form of JSON."""
+    tensors, values = text.count("{"), text.count(",")
+    if tensors > _MAX_FREE_TENSORS + 2 or values > _MAX_FREE_VALUES or len(text) > _MAX_FREE_BYTES:
+        raise _too_much(
+            file,
+            f"at most {_MAX_FREE_TENSORS} tensors, {_MAX_FREE_VALUES} values and {_MAX_FREE_BYTES} characters in JSON "
+            "of another form than safetensors writes",
+            f"{tensors} opening braces, {values} commas and {len(text)} characters",
+        )
     try:
         entries = load_header_json(text)
     except (ValueError, RecursionError) as error:
@@ -172,6 +202,22 @@ def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[Kind], Sequenc
     ):
         _refuse(file, "__metadata__", "an object of strings", shown(metadata))
     return list(entries), *_columns(entries, file)
+
+
+def _check_costs(raw: bytes, file: str) -> None:
+    """Refuse a header that would take more memory than a stranger's file is worth, before any of it is made."""
+    tensors = raw.count(b"{")  # one for each, one around them, one of the metadata, and whatever names hold
+    if tensors > MAX_TENSORS + 2:
+        raise _too_much(file, f"at most {MAX_TENSORS} tensors", f"{tensors} opening braces")
+    if len(raw) > _MAX_FREE_BYTES and not raw.isascii():
+        raise _too_much(file, f"ASCII in a header of more than {_MAX_FREE_BYTES} bytes", f"{len(raw)} bytes")
+
+
+def _too_much(file: str, expected: str, found: str) -> SourceError:
+    return SourceError(
+        "The header holds more than can be believed", file=file, expected=expected, found=found,
+        hint="split the file, or write it with the safetensors library",
+    )  # fmt: skip
 
 
 def _check_length(file: str, length: int, size: int) -> None:
@@ -233,13 +279,22 @@ def distinct(items: Iterable[_T]) -> Collection[_T]:
 def _is_kind(kind: Kind) -> bool:
     """True for a dtype of the format and a shape that a tensor can have."""
     dtype, shape = kind
-    return dtype in DTYPE_BITS and min(shape, default=0) >= 0 and not _overflows(dtype, shape)
+    return (
+        dtype in DTYPE_BITS
+        and len(shape) <= MAX_DIMENSIONS
+        and min(shape, default=0) >= 0
+        and not _overflows(dtype, shape)
+    )
 
 
 def _overflows(dtype: str, shape: Sequence[int]) -> bool:
     """True when a size does not fit in 64 bits while it is multiplied up, even if a later factor is 0."""
-    counts = list(accumulate(shape, mul, initial=1))
-    return max(*shape, *counts, counts[-1] * DTYPE_BITS[dtype]) > _MAX_SIZE
+    count = 1
+    for size in shape:  # stops at once: the numbers may have thousands of digits each
+        count *= size
+        if size > _MAX_SIZE or count > _MAX_SIZE:
+            return True
+    return count * DTYPE_BITS[dtype] > _MAX_SIZE
 
 
 def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoReturn:
@@ -256,6 +311,8 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
             _refuse(file, name, "a dtype of the safetensors format", shown(dtype))
         if not isinstance(shape, list) or not sizes(shape):
             _refuse(file, name, "a shape of whole numbers that are not negative", shown(shape))
+        if len(shape) > MAX_DIMENSIONS:
+            _refuse(file, name, f"at most {MAX_DIMENSIONS} dimensions", str(len(shape)))
         if _overflows(dtype, shape):
             _refuse(file, name, "a size that fits in 64 bits", shown(shape))
         if not sizes(offsets) or not isinstance(offsets, list) or len(offsets) != 2:
@@ -293,6 +350,6 @@ def _check_coverage(file: str, names: Sequence[str], starts: Sequence[int], ends
 
 def _refuse(file: str, tensor: str, expected: str, found: str) -> NoReturn:
     raise SourceError(
-        "The safetensors header is not valid", file=file, tensor=tensor, expected=expected, found=found,
+        "The safetensors header is not valid", file=file, tensor=shortened(tensor), expected=expected, found=found,
         hint="download or copy the file again",
     )  # fmt: skip

@@ -18,7 +18,8 @@ _START: Final = re.compile(
     r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?(?=")'
 )
 _ENTRY: Final = re.compile(
-    r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+","shape":\[[\d,]*)\],"data_offsets":\[(\d+),(\d+)\]\}[,}]', re.ASCII
+    r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+","shape":\[[\d,]{0,200})\],"data_offsets":\[(\d+),(\d+)\]\}[,}]',
+    re.ASCII,
 )
 _KIND: Final = re.compile(r'([A-Z0-9_]+)","shape":\[((?:(?:0|[1-9]\d{0,17})(?:,(?!$)|$))*)', re.ASCII)
 _MAX_DIGITS: Final = 18

@@ -6,6 +6,8 @@ import json
 from collections import Counter
 from typing import NoReturn
 
+from quarkconv.headers.shown import shown
+
 
 def load_header_json(text: str) -> dict[str, dict[str, object]]:
     """Parse the JSON of a header. The entries are not checked.
@@ -23,12 +25,6 @@ def load_header_json(text: str) -> dict[str, dict[str, object]]:
     if text.count(":") != _pairs(entries) or "\\u" in text or "-0" in text:
         json.loads(text, object_pairs_hook=_strict_object, parse_int=_strict_int)
     return entries
-
-
-def shown(value: object) -> str:
-    """A short, escaped rendering of a value from a file."""
-    text = json.dumps(value)
-    return text if len(text) <= 80 else text[:77] + "..."
 
 
 def _no_constant(text: str) -> NoReturn:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import shlex
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
+from quarkconv.headers.files import read_regular
 
 STAGING_NAME: Final = ".quarkconv"
 """Folder inside an output directory in which a conversion is prepared; gone when it is finished."""
@@ -14,7 +16,9 @@ STATE_NAME: Final = "plan.json"
 """File in that folder that says what is being converted."""
 NOTES_NAME: Final = "notes"
 """Folder in that folder with a note for each finished shard."""
-_MAX_STATE_BYTES: Final = 2**24
+MAX_STATE_BYTES: Final = 2**24
+_COMMAND: Final = ["quarkconv", "convert"]
+_OPTIONS: Final = frozenset({"--to", "--out", "--max-shard-size"})
 
 
 def refuse_unfinished(root: Path) -> None:
@@ -26,24 +30,36 @@ def refuse_unfinished(root: Path) -> None:
     folder = root / STAGING_NAME
     if not folder.is_dir():
         return
-    state = _read_state(folder / STATE_NAME)
+    state = read_state(folder / STATE_NAME) or {}
     found = f"the working folder {STAGING_NAME}"
     if isinstance(state.get("shards"), int):
         finished = sum(1 for _ in folder.glob(f"{NOTES_NAME}/*.json"))
         found += f", with {finished} of {state['shards']} shards finished"
-    command = state.get("command")
-    hint = f"run `{command}` again" if isinstance(command, str) else "run the same `quarkconv convert` command again"
+    command = _resuming(state.get("command"))
+    hint = f"run `{command}` again" if command else "run the same `quarkconv convert` command again"
     raise SourceError(
         "This directory is an unfinished conversion, not a model", code="conversion-unfinished",
         file=str(root), expected="a finished checkpoint", found=found, hint=f"{hint}: it resumes where it stopped",
     )  # fmt: skip
 
 
-def _read_state(path: Path) -> dict[str, Any]:
-    """What the conversion was begun with; empty when that cannot be told."""
+def read_state(path: Path) -> dict[str, Any] | None:
+    """What a conversion was begun with; None when that cannot be told."""
     try:
-        with open(path, "rb") as handle:
-            state = json.loads(handle.read(_MAX_STATE_BYTES))
+        data = read_regular(path, MAX_STATE_BYTES)
+        state = None if isinstance(data, int) else json.loads(data)
     except (OSError, ValueError, RecursionError):
-        return {}
-    return state if isinstance(state, dict) else {}
+        return None
+    return state if isinstance(state, dict) else None
+
+
+def _resuming(command: object) -> str | None:
+    """The command that a state names, if it is one that resumes: a stranger may have written another for us to show."""
+    if not isinstance(command, str) or not command.isprintable():
+        return None
+    try:
+        words = shlex.split(command)
+    except ValueError:
+        return None
+    options = {word for word in words if word.startswith("-")}
+    return shlex.join(words) if words[:2] == _COMMAND and options <= _OPTIONS else None

@@ -44,6 +44,7 @@ VALID = {
     "an empty tensor first": raw_file({"a": entry("I8", [0], 0, 0), "b": entry("I8", [2], 0, 2)}, b"12"),
     "two to the bytes": raw_file({"a": entry("F4", [3, 2], 0, 3)}, b"123"),
     "largest size": raw_file({"a": entry("I8", [0, 2**64 - 1], 0, 0)}),
+    "64 dimensions": raw_file({"a": entry("I8", [1] * 64, 0, 1)}, b"1"),
     "no name": one(""),
     "a name with NUL": one("a\0b"),
     "a name with line ends": one("a\nb\r"),
@@ -52,7 +53,7 @@ VALID = {
     "a name with a colon": one("a:b::c"),
     "a name with -0": one("model-00001"),
     "a name that looks like an entry": one('":{"data_offsets":[0,1]}'),
-    "a name of a megabyte": one("x" * 2**20),
+    "a name of a thousand characters": one("x" * 1024),
     "a name outside of the first plane": raw_file('{"\\ud83d\\ude00":' + ONE + "}", b"1"),
     "escaped keys": raw_file('{"a":{"\\u0064type":"\\u00498","shape":[1],"data\\u005foffsets":[0,1]}}', b"1"),
     **{f"dtype {name}": raw_file({"a": entry(name, [8], 0, bits)}, bytes(bits)) for name, bits in DTYPE_BITS.items()},
@@ -153,6 +154,9 @@ MALFORMED = {
 }
 
 STRICTER = {
+    "65 dimensions": raw_file({"a": entry("I8", [1] * 65, 0, 1)}, b"1"),
+    "a name of more than a thousand characters": raw_file('{"' + "x" * 1025 + '":' + ONE + "}", b"1"),
+    "a name of a megabyte": raw_file('{"' + "x" * 2**20 + '":' + ONE + "}", b"1"),
     "an empty tensor twice": raw_file(f'{{"a":{EMPTY},"a":{EMPTY}}}'),
     "a name twice": raw_file('{"a":' + ONE + ',"a":' + ONE + "}", b"1"),
     "a name twice, an escaped key hiding it": raw_file(

@@ -1,0 +1,100 @@
+"""Opening what a stranger's directory holds: regular files that lie in it, and nothing else.
+
+A name may stand for a pipe that never answers, a device that never ends, or a link to somebody's private key that a
+conversion would copy into a directory which is then published.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+_KINDS: Final = {
+    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
+}  # fmt: skip
+_SNAPSHOTS, _BLOBS = "snapshots", "blobs"
+_BLOB: Final = re.compile(r".*/models--[^/]+/blobs/[0-9a-f]{40,64}", re.DOTALL)
+"""A blob in the Hub's cache. Its name is the hash of its content: whoever can name it knows what is in it."""
+
+
+def open_regular(path: str | os.PathLike[str]) -> int:
+    """Open a regular file for reading, without waiting for anything; returns the descriptor.
+
+    Raises:
+        OSError: it cannot be opened or is no regular file.
+        ValueError: no file can have such a name.
+    """
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
+    try:
+        mode = os.fstat(descriptor).st_mode
+        if not stat.S_ISREG(mode):
+            raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}", os.fspath(path))
+    except BaseException:
+        os.close(descriptor)
+        raise
+    return descriptor
+
+
+def read_regular(path: str | os.PathLike[str], limit: int) -> bytes | int:
+    """The bytes of a regular file; where they are more than ``limit``, the size of the file instead.
+
+    Raises:
+        OSError: it cannot be read or is no regular file.
+    """
+    with open(open_regular(path), "rb") as handle:
+        size = os.fstat(handle.fileno()).st_size
+        if size > limit:
+            return size
+        data = handle.read(limit + 1)  # it may have grown, and files of the kernel say that they hold nothing
+    return data if len(data) <= limit else len(data)
+
+
+def leads_outside(root: Path, name: str | os.PathLike[str]) -> str | None:
+    """Where a name in a directory leads, if that is outside of the directory; None when it stays inside.
+
+    Blobs of the Hub's cache count as inside: snapshots are made of links to them, and so are some downloads.
+
+    Args:
+        root: the directory.
+        name: a path relative to it.
+    """
+    path = root / name
+    parts = [name, *list(Path(name).parents)[:-1]]
+    try:
+        if not path.exists() or not any((root / part).is_symlink() for part in parts):
+            return None
+        real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
+    except (OSError, ValueError):  # whoever opens it says what is wrong
+        return None
+    if real.is_relative_to(inside) or _BLOB.fullmatch(str(real)):
+        return None
+    repo = next((parent.parent for parent in inside.parents if parent.name == _SNAPSHOTS), None)
+    if repo is not None and real.is_relative_to(repo / _BLOBS):
+        return None
+    return str(real)
+
+
+def walk(root: Path, *, hidden: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
+    """Everything below a directory as (path relative to it, entry), in no order; links are not followed.
+
+    A folder that cannot be read is passed over, and so are those whose names start with a dot unless ``hidden``.
+    Folders may be nested to any depth.
+    """
+    folders = [""]
+    while folders:
+        folder = folders.pop()
+        try:
+            with os.scandir(os.path.join(root, folder)) as entries:
+                for entry in entries:
+                    name = os.path.join(folder, entry.name)
+                    if entry.is_dir(follow_symlinks=False) and (hidden or not entry.name.startswith(".")):
+                        folders.append(name)
+                    yield name, entry
+        except OSError:
+            continue

@@ -1,0 +1,41 @@
+"""Values from files as text for messages: short, whatever they are."""
+
+from __future__ import annotations
+
+import json
+from itertools import islice
+from typing import Final
+
+_LENGTH: Final = 80
+_ITEMS: Final = 5
+_DEPTH: Final = 4
+_MAX_NAME: Final = 200
+
+
+def shown(value: object) -> str:
+    """A short, escaped rendering of a JSON value of any size and depth."""
+    text = json.dumps(_pruned(value, _DEPTH))
+    return text if len(text) <= _LENGTH else text[: _LENGTH - 3] + "..."
+
+
+def shortened(name: str) -> str:
+    """A name for a message: the beginning of it where it is very long."""
+    return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2]}... ({len(name)} characters)"
+
+
+def word(value: object) -> str:
+    """A value that should be a word, as one: cut where it is long."""
+    return (shown(value) if isinstance(value, dict | list) else str(value))[:_LENGTH]
+
+
+def _pruned(value: object, depth: int) -> object:
+    """As much of a value as can be seen in a short text."""
+    if isinstance(value, str):
+        return value[: _LENGTH + 1]
+    if isinstance(value, dict):
+        if depth == 0:
+            return {}
+        return {key[:_LENGTH]: _pruned(item, depth - 1) for key, item in islice(value.items(), _ITEMS)}
+    if isinstance(value, list | tuple):
+        return [_pruned(item, depth - 1) for item in value[: _ITEMS + 20]] if depth else []
+    return value

@@ -1,0 +1,173 @@
+"""Files that are none: pipes that never answer, devices that never end, links that lead elsewhere."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from builders import INDEX, SECOND, Model
+from hostile_support import judge, spoilt
+from writing_support import run_cli, snapshot
+
+from quarkconv import inspect_checkpoint
+
+
+def bind(path: Path) -> None:
+    with socket.socket(socket.AF_UNIX) as made:
+        directory = os.open(path.parent, os.O_RDONLY)
+        try:
+            made.bind(f"/proc/self/fd/{directory}/{path.name}")  # such a path may be no longer than 100 characters
+        finally:
+            os.close(directory)
+
+
+STRANGE: dict[str, Callable[[Path], object]] = {
+    "a pipe": os.mkfifo,
+    "a socket": bind,
+    "an endless device": lambda path: path.symlink_to("/dev/zero"),
+    "a terminal": lambda path: path.symlink_to("/dev/tty"),
+    "a directory": Path.mkdir,
+    "a link in a circle": lambda path: path.symlink_to(path.name),
+    "a link to nothing": lambda path: path.symlink_to("nothing"),
+    "a link to the processes' files": lambda path: path.symlink_to("/proc/self/environ"),
+}
+PLACES = {SECOND: ("shard-missing", "file-outside"), INDEX: ("index-invalid",), "config.json": ("config-invalid",)}
+
+
+@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("kind", STRANGE)
+def test_what_is_no_file_is_neither_waited_for_nor_read(
+    kind: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def spoil(folder: Path) -> None:
+        (folder / place).unlink()
+        STRANGE[kind](folder / place)
+
+    verdict = judge(spoilt(tmp_path / "model", spoil), capsys)
+    assert (verdict.inspect, verdict.convert) == (1, 3)
+    assert verdict.codes[0] in (*PLACES[place], "file-outside")
+
+
+@pytest.mark.parametrize("name", ["notes.txt", "quarkconv.json", "sub/notes.txt"])
+@pytest.mark.parametrize("kind", ["a pipe", "a socket", "a link to nothing", "a link in a circle"])
+def test_other_files_that_are_none_are_not_copied(kind: str, name: str, tmp_path: Path) -> None:
+    folder = Model().write(tmp_path / "model")
+    (folder / name).parent.mkdir(exist_ok=True)
+    STRANGE[kind](folder / name)
+    from quarkconv import convert_checkpoint
+
+    output = convert_checkpoint(folder, "fused-int8", tmp_path / "out").output
+    assert not any(path.is_symlink() for path in output.rglob("*"))
+    assert name == "quarkconv.json" or not (output / name).exists()
+
+
+@pytest.fixture
+def secret(tmp_path: Path) -> Path:
+    path = tmp_path / "home" / "id_rsa"
+    path.parent.mkdir()
+    path.write_text("PRIVATE KEY")
+    return path
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize(
+    "name", ["tokenizer.json", "sub/deeper/notes.txt", "modeling_x.py", "config.json", INDEX, SECOND]
+)
+def test_a_link_out_of_the_directory_is_not_followed(
+    name: str, relative: bool, secret: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Else a stranger's repository could have a private key copied into a directory that is then published."""
+    folder = Model().write(tmp_path / "model")
+    path = folder / name
+    path.unlink(missing_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.symlink_to(os.path.relpath(secret, path.parent) if relative else secret)
+    verdict = judge(folder, capsys)
+    assert (verdict.inspect, verdict.codes[0]) == (1, "file-outside")
+    assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, "file-outside", name)
+    assert "hard link" in verdict.error["hint"]
+
+
+def test_a_shard_of_another_model_is_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    other, folder = Model().write(tmp_path / "private"), Model().write(tmp_path / "model")
+    (folder / SECOND).unlink()
+    (folder / SECOND).symlink_to(other / SECOND)
+    verdict = judge(folder, capsys)
+    assert (verdict.inspect, verdict.codes) == (1, ["file-outside"])
+    (folder / SECOND).unlink()
+    os.link(other / SECOND, folder / SECOND)  # the way that the hint names
+    assert inspect_checkpoint(folder).ok
+
+
+def test_a_folder_that_is_a_link_is_not_entered(
+    secret: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = Model().write(tmp_path / "model")
+    (folder / "figures").symlink_to(secret.parent)
+    verdict = judge(folder, capsys)
+    assert (verdict.inspect, verdict.codes, verdict.convert) == (1, ["file-outside"], 3)
+
+
+def test_links_within_the_directory_are_followed(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Model().write(tmp_path / "model")
+    (folder / "weights").mkdir()
+    shutil.move(folder / SECOND, folder / "weights" / "second.bin")
+    (folder / SECOND).symlink_to("weights/second.bin")
+    (folder / "LICENSE").write_text("free")
+    (folder / "LICENSE.txt").symlink_to(folder / "LICENSE")
+    (tmp_path / "link").symlink_to(folder)  # the directory itself may be one
+    out = tmp_path / "out"
+    assert run_cli(capsys, "convert", tmp_path / "link", "--to", "fused-int8", "--out", out)[0] == 0
+    assert (out / "LICENSE.txt").read_text() == "free"
+    assert not any(path.is_symlink() for path in out.rglob("*"))
+
+
+@pytest.mark.parametrize("layout", ["cache", "downloaded with links"])
+def test_blobs_of_the_hubs_cache_are_followed(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A snapshot is made of links to blobs; so were downloads to a directory until huggingface_hub 0.23."""
+    plain = Model().write(tmp_path / "plain")
+    repo = tmp_path / "hub" / "models--org--name"
+    folder = repo / "snapshots" / "abc" if layout == "cache" else tmp_path / "download"
+    (repo / "blobs").mkdir(parents=True)
+    folder.mkdir(parents=True)
+    for number, file in enumerate(sorted(plain.iterdir())):
+        blob = repo / "blobs" / f"{number:064x}"
+        shutil.copy(file, blob)
+        (folder / file.name).symlink_to(os.path.relpath(blob, folder))
+    for source, out in ((plain, tmp_path / "one"), (folder, tmp_path / "two")):
+        assert run_cli(capsys, "convert", source, "--to", "fused-int8", "--out", out)[0] == 0
+    assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
+
+
+def test_folders_nested_thousands_deep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    folder = Model().write(tmp_path / "model")
+    home = Path.cwd()
+    try:
+        os.chdir(folder)
+        for _ in range(3000):
+            os.mkdir("d")
+            os.chdir("d")
+        Path("deep.txt").touch()
+    finally:
+        os.chdir(home)
+    assert run_cli(capsys, "inspect", folder)[0] == 0
+    code, _, stderr = run_cli(capsys, "convert", folder, "--to", "fused-int8", "--out", tmp_path / "out")
+    assert code == 0, stderr  # what no path reaches is no file of the model
+    subprocess.run(["rm", "-rf", folder / "d"], check=True)  # pytest's own clean-up calls itself for each folder
+
+
+@pytest.mark.parametrize("name", ["config.json", "quarkconv.json", "model-00001-of-00001.safetensors", INDEX])
+def test_a_folder_named_as_a_file_of_the_output(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def spoil(folder: Path) -> None:
+        if (folder / name).exists():
+            (folder / name).unlink()
+        (folder / name).mkdir()
+        (folder / name / "notes.txt").touch()
+
+    verdict = judge(spoilt(tmp_path / "model", spoil), capsys)
+    assert verdict.convert in (3, 4)
