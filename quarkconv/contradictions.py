@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from math import prod
 from typing import Final
 
 from quarkconv.experts.ranks import Rank
-from quarkconv.experts.topology import MoELayer, Topology
+from quarkconv.experts.topology import MAX_EXPERTS, MoELayer, Topology
 from quarkconv.findings import Finding, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import ResolvedModules
@@ -145,8 +146,16 @@ _CHECKS: Final[tuple[_Check, ...]] = (
         _REQUANTIZE,
     ),
     (
+        "weight-shape",
+        lambda form, _: 0 in form.weight[1] or prod(form.weight[1][:-2]) > MAX_EXPERTS,
+        f"{{}} in int8 without elements, or of more than {MAX_EXPERTS} matrices",
+        "these are no weights of a model",
+    ),
+    (
         "scale-dtype",
-        lambda form, _: form.scale is not None and form.scale[0] not in SCALE_DTYPES,
+        lambda form, _: any(
+            kind is not None and kind[0] not in SCALE_DTYPES for kind in (form.scale, form.input_scale)
+        ),
         "{} with a scale that is not F32, BF16 or F16",
         _REQUANTIZE,
     ),
@@ -154,6 +163,12 @@ _CHECKS: Final[tuple[_Check, ...]] = (
         "scale-shape",
         lambda form, _: form.scale is not None and form.granularity is None,
         "{} with a scale that is neither per channel nor per tensor",
+        _REQUANTIZE,
+    ),
+    (
+        "scale-shape",
+        lambda form, _: form.input_scale is not None and not _is_input_scale(form.input_scale[1], form.weight[1]),
+        "{} with a static input scale that is neither one value nor one for each matrix",
         _REQUANTIZE,
     ),
     (
@@ -250,6 +265,10 @@ def _shown(spec: TensorSpec | None) -> str:
         return "float"
     words = ("dynamic" if spec.dynamic else "static", "" if spec.symmetric else "asymmetric", spec.granularity)
     return " ".join([spec.dtype, *filter(None, words)])
+
+
+def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return prod(shape) in (1, prod(weight[:-2]))
 
 
 def _is_static(scheme: ModuleScheme) -> bool:

@@ -14,7 +14,7 @@ from quarkconv.contradictions import contradictions, rank_part
 from quarkconv.experts.geometry import ConfigGeometry, config_geometry
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
-from quarkconv.findings import Finding, Severity
+from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
 from quarkconv.scheme.config import declared_scheme
@@ -101,5 +101,6 @@ def describe(root: Path) -> Description:
             *contradictions(declared, stored, modules, topology),
         ]
     order = list(Severity)
+    findings = bounded(findings)
     findings.sort(key=lambda item: order.index(item.severity))
     return Description(checkpoint, declared, geometry, stored, modules, topology, tuple(findings))

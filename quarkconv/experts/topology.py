@@ -20,6 +20,8 @@ _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
 _MAX_DIGITS: Final = 9
 """Longer numbers of layers and experts are not believed."""
+MAX_EXPERTS: Final = 2**16
+"""Nor are more experts in a layer: tensors of no bytes can claim any number."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,6 +255,8 @@ def _per_expert_layer(
             if form in wrong:
                 findings.append(_wrong_shape(f"{prefix}.{number}.{name}", right[role], form.weight[1]))
                 return None
+    if not _believable(prefix, (experts, hidden, intermediate), findings):
+        return None
     moe = prefix.removesuffix(_EXPERT_SUFFIX)
     all_forms = frozenset().union(*kept.values())
     return MoELayer(index, prefix, moe, naming, "per_expert", experts, hidden, intermediate, forms, all_forms)
@@ -292,6 +296,8 @@ def _single_tensor_layer(
             if form.weight[1] != right[part]:
                 findings.append(_wrong_shape(f"{prefix} ({part})", right[part], form.weight[1]))
                 return None
+        if not _believable(prefix, (experts, hidden, intermediate), findings):
+            return None
         forms: dict[Role, tuple[Form, ...]] = {"down": (parts["down"],)}
         if layout == "fused":
             forms = {"gate": (parts["gate_up"],), "up": (), **forms}
@@ -300,6 +306,22 @@ def _single_tensor_layer(
         all_forms = frozenset(parts.values())
         return MoELayer(index, prefix, moe, naming, layout, experts, hidden, intermediate, forms, all_forms)
     return None
+
+
+def _believable(prefix: str, geometry: tuple[int, int, int], findings: list[Finding]) -> bool:
+    """Whether a layer has experts, of elements, and no more than any model has."""
+    experts, hidden, intermediate = geometry
+    if 0 < experts <= MAX_EXPERTS and hidden and intermediate:
+        return True
+    findings.append(
+        finding(
+            "expert-shape", prefix,
+            f"The layer has {experts} experts, hidden {hidden}, intermediate {intermediate}; a layer has 1 to "
+            f"{MAX_EXPERTS} experts, and none of them is empty",
+            hint="these are no weights of a model",
+        )
+    )  # fmt: skip
+    return False
 
 
 def _layer_index(prefix: str, hidden_layers: int | None, position: int) -> int:

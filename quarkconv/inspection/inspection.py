@@ -8,7 +8,7 @@ from typing import Any, Final
 from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
 from quarkconv.errors import QuarkconvError
-from quarkconv.findings import Finding, Severity
+from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.inspection.engines import EngineFact, advice, engines_for
 from quarkconv.plan.planner import check_convertible
 from quarkconv.plan.target import Target
@@ -131,7 +131,9 @@ def _support(description: Description, target: Target) -> TargetSupport:
         check_convertible(description, target)
     except QuarkconvError as error:
         return TargetSupport(False, reason=error.message)
-    return TargetSupport(True, nbytes=target.output_bytes(description), losses=tuple(target.losses(description)))
+    return TargetSupport(
+        True, nbytes=target.output_bytes(description), losses=tuple(bounded(target.losses(description)))
+    )
 
 
 def _moe(description: Description) -> dict[str, Any] | None:

@@ -10,7 +10,7 @@ from typing import Final
 from quarkconv.description import Description
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, Rank
-from quarkconv.findings import CODES, Severity
+from quarkconv.findings import CODES, Severity, bounded
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
@@ -81,7 +81,7 @@ def make_plan(
             shards=pack_shards(tensors, max_shard_size),
             config=target.config(description) | ({RANK_KEY: rank.to_json()} if rank else {}),
             copies=tuple(_copies(description, {file.name for file in texts})),
-            losses=tuple(target.losses(description)),
+            losses=tuple(bounded(target.losses(description))),
             texts=texts,
             rank=rank,
         )
@@ -213,6 +213,12 @@ def _copies(description: Description, written: Collection[str]) -> Iterator[Sour
                 "A file of the source has a name that the manifest cannot hold", file=repr(name),
                 expected="UTF-8 without backslashes", hint="rename the file, or move it out of the source",
             )  # fmt: skip
+        if any(part in _REPLACED or part.endswith(".safetensors") for part in path.parts[:-1]):
+            raise UnsupportedError(
+                "A folder of the source has a name that a file of the output may need",
+                file=name,
+                hint="rename the folder, or move it out of the source",
+            )
         yield SourceFile(name, (root / path).stat().st_size)
 
 

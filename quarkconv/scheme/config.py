@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any, Final
 
+from quarkconv.headers.shown import shortened, shown
 from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme, UnknownScheme
 from quarkconv.scheme.engine_formats import CompressedTensorsScheme, W8A8Int8Scheme
 from quarkconv.scheme.quark import QuarkScheme
@@ -46,7 +47,7 @@ def _read(quantization: object) -> DeclaredScheme:
     method = quantization.get("quant_method")
     if not isinstance(method, str):
         unknown = UnknownScheme("unknown")
-        unknown.problems.append(ConfigProblem("quant_method", "a string", repr(method)[:80]))
+        unknown.problems.append(ConfigProblem("quant_method", "a string", shown(method)))
         return unknown
     reader = READERS.get(method)
-    return reader(quantization) if reader else UnknownScheme(method)
+    return reader(quantization) if reader else UnknownScheme(shortened(method))

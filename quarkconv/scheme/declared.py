@@ -5,9 +5,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Final
 
+from quarkconv.headers.shown import shown
 from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
+
+_MAX_PROBLEMS: Final = 100
+"""How many problems of a config are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,12 +56,16 @@ class DeclaredScheme(ABC):
         """The scheme of a routed expert's projection ``module``, in the module ``experts`` that holds all of them."""
         return self.resolve(module)
 
+    def _problem(self, where: str, expected: str, found: object) -> None:
+        if len(self.problems) < _MAX_PROBLEMS:
+            self.problems.append(ConfigProblem(where, expected, shown(found)))
+
     def _object(self, value: object, where: str) -> dict[str, Any]:
         if value is None:
             return {}
         if isinstance(value, dict):
             return value
-        self.problems.append(ConfigProblem(where, "an object", type(value).__name__))
+        self._problem(where, "an object", value)
         return {}
 
     def _strings(self, value: object, where: str) -> list[str]:
@@ -65,7 +73,7 @@ class DeclaredScheme(ABC):
             return []
         if isinstance(value, list) and all(isinstance(item, str) for item in value):
             return value
-        self.problems.append(ConfigProblem(where, "a list of strings", repr(value)[:80]))
+        self._problem(where, "a list of strings", value)
         return [item for item in value if isinstance(item, str)] if isinstance(value, list) else []
 
 

@@ -8,10 +8,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
+from itertools import islice
 from typing import Any, ClassVar
 
-from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme
-from quarkconv.scheme.patterns import name_filter
+from quarkconv.headers.shown import shortened, word
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import (
     FLOAT,
     INPUT_PER_TOKEN,
@@ -31,6 +33,7 @@ LINEAR_TYPE = "Linear"
 KV_CACHE_MODULES = ("*k_proj", "*v_proj")
 """The linears whose outputs a key-value cache holds, as Quark's patterns."""
 
+_MAX_GROUPS = 1_000
 _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
 
 
@@ -47,18 +50,24 @@ class CompressedTensorsScheme(DeclaredScheme):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("compressed-tensors", None)
-        self._groups: list[tuple[Callable[[str], bool], ModuleScheme]] = []
-        for key, value in self._object(config.get("config_groups"), "config_groups").items():
+        patience = Patience()
+        self._groups: list[tuple[Callable[[str], object], ModuleScheme]] = []
+        groups = self._object(config.get("config_groups"), "config_groups")
+        if len(groups) > _MAX_GROUPS:
+            self._problem("config_groups", f"at most {_MAX_GROUPS} groups", groups)
+        for key, value in islice(groups.items(), _MAX_GROUPS):
+            key = shortened(key)
             group = self._object(value, f"config_groups.{key}")
             scheme = ModuleScheme(
                 self._spec(group.get("weights"), f"config_groups.{key}.weights"),
                 self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
             )
             targets = self._strings(group.get("targets"), f"config_groups.{key}.targets")
-            self._groups.append((name_filter(targets, globs=False), scheme))
+            self._groups.append((name_filter(targets, globs=False, patience=patience), scheme))
             if LINEAR_TYPE in targets and self.default == FLOAT:
                 self.default = scheme
-        self._ignored = name_filter(self._strings(config.get("ignore"), "ignore"), globs=False)
+        ignored = self._strings(config.get("ignore"), "ignore")
+        self._ignored = name_filter(ignored, globs=False, patience=patience)
         kv_cache = self._spec(config.get("kv_cache_scheme"), "kv_cache_scheme")
         if kv_cache is not None:
             fp8 = kv_cache.dtype == "float8"
@@ -82,12 +91,12 @@ class CompressedTensorsScheme(DeclaredScheme):
         spec = self._object(value, where)
         kind, bits, dynamic = spec.get("type"), spec.get("num_bits"), spec.get("dynamic", False)
         if not isinstance(kind, str) or not isinstance(bits, int):
-            self.problems.append(ConfigProblem(where, "type a string and num_bits a number", repr(value)[:80]))
+            self._problem(where, "type a string and num_bits a number", value)
             return None
         strategy = spec.get("strategy")
         return TensorSpec(
-            f"{kind}{bits}",
-            _GRANULARITY.get(str(strategy), str(strategy)),
+            word(f"{kind}{bits}"),
+            _GRANULARITY.get(word(strategy), word(strategy)),
             symmetric=spec.get("symmetric", True) is True,
             dynamic=dynamic is True,
         )
@@ -99,7 +108,8 @@ class W8A8Int8Scheme(DeclaredScheme):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("w8a8_int8", None)
         self.default = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
-        self._ignored = name_filter(self._strings(config.get("ignore"), "ignore"), globs=False)
+        ignored = self._strings(config.get("ignore"), "ignore")
+        self._ignored = name_filter(ignored, globs=False, patience=Patience())
 
     def resolve(self, module: str) -> ModuleScheme:
         return FLOAT if self._ignored(module) else self.default

@@ -1,4 +1,10 @@
-"""Matching module names against the lists of a quantization config, many thousand times."""
+"""Matching module names against the lists of a quantization config, many thousand times and never for long.
+
+Lists come from strangers, and a pattern can take a regular expression engine longer than the universe will last. So
+``re:`` patterns are matched with a limit on the time, by the ``regex`` package, which reads them as ``re`` does;
+fnmatch patterns, which need no trying out, are matched with what strings can do where that is enough; and a list has a
+limit on its length, and on the time that all of it takes together.
+"""
 
 from __future__ import annotations
 
@@ -6,8 +12,22 @@ import re
 import warnings
 from collections.abc import Callable, Iterable
 from fnmatch import translate
+from time import thread_time
+from typing import Any, Final
 
-_WILDCARDS = frozenset("*?[")
+from quarkconv.errors import SourceError
+from quarkconv.headers.shown import shown
+
+MAX_PATTERNS: Final = 2_000
+"""Patterns of one list that have to be compiled."""
+MAX_PATTERN_CHARACTERS: Final = 50_000
+"""All of these together."""
+_SECONDS: Final = 0.8
+_SECONDS_PER_NAME: Final = 8e-6
+"""What matching may take, of processor time: real lists take a hundredth of it."""
+
+_WILDCARDS: Final = frozenset("*?[")
+Test = Callable[[str], object]
 
 
 def is_pattern(entry: str) -> bool:
@@ -15,39 +35,141 @@ def is_pattern(entry: str) -> bool:
     return not _WILDCARDS.isdisjoint(entry)
 
 
-def glob_matcher(pattern: str) -> Callable[[str], object]:
+class Patience:
+    """The time that matching the patterns of one config may take."""
+
+    def __init__(self) -> None:
+        self._left = _SECONDS
+
+    def guard(self, test: Test) -> Test:
+        """The same test, which raises SourceError when all tests together took too long."""
+
+        def guarded(name: str) -> object:
+            started = thread_time()
+            try:
+                return test(name)
+            except TimeoutError:
+                self._left = 0.0
+                raise _too_slow() from None
+            finally:
+                self._left += _SECONDS_PER_NAME - (thread_time() - started)
+                if self._left < 0:
+                    raise _too_slow()
+
+        return guarded
+
+
+def glob_matcher(pattern: str) -> Test:
     """A test of names against one fnmatch pattern, case-sensitive, over the whole name (``*`` crosses dots)."""
-    return re.compile(translate(pattern)).match if is_pattern(pattern) else pattern.__eq__
+    if not is_pattern(pattern):
+        return pattern.__eq__
+    inner = pattern.strip("*")
+    if is_pattern(inner):
+        return re.compile(translate(pattern)).match
+    if pattern.startswith("*"):
+        return (lambda name: inner in name) if pattern.endswith("*") else (lambda name: name.endswith(inner))
+    return lambda name: name.startswith(inner)
 
 
-def regex_matcher(pattern: str) -> Callable[[str], object] | None:
-    """A test of names against a regular expression, from the start of the name; None when it is not one."""
+def regex_matcher(pattern: str) -> Test | None:
+    """A test of names against a regular expression, from the start of the name; None when it is not one.
+
+    The test raises ``TimeoutError`` when it takes too long.
+    """
+    import regex  # takes longer to import than everything else here, and few configs need it
+
     try:
         with warnings.catch_warnings(action="ignore"):  # such as: the meaning of "[[" may change
-            return re.compile(pattern).match
-    except (re.error, OverflowError, RecursionError):
+            match: Callable[..., Any] = regex.compile(pattern).match
+    except Exception:  # its parser has more ways to fail than it tells of
         return None
+    return lambda name: match(name, timeout=_SECONDS)
 
 
-def name_filter(entries: Iterable[str], *, globs: bool) -> Callable[[str], bool]:
+def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> Callable[[str], object]:
     """A test whether a module name is in a list of names and patterns.
 
     Args:
         entries: exact names, ``re:`` patterns (matched from the start of the name, as engines do), and fnmatch
             patterns where ``globs`` is true. A ``re:`` pattern that does not compile matches nothing.
         globs: whether ``*``, ``?`` and ``[`` have a meaning outside of ``re:`` patterns.
+        patience: how long the test may take.
+
+    Raises:
+        SourceError: there are more patterns than any tool writes.
     """
     exact: set[str] = set()
-    matchers: list[Callable[[str], object]] = []
+    expressions: list[str] = []
+    patterns: list[str] = []
+    ends: list[str] = []
     for entry in entries:
         if entry.startswith("re:"):
-            matcher = regex_matcher(entry[3:])
-            if matcher is not None:
-                matchers.append(matcher)
-        elif globs and is_pattern(entry):
-            matchers.append(glob_matcher(entry))
-        else:
+            expressions.append(entry[3:])
+        elif not globs or not is_pattern(entry):
             exact.add(entry)
-    if not matchers:
+        elif entry[0] == "*" and not is_pattern(entry[1:]):
+            ends.append(entry[1:])
+        else:
+            patterns.append(entry)
+    check_number(expressions)
+    check_number(patterns)
+    tests = [*map(glob_matcher, patterns), *filter(None, map(regex_matcher, expressions))]
+    if not tests and not ends:
         return exact.__contains__
-    return lambda name: name in exact or any(match(name) for match in matchers)
+    suffixes = tuple(ends)
+    patterned = patience.guard(lambda name: name.endswith(suffixes) or any(test(name) for test in tests))
+    return lambda name: name in exact or patterned(name)
+
+
+def first_match(keys: Iterable[str], patience: Patience) -> Callable[[str], int | None]:
+    """A lookup of the position of the first key that matches a name: a name, or an fnmatch pattern.
+
+    Raises:
+        SourceError: there are more patterns than any tool writes.
+    """
+    exact: dict[str, int] = {}
+    patterns: list[tuple[int, str]] = []
+    for position, key in enumerate(keys):
+        if is_pattern(key):
+            patterns.append((position, key))
+        else:
+            exact[key] = position
+    check_number([key for _, key in patterns])
+    tests = [(position, glob_matcher(key)) for position, key in patterns]
+
+    def find(name: str) -> int | None:
+        found = exact.get(name)
+        for position, test in tests:
+            if found is not None and found < position:
+                break
+            if test(name):
+                return position
+        return found
+
+    if not tests:
+        return exact.get
+    guarded: Callable[[str], Any] = patience.guard(find)
+    return guarded
+
+
+def check_number(patterns: list[str]) -> None:
+    """Refuse a list of patterns that no tool has written.
+
+    Raises:
+        SourceError: they are too many, or too long.
+    """
+    characters = sum(map(len, patterns))
+    if len(patterns) > MAX_PATTERNS or characters > MAX_PATTERN_CHARACTERS:
+        raise SourceError(
+            "The quantization config has more patterns than can be believed", code="quant-config-invalid",
+            file="config.json", expected=f"at most {MAX_PATTERNS} patterns of {MAX_PATTERN_CHARACTERS} characters",
+            found=f"{len(patterns)} of {characters}, such as {shown(patterns[0])}", hint="list modules by their names",
+        )  # fmt: skip
+
+
+def _too_slow() -> SourceError:
+    return SourceError(
+        "The patterns of the quantization config take too long to match", code="quant-config-invalid",
+        file="config.json", expected=f"about {_SECONDS:g} s for all names", found="more",
+        hint="look at the patterns with many * and at those that start with re:; list modules by their names",
+    )  # fmt: skip

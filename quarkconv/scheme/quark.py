@@ -10,15 +10,16 @@ config is read back) and ``torch/quantization/file2file_quantization.py``; 0.11.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
-from quarkconv.scheme.declared import ConfigProblem, DeclaredScheme
-from quarkconv.scheme.patterns import glob_matcher, name_filter
+from quarkconv.headers.shown import shortened, word
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.patterns import Patience, first_match, name_filter
 from quarkconv.scheme.spec import FLOAT, PER_CHANNEL, PER_TOKEN, ModuleScheme, TensorSpec
 
 LINEAR_TYPE = "Linear"
 """The only key of ``layer_type_quant_config`` that concerns the modules of a checkpoint."""
+_MAX_STAGES = 4
 
 
 class QuarkScheme(DeclaredScheme):
@@ -26,16 +27,17 @@ class QuarkScheme(DeclaredScheme):
 
     def __init__(self, config: dict[str, Any]) -> None:
         version = config.get("version")
-        super().__init__("quark", str(version) if isinstance(version, str | int | float) else None)
+        super().__init__("quark", shortened(str(version)) if isinstance(version, str | int | float) else None)
         self.default = self._layer(config.get("global_quant_config"), "global_quant_config")
         by_type = self._object(config.get("layer_type_quant_config"), "layer_type_quant_config")
         if LINEAR_TYPE in by_type:
             self.default = self._layer(by_type[LINEAR_TYPE], f"layer_type_quant_config.{LINEAR_TYPE}")
+        patience = Patience()
         by_name = self._object(config.get("layer_quant_config"), "layer_quant_config")
-        self._by_name: list[tuple[Callable[[str], object], ModuleScheme]] = [
-            (glob_matcher(key), self._layer(value, f"layer_quant_config.{key}")) for key, value in by_name.items()
-        ]
-        self._excluded = name_filter(self._strings(config.get("exclude"), "exclude"), globs=True)
+        self._key = first_match(by_name, patience)
+        self._layers = [self._layer(value, f"layer_quant_config.{shortened(key)}") for key, value in by_name.items()]
+        excluded = self._strings(config.get("exclude"), "exclude")
+        self._excluded = name_filter(excluded, globs=True, patience=patience)
         export = self._object(config.get("export"), "export")
         self.stores_codes = export.get("weight_format", "real_quantized") == "real_quantized"
         group = self._strings(export.get("kv_cache_group"), "export.kv_cache_group")
@@ -49,10 +51,8 @@ class QuarkScheme(DeclaredScheme):
     def resolve(self, module: str) -> ModuleScheme:
         if self._excluded(module):
             return FLOAT
-        for matches, scheme in self._by_name:
-            if matches(module):
-                return scheme
-        return self.default
+        position = self._key(module)
+        return self.default if position is None else self._layers[position]
 
     def _layer(self, value: object, where: str) -> ModuleScheme:
         """Parse one QLayerConfig: the specs of weight and input_tensors."""
@@ -67,7 +67,7 @@ class QuarkScheme(DeclaredScheme):
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, list) and value:
-            dtypes = [str(self._object(stage, where).get("dtype")) for stage in value]
+            dtypes = [word(self._object(stage, where).get("dtype")) for stage in value[:_MAX_STAGES]]
             return TensorSpec("+".join(dtypes), "multi_stage", symmetric=False, dynamic=False)
         if value is None:
             return None
@@ -75,12 +75,12 @@ class QuarkScheme(DeclaredScheme):
         dtype, qscheme = spec.get("dtype"), spec.get("qscheme")
         dynamic = spec.get("is_dynamic", spec.get("dynamic", False))
         if not isinstance(dtype, str) or not isinstance(dynamic, bool | None):
-            self.problems.append(ConfigProblem(where, "dtype a string and is_dynamic a boolean", repr(value)[:80]))
+            self._problem(where, "dtype a string and is_dynamic a boolean", value)
             return None
-        granularity = str(qscheme)
+        granularity = word(qscheme)
         axis = spec.get("ch_axis", spec.get("axis"))
         if granularity == PER_CHANNEL and not weight and dynamic:
             granularity = PER_TOKEN
         elif granularity == PER_CHANNEL and axis not in (0, -2, None):
-            granularity = f"per_channel(axis={axis})"
-        return TensorSpec(dtype, granularity, symmetric=spec.get("symmetric") is True, dynamic=bool(dynamic))
+            granularity = f"per_channel(axis={word(axis)})"
+        return TensorSpec(word(dtype), granularity, symmetric=spec.get("symmetric") is True, dynamic=bool(dynamic))

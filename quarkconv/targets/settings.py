@@ -12,6 +12,7 @@ from typing import Any, Final
 from quarkconv.description import Description
 from quarkconv.experts.geometry import TEXT_PARTS
 from quarkconv.findings import Finding, finding
+from quarkconv.headers.shown import shortened
 from quarkconv.scheme.config import QUANTIZATION_KEY, quantization_config
 
 KV_CACHE: Final = "kv_cache"
@@ -60,7 +61,7 @@ def dropped_settings(description: Description, target: str, *, kept: Collection[
     for name, value in lost.items():
         said = repr(value)
         yield finding(
-            "setting-dropped", f"{QUANTIZATION_KEY}.{name}",
+            "setting-dropped", f"{QUANTIZATION_KEY}.{shortened(name)}",
             f"The target {target} has no place for this setting, which is {said[:80]}{'...' if len(said) > 80 else ''}",
             hint="check whether the model needs it; the weights are the same without it",
         )  # fmt: skip
