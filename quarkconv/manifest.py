@@ -19,6 +19,7 @@ The last three values of a piece are there only where codes became weights or co
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -27,11 +28,14 @@ from typing import Any, Final, NamedTuple
 from quarkconv.errors import SourceError
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.json_files import read_json_object
+from quarkconv.headers.shown import word
 from quarkconv.plan.pieces import MoEGeometry, Piece, SourceFile
 
 MANIFEST_FORMAT: Final = "quarkconv.manifest/1"
 CHECKSUM: Final = "xxh3-128"
-MAX_MANIFEST_BYTES: Final = 2**30
+MAX_MANIFEST_BYTES: Final = 256 * 2**20
+MAX_MANIFEST_VALUES: Final = 12_000_000
+_CHECKSUM: Final = re.compile("[0-9a-f]{32}")
 _PLAIN_ROW: Final = 7
 
 
@@ -142,12 +146,12 @@ def read_manifest(root: Path) -> Manifest | None:
     path = root / MANIFEST_NAME
     if not path.exists():
         return None
-    value = read_json_object(path, code="manifest-invalid", limit=MAX_MANIFEST_BYTES)
+    value = read_json_object(path, code="manifest-invalid", limit=MAX_MANIFEST_BYTES, values=MAX_MANIFEST_VALUES)
     if value.get("format") != MANIFEST_FORMAT or value.get("checksum") != CHECKSUM:
         raise SourceError(
             "The manifest is of a version that this quarkconv does not know", code="manifest-invalid",
             file=MANIFEST_NAME, expected=f"{MANIFEST_FORMAT} with {CHECKSUM}",
-            found=f"{str(value.get('format'))[:40]} with {str(value.get('checksum'))[:40]}",
+            found=f"{word(value.get('format'))} with {word(value.get('checksum'))}",
             hint="use the version of quarkconv that wrote it, or a later one",
         )  # fmt: skip
     try:
@@ -182,7 +186,7 @@ def _parse(value: dict[str, Any]) -> Manifest:
         return Piece(_text(tensor), source, _size(start), _size(nbytes), widen, _size(repeat))
 
     def piece(row: list[Any]) -> WrittenPiece:
-        made, checksum = source_range(row[:6]), _text(row[6])
+        made, checksum = source_range(row[:6]), _checksum(row[6])
         if len(row) == _PLAIN_ROW:
             return WrittenPiece(made, checksum)
         scale, run, stride = row[_PLAIN_ROW:]
@@ -198,7 +202,7 @@ def _parse(value: dict[str, Any]) -> Manifest:
     def shard(item: dict[str, Any]) -> WrittenShard:
         header, checksum = item["header"]
         tensors = tuple(tensor(entry) for entry in item["tensors"])
-        return WrittenShard(_file(item["file"]), _size(item["size"]), _size(header), _text(checksum), tensors)
+        return WrittenShard(_file(item["file"]), _size(item["size"]), _size(header), _checksum(checksum), tensors)
 
     version = value["producer_version"]
     return Manifest(
@@ -210,7 +214,9 @@ def _parse(value: dict[str, Any]) -> Manifest:
         moe=_moe(value["moe"]),
         sources=sources,
         shards=tuple(shard(item) for item in value["shards"]),
-        files=tuple(WrittenFile(_file(name), _size(size), _text(checksum)) for name, size, checksum in value["files"]),
+        files=tuple(
+            WrittenFile(_file(name), _size(size), _checksum(checksum)) for name, size, checksum in value["files"]
+        ),
     )
 
 
@@ -245,6 +251,17 @@ def _text(value: object) -> str:
     return value
 
 
+def are_checksums(values: object) -> bool:
+    """Whether a value is a list of checksums."""
+    return isinstance(values, list) and all(isinstance(item, str) and _CHECKSUM.fullmatch(item) for item in values)
+
+
+def _checksum(value: object) -> str:
+    if not are_checksums([value]):
+        raise ValueError(f"not a checksum: {value!r:.40}")
+    return _text(value)
+
+
 def _size(value: object) -> int:
     if type(value) is not int or not 0 <= value < 2**63:
         raise TypeError(f"expected a whole number, found {value!r:.40}")
@@ -254,6 +271,13 @@ def _size(value: object) -> int:
 def _file(value: object) -> str:
     """A relative path that stays inside the directory."""
     name = _text(value)
-    if name.startswith("/") or "\\" in name or not name or any(part in ("", ".", "..") for part in name.split("/")):
+    name.encode()  # half a surrogate pair is in no file's name, and raises
+    if (
+        "\0" in name
+        or name.startswith("/")
+        or "\\" in name
+        or not name
+        or any(part in ("", ".", "..") for part in name.split("/"))
+    ):
         raise ValueError(f"not a path inside the checkpoint: {name!r:.80}")
     return name

@@ -10,6 +10,7 @@ from typing import Final
 import xxhash
 
 from quarkconv.errors import SourceError
+from quarkconv.headers.files import open_regular
 from quarkconv.manifest import WrittenFile
 from quarkconv.plan.pieces import SourceFile
 
@@ -29,7 +30,7 @@ def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
     """
     path = root / source.name
     try:
-        original = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+        original = open_regular(path)
     except OSError as error:
         raise _unreadable(path, error) from error
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
@@ -39,6 +40,7 @@ BUFFER_BYTES: Final = 2 * 2**20
 """Bytes of a write: few enough that they are in the processor's cache when their checksum is computed."""
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
+_SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _CHECKS_AT_ONCE: Final = 256
 
 Progress = Callable[[int], None]
@@ -238,7 +240,10 @@ class _Run:
         return written
 
     def _write_json(self, name: str, value: object) -> WrittenFile:
-        return self._write_text(name, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+        text = json.dumps(value, indent=2, ensure_ascii=False)
+        if _SURROGATE.search(text):  # half a pair in a string of the config: JSON has it escaped only
+            text = json.dumps(value, indent=2)
+        return self._write_text(name, text + "\n")
 
     def _write_text(self, name: str, text: str) -> WrittenFile:
         data = text.encode()

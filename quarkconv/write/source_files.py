@@ -11,6 +11,7 @@ from pathlib import Path
 
 from quarkconv.errors import SourceError
 from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.files import open_regular
 from quarkconv.headers.safetensors import read_header
 from quarkconv.plan.pieces import Piece, Plan
 from quarkconv.write.state import FileState
@@ -29,7 +30,7 @@ class SourceFiles:
         _allow_open_files(len(plan.sources) + _OTHER_FILES)
         try:
             for name, size in plan.sources:
-                descriptor = os.open(root / name, os.O_RDONLY | os.O_CLOEXEC)
+                descriptor = open_regular(root / name)
                 self._descriptors[name] = descriptor
                 self._states[name] = os.fstat(descriptor)
                 found = self._states[name].st_size

@@ -28,14 +28,17 @@ from typing import Any, Final
 
 from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
-from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME
-from quarkconv.manifest import WrittenPiece, WrittenShard, WrittenTensor, read_manifest
+from quarkconv.headers.files import walk
+from quarkconv.headers.shown import shortened
+from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, read_state
+from quarkconv.manifest import WrittenPiece, WrittenShard, WrittenTensor, are_checksums, read_manifest
 from quarkconv.plan.pieces import OutputShard
 from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.state import difference
 
 _LOCK: Final = "lock"
+_MAX_DEPTH: Final = 100
 
 
 class Staging:
@@ -77,12 +80,13 @@ class Staging:
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """What an earlier run recorded of a shard; None when it has to be written."""
         path = next((path for path in (self.files / shard.file, self.output / shard.file) if path.is_file()), None)
-        note_path = self.notes / f"{shard.file}.json"
-        if path is None or not note_path.is_file() or path.stat().st_size != shard.nbytes:
+        if path is None or path.stat().st_size != shard.nbytes:
             return None
         try:
-            note = json.loads(note_path.read_bytes())
-            if note["plan"] != self.plan_digest:
+            note = read_state(self.notes / f"{shard.file}.json") or {}
+            if note["plan"] != self.plan_digest or not are_checksums([note["header"]]):
+                return None
+            if not all(map(are_checksums, note["pieces"])):
                 return None
             tensors = tuple(
                 WrittenTensor(
@@ -146,6 +150,7 @@ def open_staging(
                 "The output is a file", file=str(output), expected="a new or empty directory", hint="give another --out"
             )
         output.mkdir(parents=True, exist_ok=True)
+        refuse_links(output)
         if not overwrite:
             _refuse_foreign(staging, plan_files)
         descriptor, made = _lock(staging)
@@ -175,17 +180,30 @@ def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     if not path.is_file():
         write_durably(path, json.dumps(state).encode())
         return
-    try:
-        begun = json.loads(path.read_bytes())
-    except ValueError:
-        begun = None
-    found = difference(begun, state)
+    found = difference(read_state(path), state)
     if found is not None:
         raise UsageError(
             "The output directory holds a conversion that was begun with something else", file=str(staging.output),
             expected="the same source, unchanged, and the same options", found=found,
             hint="give the options it was begun with, or --overwrite to start anew",
         )  # fmt: skip
+
+
+def refuse_links(output: Path) -> None:
+    """Refuse a directory that holds more than files and folders: through a link, files elsewhere would be overwritten.
+
+    Raises:
+        UsageError: there is something else, or folders nested as no conversion nests them.
+    """
+    for name, entry in walk(output):
+        is_plain = entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
+        if not is_plain or name.count("/") > _MAX_DEPTH:
+            kind = "a link" if entry.is_symlink() else "something else"
+            raise UsageError(
+                "The output directory holds something that is no file of a conversion", file=str(output),
+                expected="files and folders", found=f"{kind}: {shortened(name)}",
+                hint="remove it, or give another --out",
+            )  # fmt: skip
 
 
 def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
@@ -196,7 +214,7 @@ def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
 
 def _refuse_others(output: Path, expected: set[str], *, unfinished: bool) -> None:
     """Refuse a directory that holds anything but ``expected``, the files of a conversion, and its working folder."""
-    found = {path.relative_to(output).as_posix() for path in output.rglob("*") if not path.is_dir()}
+    found = {name for name, entry in walk(output) if not entry.is_dir()}
     foreign = sorted(name for name in found - expected if not name.startswith(f"{STAGING_NAME}/"))
     if foreign:
         is_ours = (output / MANIFEST_NAME).is_file()
@@ -254,7 +272,7 @@ def _lock(staging: Staging) -> tuple[int, bool]:
         except FileExistsError:
             made = False
         try:
-            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+            descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just finished here and removed the folder
             continue
         try:

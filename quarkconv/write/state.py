@@ -9,6 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
+from quarkconv.headers.shown import word
 from quarkconv.plan.pieces import Plan
 
 FileState = tuple[str, int, int]
@@ -61,21 +62,21 @@ def difference(begun: object, now: dict[str, Any]) -> str | None:
         if before != after:
             if key in ("config", "copies"):
                 return f"{label} {'has' if key == 'config' else 'have'} changed"
-            return f"{label} {before}, now {after}"
+            return f"{label} {word(before)}, now {after}"
     return _source_difference(begun.get("sources"), now["sources"]) or "another plan"
 
 
 def _source_difference(before: object, after: list[list[Any]]) -> str | None:
     try:
-        old = {name: (size, time) for name, size, time in before}  # type: ignore[attr-defined]
+        old = {str(name): (size, time) for name, size, time in before}  # type: ignore[attr-defined]
     except (TypeError, ValueError):
         return "notes that cannot be read"
     new = {name: (size, time) for name, size, time in after}
     if old.keys() != new.keys():
-        return f"other shards in the source: {sorted(old.keys() ^ new.keys())[0]}"
+        return f"other shards in the source: {word(sorted(old.keys() ^ new.keys())[0])}"
     for name, (size, _) in new.items():
         if old[name][0] != size:
-            return f"{name} of the source had {old[name][0]} bytes, now {size}"
+            return f"{name} of the source had {word(old[name][0])} bytes, now {size}"
         if old[name] != new[name]:
             return f"{name} of the source was written to since"
     return None
