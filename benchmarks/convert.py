@@ -77,9 +77,9 @@ def cp_and_sync(source: Path, out: Path) -> list[str | Path]:
     return ["sh", "-c", 'cp -r "$0" "$1" && sync -f "$1"', source, out]
 
 
-def quarkconv(source: Path, out: Path, *words: str) -> list[str | Path]:
+def quarkconv(source: Path, out: Path, *words: str, to: str = "fused-int8") -> list[str | Path]:
     """Converting."""
-    return ["quarkconv", "convert", source, "--to", "fused-int8", "--out", out, *words]
+    return ["quarkconv", "convert", source, "--to", to, "--out", out, *words]
 
 
 def without_checksums(source: Path, out: Path) -> list[str | Path]:
@@ -182,6 +182,20 @@ class Bench:
             self.result["cold"] = {"bytes": size, "rounds": self.rounds, "rows": cold}
         shutil.rmtree(source)
 
+    def targets(self) -> None:
+        """The other targets, and experts divided among ranks, beside fused-int8."""
+        source, size = self.source("targets", MINIMAX_M2, 1)
+        commands: dict[str, Command] = {
+            f"--to {to}": partial(quarkconv, to=to)
+            for to in ("fused-int8", "compressed-tensors", "w8a8-int8", "quark", "bf16")
+        }
+        for way in ("--tp", "--ep"):
+            commands[f"--to fused-int8 {way} 8"] = partial(_by_rank, way)
+        rows = self.compare(source, commands)
+        show(f"{size / 1e9:.1f} GB, MiniMax-M2, 1 layer, page cache warm", rows, "--to fused-int8")
+        self.result["targets"] = {"bytes": size, "rounds": self.rounds, "rows": rows}
+        shutil.rmtree(source)
+
     def layers(self) -> None:
         """Time must grow with the bytes."""
         found = []
@@ -239,10 +253,14 @@ def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
     return quarkconv(source, out, "--jobs", str(jobs))
 
 
+def _by_rank(way: str, source: Path, out: Path) -> list[str | Path]:
+    return quarkconv(source, out, way, "8")
+
+
 def main() -> None:
     """Measure, print tables, and save them in benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="cp,main,layers,small,pieces,checksums")
+    parser.add_argument("--only", default="cp,main,targets,layers,small,pieces,checksums")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the data goes, 25 GB; it is deleted")
     options = parser.parse_args()

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+import sys
 import tomllib
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
@@ -19,6 +21,7 @@ ENGINE_NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
 """How engines write their names, where that is not in small letters."""
 
 _SILENTLY: Final = {"w8a16": "keeps activations in 16 bits", "wrong": "computes something else than the model"}
+_RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
@@ -73,7 +76,9 @@ def engine_facts() -> tuple[EngineFact, ...]:
 
 
 def engines_for(description: Description, converted_to: Collection[str]) -> list[EngineFact]:
-    """The rows that apply to a checkpoint as it is and after each conversion, best first, and as it is before others.
+    """The rows that apply to a checkpoint as it is and after each conversion.
+
+    Best first; of those that are as good, as it is before converted, and the latest release first.
 
     Args:
         description: the checkpoint.
@@ -92,17 +97,17 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
         for fact in engine_facts()
         if fact.form in layouts and fact.holds_for(scheme, layouts[fact.form], model_type)
     ]
+    found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), fact.form != stored))
 
 
-def advice(description: Description, facts: Iterable[EngineFact]) -> str | None:
+def advice(stored: str | None, facts: Iterable[EngineFact]) -> str | None:
     """One line on what to do with a checkpoint, engine by engine; None where nothing is known.
 
     Args:
-        description: the checkpoint.
+        stored: the form that it is in, of :func:`stored_form`.
         facts: what :func:`engines_for` found.
     """
-    stored = stored_form(description)
     by_engine: dict[str, list[EngineFact]] = {}
     for fact in facts:
         by_engine.setdefault(fact.engine, []).append(fact)
@@ -123,6 +128,13 @@ def _advice(engine: str, facts: list[EngineFact], stored: str | None) -> str | N
     else:
         text = f"for {name} {good.version} convert it to {good.form}"
     return f"{text} ({', '.join(silent)})" if silent else text
+
+
+def _latest(version: str) -> tuple[int, ...]:
+    """The last release of a range, to sort by: of ``0.28 - 0.33`` it is 0.33, ``>=0.28`` is later than any."""
+    if version.startswith(">"):
+        return (sys.maxsize,)
+    return tuple(map(int, _RELEASE.findall(version)[-1].split(".")))
 
 
 def stored_form(description: Description) -> str | None:

@@ -9,7 +9,7 @@ from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
 from quarkconv.errors import QuarkconvError
 from quarkconv.findings import Finding, Severity, bounded
-from quarkconv.inspection.engines import EngineFact, advice, engines_for
+from quarkconv.inspection.engines import EngineFact, advice, engines_for, stored_form
 from quarkconv.plan.planner import check_convertible
 from quarkconv.plan.target import Target
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
@@ -66,7 +66,7 @@ class Inspection:
     @property
     def advice(self) -> str | None:
         """One line on which engine runs the checkpoint, and what to convert it to."""
-        return advice(self.description, self.engines)
+        return advice(stored_form(self.description), self.engines)
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``inspect --json`` prints."""

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from writing_support import make_checkpoint, run_cli
 
 import quarkconv
 from quarkconv import inspect_checkpoint
@@ -153,3 +154,57 @@ def test_best_first(checkpoints: Any) -> None:
 )
 def test_the_form_that_a_checkpoint_is_in(name: str, form: str | None, checkpoints: Any) -> None:
     assert stored_form(inspect_checkpoint(checkpoints(name)).description) == form
+
+
+# Advice
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        (
+            "qwen3_moe-quark0.13-f2f",
+            [
+                "vLLM 0.28 - 0.33 runs it in int8 as it is (0.27.0 keeps activations in 16 bits)",
+                "for SGLang 0.5.23 convert it to",
+            ],
+        ),
+        (
+            "step3p5-like-3key_fused",
+            ["as it is (0.27.0 keeps activations in 16 bits, 0.20 - 0.21 computes something else than the model)"],
+        ),
+    ],
+)
+def test_advice(name: str, said: list[str], checkpoints: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    advice = inspect_checkpoint(checkpoints(name)).advice
+    assert advice is not None
+    for words in said:
+        assert words in advice
+    _, shown, _ = run_cli(capsys, "inspect", checkpoints(name))
+    assert advice in " ".join(shown.split())
+
+
+def test_advice_after_conversion(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    fused = quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "fused").output
+    advice = inspect_checkpoint(fused).advice
+    assert advice is not None
+    assert advice.startswith("vLLM >=0.28 runs it in int8 as it is; for SGLang 0.5.23 convert it to ")
+    bf16 = quarkconv.convert_checkpoint(root, "bf16", tmp_path / "bf16").output
+    assert inspect_checkpoint(bf16).advice is None
+
+
+@pytest.mark.parametrize(
+    ("form", "verdict", "said"),
+    [
+        ("quark", "fails", None),
+        ("fused-int8", "fails", None),
+        ("fused-int8", "w8a16", None),
+        ("quark", "wrong", "other 3 computes something else than the model"),
+        ("quark", "int8", "other 3 runs it in int8 as it is"),
+        ("fused-int8", "int8", "for other 3 convert it to fused-int8"),
+    ],
+)
+def test_advice_of_one_row(form: str, verdict: str, said: str | None) -> None:
+    assert engines.advice("quark", [EngineFact("other", "3", form, verdict, "", "source")]) == said
+    assert engines.advice("quark", []) is None
