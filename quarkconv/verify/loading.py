@@ -19,10 +19,15 @@ from torch import Tensor
 from quarkconv.description import Description, describe
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.ranks import Rank, make_rank
 from quarkconv.experts.topology import MoELayer
+from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.hub import resolve_model
 from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.verify.devices import pick_device
+
+Index = tuple[int | slice, ...]
+"""Which part of a tensor, along its first dimensions."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,8 +117,8 @@ class ExpertReader:
         """Whether the checkpoint holds a tensor."""
         return name in self._places
 
-    def tensor(self, name: str, part: int | None = None) -> Tensor:
-        """A tensor on the CPU, or the part of that number along its first dimension.
+    def tensor(self, name: str, part: Index | None = None) -> Tensor:
+        """A tensor on the CPU, or a part of it; only that is read.
 
         Raises:
             SourceError: its file cannot be read.
@@ -131,9 +136,13 @@ class ExpertReader:
             ) from error
         return tensor
 
-    def projection(self, layer: MoELayer, role: Role, expert: int) -> Projection:
-        """One projection of one expert, whatever the layout of its layer."""
-        part = None if layer.layout == "per_expert" else expert
+    def projection(self, layer: MoELayer, role: Role, expert: int, part: range | None = None) -> Projection:
+        """One projection of one expert, whatever the layout of its layer.
+
+        Args:
+            layer, role, expert: which one.
+            part: the part of the intermediate size that is read: rows of gate and up, columns of down; None for all.
+        """
         if layer.layout == "per_expert":
             names = linear_names(f"{layer.prefix}.{expert}.{_leaf(layer, role)}")
         elif layer.layout == "stacked":
@@ -141,28 +150,32 @@ class ExpertReader:
         else:
             leaf = layer.naming.fused_down if role == "down" else layer.naming.fused_gate_up
             names = fused_names(f"{layer.prefix}.{leaf}")
-        codes, scale = self.tensor(names.weight, part), self.tensor(names.scale, part).float()
+        inner = layer.intermediate
+        part = part or range(inner)
+        first = inner if layer.layout == "fused" and role == "up" else 0
+        rows, columns = slice(first + part.start, first + part.stop), slice(None)
+        if role == "down":
+            rows, columns = slice(None), slice(part.start, part.stop)
+        lead = () if layer.layout == "per_expert" else (expert,)
+        codes = self.tensor(names.weight, (*lead, rows, columns))
+        scale = self.tensor(names.scale, lead or None).float().reshape(-1)
         static = names.input_scale
-        input_scale = self.tensor(static, part).float().reshape(()) if self.has(static) else None
-        rows = codes.shape[0]
-        scale = scale.reshape(-1)
-        if layer.layout == "fused" and role != "down":
-            half = slice(0, rows // 2) if role == "gate" else slice(rows // 2, rows)
-            codes = codes[half]
-            scale = scale[half] if scale.numel() == rows else scale
-        return Projection(codes, scale.expand(codes.shape[0]), input_scale)
+        input_scale = self.tensor(static, lead or None).float().reshape(()) if self.has(static) else None
+        return Projection(codes, (scale[rows] if len(scale) > 1 else scale).expand(len(codes)), input_scale)
 
-    def fused(self, layer: MoELayer, device: torch.device) -> FusedExperts:
-        """All experts of a layer on a device, one expert at a time: no second copy of the layer is made."""
-        experts, hidden, inner = layer.experts, layer.hidden, layer.intermediate
+    def fused(self, layer: MoELayer, device: torch.device, rank: Rank | None = None) -> FusedExperts:
+        """The experts of a layer, or what a rank has of them, on a device; no second copy of them is made."""
+        numbers = range(layer.experts) if rank is None else rank.experts(layer.experts)
+        part = range(layer.intermediate) if rank is None else rank.intermediate(layer.intermediate)
+        experts, hidden, inner = len(numbers), layer.hidden, len(part)
         w13 = torch.empty(experts, 2 * inner, hidden, dtype=torch.int8, device=device)
         w2 = torch.empty(experts, hidden, inner, dtype=torch.int8, device=device)
         w13_scale = torch.empty(experts, 2 * inner, 1, dtype=torch.float32, device=device)
         w2_scale = torch.empty(experts, hidden, 1, dtype=torch.float32, device=device)
         input_scales: dict[Role, list[Tensor]] = {role: [] for role in ROLES}
-        for expert in range(experts):
+        for expert, number in enumerate(numbers):
             for role in ROLES:
-                projection = self.projection(layer, role, expert)
+                projection = self.projection(layer, role, number, part)
                 codes, scales = (w2, w2_scale) if role == "down" else (w13, w13_scale)
                 rows = slice(inner, 2 * inner) if role == "up" else slice(0, len(projection.scale))
                 codes[expert, rows] = projection.codes.to(device)
@@ -175,28 +188,55 @@ class ExpertReader:
         )  # fmt: skip
 
 
-def load_fused_experts(model: str | Path, layer: int, device: str | torch.device = "cpu") -> FusedExperts:
+def load_fused_experts(
+    model: str | Path,
+    layer: int,
+    device: str | torch.device = "cpu",
+    *,
+    rank: int = 0,
+    world_size: int = 1,
+    parallel: str = "tp",
+) -> FusedExperts:
     """Load the routed experts of one layer, stacked, from any INT8 MoE checkpoint.
+
+    With a ``world_size``, only the part of one rank is read: of a whole checkpoint, or of a directory that was
+    converted by rank in the same way.
 
     Args:
         model: directory or Hub repo id of a Quark export or of a converted checkpoint.
         layer: number of the layer.
         device: where the tensors go.
+        rank, world_size: which of how many ranks.
+        parallel: ``tp`` for tensor parallel, ``ep`` for expert parallel.
 
     Raises:
         SourceError: the checkpoint cannot be read.
-        UsageError: it has no MoE layer of that number, or there is no such device.
-        UnsupportedError: the layer's experts are not int8.
+        UsageError: it has no MoE layer of that number, there is no such device or rank, or the checkpoint is divided
+            in another way.
+        UnsupportedError: the layer's experts are not int8, or cannot be divided so.
     """
     place = pick_device(device)
-    description = describe(resolve_model(model))
+    wanted = make_rank(parallel, rank, world_size) if (rank, world_size) != (0, 1) else None
+    root = resolve_model(model)
+    if wanted is not None and (root / RANKS_NAME).is_file():
+        root = root / wanted.folder()
+    description = describe(root)
+    stored = description.geometry.rank
+    if wanted is not None and stored is not None and stored != wanted:
+        raise UsageError(
+            "The checkpoint is divided among ranks in another way", file=str(root), expected=str(wanted.to_json()),
+            found=str(stored.to_json()),
+        )  # fmt: skip
     found = next((item for item in description.moe_layers if item.index == layer), None)
     if found is None:
         have = ", ".join(str(item.index) for item in description.moe_layers) or "none"
         raise UsageError("There is no such MoE layer", file=str(model), expected=f"one of {have}", found=str(layer))
     check_loadable(found)
+    part = wanted if stored is None else None
+    if part is not None:
+        part.check(found.prefix, found.experts, found.intermediate)
     with ExpertReader(description) as reader:
-        return reader.fused(found, place)
+        return reader.fused(found, place, part)
 
 
 def check_loadable(layer: MoELayer) -> None:
