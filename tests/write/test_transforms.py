@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import struct
+import tracemalloc
 
 import pytest
 import torch
 
 from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.plan.pieces import Piece
-from quarkconv.write.transforms import transformed
+from quarkconv.write.transforms import BLOCK_BYTES, transformed
 
 
 class Memory:
@@ -75,3 +76,77 @@ def test_several_elements_are_repeated_as_a_whole() -> None:
 
 def test_nothing_stays_nothing() -> None:
     assert widen_bf16(b"") == widen_f16(b"") == transform(Piece("scale", "file", 0, 0, "", 5), b"") == b""
+
+
+# Codes that become weights
+
+
+def weights(rows: int, columns: int, scale_dtype: str = "", per_row: bool = True) -> tuple[Piece, Memory, torch.Tensor]:
+    """A piece, the files it reads, and what it must give: the product in float64, rounded to F32 and then to BF16."""
+    generator = torch.Generator().manual_seed(rows * 1000 + columns)
+    codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
+    count = rows if per_row else 1
+    dtype = {"": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[scale_dtype]
+    scales = (torch.rand(count, generator=generator) + 1e-3).to(dtype)
+    data = bytes(scales.view(torch.uint8).tolist())
+    scale = Piece("scale", "scales", 3, len(data), scale_dtype, 1 if per_row else rows)
+    memory = Memory(codes=b"xxxxx" + codes.numpy().tobytes(), scales=b"xxx" + data)
+    expected = (codes.double() * scales.double().unsqueeze(1)).float().bfloat16()
+    return Piece("weight", "codes", 5, rows * columns, scale=scale), memory, expected
+
+
+@pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (64, 33), (500, 40), (2, 5000)])
+@pytest.mark.parametrize("scale_dtype", ["", "BF16", "F16"])
+@pytest.mark.parametrize("per_row", [True, False])
+@pytest.mark.parametrize("block", [1, 1000, 2**20])
+def test_codes_become_weights(
+    monkeypatch: pytest.MonkeyPatch, rows: int, columns: int, scale_dtype: str, per_row: bool, block: int
+) -> None:
+    monkeypatch.setattr("quarkconv.write.transforms.BLOCK_BYTES", block)
+    piece, memory, expected = weights(rows, columns, scale_dtype, per_row)
+    found = b"".join(transformed(piece, memory))
+    assert len(found) == piece.output_nbytes
+    assert torch.equal(torch.frombuffer(bytearray(found), dtype=torch.bfloat16).view(rows, columns), expected)
+
+
+def test_weights_of_no_rows_and_of_no_columns_are_nothing() -> None:
+    for rows in (0, 3):
+        scale = Piece("scale", "scales", 0, 4 * rows)
+        piece = Piece("weight", "codes", 0, 0, scale=scale)
+        assert b"".join(transformed(piece, Memory(codes=b"", scales=struct.pack("<f", 1.0) * rows))) == b""
+
+
+@pytest.mark.parametrize("kind", ["weights", "columns"])
+def test_memory_does_not_grow_with_the_piece(kind: str) -> None:
+    rows, columns = 8192, 4096
+    codes = bytes(rows * columns)
+    memory = Memory(codes=codes, scales=struct.pack("<f", 1.0) * rows)
+    if kind == "weights":
+        piece = Piece("weight", "codes", 0, rows * columns, scale=Piece("scale", "scales", 0, 4 * rows))
+    else:
+        piece = Piece("weight", "codes", 0, rows * 2048, run=2048, stride=columns)
+    for _ in transformed(piece, memory):  # what is imported on the way does not count
+        break
+    tracemalloc.start()
+    total = sum(len(block) for block in transformed(piece, memory))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == piece.output_nbytes
+    assert peak < 8 * BLOCK_BYTES < piece.nbytes
+
+
+# Columns that are cut out
+
+
+@pytest.mark.parametrize("block", [1, 50, 2**20])
+@pytest.mark.parametrize(("rows", "columns", "first", "run"), [(1, 8, 0, 8), (5, 8, 3, 5), (40, 6, 5, 1), (3, 6, 0, 2)])
+def test_columns_are_cut_out(
+    monkeypatch: pytest.MonkeyPatch, block: int, rows: int, columns: int, first: int, run: int
+) -> None:
+    monkeypatch.setattr("quarkconv.write.transforms.BLOCK_BYTES", block)
+    matrix = torch.arange(rows * columns, dtype=torch.int32).remainder(256).to(torch.uint8).view(rows, columns)
+    memory = Memory(file=matrix.numpy().tobytes())
+    piece = Piece("weight", "file", first, rows * run, run=run, stride=columns)
+    assert piece.span == (rows - 1) * columns + run
+    expected = matrix[:, first : first + run].contiguous().numpy().tobytes()
+    assert b"".join(map(bytes, transformed(piece, memory))) == expected
