@@ -21,6 +21,7 @@ from quarkconv.api import (
 )
 from quarkconv.by_rank import RankConversion, convert_by_rank, plan_by_rank
 from quarkconv.errors import (
+    HubError,
     InterruptedByUser,
     QuarkconvError,
     SourceError,
@@ -41,6 +42,7 @@ __all__ = [
     "ConversionResult",
     "Finding",
     "FusedExperts",
+    "HubError",
     "Inspection",
     "InterruptedByUser",
     "Plan",

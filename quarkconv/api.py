@@ -10,9 +10,11 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.description import describe
 from quarkconv.errors import UsageError
+from quarkconv.files.files import Files
 from quarkconv.findings import Finding
 from quarkconv.headers.checkpoint import INDEX_NAME, MANIFEST_NAME
-from quarkconv.hub import resolve_model
+from quarkconv.headers.local_files import LocalFiles
+from quarkconv.hub import locate_model
 from quarkconv.inspection.inspection import Inspection, make_inspection
 from quarkconv.plan.pieces import Plan
 from quarkconv.plan.planner import make_plan
@@ -41,7 +43,7 @@ def inspect_checkpoint(model: str | Path, *, deep: bool = False) -> Inspection:
     Raises:
         SourceError: there is nothing that can be described.
     """
-    description = describe(resolve_model(model))
+    description = describe(locate_model(model))
     extra: tuple[Finding, ...] = ()
     if deep:
         from quarkconv.inspection.deep import deep_findings
@@ -51,7 +53,7 @@ def inspect_checkpoint(model: str | Path, *, deep: bool = False) -> Inspection:
 
 
 def plan_conversion(
-    model: str | Path,
+    model: str | Path | Files,
     target: str,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
@@ -71,7 +73,7 @@ def plan_conversion(
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
     wanted, size = get_target(target), parse_size(max_shard_size)
-    source = resolve_model(model)
+    source = locate_model(model)
     return make_plan(describe(source), wanted, size, base_model=base_model or repo_id(model, source))
 
 
@@ -80,13 +82,13 @@ class ConversionResult:
     """What :func:`convert_checkpoint` made.
 
     Attributes:
-        source: directory of the source.
+        source: directory of the source, or the repo id and commit of one that was read from the Hub.
         output: directory of the output.
         plan: what was done.
         manifest: what was written.
     """
 
-    source: Path
+    source: Path | str
     output: Path
     plan: Plan
     manifest: Manifest
@@ -104,17 +106,20 @@ def convert_checkpoint(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
+    cache: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> ConversionResult:
     """Convert a checkpoint. The source is never written to; memory does not grow with the model.
 
     Args:
-        model: directory or Hub repo id.
+        model: directory or Hub repo id. What is on the Hub is read by byte ranges and not kept, unless it is in the
+            Hub's cache already.
         target: name of the target, such as ``fused-int8``.
         out: directory to make; by default ``<model>-<target>`` beside the model.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
         jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
+        cache: download a model on the Hub to the Hub's cache, and convert it from there.
         progress: called with the number of bytes written since its last call.
 
     Raises:
@@ -123,19 +128,20 @@ def convert_checkpoint(
         InterruptedByUser: interrupted; the same call resumes.
     """
     wanted, size = get_target(target), parse_size(max_shard_size)
-    source = resolve_model(model)
+    source = locate_model(model, cache=cache)
     plan = make_plan(describe(source), wanted, size, base_model=repo_id(model, source))
     return run_plan(plan, source, output_directory(source, model, target, out), jobs, overwrite, progress)
 
 
-def repo_id(model: str | Path, source: Path) -> str | None:
+def repo_id(model: str | Path | Files, source: Files) -> str | None:
     """The Hub repo id of a model; None of a local one."""
-    return None if source == Path(model) else str(model).partition("@")[0]
+    local = not isinstance(model, str | Path) or place_of(source) == Path(model)
+    return None if local else str(model).partition("@")[0]
 
 
 def run_plan(
     plan: Plan,
-    source: Path,
+    source: Path | Files,
     output: Path,
     jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
@@ -148,39 +154,65 @@ def run_plan(
         raise UsageError("This number of jobs makes no sense", expected=f"1 to {MAX_JOBS}", found=str(jobs))
     report = progress or (lambda _: None)
     manifest = execute(plan, source, output, jobs=jobs, overwrite=overwrite, progress=report)
-    return ConversionResult(source, output, plan, manifest)
+    return ConversionResult(place_of(source), output, plan, manifest)
 
 
-def output_directory(source: Path, model: str | Path, target: str, out: str | Path | None) -> Path:
+def finished_conversion(plan: Plan, source: Path | Files, output: Path) -> ConversionResult | None:
+    """What an earlier run of the same plan wrote to ``output``; None when it is not there, or not finished.
+
+    Raises:
+        SourceError: there is a manifest that cannot be read.
+    """
+    from quarkconv.headers.unfinished import STAGING_NAME
+    from quarkconv.manifest import read_manifest
+    from quarkconv.plan.serialize import plan_digest
+
+    manifest = None if (output / STAGING_NAME).exists() else read_manifest(output)
+    if manifest is None or manifest.plan != plan_digest(plan):
+        return None
+    return ConversionResult(place_of(source), output, plan, manifest)
+
+
+def place_of(source: Path | Files) -> Path | str:
+    """A directory, or the name under which a source on the Hub can be had again."""
+    if isinstance(source, Path):
+        return source
+    return source.root if isinstance(source, LocalFiles) else str(source)
+
+
+def output_directory(source: Path | Files, model: str | Path, target: str, out: str | Path | None) -> Path:
     """Where a conversion goes.
 
     Raises:
         UsageError: it would lie inside the source, or the source inside it.
     """
+    place = place_of(source)
     if out is not None:
         output = Path(out)
-    elif source == Path(model):
-        named = source if source.name not in ("", "..") else source.resolve()
+    elif place == Path(model):
+        named = place if place.name not in ("", "..") else place.resolve()
         if not named.name:
-            raise UsageError("There is no directory beside this model for the output", file=str(source),
+            raise UsageError("There is no directory beside this model for the output", file=str(place),
                              hint="give --out")  # fmt: skip
         output = named.with_name(f"{named.name}-{target}")
     else:  # a repo id: beside the working directory's other models, not inside the Hub's cache
         output = Path(f"{str(model).partition('@')[0].rpartition('/')[2]}-{target}")
-    inner, outer = output.resolve(), source.resolve()
+    if isinstance(place, str):
+        return output
+    inner, outer = output.resolve(), place.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UsageError(
             "Source and output must not lie inside one another", file=str(output),
-            expected=f"a directory outside of {source}", hint="give another --out",
+            expected=f"a directory outside of {place}", hint="give another --out",
         )  # fmt: skip
     return output
 
 
-def plan_summary(plan: Plan, source: Path, output: Path) -> dict[str, Any]:
+def plan_summary(plan: Plan, source: Path | Files | str, output: Path) -> dict[str, Any]:
     """What a plan will do, as ``convert --dry-run --json`` prints it."""
     return {
         "schema": "quarkconv.convert/1",
-        "source": str(source),
+        "source": source if isinstance(source, str) else str(place_of(source)),
         "output": str(output),
         "target": plan.target,
         "scheme": plan.scheme,

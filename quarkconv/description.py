@@ -14,6 +14,7 @@ from quarkconv.contradictions import contradictions, rank_part
 from quarkconv.experts.geometry import ConfigGeometry, config_geometry
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
+from quarkconv.files.files import Files
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
@@ -81,14 +82,17 @@ class Description:
         return [item for item in self.findings if item.severity is Severity.ERROR]
 
 
-def describe(root: Path) -> Description:
-    """Describe the checkpoint in a directory, from its headers and its config alone.
+def describe(place: Path | Files) -> Description:
+    """Describe a checkpoint, from its headers and its config alone.
+
+    Args:
+        place: its directory, or its files wherever they are.
 
     Raises:
         SourceError: there is nothing that can be described.
     """
     with collector_paused():
-        checkpoint = open_checkpoint(root)
+        checkpoint = open_checkpoint(place)
         declared = declared_scheme(checkpoint.config)
         geometry = config_geometry(checkpoint.config)
         stored = stored_modules(checkpoint.kinds, FUSED_LEAVES)

@@ -3,6 +3,7 @@
     QuarkconvError
     ├── UsageError          2    the command line or the arguments make no sense
     ├── SourceError         3    the source is missing, malformed, truncated or inconsistent
+    │   └── HubError        3    the Hub does not give it
     ├── UnsupportedError    4    the source is readable, but no target can represent it
     ├── WriteError          5    writing failed; what was finished is kept, the same command resumes
     └── InterruptedByUser   130  stopped by a signal; what was finished is kept
@@ -73,8 +74,8 @@ class SourceError(QuarkconvError):
     """The source cannot be read: missing, malformed, truncated or inconsistent.
 
     ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect, where
-    it can go on; ``conversion-unfinished``, ``manifest-invalid``, ``plan-invalid`` and ``source-changed`` are codes of
-    errors alone.
+    it can go on; ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid`` and
+    ``source-changed`` are codes of errors alone.
     """
 
     exit_code = 3
@@ -92,6 +93,21 @@ class SourceError(QuarkconvError):
     ) -> None:
         super().__init__(message, file=file, tensor=tensor, expected=expected, found=found, hint=hint)
         self.code = code
+
+
+class HubError(SourceError):
+    """The Hub does not give what was asked for: no such repo, no access, no network, or an answer that is none."""
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        file: str | None = None,
+        expected: str | None = None,
+        found: str | None = None,
+        hint: str | None = None,
+    ) -> None:
+        super().__init__(message, code="hub-unavailable", file=file, expected=expected, found=found, hint=hint)
 
 
 class UnsupportedError(QuarkconvError):

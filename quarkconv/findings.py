@@ -135,7 +135,9 @@ def finding(
 
 
 def as_finding(error: SourceError) -> Finding:
-    """What ``inspect`` says of an error after which it can go on."""
+    """What ``inspect`` says of an error after which it can go on; an error that says nothing of the file is raised."""
+    if error.code not in CODES:
+        raise error
     parts = [error.message, *(f"{label} {text}" for label, text in error.details() if label in ("expected", "found"))]
     subject = error.file or error.tensor or ""
     if error.tensor is not None:

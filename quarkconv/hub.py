@@ -1,14 +1,51 @@
-"""From the name of a model to a directory: a local one, or a snapshot in the Hub's cache."""
+"""From the name of a model to its files: a directory, a snapshot in the Hub's cache, or a repo read from afar."""
 
 from __future__ import annotations
 
 import re
+import time
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-from quarkconv.errors import SourceError
+from quarkconv.errors import HubError
+from quarkconv.files.files import Files
+from quarkconv.headers.local_files import LocalFiles
+
+if TYPE_CHECKING:
+    from quarkconv.files.hub_repo import HubRepo
 
 _REPO: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?", re.ASCII)
+_LISTING_RETRIES: Final = 3
+_LISTING_WAIT = 1.0  # seconds before the first of them
+
+
+def locate_model(model: str | Path | Files, *, cache: bool = False) -> Files:
+    """The files of a model, none of which is read yet.
+
+    Args:
+        model: a local directory, or a Hub repo id ``org/name`` or ``org/name@revision``. What exists on disk is never
+            looked up on the Hub; a whole snapshot of the wanted commit in the Hub's cache is used instead of the Hub.
+            Files that were located before are returned as they are.
+        cache: download what is not in the cache to it, rather than read it from the Hub.
+
+    Raises:
+        HubError: it is a repo id, and the Hub does not have it or cannot be asked.
+    """
+    if not isinstance(model, str | Path):
+        return model
+    repo = _repo_id(model)
+    if repo is None:
+        return LocalFiles(Path(model))
+    if cache:
+        return LocalFiles(resolve_model(model))
+    name, _, revision = repo.partition("@")
+    listed = _listing(name, revision or None)
+    if isinstance(listed, Path):
+        return LocalFiles(listed)
+    snapshot = _snapshot(name, listed.commit)
+    whole = snapshot is not None and all(LocalFiles(snapshot).size(str(path)) == listed.size(str(path))
+                                         for path in listed.names())  # fmt: skip
+    return LocalFiles(snapshot) if snapshot is not None and whole else listed
 
 
 def resolve_model(model: str | Path) -> Path:
@@ -19,21 +56,58 @@ def resolve_model(model: str | Path) -> Path:
             looked up on the Hub. A repo that is not in the cache is downloaded to it.
 
     Raises:
-        SourceError: there is no such directory, and it is no repo id or the Hub does not have it.
+        HubError: it is a repo id, and the Hub does not have it or cannot be asked.
     """
-    path = Path(model)
-    if path.exists() or not isinstance(model, str) or not _REPO.fullmatch(model):
-        return path
+    repo = _repo_id(model)
+    if repo is None:
+        return Path(model)
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError
 
-    repo, _, revision = model.partition("@")
+    from quarkconv.files.hub_errors import hub_error
+
+    name, _, revision = repo.partition("@")
     try:
-        return Path(snapshot_download(repo, revision=revision or None))
-    except (RepositoryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError, OSError, ValueError) as error:
-        raise SourceError(
-            "The model is neither a local directory nor available from the Hub", code="shard-missing", file=model,
-            expected="a directory, or a repo id that you can read",
-            found=str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__,
-            hint="check the name; for a private or gated repo run `hf auth login`",
-        ) from error  # fmt: skip
+        return Path(snapshot_download(name, revision=revision or None))
+    except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
+        raise hub_error(error, repo) from error
+
+
+def _repo_id(model: str | Path) -> str | None:
+    """The repo id that a model's name is; None where it is a path."""
+    return model if isinstance(model, str) and _REPO.fullmatch(model) and not Path(model).exists() else None
+
+
+def _listing(repo: str, revision: str | None) -> HubRepo | Path:
+    """The files of a commit; a snapshot of it in the cache where the Hub cannot be asked."""
+    from huggingface_hub.errors import HfHubHTTPError
+
+    from quarkconv.files.hub_errors import hub_error
+    from quarkconv.files.hub_repo import list_repo
+
+    place = repo if revision is None else f"{repo}@{revision}"
+    for attempt in range(_LISTING_RETRIES + 1):
+        try:
+            return list_repo(repo, revision)
+        except HubError:
+            raise
+        except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
+            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+            if (status == 429 or (status or 0) >= 500) and attempt < _LISTING_RETRIES:
+                time.sleep(_LISTING_WAIT * 2**attempt)
+                continue
+            if status is None and not isinstance(error, ValueError):  # nobody answered
+                snapshot = _snapshot(repo, revision)
+                if snapshot is not None:
+                    return snapshot
+            raise hub_error(error, place) from error
+    raise AssertionError("the last attempt returns or raises")  # pragma: no cover
+
+
+def _snapshot(repo: str, revision: str | None) -> Path | None:
+    """A snapshot in the cache, whole or not."""
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(repo, revision=revision, local_files_only=True))
+    except (OSError, ValueError):
+        return None

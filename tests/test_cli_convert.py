@@ -66,7 +66,7 @@ def test_a_repo_id_is_converted_into_the_working_directory(
     work.mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    assert run_cli(capsys, "convert", "org/name@v1", "--to", "fused-int8")[0] == 0
+    assert run_cli(capsys, "convert", "org/name@v1", "--to", "fused-int8", "--cache")[0] == 0
     assert asked == [("org/name", "v1")]
     assert (work / "name-fused-int8" / "config.json").exists()
 
@@ -147,8 +147,8 @@ def test_wrong_usage_exits_2(model: Path, tmp_path: Path, capsys: Capture, argum
 
 
 def test_a_wrong_target_is_told_before_anything_is_downloaded(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "resolve_model", lambda model: pytest.fail(f"{model} was looked up"))
-    monkeypatch.setattr("quarkconv.cli.convert.resolve_model", lambda model: pytest.fail(f"{model} was looked up"))
+    monkeypatch.setattr(hub, "locate_model", lambda model, **_: pytest.fail(f"{model} was looked up"))
+    monkeypatch.setattr("quarkconv.cli.convert.locate_model", lambda model, **_: pytest.fail(f"{model} was looked up"))
     code, _, err = run_cli(capsys, "convert", "org/name", "--to", "fused-int4")
     assert code == 2
     assert "fused-int8" in err

@@ -19,8 +19,9 @@ KERNELS = ROOT / "kernels" / "src"
 
 LAYERS = (
     ("errors",),
-    ("findings",),
-    ("headers", "hub"),
+    ("findings", "files"),
+    ("headers",),
+    ("hub", "publish"),
     ("scheme",),
     ("experts",),
     ("contradictions",),

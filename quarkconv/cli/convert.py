@@ -11,6 +11,7 @@ from quarkconv.api import (
     DEFAULT_JOBS,
     DEFAULT_SHARD_SIZE,
     MAX_JOBS,
+    finished_conversion,
     output_directory,
     plan_conversion,
     plan_summary,
@@ -19,7 +20,8 @@ from quarkconv.api import (
 )
 from quarkconv.cli.console import byte_progress, console, print_json, show_log
 from quarkconv.cli.options import Json, Model, Verbose
-from quarkconv.hub import resolve_model
+from quarkconv.hub import locate_model
+from quarkconv.publish import prepare_push, push_folder
 from quarkconv.targets import TARGETS, get_target
 
 
@@ -50,6 +52,13 @@ def convert(
     ep: Annotated[
         int | None, typer.Option("--ep", min=2, metavar="N", help="Divide experts among N expert parallel ranks.")
     ] = None,
+    cache: Annotated[
+        bool, typer.Option("--cache", help="Download a model on the Hub to its cache rather than stream it.")
+    ] = False,
+    push: Annotated[
+        str | None, typer.Option("--push", metavar="ORG/NAME", help="Then upload the output to this repo on the Hub.")
+    ] = None,
+    private: Annotated[bool, typer.Option("--private", help="Make the repo of --push private.")] = False,
     verbose: Verbose = False,
     json: Json = False,
 ) -> int:
@@ -64,7 +73,7 @@ def convert(
         from quarkconv.cli.convert_by_rank import convert_by_rank
 
         return convert_by_rank(model, to, out, max_shard_size, jobs, dry_run, overwrite, tp, ep, json)
-    source = resolve_model(model)
+    source = locate_model(model, cache=cache)
     output = output_directory(source, model, to, out)
     plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=repo_id(model, source))
     if dry_run:
@@ -76,13 +85,22 @@ def convert(
 
             console().print(render_summary(summary, plan.losses))
         return 0
+    if push is not None:
+        prepare_push(push, private=private)
     started = time.perf_counter()
-    with byte_progress(f"Converting to {to}", plan.output_bytes) as progress:
-        result = run_plan(plan, source, output, jobs, overwrite, progress)
+    done = None if push is None or overwrite else finished_conversion(plan, source, output)
+    if done is not None:
+        result = done
+    else:
+        with byte_progress(f"Converting to {to}", plan.output_bytes) as progress:
+            result = run_plan(plan, source, output, jobs, overwrite, progress)
+    pushed = None if push is None else push_folder(output, push, f"{to} by quarkconv, plan {result.manifest.plan[:12]}")
     if json:
-        print_json(result.to_json())
+        print_json({**result.to_json(), **({} if pushed is None else {"pushed": pushed})})
     else:
         from quarkconv.cli.render_conversion import render_result
 
         console().print(render_result(result.to_json(), plan.losses, time.perf_counter() - started))
+        if pushed is not None:
+            console().print(f"  uploaded: {pushed}", style="dim", markup=False, soft_wrap=True)
     return 0

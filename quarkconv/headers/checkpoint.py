@@ -6,21 +6,23 @@ finding, and whatever can still be read is there, so that ``inspect`` can descri
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
+from quarkconv.files.files import Files
 from quarkconv.findings import Finding, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.files import leads_outside, walk
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import compare_index, read_index
-from quarkconv.headers.json_files import MAX_CONFIG_BYTES, link_error, read_json_object
+from quarkconv.headers.json_files import MAX_CONFIG_BYTES, link_error, read_json_of
+from quarkconv.headers.local_files import LocalFiles
 from quarkconv.headers.rank_index import refuse_ranks
-from quarkconv.headers.safetensors import MAX_TENSORS, Kind, ShardHeader, TensorRef, read_header
+from quarkconv.headers.remote import expect_headers, read_header_of
+from quarkconv.headers.safetensors import MAX_TENSORS, Kind, ShardHeader, TensorRef
 from quarkconv.headers.unfinished import refuse_unfinished
 
 CONFIG_NAME: Final = "config.json"
@@ -34,18 +36,23 @@ class Checkpoint:
     """The headers of a checkpoint.
 
     Attributes:
-        root: the directory.
+        store: where the files are.
         config: config.json, ``{}`` when it cannot be read.
         shards: the header of every file that holds tensors of the model, in the order of their names.
         kinds: name -> (dtype, shape) of every tensor.
         findings: what is wrong with the files themselves.
     """
 
-    root: Path
+    store: Files
     config: dict[str, Any]
     shards: tuple[ShardHeader, ...]
     kinds: dict[str, Kind]
     findings: tuple[Finding, ...]
+
+    @property
+    def root(self) -> Path:
+        """The directory; of a model that is read from the Hub, its name, for people only."""
+        return self.store.root
 
     @property
     def tensor_bytes(self) -> int:
@@ -59,46 +66,49 @@ class Checkpoint:
 
     def files(self) -> Iterator[Path]:
         """Every file below the root that lies in no hidden folder, relative to the root, in the order of names."""
-        yield from sorted(Path(name) for name, entry in walk(self.root, hidden=False) if _is_file(entry))
+        return self.store.names()
 
 
-def _is_file(entry: os.DirEntry[str]) -> bool:
-    try:
-        return entry.is_file()
-    except OSError:  # a link in a circle
-        return False
+def open_checkpoint(place: Path | Files) -> Checkpoint:
+    """Read the headers of a checkpoint.
 
-
-def open_checkpoint(root: Path) -> Checkpoint:
-    """Read the headers of the checkpoint in a directory.
+    Args:
+        place: its directory, or its files wherever they are.
 
     Raises:
         SourceError: the directory does not exist, is an unfinished conversion, or holds no safetensors file.
+        HubError: the Hub does not give what has to be read.
     """
-    _check_directory(root)
+    store = LocalFiles(place) if isinstance(place, Path) else place
+    root = store.root if isinstance(store, LocalFiles) else None
+    if root is not None:
+        _check_directory(root)
     findings: list[Finding] = []
     config: dict[str, Any] = {}
     try:
-        config = read_json_object(root / CONFIG_NAME, code="config-invalid", limit=MAX_CONFIG_BYTES)
+        config = read_json_of(store, CONFIG_NAME, code="config-invalid", limit=MAX_CONFIG_BYTES)
     except SourceError as error:
         findings.append(as_finding(error))
-    index = read_index(root, findings)
+    index = read_index(store, findings)
     shards: list[ShardHeader] = []
     kinds: dict[str, Kind] = {}
-    findings.extend(_outside(root))
+    if root is not None:
+        findings.extend(_outside(root))
     tensors, odd = 0, list[str]()
     with collector_paused():
-        for file in _shard_names(root, None if index is None else index.weight_map, findings):
-            if leads_outside(root, file) is not None:  # said above
+        files = _shard_names(store, None if index is None else index.weight_map, findings)
+        expect_headers(store, files)
+        for file in files:
+            if root is not None and leads_outside(root, file) is not None:  # said above
                 continue
             try:
-                shard = read_header(root / file, file)
+                shard = read_header_of(store, file)
             except SourceError as error:
                 findings.append(as_finding(error))
                 continue
             tensors += len(shard.names)
             if tensors > MAX_TENSORS:
-                raise _too_many(root)
+                raise _too_many(store.root)
             if shard.truncated:
                 findings.append(_truncated(shard))
             odd += shard.odd_names
@@ -108,7 +118,7 @@ def open_checkpoint(root: Path) -> Checkpoint:
         findings.extend(_duplicates(shards, len(kinds)))
         if index is not None:
             findings.extend(compare_index(index, shards))
-    return Checkpoint(root, config, tuple(shards), kinds, tuple(findings))
+    return Checkpoint(store, config, tuple(shards), kinds, tuple(findings))
 
 
 def _check_directory(root: Path) -> None:
@@ -161,9 +171,9 @@ def _outside(root: Path) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _shard_names(root: Path, weight_map: dict[str, str] | None, findings: list[Finding]) -> list[str]:
+def _shard_names(store: Files, weight_map: dict[str, str] | None, findings: list[Finding]) -> list[str]:
     """The files that make up the model: those of the index; without one, model.safetensors or whatever there is."""
-    present = sorted(path.name for path in root.glob("*.safetensors"))
+    present = _present(store)
     if weight_map is not None:
         named = sorted(set(weight_map.values()))
         unused = sorted(set(present) - set(named))
@@ -179,11 +189,18 @@ def _shard_names(root: Path, weight_map: dict[str, str] | None, findings: list[F
         return [SINGLE_NAME]
     if not present:
         raise SourceError(
-            "The directory holds no safetensors file", code="shard-missing", file=str(root),
+            "The directory holds no safetensors file", code="shard-missing", file=str(store.root),
             expected=f"{SINGLE_NAME}, or shards with {INDEX_NAME}", found="no *.safetensors",
             hint="give the directory that holds config.json and the weights",
         )  # fmt: skip
     return present
+
+
+def _present(store: Files) -> list[str]:
+    """The safetensors files that lie beside config.json."""
+    if isinstance(store, LocalFiles):
+        return sorted(path.name for path in store.root.glob("*.safetensors"))
+    return sorted(path.name for path in store.names() if path.suffix == ".safetensors" and len(path.parts) == 1)
 
 
 def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from quarkconv.errors import SourceError
+from quarkconv.files.files import Files
 from quarkconv.findings import Finding, as_finding, finding
-from quarkconv.headers.json_files import MAX_INDEX_BYTES, read_json_object
+from quarkconv.headers.json_files import MAX_INDEX_BYTES, read_json_of
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.headers.shown import shortened, shown
 
@@ -31,13 +31,13 @@ class Index(NamedTuple):
     total_size: object
 
 
-def read_index(root: Path, findings: list[Finding]) -> Index | None:
-    """The index of a directory, or None where there is none that can be used; why not is added to ``findings``."""
-    path = root / INDEX_NAME
-    if not path.exists() and not path.is_symlink():
+def read_index(store: Files, findings: list[Finding]) -> Index | None:
+    """The index of a checkpoint, or None where there is none that can be used; why not is added to ``findings``."""
+    path = store.path(INDEX_NAME)
+    if store.size(INDEX_NAME) is None if path is None else not (path.exists() or path.is_symlink()):
         return None
     try:
-        index = read_json_object(path, code="index-invalid", limit=MAX_INDEX_BYTES)
+        index = read_json_of(store, INDEX_NAME, code="index-invalid", limit=MAX_INDEX_BYTES)
         weight_map = index.get("weight_map")
         if not isinstance(weight_map, dict):
             raise SourceError(

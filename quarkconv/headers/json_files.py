@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
+from quarkconv.files.files import Files
 from quarkconv.headers.files import leads_outside, read_regular
 
 MAX_CONFIG_BYTES: Final = 32 * 2**20
@@ -40,22 +41,43 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
     if outside is not None:
         raise link_error(path.name, outside)
     if isinstance(raw, int):
-        raise _too_much(path, code, f"at most {limit} bytes", f"{raw} bytes")
+        raise _too_much(path.name, code, f"at most {limit} bytes", f"{raw} bytes")
+    return _parse(raw, path.name, code, values)
+
+
+def read_json_of(files: Files, name: str, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
+    """The same of a file that may be elsewhere than on disk.
+
+    Raises:
+        SourceError: as :func:`read_json_object`, and the file could not be had.
+    """
+    path = files.path(name)
+    if path is not None:
+        return read_json_object(path, code=code, limit=limit, values=values)
+    size = files.size(name)
+    if size is None:
+        raise SourceError("The file cannot be read", code=code, file=name, found="no such file in the repo")
+    if size > limit:
+        raise _too_much(name, code, f"at most {limit} bytes", f"{size} bytes")
+    return _parse(files.read(name, 0, size), name, code, values)
+
+
+def _parse(raw: bytes, name: str, code: str, values: int) -> dict[str, Any]:
     found = raw.count(b",") + raw.count(b"{") + raw.count(b"[")
     if found > values:
-        raise _too_much(path, code, f"at most {values} values", f"{found} separators")
+        raise _too_much(name, code, f"at most {values} values", f"{found} separators")
     try:
         value = json.loads(raw)
         if not _is_shallow(value):
             raise RecursionError
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            "The file is not valid JSON", code=code, file=path.name, found=str(error) or "nesting too deep",
+            "The file is not valid JSON", code=code, file=name, found=str(error) or "nesting too deep",
             hint="download or copy the file again",
         ) from error  # fmt: skip
     if not isinstance(value, dict):
         raise SourceError(
-            "The file does not hold a JSON object", code=code, file=path.name,
+            "The file does not hold a JSON object", code=code, file=name,
             expected="an object", found=type(value).__name__,
         )  # fmt: skip
     return value
@@ -70,10 +92,8 @@ def link_error(file: str, target: str) -> SourceError:
     )  # fmt: skip
 
 
-def _too_much(path: Path, code: str, expected: str, found: str) -> SourceError:
-    return SourceError(
-        "The file is too large to be believed", code=code, file=path.name, expected=expected, found=found
-    )
+def _too_much(name: str, code: str, expected: str, found: str) -> SourceError:
+    return SourceError("The file is too large to be believed", code=code, file=name, expected=expected, found=found)
 
 
 def _is_shallow(value: object) -> bool:

@@ -130,13 +130,9 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
             size = os.fstat(handle.fileno()).st_size
             prefix = handle.read(8)
             if len(prefix) < 8:
-                raise SourceError(
-                    "The file is too short to be a safetensors file",
-                    code="shard-truncated", file=file, expected="at least 8 bytes", found=f"{size} bytes",
-                    hint="download or copy the file again",
-                )  # fmt: skip
+                raise too_short(file, size)
             (length,) = struct.unpack("<Q", prefix)
-            _check_length(file, length, size)
+            check_length(file, length, size)
             raw = handle.read(length)
     except (OSError, ValueError) as error:  # ValueError: a name that no file can have
         raise SourceError(
@@ -220,7 +216,21 @@ def _too_much(file: str, expected: str, found: str) -> SourceError:
     )  # fmt: skip
 
 
-def _check_length(file: str, length: int, size: int) -> None:
+def too_short(file: str, size: int) -> SourceError:
+    """The error for a file that has no room for the length of a header."""
+    return SourceError(
+        "The file is too short to be a safetensors file",
+        code="shard-truncated", file=file, expected="at least 8 bytes", found=f"{size} bytes",
+        hint="download or copy the file again",
+    )  # fmt: skip
+
+
+def check_length(file: str, length: int, size: int) -> None:
+    """Refuse a stated length of a header that the format or the file has no room for.
+
+    Raises:
+        SourceError: it is too long.
+    """
     if length > MAX_HEADER_BYTES:
         raise SourceError(
             "The header is longer than the format allows",

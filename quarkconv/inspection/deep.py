@@ -3,17 +3,14 @@
 from __future__ import annotations
 
 import math
-import os
 from array import array
 from collections.abc import Iterator
-from contextlib import ExitStack
-from pathlib import Path
 from typing import Final
 
 from quarkconv.description import Description
 from quarkconv.errors import SourceError
+from quarkconv.files.files import Files, Range
 from quarkconv.findings import Finding, finding
-from quarkconv.headers.files import open_regular
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.scheme.stored import SCALE_DTYPES
@@ -34,28 +31,23 @@ def deep_findings(description: Description) -> Iterator[Finding]:
     small_scales: list[str] = []
     nonzero: list[str] = []
     refs = description.checkpoint.refs()
-    with ExitStack() as stack:
-        files: dict[str, int] = {}
-        for name in sorted(refs, key=lambda name: (refs[name].file, refs[name].start)):
-            ref = refs[name]
-            is_scale = name.endswith("_scale") and ref.dtype in SCALE_DTYPES
-            is_zero_point = name.endswith("_zero_point")
-            if ref.file not in shards or not (is_scale or is_zero_point):
-                continue
-            if ref.file not in files:
-                files[ref.file] = _open(stack, description.checkpoint.root / ref.file)
-            blocks = _blocks(files[ref.file], name, ref)
-            if is_zero_point:
-                if any(any(block) for block in blocks):
-                    nonzero.append(name)
-                continue
-            for block in blocks:
-                problem, least = _scale_problem(ref.dtype, block)
-                if problem:
-                    bad_scales.append((name, problem))
-                    break
-                if least < _LEAST_NORMAL and small_scales[-1:] != [name]:
-                    small_scales.append(name)
+    wanted = [
+        (name, block)
+        for name in sorted(refs, key=lambda name: (refs[name].file, refs[name].start))
+        if refs[name].file in shards and (_is_zero_point(name) or _is_scale(name, refs[name]))
+        for block in _blocks(refs[name])
+    ]
+    for name, data in _read(description.checkpoint.store, wanted):
+        if _is_zero_point(name):
+            if any(data) and nonzero[-1:] != [name]:
+                nonzero.append(name)
+            continue
+        problem, least = _scale_problem(refs[name].dtype, data)
+        if problem:
+            if not bad_scales or bad_scales[-1][0] != name:
+                bad_scales.append((name, problem))
+        elif least < _LEAST_NORMAL and small_scales[-1:] != [name]:
+            small_scales.append(name)
     if bad_scales:
         name, problem = bad_scales[0]
         yield finding(
@@ -77,32 +69,36 @@ def deep_findings(description: Description) -> Iterator[Finding]:
         )  # fmt: skip
 
 
-def _open(stack: ExitStack, path: Path) -> int:
-    try:
-        return stack.enter_context(open(open_regular(path), "rb")).fileno()
-    except OSError as error:
-        raise SourceError(
-            "A file cannot be opened", code="shard-missing", file=path.name, found=error.strerror
-        ) from error
+def _is_zero_point(name: str) -> bool:
+    return name.endswith("_zero_point")
 
 
-def _blocks(descriptor: int, name: str, ref: TensorRef) -> Iterator[bytes]:
-    """The bytes of a tensor, a block at a time."""
+def _is_scale(name: str, ref: TensorRef) -> bool:
+    return name.endswith("_scale") and ref.dtype in SCALE_DTYPES
+
+
+def _blocks(ref: TensorRef) -> Iterator[Range]:
     for start in range(ref.start, ref.end, _BLOCK):
-        wanted = min(_BLOCK, ref.end - start)
+        yield Range(ref.file, start, min(start + _BLOCK, ref.end))
+
+
+def _read(store: Files, wanted: list[tuple[str, Range]]) -> Iterator[tuple[str, bytes]]:
+    """The bytes of each range with the tensor that it belongs to."""
+    data = store.read_many(block for _, block in wanted)
+    for name, block in wanted:
         try:
-            block = os.pread(descriptor, wanted, start)
+            found = next(data)
         except OSError as error:
             raise SourceError(
-                "A tensor cannot be read", code="shard-truncated", file=ref.file, tensor=name, found=error.strerror,
+                "A tensor cannot be read", code="shard-truncated", file=block.file, tensor=name, found=error.strerror,
                 hint="check the disk, then give the command again",
             ) from error  # fmt: skip
-        if len(block) < wanted:
+        if len(found) < block.end - block.start:
             raise SourceError(
-                "The file ended while it was read", code="shard-truncated", file=ref.file, tensor=name,
-                expected=f"{wanted} bytes", found=f"{len(block)} bytes",
+                "The file ended while it was read", code="shard-truncated", file=block.file, tensor=name,
+                expected=f"{block.end - block.start} bytes", found=f"{len(found)} bytes",
             )  # fmt: skip
-        yield block
+        yield name, found
 
 
 def _scale_problem(dtype: str, data: bytes) -> tuple[str | None, float]:

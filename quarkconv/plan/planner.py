@@ -189,11 +189,12 @@ def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterat
 
 def _texts(description: Description, target: Target, base_model: str | None) -> Iterator[TextFile]:
     """The model card, where the source has one that can be read."""
-    path = description.checkpoint.root / CARD_NAME
-    if not path.is_file() or path.stat().st_size > MAX_CARD_BYTES:
+    store = description.checkpoint.store
+    size = store.size(CARD_NAME)
+    if size is None or size > MAX_CARD_BYTES:
         return
     try:
-        text = path.read_bytes().decode()
+        text = store.read(CARD_NAME, 0, size).decode()
     except UnicodeDecodeError:
         return
     card = converted_card(text, target.name, target.summary, target.facts, base_model)
@@ -203,7 +204,7 @@ def _texts(description: Description, target: Target, base_model: str | None) -> 
 
 def _copies(description: Description, written: Collection[str]) -> Iterator[SourceFile]:
     """Every other file of the source, but weights in other formats: they are another copy of the model."""
-    root = description.checkpoint.root
+    store = description.checkpoint.store
     for path in description.checkpoint.files():
         name = path.as_posix()
         if name in _REPLACED or name in written or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
@@ -219,7 +220,7 @@ def _copies(description: Description, written: Collection[str]) -> Iterator[Sour
                 file=name,
                 hint="rename the folder, or move it out of the source",
             )
-        yield SourceFile(name, (root / path).stat().st_size)
+        yield SourceFile(name, store.size(name) or 0)
 
 
 def _check_names(tensors: list[OutputTensor]) -> None:

@@ -21,16 +21,18 @@ from typing import Final
 import xxhash
 
 from quarkconv.errors import InterruptedByUser, UnsupportedError
+from quarkconv.files.files import Files
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.local_files import LocalFiles
 from quarkconv.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.layout import PAGE
 from quarkconv.plan.pieces import Check, OutputShard, Plan, SourceFile
 from quarkconv.plan.serialize import plan_digest
-from quarkconv.write.copying import copy_file
 from quarkconv.write.durable import writing
 from quarkconv.write.output_file import DirectWrites, aligned_buffer
 from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
+from quarkconv.write.source import Reader, Source
 from quarkconv.write.source_files import SourceFiles
 from quarkconv.write.space import allocated, records_nbytes, require_space, running_out_told
 from quarkconv.write.staging import Staging, open_staging
@@ -50,13 +52,19 @@ _log: Final = logging.getLogger(__name__)
 
 
 def execute(
-    plan: Plan, source: Path, output: Path, *, jobs: int, overwrite: bool = False, progress: Progress = lambda _: None
+    plan: Plan,
+    source: Path | Files,
+    output: Path,
+    *,
+    jobs: int,
+    overwrite: bool = False,
+    progress: Progress = lambda _: None,
 ) -> Manifest:
     """Carry out a plan.
 
     Args:
         plan: what to do.
-        source: directory of the source.
+        source: directory of the source, or its files wherever they are.
         output: directory to make; unfinished work of the same plan in it is resumed.
         jobs: number of threads that read and write.
         overwrite: whether an earlier conversion in ``output`` is deleted.
@@ -73,9 +81,11 @@ def execute(
     files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies]
     files += [*(text.name for text in plan.texts), CONFIG_NAME, INDEX_NAME]
     needed = plan.output_bytes + records_nbytes(plan.shards)
-    with closing(SourceFiles(source, plan)) as sources:
+    with closing(open_source(source, plan)) as sources:
         sources.check_layout(plan)
-        state = plan_state(plan, digest, sources.state(), source, output)
+        folder = source.root if isinstance(source, LocalFiles) else source
+        place = str(folder.absolute() if isinstance(folder, Path) else folder)
+        state = plan_state(plan, digest, sources.state(), place, output)
         run_checks(plan.checks, sources, jobs)
         with open_staging(output, state, [*files, MANIFEST_NAME], needed=needed, overwrite=overwrite) as staging:
             run = _Run(plan, sources, staging, progress)
@@ -99,7 +109,25 @@ def execute(
     return manifest
 
 
-def run_checks(checks: tuple[Check, ...], sources: SourceFiles, jobs: int = 1) -> None:
+def open_source(source: Path | Files, plan: Plan) -> Source:
+    """The shards that a plan reads, wherever they are.
+
+    Raises:
+        SourceError: one cannot be opened, or is not of the size that the plan was made for.
+    """
+    if isinstance(source, Path):
+        return SourceFiles(source, plan)
+    if isinstance(source, LocalFiles):
+        return SourceFiles(source.root, plan)
+    from quarkconv.files.hub_repo import HubRepo
+    from quarkconv.write.hub_source import HubSource
+
+    if not isinstance(source, HubRepo):
+        raise TypeError(f"{type(source).__name__} cannot be converted from")
+    return HubSource(source, plan)
+
+
+def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> None:
     """Read what a plan says must hold of the source's data; nothing has been written yet.
 
     Raises:
@@ -108,10 +136,12 @@ def run_checks(checks: tuple[Check, ...], sources: SourceFiles, jobs: int = 1) -
     stop = threading.Event()
 
     def check(batch: list[Check]) -> None:
-        for item in batch:
-            if stop.is_set():
-                return
-            _check(item, sources)
+        pieces = (piece for item in batch for piece in (item.first, item.second) if piece is not None)
+        with sources.ahead(pieces) as reader:
+            for item in batch:
+                if stop.is_set():
+                    return
+                _check(item, reader)
 
     remaining = iter(checks)
     batches = iter(lambda: list(islice(remaining, _CHECKS_AT_ONCE)), [])
@@ -124,23 +154,22 @@ def run_checks(checks: tuple[Check, ...], sources: SourceFiles, jobs: int = 1) -
             pool.shutdown(cancel_futures=True)
 
 
-def _check(check: Check, sources: SourceFiles) -> None:
-    first = sources.read(check.first)
+def _check(check: Check, reader: Reader) -> None:
+    first = reader.read(check.first)
+    second = None if check.second is None else reader.read(check.second)
     if check.kind == "zero" and first.strip(b"\0"):
         raise UnsupportedError(
             "A zero point is not zero: the weights are not quantized symmetrically", tensor=check.first.tensor,
             file=check.first.file, expected="zeros", found=f"{len(first) - first.count(0)} bytes that are not zero",
             hint="quantize the model again with symmetric weights",
         )  # fmt: skip
-    if check.kind == "repeats" and check.second is not None:
-        one = sources.read(check.second)
-        if first != one * (len(first) // len(one)):
-            raise UnsupportedError(
-                "The rows of a weight have different scales, and Quark has one for a weight with static activations",
-                tensor=check.first.tensor, file=check.first.file, expected="the same scale for each row",
-                hint="convert to compressed-tensors or fused-int8 instead",
-            )  # fmt: skip
-    if check.kind == "equal" and check.second is not None and first != sources.read(check.second):
+    if check.kind == "repeats" and second is not None and first != second * (len(first) // len(second)):
+        raise UnsupportedError(
+            "The rows of a weight have different scales, and Quark has one for a weight with static activations",
+            tensor=check.first.tensor, file=check.first.file, expected="the same scale for each row",
+            hint="convert to compressed-tensors or fused-int8 instead",
+        )  # fmt: skip
+    if check.kind == "equal" and check.second is not None and first != second:
         raise UnsupportedError(
             "Gate and up of an expert have different input scales, and the fused tensor has one for both",
             tensor=check.first.tensor, file=check.first.file, expected=f"the value of {check.second.tensor}",
@@ -151,7 +180,7 @@ def _check(check: Check, sources: SourceFiles) -> None:
 class _Run:
     """One execution of a plan."""
 
-    def __init__(self, plan: Plan, sources: SourceFiles, staging: Staging, progress: Progress) -> None:
+    def __init__(self, plan: Plan, sources: Source, staging: Staging, progress: Progress) -> None:
         self.plan = plan
         self.sources = sources
         self.staging = staging
@@ -187,6 +216,7 @@ class _Run:
                 raise _interrupted() from None
             finally:  # after a failure or an interrupt the others stop at their next block
                 self._stop.set()
+                self.sources.cancel()
                 wait(futures)
                 claims.close()
         errors = [error for future in futures if (error := future.exception())]
@@ -234,7 +264,7 @@ class _Run:
             self._progress(nbytes)
 
     def _copy(self, copy: SourceFile) -> WrittenFile:
-        written = copy_file(self.sources.root, copy, self.staging.part(copy.name))
+        written = self.sources.copy(copy, self.staging.part(copy.name))
         self.staging.finish(copy.name)
         self._advance(written.size)
         return written

@@ -13,7 +13,7 @@ from quarkconv.plan.layout import encode_header
 from quarkconv.plan.pieces import OutputShard, Piece
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile
 from quarkconv.write.segments import Segment, cut
-from quarkconv.write.source_files import SourceFiles
+from quarkconv.write.source import Reader, Source
 from quarkconv.write.transforms import transformed
 
 
@@ -33,7 +33,7 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._file = OutputFile(path, shard.nbytes, direct)
 
-    def write(self, segment: Segment, sources: SourceFiles, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
+    def write(self, segment: Segment, sources: Source, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
         """Write one segment; True when it was the last one that was missing.
 
         Args:
@@ -49,7 +49,8 @@ class ShardWriter:
         stream = BlockStream(self._file, buffer, segment.start, wrote)
         if segment.start == 0:
             stream.put(memoryview(self._header))
-        checksums = [_put_piece(stream, piece, sources) for piece in segment.pieces]
+        with sources.ahead(segment.pieces) as reader:
+            checksums = [_put_piece(stream, piece, reader) for piece in segment.pieces]
         stream.finish()
         with self._lock:
             self._checksums[segment.first] = checksums
@@ -80,18 +81,18 @@ class ShardWriter:
         self._file.close()
 
 
-def _put_piece(stream: BlockStream, piece: Piece, sources: SourceFiles) -> str:
+def _put_piece(stream: BlockStream, piece: Piece, reader: Reader) -> str:
     """Append the output bytes of a piece; returns their checksum."""
     hasher = xxhash.xxh3_128()
     if not piece.is_copy:
-        for data in transformed(piece, sources):
+        for data in transformed(piece, reader):
             hasher.update(data)
             stream.put(memoryview(data))
         return hasher.hexdigest()
     done = 0
     while done < piece.nbytes:
         room = stream.room()[: piece.nbytes - done]
-        sources.fill(piece, done, room)
+        reader.fill(piece, done, room)
         hasher.update(room)
         stream.filled(len(room))
         done += len(room)

@@ -6,14 +6,20 @@ import errno
 import os
 import resource
 from collections.abc import Iterable
+from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
 
 from quarkconv.errors import SourceError
+from quarkconv.files.files import Files
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.files import open_regular
-from quarkconv.headers.safetensors import read_header
-from quarkconv.plan.pieces import Piece, Plan
+from quarkconv.headers.local_files import LocalFiles
+from quarkconv.headers.remote import expect_headers, read_header_of
+from quarkconv.manifest import WrittenFile
+from quarkconv.plan.pieces import Piece, Plan, SourceFile
+from quarkconv.write.copying import copy_file
+from quarkconv.write.source import Reader
 from quarkconv.write.state import FileState
 
 _OTHER_FILES = 64
@@ -52,30 +58,7 @@ class SourceFiles:
         Raises:
             SourceError: a file has another layout than the plan was made of.
         """
-        with collector_paused():
-            refs = {
-                name: ref
-                for source in plan.sources
-                for name, ref in read_header(self.root / source.name, source.name).refs()
-            }
-        pieces = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
-        read = (part for piece in pieces for part in ((piece,) if piece.scale is None else piece.ranges()))
-        checked = (piece for check in plan.checks for piece in (check.first, check.second) if piece is not None)
-        for piece in chain(read, checked):
-            ref = refs.get(piece.tensor)
-            if (
-                ref is None
-                or ref.file != piece.file
-                or not (ref.start <= piece.start and piece.start + piece.span <= ref.start + ref.nbytes)
-            ):
-                raise SourceError(
-                    "The source is not the one that the plan was made of", code="source-changed",
-                    file=str(self.root / piece.file), tensor=piece.tensor,
-                    expected=f"its bytes from {piece.start} to {piece.start + piece.span}",
-                    found="no such tensor in this file" if ref is None or ref.file != piece.file
-                    else f"the tensor from {ref.start} to {ref.start + ref.nbytes}",
-                    hint="make the plan again",
-                )  # fmt: skip
+        check_layout(plan, LocalFiles(self.root))
 
     def state(self) -> list[FileState]:
         """Name, size and time of modification of each file, in order."""
@@ -106,6 +89,17 @@ class SourceFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
+    def ahead(self, pieces: Iterable[Piece]) -> AbstractContextManager[Reader]:  # noqa: ARG002
+        """Something to read pieces with; the kernel reads ahead as it is."""
+        return nullcontext(self)
+
+    def cancel(self) -> None:
+        """Nothing is done: no read of a disk takes long."""
+
+    def copy(self, file: SourceFile, part: Path) -> WrittenFile:
+        """Copy a file of the source as it is."""
+        return copy_file(self.root, file, part)
+
     def read(self, piece: Piece) -> bytes:
         """The source range of a small piece."""
         data = bytearray(piece.nbytes)
@@ -131,6 +125,35 @@ class SourceFiles:
                     found=f"{offset + position} bytes", hint="give the command again when nothing writes to the source",
                 )  # fmt: skip
             position += count
+
+
+def check_layout(plan: Plan, files: Files) -> None:
+    """Raise if a range that a plan reads is not where its tensor lies in ``files``.
+
+    Raises:
+        SourceError: a file has another layout than the plan was made of.
+    """
+    with collector_paused():
+        expect_headers(files, [source.name for source in plan.sources])
+        refs = {name: ref for source in plan.sources for name, ref in read_header_of(files, source.name).refs()}
+    pieces = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
+    read = (part for piece in pieces for part in ((piece,) if piece.scale is None else piece.ranges()))
+    checked = (piece for check in plan.checks for piece in (check.first, check.second) if piece is not None)
+    for piece in chain(read, checked):
+        ref = refs.get(piece.tensor)
+        if (
+            ref is None
+            or ref.file != piece.file
+            or not (ref.start <= piece.start and piece.start + piece.span <= ref.start + ref.nbytes)
+        ):
+            raise SourceError(
+                "The source is not the one that the plan was made of", code="source-changed",
+                file=str(files.root / piece.file), tensor=piece.tensor,
+                expected=f"its bytes from {piece.start} to {piece.start + piece.span}",
+                found="no such tensor in this file" if ref is None or ref.file != piece.file
+                else f"the tensor from {ref.start} to {ref.start + ref.nbytes}",
+                hint="make the plan again",
+            )  # fmt: skip
 
 
 def _changed(path: Path, expected: str, found: str, command: str = "start anew with --overwrite") -> SourceError:

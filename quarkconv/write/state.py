@@ -12,8 +12,8 @@ from typing import Any, Final
 from quarkconv.headers.shown import word
 from quarkconv.plan.pieces import Plan
 
-FileState = tuple[str, int, int]
-"""Name, size in bytes and time of modification in ns of a source file."""
+FileState = tuple[str, int, int | str]
+"""Name, size in bytes, and time of modification in ns of a source file, or its ETag where it is on the Hub."""
 
 _LABELS: Final = {
     "quarkconv": "version of quarkconv",
@@ -24,15 +24,15 @@ _LABELS: Final = {
 }
 
 
-def plan_state(plan: Plan, digest: str, files: list[FileState], source: Path, output: Path) -> dict[str, Any]:
+def plan_state(plan: Plan, digest: str, files: list[FileState], source: str, output: Path) -> dict[str, Any]:
     """What identifies a conversion, and for those who find it unfinished, the command that resumes it.
 
     Args:
         plan, digest: the plan and its digest.
         files: the source's files as they are now.
-        source, output: the directories; part of the command, not of the identity.
+        source, output: where they are; part of the command, not of the identity.
     """
-    words = ["quarkconv", "convert", str(source.absolute()), "--to", plan.target, "--out", str(output.absolute())]
+    words = ["quarkconv", "convert", source, "--to", plan.target, "--out", str(output.absolute())]
     config = json.dumps(plan.config, sort_keys=True)
     return {
         "quarkconv": version("quarkconv"),
@@ -77,6 +77,13 @@ def _source_difference(before: object, after: list[list[Any]]) -> str | None:
     for name, (size, _) in new.items():
         if old[name][0] != size:
             return f"{name} of the source had {word(old[name][0])} bytes, now {size}"
-        if old[name] != new[name]:
+        before_state, now_state = old[name][1], new[name][1]
+        if before_state != now_state:
+            if isinstance(before_state, str) != isinstance(now_state, str):
+                return "a source on the Hub, now one on disk" if isinstance(before_state, str) else (
+                    "a source on disk, now one on the Hub"
+                )  # fmt: skip
+            if isinstance(now_state, str):
+                return f"{name} of the source had the ETag {word(before_state)}, now {now_state}"
             return f"{name} of the source was written to since"
     return None

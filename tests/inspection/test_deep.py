@@ -13,7 +13,6 @@ from conftest import Checkpoints
 from writing_support import run_cli
 
 from quarkconv import Inspection, inspect_checkpoint
-from quarkconv.inspection import deep
 
 
 def found(inspection: Inspection) -> list[tuple[str, str, str, int]]:
@@ -87,12 +86,13 @@ def test_deep_reads_no_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
         name: ref for name, ref in inspect_checkpoint(folder).description.checkpoint.refs().items() if "_scale" in name
     }
     read: list[tuple[int, int]] = []
+    plain = os.pread
 
     def pread(descriptor: int, length: int, offset: int) -> bytes:
         read.append((length, offset))
-        return os.pread(descriptor, length, offset)
+        return plain(descriptor, length, offset)
 
-    monkeypatch.setattr(deep, "os", type("os", (), {"pread": staticmethod(pread)}))
+    monkeypatch.setattr(os, "pread", pread)
     assert inspect_checkpoint(folder, deep=True).ok
     assert sorted(read) == sorted((ref.nbytes, ref.start) for ref in scales.values())
 

@@ -1,0 +1,41 @@
+"""Many small reads made few larger ones, each of which fits in memory: what a connection with latency wants."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Final
+
+from quarkconv.files.files import Range
+
+BLOCK_BYTES: Final = 8 * 2**20
+"""Bytes of a request at most."""
+GAP_BYTES: Final = 128 * 2**10
+"""Bytes that are read along and dropped rather than asking twice: less than a round trip is worth."""
+
+
+def blocks(ranges: Iterable[Range], size: int = BLOCK_BYTES, gap: int = GAP_BYTES) -> Iterator[Range]:
+    """Ranges joined where one follows another in the same file, or nearly, and cut where they are longer than ``size``.
+
+    The blocks come in the order of the ranges, so that whoever reads these one after the other needs the blocks one
+    after the other too.
+    """
+    run: Range | None = None
+    for item in ranges:
+        if item.end <= item.start:
+            continue
+        if run is not None and item.file == run.file and 0 <= item.start - run.end <= gap:
+            run = Range(run.file, run.start, item.end)
+        else:
+            if run is not None:
+                yield from _cut(run, size)
+            run = item
+        while run.end - run.start > size:  # what is complete is given at once: a run may be as long as a file
+            yield Range(run.file, run.start, run.start + size)
+            run = Range(run.file, run.start + size, run.end)
+    if run is not None:
+        yield from _cut(run, size)
+
+
+def _cut(run: Range, size: int) -> Iterator[Range]:
+    for start in range(run.start, run.end, size):
+        yield Range(run.file, start, min(start + size, run.end))

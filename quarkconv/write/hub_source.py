@@ -1,0 +1,118 @@
+"""A source on the Hub: byte ranges go from the network straight into the output."""
+
+from __future__ import annotations
+
+import os
+import threading
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Final
+
+import xxhash
+
+from quarkconv.errors import SourceError
+from quarkconv.files.files import Range
+from quarkconv.files.hub_repo import HubRepo
+from quarkconv.files.read_ahead import ReadAhead
+from quarkconv.manifest import WrittenFile
+from quarkconv.plan.pieces import Piece, Plan, SourceFile
+from quarkconv.write.source import Reader
+from quarkconv.write.source_files import check_layout
+from quarkconv.write.state import FileState
+
+_COPY_BYTES: Final = 2**20
+
+
+class HubSource:
+    """The shards of a repo on the Hub that a plan reads.
+
+    Args:
+        repo: the commit that they belong to.
+        plan: the plan.
+
+    Raises:
+        SourceError: a file has another size than when the plan was made.
+    """
+
+    def __init__(self, repo: HubRepo, plan: Plan) -> None:
+        self.repo = repo
+        self._names = [name for name, _ in plan.sources]
+        self._stop = threading.Event()
+        for name, size in plan.sources:
+            found = repo.size(name)
+            if found != size:
+                raise SourceError(
+                    "A source file is not the one that the plan was made of", code="source-changed",
+                    file=f"{repo}/{name}", expected=f"{size} bytes",
+                    found="no file" if found is None else f"{found} bytes", hint="make the plan again",
+                )  # fmt: skip
+
+    def check_layout(self, plan: Plan) -> None:
+        """Raise if a range that the plan reads is not where its tensor lies."""
+        check_layout(plan, self.repo)
+
+    def state(self) -> list[FileState]:
+        """Name, size and ETag of each file, in order."""
+        return [(name, self.repo.size(name) or 0, self.repo.etag(name)) for name in self._names]
+
+    def check_unchanged(self, names: Iterable[str]) -> None:
+        """Ask the Hub again for the ETags of some files.
+
+        Raises:
+            SourceError: one has another ETag, or is gone.
+        """
+        self.repo.check_unchanged(names)
+
+    @contextmanager
+    def ahead(self, pieces: Iterable[Piece]) -> Iterator[Reader]:
+        """Fetch pieces over several connections; they must be read in this order."""
+        parts = (part for piece in pieces for part in reversed(piece.ranges()))  # scales before what they are for
+        ranges = (Range(part.file, part.start, part.start + part.span) for part in parts)
+        with ReadAhead(ranges, self.repo.fetch, self.repo.pool, self._stop) as reader:
+            yield _PieceReader(reader)
+
+    def copy(self, file: SourceFile, part: Path) -> WrittenFile:
+        """Fetch a file as it is, and bring it to the disk."""
+        hasher = xxhash.xxh3_128()
+        with open(part, "wb", buffering=0) as handle:
+            ranges = [
+                Range(file.name, start, min(start + _COPY_BYTES, file.size))
+                for start in range(0, file.size, _COPY_BYTES)
+            ]
+            for data in self.repo.read_many(ranges):
+                hasher.update(data)
+                _write_all(handle.fileno(), data)
+            os.fsync(handle.fileno())
+        return WrittenFile(file.name, file.size, hasher.hexdigest())
+
+    def cancel(self) -> None:
+        """Let reads that wait for the network fail soon."""
+        self._stop.set()
+
+    def close(self) -> None:
+        """Drop what is under way."""
+        self._stop.set()
+
+
+class _PieceReader:
+    """Reads the pieces that were announced."""
+
+    def __init__(self, reader: ReadAhead) -> None:
+        self._reader = reader
+
+    def read(self, piece: Piece) -> bytes:
+        """The source range of a small piece."""
+        data = bytearray(piece.nbytes)
+        self.fill(piece, 0, memoryview(data))
+        return bytes(data)
+
+    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a piece from ``offset`` on."""
+        self._reader.fill(piece.file, piece.start + offset, view)
+
+
+def _write_all(descriptor: int, data: bytes) -> None:
+    view = memoryview(data)
+    while view:
+        view = view[os.write(descriptor, view) :]
