@@ -31,10 +31,8 @@ class LocalFiles:
 
     def size(self, name: str) -> int | None:
         """Size in bytes; None where there is no such file."""
-        try:
-            return self.path(name).stat().st_size
-        except FileNotFoundError:
-            return None
+        path = self.path(name)
+        return path.stat().st_size if path.is_file() else None
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
         """A byte range; shorter where the file ends.
