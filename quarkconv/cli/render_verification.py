@@ -43,7 +43,9 @@ def _stages(verification: Verification) -> RenderableType:
     wrong = {problem.stage for problem in verification.problems}
     manifest = "headers, index and manifest" if structure.manifest else "headers and index"
     compared = "manifest and source" if checked.against_source else "manifest"
-    amount = f"{plural(len(numbers.layers), 'layer')}, {plural(numbers.tokens, 'token')} each"
+    layers = len({layer.layer for layer in numbers.layers})
+    tokens = " and ".join(f"{count:,}" for count in numbers.tokens)
+    amount = f"{plural(layers, 'layer')}, {tokens} token{'' if numbers.tokens == (1,) else 's'} each"
     forward = f"{amount}, on {numbers.device} ({numbers.backend})"
     table = Table.grid(padding=(0, 2))
     for stage, said, skipped in (

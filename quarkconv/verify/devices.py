@@ -27,3 +27,15 @@ def pick_device(name: str | torch.device) -> torch.device:
             hint="use --device cpu, or install a torch built for this machine's GPU",
         )  # fmt: skip
     return device
+
+
+def pick_devices(name: str) -> tuple[torch.device, ...]:
+    """The devices of a name: ``cuda``, and ``auto`` where there is a GPU, are all visible GPUs.
+
+    Raises:
+        UsageError: no such device, or it is not there.
+    """
+    device = pick_device(name)
+    if device.type == "cuda" and name in ("auto", "cuda"):
+        return tuple(torch.device("cuda", index) for index in range(torch.cuda.device_count()))
+    return (device,)

@@ -70,6 +70,23 @@ class FusedExperts:
         """I."""
         return self.w2.shape[2]
 
+    def projection(self, role: Role, expert: int) -> Projection:
+        """One projection of one expert, as views."""
+        inner = self.intermediate_size
+        codes, scale, static = self.w13[expert], self.w13_scale[expert], self.w13_input_scale
+        if role == "down":
+            codes, scale, static = self.w2[expert], self.w2_scale[expert], self.w2_input_scale
+        else:
+            rows = slice(0, inner) if role == "gate" else slice(inner, 2 * inner)
+            codes, scale = codes[rows], scale[rows]
+        return Projection(codes, scale.reshape(-1), None if static is None else static[expert])
+
+    def to(self, device: torch.device, *, non_blocking: bool = False) -> FusedExperts:
+        """The same on a device."""
+        tensors = (self.w13, self.w13_scale, self.w2, self.w2_scale, self.w13_input_scale, self.w2_input_scale)
+        moved = [None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in tensors]
+        return FusedExperts(self.layer, self.prefix, *moved)  # type: ignore[arg-type]
+
     @property
     def nbytes(self) -> int:
         """Size of all tensors in bytes."""

@@ -1,15 +1,16 @@
 """Numbers: does the INT8 forward of each layer compute what the model is.
 
-For each MoE layer, random hidden states are routed as the model routes them, and the INT8 forward of the kernels is
-compared with two references that share no code with it (:mod:`quarkconv.verify.reference`).
+For each MoE layer, hidden states (:mod:`quarkconv.verify.inputs`) are routed as the model routes them, and the INT8
+forward of the kernels is compared with two references that share no code with it (:mod:`quarkconv.verify.reference`).
 """
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -18,12 +19,12 @@ from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.verify.activation import ExpertActivation, expert_activation
-from quarkconv.verify.loading import ExpertReader, FusedExperts, Projection
-from quarkconv.verify.reference import CODE_MAX, both_forwards
+from quarkconv.verify.inputs import RecordedInputs, plain_inputs, random_inputs, rounding_noise
+from quarkconv.verify.layer_files import LayerFiles
+from quarkconv.verify.loading import FusedExperts, Projection
+from quarkconv.verify.reference import both_forwards, float_forward
 from quarkconv.verify.results import Distance, LayerNumbers, Problem
 from quarkconv.verify.routing import Routing, route, router_tensor_names, routing_from_config, uniform_routing
-
-DTYPE: Final = torch.bfloat16
 
 EXACT_BOUND: Final = 2.0**-10
 """Bound on the relative error against the exact reference. Both round at the same places; they differ only where the
@@ -38,57 +39,98 @@ mean square gets a noise of c / (127 * sqrt(12)) = c / 440 from 8 bits; the rows
 
 STATIC_BOUND: Final = 0.10
 """The same where a tensor has one static scale. It was chosen for other inputs than the random ones here, and for all
-tokens at once, so most rows use half of the codes or fewer and their noise is twice as large."""
+tokens at once, so most rows use half of the codes or fewer and their noise is twice as large.
+
+Both are for Gaussian inputs, whose own noise is small (c is about 4). For others, twice the noise that 8 bits add to
+the very inputs is added: gate and up see the same error, and their product has it twice where both point one way."""
+
+Router = tuple[Routing, Tensor, Tensor | None]
+"""A model's routing, the router's weight [E, H] and its correction bias [E]."""
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedLayer:
+    """A layer that is loaded and ready to be checked.
+
+    Attributes:
+        layer: the layer.
+        experts: its experts, on the device where it is checked.
+        config: config.json.
+        top_k: experts per token, where the config says.
+        router: the model's own routing, where it is known.
+        source: the same layer of the source, on the same device; the references are then built from it.
+        original: gives the unquantized weight of a projection, float64 [out, in] on the same device.
+    """
+
+    layer: MoELayer
+    experts: FusedExperts
+    config: Mapping[str, Any]
+    top_k: int | None
+    router: Router | None
+    source: FusedExperts | None = None
+    original: Callable[[Role, int], Tensor] | None = None
 
 
 def verify_layer(
-    layer: MoELayer,
-    reader: ExpertReader,
-    source: tuple[MoELayer, ExpertReader] | None,
-    *,
-    device: torch.device,
-    tokens: int,
-    seed: int,
-    problems: list[Problem],
-) -> LayerNumbers:
-    """Run one layer and compare.
+    checked: CheckedLayer, *, tokens: int, seed: int, recorded: RecordedInputs | None, problems: list[Problem]
+) -> tuple[LayerNumbers, Tensor]:
+    """Run one layer with one number of tokens, and compare.
 
     Args:
-        layer: the layer of the checkpoint.
-        reader: reads the checkpoint.
-        source: the same layer of the source and its reader; the references are then built from the source's tensors.
-        device: where to compute.
+        checked: the layer.
         tokens: number of random tokens; some are added to reach every expert.
         seed: of the random tokens.
+        recorded: hidden states to use instead of random ones.
         problems: where mismatches are added.
+
+    Returns:
+        The numbers, and how many tokens the routing sent to each expert, int64 [E].
     """
     started = time.perf_counter()
-    experts = reader.fused(layer, device)
-    problems.extend(_scale_problems(experts))
-    if source is not None:
-        problems.extend(_source_problems(experts, *source))
-    activation = expert_activation(reader.description.checkpoint.config, layer.index)
+    layer, experts = checked.layer, checked.experts
+    device = experts.w13.device
+    activation = expert_activation(checked.config, layer.index)
     said = activation.describe() if activation else "silu (the config names one that is not known)"
     activation = activation or ExpertActivation("silu")
-    hidden_states = _hidden_states(experts, tokens, seed)
-    weights, ids, routing = _route(layer, reader, hidden_states, seed)
-    hidden_states, weights, ids = _reach_every_expert(experts, hidden_states, weights, ids, seed)
+    inputs = random_inputs(experts, tokens, seed) if recorded is None else recorded.inputs(layer, tokens, device)
+    weights, ids, routing = _route(checked, inputs.states, seed)
+    load = torch.bincount(ids.flatten(), minlength=experts.experts).cpu()
+    hidden_states, weights, ids = _reach_every_expert(experts, inputs.states, weights, ids, seed)
     result = fused_experts_int8(
         hidden_states, experts.w13, experts.w2, experts.w13_scale, experts.w2_scale, weights, ids,
         activation=activation.name, activation_limit=activation.limit,
         w13_input_scale=experts.w13_input_scale, w2_input_scale=experts.w2_input_scale,
-    )  # fmt: skip
-    of_layer, of_reader = source or (layer, reader)
-    read = _remembering(lambda role, expert: of_reader.projection(of_layer, role, expert).to(device))
+    ).double()  # fmt: skip
+    read = _remembering((checked.source or experts).projection)
     exact, reference = both_forwards(hidden_states, weights, ids, read, activation)
-    noise_bound = DYNAMIC_BOUND if experts.w13_input_scale is None else STATIC_BOUND
+    heavy = slice(inputs.plain, len(inputs.states))
+    plain = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
+    plain[heavy] = False
+    bound = DYNAMIC_BOUND if experts.w13_input_scale is None else STATIC_BOUND
+    of_input = bound if recorded is None else bound + 2 * rounding_noise(inputs.states, experts.w13_input_scale)
+    outliers = None
+    if heavy.start < heavy.stop:
+        noise = rounding_noise(inputs.states[heavy], experts.w13_input_scale)
+        outliers = _distance(result[heavy], reference[heavy], bound + 2 * noise)
+    original = None
+    if checked.original is not None:
+        unquantized = float_forward(hidden_states, weights, ids, checked.original, activation)
+        original = _distance(result[plain], unquantized[plain], math.inf)
     numbers = LayerNumbers(
-        layer.index, layer.prefix, experts.experts, len(torch.unique(ids)), routing, said,
-        _distance(result.double(), exact.double(), EXACT_BOUND), _distance(result.double(), reference, noise_bound),
-        time.perf_counter() - started,
+        layer.index, layer.prefix, tokens, inputs.said, experts.experts, len(torch.unique(ids)), routing, said,
+        _distance(result, exact.double(), EXACT_BOUND), _distance(result[plain], reference[plain], of_input),
+        outliers, original, time.perf_counter() - started,
     )  # fmt: skip
     problems.extend(_numbers_problems(numbers))
-    return numbers
+    return numbers, load
+
+
+def layer_problems(checked: CheckedLayer) -> list[Problem]:
+    """What is wrong with the scales of a layer, and what differs from the source."""
+    found = _scale_problems(checked.experts)
+    if checked.source is not None:
+        found += _source_problems(checked.experts, checked.source)
+    return found
 
 
 def backend_name(device: torch.device) -> str:
@@ -98,41 +140,31 @@ def backend_name(device: torch.device) -> str:
     return "triton" if uses_triton(device) else "torch, exact integer sums"
 
 
-def _hidden_states(experts: FusedExperts, tokens: int, seed: int) -> Tensor:
-    """Random hidden states [M, H]; under static scales, of a size that uses their range."""
-    generator = torch.Generator().manual_seed(seed + 7919 * experts.layer)
-    states = torch.randn(tokens, experts.hidden_size, generator=generator)
-    if experts.w13_input_scale is not None:
-        states *= CODE_MAX * experts.w13_input_scale.min().item() / states.abs().max().clamp(min=1e-6)
-    return states.to(experts.w13.device, DTYPE)
-
-
-def _route(layer: MoELayer, reader: ExpertReader, hidden_states: Tensor, seed: int) -> tuple[Tensor, Tensor, str]:
+def _route(checked: CheckedLayer, hidden_states: Tensor, seed: int) -> tuple[Tensor, Tensor, str]:
     """Router weights float32 [M, k], expert ids int64 [M, k], and how they came about."""
-    device = hidden_states.device
-    routing = routing_from_config(reader.description.checkpoint.config, layer.experts)
-    if routing is not None:
-        tensors = _router_tensors(routing, layer, reader)
-        if tensors is not None:
-            weight, bias = tensors
-            weights, ids = route(routing, hidden_states, weight.to(device), None if bias is None else bias.to(device))
-            return weights.contiguous(), ids.contiguous(), f"the model's own: {routing.describe()}"
-    top_k = min(reader.description.geometry.top_k or 2, layer.experts)
+    device, layer = hidden_states.device, checked.layer
+    if checked.router is not None:
+        routing, weight, bias = checked.router
+        weights, ids = route(routing, hidden_states, weight.to(device), None if bias is None else bias.to(device))
+        return weights.contiguous(), ids.contiguous(), f"the model's own: {routing.describe()}"
+    top_k = min(checked.top_k or 2, layer.experts)
     generator = torch.Generator().manual_seed(seed)
     weights, ids = uniform_routing(len(hidden_states), layer.experts, top_k, generator)
     said = f"uniform random top {top_k} of {layer.experts} (the model's own is not known)"
     return weights.to(device), ids.to(device), said
 
 
-def _router_tensors(routing: Routing, layer: MoELayer, reader: ExpertReader) -> tuple[Tensor, Tensor | None] | None:
-    """The router's weight and correction bias; None when they are not stored as expected."""
-    weight_name, bias_name = router_tensor_names(routing, layer.moe)
-    if not reader.has(weight_name) or (bias_name is not None and not reader.has(bias_name)):
+def router_of(layer: MoELayer, config: Mapping[str, Any], files: LayerFiles) -> Router | None:
+    """The model's own routing with its tensors; None when it is not known, or not stored as expected."""
+    routing = routing_from_config(config, layer.experts)
+    if routing is None:
         return None
-    weight = reader.tensor(weight_name)
-    bias = None if bias_name is None else reader.tensor(bias_name)
-    fits = tuple(weight.shape) == (layer.experts, layer.hidden) and weight.is_floating_point()
-    return (weight, bias) if fits and (bias is None or tuple(bias.shape) == (layer.experts,)) else None
+    weight_name, bias_name = router_tensor_names(routing, layer.moe)
+    shapes = {weight_name: (layer.experts, layer.hidden), bias_name: (layer.experts,)}
+    for name, shape in shapes.items():
+        if name is not None and (not files.is_float(name) or files.shape(name) != shape):
+            return None
+    return routing, files.small(weight_name), None if bias_name is None else files.small(bias_name)
 
 
 def _reach_every_expert(
@@ -149,7 +181,7 @@ def _reach_every_expert(
     order = torch.cat([missing, others])  # full rows of distinct experts: the last row is filled up with reached ones
     extra = -(-len(missing) // top_k)
     extra_ids = order[: extra * top_k].reshape(extra, top_k)
-    extra_states = _hidden_states(experts, extra, seed + 1)
+    extra_states = plain_inputs(experts, extra, seed + 1)
     extra_weights = torch.full((extra, top_k), 1.0 / top_k, device=weights.device)
     return (
         torch.cat([hidden_states, extra_states]),
@@ -197,18 +229,13 @@ def _scale_problems(experts: FusedExperts) -> list[Problem]:
     return found
 
 
-def _source_problems(experts: FusedExperts, layer: MoELayer, reader: ExpertReader) -> list[Problem]:
+def _source_problems(experts: FusedExperts, source: FusedExperts) -> list[Problem]:
     """Codes and scales that are not those of the source, by expert and projection."""
-    inner = experts.intermediate_size
-    halves = {"gate": slice(0, inner), "up": slice(inner, 2 * inner), "down": slice(0, experts.hidden_size)}
     found = []
     for expert in range(experts.experts):
         for role in ROLES:
-            codes, scale = (experts.w2, experts.w2_scale) if role == "down" else (experts.w13, experts.w13_scale)
-            rows = halves[role]
-            expected = reader.projection(layer, role, expert)
-            same_codes = torch.equal(codes[expert, rows].cpu(), expected.codes)
-            same_scale = torch.equal(scale[expert, rows, 0].cpu(), expected.scale)
+            mine, theirs = experts.projection(role, expert), source.projection(role, expert)
+            same_codes, same_scale = torch.equal(mine.codes, theirs.codes), torch.equal(mine.scale, theirs.scale)
             if not (same_codes and same_scale):
                 what = "codes" if not same_codes else "scale"
                 name = f"{experts.prefix}.{expert} ({role})"
@@ -218,7 +245,11 @@ def _source_problems(experts: FusedExperts, layer: MoELayer, reader: ExpertReade
 
 
 def _numbers_problems(numbers: LayerNumbers) -> list[Problem]:
-    checks = (("the exact INT8 reference", numbers.exact), ("the dequantized reference", numbers.reference))
+    checks = (
+        ("the exact INT8 reference", numbers.exact),
+        ("the dequantized reference", numbers.reference),
+        ("the dequantized reference with outliers in its inputs", numbers.outliers),
+    )
     return [
         Problem(
             "numbers", numbers.layer, numbers.prefix,
@@ -226,5 +257,5 @@ def _numbers_problems(numbers: LayerNumbers) -> list[Problem]:
             f"bound {distance.bound:.3g}",
         )
         for name, distance in checks
-        if not distance.ok
+        if distance is not None and not distance.ok
     ]  # fmt: skip

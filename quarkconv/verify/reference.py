@@ -93,6 +93,28 @@ def both_forwards(
     return exact.to(hidden_states.dtype), dequantized
 
 
+def float_forward(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    weight: Callable[[Role, int], Tensor],
+    activation: ExpertActivation,
+) -> Tensor:
+    """The forward of the model before it was quantized.
+
+    Arguments as :func:`both_forwards`; ``weight`` gives the weight of a projection, float64 [out, in]. Returns float64
+    [M, H].
+    """
+
+    def expert(number: int, x: Tensor) -> Tensor:
+        wide = x.double()
+        gate, up = wide @ weight("gate", number).T, wide @ weight("up", number).T
+        return activate(gate, up, activation) @ weight("down", number).T
+
+    (output,) = _combine(hidden_states, topk_weights, topk_ids, [expert])
+    return output
+
+
 Expert = Callable[[int, Tensor], Tensor]
 """(number, its tokens [m, H]) -> its output, float64 [m, H]."""
 

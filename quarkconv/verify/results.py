@@ -8,6 +8,9 @@ from typing import Any, Final
 
 SCHEMA: Final = "quarkconv.verify/1"
 
+SCALE_EDGES: Final = tuple(round(-8 + 0.25 * step, 2) for step in range(41))
+"""Edges of the bins of a histogram of scales, as powers of ten."""
+
 
 @dataclass(frozen=True, slots=True)
 class Problem:
@@ -85,40 +88,123 @@ class LayerNumbers:
     Attributes:
         layer: number of the layer.
         prefix: module of its experts.
+        tokens: how many tokens were asked for.
+        inputs: where their hidden states come from, for people.
         experts, reached: E, and how many of them got tokens.
         routing: how tokens were routed, for people.
         activation: the activation function.
         exact: distance of the INT8 forward from the exact reference.
-        reference: distance of the INT8 forward from the dequantized reference.
+        reference: distance of the INT8 forward from the dequantized reference, for Gaussian or recorded inputs.
+        outliers: the same for inputs with outlier channels; None where none were drawn.
+        original: distance of the INT8 forward from the unquantized model, for the inputs of ``reference``, without a
+            bound; None without ``--reference``.
         seconds: wall time of the layer.
     """
 
     layer: int
     prefix: str
+    tokens: int
+    inputs: str
     experts: int
     reached: int
     routing: str
     activation: str
     exact: Distance
     reference: Distance
+    outliers: Distance | None
+    original: Distance | None
     seconds: float
 
     @property
     def ok(self) -> bool:
-        """Both distances within their bounds."""
-        return self.exact.ok and self.reference.ok
+        """All distances within their bounds."""
+        return all(item.ok for item in (self.exact, self.reference, self.outliers, self.original) if item is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightError:
+    """How far the dequantized weights of one projection of an expert are from the unquantized ones.
+
+    Attributes:
+        relative_error: Frobenius norm of the difference over that of the unquantized weight.
+        snr_db: the same in decibels; None when they are equal.
+        clipped: share of the weights that lie beyond what the codes can say.
+    """
+
+    relative_error: float
+    snr_db: float | None
+    clipped: float
+
+
+@dataclass(frozen=True, slots=True)
+class LayerExperts:
+    """What was seen of each expert of a layer.
+
+    Attributes:
+        layer: number of the layer.
+        load: tokens that the routing sent to each expert, of those that were drawn.
+        scale_min, scale_max: smallest and largest weight scale of each expert.
+        scale_histogram: how many weight scales of the layer lie in each bin of :data:`SCALE_EDGES`.
+        weights: role -> the weight errors of each expert; empty without ``--reference``.
+    """
+
+    layer: int
+    load: tuple[int, ...]
+    scale_min: tuple[float, ...]
+    scale_max: tuple[float, ...]
+    scale_histogram: tuple[int, ...]
+    weights: dict[str, tuple[WeightError, ...]]
+
+    def to_json(self) -> dict[str, Any]:
+        """Columns rather than rows: a large model has 50,000 projections."""
+        weights = {
+            role: {
+                "relative_error": [_rounded(item.relative_error) for item in errors],
+                "clipped": [_rounded(item.clipped) for item in errors],
+            }
+            for role, errors in self.weights.items()
+        }
+        return {
+            "layer": self.layer,
+            "load": list(self.load),
+            "scale_min": list(map(_rounded, self.scale_min)),
+            "scale_max": list(map(_rounded, self.scale_max)),
+            "scale_histogram": list(self.scale_histogram),
+            "weights": weights,
+        }
 
 
 @dataclass(frozen=True, slots=True)
 class NumbersResult:
-    """The numbers of all layers. ``skipped`` says why there are none; None when there are."""
+    """The numbers of all layers. ``skipped`` says why there are none; None when there are.
+
+    Attributes:
+        device: kind of device, and how many where it is more than one.
+        backend: what ran the INT8 forward.
+        tokens: the numbers of tokens that were drawn for each layer.
+        seed: of the random tokens.
+        layers: one for each layer and number of tokens.
+        experts: one for each layer.
+        skipped: why there are none.
+    """
 
     device: str
     backend: str
-    tokens: int
+    tokens: tuple[int, ...]
     seed: int
     layers: tuple[LayerNumbers, ...] = ()
+    experts: tuple[LayerExperts, ...] = ()
     skipped: str | None = None
+
+    def worst(self, count: int = 10) -> list[tuple[int, str, int, WeightError]]:
+        """The projections whose weights suffered most: (layer, role, expert, error), worst first."""
+        found = [
+            (layer.layer, role, expert, error)
+            for layer in self.experts
+            for role, errors in layer.weights.items()
+            for expert, error in enumerate(errors)
+        ]
+        return sorted(found, key=lambda item: -item[3].relative_error)[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,6 +214,7 @@ class Verification:
     Attributes:
         model: the model as it was named.
         source: the source it was compared with, as it was named; None without.
+        reference: the unquantized model it was compared with, as it was named; None without.
         scheme: the scheme of what is stored quantized.
         structure, bytes, numbers: what was checked.
         problems: everything that is wrong.
@@ -135,6 +222,7 @@ class Verification:
 
     model: str
     source: str | None
+    reference: str | None
     scheme: str | None
     structure: StructureResult
     bytes: BytesResult
@@ -148,18 +236,38 @@ class Verification:
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``verify --json`` prints."""
-        layers = [{**_finite(asdict(layer)), "ok": layer.ok} for layer in self.numbers.layers]
+        numbers = self.numbers
+        layers = [{**_finite(asdict(layer)), "ok": layer.ok} for layer in numbers.layers]
+        worst = [
+            {"layer": layer, "role": role, "expert": expert, **_finite(asdict(error))}
+            for layer, role, expert, error in numbers.worst()
+        ]
         return {
             "schema": SCHEMA,
             "model": self.model,
             "source": self.source,
+            "reference": self.reference,
             "scheme": self.scheme,
             "ok": self.ok,
             "structure": asdict(self.structure),
             "bytes": asdict(self.bytes),
-            "numbers": {**asdict(self.numbers), "layers": layers},
+            "numbers": {
+                "device": numbers.device,
+                "backend": numbers.backend,
+                "tokens": list(numbers.tokens),
+                "seed": numbers.seed,
+                "layers": layers,
+                "experts": [layer.to_json() for layer in numbers.experts],
+                "worst": worst,
+                "skipped": numbers.skipped,
+            },
             "problems": [asdict(problem) for problem in self.problems],
         }
+
+
+def _rounded(value: float) -> float | None:
+    """Four digits: enough for a picture, and short."""
+    return float(f"{value:.4g}") if math.isfinite(value) else None
 
 
 def _finite(value: dict[str, Any]) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
-
-import torch
 
 from quarkconv.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.topology import MoELayer
 from quarkconv.hub import resolve_model
 from quarkconv.manifest import Manifest, read_manifest
-from quarkconv.verify.checksums import check_bytes
-from quarkconv.verify.devices import pick_device
-from quarkconv.verify.loading import ExpertReader, check_loadable
-from quarkconv.verify.numbers import backend_name, verify_layer
+from quarkconv.verify.checksums import check_bytes, check_source
+from quarkconv.verify.devices import pick_devices
+from quarkconv.verify.inputs import RecordedInputs
+from quarkconv.verify.layer_reads import covered, written_tensors
+from quarkconv.verify.loading import check_loadable
+from quarkconv.verify.numbers import backend_name
 from quarkconv.verify.results import (
     BytesResult,
     LayerNumbers,
@@ -24,9 +26,11 @@ from quarkconv.verify.results import (
     Problem,
     Verification,
 )
+from quarkconv.verify.streaming import LayerOutcome, NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure
 
 DEFAULT_TOKENS: Final = 64
+MAX_TOKENS: Final = 2**20
 
 
 class Watcher(Protocol):
@@ -48,57 +52,152 @@ class _Silent:
     def layer(self, numbers: LayerNumbers) -> None: ...
 
 
+_NO_MANIFEST: Final = "there is no quarkconv.json: the checkpoint is not a conversion of this tool"
+
+
 def verify_checkpoint(
     model: str | Path,
     source: str | Path | None = None,
     device: str = "auto",
     *,
     layers: set[int] | None = None,
-    tokens: int = DEFAULT_TOKENS,
+    tokens: int | Sequence[int] = DEFAULT_TOKENS,
     seed: int = 0,
+    reference: str | Path | None = None,
+    activations: str | Path | None = None,
+    stages: Collection[str] = ("bytes", "numbers"),
+    fail_fast: bool = False,
     watcher: Watcher | None = None,
 ) -> Verification:
     """Prove that a checkpoint is what it should be.
 
-    With a manifest: structure, bytes and numbers. Without one (a Quark export as it came): structure and numbers.
+    With a manifest: structure, bytes and numbers. Without one (a Quark export as it came): structure and numbers. One
+    layer is in memory at a time, and the one that is being read.
 
     Args:
         model: directory or Hub repo id of a checkpoint whose experts are int8.
         source: the checkpoint that it was converted from; bytes and references are then also taken from there.
-        device: ``cuda``, ``cpu``, or ``auto`` for a GPU where there is one.
+        device: ``cuda`` for all visible GPUs, ``cpu``, or ``auto`` for GPUs where there are any.
         layers: numbers of the MoE layers whose numbers are checked; None for all.
-        tokens: random tokens for each layer.
+        tokens: tokens for each layer; several numbers check several paths of the kernels.
         seed: of the random tokens.
-        watcher: told of progress.
+        reference: the model before it was quantized; weights and outputs are compared with it.
+        activations: a safetensors file of recorded hidden states to use instead of random ones; see
+            :class:`quarkconv.verify.inputs.RecordedInputs`.
+        stages: which of ``bytes`` and ``numbers`` are checked; the structure always is.
+        fail_fast: stop at the first problem.
+        watcher: told of progress, from several threads.
 
     Raises:
-        UsageError: no such device, layer or number of tokens.
-        SourceError: the checkpoint or the source cannot be read at all.
+        UsageError: no such device, layer or number of tokens, or what it is compared with does not fit.
+        SourceError: the checkpoint, or what it is compared with, cannot be read at all.
         UnsupportedError: the checkpoint is not an INT8 mixture of experts.
     """
-    if tokens < 1:
-        raise UsageError("The number of tokens must be positive", found=str(tokens))
+    counts = tuple(dict.fromkeys((tokens,) if isinstance(tokens, int) else tokens))
+    if not counts or min(counts) < 1 or max(counts) > MAX_TOKENS:
+        raise UsageError("This number of tokens makes no sense", expected=f"numbers from 1 to {MAX_TOKENS}",
+                         found=", ".join(map(str, counts)) or "none")  # fmt: skip
     if not 0 <= seed < 2**32:
         raise UsageError("The seed is out of range", expected="a number from 0 to 2^32 - 1", found=str(seed))
     watcher = watcher or _Silent()
-    place = pick_device(device)
+    places = pick_devices(device)
+    recorded = None if activations is None else RecordedInputs(activations)
     description = describe(resolve_model(model))
     manifest = read_manifest(description.checkpoint.root)
     _check_verifiable(description, manifest)
     _check_layers(description, layers)
-    origin = describe(resolve_model(source)) if source is not None else None
-    problems: list[Problem] = []
-    structure = check_structure(description, manifest, problems)
-    checked = _bytes(description, manifest, origin, problems, watcher)
-    if structure.readable:
-        numbers = _numbers(description, origin, place, layers, tokens, seed, problems, watcher)
+    wanted = tuple(layer for layer in description.int8_layers if layers is None or layer.index in layers)
+    if recorded is not None:
+        recorded.check(list(wanted))
+    run = _Run(
+        description, manifest, None if source is None else describe(resolve_model(source)), wanted, fail_fast, watcher
+    )
+    if run.source is not None and manifest is not None:
+        check_source(run.source.checkpoint.root, manifest)
+    structure = check_structure(description, manifest, run.problems)
+    kind = places[0].type if len(places) == 1 else f"{len(places)} x {places[0].type}"
+    numbers = NumbersResult(kind, backend_name(places[0]), counts, seed)
+    original = None if reference is None or "numbers" not in stages else describe(resolve_model(reference))
+    skipped = None
+    if "numbers" not in stages:
+        skipped = "it was not asked for"
+    elif not structure.readable:
+        skipped = "the structure is broken"
+    elif fail_fast and run.problems:
+        skipped = "something is wrong already (--fail-fast)"
+    if skipped is None and wanted:
+        job = NumbersJob(
+            description, manifest if run.source is None and "bytes" in stages else None, wanted, places, counts, seed,
+            run.source, original, recorded, fail_fast,
+        )  # fmt: skip
+        outcomes = run.numbers(job, check_bytes="bytes" in stages)
+        numbers = NumbersResult(
+            kind, numbers.backend, counts, seed, tuple(item for outcome in outcomes for item in outcome.numbers),
+            tuple(outcome.experts for outcome in outcomes if outcome.experts is not None),
+        )  # fmt: skip
     else:
-        said = "the structure is broken"
-        numbers = NumbersResult(place.type, backend_name(place), tokens, seed, skipped=said)
+        numbers = NumbersResult(kind, numbers.backend, counts, seed, skipped=skipped)
+        if "bytes" in stages:
+            run.bytes()
+    checked = run.checked if "bytes" in stages else BytesResult(skipped="it was not asked for")
     return Verification(
-        str(model), None if source is None else str(source), description.scheme, structure, checked, numbers,
-        tuple(problems),
+        str(model), None if source is None else str(source), None if reference is None else str(reference),
+        description.scheme, structure, checked, numbers, tuple(run.problems),
     )  # fmt: skip
+
+
+@dataclass(slots=True)
+class _Run:
+    """One verification under way."""
+
+    description: Description
+    manifest: Manifest | None
+    source: Description | None
+    layers: tuple[MoELayer, ...]
+    fail_fast: bool
+    watcher: Watcher
+    problems: list[Problem] = field(default_factory=list)
+    checked: BytesResult = field(default_factory=lambda: BytesResult(skipped=_NO_MANIFEST))
+
+    def numbers(self, job: NumbersJob, *, check_bytes: bool) -> list[LayerOutcome]:
+        """Numbers of the layers, and the bytes of everything on the way."""
+        for layer in self.layers:
+            check_loadable(layer)
+        found: list[Problem] = []
+        seen: set[str] = set()
+        if job.manifest is not None:
+            written = written_tensors(job.manifest)
+            seen = {name for layer in self.layers for name in covered(layer, written)}
+        if check_bytes:
+            self._announce()
+
+        def rest() -> None:
+            if check_bytes:
+                self._bytes(seen, found)
+
+        outcomes = stream_numbers(job, self.watcher.checked, self.watcher.layer, rest)
+        layers = [problem for outcome in outcomes for problem in outcome.problems]
+        self.problems += [problem for problem in layers if problem.stage == "bytes"] + found
+        self.problems += [problem for problem in layers if problem.stage != "bytes"]
+        return outcomes
+
+    def bytes(self) -> None:
+        """Bytes alone."""
+        self._announce()
+        self._bytes(set(), self.problems)
+
+    def _announce(self) -> None:
+        if self.manifest is not None:
+            self.watcher.total_bytes(sum(shard.size for shard in self.manifest.shards))
+
+    def _bytes(self, skip: Collection[str], problems: list[Problem]) -> None:
+        if self.manifest is None:
+            return
+        source = self.source.checkpoint.root if self.source else None
+        self.checked = check_bytes(
+            self.description, self.manifest, source, problems, self.watcher.checked, min(4, os.cpu_count() or 1), skip,
+            fail_fast=self.fail_fast,
+        )  # fmt: skip
 
 
 def _check_verifiable(description: Description, manifest: Manifest | None) -> None:
@@ -119,57 +218,3 @@ def _check_layers(description: Description, wanted: set[int] | None) -> None:
         absent = sorted(wanted - known)
         missing = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
         raise UsageError("There is no such INT8 MoE layer", expected=f"layers among {have}", found=missing)
-
-
-def _bytes(
-    description: Description,
-    manifest: Manifest | None,
-    origin: Description | None,
-    problems: list[Problem],
-    watcher: Watcher,
-) -> BytesResult:
-    if manifest is None:
-        return BytesResult(skipped="there is no quarkconv.json: the checkpoint is not a conversion of this tool")
-    watcher.total_bytes(sum(shard.size for shard in manifest.shards))
-    source = origin.checkpoint.root if origin else None
-    return check_bytes(description, manifest, source, problems, watcher.checked, min(4, os.cpu_count() or 1))
-
-
-def _numbers(
-    description: Description,
-    origin: Description | None,
-    device: torch.device,
-    wanted: set[int] | None,
-    tokens: int,
-    seed: int,
-    problems: list[Problem],
-    watcher: Watcher,
-) -> NumbersResult:
-    origins = {layer.prefix: layer for layer in origin.int8_layers} if origin else {}
-    results = []
-    with ExpertReader(description) as reader, ExpertReader(origin or description) as source_reader:
-        for layer in description.int8_layers:
-            if wanted is not None and layer.index not in wanted:
-                continue
-            check_loadable(layer)
-            source = _counterpart(layer, origins, origin, source_reader)
-            results.append(
-                verify_layer(layer, reader, source, device=device, tokens=tokens, seed=seed, problems=problems)
-            )
-            watcher.layer(results[-1])
-    return NumbersResult(device.type, backend_name(device), tokens, seed, tuple(results))
-
-
-def _counterpart(
-    layer: MoELayer, origins: dict[str, MoELayer], origin: Description | None, reader: ExpertReader
-) -> tuple[MoELayer, ExpertReader] | None:
-    """The same layer of the source."""
-    if origin is None:
-        return None
-    found = origins.get(layer.prefix)
-    if found is None or found.geometry != layer.geometry:
-        raise UsageError(
-            "The source does not have this layer in this shape", file=str(origin.checkpoint.root), tensor=layer.prefix,
-            hint="give --source the checkpoint that was converted, or leave it out",
-        )  # fmt: skip
-    return found, reader

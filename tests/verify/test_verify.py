@@ -105,7 +105,7 @@ def test_layers_tokens_and_seed(checkpoints):
     model = checkpoints("qwen3_moe-quark0.13-f2f")
     one = quarkconv.verify_checkpoint(model, device="cpu", layers={0, 2}, tokens=1, seed=3).numbers
     assert [layer.layer for layer in one.layers] == [0, 2]
-    assert (one.tokens, one.seed) == (1, 3)
+    assert (one.tokens, one.seed) == ((1,), 3)
     again = quarkconv.verify_checkpoint(model, device="cpu", layers={2}, tokens=1, seed=3).numbers
     other = quarkconv.verify_checkpoint(model, device="cpu", layers={2}, tokens=1, seed=4).numbers
     assert again.layers[0].reference == one.layers[1].reference != other.layers[0].reference

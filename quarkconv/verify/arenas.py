@@ -1,0 +1,85 @@
+"""Host memory for one layer's codes, used again for layer after layer.
+
+For a GPU the memory is page-locked, so that the device copies from it by itself while the next layer is read.
+"""
+
+from __future__ import annotations
+
+import mmap
+import queue
+from types import TracebackType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class Arena:
+    """Memory that starts on a page.
+
+    Args:
+        nbytes: its size.
+        pinned: whether to lock its pages for a GPU.
+
+    Attributes:
+        memory: the memory as bytes.
+        tensor: the same as uint8 [nbytes].
+    """
+
+    def __init__(self, nbytes: int, *, pinned: bool) -> None:
+        self.memory = memoryview(mmap.mmap(-1, max(nbytes, 1)))
+        self.tensor: Tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        self._pinned = False
+        if pinned:  # not torch's own pinned memory: that is rounded up to a power of two
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            status = runtime.cudaHostRegister(self.tensor.data_ptr(), self.tensor.nbytes, 0)
+            self._pinned = int(status) == 0
+
+    def close(self) -> None:
+        """Unlock the pages; the memory goes when nothing refers to it any more."""
+        if self._pinned:
+            runtime: Any = torch.cuda.cudart()  # type: ignore[no-untyped-call]
+            runtime.cudaHostUnregister(self.tensor.data_ptr())
+            self._pinned = False
+
+
+class ArenaPool:
+    """A few arenas of one size, handed out and taken back; a context manager that closes them.
+
+    Args:
+        count: how many there are at most; each is made when it is first needed.
+        nbytes: size of each.
+        pinned: whether their pages are locked.
+    """
+
+    def __init__(self, count: int, nbytes: int, *, pinned: bool) -> None:
+        self._nbytes = nbytes
+        self._pinned = pinned
+        self._made: list[Arena] = []
+        self._free: queue.SimpleQueue[Arena | None] = queue.SimpleQueue()
+        for _ in range(count):
+            self._free.put(None)
+
+    def __enter__(self) -> ArenaPool:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        for arena in self._made:
+            arena.close()
+
+    def take(self, timeout: float) -> Arena | None:
+        """An arena that nobody uses; None when there is none for ``timeout`` seconds."""
+        try:
+            arena = self._free.get(timeout=timeout)
+        except queue.Empty:
+            return None
+        if arena is None:
+            arena = Arena(self._nbytes, pinned=self._pinned)
+            self._made.append(arena)
+        return arena
+
+    def give_back(self, arena: Arena) -> None:
+        """Let others use an arena."""
+        self._free.put(arena)

@@ -1,0 +1,149 @@
+"""Hidden states to check a layer with: random ones, with and without outlier channels, or recorded ones.
+
+Plain Gaussians flatter 8 bits: the largest of H values is about four times their root mean square. In real models a few
+channels are tens of times larger than the others, the same ones in every token (Dettmers et al., LLM.int8(), 2022), and
+the rest has heavier tails. Half of the random tokens are like that.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quarkconv.errors import SourceError, UsageError
+from quarkconv.experts.topology import MoELayer
+from quarkconv.verify.loading import FusedExperts
+from quarkconv.verify.reference import CODE_MAX
+
+DTYPE: Final = torch.bfloat16
+OUTLIER_SHARE: Final = 1 / 1024
+"""Share of the channels that are outliers, at least one."""
+OUTLIER_FACTOR: Final = 30.0
+"""How much larger they are."""
+TAIL_FREEDOM: Final = 5
+"""Degrees of freedom of Student's t, from which the other channels are drawn."""
+
+
+@dataclass(frozen=True, slots=True)
+class Inputs:
+    """Hidden states of one layer.
+
+    Attributes:
+        states: bfloat16 [M, H]; first the plain ones, then those with outliers.
+        plain: how many are plain.
+        said: what they are, for people.
+    """
+
+    states: Tensor
+    plain: int
+    said: str
+
+
+def random_inputs(experts: FusedExperts, tokens: int, seed: int) -> Inputs:
+    """Random hidden states, the second half of them with outlier channels.
+
+    Under static scales all are Gaussian, and of a size that uses the scale's range: such a scale was chosen for the
+    inputs of one model, and says nothing about others.
+    """
+    generator = torch.Generator().manual_seed(seed + 7919 * experts.layer)
+    hidden = experts.hidden_size
+    static = experts.w13_input_scale
+    heavy = tokens // 2 if static is None else 0
+    plain = torch.randn(tokens - heavy, hidden, generator=generator)
+    parts = [plain]
+    if heavy:
+        normal = torch.randn(heavy, hidden, generator=generator)
+        squares = torch.randn(TAIL_FREEDOM, heavy, hidden, generator=generator).square().mean(dim=0)
+        tails = normal / squares.sqrt()
+        channels = torch.randperm(hidden, generator=generator)[: max(1, round(hidden * OUTLIER_SHARE))]
+        tails[:, channels] *= OUTLIER_FACTOR
+        parts.append(tails)
+    if static is not None:
+        parts = [plain * (CODE_MAX * static.min().item() / plain.abs().max().clamp(min=1e-6))]
+    said = "random: Gaussian" + (", and with outlier channels" if heavy else "")
+    return Inputs(torch.cat(parts).to(experts.w13.device, DTYPE), len(plain), said)
+
+
+def plain_inputs(experts: FusedExperts, tokens: int, seed: int) -> Tensor:
+    """Gaussian hidden states, bfloat16 [tokens, H]."""
+    made = random_inputs(experts, 2 * tokens, seed)
+    return made.states[:tokens]
+
+
+class RecordedInputs:
+    """Hidden states that were recorded from a model, in a safetensors file.
+
+    A tensor [..., H] of floats for each MoE layer, named as its module (``model.layers.3.mlp``), as its experts or as
+    its number (``3``); or one named ``hidden_states`` for all layers.
+
+    Raises:
+        SourceError: the file cannot be read.
+    """
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        try:
+            with safe_open(self.path, framework="pt") as handle:
+                self._names = set(handle.keys())
+        except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
+            raise SourceError(
+                "The recorded activations cannot be read", code="header-invalid", file=str(path),
+                expected="a safetensors file", found=str(error)[:200],
+            ) from error  # fmt: skip
+
+    def name_for(self, layer: MoELayer) -> str | None:
+        """The tensor of a layer."""
+        names = (layer.moe, layer.prefix, str(layer.index), "hidden_states")
+        return next((name for name in names if name in self._names), None)
+
+    def check(self, layers: list[MoELayer]) -> None:
+        """Refuse a file that has nothing for a layer, or something that does not fit.
+
+        Raises:
+            UsageError: so it is.
+        """
+        with safe_open(self.path, framework="pt") as handle:
+            for layer in layers:
+                name = self.name_for(layer)
+                if name is None:
+                    raise UsageError(
+                        "The recorded activations have nothing for a layer", file=str(self.path), tensor=layer.moe,
+                        expected=f"a tensor {layer.moe}, {layer.index} or hidden_states",
+                        found=", ".join(sorted(self._names)[:3]) or "no tensors",
+                        hint="record it, or name the layers to check with --layers",
+                    )  # fmt: skip
+                part = handle.get_slice(name)
+                shape, dtype = part.get_shape(), part.get_dtype()
+                rows = math.prod(shape[:-1]) if shape else 0
+                if not shape or shape[-1] != layer.hidden or not rows or dtype not in ("F32", "BF16", "F16"):
+                    raise UsageError(
+                        "The recorded activations do not fit a layer", file=str(self.path), tensor=name,
+                        expected=f"floats [..., {layer.hidden}]", found=f"{dtype} {shape}",
+                    )  # fmt: skip
+
+    def inputs(self, layer: MoELayer, tokens: int, device: torch.device) -> Inputs:
+        """The first ``tokens`` hidden states of a layer, or as many as there are."""
+        name = self.name_for(layer)
+        with safe_open(self.path, framework="pt") as handle:
+            states: Tensor = handle.get_tensor(name)
+        states = states.reshape(-1, layer.hidden)[:tokens]
+        return Inputs(states.to(device, DTYPE), len(states), f"recorded: {self.path.name}, {name}")
+
+
+def rounding_noise(states: Tensor, input_scales: Tensor | None) -> float:
+    """Relative noise that 8 bits add to hidden states [M, H]: a step over sqrt(12), over the root mean square.
+
+    Args:
+        states: the hidden states.
+        input_scales: static scales, or None for one per token: its largest magnitude over 127.
+    """
+    wide = states.double()
+    rms = wide.square().mean(dim=1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
+    step = wide.abs().amax(dim=1) / CODE_MAX if input_scales is None else input_scales.max().double()
+    return ((step / rms).square().mean() / 12).sqrt().item()
