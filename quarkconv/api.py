@@ -133,7 +133,7 @@ def convert_checkpoint(
     return run_plan(plan, source, output_directory(source, model, target, out), jobs, overwrite, progress)
 
 
-def repo_id(model: str | Path | Files, source: Files) -> str | None:
+def repo_id(model: str | Path | Files, source: Path | Files) -> str | None:
     """The Hub repo id of a model; None of a local one."""
     local = not isinstance(model, str | Path) or place_of(source) == Path(model)
     return None if local else str(model).partition("@")[0]
