@@ -44,6 +44,7 @@ from quarkconv.plan.planner import make_plan
 from quarkconv.plan.serialize import plan_digest
 from quarkconv.targets import get_target
 from quarkconv.write.durable import write_durably, writing
+from quarkconv.write.space import allocated, records_nbytes, require_space
 
 RANKS_FORMAT: Final = "quarkconv.ranks/1"
 _FOLDER: Final = re.compile(r"rank-\d{2,}-of-\d{2,}")
@@ -148,10 +149,15 @@ def convert_by_rank(
     output, source = conversion.output, conversion.source
     with writing(output):
         _prepare(conversion, overwrite=overwrite)
+    finished = [
+        _finished(output / rank.folder(), plan) for plan, rank in zip(conversion.plans, conversion.ranks, strict=True)
+    ]
+    todo = [plan for plan, manifest in zip(conversion.plans, finished, strict=True) if manifest is None]
+    needed = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in todo)
+    require_space(output, needed, allocated(output.glob(f"rank-*/{STAGING_NAME}/**/*")))
     results = []
-    for plan, rank in zip(conversion.plans, conversion.ranks, strict=True):
+    for plan, rank, manifest in zip(conversion.plans, conversion.ranks, finished, strict=True):
         folder = output / rank.folder()
-        manifest = _finished(folder, plan)
         if manifest is None:
             results.append(run_plan(plan, source, folder, jobs, overwrite, progress))
         else:

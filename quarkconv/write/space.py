@@ -22,7 +22,8 @@ def records_nbytes(shards: Iterable[OutputShard]) -> int:
     for shard in shards:
         for tensor in shard.tensors:
             nbytes += 3 * len(tensor.name) + 200
-            nbytes += sum(_BYTES_OF_A_PIECE + len(piece.tensor) for piece in tensor.pieces)
+            ranges = (part for piece in tensor.pieces for part in (piece.ranges() if piece.scale else (piece,)))
+            nbytes += sum(_BYTES_OF_A_PIECE + len(part.tensor) for part in ranges)
     return nbytes
 
 

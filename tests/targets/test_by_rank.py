@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -12,9 +13,10 @@ from conftest import Checkpoints
 from writing_support import Tensors, assert_same_tensors, fused_int8, load, make_checkpoint, run_cli, snapshot
 
 import quarkconv
-from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
 from quarkconv.experts.ranks import Rank, make_rank, rank_of_config
 from quarkconv.plan.pieces import Plan
+from quarkconv.write.space import records_nbytes
 
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 NAMES = ("qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "step3p5-like-3key_fused", STATIC)
@@ -143,6 +145,17 @@ def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
     quarkconv.convert_by_rank(plan, jobs=1)
     assert first.stat().st_mtime_ns == written
     assert snapshot(tmp_path / "out") == whole
+
+
+def test_the_space_of_all_ranks_is_asked_for_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    plan = quarkconv.plan_by_rank(root, "fused-int8", tmp_path / "out", parallel="tp", world_size=2)
+    first = plan.plans[0]
+    free = first.output_bytes + records_nbytes(first.shards)  # enough for one of them
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(WriteError, match="not enough space"):
+        quarkconv.convert_by_rank(plan)
+    assert list((tmp_path / "out").iterdir()) == []
 
 
 def test_other_things_in_the_output_are_not_touched(tmp_path: Path) -> None:
