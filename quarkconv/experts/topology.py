@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Final, Literal
 
 from quarkconv.experts.naming import BY_PROJECTION, EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
+from quarkconv.experts.ranks import Rank
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import distinct
 from quarkconv.scheme.stored import Form, StoredModules
@@ -55,6 +56,12 @@ class MoELayer:
     def geometry(self) -> tuple[int, int, int]:
         """E, H and I."""
         return self.experts, self.hidden, self.intermediate
+
+    def geometry_of(self, rank: Rank | None) -> tuple[int, int, int]:
+        """E, H and I of what a rank has of the layer; of all of it without a rank."""
+        if rank is None:
+            return self.geometry
+        return len(rank.experts(self.experts)), self.hidden, len(rank.intermediate(self.intermediate))
 
     @property
     def quantized(self) -> bool:

@@ -81,6 +81,24 @@ class FusedExperts:
             codes, scale = codes[rows], scale[rows]
         return Projection(codes, scale.reshape(-1), None if static is None else static[expert])
 
+    def part(self, rank: Rank) -> FusedExperts:
+        """What a rank has of them: experts as views, parts of the intermediate size as copies."""
+        inner = self.intermediate_size
+        experts, columns = rank.experts(self.experts), rank.intermediate(inner)
+        some, half = slice(experts.start, experts.stop), slice(columns.start, columns.stop)
+        whole = len(columns) == inner
+
+        def rows(tensor: Tensor) -> Tensor:
+            return (
+                tensor[some] if whole else torch.cat([tensor[some, :inner][:, half], tensor[some, inner:][:, half]], 1)
+            )
+
+        w2 = self.w2[some] if whole else self.w2[some, :, half].contiguous()
+        static = [None if scale is None else scale[some] for scale in (self.w13_input_scale, self.w2_input_scale)]
+        return FusedExperts(
+            self.layer, self.prefix, rows(self.w13), rows(self.w13_scale), w2, self.w2_scale[some], *static
+        )
+
     def to(self, device: torch.device, *, non_blocking: bool = False) -> FusedExperts:
         """The same on a device."""
         tensors = (self.w13, self.w13_scale, self.w2, self.w2_scale, self.w13_input_scale, self.w2_input_scale)

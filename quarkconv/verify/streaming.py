@@ -116,10 +116,12 @@ class _Run:
         count = len(job.devices) + 1
         self._arenas = stack.enter_context(ArenaPool(count, size, pinned=pinned))
         self._files = stack.enter_context(LayerFiles(job.description, written_tensors(job.manifest), pool, checked))
+        self._rank = job.description.geometry.rank
         self._source_layers = {layer.prefix: layer for layer in job.source.int8_layers} if job.source else {}
         if job.source is not None:
             self._source_files = stack.enter_context(LayerFiles(job.source, {}, pool, lambda _: None))
-            self._source_arenas = stack.enter_context(ArenaPool(count, size, pinned=pinned))
+            largest = max(map(layer_nbytes, self._source_layers.values()), default=0)
+            self._source_arenas = stack.enter_context(ArenaPool(count, largest, pinned=pinned))
             self._check_source()
         self._original: OriginalModel | None = None
         if job.reference is not None:
@@ -177,6 +179,7 @@ class _Run:
                         return
                     held.append((self._source_arenas, other))
                     source = self._source_files.read(self._source_layers[layer.prefix], other, [])
+                    source = source if self._rank is None else source.part(self._rank)
                 self._ready.put((number, held, experts, source))
         finally:
             self._all_read.set()
@@ -244,7 +247,7 @@ class _Run:
     def _check_source(self) -> None:
         for layer in self.job.layers:
             found = self._source_layers.get(layer.prefix)
-            if found is None or found.geometry != layer.geometry:
+            if found is None or found.geometry_of(self._rank) != layer.geometry:
                 assert self.job.source is not None
                 raise UsageError(
                     "The source does not have this layer in this shape", file=str(self.job.source.checkpoint.root),

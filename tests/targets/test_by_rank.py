@@ -120,6 +120,19 @@ def test_a_rank_says_that_it_is_one(tmp_path: Path) -> None:
     assert "rank-00-of-02" in (caught.value.hint or "")
 
 
+def test_a_rank_is_verified_against_the_whole_source(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model", experts=4)
+    for parallel in ("tp", "ep"):
+        out = convert(root, tmp_path / parallel, parallel, 2)
+        folder = out / "rank-01-of-02"
+        assert quarkconv.verify_checkpoint(folder, root, "cpu", tokens=2).ok
+        shard = next(folder.glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        assert not quarkconv.verify_checkpoint(folder, root, "cpu", tokens=2).ok
+
+
 def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     for plan in quarkconv.plan_by_rank(root, "fused-int8", parallel="tp", world_size=2).plans:
