@@ -25,8 +25,10 @@ from quarkconv.api import (
     DEFAULT_JOBS,
     DEFAULT_SHARD_SIZE,
     ConversionResult,
+    finished_conversion,
     output_directory,
     parse_size,
+    place_of,
     plan_summary,
     repo_id,
     run_plan,
@@ -34,11 +36,11 @@ from quarkconv.api import (
 from quarkconv.description import describe
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import Rank, make_rank
+from quarkconv.files.files import Files
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
-from quarkconv.hub import resolve_model
-from quarkconv.manifest import Manifest, read_manifest
+from quarkconv.hub import locate_model
 from quarkconv.plan.pieces import Plan
 from quarkconv.plan.planner import make_plan
 from quarkconv.plan.serialize import plan_digest
@@ -55,13 +57,13 @@ class RankConversion:
     """What a conversion by rank will make, or made.
 
     Attributes:
-        source: directory of the source.
+        source: directory of the source, or its files on the Hub.
         output: directory that holds the ranks' folders.
         plans: the plan of each rank, in order.
         experts, intermediate: E and I of the whole model.
     """
 
-    source: Path
+    source: Path | Files
     output: Path
     plans: tuple[Plan, ...]
     experts: int
@@ -80,12 +82,12 @@ class RankConversion:
     def to_json(self, *, dry_run: bool) -> dict[str, Any]:
         """The object that ``convert --tp`` and ``--ep`` print with ``--json``."""
         parts = [
-            plan_summary(plan, self.source, self.output / rank.folder())
+            plan_summary(plan, place_of(self.source), self.output / rank.folder())
             for plan, rank in zip(self.plans, self.ranks, strict=True)
         ]
         return {
             "schema": "quarkconv.convert/1",
-            "source": str(self.source),
+            "source": str(place_of(self.source)),
             "output": str(self.output),
             "target": self.plans[0].target,
             "scheme": self.plans[0].scheme,
@@ -104,6 +106,7 @@ def plan_by_rank(
     parallel: str,
     world_size: int,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    cache: bool = False,
 ) -> RankConversion:
     """Plan the conversion of a checkpoint whose experts are divided among ranks.
 
@@ -114,6 +117,7 @@ def plan_by_rank(
         parallel: ``tp`` for tensor parallel, ``ep`` for expert parallel.
         world_size: number of ranks.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
+        cache: download a model on the Hub to the Hub's cache, and convert it from there.
 
     Raises:
         UsageError: no such target or number of ranks, or the target is not written by rank.
@@ -122,7 +126,7 @@ def plan_by_rank(
     """
     ranks = [make_rank(parallel, number, world_size) for number in range(world_size)]
     wanted, size = get_target(target), parse_size(max_shard_size)
-    source = resolve_model(model)
+    source = locate_model(model, cache=cache)
     description = describe(source)
     output = output_directory(source, model, f"{target}-{parallel}{world_size}", out)
     base_model = repo_id(model, source)
@@ -148,29 +152,28 @@ def convert_by_rank(
     """
     output, source = conversion.output, conversion.source
     with writing(output):
-        _prepare(conversion, overwrite=overwrite)
-    finished = [
-        _finished(output / rank.folder(), plan) for plan, rank in zip(conversion.plans, conversion.ranks, strict=True)
-    ]
-    todo = [plan for plan, manifest in zip(conversion.plans, finished, strict=True) if manifest is None]
-    needed = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in todo)
-    require_space(output, needed, allocated(output.glob(f"rank-*/{STAGING_NAME}/**/*")))
+        earlier = _earlier(conversion, overwrite=overwrite)
+        finished = _finished(conversion, overwrite=overwrite)
+        _require_space(conversion, finished, earlier)
+        for path in earlier:
+            if path.is_dir():
+                shutil.rmtree(path)
+            else:
+                path.unlink()
     results = []
-    for plan, rank, manifest in zip(conversion.plans, conversion.ranks, finished, strict=True):
-        folder = output / rank.folder()
-        if manifest is None:
-            results.append(run_plan(plan, source, folder, jobs, overwrite, progress))
-        else:
-            results.append(ConversionResult(source, folder, plan, manifest))
-            if progress is not None:
-                progress(plan.output_bytes)
+    for plan, rank, done in zip(conversion.plans, conversion.ranks, finished, strict=True):
+        if done is None:
+            done = run_plan(plan, source, output / rank.folder(), jobs, overwrite, progress)
+        elif progress is not None:
+            progress(plan.output_bytes)
+        results.append(done)
     with writing(output):
         write_durably(output / RANKS_NAME, (json.dumps(_index(conversion), indent=2) + "\n").encode())
     return results
 
 
-def _prepare(conversion: RankConversion, *, overwrite: bool) -> None:
-    """Make the output directory, or see that it may be used; with ``overwrite``, empty it of earlier ranks."""
+def _earlier(conversion: RankConversion, *, overwrite: bool) -> list[Path]:
+    """Make the output directory, or see that it may be used; what is in the way and may be deleted."""
     output = conversion.output
     if output.exists() and not output.is_dir():
         raise UsageError("The output is a file", file=str(output), expected="a new or empty directory")
@@ -184,23 +187,31 @@ def _prepare(conversion: RankConversion, *, overwrite: bool) -> None:
                 "The output directory holds something else", file=str(output), expected="a new or empty directory",
                 found=path.name, hint="give another --out, or --overwrite to replace an earlier conversion by rank",
             )  # fmt: skip
-    for path in earlier:
-        if path.is_dir():
-            shutil.rmtree(path)
-        else:
-            path.unlink()
+    return earlier
+
+
+def _finished(conversion: RankConversion, *, overwrite: bool) -> list[ConversionResult | None]:
+    """What an earlier call of the same plans finished, rank by rank."""
+    return [
+        None if overwrite else finished_conversion(plan, conversion.source, conversion.output / rank.folder())
+        for plan, rank in zip(conversion.plans, conversion.ranks, strict=True)
+    ]
+
+
+def _require_space(conversion: RankConversion, finished: list[ConversionResult | None], earlier: list[Path]) -> None:
+    """Ask for the space of all ranks before the first of them, and before anything is deleted."""
+    output = conversion.output
+    todo = [plan for plan, done in zip(conversion.plans, finished, strict=True) if done is None]
+    needed = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in todo)
+    freed = {path for folder in earlier for path in folder.rglob("*")}
+    freed.update(output.glob(f"rank-*/{STAGING_NAME}/**/*"))
+    require_space(output, needed, allocated(freed))
 
 
 def _is_rank(path: Path) -> bool:
     """True of a folder that an earlier conversion by rank made, finished or not."""
     made = (path / MANIFEST_NAME).is_file() or (path / STAGING_NAME).is_dir()
     return made and _FOLDER.fullmatch(path.name) is not None and not path.is_symlink()
-
-
-def _finished(folder: Path, plan: Plan) -> Manifest | None:
-    """The manifest of a rank that an earlier call finished."""
-    manifest = None if (folder / STAGING_NAME).exists() else read_manifest(folder)
-    return manifest if manifest is not None and manifest.plan == plan_digest(plan) else None
 
 
 def _index(conversion: RankConversion) -> dict[str, Any]:

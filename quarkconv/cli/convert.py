@@ -20,6 +20,7 @@ from quarkconv.api import (
 )
 from quarkconv.cli.console import byte_progress, console, print_json, show_log
 from quarkconv.cli.options import Json, Model, Verbose
+from quarkconv.errors import UsageError
 from quarkconv.hub import locate_model
 from quarkconv.publish import prepare_push, push_folder
 from quarkconv.targets import TARGETS, get_target
@@ -72,7 +73,10 @@ def convert(
     if tp is not None or ep is not None:
         from quarkconv.cli.convert_by_rank import convert_by_rank
 
-        return convert_by_rank(model, to, out, max_shard_size, jobs, dry_run, overwrite, tp, ep, json)
+        if push is not None:
+            raise UsageError("Folders by rank are not uploaded", expected="--push without --tp and --ep", found="both",
+                             hint="engines load whole models; upload one of those")  # fmt: skip
+        return convert_by_rank(model, to, out, max_shard_size, jobs, dry_run, overwrite, cache, tp, ep, json)
     source = locate_model(model, cache=cache)
     output = output_directory(source, model, to, out)
     plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=repo_id(model, source))

@@ -17,6 +17,7 @@ def convert_by_rank(
     jobs: int,
     dry_run: bool,
     overwrite: bool,
+    cache: bool,
     tp: int | None,
     ep: int | None,
     json: bool,
@@ -26,7 +27,7 @@ def convert_by_rank(
         raise UsageError("Experts are divided in one way", expected="--tp or --ep", found="both")
     parallel, world_size = ("tp", tp) if tp is not None else ("ep", ep)
     conversion = by_rank.plan_by_rank(
-        model, target, out, parallel=parallel, world_size=world_size or 1, max_shard_size=max_shard_size
+        model, target, out, parallel=parallel, world_size=world_size or 1, max_shard_size=max_shard_size, cache=cache
     )
     started = time.perf_counter()
     if not dry_run:

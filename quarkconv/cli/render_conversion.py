@@ -9,6 +9,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
+from quarkconv.api import place_of
 from quarkconv.by_rank import RankConversion
 from quarkconv.cli.console import plural, printable, size, verdict
 from quarkconv.cli.render_findings import render_findings
@@ -34,7 +35,7 @@ def render_ranks(conversion: RankConversion, seconds: float | None) -> Renderabl
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    table.add_row("source", Text(f"{printable(str(conversion.source))} ({first.scheme})"))
+    table.add_row("source", Text(f"{printable(str(place_of(conversion.source)))} ({first.scheme})"))
     table.add_row("output", Text(printable(str(conversion.output))))
     for rank, plan in zip(conversion.ranks, conversion.plans, strict=True):
         moe = plan.moe
