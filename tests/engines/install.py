@@ -20,7 +20,7 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 MARK = "# source only"
 STAMP = "installed.txt"
-SOURCES = (".py", ".pyi", ".json", ".typed")
+SOURCES = (".py", ".pyi", ".json", ".typed", ".h", ".cuh")
 
 
 def install(requirements: Path, folder: Path) -> None:
