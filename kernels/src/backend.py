@@ -22,6 +22,7 @@ class DeviceTraits:
     shared_memory       the most bytes of shared memory (LDS) that one program may hold
     tensor_descriptors  whether tiles can be copied by the hardware from a descriptor of the tensor (NVIDIA's TMA)
     dependent_launch    whether a launch may begin while the one before it ends; see `dependent_jit`
+    dot4                whether four codes in an int32 can be multiplied and summed by one instruction of NVIDIA's
     name                the device's own name for itself, by which tables of launch options are found
     """
 
@@ -29,6 +30,7 @@ class DeviceTraits:
     shared_memory: int
     tensor_descriptors: bool = False
     dependent_launch: bool = False
+    dot4: bool = False
     name: str = ""
 
 
@@ -87,6 +89,7 @@ def device_traits(device: torch.device) -> DeviceTraits:
             shared,
             tensor_descriptors=hopper and _triton_has("triton.tools.tensor_descriptor"),
             dependent_launch=hopper and _triton_has("triton.language.extra.cuda.gdc"),
+            dot4=True,
             name=properties.name,
         )
     if device.type == "xpu":

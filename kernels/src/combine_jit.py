@@ -32,8 +32,10 @@ def combine_kernel(
         expert = tl.load(topk_ids_ptr + pair)
         here = (expert >= 0) & (expert < num_experts)
         value = tl.load(expert_out_ptr + pair * H + cols, mask=(cols < H) & here, other=0.0).to(tl.float32)
-        if topk_weights_ptr is not None:
-            value *= tl.load(topk_weights_ptr + pair, mask=here, other=0.0)
-        total += value
+        if topk_weights_ptr is None:
+            total += value
+        else:
+            weight = tl.load(topk_weights_ptr + pair, mask=here, other=0.0)
+            total = tl.fma(value, weight + tl.zeros_like(value), total)
     result = _to_dtype(total, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(out_ptr + token * H + cols, result, mask=cols < H)

@@ -42,6 +42,21 @@ def _activate(gate, up, limit, alpha, ACTIVATION: tl.constexpr):
 
 
 @triton.jit
+def _dequantized(sums, row_scale, scale, bias):
+    """sums * row_scale * scale + bias, the last two as wide as sums or broadcast to it; bias may be None.
+
+    One scale after the other: the product of the two scales could leave float32's range where the result does not.
+    """
+    values = sums.to(tl.float32) * row_scale
+    if bias is None:
+        values = values * scale
+    else:
+        zeros = tl.zeros_like(values)
+        values = tl.fma(values, scale + zeros, bias.to(tl.float32) + zeros)
+    return values
+
+
+@triton.jit
 def _scaled(sums, row_scale, scale_ptr, bias_ptr, expert, first, cols, num_cols, total_cols, PER_CHANNEL: tl.constexpr):
     """sums * row_scale * weight scale + bias; columns first + cols of the total_cols of this expert."""
     in_range = cols < num_cols
@@ -49,9 +64,7 @@ def _scaled(sums, row_scale, scale_ptr, bias_ptr, expert, first, cols, num_cols,
         scale = tl.load(scale_ptr + expert * total_cols + first + cols, mask=in_range, other=0.0)[None, :]
     else:
         scale = tl.load(scale_ptr + expert)
-    # One scale after the other: the product of the two scales could leave float32's range where the result does not.
-    values = sums.to(tl.float32) * row_scale[:, None] * scale
+    bias = None
     if bias_ptr is not None:
-        bias = tl.load(bias_ptr + expert * total_cols + first + cols, mask=in_range, other=0.0)
-        values += bias.to(tl.float32)[None, :]
-    return values
+        bias = tl.load(bias_ptr + expert * total_cols + first + cols, mask=in_range, other=0.0)[None, :]
+    return _dequantized(sums, row_scale[:, None], scale, bias)

@@ -22,7 +22,7 @@ import torch
 
 from .activations import Activation, activate_reference
 from .backend import dependence, interpreting
-from .routing import PairPlan, RoutingPlan
+from .routing import RoutingPlan
 from .tables import TileOptions
 
 # The sum of this many products of codes of magnitude at most 128 is at most 2^24, so that every partial sum, in any
@@ -52,7 +52,7 @@ def grouped_gate_up(
     codes: torch.Tensor,
     row_scale: torch.Tensor,
     weights: ExpertWeights,
-    plan: RoutingPlan | PairPlan,
+    plan: RoutingPlan,
     activation: Activation,
     out: torch.Tensor,
     options: TileOptions,
@@ -65,27 +65,20 @@ def grouped_gate_up(
     Row p // pairs_per_row of the codes serves pair p. `router_weight` (float32, P elements), where given, multiplies
     row_scale.
     """
-    from .grouped_gemm_jit import grouped_gate_up_kernel
-
-    intermediate = weights.codes.shape[1] // 2
-    grouped_gate_up_kernel[_grid(plan, intermediate, options)](
+    _launch(
         codes,
+        None,
         row_scale,
-        weights.codes,
-        _descriptor(weights.codes, options.block_n, options),
-        weights.scale,
-        weights.bias,
+        weights,
         router_weight,
         out,
-        *_plan_arguments(plan),
-        weights.codes.shape[0],
-        weights.codes.shape[2],
-        intermediate,
-        activation.limit,
-        activation.alpha,
+        plan,
+        options,
+        columns=weights.codes.shape[1] // 2,
+        limits=(activation.limit, activation.alpha),
         PAIRS_PER_ROW=pairs_per_row,
         ACTIVATION=activation.name,
-        **_constants(weights, plan, options, out),
+        GATED=True,
     )
     return out
 
@@ -94,30 +87,80 @@ def grouped_down(
     codes: torch.Tensor,
     row_scale: torch.Tensor,
     weights: ExpertWeights,
-    plan: RoutingPlan | PairPlan,
+    plan: RoutingPlan,
     out: torch.Tensor,
     options: TileOptions,
 ) -> torch.Tensor:
     """Launch the down product: codes int8 [P, I], row_scale float32 [P], in row order -> out [P, H], in pair order."""
-    from .grouped_gemm_jit import grouped_down_kernel
-
-    hidden = weights.codes.shape[1]
-    grouped_down_kernel[_grid(plan, hidden, options)](
+    _launch(
         codes,
         _descriptor(codes, plan.blocks.block_m, options),
+        row_scale,
+        weights,
+        None,
+        out,
+        plan,
+        options,
+        columns=weights.codes.shape[1],
+        limits=(0.0, 0.0),
+        PAIRS_PER_ROW=1,
+        ACTIVATION="",
+        GATED=False,
+    )
+    return out
+
+
+def _launch(
+    codes: torch.Tensor,
+    codes_desc: Any,
+    row_scale: torch.Tensor,
+    weights: ExpertWeights,
+    router_weight: torch.Tensor | None,
+    out: torch.Tensor,
+    plan: RoutingPlan,
+    options: TileOptions,
+    *,
+    columns: int,
+    limits: tuple[float, float],
+    **constants: Any,
+) -> None:
+    from .grouped_gemm_jit import grouped_product_kernel
+
+    blocks, depth = plan.blocks, weights.codes.shape[2]
+    grouped_product_kernel[(plan.max_blocks * -(-columns // options.block_n),)](
+        codes,
+        codes_desc,
         row_scale,
         weights.codes,
         _descriptor(weights.codes, options.block_n, options),
         weights.scale,
         weights.bias,
+        router_weight,
         out,
-        *_plan_arguments(plan),
-        weights.codes.shape[0],
-        weights.codes.shape[2],
-        hidden,
-        **_constants(weights, plan, options, out),
+        plan.pairs,
+        plan.block_expert,
+        plan.block_first,
+        plan.block_rows,
+        plan.totals,
+        plan.max_blocks,
+        depth,
+        columns,
+        *limits,
+        PER_CHANNEL=weights.per_channel,
+        RAW_SUMS=out.dtype == torch.int32,
+        INTERPRETED=interpreting(),
+        EVEN_D=depth % options.block_k == 0,
+        BLOCK_M=blocks.block_m,
+        TAIL_M=blocks.tail_m,
+        SMALL_M=blocks.small_m,
+        BLOCK_N=options.block_n,
+        BLOCK_D=options.block_k,
+        GROUP_M=options.group_m,
+        num_warps=options.num_warps,
+        num_stages=options.num_stages,
+        **constants,
+        **dependence(out.device),
     )
-    return out
 
 
 def _descriptor(codes: torch.Tensor, rows: int, options: TileOptions) -> Any:
@@ -189,33 +232,3 @@ def _pairs_by_expert(topk_ids: torch.Tensor, num_experts: int) -> list[tuple[int
     ids = topk_ids.reshape(-1)
     experts = [e for e in torch.unique(ids).tolist() if 0 <= e < num_experts]
     return [(e, torch.nonzero(ids == e).flatten()) for e in experts]
-
-
-def _grid(plan: RoutingPlan | PairPlan, columns: int, options: TileOptions) -> tuple[int]:
-    return (plan.max_blocks * -(-columns // options.block_n),)
-
-
-def _plan_arguments(plan: RoutingPlan | PairPlan) -> tuple[torch.Tensor | int | None, ...]:
-    """pairs, block_expert, block_first, block_rows, totals, topk_ids, the most row blocks."""
-    if isinstance(plan, PairPlan):
-        return (None, None, None, None, None, plan.topk_ids, plan.max_blocks)
-    return (plan.pairs, plan.block_expert, plan.block_first, plan.block_rows, plan.totals, None, plan.max_blocks)
-
-
-def _constants(
-    weights: ExpertWeights, plan: RoutingPlan | PairPlan, options: TileOptions, out: torch.Tensor
-) -> dict[str, Any]:
-    return {
-        "PER_CHANNEL": weights.per_channel,
-        "RAW_SUMS": out.dtype == torch.int32,
-        "INTERPRETED": interpreting(),
-        "EVEN_D": weights.codes.shape[2] % options.block_k == 0,
-        "BLOCK_M": plan.blocks.block_m,
-        "TAIL_M": plan.blocks.tail_m,
-        "SMALL_M": plan.blocks.small_m,
-        "BLOCK_N": options.block_n,
-        "BLOCK_D": options.block_k,
-        "GROUP_M": options.group_m,
-        "num_warps": options.num_warps,
-        "num_stages": options.num_stages,
-    } | dependence(out.device)

@@ -3,6 +3,7 @@
 They come from a table of what was measured on this device at this shape (`tables`), and otherwise from the heuristic
 here, which reasons from the rows that an expert can expect:
 
+- next to no rows (one token): every pair reads its expert's weights for itself, straight into registers.
 - few rows (decode): the time is that of reading the weights once. Row blocks are as small as the matrix units allow
   (16), and each step of the pipeline loads a long run of every weight row (256 codes).
 - many rows (prefill): the time is that of the matrix units and of bringing tiles to them. Tiles are as large as the
@@ -13,10 +14,13 @@ here, which reasons from the rows that an expert can expect:
 from dataclasses import dataclass, replace
 
 from .backend import DeviceTraits
-from .tables import LaunchOptions, RowBlocks, TileOptions, find_options
+from .tables import GemvOptions, LaunchOptions, Options, RowBlocks, TileOptions, VectorTile, find_options
 
 MIN_BLOCK_M = 16  # the smallest row count of the matrix instructions that Triton emits for int8
 MAX_BLOCK_M = 128
+_WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thread, half of what there are
+_FEW_ROWS = 128  # about as many as a device has processors
+_SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
 
 
@@ -35,26 +39,48 @@ def next_power_of_2(value: int) -> int:
 
 
 def choose_launch_options(
-    tokens: int, experts: int, top_k: int, hidden: int, intermediate: int, traits: DeviceTraits
-) -> LaunchOptions:
-    """Options for `tokens` tokens over `experts` experts of size [2 * intermediate, hidden], `top_k` a token."""
+    tokens: int, experts: int, top_k: int, hidden: int, intermediate: int, traits: DeviceTraits, *, packed: bool = True
+) -> Options:
+    """Options for `tokens` tokens over `experts` experts of size [2 * intermediate, hidden], `top_k` a token.
+
+    Not `packed`, four codes cannot be read as one int32, and all products take the matrix units.
+    """
     found = find_options(traits.name, tokens, experts, top_k, hidden, intermediate)
-    if found is None:
-        found = heuristic_options(tokens, experts, top_k, intermediate)
+    if found is None and (tokens == 1 or _SHARED * tokens * top_k <= experts):
+        found = gemv_options(top_k, hidden, intermediate)
+    if isinstance(found, GemvOptions) and packed:
+        return found
+    if not isinstance(found, LaunchOptions):
+        found = heuristic_options(tokens, experts, top_k)
     return fit_options(found, hidden, intermediate, traits)
 
 
-def heuristic_options(tokens: int, experts: int, top_k: int, intermediate: int) -> LaunchOptions:
+def gemv_options(top_k: int, hidden: int, intermediate: int) -> GemvOptions | None:
+    """Options for so few pairs that two seldom share an expert; None where a program's weights do not fit."""
+    columns = min(_WARP_CODES * 4 // (2 * hidden), 8)
+    warps = next_power_of_2(-(-next_power_of_2(top_k) * intermediate // _WARP_CODES))
+    if columns < 1 or warps > 16:
+        return None
+    gate_up = VectorTile(1 << (columns.bit_length() - 1), num_warps=4)
+    return GemvOptions(gate_up, down=VectorTile(1, num_warps=warps))
+
+
+def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: int) -> bool:
+    """Whether the programs' weights fit into their registers."""
+    gate_up, down = options.gate_up, options.down
+    return (
+        2 * gate_up.block_n * hidden <= _WARP_CODES * gate_up.num_warps
+        and next_power_of_2(top_k) * down.block_n * intermediate <= _WARP_CODES * down.num_warps
+    )
+
+
+def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
     """Options by the mean rows of an expert.
 
     The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
     MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens.
     """
-    pairs, mean_rows = tokens * top_k, mean_rows_of(tokens, experts, top_k)
-    if tokens == 1 or pairs * pairs <= experts:
-        # So few pairs that two seldom share an expert.
-        down = TileOptions(64, 512 if intermediate >= 4096 else 256, 1, num_warps=4, num_stages=3)
-        return LaunchOptions(RowBlocks(16), TileOptions(128, 256, 1, num_warps=4, num_stages=3), down, sorted=False)
+    mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
         tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
         return LaunchOptions(RowBlocks(16), tile, tile)
@@ -77,17 +103,18 @@ def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:
     return pairs / max(min(experts, pairs), 1)
 
 
-def choose_row_options(width: int) -> RowOptions:
-    """Options for the row quantization of rows of `width` elements.
+def choose_row_options(rows: int, width: int) -> RowOptions:
+    """Options for the row quantization of `rows` rows of `width` elements.
 
-    Four rows a program, unless they are long: a program takes about as long for four short rows as for one, since most
-    of that is the latency of its loads. The block is the largest that leaves at most an eighth of its lanes without an
-    element: the work is as much arithmetic as memory.
+    A program holds its rows in registers, at most a hundred values a thread. Few warps a program keep many programs,
+    and so many rows, in flight; where there are few rows anyway, what counts is how long one takes. The block is as
+    wide as 16-byte loads need, unless more than an eighth of its lanes would find no element.
     """
-    long = width > 4096
-    sizes = (2048, 1024, 512, 256) if long else (512, 256)
+    at_once = 2 if width <= 2048 and rows > _FEW_ROWS else 1
+    num_warps = 8 if width > 8192 else 4 if width > 3072 or rows <= _FEW_ROWS else 2
+    sizes = (size for size in (2048, 1024, 512, 256) if size * at_once <= 256 * num_warps)
     block = next((size for size in sizes if -width % size <= width // 8), 128)
-    return RowOptions(block, num_warps=4, rows=1 if long else 4)
+    return RowOptions(block, num_warps, at_once)
 
 
 def choose_combine_options(hidden: int) -> RowOptions:
@@ -101,8 +128,10 @@ def shared_bytes(tile: TileOptions, rows: int, weight_tiles: int) -> int:
     return tile.num_stages * tile.block_k * (rows + weight_tiles * tile.block_n)
 
 
-def fit_options(options: LaunchOptions, hidden: int, intermediate: int, traits: DeviceTraits) -> LaunchOptions:
+def fit_options(options: Options, hidden: int, intermediate: int, traits: DeviceTraits) -> Options:
     """Make options fit the device and the sizes."""
+    if isinstance(options, GemvOptions):
+        return options
     rows = options.blocks.block_m + options.blocks.tail_m
     return replace(
         options,

@@ -15,7 +15,7 @@ tensor) cannot say that without spoiling the others, so there the absmax is that
 saturate to +-127 and NaN becomes 0.
 """
 
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
@@ -95,9 +95,8 @@ def quantize_rows(
     rows, width = x.shape[0] * pairs_per_row, x.shape[1]
     codes = torch.empty((rows, width), dtype=torch.int8, device=x.device) if codes is None else codes
     scales = torch.empty(rows, dtype=torch.float32, device=x.device) if scales is None else scales
-    options = choose_row_options(width)
-    chunks = -(-width // options.block)
-    quantize_rows_kernel[(-(-rows // options.rows),)](
+    cut = row_constants(rows, width)
+    quantize_rows_kernel[(-(-rows // cut["ROWS"]),)](
         x,
         codes,
         scales,
@@ -111,16 +110,25 @@ def quantize_rows(
         rows,
         num_experts,
         PAIRS_PER_ROW=pairs_per_row,
-        MIN_SCALE=MIN_SCALE,
-        INTERPRETED=interpreting(),
         TRIGGER_FIRST=trigger_first,
-        ROWS=options.rows,
-        BLOCK_N=options.block,
-        CHUNKS=chunks if chunks <= _MAX_UNROLLED else 0,
-        num_warps=options.num_warps,
+        **cut,
         **dependence(x.device),
     )
     return codes, scales
+
+
+def row_constants(rows: int, width: int) -> dict[str, Any]:
+    """How the row quantization of `rows` rows of `width` elements is cut into programs, and what else is fixed."""
+    options = choose_row_options(rows, width)
+    chunks = -(-width // options.block)
+    return {
+        "MIN_SCALE": MIN_SCALE,
+        "INTERPRETED": interpreting(),
+        "ROWS": options.rows,
+        "BLOCK_N": options.block,
+        "CHUNKS": chunks if chunks <= _MAX_UNROLLED else 0,
+        "num_warps": options.num_warps,
+    }
 
 
 def quantize_rows_reference(

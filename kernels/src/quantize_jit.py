@@ -75,6 +75,50 @@ def _own_scale(absmax, MIN_SCALE: tl.constexpr):
     return tl.maximum(tl.div_rn(absmax, 127.0), MIN_SCALE)
 
 
+@triton.jit
+def _quantize_rows(
+    x_ptrs,  # [ROWS, 1]
+    codes_ptrs,  # [ROWS, 1]
+    scale_ptrs,  # [ROWS]
+    fixed_scale,  # f32 [ROWS] or None: the rows' own
+    factor,  # f32 [ROWS, 1] or 1, by which rows are multiplied
+    in_use,  # [ROWS]
+    N,
+    MIN_SCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,  # blocks in a row, 0 for too many to hold in registers
+):
+    largest = tl.zeros([ROWS, BLOCK_N], dtype=tl.int32)
+    kept = ()
+    if CHUNKS:
+        for i in tl.static_range(CHUNKS):
+            x = _load_tile(x_ptrs, i * BLOCK_N, N, in_use, factor, BLOCK_N)
+            largest = tl.maximum(largest, _magnitude_bits(x))
+            kept += (x,)
+    else:
+        for start in range(0, N, BLOCK_N):
+            x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
+            largest = tl.maximum(largest, _magnitude_bits(x))
+    absmax = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
+
+    scale = _own_scale(absmax, MIN_SCALE) if fixed_scale is None else fixed_scale
+    scale = tl.where(absmax < float("inf"), scale, float("nan"))
+    tl.store(scale_ptrs, scale, mask=in_use)
+
+    OWN_SCALE: tl.constexpr = fixed_scale is None
+    if CHUNKS:
+        for i in tl.static_range(CHUNKS):
+            _store_tile(
+                codes_ptrs, _quantize_tile(kept[i], scale, INTERPRETED, OWN_SCALE), i * BLOCK_N, N, in_use, BLOCK_N
+            )
+    else:
+        for start in range(0, N, BLOCK_N):
+            x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
+            _store_tile(codes_ptrs, _quantize_tile(x, scale, INTERPRETED, OWN_SCALE), start, N, in_use, BLOCK_N)
+
+
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
 def quantize_rows_kernel(
     x_ptr,  # float [R, N], rows row_stride apart
@@ -96,7 +140,7 @@ def quantize_rows_kernel(
     TRIGGER_FIRST: tl.constexpr,
     ROWS: tl.constexpr,
     BLOCK_N: tl.constexpr,
-    CHUNKS: tl.constexpr,  # blocks in a row, 0 for too many to unroll
+    CHUNKS: tl.constexpr,
 ):
     if TRIGGER_FIRST:
         _trigger(DEPENDENT)
@@ -119,34 +163,13 @@ def quantize_rows_kernel(
     if router_weight_ptr is not None:
         factor = tl.load(router_weight_ptr + rows, mask=in_use, other=0.0)[:, None]
 
-    # Rows are read twice, the second time from cache: that keeps few registers and many rows in flight.
-    largest = tl.zeros([ROWS, BLOCK_N], dtype=tl.int32)
-    if CHUNKS:
-        for i in tl.static_range(CHUNKS):
-            x = _load_tile(x_ptrs, i * BLOCK_N, N, in_use, factor, BLOCK_N)
-            largest = tl.maximum(largest, _magnitude_bits(x))
-    else:
-        for start in range(0, N, BLOCK_N):
-            x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
-            largest = tl.maximum(largest, _magnitude_bits(x))
-    absmax = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
-
+    fixed_scale = None
     if expert_scale_ptr is not None:
-        scale = tl.load(expert_scale_ptr + expert, mask=in_use, other=1.0)
-    else:
-        scale = _own_scale(absmax, MIN_SCALE)
-    scale = tl.where(absmax < float("inf"), scale, float("nan"))
-    tl.store(scale_ptr + rows, scale, mask=in_use)
-
-    OWN_SCALE: tl.constexpr = expert_scale_ptr is None
-    if CHUNKS:
-        for i in tl.static_range(CHUNKS):
-            x = _load_tile(x_ptrs, i * BLOCK_N, N, in_use, factor, BLOCK_N)
-            _store_tile(codes_ptrs, _quantize_tile(x, scale, INTERPRETED, OWN_SCALE), i * BLOCK_N, N, in_use, BLOCK_N)
-    else:
-        for start in range(0, N, BLOCK_N):
-            x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
-            _store_tile(codes_ptrs, _quantize_tile(x, scale, INTERPRETED, OWN_SCALE), start, N, in_use, BLOCK_N)
+        fixed_scale = tl.load(expert_scale_ptr + expert, mask=in_use, other=1.0)
+    _quantize_rows(
+        x_ptrs, codes_ptrs, scale_ptr + rows, fixed_scale, factor, in_use, N, MIN_SCALE, INTERPRETED, ROWS, BLOCK_N,
+        CHUNKS,
+    )  # fmt: skip
 
 
 @triton.jit

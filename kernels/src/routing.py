@@ -20,6 +20,7 @@ import torch
 
 from .backend import dependence
 from .options import next_power_of_2
+from .quantize import quantize_rows, row_constants
 from .tables import RowBlocks
 
 _RUN = 1024  # pairs that one program looks at
@@ -46,18 +47,6 @@ class RoutingPlan:
     @property
     def max_blocks(self) -> int:
         return self.block_expert.numel()
-
-
-@dataclass(frozen=True, slots=True)
-class PairPlan:
-    """No sorting: every pair is a row and a row block of its own, in the order of topk_ids (int [M, K])."""
-
-    topk_ids: torch.Tensor
-    blocks: RowBlocks
-
-    @property
-    def max_blocks(self) -> int:
-        return self.topk_ids.numel()
 
 
 def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -90,12 +79,11 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
     from .routing_jit import arrange_kernel, count_run_kernel, place_run_kernel, route_at_once_kernel
 
     num_pairs, device = topk_ids.numel(), topk_ids.device
-    dependent = dependence(device)
-    block_e = next_power_of_2(num_experts + 1)
-    cut = {"BLOCK_M": plan.blocks.block_m, "TAIL_M": plan.blocks.tail_m, "BLOCK_E": block_e}
+    dependent, cut = dependence(device), _cut(num_experts, plan)
+    block_e = cut["BLOCK_E"]
     blocks = (plan.block_expert, plan.block_first, plan.block_rows, plan.totals)
     if num_pairs <= _RUN:
-        scan = max(next_power_of_2(num_pairs), 32)
+        scan = _scan(num_pairs)
         route_at_once_kernel[(num_experts,)](
             topk_ids,
             plan.pairs,
@@ -125,6 +113,57 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
     )
     place_run_kernel[(num_experts, runs)](topk_ids, starts, plan.pairs, num_pairs, num_experts, num_warps=1, **run)
     return plan
+
+
+def quantize_and_route(
+    x: torch.Tensor,
+    codes: torch.Tensor,
+    scales: torch.Tensor,
+    topk_ids: torch.Tensor,
+    num_experts: int,
+    plan: RoutingPlan,
+) -> RoutingPlan:
+    """`quantize_rows` of x [R, N] into codes and scales, and `route_pairs`: in one launch where pairs are few."""
+    from .routing_jit import quantize_and_route_kernel
+
+    num_pairs, (rows, width) = topk_ids.numel(), x.shape
+    if num_pairs > _RUN:
+        quantize_rows(x, codes=codes, scales=scales)
+        return route_pairs(topk_ids, num_experts, plan)
+    cut = row_constants(rows, width)
+    quantize_and_route_kernel[(num_experts + -(-rows // cut["ROWS"]),)](
+        x,
+        codes,
+        scales,
+        topk_ids,
+        plan.pairs,
+        plan.block_expert,
+        plan.block_first,
+        plan.block_rows,
+        plan.totals,
+        x.stride(0),
+        width,
+        rows,
+        num_pairs,
+        num_experts,
+        BLOCK_P=_scan(num_pairs),
+        **cut,
+        **_cut(num_experts, plan),
+        **dependence(x.device),
+    )
+    return plan
+
+
+def _cut(num_experts: int, plan: RoutingPlan) -> dict[str, int]:
+    return {
+        "BLOCK_M": plan.blocks.block_m,
+        "TAIL_M": plan.blocks.tail_m,
+        "BLOCK_E": next_power_of_2(num_experts + 1),
+    }
+
+
+def _scan(num_pairs: int) -> int:
+    return max(next_power_of_2(num_pairs), 32)
 
 
 def route_pairs_reference(topk_ids: torch.Tensor, num_experts: int, blocks: RowBlocks) -> RoutingPlan:

@@ -5,6 +5,7 @@ import triton
 import triton.language as tl
 
 from .dependent_jit import _trigger, _wait
+from .quantize_jit import _quantize_rows
 
 
 @triton.jit
@@ -60,6 +61,34 @@ def _place(ids, pairs, expert, start, pairs_ptr):
     tl.store(pairs_ptr + start + rank, pairs, mask=mine != 0)
 
 
+@triton.jit
+def _route_at_once(
+    expert,
+    topk_ids_ptr,
+    pairs_ptr,
+    block_expert_ptr,
+    block_first_ptr,
+    block_rows_ptr,
+    totals_ptr,
+    num_pairs,
+    num_experts,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """One expert's part of the routing of few pairs: count all of them, and place its own."""
+    pairs = tl.arange(0, BLOCK_P)
+    ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+    counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, _count(ids, num_experts, BLOCK_E), 0)
+    first_row = _first_row(counts, expert, BLOCK_E)
+    _place(ids, pairs, expert, first_row, pairs_ptr)
+    _write_blocks(
+        counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
+        BLOCK_E,
+    )  # fmt: skip
+
+
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
 def route_at_once_kernel(
     topk_ids_ptr,  # int [P]
@@ -76,19 +105,57 @@ def route_at_once_kernel(
     BLOCK_E: tl.constexpr,  # more than num_experts
     BLOCK_P: tl.constexpr,  # at least num_pairs
 ):
-    """The whole routing of few pairs: every program, one an expert, counts all of them, and places its own."""
+    """The whole routing of few pairs, a program an expert."""
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
-    expert = tl.program_id(0)
-    pairs = tl.arange(0, BLOCK_P)
-    ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, _count(ids, num_experts, BLOCK_E), 0)
-    first_row = _first_row(counts, expert, BLOCK_E)
-    _place(ids, pairs, expert, first_row, pairs_ptr)
-    _write_blocks(
-        counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
-        BLOCK_E,
+    _route_at_once(
+        tl.program_id(0), topk_ids_ptr, pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr,
+        num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
     )  # fmt: skip
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_rows"])
+def quantize_and_route_kernel(
+    x_ptr,  # float [R, N], rows row_stride apart
+    codes_ptr,  # int8 [R, N]
+    scale_ptr,  # f32 [R]
+    topk_ids_ptr,  # int [P]
+    pairs_ptr,  # i32 [P]
+    block_expert_ptr,  # i32 [max_blocks]
+    block_first_ptr,  # i32 [max_blocks]
+    block_rows_ptr,  # i32 [max_blocks]
+    totals_ptr,  # i32 [2]
+    row_stride,
+    N,
+    num_rows,
+    num_pairs,
+    num_experts,
+    MIN_SCALE: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    DEPENDENT: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    CHUNKS: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+):
+    """`route_at_once_kernel` and, in the programs after its own, `quantize_rows_kernel` with the rows' own scales."""
+    _wait(DEPENDENT)
+    _trigger(DEPENDENT)
+    program = tl.program_id(0)
+    if program < num_experts:
+        _route_at_once(
+            program, topk_ids_ptr, pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, num_pairs,
+            num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
+        )  # fmt: skip
+    else:
+        rows = ((program - num_experts) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        _quantize_rows(
+            x_ptr + (rows * row_stride)[:, None], codes_ptr + (rows * N)[:, None], scale_ptr + rows, None, 1.0,
+            rows < num_rows, N, MIN_SCALE, INTERPRETED, ROWS, BLOCK_N, CHUNKS,
+        )  # fmt: skip
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])

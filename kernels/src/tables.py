@@ -2,7 +2,10 @@
 
     {"device": "NVIDIA H200", "measured": {...},
      "shapes": [{"experts": 256, "top_k": 8, "hidden": 3072, "intermediate": 1536,
-                 "tokens": {"1": {"sorted": false, "blocks": {...}, "gate_up": {...}, "down": {...}}, ...}}]}
+                 "tokens": {"1": {"gate_up": {...}, "down": {...}},
+                            "8": {"blocks": {...}, "gate_up": {...}, "down": {...}}, ...}}]}
+
+An entry with `blocks` is a `LaunchOptions`, one without a `GemvOptions`.
 
 `python -m quarkconv.kernels.tune` writes one. An entry serves its shape from half of its tokens to twice as many.
 """
@@ -10,6 +13,7 @@
 import functools
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -51,28 +55,42 @@ class RowBlocks:
 
 @dataclass(frozen=True, slots=True)
 class LaunchOptions:
-    """Options of one forward.
-
-    Not `sorted`, every (token, slot) pair is a row block of its own: nothing needs routing, but a pair reads the
-    weights that another one reads too. For few pairs over many experts.
-    """
+    """Options of one forward whose pairs are sorted by expert, with products on the matrix units."""
 
     blocks: RowBlocks
     gate_up: TileOptions
     down: TileOptions
-    sorted: bool = True
 
+
+@dataclass(frozen=True, slots=True)
+class VectorTile:
+    """How one of the products for few rows is cut: output columns a program computes, and Triton's warps for it."""
+
+    block_n: int
+    num_warps: int
+
+
+@dataclass(frozen=True, slots=True)
+class GemvOptions:
+    """Options of one forward in which every (token, slot) pair reads its weights for itself; see `grouped_gemv`.
+
+    Nothing needs routing, but a pair reads the weights that another one reads too. For few pairs over many experts.
+    """
+
+    gate_up: VectorTile
+    down: VectorTile
+
+
+Options = LaunchOptions | GemvOptions
 
 Shape = tuple[int, int, int, int]
 """experts, top_k, hidden, intermediate"""
 
-Table = dict[Shape, dict[int, LaunchOptions]]
+Table = dict[Shape, dict[int, Options]]
 """Options by shape and tokens."""
 
 
-def find_options(
-    device: str, tokens: int, experts: int, top_k: int, hidden: int, intermediate: int
-) -> LaunchOptions | None:
+def find_options(device: str, tokens: int, experts: int, top_k: int, hidden: int, intermediate: int) -> Options | None:
     """The entry of this shape for the nearest number of tokens, or None if there is none within reach."""
     entries = load_table(device).get((experts, top_k, hidden, intermediate))
     if not entries or tokens < 1:
@@ -113,23 +131,36 @@ def dump_table(device: str, measured: dict[str, Any], table: Table) -> str:
     return head + ",\n".join(shapes) + "]}\n"
 
 
-def _parse_options(fields: dict[str, Any]) -> LaunchOptions:
+def _parse_options(fields: dict[str, Any]) -> Options:
+    expected = ("blocks", "gate_up", "down") if "blocks" in fields else ("gate_up", "down")
     try:
-        options = LaunchOptions(
-            blocks=RowBlocks(**fields["blocks"]),
-            gate_up=TileOptions(**fields["gate_up"]),
-            down=TileOptions(**fields["down"]),
-            sorted=fields["sorted"],
-        )
-    except (KeyError, TypeError) as error:
-        raise ValueError(f"launch options: expected blocks, gate_up, down and sorted, found {fields!r}") from error
-    blocks, tiles = options.blocks, (options.gate_up, options.down)
-    sizes = [blocks.block_m, *(v for t in tiles for v in (t.block_n, t.block_k, t.num_warps))]
-    sizes += [size for size in (blocks.tail_m, blocks.small_m) if size]
-    if not all(isinstance(size, int) and size > 0 and size & (size - 1) == 0 for size in sizes):
-        raise ValueError(f"launch options: expected powers of two, found {fields!r}")
-    if blocks.tail_m > blocks.block_m or blocks.small_m >= blocks.block_m:
-        raise ValueError(f"launch options: expected tail_m and small_m below block_m, found {fields!r}")
-    if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
-        raise ValueError(f"launch options: expected positive group_m and num_stages, found {fields!r}")
+        if set(fields) != set(expected):
+            raise ValueError
+        if "blocks" not in fields:
+            return _check_gemv(GemvOptions(VectorTile(**fields["gate_up"]), VectorTile(**fields["down"])))
+        tiles = (TileOptions(**fields["gate_up"]), TileOptions(**fields["down"]))
+        return _check_launch(LaunchOptions(RowBlocks(**fields["blocks"]), *tiles))
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"launch options: expected {error or ', '.join(expected)}, found {fields!r}") from error
+
+
+def _check_gemv(options: GemvOptions) -> GemvOptions:
+    tiles = (options.gate_up, options.down)
+    _check_powers_of_2(value for tile in tiles for value in (tile.block_n, tile.num_warps))
     return options
+
+
+def _check_launch(options: LaunchOptions) -> LaunchOptions:
+    blocks, tiles = options.blocks, (options.gate_up, options.down)
+    _check_powers_of_2([blocks.block_m, *(v for t in tiles for v in (t.block_n, t.block_k, t.num_warps))])
+    _check_powers_of_2(size for size in (blocks.tail_m, blocks.small_m) if size)
+    if blocks.tail_m > blocks.block_m or blocks.small_m >= blocks.block_m:
+        raise ValueError("tail_m and small_m below block_m")
+    if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
+        raise ValueError("positive group_m and num_stages")
+    return options
+
+
+def _check_powers_of_2(values: Iterable[Any]) -> None:
+    if not all(isinstance(value, int) and value > 0 and value & (value - 1) == 0 for value in values):
+        raise ValueError("powers of two")

@@ -17,9 +17,21 @@ import torch
 
 from .arguments import ExpertsArguments, check_arguments
 from .backend import device_traits
-from .options import fit_options, heuristic_options, mean_rows_of
+from .options import fit_options, fits_registers, gemv_options, heuristic_options, mean_rows_of
 from .pipeline import empty_workspace, run_pipeline
-from .tables import LaunchOptions, RowBlocks, Shape, Table, TileOptions, dump_table, parse_table, table_path
+from .tables import (
+    GemvOptions,
+    LaunchOptions,
+    Options,
+    RowBlocks,
+    Shape,
+    Table,
+    TileOptions,
+    VectorTile,
+    dump_table,
+    parse_table,
+    table_path,
+)
 
 SHAPES: dict[str, Shape] = {
     "MiniMax-M2": (256, 8, 3072, 1536),
@@ -32,13 +44,20 @@ _MAX_INPUTS = 8
 _MAX_INPUT_TOKENS = 4096
 
 
-def candidates(tokens: int, shape: Shape) -> list[LaunchOptions]:
+def candidates(tokens: int, shape: Shape) -> list[Options]:
     """Options worth timing: the heuristic's first, then those that won somewhere nearby."""
-    experts, top_k, _, intermediate = shape
+    experts, top_k, hidden, intermediate = shape
     pairs, mean_rows = tokens * top_k, mean_rows_of(tokens, experts, top_k)
-    found = [heuristic_options(tokens, experts, top_k, intermediate)]
+    found: list[Options] = [heuristic_options(tokens, experts, top_k)]
 
     if pairs <= 64:
+        gemv = gemv_options(top_k, hidden, intermediate)
+        if gemv is not None:
+            wider = VectorTile(gemv.down.block_n * 2, gemv.down.num_warps * 2)
+            downs = (gemv.down, wider, VectorTile(4, 4))
+            gate_ups = (gemv.gate_up, VectorTile(8, 8), VectorTile(4, 2), VectorTile(2, 1))
+            pairings = [GemvOptions(gate_up, down) for gate_up in gate_ups for down in downs]
+            found += [options for options in pairings if fits_registers(options, top_k, hidden, intermediate)]
         decode = [
             (TileOptions(128, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
             (TileOptions(64, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
@@ -46,10 +65,7 @@ def candidates(tokens: int, shape: Shape) -> list[LaunchOptions]:
             (TileOptions(128, 256, 1, 4, 3), TileOptions(64, 512, 1, 4, 4)),
             (TileOptions(128, 256, 1, 4, 3), TileOptions(128, 256, 1, 4, 3)),
         ]
-        for gate_up, down in decode:
-            found.append(LaunchOptions(RowBlocks(16), gate_up, down))
-            if pairs <= 16:
-                found.append(LaunchOptions(RowBlocks(16), gate_up, down, sorted=False))
+        found += [LaunchOptions(RowBlocks(16), gate_up, down) for gate_up, down in decode]
     if mean_rows <= 20:
         found += [
             LaunchOptions(blocks, gate_up, down)
@@ -121,7 +137,7 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 10) -> floa
     return statistics.median(times)
 
 
-def time_options(inputs: Sequence[ExpertsArguments], options: LaunchOptions) -> float:
+def time_options(inputs: Sequence[ExpertsArguments], options: Options) -> float:
     """Median microseconds of one forward with these options."""
 
     def call(arguments: ExpertsArguments) -> Callable[[], object]:
@@ -132,7 +148,7 @@ def time_options(inputs: Sequence[ExpertsArguments], options: LaunchOptions) -> 
     return time_calls([call(arguments) for arguments in inputs])
 
 
-def tune_shape(shape: Shape, tokens: Sequence[int], advance: Callable[[int], None]) -> dict[int, LaunchOptions]:
+def tune_shape(shape: Shape, tokens: Sequence[int], advance: Callable[[int], None]) -> dict[int, Options]:
     """The fastest options for each number of tokens; `advance` is told of each number that is done."""
     device = torch.device("cuda", torch.cuda.current_device())
     traits = device_traits(device)

@@ -16,20 +16,21 @@ from triton.compiler import ASTSource
 import quarkconv.kernels
 from quarkconv.kernels.activations import ACTIVATIONS
 from quarkconv.kernels.backend import DeviceTraits
-from quarkconv.kernels.options import choose_combine_options, choose_launch_options, choose_row_options
-from quarkconv.kernels.quantize import MIN_SCALE
-from quarkconv.kernels.tables import LaunchOptions, TileOptions
+from quarkconv.kernels.grouped_gemv import chunks_of
+from quarkconv.kernels.options import choose_combine_options, choose_launch_options
+from quarkconv.kernels.quantize import MIN_SCALE, row_constants
+from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
 # Shared memory (LDS) that one program may use, in bytes: CUDA programming guide, CDNA 3 and CDNA 4 ISA documents.
 TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), DeviceTraits("cuda", 163 * 1024)),
-    "sm_90": (GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * 1024, True, True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * 1024, True, True)),
+    "sm_80": (GPUTarget("cuda", 80, 32), DeviceTraits("cuda", 163 * 1024, dot4=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * 1024, True, True, dot4=True)),
+    "sm_100": (GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * 1024, True, True, dot4=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), DeviceTraits("hip", 64 * 1024)),
     "gfx950": (GPUTarget("hip", "gfx950", 64), DeviceTraits("hip", 160 * 1024)),
 }
 
-SIZES = ("D", "N", "H", "row_stride")
+SIZES = ("D", "D4", "N", "H", "row_stride")
 
 
 def all_kernels() -> dict[str, Any]:
@@ -64,53 +65,77 @@ def descriptor(tile: TileOptions, rows: int) -> dict[str, str]:
     return {"weight_desc": f"tensordesc<i8[{rows}, {tile.block_k}]>"} if tile.descriptors else {}
 
 
-def variants(options: LaunchOptions, *, rich: bool) -> list[tuple[str, dict[str, str], dict[str, Any]]]:
-    """(kernel, pointer and float types, constants); every other argument is an int32.
-
-    `rich` chooses the variants with every optional argument, masks and float16, else those of the common case. An
-    optional argument without a type is None.
-    """
-    dtype, ids = ("*fp16", "*i64") if rich else ("*bf16", "*i32")
-    row, combine = choose_row_options(3072), choose_combine_options(3072)
-    plan = dict.fromkeys(("pairs_ptr", "block_expert_ptr", "block_first_ptr", "block_rows_ptr", "totals_ptr"), "*i32")
-    product_types = {
-        "codes_ptr": "*i8",
-        "row_scale_ptr": "*fp32",
-        "weight_ptr": "*i8",
-        "weight_scale_ptr": "*fp32",
-        "out_ptr": dtype,
-        **(plan if options.sorted else {"topk_ids_ptr": ids}),
-        **({"bias_ptr": "*fp32"} if rich else {}),
+def gemv_constants(depth: int, tile: VectorTile, *, per_channel: bool) -> dict[str, Any]:
+    block, chunks = chunks_of(depth)
+    return {
+        "PER_CHANNEL": per_channel,
+        "INTERPRETED": False,
+        "EVEN_D": depth % (4 * block) == 0,
+        "BLOCK_N": tile.block_n,
+        "BLOCK_D": block,
+        "CHUNKS": chunks,
+        "num_warps": tile.num_warps,
     }
+
+
+Variants = list[tuple[str, dict[str, str], dict[str, Any]]]
+"""(kernel, pointer and float types, constants); every other argument is an int32. An optional argument without a type
+is None. `rich` variants have every optional argument, masks and float16, the others those of the common case."""
+
+PLAN = dict.fromkeys(("pairs_ptr", "block_expert_ptr", "block_first_ptr", "block_rows_ptr", "totals_ptr"), "*i32")
+PRODUCT = {"codes_ptr": "*i8", "row_scale_ptr": "*fp32", "weight_ptr": "*i8", "weight_scale_ptr": "*fp32"}
+LIMITS = {"limit": "fp32", "alpha": "fp32"}
+
+
+def float_and_ids(rich: bool) -> tuple[str, str]:
+    return ("*fp16", "*i64") if rich else ("*bf16", "*i32")
+
+
+def activations(rich: bool) -> tuple[str, ...]:
+    """They differ in the epilogue alone: all but one of them in the smaller of the two variants."""
+    return ACTIVATIONS[1:] if rich else ACTIVATIONS[:1]
+
+
+def gemv_variants(options: GemvOptions, hidden: int, intermediate: int, *, rich: bool) -> Variants:
+    dtype, ids = float_and_ids(rich)
+    types = PRODUCT | {"codes_ptr": "*i32", "weight_ptr": "*i32", "out_ptr": dtype, "topk_ids_ptr": ids} | LIMITS
+    types |= {"bias_ptr": "*fp32", "router_weight_ptr": "*fp32"} if rich else {}
+    gate_up = gemv_constants(hidden, options.gate_up, per_channel=not rich) | {"PAIRS_PER_ROW": 8}
+    found: Variants = [
+        ("grouped_gate_up_gemv_kernel", types, gate_up | {"ACTIVATION": name}) for name in activations(rich)
+    ]
+    down = gemv_constants(intermediate, options.down, per_channel=not rich) | {"TOP_K": 8, "SLOTS": 8}
+    return [*found, ("combined_down_gemv_kernel", types, down)]
+
+
+def product_variants(options: LaunchOptions, *, rich: bool) -> Variants:
+    types = PRODUCT | PLAN | LIMITS | {"out_ptr": float_and_ids(rich)[0]} | ({"bias_ptr": "*fp32"} if rich else {})
     kind = {"even": not rich, "per_channel": not rich}
-    down_types = product_types | descriptor(options.down, options.down.block_n)
+    down_types = types | descriptor(options.down, options.down.block_n)
     if options.down.descriptors:
         down_types["codes_desc"] = f"tensordesc<i8[{options.blocks.block_m}, {options.down.block_k}]>"
-    gate_up_types = product_types | descriptor(options.gate_up, options.gate_up.block_n)
-    gate_up_types |= {"limit": "fp32", "alpha": "fp32"} | ({"router_weight_ptr": "*fp32"} if rich else {})
-    gate_up = product_constants(options.gate_up, options, **kind) | {"PAIRS_PER_ROW": 8}
-    # The activations differ in the epilogue alone: all of them in the smaller of the two variants.
-    found = [
-        ("grouped_gate_up_kernel", gate_up_types, gate_up | {"ACTIVATION": name})
-        for name in (ACTIVATIONS[1:] if rich else ACTIVATIONS[:1])
+    gate_up_types = types | descriptor(options.gate_up, options.gate_up.block_n)
+    gate_up_types |= {"router_weight_ptr": "*fp32"} if rich else {}
+    gate_up = product_constants(options.gate_up, options, **kind) | {"PAIRS_PER_ROW": 8, "GATED": True}
+    down = product_constants(options.down, options, **kind) | {"PAIRS_PER_ROW": 1, "GATED": False, "ACTIVATION": ""}
+    found: Variants = [
+        ("grouped_product_kernel", gate_up_types, gate_up | {"ACTIVATION": name}) for name in activations(rich)
     ]
-    found.append(("grouped_down_kernel", down_types, product_constants(options.down, options, **kind)))
+    return [*found, ("grouped_product_kernel", down_types, down)]
+
+
+def row_variants(*, rich: bool) -> Variants:
+    """Quantization of rows and sum over experts."""
+    dtype, ids = float_and_ids(rich)
+    combine = choose_combine_options(3072)
     optional = {"topk_ids_ptr": ids, "expert_scale_ptr": "*fp32", "router_weight_ptr": "*fp32"}
-    found += [
+    return [
         (
             "quantize_rows_kernel",
             {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}
             | (optional if rich else {"pairs_ptr": "*i32", "totals_ptr": "*i32"}),
-            {
-                "PAIRS_PER_ROW": 8 if rich else 1,
-                "MIN_SCALE": MIN_SCALE,
-                "INTERPRETED": False,
-                "TRIGGER_FIRST": not rich,
-                "ROWS": row.rows,
-                "BLOCK_N": row.block,
-                "CHUNKS": 0 if rich else 3072 // row.block,
-                "num_warps": row.num_warps,
-            },
+            row_constants(4096, 100_000 if rich else 3072)
+            | {"PAIRS_PER_ROW": 8 if rich else 1, "TRIGGER_FIRST": not rich},
         ),
         (
             "combine_kernel",
@@ -119,31 +144,55 @@ def variants(options: LaunchOptions, *, rich: bool) -> list[tuple[str, dict[str,
             {"TOP_K": 8, "INTERPRETED": False, "BLOCK_H": combine.block, "num_warps": combine.num_warps},
         ),
     ]
-    if not rich:
-        return found
+
+
+def other_variants(blocks: RowBlocks) -> Variants:
+    """Routing, quantization of few rows, and of tensors."""
+    dtype, ids = float_and_ids(True)
     runs = dict.fromkeys(("counts_ptr", "starts_ptr"), "*i32")
-    cut = {"BLOCK_M": options.blocks.block_m, "TAIL_M": options.blocks.tail_m, "BLOCK_E": 512}
-    found += [
-        ("route_at_once_kernel", {"topk_ids_ptr": ids} | plan, cut | {"BLOCK_P": 1024, "num_warps": 4}),
+    cut = {"BLOCK_M": blocks.block_m, "TAIL_M": blocks.tail_m, "BLOCK_E": 512}
+    quantized = {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}
+    return [
+        ("route_at_once_kernel", {"topk_ids_ptr": ids} | PLAN, cut | {"BLOCK_P": 1024, "num_warps": 4}),
+        (
+            "quantize_and_route_kernel",
+            {"topk_ids_ptr": ids} | PLAN | quantized,
+            cut | {"BLOCK_P": 1024} | row_constants(64, 3072),
+        ),
         ("count_run_kernel", {"topk_ids_ptr": ids} | runs, {"BLOCK_E": 512, "BLOCK_P": 1024, "num_warps": 4}),
-        ("arrange_kernel", runs | plan, cut | {"BLOCK_C": 16, "num_warps": 4}),
-        ("place_run_kernel", {"topk_ids_ptr": ids} | runs | plan, {"BLOCK_P": 1024, "num_warps": 1}),
+        ("arrange_kernel", runs | PLAN, cut | {"BLOCK_C": 16, "num_warps": 4}),
+        ("place_run_kernel", {"topk_ids_ptr": ids} | runs | PLAN, {"BLOCK_P": 1024, "num_warps": 1}),
         ("absmax_kernel", {"x_ptr": dtype, "partial_ptr": "*fp32"}, {"BLOCK": 4096}),
         (
             "tensor_scale_kernel",
             {"partial_ptr": "*fp32", "scale_ptr": "*fp32"},
             {"MIN_SCALE": MIN_SCALE, "BLOCK": 1024},
         ),
-        ("quantize_flat_kernel", {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}, {"BLOCK": 4096}),
+        ("quantize_flat_kernel", quantized, {"BLOCK": 4096}),
     ]
-    return found
+
+
+def all_variants(traits: DeviceTraits) -> list[tuple[bool, Variants]]:
+    """(rich, variants): decode and prefill products, and everything else."""
+    decode = choose_launch_options(8, 64, 8, 3072, 1536, traits)
+    prefill = choose_launch_options(4096, 64, 8, 2048, 1408, traits)
+    gemv = choose_launch_options(1, 64, 8, 3072, 1536, traits)
+    assert isinstance(decode, LaunchOptions)
+    assert isinstance(prefill, LaunchOptions)
+    assert isinstance(gemv, GemvOptions)
+    return [
+        (True, product_variants(decode, rich=True) + row_variants(rich=True) + other_variants(decode.blocks)),
+        (False, product_variants(prefill, rich=False) + row_variants(rich=False)),
+        (True, gemv_variants(gemv, 2056, 1416, rich=True)),
+        (False, gemv_variants(gemv, 3072, 1536, rich=False)),
+    ]
 
 
 def complete(kernel: Any, types: dict[str, str], constants: dict[str, Any], traits: DeviceTraits) -> dict[str, Any]:
     """The constants of a launch on the target: arguments without a type are None, and launches may overlap."""
     missing = {n: None for n in kernel.arg_names if n.endswith(("_ptr", "_desc")) and n not in types}
-    dependent = {"DEPENDENT": traits.dependent_launch} if "DEPENDENT" in kernel.arg_names else {}
-    return constants | missing | dependent
+    of_device = {"DEPENDENT": traits.dependent_launch, "DOT4": traits.dot4}
+    return constants | missing | {name: value for name, value in of_device.items() if name in kernel.arg_names}
 
 
 def compile_kernel(
@@ -166,10 +215,9 @@ def main(name: str) -> None:
     target, traits = TARGETS[name]
     kernels = all_kernels()
     compiled = set()
-    decode = choose_launch_options(1, 64, 8, 3072, 1536, traits)
-    prefill = choose_launch_options(4096, 64, 8, 2048, 1408, traits)
-    for options, rich in ((decode, True), (prefill, False)):
-        for kernel, types, constants in variants(options, rich=rich):
+    for rich, variants in all_variants(traits):
+        for kernel, types, constants in variants:
+            types = {name: kind for name, kind in types.items() if name in kernels[kernel].arg_names}
             constants = complete(kernels[kernel], types, constants, traits)
             binary = compile_kernel(kernels[kernel], types, constants, target, even_sizes=not rich)
             if binary.metadata.shared > traits.shared_memory:

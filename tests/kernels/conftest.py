@@ -16,6 +16,7 @@ JIT_MODULES = (
     "dependent_jit",
     "epilogue_jit",
     "grouped_gemm_jit",
+    "grouped_gemv_jit",
     "quantize_jit",
     "routing_jit",
 )

@@ -34,4 +34,4 @@ def compilations(tmp_path_factory):
 def test_compiles(target, compilations):
     done = compilations[target].result()
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
-    assert f"{target} grouped_gate_up_kernel" in done.stdout
+    assert f"{target} grouped_product_kernel" in done.stdout

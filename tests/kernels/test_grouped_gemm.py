@@ -12,7 +12,7 @@ from quarkconv.kernels.grouped_gemm import (
     grouped_gate_up_reference,
     int8_matmul_reference,
 )
-from quarkconv.kernels.routing import PairPlan, empty_plan, route_pairs
+from quarkconv.kernels.routing import empty_plan, route_pairs
 from quarkconv.kernels.tables import RowBlocks, TileOptions
 
 TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)
@@ -45,28 +45,21 @@ def inputs(depth, columns, device, *, tokens=9, top_k=2, experts=4, per_tensor=F
 
 # One height; a tail; a tail of the same height and short blocks.
 CUTS = [RowBlocks(16), RowBlocks(16, 16), RowBlocks(32, 32, 16)]
-CUTS_AND_TILES = list(zip((*CUTS, None), (TILE, WIDE, TILE, WIDE), strict=True))
+CUTS_AND_TILES = list(zip(CUTS, (TILE, WIDE, TILE), strict=True))
 
 
 def plan_for(ids, experts, blocks=CUTS[0]):
-    """Routed pairs, or for no blocks the plan in which every pair is a block."""
-    if blocks is None:
-        return PairPlan(ids, RowBlocks(16))
     return route_pairs(ids, experts, empty_plan(ids.numel(), experts, blocks, ids.device))
 
 
 def sort_rows(plan, rows):
     """Rows of pairs, [P, ...], in the row order of the plan."""
-    if isinstance(plan, PairPlan):
-        return rows
     order = plan.pairs[: plan.totals[1]].long()
     return torch.cat([rows[order], rows[: len(rows) - len(order)]])
 
 
 def unsort_rows(plan, rows, rest):
     """The reverse; pairs that the plan leaves out get `rest`, which the rows beyond its own must still hold."""
-    if isinstance(plan, PairPlan):
-        return rows
     used = plan.totals[1].item()
     expected = torch.full_like(rows[used:], rest)
     assert torch.equal(rows[used:].nan_to_num(nan=-99), expected.nan_to_num(nan=-99))
@@ -207,9 +200,9 @@ def test_large_values_saturate_and_nan_stays_in_its_row(name, device):
 def test_tiles_do_not_change_a_bit(device):
     codes, row_scale, weights, ids = inputs(176, 2 * 88, device, tokens=24, bias=torch.float32)
     silu = make_activation("silu")
-    tiles = (TILE, WIDE, TileOptions(16, 128, 4, 4, 1), TileOptions(32, 64, 2, 4, 2, descriptors=False), TILE)
+    tiles = (TILE, WIDE, TileOptions(16, 128, 4, 4, 1), TileOptions(32, 64, 2, 4, 2, descriptors=False))
     results = []
-    for blocks, tile in zip((*CUTS, RowBlocks(64), None), tiles, strict=True):
+    for blocks, tile in zip((*CUTS, RowBlocks(64)), tiles, strict=True):
         out = torch.zeros((codes.shape[0], 88), dtype=torch.bfloat16, device=device)
         plan = plan_for(ids, 4, blocks)
         grouped_gate_up(codes, row_scale, weights, plan, silu, out, tile, pairs_per_row=1)

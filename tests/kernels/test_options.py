@@ -15,14 +15,18 @@ from quarkconv.kernels.options import (
     choose_launch_options,
     choose_row_options,
     fit_options,
+    fits_registers,
+    gemv_options,
     next_power_of_2,
     shared_bytes,
 )
 from quarkconv.kernels.tables import (
     FOLDER,
+    GemvOptions,
     LaunchOptions,
     RowBlocks,
     TileOptions,
+    VectorTile,
     dump_table,
     find_options,
     load_table,
@@ -31,8 +35,8 @@ from quarkconv.kernels.tables import (
 )
 
 DEVICES = [
-    DeviceTraits("cuda", 227 * 1024, tensor_descriptors=True, dependent_launch=True, name="NVIDIA H200"),
-    DeviceTraits("cuda", 227 * 1024),
+    DeviceTraits("cuda", 227 * 1024, tensor_descriptors=True, dependent_launch=True, dot4=True, name="NVIDIA H200"),
+    DeviceTraits("cuda", 227 * 1024, dot4=True),
     DeviceTraits("cuda", 99 * 1024),
     DeviceTraits("hip", 64 * 1024),
     DeviceTraits("hip", 160 * 1024),
@@ -45,7 +49,14 @@ def is_power_of_2(value):
     return value > 0 and value & (value - 1) == 0
 
 
-def check_launchable(options, traits):
+def check_launchable(options, traits, top_k, hidden, intermediate):
+    if isinstance(options, GemvOptions):
+        for tile in (options.gate_up, options.down):
+            assert is_power_of_2(tile.block_n)
+            assert is_power_of_2(tile.num_warps)
+            assert tile.num_warps <= 32
+        assert fits_registers(options, top_k, hidden, intermediate)
+        return
     blocks = options.blocks
     assert MIN_BLOCK_M <= blocks.block_m <= MAX_BLOCK_M
     assert blocks.tail_m <= blocks.block_m
@@ -64,45 +75,67 @@ def check_launchable(options, traits):
 @pytest.mark.parametrize("traits", DEVICES, ids=str)
 def test_always_launchable(traits):
     for tokens, experts, top_k, width in itertools.product((1, 8, 64, 700, 4096), (1, 8, 256), (1, 8), (24, 88, 4096)):
-        check_launchable(choose_launch_options(tokens, experts, top_k, width, width, traits), traits)
+        options = choose_launch_options(tokens, experts, top_k, width, width, traits)
+        check_launchable(options, traits, top_k, width, width)
+        options = choose_launch_options(tokens, experts, top_k, width, width, traits, packed=False)
+        assert isinstance(options, LaunchOptions)
     for shape in tune.SHAPES.values():
         for tokens in tune.TOKENS:
             options = choose_launch_options(tokens, *shape, traits)
-            check_launchable(options, traits)
+            check_launchable(options, traits, *shape[1:])
             for candidate in tune.candidates(tokens, shape):
-                check_launchable(fit_options(candidate, shape[2], shape[3], traits), traits)
+                check_launchable(fit_options(candidate, shape[2], shape[3], traits), traits, *shape[1:])
 
 
 def test_rows_grow_with_the_tokens():
-    found = [choose_launch_options(m, 256, 8, 3072, 1536, DEVICES[1]) for m in (1, 64, 512, 2048, 4096)]
+    found = [choose_launch_options(m, 256, 8, 3072, 1536, DEVICES[1]) for m in (8, 64, 512, 2048, 4096)]
     blocks = [options.blocks.block_m for options in found]
     assert blocks == sorted(blocks)
     assert blocks[0] == MIN_BLOCK_M
     assert blocks[-1] == MAX_BLOCK_M
-    assert [options.sorted for options in found] == [False, True, True, True, True]
+
+
+def test_few_pairs_read_their_weights_for_themselves():
+    def chooses_gemv(tokens, experts, top_k, hidden=3072, intermediate=1536):
+        chosen = choose_launch_options(tokens, experts, top_k, hidden, intermediate, DEVICES[1])
+        return isinstance(chosen, GemvOptions)
+
+    assert chooses_gemv(1, 8, 2)
+    assert chooses_gemv(2, 256, 8)
+    assert chooses_gemv(6, 256, 8)
+    assert not chooses_gemv(7, 256, 8)
+    assert not chooses_gemv(2, 8, 2)
+    assert gemv_options(8, 3072, 1536) == GemvOptions(VectorTile(8, 4), VectorTile(1, 1))
+    assert gemv_options(2, 4096, 14336) == GemvOptions(VectorTile(8, 4), VectorTile(1, 2))
+    assert gemv_options(8, 7168, 2048) == GemvOptions(VectorTile(4, 4), VectorTile(1, 1))
+    assert fits_registers(GemvOptions(VectorTile(8, 4), VectorTile(1, 2)), 2, 4096, 14336)
+    assert not fits_registers(GemvOptions(VectorTile(8, 2), VectorTile(1, 2)), 2, 4096, 14336)
+    assert not fits_registers(GemvOptions(VectorTile(8, 4), VectorTile(1, 1)), 2, 4096, 14336)
+    # More weights than a program's registers hold: the matrix units after all.
+    assert gemv_options(2, 40000, 1024) is None
+    assert gemv_options(8, 4096, 40000) is None
+    assert not chooses_gemv(1, 8, 8, 4096, 40000)
 
 
 def test_row_blocks_are_powers_of_two():
     for width in (1, 88, 128, 4096, 8192, 8193, 20000):
-        assert is_power_of_2(choose_row_options(width).block)
+        for rows in (1, 4096):
+            assert is_power_of_2(choose_row_options(rows, width).block)
         assert is_power_of_2(choose_combine_options(width).block)
     # At most an eighth of the lanes idle, where a block of 256 allows it.
-    assert [choose_row_options(width).block for width in (2048, 1536, 768, 1408, 88, 14336)] == [
-        512,
-        512,
-        256,
-        512,
-        128,
-        2048,
-    ]
+    widths = (2048, 1536, 768, 1408, 88, 3072, 4096, 14336)
+    assert [choose_row_options(4096, width).block for width in widths] == [256, 256, 256, 256, 128, 512, 1024, 2048]
+    assert [choose_row_options(1, width).block for width in widths] == [1024, 512, 256, 512, 128, 1024, 1024, 2048]
     assert [next_power_of_2(v) for v in (0, 1, 2, 3, 4, 5)] == [1, 1, 2, 4, 4, 8]
 
 
 OPTIONS = LaunchOptions(RowBlocks(32, 16, 16), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3, False))
 
+GEMV = GemvOptions(VectorTile(8, 4), VectorTile(1, 1))
+
 
 def test_table_round_trip():
-    table = {(8, 2, 64, 32): {1: OPTIONS, 64: OPTIONS}, (4, 1, 32, 32): {2: OPTIONS}}
+    table = {(8, 2, 64, 32): {1: GEMV, 64: OPTIONS}, (4, 1, 32, 32): {2: OPTIONS}}
     text = dump_table("Some GPU", {"date": "2026-01-01"}, table)
     assert parse_table(json.loads(text)) == table
     assert text.count("\n") < 12  # a line an entry
@@ -117,7 +150,9 @@ def test_table_round_trip():
         {"blocks": {"block_n": 16}},
         {"gate_up": {"block_n": 64}},
         {"down": {"block_n": 64, "block_k": 128, "group_m": 0, "num_warps": 4, "num_stages": 3}},
-        {"sorted": None},
+        {"down": None},
+        {"blocks": None},
+        {"sorted": True},
     ],
     ids=str,
 )
