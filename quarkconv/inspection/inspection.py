@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -11,7 +12,7 @@ from quarkconv.errors import QuarkconvError
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.inspection.engines import EngineFact, advice, engines_for, stored_form
 from quarkconv.plan.planner import check_convertible
-from quarkconv.plan.target import Target
+from quarkconv.plan.target import Int8Count, Target, count_int8
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
 
@@ -104,7 +105,8 @@ def make_inspection(model: str, description: Description, extra: tuple[Finding, 
         description: what the headers tell.
         extra: findings of a deep inspection.
     """
-    targets = {name: _support(description, target) for name, target in TARGETS.items()}
+    modules = count_int8(description)
+    targets = {name: _support(description, target, modules) for name, target in TARGETS.items()}
     engines = engines_for(description, {name for name, support in targets.items() if support.supported})
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     return Inspection(model, description, tuple(findings), targets, tuple(engines))
@@ -126,13 +128,13 @@ def linear_counts(description: Description) -> dict[str, int]:
     return counts
 
 
-def _support(description: Description, target: Target) -> TargetSupport:
+def _support(description: Description, target: Target, modules: Sequence[Int8Count]) -> TargetSupport:
     try:
         check_convertible(description, target)
     except QuarkconvError as error:
         return TargetSupport(False, reason=error.message)
     return TargetSupport(
-        True, nbytes=target.output_bytes(description), losses=tuple(bounded(target.losses(description)))
+        True, nbytes=target.output_bytes(description, modules), losses=tuple(bounded(target.losses(description)))
     )
 
 

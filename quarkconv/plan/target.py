@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 from quarkconv.description import Description
 from quarkconv.experts.topology import MoELayer
@@ -93,20 +93,34 @@ class Target(ABC):
         """
         return prod(shape) + 4 * prod(shape[:-1]) + 4 * static
 
-    def output_bytes(self, description: Description) -> int:
-        """Size of all tensors of the output, without planning them."""
-        consumed = experts = linears = 0
-        members = description.topology.members
-        for form, _, modules in description.modules.quantized():
-            consumed += len(modules) * form_bytes(form)
-            static = 0 if form.input_scale is None else prod(form.input_scale[1])
-            others = sum(module not in members for module in modules)
-            linears += others * self.module_bytes(form.weight[1], static) if others else 0
-        for layer in description.int8_layers:
-            experts += self.expert_bytes(layer)
-        return description.checkpoint.tensor_bytes - consumed + experts + linears
+    def output_bytes(self, description: Description, modules: Sequence[Int8Count]) -> int:
+        """Size of all tensors of the output, without planning them.
+
+        Args:
+            description: the source.
+            modules: of :func:`count_int8`; counted once for all targets.
+        """
+        size = description.checkpoint.tensor_bytes
+        for form, count, linears in modules:
+            size -= count * sum(nbytes(kind) for kind in form if kind is not None)
+            if linears:
+                static = 0 if form.input_scale is None else prod(form.input_scale[1])
+                size += linears * self.module_bytes(form.weight[1], static)
+        return size + sum(map(self.expert_bytes, description.int8_layers))
 
 
-def form_bytes(form: Form) -> int:
-    """Size in bytes of the tensors of a module."""
-    return sum(nbytes(kind) for kind in form if kind is not None)
+class Int8Count(NamedTuple):
+    """How many int8 modules have a form, and how many of them are no routed experts."""
+
+    form: Form
+    count: int
+    linears: int
+
+
+def count_int8(description: Description) -> list[Int8Count]:
+    """Count the int8 modules of a checkpoint by their form."""
+    is_expert = description.topology.members.__contains__
+    return [
+        Int8Count(form, len(modules), len(modules) - sum(map(is_expert, modules)))
+        for form, _, modules in description.modules.quantized()
+    ]

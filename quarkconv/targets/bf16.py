@@ -6,7 +6,7 @@ transformers and every engine load it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, Final
 
@@ -14,6 +14,7 @@ from quarkconv.description import Description
 from quarkconv.findings import Finding, finding
 from quarkconv.plan.pieces import OutputTensor
 from quarkconv.plan.sources import Int8Module
+from quarkconv.plan.target import Int8Count
 from quarkconv.scheme.stored import linear_names, nbytes
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import dropped_settings, replace_quantization
@@ -35,12 +36,11 @@ class Bf16(PerExpertTarget):
     def module_bytes(self, shape: tuple[int, ...], static: int) -> int:  # noqa: ARG002
         return 2 * prod(shape)
 
-    def output_bytes(self, description: Description) -> int:
-        dropped = sum(nbytes(kind) for name, kind in description.checkpoint.kinds.items() if self.drops(name))
-        for form, _, modules in description.modules.quantized():  # these were counted as consumed
-            inputs = (kind for kind in (form.input_scale, form.input_zero_point) if kind is not None)
-            dropped -= len(modules) * sum(map(nbytes, inputs))
-        return super().output_bytes(description) - dropped
+    def output_bytes(self, description: Description, modules: Sequence[Int8Count]) -> int:
+        size, kinds = super().output_bytes(description, modules), description.checkpoint.kinds
+        for form, count, _ in modules:  # what belongs to a module is left out with it
+            size += count * sum(nbytes(kind) for kind in (form.input_scale, form.input_zero_point) if kind is not None)
+        return size - sum(nbytes(kinds[name]) for name in _of_activations(description))
 
     def drops(self, name: str) -> bool:
         return name.endswith(_OF_ACTIVATIONS)
@@ -51,7 +51,11 @@ class Bf16(PerExpertTarget):
 
     def losses(self, description: Description) -> Iterator[Finding]:
         yield from dropped_settings(description, self.name, kept=())
-        names = [name for name in description.checkpoint.kinds if self.drops(name)]
+        names = _of_activations(description)
         if names:
             message = f"{len(names)} scale(s) and zero point(s) of activations have no place in a model without any"
             yield finding("tensor-dropped", names[0], message, count=len(names))
+
+
+def _of_activations(description: Description) -> list[str]:
+    return [name for name in description.checkpoint.kinds if name.endswith(_OF_ACTIVATIONS)]
