@@ -123,9 +123,11 @@ def verify_checkpoint(
         skipped = "it was not asked for"
     elif not structure.readable:
         skipped = "the structure is broken"
+    elif not wanted:
+        skipped = "no experts are stored in int8; with --source, their bytes are compared with what the codes give"
     elif fail_fast and run.problems:
         skipped = "something is wrong already (--fail-fast)"
-    if skipped is None and wanted:
+    if skipped is None:
         job = NumbersJob(
             description, manifest if run.source is None and "bytes" in stages else None, wanted, places, counts, seed,
             run.source, original, recorded, fail_fast,
