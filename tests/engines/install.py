@@ -35,7 +35,7 @@ def install(requirements: Path, folder: Path) -> None:
     pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     with tempfile.TemporaryDirectory() as scratch:
         for text, command in (
-            (libraries, ["install", "--target", str(folder)]),
+            (libraries, ["install", "--no-compile", "--target", str(folder)]),
             (sources, ["download", "-d", scratch]),
         ):
             if not [line for line in text.splitlines() if line and not line.startswith("#")]:
