@@ -1,11 +1,11 @@
 """Measure ``verify`` beside reading the files once with as many threads: wall time and memory.
 
-    python benchmarks/verify.py [MODEL] [--shape qwen3] [--layers 14] [--tokens 64,1024] [--rounds 3] [--devices 1,2] [--out FILE]
+    python benchmarks/verify.py [MODEL] [--shape qwen3] [--layers 14] [--tokens 64] [--rounds 3] [--devices 1,2]
 
-Without MODEL one is made, by default of 14 layers of Qwen3-30B-A3B (10 GB), and converted to fused-int8. Before each measurement the
-files are dropped from the page cache (posix_fadvise), as far as the system does that; both then read from the disk. A
-first run compiles the kernels and is not counted. Every measurement is a process of its own; its peak memory is counted
-beyond what it held when everything was imported and the devices were ready.
+Without MODEL one is made, by default of 14 layers of Qwen3-30B-A3B (10 GB), and converted to fused-int8. Before each
+measurement the files are dropped from the page cache (posix_fadvise), as far as the system does that; both then read
+from the disk. A first run compiles the kernels and is not counted. Every measurement is a process of its own; its peak
+memory is counted beyond what it held when everything was imported and the devices were ready.
 """
 
 from __future__ import annotations
@@ -52,7 +52,8 @@ from quarkconv.verify.verify import verify_checkpoint
 from quarkconv.verify.layer_reads import layer_nbytes
 from quarkconv.description import describe
 from pathlib import Path
-model, device, tokens, stages = sys.argv[1], sys.argv[2], [int(t) for t in sys.argv[3].split(",")], sys.argv[4].split(",")
+model, device, tokens, stages = sys.argv[1:5]
+tokens, stages = [int(count) for count in tokens.split(",")], stages.split(",")
 cuda = device == "cuda"
 if cuda:
     for index in range(torch.cuda.device_count()): torch.zeros(1, device=f"cuda:{index}")
@@ -60,7 +61,8 @@ if cuda:
         verify_checkpoint(model, device=f"cuda:{index}", tokens=tokens, layers={0}, stages=("numbers",))
         torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(index)
 def drop(path):
-    descriptor = os.open(path, os.O_RDONLY); os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
 for path in Path(model).rglob("*"):
     if path.is_file(): drop(path)
 def resident():
@@ -75,7 +77,9 @@ result = verify_checkpoint(model, device=device, tokens=tokens, stages=stages)
 seconds = time.perf_counter() - started
 stop.set(); watcher.join()
 layer = max(map(layer_nbytes, describe(Path(model)).int8_layers))
-print(json.dumps({"seconds": seconds, "ok": result.ok, "host_bytes": peak[0] - before, "layer_bytes": layer,
+print(json.dumps({"seconds": seconds, "ok": result.ok,
+    "problems": [problem.message for problem in result.problems[:5]],
+    "host_bytes": peak[0] - before, "layer_bytes": layer,
     "device_bytes": [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())] if cuda else [],
     "devices": result.numbers.device, "layer_seconds": [layer.seconds for layer in result.numbers.layers]}))
 """

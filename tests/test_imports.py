@@ -32,6 +32,7 @@ LAYERS = (
     ("api",),
     ("by_rank", "compressed_tensors"),
     ("__init__",),
+    ("report",),
     ("cli",),
     ("__main__",),
 )

@@ -47,6 +47,22 @@ def show_log() -> None:
     log.handlers = [TerminalHandler()]
 
 
+_quiet = False
+
+
+def set_talk(*, verbose: bool, quiet: bool) -> None:
+    """How much is said on stderr beside errors: with ``quiet`` nothing, with ``verbose`` what the library logs."""
+    global _quiet
+    _quiet = quiet
+    if verbose and not quiet:
+        show_log()
+
+
+def talkative() -> bool:
+    """Whether progress is shown: on a terminal, unless it was asked to be quiet."""
+    return not _quiet and console(stderr=True).is_terminal
+
+
 def print_json(value: dict[str, Any]) -> None:
     """The one JSON object of ``--json``."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
@@ -122,10 +138,10 @@ def verdict(text: str, *, good: bool) -> Text:
 @contextmanager
 def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
     """A progress bar in bytes with rate and time left, on stderr; silent when that is no terminal."""
-    terminal = console(stderr=True)
-    if not terminal.is_terminal:
+    if not talkative():
         yield lambda _: None
         return
+    terminal = console(stderr=True)
     from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     columns = (

@@ -18,8 +18,8 @@ from quarkconv.api import (
     repo_id,
     run_plan,
 )
-from quarkconv.cli.console import byte_progress, console, print_json, show_log
-from quarkconv.cli.options import Json, Model, Verbose
+from quarkconv.cli.console import byte_progress, console, print_json, set_talk
+from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.errors import UsageError
 from quarkconv.hub import locate_model
 from quarkconv.publish import prepare_push, push_folder
@@ -61,14 +61,14 @@ def convert(
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Make the repo of --push private.")] = False,
     verbose: Verbose = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Rewrite a checkpoint for an engine: bit-exact, in constant memory, resumable.
 
     The source is only read. Interrupted or out of space, the same command resumes.
     """
-    if verbose:
-        show_log()
+    set_talk(verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name is told before a model is downloaded
     if tp is not None or ep is not None:
         from quarkconv.cli.convert_by_rank import convert_by_rank

@@ -11,3 +11,4 @@ Model = Annotated[
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr about how it is done.")]
+Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

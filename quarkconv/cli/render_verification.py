@@ -1,12 +1,11 @@
-"""How ``verify`` looks in a terminal, and as an HTML file."""
+"""How ``verify`` looks in a terminal."""
 
 from __future__ import annotations
 
-import io
 from typing import Final
 
 from rich import box
-from rich.console import Console, Group, RenderableType
+from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
@@ -14,7 +13,6 @@ from quarkconv.cli.console import console, indented, plural, printable, size, ti
 from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
-_HTML_WIDTH: Final = 120
 _FULL_WIDTH: Final = 72
 """Columns of a terminal from which on all figures of a layer are shown."""
 
@@ -28,14 +26,6 @@ def render_verification(verification: Verification) -> RenderableType:
         parts.append(_problems(verification.problems))
     parts.append(_verdict(verification))
     return Group(*parts)
-
-
-def to_html(verification: Verification) -> str:
-    """The same as one HTML file that needs nothing else."""
-    recorder = Console(record=True, width=_HTML_WIDTH, file=io.StringIO(), highlight=False)
-    recorder.print(Text(f"quarkconv verify {printable(verification.model)}", style="bold"))
-    recorder.print(render_verification(verification))
-    return recorder.export_html(inline_styles=True)
 
 
 def _stages(verification: Verification) -> RenderableType:

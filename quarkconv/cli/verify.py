@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import re
+import threading
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.console import byte_progress, console, print_json, size
-from quarkconv.cli.options import Json, Model
-from quarkconv.errors import UsageError, WriteError
+from quarkconv.cli.console import byte_progress, console, print_json, set_talk, size, talkative
+from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.reports import command_line, require_charts, write_report
+from quarkconv.errors import QuarkconvError, UsageError
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -19,6 +21,24 @@ if TYPE_CHECKING:
     from quarkconv.verify.results import LayerNumbers
 
 _MAX_LAYER = 100_000
+_MAX_DIGITS: Final = 9
+
+
+def _complete_layers(context: typer.Context, incomplete: str) -> list[str]:
+    """Numbers of the model's MoE layers, after what has been typed of the list."""
+    model = Path(str(context.params.get("model") or "."))
+    if not model.is_dir():
+        return []
+    from quarkconv.description import describe
+
+    try:
+        layers = describe(model).int8_layers
+    except QuarkconvError:
+        return []
+    typed = incomplete[: max(incomplete.rfind(","), incomplete.rfind("-")) + 1]
+    numbers = [f"{typed}{layer.index}" for layer in layers]
+    whole = [f"{layers[0].index}-{layers[-1].index}"] if len(layers) > 1 and not typed else []
+    return [number for number in [*whole, *numbers] if number.startswith(incomplete)]
 
 
 def verify(
@@ -26,36 +46,63 @@ def verify(
     source: Annotated[
         str | None, typer.Option("--source", metavar="DIR", help="What it was converted from; compared byte by byte.")
     ] = None,
+    reference: Annotated[
+        str | None,
+        typer.Option("--reference", metavar="DIR", help="The model before it was quantized; how much was lost."),
+    ] = None,
     device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where numbers are computed.")
+        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where numbers are computed; cuda is every GPU.")
     ] = "auto",
     layers: Annotated[
         str | None,
-        typer.Option("--layers", metavar="0,3-5", help="MoE layers whose numbers are checked. [default: all]"),
+        typer.Option(
+            "--layers",
+            metavar="0,3-5",
+            help="MoE layers whose numbers are checked. [default: all]",
+            autocompletion=_complete_layers,
+        ),
     ] = None,
-    tokens: Annotated[int, typer.Option("--tokens", min=1, metavar="N", help="Random tokens for each layer.")] = 64,
+    tokens: Annotated[
+        str, typer.Option("--tokens", metavar="N[,N]", help="Tokens for each layer; each number is checked.")
+    ] = "64",
     seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random tokens.")] = 0,
-    json: Json = False,
+    activations: Annotated[
+        str | None,
+        typer.Option("--activations", metavar="FILE.safetensors", help="Recorded hidden states instead of random."),
+    ] = None,
+    bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Check structure and bytes.")] = False,
+    numbers_only: Annotated[bool, typer.Option("--numbers-only", help="Check structure and numbers.")] = False,
+    fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first problem.")] = False,
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
     ] = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    json: Json = False,
 ) -> int:
     """Prove a checkpoint: its structure, every byte, and the numbers of the INT8 forward.
 
     Takes a converted checkpoint or a Quark export as it came. Exit code 1 when anything is wrong.
-    """
+    """  # fmt: skip
+    set_talk(verbose=verbose, quiet=quiet)
+    if bytes_only and numbers_only:
+        raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
+    stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
     wanted = None if layers is None else parse_layers(layers)
+    counts = parse_tokens(tokens)
+    if report is not None:
+        require_charts()
     from quarkconv.verify.verify import verify_checkpoint
 
     with ExitStack() as stack:
-        watcher = _Watcher(stack)
         verification = verify_checkpoint(
-            model, source, device, layers=wanted, tokens=tokens, seed=seed, watcher=watcher
+            model, source, device, layers=wanted, tokens=counts, seed=seed, reference=reference,
+            activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(stack),
         )  # fmt: skip
     if report is not None:
-        from quarkconv.cli.render_verification import to_html
+        from quarkconv.report.verification import verification_report
 
-        _write_report(report, to_html(verification))
+        write_report(report, verification_report(verification, command_line()))
     if json:
         print_json(verification.to_json())
     else:
@@ -63,6 +110,18 @@ def verify(
 
         console().print(render_verification(verification))
     return 0 if verification.ok else 1
+
+
+def parse_tokens(text: str) -> list[int]:
+    """Numbers of tokens from ``64,1024``.
+
+    Raises:
+        UsageError: it is not such a list.
+    """
+    parts = [part.strip() for part in text.split(",")]
+    if not all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts):
+        raise UsageError("These are no numbers of tokens", expected="numbers such as 64 or 16,1024", found=repr(text))
+    return [int(part) for part in parts]
 
 
 def parse_layers(text: str) -> set[int]:
@@ -82,29 +141,22 @@ def parse_layers(text: str) -> set[int]:
 
 
 class _Watcher:
-    """Shows the bytes as a bar and each layer as a line, on stderr, in a terminal."""
+    """Shows the bytes as a bar and each layer as a line, on stderr, in a terminal. Used by several threads."""
 
     def __init__(self, stack: ExitStack) -> None:
         self._stack = stack
-        self._bar = stack.enter_context(ExitStack())
+        self._lock = threading.Lock()
         self._advance: Callable[[int], None] = lambda _: None
 
     def total_bytes(self, total: int) -> None:
-        self._advance = self._bar.enter_context(byte_progress(f"Checking {size(total)}", total))
+        self._advance = self._stack.enter_context(byte_progress(f"Checking {size(total)}", total))
 
     def checked(self, nbytes: int) -> None:
-        self._advance(nbytes)
+        with self._lock:
+            self._advance(nbytes)
 
     def layer(self, numbers: LayerNumbers) -> None:
-        self._bar.close()
-        terminal = console(stderr=True)
-        if terminal.is_terminal:
-            outcome: Any = "ok" if numbers.ok else "differs"
-            terminal.print(f"layer {numbers.layer}: {outcome} in {numbers.seconds:.1f} s", style="dim")
-
-
-def _write_report(name: str, html: str) -> None:
-    try:
-        Path(name).write_text(html, encoding="utf-8")
-    except OSError as error:
-        raise WriteError("The report cannot be written", file=name, found=error.strerror or str(error)) from error
+        if talkative():
+            outcome = "ok" if numbers.ok else "differs"
+            said = f"layer {numbers.layer}: {outcome} in {numbers.seconds:.1f} s"
+            console(stderr=True).print(said, style="dim")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import threading
 from collections.abc import Callable, Mapping
@@ -18,13 +19,14 @@ from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.manifest import WrittenTensor
 from quarkconv.verify.arenas import Arena
-from quarkconv.verify.layer_reads import LayerRead, layer_reads, projection_names, w2_offset
+from quarkconv.verify.layer_reads import PAGE, LayerRead, layer_reads, projection_names, w2_offset
 from quarkconv.verify.loading import FusedExperts
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem
 
 _BLOCK: Final = 2 * 2**20
 """Bytes that are read before their checksum is computed: they are in the processor's cache then."""
+_DIRECT: Final = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -51,15 +53,18 @@ class LayerFiles:
         self._progress = progress
         self._refs = description.checkpoint.refs()
         self._descriptors: dict[str, int] = {}
+        self._direct: dict[str, int | None] = {}
         self._lock = threading.Lock()
 
     def __enter__(self) -> LayerFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
+        for descriptor in (*self._descriptors.values(), *self._direct.values()):
+            if descriptor is not None:
+                os.close(descriptor)
         self._descriptors.clear()
+        self._direct.clear()
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor."""
@@ -81,7 +86,9 @@ class LayerFiles:
         """
         reads = layer_reads(layer, self._refs, self._written)
         wrong: dict[str, list[LayerRead]] = {}
-        for item, same in zip(reads, self._pool.map(lambda item: self._fill(item, arena.memory), reads), strict=True):
+        for item, same in zip(
+            reads, self._pool.map(lambda item: self._fill(item, arena.memory, on_page=True), reads), strict=True
+        ):
             if not same:
                 wrong.setdefault(item.tensor, []).append(item)
         for name, items in wrong.items():
@@ -140,15 +147,19 @@ class LayerFiles:
         name = projection_names(layer, role, 0).input_scale
         return self.small(name).float().reshape(layer.experts) if self.has(name) else None
 
-    def _fill(self, item: LayerRead, memory: memoryview) -> bool:
-        """Read one range to its place; False when it has another checksum than it should."""
+    def _fill(self, item: LayerRead, memory: memoryview, *, on_page: bool = False) -> bool:
+        """Read one range to its place in memory, which may start on a page; False when its checksum is another."""
         descriptor = self._descriptor(item.file)
         hasher = xxhash.xxh3_128() if item.checksum else None
         done = 0
         while done < item.nbytes:
             view = memory[item.at + done : item.at + min(done + _BLOCK, item.nbytes)]
             try:
-                count = os.preadv(descriptor, [view], item.start + done)
+                count = (
+                    self._read_block(item, view, done, descriptor)
+                    if on_page
+                    else os.preadv(descriptor, [view], item.start + done)
+                )
             except OSError as error:
                 raise self._unreadable(item, error.strerror or str(error)) from error
             if count == 0:
@@ -160,6 +171,32 @@ class LayerFiles:
             return True
         self._progress(item.nbytes)
         return hasher.hexdigest() == item.checksum
+
+    def _read_block(self, item: LayerRead, view: memoryview, done: int, descriptor: int) -> int:
+        """Read a block: from the page cache where it is there, else past it where it lies on pages."""
+        start = item.start + done
+        if not ((item.at + done) % PAGE or start % PAGE or len(view) % PAGE):
+            direct = self._direct_descriptor(item.file)
+            if direct is not None:
+                try:
+                    return os.preadv(descriptor, [view], start, os.RWF_NOWAIT)
+                except BlockingIOError:
+                    return os.preadv(direct, [view], start)
+                except OSError as error:
+                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                        raise
+        return os.preadv(descriptor, [view], start)
+
+    def _direct_descriptor(self, file: str) -> int | None:
+        """The file opened for reads past the page cache; None where the system does not do that."""
+        with self._lock:
+            if file not in self._direct:
+                try:
+                    flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
+                    self._direct[file] = os.open(self.description.checkpoint.root / file, flags) if _DIRECT else None
+                except OSError:
+                    self._direct[file] = None
+            return self._direct[file]
 
     def _descriptor(self, file: str) -> int:
         with self._lock:

@@ -1,0 +1,43 @@
+"""Writing the HTML file of ``--report``."""
+
+from __future__ import annotations
+
+import os
+import shlex
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+from quarkconv.errors import UsageError, WriteError
+
+
+def require_charts() -> None:
+    """Refuse ``--report`` before anything is computed where the charts cannot be drawn.
+
+    Raises:
+        UsageError: matplotlib is not installed.
+    """
+    if find_spec("matplotlib") is None:
+        raise UsageError(
+            "The charts of a report need matplotlib", expected="matplotlib 3.9 or later", found="none",
+            hint="pip install 'quarkconv[report]', or leave --report out",
+        )  # fmt: skip
+
+
+def command_line() -> str:
+    """The command as it was given."""
+    return shlex.join(["quarkconv", *sys.argv[1:]])
+
+
+def write_report(name: str, html: str) -> None:
+    """Write a report, whole or not at all.
+
+    Raises:
+        WriteError: it cannot be written.
+    """
+    part = Path(f"{name}.part")
+    try:
+        part.write_text(html, encoding="utf-8")
+        os.replace(part, name)
+    except OSError as error:
+        raise WriteError("The report cannot be written", file=name, found=error.strerror or str(error)) from error

@@ -1,0 +1,143 @@
+"""Charts as inline SVG, drawn by matplotlib, in the colours of the page that holds them.
+
+Text stays text, so that it can be read aloud, searched and copied. Ink is ``currentColor`` and series are CSS
+variables, so that one picture serves light and dark pages and paper.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from html import escape
+from typing import TYPE_CHECKING, Any, Final
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_INK: Final = "#010203"
+_SERIES: Final = ("#010204", "#010205", "#010206", "#010207")
+_WIDTH: Final = 8.0
+_STYLE: Final = {
+    "svg.fonttype": "none", "svg.hashsalt": "quarkconv", "font.family": "sans-serif", "font.size": 9,
+    "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _INK, "grid.alpha": 0.15,
+    "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
+}  # fmt: skip
+_numbers = itertools.count(1)
+
+
+def line_chart(
+    title: str,
+    x: Sequence[int],
+    series: Mapping[str, Sequence[float | None]],
+    *,
+    x_label: str,
+    y_label: str,
+    log: bool = False,
+    bound: float | None = None,
+    described: str,
+) -> str:
+    """Lines with a mark at each point; None is a gap.
+
+    Args:
+        title: what it shows.
+        x: positions, such as layers.
+        series: name -> values.
+        x_label, y_label: of the axes.
+        log: whether the y axis is logarithmic; zeros are gaps then.
+        bound: drawn as a dashed line.
+        described: what a reader who does not see it should know.
+    """
+    with _axes(title, described, height=2.6) as (axes, out):
+        for colour, mark, (name, values) in zip(_SERIES, "osD^", series.items(), strict=False):
+            shown = [float("nan") if value is None or (log and value <= 0) else value for value in values]
+            axes.plot(x, shown, marker=mark, markersize=3.5, linewidth=1.2, color=colour, label=name)
+        if bound is not None:
+            axes.axhline(bound, color=_INK, linestyle="--", linewidth=1, label=f"bound {bound:.3g}")
+        if log:
+            axes.set_yscale("log", nonpositive="mask")
+        _whole_numbers(axes)
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
+    return out[0]
+
+
+def bar_chart(
+    title: str, names: Sequence[str], values: Sequence[float], *, x_label: str, y_label: str, described: str
+) -> str:
+    """Bars side by side."""
+    with _axes(title, described, height=2.4) as (axes, out):
+        axes.bar(range(len(names)), values, color=_SERIES[0])
+        step = max(1, len(names) // 12)
+        axes.set_xticks(range(0, len(names), step), [names[at] for at in range(0, len(names), step)])
+        axes.grid(visible=False, axis="x")
+        axes.set_xlabel(x_label)
+        axes.set_ylabel(y_label)
+    return out[0]
+
+
+def heat_map(
+    title: str, rows: Sequence[int], cells: Sequence[Sequence[float | None]], *, label: str, described: str
+) -> str:
+    """A colour for each expert (column) of each layer (row)."""
+    columns = max(map(len, cells), default=1)
+    height = min(max(1.2 + 0.09 * len(rows), 1.8), 7.5)
+    filled = [
+        [float("nan") if value is None else value for value in row] + [float("nan")] * (columns - len(row))
+        for row in cells
+    ]
+    with _axes(title, described, height=height) as (axes, out):
+        image = axes.imshow(filled, aspect="auto", interpolation="nearest", cmap="viridis")
+        step = max(1, -(-len(rows) // 16))
+        axes.set_yticks(range(0, len(rows), step), [str(row) for row in rows[::step]])
+        axes.grid(visible=False)
+        axes.set_xlabel("expert")
+        axes.set_ylabel("layer")
+        bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
+        bar.set_label(label)
+        bar.outline.set_edgecolor(_INK)
+        _whole_numbers(axes, y=False)
+    return out[0]
+
+
+def _whole_numbers(axes: Axes, *, y: bool = False) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
+    if y:
+        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+
+
+@contextmanager
+def _axes(title: str, described: str, *, height: float) -> Iterator[tuple[Any, list[str]]]:
+    """Axes to draw in; when the block ends, the list holds the figure as HTML."""
+    from matplotlib import rc_context
+    from matplotlib.figure import Figure
+
+    out: list[str] = []
+    with rc_context(_STYLE):  # type: ignore[arg-type]
+        figure = Figure(figsize=(_WIDTH, height), layout="constrained")
+        yield figure.add_subplot(), out
+        drawn = io.StringIO()
+        figure.savefig(drawn, format="svg", metadata={"Date": None, "Creator": None})
+    out.append(_embedded(drawn.getvalue(), title, described))
+
+
+def _embedded(svg: str, title: str, described: str) -> str:
+    """An SVG document as a figure of a page: the page's colours, names that occur once, words for who does not see."""
+    svg = svg[svg.index("<svg") :]
+    prefix = f"c{next(_numbers)}-"
+    svg = re.sub(r'\bid="', f'id="{prefix}', svg)
+    svg = re.sub(r'(href="#|url\(#)', rf"\g<1>{prefix}", svg)
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    label = escape(described, quote=True).replace("\\", r"\\")
+    opening = rf'<svg xmlns:xlink="http://www.w3.org/1999/xlink" viewBox="\1" role="img" aria-label="{label}">'
+    svg = re.sub(r'<svg [^>]*?viewBox="([^"]*)"[^>]*>', opening, svg, count=1)
+    svg = svg.replace(_INK, "currentColor")
+    for number, colour in enumerate(_SERIES, start=1):
+        svg = svg.replace(colour, f"var(--series-{number})")
+    return f'<figure tabindex="0"><figcaption>{escape(title)}</figcaption>{svg.strip()}</figure>'
