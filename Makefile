@@ -59,5 +59,18 @@ bench-gpu: $(STAMP)  ## Measure the INT8 forward on the GPU, beside vLLM where t
 tune: $(STAMP)  ## Write a table of launch options for the GPU at hand
 	$(BIN)/python -m quarkconv.kernels.tune
 
+FUZZ_SECONDS ?= 60
+fuzz: $(STAMP)  ## Fuzz every parser for FUZZ_SECONDS each, and whole checkpoints with a thousand random ones
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,fuzz]'
+	@for target in header shard index config manifest state; do \
+		echo "== $$target" && $(BIN)/python tests/fuzz/fuzz_parsers.py $$target --seconds $(FUZZ_SECONDS) \
+			2>&1 | grep -E '^Done|ERROR|Error|stat::|written to' || exit 1; \
+	done
+	@test -z "$$(ls build/fuzz/finds)" || { echo "finds are in build/fuzz/finds"; exit 1; }
+	HOSTILE_ALL=1 HYPOTHESIS_EXAMPLES=1000 $(BIN)/python -m pytest -q -o timeout=3600 tests/fuzz tests/hostile/test_bounds.py
+
+load: $(STAMP)  ## A thousand conversions in one process, and many commands at once
+	LOAD=1 $(BIN)/python -m pytest -q -s tests/hostile/test_load.py
+
 clean:  ## Remove what was built
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV) .venv-engines

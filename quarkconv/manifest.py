@@ -134,7 +134,11 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         ],
         "files": manifest.files,
     }
-    return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
+    text = json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n"
+    try:
+        return text.encode()
+    except UnicodeEncodeError:  # half a surrogate pair in a string of the config: JSON has it escaped only
+        return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
 def read_manifest(root: Path) -> Manifest | None:

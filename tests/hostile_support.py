@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 import subprocess
 import sys
-import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -96,7 +93,7 @@ def one_object(stdout: str) -> dict[str, Any]:
 
 
 class Measured(NamedTuple):
-    """A command that ran in a process of its own."""
+    """A command that ran in a process of its own: what it said, the processor time and the memory that it took."""
 
     code: int
     stdout: str
@@ -105,20 +102,31 @@ class Measured(NamedTuple):
     megabytes: float
 
 
-def measured(*arguments: str | Path, cwd: Path | None = None, timeout: float = 60) -> Measured:
-    """Run the program in a process of its own; its memory is the largest that it ever had."""
-    command = [sys.executable, "-P", "-m", "quarkconv", *map(str, arguments)]
-    started = time.perf_counter()
-    with subprocess.Popen(command, cwd=cwd, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
-        watch = threading.Timer(timeout, process.kill)
-        watch.start()
-        try:
-            assert process.stdout is not None
-            assert process.stderr is not None
-            stdout, stderr = process.stdout.read(), process.stderr.read()
-            _, status, usage = os.wait4(process.pid, 0)
-            process.returncode = os.waitstatus_to_exitcode(status)
-        finally:
-            watch.cancel()
-    seconds = time.perf_counter() - started
-    return Measured(process.returncode, stdout, stderr, seconds, usage.ru_maxrss / 1024)
+_WATCH = """
+import os, signal, subprocess, sys
+child = subprocess.Popen(sys.argv[2:])
+signal.signal(signal.SIGALRM, lambda *_: child.kill())
+signal.alarm(int(sys.argv[1]))
+_, status, usage = os.wait4(child.pid, 0)
+print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=sys.stderr)
+"""
+"""A small process that starts the command: memory is counted from that of whoever starts it."""
+
+
+def measured(*arguments: str | Path, cwd: Path | None = None, timeout: int = 60) -> Measured:
+    """Run the program in a process of its own, and end it after some seconds."""
+    command = [
+        sys.executable,
+        "-c",
+        _WATCH,
+        str(timeout),
+        sys.executable,
+        "-P",
+        "-m",
+        "quarkconv",
+        *map(str, arguments),
+    ]
+    done = subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=True)
+    stderr, _, last = done.stderr.rstrip("\n").rpartition("\n")
+    code, seconds, kilobytes = last.split()
+    return Measured(int(code), done.stdout, stderr, float(seconds), int(kilobytes) / 1024)

@@ -12,8 +12,9 @@ from quarkconv.headers.files import leads_outside, read_regular
 
 MAX_CONFIG_BYTES: Final = 32 * 2**20
 MAX_INDEX_BYTES: Final = 100_000_000
-MAX_VALUES: Final = 4_000_000
-"""How many values a file may hold: a few bytes of JSON can become a hundred of memory."""
+MAX_VALUES: Final = 1_200_000
+"""How many values a large file may hold: a few bytes of JSON can become a hundred of memory."""
+_LARGE: Final = 12_000_000
 MAX_DEPTH: Final = 100
 
 
@@ -24,7 +25,7 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
         path: the file.
         code: finding code for whatever is wrong with it.
         limit: largest size in bytes that is read.
-        values: how many JSON values it may hold.
+        values: how many JSON values it may hold, if it is larger than 12 MB.
 
     Raises:
         SourceError: missing, no regular file, a link that leads out of the directory, larger than ``limit``, of too
@@ -63,12 +64,14 @@ def read_json_of(files: Files, name: str, *, code: str, limit: int, values: int 
 
 
 def _parse(raw: bytes, name: str, code: str, values: int) -> dict[str, Any]:
-    found = raw.count(b",") + raw.count(b"{") + raw.count(b"[")
-    if found > values:
-        raise _too_much(name, code, f"at most {values} values", f"{found} separators")
+    brackets = raw.count(b"{") + raw.count(b"[")
+    if len(raw) > _LARGE:
+        found = brackets + raw.count(b",")
+        if found > values:
+            raise _too_much(name, code, f"at most {values} values", f"{found} separators")
     try:
         value = json.loads(raw)
-        if not _is_shallow(value):
+        if brackets > MAX_DEPTH and not _is_shallow(value):
             raise RecursionError
     except (ValueError, RecursionError) as error:
         raise SourceError(

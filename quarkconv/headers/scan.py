@@ -18,11 +18,12 @@ _START: Final = re.compile(
     r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?(?=")'
 )
 _ENTRY: Final = re.compile(
-    r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+","shape":\[[\d,]{0,200})\],"data_offsets":\[(\d+),(\d+)\]\}[,}]',
+    r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+","shape":\[[\d,]*)\],"data_offsets":\[(\d+),(\d+)\]\}[,}]',
     re.ASCII,
 )
 _KIND: Final = re.compile(r'([A-Z0-9_]+)","shape":\[((?:(?:0|[1-9]\d{0,17})(?:,(?!$)|$))*)', re.ASCII)
 _MAX_DIGITS: Final = 18
+_MAX_KIND: Final = 300
 
 
 class Scanned(NamedTuple):
@@ -54,7 +55,10 @@ def scan_header(text: str) -> Scanned | None:
         return None
     if any(end != "0" for end in ends if end[0] == "0") or max(map(len, ends)) > _MAX_DIGITS:
         return None
-    kinds = {kind_text: _parse_kind(kind_text) for kind_text in set(kind_texts)}
+    distinct = set(kind_texts)
+    if max(map(len, distinct)) > _MAX_KIND:
+        return None
+    kinds = {kind_text: _parse_kind(kind_text) for kind_text in distinct}
     resolved = [kind for kind in map(kinds.__getitem__, kind_texts) if kind is not None]
     return Scanned(names, resolved, tuple(map(int, ends))) if len(resolved) == len(names) else None
 

@@ -63,6 +63,7 @@ class Quark(PerExpertTarget):
         source = quantization_config(description.checkpoint.config)
         declared = description.declared
         carried = source if isinstance(source, dict) and declared is not None and declared.method == "quark" else {}
+        export = carried.get("export")
         layer = _layer_config(static)
         kv_layers = _kv_cache_layers(declared, layer)
         quantization = {
@@ -80,7 +81,7 @@ class Quark(PerExpertTarget):
             "exclude": ignored_modules(description),
             "export": {
                 "min_kv_scale": 0.0,
-                **carried.get("export", {}),
+                **(export if isinstance(export, dict) else {}),
                 "kv_cache_group": list(kv_layers),
                 "pack_method": "reorder",
                 "weight_format": "real_quantized",

@@ -47,7 +47,7 @@ INVALID = {
     "nested 100,000 deep": text('{"a":' * 100_000),
     "nested 500 deep": config(lambda value: value.update(a=nested(500))),
     "a quantization_config nested 200 deep": config(lambda value: value.update(quantization_config=nested(200))),
-    "five million values": text('{"a":[' + "0," * 5_000_000 + "0]}"),
+    "seven million values": text('{"a":[' + "0," * 7_000_000 + "0]}"),
     "an integer of 5,000 digits": text('{"num_experts":' + "9" * 5000 + "}"),
     "a directory": lambda folder: ((folder / "config.json").unlink(), (folder / "config.json").mkdir()),
 }

@@ -1,0 +1,32 @@
+"""Small files that would take a careless reader minutes or gigabytes; `benchmarks/hostile.py` measures the seconds."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from builders import write_json
+from hostile_bombs import BOMBS
+from hostile_support import MEGABYTES, measured
+
+CHOSEN = (
+    "one tensor of 900,000 dimensions", "5,000 dimensions of 2,000 digits", "a header of brackets",
+    "a config of objects", "an index of 300,000 shards", "an expression that never ends",
+)  # fmt: skip
+"""Of each kind one; all of them with HOSTILE_ALL."""
+
+
+@pytest.mark.parametrize("name", BOMBS if os.environ.get("HOSTILE_ALL") else CHOSEN)
+def test_what_would_take_a_careless_reader_gigabytes_is_answered(name: str, tmp_path: Path) -> None:
+    write_json(tmp_path / "config.json", {})
+    BOMBS[name](tmp_path)
+    before = sorted(tmp_path.iterdir())
+    done = measured("inspect", tmp_path, "--json", timeout=60)
+    assert done.code in (1, 3), done.stderr
+    value = json.loads(done.stdout)
+    assert len(done.stdout) < 200_000
+    assert value.get("findings") or value["error"]
+    assert done.megabytes < MEGABYTES
+    assert sorted(tmp_path.iterdir()) == before
