@@ -30,7 +30,9 @@ EXPORTS = (
     "glm4_moe-0.13-f2f-mtp_bf16",
     "qwen2_moe-0.11-eager-shared_expert",
     "qwen3_moe-0.11-eager-layer_type",
+    "qwen3_moe-0.11-eager-kv_cache_fp8",
     "qwen3_moe-0.13-f2f-attention_per_tensor",
+    "qwen3_moe-0.13-f2f-experts_per_projection",
 )
 W8A8 = "w8a8_int8"
 FORMS = {"w8a8-int8": None, "compressed-tensors": W8A8, "bf16": None}
@@ -112,9 +114,12 @@ REFUSED = {
     ("qwen3_moe-quark0.13-f2f", "quark", W8A8): (ValueError, "does not match the quantization method"),
     ("minimax_m2-quark0.13-f2f", "compressed-tensors", None): (NotImplementedError, "only for NPU for now"),
     ("minimax_m2-quark0.13-f2f", "fused-int8", None): (NotImplementedError, "only for NPU for now"),
+    ("qwen3_moe-0.13-f2f-layer_excluded", "w8a8-int8", None): (TypeError, "UnquantizedLinearMethod.create_weights"),
+    ("qwen3_moe-0.13-f2f-layer_excluded", "compressed-tensors", W8A8): (TypeError, "UnquantizedLinearMethod"),
 }
 """Export, target and ``--quantization`` -> how SGLang refuses it. Of exports with attention in int8, the scheme of the
-linears asks for CUDA before that of the experts is looked up."""
+linears asks for CUDA before that of the experts is looked up. A layer whose experts were left in float gets the method
+of a linear."""
 
 
 @pytest.mark.parametrize(("name", "target", "quantization"), REFUSED)
