@@ -103,6 +103,9 @@ def make_model(shape: str, layers: int, folder: Path) -> Path:
 
     source = folder / "source"
     write_checkpoint(source, {"minimax": MINIMAX_M2, "qwen3": QWEN3_30B, "tiny": TINY}[shape], layers, data=True)
+    config = json.loads((source / "config.json").read_text())
+    config["model_type"] = "random"  # the router holds random bits, NaN among them: tokens are dealt out instead
+    (source / "config.json").write_text(json.dumps(config))
     return convert_checkpoint(source, "fused-int8", folder / "model").output
 
 

@@ -13,6 +13,9 @@ from quarkconv.cli.console import console, indented, plural, printable, size, ti
 from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
+_WORST: Final = 5
+_SPARKS: Final = 40
+_BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _FULL_WIDTH: Final = 72
 """Columns of a terminal from which on all figures of a layer are shown."""
 
@@ -22,6 +25,8 @@ def render_verification(verification: Verification) -> RenderableType:
     parts: list[RenderableType] = [_stages(verification)]
     if verification.numbers.layers:
         parts.append(_numbers(verification.numbers.layers))
+    if verification.numbers.experts:
+        parts.append(_lost(verification))
     if verification.problems:
         parts.append(_problems(verification.problems))
     parts.append(_verdict(verification))
@@ -60,14 +65,17 @@ def _stages(verification: Verification) -> RenderableType:
 
 def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
-    columns = ("layer", "experts", "vs exact", "vs float", "SNR", "cosine", "largest")
+    several = len({layer.tokens for layer in layers}) > 1
+    columns = ("tokens" if several else "experts", "vs exact", "vs float", "outliers", "SNR", "cosine", "largest")
+    columns = ("layer", *columns)
     shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
     for column in columns[:shown]:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in layers:
         noise = layer.reference
         cells = (
-            str(layer.layer), f"{layer.reached}/{layer.experts}", _error(layer.exact), _error(noise),
+            str(layer.layer), str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
+            _error(layer.exact), _error(noise), "-" if layer.outliers is None else _error(layer.outliers),
             "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB", f"{noise.cosine:.5f}", f"{noise.max_error:.2g}",
         )  # fmt: skip
         table.add_row(*cells[:shown])
@@ -81,6 +89,32 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
         )
         lines.append(indented(said, 2, "dim"))
     return Group(*lines, "")
+
+
+def _lost(verification: Verification) -> RenderableType:
+    """The layers' noise as a small chart, and the weights that suffered most."""
+    lines: list[RenderableType] = []
+    noise = [layer.reference.snr_db for layer in verification.numbers.layers]
+    known = [value for value in noise if value is not None]
+    if len(known) > 1:
+        low, high = min(known), max(known)
+        lines.append(indented(f"SNR by layer  {_sparks(noise)}  {low:.1f} to {high:.1f} dB", 2, "dim"))
+    worst = verification.numbers.worst(_WORST)
+    if worst:
+        lines.append(Text("Furthest from the reference", style="bold"))
+        for layer, role, expert, error in worst:
+            said = f"layer {layer} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
+            lines.append(indented(said, 2, "dim"))
+    return Group(*lines, "") if lines else Group()
+
+
+def _sparks(values: list[float | None]) -> str:
+    """Values as a line of blocks, lowest to highest; as many as a terminal is wide, the least of each few."""
+    known = [value for value in values if value is not None]
+    low, span = min(known), (max(known) - min(known)) or 1.0
+    step = -(-len(values) // _SPARKS)
+    few = [min((v for v in values[at : at + step] if v is not None), default=low) for at in range(0, len(values), step)]
+    return "".join(_BLOCKS[min(int((value - low) / span * len(_BLOCKS)), len(_BLOCKS) - 1)] for value in few)
 
 
 def _error(distance: Distance) -> Text:

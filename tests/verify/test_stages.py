@@ -1,0 +1,212 @@
+"""Which stages run, over how many tokens, with which inputs; and layers read while others are computed."""
+
+from __future__ import annotations
+
+import json
+import threading
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from writing_support import make_checkpoint, run_cli
+
+import quarkconv
+from quarkconv.description import describe
+from quarkconv.verify import streaming
+from quarkconv.verify.arenas import ArenaPool
+from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
+from quarkconv.verify.layer_files import LayerFiles
+from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
+from quarkconv.verify.loading import ExpertReader
+
+NAME = "qwen3_moe-quark0.13-f2f"
+
+
+@pytest.mark.parametrize(
+    "name", [NAME, "mixtral-quark0.11-eager", "step3p5-like-3key_fused", "qwen3_moe-quark0.11-eager-int8_static",
+             "qwen3_moe-quark0.13-f2f-per_tensor_weight"],
+)  # fmt: skip
+@pytest.mark.parametrize("after", [False, True])
+def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, converted):
+    from concurrent.futures import ThreadPoolExecutor
+
+    description = describe(converted(name) if after else checkpoints(name))
+    with ThreadPoolExecutor(3) as pool, LayerFiles(description, {}, pool, lambda _: None) as files:
+        for layer in description.int8_layers:
+            with ArenaPool(1, layer_nbytes(layer), pinned=False) as arenas, ExpertReader(description) as reader:
+                found = files.read(layer, arenas.take(1), [])
+                expected = reader.fused(layer, torch.device("cpu"))
+                for field in ("w13", "w13_scale", "w2", "w2_scale", "w13_input_scale", "w2_input_scale"):
+                    one, other = getattr(found, field), getattr(expected, field)
+                    assert (one is None) == (other is None), field
+                    assert one is None or torch.equal(one, other), field
+
+
+def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
+    taken = []
+
+    def pool(count, nbytes, **kinds):
+        taken.append(count)
+        return ArenaPool(count, nbytes, **kinds)
+
+    monkeypatch.setattr(streaming, "ArenaPool", pool)
+    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu")
+    assert result.ok
+    assert len(result.numbers.layers) == 3
+    assert taken == [2]
+
+
+def test_every_byte_is_compared_once(converted):
+    seen, lock = [], threading.Lock()
+
+    class Watcher:
+        def total_bytes(self, total):
+            self.total = total
+
+        def checked(self, nbytes):
+            with lock:
+                seen.append(nbytes)
+
+        def layer(self, numbers): ...
+
+    watcher = Watcher()
+    assert quarkconv.verify_checkpoint(converted(NAME), device="cpu", watcher=watcher).ok
+    assert sum(seen) == watcher.total
+
+
+@pytest.mark.parametrize("position", ["first", "last"])
+@pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
+def test_a_changed_code_is_found_while_its_layer_is_read(projection, position, converted, tmp_path, copy_tree):
+    folder = copy_tree(converted(NAME), tmp_path / "copy")
+    refs = describe(folder).checkpoint.refs()
+    ref = refs[f"model.layers.1.mlp.experts.{projection}"]
+    with open(folder / ref.file, "r+b") as file:
+        at = ref.start if position == "first" else ref.end - 1
+        file.seek(at)
+        byte = file.read(1)
+        file.seek(at)
+        file.write(bytes([byte[0] ^ 1]))
+    problems = quarkconv.verify_checkpoint(folder, device="cpu").problems
+    assert [(item.stage, item.layer) for item in problems] == [("bytes", 1)]
+    assert projection in problems[0].tensor
+    fast = quarkconv.verify_checkpoint(folder, device="cpu", fail_fast=True)
+    assert not fast.ok
+    assert len(fast.numbers.layers) < 3
+
+
+@pytest.fixture
+def copy_tree():
+    import shutil
+
+    return lambda one, other: shutil.copytree(one, other)
+
+
+def test_stages_alone(converted):
+    model = converted(NAME)
+    alone = quarkconv.verify_checkpoint(model, device="cpu", stages=["bytes"])
+    assert alone.ok
+    assert alone.bytes.pieces
+    assert (alone.numbers.layers, alone.numbers.skipped) == ((), "it was not asked for")
+    alone = quarkconv.verify_checkpoint(model, device="cpu", stages=["numbers"])
+    assert alone.ok
+    assert alone.bytes.skipped == "it was not asked for"
+    assert alone.numbers.layers
+
+
+def test_several_numbers_of_tokens(converted, capsys):
+    code, out, _ = run_cli(
+        capsys, "verify", converted(NAME), "--device", "cpu", "--tokens", "4,300", "--layers", "1", "--json"
+    )
+    assert code == 0
+    numbers = json.loads(out)["numbers"]
+    assert numbers["tokens"] == [4, 300]
+    assert [layer["tokens"] for layer in numbers["layers"]] == [4, 300]
+    assert sum(numbers["experts"][0]["load"]) == 300 * 3
+
+
+@pytest.mark.parametrize("words", [["--tokens", "0"], ["--tokens", "1,x"], ["--bytes-only", "--numbers-only"]])
+def test_wrong_usage(words, converted, capsys):
+    assert run_cli(capsys, "verify", converted(NAME), "--device", "cpu", *words)[0] == 2
+
+
+def test_inputs_with_outliers_are_as_they_are_said_to_be(converted):
+    description = describe(converted(NAME))
+    with ExpertReader(description) as reader:
+        experts = reader.fused(description.int8_layers[0], torch.device("cpu"))
+    inputs = random_inputs(experts, 200, 0)
+    assert inputs.plain == 100
+    crest = inputs.states.float().abs().amax(dim=1) / inputs.states.float().square().mean(dim=1).sqrt()
+    assert crest[:100].max() < 6
+    assert crest[100:].median() > 6
+    assert rounding_noise(inputs.states[:100], None) < 0.02 < rounding_noise(inputs.states[100:], None)
+
+
+def test_rounding_noise_is_that_of_quantizing():
+    states = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
+    scale = states.double().abs().amax(dim=1, keepdim=True) / 127
+    rounded = (states.double() / scale).round() * scale
+    measured = ((rounded - states.double()).norm() / states.double().norm()).item()
+    assert rounding_noise(states, None) == pytest.approx(measured, rel=0.02)
+
+
+@pytest.fixture
+def recorded(tmp_path):
+    def write(**tensors):
+        save_file(tensors, tmp_path / "states.safetensors")
+        return tmp_path / "states.safetensors"
+
+    return write
+
+
+def test_recorded_hidden_states(converted, recorded):
+    states = torch.randn(3, 10, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
+    file = recorded(**{"model.layers.1.mlp": states, "2": states.float()})
+    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=file, layers={1, 2}, tokens=25)
+    assert result.ok
+    assert [layer.inputs for layer in result.numbers.layers] == [
+        "recorded: states.safetensors, model.layers.1.mlp", "recorded: states.safetensors, 2",
+    ]  # fmt: skip
+    assert [layer.outliers for layer in result.numbers.layers] == [None, None]
+    assert sum(result.numbers.experts[0].load) == 25 * 3
+    layer = describe(converted(NAME)).int8_layers[1]
+    given = RecordedInputs(file).inputs(layer, 25, torch.device("cpu")).states
+    assert torch.equal(given, states.reshape(-1, 128)[:25])
+
+
+@pytest.mark.parametrize(
+    ("tensors", "said"),
+    [({"3": torch.zeros(2, 128)}, "nothing for a layer"), ({"hidden_states": torch.zeros(2, 64)}, "do not fit"),
+     ({"hidden_states": torch.zeros(2, 128, dtype=torch.int32)}, "do not fit")],
+)  # fmt: skip
+def test_recorded_states_that_do_not_fit(tensors, said, converted, recorded):
+    with pytest.raises(quarkconv.UsageError, match=said):
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=recorded(**tensors))
+
+
+def test_recorded_states_that_cannot_be_read(converted, tmp_path):
+    (tmp_path / "x").write_bytes(b"nothing")
+    with pytest.raises(quarkconv.SourceError, match="recorded activations"):
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=tmp_path / "x")
+
+
+def test_written_tensors_of_no_manifest():
+    assert written_tensors(None) == {}
+
+
+def test_layers_are_dealt_out_over_devices(converted, monkeypatch):
+    monkeypatch.setattr("quarkconv.verify.verify.pick_devices", lambda _: (torch.device("cpu"),) * 3)
+    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu")
+    assert result.ok
+    assert [layer.layer for layer in result.numbers.layers] == [0, 1, 2]
+    assert result.numbers.device == "3 x cpu"
+
+
+def test_an_error_in_a_thread_is_told(tmp_path, monkeypatch):
+    folder = make_checkpoint(tmp_path / "m", layers=3)
+
+    def fail(*_, **__):
+        raise quarkconv.SourceError("broken while it was read")
+
+    monkeypatch.setattr(LayerFiles, "read", fail)
+    with pytest.raises(quarkconv.SourceError, match="broken while"):
+        quarkconv.verify_checkpoint(folder, device="cpu")
