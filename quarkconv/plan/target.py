@@ -113,7 +113,7 @@ class Int8Count(NamedTuple):
     """How many int8 modules have a form, and how many of them are no routed experts."""
 
     form: Form
-    count: int
+    modules: int
     linears: int
 
 
