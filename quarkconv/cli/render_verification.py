@@ -66,8 +66,8 @@ def _stages(verification: Verification) -> RenderableType:
 def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
     several = len({layer.tokens for layer in layers}) > 1
-    columns = ("tokens" if several else "experts", "vs exact", "vs float", "outliers", "SNR", "cosine", "largest")
-    columns = ("layer", *columns)
+    second = "tokens" if several else "experts"
+    columns = ("layer", second, "vs exact", "vs float", "outliers", "SNR", "cosine", "largest")
     shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
     for column in columns[:shown]:
         table.add_column(column, justify="right", no_wrap=True)

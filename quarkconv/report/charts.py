@@ -59,6 +59,7 @@ def line_chart(
             axes.axhline(bound, color=_INK, linestyle="--", linewidth=1, label=f"bound {bound:.3g}")
         if log:
             axes.set_yscale("log", nonpositive="mask")
+        axes.set_xlim(min(x, default=0) - 0.5, max(x, default=0) + 0.5)
         _whole_numbers(axes)
         axes.set_xlabel(x_label)
         axes.set_ylabel(y_label)
@@ -100,16 +101,14 @@ def heat_map(
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label(label)
         bar.outline.set_edgecolor(_INK)
-        _whole_numbers(axes, y=False)
+        _whole_numbers(axes)
     return out[0]
 
 
-def _whole_numbers(axes: Axes, *, y: bool = False) -> None:
+def _whole_numbers(axes: Axes) -> None:
     from matplotlib.ticker import MaxNLocator
 
     axes.xaxis.set_major_locator(MaxNLocator(nbins=12, integer=True))
-    if y:
-        axes.yaxis.set_major_locator(MaxNLocator(integer=True))
 
 
 @contextmanager

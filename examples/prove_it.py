@@ -1,0 +1,52 @@
+"""A walk through a proof: convert a real Quark export, prove it, and look at what was found, layer by layer.
+
+    python examples/prove_it.py [MODEL] [REFERENCE]
+
+MODEL defaults to the export beside this file. REFERENCE, if given, is the model before it was quantized.
+"""
+
+from __future__ import annotations
+
+import sys
+import tempfile
+from pathlib import Path
+
+import quarkconv
+
+HERE = Path(__file__).resolve().parent
+
+
+def main(model: str, reference: str | None = None) -> None:
+    # 1. What is it? Headers only; for a repo id on the Hub, a few MB.
+    inspection = quarkconv.inspect_checkpoint(model)
+    print(f"{model}: {inspection.scheme}, {len(inspection.description.moe_layers)} MoE layers")
+    for finding in inspection.findings:
+        print(f"  {finding.severity}: {finding.message}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        # 2. Make it loadable. Nothing is decided while it is written: the plan can be looked at before.
+        plan = quarkconv.plan_conversion(model, "fused-int8")
+        print(f"plan: {sum(len(shard.tensors) for shard in plan.shards)} tensors, {plan.output_bytes:,} bytes")
+        result = quarkconv.convert_checkpoint(model, "fused-int8", Path(folder) / "converted")
+
+        # 3. Prove it: every byte against the manifest and the source, and the numbers of each layer.
+        verification = quarkconv.verify_checkpoint(
+            result.output, source=result.source, reference=reference, tokens=[16, 256]
+        )
+
+    # 4. Read the proof. The exact distance says whether the kernel is right, the other how much 8 bits cost.
+    print("verified" if verification.ok else f"{len(verification.problems)} problem(s)")
+    for problem in verification.problems:
+        print(f"  {problem.stage}: {problem.tensor}: {problem.message}")
+    for layer in verification.numbers.layers:
+        print(
+            f"  layer {layer.layer}, {layer.tokens:3} tokens: {layer.exact.relative_error:.1e} from exact arithmetic, "
+            f"{layer.reference.relative_error:.2%} from the dequantized model"
+        )
+    for index, role, expert, error in verification.numbers.worst(3):
+        print(f"  furthest from the reference: layer {index} expert {expert} {role}, {error.relative_error:.2%}")
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:] or [str(HERE / "qwen3_moe-quark0.13-f2f")]
+    main(*arguments[:2])
