@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm sglang transformers quark
 
-.PHONY: demo test test-engines check style bench bench-gpu tune picture docs clean help
+.PHONY: demo test test-engines check style bench bench-gpu tune picture docs fuzz load clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
