@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm sglang transformers quark
 
-.PHONY: demo test test-engines check style bench bench-gpu tune picture docs fuzz load clean help
+.PHONY: demo test test-engines check style bench bench-gpu tune picture docs fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -68,6 +68,10 @@ fuzz: $(STAMP)  ## Fuzz every parser for FUZZ_SECONDS each, and whole checkpoint
 	done
 	@test -z "$$(ls build/fuzz/finds)" || { echo "finds are in build/fuzz/finds"; exit 1; }
 	HOSTILE_ALL=1 HYPOTHESIS_EXAMPLES=1000 $(BIN)/python -m pytest -q -o timeout=3600 tests/fuzz tests/hostile/test_bounds.py
+
+audit: $(STAMP)  ## Look for known vulnerabilities of what is pinned (needs the network)
+	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
 
 load: $(STAMP)  ## A thousand conversions in one process, and many commands at once
 	LOAD=1 $(BIN)/python -m pytest -q -s tests/hostile/test_load.py

@@ -20,11 +20,11 @@ def main() -> None:
     """Measure each, and print a table."""
     print("| input | MB | exit | seconds of processor time | MB of memory |\n| --- | --: | --: | --: | --: |")
     with tempfile.TemporaryDirectory() as temporary:
-        for number, (name, write) in enumerate(BOMBS.items()):
+        for number, (name, make) in enumerate(BOMBS.items()):
             folder = Path(temporary) / str(number)
             folder.mkdir()
             write_json(folder / "config.json", {})
-            write(folder)
+            make()(folder)
             nbytes = sum(path.stat().st_size for path in folder.iterdir())
             runs = [measured("inspect", folder, "--json", timeout=120) for _ in range(1)]
             seconds = sorted(run.seconds for run in runs)[0]

@@ -1,4 +1,4 @@
-"""The table of promises names tests that exist, and every test of a promise that it should name."""
+"""The tables of promises name tests that exist, and every test of a promise that they should name."""
 
 from __future__ import annotations
 
@@ -6,8 +6,14 @@ import ast
 import re
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[1]
-FOLDER = ROOT / "tests" / "write"
+TABLES = {
+    "## Promises": (ROOT / "tests" / "write", ("test_killed.py", "test_interrupted.py", "test_source.py")),
+    "## Hostile inputs": (ROOT / "tests" / "hostile", ("test_",)),
+}
+"""Heading -> where its tests are, and the files of which the table must name every test."""
 
 
 def names_in(path: Path) -> set[str]:
@@ -16,16 +22,18 @@ def names_in(path: Path) -> set[str]:
     return {f"{path.name}::{node.name}" for node in functions if node.name.startswith("test_")}
 
 
-def test_every_promise_is_held_by_a_test_that_exists() -> None:
-    table = (ROOT / "docs" / "reliability.md").read_text().partition("## Promises")[2].partition("\n## ")[0]
-    rows = [line for line in table.splitlines() if line.startswith("|")][2:]
+@pytest.mark.parametrize("heading", TABLES)
+def test_every_promise_is_held_by_a_test_that_exists(heading: str) -> None:
+    folder, complete = TABLES[heading]
+    text = (ROOT / "docs" / "reliability.md").read_text()
+    section = text.partition(f"{heading}\n")[2].partition("\n## ")[0]
+    rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     assert len(rows) > 25
-    existing = set().union(*map(names_in, FOLDER.glob("test_*.py")))
+    existing = set().union(*map(names_in, folder.glob("test_*.py")))
     named = set()
     for row in rows:
         tests = set(re.findall(r"`(test_\w+\.py::\w+)`", row))
         assert tests, row
         assert tests <= existing, tests - existing
         named |= tests
-    about_failures = ("test_killed.py", "test_interrupted.py", "test_source.py")
-    assert {test for test in existing if test.startswith(about_failures)} <= named
+    assert {test for test in existing if test.startswith(complete)} <= named

@@ -38,7 +38,7 @@ MAX_NAME: Final = 1024
 MAX_DIMENSIONS: Final = 64
 _MIN_ENTRY_BYTES: Final = 48
 _MAX_FREE_BYTES: Final = 32 * 2**20
-_MAX_FREE_TENSORS: Final = 150_000
+_MAX_FREE_TENSORS: Final = 100_000
 _MAX_FREE_VALUES: Final = 2_000_000
 """Bounds for a header in another form than tools write: as JSON it takes several times the memory."""
 

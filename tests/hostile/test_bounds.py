@@ -21,7 +21,7 @@ CHOSEN = (
 @pytest.mark.parametrize("name", BOMBS if os.environ.get("HOSTILE_ALL") else CHOSEN)
 def test_what_would_take_a_careless_reader_gigabytes_is_answered(name: str, tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
-    BOMBS[name](tmp_path)
+    BOMBS[name]()(tmp_path)
     before = sorted(tmp_path.iterdir())
     done = measured("inspect", tmp_path, "--json", timeout=60)
     assert done.code in (1, 3), done.stderr
