@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -145,3 +146,17 @@ def test_modules_are_imported_by_names_that_are_written_down() -> None:
     """``import_module`` takes names from a table of the package, never from a file."""
     users = [path.name for path in SOURCES if "import_module" in path.read_text()]
     assert users == ["__init__.py"]
+
+
+def test_what_ci_installs_has_hashes_and_the_versions_that_are_pinned() -> None:
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
+    locked = 0
+    for file in ("requirements.txt", "torch.txt"):
+        for line in (ROOT / ".ci" / file).read_text().splitlines()[1:]:
+            found = re.fullmatch(r"([\w.-]+)==([\w.]+)(?:\+cpu)? --hash=sha256:[0-9a-f]{64}", line)
+            assert found, line
+            name = found[1].lower().replace("_", "-")
+            assert pinned.get(name, found[2]) == found[2], f"{line}: run .ci/lock.py"
+            locked += 1
+    assert locked > 50
