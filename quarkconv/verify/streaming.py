@@ -221,15 +221,12 @@ class _Run:
         job, layer, outcome = self.job, self.job.layers[number], self._outcomes[number]
         config = job.description.checkpoint.config
         original = None if self._original is None else self._original.weights(layer, experts.w13.device)
-        checked = CheckedLayer(
-            layer,
-            experts,
-            config,
-            job.description.geometry.top_k,
-            router_of(layer, config, self._files),
-            source,
-            original,
-        )
+        router, top_k = router_of(layer, config, self._files), job.description.geometry.top_k
+        if router is not None and not all(bool(part.isfinite().all()) for part in router[1:] if part is not None):
+            message = "The router's tensors are not finite: no token would find its experts"
+            outcome.problems.append(Problem("numbers", layer.index, layer.moe, message))
+            router = None  # the experts are checked all the same
+        checked = CheckedLayer(layer, experts, config, top_k, router, source, original)
         outcome.problems.extend(layer_problems(checked))
         load: tuple[int, ...] = ()
         for tokens in job.tokens:

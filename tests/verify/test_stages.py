@@ -210,3 +210,17 @@ def test_an_error_in_a_thread_is_told(tmp_path, monkeypatch):
     monkeypatch.setattr(LayerFiles, "read", fail)
     with pytest.raises(quarkconv.SourceError, match="broken while"):
         quarkconv.verify_checkpoint(folder, device="cpu")
+
+
+def test_a_router_that_is_not_finite_is_named_and_experts_are_checked(tmp_path, checkpoints):
+    model = checkpoints.copy(NAME, tmp_path / "model")
+    ref = describe(model).checkpoint.refs()["model.layers.1.mlp.gate.weight"]
+    with open(model / ref.file, "r+b") as file:
+        file.seek(ref.start)
+        file.write(b"\xff" * 2)
+    result = quarkconv.verify_checkpoint(model, device="cpu")
+    (problem,) = result.problems
+    assert (problem.layer, problem.tensor) == (1, "model.layers.1.mlp")
+    assert "not finite" in problem.message
+    assert all(layer.ok for layer in result.numbers.layers)
+    assert "uniform random" in result.numbers.layers[1].routing
