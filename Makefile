@@ -23,7 +23,7 @@ demo: $(STAMP)  ## Inspect, convert and verify a real Quark export
 test: $(STAMP)  ## Run every test
 	$(BIN)/python -m pytest -q $(TESTS)
 
-test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 600 MB, 1.3 GB of disk)
+test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 600 MB, 900 MB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
 	@failed=; for engine in $(ENGINES); do \
 		echo "$$engine:"; \
