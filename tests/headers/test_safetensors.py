@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from builders import entry, raw_file
+from huggingface_hub.hf_api import _parse_safetensors_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
@@ -216,6 +217,19 @@ def test_valid_files_are_accepted_and_safetensors_agrees(name: str, form: str, s
     assert header.truncated == 0
     with safe_open(scratch, framework="np") as file:
         assert sorted(header.names) == sorted(file.keys())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("name", VALID)
+def test_what_is_accepted_huggingface_hub_reads_alike(name: str, form: str, scratch: Path) -> None:
+    raw = FORMS[form](VALID[name])
+    scratch.write_bytes(raw)
+    header = read_header(scratch, "model.safetensors")
+    theirs = _parse_safetensors_header(raw[8 : header.data_start], "model.safetensors", "here").tensors
+    assert {name: (info.dtype, tuple(info.shape), *info.data_offsets) for name, info in theirs.items()} == {
+        name: (*kind, start, end)
+        for name, kind, start, end in zip(header.names, header.kinds, header.starts, header.ends, strict=True)
+    }
 
 
 @pytest.mark.parametrize("form", FORMS)
