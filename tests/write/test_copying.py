@@ -20,7 +20,7 @@ from quarkconv.write.copying import copy_file
 
 def test_other_files_are_copied_and_other_copies_of_the_weights_are_not(small: Path, tmp_path: Path) -> None:
     copied = {
-        "tokenizer.json": b"{}", "README.md": b"# model\n", "chat_template.jinja": b"", "modeling_x.py": b"raise 1",
+        "tokenizer.json": b"{}", "NOTES.md": b"# model\n", "chat_template.jinja": b"", "modeling_x.py": b"raise 1",
         "sub/folder/notes.txt": bytes(range(256)), "sub/vocab.txt": b"a\nb\n",
         # names that the working folder could use itself
         "plan.json": b"{}", "lock": b"x", "model-00001-of-00001.safetensors.json": b"{}", "a.part": b"x",
