@@ -33,7 +33,7 @@ def engines() -> str:
     """The table of engines."""
     rows = ["| engine | version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 7]
     for fact in engine_facts():
-        only = ", ".join([*fact.schemes, *fact.layouts, *fact.model_types, *(f"not {m}" for m in fact.not_model_types)])
+        only = ", ".join(fact.only_for)
         cells = [fact.engine, fact.version, fact.form, f"**{fact.verdict}**", only, fact.note, fact.proof]
         rows.append(f"| {' | '.join(cells)} |")
     return "\n".join(rows)
@@ -105,6 +105,13 @@ def conversion_growth() -> str:
     return f"{what}\n\n{table('', rows, '`cp -r`')}"
 
 
+def conversion_targets() -> str:
+    """The other targets beside fused-int8."""
+    found = result("convert")["targets"]
+    what = measured(found, f"{found['bytes'] / 1e9:.1f} GB, nearly all of it the experts of a layer of MiniMax-M2")
+    return f"{what}\n\n{table('', [('', found['rows'])], '`--to fused-int8`')}"
+
+
 def checksums() -> str:
     """How fast checksums are."""
     rows = [f"| {item['name']} | {item['gb_per_s']:.2f} GB/s |" for item in result("convert")["checksums"]["rows"]]
@@ -126,6 +133,7 @@ PARTS = {
     "copying": copying,
     "conversion": conversion,
     "conversion-growth": conversion_growth,
+    "conversion-targets": conversion_targets,
     "checksums": checksums,
 }
 DOCUMENTS = ["README.md", "docs/findings.md", "docs/engines.md", "docs/performance.md"]

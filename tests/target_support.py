@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from writing_support import Tensors
+from writing_support import Tensors, with_engine_names
 
 COMPANIONS = (".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")
 OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
@@ -33,4 +33,4 @@ def expected_tensors(source: Tensors, target: str) -> Tensors:
             expected[f"{module}.weight_scale"] = scale if static is None else scale[..., 0]
         else:
             expected[f"{module}.weight_scale"] = scale.unsqueeze(-1)
-    return expected
+    return with_engine_names(expected) if target == "compressed-tensors" else expected

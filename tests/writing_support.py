@@ -239,7 +239,12 @@ def fused_int8(source: Path) -> Tensors:
             halves = [gate[e] if end == "_input_scale" else torch.cat([gate[e], up[e]]) for e in range(count)]
             expected[f"{prefix}.{both}{end}"] = torch.stack(halves)
             expected[f"{prefix}.{last}{end}"] = torch.stack(down)
-    return expected
+    return with_engine_names(expected)
+
+
+def with_engine_names(tensors: Tensors) -> Tensors:
+    """Scales of the key-value cache under the names that vLLM's compressed-tensors path knows."""
+    return {re.sub(r"\.([kv])_proj\.output_scale$", r".\1_scale", name): tensor for name, tensor in tensors.items()}
 
 
 def _split(pieces: Tensors, name: str, weight: torch.Tensor, scale: torch.Tensor, static: torch.Tensor | None) -> None:

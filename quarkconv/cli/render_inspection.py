@@ -132,8 +132,7 @@ def engine_table(facts: Iterable[EngineFact], *, evidence: bool) -> Table:
     for fact in facts:
         notes = [fact.note] if fact.note else []
         if evidence:
-            only = [*fact.schemes, *fact.layouts, *fact.model_types, *(f"not {name}" for name in fact.not_model_types)]
-            notes += [f"only: {', '.join(only)}"] if only else []
+            notes += [f"only: {', '.join(fact.only_for)}"] if fact.only_for else []
             notes.append(f"evidence: {fact.proof}")
         shown = Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict])
         table.add_row(fact.engine, fact.version, fact.form, shown, "\n".join(notes))

@@ -12,6 +12,8 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.description import Description
+from quarkconv.scheme.config import quantization_config
+from quarkconv.scheme.patterns import is_pattern
 
 VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
 """Best first."""
@@ -20,9 +22,17 @@ FUSED: Final = "fused-int8"
 ENGINE_NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
 """How engines write their names, where that is not in small letters."""
 
+FEATURES: Final = {
+    "float-experts": "experts of some layers in float",
+    "layer-types": "layer_type_quant_config",
+    "exclude-patterns": "patterns with * in exclude",
+    "zero-points": "zero points",
+}
+"""What a row may ask for beside scheme, layout and model type."""
+
 _SILENTLY: Final = {"w8a16": "keeps activations in 16 bits", "wrong": "computes something else than the model"}
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
-_CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types")
+_CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
 
@@ -44,13 +54,27 @@ class EngineFact:
     layouts: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
     not_model_types: tuple[str, ...] = ()
+    having: tuple[str, ...] = ()
+    not_having: tuple[str, ...] = ()
 
-    def holds_for(self, scheme: str, layout: str | None, model_type: str | None) -> bool:
-        """Whether the row is about a checkpoint of this scheme, layout of the experts and model type."""
+    def holds_for(
+        self, scheme: str, layout: str | None, model_type: str | None, features: Collection[str] = ()
+    ) -> bool:
+        """Whether the row is about a checkpoint of this scheme, layout, model type and these :data:`FEATURES`."""
         wanted = ((self.schemes, scheme), (self.layouts, layout), (self.model_types, model_type))
-        return all(not allowed or value in allowed for allowed, value in wanted) and (
-            model_type not in self.not_model_types
+        return (
+            all(not allowed or value in allowed for allowed, value in wanted)
+            and model_type not in self.not_model_types
+            and set(self.having) <= set(features)
+            and not set(self.not_having) & set(features)
         )
+
+    @property
+    def only_for(self) -> list[str]:
+        """What the row holds for, where that is not every checkpoint; for people."""
+        excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
+        held = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
+        return held + [f"not {name}" for name in excluded]
 
     @property
     def proof(self) -> str:
@@ -92,13 +116,31 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
     layouts: dict[str | None, str] = dict.fromkeys(converted_to, description.unfused_layout(layer))
     layouts |= {FUSED: "fused"} if FUSED in layouts else {}
     layouts[stored] = layer.layout
+    features = {as_it_is: _features(description, as_it_is) for as_it_is in (False, True)}
     found = [
         fact
         for fact in engine_facts()
-        if fact.form in layouts and fact.holds_for(scheme, layouts[fact.form], model_type)
+        if fact.form in layouts
+        and fact.holds_for(scheme, layouts[fact.form], model_type, features[fact.form == stored])
     ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), fact.form != stored))
+
+
+def _features(description: Description, as_it_is: bool) -> set[str]:
+    """Which of :data:`FEATURES` a checkpoint has: as it is, or with the config that a conversion writes."""
+    found = {"float-experts"} if any(not layer.quantized for layer in description.moe_layers) else set()
+    quantization = quantization_config(description.checkpoint.config)
+    if as_it_is and any(form.zero_point is not None for form, _, _ in description.modules.quantized()):
+        found.add("zero-points")
+    if as_it_is and isinstance(quantization, dict):
+        if quantization.get("layer_type_quant_config"):
+            found.add("layer-types")
+        exclude = quantization.get("exclude")
+        entries = [entry for entry in exclude if isinstance(entry, str)] if isinstance(exclude, list) else []
+        if any(is_pattern(entry) and not entry.startswith("re:") for entry in entries):
+            found.add("exclude-patterns")
+    return found
 
 
 def advice(stored: str | None, facts: Iterable[EngineFact]) -> str | None:

@@ -7,8 +7,8 @@ from importlib.metadata import version
 from typing import Final
 
 CARD_NAME: Final = "README.md"
-MAX_CARD_BYTES: Final = 2**22
-"""A longer README.md is copied as it is."""
+MAX_CARD_BYTES: Final = 2**17
+"""A longer README.md is copied as it is: reading YAML takes seconds for a megabyte."""
 
 _BEGIN, _END = "<!-- quarkconv -->", "<!-- /quarkconv -->"
 _SECTION: Final = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)

@@ -173,7 +173,7 @@ class _Made:
         used.update(self._of_other_ranks)
         for name, ref in self._refs.items():
             if name not in used and not self._target.drops(name):
-                yield OutputTensor(name, ref.dtype, ref.shape, (Piece.whole(name, ref),))
+                yield OutputTensor(self._target.renamed(name), ref.dtype, ref.shape, (Piece.whole(name, ref),))
 
 
 def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:

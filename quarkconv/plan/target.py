@@ -61,6 +61,10 @@ class Target(ABC):
         """What the source says and the output cannot; nothing is dropped that is not named here."""
         yield from ()
 
+    def renamed(self, name: str) -> str:
+        """The name in the output of a tensor that belongs to no int8 module."""
+        return name
+
     def drops(self, name: str) -> bool:  # noqa: ARG002
         """Whether a tensor that no other is made of is left out; :meth:`losses` says so."""
         return False

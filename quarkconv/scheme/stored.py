@@ -23,6 +23,8 @@ SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
 _WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point")
+_CACHED: Final = ("k_proj", "v_proj")
+"""Projections whose outputs a key-value cache holds; engines name its scales ``k_scale`` and ``v_scale``."""
 _KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -160,6 +162,9 @@ def _orphans(kinds: Mapping[str, Kind], linears: dict[str, Form], fused: dict[st
     for module in linears:
         owned.update(linear_names(module))
         owned.update((f"{module}.output_scale", f"{module}.output_zero_point"))
+        attention, _, projection = module.rpartition(".")
+        if projection in _CACHED:
+            owned.add(f"{attention}.{projection[0]}_scale")
     for module in fused:
         owned.update(fused_names(module))
     return [name for name in kinds if name.endswith(_COMPANIONS) and name not in owned]

@@ -19,7 +19,14 @@ from quarkconv.scheme.stored import linear_names, nbytes
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import dropped_settings, replace_quantization
 
-_OF_ACTIVATIONS: Final = ("input_scale", "input_zero_point", "output_scale", "output_zero_point")
+_OF_ACTIVATIONS: Final = (
+    "input_scale",
+    "input_zero_point",
+    "output_scale",
+    "output_zero_point",
+    ".k_scale",
+    ".v_scale",
+)
 
 
 class Bf16(PerExpertTarget):

@@ -16,6 +16,7 @@ from typing import Any
 from quarkconv.description import Description
 from quarkconv.findings import Finding
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
+from quarkconv.targets.kv_cache import name_in_engines
 from quarkconv.targets.per_expert import PerExpertTarget
 
 
@@ -27,6 +28,9 @@ class CompressedTensors(PerExpertTarget):
 
     def config(self, description: Description) -> dict[str, Any]:
         return compressed_tensors_config(description)
+
+    def renamed(self, name: str) -> str:
+        return name_in_engines(name)
 
     def losses(self, description: Description) -> Iterator[Finding]:
         return compressed_tensors_losses(description)

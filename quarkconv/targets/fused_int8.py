@@ -26,6 +26,7 @@ from quarkconv.plan.pieces import Check, OutputTensor
 from quarkconv.plan.sources import ExpertSource
 from quarkconv.plan.target import Target
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
+from quarkconv.targets.kv_cache import name_in_engines
 
 _PARTS: Final[tuple[tuple[Role, ...], ...]] = (("gate", "up"), ("down",))
 
@@ -69,6 +70,9 @@ class FusedInt8(Target):
 
     def config(self, description: Description) -> dict[str, Any]:
         return compressed_tensors_config(description)
+
+    def renamed(self, name: str) -> str:
+        return name_in_engines(name)
 
     def losses(self, description: Description) -> Iterator[Finding]:
         return compressed_tensors_losses(description)

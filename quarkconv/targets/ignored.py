@@ -9,16 +9,19 @@ from quarkconv.contradictions import is_linear
 from quarkconv.description import Description
 from quarkconv.experts.naming import NAMINGS
 
-FUSED_PARENTS: Final[dict[str, str]] = {
-    "q_proj": "qkv_proj", "k_proj": "qkv_proj", "v_proj": "qkv_proj",
-    "gate_proj": "gate_up_proj", "up_proj": "gate_up_proj",
-    "w1": "gate_up_proj", "w3": "gate_up_proj",
-    "q_a_proj": "fused_qkv_a_proj", "kv_a_proj_with_mqa": "fused_qkv_a_proj",
-    "in_proj_qkv": "in_proj_qkvz", "in_proj_z": "in_proj_qkvz",
-    "in_proj_b": "in_proj_ba", "in_proj_a": "in_proj_ba",
-}  # fmt: skip
-"""Linears that engines merge into one at load -> name of the merged linear. vLLM expands the merged name to its parts;
-SGLang has no such table for some models and looks for the merged name itself, so both are named."""
+MERGED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
+    ("q_proj", "k_proj", "v_proj"): ("qkv_proj",),
+    ("gate_proj", "up_proj"): ("gate_up_proj",),
+    ("w1", "w3"): ("gate_up_proj",),
+    ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
+    ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
+}
+"""Linears that engines merge into one at load -> names of the merged linear, in vLLM and in SGLang. vLLM expands the
+merged name to its parts; SGLang has no such table for some models and looks for the merged name itself, so both are
+named."""
+
+_MERGED_WITH: Final = {part: (parts, merged) for parts, merged in MERGED.items() for part in parts}
 
 
 def ignored_modules(description: Description) -> list[str]:
@@ -36,10 +39,9 @@ def _ignored(description: Description) -> Iterator[str]:
         if module in topology.members:
             continue
         head, _, leaf = module.rpartition(".")
-        parent = FUSED_PARENTS.get(leaf)
-        parts = [f"{head}.{part}" for part, merged in FUSED_PARENTS.items() if merged == parent]
-        if parent is not None and not quantized.intersection(parts):
-            yield f"{head}.{parent}"
+        parts, merged = _MERGED_WITH.get(leaf, ((), ()))
+        if not quantized.intersection(f"{head}.{part}" for part in parts):
+            yield from (f"{head}.{name}" for name in merged)
     for layer in topology.layers:
         if not layer.quantized:
             yield layer.prefix

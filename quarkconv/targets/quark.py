@@ -23,6 +23,7 @@ from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules
+from quarkconv.targets.kv_cache import name_in_quark
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import KV_CACHE, dropped_settings, replace_quantization
 
@@ -36,7 +37,7 @@ class Quark(PerExpertTarget):
     """The target ``quark``."""
 
     name = "quark"
-    summary = "back to a Quark export; loads in vLLM 0.28 and later, and in Quark"
+    summary = "back to a Quark export; loads in vLLM 0.28 and later"
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
         names = linear_names(module.name)
@@ -89,6 +90,9 @@ class Quark(PerExpertTarget):
             },
         }
         return replace_quantization(description.checkpoint.config, quantization)
+
+    def renamed(self, name: str) -> str:
+        return name_in_quark(name)
 
     def losses(self, description: Description) -> Iterator[Finding]:
         declared = description.declared

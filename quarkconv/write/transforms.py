@@ -13,8 +13,9 @@ from quarkconv.plan.pieces import Piece
 
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
-_CODES_AT_ONCE: Final = 96 * 2**10
-"""Codes that become weights at a time: few enough that they, as F32, stay in the cache of a processor."""
+_CODES_AT_ONCE: Final = 2**15 - 1
+"""Codes that become weights at a time: as F32 they stay in the cache of a processor, and torch does not divide so few
+among threads of its own, which would only wait for one another here."""
 
 
 class Reader(Protocol):

@@ -38,7 +38,7 @@ def test_every_row_is_read() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['engine']} {row['version']} {row['as']}")
 def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
-    assert row["engine"] in {"vllm", "sglang", "transformers"}
+    assert row["engine"] in {"vllm", "sglang", "transformers", "quark"}
     assert row["as"] in FORMS
     assert row["verdict"] in VERDICTS
     assert row["version"]
@@ -47,14 +47,15 @@ def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
     assert row["note"] or row["verdict"] == "int8"
     assert set(row.get("schemes", [])) <= {*SCHEME_NAMES.values(), "mixed"}
     assert set(row.get("layouts", [])) <= {"per_expert", "stacked", "fused"}
-    for key in ("schemes", "layouts", "model_types", "not_model_types"):
+    assert {*row.get("having", []), *row.get("not_having", [])} <= set(engines.FEATURES)
+    for key in ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having"):
         assert key not in row or (row[key] and all(isinstance(item, str) for item in row[key]))
 
 
 def test_no_row_says_the_same_twice() -> None:
     keys = [
         (row["engine"], row["version"], row["as"], str(row.get("schemes")), str(row.get("layouts")),
-         str(row.get("model_types")))
+         str(row.get("model_types")), str(row.get("having")))
         for row in ROWS
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
@@ -102,7 +103,7 @@ def test_qwen3_moe(checkpoints: Any) -> None:
     }  # fmt: skip
     assert verdicts(path, "fused-int8") == {"0.25.1": "fails", ">=0.28": "int8"}
     assert verdicts(path, "quark", "sglang") == {"0.5.23": "fails"}
-    assert verdicts(path, "fused-int8", "transformers") == {"5.23": "fails"}
+    assert verdicts(path, "fused-int8", "transformers") == {"5.23": "wrong"}
 
 
 @pytest.mark.parametrize("name", ["mixtral-quark0.11-eager", "minimax_m2-quark0.13-f2f"])
@@ -110,10 +111,12 @@ def test_models_of_the_other_naming_load_fused(name: str, checkpoints: Any) -> N
     assert verdicts(checkpoints(name), "fused-int8")[">=0.28"] == "int8"
 
 
-@pytest.mark.parametrize("name", ["deepseek_v3-quark0.13-f2f", "step3p5-like-3key_fused"])
-def test_models_whose_class_takes_no_fused_experts(name: str, checkpoints: Any) -> None:
+@pytest.mark.parametrize(
+    ("name", "verdict"), [("deepseek_v3-quark0.13-f2f", "fails"), ("step3p5-like-3key_fused", "wrong")]
+)
+def test_models_whose_class_takes_no_fused_experts(name: str, verdict: str, checkpoints: Any) -> None:
     found = verdicts(checkpoints(name), "fused-int8")
-    assert found["0.28 - 0.33"] == "fails"
+    assert found["0.28 - 0.33"] == verdict
     assert "int8" not in found.values()
 
 
@@ -154,6 +157,35 @@ def test_best_first(checkpoints: Any) -> None:
 )
 def test_the_form_that_a_checkpoint_is_in(name: str, form: str | None, checkpoints: Any) -> None:
     assert stored_form(inspect_checkpoint(checkpoints(name)).description) == form
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "engine", "verdict"),
+    [
+        ("qwen3_moe-0.13-f2f-layer_excluded", "w8a8-int8", "sglang", {"0.5.23": "fails"}),
+        ("qwen3_moe-quark0.13-f2f", "w8a8-int8", "sglang", {"0.5.23": "int8"}),
+        ("qwen3_moe-0.11-eager-layer_type", "compressed-tensors", "vllm", {"0.28 - 0.33": "int8"}),
+        ("qwen3_moe-quark0.13-f2f", "quark", "quark", {"0.13": "fails"}),
+        ("mixtral-quark0.11-eager", "quark", "quark", {}),  # it has zero points
+    ],
+)
+def test_what_else_a_checkpoint_has_counts(
+    name: str, form: str, engine: str, verdict: dict[str, str], checkpoints: Any
+) -> None:
+    found = verdicts(checkpoints(name), form, engine)
+    assert {version: found[version] for version in found if version in verdict or engine != "vllm"} == verdict
+
+
+@pytest.mark.parametrize(
+    ("name", "verdict"),
+    [("qwen3_moe-0.11-eager-layer_type", "fails"), ("qwen3_moe-0.13-f2f-exclude_patterns_on_disk", "wrong")],
+)
+def test_what_vllm_reads_otherwise_in_a_quark_config(name: str, verdict: str, checkpoints: Any) -> None:
+    found = verdicts(checkpoints(name), "quark")
+    assert found["0.33"] == verdict
+    assert "0.28 - 0.33" not in found
+    rows = inspect_checkpoint(checkpoints(name)).engines
+    assert any((row.engine, row.form, row.verdict) == ("vllm", "compressed-tensors", "int8") for row in rows)
 
 
 # Advice

@@ -351,7 +351,7 @@ def test_tensors_that_are_not_understood_pass_through(tmp_path: Path) -> None:
         "model.rotary.inv_freq": torch.randn(7).double(),
         "model.ids": torch.arange(5),
         "model.empty": torch.empty(0, 4),
-        "model.layers.0.self_attn.k_proj.output_scale": torch.tensor(0.5),
+        "model.layers.0.self_attn.o_proj.output_scale": torch.tensor(0.5),
         "vision.conv.weight": torch.randn(4, 3, 2, 2).bfloat16(),
     }
     write_checkpoint(root, {**tensors, **strange}, json.loads((root / "config.json").read_text()), 2)

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from conftest import Checkpoints
 from writing_support import load, make_checkpoint, run_cli
 
@@ -49,7 +50,12 @@ def test_an_fp8_key_value_cache_goes_over_to_compressed_tensors(
     out = quarkconv.convert_checkpoint(checkpoints(KV_CACHE), target, tmp_path / "out").output
     assert quantization(out)["kv_cache_scheme"] == FP8
     assert losses(checkpoints(KV_CACHE), target) == []
-    assert "model.layers.0.self_attn.k_proj.output_scale" in load(out)
+    before, after = load(checkpoints(KV_CACHE)), load(out)
+    for part in "kv":
+        scale = after[f"model.layers.0.self_attn.{part}_scale"]
+        assert torch.equal(scale, before[f"model.layers.0.self_attn.{part}_proj.output_scale"])
+    assert not [name for name in after if name.endswith("output_scale")]
+    assert quarkconv.inspect_checkpoint(out).findings == ()
 
 
 def test_an_fp8_key_value_cache_comes_back_to_quark(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -57,6 +63,9 @@ def test_an_fp8_key_value_cache_comes_back_to_quark(checkpoints: Checkpoints, tm
     back = quarkconv.convert_checkpoint(there, "quark", tmp_path / "back")
     before, after = quantization(checkpoints(KV_CACHE)), quantization(back.output)
     assert back.plan.losses == ()
+    names = {name for name in load(checkpoints(KV_CACHE)) if name.endswith("output_scale")}
+    assert names == {name for name in load(back.output) if name.endswith("output_scale")}
+    assert len(names) == 4
     assert after["export"]["kv_cache_group"] == before["export"]["kv_cache_group"] == ["*k_proj", "*v_proj"]
     for field in ("layer_quant_config", "kv_cache_quant_config"):
         assert after[field].keys() == before[field].keys()

@@ -79,11 +79,6 @@ STATIC = {"qwen3_moe-quark0.11-eager-int8_static"}
 KV_CACHE = {"qwen3_moe-0.11-eager-kv_cache_fp8"}
 """Exports with a quantized key-value cache."""
 
-KV_CACHE_OPEN = pytest.mark.xfail(
-    strict=True, raises=AttributeError, reason="vLLM asks for self_attn.k_scale, not for k_proj.output_scale"
-)
-"""For targets of :data:`COMPRESSED_TENSORS`, until they rename the scales of the key-value cache."""
-
 COMPRESSED_TENSORS = ("fused-int8", "compressed-tensors")
 """Forms whose config is that of compressed-tensors."""
 
@@ -127,11 +122,7 @@ def cases() -> list[tuple[str, str]]:
 
 
 @pytest.mark.parametrize(("name", "form"), cases())
-def test_every_parameter_is_what_stacking_gives(
-    request: pytest.FixtureRequest, forms: Forms, name: str, form: str
-) -> None:
-    if name in KV_CACHE and form in COMPRESSED_TENSORS:
-        request.applymarker(KV_CACHE_OPEN)
+def test_every_parameter_is_what_stacking_gives(forms: Forms, name: str, form: str) -> None:
     for rank in RANKS:
         model = load(build(forms(name, form), rank), rank)
         assert not mismatches(model, forms.stacked(name), rank, form), rank
@@ -194,11 +185,7 @@ def test_int8_is_computed_where_int8_is_stored(forms: Forms, name: str, form: st
 
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("name", KV_CACHE)
-def test_scales_of_the_key_value_cache_arrive(
-    request: pytest.FixtureRequest, forms: Forms, name: str, form: str
-) -> None:
-    if form in COMPRESSED_TENSORS:
-        request.applymarker(KV_CACHE_OPEN)
+def test_scales_of_the_key_value_cache_arrive(forms: Forms, name: str, form: str) -> None:
     model = load(build(forms(name, form)))
     source = load_tensors(forms.source(name))
     for layer in range(2):
