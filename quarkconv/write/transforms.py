@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import struct
+import threading
 from collections.abc import Iterator
 from typing import Final, Protocol
 
@@ -13,9 +14,8 @@ from quarkconv.plan.pieces import Piece
 
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
-_CODES_AT_ONCE: Final = 2**15 - 1
-"""Codes that become weights at a time: as F32 they stay in the cache of a processor, and torch does not divide so few
-among threads of its own, which would only wait for one another here."""
+_CODES_AT_ONCE: Final = 96 * 2**10
+"""Codes that become weights at a time: few enough that they, as F32, stay in the cache of a processor."""
 
 
 class Reader(Protocol):
@@ -51,7 +51,12 @@ def _rows(piece: Piece, source: Reader) -> bytes:
 
 def _weights(piece: Piece, scale: Piece, source: Reader) -> Iterator[memoryview]:
     """Codes times the scales of their rows, in F32, rounded once to BF16, to nearest and ties to even."""
-    import torch  # only this computation needs it, and importing it takes longer than many conversions
+    with _alone:
+        yield from _products(piece, scale, source)
+
+
+def _products(piece: Piece, scale: Piece, source: Reader) -> Iterator[memoryview]:
+    import torch
 
     factors = bytearray(_rows(scale, source))
     count = len(factors) // 4
@@ -74,6 +79,38 @@ def _weights(piece: Piece, scale: Piece, source: Reader) -> Iterator[memoryview]
             part = slice(row, row + few)
             weights[part] = codes[part].float().mul_(scales[part])
         yield memoryview(result)
+
+
+class _Alone:
+    """Keeps torch from dividing operations among threads of its own, while any thread of ours computes.
+
+    Several threads compute at the same time, and theirs would wait for one another.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._inside = 0
+        self._before = 1
+
+    def __enter__(self) -> None:
+        import torch  # only this computation needs it, and importing it takes longer than many conversions
+
+        with self._lock:
+            if not self._inside:
+                self._before = torch.get_num_threads()
+            self._inside += 1
+            torch.set_num_threads(1)
+
+    def __exit__(self, *_: object) -> None:
+        import torch
+
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                torch.set_num_threads(self._before)
+
+
+_alone: Final = _Alone()
 
 
 def _columns(piece: Piece, source: Reader) -> Iterator[bytearray]:

@@ -109,6 +109,23 @@ def test_codes_become_weights(
     assert torch.equal(torch.frombuffer(bytearray(found), dtype=torch.bfloat16).view(rows, columns), expected)
 
 
+def test_torch_has_its_threads_back_afterwards() -> None:
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        piece, memory, _ = weights(500, 40)
+        first, second = transformed(piece, memory), transformed(piece, memory)
+        next(first)
+        next(second)
+        assert torch.get_num_threads() == 1
+        first.close()
+        assert torch.get_num_threads() == 1
+        second.close()
+        assert torch.get_num_threads() == 3
+    finally:
+        torch.set_num_threads(before)
+
+
 def test_weights_of_no_rows_and_of_no_columns_are_nothing() -> None:
     for rows in (0, 3):
         scale = Piece("scale", "scales", 0, 4 * rows)
