@@ -118,11 +118,13 @@ class QuarkInt8Converter:
                     "This is not a tensor of the checkpoint that the converter was made for", tensor=name,
                     expected=expected, found=str(list(tensor.shape)), hint="make a converter for each checkpoint",
                 )  # fmt: skip
-            missing = self._groups[self._primary[name]].difference(tensors)
+        for primary in {self._primary[name] for name in tensors}:
+            missing = {name for name in self._groups[primary] if name not in tensors}
             if missing:
                 raise SourceError(
-                    "Tensors that are converted together were given one by one", tensor=name,
-                    expected=f"{sorted(missing)[0]} with it", hint="load what get_dependencies names as well",
+                    "Tensors that are converted together were given one by one",
+                    tensor=next(name for name in tensors if self._primary[name] == primary),
+                    expected=f"{min(missing)} with it", hint="load what get_dependencies names as well",
                 )  # fmt: skip
 
 

@@ -23,8 +23,8 @@ from quarkconv.experts.ranks import Rank, make_rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.hub import resolve_model
-from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.verify.devices import pick_device
+from quarkconv.verify.layer_reads import projection_names
 
 Index = tuple[int | slice, ...]
 """Which part of a tensor, along its first dimensions."""
@@ -178,13 +178,7 @@ class ExpertReader:
             layer, role, expert: which one.
             part: the part of the intermediate size that is read: rows of gate and up, columns of down; None for all.
         """
-        if layer.layout == "per_expert":
-            names = linear_names(f"{layer.prefix}.{expert}.{_leaf(layer, role)}")
-        elif layer.layout == "stacked":
-            names = linear_names(f"{layer.moe}.{_leaf(layer, role)}")
-        else:
-            leaf = layer.naming.fused_down if role == "down" else layer.naming.fused_gate_up
-            names = fused_names(f"{layer.prefix}.{leaf}")
+        names = projection_names(layer, role, expert)
         inner = layer.intermediate
         part = part or range(inner)
         first = inner if layer.layout == "fused" and role == "up" else 0
@@ -286,10 +280,6 @@ def check_loadable(layer: MoELayer) -> None:
             found="/".join(sorted({form.weight[0] for form in layer.all_forms})),
             hint="run `quarkconv inspect`",
         )  # fmt: skip
-
-
-def _leaf(layer: MoELayer, role: Role) -> str:
-    return dict(zip(ROLES, layer.naming.projections(), strict=True))[role]
 
 
 def _stacked(scales: list[Tensor], experts: int, device: torch.device) -> Tensor | None:
