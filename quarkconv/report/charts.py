@@ -14,6 +14,8 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
+from quarkconv.report.series import ExpertMap
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
@@ -23,7 +25,8 @@ _WIDTH: Final = 8.0
 _STYLE: Final = {
     "svg.fonttype": "none", "svg.hashsalt": "quarkconv", "font.family": "sans-serif", "font.size": 9,
     "text.color": _INK, "axes.edgecolor": _INK, "axes.labelcolor": _INK, "xtick.color": _INK, "ytick.color": _INK,
-    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "grid.color": _INK, "grid.alpha": 0.15,
+    "axes.spines.top": False, "axes.spines.right": False, "axes.grid": True, "axes.axisbelow": True,
+    "grid.color": _INK, "grid.alpha": 0.15,
     "figure.facecolor": "none", "axes.facecolor": "none", "savefig.facecolor": "none", "legend.frameon": False,
 }  # fmt: skip
 _numbers = itertools.count(1)
@@ -70,36 +73,41 @@ def line_chart(
 def bar_chart(
     title: str, names: Sequence[str], values: Sequence[float], *, x_label: str, y_label: str, described: str
 ) -> str:
-    """Bars side by side."""
+    """Bars side by side; values in bytes, ``B``, get decimal prefixes."""
+    from matplotlib.ticker import EngFormatter
+
     with _axes(title, described, height=2.4) as (axes, out):
         axes.bar(range(len(names)), values, color=_SERIES[0])
         step = max(1, len(names) // 12)
         axes.set_xticks(range(0, len(names), step), [names[at] for at in range(0, len(names), step)])
         axes.grid(visible=False, axis="x")
         axes.set_xlabel(x_label)
-        axes.set_ylabel(y_label)
+        if y_label == "B":
+            axes.yaxis.set_major_formatter(EngFormatter(unit=y_label))
+        else:
+            axes.set_ylabel(y_label)
     return out[0]
 
 
-def heat_map(
-    title: str, rows: Sequence[int], cells: Sequence[Sequence[float | None]], *, label: str, described: str
-) -> str:
+def heat_map(chart: ExpertMap) -> str:
     """A colour for each expert (column) of each layer (row)."""
-    columns = max(map(len, cells), default=1)
-    height = min(max(1.2 + 0.09 * len(rows), 1.8), 7.5)
+    columns = max(map(len, chart.cells), default=1)
+    # Two maps of a large model fit a page of paper.
+    height = min(max(1.2 + 0.06 * len(chart.layers), 1.8), 4.2)
     filled = [
         [float("nan") if value is None else value for value in row] + [float("nan")] * (columns - len(row))
-        for row in cells
+        for row in chart.cells
     ]
-    with _axes(title, described, height=height) as (axes, out):
-        image = axes.imshow(filled, aspect="auto", interpolation="nearest", cmap="viridis")
-        step = max(1, -(-len(rows) // 16))
-        axes.set_yticks(range(0, len(rows), step), [str(row) for row in rows[::step]])
+    title = f"{chart.title} ({chart.note})" if chart.note else chart.title
+    with _axes(title, chart.described(), height=height) as (axes, out):
+        image = axes.imshow(filled, aspect="auto", interpolation="nearest", cmap="viridis", vmin=chart.floor)
+        step = max(1, -(-len(chart.layers) // 16))
+        axes.set_yticks(range(0, len(chart.layers), step), [str(layer) for layer in chart.layers[::step]])
         axes.grid(visible=False)
         axes.set_xlabel("expert")
         axes.set_ylabel("layer")
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
-        bar.set_label(label)
+        bar.set_label(chart.unit)
         bar.outline.set_edgecolor(_INK)
         _whole_numbers(axes)
     return out[0]

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from math import prod
 
 from quarkconv.findings import Severity
-from quarkconv.headers.safetensors import DTYPE_BITS
 from quarkconv.inspection.inspection import Inspection
+from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_kind
 from quarkconv.report import charts, page
 
 
@@ -27,21 +25,22 @@ def _parts(inspection: Inspection, command: str) -> Iterator[str]:
     said = "Sound: config and tensors agree" if inspection.ok else f"{errors} finding(s) of severity error"
     yield page.verdict(said, good=inspection.ok)
     value = inspection.to_json()
+    tool = " ".join(filter(None, (value["quant_method"], value["producer_version"])))
     facts = [
-        ("scheme", value["scheme"] or "none"), ("quantized by", f"{value['quant_method']} {value['producer_version']}"),
+        ("scheme", value["scheme"] or "none"), ("quantized by", tool or "config.json does not say"),
         ("tensors", f"{value['tensors']:,}"), ("bytes", f"{value['bytes']:,}"), ("files", f"{value['shards']:,}"),
     ]  # fmt: skip
-    yield page.section("What it holds", page.table(("what", "value"), facts))
-    yield page.section("Findings", _findings(inspection))
+    yield page.table_section("What it holds", ("what", "value"), facts)
+    yield _findings(inspection)
     yield page.section("Bytes", *_bytes(inspection))
     yield page.section("Mixture of experts", *_topology(inspection))
     targets = [
-        (name, "✓ yes" if support.supported else "✗ no", support.nbytes, support.reason or "")
+        (name, "✓ yes" if support.supported else "✗ no", support.nbytes, support.reason)
         for name, support in inspection.targets.items()
     ]
-    yield page.section("Targets", page.table(("target", "possible", "bytes", "why not"), targets))
+    yield page.table_section("Targets", ("target", "possible", "bytes", "why not"), targets)
     engines = [(fact.engine, fact.version, fact.form, fact.verdict, fact.note) for fact in inspection.engines]
-    yield page.section("Engines", page.table(("engine", "version", "checkpoint as", "runs as", "note"), engines))
+    yield page.table_section("Engines", ("engine", "version", "checkpoint as", "runs as", "note"), engines)
     yield page.about(command)
 
 
@@ -51,31 +50,22 @@ def _findings(inspection: Inspection) -> str:
         for item in inspection.findings
     ]
     if not rows:
-        return page.paragraph("None.")
-    return page.table(("severity", "code", "about", "places", "what was found", "what to do"), rows, sortable=True)
+        return page.section("Findings", page.paragraph("None."))
+    head = ("severity", "code", "about", "places", "what was found", "what to do")
+    return page.table_section("Findings", head, rows, sortable=True)
 
 
 def _bytes(inspection: Inspection) -> Iterator[str]:
-    by_dtype: Counter[str] = Counter()
-    by_kind: Counter[str] = Counter()
-    members = inspection.description.topology.members
-    for name, (dtype, shape) in inspection.description.checkpoint.kinds.items():
-        nbytes = DTYPE_BITS[dtype] * prod(shape) // 8
-        by_dtype[dtype] += nbytes
-        module = name.removesuffix(".weight")
-        if name.endswith(("_scale", "_zero_point")):
-            by_kind["scales and zero points"] += nbytes
-        elif module in members or name in members:
-            by_kind["routed experts"] += nbytes
-        else:
-            by_kind["int8 linears" if dtype == "I8" else "everything else"] += nbytes
-    for title, counts in (("Bytes by dtype", by_dtype), ("Bytes by kind", by_kind)):
-        ordered = counts.most_common()
+    description = inspection.description
+    for title, sizes in (
+        ("Bytes by dtype", bytes_by_dtype(description)),
+        ("Bytes by kind", bytes_by_kind(description)),
+    ):
         yield charts.bar_chart(
-            title, [name for name, _ in ordered], [nbytes / 1e9 for _, nbytes in ordered], x_label="", y_label="GB",
-            described="; ".join(f"{name}: {nbytes / 1e9:.3g} GB" for name, nbytes in ordered),
+            title, [name for name, _ in sizes], [nbytes for _, nbytes in sizes], x_label="", y_label="B",
+            described="; ".join(f"{name}: {nbytes:,} bytes" for name, nbytes in sizes),
         )  # fmt: skip
-        yield page.table(("what", "bytes"), ordered, caption=title)
+        yield page.table(("what", "bytes"), sizes, label=title)
 
 
 def _topology(inspection: Inspection) -> Iterator[str]:
@@ -89,4 +79,4 @@ def _topology(inspection: Inspection) -> Iterator[str]:
         for layer in layers
     ]  # fmt: skip
     head = ("layer", "experts are in", "layout", "experts", "hidden", "intermediate", "int8")
-    yield page.table(head, rows, sortable=True, caption="Layers")
+    yield page.table(head, rows, sortable=True, label="Layers", captioned=True)

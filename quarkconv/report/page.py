@@ -22,21 +22,30 @@ body { margin: 0 auto; max-width: 62rem; padding: 1.5rem; background: var(--pape
 h1 { font-size: 1.5rem; margin: 0; } h2 { font-size: 1.15rem; margin: 2rem 0 .5rem; }
 .dim { color: var(--dim); } .good { color: var(--good); } .bad { color: var(--bad); }
 .verdict { font-size: 1.2rem; font-weight: 600; margin: 1rem 0; }
-figure { margin: 1rem 0; color: var(--ink); } figure svg { width: 100%; height: auto; display: block; }
-figcaption { font-weight: 600; }
+figure { margin: 1rem 0; color: var(--ink); overflow-x: auto; }
+figure svg { width: 100%; min-width: 36rem; height: auto; display: block; }
+figcaption, caption { font-weight: 600; text-align: left; position: sticky; left: 0; }
 :focus-visible { outline: 2px solid var(--series-1); outline-offset: 3px; }
-.scroll { overflow-x: auto; }
+.scroll { overflow-x: auto; margin: .5rem 0 1rem; }
 table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
-th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top; }
-td.number, th.number { text-align: right; white-space: nowrap; }
-th { background: var(--fill); white-space: nowrap; } th button { all: unset; cursor: pointer; font-weight: 600; }
+th, td { text-align: left; padding: .25rem .6rem; border-bottom: 1px solid var(--line); vertical-align: top;
+  overflow-wrap: normal; }
+td.number, th.number { text-align: right; } td.number, td.short { white-space: nowrap; }
+td.long { min-width: 11em; overflow-wrap: anywhere; }
+th { background: var(--fill); vertical-align: bottom; } th button { all: unset; cursor: pointer; font-weight: 600; }
 th button:focus-visible { outline: 2px solid var(--series-1); }
 th[aria-sort=ascending] button::after { content: " \\25B2"; }
 th[aria-sort=descending] button::after { content: " \\25BC"; }
-pre { background: var(--fill); padding: .6rem; overflow-x: auto; white-space: pre-wrap; }
-@media print { :root { --ink: #000; --dim: #444; --paper: #fff; --line: #bbb; --fill: #fff; --good: #1a7f37;
-  --bad: #b42318; --series-1: #0b5fad; --series-2: #b3470a; --series-3: #6b3fa0; --series-4: #1a7f37; }
-  body { max-width: none; padding: 0; } figure, tr { break-inside: avoid; } h2 { break-after: avoid; } }
+@page { margin: 14mm 12mm; @bottom-right { content: counter(page) " / " counter(pages); font: 8pt sans-serif; } }
+@media print { :root { color-scheme: light; --ink: #000; --dim: #444; --paper: #fff; --line: #bbb; --fill: #fff;
+    --good: #1a7f37; --bad: #b42318; --series-1: #0b5fad; --series-2: #b3470a; --series-3: #6b3fa0;
+    --series-4: #1a7f37; }
+  body { max-width: none; padding: 0; font-size: 9.5pt; line-height: 1.35; }
+  figure, .scroll { overflow: visible; } figure svg { min-width: 0; }
+  th, td { padding: .15rem .4rem; } td.long { min-width: 0; } th button { display: contents; }
+  figure, tr, thead, .scroll:not(:has(tbody tr:nth-child(13))) { break-inside: avoid; }
+  h2, caption, thead, tbody tr:nth-child(-n+2) { break-after: avoid; }
+  tbody tr:nth-last-child(-n+2) { break-before: avoid; } }
 """
 
 _SCRIPT: Final = """
@@ -53,6 +62,9 @@ document.querySelectorAll("table.sortable th button").forEach((button) => button
   table.tBodies[0].append(...rows);
 }));
 """
+
+_SHORT: Final = 26
+"""Characters up to which a text stays on one line: names of engines, codes and targets, not those of tensors."""
 
 Cell = str | int | float | None
 
@@ -85,29 +97,42 @@ def section(title: str, *parts: str) -> str:
     return f"<section>\n<h2>{escape(title)}</h2>\n" + "\n".join(parts) + "\n</section>"
 
 
+def table_section(title: str, head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = False) -> str:
+    """A part of the page that is a table."""
+    return section(title, table(head, rows, sortable=sortable, label=title))
+
+
 def paragraph(text: str) -> str:
     """Text."""
     return f'<p class="dim">{escape(text)}</p>'
 
 
-def table(head: Sequence[str], rows: Iterable[Sequence[Cell]], *, sortable: bool = False, caption: str = "") -> str:
-    """A table; numbers are aligned to the right, and sorted as numbers."""
+def table(
+    head: Sequence[str], rows: Iterable[Sequence[Cell]], *, label: str, sortable: bool = False, captioned: bool = False
+) -> str:
+    """A table; numbers are aligned to the right, and sorted as numbers. Columns without a value are left out.
+
+    Args:
+        head: names of the columns.
+        rows: a cell for each column.
+        label: what it shows, for those who do not see where it stands.
+        sortable: whether a click on a column's name sorts the rows by it.
+        captioned: whether the label is shown above.
+    """
     rows = [list(row) for row in rows]
-    numeric = [
-        bool(rows) and all(isinstance(row[column], int | float) or row[column] is None for row in rows)
-        for column in range(len(head))
-    ]
+    kept = [at for at in range(len(head)) if not rows or any(row[at] not in (None, "") for row in rows)]
+    numeric = {at for at in kept if rows and all(isinstance(row[at], int | float | None) for row in rows)}
     titles = "".join(
-        f'<th scope="col"{" class=number" if number else ""}>'
-        + (f"<button type=button>{escape(name)}</button>" if sortable else escape(name)) + "</th>"
-        for name, number in zip(head, numeric, strict=True)
+        f'<th scope="col"{" class=number" if at in numeric else ""}>'
+        + (f"<button type=button>{escape(head[at])}</button>" if sortable else escape(head[at])) + "</th>"
+        for at in kept
     )  # fmt: skip
-    lines = ["<tr>" + "".join(map(_cell, row)) + "</tr>" for row in rows]
+    lines = ["<tr>" + "".join(_cell(row[at]) for at in kept) + "</tr>" for row in rows]
     kind = ' class="sortable"' if sortable else ""
-    said = f"<caption>{escape(caption)}</caption>" if caption else ""
-    label = f' role="region" aria-label="{escape(caption or head[0], quote=True)}" tabindex="0"'
+    said = f"<caption>{escape(label)}</caption>" if captioned else ""
+    region = f' role="region" aria-label="{escape(label, quote=True)}" tabindex="0"'
     return (
-        f'<div class="scroll"{label}><table{kind}>{said}<thead><tr>{titles}</tr></thead>\n<tbody>'
+        f'<div class="scroll"{region}><table{kind}>{said}<thead><tr>{titles}</tr></thead>\n<tbody>'
         + "\n".join(lines) + "</tbody></table></div>"
     )  # fmt: skip
 
@@ -116,12 +141,13 @@ def about(command: str) -> str:
     """Environment and command."""
     packages = ("quarkconv", "torch", "triton", "safetensors", "huggingface_hub")
     rows: list[tuple[str, str]] = [
+        ("command", command),
         ("made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
         ("machine", f"{platform.system()} {platform.machine()}"),
         ("Python", sys.version.split()[0]),
         *((name, found) for name in packages if (found := _version(name)) is not None),
     ]
-    return section("Environment", table(("what", "value"), rows), f"<pre>{escape(command)}</pre>")
+    return table_section("Environment", ("what", "value"), rows)
 
 
 def _version(package: str) -> str | None:
@@ -135,6 +161,10 @@ def _cell(value: Cell) -> str:
     if value is None:
         return '<td class="number dim">-</td>'
     if isinstance(value, str):
-        return f"<td>{escape(value)}</td>"
+        if len(value) <= _SHORT:
+            return f'<td class="short">{escape(value)}</td>'
+        # A name without spaces, such as a tensor's, breaks where its parts meet.
+        text = escape(value) if " " in value else escape(value).replace(".", ".<wbr>")
+        return f'<td class="long">{text}</td>'
     shown = f"{value:,}" if isinstance(value, int) else f"{value:.4g}"
     return f'<td class="number" data-value="{value!r}">{shown}</td>'

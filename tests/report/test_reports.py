@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import math
-import random
 import re
-import shutil
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -15,61 +12,22 @@ from pathlib import Path
 import pytest
 from builders import Model
 from conftest import Checkpoints
+from report_support import browse, needs_browser, verification
 from writing_support import run_cli
 
 import quarkconv
 from quarkconv.report.inspection import inspection_report
 from quarkconv.report.page import table
 from quarkconv.report.verification import verification_report
-from quarkconv.verify.results import (
-    BytesResult,
-    Distance,
-    LayerExperts,
-    LayerNumbers,
-    NumbersResult,
-    Problem,
-    StructureResult,
-    Verification,
-    WeightError,
-)
+from quarkconv.verify.results import BytesResult, Distance, Problem
 
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 Capture = pytest.CaptureFixture[str]
-
-
-def distance(error: float, bound: float = 0.2) -> Distance:
-    return Distance(error, 1 - error * error / 2, -20 * math.log10(error), 9 * error, bound)
-
-
-def verification(layers: int, experts: int, problems: tuple[Problem, ...] = ()) -> Verification:
-    """A verification of that size, with every field filled."""
-    draw = random.Random(0)
-    numbers = tuple(
-        LayerNumbers(
-            layer, f"model.layers.{layer}.mlp.experts", 64, "random: Gaussian", experts, experts, "softmax", "silu",
-            distance(draw.uniform(1e-6, 1e-4)), distance(draw.uniform(0.018, 0.03)), distance(0.1), distance(0.03), 1.0,
-        )
-        for layer in range(layers)
-    )  # fmt: skip
-    seen = tuple(
-        LayerExperts(
-            layer, tuple(draw.randrange(5) for _ in range(experts)), (1e-4,) * experts, (1e-3,) * experts,
-            (0,) * 16 + (experts,) * 4 + (0,) * 20,
-            {role: tuple(WeightError(draw.uniform(0.006, 0.012), 40.0, 0.0) for _ in range(experts))
-             for role in ("gate", "up", "down")},
-        )
-        for layer in range(layers)
-    )  # fmt: skip
-    return Verification(
-        "org/<model> & more", None, "org/original", "ptpc_int8", StructureResult(2, 100, True, True),
-        BytesResult(100, 10**9), NumbersResult("cpu", "torch", (64,), 0, numbers, seen), problems,
-    )  # fmt: skip
 
 
 class Page(HTMLParser):
     """What a page consists of."""
 
-    VOID = frozenset({"meta", "br"})
+    VOID = frozenset({"meta", "wbr"})
 
     def __init__(self, text: str) -> None:
         super().__init__()
@@ -177,9 +135,25 @@ def test_without_matplotlib(
 
 
 def test_tables_sort_numbers_as_numbers() -> None:
-    text = table(("name", "count"), [("b", 10), ("a", 9.5), ("c", None)], sortable=True)
+    text = table(("name", "count"), [("b", 10), ("a", 9.5), ("c", None)], sortable=True, label="x")
     assert 'data-value="9.5"' in text
     assert text.count("<button") == 2
+
+
+def test_columns_without_a_value_are_left_out() -> None:
+    text = table(("name", "count", "why"), [("a", None, ""), ("b", 0, None)], label="x")
+    assert "count" in text
+    assert "why" not in text
+
+
+def test_a_layer_that_equals_the_exact_arithmetic_needs_no_chart() -> None:
+    plain = verification(2, 4)
+    layers = tuple(dataclasses.replace(one, exact=Distance(0.0, 1.0, None, 0.0, 1e-3)) for one in plain.numbers.layers)
+    text = verification_report(
+        dataclasses.replace(plain, numbers=dataclasses.replace(plain.numbers, layers=layers)), "x"
+    )
+    assert text.count("<svg") == 5
+    assert "Equal to exact integer arithmetic in every layer." in text
 
 
 SORT = """
@@ -195,32 +169,39 @@ addEventListener("load", () => {
 """
 
 
-@pytest.mark.skipif(BROWSER is None, reason="needs chromium")
+@needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_in_a_browser(report: str, tmp_path: Path, scheme: str) -> None:
-    assert BROWSER is not None
-    file = tmp_path / "report.html"
-    file.write_text(report.replace("</body>", f"{SORT}</body>"))
-    dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
-    base = [
-        BROWSER,
-        "--headless=new",
-        "--no-sandbox",
-        "--disable-gpu",
-        f"--user-data-dir={tmp_path / 'profile'}",
-        *dark,
-    ]
-    done = subprocess.run([*base, "--dump-dom", file.as_uri()], capture_output=True, text=True, timeout=120, check=True)
-    assert "<title>true true 6</title>" in done.stdout
+    shown = browse(tmp_path, report.replace("</body>", f"{SORT}</body>"), "--dump-dom", scheme=scheme)
+    assert "<title>true true 6</title>" in shown
     picture = tmp_path / "picture.png"
-    subprocess.run(
-        [*base, "--hide-scrollbars", "--window-size=1000,2000", f"--screenshot={picture}", file.as_uri()],
-        capture_output=True, timeout=120, check=True,
-    )  # fmt: skip
+    browse(tmp_path, report, "--hide-scrollbars", "--window-size=1000,2000", f"--screenshot={picture}", scheme=scheme)
     pixels = _pixels(picture)
     background = pixels[0]
     assert (sum(background) > 600) == (scheme == "light")
     assert len(set(pixels)) > 50  # charts are there
+
+
+NARROW = """
+<script>
+addEventListener("load", () => {
+  const wide = [...document.querySelectorAll("body *")].filter((one) => one.scrollWidth > one.clientWidth
+    && getComputedStyle(one).overflowX === "auto");
+  const page = document.documentElement, chart = document.querySelector("figure svg").getBoundingClientRect();
+  document.title = [page.scrollWidth <= innerWidth, wide.length > 0, wide.every((one) => one.tabIndex === 0),
+    chart.width > innerWidth].join(" ");
+});
+</script>
+"""
+
+
+@needs_browser
+def test_on_a_narrow_screen_charts_stay_legible_and_the_keyboard_reaches_what_scrolls(
+    report: str, tmp_path: Path
+) -> None:
+    # A window of Chromium is not narrower than this.
+    shown = browse(tmp_path, report.replace("</body>", f"{NARROW}</body>"), "--dump-dom", "--window-size=500,800")
+    assert "<title>true true true true</title>" in shown
 
 
 def _pixels(picture: Path) -> list[tuple[int, ...]]:

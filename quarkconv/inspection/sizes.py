@@ -1,0 +1,43 @@
+"""How the bytes of a checkpoint are divided, by dtype and by what they are for."""
+
+from __future__ import annotations
+
+from collections import Counter
+
+from quarkconv.description import Description
+from quarkconv.headers.safetensors import distinct
+from quarkconv.scheme.stored import nbytes
+
+Sizes = list[tuple[str, int]]
+"""Names and bytes, most first."""
+
+
+def bytes_by_dtype(description: Description) -> Sizes:
+    """Bytes in tensors of each dtype."""
+    counts = Counter(map(id, description.checkpoint.kinds.values()))
+    sizes: Counter[str] = Counter()
+    for kind in distinct(description.checkpoint.kinds.values()):
+        sizes[kind[0]] += counts[id(kind)] * nbytes(kind)
+    return sizes.most_common()
+
+
+def bytes_by_kind(description: Description) -> Sizes:
+    """Bytes in weights of routed experts, in those of other int8 linears, in scales and zero points, and in the rest.
+
+    Experts are counted form by form, since a large model has 50,000 modules in a handful of forms.
+    """
+    members = description.topology.members
+    sizes: Counter[str] = Counter()
+    for (form, _), modules in description.modules.groups.items():
+        inside = sum(map(members.__contains__, modules))
+        sizes["routed experts"] += inside * nbytes(form.weight)
+        if form.quantized:
+            sizes["other int8 linears"] += (len(modules) - inside) * nbytes(form.weight)
+    companions = [
+        kind for name, kind in description.checkpoint.kinds.items() if name.endswith(("_scale", "_zero_point"))
+    ]
+    counts = Counter(map(id, companions))
+    sizes["scales and zero points"] = sum(counts[id(kind)] * nbytes(kind) for kind in distinct(companions))
+    total = sum(size for _, size in bytes_by_dtype(description))
+    sizes["everything else"] = total - sizes.total()
+    return [(name, size) for name, size in sizes.most_common() if size]

@@ -1,0 +1,175 @@
+"""What the charts of a verification show, as data: one preparation for the page and for the terminal."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from quarkconv.verify.results import SCALE_EDGES, Distance, LayerExperts, LayerNumbers
+
+
+class Extreme(NamedTuple):
+    """A value, and the layer and the expert that it belongs to."""
+
+    value: float
+    layer: int
+    expert: int
+
+
+@dataclass(frozen=True, slots=True)
+class Noise:
+    """Signal to noise of the layers' outputs, for one number of tokens.
+
+    Attributes:
+        tokens: how many were asked for.
+        layers: numbers of the layers.
+        lines: what the outputs are compared with -> decibels for each layer; None where they are equal, or NaN.
+    """
+
+    tokens: int
+    layers: tuple[int, ...]
+    lines: dict[str, tuple[float | None, ...]]
+
+    def lowest(self, name: str) -> tuple[float, int]:
+        """The lowest value of a line, which has one, and the layer that it belongs to."""
+        return min((value, at) for value, at in zip(self.lines[name], self.layers, strict=True) if value is not None)
+
+
+@dataclass(frozen=True, slots=True)
+class ExpertMap:
+    """A value for each expert of each layer.
+
+    Attributes:
+        title: what it shows.
+        unit: of the values, for people.
+        layers: numbers of the layers, one for each row.
+        cells: a row for each layer, a value for each of its experts; None where there is no finite value.
+        form: how a value is written.
+        floor: what the lowest colour or mark stands for; None for the smallest value.
+        note: more about it, one sentence; empty when there is nothing more.
+    """
+
+    title: str
+    unit: str
+    layers: tuple[int, ...]
+    cells: tuple[tuple[float | None, ...], ...]
+    form: str = ".3g"
+    floor: float | None = None
+    note: str = ""
+
+    @property
+    def extremes(self) -> tuple[Extreme, Extreme] | None:
+        """The smallest and the largest value; None without any."""
+        found = [
+            Extreme(value, layer, expert)
+            for layer, row in zip(self.layers, self.cells, strict=True)
+            for expert, value in enumerate(row)
+            if value is not None
+        ]
+        return (min(found), max(found, key=lambda item: item.value)) if found else None
+
+    @property
+    def unknown(self) -> int:
+        """How many experts have no finite value."""
+        return sum(row.count(None) for row in self.cells)
+
+    def described(self) -> str:
+        """The map in words."""
+        if self.extremes is None:
+            return f"{self.title}: no expert has a finite value."
+        low, high = self.extremes
+        said = (
+            f"{self.title} by layer, {self.unit}: from {low.value:{self.form}} to {high.value:{self.form}}, "
+            f"the largest in layer {high.layer}, expert {high.expert}"
+        )
+        unknown = f"{self.unknown} experts without a finite value" if self.unknown else ""
+        return "; ".join(filter(None, (said, self.note, unknown))) + "."
+
+
+@dataclass(frozen=True, slots=True)
+class Histogram:
+    """How many weight scales lie in each bin, from the first bin that has any to the last.
+
+    Attributes:
+        edges: of the bins, as powers of ten; one more than there are bins.
+        counts: of the bins.
+    """
+
+    edges: tuple[float, ...]
+    counts: tuple[int, ...]
+
+
+def signal_to_noise(layers: Sequence[LayerNumbers]) -> list[Noise]:
+    """Signal to noise by layer, once for each number of tokens; comparisons that were not made are left out."""
+    made = []
+    for tokens in dict.fromkeys(layer.tokens for layer in layers):
+        chosen = [layer for layer in layers if layer.tokens == tokens]
+        lines = {
+            "dequantized": tuple(_snr(layer.reference) for layer in chosen),
+            "with outliers": tuple(_snr(layer.outliers) for layer in chosen),
+            "unquantized": tuple(_snr(layer.original) for layer in chosen),
+        }
+        known = {name: line for name, line in lines.items() if any(value is not None for value in line)}
+        made.append(Noise(tokens, tuple(layer.layer for layer in chosen), known))
+    return made
+
+
+def weight_errors(layers: Sequence[LayerExperts]) -> ExpertMap | None:
+    """The error of each expert's weights; None without a reference."""
+    if not any(layer.weights for layer in layers):
+        return None
+    return ExpertMap(
+        "Weight error of each expert", "relative error", _numbers(layers), tuple(map(_worst_errors, layers)),
+        note="the worst of its projections",
+    )  # fmt: skip
+
+
+def scale_ranges(layers: Sequence[LayerExperts]) -> ExpertMap:
+    """How far apart the smallest and the largest weight scale of each expert are."""
+    cells = tuple(
+        tuple(
+            math.log10(high / low) if low > 0 and math.isfinite(high) else None
+            for low, high in zip(layer.scale_min, layer.scale_max, strict=True)
+        )
+        for layer in layers
+    )
+    return ExpertMap("Range of each expert's scales", "decades", _numbers(layers), cells)
+
+
+def expert_load(layers: Sequence[LayerExperts]) -> ExpertMap | None:
+    """How many tokens the routing sent to each expert; None when none were routed."""
+    if not any(any(layer.load) for layer in layers):
+        return None
+    busiest = max(max(layer.load) * len(layer.load) / sum(layer.load) for layer in layers if any(layer.load))
+    return ExpertMap(
+        "Load of each expert", "tokens", _numbers(layers),
+        tuple(tuple(map(float, layer.load)) for layer in layers), form=",.0f", floor=0.0,
+        note=f"busiest: {busiest:.1f} times its layer's mean",
+    )  # fmt: skip
+
+
+def scale_distribution(layers: Sequence[LayerExperts]) -> Histogram:
+    """The weight scales of all layers together."""
+    totals = [sum(layer.scale_histogram[at] for layer in layers) for at in range(len(SCALE_EDGES) - 1)]
+    filled = [at for at, total in enumerate(totals) if total] or [0]
+    first, last = filled[0], filled[-1]
+    return Histogram(SCALE_EDGES[first : last + 2], tuple(totals[first : last + 1]))
+
+
+def _numbers(layers: Sequence[LayerExperts]) -> tuple[int, ...]:
+    return tuple(layer.layer for layer in layers)
+
+
+def _worst_errors(layer: LayerExperts) -> tuple[float | None, ...]:
+    """The worst of an expert's projections; None when one of them is no number."""
+    columns = [[error.relative_error for error in errors] for errors in layer.weights.values()]
+    worst = (max(values) if all(map(math.isfinite, values)) else None for values in zip(*columns, strict=True))
+    return tuple(worst)
+
+
+def _snr(distance: Distance | None) -> float | None:
+    if distance is None or distance.snr_db is None or not math.isfinite(distance.snr_db):
+        return None
+    return distance.snr_db
