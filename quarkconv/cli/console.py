@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import json
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.errors import QuarkconvError
 
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from rich.padding import Padding
     from rich.panel import Panel
     from rich.text import Text
+
+_LINES: Final = 25
+_PLAIN: Final = {"✓": "+", "✗": "x", "–": "-", "·": "-", "→": ">", "∞": "inf"}
+"""Stand-ins for the marks that say whether something is right: as question marks they would all say the same."""
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
@@ -31,7 +36,16 @@ def console(stderr: bool = False) -> Console:
         def on_broken_pipe(self) -> None:
             raise BrokenPipeError  # the program ends in one place, and there with one exit code
 
-    return PipedConsole(stderr=stderr, highlight=False, soft_wrap=False)
+    # rich gives a dumb terminal 80 columns, whatever COLUMNS says, unless the height is known too.
+    height = _LINES if os.environ.get("TERM", "").lower() in ("dumb", "unknown") else None
+    return PipedConsole(stderr=stderr, highlight=False, soft_wrap=False, height=height)
+
+
+def plain(error: UnicodeError) -> tuple[str, int]:
+    """What is written for characters that the encoding of a terminal does not have; a handler of codec errors."""
+    if not isinstance(error, UnicodeEncodeError):
+        raise error
+    return "".join(_PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
 
 
 def show_log() -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import codecs
 import gc
 import os
 import signal
@@ -13,9 +14,11 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from quarkconv.cli import convert, engines, inspect, verify
-from quarkconv.cli.console import show_error
+from quarkconv.cli.console import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 
+_PLAIN: Final = "quarkconv.plain"
+"""Name of the handler for characters that a terminal cannot show."""
 BROKEN_PIPE: Final = 128 + 13
 """Exit code of a program that SIGPIPE ends."""
 
@@ -85,9 +88,10 @@ def run() -> NoReturn:
     every object back before the process ends, would take longer than reading the headers did.
     """
     gc.disable()
+    codecs.register_error(_PLAIN, plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
-            stream.reconfigure(errors="replace")  # a terminal that cannot show a character shows a question mark
+            stream.reconfigure(errors=_PLAIN)
     try:
         main()
     except SystemExit as stop:

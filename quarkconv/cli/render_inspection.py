@@ -12,21 +12,27 @@ from rich.table import Table
 from rich.text import Text
 
 from quarkconv.cli.console import indented, plural, printable, size, title, verdict
+from quarkconv.cli.render_charts import size_bars
 from quarkconv.cli.render_findings import render_findings
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Severity
 from quarkconv.inspection.engines import EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
+from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_kind
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 
 _VERDICT_STYLES: Final = {"int8": "bold green", "w8a16": "yellow", "wrong": "bold red", "fails": "red"}
 
 
 def render_inspection(inspection: Inspection) -> RenderableType:
-    """Header, scheme, experts, findings, targets, engines, verdict."""
+    """Header, scheme, experts, bytes, findings, targets, engines, verdict."""
+    description = inspection.description
     parts: list[RenderableType] = [_header(inspection), _scheme(inspection)]
-    if inspection.description.moe_layers:
-        parts.append(_experts(inspection.description.moe_layers))
+    if description.moe_layers:
+        parts.append(_experts(description.moe_layers))
+    if description.checkpoint.kinds:
+        bars = size_bars((bytes_by_dtype(description), bytes_by_kind(description)))
+        parts += [Text("Bytes", style="bold"), bars, ""]
     if inspection.findings:
         parts += [Text("Findings", style="bold"), *render_findings(inspection.findings), ""]
     parts.append(_targets(inspection))

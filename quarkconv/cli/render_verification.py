@@ -10,23 +10,22 @@ from rich.table import Table
 from rich.text import Text
 
 from quarkconv.cli.console import console, indented, plural, printable, size, title, verdict
+from quarkconv.cli.render_charts import verification_charts
 from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
 _WORST: Final = 5
-_SPARKS: Final = 40
-_BLOCKS: Final = "▁▂▃▄▅▆▇█"
 _FULL_WIDTH: Final = 72
 """Columns of a terminal from which on all figures of a layer are shown."""
 
 
 def render_verification(verification: Verification) -> RenderableType:
-    """The three stages, the numbers of each layer, what is wrong, the verdict."""
+    """The three stages, the numbers of each layer, charts, what is wrong, the verdict."""
     parts: list[RenderableType] = [_stages(verification)]
     if verification.numbers.layers:
         parts.append(_numbers(verification.numbers.layers))
     if verification.numbers.experts:
-        parts.append(_lost(verification))
+        parts += [verification_charts(verification.numbers, console().options), _worst(verification)]
     if verification.problems:
         parts.append(_problems(verification.problems))
     parts.append(_verdict(verification))
@@ -91,30 +90,16 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     return Group(*lines, "")
 
 
-def _lost(verification: Verification) -> RenderableType:
-    """The layers' noise as a small chart, and the weights that suffered most."""
-    lines: list[RenderableType] = []
-    noise = [layer.reference.snr_db for layer in verification.numbers.layers]
-    known = [value for value in noise if value is not None]
-    if len(known) > 1:
-        low, high = min(known), max(known)
-        lines.append(indented(f"SNR by layer  {_sparks(noise)}  {low:.1f} to {high:.1f} dB", 2, "dim"))
+def _worst(verification: Verification) -> RenderableType:
+    """The weights that suffered most."""
     worst = verification.numbers.worst(_WORST)
-    if worst:
-        lines.append(Text("Furthest from the reference", style="bold"))
-        for layer, role, expert, error in worst:
-            said = f"layer {layer} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
-            lines.append(indented(said, 2, "dim"))
-    return Group(*lines, "") if lines else Group()
-
-
-def _sparks(values: list[float | None]) -> str:
-    """Values as a line of blocks, lowest to highest; as many as a terminal is wide, the least of each few."""
-    known = [value for value in values if value is not None]
-    low, span = min(known), (max(known) - min(known)) or 1.0
-    step = -(-len(values) // _SPARKS)
-    few = [min((v for v in values[at : at + step] if v is not None), default=low) for at in range(0, len(values), step)]
-    return "".join(_BLOCKS[min(int((value - low) / span * len(_BLOCKS)), len(_BLOCKS) - 1)] for value in few)
+    if not worst:
+        return Group()
+    lines: list[RenderableType] = [Text("Furthest from the reference", style="bold")]
+    for layer, role, expert, error in worst:
+        said = f"layer {layer} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
+        lines.append(indented(said, 2, "dim"))
+    return Group(*lines, "")
 
 
 def _error(distance: Distance) -> Text:
