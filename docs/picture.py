@@ -17,6 +17,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
 WIDTH = 104
+ENGINE_LINES = 4
 MODEL = "qwen3_moe-quark0.13-f2f"
 COMMANDS = [
     ["quarkconv", "inspect", MODEL],
@@ -34,8 +35,20 @@ def main() -> None:
         for command in COMMANDS:
             done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
             console.print(Text(f"$ {' '.join(command)}", style="bold blue"))
-            console.print(Text.from_ansi(done.stdout))
+            console.print(_shortened(Text.from_ansi(done.stdout)))
     console.save_svg(str(ROOT / "docs" / "terminal.svg"), title="quarkconv")
+
+
+def _shortened(output: Text) -> Text:
+    """What a command printed, with the first rows of the table of engines only: whole, it is half of the picture."""
+    lines = output.split("\n", allow_blank=True)
+    first = next((at for at, line in enumerate(lines) if line.plain.startswith(" engine ")), len(lines))
+    end = next((at for at in range(first, len(lines)) if not lines[at].plain.strip()), len(lines))
+    kept = min(first + 2 + ENGINE_LINES, end)
+    while kept < end and lines[kept].plain.startswith("  "):  # the rest of a row
+        kept += 1
+    cut = [Text(" ...", style="dim")] if kept < end else []
+    return Text("\n").join([*lines[:kept], *cut, *lines[end:]])
 
 
 if __name__ == "__main__":
