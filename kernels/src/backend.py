@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import importlib.metadata
 import importlib.util
 import os
 from dataclasses import dataclass
@@ -10,6 +11,9 @@ from typing import Literal
 import torch
 
 Platform = Literal["cuda", "hip", "xpu", "interpreter"]
+
+GLUON_TESTED = ("3.6", "3.7")
+"""Releases of Triton whose Gluon the kernels were tested with: it is experimental, and changes from one to the next."""
 
 _TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD devices "cuda" too
 _TRUE_STRINGS = ("1", "true", "on", "y", "yes")  # the spellings that Triton takes for TRITON_INTERPRET
@@ -22,6 +26,8 @@ class DeviceTraits:
     shared_memory       the most bytes of shared memory (LDS) that one program may hold
     tensor_descriptors  whether tiles can be copied by the hardware from a descriptor of the tensor (NVIDIA's TMA)
     dependent_launch    whether a launch may begin while the one before it ends; see `dependent_jit`
+    warp_specialization whether warps of a program can have different things to do (Gluon, on NVIDIA's Hopper)
+    processors          how many programs run at a time, where one takes a whole processor; 0 if unknown
     dot4                whether four codes in an int32 can be multiplied and summed by one instruction of NVIDIA's
     name                the device's own name for itself, by which tables of launch options are found
     """
@@ -30,6 +36,8 @@ class DeviceTraits:
     shared_memory: int
     tensor_descriptors: bool = False
     dependent_launch: bool = False
+    warp_specialization: bool = False
+    processors: int = 0
     dot4: bool = False
     name: str = ""
 
@@ -68,6 +76,14 @@ def _triton_has(module: str) -> bool:
         return False
 
 
+def _triton_is(versions: tuple[str, ...]) -> bool:
+    try:
+        found = importlib.metadata.version("triton")
+    except importlib.metadata.PackageNotFoundError:
+        return False
+    return found.startswith(tuple(f"{version}." for version in versions))
+
+
 def dependence(device: torch.device) -> dict[str, bool]:
     """The arguments of a launch that say whether it may begin while the one before it ends."""
     if device_traits(device).dependent_launch:
@@ -89,6 +105,8 @@ def device_traits(device: torch.device) -> DeviceTraits:
             shared,
             tensor_descriptors=hopper and _triton_has("triton.tools.tensor_descriptor"),
             dependent_launch=hopper and _triton_has("triton.language.extra.cuda.gdc"),
+            warp_specialization=properties.major == 9 and _triton_is(GLUON_TESTED),
+            processors=properties.multi_processor_count,
             dot4=True,
             name=properties.name,
         )

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from .activations import Activation, activate_reference
-from .backend import dependence, interpreting
+from .backend import dependence, device_traits, interpreting
 from .routing import RoutingPlan
 from .tables import TileOptions
 
@@ -62,12 +62,11 @@ def grouped_gate_up(
 ) -> torch.Tensor:
     """Launch the gate-up product: codes int8 [R, H], row_scale float32 [R] -> out [P, I], in the plan's row order.
 
-    Row p // pairs_per_row of the codes serves pair p. `router_weight` (float32, P elements), where given, multiplies
-    row_scale.
+    Row p // pairs_per_row of the codes serves pair p; with pairs_per_row 0, codes and row_scale are in the plan's row
+    order too. `router_weight` (float32, P elements), where given, multiplies row_scale.
     """
     _launch(
         codes,
-        None,
         row_scale,
         weights,
         router_weight,
@@ -94,7 +93,6 @@ def grouped_down(
     """Launch the down product: codes int8 [P, I], row_scale float32 [P], in row order -> out [P, H], in pair order."""
     _launch(
         codes,
-        _descriptor(codes, plan.blocks.block_m, options),
         row_scale,
         weights,
         None,
@@ -103,7 +101,7 @@ def grouped_down(
         options,
         columns=weights.codes.shape[1],
         limits=(0.0, 0.0),
-        PAIRS_PER_ROW=1,
+        PAIRS_PER_ROW=0,
         ACTIVATION="",
         GATED=False,
     )
@@ -112,7 +110,6 @@ def grouped_down(
 
 def _launch(
     codes: torch.Tensor,
-    codes_desc: Any,
     row_scale: torch.Tensor,
     weights: ExpertWeights,
     router_weight: torch.Tensor | None,
@@ -122,14 +119,25 @@ def _launch(
     *,
     columns: int,
     limits: tuple[float, float],
-    **constants: Any,
+    PAIRS_PER_ROW: int,
+    ACTIVATION: str,
+    GATED: bool,
 ) -> None:
+    in_order = PAIRS_PER_ROW == 0 and can_describe(codes) and can_describe(weights.codes)
+    if options.specialized and in_order and device_traits(out.device).warp_specialization:
+        from .specialized import launch_specialized
+
+        launch_specialized(
+            codes, row_scale, weights, router_weight, out, plan, options, columns, limits, ACTIVATION, gated=GATED
+        )
+        return
     from .grouped_gemm_jit import grouped_product_kernel
 
+    options = options.without_specialization()
     blocks, depth = plan.blocks, weights.codes.shape[2]
     grouped_product_kernel[(plan.max_blocks * -(-columns // options.block_n),)](
         codes,
-        codes_desc,
+        None if PAIRS_PER_ROW else _descriptor(codes, blocks.block_m, options),
         row_scale,
         weights.codes,
         _descriptor(weights.codes, options.block_n, options),
@@ -158,19 +166,25 @@ def _launch(
         GROUP_M=options.group_m,
         num_warps=options.num_warps,
         num_stages=options.num_stages,
-        **constants,
+        PAIRS_PER_ROW=PAIRS_PER_ROW,
+        ACTIVATION=ACTIVATION,
+        GATED=GATED,
         **dependence(out.device),
     )
 
 
+def can_describe(codes: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can be made of `codes`: addresses and distances of rows in units of 16 bytes."""
+    return codes.shape[-1] % 16 == 0 and codes.data_ptr() % 16 == 0
+
+
 def _descriptor(codes: torch.Tensor, rows: int, options: TileOptions) -> Any:
     """A descriptor of `codes` as [-1, D] for tiles of `rows` rows, or None where options or layout forbid it."""
-    depth = codes.shape[-1]
-    if not options.descriptors or depth % 16 or codes.data_ptr() % 16:
+    if not options.descriptors or not can_describe(codes):
         return None
     from triton.tools.tensor_descriptor import TensorDescriptor
 
-    return TensorDescriptor.from_tensor(codes.view(-1, depth), [rows, options.block_k])
+    return TensorDescriptor.from_tensor(codes.view(-1, codes.shape[-1]), [rows, options.block_k])
 
 
 def grouped_gate_up_reference(

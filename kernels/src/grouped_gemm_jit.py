@@ -2,8 +2,8 @@
 """Jitted code of the grouped products; `grouped_gemm` defines the arithmetic and launches it.
 
 D is the summed dimension (H for gate-up, I for down) and N the output columns (I and H). One kernel serves both: GATED,
-weights have N gate rows and N up rows, rows are gathered by token and results left in sorted order; otherwise rows are
-in sorted order already and results go back to the order of pairs.
+weights have N gate rows and N up rows, and results are left in sorted order; otherwise they go back to the order of
+pairs. Rows are gathered by token, or are in sorted order already.
 
 A program computes one row block by BLOCK_N columns. The weights are the left operand, [BLOCK_N, BLOCK_D], and the
 activations the right one, [BLOCK_D, rows]: the wide matrix instructions of recent GPUs want 64 rows or more on the
@@ -48,7 +48,7 @@ def _rows_of(rows, first, rows_left, pairs_ptr, PAIRS_PER_ROW: tl.constexpr, GAT
     """(rows of the codes, rows of the result) for the `rows` of a block; those past its end repeat its last one."""
     row = (first + tl.minimum(rows, rows_left - 1)).to(tl.int64)
     pairs = tl.load(pairs_ptr + row).to(tl.int64)
-    source = pairs // PAIRS_PER_ROW if GATED else row
+    source = pairs // PAIRS_PER_ROW if PAIRS_PER_ROW else row
     target = row if GATED else pairs
     return source, target
 
@@ -215,7 +215,7 @@ def _block(
 
 @triton.jit(do_not_specialize=["num_row_blocks"])
 def grouped_product_kernel(
-    codes_ptr,  # i8 [R, D]: for GATED row p // PAIRS_PER_ROW is that of pair p, otherwise rows are in sorted order
+    codes_ptr,  # i8 [R, D]: row p // PAIRS_PER_ROW is that of pair p; where that is 0, rows are in sorted order
     codes_desc,  # descriptor of the same for rows in sorted order, or None
     row_scale_ptr,  # f32 [R]
     weight_ptr,  # i8 [E, N, D]; for GATED [E, 2N, D]: N gate rows, then N up rows
@@ -228,7 +228,7 @@ def grouped_product_kernel(
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
     block_rows_ptr,  # i32 [max_blocks]
-    totals_ptr,  # i32 [2]: blocks, rows
+    totals_ptr,  # i32 [3]: blocks, rows
     num_row_blocks,  # the most there can be
     D,
     N,

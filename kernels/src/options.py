@@ -22,6 +22,7 @@ _WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thre
 _FEW_ROWS = 128  # about as many as a device has processors
 _SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
+_RESULTS = 6 * 1024  # and with specialized warps, for these and for results on their way out
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,22 +79,29 @@ def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
     """Options by the mean rows of an expert.
 
     The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
-    MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens.
+    MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens; those to specialized warps, on an
+    H100 up to 16384 tokens. Such warps want rows in the order of experts, so that for gate-up the codes of a token are
+    written once for each of its experts: that pays for few of them.
     """
     mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
         tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
         return LaunchOptions(RowBlocks(16), tile, tile)
     if mean_rows <= 45:
-        blocks, group = RowBlocks(32, tail_m=16, small_m=16), 4
+        blocks = RowBlocks(32, tail_m=16, small_m=16)
     elif mean_rows <= 90:
-        blocks, group = RowBlocks(64, tail_m=16, small_m=32), 4
+        blocks = RowBlocks(64, tail_m=16, small_m=32)
     else:
-        blocks, group = RowBlocks(128, tail_m=32, small_m=32), 8
+        specialized = top_k <= 2 and mean_rows > 200
+        return LaunchOptions(
+            RowBlocks(128, tail_m=32, small_m=64),
+            gate_up=TileOptions(64, 128, 8, num_warps=4, num_stages=6 if specialized else 3, specialized=specialized),
+            down=TileOptions(128, 128, 8, num_warps=4, num_stages=6, specialized=True),
+        )
     return LaunchOptions(
         blocks,
-        gate_up=TileOptions(64, 128, group, num_warps=4, num_stages=3),
-        down=TileOptions(128, 128, group, num_warps=4, num_stages=3),
+        gate_up=TileOptions(64, 128, 4, num_warps=4, num_stages=3),
+        down=TileOptions(128, 128, 4, num_warps=4, num_stages=3),
     )
 
 
@@ -143,11 +151,14 @@ def fit_options(options: Options, hidden: int, intermediate: int, traits: Device
 def _fit(tile: TileOptions, rows: int, depth: int, weight_tiles: int, traits: DeviceTraits) -> TileOptions:
     """Make `tile` fit: no longer along the summed dimension than it is, no larger than shared memory."""
     block_k = min(tile.block_k, max(next_power_of_2(depth), 32))  # int8 matrix instructions take at least 32
+    if not traits.warp_specialization or block_k < tile.block_k:
+        tile = tile.without_specialization()
     # AMD prefetches into registers: one buffer in LDS and one in flight is what its pipeliner is built for.
     stages = 2 if traits.platform == "hip" else tile.num_stages
     descriptors = tile.descriptors and traits.tensor_descriptors
     tile = replace(tile, block_k=block_k, num_stages=stages, descriptors=descriptors)
-    while shared_bytes(tile, rows, weight_tiles) + _BARRIERS > traits.shared_memory and tile.block_n > 32:
+    beside = _RESULTS if tile.specialized else _BARRIERS
+    while shared_bytes(tile, rows, weight_tiles) + beside > traits.shared_memory and tile.block_n > 32:
         # Depth of the pipeline goes first, but not below two stages, where loads and products stop overlapping.
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)

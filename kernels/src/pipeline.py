@@ -17,7 +17,7 @@ import torch
 from .arguments import ExpertsArguments
 from .backend import device_guard, device_traits
 from .combine import combine_experts
-from .grouped_gemm import grouped_down, grouped_gate_up
+from .grouped_gemm import can_describe, grouped_down, grouped_gate_up
 from .grouped_gemv import can_pack, combined_down_gemv, grouped_gate_up_gemv
 from .options import choose_launch_options
 from .quantize import quantize_rows
@@ -27,7 +27,8 @@ from .tables import GemvOptions, LaunchOptions, Options
 
 @dataclass(frozen=True, slots=True)
 class Workspace:
-    """The buffers between the launches; R is M, or P when the first product's activation scales are static.
+    """The buffers between the launches; R is M, or P when the first product's activation scales are static, or where
+    its rows are to be in the plan's order (`takes_sorted_rows`).
 
     The rows of `activated`, `hidden_codes` and `hidden_scale` are in the plan's order, all others in that of pairs.
 
@@ -60,6 +61,16 @@ def default_options(arguments: ExpertsArguments) -> Options:
     )
 
 
+def takes_sorted_rows(arguments: ExpertsArguments, options: Options) -> bool:
+    """Whether the first product's rows are brought into the plan's order before it: the copy engine gathers nothing."""
+    return (
+        isinstance(options, LaunchOptions)
+        and options.gate_up.specialized
+        and arguments.gate_up_input_scale is None
+        and can_describe(arguments.gate_up.codes)
+    )
+
+
 def empty_workspace(arguments: ExpertsArguments, options: Options) -> Workspace:
     """Uninitialized buffers for one forward."""
     device, dtype = arguments.hidden_states.device, arguments.hidden_states.dtype
@@ -68,7 +79,8 @@ def empty_workspace(arguments: ExpertsArguments, options: Options) -> Workspace:
     if isinstance(options, LaunchOptions):
         plan = empty_plan(pairs, arguments.experts, options.blocks, device)
         expert_out = torch.empty((pairs, hidden), dtype=dtype, device=device)
-    input_rows = arguments.tokens if arguments.gate_up_input_scale is None else pairs
+    by_token = arguments.gate_up_input_scale is None and not takes_sorted_rows(arguments, options)
+    input_rows = arguments.tokens if by_token else pairs
     return Workspace(
         plan=plan,
         input_codes=torch.empty((input_rows, hidden), dtype=torch.int8, device=device),
@@ -104,7 +116,19 @@ def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: Options, bu
     static = arguments.gate_up_input_scale is not None
     # A static scale belongs to an expert, so a token is quantized anew for each of its pairs.
     pairs_per_row = 1 if static else arguments.top_k
-    if static or plan is None:
+    if plan is not None and takes_sorted_rows(arguments, options):
+        pairs_per_row = 0
+        route_pairs(ids, arguments.experts, plan)
+        quantize_rows(
+            arguments.hidden_states,
+            codes=buffers.input_codes,
+            scales=buffers.input_scale,
+            topk_ids=ids,
+            plan=plan,
+            num_experts=arguments.experts,
+            copies=arguments.top_k,
+        )
+    elif static or plan is None:
         quantize_rows(
             arguments.hidden_states,
             codes=buffers.input_codes,

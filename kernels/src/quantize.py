@@ -80,6 +80,7 @@ def quantize_rows(
     expert_scale: torch.Tensor | None = None,
     router_weight: torch.Tensor | None = None,
     pairs_per_row: int = 1,
+    copies: int = 0,
     trigger_first: bool = False,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Launch the row quantization: x [R, N] -> codes int8 [R * pairs_per_row, N], scales float32 [R * pairs_per_row].
@@ -88,21 +89,26 @@ def quantize_rows(
     With `topk_ids` (P elements), rows whose id is not in 0..num_experts-1 are left unwritten; `expert_scale`
     (float32 [E]) then fixes the scale of row p to expert_scale[topk_ids[p]] instead of the row's own. With `plan`, rows
     are in its sorted order: row i belongs to pair plan.pairs[i], and rows past the last pair are left unwritten.
+    With `copies` as well, those of x are not: row r of x has that many pairs, from r * copies on, and what it becomes
+    is written to the rows plan.rows of those whose expert is here: codes [R * copies, N], scales [R * copies].
     `trigger_first` lets the next launch start before this one's inputs are complete (see `dependent_jit`).
     """
     from .quantize_jit import quantize_rows_kernel
 
     rows, width = x.shape[0] * pairs_per_row, x.shape[1]
-    codes = torch.empty((rows, width), dtype=torch.int8, device=x.device) if codes is None else codes
-    scales = torch.empty(rows, dtype=torch.float32, device=x.device) if scales is None else scales
+    written = rows * max(copies, 1)
+    codes = torch.empty((written, width), dtype=torch.int8, device=x.device) if codes is None else codes
+    scales = torch.empty(written, dtype=torch.float32, device=x.device) if scales is None else scales
+    in_order = plan if not copies else None
     cut = row_constants(rows, width)
     quantize_rows_kernel[(-(-rows // cut["ROWS"]),)](
         x,
         codes,
         scales,
         topk_ids,
-        None if plan is None else plan.pairs,
-        None if plan is None else plan.totals,
+        None if in_order is None else in_order.pairs,
+        plan.rows if copies and plan is not None else None,
+        None if in_order is None else in_order.totals,
         expert_scale,
         router_weight,
         x.stride(0),
@@ -110,6 +116,7 @@ def quantize_rows(
         rows,
         num_experts,
         PAIRS_PER_ROW=pairs_per_row,
+        COPIES=copies,
         TRIGGER_FIRST=trigger_first,
         **cut,
         **dependence(x.device),

@@ -65,9 +65,11 @@ def _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N: tl.constexpr):
 
 
 @triton.jit
-def _store_tile(codes_ptrs, codes, start, N, in_use, BLOCK_N: tl.constexpr):
+def _store_tile(codes_ptr, targets, masks, codes, start, N, BLOCK_N: tl.constexpr):
     cols = start + tl.arange(0, BLOCK_N)
-    tl.store(codes_ptrs + cols[None, :], codes, mask=in_use[:, None] & (cols < N)[None, :])
+    for i in tl.static_range(len(targets)):
+        codes_ptrs = codes_ptr + (targets[i] * N)[:, None] + cols[None, :]
+        tl.store(codes_ptrs, codes, mask=masks[i][:, None] & (cols < N)[None, :])
 
 
 @triton.jit
@@ -78,8 +80,10 @@ def _own_scale(absmax, MIN_SCALE: tl.constexpr):
 @triton.jit
 def _quantize_rows(
     x_ptrs,  # [ROWS, 1]
-    codes_ptrs,  # [ROWS, 1]
-    scale_ptrs,  # [ROWS]
+    codes_ptr,  # int8 [., N]
+    scale_ptr,  # f32 [.]
+    targets,  # a tuple of i64 [ROWS]: the rows of codes and scales that each row is written to
+    masks,  # a tuple of as many masks [ROWS]
     fixed_scale,  # f32 [ROWS] or None: the rows' own
     factor,  # f32 [ROWS, 1] or 1, by which rows are multiplied
     in_use,  # [ROWS]
@@ -105,18 +109,19 @@ def _quantize_rows(
 
     scale = _own_scale(absmax, MIN_SCALE) if fixed_scale is None else fixed_scale
     scale = tl.where(absmax < float("inf"), scale, float("nan"))
-    tl.store(scale_ptrs, scale, mask=in_use)
+    for i in tl.static_range(len(targets)):
+        tl.store(scale_ptr + targets[i], scale, mask=masks[i])
 
     OWN_SCALE: tl.constexpr = fixed_scale is None
     if CHUNKS:
         for i in tl.static_range(CHUNKS):
-            _store_tile(
-                codes_ptrs, _quantize_tile(kept[i], scale, INTERPRETED, OWN_SCALE), i * BLOCK_N, N, in_use, BLOCK_N
-            )
+            codes = _quantize_tile(kept[i], scale, INTERPRETED, OWN_SCALE)
+            _store_tile(codes_ptr, targets, masks, codes, i * BLOCK_N, N, BLOCK_N)
     else:
         for start in range(0, N, BLOCK_N):
             x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
-            _store_tile(codes_ptrs, _quantize_tile(x, scale, INTERPRETED, OWN_SCALE), start, N, in_use, BLOCK_N)
+            codes = _quantize_tile(x, scale, INTERPRETED, OWN_SCALE)
+            _store_tile(codes_ptr, targets, masks, codes, start, N, BLOCK_N)
 
 
 @triton.jit(do_not_specialize=["num_rows", "num_experts"])
@@ -126,7 +131,8 @@ def quantize_rows_kernel(
     scale_ptr,  # f32 [P]
     topk_ids_ptr,  # int [P] or None: rows of other ranks are skipped
     pairs_ptr,  # i32 [P] or None: rows in sorted order, row i for pair pairs[i]
-    totals_ptr,  # i32 [2], with pairs: its second element is the number of rows
+    rows_ptr,  # i32 [P] or None: a row is written for each of its COPIES pairs, to the rows that these have
+    totals_ptr,  # i32 [3], with pairs: its second element is the number of rows
     expert_scale_ptr,  # f32 [E] or None: dynamic scales
     router_weight_ptr,  # f32 [P] or None
     row_stride,
@@ -134,6 +140,7 @@ def quantize_rows_kernel(
     num_rows,
     num_experts,
     PAIRS_PER_ROW: tl.constexpr,
+    COPIES: tl.constexpr,
     MIN_SCALE: tl.constexpr,
     INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -151,14 +158,23 @@ def quantize_rows_kernel(
         num_rows = tl.load(totals_ptr + 1)
     rows = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
     in_use = rows < num_rows
-    if topk_ids_ptr is not None:
-        if pairs_ptr is None:
-            expert = tl.load(topk_ids_ptr + rows, mask=in_use, other=-1)
-            in_use = (expert >= 0) & (expert < num_experts)
-        elif expert_scale_ptr is not None:
-            expert = tl.load(topk_ids_ptr + tl.load(pairs_ptr + rows, mask=in_use, other=0), mask=in_use, other=0)
+    targets, masks = (), ()
+    if rows_ptr is not None:
+        for copy in tl.static_range(COPIES):
+            expert = tl.load(topk_ids_ptr + rows * COPIES + copy, mask=in_use, other=-1)
+            here = (expert >= 0) & (expert < num_experts)
+            targets += (tl.load(rows_ptr + rows * COPIES + copy, mask=here, other=0).to(tl.int64),)
+            masks += (here,)
+    else:
+        if topk_ids_ptr is not None:
+            if pairs_ptr is None:
+                expert = tl.load(topk_ids_ptr + rows, mask=in_use, other=-1)
+                in_use = (expert >= 0) & (expert < num_experts)
+            elif expert_scale_ptr is not None:
+                expert = tl.load(topk_ids_ptr + tl.load(pairs_ptr + rows, mask=in_use, other=0), mask=in_use, other=0)
+        targets += (rows,)
+        masks += (in_use,)
     x_ptrs = x_ptr + ((rows // PAIRS_PER_ROW) * row_stride)[:, None]
-    codes_ptrs = codes_ptr + (rows * N)[:, None]
     factor = 1.0
     if router_weight_ptr is not None:
         factor = tl.load(router_weight_ptr + rows, mask=in_use, other=0.0)[:, None]
@@ -167,8 +183,8 @@ def quantize_rows_kernel(
     if expert_scale_ptr is not None:
         fixed_scale = tl.load(expert_scale_ptr + expert, mask=in_use, other=1.0)
     _quantize_rows(
-        x_ptrs, codes_ptrs, scale_ptr + rows, fixed_scale, factor, in_use, N, MIN_SCALE, INTERPRETED, ROWS, BLOCK_N,
-        CHUNKS,
+        x_ptrs, codes_ptr, scale_ptr, targets, masks, fixed_scale, factor, in_use, N, MIN_SCALE, INTERPRETED, ROWS,
+        BLOCK_N, CHUNKS,
     )  # fmt: skip
 
 

@@ -31,14 +31,16 @@ class RoutingPlan:
     """Pairs grouped by expert, on the device. What lies beyond the blocks and rows in use is unspecified.
 
     pairs         int32 [P]: the pair of each row
+    rows          int32 [P]: the row of each pair
     block_expert  int32 [max_blocks]: the expert of each block
     block_first   int32 [max_blocks]: its first row
     block_rows    int32 [max_blocks]: its rows, 1 .. BM + TM
-    totals        int32 [2]: blocks in use, rows in use
+    totals        int32 [3]: blocks in use, rows in use, and a counter that is 0 between launches (`specialized_jit`)
     """
 
     blocks: RowBlocks
     pairs: torch.Tensor
+    rows: torch.Tensor
     block_expert: torch.Tensor
     block_first: torch.Tensor
     block_rows: torch.Tensor
@@ -58,14 +60,16 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torch.device) -> RoutingPlan:
     """Uninitialized buffers for `route_pairs`."""
     most = max_row_blocks(num_pairs, num_experts, blocks.block_m)
-    expert, first, rows = torch.empty((3, most), dtype=torch.int32, device=device)
+    pairs, rows = torch.empty((2, num_pairs), dtype=torch.int32, device=device)
+    block_expert, block_first, block_rows = torch.empty((3, most), dtype=torch.int32, device=device)
     return RoutingPlan(
         blocks=blocks,
-        pairs=torch.empty(num_pairs, dtype=torch.int32, device=device),
-        block_expert=expert,
-        block_first=first,
-        block_rows=rows,
-        totals=torch.empty(2, dtype=torch.int32, device=device),
+        pairs=pairs,
+        rows=rows,
+        block_expert=block_expert,
+        block_first=block_first,
+        block_rows=block_rows,
+        totals=torch.empty(3, dtype=torch.int32, device=device),
     )
 
 
@@ -87,6 +91,7 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
         route_at_once_kernel[(num_experts,)](
             topk_ids,
             plan.pairs,
+            plan.rows,
             *blocks,
             num_pairs,
             num_experts,
@@ -111,7 +116,8 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
         num_warps=4,
         **dependent,
     )
-    place_run_kernel[(num_experts, runs)](topk_ids, starts, plan.pairs, num_pairs, num_experts, num_warps=1, **run)
+    placed = (plan.pairs, plan.rows)
+    place_run_kernel[(num_experts, runs)](topk_ids, starts, *placed, num_pairs, num_experts, num_warps=1, **run)
     return plan
 
 
@@ -137,6 +143,7 @@ def quantize_and_route(
         scales,
         topk_ids,
         plan.pairs,
+        plan.rows,
         plan.block_expert,
         plan.block_first,
         plan.block_rows,
@@ -170,16 +177,17 @@ def route_pairs_reference(topk_ids: torch.Tensor, num_experts: int, blocks: RowB
     """Torch twin of `route_pairs`; unused rows and blocks hold -1 here."""
     ids = topk_ids.reshape(-1)
     plan = empty_plan(ids.numel(), num_experts, blocks, topk_ids.device)
-    for buffer in (plan.pairs, plan.block_expert, plan.block_first, plan.block_rows):
+    for buffer in (plan.pairs, plan.rows, plan.block_expert, plan.block_first, plan.block_rows):
         buffer.fill_(-1)
     block = row = 0
     for expert in range(num_experts):
         members = torch.nonzero(ids == expert).flatten().to(torch.int32)
         left = members.numel()
         plan.pairs[row : row + left] = members
+        plan.rows[members.long()] = torch.arange(row, row + left, dtype=torch.int32, device=topk_ids.device)
         while left:
             rows = left if left <= blocks.block_m + blocks.tail_m else blocks.block_m
             plan.block_expert[block], plan.block_first[block], plan.block_rows[block] = expert, row, rows
             block, row, left = block + 1, row + rows, left - rows
-    plan.totals.copy_(torch.tensor([block, row]))
+    plan.totals.copy_(torch.tensor([block, row, 0]))
     return plan

@@ -44,6 +44,7 @@ def _write_blocks(
     if expert == 0:
         tl.store(totals_ptr, tl.sum(blocks, axis=0))
         tl.store(totals_ptr + 1, tl.sum(counts, axis=0))
+        tl.store(totals_ptr + 2, 0)
     for start in range(0, own_blocks, BLOCK_E):
         block = start + experts
         mask = block < own_blocks
@@ -54,11 +55,12 @@ def _write_blocks(
 
 
 @triton.jit
-def _place(ids, pairs, expert, start, pairs_ptr):
-    """Write those of `pairs` whose id is `expert` to the rows from `start`."""
+def _place(ids, pairs, expert, start, pairs_ptr, rows_ptr):
+    """Give those of `pairs` whose id is `expert` the rows from `start`."""
     mine = (ids == expert).to(tl.int32)
     rank = tl.cumsum(mine, axis=0) - 1
     tl.store(pairs_ptr + start + rank, pairs, mask=mine != 0)
+    tl.store(rows_ptr + pairs, start + rank, mask=mine != 0)
 
 
 @triton.jit
@@ -66,6 +68,7 @@ def _route_at_once(
     expert,
     topk_ids_ptr,
     pairs_ptr,
+    rows_ptr,
     block_expert_ptr,
     block_first_ptr,
     block_rows_ptr,
@@ -82,7 +85,7 @@ def _route_at_once(
     ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
     counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, _count(ids, num_experts, BLOCK_E), 0)
     first_row = _first_row(counts, expert, BLOCK_E)
-    _place(ids, pairs, expert, first_row, pairs_ptr)
+    _place(ids, pairs, expert, first_row, pairs_ptr, rows_ptr)
     _write_blocks(
         counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
         BLOCK_E,
@@ -92,11 +95,12 @@ def _route_at_once(
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
 def route_at_once_kernel(
     topk_ids_ptr,  # int [P]
-    pairs_ptr,  # i32 [P]
+    pairs_ptr,  # i32 [P]: the pair of each row
+    rows_ptr,  # i32 [P]: the row of each pair
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
     block_rows_ptr,  # i32 [max_blocks]
-    totals_ptr,  # i32 [2]
+    totals_ptr,  # i32 [3]
     num_pairs,
     num_experts,
     DEPENDENT: tl.constexpr,
@@ -109,8 +113,8 @@ def route_at_once_kernel(
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
     _route_at_once(
-        tl.program_id(0), topk_ids_ptr, pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr,
-        num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
+        tl.program_id(0), topk_ids_ptr, pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr,
+        totals_ptr, num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
     )  # fmt: skip
 
 
@@ -120,11 +124,12 @@ def quantize_and_route_kernel(
     codes_ptr,  # int8 [R, N]
     scale_ptr,  # f32 [R]
     topk_ids_ptr,  # int [P]
-    pairs_ptr,  # i32 [P]
+    pairs_ptr,  # i32 [P]: the pair of each row
+    rows_ptr,  # i32 [P]: the row of each pair
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
     block_rows_ptr,  # i32 [max_blocks]
-    totals_ptr,  # i32 [2]
+    totals_ptr,  # i32 [3]
     row_stride,
     N,
     num_rows,
@@ -147,13 +152,13 @@ def quantize_and_route_kernel(
     program = tl.program_id(0)
     if program < num_experts:
         _route_at_once(
-            program, topk_ids_ptr, pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, num_pairs,
-            num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
+            program, topk_ids_ptr, pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr,
+            num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
         )  # fmt: skip
     else:
         rows = ((program - num_experts) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         _quantize_rows(
-            x_ptr + (rows * row_stride)[:, None], codes_ptr + (rows * N)[:, None], scale_ptr + rows, None, 1.0,
+            x_ptr + (rows * row_stride)[:, None], codes_ptr, scale_ptr, (rows,), (rows < num_rows,), None, 1.0,
             rows < num_rows, N, MIN_SCALE, INTERPRETED, ROWS, BLOCK_N, CHUNKS,
         )  # fmt: skip
 
@@ -185,7 +190,7 @@ def arrange_kernel(
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
     block_rows_ptr,  # i32 [max_blocks]
-    totals_ptr,  # i32 [2]
+    totals_ptr,  # i32 [3]
     num_runs,
     num_experts,
     DEPENDENT: tl.constexpr,
@@ -222,7 +227,8 @@ def arrange_kernel(
 def place_run_kernel(
     topk_ids_ptr,  # int [P]
     starts_ptr,  # i32 [C, E]
-    pairs_ptr,  # i32 [P]
+    pairs_ptr,  # i32 [P]: the pair of each row
+    rows_ptr,  # i32 [P]: the row of each pair
     num_pairs,
     num_experts,
     DEPENDENT: tl.constexpr,
@@ -235,4 +241,4 @@ def place_run_kernel(
     pairs = run * BLOCK_P + tl.arange(0, BLOCK_P)
     ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
     start = tl.load(starts_ptr + run * num_experts + expert)
-    _place(ids, pairs, expert, start, pairs_ptr)
+    _place(ids, pairs, expert, start, pairs_ptr, rows_ptr)

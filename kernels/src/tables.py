@@ -14,7 +14,7 @@ import functools
 import json
 import re
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,9 @@ class TileOptions:
     group_m   row blocks walked before the next column tile, for reuse of the weights in cache
     num_warps, num_stages   Triton's warps per program and depth of the load pipeline
     descriptors   whether tiles are copied through tensor descriptors, where the device and the layout allow it
+    specialized   whether warps have different things to do (`specialized_jit`), where the device and the layout allow
+                  it: then block_n is 64 for gate-up and 128 for down, block_k 128, num_warps those that multiply at a
+                  time, num_stages the steps that are brought in ahead
     """
 
     block_n: int
@@ -39,6 +42,11 @@ class TileOptions:
     num_warps: int
     num_stages: int
     descriptors: bool = True
+    specialized: bool = False
+
+    def without_specialization(self) -> "TileOptions":
+        """The same tile for the other kernel, whose pipeline need not be as deep."""
+        return replace(self, specialized=False, num_stages=min(self.num_stages, 3)) if self.specialized else self
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +133,15 @@ def dump_table(device: str, measured: dict[str, Any], table: Table) -> str:
     shapes = []
     for shape, entries in table.items():
         sizes = json.dumps(dict(zip(("experts", "top_k", "hidden", "intermediate"), shape, strict=True)))
-        rows = (f'  "{tokens}": {json.dumps(asdict(options))}' for tokens, options in sorted(entries.items()))
+        rows = (f'  "{tokens}": {json.dumps(_fields(options))}' for tokens, options in sorted(entries.items()))
         shapes.append(sizes[:-1] + ', "tokens": {\n' + ",\n".join(rows) + "}}")
     head = f'{{"device": {json.dumps(device)},\n"measured": {json.dumps(measured)},\n"shapes": [\n'
     return head + ",\n".join(shapes) + "]}\n"
+
+
+def _fields(options: Options) -> dict[str, Any]:
+    """An entry's JSON; only where warps are specialized does it say so."""
+    return asdict(options, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "specialized" or v})
 
 
 def _parse_options(fields: dict[str, Any]) -> Options:
@@ -158,6 +171,9 @@ def _check_launch(options: LaunchOptions) -> LaunchOptions:
         raise ValueError("tail_m and small_m below block_m")
     if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
         raise ValueError("positive group_m and num_stages")
+    for tile, block_n in zip(tiles, (64, 128), strict=True):
+        if tile.specialized and (tile.block_n, tile.block_k, tile.num_warps) != (block_n, 128, 4):
+            raise ValueError(f"block_n {block_n}, block_k 128 and num_warps 4 where specialized")
     return options
 
 

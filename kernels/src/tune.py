@@ -39,7 +39,7 @@ SHAPES: dict[str, Shape] = {
     "Step-3.5-Flash": (288, 8, 4096, 1280),
     "Mixtral-8x7B": (8, 2, 4096, 14336),
 }
-TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
 _MAX_INPUTS = 8
 _MAX_INPUT_TOKENS = 4096
 
@@ -83,6 +83,10 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
             found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))
         found.append(LaunchOptions(RowBlocks(128, 32), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
+        for group in (8, 4):
+            down = TileOptions(128, 128, group, 4, 6, specialized=True)
+            for gate_up in (TileOptions(64, 128, 8, 4, 3), TileOptions(64, 128, group, 4, 6, specialized=True)):
+                found.append(LaunchOptions(RowBlocks(128, 32, 64), gate_up, down))
     return list(dict.fromkeys(found))
 
 

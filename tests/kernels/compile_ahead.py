@@ -12,6 +12,8 @@ from typing import Any
 import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
+from triton.experimental.gluon._runtime import GluonASTSource
+from triton.experimental.gluon.language import NVMMASharedLayout
 
 import quarkconv.kernels
 from quarkconv.kernels.activations import ACTIVATIONS
@@ -19,12 +21,13 @@ from quarkconv.kernels.backend import DeviceTraits
 from quarkconv.kernels.grouped_gemv import chunks_of
 from quarkconv.kernels.options import choose_combine_options, choose_launch_options
 from quarkconv.kernels.quantize import MIN_SCALE, row_constants
+from quarkconv.kernels.specialized import HALF, REGISTERS
 from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
 # Shared memory (LDS) that one program may use, in bytes: CUDA programming guide, CDNA 3 and CDNA 4 ISA documents.
 TARGETS = {
     "sm_80": (GPUTarget("cuda", 80, 32), DeviceTraits("cuda", 163 * 1024, dot4=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * 1024, True, True, dot4=True)),
+    "sm_90": (GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * 1024, True, True, True, 132, dot4=True)),
     "sm_100": (GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * 1024, True, True, dot4=True)),
     "gfx942": (GPUTarget("hip", "gfx942", 64), DeviceTraits("hip", 64 * 1024)),
     "gfx950": (GPUTarget("hip", "gfx950", 64), DeviceTraits("hip", 160 * 1024)),
@@ -33,17 +36,19 @@ TARGETS = {
 SIZES = ("D", "D4", "N", "H", "row_stride")
 
 
-def all_kernels() -> dict[str, Any]:
-    """Every kernel of the package: the jitted functions called *_kernel."""
+def all_kernels(traits: DeviceTraits) -> dict[str, Any]:
+    """Every kernel of the package for such a device: the jitted functions called *_kernel."""
     found = {}
     for module_info in pkgutil.iter_modules(quarkconv.kernels.__path__, "quarkconv.kernels."):
-        if module_info.name.endswith("_jit"):
+        for_device = traits.warp_specialization or not module_info.name.endswith(".specialized_jit")
+        if module_info.name.endswith("_jit") and for_device:
             module = importlib.import_module(module_info.name)
             found.update({name: value for name, value in vars(module).items() if name.endswith("_kernel")})
     return found
 
 
 def product_constants(tile: TileOptions, options: LaunchOptions, *, even: bool, per_channel: bool) -> dict[str, Any]:
+    tile = tile.without_specialization()
     return {
         "PER_CHANNEL": per_channel,
         "RAW_SUMS": False,
@@ -82,7 +87,9 @@ Variants = list[tuple[str, dict[str, str], dict[str, Any]]]
 """(kernel, pointer and float types, constants); every other argument is an int32. An optional argument without a type
 is None. `rich` variants have every optional argument, masks and float16, the others those of the common case."""
 
-PLAN = dict.fromkeys(("pairs_ptr", "block_expert_ptr", "block_first_ptr", "block_rows_ptr", "totals_ptr"), "*i32")
+PLAN = dict.fromkeys(
+    ("pairs_ptr", "rows_ptr", "block_expert_ptr", "block_first_ptr", "block_rows_ptr", "totals_ptr"), "*i32"
+)
 PRODUCT = {"codes_ptr": "*i8", "row_scale_ptr": "*fp32", "weight_ptr": "*i8", "weight_scale_ptr": "*fp32"}
 LIMITS = {"limit": "fp32", "alpha": "fp32"}
 
@@ -124,18 +131,50 @@ def product_variants(options: LaunchOptions, *, rich: bool) -> Variants:
     return [*found, ("grouped_product_kernel", down_types, down)]
 
 
+def specialized_descriptor(rows: int, block_k: int) -> str:
+    layout = NVMMASharedLayout(swizzle_byte_width=block_k, element_bitwidth=8, rank=2)
+    return f"tensordesc<i8[{rows},{block_k}],{layout!r}>"
+
+
+def specialized_variants(options: LaunchOptions, *, rich: bool) -> Variants:
+    """Both products with the row blocks and tiles of these options, with warps that have different things to do."""
+    blocks, tile = options.blocks, TileOptions(128, 128, 8, num_warps=4, num_stages=4, specialized=True)
+    types = PRODUCT | PLAN | LIMITS | {"out_ptr": float_and_ids(rich)[0]} | ({"bias_ptr": "*fp32"} if rich else {})
+    types |= {
+        "codes_desc": specialized_descriptor(blocks.block_m, tile.block_k),
+        "weight_desc": specialized_descriptor(HALF, tile.block_k),
+    }
+    if blocks.tail_m:
+        types["tail_desc"] = specialized_descriptor(blocks.tail_m, tile.block_k)
+    constants = product_constants(tile, options, even=True, per_channel=not rich)
+    for name in ("INTERPRETED", "EVEN_D", "BLOCK_N", "num_stages"):
+        del constants[name]
+    constants |= {"STAGES": tile.num_stages, "maxnreg": REGISTERS}
+    gate_up_types = types | ({"router_weight_ptr": "*fp32"} if rich else {})
+    found: Variants = [
+        ("specialized_product_kernel", gate_up_types, constants | {"GATED": True, "ACTIVATION": name})
+        for name in activations(rich)
+    ]
+    return [*found, ("specialized_product_kernel", types, constants | {"GATED": False, "ACTIVATION": ""})]
+
+
 def row_variants(*, rich: bool) -> Variants:
     """Quantization of rows and sum over experts."""
     dtype, ids = float_and_ids(rich)
     combine = choose_combine_options(3072)
     optional = {"topk_ids_ptr": ids, "expert_scale_ptr": "*fp32", "router_weight_ptr": "*fp32"}
+    quantized = {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}
     return [
         (
             "quantize_rows_kernel",
-            {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}
-            | (optional if rich else {"pairs_ptr": "*i32", "totals_ptr": "*i32"}),
+            quantized | {"topk_ids_ptr": ids, "rows_ptr": "*i32"},
+            row_constants(4096, 3072) | {"PAIRS_PER_ROW": 1, "COPIES": 8, "TRIGGER_FIRST": False},
+        ),
+        (
+            "quantize_rows_kernel",
+            quantized | (optional if rich else {"pairs_ptr": "*i32", "totals_ptr": "*i32"}),
             row_constants(4096, 100_000 if rich else 3072)
-            | {"PAIRS_PER_ROW": 8 if rich else 1, "TRIGGER_FIRST": not rich},
+            | {"PAIRS_PER_ROW": 8 if rich else 1, "COPIES": 0, "TRIGGER_FIRST": not rich},
         ),
         (
             "combine_kernel",
@@ -180,7 +219,14 @@ def all_variants(traits: DeviceTraits) -> list[tuple[bool, Variants]]:
     assert isinstance(decode, LaunchOptions)
     assert isinstance(prefill, LaunchOptions)
     assert isinstance(gemv, GemvOptions)
+    specialized: list[tuple[bool, Variants]] = []
+    if traits.warp_specialization:
+        specialized = [
+            (True, specialized_variants(decode, rich=True)),
+            (False, specialized_variants(prefill, rich=False)),
+        ]
     return [
+        *specialized,
         (True, product_variants(decode, rich=True) + row_variants(rich=True) + other_variants(decode.blocks)),
         (False, product_variants(prefill, rich=False) + row_variants(rich=False)),
         (True, gemv_variants(gemv, 2056, 1416, rich=True)),
@@ -199,7 +245,7 @@ def compile_kernel(
     kernel: Any, types: dict[str, str], constants: dict[str, Any], target: GPUTarget, *, even_sizes: bool
 ) -> Any:
     """Compile as a launch would, with pointers and, for `even_sizes`, sizes that are known to be multiples of 16."""
-    launch = {name: constants[name] for name in ("num_warps", "num_stages") if name in constants}
+    launch = {name: constants[name] for name in ("num_warps", "num_stages", "maxnreg") if name in constants}
     constexprs = {name: value for name, value in constants.items() if name not in launch}
     signature = {name: "constexpr" if name in constexprs else types.get(name, "i32") for name in kernel.arg_names}
     aligned = {
@@ -207,13 +253,13 @@ def compile_kernel(
         for i, (name, kind) in enumerate(signature.items())
         if kind.startswith("*") or (even_sizes and name in SIZES)
     }
-    source = ASTSource(kernel, signature, constexprs, aligned)
+    source = (GluonASTSource if kernel.is_gluon() else ASTSource)(kernel, signature, constexprs, aligned)
     return triton.compile(source, target=target, options=launch)
 
 
 def main(name: str) -> None:
     target, traits = TARGETS[name]
-    kernels = all_kernels()
+    kernels = all_kernels(traits)
     compiled = set()
     for rich, variants in all_variants(traits):
         for kernel, types, constants in variants:

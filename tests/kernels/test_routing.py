@@ -13,7 +13,7 @@ POISON = -77
 
 def poisoned_plan(pairs, experts, blocks, device):
     plan = empty_plan(pairs, experts, blocks, device)
-    for buffer in (plan.pairs, plan.block_expert, plan.block_first, plan.block_rows, plan.totals):
+    for buffer in (plan.pairs, plan.rows, plan.block_expert, plan.block_first, plan.block_rows, plan.totals):
         buffer.fill_(POISON)
     return plan
 
@@ -21,15 +21,17 @@ def poisoned_plan(pairs, experts, blocks, device):
 def check(ids, experts, blocks):
     plan = route_pairs(ids, experts, poisoned_plan(ids.numel(), experts, blocks, ids.device))
     twin = route_pairs_reference(ids, experts, blocks)
-    used, rows = twin.totals.tolist()
-    assert plan.totals.tolist() == [used, rows]
+    used, rows, _ = twin.totals.tolist()
+    assert plan.totals.tolist() == [used, rows, 0]
     for name, count in (("pairs", rows), ("block_expert", used), ("block_first", used), ("block_rows", used)):
         found = getattr(plan, name)
         assert torch.equal(found[:count], getattr(twin, name)[:count]), name
         # Nothing is written beyond what is in use, let alone beyond the buffers.
         assert (found[count:] == POISON).all(), name
-    # Whatever the twin says: every pair with an expert is in exactly one block, and its block is of its expert.
     here = ((ids >= 0) & (ids < experts)).flatten()
+    assert plan.rows[plan.pairs[:rows].long()].tolist() == list(range(rows))
+    assert (plan.rows[~here] == POISON).all()
+    # Whatever the twin says: every pair with an expert is in exactly one block, and its block is of its expert.
     assert sorted(plan.pairs[:rows].tolist()) == torch.nonzero(here).flatten().tolist()
     seen = 0
     for expert, first, count in zip(
@@ -70,15 +72,15 @@ def test_many_experts_most_of_them_empty(device):
 def test_what_remains_joins_the_last_block_if_it_is_short(rows, expected, device):
     twin = check(torch.full((rows, 1), 2, dtype=torch.int32, device=device), 4, RowBlocks(16, tail_m=4))
     assert twin.block_rows[: len(expected)].tolist() == expected
-    assert twin.totals.tolist() == [len(expected), rows]
+    assert twin.totals.tolist() == [len(expected), rows, 0]
 
 
 def test_ids_of_other_ranks_are_left_out(device):
     ids = torch.tensor([[-1, 4], [2**32 + 1, -(2**40)], [1, 3]], dtype=torch.int64, device=device)
-    assert check(ids, 4, RowBlocks(16)).totals.tolist() == [2, 2]
+    assert check(ids, 4, RowBlocks(16)).totals.tolist() == [2, 2, 0]
     for tokens in (5, 1100):  # in one launch, and in runs
         nothing = torch.full((tokens, 2), -1, dtype=torch.int32, device=device)
-        assert check(nothing, 4, RowBlocks(16)).totals.tolist() == [0, 0]
+        assert check(nothing, 4, RowBlocks(16)).totals.tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("block_m", [1, 2, 3])
