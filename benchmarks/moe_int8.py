@@ -1,6 +1,6 @@
 """The INT8 MoE forward on one GPU: ours, vLLM's, and torch's in bfloat16, beside the floors of the hardware.
 
-    python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--out FILE.json]
+    python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--repeats 20] [--out FILE.json]
 
 Every implementation runs under a CUDA graph in which up to eight inputs and routings take turns, so that the
 second-level cache does not serve the weights; a time is the median of the graph's replays over its calls. Before ours
@@ -30,7 +30,7 @@ import triton.language as tl
 
 from quarkconv.kernels.arguments import ExpertsArguments
 from quarkconv.kernels.pipeline import default_options, run_pipeline
-from quarkconv.kernels.tables import Shape, find_options
+from quarkconv.kernels.tables import Shape, find_options, table_path
 from quarkconv.kernels.tune import SHAPES, Weights, make_call, make_weights, time_calls
 
 TOKENS = (1, 8, 64, 512, 4096)
@@ -41,8 +41,6 @@ OTHERS: list[tuple[str, Shape, tuple[int, ...]]] = [
     ("Qwen1.5-MoE", (60, 4, 2048, 1408), (3, 200, 2000)),
     ("Qwen3-30B-A3B", SHAPES["Qwen3-30B-A3B"], (3, 33, 200, 1000, 2000)),
 ]
-BUDGET = 240.0  # seconds after which nothing more of vLLM or torch is timed
-
 # BLOCK_SIZE_M, _N, _K, GROUP_SIZE_M, num_warps, num_stages
 VLLM_CONFIGS = {
     64: [(16, 64, 128, 1, 4, 3), (16, 64, 128, 1, 4, 5), *((16, 64, 256, 1, 4, stages) for stages in (3, 4, 5))],
@@ -117,7 +115,7 @@ def check(arguments: ExpertsArguments, out: torch.Tensor) -> float:
     return relative
 
 
-def time_ours(calls: list[ExpertsArguments]) -> tuple[float, float]:
+def time_ours(calls: list[ExpertsArguments], repeats: int) -> tuple[float, float]:
     """(microseconds, relative error)."""
     outs = [torch.full_like(call.hidden_states, math.nan) for call in calls]
 
@@ -127,10 +125,10 @@ def time_ours(calls: list[ExpertsArguments]) -> tuple[float, float]:
     runs = [run(call, out) for call, out in zip(calls, outs, strict=True)]
     runs[0]()
     error = check(calls[0], outs[0])
-    return time_calls(runs, repeats=20), error
+    return time_calls(runs, repeats), error
 
 
-def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch.Tensor]) -> float:
+def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch.Tensor], repeats: int) -> float:
     """bfloat16 experts through torch's grouped product; the sorting by expert is part of it."""
     w13, w2 = weights
     experts = w13.shape[0]
@@ -146,7 +144,7 @@ def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch
         y = y * call.topk_weights.flatten()[order].unsqueeze(-1).to(y.dtype)
         return torch.zeros_like(call.hidden_states).index_add_(0, order // call.top_k, y)
 
-    return time_calls([lambda call=call: run(call) for call in calls], repeats=8)
+    return time_calls([lambda call=call: run(call) for call in calls], max(repeats // 2, 1))
 
 
 def load_vllm() -> Any:
@@ -161,7 +159,7 @@ def load_vllm() -> Any:
     return fused_experts, override_config, int8_w8a8_moe_quant_config, vllm.__version__
 
 
-def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int) -> dict[str, Any]:
+def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: int) -> dict[str, Any]:
     fused_experts, override_config, make_config, _ = vllm
     gate_up, down = calls[0].gate_up, calls[0].down
     config = make_config(
@@ -179,27 +177,34 @@ def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int) -> dict[str
     difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
     if not difference < 0.02:
         raise SystemExit(f"vLLM and ours differ by {difference:.4f}")
-    default = time_calls(runs, repeats=20)
+    default = time_calls(runs, repeats)
     best, which = default, "default"
     listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
     for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
         tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
         with override_config(tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}):
-            taken = time_calls(runs, repeats=12)
+            taken = time_calls(runs, repeats)
         if taken < best:
             best, which = taken, f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
     return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
 
 
 def measure(
-    name: str, shape: Shape, weights: Weights, tokens: int, ceilings: dict[str, float], vllm: Any, bf16: Any
+    name: str,
+    shape: Shape,
+    weights: Weights,
+    tokens: int,
+    ceilings: dict[str, float],
+    vllm: Any,
+    bf16: Any,
+    repeats: int,
 ) -> dict[str, Any]:
     """One row."""
     experts, top_k, hidden, intermediate = shape
     calls = [make_call(shape, weights, tokens) for _ in range(max(1, min(8, 4096 // tokens)))]
     touched = statistics.mean(call.topk_ids.unique().numel() for call in calls)
     size = 3 * hidden * intermediate
-    ours, error = time_ours(calls)
+    ours, error = time_ours(calls, repeats)
     row = {
         "shape": name,
         "experts": experts,
@@ -217,9 +222,9 @@ def measure(
         "options": repr(default_options(calls[0])),
     }
     if vllm is not None:
-        row |= time_vllm(vllm, calls, tokens)
+        row |= time_vllm(vllm, calls, tokens, repeats)
     if bf16 is not None:
-        row["torch_bf16_us"] = time_torch(calls, bf16)
+        row["torch_bf16_us"] = time_torch(calls, bf16, repeats)
     return row
 
 
@@ -244,13 +249,17 @@ def main() -> int:
     parser.add_argument("--shapes", default=",".join(SHAPES))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="sizes not in the table")
-    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "moe-int8-h200.json")
+    parser.add_argument("--repeats", type=int, default=20, help="replays of each graph, of which the median counts")
+    parser.add_argument("--budget", type=float, default=240, help="seconds after which only ours is timed")
+    parser.add_argument("--out", type=Path, help="default: benchmarks/results/moe-int8-<device>.json")
     parser.add_argument("--commit", default=None, help="what to record; default: git's HEAD")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("moe_int8: needs a GPU, and torch finds none", file=sys.stderr)
         return 4
     began = time.monotonic()
+    device = torch.cuda.get_device_name()
+    path = options.out or Path(__file__).parent / "results" / f"moe-int8-{table_path(device).name}"
     torch.manual_seed(0)
     vllm = load_vllm()
     ceilings = measure_ceilings()
@@ -259,7 +268,7 @@ def main() -> int:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip()
     document: dict[str, Any] = {
-        "device": torch.cuda.get_device_name(),
+        "device": device,
         "date": datetime.date.today().isoformat(),
         "commit": commit,
         "torch": torch.__version__,
@@ -278,14 +287,15 @@ def main() -> int:
         weights = make_weights(shape, torch.device("cuda"))
         named = name in SHAPES and counts == tokens
         wide = None
-        if named and time.monotonic() - began < BUDGET:
+        if named and time.monotonic() - began < options.budget:
             wide = weights[0].bfloat16(), weights[1].bfloat16()
         for count in counts:
-            late = time.monotonic() - began > BUDGET
-            row = measure(name, shape, weights, count, ceilings, None if late else vllm, None if late else wide)
+            late = time.monotonic() - began > options.budget
+            beside = (None, None) if late else (vllm, wide)
+            row = measure(name, shape, weights, count, ceilings, *beside, options.repeats)
             document["rows"].append(row | {"goal": named})
             print(describe(row), flush=True)
-            options.out.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
         del weights, wide
         torch.cuda.empty_cache()
     for key in ("vllm_default_us", "vllm_tuned_us"):
