@@ -16,7 +16,6 @@ if TYPE_CHECKING:
 
 _REPO: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?", re.ASCII)
 _LISTING_RETRIES: Final = 3
-_LISTING_WAIT = 1.0  # seconds before the first of them
 
 
 def locate_model(model: str | Path | Files, *, cache: bool = False) -> Files:
@@ -79,28 +78,40 @@ def _repo_id(model: str | Path) -> str | None:
 
 def _listing(repo: str, revision: str | None) -> HubRepo | Path:
     """The files of a commit; a snapshot of it in the cache where the Hub cannot be asked."""
-    from huggingface_hub.errors import HfHubHTTPError
-
+    from quarkconv.files.http_client import wait_before
     from quarkconv.files.hub_errors import hub_error
     from quarkconv.files.hub_repo import list_repo
 
     place = repo if revision is None else f"{repo}@{revision}"
-    for attempt in range(_LISTING_RETRIES + 1):
+    for attempt in range(1, _LISTING_RETRIES + 2):
         try:
             return list_repo(repo, revision)
         except HubError:
             raise
         except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
-            status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-            if (status == 429 or (status or 0) >= 500) and attempt < _LISTING_RETRIES:
-                time.sleep(_LISTING_WAIT * 2**attempt)
-                continue
-            if status is None and not isinstance(error, ValueError):  # nobody answered
+            answered = getattr(error, "response", None) is not None
+            if not answered and not isinstance(error, ValueError):
                 snapshot = _snapshot(repo, revision)
                 if snapshot is not None:
                     return snapshot
-            raise hub_error(error, place) from error
+            wait = _wait(error, answered=answered)
+            if wait is None or attempt > _LISTING_RETRIES:
+                raise hub_error(error, place) from error
+            time.sleep(max(wait, wait_before(attempt)))
     raise AssertionError("the last attempt returns or raises")  # pragma: no cover
+
+
+def _wait(error: Exception, *, answered: bool) -> float | None:
+    """Seconds that the Hub wants to wait before it is asked again; None where asking again would be in vain."""
+    from quarkconv.files.http_client import LONGEST_ASKED, client, may_pass, wait_asked_for
+
+    if answered:
+        response = error.response  # type: ignore[attr-defined]
+        asked = wait_asked_for(response.headers) or 0.0
+        passes = response.status_code == 429 or response.status_code >= 500
+        return asked if passes and asked <= LONGEST_ASKED else None
+    # What cannot even be connected to is not there: whoever has no network should not wait to be told.
+    return 0.0 if may_pass(error) and not isinstance(error, client().ConnectError | client().ConnectTimeout) else None
 
 
 def _snapshot(repo: str, revision: str | None) -> Path | None:

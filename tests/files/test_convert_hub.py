@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from conftest import Checkpoints
-from hub_server import Hub
+from hub_state import Hub
 from huggingface_hub import constants, snapshot_download
 from writing_support import make_checkpoint, run_cli, snapshot
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from builders import Model
 from conftest import Checkpoints
-from hub_server import Hub
+from hub_state import Hub
 from huggingface_hub import constants
 from writing_support import make_checkpoint, run_cli
 

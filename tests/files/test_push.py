@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
-from hub_server import Hub
+from hub_state import Hub
 from huggingface_hub import constants
 from writing_support import make_checkpoint, run_cli
 
