@@ -19,8 +19,9 @@ _KINDS: Final = {
     stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
 }  # fmt: skip
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
-_BLOB: Final = re.compile(r".*/models--[^/]+/blobs/[0-9a-f]{40,64}", re.DOTALL)
-"""A blob in the Hub's cache. Its name is the hash of its content: whoever can name it knows what is in it."""
+_BLOB: Final = re.compile(r".*/(?:models--[^/]+/blobs/[0-9a-f]{40,64}|blobs/([0-9a-f]{2})/\1[0-9a-f]{62})", re.DOTALL)
+"""A blob in the Hub's cache, of one repo or, from Xet storage, shared by all of them. Its name is the hash of its
+content: whoever can name it knows what is in it."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:

@@ -127,17 +127,25 @@ def test_links_within_the_directory_are_followed(tmp_path: Path, capsys: pytest.
     assert not any(path.is_symlink() for path in out.rglob("*"))
 
 
-@pytest.mark.parametrize("layout", ["cache", "downloaded with links"])
+@pytest.mark.parametrize("layout", ["cache", "cache shared by repos", "downloaded with links"])
 def test_blobs_of_the_hubs_cache_are_followed(layout: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A snapshot is made of links to blobs; so were downloads to a directory until huggingface_hub 0.23."""
+    """A snapshot is made of links to blobs; so were downloads to a directory until huggingface_hub 0.23.
+
+    From huggingface_hub 2.4 on a blob may itself be a link, to one that all repos of the cache share.
+    """
     plain = Model().write(tmp_path / "plain")
     repo = tmp_path / "hub" / "models--org--name"
-    folder = repo / "snapshots" / "abc" if layout == "cache" else tmp_path / "download"
+    folder = tmp_path / "download" if layout == "downloaded with links" else repo / "snapshots" / "abc"
     (repo / "blobs").mkdir(parents=True)
     folder.mkdir(parents=True)
     for number, file in enumerate(sorted(plain.iterdir())):
         blob = repo / "blobs" / f"{number:064x}"
-        shutil.copy(file, blob)
+        stored = blob
+        if layout == "cache shared by repos":
+            stored = tmp_path / "hub" / "blobs" / f"a{number}" / f"a{number}{number:062x}"
+            stored.parent.mkdir(parents=True)
+            blob.symlink_to(os.path.relpath(stored, blob.parent))
+        shutil.copy(file, stored)
         (folder / file.name).symlink_to(os.path.relpath(blob, folder))
     for source, out in ((plain, tmp_path / "one"), (folder, tmp_path / "two")):
         assert run_cli(capsys, "convert", source, "--to", "fused-int8", "--out", out)[0] == 0
