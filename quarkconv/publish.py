@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -32,13 +35,14 @@ def prepare_push(repo: str, *, private: bool = False) -> None:
         raise _refused(repo, error) from error
 
 
-def push_folder(folder: Path, repo: str, message: str) -> str:
+def push_folder(folder: Path, repo: str, message: str, *, bars: bool = True) -> str:
     """Upload a folder; what the repo has already is not sent again, so a second call resumes. Returns its address.
 
     Args:
         folder: a finished conversion.
         repo: ``org/name``, made by :func:`prepare_push`.
         message: of the commit.
+        bars: whether huggingface_hub shows how far it has come.
 
     Raises:
         WriteError: the upload failed.
@@ -49,19 +53,36 @@ def push_folder(folder: Path, repo: str, message: str) -> str:
     try:
         # From 2.0 on upload_folder does what upload_large_folder did: parallel, in several commits, resumable.
         large = getattr(api, "upload_large_folder", None)
-        if large is not None:
-            large(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
-        else:
-            api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
+        with nullcontext() if bars else _no_bars():
+            if large is not None:
+                large(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
+            else:
+                api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
         raise _refused(repo, error) from error
     return f"{constants.ENDPOINT}/{repo}"
 
 
+@contextmanager
+def _no_bars() -> Iterator[None]:
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS says something else, and wins
+        warnings.simplefilter("ignore")
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not before:
+                enable_progress_bars()
+
+
 def _refused(repo: str, error: Exception) -> WriteError:
-    lines = str(error).strip().splitlines()
+    from quarkconv.files.hub_errors import first_line, network_hint
+
+    hint = "run `hf auth login` with a token that may write there, then give the same command again: it resumes"
     return WriteError(
-        "The upload to the Hub failed; what was converted is kept", file=repo,
-        found=lines[0][:300] if lines else type(error).__name__,
-        hint="run `hf auth login` with a token that may write there, then give the same command again: it resumes",
+        "The upload to the Hub failed; what was converted is kept", file=repo, found=first_line(error),
+        hint=network_hint(error) or hint,
     )  # fmt: skip

@@ -86,6 +86,15 @@ def hub_error(error: Exception, place: str, file: str | None = None) -> HubError
     )  # fmt: skip
 
 
+def network_hint(error: Exception) -> str | None:
+    """What to do where the network, or a proxy, keeps a request from the Hub; None where the Hub answered."""
+    response = getattr(error, "response", None)
+    in_between = (
+        isinstance(error, client().TransportError) if response is None else response.status_code == _NEEDS_LOGIN
+    )
+    return hub_error(error, "").hint if in_between else None
+
+
 def first_line(error: Exception) -> str:
     """What an error says, in one line, without signatures of addresses and without tokens."""
     lines = str(error).strip().splitlines()

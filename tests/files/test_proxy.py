@@ -219,6 +219,20 @@ def test_a_proxy_that_is_not_there(use: UseProxy, capsys: Capture, command: list
     assert "hub.test in NO_PROXY" in said["hint"]
 
 
+def test_an_upload_names_the_proxy_too(
+    behind: Hub, model: Path, tmp_path: Path, use: UseProxy, capsys: Capture
+) -> None:
+    use(HTTP_PROXY="http://anna:secret@127.0.0.1:9")
+    code, out, _ = run_cli(
+        capsys, "convert", model, "--to", "bf16", "--out", tmp_path / "out", "--push", "org/new", "--json"
+    )
+    assert code == 5
+    assert "HTTP_PROXY" in json.loads(out)["hint"]
+    assert "secret" not in out
+    assert behind.requests == []
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize(
     "address", ["ftp://anna:secret@127.0.0.1:9", "http://anna:secret@127.0.0.1:port", "socks5://x:1"]
 )
