@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.description import describe
 from quarkconv.errors import UsageError
-from quarkconv.files.files import Files
+from quarkconv.files.files import Files, Progress
 from quarkconv.findings import Finding
 from quarkconv.headers.checkpoint import INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.local_files import LocalFiles
@@ -33,22 +33,23 @@ _UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
                  "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
-def inspect_checkpoint(model: str | Path, *, deep: bool = False) -> Inspection:
+def inspect_checkpoint(model: str | Path, *, deep: bool = False, reading: Progress | None = None) -> Inspection:
     """Tell what a checkpoint holds, from headers only.
 
     Args:
         model: directory or Hub repo id.
         deep: also read scales and zero points, never weights.
+        reading: told how reading gets on, as a :class:`quarkconv.files.files.Reading`.
 
     Raises:
         SourceError: there is nothing that can be described.
     """
-    description = describe(locate_model(model))
+    description = describe(locate_model(model, reading=reading), reading)
     extra: tuple[Finding, ...] = ()
     if deep:
         from quarkconv.inspection.deep import deep_findings
 
-        extra = tuple(deep_findings(description))
+        extra = tuple(deep_findings(description, reading))
     return make_inspection(str(model), description, extra)
 
 
@@ -58,6 +59,7 @@ def plan_conversion(
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     base_model: str | None = None,
+    reading: Progress | None = None,
 ) -> Plan:
     """Plan a conversion: pure data, no tensor data is read.
 
@@ -66,6 +68,7 @@ def plan_conversion(
         target: name of the target, such as ``fused-int8``.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
         base_model: repo id that the model card names as the source; by default ``model``, where it is one.
+        reading: told how reading the headers gets on.
 
     Raises:
         UsageError: no such target, or a size that is none.
@@ -73,8 +76,8 @@ def plan_conversion(
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
     wanted, size = get_target(target), parse_size(max_shard_size)
-    source = locate_model(model)
-    return make_plan(describe(source), wanted, size, base_model=base_model or repo_id(model, source))
+    source = locate_model(model, reading=reading)
+    return make_plan(describe(source, reading), wanted, size, base_model=base_model or repo_id(model, source))
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +111,7 @@ def convert_checkpoint(
     overwrite: bool = False,
     cache: bool = False,
     progress: Callable[[int], None] | None = None,
+    reading: Progress | None = None,
 ) -> ConversionResult:
     """Convert a checkpoint. The source is never written to; memory does not grow with the model.
 
@@ -121,6 +125,7 @@ def convert_checkpoint(
         overwrite: replace an earlier conversion in ``out``.
         cache: download a model on the Hub to the Hub's cache, and convert it from there.
         progress: called with the number of bytes written since its last call.
+        reading: told how reading the headers gets on, and with ``cache`` the download, before anything is written.
 
     Raises:
         UsageError, SourceError, UnsupportedError: as :func:`plan_conversion`; and ``out`` is not empty.
@@ -128,8 +133,8 @@ def convert_checkpoint(
         InterruptedByUser: interrupted; the same call resumes.
     """
     wanted, size = get_target(target), parse_size(max_shard_size)
-    source = locate_model(model, cache=cache)
-    plan = make_plan(describe(source), wanted, size, base_model=repo_id(model, source))
+    source = locate_model(model, cache=cache, reading=reading)
+    plan = make_plan(describe(source, reading), wanted, size, base_model=repo_id(model, source))
     return run_plan(plan, source, output_directory(source, model, target, out), jobs, overwrite, progress)
 
 

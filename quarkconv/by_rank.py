@@ -36,7 +36,7 @@ from quarkconv.api import (
 from quarkconv.description import describe
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import Rank, make_rank
-from quarkconv.files.files import Files
+from quarkconv.files.files import Files, Progress
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
@@ -107,6 +107,7 @@ def plan_by_rank(
     world_size: int,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     cache: bool = False,
+    reading: Progress | None = None,
 ) -> RankConversion:
     """Plan the conversion of a checkpoint whose experts are divided among ranks.
 
@@ -118,6 +119,7 @@ def plan_by_rank(
         world_size: number of ranks.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
         cache: download a model on the Hub to the Hub's cache, and convert it from there.
+        reading: told how reading the headers gets on, and the download.
 
     Raises:
         UsageError: no such target or number of ranks, or the target is not written by rank.
@@ -126,8 +128,8 @@ def plan_by_rank(
     """
     ranks = [make_rank(parallel, number, world_size) for number in range(world_size)]
     wanted, size = get_target(target), parse_size(max_shard_size)
-    source = locate_model(model, cache=cache)
-    description = describe(source)
+    source = locate_model(model, cache=cache, reading=reading)
+    description = describe(source, reading)
     output = output_directory(source, model, f"{target}-{parallel}{world_size}", out)
     base_model = repo_id(model, source)
     plans = tuple(make_plan(description, wanted, size, rank=rank, base_model=base_model) for rank in ranks)

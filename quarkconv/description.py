@@ -14,7 +14,7 @@ from quarkconv.contradictions import contradictions, rank_part
 from quarkconv.experts.geometry import ConfigGeometry, config_geometry
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
-from quarkconv.files.files import Files
+from quarkconv.files.files import Files, Progress
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
@@ -82,17 +82,18 @@ class Description:
         return [item for item in self.findings if item.severity is Severity.ERROR]
 
 
-def describe(place: Path | Files) -> Description:
+def describe(place: Path | Files, reading: Progress | None = None) -> Description:
     """Describe a checkpoint, from its headers and its config alone.
 
     Args:
         place: its directory, or its files wherever they are.
+        reading: told how many headers were read.
 
     Raises:
         SourceError: there is nothing that can be described.
     """
     with collector_paused():
-        checkpoint = open_checkpoint(place)
+        checkpoint = open_checkpoint(place, reading)
         declared = declared_scheme(checkpoint.config)
         geometry = config_geometry(checkpoint.config)
         stored = stored_modules(checkpoint.kinds, FUSED_LEAVES)

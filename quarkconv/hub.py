@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
 from quarkconv.errors import HubError
-from quarkconv.files.files import Files
+from quarkconv.files.files import Files, Progress, Reading
 from quarkconv.headers.local_files import LocalFiles
 
 if TYPE_CHECKING:
@@ -18,7 +18,7 @@ _REPO: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?", re.ASCII)
 _LISTING_RETRIES: Final = 3
 
 
-def locate_model(model: str | Path | Files, *, cache: bool = False) -> Files:
+def locate_model(model: str | Path | Files, *, cache: bool = False, reading: Progress | None = None) -> Files:
     """The files of a model, none of which is read yet.
 
     Args:
@@ -26,6 +26,7 @@ def locate_model(model: str | Path | Files, *, cache: bool = False) -> Files:
             looked up on the Hub; a whole snapshot of the wanted commit in the Hub's cache is used instead of the Hub.
             Files that were located before are returned as they are.
         cache: download what is not in the cache to it, rather than read it from the Hub.
+        reading: told that the Hub is asked, and how the download gets on.
 
     Raises:
         HubError: it is a repo id, and the Hub does not have it or cannot be asked.
@@ -36,23 +37,29 @@ def locate_model(model: str | Path | Files, *, cache: bool = False) -> Files:
     if repo is None:
         return LocalFiles(Path(model))
     if cache:
-        return LocalFiles(resolve_model(model))
+        return LocalFiles(resolve_model(model, reading))
     name, _, revision = repo.partition("@")
-    listed = _listing(name, revision or None)
+    listed = _listing(name, revision or None, reading)
     if isinstance(listed, Path):
         return LocalFiles(listed)
     snapshot = _snapshot(name, listed.commit)
     whole = snapshot is not None and all(LocalFiles(snapshot).size(str(path)) == listed.size(str(path))
                                          for path in listed.names())  # fmt: skip
-    return LocalFiles(snapshot) if snapshot is not None and whole else listed
+    if snapshot is None or not whole:
+        return listed
+    import logging
+
+    logging.getLogger(__name__).info("%s is in the cache: %s", listed, snapshot)
+    return LocalFiles(snapshot)
 
 
-def resolve_model(model: str | Path) -> Path:
+def resolve_model(model: str | Path, reading: Progress | None = None) -> Path:
     """The directory of a model.
 
     Args:
         model: a local directory, or a Hub repo id ``org/name`` or ``org/name@revision``. What exists on disk is never
             looked up on the Hub. A repo that is not in the cache is downloaded to it.
+        reading: told how the download gets on, in place of the bars that huggingface_hub shows.
 
     Raises:
         HubError: it is a repo id, and the Hub does not have it or cannot be asked.
@@ -62,11 +69,18 @@ def resolve_model(model: str | Path) -> Path:
         return Path(model)
     from huggingface_hub import snapshot_download
 
+    from quarkconv.files.hub_download import counted, missing_bytes
     from quarkconv.files.hub_errors import hub_error
 
     name, _, revision = repo.partition("@")
+    options = {}
+    if reading is not None:
+        listed = _listing(name, revision or None, reading)
+        if isinstance(listed, Path):
+            return listed
+        options["tqdm_class"] = counted(reading, missing_bytes(listed))
     try:
-        return Path(snapshot_download(name, revision=revision or None))
+        return Path(snapshot_download(name, revision=revision or None, **options))
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
         raise hub_error(error, repo) from error
 
@@ -76,12 +90,14 @@ def _repo_id(model: str | Path) -> str | None:
     return model if isinstance(model, str) and _REPO.fullmatch(model) and not Path(model).exists() else None
 
 
-def _listing(repo: str, revision: str | None) -> HubRepo | Path:
+def _listing(repo: str, revision: str | None, reading: Progress | None) -> HubRepo | Path:
     """The files of a commit; a snapshot of it in the cache where the Hub cannot be asked."""
     from quarkconv.files.http_client import wait_before
     from quarkconv.files.hub_errors import hub_error
     from quarkconv.files.hub_repo import list_repo
 
+    if reading is not None:
+        reading(Reading("list", 0, None, in_bytes=False))
     place = repo if revision is None else f"{repo}@{revision}"
     for attempt in range(1, _LISTING_RETRIES + 2):
         try:

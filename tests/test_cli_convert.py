@@ -56,18 +56,18 @@ def test_in_the_directory_of_the_model(model: Path, capsys: Capture, monkeypatch
 def test_a_repo_id_is_converted_into_the_working_directory(
     model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[tuple[str, str | None]] = []
+    asked: list[str] = []
 
-    def download(repo: str, revision: str | None = None) -> str:
-        asked.append((repo, revision))
-        return str(model)
+    def download(name: str, _: object) -> Path:
+        asked.append(name)
+        return model
 
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
+    monkeypatch.setattr(hub, "resolve_model", download)
     assert run_cli(capsys, "convert", "org/name@v1", "--to", "fused-int8", "--cache")[0] == 0
-    assert asked == [("org/name", "v1")]
+    assert asked == ["org/name@v1"]
     assert (work / "name-fused-int8" / "config.json").exists()
 
 

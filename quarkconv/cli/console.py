@@ -5,16 +5,12 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.errors import QuarkconvError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from rich.console import Console
     from rich.padding import Padding
     from rich.panel import Panel
@@ -70,11 +66,13 @@ def set_talk(*, verbose: bool, quiet: bool) -> None:
     _quiet = quiet
     if verbose and not quiet:
         show_log()
+    else:  # huggingface_hub tells of each request that it makes again, with addresses that are as good as passwords
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
 
 
 def talkative() -> bool:
     """Whether progress is shown: on a terminal, unless it was asked to be quiet."""
-    return not _quiet and console(stderr=True).is_terminal
+    return not _quiet and sys.stderr is not None and sys.stderr.isatty()
 
 
 def print_json(value: dict[str, Any]) -> None:
@@ -147,20 +145,3 @@ def verdict(text: str, *, good: bool) -> Text:
     from rich.text import Text
 
     return Text.assemble(("✓ " if good else "✗ ", "bold green" if good else "bold red"), (text, "bold"))
-
-
-@contextmanager
-def byte_progress(description: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A progress bar in bytes with rate and time left, on stderr; silent when that is no terminal."""
-    if not talkative():
-        yield lambda _: None
-        return
-    terminal = console(stderr=True)
-    from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
-
-    columns = (
-        TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn(),
-    )  # fmt: skip
-    with Progress(*columns, console=terminal, transient=True) as progress:
-        task = progress.add_task(description, total=total)
-        yield lambda nbytes: progress.advance(task, nbytes)

@@ -18,8 +18,9 @@ from quarkconv.api import (
     repo_id,
     run_plan,
 )
-from quarkconv.cli.console import byte_progress, console, print_json, set_talk
+from quarkconv.cli.console import console, print_json, set_talk, talkative
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
 from quarkconv.hub import locate_model
 from quarkconv.publish import prepare_push, push_folder
@@ -77,9 +78,11 @@ def convert(
             raise UsageError("Folders by rank are not uploaded", expected="--push without --tp and --ep", found="both",
                              hint="engines load whole models; upload one of those")  # fmt: skip
         return convert_by_rank(model, to, out, max_shard_size, jobs, dry_run, overwrite, cache, tp, ep, json)
-    source = locate_model(model, cache=cache)
-    output = output_directory(source, model, to, out)
-    plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=repo_id(model, source))
+    with progress("Reading") as meter:
+        source = locate_model(model, cache=cache, reading=meter.reading)
+        output = output_directory(source, model, to, out)
+        base_model = repo_id(model, source)
+        plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=base_model, reading=meter.reading)
     if dry_run:
         summary = {**plan_summary(plan, source, output), "dry_run": True}
         if json:
@@ -90,15 +93,20 @@ def convert(
             console().print(render_summary(summary, plan.losses))
         return 0
     if push is not None:
-        prepare_push(push, private=private)
+        with progress("Asking the Hub"):
+            prepare_push(push, private=private)
     started = time.perf_counter()
     done = None if push is None or overwrite else finished_conversion(plan, source, output)
     if done is not None:
         result = done
     else:
-        with byte_progress(f"Converting to {to}", plan.output_bytes) as progress:
-            result = run_plan(plan, source, output, jobs, overwrite, progress)
-    pushed = None if push is None else push_folder(output, push, f"{to} by quarkconv, plan {result.manifest.plan[:12]}")
+        with progress("Converting") as meter:
+            meter.step(f"Converting to {to}", plan.output_bytes, "byte")
+            result = run_plan(plan, source, output, jobs, overwrite, meter.advance)
+    pushed = None
+    if push is not None:
+        message = f"{to} by quarkconv, plan {result.manifest.plan[:12]}"
+        pushed = push_folder(output, push, message, bars=talkative())
     if json:
         print_json({**result.to_json(), **({} if pushed is None else {"pushed": pushed})})
     else:

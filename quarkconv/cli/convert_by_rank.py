@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 
 from quarkconv import by_rank
-from quarkconv.cli.console import byte_progress, console, print_json
+from quarkconv.cli.console import console, print_json
+from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
 
 
@@ -26,13 +27,16 @@ def convert_by_rank(
     if tp is not None and ep is not None:
         raise UsageError("Experts are divided in one way", expected="--tp or --ep", found="both")
     parallel, world_size = ("tp", tp) if tp is not None else ("ep", ep)
-    conversion = by_rank.plan_by_rank(
-        model, target, out, parallel=parallel, world_size=world_size or 1, max_shard_size=max_shard_size, cache=cache
-    )
+    with progress("Reading") as meter:
+        conversion = by_rank.plan_by_rank(
+            model, target, out, parallel=parallel, world_size=world_size or 1, max_shard_size=max_shard_size,
+            cache=cache, reading=meter.reading,
+        )  # fmt: skip
     started = time.perf_counter()
     if not dry_run:
-        with byte_progress(f"Converting to {target} by rank", conversion.output_bytes) as progress:
-            by_rank.convert_by_rank(conversion, jobs=jobs, overwrite=overwrite, progress=progress)
+        with progress("Converting") as meter:
+            meter.step(f"Converting to {target} by rank", conversion.output_bytes, "byte")
+            by_rank.convert_by_rank(conversion, jobs=jobs, overwrite=overwrite, progress=meter.advance)
     if json:
         print_json(conversion.to_json(dry_run=dry_run))
     else:

@@ -7,8 +7,9 @@ from typing import Annotated
 import typer
 
 from quarkconv.api import inspect_checkpoint
-from quarkconv.cli.console import console, print_json
-from quarkconv.cli.options import Json, Model
+from quarkconv.cli.console import console, print_json, set_talk
+from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 
 
@@ -19,14 +20,18 @@ def inspect(
         str | None, typer.Option("--report", metavar="FILE.html", help="Also write the answer as one HTML file.")
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also read scales and zero points (never weights).")] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
 ) -> int:
     """Tell what a checkpoint really holds, where its config is wrong, and which engine runs it.
 
     Reads headers only. Exit code 1 when a finding of severity error is found.
     """
+    set_talk(verbose=verbose, quiet=quiet)
     if report is not None:
         require_charts()
-    inspection = inspect_checkpoint(model, deep=deep)
+    with progress("Reading") as meter:
+        inspection = inspect_checkpoint(model, deep=deep, reading=meter.reading)
     if report is not None:
         from quarkconv.report.inspection import inspection_report
 

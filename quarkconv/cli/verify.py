@@ -3,21 +3,18 @@
 from __future__ import annotations
 
 import re
-import threading
-from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.console import byte_progress, console, print_json, set_talk, size, talkative
+from quarkconv.cli.console import console, print_json, set_talk, talkative
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.progress import Meter, progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.errors import QuarkconvError, UsageError
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from quarkconv.verify.results import LayerNumbers
 
 _MAX_LAYER = 100_000
@@ -92,12 +89,13 @@ def verify(
     counts = parse_tokens(tokens)
     if report is not None:
         require_charts()
-    from quarkconv.verify.verify import verify_checkpoint
+    with progress("Starting") as meter:
+        from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 
-    with ExitStack() as stack:
         verification = verify_checkpoint(
             model, source, device, layers=wanted, tokens=counts, seed=seed, reference=reference,
-            activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(stack),
+            activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(meter),
+            reading=meter.reading,
         )  # fmt: skip
     if report is not None:
         from quarkconv.report.verification import verification_report
@@ -141,21 +139,26 @@ def parse_layers(text: str) -> set[int]:
 
 
 class _Watcher:
-    """Shows the bytes as a bar and each layer as a line, on stderr, in a terminal. Used by several threads."""
+    """Shows the bytes as a bar, or the layers where no bytes are checked, and each layer as a line."""
 
-    def __init__(self, stack: ExitStack) -> None:
-        self._stack = stack
-        self._lock = threading.Lock()
-        self._advance: Callable[[int], None] = lambda _: None
+    def __init__(self, meter: Meter) -> None:
+        self._meter = meter
+        self._counts_bytes = False
 
     def total_bytes(self, total: int) -> None:
-        self._advance = self._stack.enter_context(byte_progress(f"Checking {size(total)}", total))
+        self._counts_bytes = True
+        self._meter.step("Checking", total, "byte")
 
     def checked(self, nbytes: int) -> None:
-        with self._lock:
-            self._advance(nbytes)
+        if self._counts_bytes:
+            self._meter.advance(nbytes)
+
+    def total_layers(self, total: int) -> None:
+        self._meter.step("Checking", total, "layer")
 
     def layer(self, numbers: LayerNumbers) -> None:
+        if not self._counts_bytes:
+            self._meter.advance()
         if talkative():
             outcome = "ok" if numbers.ok else "differs"
             said = f"layer {numbers.layer}: {outcome} in {numbers.seconds:.1f} s"

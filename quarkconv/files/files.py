@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import NamedTuple, Protocol
 
@@ -13,6 +13,26 @@ class Range(NamedTuple):
     file: str
     start: int
     end: int
+
+
+class Reading(NamedTuple):
+    """How far reading has come, for whoever wants to show it.
+
+    Attributes:
+        what: what is read: ``list`` (of the files of a repo), ``headers``, ``scales`` or ``download``.
+        done: how much of it was read.
+        total: how much there is; None where that is not known.
+        in_bytes: whether these are bytes, and not files.
+    """
+
+    what: str
+    done: int
+    total: int | None
+    in_bytes: bool
+
+
+Progress = Callable[[Reading], None]
+"""Is told how reading gets on; never by two threads at the same time."""
 
 
 class Files(Protocol):
@@ -37,8 +57,13 @@ class Files(Protocol):
     def read_many(self, ranges: Iterable[Range]) -> Iterator[bytes]:
         """Byte ranges one after the other, read ahead where that helps."""
 
-    def expect(self, sizes: Mapping[str, int]) -> None:
-        """Say that so many bytes from the beginning of some files are going to be read."""
+    def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
+        """Say that so many bytes from the beginning of some files are going to be read.
+
+        Args:
+            sizes: name -> bytes.
+            arrived: called with the name of each file whose bytes had to be fetched, when they are there.
+        """
 
 
 def in_hidden_folder(relative: Path) -> bool:

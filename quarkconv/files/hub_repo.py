@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Final
 
@@ -53,6 +53,11 @@ class HubRepo:
         """None: nothing is on disk."""
         return
 
+    @property
+    def entries(self) -> Mapping[str, Entry]:
+        """Every file, also those in hidden folders."""
+        return self._entries
+
     def names(self) -> Iterator[Path]:
         """Every file that lies in no hidden folder, in the order that :class:`LocalFiles` gives."""
         for path in sorted(Path(PurePosixPath(name)) for name in self._entries):
@@ -84,7 +89,7 @@ class HubRepo:
         """Byte ranges one after the other, fetched ahead over several connections."""
         return read_ahead(ranges, self.fetch, self.pool)
 
-    def expect(self, sizes: Mapping[str, int]) -> None:
+    def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
         """Fetch the beginnings of some files, all at the same time, and keep them for :meth:`read`."""
         wanted = {
             name: min(size, self._entries[name].size)
@@ -96,9 +101,17 @@ class HubRepo:
             head = self._heads.get(name, b"")
             return head + self.fetch(Range(name, len(head), wanted[name]))
 
-        for name, data in zip(wanted, self.pool.map(rest, wanted), strict=True):
-            self._heads[name] = data
-        _log.info("%s: %d bytes read in %d requests", self, self._ranges.nbytes, self._ranges.requests)
+        futures = {self.pool.submit(rest, name): name for name in wanted}
+        try:
+            for future in as_completed(futures):
+                self._heads[futures[future]] = future.result()
+                arrived(futures[future])
+        except BaseException:
+            for future in futures:
+                future.cancel()
+            raise
+        if wanted:
+            _log.info("%s: %d bytes read in %d requests", self, self._ranges.nbytes, self._ranges.requests)
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Ask the Hub again for the ETag of some files.

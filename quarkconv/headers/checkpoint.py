@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files
+from quarkconv.files.files import Files, Progress, Reading
 from quarkconv.findings import Finding, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.files import leads_outside, walk
@@ -69,11 +69,12 @@ class Checkpoint:
         return self.store.names()
 
 
-def open_checkpoint(place: Path | Files) -> Checkpoint:
+def open_checkpoint(place: Path | Files, reading: Progress | None = None) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
         place: its directory, or its files wherever they are.
+        reading: told how many headers were read.
 
     Raises:
         SourceError: the directory does not exist, is an unfinished conversion, or holds no safetensors file.
@@ -97,8 +98,10 @@ def open_checkpoint(place: Path | Files) -> Checkpoint:
     tensors, odd = 0, list[str]()
     with collector_paused():
         files = _shard_names(store, None if index is None else index.weight_map, findings)
-        expect_headers(store, files)
-        for file in files:
+        expect_headers(store, files, reading)
+        for number, file in enumerate(files):
+            if reading is not None and root is not None:
+                reading(Reading("headers", number, len(files), in_bytes=False))
             if root is not None and leads_outside(root, file) is not None:  # said above
                 continue
             try:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from quarkconv.files.files import Range
@@ -60,7 +60,7 @@ class LocalFiles:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    def expect(self, sizes: Mapping[str, int]) -> None:
+    def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
         """Nothing is done: a disk needs no announcement."""
 
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files
+from quarkconv.files.files import Files, Progress, Reading
 from quarkconv.headers.safetensors import (
     MAX_HEADER_BYTES,
     ShardHeader,
@@ -41,10 +41,33 @@ def read_header_of(files: Files, file: str) -> ShardHeader:
     return parse_header(files.read(file, 8, length), file, size)
 
 
-def expect_headers(files: Files, names: Iterable[str]) -> None:
-    """Announce that the headers of some files are going to be read: what is remote is then fetched all at once."""
+def expect_headers(files: Files, names: Iterable[str], reading: Progress | None = None) -> None:
+    """Announce that the headers of some files are going to be read: what is remote is then fetched all at once.
+
+    Args:
+        files: the files.
+        names: those whose headers will be read.
+        reading: told how many headers are there.
+    """
     remote = [name for name in names if files.path(name) is None and files.size(name) is not None]
-    files.expect(dict.fromkeys(remote, FIRST_GUESS))
-    lengths = {name: files.read(name, 0, 8) for name in remote}
-    known = {name: struct.unpack("<Q", prefix)[0] for name, prefix in lengths.items() if len(prefix) == 8}
-    files.expect({name: 8 + length for name, length in known.items() if length <= MAX_HEADER_BYTES})
+    ends: dict[str, int] = {}
+    whole = 0
+
+    def note(*, complete: bool) -> None:
+        nonlocal whole
+        whole += complete
+        if reading is not None:
+            reading(Reading("headers", whole, len(remote), in_bytes=False))
+
+    def guessed(name: str) -> None:
+        prefix = files.read(name, 0, 8)
+        end = 8 + struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
+        longer = FIRST_GUESS < end <= 8 + MAX_HEADER_BYTES  # whoever reads the others says what is wrong with them
+        if longer:
+            ends[name] = end
+        note(complete=not longer)
+
+    if remote:
+        note(complete=False)
+    files.expect(dict.fromkeys(remote, FIRST_GUESS), guessed)
+    files.expect(ends, lambda _: note(complete=True))

@@ -9,7 +9,7 @@ from typing import Final
 
 from quarkconv.description import Description
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files, Range
+from quarkconv.files.files import Files, Progress, Range, Reading
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.headers.widen import widen_bf16, widen_f16
@@ -17,11 +17,17 @@ from quarkconv.scheme.stored import SCALE_DTYPES
 
 _BLOCK: Final = 2**20
 """Bytes read at a time, a multiple of the size of every element: what is named a scale may be as large as a weight."""
+_TELL: Final = 2**16
+"""Bytes after which it is told how far reading has come."""
 _LEAST_NORMAL: Final = 2.0**-126
 
 
-def deep_findings(description: Description) -> Iterator[Finding]:
+def deep_findings(description: Description, reading: Progress | None = None) -> Iterator[Finding]:
     """Read every scale and zero point of a checkpoint.
+
+    Args:
+        description: the checkpoint.
+        reading: told how many bytes were read.
 
     Raises:
         SourceError: a file cannot be read.
@@ -37,7 +43,15 @@ def deep_findings(description: Description) -> Iterator[Finding]:
         if refs[name].file in shards and (_is_zero_point(name) or _is_scale(name, refs[name]))
         for block in _blocks(refs[name])
     ]
+    total = sum(block.end - block.start for _, block in wanted)
+    done = told = 0
+    if reading is not None:
+        reading(Reading("scales", 0, total, in_bytes=True))
     for name, data in _read(description.checkpoint.store, wanted):
+        done += len(data)
+        if reading is not None and (done - told >= _TELL or done == total):
+            told = done
+            reading(Reading("scales", done, total, in_bytes=True))
         if _is_zero_point(name):
             if any(data) and nonzero[-1:] != [name]:
                 nonzero.append(name)

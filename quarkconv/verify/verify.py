@@ -11,6 +11,7 @@ from typing import Final, Protocol
 from quarkconv.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.topology import MoELayer
+from quarkconv.files.files import Progress
 from quarkconv.hub import resolve_model
 from quarkconv.manifest import Manifest, read_manifest
 from quarkconv.verify.checksums import check_bytes, check_source
@@ -42,6 +43,9 @@ class Watcher(Protocol):
     def checked(self, nbytes: int) -> None:
         """That many more bytes were checked."""
 
+    def total_layers(self, total: int) -> None:
+        """How many numbers of layers there will be: of each layer, for each number of tokens."""
+
     def layer(self, numbers: LayerNumbers) -> None:
         """The numbers of one more layer."""
 
@@ -49,6 +53,7 @@ class Watcher(Protocol):
 class _Silent:
     def total_bytes(self, total: int) -> None: ...
     def checked(self, nbytes: int) -> None: ...
+    def total_layers(self, total: int) -> None: ...
     def layer(self, numbers: LayerNumbers) -> None: ...
 
 
@@ -68,6 +73,7 @@ def verify_checkpoint(
     stages: Collection[str] = ("bytes", "numbers"),
     fail_fast: bool = False,
     watcher: Watcher | None = None,
+    reading: Progress | None = None,
 ) -> Verification:
     """Prove that a checkpoint is what it should be.
 
@@ -87,6 +93,7 @@ def verify_checkpoint(
         stages: which of ``bytes`` and ``numbers`` are checked; the structure always is.
         fail_fast: stop at the first problem.
         watcher: told of progress, from several threads.
+        reading: told how downloads and reading headers get on, before anything is checked.
 
     Raises:
         UsageError: no such device, layer or number of tokens, or what it is compared with does not fit.
@@ -102,22 +109,23 @@ def verify_checkpoint(
     watcher = watcher or _Silent()
     places = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
-    description = describe(resolve_model(model))
+    description = describe(resolve_model(model, reading), reading)
     manifest = read_manifest(description.checkpoint.root)
     _check_verifiable(description, manifest)
     _check_layers(description, layers)
     wanted = tuple(layer for layer in description.int8_layers if layers is None or layer.index in layers)
     if recorded is not None:
         recorded.check(list(wanted))
-    run = _Run(
-        description, manifest, None if source is None else describe(resolve_model(source)), wanted, fail_fast, watcher
-    )
+    compared = None if source is None else describe(resolve_model(source, reading), reading)
+    run = _Run(description, manifest, compared, wanted, fail_fast, watcher)
     if run.source is not None and manifest is not None:
         check_source(run.source.checkpoint.root, manifest)
     structure = check_structure(description, manifest, run.problems)
     kind = places[0].type if len(places) == 1 else f"{len(places)} x {places[0].type}"
     numbers = NumbersResult(kind, backend_name(places[0]), counts, seed)
-    original = None if reference is None or "numbers" not in stages else describe(resolve_model(reference))
+    original = None
+    if reference is not None and "numbers" in stages:
+        original = describe(resolve_model(reference, reading), reading)
     skipped = None
     if "numbers" not in stages:
         skipped = "it was not asked for"
@@ -170,6 +178,7 @@ class _Run:
         if job.manifest is not None:
             written = written_tensors(job.manifest)
             seen = {name for layer in self.layers for name in covered(layer, written)}
+        self.watcher.total_layers(len(self.layers) * len(job.tokens))
         if check_bytes:
             self._announce()
 

@@ -60,6 +60,9 @@ def test_every_byte_is_compared_once(converted):
     seen, lock = [], threading.Lock()
 
     class Watcher:
+        def total_layers(self, total):
+            self.layers = total
+
         def total_bytes(self, total):
             self.total = total
 
@@ -72,6 +75,7 @@ def test_every_byte_is_compared_once(converted):
     watcher = Watcher()
     assert quarkconv.verify_checkpoint(converted(NAME), device="cpu", watcher=watcher).ok
     assert sum(seen) == watcher.total
+    assert watcher.layers == 3
 
 
 @pytest.mark.parametrize("position", ["first", "last"])

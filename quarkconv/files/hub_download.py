@@ -1,0 +1,56 @@
+"""How far a download to the Hub's cache has come. huggingface_hub downloads, and draws bars of its own otherwise."""
+
+from __future__ import annotations
+
+import threading
+from typing import TYPE_CHECKING, Any
+
+from quarkconv.files.files import Progress, Reading
+
+if TYPE_CHECKING:
+    from quarkconv.files.hub_repo import HubRepo
+
+
+def missing_bytes(repo: HubRepo) -> int:
+    """Bytes of the files of a commit that are not in the cache."""
+    from huggingface_hub import try_to_load_from_cache
+
+    return sum(
+        entry.size
+        for name, entry in repo.entries.items()
+        if not isinstance(try_to_load_from_cache(repo.repo, name, revision=repo.commit), str)
+    )
+
+
+def counted(reading: Progress, total: int) -> Any:
+    """A class for huggingface_hub to use in place of its bars, which draws nothing and tells what it was told.
+
+    Args:
+        reading: told how many bytes were downloaded.
+        total: bytes that are to be downloaded.
+    """
+    from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
+
+    lock = threading.Lock()
+    done = 0
+
+    class Counted(tqdm):
+        """A bar of huggingface_hub as one that is switched off, but for what it counts."""
+
+        def __init__(self, *args: Any, **options: Any) -> None:
+            # Of several bars the one of bytes that are on the disk is meant, and not of those that came over the line.
+            transfer = str(options.get("name")).endswith(".transfer")
+            self._counts = options.get("unit") == "B" and not transfer
+            super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
+
+        def update(self, n: float | None = 1) -> bool | None:
+            nonlocal done
+            with lock:
+                self.n += n or 0
+                if self._counts:
+                    done += int(n or 0)
+                    reading(Reading("download", done, max(total, done), in_bytes=True))
+            return None
+
+    reading(Reading("download", 0, total, in_bytes=True))
+    return Counted
