@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from quarkconv.errors import HubError
+from quarkconv.errors import HubError, WriteError
 from quarkconv.files.files import Files, Progress, Reading
 from quarkconv.headers.local_files import LocalFiles
 
@@ -16,6 +18,9 @@ if TYPE_CHECKING:
 
 _REPO: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?", re.ASCII)
 _LISTING_RETRIES: Final = 3
+_OF_DISKS: Final = (
+    errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EIO, errno.EFBIG, errno.ENOTDIR,
+)  # fmt: skip
 
 
 def locate_model(model: str | Path | Files, *, cache: bool = False, reading: Progress | None = None) -> Files:
@@ -63,25 +68,32 @@ def resolve_model(model: str | Path, reading: Progress | None = None) -> Path:
 
     Raises:
         HubError: it is a repo id, and the Hub does not have it or cannot be asked.
+        WriteError: the cache cannot be written to.
     """
     repo = _repo_id(model)
     if repo is None:
         return Path(model)
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import constants, snapshot_download
 
-    from quarkconv.files.hub_download import counted, missing_bytes
+    from quarkconv.files.hub_download import counted, missing_bytes, no_bars
     from quarkconv.files.hub_errors import hub_error
 
     name, _, revision = repo.partition("@")
-    options = {}
+    bars = None
     if reading is not None:
         listed = _listing(name, revision or None, reading)
         if isinstance(listed, Path):
             return listed
-        options["tqdm_class"] = counted(reading, missing_bytes(listed))
+        bars = counted(reading, missing_bytes(listed))
     try:
-        return Path(snapshot_download(name, revision=revision or None, **options))
+        with nullcontext() if bars is None else no_bars():
+            return Path(snapshot_download(name, revision=revision or None, tqdm_class=bars))
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
+        if isinstance(error, OSError) and error.errno in _OF_DISKS:
+            raise WriteError(
+                "The model cannot be written to the Hub's cache", file=constants.HF_HUB_CACHE, found=error.strerror,
+                hint="make room there, or name another folder in HF_HUB_CACHE; the same command goes on",
+            ) from error  # fmt: skip
         raise hub_error(error, repo) from error
 
 

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -49,11 +47,13 @@ def push_folder(folder: Path, repo: str, message: str, *, bars: bool = True) -> 
     """
     from huggingface_hub import HfApi, constants
 
+    from quarkconv.files.hub_download import no_bars
+
     api = HfApi(endpoint=constants.ENDPOINT)
     try:
         # From 2.0 on upload_folder does what upload_large_folder did: parallel, in several commits, resumable.
         large = getattr(api, "upload_large_folder", None)
-        with nullcontext() if bars else _no_bars():
+        with nullcontext() if bars else no_bars():
             if large is not None:
                 large(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
             else:
@@ -61,21 +61,6 @@ def push_folder(folder: Path, repo: str, message: str, *, bars: bool = True) -> 
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
         raise _refused(repo, error) from error
     return f"{constants.ENDPOINT}/{repo}"
-
-
-@contextmanager
-def _no_bars() -> Iterator[None]:
-    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
-
-    before = are_progress_bars_disabled()
-    with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS says something else, and wins
-        warnings.simplefilter("ignore")
-        disable_progress_bars()
-        try:
-            yield
-        finally:
-            if not before:
-                enable_progress_bars()
 
 
 def _refused(repo: str, error: Exception) -> WriteError:

@@ -67,6 +67,8 @@ class HubHandler(Handler):
             self._tree(match[1], match[2])
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/xet-read-token/([^/]+)", path):
             read_token(self)
+        elif hub.resolve_cache and (match := re.fullmatch(r"/api/resolve-cache/(.+)/([^/]+)/([^/]+)", path)):
+            self._resolve(match[1], match[2], match[3])
         elif faults.circle:
             self._answer(302, b"", {"Location": self.path})
         elif match := re.fullmatch(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)", path):
@@ -125,6 +127,9 @@ class HubHandler(Handler):
             if hub.faults.change_etag_after and hub.heads > hub.faults.change_etag_after:
                 etag = etag[::-1]
         headers = {"X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        if not file.lfs and hub.resolve_cache and "resolve-cache" not in self.path:
+            self._answer(307, b"", {**headers, "Location": f"{hub.prefix}/api/resolve-cache/{repo}/{commit}/{name}"})
+            return
         if not file.lfs:
             send_range(self, file.data, {**headers, "ETag": f'"{etag}"'})
             return
@@ -192,6 +197,10 @@ def start_hub(host: str = "127.0.0.1", tls: ssl.SSLContext | None = None) -> tup
             server.socket = tls.wrap_socket(server.socket, server_side=True, do_handshake_on_connect=False)
         threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.05}, daemon=True).start()
         servers.append(server)
-    scheme, shown = "http" if tls is None else "https", f"[{host}]" if ":" in host else host
-    hub.url, hub.store_url = (f"{scheme}://{shown}:{server.server_address[1]}" for server in servers)
+    # Another name for the store: huggingface_hub may take a server of the same name for the Hub, whatever its port.
+    names = (f"[{host}]", f"[{host}]") if ":" in host else (host, "localhost")
+    hub.url, hub.store_url = (
+        f"{'http' if tls is None else 'https'}://{name}:{server.server_address[1]}"
+        for name, server in zip(names, servers, strict=True)
+    )
     return hub, servers

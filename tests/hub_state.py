@@ -102,6 +102,8 @@ class Hub:
     """Large files are in Xet storage."""
     xet_url: str = ""
     """Where Xet storage is; by default the store."""
+    resolve_cache: bool = False
+    """Small files are found at another address of the Hub, to which it redirects."""
     prefix: str = ""
     """The path under which the Hub is found, where it is not alone on its server."""
     sent: int = 0

@@ -1,8 +1,11 @@
-"""How far a download to the Hub's cache has come. huggingface_hub downloads, and draws bars of its own otherwise."""
+"""How far huggingface_hub has come, when it is told not to draw bars of its own."""
 
 from __future__ import annotations
 
 import threading
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 from quarkconv.files.files import Progress, Reading
@@ -20,6 +23,22 @@ def missing_bytes(repo: HubRepo) -> int:
         for name, entry in repo.entries.items()
         if not isinstance(try_to_load_from_cache(repo.repo, name, revision=repo.commit), str)
     )
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """Keep huggingface_hub from drawing."""
+    from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
+
+    before = are_progress_bars_disabled()
+    with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS says something else, and wins
+        warnings.simplefilter("ignore")
+        disable_progress_bars()
+        try:
+            yield
+        finally:
+            if not before:
+                enable_progress_bars()
 
 
 def counted(reading: Progress, total: int) -> Any:

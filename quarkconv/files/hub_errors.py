@@ -69,7 +69,7 @@ def hub_error(error: Exception, place: str, file: str | None = None) -> HubError
         )  # fmt: skip
     if isinstance(error, HfHubHTTPError):
         return _refused(error, error.response.status_code, named, found)
-    if isinstance(error, client().TooManyRedirects):
+    if isinstance(error, client().TooManyRedirects | RecursionError):  # huggingface_hub 1 called itself for each
         return HubError("The Hub's answers lead in a circle", file=named, found=found, hint=_endpoint_hint())
     if isinstance(error, RuntimeError):  # what hf_xet raises
         return HubError(

@@ -106,7 +106,7 @@ class HubRanges:
             try:
                 found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, retry_on_errors=True)
                 break
-            except http_client.client().HTTPError as error:
+            except (http_client.client().HTTPError, RecursionError) as error:
                 # huggingface_hub has tried several times already, but for errors of a proxy
                 if attempt > RETRIES or not (isinstance(error, http_client.client().ProxyError) and may_pass(error)):
                     raise hub_error(error, str(self), name) from error

@@ -127,7 +127,7 @@ def test_signatures_are_not_shown(published: Hub, capsys: Capture) -> None:
 def test_stores_have_etags_of_their_own(published: Hub, model: Path, tmp_path: Path) -> None:
     """The Hub may send to another content delivery network when it signs an address again."""
     published.faults.expire_after = 2
-    published.other_store_url = published.store_url.replace("127.0.0.1", "localhost")
+    published.other_store_url = published.store_url.replace("localhost", "127.0.0.1")
     same_as_on_disk(model, tmp_path)
     assert published.signatures > 4
 
@@ -210,6 +210,27 @@ def test_revisions_with_slashes_and_names_with_dots(hub: Hub, model: Path, tmp_p
     assert (code, json.loads(out)["error"]) == (3, "The repo has no such revision")
     code, out, _ = run_cli(capsys, "verify", f"{repo}@refs/pr/1", "--tokens", "2", "--device", "cpu", "--json")
     assert (code, json.loads(out)["ok"]) == (0, True)
+
+
+def test_small_files_at_another_address_of_the_hub(
+    published: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    published.resolve_cache, published.faults.token = True, "hf_right"
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    same_as_on_disk(model, tmp_path)
+    assert any("resolve-cache" in path for method, path, asked in published.requests if method == "GET" and asked)
+
+
+def test_a_cache_that_cannot_be_written_to(
+    published: Hub, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
+    code, out, _ = run_cli(capsys, "convert", REPO, "--to", "bf16", "--out", tmp_path / "out", "--cache", "--json")
+    said = json.loads(out)
+    assert (code, said["file"]) == (5, str(tmp_path / "file" / "hub"))
+    assert "HF_HUB_CACHE" in said["hint"]
+    assert published.ranges() == []
 
 
 def test_an_endpoint_with_a_path(hub: Hub, model: Path, tmp_path: Path, point_at: Callable[[str], None]) -> None:

@@ -154,7 +154,7 @@ def test_no_proxy_goes_past_it(
     hub: Hub, proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy, variable: str
 ) -> None:
     hub.publish(REPO, model)
-    use(**{"HTTP_PROXY": proxy.url, variable: "example.org,127.0.0.1"})
+    use(**{"HTTP_PROXY": proxy.url, variable: "example.org,127.0.0.1,localhost"})
     quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "out")
     assert proxy.requests == []
     assert hub.ranges()
