@@ -81,10 +81,14 @@ def resolve_model(model: str | Path, reading: Progress | None = None) -> Path:
     name, _, revision = repo.partition("@")
     bars = None
     if reading is not None:
-        listed = _listing(name, revision or None, reading)
-        if isinstance(listed, Path):
-            return listed
-        bars = counted(reading, missing_bytes(listed))
+        try:
+            listed = _listing(name, revision or None, reading)
+        except HubError:  # the list is for the total alone: huggingface_hub may still find the model in the cache
+            bars = counted(reading, None)
+        else:
+            if isinstance(listed, Path):
+                return listed
+            bars = counted(reading, missing_bytes(listed))
     try:
         with nullcontext() if bars is None else no_bars():
             return Path(snapshot_download(name, revision=revision or None, tqdm_class=bars))

@@ -41,12 +41,12 @@ def no_bars() -> Iterator[None]:
                 enable_progress_bars()
 
 
-def counted(reading: Progress, total: int) -> Any:
+def counted(reading: Progress, total: int | None) -> Any:
     """A class for huggingface_hub to use in place of its bars, which draws nothing and tells what it was told.
 
     Args:
         reading: told how many bytes were downloaded.
-        total: bytes that are to be downloaded.
+        total: bytes that are to be downloaded; None where that is not known.
     """
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
@@ -68,7 +68,7 @@ def counted(reading: Progress, total: int) -> Any:
                 self.n += n or 0
                 if self._counts:
                     done += int(n or 0)
-                    reading(Reading("download", done, max(total, done), in_bytes=True))
+                    reading(Reading("download", done, None if total is None else max(total, done), in_bytes=True))
             return None
 
     reading(Reading("download", 0, total, in_bytes=True))

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from hub_server import HubHandler, start_hub
 from hub_state import Hub, Stored
-from huggingface_hub import constants
+from huggingface_hub import constants, snapshot_download
 from writing_support import make_checkpoint, run_cli, snapshot
 
 import quarkconv
@@ -219,6 +219,15 @@ def test_small_files_at_another_address_of_the_hub(
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     same_as_on_disk(model, tmp_path)
     assert any("resolve-cache" in path for method, path, asked in published.requests if method == "GET" and asked)
+
+
+@pytest.mark.usefixtures("no_waits")
+def test_a_hub_that_only_refuses_leaves_the_cache(published: Hub, tmp_path: Path, capsys: Capture) -> None:
+    snapshot_download(REPO)
+    published.faults.too_many = 10**6
+    code, out, _ = run_cli(capsys, "convert", REPO, "--to", "bf16", "--out", tmp_path / "out", "--cache", "--json")
+    assert code == 0, out
+    assert run_cli(capsys, "inspect", REPO)[0] == 3
 
 
 def test_a_cache_that_cannot_be_written_to(
