@@ -36,12 +36,13 @@ class HubHandler(Handler):
         self._note()
         hub, faults = self.hub, self.hub.faults
         with hub.lock:
+            hanging_up, busy = faults.hang_up > 0, faults.too_many > 0
             faults.too_many -= 1
             faults.hang_up -= 1
-        if faults.hang_up >= 0:
+        if hanging_up:
             self.close_connection = True
             return
-        if faults.too_many >= 0:
+        if busy:
             self._answer(429, b"", {"Retry-After": faults.retry_after})
             return
         if faults.answer is not None:

@@ -33,6 +33,7 @@ class StoreHandler(Handler):
             hub.busiest = max(hub.busiest, hub.busy)
             hub.store_requests += 1
             count = hub.store_requests
+            failing, refusing = faults.server_errors > 0, faults.refusals > 0
             faults.server_errors -= 1
             faults.refusals -= 1
         try:
@@ -40,9 +41,9 @@ class StoreHandler(Handler):
             hub.signed[signature] += 1
             file = _file(hub, address.path.rpartition("/")[2])
             assert self.headers.get("Authorization") is None, "a token left the Hub"
-            if faults.server_errors >= 0:
+            if failing:
                 self._answer(503)
-            elif faults.refusals >= 0 or (faults.expire_after and hub.signed[signature] > faults.expire_after):
+            elif refusing or (faults.expire_after and hub.signed[signature] > faults.expire_after):
                 self._answer(403, b"<Error><Code>AccessDenied</Code></Error>", {"Content-Type": "application/xml"})
             elif file is None:
                 self._answer(404)
