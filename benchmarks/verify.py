@@ -6,6 +6,9 @@ Without MODEL one is made, by default of 14 layers of Qwen3-30B-A3B (10 GB), and
 measurement the files are dropped from the page cache (posix_fadvise), as far as the system does that; both then read
 from the disk. A first run compiles the kernels and is not counted. Every measurement is a process of its own; its peak
 memory is counted beyond what it held when everything was imported and the devices were ready.
+
+Without ``--devices`` no numbers are computed: bytes alone are verified, and the layers are read as they are for
+numbers, checksums included, to see what that takes and how much of it comes from the disk.
 """
 
 from __future__ import annotations
@@ -85,6 +88,33 @@ print(json.dumps({"seconds": seconds, "ok": result.ok,
 """
 
 
+LAYERS = """
+import json, os, sys, time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from quarkconv.description import describe
+from quarkconv.manifest import read_manifest
+from quarkconv.verify.arenas import ArenaPool
+from quarkconv.verify.layer_files import LayerFiles
+from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
+from quarkconv.verify.streaming import READERS
+root = Path(sys.argv[1]); description = describe(root); written = written_tensors(read_manifest(root))
+layers = description.int8_layers; size = max(map(layer_nbytes, layers))
+for path in root.iterdir():
+    descriptor = os.open(path, os.O_RDONLY)
+    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
+def from_the_disk():
+    return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
+before = from_the_disk(); started = time.perf_counter()
+with (ThreadPoolExecutor(READERS) as pool, LayerFiles(description, written, pool, lambda _: None) as files,
+      ArenaPool(1, size, pinned=False) as arenas):
+    problems = []; arena = arenas.take(1)
+    for layer in layers: files.read(layer, arena, problems)
+print(json.dumps({"seconds": time.perf_counter() - started, "ok": not problems,
+    "bytes": sum(map(layer_nbytes, layers)), "from_the_disk": from_the_disk() - before}))
+"""
+
+
 def child(code: str, *words: str, devices: int | None = None) -> dict[str, Any]:
     env = dict(os.environ)
     if devices is not None:
@@ -122,20 +152,30 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as temporary:
         model = options.model or str(make_model(options.shape, options.layers, Path(temporary)))
         devices = [int(count) for count in options.devices.split(",") if count]
-        runs: dict[str, list[dict[str, Any]]] = {}
-        for _ in range(options.rounds):  # in turn, so that all see the same disk
-            runs.setdefault("read", []).append(child(READ, model))
-            for count in devices:
-                found = child(VERIFY, model, "cuda", options.tokens, "bytes,numbers", devices=count)
-                runs.setdefault(f"verify on {count} GPU", []).append(found)
-            if not devices:
-                runs.setdefault("verify --bytes-only", []).append(child(VERIFY, model, "cpu", options.tokens, "bytes"))
-    once = statistics.median(run["seconds"] for run in runs["read"])
+        kinds: dict[str, tuple[tuple[str, ...], int | None]] = {
+            f"verify on {count} GPU": ((VERIFY, model, "cuda", options.tokens, "bytes,numbers"), count)
+            for count in devices
+        }
+        if not devices:
+            kinds = {
+                "layers alone": ((LAYERS, model), None),
+                "verify --bytes-only": ((VERIFY, model, "cpu", options.tokens, "bytes"), None),
+            }
+        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
+        for _ in range(options.rounds):
+            for kind, (words, count) in kinds.items():
+                child(READ, model)  # so that both find the memory of a virtual machine in the same state
+                once = child(READ, model)
+                found = child(*words, devices=count)
+                runs[kind].append(found | {"once": once, "over_reading": found["seconds"] / once["seconds"]})
     summary = {
-        name: {"seconds": statistics.median(run["seconds"] for run in found),
-               "over_reading": statistics.median(run["seconds"] for run in found) / once}
-        for name, found in runs.items()
-    }  # fmt: skip
+        kind: {
+            "seconds": statistics.median(run["seconds"] for run in found),
+            "reading_once": statistics.median(run["once"]["seconds"] for run in found),
+            "over_reading": statistics.median(run["over_reading"] for run in found),
+        }
+        for kind, found in runs.items()
+    }
     result = {"tokens": options.tokens, "summary": summary, "runs": runs}
     print(json.dumps(result["summary"], indent=1))
     if options.out:

@@ -7,23 +7,25 @@ the source should have given are computed with torch. Nothing of this is shared 
 from __future__ import annotations
 
 import os
+import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 import xxhash
 
 from quarkconv.description import Description
 from quarkconv.errors import SourceError
-from quarkconv.manifest import Manifest, WrittenPiece, WrittenShard
+from quarkconv.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Piece
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import BytesResult, Problem
 
 _BLOCK: Final = 8 * 2**20
+_CHECKED: Final = 2 * 2**20
+"""Bytes that are read before their checksum is computed: they are in the processor's cache then."""
 _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "": torch.uint8}
 
 
@@ -46,7 +48,7 @@ def check_bytes(
         source: directory of the source, or None.
         problems: where mismatches are added, one for each tensor.
         progress: called with the number of bytes checked since its last call.
-        jobs: number of files that are read at the same time.
+        jobs: number of tensors that are read at the same time.
         skip: tensors whose bytes were compared already; they are counted all the same.
         fail_fast: read no further files when something is wrong.
 
@@ -57,18 +59,21 @@ def check_bytes(
     if source is not None:
         check_source(source, manifest)
     present = [shard for shard in manifest.shards if (root / shard.file).is_file()]
-    with ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+    with _Sources(source) as sources, ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
 
-        def check(shard: WrittenShard) -> list[Problem]:
+        def check(part: _Part) -> list[Problem]:
             if fail_fast and problems:
                 return []
-            found = list(_shard_problems(description, shard, source, progress, skip))
+            # A descriptor of its own: what the kernel reads ahead, it reads after the last read of a descriptor.
+            with open(root / part.shard.file, "rb", buffering=0) as output:
+                found = list(_part_problems(description, part, output.fileno(), sources, progress))
             if fail_fast:
                 problems.extend(found)
                 return []
             return found
 
-        for found in pool.map(check, present):
+        parts = [part for shard in present for part in _parts(shard, (root / shard.file).stat().st_size, skip)]
+        for found in pool.map(check, parts):
             problems.extend(found)
     for file in manifest.files:
         path = root / file.name
@@ -98,47 +103,72 @@ def check_source(source: Path, manifest: Manifest) -> None:
             )  # fmt: skip
 
 
-def _shard_problems(
-    description: Description,
-    shard: WrittenShard,
-    source: Path | None,
-    progress: Callable[[int], None],
-    skip: Collection[str],
+class _Sources:
+    """The files of the source, each opened when it is first asked for. A context manager."""
+
+    def __init__(self, root: Path | None) -> None:
+        self.root = root
+        self._descriptors: dict[str, int] = {}
+        self._lock = threading.Lock()
+
+    def __enter__(self) -> _Sources:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for descriptor in self._descriptors.values():
+            os.close(descriptor)
+
+    def __getitem__(self, file: str) -> int:
+        assert self.root is not None
+        with self._lock:
+            if file not in self._descriptors:
+                self._descriptors[file] = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
+            return self._descriptors[file]
+
+
+class _Part(NamedTuple):
+    """What one thread checks at a time: a tensor where it lies in a shard, or the shard's header."""
+
+    shard: WrittenShard
+    tensor: WrittenTensor | None
+    position: int
+
+
+def _parts(shard: WrittenShard, available: int, skip: Collection[str]) -> Iterator[_Part]:
+    yield _Part(shard, None, 0)
+    position = shard.header
+    for tensor in shard.tensors:
+        if position + tensor.nbytes > available:  # cut off: a matter of structure, which has named it
+            return
+        if tensor.name not in skip:
+            yield _Part(shard, tensor, position)
+        position += tensor.nbytes
+
+
+def _part_problems(
+    description: Description, part: _Part, output: int, sources: _Sources, progress: Callable[[int], None]
 ) -> Iterator[Problem]:
-    path = description.checkpoint.root / shard.file
-    with ExitStack() as stack:
-        output = stack.enter_context(open(path, "rb")).fileno()
-        sources: dict[str, int] = {}
+    shard, tensor, position = part
+    if tensor is None:
         if _range_checksum(output, 0, shard.header) != shard.header_checksum:
             yield Problem("bytes", None, shard.file, "The header is not the one that was written")
         progress(shard.header)
-        position = shard.header
-        available = os.fstat(output).st_size
-        for tensor in shard.tensors:
-            if position + tensor.nbytes > available:  # cut off: a matter of structure, which has named it
-                return
-            if tensor.name in skip:
-                position += tensor.nbytes
-                continue
-            wrong: list[tuple[WrittenPiece, str]] = []
-            for written in tensor.pieces:
-                piece = written.piece
-                if _range_checksum(output, position, piece.output_nbytes) != written.checksum:
-                    wrong.append((written, "do not have the checksum of the manifest"))
-                elif source is not None:
-                    for part in piece.ranges():
-                        if part.file not in sources:
-                            sources[part.file] = stack.enter_context(open(source / part.file, "rb")).fileno()
-                    if not _same_as_source(output, position, sources, piece):
-                        wrong.append((written, "are not those of the source"))
-                position += piece.output_nbytes
-                progress(piece.output_nbytes)
-            if wrong:
-                (first, reason), count = wrong[0], len(wrong)
-                message = f"The bytes from {first.piece.tensor} {reason}"
-                if count > 1:
-                    message += f"; so it is with {count} of {len(tensor.pieces)} pieces"
-                yield Problem("bytes", layer_of(description, tensor.name), tensor.name, message, count)
+        return
+    wrong: list[tuple[WrittenPiece, str]] = []
+    for written in tensor.pieces:
+        piece = written.piece
+        if _range_checksum(output, position, piece.output_nbytes) != written.checksum:
+            wrong.append((written, "do not have the checksum of the manifest"))
+        elif sources.root is not None and not _same_as_source(output, position, sources, piece):
+            wrong.append((written, "are not those of the source"))
+        position += piece.output_nbytes
+        progress(piece.output_nbytes)
+    if wrong:
+        (first, reason), count = wrong[0], len(wrong)
+        message = f"The bytes from {first.piece.tensor} {reason}"
+        if count > 1:
+            message += f"; so it is with {count} of {len(tensor.pieces)} pieces"
+        yield Problem("bytes", layer_of(description, tensor.name), tensor.name, message, count)
 
 
 def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
@@ -152,10 +182,20 @@ def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
         start += len(block)
 
 
+_memory = threading.local()
+
+
 def _range_checksum(descriptor: int, start: int, nbytes: int) -> str:
-    hasher = xxhash.xxh3_128()
-    for block in _blocks(descriptor, start, nbytes):
-        hasher.update(block)
+    """The checksum of a byte range, read to the same memory again and again: new memory has to be made zero first."""
+    if not hasattr(_memory, "block"):
+        _memory.block = memoryview(bytearray(_CHECKED))
+    hasher, end = xxhash.xxh3_128(), start + nbytes
+    while start < end:
+        count = os.preadv(descriptor, [_memory.block[: min(_CHECKED, end - start)]], start)
+        if count == 0:  # the file ends: the checksum is another
+            break
+        hasher.update(_memory.block[:count])
+        start += count
     return hasher.hexdigest()
 
 
@@ -164,7 +204,7 @@ def _file_checksum(path: Path) -> str:
         return _range_checksum(handle.fileno(), 0, path.stat().st_size)
 
 
-def _same_as_source(output: int, position: int, sources: dict[str, int], piece: Piece) -> bool:
+def _same_as_source(output: int, position: int, sources: _Sources, piece: Piece) -> bool:
     """Whether a piece of the output holds what its source range gives."""
     for expected in _expected(sources, piece):
         if b"".join(_blocks(output, position, len(expected))) != expected:
@@ -173,7 +213,7 @@ def _same_as_source(output: int, position: int, sources: dict[str, int], piece: 
     return True
 
 
-def _expected(sources: dict[str, int], piece: Piece) -> Iterator[bytes]:
+def _expected(sources: _Sources, piece: Piece) -> Iterator[bytes]:
     """What a piece should be, a block at a time, computed by other means than the writer's."""
     if piece.scale is not None:
         yield from _expected_weights(sources, piece, piece.scale)
@@ -185,7 +225,7 @@ def _expected(sources: dict[str, int], piece: Piece) -> Iterator[bytes]:
         yield _bytes_of(_expected_rows(sources, piece))
 
 
-def _expected_rows(sources: dict[str, int], piece: Piece) -> torch.Tensor:
+def _expected_rows(sources: _Sources, piece: Piece) -> torch.Tensor:
     """A scale as F32, repeated: by torch, unlike the writer's own computation."""
     data = bytearray().join(_blocks(sources[piece.file], piece.start, piece.nbytes))
     if not piece.widen:
@@ -193,7 +233,7 @@ def _expected_rows(sources: dict[str, int], piece: Piece) -> torch.Tensor:
     return torch.frombuffer(data, dtype=_DTYPES[piece.widen]).float().repeat(piece.repeat)
 
 
-def _expected_weights(sources: dict[str, int], piece: Piece, scale: Piece) -> Iterator[bytes]:
+def _expected_weights(sources: _Sources, piece: Piece, scale: Piece) -> Iterator[bytes]:
     """Code times scale, rounded to F32 and then to BF16: the product exactly, in float64, and the bits by hand."""
     if not piece.nbytes:
         return

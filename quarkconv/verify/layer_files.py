@@ -17,6 +17,7 @@ from quarkconv.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
+from quarkconv.files.page_cache import in_page_cache
 from quarkconv.manifest import WrittenTensor
 from quarkconv.verify.arenas import Arena
 from quarkconv.verify.layer_reads import PAGE, LayerRead, layer_reads, projection_names, w2_offset
@@ -26,7 +27,7 @@ from quarkconv.verify.results import Problem
 
 _BLOCK: Final = 2 * 2**20
 """Bytes that are read before their checksum is computed: they are in the processor's cache then."""
-_DIRECT: Final = hasattr(os, "O_DIRECT") and hasattr(os, "RWF_NOWAIT")
+_DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
 
@@ -175,16 +176,14 @@ class LayerFiles:
     def _read_block(self, item: LayerRead, view: memoryview, done: int, descriptor: int) -> int:
         """Read a block: from the page cache where it is there, else past it where it lies on pages."""
         start = item.start + done
-        if not ((item.at + done) % PAGE or start % PAGE or len(view) % PAGE):
-            direct = self._direct_descriptor(item.file)
-            if direct is not None:
-                try:
-                    return os.preadv(descriptor, [view], start, os.RWF_NOWAIT)
-                except BlockingIOError:
-                    return os.preadv(direct, [view], start)
-                except OSError as error:
-                    if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                        raise
+        on_pages = not ((item.at + done) % PAGE or start % PAGE or len(view) % PAGE)
+        direct = self._direct_descriptor(item.file) if on_pages else None
+        if direct is not None and not in_page_cache(descriptor, start, len(view)):
+            try:
+                return os.preadv(direct, [view], start)
+            except OSError as error:
+                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
+                    raise
         return os.preadv(descriptor, [view], start)
 
     def _direct_descriptor(self, file: str) -> int | None:
@@ -192,7 +191,7 @@ class LayerFiles:
         with self._lock:
             if file not in self._direct:
                 try:
-                    flags = os.O_RDONLY | os.O_CLOEXEC | getattr(os, "O_DIRECT", 0)
+                    flags = os.O_RDONLY | os.O_CLOEXEC | _DIRECT
                     self._direct[file] = os.open(self.description.checkpoint.root / file, flags) if _DIRECT else None
                 except OSError:
                     self._direct[file] = None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,7 +26,7 @@ from quarkconv.verify.results import (
     Problem,
     Verification,
 )
-from quarkconv.verify.streaming import LayerOutcome, NumbersJob, stream_numbers
+from quarkconv.verify.streaming import READERS, LayerOutcome, NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure
 
 DEFAULT_TOKENS: Final = 64
@@ -206,7 +205,7 @@ class _Run:
             return
         source = self.source.checkpoint.root if self.source else None
         self.checked = check_bytes(
-            self.description, self.manifest, source, problems, self.watcher.checked, min(4, os.cpu_count() or 1), skip,
+            self.description, self.manifest, source, problems, self.watcher.checked, READERS, skip,
             fail_fast=self.fail_fast,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import threading
 
 import pytest
@@ -54,6 +55,37 @@ def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
     assert result.ok
     assert len(result.numbers.layers) == 3
     assert taken == [2]
+
+
+def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
+    """Not that a look into the page cache sets off a read of its own."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    source = make_checkpoint(tmp_path / "source", experts=8, hidden=1024, intermediate=1024)
+    model = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "model").output
+    description = describe(model)
+    (layer,) = description.int8_layers
+
+    def bytes_from_the_disk():
+        with open("/proc/self/io") as counters:
+            return int(next(line for line in counters if line.startswith("read_bytes")).split()[1])
+
+    for path in model.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    with (
+        ThreadPoolExecutor(3) as pool,
+        LayerFiles(description, {}, pool, lambda _: None) as files,
+        ArenaPool(1, layer_nbytes(layer), pinned=False) as arenas,
+    ):
+        before = bytes_from_the_disk()
+        files.read(layer, arenas.take(1), [])
+        read = bytes_from_the_disk() - before
+    if read == 0:
+        pytest.skip("this file system keeps its files in memory, or does not count")
+    assert read < 1.05 * layer_nbytes(layer)  # and the scales, with what is read ahead of them
 
 
 def test_every_byte_is_compared_once(converted):
