@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import re
+import statistics
 import sys
 from pathlib import Path
 from typing import Any
@@ -125,6 +126,36 @@ def headers() -> str:
     return f"{what}\n\n{table('', [('', found['rows'])], '`json.loads`')}"
 
 
+def forward(name: str, *, goal: bool) -> str:
+    """Times of the INT8 forward: the shapes and tokens of the goals, or the other ones."""
+    found = result(f"moe-int8-{name}")
+    rows = [row for row in found["rows"] if row["goal"] == goal]
+    columns = [
+        ("ours", "ours_us"), ("default", "vllm_default_us"), ("tuned", "vllm_tuned_us"), ("bf16", "torch_bf16_us"),
+        ("bytes", "bytes_floor_us"), ("operations", "operations_floor_us"),
+    ]  # fmt: skip
+    columns = [(title, key) for title, key in columns if all(key in row for row in rows)]
+    ratios = [(title, key) for title, key in columns if key.startswith("vllm")]
+    titles = ["shape", "tokens", *(title for title, _ in columns), *(f"vs {title}" for title, _ in ratios)]
+    lines = [f"| {' | '.join([*titles, 'over floor'])} |", "| --- |" + " ---: |" * len(titles)]
+    for row in rows:
+        times = [f"{row[key]:.0f}" if row[key] >= 100 else f"{row[key]:.1f}" for _, key in columns]
+        times[0] = f"**{times[0]}**"
+        over = row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"])
+        cells = [
+            row["shape"], str(row["tokens"]), *times, *(f"{row[key] / row['ours_us']:.2f}" for _, key in ratios),
+            f"{over:.2f}",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    said = []
+    for title, key in ratios:
+        times_as_fast = [row[key] / row["ours_us"] for row in rows]
+        mean = statistics.geometric_mean(times_as_fast)
+        said.append(f"{min(times_as_fast):.2f} to {max(times_as_fast):.2f} times as fast as {title}, "
+                    f"geometric mean {mean:.3f}")  # fmt: skip
+    return "\n".join(lines) + (f"\n\n{'; '.join(said)}." if said else "")
+
+
 PARTS = {
     "findings": findings,
     "engines": engines,
@@ -135,8 +166,13 @@ PARTS = {
     "conversion-growth": conversion_growth,
     "conversion-targets": conversion_targets,
     "checksums": checksums,
+    "forward-h100": lambda: forward("nvidia-h100-80gb-hbm3", goal=True),
+    "forward-h100-others": lambda: forward("nvidia-h100-80gb-hbm3", goal=False),
+    "forward-h100-vllm": lambda: forward("nvidia-h100-80gb-hbm3-vllm", goal=True),
+    "forward-h200": lambda: forward("nvidia-h200", goal=True),
+    "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-DOCUMENTS = ["README.md", "docs/findings.md", "docs/engines.md", "docs/performance.md"]
+DOCUMENTS = ["README.md", "docs/findings.md", "docs/engines.md", "docs/performance.md", "docs/kernels.md"]
 
 
 def filled(text: str) -> str:
