@@ -21,7 +21,7 @@ demo: $(STAMP)  ## Inspect, convert and verify a real Quark export
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
 test: $(STAMP)  ## Run every test
-	$(BIN)/python -m pytest -q $(TESTS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(TESTS)
 
 test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 600 MB, 900 MB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
