@@ -31,7 +31,7 @@ import triton.language as tl
 from quarkconv.kernels import fused_experts_int8_reference
 from quarkconv.kernels.arguments import ExpertsArguments
 from quarkconv.kernels.pipeline import default_options, run_pipeline
-from quarkconv.kernels.tables import Shape, find_options, table_path
+from quarkconv.kernels.tables import GemvOptions, Options, Shape, find_options, table_path
 from quarkconv.kernels.tune import SHAPES, Weights, make_call, make_weights, time_calls
 
 TOKENS = (1, 8, 64, 512, 4096)
@@ -225,13 +225,37 @@ def measure(
         "touched_experts": touched,
         "from_table": find_options(torch.cuda.get_device_name(), tokens, experts, top_k, hidden, intermediate)
         is not None,
-        "options": repr(default_options(calls[0])),
+        "options": summary(default_options(calls[0])),
     }
     if vllm is not None:
         row |= time_vllm(vllm, calls, tokens, repeats)
     if bf16 is not None:
         row["torch_bf16_us"] = time_torch(calls, bf16, repeats)
     return row
+
+
+def summary(options: Options) -> str:
+    """Launch options in short: rows of a block + of a tail / of a short block; columns x depth, the rest of a tile."""
+    if isinstance(options, GemvOptions):
+        tiles = [f"{tile.block_n} columns, {tile.num_warps} warps" for tile in (options.gate_up, options.down)]
+        return f"without sorting; gate-up {tiles[0]}; down {tiles[1]}"
+    blocks = f"{options.blocks.block_m} + {options.blocks.tail_m} / {options.blocks.small_m} rows"
+    tiles = [
+        f"{tile.block_n} x {tile.block_k}, group {tile.group_m}, {tile.num_warps} warps, {tile.num_stages} stages"
+        + (", specialized" if tile.specialized else "") + ("" if tile.descriptors else ", pointers")
+        for tile in (options.gate_up, options.down)
+    ]  # fmt: skip
+    return f"{blocks}; gate-up {tiles[0]}; down {tiles[1]}"
+
+
+def dump(document: dict[str, Any]) -> str:
+    """The JSON of what was measured, a line a row; six digits of each number."""
+    rounded = (
+        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
+        for row in document["rows"]
+    )
+    rows = ",\n".join(json.dumps(row) for row in rounded)
+    return json.dumps(document | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}]') + "\n"
 
 
 def describe(row: dict[str, Any]) -> str:
@@ -301,7 +325,7 @@ def main() -> int:
             row = measure(name, shape, weights, count, ceilings, *beside, options.repeats)
             document["rows"].append(row | {"goal": named})
             print(describe(row), flush=True)
-            path.write_text(json.dumps(document, indent=1) + "\n", encoding="utf-8")
+            path.write_text(dump(document), encoding="utf-8")
         del weights, wide
         torch.cuda.empty_cache()
     for key in ("vllm_default_us", "vllm_tuned_us"):

@@ -179,7 +179,7 @@ def main() -> None:
     result = {"tokens": options.tokens, "summary": summary, "runs": runs}
     print(json.dumps(result["summary"], indent=1))
     if options.out:
-        Path(options.out).write_text(json.dumps(result, indent=1) + "\n")
+        Path(options.out).write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
