@@ -54,7 +54,8 @@ def test_conversions_in_a_row_leave_nothing_behind(tmp_path: Path, monkeypatch: 
             gc.collect()
             seen.append((descriptors(), threading.active_count(), memory()))
     (files_before, threads_before, before), (files_after, threads_after, after) = seen
-    assert (files_after, threads_after) == (files_before, threads_before)
+    assert files_after <= files_before
+    assert threads_after <= threads_before  # those of an earlier test may have ended meanwhile
     assert sorted(path.name for path in tmp_path.iterdir()) == ["model", "tmp"]
     assert not list(temporary.iterdir())
     assert after - before < 16 * 2**20  # allocators keep what they have
