@@ -23,7 +23,8 @@ from .options import next_power_of_2
 from .quantize import quantize_rows, row_constants
 from .tables import RowBlocks
 
-_RUN = 1024  # pairs that one program looks at
+_AT_ONCE = 1024  # as many pairs are routed in one launch
+_RUN = 512  # of more pairs, a program counts and sorts as many
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +79,7 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
 
     There are no atomics, so the order is always the same. Few pairs take one launch, in which every expert's program
     looks at all of them. Many are cut into runs: one launch counts each run, one arranges what was counted into rows
-    and blocks, and in the third a program per expert and run places its pairs.
+    and blocks, and the third sorts each run and places its pairs.
     """
     from .routing_jit import arrange_kernel, count_run_kernel, place_run_kernel, route_at_once_kernel
 
@@ -86,7 +87,7 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
     dependent, cut = dependence(device), _cut(num_experts, plan)
     block_e = cut["BLOCK_E"]
     blocks = (plan.block_expert, plan.block_first, plan.block_rows, plan.totals)
-    if num_pairs <= _RUN:
+    if num_pairs <= _AT_ONCE:
         scan = _scan(num_pairs)
         route_at_once_kernel[(num_experts,)](
             topk_ids,
@@ -117,7 +118,7 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
         **dependent,
     )
     placed = (plan.pairs, plan.rows)
-    place_run_kernel[(num_experts, runs)](topk_ids, starts, *placed, num_pairs, num_experts, num_warps=1, **run)
+    place_run_kernel[(runs,)](topk_ids, starts, *placed, num_pairs, num_experts, num_warps=8, **run)
     return plan
 
 
@@ -133,7 +134,7 @@ def quantize_and_route(
     from .routing_jit import quantize_and_route_kernel
 
     num_pairs, (rows, width) = topk_ids.numel(), x.shape
-    if num_pairs > _RUN:
+    if num_pairs > _AT_ONCE:
         quantize_rows(x, codes=codes, scales=scales)
         return route_pairs(topk_ids, num_experts, plan)
     cut = row_constants(rows, width)

@@ -186,7 +186,7 @@ def count_run_kernel(
 @triton.jit(do_not_specialize=["num_runs", "num_experts"])
 def arrange_kernel(
     counts_ptr,  # i32 [C, E]
-    starts_ptr,  # i32 [C, E]: where the rows of a run and expert start
+    starts_ptr,  # i32 [C, E]: where the rows of a run and expert start, less the pairs of the run before them
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
     block_rows_ptr,  # i32 [max_blocks]
@@ -214,8 +214,11 @@ def arrange_kernel(
     start = first_row
     for first in range(0, num_runs, BLOCK_C):
         runs = first + tl.arange(0, BLOCK_C)
-        own = tl.load(counts_ptr + runs * num_experts + expert, mask=runs < num_runs, other=0)
-        tl.store(starts_ptr + runs * num_experts + expert, start + tl.cumsum(own, axis=0) - own, mask=runs < num_runs)
+        is_count = (runs < num_runs)[:, None] & (experts <= expert)[None, :]
+        up_to = tl.load(counts_ptr + runs[:, None] * num_experts + experts[None, :], mask=is_count, other=0)
+        own = tl.sum(tl.where((experts == expert)[None, :], up_to, 0), axis=1)
+        starts = start + tl.cumsum(own, axis=0) - tl.sum(up_to, axis=1)
+        tl.store(starts_ptr + runs * num_experts + expert, starts, mask=runs < num_runs)
         start += tl.sum(own, axis=0)
     _write_blocks(
         counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
@@ -234,11 +237,16 @@ def place_run_kernel(
     DEPENDENT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Place one expert's pairs of one run, in ascending order."""
+    """Sort the pairs of one run by expert, and by number among those of an expert, and give them their rows."""
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
-    expert, run = tl.program_id(0), tl.program_id(1)
-    pairs = run * BLOCK_P + tl.arange(0, BLOCK_P)
+    run, place = tl.program_id(0), tl.arange(0, BLOCK_P)
+    pairs = run * BLOCK_P + place
     ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    start = tl.load(starts_ptr + run * num_experts + expert)
-    _place(ids, pairs, expert, start, pairs_ptr, rows_ptr)
+    experts = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+    keys = tl.sort(experts * BLOCK_P + place)
+    experts, pairs = keys // BLOCK_P, run * BLOCK_P + keys % BLOCK_P
+    is_here = experts < num_experts
+    rows = place + tl.load(starts_ptr + run * num_experts + experts, mask=is_here, other=0)
+    tl.store(pairs_ptr + rows, pairs, mask=is_here)
+    tl.store(rows_ptr + pairs, rows, mask=is_here)

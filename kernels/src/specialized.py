@@ -7,9 +7,10 @@ import torch
 from .backend import dependence, device_traits
 from .grouped_gemm import ExpertWeights
 from .routing import RoutingPlan
-from .tables import TileOptions
+from .tables import RowBlocks, TileOptions
 
 HALF = 64  # rows of weights in one matrix instruction; a tile has two halves
+MOST_ROWS = 32  # of a tile that are finished at a time
 REGISTERS = 168  # a thread of twelve warps, of the 65536 that a processor has
 
 
@@ -34,14 +35,14 @@ def launch_specialized(
     from .specialized_jit import specialized_product_kernel
 
     blocks, depth, traits = plan.blocks, weights.codes.shape[2], device_traits(out.device)
-    width = HALF if gated else 2 * HALF
+    parts = options.block_n // (HALF if gated else 2 * HALF)
     # Results of 32 bits, which only tests ask for, take more room on their way out.
     stages = options.num_stages - (out.element_size() == 4)
-    specialized_product_kernel[(min(traits.processors, plan.max_blocks * -(-columns // width)),)](
+    specialized_product_kernel[(min(traits.processors, plan.max_blocks * -(-columns // options.block_n)),)](
         _descriptor(codes, blocks.block_m, options.block_k),
         _descriptor(codes, blocks.tail_m, options.block_k) if blocks.tail_m else None,
         row_scale,
-        _descriptor(weights.codes, HALF, options.block_k),
+        _descriptor(weights.codes, HALF * parts, options.block_k),
         weights.scale,
         weights.bias,
         router_weight,
@@ -58,16 +59,23 @@ def launch_specialized(
         PER_CHANNEL=weights.per_channel,
         RAW_SUMS=out.dtype == torch.int32,
         GATED=gated,
+        PARTS=parts,
         BLOCK_M=blocks.block_m,
         TAIL_M=blocks.tail_m,
         SMALL_M=blocks.small_m,
         BLOCK_D=options.block_k,
+        PIECE=rows_at_a_time(blocks),
         GROUP_M=options.group_m,
         STAGES=stages,
         num_warps=options.num_warps,
         maxnreg=REGISTERS,
         **dependence(out.device),
     )
+
+
+def rows_at_a_time(blocks: RowBlocks) -> int:
+    """Rows of a tile that are scaled, activated and stored together: a part of each height that a tile can have."""
+    return min([MOST_ROWS, *(rows for rows in (blocks.block_m, blocks.tail_m, blocks.small_m) if rows)])
 
 
 def _descriptor(codes: torch.Tensor, rows: int, block_k: int) -> Any:

@@ -7,23 +7,30 @@ left. Its warps play three parts:
 
     one warp       brings in the operands, as far ahead as there is room: STAGES steps of the sums, across the end of a
                    tile, and takes the next tile by an atomic counter
-    two groups of  multiply, in turns: while one multiplies its tile, the other one finishes the tile before, that is
-    four warps     scales, activation, store. So the matrix units need not wait for an epilogue
+    two groups of  multiply, scale, activate and store. With PARTS 1 they take turns: each has a tile of its own, and
+    four warps     while one multiplies, the other one finishes the tile before, so that the matrix units need not wait.
+                   With PARTS 2 they share a tile of twice the width. Then a tile of activations serves twice as many
+                   weights, and the second-level cache gives a quarter fewer bytes for the same sums: where experts have
+                   many rows, it is what limits tiles of 128 x 128
 
 A step is a run of BLOCK_D codes of the summed dimension: 128 rows of weights (64 of gate and 64 of up, or 128 output
-columns) by BLOCK_M rows of activations, in sorted order, and up to TAIL_M more. All of it is brought in by the copy
-engine through tensor descriptors; there are no pointers to compute and no registers on the way.
+columns; PARTS times as many) by BLOCK_M rows of activations, in sorted order, and up to TAIL_M more. All of it is
+brought in by the copy engine through tensor descriptors; there are no pointers to compute and no registers on the way.
 
 They tell each other by barriers in shared memory, of which each counts arrivals in phases:
 
-    full, empty    [STAGES]  a step's operands are there; have been multiplied and may be overwritten
-    told           [SLOTS]   a tile's number is there; -1 after the last one
-    turn           [2]       a group may multiply
+    full, empty    [STAGES]  a step's operands are there; have been multiplied, by all who do, and may be overwritten
+    told           [SLOTS]   it is known which tile is next; one without rows comes after the last
+    turn           [2]       a group may multiply (PARTS 1)
 
-Whoever waits names a phase by its parity alone, so he must not be two phases late or early. For `full` the turns see to
-that: a group starts when the other one has seen all of its own steps. For `told` it is enough that a group has seen the
-number two tiles before. A slot is free when it is written anew: the warp that brings operands is at most STAGES steps
-ahead, and there are two more slots than that.
+Whoever waits names a phase by its parity alone, so he must not be two phases late or early. For `full`, with PARTS 1,
+the turns see to that: a group starts when the other one has seen all of its own steps. With PARTS 2, both have to empty
+a step before it is filled anew. For `told` it is enough that a group has seen the tile two before. A slot is free when
+it is written anew: the warp that brings operands is at most STAGES steps ahead, and there are two more slots than that.
+
+What follows the sums is a loop over PIECE rows at a time, all in the same registers, into which the next ones move.
+Written out for 128 rows, for short blocks, for tails, and for each group, it was 192 KB of instructions, more than a
+processor's cache for them holds, and multiplying warps spent two fifths of their time waiting for instructions.
 """
 
 import triton.language as tl
@@ -44,6 +51,8 @@ from .grouped_gemm_jit import _tile_of
 HALF = tl.constexpr(64)  # rows of weights in one matrix instruction; a tile has two halves
 _ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
+# Of results: eight columns a thread, so that its stores are 16 bytes wide and a row's are 128 bytes in one piece.
+_EIGHT_COLUMNS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 
 
 @gluon.jit
@@ -58,9 +67,10 @@ def _block_of(tile, plan, sizes, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _tell(slots, number, tile, SLOTS: gl.constexpr):
+def _tell(slots, number, block, SLOTS: gl.constexpr):
     tiles, told = slots
-    tiles.index(number % SLOTS).store(gl.full([1], tile, gl.int32, _ONE_WARP))
+    for i in gl.static_range(4):
+        tiles.index(number % SLOTS * 4 + i).store(gl.full([1], block[i], gl.int32, _ONE_WARP))
     mbarrier.arrive(told.index(number % SLOTS))
 
 
@@ -68,13 +78,16 @@ def _tell(slots, number, tile, SLOTS: gl.constexpr):
 def _told(slots, number, SLOTS: gl.constexpr):
     tiles, told = slots
     mbarrier.wait(told.index(number % SLOTS), (number // SLOTS) & 1)
-    return gl.max(tiles.index(number % SLOTS).load(_FOUR_WARPS), 0)
+    block = ()
+    for i in gl.static_range(4):
+        block += (gl.max(tiles.index(number % SLOTS * 4 + i).load(_FOUR_WARPS), 0),)
+    return block
 
 
 @gluon.jit
 def _bring(
-    ring, slots, descriptors, plan, sizes, GATED: gl.constexpr, BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr,
-    BLOCK_D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    ring, slots, descriptors, plan, sizes, PARTS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr,
+    TAIL_M: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """The one warp: take tiles and bring in their operands."""
     weights, rows_main, rows_tail, full, empty, turn = ring
@@ -92,14 +105,14 @@ def _bring(
         ticket = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if ticket == tiles - 1:
             gl.store(counter_ptr, 0)
-        _tell(slots, number, tile, SLOTS)
         expert, first, rows, col_block = _block_of(tile, plan, sizes, GROUP_M)
+        _tell(slots, number, (expert, first, rows, col_block), SLOTS)
         if GATED:
-            lower = expert * (2 * N) + col_block * HALF
+            lower = expert * (2 * N) + col_block * (HALF * PARTS)
             upper = lower + N
         else:
-            lower = expert * N + col_block * (2 * HALF)
-            upper = lower + HALF
+            lower = expert * N + col_block * (2 * HALF * PARTS)
+            upper = lower + HALF * PARTS
         for start in range(0, D, BLOCK_D):
             at = step % STAGES
             ready = full.index(at)
@@ -118,16 +131,50 @@ def _bring(
             step += 1
         tile = ticket + gl.num_programs(0)
         number += 1
-    _tell(slots, number, -1, SLOTS)
-    _tell(slots, number + 1, -1, SLOTS)
+    for i in gl.static_range(2):
+        _tell(slots, number + i, (0, 0, 0, 0), SLOTS)
+
+
+@gluon.jit
+def _pieces(sums, PIECE: gl.constexpr):
+    """[HALF, n] as a tuple of [HALF, PIECE]; nothing moves."""
+    HALVES: gl.constexpr = sums.shape[1] // 2
+    if sums.shape[1] == PIECE:
+        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
+        pieces = (gl.convert_layout(sums, LAYOUT, assert_trivial=True),)
+    else:
+        first, second = gl.split(gl.permute(gl.reshape(sums, [HALF, 2, HALVES]), (0, 2, 1)))
+        pieces = _pieces(first, PIECE) + _pieces(second, PIECE)
+    return pieces
+
+
+@gluon.jit
+def _none(COUNT: gl.constexpr, PIECE: gl.constexpr):
+    """As many pieces that nobody looks at."""
+    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
+    pieces = ()
+    for _ in gl.static_range(COUNT):
+        pieces += (gl.zeros([HALF, PIECE], gl.int32, LAYOUT),)
+    return pieces
+
+
+@gluon.jit
+def _next(pieces):
+    """The pieces without the first one; the last one is there twice, so that their number stays."""
+    LAST: gl.constexpr = len(pieces) - 1
+    moved = ()
+    for i in gl.static_range(LAST):
+        moved += (pieces[i + 1],)
+    moved += (pieces[LAST],)
+    return moved
 
 
 @gluon.jit
 def _sums(
-    ring, number, steps, WHO: gl.constexpr, BLOCK_M: gl.constexpr, ROWS: gl.constexpr, TAIL: gl.constexpr,
-    STAGES: gl.constexpr,
+    ring, number, steps, WHO: gl.constexpr, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr,
+    ROWS: gl.constexpr, TAIL: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile, i32 [HALF, ROWS]: (lower half, upper half), and for TAIL those of the tail's rows too."""
+    """The sums of a tile for ROWS rows and, with TAIL, as many of a tail: (lower half, upper half), each as pieces."""
     weights, rows_main, rows_tail, full, empty, turn = ring
     LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
     lower = gl.zeros([HALF, ROWS], gl.int32, LAYOUT)
@@ -136,42 +183,71 @@ def _sums(
         TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 32])
         tail_lower = gl.zeros([HALF, TAIL], gl.int32, TAIL_LAYOUT)
         tail_upper = gl.zeros([HALF, TAIL], gl.int32, TAIL_LAYOUT)
-    mbarrier.wait(turn.index(WHO), (number // 2 + 1 + WHO) & 1)
+    if PARTS == 1:
+        mbarrier.wait(turn.index(WHO), (number // 2 + 1 + WHO) & 1)
     first = number * steps
     for step in range(first, first + steps):
         at = step % STAGES
         mbarrier.wait(full.index(at), (step // STAGES) & 1)
+        w = weights.index(2 * at)
+        upper_w = weights.index(2 * at + 1)
+        if PARTS == 2:
+            w = w.slice(WHO * HALF, HALF)
+            upper_w = upper_w.slice(WHO * HALF, HALF)
         x = rows_main.index(at)
         if ROWS < BLOCK_M:
             x = x.slice(0, ROWS)
-        lower = warpgroup_mma(weights.index(2 * at), x.permute((1, 0)), lower, is_async=True)
-        upper = warpgroup_mma(weights.index(2 * at + 1), x.permute((1, 0)), upper, is_async=True)
+        lower = warpgroup_mma(w, x.permute((1, 0)), lower, is_async=True)
+        upper = warpgroup_mma(upper_w, x.permute((1, 0)), upper, is_async=True)
         # One step is left running; that it has begun means that the one before it has read its operands.
         if TAIL:
             x = rows_tail.index(at).permute((1, 0))
-            tail_lower = warpgroup_mma(weights.index(2 * at), x, tail_lower, is_async=True)
-            tail_upper = warpgroup_mma(weights.index(2 * at + 1), x, tail_upper, is_async=True)
+            tail_lower = warpgroup_mma(w, x, tail_lower, is_async=True)
+            tail_upper = warpgroup_mma(upper_w, x, tail_upper, is_async=True)
             lower, upper, tail_lower, tail_upper = warpgroup_mma_wait(4, deps=(lower, upper, tail_lower, tail_upper))
         else:
             lower, upper = warpgroup_mma_wait(2, deps=(lower, upper))
         mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=step > first)
-    mbarrier.arrive(turn.index(1 - WHO))
+    if PARTS == 1:
+        mbarrier.arrive(turn.index(1 - WHO))
     if TAIL:
         lower, upper, tail_lower, tail_upper = warpgroup_mma_wait(0, deps=(lower, upper, tail_lower, tail_upper))
     else:
         lower, upper = warpgroup_mma_wait(0, deps=(lower, upper))
     mbarrier.arrive(empty.index((first + steps - 1) % STAGES))
-    return (lower, upper, tail_lower, tail_upper) if TAIL else (lower, upper)
+    lower, upper = _pieces(lower, PIECE), _pieces(upper, PIECE)
+    if TAIL:
+        lower += _pieces(tail_lower, PIECE)
+        upper += _pieces(tail_upper, PIECE)
+    else:
+        lower += _none((BLOCK_M + TAIL_M - ROWS) // PIECE, PIECE)
+        upper += _none((BLOCK_M + TAIL_M - ROWS) // PIECE, PIECE)
+    return lower, upper
 
 
 @gluon.jit
-def _row_scale(offset, block, plan, result, ROWS: gl.constexpr):
-    """f32 [ROWS] as the sums are laid out, of the rows from `offset` of a block; those past its end repeat its last."""
+def _sums_without_tail(
+    ring, number, steps, rows, WHO: gl.constexpr, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr,
+    SMALL_M: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+):  # fmt: skip
+    if SMALL_M:
+        if rows <= SMALL_M:
+            lower, upper = _sums(ring, number, steps, WHO, PARTS, BLOCK_M, TAIL_M, SMALL_M, 0, PIECE, STAGES)
+        else:
+            lower, upper = _sums(ring, number, steps, WHO, PARTS, BLOCK_M, TAIL_M, BLOCK_M, 0, PIECE, STAGES)
+    else:
+        lower, upper = _sums(ring, number, steps, WHO, PARTS, BLOCK_M, TAIL_M, BLOCK_M, 0, PIECE, STAGES)
+    return lower, upper
+
+
+@gluon.jit
+def _row_scale(offset, block, plan, result, PIECE: gl.constexpr):
+    """f32 [PIECE] as the sums are laid out, of the rows from `offset` of a block; past its end, of its last one."""
     expert, first, rows, col_block = block
     pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, counter_ptr = plan
     out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32]))
-    row = first + gl.minimum(offset + gl.arange(0, ROWS, LAYOUT), rows - 1)
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32]))
+    row = first + gl.minimum(offset + gl.arange(0, PIECE, LAYOUT), rows - 1)
     scale = gl.load(row_scale_ptr + row)
     if router_weight_ptr is not None:
         scale *= gl.load(router_weight_ptr + gl.load(pairs_ptr + row))
@@ -179,145 +255,121 @@ def _row_scale(offset, block, plan, result, ROWS: gl.constexpr):
 
 
 @gluon.jit
-def _dequantized(sums, row_scale, block, col, N, total_cols, result, PER_CHANNEL: gl.constexpr):
-    """sums * row scale * weight scale + bias, of the columns col + 0..HALF-1, of which N are in range."""
-    expert, first, rows, col_block = block
+def _channels(expert, col, N, total_cols, result, PER_CHANNEL: gl.constexpr, PIECE: gl.constexpr):
+    """(scale, bias) of the columns col + 0..HALF-1, of which N are in range: f32 [HALF, 1] or a scalar; (scale,)."""
     out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    cols = col + gl.arange(0, HALF, gl.SliceLayout(1, sums.type.layout))
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32]))
+    cols = col + gl.arange(0, HALF, LAYOUT)
     channels = expert.to(gl.int64) * total_cols + cols
-    values = sums.to(gl.float32) * row_scale[None, :]
     if PER_CHANNEL:
         scale = gl.load(weight_scale_ptr + channels, mask=cols < N, other=0.0)[:, None]
     else:
         scale = gl.load(weight_scale_ptr + expert)
-    if bias_ptr is None:
-        values *= scale
+    found = (scale,)
+    if bias_ptr is not None:
+        found += (gl.load(bias_ptr + channels, mask=cols < N, other=0.0).to(gl.float32)[:, None],)
+    return found
+
+
+@gluon.jit
+def _dequantized(sums, row_scale, channels):
+    """sums * row scale * weight scale + bias."""
+    values = sums.to(gl.float32) * row_scale[None, :]
+    if len(channels) == 1:
+        values *= channels[0]
     else:
-        bias = gl.load(bias_ptr + channels, mask=cols < N, other=0.0).to(gl.float32)[:, None]
         LAYOUT: gl.constexpr = values.type.layout
-        zeros = gl.zeros([HALF, values.shape[1]], gl.float32, LAYOUT)
-        values = gl.fma(values, scale + zeros, bias + zeros)
+        zeros = gl.zeros([HALF, sums.shape[1]], gl.float32, LAYOUT)
+        values = gl.fma(values, channels[0] + zeros, channels[1] + zeros)
     return values
 
 
 @gluon.jit
-def _put(values, offset, block, col, N, total_cols, plan, result, GATED: gl.constexpr):
-    """Store [HALF, rows] to the columns col + 0..HALF-1, of which N are in range."""
+def _targets(offset, block, plan, GATED: gl.constexpr, PIECE: gl.constexpr):
+    """i32 [PIECE]: the rows of the result for those from `offset` of a block; past its end, its last one."""
     expert, first, rows, col_block = block
     pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, counter_ptr = plan
-    out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    # Eight columns a thread, so that a thread's stores are 16 bytes wide and a row's are 128 bytes in one piece.
-    LAYOUT: gl.constexpr = gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1])
-    at = offset + gl.arange(0, values.shape[1], gl.SliceLayout(0, LAYOUT))
-    cols = col + gl.arange(0, HALF, gl.SliceLayout(1, LAYOUT))
-    target = first + gl.minimum(at, rows - 1)
-    if not GATED:
-        target = gl.load(pairs_ptr + target)
-    out_ptrs = out_ptr + (target.to(gl.int64) * total_cols)[None, :] + cols[:, None]
-    values = gl.convert_layout(values.to(out_ptr.dtype.element_ty), LAYOUT)
-    gl.store(out_ptrs, values, mask=(at < rows)[None, :] & (cols < N)[:, None])
+    row = first + gl.minimum(offset + gl.arange(0, PIECE, gl.SliceLayout(0, _EIGHT_COLUMNS)), rows - 1)
+    return row if GATED else gl.load(pairs_ptr + row)
 
 
 @gluon.jit
-def _finish(
-    lower, upper, row_scale, offset, block, plan, N, result, limits, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
-    PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr,
-):  # fmt: skip
-    expert, first, rows, col_block = block
-    limit, alpha = limits
-    col = col_block * (HALF if GATED else 2 * HALF)
-    if RAW_SUMS:
-        total_cols = 2 * N if GATED else N
-        _put(lower, offset, block, col, N, total_cols, plan, result, GATED)
-        _put(upper, offset, block, col + (N if GATED else HALF), total_cols, total_cols, plan, result, GATED)
-    elif GATED:
-        gate = _dequantized(lower, row_scale, block, col, N, 2 * N, result, PER_CHANNEL)
-        up = _dequantized(upper, row_scale, block, col + N, 2 * N, 2 * N, result, PER_CHANNEL)
-        _put(_activate(gate, up, limit, alpha, ACTIVATION), offset, block, col, N, N, plan, result, GATED)
-    else:
-        y = _dequantized(lower, row_scale, block, col, N, N, result, PER_CHANNEL)
-        _put(y, offset, block, col, N, N, plan, result, GATED)
-        y = _dequantized(upper, row_scale, block, col + HALF, N, N, result, PER_CHANNEL)
-        _put(y, offset, block, col + HALF, N, N, plan, result, GATED)
+def _put(values, target, is_row, col, N, total_cols, out_ptr):
+    """Store [HALF, rows] to the columns col + 0..HALF-1, of which N are in range."""
+    cols = col + gl.arange(0, HALF, gl.SliceLayout(1, _EIGHT_COLUMNS))
+    out_ptrs = out_ptr + (target.to(gl.int64) * total_cols)[None, :] + cols[:, None]
+    values = gl.convert_layout(values.to(out_ptr.dtype.element_ty), _EIGHT_COLUMNS)
+    gl.store(out_ptrs, values, mask=is_row[None, :] & (cols < N)[:, None])
 
 
 @gluon.jit
 def _tile(
-    ring, number, block, plan, sizes, result, limits, WHO: gl.constexpr, GATED: gl.constexpr,
+    ring, number, block, plan, sizes, result, limits, WHO: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
-    ROWS: gl.constexpr, TAIL: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
-):  # fmt: skip
-    row_blocks, col_blocks, D, N = sizes
-    # Read before the turn comes.
-    row_scale = _row_scale(0, block, plan, result, ROWS)
-    steps = gl.cdiv(D, BLOCK_D)
-    if TAIL:
-        tail_scale = _row_scale(ROWS, block, plan, result, TAIL)
-        lower, upper, tail_lower, tail_upper = _sums(ring, number, steps, WHO, BLOCK_M, ROWS, TAIL, STAGES)
-        _finish(
-            tail_lower, tail_upper, tail_scale, ROWS, block, plan, N, result, limits, GATED, ACTIVATION, PER_CHANNEL,
-            RAW_SUMS,
-        )  # fmt: skip
-    else:
-        lower, upper = _sums(ring, number, steps, WHO, BLOCK_M, ROWS, TAIL, STAGES)
-    _finish(lower, upper, row_scale, 0, block, plan, N, result, limits, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS)
-
-
-@gluon.jit
-def _tile_without_tail(
-    ring, number, block, plan, sizes, result, limits, WHO: gl.constexpr, GATED: gl.constexpr,
-    ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
-    SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, STAGES: gl.constexpr,
+    TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
     expert, first, rows, col_block = block
-    if SMALL_M:
-        if rows <= SMALL_M:
-            _tile(
-                ring, number, block, plan, sizes, result, limits, WHO, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                BLOCK_M, SMALL_M, 0, BLOCK_D, STAGES,
-            )  # fmt: skip
+    row_blocks, col_blocks, D, N = sizes
+    limit, alpha = limits
+    APART: gl.constexpr = HALF * PARTS  # how far the upper half's columns of `down` are from the lower half's
+    col = col_block * (APART if GATED else 2 * APART) + WHO * (APART - HALF)
+    total_cols = 2 * N if GATED else N
+    upper_col = col + (N if GATED else APART)
+    # Asked for before the sums, so that it is there when they are.
+    lower_channels = _channels(expert, col, N, total_cols, result, PER_CHANNEL, PIECE)
+    upper_channels = _channels(expert, upper_col, total_cols, total_cols, result, PER_CHANNEL, PIECE)
+    row_scale = _row_scale(0, block, plan, result, PIECE)
+    target = _targets(0, block, plan, GATED, PIECE)
+    steps = gl.cdiv(D, BLOCK_D)
+    if TAIL_M:
+        if rows > BLOCK_M:
+            lower, upper = _sums(ring, number, steps, WHO, PARTS, BLOCK_M, TAIL_M, BLOCK_M, TAIL_M, PIECE, STAGES)
         else:
-            _tile(
-                ring, number, block, plan, sizes, result, limits, WHO, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                BLOCK_M, BLOCK_M, 0, BLOCK_D, STAGES,
-            )  # fmt: skip
+            lower, upper = _sums_without_tail(
+                ring, number, steps, rows, WHO, PARTS, BLOCK_M, TAIL_M, SMALL_M, PIECE, STAGES
+            )
     else:
-        _tile(
-            ring, number, block, plan, sizes, result, limits, WHO, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS, BLOCK_M,
-            BLOCK_M, 0, BLOCK_D, STAGES,
-        )  # fmt: skip
+        lower, upper = _sums_without_tail(
+            ring, number, steps, rows, WHO, PARTS, BLOCK_M, TAIL_M, SMALL_M, PIECE, STAGES
+        )
+    out_ptr = result[0]
+    for offset in range(0, rows, PIECE):
+        next_scale = _row_scale(offset + PIECE, block, plan, result, PIECE)
+        next_target = _targets(offset + PIECE, block, plan, GATED, PIECE)
+        is_row = offset + gl.arange(0, PIECE, gl.SliceLayout(0, _EIGHT_COLUMNS)) < rows
+        if RAW_SUMS:
+            _put(lower[0], target, is_row, col, N, total_cols, out_ptr)
+            _put(upper[0], target, is_row, upper_col, total_cols, total_cols, out_ptr)
+        else:
+            first_half = _dequantized(lower[0], row_scale, lower_channels)
+            second_half = _dequantized(upper[0], row_scale, upper_channels)
+            if GATED:
+                h = _activate(first_half, second_half, limit, alpha, ACTIVATION)
+                _put(h, target, is_row, col, N, N, out_ptr)
+            else:
+                _put(first_half, target, is_row, col, N, N, out_ptr)
+                _put(second_half, target, is_row, upper_col, N, N, out_ptr)
+        lower, upper, row_scale, target = _next(lower), _next(upper), next_scale, next_target
 
 
 @gluon.jit
 def _multiply(
-    ring, slots, plan, sizes, result, limits, WHO: gl.constexpr, GATED: gl.constexpr, ACTIVATION: gl.constexpr,
-    PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr,
-    SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
+    ring, slots, plan, sizes, result, limits, WHO: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
+    ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
+    TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: every second tile of the program, its sums and what follows."""
-    number = 0 + WHO
-    tile = _told(slots, number, SLOTS)
-    while tile >= 0:
-        block = _block_of(tile, plan, sizes, GROUP_M)
-        expert, first, rows, col_block = block
-        if TAIL_M:
-            if rows > BLOCK_M:
-                _tile(
-                    ring, number, block, plan, sizes, result, limits, WHO, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                    BLOCK_M, BLOCK_M, TAIL_M, BLOCK_D, STAGES,
-                )  # fmt: skip
-            else:
-                _tile_without_tail(
-                    ring, number, block, plan, sizes, result, limits, WHO, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                    BLOCK_M, SMALL_M, BLOCK_D, STAGES,
-                )  # fmt: skip
-        else:
-            _tile_without_tail(
-                ring, number, block, plan, sizes, result, limits, WHO, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                BLOCK_M, SMALL_M, BLOCK_D, STAGES,
-            )  # fmt: skip
-        number += 2
-        tile = _told(slots, number, SLOTS)
+    """Four warps: every second tile of the program or half of every one, its sums and what follows."""
+    number = 0 + WHO * (2 - PARTS)
+    expert, first, rows, col_block = _told(slots, number, SLOTS)
+    while rows > 0:
+        block = (expert, first, rows, col_block)
+        _tile(
+            ring, number, block, plan, sizes, result, limits, WHO, PARTS, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
+            BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES,
+        )  # fmt: skip
+        number += 2 // PARTS
+        expert, first, rows, col_block = _told(slots, number, SLOTS)
 
 
 @gluon.jit
@@ -344,17 +396,19 @@ def specialized_product_kernel(
     RAW_SUMS: gl.constexpr,
     DEPENDENT: gl.constexpr,
     GATED: gl.constexpr,
+    PARTS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     TAIL_M: gl.constexpr,
     SMALL_M: gl.constexpr,
     BLOCK_D: gl.constexpr,
+    PIECE: gl.constexpr,
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
     SLOTS: gl.constexpr = STAGES + 2
     LAYOUT: gl.constexpr = weight_desc.layout
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
-    weights = gl.allocate_shared_memory(gl.int8, [2 * STAGES, HALF, BLOCK_D], LAYOUT)
+    weights = gl.allocate_shared_memory(gl.int8, [2 * STAGES, HALF * PARTS, BLOCK_D], LAYOUT)
     rows_main = gl.allocate_shared_memory(gl.int8, [STAGES, BLOCK_M, BLOCK_D], LAYOUT)
     if TAIL_M:
         rows_tail = gl.allocate_shared_memory(gl.int8, [STAGES, TAIL_M, BLOCK_D], LAYOUT)
@@ -364,10 +418,10 @@ def specialized_product_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
     told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
-    tiles = gl.allocate_shared_memory(gl.int32, [SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
+    tiles = gl.allocate_shared_memory(gl.int32, [4 * SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
-        mbarrier.init(empty.index(i), count=1)
+        mbarrier.init(empty.index(i), count=PARTS)
     for i in gl.static_range(2):
         mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(SLOTS):
@@ -379,7 +433,7 @@ def specialized_product_kernel(
     ring = (weights, rows_main, rows_tail, full, empty, turn)
     slots = (tiles, told)
     plan = (pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr + 2)
-    sizes = (gl.load(totals_ptr), gl.cdiv(N, HALF if GATED else 2 * HALF), D, N)
+    sizes = (gl.load(totals_ptr), gl.cdiv(N, HALF * PARTS if GATED else 2 * HALF * PARTS), D, N)
     result = (out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr)
     # A processor has registers for 168 a thread of these twelve warps; the one that brings needs next to none.
     gl.warp_specialize(
@@ -387,22 +441,22 @@ def specialized_product_kernel(
             (
                 _multiply,
                 (
-                    ring, slots, plan, sizes, result, (limit, alpha), 0, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                    BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, GROUP_M, STAGES, SLOTS,
+                    ring, slots, plan, sizes, result, (limit, alpha), 0, PARTS, GATED, ACTIVATION, PER_CHANNEL,
+                    RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES, SLOTS,
                 ),
             ),
             (
                 _multiply,
                 (
-                    ring, slots, plan, sizes, result, (limit, alpha), 1, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-                    BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, GROUP_M, STAGES, SLOTS,
+                    ring, slots, plan, sizes, result, (limit, alpha), 1, PARTS, GATED, ACTIVATION, PER_CHANNEL,
+                    RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES, SLOTS,
                 ),
             ),
             (
                 _bring,
                 (
-                    ring, slots, (weight_desc, codes_desc, tail_desc), plan, sizes, GATED, BLOCK_M, TAIL_M, BLOCK_D,
-                    GROUP_M, STAGES, SLOTS,
+                    ring, slots, (weight_desc, codes_desc, tail_desc), plan, sizes, PARTS, GATED, BLOCK_M, TAIL_M,
+                    BLOCK_D, GROUP_M, STAGES, SLOTS,
                 ),
             ),
         ],

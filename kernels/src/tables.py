@@ -32,8 +32,9 @@ class TileOptions:
     num_warps, num_stages   Triton's warps per program and depth of the load pipeline
     descriptors   whether tiles are copied through tensor descriptors, where the device and the layout allow it
     specialized   whether warps have different things to do (`specialized_jit`), where the device and the layout allow
-                  it: then block_n is 64 for gate-up and 128 for down, block_k 128, num_warps those that multiply at a
-                  time, num_stages the steps that are brought in ahead
+                  it: then block_n is 64 for gate-up and 128 for down where two groups of them take turns, and twice
+                  that where they share a tile; block_k is 128, num_warps a group's, num_stages the steps brought in
+                  ahead
     """
 
     block_n: int
@@ -171,9 +172,9 @@ def _check_launch(options: LaunchOptions) -> LaunchOptions:
         raise ValueError("tail_m and small_m below block_m")
     if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
         raise ValueError("positive group_m and num_stages")
-    for tile, block_n in zip(tiles, (64, 128), strict=True):
-        if tile.specialized and (tile.block_n, tile.block_k, tile.num_warps) != (block_n, 128, 4):
-            raise ValueError(f"block_n {block_n}, block_k 128 and num_warps 4 where specialized")
+    for tile, widths in zip(tiles, ((64, 128), (128, 256)), strict=True):
+        if tile.specialized and (tile.block_n not in widths or (tile.block_k, tile.num_warps) != (128, 4)):
+            raise ValueError(f"block_n {widths[0]} or {widths[1]}, block_k 128 and num_warps 4 where specialized")
     return options
 
 

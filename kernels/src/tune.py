@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -83,10 +84,15 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
             found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))
         found.append(LaunchOptions(RowBlocks(128, 32), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
+        plain = TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)
         for group in (8, 4):
-            down = TileOptions(128, 128, group, 4, 6, specialized=True)
-            for gate_up in (TileOptions(64, 128, 8, 4, 3), TileOptions(64, 128, group, 4, 6, specialized=True)):
-                found.append(LaunchOptions(RowBlocks(128, 32, 64), gate_up, down))
+            turns = (
+                TileOptions(64, 128, group, 4, 6, specialized=True),
+                TileOptions(128, 128, group, 4, 6, specialized=True),
+            )
+            shared = replace(turns[0], block_n=128, num_stages=4), replace(turns[1], block_n=256, num_stages=4)
+            pairings = ((plain, turns), (turns, plain), (turns, turns), (shared, turns), (shared, shared))
+            found += [LaunchOptions(RowBlocks(128, 32, 64), first[0], second[1]) for first, second in pairings]
     return list(dict.fromkeys(found))
 
 

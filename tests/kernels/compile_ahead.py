@@ -21,7 +21,7 @@ from quarkconv.kernels.backend import DeviceTraits
 from quarkconv.kernels.grouped_gemv import chunks_of
 from quarkconv.kernels.options import choose_combine_options, choose_launch_options
 from quarkconv.kernels.quantize import MIN_SCALE, row_constants
-from quarkconv.kernels.specialized import HALF, REGISTERS
+from quarkconv.kernels.specialized import HALF, REGISTERS, rows_at_a_time
 from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
 # Shared memory (LDS) that one program may use, in bytes: CUDA programming guide, CDNA 3 and CDNA 4 ISA documents.
@@ -136,20 +136,23 @@ def specialized_descriptor(rows: int, block_k: int) -> str:
     return f"tensordesc<i8[{rows},{block_k}],{layout!r}>"
 
 
-def specialized_variants(options: LaunchOptions, *, rich: bool) -> Variants:
-    """Both products with the row blocks and tiles of these options, with warps that have different things to do."""
+def specialized_variants(options: LaunchOptions, parts: int, *, rich: bool) -> Variants:
+    """Both products with the row blocks of these options, with warps that have different things to do.
+
+    `parts`: 1 for groups of warps that take turns, 2 for those that share a tile.
+    """
     blocks, tile = options.blocks, TileOptions(128, 128, 8, num_warps=4, num_stages=4, specialized=True)
     types = PRODUCT | PLAN | LIMITS | {"out_ptr": float_and_ids(rich)[0]} | ({"bias_ptr": "*fp32"} if rich else {})
     types |= {
         "codes_desc": specialized_descriptor(blocks.block_m, tile.block_k),
-        "weight_desc": specialized_descriptor(HALF, tile.block_k),
+        "weight_desc": specialized_descriptor(HALF * parts, tile.block_k),
     }
     if blocks.tail_m:
         types["tail_desc"] = specialized_descriptor(blocks.tail_m, tile.block_k)
     constants = product_constants(tile, options, even=True, per_channel=not rich)
     for name in ("INTERPRETED", "EVEN_D", "BLOCK_N", "num_stages"):
         del constants[name]
-    constants |= {"STAGES": tile.num_stages, "maxnreg": REGISTERS}
+    constants |= {"STAGES": tile.num_stages, "maxnreg": REGISTERS, "PARTS": parts, "PIECE": rows_at_a_time(blocks)}
     gate_up_types = types | ({"router_weight_ptr": "*fp32"} if rich else {})
     found: Variants = [
         ("specialized_product_kernel", gate_up_types, constants | {"GATED": True, "ACTIVATION": name})
@@ -200,7 +203,7 @@ def other_variants(blocks: RowBlocks) -> Variants:
         ),
         ("count_run_kernel", {"topk_ids_ptr": ids} | runs, {"BLOCK_E": 512, "BLOCK_P": 1024, "num_warps": 4}),
         ("arrange_kernel", runs | PLAN, cut | {"BLOCK_C": 16, "num_warps": 4}),
-        ("place_run_kernel", {"topk_ids_ptr": ids} | runs | PLAN, {"BLOCK_P": 1024, "num_warps": 1}),
+        ("place_run_kernel", {"topk_ids_ptr": ids} | runs | PLAN, {"BLOCK_P": 1024, "num_warps": 4}),
         ("absmax_kernel", {"x_ptr": dtype, "partial_ptr": "*fp32"}, {"BLOCK": 4096}),
         (
             "tensor_scale_kernel",
@@ -222,8 +225,9 @@ def all_variants(traits: DeviceTraits) -> list[tuple[bool, Variants]]:
     specialized: list[tuple[bool, Variants]] = []
     if traits.warp_specialization:
         specialized = [
-            (True, specialized_variants(decode, rich=True)),
-            (False, specialized_variants(prefill, rich=False)),
+            (True, specialized_variants(decode, 1, rich=True)),
+            (False, specialized_variants(prefill, 1, rich=False)),
+            (True, specialized_variants(prefill, 2, rich=True)),
         ]
     return [
         *specialized,

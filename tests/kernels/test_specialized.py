@@ -5,6 +5,7 @@ for such warps get the other kernel on sorted rows.
 """
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,8 @@ from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions
 PORTABLE = TileOptions(64, 64, 1, 4, 2, descriptors=False)
 GATE_UP = TileOptions(64, 128, 2, 4, 4, specialized=True)
 DOWN = TileOptions(128, 128, 2, 4, 4, specialized=True)
+# Two groups of warps that take turns, each with a tile of its own, or that share one of twice the width.
+TILES = {"turns": (GATE_UP, DOWN), "shares": (replace(GATE_UP, block_n=128), replace(DOWN, block_n=256))}
 # A tail; short blocks; both, and blocks of less than a whole tile.
 CUTS = [RowBlocks(128, 32), RowBlocks(128, 0, 64), RowBlocks(64, 16, 32), RowBlocks(16)]
 
@@ -95,9 +98,10 @@ def uneven_ids(g, pairs, experts, device):
 
 @pytest.mark.gpu
 @needs_specialization
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("blocks", CUTS, ids=str)
 @pytest.mark.parametrize(("depth", "columns"), [(128, 64), (16, 8), (1408, 176), (3072, 200)])
-def test_sums_and_results_are_those_of_the_portable_kernel(blocks, depth, columns, device):
+def test_sums_and_results_are_those_of_the_portable_kernel(tiles, blocks, depth, columns, device):
     """More tiles than processors for the larger ones, in three launches on one plan: each finds the counter at 0."""
     g = torch.Generator(device=device).manual_seed(depth)
     experts, pairs = 24, 1500
@@ -107,16 +111,17 @@ def test_sums_and_results_are_those_of_the_portable_kernel(blocks, depth, column
     codes = torch.randint(-127, 128, (pairs, depth), generator=g, dtype=torch.int8, device=device)
     row_scale = 0.5 + torch.rand(pairs, generator=g, device=device)
     silu = make_activation("silu")
+    gate_up, down = TILES[tiles]
     for dtype in (torch.int32, torch.bfloat16):
         both = weights_for(g, experts, 2 * columns, depth, device)
         shape = (pairs, (2 if dtype == torch.int32 else 1) * columns)
         found, expected = (torch.full(shape, -7, dtype=dtype, device=device) for _ in range(2))
-        grouped_gate_up(codes, row_scale, both, plan, silu, found, GATE_UP, pairs_per_row=0)
+        grouped_gate_up(codes, row_scale, both, plan, silu, found, gate_up, pairs_per_row=0)
         grouped_gate_up(codes, row_scale, both, plain, silu, expected, PORTABLE, pairs_per_row=0)
         assert torch.equal(found, expected)
         weights = weights_for(g, experts, columns, depth, device)
         found, expected = (torch.full((pairs, columns), -7, dtype=dtype, device=device) for _ in range(2))
-        grouped_down(codes, row_scale, weights, plan, found, DOWN)
+        grouped_down(codes, row_scale, weights, plan, found, down)
         grouped_down(codes, row_scale, weights, plain, expected, PORTABLE)
         assert torch.equal(found, expected)
     assert plan.totals[2] == 0
@@ -124,9 +129,10 @@ def test_sums_and_results_are_those_of_the_portable_kernel(blocks, depth, column
 
 @pytest.mark.gpu
 @needs_specialization
+@pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_everything_that_a_forward_can_have(activation, dtype, make_case, device):
+def test_everything_that_a_forward_can_have(tiles, activation, dtype, make_case, device):
     case = make_case(601, 1040, 560, 6, 2, dtype=dtype, ids_dtype=torch.int64)
     case.topk_ids[:290] = torch.tensor([0, 1])
     case.topk_ids[290:296] = torch.tensor([2, -1])
@@ -135,7 +141,7 @@ def test_everything_that_a_forward_can_have(activation, dtype, make_case, device
         "w13_bias": torch.randn((6, 1120), device=device),
         "w2_bias": torch.randn((6, 1040), device=device).to(dtype),
     }
-    options = LaunchOptions(RowBlocks(128, 32, 64), GATE_UP, DOWN)
+    options = LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles])
     for more in (
         bias,
         {"apply_router_weight_on_input": True},
@@ -150,11 +156,12 @@ def test_everything_that_a_forward_can_have(activation, dtype, make_case, device
 
 @pytest.mark.gpu
 @needs_specialization
-def test_long_queues_under_a_graph(make_case, device):
+@pytest.mark.parametrize("tiles", TILES)
+def test_long_queues_under_a_graph(tiles, make_case, device):
     """Hundreds of tiles for each processor, replayed with other inputs and routings."""
     case = make_case(4096, 512, 256, 64, 8)
     arguments = check_arguments(*case.tensors())
-    options = LaunchOptions(RowBlocks(16, 16), GATE_UP, DOWN)
+    options = LaunchOptions(RowBlocks(16, 16), *TILES[tiles])
     out = torch.empty_like(case.hidden_states)
     workspace = empty_workspace(arguments, options)
     run_pipeline(arguments, out, options, workspace)
