@@ -9,7 +9,7 @@ from .grouped_gemm import ExpertWeights
 from .routing import RoutingPlan
 from .tables import RowBlocks, TileOptions
 
-HALF = 64  # rows of weights in one matrix instruction; a tile has two halves
+HALF = 64  # as in `specialized_finish_jit`
 MOST_ROWS = 32  # of a tile that are finished at a time
 REGISTERS = 168  # a thread of twelve warps, of the 65536 that a processor has
 

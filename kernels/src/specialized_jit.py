@@ -27,13 +27,8 @@ Whoever waits names a phase by its parity alone, so he must not be two phases la
 the turns see to that: a group starts when the other one has seen all of its own steps. With PARTS 2, both have to empty
 a step before it is filled anew. For `told` it is enough that a group has seen the tile two before. A slot is free when
 it is written anew: the warp that brings operands is at most STAGES steps ahead, and there are two more slots than that.
-
-What follows the sums is a loop over PIECE rows at a time, all in the same registers, into which the next ones move.
-Written out for 128 rows, for short blocks, for tails, and for each group, it was 192 KB of instructions, more than a
-processor's cache for them holds, and multiplying warps spent two fifths of their time waiting for instructions.
 """
 
-import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
@@ -45,14 +40,11 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from .dependent_jit import _trigger, _wait
-from .epilogue_jit import _activate
 from .grouped_gemm_jit import _tile_of
+from .specialized_finish_jit import HALF, _channels_of_halves, _finish, _none, _of_rows, _pieces
 
-HALF = tl.constexpr(64)  # rows of weights in one matrix instruction; a tile has two halves
 _ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
-# Of results: eight columns a thread, so that its stores are 16 bytes wide and a row's are 128 bytes in one piece.
-_EIGHT_COLUMNS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 
 
 @gluon.jit
@@ -136,40 +128,6 @@ def _bring(
 
 
 @gluon.jit
-def _pieces(sums, PIECE: gl.constexpr):
-    """[HALF, n] as a tuple of [HALF, PIECE]; nothing moves."""
-    HALVES: gl.constexpr = sums.shape[1] // 2
-    if sums.shape[1] == PIECE:
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
-        pieces = (gl.convert_layout(sums, LAYOUT, assert_trivial=True),)
-    else:
-        first, second = gl.split(gl.permute(gl.reshape(sums, [HALF, 2, HALVES]), (0, 2, 1)))
-        pieces = _pieces(first, PIECE) + _pieces(second, PIECE)
-    return pieces
-
-
-@gluon.jit
-def _none(COUNT: gl.constexpr, PIECE: gl.constexpr):
-    """As many pieces that nobody looks at."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
-    pieces = ()
-    for _ in gl.static_range(COUNT):
-        pieces += (gl.zeros([HALF, PIECE], gl.int32, LAYOUT),)
-    return pieces
-
-
-@gluon.jit
-def _next(pieces):
-    """The pieces without the first one; the last one is there twice, so that their number stays."""
-    LAST: gl.constexpr = len(pieces) - 1
-    moved = ()
-    for i in gl.static_range(LAST):
-        moved += (pieces[i + 1],)
-    moved += (pieces[LAST],)
-    return moved
-
-
-@gluon.jit
 def _sums(
     ring, number, steps, WHO: gl.constexpr, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr,
     ROWS: gl.constexpr, TAIL: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
@@ -241,68 +199,6 @@ def _sums_without_tail(
 
 
 @gluon.jit
-def _row_scale(offset, block, plan, result, PIECE: gl.constexpr):
-    """f32 [PIECE] as the sums are laid out, of the rows from `offset` of a block; past its end, of its last one."""
-    expert, first, rows, col_block = block
-    pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, counter_ptr = plan
-    out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32]))
-    row = first + gl.minimum(offset + gl.arange(0, PIECE, LAYOUT), rows - 1)
-    scale = gl.load(row_scale_ptr + row)
-    if router_weight_ptr is not None:
-        scale *= gl.load(router_weight_ptr + gl.load(pairs_ptr + row))
-    return scale
-
-
-@gluon.jit
-def _channels(expert, col, N, total_cols, result, PER_CHANNEL: gl.constexpr, PIECE: gl.constexpr):
-    """(scale, bias) of the columns col + 0..HALF-1, of which N are in range: f32 [HALF, 1] or a scalar; (scale,)."""
-    out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32]))
-    cols = col + gl.arange(0, HALF, LAYOUT)
-    channels = expert.to(gl.int64) * total_cols + cols
-    if PER_CHANNEL:
-        scale = gl.load(weight_scale_ptr + channels, mask=cols < N, other=0.0)[:, None]
-    else:
-        scale = gl.load(weight_scale_ptr + expert)
-    found = (scale,)
-    if bias_ptr is not None:
-        found += (gl.load(bias_ptr + channels, mask=cols < N, other=0.0).to(gl.float32)[:, None],)
-    return found
-
-
-@gluon.jit
-def _dequantized(sums, row_scale, channels):
-    """sums * row scale * weight scale + bias."""
-    values = sums.to(gl.float32) * row_scale[None, :]
-    if len(channels) == 1:
-        values *= channels[0]
-    else:
-        LAYOUT: gl.constexpr = values.type.layout
-        zeros = gl.zeros([HALF, sums.shape[1]], gl.float32, LAYOUT)
-        values = gl.fma(values, channels[0] + zeros, channels[1] + zeros)
-    return values
-
-
-@gluon.jit
-def _targets(offset, block, plan, GATED: gl.constexpr, PIECE: gl.constexpr):
-    """i32 [PIECE]: the rows of the result for those from `offset` of a block; past its end, its last one."""
-    expert, first, rows, col_block = block
-    pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, counter_ptr = plan
-    row = first + gl.minimum(offset + gl.arange(0, PIECE, gl.SliceLayout(0, _EIGHT_COLUMNS)), rows - 1)
-    return row if GATED else gl.load(pairs_ptr + row)
-
-
-@gluon.jit
-def _put(values, target, is_row, col, N, total_cols, out_ptr):
-    """Store [HALF, rows] to the columns col + 0..HALF-1, of which N are in range."""
-    cols = col + gl.arange(0, HALF, gl.SliceLayout(1, _EIGHT_COLUMNS))
-    out_ptrs = out_ptr + (target.to(gl.int64) * total_cols)[None, :] + cols[:, None]
-    values = gl.convert_layout(values.to(out_ptr.dtype.element_ty), _EIGHT_COLUMNS)
-    gl.store(out_ptrs, values, mask=is_row[None, :] & (cols < N)[:, None])
-
-
-@gluon.jit
 def _tile(
     ring, number, block, plan, sizes, result, limits, WHO: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
@@ -310,16 +206,13 @@ def _tile(
 ):  # fmt: skip
     expert, first, rows, col_block = block
     row_blocks, col_blocks, D, N = sizes
-    limit, alpha = limits
-    APART: gl.constexpr = HALF * PARTS  # how far the upper half's columns of `down` are from the lower half's
+    pairs_ptr = plan[0]
+    APART: gl.constexpr = HALF * PARTS  # how far the columns of the upper half are from the lower half's, for down
     col = col_block * (APART if GATED else 2 * APART) + WHO * (APART - HALF)
-    total_cols = 2 * N if GATED else N
-    upper_col = col + (N if GATED else APART)
+    columns = (col, col + (N if GATED else APART), N, 2 * N if GATED else N)
     # Asked for before the sums, so that it is there when they are.
-    lower_channels = _channels(expert, col, N, total_cols, result, PER_CHANNEL, PIECE)
-    upper_channels = _channels(expert, upper_col, total_cols, total_cols, result, PER_CHANNEL, PIECE)
-    row_scale = _row_scale(0, block, plan, result, PIECE)
-    target = _targets(0, block, plan, GATED, PIECE)
+    channels = _channels_of_halves(expert, columns, result, PER_CHANNEL, PIECE)
+    ahead = _of_rows(0, block, pairs_ptr, result, GATED, PIECE)
     steps = gl.cdiv(D, BLOCK_D)
     if TAIL_M:
         if rows > BLOCK_M:
@@ -332,24 +225,9 @@ def _tile(
         lower, upper = _sums_without_tail(
             ring, number, steps, rows, WHO, PARTS, BLOCK_M, TAIL_M, SMALL_M, PIECE, STAGES
         )
-    out_ptr = result[0]
-    for offset in range(0, rows, PIECE):
-        next_scale = _row_scale(offset + PIECE, block, plan, result, PIECE)
-        next_target = _targets(offset + PIECE, block, plan, GATED, PIECE)
-        is_row = offset + gl.arange(0, PIECE, gl.SliceLayout(0, _EIGHT_COLUMNS)) < rows
-        if RAW_SUMS:
-            _put(lower[0], target, is_row, col, N, total_cols, out_ptr)
-            _put(upper[0], target, is_row, upper_col, total_cols, total_cols, out_ptr)
-        else:
-            first_half = _dequantized(lower[0], row_scale, lower_channels)
-            second_half = _dequantized(upper[0], row_scale, upper_channels)
-            if GATED:
-                h = _activate(first_half, second_half, limit, alpha, ACTIVATION)
-                _put(h, target, is_row, col, N, N, out_ptr)
-            else:
-                _put(first_half, target, is_row, col, N, N, out_ptr)
-                _put(second_half, target, is_row, upper_col, N, N, out_ptr)
-        lower, upper, row_scale, target = _next(lower), _next(upper), next_scale, next_target
+    _finish(
+        lower, upper, channels, ahead, block, pairs_ptr, columns, result, limits, GATED, ACTIVATION, RAW_SUMS, PIECE
+    )
 
 
 @gluon.jit
