@@ -10,7 +10,7 @@ import datetime
 import json
 import statistics
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -86,16 +86,17 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
             found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))
         found.append(LaunchOptions(RowBlocks(128, 32), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
-        plain = TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)
-        for group in (8, 4):
-            turns = (
-                TileOptions(64, 128, group, 4, 6, specialized=True),
-                TileOptions(128, 128, group, 4, 6, specialized=True),
-            )
-            shared = replace(turns[0], block_n=128, num_stages=4), replace(turns[1], block_n=256, num_stages=4)
-            pairings = ((plain, turns), (turns, plain), (turns, turns), (shared, turns), (shared, shared))
-            found += [LaunchOptions(RowBlocks(128, 32, 64), first[0], second[1]) for first, second in pairings]
+        found += [LaunchOptions(RowBlocks(128, 32, 64), *tiles) for tiles in _specialized_tiles()]
     return list(dict.fromkeys(found))
+
+
+def _specialized_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
+    """Tiles of gate-up and down of which at least one has specialized warps, in turns or sharing a tile."""
+    plain = TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)
+    for group in (8, 4):
+        gate_up, down = (TileOptions(block_n, 128, group, 4, 6, specialized=True) for block_n in (64, 128))
+        shared = replace(gate_up, block_n=128, num_stages=4), replace(down, block_n=256, num_stages=4)
+        yield from ((plain[0], down), (gate_up, plain[1]), (gate_up, down), (shared[0], down), shared)
 
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
