@@ -80,8 +80,7 @@ def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
 
     The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
     MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens; those to specialized warps, on an
-    H100 up to 16384 tokens. Such warps want rows in the order of experts, so that for gate-up the codes of a token are
-    written once for each of its experts: that pays for few of them.
+    H100 up to 16384 tokens.
     """
     mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
@@ -92,11 +91,12 @@ def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
     elif mean_rows <= 90:
         blocks = RowBlocks(64, tail_m=16, small_m=32)
     else:
-        specialized = top_k <= 2 and mean_rows > 200
+        turns = TileOptions(64, 128, 8, num_warps=4, num_stages=6, specialized=True)
+        shared = replace(turns, block_n=128, num_warps=8, num_stages=4)
         return LaunchOptions(
             RowBlocks(128, tail_m=32, small_m=64),
-            gate_up=TileOptions(64, 128, 8, num_warps=4, num_stages=6 if specialized else 3, specialized=specialized),
-            down=TileOptions(128, 128, 8, num_warps=4, num_stages=6, specialized=True),
+            gate_up=turns if mean_rows <= 400 else shared,
+            down=replace(turns, block_n=128),
         )
     return LaunchOptions(
         blocks,

@@ -9,6 +9,7 @@ from .grouped_gemm import ExpertWeights
 from .routing import RoutingPlan
 from .tables import RowBlocks, TileOptions
 
+GROUP = 4  # warps that multiply together
 HALF = 64  # as in `specialized_finish_jit`
 MOST_ROWS = 32  # of a tile that are finished at a time
 REGISTERS = 168  # a thread of twelve warps, of the 65536 that a processor has
@@ -35,7 +36,7 @@ def launch_specialized(
     from .specialized_jit import specialized_product_kernel
 
     blocks, depth, traits = plan.blocks, weights.codes.shape[2], device_traits(out.device)
-    parts = options.block_n // (HALF if gated else 2 * HALF)
+    parts = options.num_warps // GROUP
     # Results of 32 bits, which only tests ask for, take more room on their way out.
     stages = options.num_stages - (out.element_size() == 4)
     specialized_product_kernel[(min(traits.processors, plan.max_blocks * -(-columns // options.block_n)),)](
@@ -67,7 +68,7 @@ def launch_specialized(
         PIECE=rows_at_a_time(blocks),
         GROUP_M=options.group_m,
         STAGES=stages,
-        num_warps=options.num_warps,
+        num_warps=GROUP,
         maxnreg=REGISTERS,
         **dependence(out.device),
     )

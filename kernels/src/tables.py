@@ -32,9 +32,9 @@ class TileOptions:
     num_warps, num_stages   Triton's warps per program and depth of the load pipeline
     descriptors   whether tiles are copied through tensor descriptors, where the device and the layout allow it
     specialized   whether warps have different things to do (`specialized_jit`), where the device and the layout allow
-                  it: then block_n is 64 for gate-up and 128 for down where two groups of them take turns, and twice
-                  that where they share a tile; block_k is 128, num_warps a group's, num_stages the steps brought in
-                  ahead
+                  it: then num_warps are those that multiply at a time, 4 where two groups take turns and 8 where they
+                  share a tile; block_n is 16 times that for gate-up and 32 times for down, block_k 128, num_stages the
+                  steps that are brought in ahead
     """
 
     block_n: int
@@ -47,7 +47,12 @@ class TileOptions:
 
     def without_specialization(self) -> "TileOptions":
         """The same tile for the other kernel, whose pipeline need not be as deep."""
-        return replace(self, specialized=False, num_stages=min(self.num_stages, 3)) if self.specialized else self
+        if not self.specialized:
+            return self
+        sharing = self.num_warps // 4
+        return replace(
+            self, specialized=False, block_n=self.block_n // sharing, num_warps=4, num_stages=min(self.num_stages, 3)
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,9 +177,10 @@ def _check_launch(options: LaunchOptions) -> LaunchOptions:
         raise ValueError("tail_m and small_m below block_m")
     if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
         raise ValueError("positive group_m and num_stages")
-    for tile, widths in zip(tiles, ((64, 128), (128, 256)), strict=True):
-        if tile.specialized and (tile.block_n not in widths or (tile.block_k, tile.num_warps) != (128, 4)):
-            raise ValueError(f"block_n {widths[0]} or {widths[1]}, block_k 128 and num_warps 4 where specialized")
+    for tile, columns in zip(tiles, (16, 32), strict=True):
+        widths = {4: 4 * columns, 8: 8 * columns}
+        if tile.specialized and (tile.block_n, tile.block_k) != (widths.get(tile.num_warps), 128):
+            raise ValueError(f"num_warps 4 or 8, block_n {columns} times that and block_k 128 where specialized")
     return options
 
 

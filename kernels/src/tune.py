@@ -95,7 +95,10 @@ def _specialized_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
     plain = TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)
     for group in (8, 4):
         gate_up, down = (TileOptions(block_n, 128, group, 4, 6, specialized=True) for block_n in (64, 128))
-        shared = replace(gate_up, block_n=128, num_stages=4), replace(down, block_n=256, num_stages=4)
+        shared = (
+            replace(gate_up, block_n=128, num_warps=8, num_stages=4),
+            replace(down, block_n=256, num_warps=8, num_stages=4),
+        )
         yield from ((plain[0], down), (gate_up, plain[1]), (gate_up, down), (shared[0], down), shared)
 
 

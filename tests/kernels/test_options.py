@@ -101,19 +101,22 @@ def test_warps_are_specialized_for_many_rows_where_they_can_be():
     hopper, other = DEVICES[2], DEVICES[1]
     assert hopper.warp_specialization
     for tokens, shape, gate_up, down in (
-        (4096, (64, 8, 2048, 1024), False, True),  # rows would have to be written eight times for gate-up
-        (4096, (16, 2, 2048, 1024), True, True),
-        (4096, (16, 2, 2048, 64), True, False),  # less than a step of sums
-        (512, (64, 8, 2048, 1024), False, False),
+        (4096, (64, 8, 2048, 1024), 8, 4),  # rows enough for tiles of twice the width
+        (2048, (64, 8, 2048, 1024), 4, 4),
+        (4096, (16, 2, 2048, 64), 8, 0),  # less than a step of sums
+        (512, (64, 8, 2048, 1024), 0, 0),
     ):
         options = choose_launch_options(tokens, *shape, hopper)
         assert isinstance(options, LaunchOptions)
-        assert (options.gate_up.specialized, options.down.specialized) == (gate_up, down)
+        for tile, warps in ((options.gate_up, gate_up), (options.down, down)):
+            assert tile.specialized == bool(warps)
+            assert tile.num_warps == (warps or 4)
         elsewhere = choose_launch_options(tokens, *shape, other)
         assert isinstance(elsewhere, LaunchOptions)
         assert not elsewhere.gate_up.specialized
         assert not elsewhere.down.specialized
         assert elsewhere.gate_up.num_stages <= 3
+        assert (elsewhere.gate_up.block_n, elsewhere.gate_up.num_warps) == (64, 4)
 
 
 def test_few_pairs_read_their_weights_for_themselves():
@@ -172,6 +175,7 @@ def test_table_round_trip():
         {"gate_up": {"block_n": 64}},
         {"down": {"block_n": 64, "block_k": 128, "group_m": 0, "num_warps": 4, "num_stages": 3}},
         {"down": {"block_n": 64, "block_k": 128, "group_m": 1, "num_warps": 4, "num_stages": 3, "specialized": True}},
+        {"down": {"block_n": 256, "block_k": 128, "group_m": 1, "num_warps": 4, "num_stages": 3, "specialized": True}},
         {"down": None},
         {"blocks": None},
         {"sorted": True},

@@ -24,7 +24,10 @@ PORTABLE = TileOptions(64, 64, 1, 4, 2, descriptors=False)
 GATE_UP = TileOptions(64, 128, 2, 4, 4, specialized=True)
 DOWN = TileOptions(128, 128, 2, 4, 4, specialized=True)
 # Two groups of warps that take turns, each with a tile of its own, or that share one of twice the width.
-TILES = {"turns": (GATE_UP, DOWN), "shares": (replace(GATE_UP, block_n=128), replace(DOWN, block_n=256))}
+TILES = {
+    "turns": (GATE_UP, DOWN),
+    "shares": (replace(GATE_UP, block_n=128, num_warps=8), replace(DOWN, block_n=256, num_warps=8)),
+}
 # A tail; short blocks; both, and blocks of less than a whole tile.
 CUTS = [RowBlocks(128, 32), RowBlocks(128, 0, 64), RowBlocks(64, 16, 32), RowBlocks(16)]
 
