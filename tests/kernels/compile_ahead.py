@@ -48,7 +48,6 @@ def all_kernels(traits: DeviceTraits) -> dict[str, Any]:
 
 
 def product_constants(tile: TileOptions, options: LaunchOptions, *, even: bool, per_channel: bool) -> dict[str, Any]:
-    tile = tile.without_specialization()
     return {
         "PER_CHANNEL": per_channel,
         "RAW_SUMS": False,
@@ -116,6 +115,8 @@ def gemv_variants(options: GemvOptions, hidden: int, intermediate: int, *, rich:
 
 
 def product_variants(options: LaunchOptions, *, rich: bool) -> Variants:
+    tiles = (options.gate_up.without_specialization(), options.down.without_specialization())
+    options = LaunchOptions(options.blocks, *tiles)
     types = PRODUCT | PLAN | LIMITS | {"out_ptr": float_and_ids(rich)[0]} | ({"bias_ptr": "*fp32"} if rich else {})
     kind = {"even": not rich, "per_channel": not rich}
     down_types = types | descriptor(options.down, options.down.block_n)
