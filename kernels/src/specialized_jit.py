@@ -294,14 +294,18 @@ def specialized_product_kernel(
         rows_tail: gl.constexpr = None
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
-    turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    if PARTS == 1:
+        turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
+    else:  # what is allocated and not used again would share its memory with results on their way out
+        turn: gl.constexpr = None
     told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     tiles = gl.allocate_shared_memory(gl.int32, [4 * SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
         mbarrier.init(empty.index(i), count=PARTS)
-    for i in gl.static_range(2):
-        mbarrier.init(turn.index(i), count=1)
+    if PARTS == 1:
+        for i in gl.static_range(2):
+            mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(SLOTS):
         mbarrier.init(told.index(i), count=1)
     fence_async_shared()
