@@ -313,15 +313,8 @@ def main() -> int:
     print("microseconds        M      ours   default     tuned torch bf16    floor B   floor op  vs d  vs t  vs floor")
     tokens = tuple(int(text) for text in options.tokens.split(","))
     work = [(name, SHAPES[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
-    # All weights are placed before any are freed, as an engine places them, if half of the memory holds them: one token
-    # of Mixtral took 139 us instead of 119 on an H100 where its weights lay in memory that others had been freed from.
-    shapes = dict.fromkeys(shape for _, shape, _ in work)
-    if sum(experts * 3 * hidden * size for experts, _, hidden, size in shapes) < torch.cuda.mem_get_info()[0] // 2:
-        placed = {shape: make_weights(shape, torch.device("cuda")) for shape in shapes}
-    else:
-        placed = {}
     for name, shape, counts in work:
-        weights = placed.get(shape) or make_weights(shape, torch.device("cuda"))
+        weights = make_weights(shape, torch.device("cuda"))
         named = name in SHAPES and counts == tokens
         wide = None
         if named and time.monotonic() - began < options.budget:

@@ -168,7 +168,6 @@ PARTS = {
     "checksums": checksums,
     "forward-h100": lambda: forward("nvidia-h100-80gb-hbm3", goal=True),
     "forward-h100-others": lambda: forward("nvidia-h100-80gb-hbm3", goal=False),
-    "forward-h100-vllm": lambda: forward("nvidia-h100-80gb-hbm3-vllm", goal=True),
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }

@@ -39,6 +39,10 @@ def main() -> None:
             console.print(_shortened(Text.from_ansi(done.stdout)))
     svg = console.export_svg(title="quarkconv", unique_id="q")  # a name that stands at every run of text
     svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # fetched from elsewhere
+    # Each run of text is cut to its line, and each line ends with an empty run: half of the file, and nothing to see.
+    svg = re.sub(r'<clipPath id="q-line-\d+">.*?</clipPath>\s*', "", svg, flags=re.DOTALL)
+    svg = re.sub(r' clip-path="url\(#q-line-\d+\)"', "", svg)
+    svg = re.sub(r"<text [^>]*>\n</text>", "", svg)
     (ROOT / "docs" / "terminal.svg").write_text(svg.replace("&#160;", "\u00a0"), "utf-8")
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import mmap
 import queue
+import threading
 from types import TracebackType
 from typing import Any
 
@@ -44,41 +45,60 @@ class Arena:
 
 
 class ArenaPool:
-    """A few arenas of one size, handed out and taken back; a context manager that closes them.
+    """A few arenas of one size, handed out and taken back; a context manager that makes and closes them.
+
+    A thread makes one after the other, since locking pages takes about as long as reading into them: while the first
+    one is filled, the others are made.
 
     Args:
-        count: how many there are at most; each is made when it is first needed.
+        count: how many there are.
         nbytes: size of each.
         pinned: whether their pages are locked.
     """
 
     def __init__(self, count: int, nbytes: int, *, pinned: bool) -> None:
+        self._count = count
         self._nbytes = nbytes
         self._pinned = pinned
         self._made: list[Arena] = []
-        self._free: queue.SimpleQueue[Arena | None] = queue.SimpleQueue()
-        for _ in range(count):
-            self._free.put(None)
+        self._free: queue.SimpleQueue[Arena | Exception] = queue.SimpleQueue()
+        self._closing = threading.Event()
+        self._maker = threading.Thread(target=self._make, name="quarkconv-arenas")
 
     def __enter__(self) -> ArenaPool:
+        self._maker.start()
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
+        self._closing.set()
+        self._maker.join()
         for arena in self._made:
             arena.close()
 
-    def take(self, timeout: float) -> Arena | None:
-        """An arena that nobody uses; None when there is none for ``timeout`` seconds."""
+    def _make(self) -> None:
         try:
-            arena = self._free.get(timeout=timeout)
+            while len(self._made) < self._count and not self._closing.is_set():
+                self._made.append(Arena(self._nbytes, pinned=self._pinned))
+                self._free.put(self._made[-1])
+        except Exception as error:
+            self._free.put(error)
+
+    def take(self, timeout: float) -> Arena | None:
+        """An arena that nobody uses; None when there is none for ``timeout`` seconds.
+
+        Raises:
+            OSError: there is no memory for it.
+        """
+        try:
+            found = self._free.get(timeout=timeout)
         except queue.Empty:
             return None
-        if arena is None:
-            arena = Arena(self._nbytes, pinned=self._pinned)
-            self._made.append(arena)
-        return arena
+        if isinstance(found, Exception):
+            self._free.put(found)  # for whoever asks next
+            raise found
+        return found
 
     def give_back(self, arena: Arena) -> None:
         """Let others use an arena."""

@@ -2,7 +2,7 @@
 
 A thread fills arenas, layer after layer; one worker for each device takes them, copies them to its device and gives
 the arena back, so that on a GPU the next layer is read while this one is computed. There is one arena more than there
-are devices.
+are devices, if there are as many layers.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Run:
         self._done = done
         pinned = job.devices[0].type == "cuda"
         size = max(map(layer_nbytes, job.layers), default=0)
-        count = len(job.devices) + 1
+        count = min(len(job.devices) + 1, len(job.layers))
         self._arenas = stack.enter_context(ArenaPool(count, size, pinned=pinned))
         self._files = stack.enter_context(LayerFiles(job.description, written_tensors(job.manifest), pool, checked))
         self._rank = job.description.geometry.rank

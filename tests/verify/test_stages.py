@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import threading
@@ -14,7 +15,7 @@ from writing_support import make_checkpoint, run_cli
 import quarkconv
 from quarkconv.description import describe
 from quarkconv.verify import streaming
-from quarkconv.verify.arenas import ArenaPool
+from quarkconv.verify.arenas import Arena, ArenaPool
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
 from quarkconv.verify.layer_files import LayerFiles
 from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
@@ -55,6 +56,26 @@ def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
     assert result.ok
     assert len(result.numbers.layers) == 3
     assert taken == [2]
+
+
+def test_arenas_are_made_ahead_and_no_memory_is_an_error(monkeypatch):
+    def made(nbytes, *, pinned):
+        if len(sizes) == 2:
+            raise OSError(errno.ENOMEM, "Cannot allocate memory")
+        sizes.append(nbytes)
+        return Arena(nbytes, pinned=pinned)
+
+    sizes: list[int] = []
+    monkeypatch.setattr("quarkconv.verify.arenas.Arena", made)
+    with ArenaPool(3, 100, pinned=False) as pool:
+        first, second = pool.take(10), pool.take(10)
+        assert first.memory.nbytes == second.memory.nbytes == 100
+        for _ in range(2):  # whoever asks
+            with pytest.raises(OSError, match="Cannot allocate"):
+                pool.take(10)
+    with ArenaPool(0, 100, pinned=False) as pool:
+        assert pool.take(0.01) is None
+    assert sizes == [100, 100]
 
 
 def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
