@@ -107,7 +107,7 @@ def from_the_disk():
     return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
 before = from_the_disk(); started = time.perf_counter()
 with (ThreadPoolExecutor(READERS) as pool, LayerFiles(description, written, pool, lambda _: None) as files,
-      ArenaPool(1, size, pinned=False) as arenas):
+      ArenaPool(1, size) as arenas):
     problems = []; arena = arenas.take(1)
     for layer in layers: files.read(layer, arena, problems)
 print(json.dumps({"seconds": time.perf_counter() - started, "ok": not problems,

@@ -2,7 +2,7 @@
 
 A thread fills arenas, layer after layer; one worker for each device takes them, copies them to its device and gives
 the arena back, so that on a GPU the next layer is read while this one is computed. There is one arena more than there
-are devices, if there are as many layers.
+are devices.
 """
 
 from __future__ import annotations
@@ -111,17 +111,16 @@ class _Run:
     ) -> None:
         self.job = job
         self._done = done
-        pinned = job.devices[0].type == "cuda"
         size = max(map(layer_nbytes, job.layers), default=0)
-        count = min(len(job.devices) + 1, len(job.layers))
-        self._arenas = stack.enter_context(ArenaPool(count, size, pinned=pinned))
+        count = len(job.devices) + 1
+        self._arenas = stack.enter_context(ArenaPool(count, size))
         self._files = stack.enter_context(LayerFiles(job.description, written_tensors(job.manifest), pool, checked))
         self._rank = job.description.geometry.rank
         self._source_layers = {layer.prefix: layer for layer in job.source.int8_layers} if job.source else {}
         if job.source is not None:
             self._source_files = stack.enter_context(LayerFiles(job.source, {}, pool, lambda _: None))
             largest = max(map(layer_nbytes, self._source_layers.values()), default=0)
-            self._source_arenas = stack.enter_context(ArenaPool(count, largest, pinned=pinned))
+            self._source_arenas = stack.enter_context(ArenaPool(count, largest))
             self._check_source()
         self._original: OriginalModel | None = None
         if job.reference is not None:
@@ -204,6 +203,8 @@ class _Run:
                 return
             if device.type == "cuda":
                 with torch.cuda.device(device):
+                    for _, arena in held:
+                        arena.lock()
                     experts = experts.to(device, non_blocking=True)
                     source = None if source is None else source.to(device, non_blocking=True)
                     torch.cuda.current_stream().synchronize()

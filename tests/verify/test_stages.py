@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import threading
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,7 +15,7 @@ from writing_support import make_checkpoint, run_cli
 import quarkconv
 from quarkconv.description import describe
 from quarkconv.verify import streaming
-from quarkconv.verify.arenas import Arena, ArenaPool
+from quarkconv.verify.arenas import ArenaPool
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
 from quarkconv.verify.layer_files import LayerFiles
 from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
@@ -35,7 +35,7 @@ def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, con
     description = describe(converted(name) if after else checkpoints(name))
     with ThreadPoolExecutor(3) as pool, LayerFiles(description, {}, pool, lambda _: None) as files:
         for layer in description.int8_layers:
-            with ArenaPool(1, layer_nbytes(layer), pinned=False) as arenas, ExpertReader(description) as reader:
+            with ArenaPool(1, layer_nbytes(layer)) as arenas, ExpertReader(description) as reader:
                 found = files.read(layer, arenas.take(1), [])
                 expected = reader.fused(layer, torch.device("cpu"))
                 for field in ("w13", "w13_scale", "w2", "w2_scale", "w13_input_scale", "w2_input_scale"):
@@ -47,9 +47,9 @@ def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, con
 def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
     taken = []
 
-    def pool(count, nbytes, **kinds):
+    def pool(count, nbytes):
         taken.append(count)
-        return ArenaPool(count, nbytes, **kinds)
+        return ArenaPool(count, nbytes)
 
     monkeypatch.setattr(streaming, "ArenaPool", pool)
     result = quarkconv.verify_checkpoint(converted(NAME), device="cpu")
@@ -58,24 +58,23 @@ def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
     assert taken == [2]
 
 
-def test_arenas_are_made_ahead_and_no_memory_is_an_error(monkeypatch):
-    def made(nbytes, *, pinned):
-        if len(sizes) == 2:
-            raise OSError(errno.ENOMEM, "Cannot allocate memory")
-        sizes.append(nbytes)
-        return Arena(nbytes, pinned=pinned)
+@pytest.mark.parametrize("status", [0, 2])
+def test_pages_are_locked_once_and_unlocked_if_they_were_locked(status, monkeypatch):
+    def lock(address, nbytes, flags):
+        calls.append(("lock", address, nbytes, flags))
+        return status
 
-    sizes: list[int] = []
-    monkeypatch.setattr("quarkconv.verify.arenas.Arena", made)
-    with ArenaPool(3, 100, pinned=False) as pool:
-        first, second = pool.take(10), pool.take(10)
-        assert first.memory.nbytes == second.memory.nbytes == 100
-        for _ in range(2):  # whoever asks
-            with pytest.raises(OSError, match="Cannot allocate"):
-                pool.take(10)
-    with ArenaPool(0, 100, pinned=False) as pool:
-        assert pool.take(0.01) is None
-    assert sizes == [100, 100]
+    calls: list[tuple[object, ...]] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lock, cudaHostUnregister=lambda address: calls.append(("unlock", address))
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with ArenaPool(2, 5000) as pool:
+        arena = pool.take(1)
+        for _ in range(2):
+            arena.lock()
+    address = arena.tensor.data_ptr()
+    assert calls == [("lock", address, 5000, 0)] + ([] if status else [("unlock", address)])
 
 
 def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
@@ -99,7 +98,7 @@ def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
     with (
         ThreadPoolExecutor(3) as pool,
         LayerFiles(description, {}, pool, lambda _: None) as files,
-        ArenaPool(1, layer_nbytes(layer), pinned=False) as arenas,
+        ArenaPool(1, layer_nbytes(layer)) as arenas,
     ):
         before = bytes_from_the_disk()
         files.read(layer, arenas.take(1), [])
