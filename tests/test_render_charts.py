@@ -144,6 +144,20 @@ def test_signal_to_noise_keeps_the_least() -> None:
     assert marks == "".join("▁" if at == 33 // step else "█" for at in range(math.ceil(62 / step)))
 
 
+def test_of_many_layers_the_wrong_and_the_noisiest_are_listed() -> None:
+    whole = verification(62, 4)
+    errors = {layer: 0.01 + 0.001 * layer for layer in range(62)} | {3: 0.5, 7: math.nan}
+    layers = tuple(dataclasses.replace(one, reference=distance(errors[one.layer])) for one in whole.numbers.layers)
+    result = dataclasses.replace(whole, numbers=dataclasses.replace(whole.numbers, layers=layers))
+    terminal = Console(file=StringIO(), width=100)
+    terminal.print(render_verification(result))
+    assert isinstance(terminal.file, StringIO)
+    text = terminal.file.getvalue()
+    listed = [int(found) for found in re.findall(r"^ +(\d+) +4/4 ", text, re.MULTILINE)]
+    assert listed == [3, 7, *range(48, 62)]
+    assert "and 46 more with less noise (all with --json)" in text
+
+
 def test_each_number_of_tokens_has_lines_of_its_own() -> None:
     whole = verification(3, 4).numbers
     both = (*whole.layers, *(dataclasses.replace(one, tokens=1024) for one in whole.layers))

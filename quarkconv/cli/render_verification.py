@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Final
 
 from rich import box
@@ -14,6 +15,7 @@ from quarkconv.cli.render_charts import verification_charts
 from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
+_SHOWN_LAYERS: Final = 16
 _WORST: Final = 5
 _FULL_WIDTH: Final = 72
 """Columns of a terminal from which on all figures of a layer are shown."""
@@ -70,7 +72,7 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
     for column in columns[:shown]:
         table.add_column(column, justify="right", no_wrap=True)
-    for layer in layers:
+    for layer in _noisiest(layers):
         noise = layer.reference
         cells = (
             str(layer.layer), str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
@@ -79,6 +81,9 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
         )  # fmt: skip
         table.add_row(*cells[:shown])
     lines: list[RenderableType] = [table]
+    if len(layers) > _SHOWN_LAYERS:
+        more = len(layers) - _SHOWN_LAYERS
+        lines.append(indented(f"and {more} more with less noise (all with --json)", 2, "dim"))
     for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
         lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))
     for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.reference.bound) for layer in layers):
@@ -88,6 +93,16 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
         )
         lines.append(indented(said, 2, "dim"))
     return Group(*lines, "")
+
+
+def _noisiest(layers: tuple[LayerNumbers, ...]) -> list[LayerNumbers]:
+    """Those that are out of bounds and, of the others, those with most noise; the charts show all."""
+
+    def rank(at: int) -> tuple[bool, float]:
+        noise = layers[at].reference.relative_error
+        return layers[at].ok, -noise if math.isfinite(noise) else -math.inf
+
+    return [layers[at] for at in sorted(sorted(range(len(layers)), key=rank)[:_SHOWN_LAYERS])]
 
 
 def _worst(verification: Verification) -> RenderableType:
