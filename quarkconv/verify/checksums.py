@@ -10,6 +10,7 @@ import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -20,12 +21,11 @@ from quarkconv.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Piece
-from quarkconv.verify.places import layer_of
+from quarkconv.verify.open_files import BLOCK, OpenFiles
+from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
 
 _BLOCK: Final = 8 * 2**20
-_CHECKED: Final = 2 * 2**20
-"""Bytes that are read before their checksum is computed: they are in the processor's cache then."""
 _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "": torch.uint8}
 
 
@@ -59,7 +59,8 @@ def check_bytes(
     if source is not None:
         check_source(source, manifest)
     present = [shard for shard in manifest.shards if (root / shard.file).is_file()]
-    with _Sources(source) as sources, ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
+    opened = nullcontext() if source is None else OpenFiles(source)
+    with opened as sources, ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
 
         def check(part: _Part) -> list[Problem]:
             if fail_fast and problems:
@@ -103,29 +104,6 @@ def check_source(source: Path, manifest: Manifest) -> None:
             )  # fmt: skip
 
 
-class _Sources:
-    """The files of the source, each opened when it is first asked for. A context manager."""
-
-    def __init__(self, root: Path | None) -> None:
-        self.root = root
-        self._descriptors: dict[str, int] = {}
-        self._lock = threading.Lock()
-
-    def __enter__(self) -> _Sources:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for descriptor in self._descriptors.values():
-            os.close(descriptor)
-
-    def __getitem__(self, file: str) -> int:
-        assert self.root is not None
-        with self._lock:
-            if file not in self._descriptors:
-                self._descriptors[file] = os.open(self.root / file, os.O_RDONLY | os.O_CLOEXEC)
-            return self._descriptors[file]
-
-
 class _Part(NamedTuple):
     """What one thread checks at a time: a tensor where it lies in a shard, or the shard's header."""
 
@@ -146,7 +124,7 @@ def _parts(shard: WrittenShard, available: int, skip: Collection[str]) -> Iterat
 
 
 def _part_problems(
-    description: Description, part: _Part, output: int, sources: _Sources, progress: Callable[[int], None]
+    description: Description, part: _Part, output: int, sources: OpenFiles | None, progress: Callable[[int], None]
 ) -> Iterator[Problem]:
     shard, tensor, position = part
     if tensor is None:
@@ -159,16 +137,13 @@ def _part_problems(
         piece = written.piece
         if _range_checksum(output, position, piece.output_nbytes) != written.checksum:
             wrong.append((written, "do not have the checksum of the manifest"))
-        elif sources.root is not None and not _same_as_source(output, position, sources, piece):
+        elif sources is not None and not _same_as_source(output, position, sources, piece):
             wrong.append((written, "are not those of the source"))
         position += piece.output_nbytes
         progress(piece.output_nbytes)
     if wrong:
-        (first, reason), count = wrong[0], len(wrong)
-        message = f"The bytes from {first.piece.tensor} {reason}"
-        if count > 1:
-            message += f"; so it is with {count} of {len(tensor.pieces)} pieces"
-        yield Problem("bytes", layer_of(description, tensor.name), tensor.name, message, count)
+        first, reason = wrong[0]
+        yield wrong_pieces(description, tensor.name, first.piece.tensor, reason, len(wrong), len(tensor.pieces))
 
 
 def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
@@ -188,10 +163,10 @@ _memory = threading.local()
 def _range_checksum(descriptor: int, start: int, nbytes: int) -> str:
     """The checksum of a byte range, read to the same memory again and again: new memory has to be made zero first."""
     if not hasattr(_memory, "block"):
-        _memory.block = memoryview(bytearray(_CHECKED))
+        _memory.block = memoryview(bytearray(BLOCK))
     hasher, end = xxhash.xxh3_128(), start + nbytes
     while start < end:
-        count = os.preadv(descriptor, [_memory.block[: min(_CHECKED, end - start)]], start)
+        count = os.preadv(descriptor, [_memory.block[: min(BLOCK, end - start)]], start)
         if count == 0:  # the file ends: the checksum is another
             break
         hasher.update(_memory.block[:count])
@@ -204,7 +179,7 @@ def _file_checksum(path: Path) -> str:
         return _range_checksum(handle.fileno(), 0, path.stat().st_size)
 
 
-def _same_as_source(output: int, position: int, sources: _Sources, piece: Piece) -> bool:
+def _same_as_source(output: int, position: int, sources: OpenFiles, piece: Piece) -> bool:
     """Whether a piece of the output holds what its source range gives."""
     for expected in _expected(sources, piece):
         if b"".join(_blocks(output, position, len(expected))) != expected:
@@ -213,7 +188,7 @@ def _same_as_source(output: int, position: int, sources: _Sources, piece: Piece)
     return True
 
 
-def _expected(sources: _Sources, piece: Piece) -> Iterator[bytes]:
+def _expected(sources: OpenFiles, piece: Piece) -> Iterator[bytes]:
     """What a piece should be, a block at a time, computed by other means than the writer's."""
     if piece.scale is not None:
         yield from _expected_weights(sources, piece, piece.scale)
@@ -225,7 +200,7 @@ def _expected(sources: _Sources, piece: Piece) -> Iterator[bytes]:
         yield _bytes_of(_expected_rows(sources, piece))
 
 
-def _expected_rows(sources: _Sources, piece: Piece) -> torch.Tensor:
+def _expected_rows(sources: OpenFiles, piece: Piece) -> torch.Tensor:
     """A scale as F32, repeated: by torch, unlike the writer's own computation."""
     data = bytearray().join(_blocks(sources[piece.file], piece.start, piece.nbytes))
     if not piece.widen:
@@ -233,7 +208,7 @@ def _expected_rows(sources: _Sources, piece: Piece) -> torch.Tensor:
     return torch.frombuffer(data, dtype=_DTYPES[piece.widen]).float().repeat(piece.repeat)
 
 
-def _expected_weights(sources: _Sources, piece: Piece, scale: Piece) -> Iterator[bytes]:
+def _expected_weights(sources: OpenFiles, piece: Piece, scale: Piece) -> Iterator[bytes]:
     """Code times scale, rounded to F32 and then to BF16: the product exactly, in float64, and the bits by hand."""
     if not piece.nbytes:
         return

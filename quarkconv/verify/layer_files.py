@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import threading
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
@@ -22,11 +21,10 @@ from quarkconv.manifest import WrittenTensor
 from quarkconv.verify.arenas import Arena
 from quarkconv.verify.layer_reads import PAGE, LayerRead, layer_reads, projection_names, w2_offset
 from quarkconv.verify.loading import FusedExperts
-from quarkconv.verify.places import layer_of
+from quarkconv.verify.open_files import BLOCK, OpenFiles
+from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import Problem
 
-_BLOCK: Final = 2 * 2**20
-"""Bytes that are read before their checksum is computed: they are in the processor's cache then."""
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 
@@ -53,19 +51,16 @@ class LayerFiles:
         self._pool = pool
         self._progress = progress
         self._refs = description.checkpoint.refs()
-        self._descriptors: dict[str, int] = {}
-        self._direct: dict[str, int | None] = {}
-        self._lock = threading.Lock()
+        self._files = OpenFiles(description.checkpoint.root)
+        self._direct = OpenFiles(description.checkpoint.root, _DIRECT)
+        self._without_direct: set[str] = set()
 
     def __enter__(self) -> LayerFiles:
         return self
 
     def __exit__(self, *_: object) -> None:
-        for descriptor in (*self._descriptors.values(), *self._direct.values()):
-            if descriptor is not None:
-                os.close(descriptor)
-        self._descriptors.clear()
-        self._direct.clear()
+        self._files.close()
+        self._direct.close()
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor."""
@@ -93,10 +88,8 @@ class LayerFiles:
             if not same:
                 wrong.setdefault(item.tensor, []).append(item)
         for name, items in wrong.items():
-            message = f"The bytes from {items[0].source} do not have the checksum of the manifest"
-            if len(items) > 1:
-                message += f"; so it is with {len(items)} of {len(self._written[name].pieces)} pieces"
-            problems.append(Problem("bytes", layer_of(self.description, name), name, message, len(items)))
+            reason, pieces = "do not have the checksum of the manifest", len(self._written[name].pieces)
+            problems.append(wrong_pieces(self.description, name, items[0].source, reason, len(items), pieces))
         return self._experts(layer, arena)
 
     def small(self, name: str, part: int | None = None) -> Tensor:
@@ -154,7 +147,7 @@ class LayerFiles:
         hasher = xxhash.xxh3_128() if item.checksum else None
         done = 0
         while done < item.nbytes:
-            view = memory[item.at + done : item.at + min(done + _BLOCK, item.nbytes)]
+            view = memory[item.at + done : item.at + min(done + BLOCK, item.nbytes)]
             try:
                 count = (
                     self._read_block(item, view, done, descriptor)
@@ -188,26 +181,21 @@ class LayerFiles:
 
     def _direct_descriptor(self, file: str) -> int | None:
         """The file opened for reads past the page cache; None where the system does not do that."""
-        with self._lock:
-            if file not in self._direct:
-                try:
-                    flags = os.O_RDONLY | os.O_CLOEXEC | _DIRECT
-                    self._direct[file] = os.open(self.description.checkpoint.root / file, flags) if _DIRECT else None
-                except OSError:
-                    self._direct[file] = None
+        if not _DIRECT or file in self._without_direct:
+            return None
+        try:
             return self._direct[file]
+        except OSError:
+            self._without_direct.add(file)
+            return None
 
     def _descriptor(self, file: str) -> int:
-        with self._lock:
-            if file not in self._descriptors:
-                path = self.description.checkpoint.root / file
-                try:
-                    self._descriptors[file] = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-                except OSError as error:
-                    raise SourceError(
-                        "A tensor cannot be read", code="shard-missing", file=file, found=error.strerror
-                    ) from error
-            return self._descriptors[file]
+        try:
+            return self._files[file]
+        except OSError as error:
+            raise SourceError(
+                "A tensor cannot be read", code="shard-missing", file=file, found=error.strerror
+            ) from error
 
     def _unreadable(self, item: LayerRead, found: str) -> SourceError:
         return SourceError(

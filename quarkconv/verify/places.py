@@ -1,8 +1,9 @@
-"""To which MoE layer a tensor belongs."""
+"""To which MoE layer a tensor belongs, and what is said of one whose bytes are wrong."""
 
 from __future__ import annotations
 
 from quarkconv.description import Description
+from quarkconv.verify.results import Problem
 
 
 def layer_of(description: Description, name: str) -> int | None:
@@ -12,3 +13,11 @@ def layer_of(description: Description, name: str) -> int | None:
         if name.startswith((f"{layer.moe}.", f"{decoder_layer}." if decoder_layer else layer.moe)):
             return layer.index
     return None
+
+
+def wrong_pieces(description: Description, tensor: str, source: str, reason: str, count: int, pieces: int) -> Problem:
+    """That ``count`` of the ``pieces`` of a tensor are wrong, the first of which comes from the tensor ``source``."""
+    message = f"The bytes from {source} {reason}"
+    if count > 1:
+        message += f"; so it is with {count} of {pieces} pieces"
+    return Problem("bytes", layer_of(description, tensor), tensor, message, count)
