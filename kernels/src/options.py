@@ -91,18 +91,21 @@ def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
     elif mean_rows <= 90:
         blocks = RowBlocks(64, tail_m=16, small_m=32)
     else:
-        turns = TileOptions(64, 128, 8, num_warps=4, num_stages=6, specialized=True)
-        shared = replace(turns, block_n=128, num_warps=8, num_stages=4)
-        return LaunchOptions(
-            RowBlocks(128, tail_m=32, small_m=64),
-            gate_up=turns if mean_rows <= 400 else shared,
-            down=replace(turns, block_n=128),
-        )
+        turns, shared = specialized_tiles(group_m=8)
+        gate_up = turns[0] if mean_rows <= 400 else shared[0]
+        return LaunchOptions(RowBlocks(128, tail_m=32, small_m=64), gate_up, down=turns[1])
     return LaunchOptions(
         blocks,
         gate_up=TileOptions(64, 128, 4, num_warps=4, num_stages=3),
         down=TileOptions(128, 128, 4, num_warps=4, num_stages=3),
     )
+
+
+def specialized_tiles(group_m: int) -> tuple[tuple[TileOptions, TileOptions], tuple[TileOptions, TileOptions]]:
+    """Tiles of (gate-up, down) for specialized warps: of two groups that take turns, and of two that share a tile."""
+    turns = TileOptions(64, 128, group_m, num_warps=4, num_stages=6, specialized=True)
+    shared = TileOptions(128, 128, group_m, num_warps=8, num_stages=4, specialized=True)
+    return (turns, replace(turns, block_n=128)), (shared, replace(shared, block_n=256))
 
 
 def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:

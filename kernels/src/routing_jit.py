@@ -9,10 +9,15 @@ from .quantize_jit import _quantize_rows
 
 
 @triton.jit
+def _experts_of(ids, num_experts):
+    """The experts of `ids` as i32; what is not an expert is number num_experts."""
+    return tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
+
+
+@triton.jit
 def _count(ids, num_experts, BLOCK_E: tl.constexpr):
-    """How often each expert occurs among `ids`; what is not an expert counts for number num_experts."""
-    bins = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
-    return tl.histogram(bins, BLOCK_E)
+    """How often each expert occurs among `ids`."""
+    return tl.histogram(_experts_of(ids, num_experts), BLOCK_E)
 
 
 @triton.jit
@@ -243,8 +248,7 @@ def place_run_kernel(
     run, place = tl.program_id(0), tl.arange(0, BLOCK_P)
     pairs = run * BLOCK_P + place
     ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    experts = tl.where((ids >= 0) & (ids < num_experts), ids, num_experts).to(tl.int32)
-    keys = tl.sort(experts * BLOCK_P + place)
+    keys = tl.sort(_experts_of(ids, num_experts) * BLOCK_P + place)
     experts, pairs = keys // BLOCK_P, run * BLOCK_P + keys % BLOCK_P
     is_here = experts < num_experts
     rows = place + tl.load(starts_ptr + run * num_experts + experts, mask=is_here, other=0)

@@ -7,9 +7,8 @@ import torch
 from .backend import dependence, device_traits
 from .grouped_gemm import ExpertWeights
 from .routing import RoutingPlan
-from .tables import RowBlocks, TileOptions
+from .tables import GROUP_WARPS, RowBlocks, TileOptions
 
-GROUP = 4  # warps that multiply together
 HALF = 64  # as in `specialized_finish_jit`
 MOST_ROWS = 32  # of a tile that are finished at a time
 REGISTERS = 168  # a thread of twelve warps, of the 65536 that a processor has
@@ -36,14 +35,13 @@ def launch_specialized(
     from .specialized_jit import specialized_product_kernel
 
     blocks, depth, traits = plan.blocks, weights.codes.shape[2], device_traits(out.device)
-    parts = options.num_warps // GROUP
     # Results of 32 bits, which only tests ask for, take more room on their way out.
     stages = options.num_stages - (out.element_size() == 4)
     specialized_product_kernel[(min(traits.processors, plan.max_blocks * -(-columns // options.block_n)),)](
         _descriptor(codes, blocks.block_m, options.block_k),
         _descriptor(codes, blocks.tail_m, options.block_k) if blocks.tail_m else None,
         row_scale,
-        _descriptor(weights.codes, HALF * parts, options.block_k),
+        _descriptor(weights.codes, HALF * options.sharing, options.block_k),
         weights.scale,
         weights.bias,
         router_weight,
@@ -60,7 +58,7 @@ def launch_specialized(
         PER_CHANNEL=weights.per_channel,
         RAW_SUMS=out.dtype == torch.int32,
         GATED=gated,
-        PARTS=parts,
+        PARTS=options.sharing,
         BLOCK_M=blocks.block_m,
         TAIL_M=blocks.tail_m,
         SMALL_M=blocks.small_m,
@@ -68,7 +66,7 @@ def launch_specialized(
         PIECE=rows_at_a_time(blocks),
         GROUP_M=options.group_m,
         STAGES=stages,
-        num_warps=GROUP,
+        num_warps=GROUP_WARPS,
         maxnreg=REGISTERS,
         **dependence(out.device),
     )

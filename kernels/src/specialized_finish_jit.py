@@ -19,12 +19,18 @@ HALF = tl.constexpr(64)  # rows of weights in one matrix instruction; a group of
 _EIGHT_COLUMNS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 
 
+@gluon.constexpr_function
+def _layout_of_sums(rows):
+    """How four warps hold sums [HALF, rows]: as matrix instructions leave them."""
+    return gl.NVMMADistributedLayout([3, 0], [4, 1], [16, rows, 32])
+
+
 @gluon.jit
 def _pieces(sums, PIECE: gl.constexpr):
     """[HALF, n] as a tuple of [HALF, PIECE]; nothing moves."""
     HALVES: gl.constexpr = sums.shape[1] // 2
     if sums.shape[1] == PIECE:
-        LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
+        LAYOUT: gl.constexpr = _layout_of_sums(PIECE)
         pieces = (gl.convert_layout(sums, LAYOUT, assert_trivial=True),)
     else:
         first, second = gl.split(gl.permute(gl.reshape(sums, [HALF, 2, HALVES]), (0, 2, 1)))
@@ -35,7 +41,7 @@ def _pieces(sums, PIECE: gl.constexpr):
 @gluon.jit
 def _none(COUNT: gl.constexpr, PIECE: gl.constexpr):
     """As many pieces that nobody looks at."""
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32])
+    LAYOUT: gl.constexpr = _layout_of_sums(PIECE)
     pieces = ()
     for _ in gl.static_range(COUNT):
         pieces += (gl.zeros([HALF, PIECE], gl.int32, LAYOUT),)
@@ -57,7 +63,7 @@ def _next(pieces):
 def _channels(expert, col, N, total_cols, result, PER_CHANNEL: gl.constexpr, PIECE: gl.constexpr):
     """(scale, bias) of the columns col + 0..HALF-1, of which N are in range: f32 [HALF, 1] or a scalar; (scale,)."""
     out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    LAYOUT: gl.constexpr = gl.SliceLayout(1, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32]))
+    LAYOUT: gl.constexpr = gl.SliceLayout(1, _layout_of_sums(PIECE))
     cols = col + gl.arange(0, HALF, LAYOUT)
     channels = expert.to(gl.int64) * total_cols + cols
     if PER_CHANNEL:
@@ -83,7 +89,7 @@ def _of_rows(offset, block, pairs_ptr, result, GATED: gl.constexpr, PIECE: gl.co
     rows of the result i32 [PIECE] as results are)."""
     expert, first, rows, col_block = block
     out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr = result
-    LAYOUT: gl.constexpr = gl.SliceLayout(0, gl.NVMMADistributedLayout([3, 0], [4, 1], [16, PIECE, 32]))
+    LAYOUT: gl.constexpr = gl.SliceLayout(0, _layout_of_sums(PIECE))
     row = first + gl.minimum(offset + gl.arange(0, PIECE, LAYOUT), rows - 1)
     scale = gl.load(row_scale_ptr + row)
     if router_weight_ptr is not None:

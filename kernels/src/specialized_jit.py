@@ -41,7 +41,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from .dependent_jit import _trigger, _wait
 from .grouped_gemm_jit import _tile_of
-from .specialized_finish_jit import HALF, _channels_of_halves, _finish, _none, _of_rows, _pieces
+from .specialized_finish_jit import HALF, _channels_of_halves, _finish, _layout_of_sums, _none, _of_rows, _pieces
 
 _ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
@@ -134,11 +134,11 @@ def _sums(
 ):  # fmt: skip
     """The sums of a tile for ROWS rows and, with TAIL, as many of a tail: (lower half, upper half), each as pieces."""
     weights, rows_main, rows_tail, full, empty, turn = ring
-    LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 32])
+    LAYOUT: gl.constexpr = _layout_of_sums(ROWS)
     lower = gl.zeros([HALF, ROWS], gl.int32, LAYOUT)
     upper = gl.zeros([HALF, ROWS], gl.int32, LAYOUT)
     if TAIL:
-        TAIL_LAYOUT: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, TAIL, 32])
+        TAIL_LAYOUT: gl.constexpr = _layout_of_sums(TAIL)
         tail_lower = gl.zeros([HALF, TAIL], gl.int32, TAIL_LAYOUT)
         tail_upper = gl.zeros([HALF, TAIL], gl.int32, TAIL_LAYOUT)
     if PARTS == 1:

@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+GROUP_WARPS = 4  # specialized warps that multiply together
 FOLDER = Path(__file__).with_name("tables")
 _REACH = 2  # an entry serves up to this many times more or fewer tokens
 
@@ -45,14 +46,17 @@ class TileOptions:
     descriptors: bool = True
     specialized: bool = False
 
+    @property
+    def sharing(self) -> int:
+        """Groups of specialized warps that share a tile: 1 where they take turns, or 2."""
+        return self.num_warps // GROUP_WARPS
+
     def without_specialization(self) -> "TileOptions":
-        """The same tile for the other kernel, whose pipeline need not be as deep."""
+        """The same for the other kernel, with the tile of one group, whose pipeline need not be as deep."""
         if not self.specialized:
             return self
-        sharing = self.num_warps // 4
-        return replace(
-            self, specialized=False, block_n=self.block_n // sharing, num_warps=4, num_stages=min(self.num_stages, 3)
-        )
+        width, stages = self.block_n // self.sharing, min(self.num_stages, 3)
+        return replace(self, specialized=False, block_n=width, num_warps=GROUP_WARPS, num_stages=stages)
 
 
 @dataclass(frozen=True, slots=True)
@@ -178,8 +182,8 @@ def _check_launch(options: LaunchOptions) -> LaunchOptions:
     if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
         raise ValueError("positive group_m and num_stages")
     for tile, columns in zip(tiles, (16, 32), strict=True):
-        widths = {4: 4 * columns, 8: 8 * columns}
-        if tile.specialized and (tile.block_n, tile.block_k) != (widths.get(tile.num_warps), 128):
+        shape = (columns * tile.num_warps, 128)
+        if tile.specialized and (tile.sharing not in (1, 2) or (tile.block_n, tile.block_k) != shape):
             raise ValueError(f"num_warps 4 or 8, block_n {columns} times that and block_k 128 where specialized")
     return options
 

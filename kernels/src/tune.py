@@ -11,14 +11,20 @@ import json
 import statistics
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import torch
 
 from .arguments import ExpertsArguments, check_arguments
 from .backend import device_traits
-from .options import fit_options, fits_registers, gemv_options, heuristic_options, mean_rows_of
+from .options import (
+    fit_options,
+    fits_registers,
+    gemv_options,
+    heuristic_options,
+    mean_rows_of,
+    specialized_tiles,
+)
 from .pipeline import empty_workspace, run_pipeline
 from .tables import (
     GemvOptions,
@@ -94,12 +100,8 @@ def _specialized_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
     """Tiles of gate-up and down of which at least one has specialized warps, in turns or sharing a tile."""
     plain = TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)
     for group in (8, 4):
-        gate_up, down = (TileOptions(block_n, 128, group, 4, 6, specialized=True) for block_n in (64, 128))
-        shared = (
-            replace(gate_up, block_n=128, num_warps=8, num_stages=4),
-            replace(down, block_n=256, num_warps=8, num_stages=4),
-        )
-        yield from ((plain[0], down), (gate_up, plain[1]), (gate_up, down), (shared[0], down), shared)
+        turns, shared = specialized_tiles(group)
+        yield from ((plain[0], turns[1]), (turns[0], plain[1]), turns, (shared[0], turns[1]), shared)
 
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
