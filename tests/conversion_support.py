@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from writing_support import start
+from writing_support import snapshot, start
 
 import quarkconv
 from quarkconv.errors import SourceError, WriteError
@@ -21,6 +21,13 @@ def convert(source: Path, out: Path, **options: Any) -> Path:
     """Convert in this process; returns the output."""
     options = {"max_shard_size": SHARD, "jobs": 1, **options}
     return quarkconv.convert_checkpoint(source, "fused-int8", out, **options).output
+
+
+def assert_converts_alike(repo: str, model: Path, folder: Path) -> None:
+    """A repo on the Hub converts to the same bytes as the directory that was published there."""
+    quarkconv.convert_checkpoint(repo, "fused-int8", folder / "remote")
+    quarkconv.convert_checkpoint(model, "fused-int8", folder / "local")
+    assert snapshot(folder / "remote") == snapshot(folder / "local")
 
 
 def arguments(source: Path, out: Path, jobs: int = 1) -> list[str | Path]:

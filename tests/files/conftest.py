@@ -11,6 +11,7 @@ from hub_server import start_hub
 from hub_state import Hub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+from writing_support import make_checkpoint
 
 from quarkconv.files import http_client
 
@@ -36,6 +37,12 @@ def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
     close_session()  # the client reads the environment when it is made
     yield point
     close_session()
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """A small checkpoint on disk."""
+    return make_checkpoint(tmp_path / "model", experts=4, hidden=128, intermediate=96)
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import pytest
 from hub_server import HubHandler, start_hub
 from hub_state import Hub, Stored
 from huggingface_hub import constants, snapshot_download
-from writing_support import make_checkpoint, run_cli, snapshot
+from writing_support import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError
@@ -28,11 +28,6 @@ from quarkconv.hub import locate_model
 REPO = "org/tiny-moe"
 SHARD = "model-00001-of-00002.safetensors"
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", experts=4, hidden=128, intermediate=96)
 
 
 @pytest.fixture

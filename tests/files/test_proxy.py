@@ -11,13 +11,14 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from conversion_support import assert_converts_alike
 from hub_server import start_hub
 from hub_state import Hub
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
 from huggingface_hub.utils._xet import abort_xet_session
 from proxy_server import Proxy, start_proxy
-from writing_support import make_checkpoint, run_cli, snapshot
+from writing_support import run_cli
 
 import quarkconv
 from quarkconv.errors import HubError
@@ -30,11 +31,6 @@ REPO = "org/tiny-moe"
 NAMES = ("hub.test", "store.test")
 Capture = pytest.CaptureFixture[str]
 UseProxy = Callable[..., None]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", experts=4, hidden=128, intermediate=96)
 
 
 @pytest.fixture
@@ -111,9 +107,7 @@ def test_everything_goes_through_the_proxy(
     use(**{variable: proxy.url})
     assert quarkconv.inspect_checkpoint(REPO, deep=True).ok
     assert_went_through(proxy, behind)
-    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "remote")
-    quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local")
-    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert_converts_alike(REPO, model, tmp_path)
     assert_went_through(proxy, behind)
     seen = [(method, address, asked) for method, address, asked in proxy.requests if method == "GET" and asked]
     assert len(seen) == len(behind.ranges()) > 5
@@ -125,9 +119,7 @@ def test_everything_goes_through_the_proxy_encrypted(
 ) -> None:
     use(HTTPS_PROXY=proxy.url)
     assert quarkconv.inspect_checkpoint(REPO, deep=True).ok
-    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "remote")
-    quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local")
-    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert_converts_alike(REPO, model, tmp_path)
     assert_went_through(proxy, encrypted)
     assert encrypted.ranges()
     assert {(method, address) for method, address, _ in proxy.requests} == {
@@ -261,9 +253,7 @@ def test_a_proxy_that_cuts_some_answers(
     monkeypatch.setattr(remote_headers, "FIRST_GUESS", 4096)
     proxy.cuts, proxy.cut_after = 8, 1000
     use(HTTP_PROXY=proxy.url)
-    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "remote")
-    quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local")
-    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert_converts_alike(REPO, model, tmp_path)
     assert proxy.cuts == 0
     assert any(asked.startswith("bytes=1000-") for asked in behind.ranges())
 
@@ -272,9 +262,7 @@ def test_a_proxy_that_cuts_some_answers(
 def test_a_proxy_that_cuts_some_tunnels(proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy) -> None:
     proxy.cuts, proxy.cut_after = 6, 20_000
     use(HTTPS_PROXY=proxy.url)
-    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "remote")
-    quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local")
-    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert_converts_alike(REPO, model, tmp_path)
     assert proxy.cuts == 0
 
 

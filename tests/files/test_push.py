@@ -8,15 +8,10 @@ from pathlib import Path
 import pytest
 from hub_state import Hub
 from huggingface_hub import constants
-from writing_support import make_checkpoint, run_cli
+from writing_support import run_cli
 
 NEW = "user/tiny-moe-fused"
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", experts=4, hidden=128, intermediate=96)
 
 
 # huggingface_hub 2.4 hands bytes to its HTTP client in a way that this one will drop

@@ -6,22 +6,18 @@ import json
 from pathlib import Path
 
 import pytest
+from conversion_support import assert_converts_alike
 from hub_state import Hub
 from huggingface_hub import constants
 from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from huggingface_hub.utils._xet import abort_xet_session
-from writing_support import make_checkpoint, run_cli, snapshot
+from writing_support import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import SourceError
 
 REPO = "org/tiny-moe"
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", experts=4, hidden=128, intermediate=96)
 
 
 @pytest.fixture
@@ -58,9 +54,7 @@ def test_the_store_on_loopback_answers_as_xet_storage_does(xet: Hub) -> None:
 def test_inspect_and_convert_read_plain_ranges(xet: Hub, model: Path, tmp_path: Path) -> None:
     remote = quarkconv.inspect_checkpoint(REPO, deep=True).to_json()
     assert remote == {**quarkconv.inspect_checkpoint(model, deep=True).to_json(), "model": REPO}
-    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "remote")
-    quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local")
-    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert_converts_alike(REPO, model, tmp_path)
     assert len(paths(xet, "/xet-bridge-us/")) > 5
     assert paths(xet, "xet-read-token") == []
     assert paths(xet, "/v1/") == []
@@ -69,9 +63,7 @@ def test_inspect_and_convert_read_plain_ranges(xet: Hub, model: Path, tmp_path: 
 def test_a_signature_that_expires(xet: Hub, model: Path, tmp_path: Path) -> None:
     xet.faults.expire_after = 1
     quarkconv.inspect_checkpoint(REPO, deep=True)
-    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "remote")
-    quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local")
-    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert_converts_alike(REPO, model, tmp_path)
     assert xet.signatures > 4
 
 
