@@ -3,7 +3,9 @@
     python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--repeats 20] [--out FILE.json]
 
 Every implementation runs under a CUDA graph in which up to eight inputs and routings take turns, so that the
-second-level cache does not serve the weights; a time is the median of the graph's replays over its calls. Before ours
+second-level cache does not serve the weights; a time is the median of the graph's replays over its calls. After a
+shape's weights are made, nothing is timed for a second: for some 30 ms, one token of Mixtral took 96 us on an H200
+instead of the 86 that the same calls took afterwards. Before ours
 is timed, its result is checked against the torch twin on a few tokens, and against vLLM's where vLLM runs. vLLM, where
 it can be imported, runs twice: with the configuration that it picks by itself ("default"), and with the best of a few
 ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1 over the four shapes at this many tokens.
@@ -319,6 +321,8 @@ def main() -> int:
         wide = None
         if named and time.monotonic() - began < options.budget:
             wide = weights[0].bfloat16(), weights[1].bfloat16()
+        torch.cuda.synchronize()
+        time.sleep(1)
         for count in counts:
             late = time.monotonic() - began > options.budget
             beside = (None, None) if late else (vllm, wide)

@@ -12,9 +12,9 @@ import torch
 
 Platform = Literal["cuda", "hip", "xpu", "interpreter"]
 
-GLUON_TESTED = ("3.6",)
+GLUON_TESTED = ("3.6", "3.7")
 """Releases of Triton with whose Gluon the kernels were run on a GPU: it is experimental, and changes from one to the
-next. That they compile with another one, as they do with 3.7, says little of what becomes of them."""
+next. That they compile with another one says little of what becomes of them."""
 
 _TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD devices "cuda" too
 _TRUE_STRINGS = ("1", "true", "on", "y", "yes")  # the spellings that Triton takes for TRITON_INTERPRET

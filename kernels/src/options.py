@@ -80,7 +80,8 @@ def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
 
     The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
     MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens; those to specialized warps, on an
-    H100 up to 16384 tokens.
+    H100 up to 16384 tokens. Where an expert has a block or two, gate-up is bound by memory, which gives most when
+    programs beside one another read rows of weights beside one another.
     """
     mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
@@ -92,7 +93,7 @@ def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
         blocks = RowBlocks(64, tail_m=16, small_m=32)
     else:
         turns, shared = specialized_tiles(group_m=8)
-        gate_up = turns[0] if mean_rows <= 400 else shared[0]
+        gate_up = shared[0] if mean_rows > 400 else turns[0] if mean_rows > 256 else replace(turns[0], group_m=1)
         return LaunchOptions(RowBlocks(128, tail_m=32, small_m=64), gate_up, down=turns[1])
     return LaunchOptions(
         blocks,
@@ -114,14 +115,14 @@ def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:
     return pairs / max(min(experts, pairs), 1)
 
 
-def choose_row_options(rows: int, width: int) -> RowOptions:
-    """Options for the row quantization of `rows` rows of `width` elements.
+def choose_row_options(rows: int, width: int, *, copied: bool = False) -> RowOptions:
+    """Options for the row quantization of `rows` rows of `width` elements, of which each is written once or `copied`.
 
     A program holds its rows in registers, at most a hundred values a thread. Few warps a program keep many programs,
     and so many rows, in flight; where there are few rows anyway, what counts is how long one takes. The block is as
     wide as 16-byte loads need, unless more than an eighth of its lanes would find no element.
     """
-    at_once = 2 if width <= 2048 and rows > _FEW_ROWS else 1
+    at_once = 2 if width <= 2048 and rows > _FEW_ROWS and not copied else 1
     num_warps = 8 if width > 8192 else 4 if width > 3072 or rows <= _FEW_ROWS else 2
     sizes = (size for size in (2048, 1024, 512, 256) if size * at_once <= 256 * num_warps)
     block = next((size for size in sizes if -width % size <= width // 8), 128)

@@ -100,7 +100,7 @@ def quantize_rows(
     codes = torch.empty((written, width), dtype=torch.int8, device=x.device) if codes is None else codes
     scales = torch.empty(written, dtype=torch.float32, device=x.device) if scales is None else scales
     in_order = plan if not copies else None
-    cut = row_constants(rows, width)
+    cut = row_constants(rows, width, copied=copies > 0)
     quantize_rows_kernel[(-(-rows // cut["ROWS"]),)](
         x,
         codes,
@@ -124,9 +124,9 @@ def quantize_rows(
     return codes, scales
 
 
-def row_constants(rows: int, width: int) -> dict[str, Any]:
+def row_constants(rows: int, width: int, *, copied: bool = False) -> dict[str, Any]:
     """How the row quantization of `rows` rows of `width` elements is cut into programs, and what else is fixed."""
-    options = choose_row_options(rows, width)
+    options = choose_row_options(rows, width, copied=copied)
     chunks = -(-width // options.block)
     return {
         "MIN_SCALE": MIN_SCALE,

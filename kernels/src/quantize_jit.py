@@ -15,53 +15,55 @@ def _magnitude_bits(x):
 
 
 @triton.jit
-def _codes_of(quotient):
-    """rint(quotient) as int8, 0 for a NaN; |quotient| at most 127.5.
+def _rounded(quotient):
+    """Bits of which the lowest byte is rint(quotient), for |quotient| at most 127.5.
 
-    1.5 * 2^23: the spacing of float32 is 1 there, so the addition itself rounds, half to even, on any hardware, and
-    the sum's lowest byte is the code.
+    1.5 * 2^23: the spacing of float32 is 1 there, so the addition itself rounds, half to even, on any hardware.
     """
-    code = (quotient + 12582912.0).to(tl.int32, bitcast=True)
-    return tl.where(quotient == quotient, code, 0).to(tl.int8)
+    return (quotient + 12582912.0).to(tl.int32, bitcast=True)
 
 
 @triton.jit
 def _to_codes(x, scale):
     """rint(clamp(x / scale, -127, 127)) as int8, 0 for a NaN quotient; `div_rn` is the IEEE division."""
     quotient = tl.div_rn(x, scale)
-    return _codes_of(tl.where(quotient > 127.0, 127.0, tl.where(quotient < -127.0, -127.0, quotient)))
+    quotient = tl.where(quotient > 127.0, 127.0, tl.where(quotient < -127.0, -127.0, quotient))
+    return tl.where(quotient == quotient, _rounded(quotient), 0).to(tl.int8)
 
 
 @triton.jit
-def _to_own_codes(x, scale, inverse):
-    """`_to_codes` for a scale that is the row's own absmax / 127, and `inverse`, the rounded 1 / scale.
+def _to_own_codes(x, scale, STEPS: tl.constexpr):
+    """`_to_codes` for scales [rows, 1] that are the rows' own absmax / 127, or NaN where that is not finite.
 
-    The quotient is refined from x * inverse by two fused steps. The first brings it within one unit in the last
-    place; then the remainder x - quotient * scale is exact, and the second gives the correctly rounded quotient, as the
+    The quotient is refined from x * (1 / scale) by fused steps. A first one brings it within one unit in the last
+    place; then the remainder x - quotient * scale is exact, and a second gives the correctly rounded quotient, as the
     division would, at a fifth of its instructions (Markstein, IBM J. Res. Dev. 34, 1990). Where the remainder
     underflows, the code is 0 either way. With |x| <= absmax no clamp is needed.
+
+    One step is enough for values of 16 bits: with so few bits in x and absmax, a quotient is near a half only where x
+    and absmax are in the ratio of small integers, and there one step rounds as the division does. Which is tested for
+    every pair of mantissas.
     """
+    inverse = tl.div_rn(1.0, scale)
     quotient = x * inverse
-    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
-    quotient = tl.fma(tl.fma(-quotient, scale, x), inverse, quotient)
-    return _codes_of(quotient)
+    for _ in tl.static_range(STEPS):
+        quotient = tl.fma(tl.fma(quotient, -scale, x), inverse, quotient)
+    return (_rounded(quotient) & tl.where(scale == scale, -1, 0)).to(tl.int8)
 
 
 @triton.jit
-def _quantize_tile(x, scale, INTERPRETED: tl.constexpr, OWN_SCALE: tl.constexpr):
-    """Codes of x [rows, n] by the scales [rows]."""
-    if OWN_SCALE and not INTERPRETED:  # the interpreter's fused product and sum rounds twice
-        codes = _to_own_codes(x, scale[:, None], tl.div_rn(1.0, scale)[:, None])
-    else:
-        codes = _to_codes(x, scale[:, None])
-    return codes
+def _quantize_tile(x, scale, INTERPRETED: tl.constexpr, STEPS: tl.constexpr):
+    """Codes of x [rows, n] by the scales [rows]; STEPS as in `_to_own_codes`, 0 where scales are not the rows' own."""
+    fused: tl.constexpr = STEPS > 0 and not INTERPRETED  # the interpreter's fused product and sum rounds twice
+    return _to_own_codes(x, scale[:, None], STEPS) if fused else _to_codes(x, scale[:, None])
 
 
 @triton.jit
 def _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N: tl.constexpr):
     cols = start + tl.arange(0, BLOCK_N)
     x = tl.load(x_ptrs + cols[None, :], mask=in_use[:, None] & (cols < N)[None, :], other=0.0)
-    return x.to(tl.float32) * factor
+    x = x.to(tl.float32)
+    return x if factor is None else x * factor
 
 
 @triton.jit
@@ -85,7 +87,7 @@ def _quantize_rows(
     targets,  # a tuple of i64 [ROWS]: the rows of codes and scales that each row is written to
     masks,  # a tuple of as many masks [ROWS]
     fixed_scale,  # f32 [ROWS] or None: the rows' own
-    factor,  # f32 [ROWS, 1] or 1, by which rows are multiplied
+    factor,  # f32 [ROWS, 1] or None, by which rows are multiplied
     in_use,  # [ROWS]
     N,
     MIN_SCALE: tl.constexpr,
@@ -112,15 +114,16 @@ def _quantize_rows(
     for i in tl.static_range(len(targets)):
         tl.store(scale_ptr + targets[i], scale, mask=masks[i])
 
-    OWN_SCALE: tl.constexpr = fixed_scale is None
+    OF_16_BITS: tl.constexpr = x_ptrs.dtype.element_ty.primitive_bitwidth == 16 and factor is None
+    STEPS: tl.constexpr = 0 if fixed_scale is not None else 1 if OF_16_BITS else 2
     if CHUNKS:
         for i in tl.static_range(CHUNKS):
-            codes = _quantize_tile(kept[i], scale, INTERPRETED, OWN_SCALE)
+            codes = _quantize_tile(kept[i], scale, INTERPRETED, STEPS)
             _store_tile(codes_ptr, targets, masks, codes, i * BLOCK_N, N, BLOCK_N)
     else:
         for start in range(0, N, BLOCK_N):
             x = _load_tile(x_ptrs, start, N, in_use, factor, BLOCK_N)
-            codes = _quantize_tile(x, scale, INTERPRETED, OWN_SCALE)
+            codes = _quantize_tile(x, scale, INTERPRETED, STEPS)
             _store_tile(codes_ptr, targets, masks, codes, start, N, BLOCK_N)
 
 
@@ -175,7 +178,7 @@ def quantize_rows_kernel(
         targets += (rows,)
         masks += (in_use,)
     x_ptrs = x_ptr + ((rows // PAIRS_PER_ROW) * row_stride)[:, None]
-    factor = 1.0
+    factor = None
     if router_weight_ptr is not None:
         factor = tl.load(router_weight_ptr + rows, mask=in_use, other=0.0)[:, None]
 

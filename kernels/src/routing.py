@@ -24,7 +24,10 @@ from .quantize import quantize_rows, row_constants
 from .tables import RowBlocks
 
 _AT_ONCE = 1024  # as many pairs are routed in one launch
-_RUN = 512  # of more pairs, a program counts and sorts as many
+_RUN = 512  # of more pairs, a program counts and sorts as many,
+_MANY = 256 * _RUN  # and of more than so many,
+_LONG_RUN = 2048  # as many, since each program looks at the counts of all
+_COUNTS = 8192  # counts that a program looks at at a time
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +81,10 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
     """Launch the routing of topk_ids (int32 or int64, P >= 1 elements) into the buffers of `plan`.
 
     There are no atomics, so the order is always the same. Few pairs take one launch, in which every expert's program
-    looks at all of them. Many are cut into runs: one launch counts each run, one arranges what was counted into rows
-    and blocks, and the third sorts each run and places its pairs.
+    looks at all of them. Many are cut into runs: one launch counts each run, and the other sorts each run, places its
+    pairs by the counts of all runs, and writes the blocks.
     """
-    from .routing_jit import arrange_kernel, count_run_kernel, place_run_kernel, route_at_once_kernel
+    from .routing_jit import count_run_kernel, place_runs_kernel, route_at_once_kernel
 
     num_pairs, device = topk_ids.numel(), topk_ids.device
     dependent, cut = dependence(device), _cut(num_experts, plan)
@@ -102,23 +105,25 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
             **dependent,
         )
         return plan
-    runs = -(-num_pairs // _RUN)
-    counts, starts = torch.empty((2, runs, num_experts), dtype=torch.int32, device=device)
-    run = {"BLOCK_P": _RUN, **dependent}
+    run_length = _RUN if num_pairs <= _MANY else _LONG_RUN
+    runs = -(-num_pairs // run_length)
+    counts = torch.empty((runs, num_experts), dtype=torch.int32, device=device)
+    run = {"BLOCK_P": run_length, **dependent}
     count_run_kernel[(runs,)](topk_ids, counts, num_pairs, num_experts, BLOCK_E=block_e, num_warps=4, **run)
-    arrange_kernel[(num_experts,)](
+    place_runs_kernel[(runs + num_experts,)](
+        topk_ids,
         counts,
-        starts,
+        plan.pairs,
+        plan.rows,
         *blocks,
+        num_pairs,
         runs,
         num_experts,
         **cut,
-        BLOCK_C=min(next_power_of_2(runs), 16),
-        num_warps=4,
-        **dependent,
+        BLOCK_C=max(_COUNTS // block_e, 1),
+        num_warps=8,
+        **run,
     )
-    placed = (plan.pairs, plan.rows)
-    place_run_kernel[(runs,)](topk_ids, starts, *placed, num_pairs, num_experts, num_warps=8, **run)
     return plan
 
 

@@ -163,7 +163,7 @@ def quantize_and_route_kernel(
     else:
         rows = ((program - num_experts) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         _quantize_rows(
-            x_ptr + (rows * row_stride)[:, None], codes_ptr, scale_ptr, (rows,), (rows < num_rows,), None, 1.0,
+            x_ptr + (rows * row_stride)[:, None], codes_ptr, scale_ptr, (rows,), (rows < num_rows,), None, None,
             rows < num_rows, N, MIN_SCALE, INTERPRETED, ROWS, BLOCK_N, CHUNKS,
         )  # fmt: skip
 
@@ -188,14 +188,32 @@ def count_run_kernel(
     tl.store(counts_ptr + run * num_experts + experts, _count(ids, num_experts, BLOCK_E), mask=experts < num_experts)
 
 
-@triton.jit(do_not_specialize=["num_runs", "num_experts"])
-def arrange_kernel(
+@triton.jit
+def _sum_runs(counts_ptr, run, num_runs, num_experts, BLOCK_E: tl.constexpr, BLOCK_C: tl.constexpr):
+    """(pairs of each expert in the runs before `run`, in all runs), both i32 [BLOCK_E], 0 beyond the experts."""
+    experts = tl.arange(0, BLOCK_E)
+    before = tl.zeros([BLOCK_E], dtype=tl.int32)
+    total = tl.zeros([BLOCK_E], dtype=tl.int32)
+    for first in range(0, num_runs, BLOCK_C):
+        runs = first + tl.arange(0, BLOCK_C)
+        is_count = (runs < num_runs)[:, None] & (experts < num_experts)[None, :]
+        counts = tl.load(counts_ptr + runs[:, None] * num_experts + experts[None, :], mask=is_count, other=0)
+        before += tl.sum(tl.where((runs < run)[:, None], counts, 0), axis=0)
+        total += tl.sum(counts, axis=0)
+    return before, total
+
+
+@triton.jit(do_not_specialize=["num_pairs", "num_runs", "num_experts"])
+def place_runs_kernel(
+    topk_ids_ptr,  # int [P]
     counts_ptr,  # i32 [C, E]
-    starts_ptr,  # i32 [C, E]: where the rows of a run and expert start, less the pairs of the run before them
+    pairs_ptr,  # i32 [P]: the pair of each row
+    rows_ptr,  # i32 [P]: the row of each pair
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
     block_rows_ptr,  # i32 [max_blocks]
     totals_ptr,  # i32 [3]
+    num_pairs,
     num_runs,
     num_experts,
     DEPENDENT: tl.constexpr,
@@ -203,54 +221,35 @@ def arrange_kernel(
     TAIL_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
     BLOCK_C: tl.constexpr,
-):
-    """The blocks of one expert, and the starts of its runs."""
-    _wait(DEPENDENT)
-    _trigger(DEPENDENT)
-    expert = tl.program_id(0)
-    experts = tl.arange(0, BLOCK_E)
-    counts = tl.zeros([BLOCK_E], dtype=tl.int32)
-    for first in range(0, num_runs, BLOCK_C):
-        runs = first + tl.arange(0, BLOCK_C)
-        is_count = (runs < num_runs)[:, None] & (experts < num_experts)[None, :]
-        tile = tl.load(counts_ptr + runs[:, None] * num_experts + experts[None, :], mask=is_count, other=0)
-        counts += tl.sum(tile, axis=0)
-    first_row = _first_row(counts, expert, BLOCK_E)
-    start = first_row
-    for first in range(0, num_runs, BLOCK_C):
-        runs = first + tl.arange(0, BLOCK_C)
-        is_count = (runs < num_runs)[:, None] & (experts <= expert)[None, :]
-        up_to = tl.load(counts_ptr + runs[:, None] * num_experts + experts[None, :], mask=is_count, other=0)
-        own = tl.sum(tl.where((experts == expert)[None, :], up_to, 0), axis=1)
-        starts = start + tl.cumsum(own, axis=0) - tl.sum(up_to, axis=1)
-        tl.store(starts_ptr + runs * num_experts + expert, starts, mask=runs < num_runs)
-        start += tl.sum(own, axis=0)
-    _write_blocks(
-        counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
-        BLOCK_E,
-    )  # fmt: skip
-
-
-@triton.jit(do_not_specialize=["num_pairs", "num_experts"])
-def place_run_kernel(
-    topk_ids_ptr,  # int [P]
-    starts_ptr,  # i32 [C, E]
-    pairs_ptr,  # i32 [P]: the pair of each row
-    rows_ptr,  # i32 [P]: the row of each pair
-    num_pairs,
-    num_experts,
-    DEPENDENT: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """Sort the pairs of one run by expert, and by number among those of an expert, and give them their rows."""
-    _wait(DEPENDENT)
-    _trigger(DEPENDENT)
-    run, place = tl.program_id(0), tl.arange(0, BLOCK_P)
-    pairs = run * BLOCK_P + place
-    ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    keys = tl.sort(_experts_of(ids, num_experts) * BLOCK_P + place)
-    experts, pairs = keys // BLOCK_P, run * BLOCK_P + keys % BLOCK_P
-    is_here = experts < num_experts
-    rows = place + tl.load(starts_ptr + run * num_experts + experts, mask=is_here, other=0)
-    tl.store(pairs_ptr + rows, pairs, mask=is_here)
-    tl.store(rows_ptr + pairs, rows, mask=is_here)
+    """The first C programs sort the pairs of a run by expert, and by number among those of an expert, and give them
+    their rows. The E programs after them write the blocks of an expert."""
+    program = tl.program_id(0)
+    if program < num_runs:
+        place = tl.arange(0, BLOCK_P)
+        pairs = program * BLOCK_P + place
+        ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
+        keys = tl.sort(_experts_of(ids, num_experts) * BLOCK_P + place)
+        # Only now: what has been read so far is not of the launch before this one.
+        _wait(DEPENDENT)
+        _trigger(DEPENDENT)
+        before, total = _sum_runs(counts_ptr, program, num_runs, num_experts, BLOCK_E, BLOCK_C)
+        experts = tl.arange(0, BLOCK_E)
+        own = tl.load(counts_ptr + program * num_experts + experts, mask=experts < num_experts, other=0)
+        # Of each expert, the row of its first pair in this run, less the pairs of the run that are sorted before it.
+        starts = tl.cumsum(total - own, axis=0) - (total - own) + before
+        experts, pairs = keys // BLOCK_P, program * BLOCK_P + keys % BLOCK_P
+        is_here = experts < num_experts
+        rows = place + tl.gather(starts, experts, axis=0)
+        tl.store(pairs_ptr + rows, pairs, mask=is_here)
+        tl.store(rows_ptr + pairs, rows, mask=is_here)
+    else:
+        _wait(DEPENDENT)
+        _trigger(DEPENDENT)
+        expert = program - num_runs
+        _, counts = _sum_runs(counts_ptr, 0, num_runs, num_experts, BLOCK_E, BLOCK_C)
+        _write_blocks(
+            counts, expert, _first_row(counts, expert, BLOCK_E), block_expert_ptr, block_first_ptr, block_rows_ptr,
+            totals_ptr, BLOCK_M, TAIL_M, BLOCK_E,
+        )  # fmt: skip

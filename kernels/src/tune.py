@@ -88,6 +88,8 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
     if 6 < mean_rows <= 80:
         for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 16)):
             found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
+        for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16)):
+            found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), specialized_tiles(4)[0][1]))
     if mean_rows > 40:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
             found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))
@@ -102,6 +104,7 @@ def _specialized_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
     for group in (8, 4):
         turns, shared = specialized_tiles(group)
         yield from ((plain[0], turns[1]), (turns[0], plain[1]), turns, (shared[0], turns[1]), shared)
+        yield specialized_tiles(1)[0][0], turns[1]
 
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]

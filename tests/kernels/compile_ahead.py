@@ -192,7 +192,7 @@ def row_variants(*, rich: bool) -> Variants:
 def other_variants(blocks: RowBlocks) -> Variants:
     """Routing, quantization of few rows, and of tensors."""
     dtype, ids = float_and_ids(True)
-    runs = dict.fromkeys(("counts_ptr", "starts_ptr"), "*i32")
+    runs = {"topk_ids_ptr": ids, "counts_ptr": "*i32"}
     cut = {"BLOCK_M": blocks.block_m, "TAIL_M": blocks.tail_m, "BLOCK_E": 512}
     quantized = {"x_ptr": dtype, "codes_ptr": "*i8", "scale_ptr": "*fp32"}
     return [
@@ -202,9 +202,8 @@ def other_variants(blocks: RowBlocks) -> Variants:
             {"topk_ids_ptr": ids} | PLAN | quantized,
             cut | {"BLOCK_P": 1024} | row_constants(64, 3072),
         ),
-        ("count_run_kernel", {"topk_ids_ptr": ids} | runs, {"BLOCK_E": 512, "BLOCK_P": 1024, "num_warps": 4}),
-        ("arrange_kernel", runs | PLAN, cut | {"BLOCK_C": 16, "num_warps": 4}),
-        ("place_run_kernel", {"topk_ids_ptr": ids} | runs | PLAN, {"BLOCK_P": 1024, "num_warps": 4}),
+        ("count_run_kernel", runs, {"BLOCK_E": 512, "BLOCK_P": 512, "num_warps": 4}),
+        ("place_runs_kernel", runs | PLAN, cut | {"BLOCK_C": 16, "BLOCK_P": 512, "num_warps": 8}),
         ("absmax_kernel", {"x_ptr": dtype, "partial_ptr": "*fp32"}, {"BLOCK": 4096}),
         (
             "tensor_scale_kernel",

@@ -212,8 +212,8 @@ def test_an_entry_serves_its_neighbourhood():
     assert find_options("NVIDIA H200", 512, *shape) == entries[512]
     assert find_options("NVIDIA H200", 700, *shape) == entries[512]
     assert find_options("NVIDIA H200", 800, *shape) == entries[1024]
-    assert find_options("NVIDIA H200", 8192, *shape) == entries[4096]
-    assert find_options("NVIDIA H200", 8193, *shape) is None
+    assert find_options("NVIDIA H200", 32768, *shape) == entries[16384]
+    assert find_options("NVIDIA H200", 32769, *shape) is None
     assert find_options("NVIDIA H200", 512, experts, top_k, hidden, intermediate + 16) is None
     assert find_options("Some GPU", 512, *shape) is None
     assert choose_launch_options(512, *shape, DEVICES[0]) == entries[512]

@@ -59,6 +59,12 @@ def test_equals_twin(dtype, blocks, tokens, top_k, experts, device):
     check(ids, experts, blocks)
 
 
+@pytest.mark.gpu
+def test_so_many_pairs_that_runs_are_longer(device):
+    ids = torch.randint(-1, 3, (2**16 + 5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
+    check(ids.to(device), 3, RowBlocks(128, 32, 64))
+
+
 def test_many_experts_most_of_them_empty(device):
     ids = torch.tensor([[199, 0], [199, 130]], dtype=torch.int32, device=device)
     twin = check(ids, 200, RowBlocks(16))
