@@ -3,9 +3,9 @@
     python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--repeats 20] [--out FILE.json]
 
 Every implementation runs under a CUDA graph in which up to eight inputs and routings take turns, so that the
-second-level cache does not serve the weights; a time is the median of the graph's replays over its calls. After a
-shape's weights are made, nothing is timed for a second: for some 30 ms, one token of Mixtral took 96 us on an H200
-instead of the 86 that the same calls took afterwards. Before ours
+second-level cache does not serve the weights; a time is the median of the graph's replays over its calls, after replays
+for a twentieth of a second: when weights had just been made, a token of Mixtral took 95 us on an H200 for some 20 ms of
+replays, and 84 from then on. Before ours
 is timed, its result is checked against the torch twin on a few tokens, and against vLLM's where vLLM runs. vLLM, where
 it can be imported, runs twice: with the configuration that it picks by itself ("default"), and with the best of a few
 ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1 over the four shapes at this many tokens.
@@ -37,6 +37,7 @@ from quarkconv.kernels.tables import GemvOptions, Options, Shape, find_options, 
 from quarkconv.kernels.tune import SHAPES, Weights, make_call, make_weights, time_calls
 
 TOKENS = (1, 8, 64, 512, 4096)
+WARM_UP = 0.05  # seconds
 # Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
 # neighbouring numbers for the last one.
 OTHERS: list[tuple[str, Shape, tuple[int, ...]]] = [
@@ -133,7 +134,7 @@ def time_ours(calls: list[ExpertsArguments], repeats: int) -> tuple[float, float
     runs = [run(call, out) for call, out in zip(calls, outs, strict=True)]
     runs[0]()
     error = check(calls[0], outs[0])
-    return time_calls(runs, repeats), error
+    return time_calls(runs, repeats, WARM_UP), error
 
 
 def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch.Tensor], repeats: int) -> float:
@@ -152,7 +153,7 @@ def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch
         y = y * call.topk_weights.flatten()[order].unsqueeze(-1).to(y.dtype)
         return torch.zeros_like(call.hidden_states).index_add_(0, order // call.top_k, y)
 
-    return time_calls([lambda call=call: run(call) for call in calls], max(repeats // 2, 1))
+    return time_calls([lambda call=call: run(call) for call in calls], max(repeats // 2, 1), WARM_UP)
 
 
 def load_vllm() -> Any:
@@ -185,13 +186,13 @@ def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: in
     difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
     if not difference < 0.02:
         raise SystemExit(f"vLLM and ours differ by {difference:.4f}")
-    default = time_calls(runs, repeats)
+    default = time_calls(runs, repeats, WARM_UP)
     best, which = default, "default"
     listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
     for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
         tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
         with override_config(tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}):
-            taken = time_calls(runs, repeats)
+            taken = time_calls(runs, repeats, WARM_UP)
         if taken < best:
             best, which = taken, f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
     return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
@@ -321,8 +322,6 @@ def main() -> int:
         wide = None
         if named and time.monotonic() - began < options.budget:
             wide = weights[0].bfloat16(), weights[1].bfloat16()
-        torch.cuda.synchronize()
-        time.sleep(1)
         for count in counts:
             late = time.monotonic() - began > options.budget
             beside = (None, None) if late else (vllm, wide)

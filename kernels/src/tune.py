@@ -10,6 +10,7 @@ import datetime
 import json
 import statistics
 import sys
+import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -136,8 +137,8 @@ def make_call(shape: Shape, weights: Weights, tokens: int) -> ExpertsArguments:
     )
 
 
-def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 10) -> float:
-    """Median microseconds of one call, all of them in one CUDA graph."""
+def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 10, warm_up: float = 0.0) -> float:
+    """Median microseconds of one call, all of them in one CUDA graph; after `warm_up` seconds of replays, or three."""
     for call in calls:
         call()
     torch.cuda.synchronize()
@@ -145,8 +146,11 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 10) -> floa
     with torch.cuda.graph(graph):
         for call in calls:
             call()
-    for _ in range(3):
+    began, replays = time.monotonic(), 0
+    while replays < 3 or time.monotonic() - began < warm_up:
         graph.replay()
+        torch.cuda.synchronize()
+        replays += 1
     times: list[float] = []
     for _ in range(repeats):
         start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))  # type: ignore[no-untyped-call]
