@@ -216,7 +216,7 @@ def test_an_entry_serves_its_neighbourhood():
     assert find_options("NVIDIA H200", 32769, *shape) is None
     assert find_options("NVIDIA H200", 512, experts, top_k, hidden, intermediate + 16) is None
     assert find_options("Some GPU", 512, *shape) is None
-    assert choose_launch_options(512, *shape, DEVICES[0]) == entries[512]
+    assert choose_launch_options(64, *shape, DEVICES[0]) == entries[64]
 
 
 def test_tune_names_what_is_wrong(capsys, monkeypatch):
