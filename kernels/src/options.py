@@ -52,7 +52,7 @@ def choose_launch_options(
     if isinstance(found, GemvOptions) and packed:
         return found
     if not isinstance(found, LaunchOptions):
-        found = heuristic_options(tokens, experts, top_k)
+        found = heuristic_options(tokens, experts, top_k, specialized=traits.warp_specialization)
     return fit_options(found, hidden, intermediate, traits)
 
 
@@ -75,31 +75,29 @@ def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: 
     )
 
 
-def heuristic_options(tokens: int, experts: int, top_k: int) -> LaunchOptions:
-    """Options by the mean rows of an expert.
+def heuristic_options(tokens: int, experts: int, top_k: int, *, specialized: bool) -> LaunchOptions:
+    """Options by the mean rows of an expert, where the device can have `specialized` warps or not.
 
-    The steps are those between which the fastest of some fifty tilings changed on an H200, over the shapes of
-    MiniMax-M2, Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B and 1 to 4096 tokens; those to specialized warps, on an
-    H100 up to 16384 tokens. Where an expert has a block or two, gate-up is bound by memory, which gives most when
-    programs beside one another read rows of weights beside one another.
+    The steps are those between which the fastest of some fifty tilings changed over the shapes of MiniMax-M2,
+    Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B: without specialized warps for 1 to 4096 tokens on an H200, with them
+    for up to 16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which gives most
+    when programs beside one another read rows of weights beside one another: then they all have the same expert.
     """
     mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
         tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
         return LaunchOptions(RowBlocks(16), tile, tile)
+    group_m = 4 if mean_rows <= 90 else 8
+    gate_up = TileOptions(64, 128, group_m, num_warps=4, num_stages=3)
+    down = TileOptions(128, 128, group_m, num_warps=4, num_stages=3)
+    turns, shared = specialized_tiles(group_m=4)
     if mean_rows <= 45:
-        blocks = RowBlocks(32, tail_m=16, small_m=16)
+        return LaunchOptions(RowBlocks(32, tail_m=16, small_m=16), gate_up, turns[1] if specialized else down)
+    if specialized:
+        gate_up, down = (replace(turns[0], group_m=1), turns[1]) if mean_rows <= 400 else (shared[0], turns[1])
     elif mean_rows <= 90:
-        blocks = RowBlocks(64, tail_m=16, small_m=32)
-    else:
-        turns, shared = specialized_tiles(group_m=8)
-        gate_up = shared[0] if mean_rows > 400 else turns[0] if mean_rows > 256 else replace(turns[0], group_m=1)
-        return LaunchOptions(RowBlocks(128, tail_m=32, small_m=64), gate_up, down=turns[1])
-    return LaunchOptions(
-        blocks,
-        gate_up=TileOptions(64, 128, 4, num_warps=4, num_stages=3),
-        down=TileOptions(128, 128, 4, num_warps=4, num_stages=3),
-    )
+        return LaunchOptions(RowBlocks(64, tail_m=16, small_m=32), gate_up, down)
+    return LaunchOptions(RowBlocks(128, tail_m=32, small_m=64), gate_up, down)
 
 
 def specialized_tiles(group_m: int) -> tuple[tuple[TileOptions, TileOptions], tuple[TileOptions, TileOptions]]:

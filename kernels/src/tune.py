@@ -58,7 +58,7 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
     """Options worth timing: the heuristic's first, then those that won somewhere nearby."""
     experts, top_k, hidden, intermediate = shape
     pairs, mean_rows = tokens * top_k, mean_rows_of(tokens, experts, top_k)
-    found: list[Options] = [heuristic_options(tokens, experts, top_k)]
+    found: list[Options] = [heuristic_options(tokens, experts, top_k, specialized=each) for each in (True, False)]
 
     if pairs <= 64:
         gemv = gemv_options(top_k, hidden, intermediate)
@@ -88,9 +88,8 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
         ]
     if 6 < mean_rows <= 80:
         for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 16)):
-            found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
-        for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16)):
-            found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), specialized_tiles(4)[0][1]))
+            for down in (TileOptions(128, 128, 4, 4, 3), specialized_tiles(4)[0][1]):
+                found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), down))
     if mean_rows > 40:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
             found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))

@@ -104,7 +104,8 @@ def test_warps_are_specialized_for_many_rows_where_they_can_be():
         (4096, (64, 8, 2048, 1024), 8, 4),  # rows enough for tiles of twice the width
         (2048, (64, 8, 2048, 1024), 4, 4),
         (4096, (16, 2, 2048, 64), 8, 0),  # less than a step of sums
-        (512, (64, 8, 2048, 1024), 0, 0),
+        (256, (64, 8, 2048, 1024), 0, 4),  # down has its rows in order already
+        (64, (64, 8, 2048, 1024), 0, 0),
     ):
         options = choose_launch_options(tokens, *shape, hopper)
         assert isinstance(options, LaunchOptions)
