@@ -16,6 +16,7 @@ from quarkconv.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
+from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.manifest import WrittenTensor
 from quarkconv.verify.arenas import Arena
@@ -194,8 +195,9 @@ class LayerFiles:
             return self._files[file]
         except OSError as error:
             raise SourceError(
-                "A tensor cannot be read", code="shard-missing", file=file, found=error.strerror
-            ) from error
+                "A tensor cannot be read", code="shard-missing", file=file, found=error.strerror,
+                hint=hint_about_open_files(error),
+            ) from error  # fmt: skip
 
     def _unreadable(self, item: LayerRead, found: str) -> SourceError:
         return SourceError(

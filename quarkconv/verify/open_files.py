@@ -7,6 +7,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
+from quarkconv.files.open_limit import allow_open_files
+
 BLOCK: Final = 2 * 2**20
 """Bytes that are read before their checksum is computed: they are in the processor's cache then."""
 
@@ -45,5 +47,7 @@ class OpenFiles:
         """
         with self._lock:
             if file not in self._descriptors:
-                self._descriptors[file] = os.open(self._root / file, self._flags)
+                descriptor = os.open(self._root / file, self._flags)
+                self._descriptors[file] = descriptor
+                allow_open_files(descriptor)  # the lowest number that was free: so many are open
             return self._descriptors[file]

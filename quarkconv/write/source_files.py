@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import os
-import resource
 from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
@@ -12,6 +10,7 @@ from pathlib import Path
 
 from quarkconv.errors import SourceError
 from quarkconv.files.files import Files
+from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.files import open_regular
 from quarkconv.headers.local_files import LocalFiles
@@ -22,9 +21,6 @@ from quarkconv.write.copying import copy_file
 from quarkconv.write.source import Reader
 from quarkconv.write.state import FileState
 
-_OTHER_FILES = 64
-"""Open files that a process needs beside those of the source."""
-
 
 class SourceFiles:
     """The shards that a plan reads, opened once and of the size that the plan was made for."""
@@ -33,7 +29,7 @@ class SourceFiles:
         self.root = root
         self._descriptors: dict[str, int] = {}
         self._states: dict[str, os.stat_result] = {}
-        _allow_open_files(len(plan.sources) + _OTHER_FILES)
+        allow_open_files(len(plan.sources))
         try:
             for name, size in plan.sources:
                 descriptor = open_regular(root / name)
@@ -46,7 +42,7 @@ class SourceFiles:
             self.close()
             raise SourceError(
                 "A source file cannot be opened", code="shard-missing", file=os.fsdecode(error.filename or root),
-                found=error.strerror, hint="raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else None,
+                found=error.strerror, hint=hint_about_open_files(error),
             ) from error  # fmt: skip
         except SourceError:
             self.close()
@@ -161,11 +157,3 @@ def _changed(path: Path, expected: str, found: str, command: str = "start anew w
         "A source file changed while the model was converted", code="source-changed", file=str(path),
         expected=expected, found=found, hint=f"when nothing writes to the source any more, {command}",
     )  # fmt: skip
-
-
-def _allow_open_files(count: int) -> None:
-    """Raise the limit on open files as far as it has to be and may be."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft != resource.RLIM_INFINITY and soft < count:
-        wanted = count if hard == resource.RLIM_INFINITY else min(count, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))

@@ -212,14 +212,16 @@ def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
         "from quarkconv.cli.main import main; main(sys.argv[3:])"
     )
     words = arguments(model, tmp_path / "out")
-    process = start(limited, 100, 1000, *words)
-    assert process.communicate(timeout=60)[1] == ""
-    assert process.returncode == 0
-    process = start(limited, 100, 100, *arguments(model, tmp_path / "other"))
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 3
-    assert "Too many open files" in err
-    assert "ulimit -n" in err
+    for command in (words, ["verify", tmp_path / "out", "--source", model], ["verify", model]):
+        process = start(limited, 100, 1000, *command)
+        assert process.communicate(timeout=60)[1] == ""
+        assert process.returncode == 0
+    for command in (arguments(model, tmp_path / "other"), ["verify", model]):
+        process = start(limited, 100, 100, *command)
+        _, err = process.communicate(timeout=60)
+        assert process.returncode == 3
+        assert "Too many open files" in err
+        assert "ulimit -n" in err
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 100
 
 
