@@ -193,3 +193,17 @@ def test_wrong_arguments(quantize, device):
         quantize(x, granularity="per_tensor", scale=torch.ones(2, device=device))
     with pytest.raises(ValueError, match="scale: expected device"):
         quantize(x, granularity="per_tensor", scale=one.to("meta"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_one_refining_step_is_enough_for_values_of_16_bits(dtype):
+    """The steps of `_to_own_codes` through float64, where products of float32 are exact; `test_gpu` runs the kernel."""
+    values = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(dtype).float()
+    below = values[(values >= 2**-9) & (values < 2)]
+    for largest in below[below >= 1]:
+        x, scale = below[below <= largest], largest / 127
+        inverse = 1 / scale
+        quotient = x * inverse
+        rest = (x.double() - quotient.double() * scale.double()).float()
+        refined = (rest.double() * inverse.double() + quotient.double()).float()
+        assert torch.equal(refined.round(), (x / scale).round())
