@@ -136,7 +136,7 @@ def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
 
 
 def test_an_interrupt_gives_the_terminal_back(run: Run, slow: Hub) -> None:
-    slow.faults.delay = 2  # as long as it may take to import what shows it, on a busy machine
+    slow.faults.delay = 0.5
     shown = run("inspect", REPO, interrupt_at="Asking the Hub")
     assert shown.code == 130
     assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l")
