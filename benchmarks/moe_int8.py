@@ -3,12 +3,12 @@
     python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--repeats 20] [--out FILE.json]
 
 Every implementation runs under a CUDA graph in which up to eight inputs and routings take turns, so that the
-second-level cache does not serve the weights; a time is the median of the graph's replays over its calls, after replays
-for a twentieth of a second: when weights had just been made, a token of Mixtral took 95 us on an H200 for some 20 ms of
-replays, and 84 from then on. Before ours
-is timed, its result is checked against the torch twin on a few tokens, and against vLLM's where vLLM runs. vLLM, where
-it can be imported, runs twice: with the configuration that it picks by itself ("default"), and with the best of a few
-("tuned"): those that won somewhere in a sweep of vLLM 0.25.1 over the four shapes at this many tokens.
+second-level cache does not serve the weights; a time is the median of the graph's replays over its calls, after
+replays for a twentieth of a second: when weights had just been made, a token of Mixtral took 95 us on an H200 for some
+20 ms of replays, and 84 from then on. Before ours is timed, its result is checked against the torch twin on a few
+tokens, and against vLLM's where vLLM runs. vLLM, where it can be imported, runs twice: with the configuration that it
+picks by itself ("default"), and with the best of a few ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1
+over the four shapes at this many tokens.
 
 Floors: the bytes of the touched weights, and of the input and output, at the read bandwidth measured in the same run;
 the products' operations at the rate of a plain dense int8 product, likewise.

@@ -19,6 +19,7 @@ import xxhash
 
 from quarkconv.description import Description
 from quarkconv.errors import SourceError
+from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Piece
 from quarkconv.verify.open_files import BLOCK, OpenFiles
@@ -53,7 +54,7 @@ def check_bytes(
         fail_fast: read no further files when something is wrong.
 
     Raises:
-        SourceError: a file of the source cannot be read, or is not the one that was converted.
+        SourceError: a file cannot be read, or the source is not the one that was converted.
     """
     root = description.checkpoint.root
     if source is not None:
@@ -66,8 +67,14 @@ def check_bytes(
             if fail_fast and problems:
                 return []
             # A descriptor of its own: what the kernel reads ahead, it reads after the last read of a descriptor.
-            with open(root / part.shard.file, "rb", buffering=0) as output:
-                found = list(_part_problems(description, part, output.fileno(), sources, progress))
+            try:
+                with open(root / part.shard.file, "rb", buffering=0) as output:
+                    found = list(_part_problems(description, part, output.fileno(), sources, progress))
+            except OSError as error:
+                raise SourceError(
+                    "A tensor cannot be read", code="shard-truncated", file=str(root / part.shard.file),
+                    tensor=part.tensor and part.tensor.name, found=error.strerror, hint=hint_about_open_files(error),
+                ) from error  # fmt: skip
             if fail_fast:
                 problems.extend(found)
                 return []

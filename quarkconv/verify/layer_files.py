@@ -16,7 +16,6 @@ from quarkconv.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
-from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.manifest import WrittenTensor
 from quarkconv.verify.arenas import Arena
@@ -144,7 +143,7 @@ class LayerFiles:
 
     def _fill(self, item: LayerRead, memory: memoryview, *, on_page: bool = False) -> bool:
         """Read one range to its place in memory, which may start on a page; False when its checksum is another."""
-        descriptor = self._descriptor(item.file)
+        descriptor = self._files[item.file]
         hasher = xxhash.xxh3_128() if item.checksum else None
         done = 0
         while done < item.nbytes:
@@ -186,18 +185,9 @@ class LayerFiles:
             return None
         try:
             return self._direct[file]
-        except OSError:
+        except SourceError:
             self._without_direct.add(file)
             return None
-
-    def _descriptor(self, file: str) -> int:
-        try:
-            return self._files[file]
-        except OSError as error:
-            raise SourceError(
-                "A tensor cannot be read", code="shard-missing", file=file, found=error.strerror,
-                hint=hint_about_open_files(error),
-            ) from error  # fmt: skip
 
     def _unreadable(self, item: LayerRead, found: str) -> SourceError:
         return SourceError(

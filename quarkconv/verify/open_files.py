@@ -7,7 +7,8 @@ import threading
 from pathlib import Path
 from typing import Final
 
-from quarkconv.files.open_limit import allow_open_files
+from quarkconv.errors import SourceError
+from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
 
 BLOCK: Final = 2 * 2**20
 """Bytes that are read before their checksum is computed: they are in the processor's cache then."""
@@ -43,11 +44,17 @@ class OpenFiles:
         """The descriptor of a file.
 
         Raises:
-            OSError: it cannot be opened.
+            SourceError: it cannot be opened.
         """
         with self._lock:
             if file not in self._descriptors:
-                descriptor = os.open(self._root / file, self._flags)
+                try:
+                    descriptor = os.open(self._root / file, self._flags)
+                except OSError as error:
+                    raise SourceError(
+                        "A tensor cannot be read", code="shard-missing", file=str(self._root / file),
+                        found=error.strerror, hint=hint_about_open_files(error),
+                    ) from error  # fmt: skip
                 self._descriptors[file] = descriptor
                 allow_open_files(descriptor)  # the lowest number that was free: so many are open
             return self._descriptors[file]

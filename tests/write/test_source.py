@@ -216,7 +216,8 @@ def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
         process = start(limited, 100, 1000, *command)
         assert process.communicate(timeout=60)[1] == ""
         assert process.returncode == 0
-    for command in (arguments(model, tmp_path / "other"), ["verify", model]):
+    against_source = ["verify", tmp_path / "out", "--source", model, "--bytes-only"]
+    for command in (arguments(model, tmp_path / "other"), ["verify", model], against_source):
         process = start(limited, 100, 100, *command)
         _, err = process.communicate(timeout=60)
         assert process.returncode == 3
