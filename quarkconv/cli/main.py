@@ -7,6 +7,7 @@ import gc
 import os
 import signal
 import sys
+import warnings
 from contextlib import suppress
 from io import TextIOWrapper
 from typing import Annotated, Any, Final, NoReturn
@@ -88,6 +89,7 @@ def run() -> NoReturn:
     every object back before the process ends, would take longer than reading the headers did.
     """
     gc.disable()
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it, and so do we
     codecs.register_error(_PLAIN, plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):

@@ -250,3 +250,10 @@ def test_a_weight_file_that_the_manifest_does_not_know_is_a_problem(converted, t
 def test_devices_that_are_not_there(device, checkpoints):
     with pytest.raises(quarkconv.UsageError):
         quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0, device)
+
+
+def test_without_numpy_there_is_no_warning_of_torch(converted):
+    program = "import sys; sys.modules['numpy'] = None; from quarkconv.cli.main import run; run()"
+    command = [sys.executable, "-c", program, "verify", str(converted(CONVERTIBLE[0]))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (done.returncode, done.stderr) == (0, "")
