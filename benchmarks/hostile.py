@@ -11,9 +11,9 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
-from builders import write_json
-from hostile_bombs import BOMBS
-from hostile_support import measured
+from support.bombs import BOMBS
+from support.builders import write_json
+from support.hostile import measured
 
 
 def main() -> None:

@@ -52,8 +52,8 @@ VERIFY = """
 import json, os, resource, sys, time
 import torch
 from quarkconv.verify.verify import verify_checkpoint
-from quarkconv.verify.layer_reads import layer_nbytes
-from quarkconv.description import describe
+from quarkconv.load.layer_reads import layer_nbytes
+from quarkconv.description.description import describe
 from pathlib import Path
 model, device, tokens, stages = sys.argv[1:5]
 tokens, stages = [int(count) for count in tokens.split(",")], stages.split(",")
@@ -92,11 +92,11 @@ LAYERS = """
 import json, os, sys, time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from quarkconv.description import describe
-from quarkconv.manifest import read_manifest
-from quarkconv.verify.arenas import ArenaPool
-from quarkconv.verify.layer_files import LayerFiles
-from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
+from quarkconv.description.description import describe
+from quarkconv.plan.manifest import read_manifest
+from quarkconv.load.arenas import ArenaPool
+from quarkconv.load.layer_files import LayerFiles
+from quarkconv.load.layer_reads import layer_nbytes, written_tensors
 from quarkconv.verify.streaming import READERS
 root = Path(sys.argv[1]); description = describe(root); written = written_tensors(read_manifest(root))
 layers = description.int8_layers; size = max(map(layer_nbytes, layers))
@@ -109,7 +109,7 @@ before = from_the_disk(); started = time.perf_counter()
 with (ThreadPoolExecutor(READERS) as pool, LayerFiles(description, written, pool, lambda _: None) as files,
       ArenaPool(1, size) as arenas):
     problems = []; arena = arenas.take(1)
-    for layer in layers: files.read(layer, arena, problems)
+    for layer in layers: files.read(layer, arena)
 print(json.dumps({"seconds": time.perf_counter() - started, "ok": not problems,
     "bytes": sum(map(layer_nbytes, layers)), "from_the_disk": from_the_disk() - before}))
 """

@@ -13,13 +13,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quarkconv.api import (
+from quarkconv.convert.conversion import (
     ConversionResult,
     convert_checkpoint,
-    inspect_checkpoint,
     plan_conversion,
 )
-from quarkconv.by_rank import RankConversion, convert_by_rank, plan_by_rank
+from quarkconv.convert.ranks import RankConversion, convert_by_rank, plan_by_rank
 from quarkconv.errors import (
     HubError,
     InterruptedByUser,
@@ -30,11 +29,11 @@ from quarkconv.errors import (
     WriteError,
 )
 from quarkconv.findings import Finding, Severity
-from quarkconv.inspection.inspection import Inspection
+from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
 from quarkconv.plan.pieces import Plan
 
 if TYPE_CHECKING:
-    from quarkconv.verify.loading import FusedExperts, load_fused_experts
+    from quarkconv.load.experts import FusedExperts, load_fused_experts
     from quarkconv.verify.results import Verification
     from quarkconv.verify.verify import verify_checkpoint
 
@@ -64,8 +63,8 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
-    "FusedExperts": "quarkconv.verify.loading",
-    "load_fused_experts": "quarkconv.verify.loading",
+    "FusedExperts": "quarkconv.load.experts",
+    "load_fused_experts": "quarkconv.load.experts",
     "Verification": "quarkconv.verify.results",
     "verify_checkpoint": "quarkconv.verify.verify",
 }

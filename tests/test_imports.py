@@ -11,26 +11,25 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from writing_support import make_checkpoint
+from support.writing import make_checkpoint
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "quarkconv"
 KERNELS = ROOT / "kernels" / "src"
 
 LAYERS = (
-    ("errors",),
-    ("findings", "files"),
-    ("headers",),
-    ("hub", "publish"),
+    ("errors", "text"),
+    ("dtypes", "findings"),
+    ("files",),
+    ("headers", "hub"),
     ("scheme",),
     ("experts",),
-    ("contradictions",),
     ("description",),
     ("plan",),
-    ("targets", "manifest"),
-    ("write", "inspection", "verify"),
-    ("api",),
-    ("by_rank", "compressed_tensors"),
+    ("targets",),
+    ("write", "load"),
+    ("convert", "verify"),
+    ("inspection", "integrations"),
     ("__init__",),
     ("report",),
     ("cli",),

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 from conftest import ROOT
-from writing_support import run_cli
+from support.writing import run_cli
 
 RECIPE = ROOT / "examples" / "ci" / "verify-checkpoint.yml"
 

@@ -1,0 +1,1 @@
+"""The command line: one file a command, without logic; one sink for output; rendering apart."""

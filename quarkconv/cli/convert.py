@@ -7,7 +7,10 @@ from typing import Annotated
 
 import typer
 
-from quarkconv.api import (
+from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.out import console, print_json, set_talk, talkative
+from quarkconv.cli.progress import progress
+from quarkconv.convert.conversion import (
     DEFAULT_JOBS,
     DEFAULT_SHARD_SIZE,
     MAX_JOBS,
@@ -18,12 +21,9 @@ from quarkconv.api import (
     repo_id,
     run_plan,
 )
-from quarkconv.cli.console import console, print_json, set_talk, talkative
-from quarkconv.cli.options import Json, Model, Quiet, Verbose
-from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
-from quarkconv.hub import locate_model
-from quarkconv.publish import prepare_push, push_folder
+from quarkconv.hub.locate import locate_model
+from quarkconv.hub.push import prepare_push, push_folder
 from quarkconv.targets import TARGETS, get_target
 
 
@@ -88,7 +88,7 @@ def convert(
         if json:
             print_json(summary)
         else:
-            from quarkconv.cli.render_conversion import render_summary
+            from quarkconv.cli.render.conversion import render_summary
 
             console().print(render_summary(summary, plan.losses))
         return 0
@@ -110,7 +110,7 @@ def convert(
     if json:
         print_json({**result.to_json(), **({} if pushed is None else {"pushed": pushed})})
     else:
-        from quarkconv.cli.render_conversion import render_result
+        from quarkconv.cli.render.conversion import render_result
 
         console().print(render_result(result.to_json(), plan.losses, time.perf_counter() - started))
         if pushed is not None:

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import time
 
-from quarkconv import by_rank
-from quarkconv.cli.console import console, print_json
+from quarkconv.cli.out import console, print_json
 from quarkconv.cli.progress import progress
+from quarkconv.convert import ranks as by_rank
 from quarkconv.errors import UsageError
 
 
@@ -40,7 +40,7 @@ def convert_by_rank(
     if json:
         print_json(conversion.to_json(dry_run=dry_run))
     else:
-        from quarkconv.cli.render_conversion import render_ranks
+        from quarkconv.cli.render.conversion import render_ranks
 
         seconds = None if dry_run else time.perf_counter() - started
         console().print(render_ranks(conversion, seconds))

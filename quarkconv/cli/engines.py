@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from quarkconv.cli.console import console, print_json
 from quarkconv.cli.options import Json
+from quarkconv.cli.out import console, print_json
 from quarkconv.inspection.engines import engine_facts
 
 
@@ -14,7 +14,7 @@ def engines(json: Json = False) -> int:
         rows = [{**fact.to_json(), "evidence": fact.evidence, "checked": fact.checked} for fact in facts]
         print_json({"schema": "quarkconv.engines/1", "engines": rows})
     else:
-        from quarkconv.cli.render_inspection import engine_table
+        from quarkconv.cli.render.inspection import engine_table
 
         console().print(engine_table(facts, evidence=True))
     return 0

@@ -6,11 +6,11 @@ from typing import Annotated
 
 import typer
 
-from quarkconv.api import inspect_checkpoint
-from quarkconv.cli.console import console, print_json, set_talk
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.out import console, print_json, set_talk
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
+from quarkconv.inspection.inspection import inspect_checkpoint
 
 
 def inspect(
@@ -39,7 +39,7 @@ def inspect(
     if json:
         print_json(inspection.to_json())
     else:
-        from quarkconv.cli.render_inspection import render_inspection
+        from quarkconv.cli.render.inspection import render_inspection
 
         console().print(render_inspection(inspection))
     return 0 if inspection.ok else 1

@@ -15,7 +15,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from quarkconv.cli import convert, engines, inspect, verify
-from quarkconv.cli.console import plain, show_error
+from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 
 _PLAIN: Final = "quarkconv.plain"

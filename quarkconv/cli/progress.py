@@ -11,8 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
-from quarkconv.cli.console import console, plural, size, talkative
-from quarkconv.files.files import Reading
+from quarkconv.cli.out import console, plural, size, talkative
+from quarkconv.files.base import Reading
 
 PATIENCE: Final = 1.0
 """Seconds of silence that nobody minds."""

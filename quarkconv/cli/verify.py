@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.console import console, print_json, set_talk, talkative
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.out import console, print_json, set_talk, talkative
 from quarkconv.cli.progress import Meter, progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.errors import QuarkconvError, UsageError
@@ -26,7 +26,7 @@ def _complete_layers(context: typer.Context, incomplete: str) -> list[str]:
     model = Path(str(context.params.get("model") or "."))
     if not model.is_dir():
         return []
-    from quarkconv.description import describe
+    from quarkconv.description.description import describe
 
     try:
         layers = describe(model).int8_layers
@@ -104,7 +104,7 @@ def verify(
     if json:
         print_json(verification.to_json())
     else:
-        from quarkconv.cli.render_verification import render_verification
+        from quarkconv.cli.render.verification import render_verification
 
         console().print(render_verification(verification))
     return 0 if verification.ok else 1

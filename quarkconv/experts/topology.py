@@ -253,14 +253,14 @@ def _per_expert_layer(
         return None
     names_of = dict(zip(ROLES, naming.projections(), strict=True))
     forms = {role: tuple(map(projections[name].__getitem__, wanted)) for role, name in names_of.items()}
-    intermediate, hidden = forms["gate"][0].weight[1][0], forms["down"][0].weight[1][0]
+    intermediate, hidden = forms["gate"][0].weight.shape[0], forms["down"][0].weight.shape[0]
     right = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
     kept = {role: frozenset(distinct(forms[role])) for role in ROLES}
     for role, name in names_of.items():
         wrong = {form for form in kept[role] if not _fits(form, right[role])}
         for number, form in enumerate(forms[role] if wrong else ()):
             if form in wrong:
-                findings.append(_wrong_shape(f"{prefix}.{number}.{name}", right[role], form.weight[1]))
+                findings.append(_wrong_shape(f"{prefix}.{number}.{name}", right[role], form.weight.shape))
                 return None
     if not _believable(prefix, (experts, hidden, intermediate), findings):
         return None
@@ -271,7 +271,7 @@ def _per_expert_layer(
 
 def _fits(form: Form, shape: tuple[int, int]) -> bool:
     """Whether a projection has a shape; formats that pack several codes into an element store fewer columns."""
-    found = form.weight[1]
+    found = form.weight.shape
     if form.quantized or form.is_float:
         return found == shape
     return len(found) == 2 and found[0] == shape[0]
@@ -293,15 +293,15 @@ def _single_tensor_layer(
             findings.append(finding("expert-missing" if lost else "layout-conflict", prefix, message))
             return None
         moe = prefix.removesuffix(_EXPERT_SUFFIX)
-        experts, rows, hidden = parts[needed[0]].weight[1]
+        experts, rows, hidden = parts[needed[0]].weight.shape
         intermediate = rows // 2 if layout == "fused" else rows
         right = {
             "gate_up": (experts, 2 * intermediate, hidden), "gate": (experts, intermediate, hidden),
             "up": (experts, intermediate, hidden), "down": (experts, hidden, intermediate),
         }  # fmt: skip
         for part, form in parts.items():
-            if form.weight[1] != right[part]:
-                findings.append(_wrong_shape(f"{prefix} ({part})", right[part], form.weight[1]))
+            if form.weight.shape != right[part]:
+                findings.append(_wrong_shape(f"{prefix} ({part})", right[part], form.weight.shape))
                 return None
         if not _believable(prefix, (experts, hidden, intermediate), findings):
             return None

@@ -1,0 +1,1 @@
+"""Bytes on a disk: the files of a model, JSON files, system limits, the page cache."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from quarkconv.files.files import Range
+from quarkconv.files.base import Range
 
 BLOCK_BYTES: Final = 8 * 2**20
 """Bytes of a request at most."""

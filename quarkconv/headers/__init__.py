@@ -1,0 +1,1 @@
+"""Header bytes -> Checkpoint: checked columns of names, types and offsets."""

@@ -11,24 +11,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
+from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files, Progress, Reading
+from quarkconv.files.base import Files, Progress, Reading
+from quarkconv.files.json_files import MAX_CONFIG_BYTES, link_error, read_json_of
+from quarkconv.files.local import LocalFiles
+from quarkconv.files.regular import leads_outside, walk
 from quarkconv.findings import Finding, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
-from quarkconv.headers.files import leads_outside, walk
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import compare_index, read_index
-from quarkconv.headers.json_files import MAX_CONFIG_BYTES, link_error, read_json_of
-from quarkconv.headers.local_files import LocalFiles
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.remote import expect_headers, read_header_of
-from quarkconv.headers.safetensors import MAX_TENSORS, Kind, ShardHeader, TensorRef
+from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
 from quarkconv.headers.unfinished import refuse_unfinished
 
 CONFIG_NAME: Final = "config.json"
 SINGLE_NAME: Final = "model.safetensors"
 MANIFEST_NAME: Final = "quarkconv.json"
-"""What a conversion wrote; see :mod:`quarkconv.manifest`."""
+"""What a conversion wrote; see :mod:`quarkconv.plan.manifest`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,14 +40,14 @@ class Checkpoint:
         store: where the files are.
         config: config.json, ``{}`` when it cannot be read.
         shards: the header of every file that holds tensors of the model, in the order of their names.
-        kinds: name -> (dtype, shape) of every tensor.
+        types: name -> dtype and shape of every tensor.
         findings: what is wrong with the files themselves.
     """
 
     store: Files
     config: dict[str, Any]
     shards: tuple[ShardHeader, ...]
-    kinds: dict[str, Kind]
+    types: dict[str, TensorType]
     findings: tuple[Finding, ...]
 
     @property
@@ -92,7 +93,7 @@ def open_checkpoint(place: Path | Files, reading: Progress | None = None) -> Che
         findings.append(as_finding(error))
     index = read_index(store, findings)
     shards: list[ShardHeader] = []
-    kinds: dict[str, Kind] = {}
+    types: dict[str, TensorType] = {}
     if root is not None:
         findings.extend(_outside(root))
     tensors, odd = 0, list[str]()
@@ -116,12 +117,12 @@ def open_checkpoint(place: Path | Files, reading: Progress | None = None) -> Che
                 findings.append(_truncated(shard))
             odd += shard.odd_names
             shards.append(shard)
-            kinds.update(zip(shard.names, shard.kinds, strict=True))
+            types.update(zip(shard.names, shard.types, strict=True))
         findings.extend(_odd_names(odd))
-        findings.extend(_duplicates(shards, len(kinds)))
+        findings.extend(_duplicates(shards, len(types)))
         if index is not None:
             findings.extend(compare_index(index, shards))
-    return Checkpoint(store, config, tuple(shards), kinds, tuple(findings))
+    return Checkpoint(store, config, tuple(shards), types, tuple(findings))
 
 
 def _check_directory(root: Path) -> None:

@@ -7,11 +7,11 @@ from collections.abc import Collection, Iterator
 from typing import Any, Final, NamedTuple
 
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files
+from quarkconv.files.base import Files
+from quarkconv.files.json_files import MAX_INDEX_BYTES, read_json_of
 from quarkconv.findings import Finding, as_finding, finding
-from quarkconv.headers.json_files import MAX_INDEX_BYTES, read_json_of
 from quarkconv.headers.safetensors import ShardHeader
-from quarkconv.headers.shown import shortened, shown
+from quarkconv.text import shortened, shown
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_SHARDS: Final = 10_000

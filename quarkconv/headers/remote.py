@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files, Progress, Reading
+from quarkconv.files.base import Files, Progress, Reading
 from quarkconv.headers.safetensors import (
     MAX_HEADER_BYTES,
     ShardHeader,

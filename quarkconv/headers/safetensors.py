@@ -22,12 +22,13 @@ from math import prod
 from operator import eq, itemgetter, sub
 from typing import Final, NamedTuple, NoReturn, TypeVar
 
+from quarkconv.dtypes import DTYPE_BITS, TensorType
 from quarkconv.errors import SourceError
+from quarkconv.files.regular import open_regular
+from quarkconv.files.strict_json import load_header_json
 from quarkconv.headers.collector import collector_paused
-from quarkconv.headers.files import open_regular
 from quarkconv.headers.scan import scan_header
-from quarkconv.headers.shown import shortened, shown
-from quarkconv.headers.strict_json import load_header_json
+from quarkconv.text import shortened, shown
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The bound that safetensors itself sets on a header."""
@@ -42,25 +43,11 @@ _MAX_FREE_TENSORS: Final = 100_000
 _MAX_FREE_VALUES: Final = 2_000_000
 """Bounds for a header in another form than tools write: as JSON it takes several times the memory."""
 
-DTYPE_BITS: Final[dict[str, int]] = {
-    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
-    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
-    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
-}  # fmt: skip
-"""Bits per element of every dtype of the format."""
-
 _MAX_SIZE: Final = 2**64 - 1
 _ODD: Final = ("\\", "/", "\x7f")
 """What has to be in a header of ASCII for a name to be odd."""
 
-FLOAT_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
-"""Dtypes in which unquantized weights are stored."""
-
-
 _T = TypeVar("_T")
-
-Kind = tuple[str, tuple[int, ...]]
-"""Dtype and shape of a tensor, outermost dimension first; the shape of a scalar is ``()``."""
 
 
 class TensorRef(NamedTuple):
@@ -102,7 +89,7 @@ class ShardHeader:
     size: int
     data_start: int
     names: Sequence[str]
-    kinds: Sequence[Kind]
+    types: Sequence[TensorType]
     starts: Sequence[int]
     ends: Sequence[int]
     truncated: int = 0
@@ -111,7 +98,7 @@ class ShardHeader:
     def refs(self) -> Iterator[tuple[str, TensorRef]]:
         """The tensors with their byte ranges in the file."""
         base = self.data_start
-        for name, (dtype, shape), start, end in zip(self.names, self.kinds, self.starts, self.ends, strict=True):
+        for name, (dtype, shape), start, end in zip(self.names, self.types, self.starts, self.ends, strict=True):
             yield name, TensorRef(dtype, shape, self.file, base + start, base + end)
 
 
@@ -159,14 +146,14 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         _check_costs(raw, file)
         text = _decode(raw, file)
         scanned = scan_header(text)
-        if scanned is not None and all(map(_is_kind, distinct(scanned.kinds))):
-            names, kinds, ends = scanned
+        if scanned is not None and all(map(_is_type, distinct(scanned.types))):
+            names, types, ends = scanned
             starts: Sequence[int] = (0, *ends[:-1])
         else:
-            names, kinds, starts, ends = _parse(text, file)
+            names, types, starts, ends = _parse(text, file)
         if max(map(len, names), default=0) > MAX_NAME:
             _refuse(file, max(names, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
-        _check_sizes(file, names, kinds, starts, ends)
+        _check_sizes(file, names, types, starts, ends)
         data_size = _check_coverage(file, names, starts, ends)
         plain = text.isascii() and not any(char in text for char in _ODD)
         odd = () if plain else tuple(name for name in names if not name.isprintable() or "/" in name or "\\" in name)
@@ -176,11 +163,11 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
             file=file, expected=f"{data_start + data_size} bytes", found=f"{size} bytes",
             hint="download or copy the file again",
         )  # fmt: skip
-    return ShardHeader(file, size, data_start, names, kinds, starts, ends, data_start + data_size - size, odd)
+    return ShardHeader(file, size, data_start, names, types, starts, ends, data_start + data_size - size, odd)
 
 
-def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[Kind], Sequence[int], Sequence[int]]:
-    """Names, kinds, starts and ends of a header in any form of JSON."""
+def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[TensorType], Sequence[int], Sequence[int]]:
+    """Names, types, starts and ends of a header in any form of JSON."""
     tensors, values = text.count("{"), text.count(",")
     if tensors > _MAX_FREE_TENSORS + 2 or values > _MAX_FREE_VALUES or len(text) > _MAX_FREE_BYTES:
         raise _too_much(
@@ -262,8 +249,10 @@ def _not_json(error: Exception, file: str) -> SourceError:
     )  # fmt: skip
 
 
-def _columns(entries: dict[str, dict[str, object]], file: str) -> tuple[Sequence[Kind], Sequence[int], Sequence[int]]:
-    """Split the entries into kinds, starts and ends, every field present and of the right JSON type."""
+def _columns(
+    entries: dict[str, dict[str, object]], file: str
+) -> tuple[Sequence[TensorType], Sequence[int], Sequence[int]]:
+    """Split the entries into types, starts and ends, every field present and of the right JSON type."""
     if not entries:
         return (), (), ()
     values = entries.values()
@@ -276,12 +265,12 @@ def _columns(entries: dict[str, dict[str, object]], file: str) -> tuple[Sequence
         starts, ends = zip(*offsets, strict=True)
         if set(map(type, chain(starts, ends, chain.from_iterable(shapes)))) != {int} or min(starts) < 0:
             raise ValueError
-        kinds = list(zip(dtypes, map(tuple, shapes), strict=True))
-        if not all(map(_is_kind, distinct(kinds))):
+        types = [TensorType(dtype, tuple(shape)) for dtype, shape in zip(dtypes, shapes, strict=True)]
+        if not all(map(_is_type, distinct(types))):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         _find_bad_entry(entries, file)
-    return kinds, starts, ends
+    return types, starts, ends
 
 
 def distinct(items: Iterable[_T]) -> Collection[_T]:
@@ -289,7 +278,7 @@ def distinct(items: Iterable[_T]) -> Collection[_T]:
     return {id(item): item for item in items}.values()
 
 
-def _is_kind(kind: Kind) -> bool:
+def _is_type(kind: TensorType) -> bool:
     """True for a dtype of the format and a shape that a tensor can have."""
     dtype, shape = kind
     return (
@@ -334,16 +323,16 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
 
 
 def _check_sizes(
-    file: str, names: Sequence[str], kinds: Sequence[Kind], starts: Sequence[int], ends: Sequence[int]
+    file: str, names: Sequence[str], types: Sequence[TensorType], starts: Sequence[int], ends: Sequence[int]
 ) -> None:
     """Every byte range is as long as dtype and shape say."""
-    bits = {id(kind): DTYPE_BITS[kind[0]] * prod(kind[1]) for kind in distinct(kinds)}
+    bits = {id(kind): DTYPE_BITS[kind.dtype] * prod(kind.shape) for kind in distinct(types)}
     nbytes = {key: count // 8 if count % 8 == 0 else None for key, count in bits.items()}
-    if all(map(eq, map(nbytes.__getitem__, map(id, kinds)), map(sub, ends, starts))):
+    if all(map(eq, map(nbytes.__getitem__, map(id, types)), map(sub, ends, starts))):
         return
-    for name, kind, start, end in zip(names, kinds, starts, ends, strict=True):
+    for name, kind, start, end in zip(names, types, starts, ends, strict=True):
         if nbytes[id(kind)] != end - start:
-            expected = f"{bits[id(kind)] / 8:g} bytes for {kind[0]} {list(kind[1])}"
+            expected = f"{bits[id(kind)] / 8:g} bytes for {kind.dtype} {list(kind.shape)}"
             _refuse(file, name, expected, f"data_offsets that span {end - start} bytes")
 
 

@@ -13,6 +13,8 @@ from collections.abc import Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+from quarkconv.dtypes import TensorType
+
 # No escapes and no control characters in strings: they stand for themselves.
 _START: Final = re.compile(
     r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?(?=")'
@@ -33,7 +35,7 @@ class Scanned(NamedTuple):
     """
 
     names: Sequence[str]
-    kinds: Sequence[tuple[str, tuple[int, ...]]]
+    types: Sequence[TensorType]
     ends: Sequence[int]
 
 
@@ -46,7 +48,7 @@ def scan_header(text: str) -> Scanned | None:
     # Splitting leaves what is between the entries: nothing, if the grammar accounts for all there is. Entries are
     # followed by a comma, and the last one, where the only "]}}" is, by the brace that closes the header.
     parts = _ENTRY.split(body[start.end() :])
-    between, names, kind_texts, starts, ends = (parts[column::5] for column in range(5))
+    between, names, type_texts, starts, ends = (parts[column::5] for column in range(5))
     if any(between) or not names or len(set(names)) != len(names):
         return None
     if starts[0] != "0" or starts[1:] != ends[:-1]:
@@ -55,17 +57,17 @@ def scan_header(text: str) -> Scanned | None:
         return None
     if any(end != "0" for end in ends if end[0] == "0") or max(map(len, ends)) > _MAX_DIGITS:
         return None
-    distinct = set(kind_texts)
+    distinct = set(type_texts)
     if max(map(len, distinct)) > _MAX_KIND:
         return None
-    kinds = {kind_text: _parse_kind(kind_text) for kind_text in distinct}
-    resolved = [kind for kind in map(kinds.__getitem__, kind_texts) if kind is not None]
+    types = {type_text: _parse_type(type_text) for type_text in distinct}
+    resolved = [kind for kind in map(types.__getitem__, type_texts) if kind is not None]
     return Scanned(names, resolved, tuple(map(int, ends))) if len(resolved) == len(names) else None
 
 
-@lru_cache(maxsize=4096)  # also makes equal kinds one object, across the files of a checkpoint
-def _parse_kind(text: str) -> tuple[str, tuple[int, ...]] | None:
+@lru_cache(maxsize=4096)  # also makes equal types one object, across the files of a checkpoint
+def _parse_type(text: str) -> TensorType | None:
     match = _KIND.fullmatch(text)
     if match is None:
         return None
-    return match[1], tuple(map(int, match[2].split(","))) if match[2] else ()
+    return TensorType(match[1], tuple(map(int, match[2].split(","))) if match[2] else ())

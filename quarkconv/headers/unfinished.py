@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
-from quarkconv.headers.files import read_regular
+from quarkconv.files.regular import read_regular
 
 STAGING_NAME: Final = ".quarkconv"
 """Folder inside an output directory in which a conversion is prepared; gone when it is finished."""

@@ -7,12 +7,12 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
+from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files, Progress, Range, Reading
+from quarkconv.files.base import Files, Progress, Range, Reading
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.scheme.stored import SCALE_DTYPES
 
 _BLOCK: Final = 2**20

@@ -11,8 +11,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.description import Description
-from quarkconv.scheme.config import quantization_config
+from quarkconv.description.description import Description
+from quarkconv.scheme.formats.readers import quantization_config
 from quarkconv.scheme.patterns import is_pattern
 
 VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")

@@ -4,17 +4,20 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.contradictions import is_linear
-from quarkconv.description import Description
+from quarkconv.convert.planner import check_convertible
+from quarkconv.description.contradictions import is_linear
+from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError
+from quarkconv.files.base import Progress
 from quarkconv.findings import Finding, Severity, bounded
+from quarkconv.hub.locate import locate_model
 from quarkconv.inspection.engines import EngineFact, advice, engines_for, stored_form
-from quarkconv.plan.planner import check_convertible
-from quarkconv.plan.target import Int8Count, Target, count_int8
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
+from quarkconv.targets.base import Int8Count, Target, count_int8
 
 SCHEMA: Final = "quarkconv.inspect/1"
 
@@ -88,13 +91,33 @@ class Inspection:
             "activation": _spec(main.activation),
             "moe": _moe(description),
             "linear": linear_counts(description),
-            "tensors": len(description.checkpoint.kinds),
+            "tensors": len(description.checkpoint.types),
             "bytes": description.checkpoint.tensor_bytes,
             "shards": len(description.checkpoint.shards),
             "findings": [asdict(item) for item in self.findings],
             "targets": {name: support.to_json() for name, support in self.targets.items()},
             "engines": [fact.to_json() for fact in self.engines],
         }  # fmt: skip
+
+
+def inspect_checkpoint(model: str | Path, *, deep: bool = False, reading: Progress | None = None) -> Inspection:
+    """Tell what a checkpoint holds, from headers only.
+
+    Args:
+        model: directory or Hub repo id.
+        deep: also read scales and zero points, never weights.
+        reading: told how reading gets on, as a :class:`quarkconv.files.base.Reading`.
+
+    Raises:
+        SourceError: there is nothing that can be described.
+    """
+    description = describe(locate_model(model, reading=reading), reading)
+    extra: tuple[Finding, ...] = ()
+    if deep:
+        from quarkconv.inspection.deep import deep_findings
+
+        extra = tuple(deep_findings(description, reading))
+    return make_inspection(str(model), description, extra)
 
 
 def make_inspection(model: str, description: Description, extra: tuple[Finding, ...] = ()) -> Inspection:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 from collections import Counter
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.headers.safetensors import distinct
-from quarkconv.scheme.stored import nbytes
 
 Sizes = list[tuple[str, int]]
 """Names and bytes, most first."""
@@ -14,10 +13,10 @@ Sizes = list[tuple[str, int]]
 
 def bytes_by_dtype(description: Description) -> Sizes:
     """Bytes in tensors of each dtype."""
-    counts = Counter(map(id, description.checkpoint.kinds.values()))
+    counts = Counter(map(id, description.checkpoint.types.values()))
     sizes: Counter[str] = Counter()
-    for kind in distinct(description.checkpoint.kinds.values()):
-        sizes[kind[0]] += counts[id(kind)] * nbytes(kind)
+    for kind in distinct(description.checkpoint.types.values()):
+        sizes[kind.dtype] += counts[id(kind)] * kind.nbytes
     return sizes.most_common()
 
 
@@ -30,14 +29,14 @@ def bytes_by_kind(description: Description) -> Sizes:
     sizes: Counter[str] = Counter()
     for (form, _), modules in description.modules.groups.items():
         inside = sum(map(members.__contains__, modules))
-        sizes["routed experts"] += inside * nbytes(form.weight)
+        sizes["routed experts"] += inside * form.weight.nbytes
         if form.quantized:
-            sizes["other int8 linears"] += (len(modules) - inside) * nbytes(form.weight)
+            sizes["other int8 linears"] += (len(modules) - inside) * form.weight.nbytes
     companions = [
-        kind for name, kind in description.checkpoint.kinds.items() if name.endswith(("_scale", "_zero_point"))
+        kind for name, kind in description.checkpoint.types.items() if name.endswith(("_scale", "_zero_point"))
     ]
     counts = Counter(map(id, companions))
-    sizes["scales and zero points"] = sum(counts[id(kind)] * nbytes(kind) for kind in distinct(companions))
+    sizes["scales and zero points"] = sum(counts[id(kind)] * kind.nbytes for kind in distinct(companions))
     total = sum(size for _, size in bytes_by_dtype(description))
     sizes["everything else"] = total - sizes.total()
     return [(name, size) for name, size in sizes.most_common() if size]

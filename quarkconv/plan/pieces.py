@@ -175,7 +175,7 @@ class Plan:
 
     def to_json(self) -> dict[str, Any]:
         """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""
-        from quarkconv.plan.serialize import plan_to_json
+        from quarkconv.plan.json import plan_to_json
 
         return plan_to_json(self)
 
@@ -186,7 +186,7 @@ class Plan:
         Raises:
             SourceError: the object is not a plan, or of a format that this version does not know.
         """
-        from quarkconv.plan.serialize import plan_from_json
+        from quarkconv.plan.json import plan_from_json
 
         return plan_from_json(value)
 

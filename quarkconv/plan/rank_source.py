@@ -6,8 +6,8 @@ from dataclasses import dataclass
 
 from quarkconv.experts.naming import Role
 from quarkconv.experts.ranks import Rank
+from quarkconv.plan.experts import ExpertSource
 from quarkconv.plan.pieces import Piece
-from quarkconv.plan.sources import ExpertSource
 from quarkconv.scheme.spec import PER_CHANNEL
 
 _ALONE = Rank("tp", 0, 1)

@@ -1,0 +1,1 @@
+"""What inspect and verify found, as one HTML file."""

@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar, Final
 
-from quarkconv.headers.shown import shown
 from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
+from quarkconv.text import shown
 
 _MAX_PROBLEMS: Final = 100
 """How many problems of a config are listed."""

@@ -16,7 +16,7 @@ from time import thread_time
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
-from quarkconv.headers.shown import shown
+from quarkconv.text import shown
 
 MAX_PATTERNS: Final = 2_000
 """Patterns of one list that have to be compiled."""

@@ -13,10 +13,9 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from math import prod
 from typing import Any, Final, Literal, NamedTuple
 
-from quarkconv.headers.safetensors import DTYPE_BITS, FLOAT_DTYPES, Kind
+from quarkconv.dtypes import FLOAT_DTYPES, TensorType
 from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
@@ -36,39 +35,34 @@ class Form(NamedTuple):
     ``weight`` is [out, in]; for the experts of a layer in one tensor [E, out, in].
     """
 
-    weight: Kind
-    scale: Kind | None = None
-    zero_point: Kind | None = None
-    input_scale: Kind | None = None
-    input_zero_point: Kind | None = None
+    weight: TensorType
+    scale: TensorType | None = None
+    zero_point: TensorType | None = None
+    input_scale: TensorType | None = None
+    input_zero_point: TensorType | None = None
 
     @property
     def quantized(self) -> bool:
         """True when the weight is stored as int8 codes."""
-        return self.weight[0] == "I8"
+        return self.weight.dtype == "I8"
 
     @property
     def is_float(self) -> bool:
         """True when the weight is stored in float, and so is not quantized."""
-        return self.weight[0] in FLOAT_DTYPES
+        return self.weight.dtype in FLOAT_DTYPES
 
     @property
     def granularity(self) -> Granularity | None:
         """Which parts of the weight share a scale; None when the scale has a shape that fits neither."""
-        if self.scale is None or len(self.weight[1]) < 2:
+        if self.scale is None or len(self.weight.shape) < 2:
             return None
-        (*lead, out, _), shape = self.weight[1], self.scale[1]
+        (*lead, out, _), shape = self.weight.shape, self.scale.shape
         leading = tuple(lead)
         if shape in ((*leading, out), (*leading, out, 1)):
             return PER_CHANNEL
         if shape in (leading, (*leading, 1), (*leading, 1, 1)):
             return PER_TENSOR
         return None
-
-
-def nbytes(kind: Kind) -> int:
-    """Size of a tensor in bytes."""
-    return prod(kind[1]) * DTYPE_BITS[kind[0]] // 8
 
 
 class TensorNames(NamedTuple):
@@ -120,22 +114,22 @@ class StoredModules:
         return sum(number for form, number in forms.items() if (form.quantized if quantized else form.is_float))
 
 
-def stored_modules(kinds: Mapping[str, Kind], fused_leaves: Collection[str]) -> StoredModules:
+def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str]) -> StoredModules:
     """Sort the tensors of a checkpoint into modules.
 
     Args:
-        kinds: name -> dtype and shape of every tensor.
+        types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    weights = {name: kind for name, kind in kinds.items() if name.endswith(_WEIGHT) and len(kind[1]) >= 2}
-    companions = [name for name in kinds if name.endswith(_COMPANIONS)]
+    weights = {name: kind for name, kind in types.items() if name.endswith(_WEIGHT) and len(kind.shape) >= 2}
+    companions = [name for name in types if name.endswith(_COMPANIONS)]
     modules = [name[: -len(_WEIGHT)] for name in weights]
     # One column for each tensor that a module may have, and one pass over each; most checkpoints have but two.
     leaves = {name.rpartition(".")[2] for name in companions}
     names = zip(Form._fields, linear_names(""), strict=True)
     suffixes = {field: suffix for field, suffix in names if suffix[1:] in leaves}
     columns: list[list[Any]] = [list(weights.values())]
-    columns += [list(map(kinds.get, [module + suffix for module in modules])) for suffix in suffixes.values()]
+    columns += [list(map(types.get, [module + suffix for module in modules])) for suffix in suffixes.values()]
     # Kinds are mostly shared objects, and costly to hash: forms are told apart by identity.
     keys = list(zip(*(map(id, column) for column in columns), strict=True))
     rows = dict(zip(keys, zip(*columns, strict=True), strict=True))
@@ -144,19 +138,19 @@ def stored_modules(kinds: Mapping[str, Kind], fused_leaves: Collection[str]) -> 
     owned = sum(len(column) - list(map(id, column)).count(id(None)) for column in columns[1:])
     fused: dict[str, Form] = {}
     others: list[str] = []
-    for name in [name for name in kinds if not name.endswith(_KNOWN)]:
-        kind = kinds[name]
-        if len(kind[1]) == 3 and name.rpartition(".")[2] in fused_leaves:
-            fused[name] = form = Form(kind, *map(kinds.get, fused_names(name)[1:]))
+    for name in [name for name in types if not name.endswith(_KNOWN)]:
+        kind = types[name]
+        if len(kind.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
+            fused[name] = form = Form(kind, *map(types.get, fused_names(name)[1:]))
             owned += 4 - form.count(None)
-        elif kind[0] == "I8":
+        elif kind.dtype == "I8":
             others.append(name)
     if owned != len(companions):
-        others.extend(_orphans(kinds, linears, fused))
+        others.extend(_orphans(types, linears, fused))
     return StoredModules(linears, fused, tuple(others))
 
 
-def _orphans(kinds: Mapping[str, Kind], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
+def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
     """Scales and zero points that belong to no weight. A scale of a key-value cache belongs to its projection."""
     owned: set[str] = set()
     for module in linears:
@@ -167,4 +161,4 @@ def _orphans(kinds: Mapping[str, Kind], linears: dict[str, Form], fused: dict[st
             owned.add(f"{attention}.{projection[0]}_scale")
     for module in fused:
         owned.update(fused_names(module))
-    return [name for name in kinds if name.endswith(_COMPANIONS) and name not in owned]
+    return [name for name in types if name.endswith(_COMPANIONS) and name not in owned]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Final
 
 from quarkconv.errors import UsageError
-from quarkconv.plan.target import Target
+from quarkconv.targets.base import Target
 from quarkconv.targets.bf16 import Bf16
 from quarkconv.targets.compressed_tensors import CompressedTensors
 from quarkconv.targets.fused_int8 import FusedInt8

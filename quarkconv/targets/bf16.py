@@ -10,12 +10,12 @@ from collections.abc import Iterator, Sequence
 from math import prod
 from typing import Any, Final
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.findings import Finding, finding
+from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor
-from quarkconv.plan.sources import Int8Module
-from quarkconv.plan.target import Int8Count
-from quarkconv.scheme.stored import linear_names, nbytes
+from quarkconv.scheme.stored import linear_names
+from quarkconv.targets.base import Int8Count
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import dropped_settings, replace_quantization
 
@@ -44,10 +44,10 @@ class Bf16(PerExpertTarget):
         return 2 * prod(shape)
 
     def output_bytes(self, description: Description, modules: Sequence[Int8Count]) -> int:
-        size, kinds = super().output_bytes(description, modules), description.checkpoint.kinds
+        size, types = super().output_bytes(description, modules), description.checkpoint.types
         for form, count, _ in modules:  # what belongs to a module is left out with it
-            size += count * sum(nbytes(kind) for kind in (form.input_scale, form.input_zero_point) if kind is not None)
-        return size - sum(nbytes(kinds[name]) for name in _of_activations(description))
+            size += count * sum(kind.nbytes for kind in (form.input_scale, form.input_zero_point) if kind is not None)
+        return size - sum(types[name].nbytes for name in _of_activations(description))
 
     def drops(self, name: str) -> bool:
         return name.endswith(_OF_ACTIVATIONS)
@@ -65,4 +65,4 @@ class Bf16(PerExpertTarget):
 
 
 def _of_activations(description: Description) -> list[str]:
-    return [name for name in description.checkpoint.kinds if name.endswith(_OF_ACTIVATIONS)]
+    return [name for name in description.checkpoint.types if name.endswith(_OF_ACTIVATIONS)]

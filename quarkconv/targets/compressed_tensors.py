@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.findings import Finding
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
 from quarkconv.targets.kv_cache import name_in_engines

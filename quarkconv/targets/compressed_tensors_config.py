@@ -9,9 +9,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.findings import Finding
-from quarkconv.scheme.config import quantization_config
+from quarkconv.scheme.formats.readers import quantization_config
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.settings import KV_CACHE, dropped_settings, replace_quantization

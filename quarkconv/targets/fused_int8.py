@@ -18,13 +18,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any, Final
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding
+from quarkconv.plan.experts import ExpertSource
 from quarkconv.plan.pieces import Check, OutputTensor
-from quarkconv.plan.sources import ExpertSource
-from quarkconv.plan.target import Target
+from quarkconv.targets.base import Target
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
 from quarkconv.targets.kv_cache import name_in_engines
 

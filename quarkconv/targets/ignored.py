@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from quarkconv.contradictions import is_linear
-from quarkconv.description import Description
+from quarkconv.description.contradictions import is_linear
+from quarkconv.description.description import Description
 from quarkconv.experts.naming import NAMINGS
 
 MERGED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quarkconv.experts.topology import MoELayer
+from quarkconv.plan.experts import ExpertSource, expert_modules
 from quarkconv.plan.pieces import Check, OutputTensor
-from quarkconv.plan.sources import ExpertSource, expert_modules
-from quarkconv.plan.target import Target
+from quarkconv.targets.base import Target
 
 
 class PerExpertTarget(Target):

@@ -14,12 +14,12 @@ from collections.abc import Iterator
 from math import prod
 from typing import Any, Final
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.findings import Finding
+from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, Piece
-from quarkconv.plan.sources import Int8Module
-from quarkconv.scheme.config import quantization_config
 from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.formats.readers import quantization_config
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules

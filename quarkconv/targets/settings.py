@@ -9,11 +9,11 @@ from __future__ import annotations
 from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
-from quarkconv.description import Description
-from quarkconv.experts.geometry import TEXT_PARTS
+from quarkconv.description.description import Description
+from quarkconv.experts.config import TEXT_PARTS
 from quarkconv.findings import Finding, finding
-from quarkconv.headers.shown import shortened
-from quarkconv.scheme.config import QUANTIZATION_KEY, quantization_config
+from quarkconv.scheme.formats.readers import QUANTIZATION_KEY, quantization_config
+from quarkconv.text import shortened
 
 KV_CACHE: Final = "kv_cache"
 """Stands for the quantization of the key-value cache, under whatever names a config has it."""

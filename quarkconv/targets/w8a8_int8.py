@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.findings import Finding
 from quarkconv.scheme.spec import INPUT_STATIC
 from quarkconv.targets.ignored import ignored_modules

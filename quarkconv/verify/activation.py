@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from quarkconv.experts.geometry import config_geometry, text_config
+from quarkconv.experts.config import config_geometry, text_config
 
 _NAMES: Final = {
     "silu": "silu", "swish": "silu",

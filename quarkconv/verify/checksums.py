@@ -17,12 +17,12 @@ from typing import Final, NamedTuple
 import torch
 import xxhash
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.files.open_limit import hint_about_open_files
-from quarkconv.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
+from quarkconv.load.open_files import BLOCK, OpenFiles
+from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Piece
-from quarkconv.verify.open_files import BLOCK, OpenFiles
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
 

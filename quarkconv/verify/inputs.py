@@ -18,7 +18,7 @@ from torch import Tensor
 
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.experts.topology import MoELayer
-from quarkconv.verify.loading import FusedExperts
+from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.reference import CODE_MAX
 
 DTYPE: Final = torch.bfloat16

@@ -18,10 +18,10 @@ from torch import Tensor
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.kernels import fused_experts_int8
+from quarkconv.load.experts import FusedExperts, Projection
+from quarkconv.load.layer_files import LayerFiles
 from quarkconv.verify.activation import ExpertActivation, expert_activation
 from quarkconv.verify.inputs import RecordedInputs, plain_inputs, random_inputs, rounding_noise
-from quarkconv.verify.layer_files import LayerFiles
-from quarkconv.verify.loading import FusedExperts, Projection
 from quarkconv.verify.reference import both_forwards, float_forward
 from quarkconv.verify.results import Distance, LayerNumbers, Problem
 from quarkconv.verify.routing import Routing, route, router_tensor_names, routing_from_config, uniform_routing

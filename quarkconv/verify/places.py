@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.verify.results import Problem
 
 

@@ -22,8 +22,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from quarkconv.experts.naming import Role
+from quarkconv.load.experts import Projection
 from quarkconv.verify.activation import ExpertActivation
-from quarkconv.verify.loading import Projection
 
 CODE_MAX: Final = 127
 MIN_SCALE: Final = torch.finfo(torch.float32).tiny

@@ -18,20 +18,22 @@ from typing import Final
 
 import torch
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.experts.topology import MoELayer
-from quarkconv.manifest import Manifest
-from quarkconv.verify.arenas import Arena, ArenaPool
+from quarkconv.load.arenas import Arena, ArenaPool
+from quarkconv.load.experts import FusedExperts
+from quarkconv.load.layer_files import LayerFiles
+from quarkconv.load.layer_reads import layer_nbytes, written_tensors
+from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.inputs import RecordedInputs
-from quarkconv.verify.layer_files import LayerFiles
-from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
-from quarkconv.verify.loading import FusedExperts
 from quarkconv.verify.numbers import CheckedLayer, layer_problems, router_of, verify_layer
-from quarkconv.verify.original import OriginalModel, weight_errors
+from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
+from quarkconv.verify.unquantized import OriginalModel, weight_errors
 
 _PATIENCE: Final = 0.2  # seconds between looks at whether somebody wants to stop
+_CHECKSUM: Final = "do not have the checksum of the manifest"
 READERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read: storage is fastest with several requests at once."""
 
@@ -170,14 +172,18 @@ class _Run:
                 if arena is None:
                     return
                 held = [(self._arenas, arena)]
-                experts = self._files.read(layer, arena, self._outcomes[number].problems)
+                experts, mismatches = self._files.read(layer, arena)
+                self._outcomes[number].problems += [
+                    wrong_pieces(self.job.description, *mismatch[:2], _CHECKSUM, *mismatch[2:])
+                    for mismatch in mismatches
+                ]
                 source = None
                 if self.job.source is not None:
                     other = self._arena(self._source_arenas)
                     if other is None:
                         return
                     held.append((self._source_arenas, other))
-                    source = self._source_files.read(self._source_layers[layer.prefix], other, [])
+                    source, _ = self._source_files.read(self._source_layers[layer.prefix], other)
                     source = source if self._rank is None else source.part(self._rank)
                 self._ready.put((number, held, experts, source))
         finally:

@@ -5,11 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from quarkconv.description import Description
+from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.findings import CODES, Finding
 from quarkconv.headers.checkpoint import Checkpoint
-from quarkconv.manifest import Manifest
+from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem, StructureResult
 
@@ -38,7 +38,7 @@ def check_structure(description: Description, manifest: Manifest | None, problem
     broken = any(CODES[item.code].blocks is SourceError for item in description.errors())
     checkpoint = description.checkpoint
     return StructureResult(
-        len(checkpoint.shards), len(checkpoint.kinds), manifest is not None, not damage and not broken
+        len(checkpoint.shards), len(checkpoint.types), manifest is not None, not damage and not broken
     )
 
 

@@ -7,17 +7,17 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final, Protocol
 
-from quarkconv.description import Description, describe
+from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.topology import MoELayer
-from quarkconv.files.files import Progress
-from quarkconv.hub import resolve_model
-from quarkconv.manifest import Manifest, read_manifest
+from quarkconv.files.base import Progress
+from quarkconv.hub.locate import resolve_model
+from quarkconv.load.devices import pick_devices
+from quarkconv.load.experts import check_loadable
+from quarkconv.load.layer_reads import covered, written_tensors
+from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.verify.checksums import check_bytes, check_source
-from quarkconv.verify.devices import pick_devices
 from quarkconv.verify.inputs import RecordedInputs
-from quarkconv.verify.layer_reads import covered, written_tensors
-from quarkconv.verify.loading import check_loadable
 from quarkconv.verify.numbers import backend_name
 from quarkconv.verify.results import (
     BytesResult,

@@ -1,0 +1,1 @@
+"""Carrying a plan out: pieces to segments, threads, direct I/O, checksums, staging, resuming."""

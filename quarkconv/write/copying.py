@@ -10,8 +10,8 @@ from typing import Final
 import xxhash
 
 from quarkconv.errors import SourceError
-from quarkconv.headers.files import open_regular
-from quarkconv.manifest import WrittenFile
+from quarkconv.files.regular import open_regular
+from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import SourceFile
 
 _BLOCK: Final = 2**20

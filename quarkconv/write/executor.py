@@ -21,13 +21,13 @@ from typing import Final
 import xxhash
 
 from quarkconv.errors import InterruptedByUser, UnsupportedError
-from quarkconv.files.files import Files
+from quarkconv.files.base import Files
+from quarkconv.files.local import LocalFiles
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from quarkconv.headers.local_files import LocalFiles
-from quarkconv.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
-from quarkconv.plan.layout import PAGE
+from quarkconv.plan.json import plan_digest
+from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.pieces import Check, OutputShard, Plan, SourceFile
-from quarkconv.plan.serialize import plan_digest
+from quarkconv.plan.shards import PAGE
 from quarkconv.write.durable import writing
 from quarkconv.write.output_file import DirectWrites, aligned_buffer
 from quarkconv.write.segments import Segment
@@ -119,7 +119,7 @@ def open_source(source: Path | Files, plan: Plan) -> Source:
         return SourceFiles(source, plan)
     if isinstance(source, LocalFiles):
         return SourceFiles(source.root, plan)
-    from quarkconv.files.hub_repo import HubRepo
+    from quarkconv.hub.repo import HubRepo
     from quarkconv.write.hub_source import HubSource
 
     if not isinstance(source, HubRepo):

@@ -12,10 +12,10 @@ from typing import Final
 import xxhash
 
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Range
-from quarkconv.files.hub_repo import HubRepo
-from quarkconv.files.read_ahead import ReadAhead
-from quarkconv.manifest import WrittenFile
+from quarkconv.files.base import Range
+from quarkconv.hub.read_ahead import ReadAhead
+from quarkconv.hub.repo import HubRepo
+from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Piece, Plan, SourceFile
 from quarkconv.write.source import Reader
 from quarkconv.write.source_files import check_layout

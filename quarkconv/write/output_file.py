@@ -21,7 +21,7 @@ from functools import cache
 from pathlib import Path
 from typing import Final
 
-from quarkconv.plan.layout import PAGE
+from quarkconv.plan.shards import PAGE
 from quarkconv.write.durable import FULL
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)

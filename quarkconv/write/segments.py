@@ -10,8 +10,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final, NamedTuple
 
-from quarkconv.plan.layout import PAGE
 from quarkconv.plan.pieces import OutputShard, Piece
+from quarkconv.plan.shards import PAGE
 
 SEGMENT_BYTES: Final = 64 * 2**20
 """What a segment has at least, but for the last of a shard: long enough that dealing them out costs nothing."""

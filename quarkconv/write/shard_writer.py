@@ -8,9 +8,9 @@ from pathlib import Path
 
 import xxhash
 
-from quarkconv.manifest import WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.layout import encode_header
+from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import OutputShard, Piece
+from quarkconv.plan.shards import encode_header
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile
 from quarkconv.write.segments import Segment, cut
 from quarkconv.write.source import Reader, Source

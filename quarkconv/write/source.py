@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
 
-from quarkconv.manifest import WrittenFile
+from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Piece, Plan, SourceFile
 from quarkconv.write.state import FileState
 

@@ -9,13 +9,13 @@ from itertools import chain
 from pathlib import Path
 
 from quarkconv.errors import SourceError
-from quarkconv.files.files import Files
+from quarkconv.files.base import Files
+from quarkconv.files.local import LocalFiles
 from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
+from quarkconv.files.regular import open_regular
 from quarkconv.headers.collector import collector_paused
-from quarkconv.headers.files import open_regular
-from quarkconv.headers.local_files import LocalFiles
 from quarkconv.headers.remote import expect_headers, read_header_of
-from quarkconv.manifest import WrittenFile
+from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Piece, Plan, SourceFile
 from quarkconv.write.copying import copy_file
 from quarkconv.write.source import Reader

@@ -27,12 +27,12 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError, UsageError, WriteError
+from quarkconv.files.regular import walk
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
-from quarkconv.headers.files import walk
-from quarkconv.headers.shown import shortened
 from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, read_state
-from quarkconv.manifest import WrittenPiece, WrittenShard, WrittenTensor, are_checksums, read_manifest
+from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor, are_checksums, read_manifest
 from quarkconv.plan.pieces import OutputShard
+from quarkconv.text import shortened
 from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.state import difference

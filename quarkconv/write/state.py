@@ -9,8 +9,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.headers.shown import word
 from quarkconv.plan.pieces import Plan
+from quarkconv.text import word
 
 FileState = tuple[str, int, int | str]
 """Name, size in bytes, and time of modification in ns of a source file, or its ETag where it is on the Hub."""

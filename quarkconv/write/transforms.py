@@ -8,8 +8,8 @@ import threading
 from collections.abc import Iterator
 from typing import Final, Protocol
 
+from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.headers.widen import widen_bf16, widen_f16
 from quarkconv.plan.pieces import Piece
 
 BLOCK_BYTES: Final = 2**20

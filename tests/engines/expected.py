@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from writing_support import Tensors, fused_int8, load
+from support.writing import Tensors, fused_int8, load
 
 MERGED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

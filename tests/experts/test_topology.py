@@ -7,43 +7,43 @@ from typing import Any
 
 import pytest
 
-from quarkconv.experts.geometry import ConfigGeometry, config_geometry, text_config
+from quarkconv.dtypes import TensorType
+from quarkconv.experts.config import ConfigGeometry, config_geometry, text_config
 from quarkconv.experts.naming import FUSED_LEAVES
 from quarkconv.experts.topology import MoELayer, Topology, expert_topology
-from quarkconv.headers.safetensors import Kind
 from quarkconv.scheme.stored import stored_modules
 
-Kinds = dict[str, Kind]
+Types = dict[str, tuple[str, tuple[int, ...]]]
 GATED = ("gate_proj", "up_proj", "down_proj")
 NUMBERED = ("w1", "w3", "w2")
 PREFIX = "model.layers.3.mlp.experts"
 H, I = 8, 6  # noqa: E741
 
 
-def linear(module: str, rows: int, columns: int, dtype: str = "I8") -> Kinds:
-    kinds: Kinds = {f"{module}.weight": (dtype, (rows, columns))}
-    return kinds | {f"{module}.weight_scale": ("F32", (rows,))} if dtype == "I8" else kinds
+def linear(module: str, rows: int, columns: int, dtype: str = "I8") -> Types:
+    types: Types = {f"{module}.weight": (dtype, (rows, columns))}
+    return types | {f"{module}.weight_scale": ("F32", (rows,))} if dtype == "I8" else types
 
 
 def per_expert(
     prefix: str = PREFIX, numbers: Iterable[int | str] = range(4), names: tuple[str, ...] = GATED, dtype: str = "I8"
-) -> Kinds:
-    kinds: Kinds = {}
+) -> Types:
+    types: Types = {}
     for number in numbers:
         for name, (rows, columns) in zip(names, ((I, H), (I, H), (H, I)), strict=True):
-            kinds |= linear(f"{prefix}.{number}.{name}", rows, columns, dtype)
-    return kinds
+            types |= linear(f"{prefix}.{number}.{name}", rows, columns, dtype)
+    return types
 
 
-def stacked(moe: str, names: tuple[str, ...] = GATED, experts: int = 4) -> Kinds:
-    kinds: Kinds = {}
+def stacked(moe: str, names: tuple[str, ...] = GATED, experts: int = 4) -> Types:
+    types: Types = {}
     for name, (rows, columns) in zip(names, ((I, H), (I, H), (H, I)), strict=True):
-        kinds[f"{moe}.{name}.weight"] = ("I8", (experts, rows, columns))
-        kinds[f"{moe}.{name}.weight_scale"] = ("F32", (experts, rows))
-    return kinds
+        types[f"{moe}.{name}.weight"] = ("I8", (experts, rows, columns))
+        types[f"{moe}.{name}.weight_scale"] = ("F32", (experts, rows))
+    return types
 
 
-def fused(prefix: str, names: tuple[str, str], dtype: str = "I8", experts: int = 4) -> Kinds:
+def fused(prefix: str, names: tuple[str, str], dtype: str = "I8", experts: int = 4) -> Types:
     return {
         f"{prefix}.{names[0]}": (dtype, (experts, 2 * I, H)),
         f"{prefix}.{names[0]}_scale": ("F32", (experts, 2 * I, 1)),
@@ -52,27 +52,29 @@ def fused(prefix: str, names: tuple[str, str], dtype: str = "I8", experts: int =
     }
 
 
-def topology(kinds: Kinds, experts: int | None = None, layers: int | None = None) -> Topology:
-    return expert_topology(stored_modules(kinds, FUSED_LEAVES), experts, layers)
+def topology(types: Types, experts: int | None = None, layers: int | None = None) -> Topology:
+    return expert_topology(
+        stored_modules({name: TensorType(*found) for name, found in types.items()}, FUSED_LEAVES), experts, layers
+    )
 
 
-def only_layer(kinds: Kinds) -> MoELayer:
-    found = topology(kinds)
+def only_layer(types: Types) -> MoELayer:
+    found = topology(types)
     assert found.findings == ()
     assert len(found.layers) == 1
     return found.layers[0]
 
 
-def codes(kinds: Kinds, experts: int | None = None) -> list[tuple[str, str, int]]:
-    return [(item.code, item.subject, item.count) for item in topology(kinds, experts).findings]
+def codes(types: Types, experts: int | None = None) -> list[tuple[str, str, int]]:
+    return [(item.code, item.subject, item.count) for item in topology(types, experts).findings]
 
 
 def geometry(layer: MoELayer) -> tuple[int, int, int]:
     return layer.experts, layer.hidden, layer.intermediate
 
 
-def modules_exist(layer: MoELayer, kinds: Kinds) -> bool:
-    stored = stored_modules(kinds, FUSED_LEAVES)
+def modules_exist(layer: MoELayer, types: Types) -> bool:
+    stored = stored_modules({name: TensorType(*found) for name, found in types.items()}, FUSED_LEAVES)
     return {module for _, _, module in layer.modules()} == {module for module, _ in stored}
 
 
@@ -81,13 +83,13 @@ def modules_exist(layer: MoELayer, kinds: Kinds) -> bool:
 
 @pytest.mark.parametrize("names", [GATED, NUMBERED])
 def test_one_by_one(names: tuple[str, ...]) -> None:
-    kinds = per_expert(names=names)
-    layer = only_layer(kinds)
+    types = per_expert(names=names)
+    layer = only_layer(types)
     assert (layer.index, layer.prefix, layer.moe) == (3, PREFIX, "model.layers.3.mlp")
     assert (layer.layout, layer.naming.projections()) == ("per_expert", names)
     assert geometry(layer) == (4, H, I)
     assert layer.quantized
-    assert modules_exist(layer, kinds)
+    assert modules_exist(layer, types)
     assert [len(layer.forms[role]) for role in ("gate", "up", "down")] == [4, 4, 4]
 
 
@@ -107,24 +109,24 @@ def test_stacked(moe: str, prefix: str, names: tuple[str, ...]) -> None:
 
 
 def test_modules_of_three_keys_are_those_of_the_moe_module() -> None:
-    kinds = stacked("model.layers.3.moe")
-    assert modules_exist(only_layer(kinds), kinds)
+    types = stacked("model.layers.3.moe")
+    assert modules_exist(only_layer(types), types)
 
 
 @pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("w13", "w2")])
 def test_fused(names: tuple[str, str]) -> None:
-    kinds = fused(PREFIX, names)
-    layer = only_layer(kinds)
+    types = fused(PREFIX, names)
+    layer = only_layer(types)
     assert (layer.layout, layer.prefix, layer.index) == ("fused", PREFIX, 3)
     assert (layer.naming.fused_gate_up, layer.naming.fused_down) == names
     assert geometry(layer) == (4, H, I)
     assert (len(layer.forms["gate"]), len(layer.forms["up"]), len(layer.forms["down"])) == (1, 0, 1)
-    assert modules_exist(layer, kinds)
+    assert modules_exist(layer, types)
 
 
 def test_experts_are_found_in_any_order_of_names() -> None:
-    kinds = per_expert(numbers=range(12))
-    assert only_layer(dict(sorted(kinds.items(), reverse=True))).experts == 12
+    types = per_expert(numbers=range(12))
+    assert only_layer(dict(sorted(types.items(), reverse=True))).experts == 12
 
 
 # What is no routed expert
@@ -150,9 +152,9 @@ def test_other_linears_are_no_members(module: str) -> None:
 
 
 def test_shared_experts_and_dense_layers_stay_outside() -> None:
-    kinds = per_expert() | linear("model.layers.3.mlp.shared_experts.down_proj", H, I)
-    kinds |= linear("model.layers.0.mlp.down_proj", H, I)
-    found = topology(kinds)
+    types = per_expert() | linear("model.layers.3.mlp.shared_experts.down_proj", H, I)
+    types |= linear("model.layers.0.mlp.down_proj", H, I)
+    found = topology(types)
     assert [layer.index for layer in found.layers] == [3]
     assert len(found.members) == 12
     assert all(".mlp.experts." in member for member in found.members)
@@ -182,22 +184,22 @@ def test_the_number_of_a_layer(prefix: str, index: int) -> None:
 
 
 def test_layers_are_in_order_and_mtp_comes_last() -> None:
-    kinds = per_expert("mtp.layers.0.mlp.experts")
+    types = per_expert("mtp.layers.0.mlp.experts")
     for number in (10, 2, 1):
-        kinds |= per_expert(f"model.layers.{number}.mlp.experts")
-    assert [layer.index for layer in topology(kinds, layers=11).layers] == [1, 2, 10, 11]
+        types |= per_expert(f"model.layers.{number}.mlp.experts")
+    assert [layer.index for layer in topology(types, layers=11).layers] == [1, 2, 10, 11]
 
 
 def test_without_numbers_layers_count_up() -> None:
-    kinds = per_expert("first.experts") | per_expert("second.experts")
-    assert [layer.index for layer in topology(kinds).layers] == [0, 1]
+    types = per_expert("first.experts") | per_expert("second.experts")
+    assert [layer.index for layer in topology(types).layers] == [0, 1]
 
 
 # Missing, doubled, misshapen
 
 
-def drop(kinds: Kinds, *parts: str) -> Kinds:
-    return {name: kind for name, kind in kinds.items() if not any(part in name for part in parts)}
+def drop(types: Types, *parts: str) -> Types:
+    return {name: kind for name, kind in types.items() if not any(part in name for part in parts)}
 
 
 @pytest.mark.parametrize(
@@ -211,16 +213,16 @@ def drop(kinds: Kinds, *parts: str) -> Kinds:
     ],
 )
 def test_missing(gone: tuple[str, ...], count: int) -> None:
-    kinds = drop(per_expert(), *gone)
-    assert codes(kinds) == [("expert-missing", PREFIX, count)]
-    assert topology(kinds).layers == ()
-    assert topology(kinds).members
+    types = drop(per_expert(), *gone)
+    assert codes(types) == [("expert-missing", PREFIX, count)]
+    assert topology(types).layers == ()
+    assert topology(types).members
 
 
 def test_the_last_experts_missing_show_in_the_count() -> None:
-    kinds = drop(per_expert(), "experts.3.")
-    assert only_layer(kinds).experts == 3
-    assert codes(kinds, experts=4) == [("expert-count", PREFIX, 1)]
+    types = drop(per_expert(), "experts.3.")
+    assert only_layer(types).experts == 3
+    assert codes(types, experts=4) == [("expert-count", PREFIX, 1)]
 
 
 def test_numbers_up_to_a_billion_cost_nothing() -> None:
@@ -229,23 +231,23 @@ def test_numbers_up_to_a_billion_cost_nothing() -> None:
 
 @pytest.mark.parametrize("number", ["00", "01", "0003", "1234567890", "9" * 30])
 def test_a_number_in_another_spelling_is_no_second_expert(number: str) -> None:
-    kinds = per_expert() | per_expert(numbers=[number])
-    assert codes(kinds) == [("tensor-unrecognised", f"{PREFIX}.{number}.gate_proj", 3)]
-    (layer,) = topology(kinds).layers
+    types = per_expert() | per_expert(numbers=[number])
+    assert codes(types) == [("tensor-unrecognised", f"{PREFIX}.{number}.gate_proj", 3)]
+    (layer,) = topology(types).layers
     assert layer.experts == 4
 
 
 @pytest.mark.parametrize("tensor", ["gate_up_proj", "down_proj"])
 def test_half_of_fused_experts(tensor: str) -> None:
-    kinds = fused(PREFIX, ("gate_up_proj", "down_proj"))
-    del kinds[f"{PREFIX}.{tensor}"]
-    assert codes(kinds) == [("expert-missing", PREFIX, 1)]
+    types = fused(PREFIX, ("gate_up_proj", "down_proj"))
+    del types[f"{PREFIX}.{tensor}"]
+    assert codes(types) == [("expert-missing", PREFIX, 1)]
 
 
 @pytest.mark.parametrize("name", GATED)
 def test_one_of_three_keys_missing(name: str) -> None:
-    kinds = drop(stacked("model.layers.3.moe"), f"{name}.weight")
-    assert codes(kinds) == [("expert-missing", "model.layers.3.moe.experts", 1)]
+    types = drop(stacked("model.layers.3.moe"), f"{name}.weight")
+    assert codes(types) == [("expert-missing", "model.layers.3.moe.experts", 1)]
 
 
 @pytest.mark.parametrize(
@@ -260,15 +262,15 @@ def test_one_of_three_keys_missing(name: str) -> None:
     ],
 )
 def test_misshapen(module: str, shape: tuple[int, ...]) -> None:
-    kinds = per_expert() | {f"{PREFIX}.{module}.weight": ("I8", shape)}
-    ((code, subject, count),) = codes(kinds)
+    types = per_expert() | {f"{PREFIX}.{module}.weight": ("I8", shape)}
+    ((code, subject, count),) = codes(types)
     assert (code, count) == ("expert-shape", 1)
     assert subject.startswith(PREFIX)
-    assert topology(kinds).layers == ()
+    assert topology(types).layers == ()
 
 
 @pytest.mark.parametrize(
-    ("kinds", "tensor", "shape"),
+    ("types", "tensor", "shape"),
     [
         (fused(PREFIX, ("gate_up_proj", "down_proj")), f"{PREFIX}.gate_up_proj", (4, 2 * I + 1, H)),
         (fused(PREFIX, ("gate_up_proj", "down_proj")), f"{PREFIX}.gate_up_proj", (4, H, 2 * I)),
@@ -277,12 +279,12 @@ def test_misshapen(module: str, shape: tuple[int, ...]) -> None:
         (stacked("model.layers.3.moe"), "model.layers.3.moe.down_proj.weight", (4, I, H)),
     ],
 )
-def test_misshapen_in_one_tensor(kinds: Kinds, tensor: str, shape: tuple[int, ...]) -> None:
-    assert [code for code, _, _ in codes(kinds | {tensor: ("I8", shape)})] == ["expert-shape"]
+def test_misshapen_in_one_tensor(types: Types, tensor: str, shape: tuple[int, ...]) -> None:
+    assert [code for code, _, _ in codes(types | {tensor: ("I8", shape)})] == ["expert-shape"]
 
 
 @pytest.mark.parametrize(
-    "kinds",
+    "types",
     [
         per_expert() | fused(PREFIX, ("gate_up_proj", "down_proj")),
         per_expert() | {f"{PREFIX}.gate_proj.weight": ("I8", (4, I, H))},
@@ -300,22 +302,22 @@ def test_misshapen_in_one_tensor(kinds: Kinds, tensor: str, shape: tuple[int, ..
         "stacked twice",
     ],
 )
-def test_conflicts(kinds: Kinds) -> None:
-    assert codes(kinds) == [("layout-conflict", PREFIX, 1)]
-    assert topology(kinds).layers == ()
+def test_conflicts(types: Types) -> None:
+    assert codes(types) == [("layout-conflict", PREFIX, 1)]
+    assert topology(types).layers == ()
 
 
 def test_a_damaged_layer_leaves_the_others() -> None:
-    kinds = drop(per_expert(), ".3.up_proj") | per_expert("model.layers.4.mlp.experts")
-    found = topology(kinds)
+    types = drop(per_expert(), ".3.up_proj") | per_expert("model.layers.4.mlp.experts")
+    found = topology(types)
     assert [layer.index for layer in found.layers] == [4]
     assert [item.code for item in found.findings] == ["expert-missing"]
     assert len(found.members) == 23
 
 
 def test_layers_of_different_size() -> None:
-    kinds = per_expert() | per_expert("model.layers.4.mlp.experts") | per_expert("model.layers.5.mlp.experts", range(2))
-    found = topology(kinds)
+    types = per_expert() | per_expert("model.layers.4.mlp.experts") | per_expert("model.layers.5.mlp.experts", range(2))
+    found = topology(types)
     assert [(item.code, item.subject, item.count) for item in found.findings] == [
         ("layer-geometry", "model.layers.5.mlp.experts", 1)
     ]
@@ -326,11 +328,11 @@ def test_layers_of_different_size() -> None:
 
 
 def test_packed_experts_have_fewer_columns() -> None:
-    kinds: Kinds = {}
+    types: Types = {}
     for number in range(2):
         for name, rows, columns in (("gate_proj", I, H), ("up_proj", I, H), ("down_proj", H, I)):
-            kinds[f"{PREFIX}.{number}.{name}.weight"] = ("U8", (rows, columns // 2))
-    layer = only_layer(kinds)
+            types[f"{PREFIX}.{number}.{name}.weight"] = ("U8", (rows, columns // 2))
+    layer = only_layer(types)
     assert geometry(layer) == (2, H, I)
     assert not layer.quantized
     assert layer.float_experts() == 0
@@ -342,11 +344,11 @@ def test_packed_experts_have_fewer_columns() -> None:
      (("",), 4, False)],
 )  # fmt: skip
 def test_how_many_experts_are_in_float(in_float: tuple[str, ...], experts: int, partly: bool) -> None:
-    kinds = {
+    types = {
         name: ("BF16", kind[1]) if name.endswith(".weight") and any(part in name for part in in_float) else kind
         for name, kind in per_expert().items()
     }
-    layer = only_layer(kinds)
+    layer = only_layer(types)
     assert layer.float_experts() == experts
     assert layer.partly_quantized is partly
     assert layer.quantized is (experts == 0)

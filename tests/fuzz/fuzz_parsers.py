@@ -31,13 +31,13 @@ MAX_SEED = 2**16
 
 with atheris.instrument_imports(include=["quarkconv"]):
     import quarkconv
-    from quarkconv.description import describe
+    from quarkconv.convert.planner import make_plan
+    from quarkconv.description.description import describe
     from quarkconv.errors import QuarkconvError
     from quarkconv.headers.safetensors import parse_header
     from quarkconv.headers.unfinished import read_state, refuse_unfinished
     from quarkconv.inspection.inspection import make_inspection
-    from quarkconv.manifest import manifest_to_bytes, read_manifest
-    from quarkconv.plan.planner import make_plan
+    from quarkconv.plan.manifest import manifest_to_bytes, read_manifest
     from quarkconv.targets import TARGETS
     from quarkconv.write.staging import Staging
     from quarkconv.write.state import difference, plan_state
@@ -120,7 +120,7 @@ def header() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
         found = _parse_safetensors_header(data, "x", "here").tensors
         if {name: (t.dtype, tuple(t.shape), tuple(t.data_offsets)) for name, t in found.items()} != {
             name: (*kind, (start, end))
-            for name, kind, start, end in zip(size.names, size.kinds, size.starts, size.ends, strict=True)
+            for name, kind, start, end in zip(size.names, size.types, size.starts, size.ends, strict=True)
         }:
             raise RuntimeError("huggingface_hub reads something else")
 

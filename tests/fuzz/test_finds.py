@@ -7,11 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import Model
-from hostile_support import judge
+from support.builders import Model
+from support.hostile import judge
 
 from quarkconv import convert_checkpoint, plan_conversion
-from quarkconv.manifest import read_manifest
+from quarkconv.plan.manifest import read_manifest
 from quarkconv.targets import TARGETS
 
 CONFIGS: dict[str, dict[str, Any]] = {

@@ -17,10 +17,10 @@ from typing import Any
 
 import pytest
 import torch
-from hostile_support import listing
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
-from writing_support import Tensors, assert_same_tensors, fused_int8, load, make_checkpoint, write_checkpoint
+from support.hostile import listing
+from support.writing import Tensors, assert_same_tensors, fused_int8, load, make_checkpoint, write_checkpoint
 
 import quarkconv
 from quarkconv.cli.main import main

@@ -9,12 +9,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import FIRST, INDEX, SECOND, Model, entry, raw_file, write_json
 from safetensors.torch import save_file
+from support.builders import FIRST, INDEX, SECOND, Model, entry, raw_file, write_json
 
 from quarkconv.errors import SourceError
+from quarkconv.files.json_files import read_json_object
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
-from quarkconv.headers.json_files import read_json_object
 
 
 @pytest.fixture
@@ -39,7 +39,7 @@ def test_a_sound_checkpoint(folder: Path) -> None:
     assert checkpoint.config == model.config
     assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
     tensors = model.first | model.second
-    assert {name: shape for name, (_, shape) in checkpoint.kinds.items()} == {
+    assert {name: shape for name, (_, shape) in checkpoint.types.items()} == {
         name: tuple(tensor.shape) for name, tensor in tensors.items()
     }
     assert checkpoint.tensor_bytes == sum(tensor.nbytes for tensor in tensors.values())
@@ -126,7 +126,7 @@ def test_a_missing_shard(folder: Path) -> None:
     checkpoint = open_checkpoint(folder)
     only_finding(checkpoint, "shard-missing")
     assert checkpoint.findings[0].subject == SECOND
-    assert set(checkpoint.kinds) == set(Model().first)
+    assert set(checkpoint.types) == set(Model().first)
 
 
 @pytest.mark.parametrize("lost", [1, 100])
@@ -166,7 +166,7 @@ def test_no_shard_can_be_read(folder: Path) -> None:
         (folder / file).write_bytes(b"not safetensors")
     checkpoint = open_checkpoint(folder)
     assert codes(checkpoint) == ["header-invalid", "header-invalid"]
-    assert checkpoint.kinds == {}
+    assert checkpoint.types == {}
     assert checkpoint.tensor_bytes == 0
 
 

@@ -10,12 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import entry, raw_file
 from huggingface_hub.hf_api import _parse_safetensors_header
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
+from support.builders import entry, raw_file
 
 from quarkconv.errors import SourceError
 from quarkconv.headers.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, ShardHeader, TensorRef, read_header
@@ -228,7 +228,7 @@ def test_what_is_accepted_huggingface_hub_reads_alike(name: str, form: str, scra
     theirs = _parse_safetensors_header(raw[8 : header.data_start], "model.safetensors", "here").tensors
     assert {name: (info.dtype, tuple(info.shape), *info.data_offsets) for name, info in theirs.items()} == {
         name: (*kind, start, end)
-        for name, kind, start, end in zip(header.names, header.kinds, header.starts, header.ends, strict=True)
+        for name, kind, start, end in zip(header.names, header.types, header.starts, header.ends, strict=True)
     }
 
 

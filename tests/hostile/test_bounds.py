@@ -7,9 +7,9 @@ import os
 from pathlib import Path
 
 import pytest
-from builders import write_json
-from hostile_bombs import BOMBS
-from hostile_support import MEGABYTES, measured
+from support.bombs import BOMBS
+from support.builders import write_json
+from support.hostile import MEGABYTES, measured
 
 CHOSEN = (
     "one tensor of 900,000 dimensions", "5,000 dimensions of 2,000 digits", "a header of brackets",

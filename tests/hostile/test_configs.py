@@ -9,12 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import Model, layer_config, quark_config
-from hostile_support import judge, spoilt
-from writing_support import run_cli
+from support.builders import Model, layer_config, quark_config
+from support.hostile import judge, spoilt
+from support.writing import run_cli
 
 from quarkconv import SourceError, inspect_checkpoint
-from quarkconv.scheme.config import declared_scheme
+from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.patterns import Patience, name_filter
 
 

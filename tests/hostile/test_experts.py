@@ -11,9 +11,9 @@ from typing import Any
 
 import pytest
 import torch
-from builders import INDEX, Model, entry, raw_file, write_json
-from hostile_support import judge
-from writing_support import make_checkpoint
+from support.builders import INDEX, Model, entry, raw_file, write_json
+from support.hostile import judge
+from support.writing import make_checkpoint
 
 from quarkconv import inspect_checkpoint
 

@@ -10,9 +10,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from builders import INDEX, SECOND, Model
-from hostile_support import judge, spoilt
-from writing_support import run_cli, snapshot
+from support.builders import INDEX, SECOND, Model
+from support.hostile import judge, spoilt
+from support.writing import run_cli, snapshot
 
 from quarkconv import inspect_checkpoint
 

@@ -8,9 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from builders import SECOND, entry, raw_file
-from hostile_support import judge, listing, spoilt, with_header
-from writing_support import run_cli, stored_tensors
+from support.builders import SECOND, entry, raw_file
+from support.hostile import judge, listing, spoilt, with_header
+from support.writing import run_cli, stored_tensors
 
 from quarkconv import inspect_checkpoint
 

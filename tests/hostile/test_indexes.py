@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from builders import FIRST, INDEX, SECOND
-from hostile_support import judge, spoilt
+from support.builders import FIRST, INDEX, SECOND
+from support.hostile import judge, spoilt
 
 from quarkconv import inspect_checkpoint
 

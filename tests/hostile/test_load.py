@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
-from writing_support import make_checkpoint, snapshot
+from support.writing import make_checkpoint, snapshot
 
 import quarkconv
 

@@ -10,11 +10,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion_support import convert, fill_the_disk_later
-from writing_support import make_checkpoint, run_cli, snapshot
+from support.conversions import convert, fill_the_disk_later
+from support.writing import make_checkpoint, run_cli, snapshot
 
 from quarkconv import SourceError, UsageError, convert_checkpoint, inspect_checkpoint
-from quarkconv.manifest import read_manifest
+from quarkconv.plan.manifest import read_manifest
 
 STAGING = ".quarkconv"
 
@@ -235,7 +235,7 @@ def first_piece(value: dict[str, Any]) -> list[Any]:
 
 
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a version of the future": lambda value: value.update(format="quarkconv.manifest/9"),
+    "a version of the future": lambda value: value.update(format="quarkconv.plan.manifest/9"),
     "a version nested 90 deep": lambda value: value.update(format=json.loads("[" * 90 + "]" * 90)),
     "a checksum that is none": lambda value: first_piece(value).__setitem__(6, "x" * 32),
     "a checksum of another length": lambda value: first_piece(value).__setitem__(6, "0" * 31),

@@ -12,8 +12,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from builders import INDEX, Model, write_json
-from writing_support import make_checkpoint, snapshot
+from support.builders import INDEX, Model, write_json
+from support.writing import make_checkpoint, snapshot
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "quarkconv").rglob("*.py")), *sorted((ROOT / "kernels" / "src").glob("*.py"))]

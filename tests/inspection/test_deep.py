@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import FIRST, Model
 from conftest import Checkpoints
-from writing_support import run_cli
+from support.builders import FIRST, Model
+from support.writing import run_cli
 
 from quarkconv import Inspection, inspect_checkpoint
 

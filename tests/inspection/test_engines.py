@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from writing_support import make_checkpoint, run_cli
+from support.writing import make_checkpoint, run_cli
 
 import quarkconv
 from quarkconv import inspect_checkpoint

@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 from conftest import EXPORTS, FIXTURES
-from writing_support import make_checkpoint
+from support.writing import make_checkpoint
 
-from quarkconv.description import describe
+from quarkconv.description.description import describe
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_kind
-from quarkconv.scheme.stored import nbytes
 
 
 @pytest.mark.parametrize("name", sorted(FIXTURES | EXPORTS))
@@ -20,17 +19,17 @@ def test_every_tensor_is_counted_once(name: str, checkpoints: Callable[[str], Pa
     description = describe(checkpoints(name))
     by_dtype: Counter[str] = Counter()
     by_kind: Counter[str] = Counter()
-    for tensor, kind in description.checkpoint.kinds.items():
-        by_dtype[kind[0]] += nbytes(kind)
+    for tensor, kind in description.checkpoint.types.items():
+        by_dtype[kind.dtype] += kind.nbytes
         module = tensor.removesuffix(".weight")
         what = "everything else"
         if tensor.endswith(("_scale", "_zero_point")):
             what = "scales and zero points"
         elif module in description.topology.members:
             what = "routed experts"
-        elif kind[0] == "I8" and module in description.stored.linears:
+        elif kind.dtype == "I8" and module in description.stored.linears:
             what = "other int8 linears"
-        by_kind[what] += nbytes(kind)
+        by_kind[what] += kind.nbytes
     assert dict(bytes_by_dtype(description)) == by_dtype
     assert dict(bytes_by_kind(description)) == by_kind
 

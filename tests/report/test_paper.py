@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from conftest import Checkpoints
-from report_support import browse, needs_browser, verification
+from support.reports import browse, needs_browser, verification
 
 import quarkconv
 from quarkconv.report.inspection import inspection_report

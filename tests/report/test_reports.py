@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from builders import Model
 from conftest import Checkpoints
-from report_support import browse, needs_browser, verification
-from writing_support import run_cli
+from support.builders import Model
+from support.reports import browse, needs_browser, verification
+from support.writing import run_cli
 
 import quarkconv
 from quarkconv.report.inspection import inspection_report

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from quarkconv.dtypes import TensorType
 from quarkconv.experts.naming import FUSED_LEAVES
-from quarkconv.headers.safetensors import Kind
 from quarkconv.scheme.stored import Form, StoredModules, fused_names, linear_names, stored_modules
 
+Types = dict[str, tuple[str, tuple[int, ...]]]
 
-def stored(kinds: dict[str, Kind]) -> StoredModules:
-    return stored_modules(kinds, FUSED_LEAVES)
+
+def stored(types: Types) -> StoredModules:
+    return stored_modules({name: TensorType(*found) for name, found in types.items()}, FUSED_LEAVES)
 
 
 @pytest.mark.parametrize(
@@ -57,7 +59,7 @@ def test_dtypes(dtype: str, quantized: bool, is_float: bool) -> None:
 
 
 def test_the_tensors_of_a_linear_are_gathered() -> None:
-    kinds: dict[str, Kind] = {
+    types: Types = {
         "a.input_zero_point": ("I8", ()),
         "a.weight_scale": ("F32", (6,)),
         "a.weight": ("I8", (6, 4)),
@@ -65,22 +67,22 @@ def test_the_tensors_of_a_linear_are_gathered() -> None:
         "a.input_scale": ("F32", ()),
         "a.bias": ("BF16", (6,)),
     }
-    modules = stored(kinds)
+    modules = stored(types)
     assert modules.linears == {
         "a": Form(("I8", (6, 4)), ("F32", (6,)), ("I8", (6,)), ("F32", ()), ("I8", ())),
     }
     assert modules.unrecognised == ()
-    assert set(linear_names("a")) == set(kinds) - {"a.bias"}
+    assert set(linear_names("a")) == set(types) - {"a.bias"}
 
 
 def test_fused_experts_are_gathered() -> None:
-    kinds: dict[str, Kind] = {
+    types: Types = {
         "mlp.experts.gate_up_proj": ("I8", (3, 8, 4)),
         "mlp.experts.gate_up_proj_scale": ("F32", (3, 8, 1)),
         "mlp.experts.gate_up_proj_input_scale": ("F32", (3,)),
         "mlp.experts.w2": ("BF16", (3, 4, 4)),
     }
-    modules = stored(kinds)
+    modules = stored(types)
     assert modules.linears == {}
     assert modules.fused == {
         "mlp.experts.gate_up_proj": Form(("I8", (3, 8, 4)), ("F32", (3, 8, 1)), None, ("F32", (3,))),
@@ -108,7 +110,7 @@ def test_equal_forms_are_one_object() -> None:
         ("attention.sinks", ("BF16", (8, 1, 1))),
     ],
 )
-def test_what_is_no_module_is_passed_over(name: str, kind: Kind) -> None:
+def test_what_is_no_module_is_passed_over(name: str, kind: tuple[str, tuple[int, ...]]) -> None:
     modules = stored({name: kind})
     assert list(modules) == []
     assert modules.unrecognised == ()
@@ -124,25 +126,25 @@ def test_what_is_no_module_is_passed_over(name: str, kind: Kind) -> None:
         ("mlp.experts.gate_up_proj_scale", ("F32", (3, 8, 1))),
     ],
 )
-def test_codes_and_scales_without_a_module_are_unrecognised(name: str, kind: Kind) -> None:
-    beside: dict[str, Kind] = {"b.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
+def test_codes_and_scales_without_a_module_are_unrecognised(name: str, kind: tuple[str, tuple[int, ...]]) -> None:
+    beside: Types = {"b.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
     assert stored({**beside, name: kind}).unrecognised == (name,)
 
 
 def test_an_orphan_is_found_when_the_numbers_add_up() -> None:
     """One scale too many and one missing: as many scales as int8 modules."""
-    kinds: dict[str, Kind] = {"a.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
-    assert stored(kinds).linears["a"].scale is None
-    assert stored(kinds).unrecognised == ("b.weight_scale",)
+    types: Types = {"a.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
+    assert stored(types).linears["a"].scale is None
+    assert stored(types).unrecognised == ("b.weight_scale",)
 
 
 def test_scales_of_a_key_value_cache_belong_to_their_projection() -> None:
-    kinds: dict[str, Kind] = {
+    types: Types = {
         "k_proj.weight": ("I8", (6, 4)),
         "k_proj.weight_scale": ("F32", (6,)),
         "k_proj.output_scale": ("BF16", ()),
     }
-    assert stored(kinds).unrecognised == ()
+    assert stored(types).unrecognised == ()
 
 
 def test_counts() -> None:

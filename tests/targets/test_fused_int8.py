@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import Checkpoints
 from safetensors import safe_open
-from writing_support import (
+from support.writing import (
     CONVERTIBLE,
     Tensors,
     assert_same_tensors,
@@ -27,7 +27,7 @@ from writing_support import (
 )
 
 import quarkconv
-from quarkconv.api import ConversionResult
+from quarkconv.convert.conversion import ConversionResult
 from quarkconv.errors import UnsupportedError
 from quarkconv.findings import Severity
 

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Checkpoints
-from target_support import expected_tensors
-from writing_support import (
+from support.targets import expected_tensors
+from support.writing import (
     CONVERTIBLE,
     Tensors,
     assert_same_tensors,
@@ -24,7 +24,7 @@ from writing_support import (
 import quarkconv
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.findings import Severity
-from quarkconv.scheme.config import declared_scheme
+from quarkconv.scheme.formats.readers import declared_scheme
 
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 TARGETS = ("compressed-tensors", "w8a8-int8", "bf16", "quark")

@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from conftest import Checkpoints
-from target_support import expected_tensors
-from writing_support import CONVERTIBLE, assert_same_tensors, load, make_checkpoint, snapshot
+from support.targets import expected_tensors
+from support.writing import CONVERTIBLE, assert_same_tensors, load, make_checkpoint, snapshot
 
 import quarkconv
 

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from conftest import Checkpoints
-from writing_support import load, make_checkpoint, run_cli
+from support.writing import load, make_checkpoint, run_cli
 
 import quarkconv
 from quarkconv.findings import Finding, Severity

@@ -7,8 +7,8 @@ import math
 import pytest
 import torch
 
+from quarkconv.load.experts import Projection
 from quarkconv.verify.activation import ExpertActivation, expert_activation
-from quarkconv.verify.loading import Projection
 from quarkconv.verify.reference import dequantized_forward, exact_forward, quantize
 
 E, H, I = 3, 24, 10  # noqa: E741

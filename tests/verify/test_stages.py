@@ -10,16 +10,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 from safetensors.torch import save_file
-from writing_support import make_checkpoint, run_cli
+from support.writing import make_checkpoint, run_cli
 
 import quarkconv
-from quarkconv.description import describe
+from quarkconv.description.description import describe
+from quarkconv.load.arenas import ArenaPool
+from quarkconv.load.experts import ExpertReader
+from quarkconv.load.layer_files import LayerFiles
+from quarkconv.load.layer_reads import layer_nbytes, written_tensors
 from quarkconv.verify import streaming
-from quarkconv.verify.arenas import ArenaPool
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
-from quarkconv.verify.layer_files import LayerFiles
-from quarkconv.verify.layer_reads import layer_nbytes, written_tensors
-from quarkconv.verify.loading import ExpertReader
 
 NAME = "qwen3_moe-quark0.13-f2f"
 
@@ -36,7 +36,7 @@ def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, con
     with ThreadPoolExecutor(3) as pool, LayerFiles(description, {}, pool, lambda _: None) as files:
         for layer in description.int8_layers:
             with ArenaPool(1, layer_nbytes(layer)) as arenas, ExpertReader(description) as reader:
-                found = files.read(layer, arenas.take(1), [])
+                found, _ = files.read(layer, arenas.take(1))
                 expected = reader.fused(layer, torch.device("cpu"))
                 for field in ("w13", "w13_scale", "w2", "w2_scale", "w13_input_scale", "w2_input_scale"):
                     one, other = getattr(found, field), getattr(expected, field)
@@ -101,7 +101,7 @@ def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
         ArenaPool(1, layer_nbytes(layer)) as arenas,
     ):
         before = bytes_from_the_disk()
-        files.read(layer, arenas.take(1), [])
+        files.read(layer, arenas.take(1))
         read = bytes_from_the_disk() - before
     if read == 0:
         pytest.skip("this file system keeps its files in memory, or does not count")

@@ -14,9 +14,9 @@ from safetensors import safe_open
 
 import quarkconv
 from quarkconv.cli.main import main
-from quarkconv.description import describe
+from quarkconv.description.description import describe
+from quarkconv.load.experts import ExpertReader
 from quarkconv.verify.activation import ExpertActivation
-from quarkconv.verify.loading import ExpertReader
 from quarkconv.verify.reference import dequantized_forward
 from quarkconv.verify.routing import uniform_routing
 

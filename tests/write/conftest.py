@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conversion_support import STAGING, convert
-from writing_support import assert_same_tensors, fused_int8, load, make_checkpoint, snapshot
+from support.conversions import STAGING, convert
+from support.writing import assert_same_tensors, fused_int8, load, make_checkpoint, snapshot
 
 
 @pytest.fixture(scope="session")

@@ -13,13 +13,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion_support import SHARD, convert
-from writing_support import snapshot
+from support.conversions import SHARD, convert
+from support.writing import snapshot
 
 import quarkconv
-from quarkconv.api import run_plan
-from quarkconv.plan.layout import PAGE
+from quarkconv.convert.conversion import run_plan
 from quarkconv.plan.pieces import OutputShard, OutputTensor, Piece
+from quarkconv.plan.shards import PAGE
 from quarkconv.write import executor, output_file, segments
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile, aligned_buffer
 from quarkconv.write.segments import cut

@@ -9,8 +9,8 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from conversion_support import convert
-from writing_support import snapshot
+from support.conversions import convert
+from support.writing import snapshot
 
 from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import SourceFile

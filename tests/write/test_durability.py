@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from conversion_support import SMALL_STEPS, STAGING, arguments
-from writing_support import snapshot
+from support.conversions import SMALL_STEPS, STAGING, arguments
+from support.writing import snapshot
 
 CALLS = "openat,close,write,pwrite64,fsync,fdatasync,ftruncate,rename,renameat,renameat2,unlink,unlinkat,rmdir"
 

@@ -8,8 +8,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conversion_support import arguments, assert_unfinished, convert, start_slow
-from writing_support import snapshot
+from support.conversions import arguments, assert_unfinished, convert, start_slow
+from support.writing import snapshot
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -13,8 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from conversion_support import SMALL_STEPS, STAGING, arguments, assert_unfinished, convert, start_slow
-from writing_support import run_cli, snapshot, start
+from support.conversions import SMALL_STEPS, STAGING, arguments, assert_unfinished, convert, start_slow
+from support.writing import run_cli, snapshot, start
 
 KILLED = (
     SMALL_STEPS

@@ -5,11 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from writing_support import make_checkpoint, start
+from support.writing import make_checkpoint, start
 
 PEAK = """
 import sys
-from quarkconv.api import convert_checkpoint
+from quarkconv.convert.conversion import convert_checkpoint
 convert_checkpoint(sys.argv[1], "fused-int8", sys.argv[2], jobs=1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

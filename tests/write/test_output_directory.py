@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion_support import STAGING, arguments, convert, fill_the_disk_later, start_slow
-from writing_support import assert_same_tensors, edit_checkpoint, fused_int8, load, make_checkpoint, run_cli, snapshot
+from support.conversions import STAGING, arguments, convert, fill_the_disk_later, start_slow
+from support.writing import assert_same_tensors, edit_checkpoint, fused_int8, load, make_checkpoint, run_cli, snapshot
 
 from quarkconv.errors import UsageError
 from quarkconv.write import state

@@ -12,11 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conversion_support import SHARD, arguments, assert_unfinished, convert
-from writing_support import make_checkpoint, run_cli, snapshot, start
+from support.conversions import SHARD, arguments, assert_unfinished, convert
+from support.writing import make_checkpoint, run_cli, snapshot, start
 
 import quarkconv
-from quarkconv.api import run_plan
+from quarkconv.convert.conversion import run_plan
 from quarkconv.errors import SourceError, UsageError
 
 

@@ -9,7 +9,7 @@ import tracemalloc
 import pytest
 import torch
 
-from quarkconv.headers.widen import widen_bf16, widen_f16
+from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.plan.pieces import Piece
 from quarkconv.write.transforms import BLOCK_BYTES, transformed
 

@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conversion_support import SMALL_STEPS, arguments, assert_unfinished, convert
-from writing_support import run_cli, snapshot, start
+from support.conversions import SMALL_STEPS, arguments, assert_unfinished, convert
+from support.writing import run_cli, snapshot, start
 
 from quarkconv.errors import QuarkconvError, WriteError
 from quarkconv.write.space import allocated

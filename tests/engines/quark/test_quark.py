@@ -19,8 +19,8 @@ from engines.expected import fill
 from quark.torch import import_model_from_safetensors
 from quark.torch.export.main_export.quant_config_parser import get_layer_quant_config
 from quark.torch.quantization.config.config import QConfig
+from support.writing import Tensors, edit_checkpoint, load
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
-from writing_support import Tensors, edit_checkpoint, load
 
 import quarkconv
 

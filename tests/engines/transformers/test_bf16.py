@@ -14,8 +14,8 @@ import pytest
 import torch
 from conftest import Checkpoints
 from engines.expected import Stacked, fill
+from support.writing import Tensors
 from transformers import AutoModelForCausalLM, PreTrainedModel
-from writing_support import Tensors
 
 import quarkconv
 

@@ -26,6 +26,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
 from engines.expected import WHOLE, Rank, fill
+from support.writing import edit_checkpoint
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -33,7 +34,6 @@ from vllm.model_executor.layers.fused_moe.experts import triton_moe
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
-from writing_support import edit_checkpoint
 
 PUBLISHED: dict[str, dict[str, Any]] = {
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},

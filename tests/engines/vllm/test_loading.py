@@ -17,6 +17,8 @@ import torch
 from engines.expected import RANKS, WHOLE, Rank, Stacked
 from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
+from support.writing import Tensors, edit_checkpoint
+from support.writing import load as load_tensors
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8 as ct_moe,
@@ -25,8 +27,6 @@ from vllm.model_executor.layers.quantization.compressed_tensors.schemes import C
 from vllm.model_executor.layers.quantization.quark.quark import QuarkLinearMethod
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
-from writing_support import Tensors, edit_checkpoint
-from writing_support import load as load_tensors
 
 import quarkconv
 

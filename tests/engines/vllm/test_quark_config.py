@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import engines.vllm.loading  # noqa: F401  prepares vLLM for a machine without GPU
 import pytest
-from builders import INPUT, STATIC_INPUT, TENSOR_WEIGHT, WEIGHT, layer_config, quark_config
 from conftest import EXPORTS, FIXTURES, Checkpoints
+from support.builders import INPUT, STATIC_INPUT, TENSOR_WEIGHT, WEIGHT, layer_config, quark_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig, QuarkLinearMethod
@@ -26,8 +26,8 @@ from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int
 from vllm.model_executor.layers.quantization.quark.schemes import QuarkW8A8Int8
 from vllm.model_executor.layers.quantization.utils import quant_utils
 
-from quarkconv.description import describe
-from quarkconv.scheme.config import declared_scheme
+from quarkconv.description.description import describe
+from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.spec import SCHEME_NAMES
 
 FLOAT, OTHER = "float", "other than W8A8 int8"

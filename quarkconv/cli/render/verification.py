@@ -1,0 +1,141 @@
+"""How ``verify`` looks in a terminal."""
+
+from __future__ import annotations
+
+import math
+from typing import Final
+
+from rich import box
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+from quarkconv.cli.out import console, indented, plural, printable, size, title, verdict
+from quarkconv.cli.render.charts import verification_charts
+from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
+
+_SHOWN_PROBLEMS: Final = 20
+_SHOWN_LAYERS: Final = 16
+_WORST: Final = 5
+_FULL_WIDTH: Final = 72
+"""Columns of a terminal from which on all figures of a layer are shown."""
+
+
+def render_verification(verification: Verification) -> RenderableType:
+    """The three stages, the numbers of each layer, charts, what is wrong, the verdict."""
+    parts: list[RenderableType] = [_stages(verification)]
+    if verification.numbers.layers:
+        parts.append(_numbers(verification.numbers.layers))
+    if verification.numbers.experts:
+        parts += [verification_charts(verification.numbers, console().options), _worst(verification)]
+    if verification.problems:
+        parts.append(_problems(verification.problems))
+    parts.append(_verdict(verification))
+    return Group(*parts)
+
+
+def _stages(verification: Verification) -> RenderableType:
+    structure, checked, numbers = verification.structure, verification.bytes, verification.numbers
+    wrong = {problem.stage for problem in verification.problems}
+    manifest = "headers, index and manifest" if structure.manifest else "headers and index"
+    compared = "manifest and source" if checked.against_source else "manifest"
+    layers = len({layer.layer for layer in numbers.layers})
+    tokens = " and ".join(f"{count:,}" for count in numbers.tokens)
+    amount = f"{plural(layers, 'layer')}, {tokens} token{'' if numbers.tokens == (1,) else 's'} each"
+    forward = f"{amount}, on {numbers.device} ({numbers.backend})"
+    table = Table.grid(padding=(0, 2))
+    for stage, said, skipped in (
+        ("structure", f"{structure.tensors:,} tensors in {plural(structure.files, 'file')}: {manifest}", None),
+        ("bytes", f"{checked.pieces:,} pieces, {size(checked.nbytes)}: against {compared}", checked.skipped),
+        ("numbers", forward, numbers.skipped),
+    ):
+        mark = Text("✓", style="bold green")
+        if stage in wrong:
+            mark = Text("✗", style="bold red")
+        elif skipped is not None:
+            mark = Text("–", style="bold yellow")
+        table.add_row(
+            mark, Text(stage, style="bold"), Text(f"not checked: {skipped}" if skipped else said, style="dim")
+        )
+    facts = [
+        verification.scheme or "no scheme",
+        f"source {verification.source}" if verification.source else "no source",
+    ]
+    return Group(title(verification.model, facts), table, "")
+
+
+def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
+    table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
+    several = len({layer.tokens for layer in layers}) > 1
+    second = "tokens" if several else "experts"
+    columns = ("layer", second, "vs exact", "vs float", "outliers", "SNR", "cosine", "largest")
+    shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
+    for column in columns[:shown]:
+        table.add_column(column, justify="right", no_wrap=True)
+    for layer in _noisiest(layers):
+        noise = layer.reference
+        cells = (
+            str(layer.layer), str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
+            _error(layer.exact), _error(noise), "-" if layer.outliers is None else _error(layer.outliers),
+            "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB", f"{noise.cosine:.5f}", f"{noise.max_error:.2g}",
+        )  # fmt: skip
+        table.add_row(*cells[:shown])
+    lines: list[RenderableType] = [table]
+    if len(layers) > _SHOWN_LAYERS:
+        more = len(layers) - _SHOWN_LAYERS
+        lines.append(indented(f"and {more} more with less noise (all with --json)", 2, "dim"))
+    for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
+        lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))
+    for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.reference.bound) for layer in layers):
+        said = (
+            f"vs exact: relative error against integer arithmetic in float64, at most {exact:.1e}; vs float: against "
+            f"dequantized weights and float activations, at most {noise_bound:g}; largest: of an element, over the RMS"
+        )
+        lines.append(indented(said, 2, "dim"))
+    return Group(*lines, "")
+
+
+def _noisiest(layers: tuple[LayerNumbers, ...]) -> list[LayerNumbers]:
+    """Those that are out of bounds and, of the others, those with most noise; the charts show all."""
+
+    def rank(at: int) -> tuple[bool, float]:
+        noise = layers[at].reference.relative_error
+        return layers[at].ok, -noise if math.isfinite(noise) else -math.inf
+
+    return [layers[at] for at in sorted(sorted(range(len(layers)), key=rank)[:_SHOWN_LAYERS])]
+
+
+def _worst(verification: Verification) -> RenderableType:
+    """The weights that suffered most."""
+    worst = verification.numbers.worst(_WORST)
+    if not worst:
+        return Group()
+    lines: list[RenderableType] = [Text("Furthest from the reference", style="bold")]
+    for layer, role, expert, error in worst:
+        said = f"layer {layer} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
+        lines.append(indented(said, 2, "dim"))
+    return Group(*lines, "")
+
+
+def _error(distance: Distance) -> Text:
+    text = "equal" if distance.relative_error == 0 else f"{distance.relative_error:.1e}"
+    return Text(text, style="green" if distance.ok else "bold red")
+
+
+def _problems(problems: tuple[Problem, ...]) -> RenderableType:
+    lines: list[RenderableType] = [Text("Problems", style="bold")]
+    for problem in problems[:_SHOWN_PROBLEMS]:
+        where = f"layer {problem.layer}  " if problem.layer is not None else ""
+        lines.append(indented(Text.assemble(("✗ ", "bold red"), where, (printable(problem.tensor), "bold")), 2))
+        lines.append(indented(printable(problem.message), 6))
+    if len(problems) > _SHOWN_PROBLEMS:
+        lines.append(indented(f"and {len(problems) - _SHOWN_PROBLEMS} more (all with --json)", 2, "dim"))
+    return Group(*lines, "")
+
+
+def _verdict(verification: Verification) -> Text:
+    if not verification.ok:
+        return verdict(f"Not verified: {plural(len(verification.problems), 'problem')}", good=False)
+    skipped = verification.bytes.skipped
+    said = "Verified" if skipped is None else "Verified: structure and numbers; bytes could not be checked"
+    return verdict(said, good=True)

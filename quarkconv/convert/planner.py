@@ -1,0 +1,232 @@
+"""From a description and a target to a plan. No tensor data is read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from itertools import pairwise
+from typing import Final
+
+from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
+from quarkconv.description.description import Description
+from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.experts.ranks import RANK_KEY, Rank
+from quarkconv.findings import CODES, Severity, bounded
+from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.safetensors import TensorRef
+from quarkconv.plan.experts import ExpertSource, linear_module
+from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile, TextFile
+from quarkconv.plan.rank_source import RankSource
+from quarkconv.plan.shards import pack_shards
+from quarkconv.scheme.stored import fused_names, linear_names
+from quarkconv.targets.base import Target
+
+_REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
+_OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
+_DIGITS: Final = re.compile(r"(\d+)")
+
+
+def make_plan(
+    description: Description,
+    target: Target,
+    max_shard_size: int,
+    *,
+    rank: Rank | None = None,
+    base_model: str | None = None,
+) -> Plan:
+    """Plan the conversion of a described checkpoint.
+
+    Args:
+        description: the source.
+        target: what to convert it to.
+        max_shard_size: largest size of a shard's data in bytes.
+        rank: whose part of the experts to make; None for all of them.
+        base_model: repo id of the source, where it has one; for the model card.
+
+    Raises:
+        UsageError: ``max_shard_size`` is not positive.
+        SourceError: the source is damaged or inconsistent.
+        UnsupportedError: the source is not INT8, or the target cannot represent it.
+    """
+    if max_shard_size <= 0:
+        raise UsageError("The largest shard size must be positive", found=str(max_shard_size))
+    check_convertible(description, target)
+    _check_rank(description, target, rank)
+    checkpoint = description.checkpoint
+    with collector_paused():
+        refs = checkpoint.refs()
+        made = _Made(description, target, refs, rank)
+        tensors = [*made.tensors, *made.untouched()]
+        tensors.sort(key=lambda tensor: natural_key(tensor.name))
+        _check_names(tensors)
+        layers = description.int8_layers
+        texts = tuple(_texts(description, target, base_model))
+        return Plan(
+            target=target.name,
+            scheme=description.scheme or "",
+            producer_version=description.declared.version if description.declared else None,
+            max_shard_size=max_shard_size,
+            moe=MoEGeometry(
+                tuple(layer.index for layer in layers),
+                tuple(layer.prefix for layer in layers),
+                len(rank.experts(layers[0].experts)) if rank else layers[0].experts,
+                description.geometry.top_k,
+                layers[0].hidden,
+                len(rank.intermediate(layers[0].intermediate)) if rank else layers[0].intermediate,
+                description.geometry.activation,
+            ),
+            sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
+            checks=tuple(made.checks),
+            shards=pack_shards(tensors, max_shard_size),
+            config=target.config(description) | ({RANK_KEY: rank.to_json()} if rank else {}),
+            copies=tuple(_copies(description, {file.name for file in texts})),
+            losses=tuple(bounded(target.losses(description))),
+            texts=texts,
+            rank=rank,
+        )
+
+
+def check_convertible(description: Description, target: Target) -> None:
+    """Raise what keeps ``target`` from being made of a checkpoint, if anything does.
+
+    Raises:
+        SourceError: the source is damaged or inconsistent.
+        UnsupportedError: the source is not INT8, or the target cannot represent it.
+    """
+    root = str(description.checkpoint.root)
+    for item in description.findings:
+        blocks = CODES[item.code].blocks
+        if item.severity is Severity.INFO or blocks is None:
+            continue
+        hint = item.hint or "run `quarkconv inspect` for all findings"
+        if blocks is SourceError:
+            raise SourceError(
+                f"The source is inconsistent ({item.code}): {item.message}",
+                code=item.code, file=root, tensor=item.subject, hint=hint,
+            )  # fmt: skip
+        raise UnsupportedError(
+            f"The source cannot be converted ({item.code}): {item.message}",
+            file=root, tensor=item.subject, hint=hint,
+        )  # fmt: skip
+    if description.geometry.rank is not None:
+        raise UnsupportedError(
+            "The source is the part of one rank, not a model", file=root, expected="a whole checkpoint",
+            found=description.geometry.rank.folder(), hint="convert the checkpoint that it was made of",
+        )  # fmt: skip
+    reason = target.unsupported(description)
+    if reason is not None:
+        raise UnsupportedError(
+            f"The target {target.name} cannot represent this checkpoint: {reason}", file=root,
+            hint="run `quarkconv inspect` for the targets that can",
+        )  # fmt: skip
+
+
+def _check_rank(description: Description, target: Target, rank: Rank | None) -> None:
+    """Raise what keeps the experts from being divided among ranks."""
+    if rank is None:
+        return
+    if not target.by_rank:
+        raise UsageError(
+            "This target is not written by rank: engines divide it themselves", expected="fused-int8", found=target.name
+        )
+    for layer in description.int8_layers:
+        rank.check(layer.prefix, layer.experts, layer.intermediate)
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part[:18]), part) if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
+
+
+class _Made:
+    """What a target makes of the int8 modules of a source.
+
+    Attributes:
+        tensors: the tensors of experts and int8 linears as the target writes them.
+        checks: what must hold of the source's data.
+    """
+
+    def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef], rank: Rank | None) -> None:
+        self.tensors: list[OutputTensor] = []
+        self.checks: list[Check] = [*_zero_points(description, refs)]
+        self._target, self._refs = target, refs
+        self._of_other_ranks: set[str] = set()
+        for layer in description.int8_layers:
+            layout = description.unfused_layout(layer)
+            source = RankSource(layer, refs, layout, rank) if rank else ExpertSource(layer, refs, layout)
+            if rank is not None:
+                self._of_other_ranks.update(*(source.names(role, number) for role, number, _ in layer.modules()))
+            self.tensors += target.expert_tensors(source)
+            self.checks += target.expert_checks(source)
+        for name, form in description.stored.linears.items():
+            if form.quantized and name not in description.topology.members:
+                module = linear_module(name, form, refs)
+                self.tensors += target.module_tensors(module)
+                self.checks += target.module_checks(module)
+
+    def untouched(self) -> Iterator[OutputTensor]:
+        """Everything else, as it is; what only a check reads, such as zero points, is not written."""
+        used = {piece.tensor for tensor in self.tensors for piece in tensor.pieces}
+        used.update(piece.scale.tensor for tensor in self.tensors for piece in tensor.pieces if piece.scale)
+        used.update(piece.tensor for check in self.checks for piece in (check.first, check.second) if piece)
+        used.update(self._of_other_ranks)
+        for name, ref in self._refs.items():
+            if name not in used and not self._target.drops(name):
+                yield OutputTensor(self._target.renamed(name), ref.dtype, ref.shape, (Piece.whole(name, ref),))
+
+
+def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:
+    for form, _, modules in description.modules.quantized():
+        if form.zero_point is None and form.input_zero_point is None:
+            continue
+        for module in modules:
+            names = fused_names(module) if module in description.stored.fused else linear_names(module)
+            for name in (names.zero_point, names.input_zero_point):
+                if name in refs:
+                    yield Check("zero", Piece.whole(name, refs[name]))
+
+
+def _texts(description: Description, target: Target, base_model: str | None) -> Iterator[TextFile]:
+    """The model card, where the source has one that can be read."""
+    store = description.checkpoint.store
+    size = store.size(CARD_NAME)
+    if size is None or size > MAX_CARD_BYTES:
+        return
+    try:
+        text = store.read(CARD_NAME, 0, size).decode()
+    except UnicodeDecodeError:
+        return
+    card = converted_card(text, target.name, target.summary, target.facts, base_model)
+    if card is not None:
+        yield TextFile(CARD_NAME, card)
+
+
+def _copies(description: Description, written: Collection[str]) -> Iterator[SourceFile]:
+    """Every other file of the source, but weights in other formats: they are another copy of the model."""
+    store = description.checkpoint.store
+    for path in description.checkpoint.files():
+        name = path.as_posix()
+        if name in _REPLACED or name in written or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+            continue
+        if "\\" in name or any("\ud800" <= char <= "\udfff" for char in name):
+            raise UnsupportedError(
+                "A file of the source has a name that the manifest cannot hold", file=repr(name),
+                expected="UTF-8 without backslashes", hint="rename the file, or move it out of the source",
+            )  # fmt: skip
+        if any(part in _REPLACED or part.endswith(".safetensors") for part in path.parts[:-1]):
+            raise UnsupportedError(
+                "A folder of the source has a name that a file of the output may need",
+                file=name,
+                hint="rename the folder, or move it out of the source",
+            )
+        yield SourceFile(name, store.size(name) or 0)
+
+
+def _check_names(tensors: list[OutputTensor]) -> None:
+    for first, second in pairwise(tensors):
+        if first.name == second.name:
+            raise UnsupportedError(
+                "The source already has a tensor of a name that the target needs", tensor=first.name,
+                hint="the checkpoint is partly converted; start from the original",
+            )  # fmt: skip

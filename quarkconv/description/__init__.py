@@ -1,0 +1,1 @@
+"""Headers, scheme and experts as one Description, with every contradiction as a finding."""

@@ -1,0 +1,285 @@
+"""Where the stored tensors and the config disagree, and what is wrong with the tensors themselves."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from math import prod
+from typing import Final
+
+from quarkconv.experts.ranks import Rank
+from quarkconv.experts.topology import MAX_EXPERTS, MoELayer, Topology
+from quarkconv.findings import Finding, Severity, finding
+from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.resolved import ResolvedModules
+from quarkconv.scheme.spec import FLOAT, ModuleScheme, TensorSpec
+from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form, StoredModules
+
+_CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
+_REQUANTIZE: Final = "quantize it again; engines that believe the config fail or compute garbage"
+
+
+def is_linear(module: str, form: Form) -> bool:
+    """True for a float weight that Quark would quantize: two dimensions, and not an embedding."""
+    leaf = module.rpartition(".")[2]
+    return len(form.weight.shape) == 2 and "embed" not in leaf and leaf not in ("wte", "wpe")
+
+
+def contradictions(
+    declared: DeclaredScheme | None, stored: StoredModules, modules: ResolvedModules, topology: Topology
+) -> Iterator[Finding]:
+    """Everything that a user should know about the scheme of a checkpoint."""
+    yield from _config(declared, modules)
+    yield from _experts(declared, topology)
+    if declared is not None and not isinstance(declared, UnknownScheme):
+        yield from _linears(declared, modules, topology)
+    yield from _stored(modules)
+    yield from _scheme(declared, stored, modules, topology)
+    if stored.unrecognised:
+        yield finding(
+            "tensor-unrecognised", stored.unrecognised[0],
+            f"{len(stored.unrecognised)} tensor(s) with codes or scales belong to no module that is understood",
+            hint="conversion copies them as they are; engines may drop them", count=len(stored.unrecognised),
+        )  # fmt: skip
+
+
+def rank_part(rank: Rank) -> Finding:
+    """That a checkpoint is the part of one rank."""
+    way = "tensor" if rank.parallel == "tp" else "expert"
+    return finding(
+        "rank-part", "config.json",
+        f"These are the experts of rank {rank.rank} of {rank.world_size} under {way} parallelism; engines divide whole "
+        "models themselves", hint="load them with quarkconv.load_fused_experts, or a loader of your own",
+    )  # fmt: skip
+
+
+def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterator[Finding]:
+    if declared is None:
+        has_codes = any(form.quantized for form, _ in modules.groups)
+        yield finding(
+            "quant-config-missing", "config.json", "config.json has no quantization_config",
+            hint="the weights are int8: take the config.json that Quark exported with them" if has_codes
+            else "nothing is quantized here: quantize the model with Quark first",
+        )  # fmt: skip
+        return
+    for problem in declared.problems:
+        yield finding(
+            "quant-config-invalid", f"quantization_config.{problem.field}",
+            f"expected {problem.expected}, found {problem.found}",
+        )  # fmt: skip
+
+
+def _experts(declared: DeclaredScheme | None, topology: Topology) -> Iterator[Finding]:
+    """Layers whose experts, all or some, are stored in float."""
+    if declared is None or isinstance(declared, UnknownScheme):
+        return
+    for layer in topology.layers:
+        missing = layer.float_experts()
+        if not missing:
+            continue
+        claims = {declared.resolve_expert(layer.prefix, module) for module in _float_modules(layer)}
+        if missing < layer.experts or layer.partly_quantized:
+            part = "" if missing < layer.experts else " in some of their projections"
+            yield finding(
+                "experts-not-quantized", layer.prefix,
+                f"{missing} of {layer.experts} experts are stored in float{part} and the others in int8",
+                hint="quantize all experts of a layer or none: no engine runs a layer that mixes them", count=missing,
+            )  # fmt: skip
+        elif claims == {FLOAT}:
+            yield finding(
+                "experts-excluded", layer.prefix, f"All {missing} experts are excluded and stored in float",
+                count=missing,
+            )  # fmt: skip
+        else:
+            dtype = next(form.weight.dtype for form in layer.all_forms if form.is_float)
+            yield finding(
+                "experts-not-quantized", layer.prefix,
+                f"config.json declares {missing} experts quantized, and all are stored in {dtype}",
+                hint="quantize the model again: Quark 0.13 leaves 3-D experts alone in eager mode on transformers 5; "
+                "its file-to-file mode quantizes them", count=missing,
+            )  # fmt: skip
+
+
+def _float_modules(layer: MoELayer) -> Iterator[str]:
+    for role, expert, module in layer.modules():
+        forms = layer.forms[role]
+        if forms[expert].is_float:
+            yield module
+
+
+def _linears(declared: DeclaredScheme, modules: ResolvedModules, topology: Topology) -> Iterator[Finding]:
+    """Linears for which config and tensors disagree."""
+    claimed: list[str] = []
+    excluded: list[str] = []
+    for (form, claim), names in modules.groups.items():
+        if form.is_float and claim.weight is not None:
+            claimed += [name for name in names if name not in topology.members and is_linear(name, form)]
+        elif form.quantized and claim.weight is None:
+            excluded += names
+    if claimed and declared.stores_codes:
+        yield finding(
+            "quantized-but-stored-float", claimed[0],
+            f"config.json declares {_count(claimed)} quantized, stored in float: {_first(claimed)}",
+            hint=_CONVERT, count=len(claimed),
+        )  # fmt: skip
+    elif claimed:
+        yield finding(
+            "scheme-unsupported", claimed[0],
+            "The export keeps float weights, to be quantized at load (weight_format is not real_quantized)",
+            hint='export it again with weight_format="real_quantized"', count=len(claimed),
+        )  # fmt: skip
+    if excluded:
+        yield finding(
+            "excluded-but-quantized", excluded[0],
+            f"config.json excludes {_count(excluded)} stored in int8: {_first(excluded)}",
+            hint=_CONVERT, count=len(excluded),
+        )  # fmt: skip
+
+
+_Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
+
+_CHECKS: Final[tuple[_Check, ...]] = (
+    ("scale-missing", lambda form, _: form.scale is None, "{} in int8 without weight_scale", _REQUANTIZE),
+    (
+        "scale-missing",
+        lambda form, claim: form.input_scale is None and _is_static(claim),
+        "{} declared with a static input scale that is not stored",
+        _REQUANTIZE,
+    ),
+    (
+        "weight-shape",
+        lambda form, _: 0 in form.weight.shape or prod(form.weight.shape[:-2]) > MAX_EXPERTS,
+        f"{{}} in int8 without elements, or of more than {MAX_EXPERTS} matrices",
+        "these are no weights of a model",
+    ),
+    (
+        "scale-dtype",
+        lambda form, _: any(
+            kind is not None and kind.dtype not in SCALE_DTYPES for kind in (form.scale, form.input_scale)
+        ),
+        "{} with a scale that is not F32, BF16 or F16",
+        _REQUANTIZE,
+    ),
+    (
+        "scale-shape",
+        lambda form, _: form.scale is not None and form.granularity is None,
+        "{} with a scale that is neither per channel nor per tensor",
+        _REQUANTIZE,
+    ),
+    (
+        "scale-shape",
+        lambda form, _: form.input_scale is not None and not _is_input_scale(form.input_scale.shape, form.weight.shape),
+        "{} with a static input scale that is neither one value nor one for each matrix",
+        _REQUANTIZE,
+    ),
+    (
+        "granularity-mismatch",
+        lambda form, claim: (
+            form.granularity is not None and claim.weight is not None and form.granularity != claim.weight.granularity
+        ),
+        "{} with scales of another granularity than config.json declares",
+        _CONVERT,
+    ),
+    (
+        "granularity-mismatch",
+        lambda form, claim: form.input_scale is not None and claim.weight is not None and not _is_static(claim),
+        "{} with a static input scale that config.json does not declare",
+        _CONVERT,
+    ),
+    (
+        "zero-point-shape",
+        lambda form, _: (
+            form.zero_point is not None and form.scale is not None and form.zero_point.shape != form.scale.shape
+        ),
+        "{} with a zero point of another shape than the scale",
+        _REQUANTIZE,
+    ),
+    (
+        "scale-narrow",
+        lambda form, _: form.scale is not None and form.scale.dtype in NARROW_DTYPES,
+        "{} with a scale in 16 bits; conversion widens it to F32, which is exact",
+        "",
+    ),
+    (
+        "zero-point-present",
+        lambda form, _: form.zero_point is not None or form.input_zero_point is not None,
+        "{} with stored zero points; conversion checks that they are zero and drops them",
+        "",
+    ),
+)
+"""(code, test, message, hint) of what is looked at in every int8 module; ``{}`` becomes "3 modules"."""
+
+
+def _stored(modules: ResolvedModules) -> Iterator[Finding]:
+    """What is wrong with, or remarkable about, the tensors of int8 modules."""
+    for code, test, message, hint in _CHECKS:
+        found = [
+            name
+            for (form, claim), names in modules.groups.items()
+            if form.quantized and test(form, claim)
+            for name in names
+        ]
+        if found:
+            text = f"{message.format(_count(found))}: {_first(found)}"
+            yield finding(code, found[0], text, hint=hint, count=len(found))
+
+
+def _scheme(
+    declared: DeclaredScheme | None, stored: StoredModules, modules: ResolvedModules, topology: Topology
+) -> Iterator[Finding]:
+    """Whether this is an INT8 scheme at all, one, and of a mixture of experts."""
+    schemes = modules.schemes()
+    other = sorted({form.weight.dtype for form, _ in modules.groups if not form.quantized and not form.is_float})
+    if other:
+        names = [name for (form, _), group in modules.groups.items() if form.weight.dtype in other for name in group]
+        yield finding(
+            "scheme-unsupported", names[0], f"{_count(names)} stored in {', '.join(other)}: {_first(names)}",
+            hint="quarkconv converts INT8 W8A8 only", count=len(names),
+        )  # fmt: skip
+    elif not schemes and declared is not None:
+        kind = declared.default.weight.dtype if declared.default.weight else declared.method
+        yield finding(
+            "scheme-unsupported", "quantization_config", f"config.json declares {kind}, and nothing is stored in int8",
+            hint="quarkconv converts INT8 W8A8 only",
+        )  # fmt: skip
+    unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
+    if unnamed and declared is not None:
+        count = sum(schemes[scheme] for scheme in unnamed)
+        yield finding(
+            "scheme-unsupported", "quantization_config",
+            f"{count} int8 module(s) have {_shown(unnamed[0].weight)} weights and {_shown(unnamed[0].activation)} "
+            "activations, which is not one of the INT8 W8A8 schemes",
+            hint="quarkconv converts INT8 W8A8 only", count=count,
+        )  # fmt: skip
+    names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
+    if len(names_found) > 1:
+        yield finding("mixed-scheme", "quantization_config", f"int8 modules are of {' and '.join(names_found)}")
+    if not topology.members:
+        quantized = stored.count(quantized=True) > 0
+        yield finding(
+            "not-moe", "config.json", "The checkpoint has no routed experts",
+            hint="" if quantized else "quarkconv is for mixtures of experts in INT8",
+            severity=Severity.WARNING if quantized else Severity.ERROR,
+        )  # fmt: skip
+
+
+def _shown(spec: TensorSpec | None) -> str:
+    if spec is None:
+        return "float"
+    words = ("dynamic" if spec.dynamic else "static", "" if spec.symmetric else "asymmetric", spec.granularity)
+    return " ".join([spec.dtype, *filter(None, words)])
+
+
+def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return prod(shape) in (1, prod(weight[:-2]))
+
+
+def _is_static(scheme: ModuleScheme) -> bool:
+    return scheme.activation is not None and not scheme.activation.dynamic and scheme.activation.dtype == "int8"
+
+
+def _count(names: list[str]) -> str:
+    return f"{len(names)} module{'s' if len(names) > 1 else ''}"
+
+
+def _first(names: list[str]) -> str:
+    return names[0] if len(names) == 1 else f"{names[0]}, ..."

@@ -1,0 +1,111 @@
+"""A checkpoint described: what it stores, what its config claims, and where the two disagree.
+
+This is where headers, scheme and experts come together. Everything after it, targets, plans and reports, works on a
+:class:`Description` and looks at nothing else.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+from quarkconv.description.contradictions import contradictions, rank_part
+from quarkconv.experts.config import ConfigGeometry, config_geometry
+from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
+from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
+from quarkconv.files.base import Files, Progress
+from quarkconv.findings import Finding, Severity, bounded
+from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
+from quarkconv.headers.collector import collector_paused
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.formats.readers import declared_scheme
+from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
+from quarkconv.scheme.spec import MIXED, ModuleScheme
+from quarkconv.scheme.stored import StoredModules, stored_modules
+
+
+@dataclass(frozen=True, slots=True)
+class Description:
+    """Everything that the headers and the config of a checkpoint tell.
+
+    Attributes:
+        checkpoint: the files.
+        declared: what the config claims; None without a quantization_config.
+        geometry: what the config says about the experts.
+        stored: the modules that have a weight.
+        modules: the same, with the scheme of each.
+        topology: the routed experts.
+        findings: everything that is wrong or worth knowing, worst first.
+    """
+
+    checkpoint: Checkpoint
+    declared: DeclaredScheme | None
+    geometry: ConfigGeometry
+    stored: StoredModules
+    modules: ResolvedModules
+    topology: Topology
+    findings: tuple[Finding, ...]
+
+    @property
+    def moe_layers(self) -> tuple[MoELayer, ...]:
+        """The layers with routed experts, in order."""
+        return self.topology.layers
+
+    @property
+    def int8_layers(self) -> tuple[MoELayer, ...]:
+        """The layers whose routed experts are all stored in int8."""
+        return tuple(layer for layer in self.topology.layers if layer.quantized)
+
+    @property
+    def schemes(self) -> Counter[ModuleScheme]:
+        """How many modules are stored quantized in each scheme."""
+        return self.modules.schemes()
+
+    @property
+    def scheme(self) -> str | None:
+        """The scheme of the modules that are stored quantized: a name, ``mixed``, or None for anything else."""
+        if any(not form.quantized and not form.is_float for form, _ in self.modules.groups):
+            return None
+        names = {self.modules.names.get(scheme) for scheme in self.schemes}
+        if len(names) > 1 and None not in names:
+            return MIXED
+        return names.pop() if len(names) == 1 else None
+
+    def unfused_layout(self, layer: MoELayer) -> Layout:
+        """How the unquantized model lays out the experts of a layer: one by one, or all in one in 3-key models."""
+        stacked = layer.layout == "stacked" or self.geometry.model_type in STACKED_MODEL_TYPES
+        return "stacked" if stacked else "per_expert"
+
+    def errors(self) -> list[Finding]:
+        """The findings of severity ``error``."""
+        return [item for item in self.findings if item.severity is Severity.ERROR]
+
+
+def describe(place: Path | Files, reading: Progress | None = None) -> Description:
+    """Describe a checkpoint, from its headers and its config alone.
+
+    Args:
+        place: its directory, or its files wherever they are.
+        reading: told how many headers were read.
+
+    Raises:
+        SourceError: there is nothing that can be described.
+    """
+    with collector_paused():
+        checkpoint = open_checkpoint(place, reading)
+        declared = declared_scheme(checkpoint.config)
+        geometry = config_geometry(checkpoint.config)
+        stored = stored_modules(checkpoint.types, FUSED_LEAVES)
+        modules = resolve_modules(stored, declared)
+        topology = expert_topology(stored, geometry.local_experts, geometry.hidden_layers)
+        findings = [
+            *checkpoint.findings,
+            *topology.findings,
+            *([rank_part(geometry.rank)] if geometry.rank else ()),
+            *contradictions(declared, stored, modules, topology),
+        ]
+    order = list(Severity)
+    findings = bounded(findings)
+    findings.sort(key=lambda item: order.index(item.severity))
+    return Description(checkpoint, declared, geometry, stored, modules, topology, tuple(findings))

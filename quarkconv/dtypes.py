@@ -1,0 +1,49 @@
+"""Dtypes of the safetensors format: the type of a tensor, its size, and exact widening of 16-bit floats to F32.
+
+Widening needs no torch, so that conversion does without it.
+"""
+
+from __future__ import annotations
+
+import struct
+from math import prod
+from typing import Final, NamedTuple
+
+DTYPE_BITS: Final[dict[str, int]] = {
+    "BOOL": 8, "F4": 4, "F6_E2M3": 6, "F6_E3M2": 6, "U8": 8, "I8": 8, "F8_E5M2": 8, "F8_E4M3": 8, "F8_E8M0": 8,
+    "F8_E4M3FNUZ": 8, "F8_E5M2FNUZ": 8, "I16": 16, "U16": 16, "F16": 16, "BF16": 16, "I32": 32, "U32": 32, "F32": 32,
+    "C64": 64, "F64": 64, "I64": 64, "U64": 64,
+}  # fmt: skip
+"""Bits per element of every dtype of the format."""
+
+FLOAT_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
+"""Dtypes in which unquantized weights are stored."""
+
+
+class TensorType(NamedTuple):
+    """Dtype and shape of a tensor, outermost dimension first; the shape of a scalar is ``()``."""
+
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bytes."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+
+
+_SIZE: Final = 2
+
+
+def widen_bf16(data: bytes) -> bytes:
+    """BF16 to F32, little-endian: BF16 is the upper half of the F32 of the same value."""
+    wide = bytearray(2 * len(data))
+    wide[2::4] = data[0::_SIZE]
+    wide[3::4] = data[1::_SIZE]
+    return bytes(wide)
+
+
+def widen_f16(data: bytes) -> bytes:
+    """F16 to F32, little-endian: every value of F16 is one of F32."""
+    count = len(data) // _SIZE
+    return struct.pack(f"<{count}f", *struct.unpack(f"<{count}e", data))

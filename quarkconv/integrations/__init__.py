@@ -1,0 +1,1 @@
+"""quarkconv inside other projects' pipelines."""

@@ -1,0 +1,1 @@
+"""The verb load: the experts of a layer as tensors, from any layout."""

@@ -1,0 +1,100 @@
+"""The scheme that a compressed-tensors config declares for each module.
+
+Source: https://github.com/vllm-project/compressed-tensors, ``quantization/quant_config.py``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import islice
+from typing import Any, ClassVar
+
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.spec import (
+    FLOAT,
+    INPUT_STATIC,
+    PER_CHANNEL,
+    PER_TENSOR,
+    PER_TOKEN,
+    SCHEME_NAMES,
+    WEIGHT_PER_CHANNEL,
+    ModuleScheme,
+    TensorSpec,
+)
+from quarkconv.text import shortened, word
+
+LINEAR_TYPE = "Linear"
+"""The class that a group names to mean every linear that no group names."""
+
+KV_CACHE_MODULES = ("*k_proj", "*v_proj")
+"""The linears whose outputs a key-value cache holds, as Quark's patterns."""
+
+_MAX_GROUPS = 1_000
+_GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
+
+
+class CompressedTensorsScheme(DeclaredScheme):
+    """A ``quantization_config`` with ``quant_method: compressed-tensors``.
+
+    Here a scale per tensor is stored as one for each row, so static activations go with either.
+    """
+
+    names: ClassVar[Mapping[ModuleScheme, str]] = {
+        **SCHEME_NAMES,
+        ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_STATIC): "int8_static",
+    }
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__("compressed-tensors", None)
+        patience = Patience()
+        self._groups: list[tuple[Callable[[str], object], ModuleScheme]] = []
+        groups = self._object(config.get("config_groups"), "config_groups")
+        if len(groups) > _MAX_GROUPS:
+            self._problem("config_groups", f"at most {_MAX_GROUPS} groups", groups)
+        for key, value in islice(groups.items(), _MAX_GROUPS):
+            key = shortened(key)
+            group = self._object(value, f"config_groups.{key}")
+            scheme = ModuleScheme(
+                self._spec(group.get("weights"), f"config_groups.{key}.weights"),
+                self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
+            )
+            targets = self._strings(group.get("targets"), f"config_groups.{key}.targets")
+            self._groups.append((name_filter(targets, globs=False, patience=patience), scheme))
+            if LINEAR_TYPE in targets and self.default == FLOAT:
+                self.default = scheme
+        ignored = self._strings(config.get("ignore"), "ignore")
+        self._ignored = name_filter(ignored, globs=False, patience=patience)
+        kv_cache = self._spec(config.get("kv_cache_scheme"), "kv_cache_scheme")
+        if kv_cache is not None:
+            fp8 = kv_cache.dtype == "float8"
+            self.kv_cache = replace(kv_cache, dtype="fp8_e4m3") if fp8 else kv_cache
+            self.kv_cache_modules = KV_CACHE_MODULES
+
+    def resolve(self, module: str) -> ModuleScheme:
+        if self._ignored(module):
+            return FLOAT
+        for named, scheme in self._groups:
+            if named(module):
+                return scheme
+        return self.default
+
+    def resolve_expert(self, experts: str, module: str) -> ModuleScheme:
+        return FLOAT if self._ignored(experts) else self.resolve(module)
+
+    def _spec(self, value: object, where: str) -> TensorSpec | None:
+        if value is None:
+            return None
+        spec = self._object(value, where)
+        kind, bits, dynamic = spec.get("type"), spec.get("num_bits"), spec.get("dynamic", False)
+        if not isinstance(kind, str) or not isinstance(bits, int):
+            self._problem(where, "type a string and num_bits a number", value)
+            return None
+        strategy = spec.get("strategy")
+        return TensorSpec(
+            word(f"{kind}{bits}"),
+            _GRANULARITY.get(word(strategy), word(strategy)),
+            symmetric=spec.get("symmetric", True) is True,
+            dynamic=dynamic is True,
+        )

@@ -1,0 +1,95 @@
+"""The scheme that a Quark config declares for each module.
+
+Quark decides by module name (the tensor's name without ``.weight``), in this order: ``exclude``; the first key of
+``layer_quant_config`` that matches, in the order of the file; ``layer_type_quant_config``; ``global_quant_config``.
+Names match as fnmatch patterns, case-sensitive and over the whole name; nothing is merged between levels, so a null
+weight is a float weight. Source: amd-quark 0.13, ``torch/export/main_export/quant_config_parser.py`` (how an exported
+config is read back) and ``torch/quantization/file2file_quantization.py``; 0.11.1 is the same. Quark itself knows no
+``re:`` entries in ``exclude``; engines do, and so they are read here too.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quarkconv.errors import SourceError
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.patterns import Patience, first_match, name_filter
+from quarkconv.scheme.spec import FLOAT, PER_CHANNEL, PER_TOKEN, ModuleScheme, TensorSpec
+from quarkconv.text import shortened, word
+
+LINEAR_TYPE = "Linear"
+"""The only key of ``layer_type_quant_config`` that concerns the modules of a checkpoint."""
+MAX_LAYERS = 100_000
+"""Keys of ``layer_quant_config`` that are believed: as many as the largest models have linears."""
+_MAX_STAGES = 4
+
+
+class QuarkScheme(DeclaredScheme):
+    """A ``quantization_config`` with ``quant_method: quark``."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        version = config.get("version")
+        super().__init__("quark", shortened(str(version)) if isinstance(version, str | int | float) else None)
+        self.default = self._layer(config.get("global_quant_config"), "global_quant_config")
+        by_type = self._object(config.get("layer_type_quant_config"), "layer_type_quant_config")
+        if LINEAR_TYPE in by_type:
+            self.default = self._layer(by_type[LINEAR_TYPE], f"layer_type_quant_config.{LINEAR_TYPE}")
+        patience = Patience()
+        by_name = self._object(config.get("layer_quant_config"), "layer_quant_config")
+        if len(by_name) > MAX_LAYERS:
+            raise SourceError(
+                "The quantization config has settings for more layers than can be believed",
+                code="quant-config-invalid", file="config.json", expected=f"at most {MAX_LAYERS}",
+                found=f"{len(by_name)} in layer_quant_config",
+            )  # fmt: skip
+        self._key = first_match(by_name, patience)
+        self._layers = [self._layer(value, f"layer_quant_config.{shortened(key)}") for key, value in by_name.items()]
+        excluded = self._strings(config.get("exclude"), "exclude")
+        self._excluded = name_filter(excluded, globs=True, patience=patience)
+        export = self._object(config.get("export"), "export")
+        self.stores_codes = export.get("weight_format", "real_quantized") == "real_quantized"
+        group = self._strings(export.get("kv_cache_group"), "export.kv_cache_group")
+        for key in group:
+            layer = by_name.get(key)
+            outputs = layer.get("output_tensors") if isinstance(layer, dict) else None
+            spec = self._spec(outputs, f"layer_quant_config.{key}.output_tensors", weight=False)
+            if spec is not None:
+                self.kv_cache, self.kv_cache_modules = spec, tuple(group)
+
+    def resolve(self, module: str) -> ModuleScheme:
+        if self._excluded(module):
+            return FLOAT
+        position = self._key(module)
+        return self.default if position is None else self._layers[position]
+
+    def _layer(self, value: object, where: str) -> ModuleScheme:
+        """Parse one QLayerConfig: the specs of weight and input_tensors."""
+        layer = self._object(value, where)
+        return ModuleScheme(
+            self._spec(layer.get("weight"), f"{where}.weight", weight=True),
+            self._spec(layer.get("input_tensors"), f"{where}.input_tensors", weight=False),
+        )
+
+    def _spec(self, value: object, where: str, *, weight: bool) -> TensorSpec | None:
+        """Parse one QTensorConfig. Quark writes per-token as per_channel and dynamic, of an input."""
+        if isinstance(value, list) and len(value) == 1:
+            value = value[0]
+        if isinstance(value, list) and value:
+            dtypes = [word(self._object(stage, where).get("dtype")) for stage in value[:_MAX_STAGES]]
+            return TensorSpec("+".join(dtypes), "multi_stage", symmetric=False, dynamic=False)
+        if value is None:
+            return None
+        spec = self._object(value, where)
+        dtype, qscheme = spec.get("dtype"), spec.get("qscheme")
+        dynamic = spec.get("is_dynamic", spec.get("dynamic", False))
+        if not isinstance(dtype, str) or not isinstance(dynamic, bool | None):
+            self._problem(where, "dtype a string and is_dynamic a boolean", value)
+            return None
+        granularity = word(qscheme)
+        axis = spec.get("ch_axis", spec.get("axis"))
+        if granularity == PER_CHANNEL and not weight and dynamic:
+            granularity = PER_TOKEN
+        elif granularity == PER_CHANNEL and axis not in (0, -2, None):
+            granularity = f"per_channel(axis={word(axis)})"
+        return TensorSpec(word(dtype), granularity, symmetric=spec.get("symmetric") is True, dynamic=bool(dynamic))

@@ -1,0 +1,25 @@
+"""The scheme that SGLang's ``w8a8_int8`` config declares: per-channel weights, per-token activations.
+
+Source: SGLang, ``srt/layers/quantization/w8a8_int8.py``.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.spec import FLOAT, INPUT_PER_TOKEN, WEIGHT_PER_CHANNEL, ModuleScheme
+
+
+class W8A8Int8Scheme(DeclaredScheme):
+    """A ``quantization_config`` with ``quant_method: w8a8_int8``: per-channel weights, per-token activations."""
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__("w8a8_int8", None)
+        self.default = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
+        ignored = self._strings(config.get("ignore"), "ignore")
+        self._ignored = name_filter(ignored, globs=False, patience=Patience())
+
+    def resolve(self, module: str) -> ModuleScheme:
+        return FLOAT if self._ignored(module) else self.default

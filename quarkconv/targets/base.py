@@ -1,0 +1,130 @@
+"""What a target is: how it names, shapes and describes the tensors of a converted model."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator, Sequence
+from math import prod
+from typing import Any, ClassVar, NamedTuple
+
+from quarkconv.description.description import Description
+from quarkconv.experts.topology import MoELayer
+from quarkconv.findings import Finding
+from quarkconv.plan.experts import ExpertSource, Int8Module
+from quarkconv.plan.pieces import Check, OutputTensor
+from quarkconv.scheme.stored import Form, linear_names
+
+
+class Target(ABC):
+    """A format to convert to. A subclass is one file in :mod:`quarkconv.targets`.
+
+    Attributes:
+        name: as given to ``--to``.
+        summary: one line for people.
+        by_rank: whether the experts can be divided among ranks.
+        facts: one sentence on what becomes of the weights, for the model card.
+    """
+
+    name: ClassVar[str]
+    summary: ClassVar[str]
+    by_rank: ClassVar[bool] = False
+    facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
+
+    def unsupported(self, description: Description) -> str | None:
+        """Why this target cannot represent a checkpoint that is sound; None when it can."""
+        if not description.moe_layers:
+            return "it has no routed experts"
+        if not description.int8_layers:
+            return "none of its experts are stored in int8"
+        for layer in description.moe_layers:
+            if layer.partly_quantized:
+                return f"{layer.prefix} mixes experts in int8 and in float"
+        if description.scheme is None:
+            return "it has int8 modules that are not W8A8"
+        if len({scheme.activation for scheme in description.schemes}) > 1:
+            return "it mixes static and dynamic activation scales, which one config group cannot say"
+        return None
+
+    @abstractmethod
+    def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
+        """The output tensors of the routed experts of one layer."""
+
+    @abstractmethod
+    def expert_bytes(self, layer: MoELayer) -> int:
+        """Size of :meth:`expert_tensors`, without making them."""
+
+    @abstractmethod
+    def config(self, description: Description) -> dict[str, Any]:
+        """The config.json of the output."""
+
+    def losses(self, description: Description) -> Iterator[Finding]:  # noqa: ARG002
+        """What the source says and the output cannot; nothing is dropped that is not named here."""
+        yield from ()
+
+    def renamed(self, name: str) -> str:
+        """The name in the output of a tensor that belongs to no int8 module."""
+        return name
+
+    def drops(self, name: str) -> bool:  # noqa: ARG002
+        """Whether a tensor that no other is made of is left out; :meth:`losses` says so."""
+        return False
+
+    def expert_checks(self, source: ExpertSource) -> Iterator[Check]:  # noqa: ARG002
+        """What must hold of a layer's data for :meth:`expert_tensors` to be exact."""
+        yield from ()
+
+    def module_checks(self, module: Int8Module) -> Iterator[Check]:  # noqa: ARG002
+        """What must hold of a module's data for :meth:`module_tensors` to be exact."""
+        yield from ()
+
+    def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
+        """The output tensors of an int8 linear: codes as they are, weight_scale F32 [out, 1], no zero point.
+
+        A scale per tensor is repeated over the rows, a 16-bit scale is widened; both are exact.
+        """
+        names = linear_names(module.name)
+        yield OutputTensor(names.weight, "I8", module.shape, module.codes)
+        yield OutputTensor(names.scale, "F32", (*module.shape[:-1], 1), module.scales)
+        if module.input_scales:
+            yield OutputTensor(names.input_scale, "F32", module.input_shape, module.input_scales)
+
+    def module_bytes(self, shape: tuple[int, ...], static: int) -> int:
+        """Size of :meth:`module_tensors`, without making them.
+
+        Args:
+            shape: of the weight.
+            static: number of static input scales.
+        """
+        return prod(shape) + 4 * prod(shape[:-1]) + 4 * static
+
+    def output_bytes(self, description: Description, modules: Sequence[Int8Count]) -> int:
+        """Size of all tensors of the output, without planning them.
+
+        Args:
+            description: the source.
+            modules: of :func:`count_int8`; counted once for all targets.
+        """
+        size = description.checkpoint.tensor_bytes
+        for form, count, linears in modules:
+            size -= count * sum(kind.nbytes for kind in form if kind is not None)
+            if linears:
+                static = 0 if form.input_scale is None else prod(form.input_scale.shape)
+                size += linears * self.module_bytes(form.weight.shape, static)
+        return size + sum(map(self.expert_bytes, description.int8_layers))
+
+
+class Int8Count(NamedTuple):
+    """How many int8 modules have a form, and how many of them are no routed experts."""
+
+    form: Form
+    modules: int
+    linears: int
+
+
+def count_int8(description: Description) -> list[Int8Count]:
+    """Count the int8 modules of a checkpoint by their form."""
+    is_expert = description.topology.members.__contains__
+    return [
+        Int8Count(form, len(modules), len(modules) - sum(map(is_expert, modules)))
+        for form, _, modules in description.modules.quantized()
+    ]

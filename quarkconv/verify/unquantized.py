@@ -1,0 +1,114 @@
+"""The model before it was quantized: its weights beside the codes and scales, expert by expert."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quarkconv.description.description import Description
+from quarkconv.errors import UsageError
+from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.topology import MoELayer
+from quarkconv.load.experts import FusedExperts
+from quarkconv.load.layer_files import LayerFiles
+from quarkconv.load.layer_reads import projection_names
+from quarkconv.verify.reference import CODE_MAX
+from quarkconv.verify.results import Problem, WeightError
+
+WEIGHT_BOUND: Final = 0.25
+"""Bound on the relative error of a weight. Rounding to 8 bits with a scale per row gives a row whose largest value is c
+times its root mean square an error of c / 440. Weights have c from 4 to about 20; the bound would take 110. What lies
+beyond is no rounding: other weights, other scales, or rows in another order."""
+
+
+class OriginalModel:
+    """An unquantized checkpoint, with its experts one by one or stacked. A context manager.
+
+    Args:
+        description: the unquantized checkpoint.
+        pool: threads to read with.
+    """
+
+    def __init__(self, description: Description, pool: ThreadPoolExecutor) -> None:
+        self.description = description
+        self._files = LayerFiles(description, {}, pool, lambda _: None)
+        self._layers = {layer.index: layer for layer in description.moe_layers}
+
+    def __enter__(self) -> OriginalModel:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._files.__exit__(*error)
+
+    def check(self, layers: list[MoELayer]) -> None:
+        """Refuse a model that does not have these layers in these shapes, stored in float.
+
+        Raises:
+            UsageError: so it is.
+        """
+        for layer in layers:
+            found = self._layers.get(layer.index)
+            floats = found is not None and all(form.is_float for form in found.all_forms)
+            if found is None or found.geometry != layer.geometry or not floats:
+                raise UsageError(
+                    "The reference does not have this layer unquantized and in this shape",
+                    file=str(self.description.checkpoint.root), tensor=layer.prefix,
+                    expected=_said(layer, "float"),
+                    found="no such layer" if found is None else _said(found, "float" if floats else "not float"),
+                    hint="give --reference the model that was quantized, in BF16",
+                )  # fmt: skip
+
+    def weights(self, layer: MoELayer, device: torch.device) -> Callable[[Role, int], Tensor]:
+        """Gives the weight of a projection of a layer, float64 [out, in] on a device."""
+        mine = self._layers[layer.index]
+
+        def weight(role: Role, expert: int) -> Tensor:
+            name = projection_names(mine, role, expert).weight
+            values = self._files.small(name, None if mine.layout == "per_expert" else expert).to(device)
+            if mine.layout == "fused" and role != "down":
+                values = values[: mine.intermediate] if role == "gate" else values[mine.intermediate :]
+            return values.double()
+
+        return weight
+
+
+def weight_errors(
+    experts: FusedExperts, weight: Callable[[Role, int], Tensor], problems: list[Problem]
+) -> dict[str, tuple[WeightError, ...]]:
+    """Compare every projection of a layer with the unquantized one: role -> the errors of each expert."""
+    errors: dict[str, tuple[WeightError, ...]] = {}
+    for role in ROLES:
+        errors[role] = tuple(
+            _weight_error(experts, role, expert, weight(role, expert)) for expert in range(experts.experts)
+        )
+        wrong = [expert for expert, error in enumerate(errors[role]) if not error.relative_error <= WEIGHT_BOUND]
+        if wrong:
+            worst = max(wrong, key=lambda expert: errors[role][expert].relative_error)
+            problems.append(
+                Problem(
+                    "numbers", experts.layer, f"{experts.prefix}.{worst} ({role})",
+                    f"The weight is not the reference's, quantized: relative error "
+                    f"{errors[role][worst].relative_error:.3g}, bound {WEIGHT_BOUND:g}", len(wrong),
+                )
+            )  # fmt: skip
+    return errors
+
+
+def _weight_error(experts: FusedExperts, role: Role, expert: int, original: Tensor) -> WeightError:
+    projection = experts.projection(role, expert)
+    scale = projection.scale.double().unsqueeze(1)
+    noise = (projection.codes.double() * scale - original).norm().item()
+    signal = original.norm().item()
+    relative = noise / signal if signal else (0.0 if noise == 0 else math.inf)
+    clipped = (original.abs() > (CODE_MAX + 0.5) * scale).double().mean().item()
+    return WeightError(relative, -20 * math.log10(relative) if 0 < relative < math.inf else None, clipped)
+
+
+def _said(layer: MoELayer, stored: str) -> str:
+    experts, hidden, intermediate = layer.geometry
+    return f"{experts} experts of {hidden} x {intermediate}, {stored}"

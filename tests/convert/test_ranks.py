@@ -1,0 +1,248 @@
+"""Experts divided among ranks, against slicing the whole tensors with torch."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from conftest import Checkpoints
+from support.writing import Tensors, assert_same_tensors, fused_int8, load, make_checkpoint, run_cli, snapshot
+
+import quarkconv
+from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
+from quarkconv.experts.ranks import Rank, make_rank, rank_of_config
+from quarkconv.plan.pieces import Plan
+from quarkconv.write.space import records_nbytes
+
+STATIC = "qwen3_moe-quark0.11-eager-int8_static"
+NAMES = ("qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "step3p5-like-3key_fused", STATIC)
+GATE_UP = ("experts.gate_up_proj", "experts.w13")
+DOWN = ("experts.down_proj", "experts.w2")
+
+
+def part_of(whole: Tensors, parallel: str, rank: int, world_size: int) -> Tensors:
+    """The tensors of a rank: gate and up cut each by itself, down by its columns, or whole experts."""
+    expected = {}
+    for name, tensor in whole.items():
+        kind = name.removesuffix("_input_scale").removesuffix("_scale")
+        if not kind.endswith(GATE_UP + DOWN):
+            expected[name] = tensor
+        elif parallel == "ep":
+            expected[name] = torch.tensor_split(tensor, world_size)[rank]
+        elif name.endswith("_input_scale") or (name.endswith("_scale") and kind.endswith(DOWN)):
+            expected[name] = tensor
+        elif kind.endswith(DOWN):
+            expected[name] = tensor.chunk(world_size, dim=2)[rank]
+        else:
+            halves = tensor.chunk(2, dim=1)
+            expected[name] = torch.cat([half.chunk(world_size, dim=1)[rank] for half in halves], dim=1)
+    return expected
+
+
+def convert(source: Path, out: Path, parallel: str, world_size: int, **options: Any) -> Path:
+    plan = quarkconv.plan_by_rank(source, "fused-int8", out, parallel=parallel, world_size=world_size)
+    quarkconv.convert_by_rank(plan, **{"jobs": 1, **options})
+    return plan.output
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(("parallel", "world_size"), [("tp", 2), ("tp", 4), ("ep", 2), ("ep", 3)])
+def test_each_rank_has_the_slices_of_the_whole(
+    checkpoints: Checkpoints, tmp_path: Path, name: str, parallel: str, world_size: int
+) -> None:
+    whole = fused_int8(checkpoints(name))
+    out = convert(checkpoints(name), tmp_path / "out", parallel, world_size)
+    for rank in range(world_size):
+        folder = out / f"rank-{rank:02d}-of-{world_size:02d}"
+        assert_same_tensors(load(folder), part_of(whole, parallel, rank, world_size))
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
+@pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_scales_of_every_kind(tmp_path: Path, layout: str, granularity: str, dtype: torch.dtype) -> None:
+    root = make_checkpoint(
+        tmp_path / "model", layout=layout, granularity=granularity, scale_dtype=dtype, experts=5, intermediate=12
+    )
+    whole = load(quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "whole").output)
+    for parallel, world_size in (("tp", 3), ("ep", 3)):
+        out = convert(root, tmp_path / parallel, parallel, world_size)
+        for rank in range(world_size):
+            found = load(out / f"rank-{rank:02d}-of-03")
+            assert_same_tensors(found, part_of(whole, parallel, rank, world_size))
+
+
+@pytest.mark.parametrize("block", [1, 64, 1000])
+def test_columns_are_the_same_however_many_rows_are_read_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, block: int
+) -> None:
+    monkeypatch.setattr("quarkconv.write.transforms.BLOCK_BYTES", block)
+    root = make_checkpoint(tmp_path / "model")
+    out = convert(root, tmp_path / "out", "tp", 4)
+    for rank in range(4):
+        assert_same_tensors(load(out / f"rank-{rank:02d}-of-04"), part_of(fused_int8(root), "tp", rank, 4))
+
+
+def test_the_index_says_what_each_rank_has(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model", experts=5)
+    out = convert(root, tmp_path / "out", "ep", 3)
+    index = json.loads((out / "ranks.json").read_text())
+    manifests = [json.loads((out / f"rank-{rank:02d}-of-03" / "quarkconv.json").read_text()) for rank in range(3)]
+    assert index == {
+        "format": "quarkconv.ranks/1", "target": "fused-int8", "parallel": "ep", "world_size": 3,
+        "experts": 5, "intermediate_size": 20,
+        "ranks": [
+            {"rank": rank, "folder": f"rank-{rank:02d}-of-03", "experts": ends, "intermediate": [0, 20],
+             "plan": manifests[rank]["plan"]}
+            for rank, ends in enumerate(([0, 2], [2, 4], [4, 5]))
+        ],
+    }  # fmt: skip
+    tp = json.loads((convert(root, tmp_path / "tp", "tp", 2) / "ranks.json").read_text())
+    assert [rank["intermediate"] for rank in tp["ranks"]] == [[0, 10], [10, 20]]
+    assert [rank["experts"] for rank in tp["ranks"]] == [[0, 5], [0, 5]]
+
+
+def test_a_rank_says_that_it_is_one(tmp_path: Path) -> None:
+    out = convert(make_checkpoint(tmp_path / "model", experts=5), tmp_path / "out", "ep", 2)
+    found = quarkconv.inspect_checkpoint(out / "rank-01-of-02")
+    assert [item.code for item in found.findings] == ["rank-part"]
+    assert found.ok
+    assert found.engines == ()
+    assert not any(support.supported for support in found.targets.values())
+    with pytest.raises(UnsupportedError, match="part of one rank"):
+        quarkconv.convert_checkpoint(out / "rank-01-of-02", "quark", tmp_path / "again")
+    with pytest.raises(SourceError, match="several ranks") as caught:
+        quarkconv.inspect_checkpoint(out)
+    assert "rank-00-of-02" in (caught.value.hint or "")
+
+
+def test_a_rank_is_verified_against_the_whole_source(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model", experts=4)
+    for parallel in ("tp", "ep"):
+        out = convert(root, tmp_path / parallel, parallel, 2)
+        folder = out / "rank-01-of-02"
+        assert quarkconv.verify_checkpoint(folder, root, "cpu", tokens=2).ok
+        shard = next(folder.glob("*.safetensors"))
+        data = bytearray(shard.read_bytes())
+        data[-1] ^= 1
+        shard.write_bytes(data)
+        assert not quarkconv.verify_checkpoint(folder, root, "cpu", tokens=2).ok
+
+
+def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    for plan in quarkconv.plan_by_rank(root, "fused-int8", parallel="tp", world_size=2).plans:
+        assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+        assert plan.rank is not None
+        assert plan.moe.intermediate_size == 10
+
+
+def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
+    plan = quarkconv.plan_by_rank(root, "fused-int8", tmp_path / "out", parallel="tp", world_size=2)
+
+    def stop(_: int) -> None:
+        if (tmp_path / "out" / "rank-01-of-02").exists():
+            raise KeyboardInterrupt
+
+    with pytest.raises((KeyboardInterrupt, quarkconv.InterruptedByUser)):
+        quarkconv.convert_by_rank(plan, jobs=1, progress=stop)
+    first = tmp_path / "out" / "rank-00-of-02" / "model-00001-of-00001.safetensors"
+    written = first.stat().st_mtime_ns
+    assert not (tmp_path / "out" / "ranks.json").exists()
+    quarkconv.convert_by_rank(plan, jobs=1)
+    assert first.stat().st_mtime_ns == written
+    assert snapshot(tmp_path / "out") == whole
+
+
+def test_the_space_of_all_ranks_is_asked_for_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    plan = quarkconv.plan_by_rank(root, "fused-int8", tmp_path / "out", parallel="tp", world_size=2)
+    first = plan.plans[0]
+    free = first.output_bytes + records_nbytes(first.shards)  # enough for one of them
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
+    with pytest.raises(WriteError, match="not enough space"):
+        quarkconv.convert_by_rank(plan)
+    assert list((tmp_path / "out").iterdir()) == []
+
+
+def test_other_things_in_the_output_are_not_touched(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    out = convert(root, tmp_path / "out", "tp", 2)
+    for parallel, world_size in (("tp", 2), ("ep", 3)):
+        with pytest.raises(UsageError, match="something else"):
+            convert(root, out, parallel, world_size)
+    convert(root, out, "ep", 3, overwrite=True)
+    assert sorted(path.name for path in out.iterdir()) == [*(f"rank-0{n}-of-03" for n in range(3)), "ranks.json"]
+    (out / "notes.txt").write_text("mine")
+    before = snapshot(out)
+    with pytest.raises(UsageError, match="something else"):
+        convert(root, out, "tp", 2, overwrite=True)
+    assert (out / "notes.txt").read_text() == "mine"
+    assert snapshot(out) == before
+
+
+def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    code, out, _ = run_cli(capsys, "convert", root, "--to", "fused-int8", "--tp", "2", "--dry-run", "--json")
+    value = json.loads(out)
+    assert code == 0
+    assert value["dry_run"] is True
+    assert not (tmp_path / "model-fused-int8-tp2").exists()
+    code, out, _ = run_cli(capsys, "convert", root, "--to", "fused-int8", "--tp", "2")
+    assert code == 0
+    assert "rank-01-of-02" in out
+    assert (tmp_path / "model-fused-int8-tp2" / "ranks.json").is_file()
+    size = sum(
+        path.stat().st_size for path in (tmp_path / "model-fused-int8-tp2").rglob("*") if path.suffix == ".safetensors"
+    )
+    assert size == value["bytes"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "said"),
+    [
+        (["--to", "fused-int8", "--tp", "2", "--ep", "2"], 2, "one way"),
+        (["--to", "fused-int8", "--tp", "2", "--push", "org/name"], 2, "not uploaded"),
+        (["--to", "fused-int8", "--tp", "3"], 4, "cannot be divided among 3 ranks"),
+        (["--to", "fused-int8", "--ep", "4"], 4, "more ranks than experts"),
+        (["--to", "quark", "--tp", "2"], 2, "not written by rank"),
+        (["--to", "fused-int8", "--tp", "1"], 2, "--tp"),
+        (["--to", "fused-int8", "--tp", "5000"], 2, "no such rank"),
+    ],
+)
+def test_what_cannot_be_divided_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    found, _, err = run_cli(capsys, "convert", root, *arguments)
+    assert (found, said in err) == (code, True), err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("experts", [1, 7, 8, 256])
+@pytest.mark.parametrize("world_size", [1, 2, 3, 8])
+def test_every_expert_belongs_to_one_rank(experts: int, world_size: int) -> None:
+    parts = [Rank("ep", rank, world_size).experts(experts) for rank in range(world_size)]
+    assert [number for part in parts for number in part] == list(range(experts))
+    sizes = [len(part) for part in parts]
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[0] - sizes[-1] <= 1
+
+
+@pytest.mark.parametrize(
+    "said", [None, 3, {}, {"parallel": "tp"}, {"parallel": "pp", "rank": 0, "world_size": 2},
+             {"parallel": "tp", "rank": 2, "world_size": 2}, {"parallel": "tp", "rank": True, "world_size": 2}],
+)  # fmt: skip
+def test_a_config_that_says_nonsense_is_of_no_rank(said: object) -> None:
+    assert rank_of_config({"quarkconv_rank": said}) is None
+
+
+def test_no_such_rank() -> None:
+    with pytest.raises(UsageError):
+        make_rank("tp", -1, 2)

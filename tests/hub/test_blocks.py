@@ -1,0 +1,103 @@
+"""Ranges joined to blocks, and blocks read ahead."""
+
+from __future__ import annotations
+
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from quarkconv.errors import InterruptedByUser
+from quarkconv.files.base import Range
+from quarkconv.files.blocks import blocks
+from quarkconv.hub import read_ahead as module
+from quarkconv.hub.read_ahead import ReadAhead, read_ahead
+
+ranges = st.lists(
+    st.builds(lambda file, start, size: Range(file, start, start + size), st.sampled_from("ab"),
+              st.integers(0, 200), st.integers(0, 60)),
+    max_size=20,
+)  # fmt: skip
+
+
+@given(ranges, st.integers(1, 64), st.integers(0, 32))
+def test_blocks_hold_every_byte_in_order(wanted: list[Range], size: int, gap: int) -> None:
+    made = list(blocks(wanted, size, gap))
+    assert all(0 < block.end - block.start <= size for block in made)
+    position = 0
+    for item in wanted:
+        for byte in range(item.start, item.end):
+            while not (made[position].file == item.file and made[position].start <= byte < made[position].end):
+                position += 1  # runs off the end when a byte is missing or comes too early
+
+
+@given(ranges)
+def test_what_is_read_along_is_only_gaps(wanted: list[Range]) -> None:
+    read = sum(block.end - block.start for block in blocks(wanted, 64, 0))
+    assert read == sum(item.end - item.start for item in wanted)
+
+
+def test_neighbours_are_one_request() -> None:
+    wanted = [Range("a", 0, 10), Range("a", 10, 30), Range("a", 32, 40), Range("b", 40, 50), Range("a", 5, 6)]
+    assert list(blocks(wanted, 100, 4)) == [Range("a", 0, 40), Range("b", 40, 50), Range("a", 5, 6)]
+
+
+DATA = {"a": bytes(range(256)) * 4, "b": bytes(reversed(range(256)))}
+
+
+def fetch(block: Range) -> bytes:
+    return DATA[block.file][block.start : block.end]
+
+
+@given(ranges)
+def test_reading_ahead_gives_the_bytes(wanted: list[Range]) -> None:
+    wanted = [Range(item.file, item.start, min(item.end, len(DATA[item.file]))) for item in wanted]
+    wanted = [item for item in wanted if item.end > item.start]
+    with ThreadPoolExecutor(4) as pool:
+        assert list(read_ahead(wanted, fetch, pool)) == [fetch(item) for item in wanted]
+
+
+def test_memory_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "AHEAD_BYTES", 400)
+    monkeypatch.setattr(module, "blocks", lambda wanted: iter(wanted))
+    asked: list[Range] = []
+
+    def counting(block: Range) -> bytes:
+        asked.append(block)
+        return bytes(block.end - block.start)
+
+    wanted = [Range("a", start, start + 100) for start in range(0, 5000, 100)]
+    with ThreadPoolExecutor(4) as pool, ReadAhead(wanted, counting, pool, threading.Event()) as reader:
+        view = memoryview(bytearray(100))
+        reader.fill("a", 0, view)
+        time.sleep(0.05)
+        assert len(asked) == 4
+        reader.fill("a", 1000, view)
+        time.sleep(0.05)
+        assert 11 <= len(asked) <= 14
+
+
+def test_waiting_ends_when_somebody_wants_it_to() -> None:
+    stop, never = threading.Event(), threading.Event()
+
+    def stuck(_: Range) -> bytes:
+        never.wait(30)
+        return b""
+
+    with ThreadPoolExecutor(1) as pool, ReadAhead([Range("a", 0, 8)], stuck, pool, stop) as reader:
+        threading.Timer(0.1, stop.set).start()
+        with pytest.raises(InterruptedByUser):
+            reader.fill("a", 0, memoryview(bytearray(8)))
+        never.set()
+
+
+def test_what_was_not_announced_is_not_read() -> None:
+    with (
+        ThreadPoolExecutor(1) as pool,
+        ReadAhead([Range("a", 0, 8)], fetch, pool, threading.Event()) as reader,
+        pytest.raises(ValueError, match="byte 8 of a"),
+    ):
+        reader.fill("a", 4, memoryview(bytearray(8)))

@@ -1,0 +1,231 @@
+"""Whatever takes longer than a second shows on a terminal how far it is, and nowhere else."""
+
+from __future__ import annotations
+
+import json
+import re
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from huggingface_hub import HfApi
+from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
+from support.hub_state import Hub
+from support.terminal import CONTROL, Shown, run_on_terminal
+from support.writing import make_checkpoint, run_cli
+
+import quarkconv
+from quarkconv.cli import progress as progress_module
+from quarkconv.files.base import Reading
+
+REPO = "org/tiny-moe"
+Run = Callable[..., Shown]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", experts=4, hidden=128, intermediate=96, shards=5)
+
+
+@pytest.fixture
+def slow(hub: Hub, model: Path) -> Hub:
+    """A Hub that thinks about each answer."""
+    hub.publish(REPO, model)
+    hub.faults.delay = 0.12
+    return hub
+
+
+@pytest.fixture
+def run(slow: Hub, tmp_path: Path) -> Run:
+    """The program, with the slow Hub as its Hub."""
+
+    def invoke(*arguments: str | Path, **options: object) -> Shown:
+        extra = options.pop("environment", {})
+        assert isinstance(extra, dict)
+        environment = {
+            "HF_ENDPOINT": f"{slow.url}/", "HF_HOME": str(tmp_path / "home"), "HF_HUB_DISABLE_TELEMETRY": "1",
+            "COLUMNS": "100", **extra,
+        }  # fmt: skip
+        return run_on_terminal(*arguments, environment=environment, **options)  # type: ignore[arg-type]
+
+    return invoke
+
+
+def test_inspect_shows_what_it_reads_and_leaves_nothing_behind(run: Run) -> None:
+    shown = run("inspect", REPO, "--deep", "--json")
+    assert shown.code == 0
+    assert json.loads(shown.out)["model"] == REPO, "standard output has the answer and nothing else"
+    said = "\n".join(shown.lines)
+    assert "Asking the Hub" in said
+    assert re.search(r"Reading headers .* [0-4] of 5 shards", said)
+    assert re.search(r"Reading scales .* of [\d.]+ kB", said)
+    assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l"), "the cursor is shown again"
+    assert shown.terminal.endswith("\x1b[2K"), "the last line is empty again"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "options"),
+    [
+        (["--quiet"], {}), (["-q", "--json"], {}), ([], {"stderr": False}),
+        ([], {"stderr": False, "environment": {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}}),
+        ([], {"environment": {"TERM": "dumb"}}), ([], {"patience": 30}),
+    ],
+)  # fmt: skip
+def test_nothing_is_shown_unasked(run: Run, arguments: list[str], options: dict[str, object]) -> None:
+    shown = run("inspect", REPO, *arguments, **options)
+    assert shown.code == 0
+    assert shown.out
+    assert shown.lines == []
+
+
+def test_a_terminal_without_colours_and_with_few_columns(run: Run) -> None:
+    shown = run("inspect", REPO, environment={"NO_COLOR": "1", "COLUMNS": "50"})
+    assert any("Reading headers" in line for line in shown.lines)
+    assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\d", shown.terminal), "a colour"
+    assert max(map(len, shown.lines)) <= 50
+    assert max(map(len, shown.out.splitlines())) <= 50
+
+
+def test_convert_shows_planning_and_then_converting(run: Run, tmp_path: Path) -> None:
+    shown = run("convert", REPO, "--to", "fused-int8", "--out", tmp_path / "out", "--jobs", "1")
+    assert shown.code == 0
+    said = "\n".join(shown.lines)
+    assert re.search(r"Reading headers .* of 5 shards", said)
+    assert re.search(r"Converting to fused-int8 .* of \d+ kB", said)
+    assert "Converted to fused-int8" in shown.out
+
+
+@pytest.mark.parametrize("xet", [False, True])
+def test_downloads_are_shown_in_the_same_way(run: Run, slow: Hub, tmp_path: Path, xet: bool) -> None:
+    slow.xet = xet
+    total = sum(len(file.data) for file in slow.files(REPO).values())
+    command = ["convert", REPO, "--to", "fused-int8", "--dry-run", "--json", "--cache"]
+    shown = run(*command)
+    assert shown.code == 0
+    assert json.loads(shown.out)["dry_run"] is True
+    said = "\n".join(shown.lines)
+    assert re.search(rf"Downloading .* of {total / 1000:.0f} kB", said)
+    assert "Fetching" not in said, "a bar of huggingface_hub"
+    assert "it/s" not in said
+    again = run(*command)  # everything is there
+    assert not [line for line in again.lines if re.search(r"Downloading .* of [1-9]", line)]
+    piped = run(*command, stderr=False, environment={"HF_HOME": str(tmp_path / "another")})
+    assert (piped.code, piped.terminal) == (0, "")
+
+
+def test_verify_shows_the_download_and_then_what_it_checks(run: Run, slow: Hub, model: Path, tmp_path: Path) -> None:
+    slow.publish("org/converted", quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "out").output)
+    shown = run("verify", "org/converted", "--tokens", "2", "--device", "cpu", "--json")
+    assert (shown.code, json.loads(shown.out)["ok"]) == (0, True)
+    said = "\n".join(shown.lines)
+    assert "Starting" in said
+    assert re.search(r"Downloading .* of [\d.]+ kB", said)
+    assert "layer 0: ok" in said
+
+
+def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
+    slow.faults.lie = "shifted"
+    shown = run("inspect", REPO)
+    assert shown.code == 3
+    assert shown.out == ""
+    assert any("Reading headers" in line for line in shown.lines)
+    after = CONTROL.sub("", shown.terminal.rpartition("\x1b[?25h")[2])
+    assert "error: The Hub answered with other bytes" in after
+    assert "Reading" not in after
+
+
+def test_an_interrupt_gives_the_terminal_back(run: Run, slow: Hub) -> None:
+    slow.faults.delay = 0.5
+    shown = run("inspect", REPO, interrupt_at="Asking the Hub")
+    assert shown.code == 130
+    assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l")
+    assert "Interrupted" in shown.terminal
+
+
+def test_verbose_tells_what_was_asked(run: Run, slow: Hub) -> None:
+    slow.faults.delay = 0
+    shown = run("inspect", REPO, "-v", stderr=False)
+    commit = slow.refs[REPO]["main"]
+    assert f"{REPO} is commit {commit}: 7 files" in shown.terminal
+    assert re.search(rf"{REPO}@{commit}: \d+ bytes read in \d+ requests", shown.terminal)
+
+
+def test_what_is_made_again_is_said_only_when_asked(run: Run, slow: Hub) -> None:
+    slow.faults.delay, slow.faults.server_errors = 0, 1
+    assert run("inspect", REPO, stderr=False).terminal == ""
+    slow.faults.server_errors = 1
+    assert "503" in run("inspect", REPO, "-v", stderr=False).terminal
+
+
+@pytest.mark.usefixtures("hub")
+def test_a_local_model_that_reads_at_once_imports_nothing_to_show(model: Path) -> None:
+    shown = run_on_terminal(
+        "inspect", model, "--json", patience=30, environment={"PYTHONPROFILEIMPORTTIME": "1"}, stderr=True
+    )
+    assert shown.code == 0
+    imported = {line.rpartition("|")[2].strip() for line in shown.lines}
+    assert "quarkconv.cli.progress" in imported
+    assert not [name for name in imported if name.split(".")[0] in ("rich", "logging", "huggingface_hub")]
+
+
+def test_reading_is_told_to_whoever_asks(hub: Hub, model: Path) -> None:
+    hub.publish(REPO, model)
+    remote: list[Reading] = []
+    quarkconv.inspect_checkpoint(REPO, deep=True, reading=remote.append)
+    local: list[Reading] = []
+    quarkconv.inspect_checkpoint(model, deep=True, reading=local.append)
+    assert remote[0] == Reading("list", 0, None, in_bytes=False)
+    for told in (remote, local):
+        headers = [state for state in told if state.what == "headers"]
+        assert {state.total for state in headers} == {5}
+        assert [state.done for state in headers] == sorted(state.done for state in headers)
+        scales = [state for state in told if state.what == "scales"]
+        assert scales[-1].done == scales[-1].total
+    assert [state.done for state in remote if state.what == "headers"] == [0, 1, 2, 3, 4, 5]
+
+
+def test_headers_that_are_longer_than_the_first_guess_count_once(
+    hub: Hub, model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("quarkconv.headers.remote.FIRST_GUESS", 600)
+    hub.publish(REPO, model)
+    told: list[Reading] = []
+    quarkconv.plan_conversion(REPO, "fused-int8", reading=told.append)
+    assert [state.done for state in told if state.what == "headers"][-6:] == [0, 1, 2, 3, 4, 5]
+
+
+def test_uploads_show_no_bars_where_nothing_is_to_be_shown(
+    hub: Hub, model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bars = sys.modules["huggingface_hub.utils.tqdm"]
+    monkeypatch.setattr(bars, "HF_HUB_DISABLE_PROGRESS_BARS", None)
+    seen: list[bool] = []
+    upload = HfApi.upload_folder
+
+    def watched(self: HfApi, **options: object) -> object:
+        seen.append(are_progress_bars_disabled())
+        return upload(self, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(HfApi, "upload_folder", watched)
+    monkeypatch.setenv("HF_TOKEN", "hf_right")
+    code, _, err = run_cli(capsys, "convert", model, "--to", "bf16", "--out", tmp_path / "out", "--push", "user/x")
+    assert (code, err) == (0, "")
+    assert seen == [True]
+    assert not are_progress_bars_disabled()
+    assert hub.files("user/x")
+
+
+def test_a_meter_shows_what_it_was_told_last(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(progress_module, "talkative", lambda: False)
+    with progress_module.progress("Reading") as meter:
+        meter.step("Converting", 10_000, "byte")
+        meter.advance(1500)
+        step, done = meter.state()
+    assert progress_module._amount(step, done) == "1.5 kB of 10 kB"
+    assert progress_module._rate(step, 2_345_678.9) == "2.35 MB/s"
+    meter.reading(Reading("headers", 3, 48, in_bytes=False))
+    assert progress_module._amount(*meter.state()) == "3 of 48 shards"
+    assert progress_module._rate(meter.state()[0], 2.345) == "2.3/s"
+    meter.reading(Reading("list", 0, None, in_bytes=False))
+    assert progress_module._amount(*meter.state()) == ""

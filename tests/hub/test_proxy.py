@@ -1,0 +1,303 @@
+"""Networks that have a proxy, and nothing else: every request goes through it, and what it does wrong is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import ssl
+import subprocess
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+from huggingface_hub import constants
+from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+from huggingface_hub.utils._xet import abort_xet_session
+from support.conversions import assert_converts_alike
+from support.hub_server import start_hub
+from support.hub_state import Hub
+from support.proxy_server import Proxy, start_proxy
+from support.writing import run_cli
+
+import quarkconv
+from quarkconv.errors import HubError
+from quarkconv.files.base import Range
+from quarkconv.headers import remote as remote_headers
+from quarkconv.hub.locate import locate_model
+from quarkconv.hub.repo import HubRepo
+
+REPO = "org/tiny-moe"
+NAMES = ("hub.test", "store.test")
+Capture = pytest.CaptureFixture[str]
+UseProxy = Callable[..., None]
+
+
+@pytest.fixture
+def proxy() -> Iterator[Proxy]:
+    made, server = start_proxy()
+    yield made
+    server.shutdown()
+    server.server_close()
+
+
+@pytest.fixture
+def use(monkeypatch: pytest.MonkeyPatch) -> UseProxy:
+    """Sets variables for the client of the next requests."""
+
+    def variables(**values: str) -> None:
+        for name, value in values.items():
+            monkeypatch.setenv(name, value)
+        close_session()
+
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
+    return variables
+
+
+@pytest.fixture
+def behind(hub: Hub, proxy: Proxy, model: Path, point_at: Callable[[str], None]) -> Hub:
+    """A Hub and a store with names that only the proxy knows."""
+    hub.publish(REPO, model)
+    for name, url in zip(NAMES, (hub.url, hub.store_url), strict=True):
+        proxy.hosts[name] = int(url.rpartition(":")[2])
+    hub.url, hub.store_url = (f"http://{name}" for name in NAMES)
+    point_at(hub.url)
+    return hub
+
+
+@pytest.fixture
+def encrypted(
+    proxy: Proxy, model: Path, tmp_path: Path, point_at: Callable[[str], None], use: UseProxy
+) -> Iterator[Hub]:
+    """The same over TLS, with a certificate of an authority that nobody knows but SSL_CERT_FILE."""
+    openssl = shutil.which("openssl")
+    if openssl is None:
+        pytest.skip("needs openssl, to make a certificate")
+    certificate, key = tmp_path / "certificate.pem", tmp_path / "key.pem"
+    subprocess.run(
+        [openssl, "req", "-x509", "-newkey", "ec", "-pkeyopt", "ec_paramgen_curve:prime256v1", "-nodes", "-days", "2",
+         "-subj", "/CN=test", "-addext", f"subjectAltName={','.join(f'DNS:{name}' for name in NAMES)}",
+         "-keyout", key, "-out", certificate],
+        check=True, capture_output=True,
+    )  # fmt: skip
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(certificate, key)
+    hub, servers = start_hub(tls=context)
+    hub.publish(REPO, model)
+    for name, server in zip(NAMES, servers, strict=True):
+        proxy.hosts[name] = server.server_address[1]
+    hub.url, hub.store_url = (f"https://{name}" for name in NAMES)
+    point_at(hub.url)
+    use(SSL_CERT_FILE=str(certificate))
+    yield hub
+    for server in servers:
+        server.shutdown()
+        server.server_close()
+
+
+def assert_went_through(proxy: Proxy, hub: Hub) -> None:
+    assert hub.requests
+    assert hub.peers <= proxy.peers, "a request came by another way"
+
+
+@pytest.mark.parametrize("variable", ["http_proxy", "HTTP_PROXY", "all_proxy", "ALL_PROXY"])
+def test_everything_goes_through_the_proxy(
+    behind: Hub, proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy, variable: str
+) -> None:
+    use(**{variable: proxy.url})
+    assert quarkconv.inspect_checkpoint(REPO, deep=True).ok
+    assert_went_through(proxy, behind)
+    assert_converts_alike(REPO, model, tmp_path)
+    assert_went_through(proxy, behind)
+    seen = [(method, address, asked) for method, address, asked in proxy.requests if method == "GET" and asked]
+    assert len(seen) == len(behind.ranges()) > 5
+    assert {address.split("/")[2] for _, address, _ in seen} == set(NAMES)
+
+
+def test_everything_goes_through_the_proxy_encrypted(
+    encrypted: Hub, proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy
+) -> None:
+    use(HTTPS_PROXY=proxy.url)
+    assert quarkconv.inspect_checkpoint(REPO, deep=True).ok
+    assert_converts_alike(REPO, model, tmp_path)
+    assert_went_through(proxy, encrypted)
+    assert encrypted.ranges()
+    assert {(method, address) for method, address, _ in proxy.requests} == {
+        ("CONNECT", f"{name}:443") for name in NAMES
+    }
+
+
+def test_downloads_of_hf_xet_go_through_it_too(
+    behind: Hub, proxy: Proxy, tmp_path: Path, use: UseProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("hf_xet")
+    behind.xet = True
+    monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", False)
+    use(HTTP_PROXY=proxy.url, HF_XET_CACHE=str(tmp_path / "xet"), HF_HUB_DISABLE_TELEMETRY="1")
+    abort_xet_session()  # the next one reads the environment again
+    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "out", cache=True)
+    abort_xet_session()
+    assert any("/xorbs/" in address for _, address, _ in proxy.requests)
+    assert_went_through(proxy, behind)
+
+
+@pytest.mark.parametrize("variable", ["no_proxy", "NO_PROXY"])
+def test_no_proxy_goes_past_it(
+    hub: Hub, proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy, variable: str
+) -> None:
+    hub.publish(REPO, model)
+    use(**{"HTTP_PROXY": proxy.url, variable: "example.org,127.0.0.1,localhost"})
+    quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "out")
+    assert proxy.requests == []
+    assert hub.ranges()
+
+
+@pytest.mark.usefixtures("behind")
+def test_user_and_password(proxy: Proxy, use: UseProxy) -> None:
+    proxy.login = "anna:pass word"
+    use(HTTP_PROXY=f"http://anna:pass%20word@127.0.0.1:{proxy.port}")
+    assert quarkconv.inspect_checkpoint(REPO).ok
+
+
+def refusal(capsys: Capture, *arguments: str | Path) -> tuple[dict[str, str], str]:
+    """The one message of a command that fails for want of the source."""
+    code, out, err = run_cli(capsys, *arguments, "--json")
+    assert code == 3, err
+    said: dict[str, str] = json.loads(out)
+    assert said["code"] == "hub-unavailable"
+    assert err.count("error:") == 1
+    assert "Traceback" not in err
+    assert "secret" not in out + err, "the password of the proxy"
+    return said, err
+
+
+COMMANDS = [["inspect", REPO], ["convert", REPO, "--to", "fused-int8"], ["convert", REPO, "--to", "bf16", "--cache"]]
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_proxy_that_wants_a_password(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
+    proxy.login = "anna:right"
+    use(HTTP_PROXY=f"http://anna:secret@127.0.0.1:{proxy.port}")
+    said, _ = refusal(capsys, *command)
+    assert "proxy" in said["error"]
+    assert "407" in said["found"]
+    assert said["hint"].startswith("HTTP_PROXY needs a user and password")
+    assert f"127.0.0.1:{proxy.port}" in said["expected"]
+
+
+@pytest.mark.usefixtures("encrypted")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_proxy_that_wants_a_password_for_a_tunnel(
+    proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]
+) -> None:
+    proxy.refuse = 407
+    use(https_proxy=f"http://anna:secret@127.0.0.1:{proxy.port}")
+    said, _ = refusal(capsys, *command)
+    assert "proxy" in said["error"]
+    assert "407" in said["found"]
+    assert said["hint"].startswith("https_proxy needs a user and password")
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_proxy_that_is_not_there(use: UseProxy, capsys: Capture, command: list[str]) -> None:
+    use(ALL_PROXY="http://anna:secret@127.0.0.1:9")
+    said, _ = refusal(capsys, *command)
+    assert said["error"] == "The Hub cannot be reached through the proxy"
+    assert said["expected"] == "an answer from http://hub.test through http://127.0.0.1:9"
+    assert "refused" in said["found"]
+    assert "ALL_PROXY" in said["hint"]
+    assert "hub.test in NO_PROXY" in said["hint"]
+
+
+def test_an_upload_names_the_proxy_too(
+    behind: Hub, model: Path, tmp_path: Path, use: UseProxy, capsys: Capture
+) -> None:
+    use(HTTP_PROXY="http://anna:secret@127.0.0.1:9")
+    code, out, _ = run_cli(
+        capsys, "convert", model, "--to", "bf16", "--out", tmp_path / "out", "--push", "org/new", "--json"
+    )
+    assert code == 5
+    assert "HTTP_PROXY" in json.loads(out)["hint"]
+    assert "secret" not in out
+    assert behind.requests == []
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    "address", ["ftp://anna:secret@127.0.0.1:9", "http://anna:secret@127.0.0.1:port", "socks5://x:1"]
+)
+@pytest.mark.usefixtures("behind")
+def test_an_address_that_is_none_of_a_proxy(use: UseProxy, capsys: Capture, address: str) -> None:
+    use(HTTP_PROXY=address)
+    said, _ = refusal(capsys, "inspect", REPO)
+    assert said["error"] == "The proxy cannot be used"
+    assert "HTTP_PROXY" in said["hint"]
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("command", COMMANDS[:2])
+def test_a_proxy_that_answers_with_a_page(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
+    proxy.page = b"<html>Please log in</html>"
+    use(HTTP_PROXY=proxy.url)
+    said, _ = refusal(capsys, *command)
+    assert said["error"] == "The Hub's answer is not that of a Hub"
+    assert "HF_ENDPOINT" in said["hint"]
+    assert f"HTTP_PROXY, which is {proxy.url}" in said["hint"]
+
+
+def test_a_proxy_that_cuts_some_answers(
+    behind: Hub, proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(remote_headers, "FIRST_GUESS", 4096)
+    proxy.cuts, proxy.cut_after = 8, 1000
+    use(HTTP_PROXY=proxy.url)
+    assert_converts_alike(REPO, model, tmp_path)
+    assert proxy.cuts == 0
+    assert any(asked.startswith("bytes=1000-") for asked in behind.ranges())
+
+
+@pytest.mark.usefixtures("encrypted")
+def test_a_proxy_that_cuts_some_tunnels(proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy) -> None:
+    proxy.cuts, proxy.cut_after = 6, 20_000
+    use(HTTPS_PROXY=proxy.url)
+    assert_converts_alike(REPO, model, tmp_path)
+    assert proxy.cuts == 0
+
+
+@pytest.mark.usefixtures("behind")
+@pytest.mark.parametrize("command", COMMANDS[:2])
+def test_a_proxy_that_cuts_every_answer(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
+    proxy.cuts = 10**6
+    use(HTTP_PROXY=proxy.url)
+    said, _ = refusal(capsys, *command)
+    assert said["error"] == "The Hub cannot be reached through the proxy"
+    assert "HTTP_PROXY" in said["hint"]
+
+
+@pytest.mark.usefixtures("encrypted")
+def test_a_proxy_that_is_busy_is_asked_again(proxy: Proxy, use: UseProxy) -> None:
+    use(HTTPS_PROXY=proxy.url)
+    source = locate_model(REPO)
+    for busy in (3, 5):  # while a file is located, and while its bytes are fetched
+        proxy.busy = busy
+        assert isinstance(source, HubRepo)
+        assert source.fetch(Range("model-00001-of-00002.safetensors", 8, 1000))
+        assert proxy.busy < 0
+        close_session()
+    proxy.refuse = 502
+    with pytest.raises(HubError, match="through the proxy"):
+        quarkconv.inspect_checkpoint(REPO)
+
+
+def test_a_certificate_that_is_not_trusted(
+    encrypted: Hub, proxy: Proxy, use: UseProxy, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As where a proxy opens what is encrypted, and shows a certificate of its own."""
+    monkeypatch.delenv("SSL_CERT_FILE")
+    use(HTTPS_PROXY=proxy.url)
+    said, _ = refusal(capsys, "inspect", REPO)
+    assert said["error"] == "The certificate of the Hub is not one to trust"
+    assert "SSL_CERT_FILE" in said["hint"]
+    assert encrypted.requests == []

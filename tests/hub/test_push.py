@@ -1,0 +1,74 @@
+"""``convert --push``: what is uploaded is what was converted."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from huggingface_hub import constants
+from support.hub_state import Hub
+from support.writing import run_cli
+
+NEW = "user/tiny-moe-fused"
+Capture = pytest.CaptureFixture[str]
+
+
+# huggingface_hub 2.4 hands bytes to its HTTP client in a way that this one will drop
+pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
+
+
+@pytest.fixture(autouse=True)
+def _token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+    hub.faults.token = "hf_right"
+    monkeypatch.setenv("HF_TOKEN", hub.faults.token)
+
+
+def push(capsys: Capture, model: Path, out: Path, repo: str = NEW) -> tuple[int, dict[str, str], str]:
+    code, said, err = run_cli(
+        capsys, "convert", model, "--to", "fused-int8", "--out", out, "--push", repo, "--max-shard-size", "40000",
+        "--json",
+    )  # fmt: skip
+    return code, json.loads(said), err
+
+
+def test_every_file_arrives(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    code, said, _ = push(capsys, model, tmp_path / "out")
+    assert code == 0, str(said)
+    assert said["pushed"] == f"{constants.ENDPOINT}/{NEW}"
+    written = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*")}
+    arrived = hub.files(NEW)
+    assert {name for name in written if not name.startswith(".")} == set(arrived)
+    assert all(arrived[name].data == written[name].read_bytes() for name in arrived)
+
+
+def test_a_failed_upload_resumes_without_converting_again(
+    hub: Hub, model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("connection lost")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("huggingface_hub.HfApi.upload_folder", fail)
+        code, said, _ = push(capsys, model, tmp_path / "out")
+    assert code == 5
+    assert said["found"] == "connection lost"
+    before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
+    code, said, _ = push(capsys, model, tmp_path / "out")
+    assert code == 0, str(said)
+    assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == before
+    assert "config.json" in hub.files(NEW)
+
+
+def test_a_name_or_token_that_does_not_do_is_told_first(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert push(capsys, model, tmp_path / "out", "no-slash")[0] == 2
+    hub.faults.token = "hf_other"
+    code, said, _ = push(capsys, model, tmp_path / "out")
+    assert code == 5
+    assert "hf auth login" in said["hint"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_nothing_is_uploaded_unasked(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    assert run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", tmp_path / "out")[0] == 0
+    assert hub.requests == []

@@ -1,0 +1,120 @@
+"""``--reference``: how far weights and outputs are from the model before it was quantized."""
+
+from __future__ import annotations
+
+import json
+import math
+
+import pytest
+import torch
+from safetensors import safe_open
+from support.writing import run_cli
+
+import quarkconv
+from quarkconv.description.description import describe
+from quarkconv.load.experts import ExpertReader
+
+NAME = "qwen3_moe-quark0.13-f2f"
+
+
+@pytest.fixture
+def against(converted, checkpoints):
+    return quarkconv.verify_checkpoint(
+        converted(NAME), device="cpu", reference=checkpoints("qwen3_moe-bf16"), layers={0}, tokens=40
+    )
+
+
+def test_errors_are_those_of_the_definition(against, converted, checkpoints):
+    description = describe(converted(NAME))
+    with ExpertReader(description) as reader:
+        experts = reader.fused(description.int8_layers[0], torch.device("cpu"))
+    weights = {}
+    for path in sorted(checkpoints("qwen3_moe-bf16").glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            weights |= {name: file.get_tensor(name) for name in file.keys() if ".layers.0." in name}  # noqa: SIM118
+    found = against.numbers.experts[0].weights
+    for role, rows in (("gate", slice(0, 96)), ("up", slice(96, 192))):
+        for expert in (0, 7):
+            original = weights[f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight"].double()
+            made = experts.w13[expert, rows].double() * experts.w13_scale[expert, rows].double()
+            expected = ((made - original).norm() / original.norm()).item()
+            assert found[role][expert].relative_error == pytest.approx(expected, rel=1e-9)
+            assert found[role][expert].snr_db == pytest.approx(-20 * math.log10(expected), rel=1e-9)
+            assert found[role][expert].clipped == 0
+    assert 0.001 < expected < 0.02
+
+
+def test_the_layer_is_compared_too(against):
+    assert against.ok
+    (layer,) = against.numbers.layers
+    assert layer.reference.relative_error < layer.original.relative_error < 0.06
+    assert layer.original.bound == math.inf
+
+
+def test_the_worst_are_named(against, converted, checkpoints, capsys):
+    worst = against.numbers.worst(5)
+    errors = [item[3].relative_error for item in worst]
+    assert errors == sorted(errors, reverse=True)
+    everything = [e.relative_error for r in against.numbers.experts[0].weights.values() for e in r]
+    assert errors[0] == max(everything)
+    code, out, _ = run_cli(
+        capsys, "verify", converted(NAME), "--reference", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
+        "cpu", "--tokens", "40", "--json",
+    )  # fmt: skip
+    assert code == 0
+    told = json.loads(out)["numbers"]["worst"][0]
+    assert (told["layer"], told["role"], told["expert"]) == worst[0][:3]
+    code, out, _ = run_cli(
+        capsys, "verify", converted(NAME), "--reference", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
+        "cpu", "--tokens", "40",
+    )  # fmt: skip
+    assert f"expert {worst[0][2]}" in out
+
+
+def test_weights_of_another_model_are_a_problem(converted, checkpoints, tmp_path):
+    other = checkpoints.copy("qwen3_moe-bf16", tmp_path / "other")
+    description = describe(other)
+    refs = description.checkpoint.refs()
+    one, two = (refs[f"model.layers.0.mlp.experts.{expert}.up_proj.weight"] for expert in (2, 5))
+    data = [(other / ref.file).read_bytes()[ref.start : ref.end] for ref in (one, two)]
+    for ref, swapped in zip((one, two), reversed(data), strict=True):
+        with open(other / ref.file, "r+b") as file:
+            file.seek(ref.start)
+            file.write(swapped)
+    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", reference=other, layers={0})
+    (problem,) = result.problems
+    assert problem.count == 2
+    assert "not the reference's" in problem.message
+    assert ".2 (up)" in problem.tensor or ".5 (up)" in problem.tensor
+
+
+def test_stacked_experts_are_read_as_well(converted, checkpoints, tmp_path):
+    from safetensors.torch import save_file
+
+    source = checkpoints("qwen3_moe-bf16")
+    tensors = {}
+    for path in sorted(source.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            tensors |= {name: file.get_tensor(name) for name in file.keys() if ".layers.0." in name}  # noqa: SIM118
+    prefix = "model.layers.0.mlp.experts"
+    gate_up = torch.stack([
+        torch.cat([tensors.pop(f"{prefix}.{e}.gate_proj.weight"), tensors.pop(f"{prefix}.{e}.up_proj.weight")])
+        for e in range(8)
+    ])  # fmt: skip
+    down = torch.stack([tensors.pop(f"{prefix}.{e}.down_proj.weight") for e in range(8)])
+    stacked = tmp_path / "stacked"
+    stacked.mkdir()
+    save_file(
+        {**tensors, f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down}, stacked / "model.safetensors"
+    )
+    (stacked / "config.json").write_text((source / "config.json").read_text())
+    options = {"device": "cpu", "layers": {0}, "tokens": 8}
+    one = quarkconv.verify_checkpoint(converted(NAME), reference=source, **options)
+    other = quarkconv.verify_checkpoint(converted(NAME), reference=stacked, **options)
+    assert one.numbers.experts == other.numbers.experts
+    assert one.numbers.layers[0].original == other.numbers.layers[0].original
+
+
+def test_a_reference_that_does_not_fit(converted, checkpoints):
+    with pytest.raises(quarkconv.UsageError, match="unquantized and in this shape"):
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", reference=checkpoints(NAME))
