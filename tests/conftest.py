@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import struct
+from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
@@ -33,6 +35,31 @@ def restore(kept: Path, destination: Path) -> Path:
     return destination
 
 
+def _has_gpu() -> bool:
+    """Whether a driver of NVIDIA or AMD shows a device; asked without importing torch."""
+    return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None, object, object]:
+    """Without a GPU, Triton is imported for its interpreter.
+
+    Triton decides when a function is decorated, those of its own library included, so the variable is set while test
+    modules are imported, whichever of them comes first. It is unset before the tests run: outside of tests/kernels they
+    take the torch path on CPU tensors.
+    """
+    before = os.environ.get("TRITON_INTERPRET")
+    if not _has_gpu():
+        os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        return (yield)
+    finally:
+        if before is None:
+            os.environ.pop("TRITON_INTERPRET", None)
+        else:
+            os.environ["TRITON_INTERPRET"] = before
+
+
 class Checkpoints:
     """Restores exports by name, once a session; tests must not write to them (use :meth:`copy`)."""
 
@@ -53,3 +80,19 @@ class Checkpoints:
 def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Checkpoints:
     """Real exports by name: those of tests/data/fixtures, tests/data/exports and examples."""
     return Checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def converted(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Converts an export to fused-int8, once a session; tests must not write to the result."""
+    from quarkconv import convert_checkpoint
+
+    folder = tmp_path_factory.mktemp("converted")
+
+    def convert(name: str) -> Path:
+        output = folder / name
+        if not output.is_dir():
+            convert_checkpoint(checkpoints(name), "fused-int8", output)
+        return output
+
+    return convert

@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 TABLES = {
     "## Promises": (ROOT / "tests" / "write", 26, ("test_killed.py", "test_interrupted.py", "test_source.py")),
-    "## The Hub and the network": (ROOT / "tests" / "files", 20, ("test_bad", "test_proxy.py", "test_xet.py")),
+    "## The Hub and the network": (ROOT / "tests" / "hub", 20, ("test_bad", "test_proxy.py", "test_xet.py")),
     "## Hostile inputs": (ROOT / "tests" / "hostile", 26, ("test_",)),
 }
 """Heading -> where its tests are, the least number of rows, and the files of which the table must name every test."""

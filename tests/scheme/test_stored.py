@@ -12,7 +12,8 @@ Types = dict[str, tuple[str, tuple[int, ...]]]
 
 
 def stored(types: Types) -> StoredModules:
-    return stored_modules({name: TensorType(*found) for name, found in types.items()}, FUSED_LEAVES)
+    shared = {found: TensorType(*found) for found in types.values()}  # headers share equal types, too
+    return stored_modules({name: shared[found] for name, found in types.items()}, FUSED_LEAVES)
 
 
 @pytest.mark.parametrize(
@@ -41,7 +42,7 @@ def stored(types: Types) -> StoredModules:
     ],
 )
 def test_granularity(weight: tuple[int, ...], scale: tuple[int, ...], granularity: str | None) -> None:
-    assert Form(("I8", weight), ("F32", scale)).granularity == granularity
+    assert Form(TensorType("I8", weight), TensorType("F32", scale)).granularity == granularity
 
 
 def test_without_a_scale_there_is_no_granularity() -> None:
@@ -54,7 +55,7 @@ def test_without_a_scale_there_is_no_granularity() -> None:
      ("U8", False, False), ("I32", False, False), ("F8_E4M3", False, False)],
 )  # fmt: skip
 def test_dtypes(dtype: str, quantized: bool, is_float: bool) -> None:
-    form = Form((dtype, (2, 2)))
+    form = Form(TensorType(dtype, (2, 2)))
     assert (form.quantized, form.is_float) == (quantized, is_float)
 
 
