@@ -16,7 +16,7 @@ import quarkconv
 HERE = Path(__file__).resolve().parent
 
 
-def main(model: str, reference: str | None = None) -> None:
+def main(model: str, unquantized: str | None = None) -> None:
     # 1. What is it? Headers only; for a repo id on the Hub, a few MB.
     inspection = quarkconv.inspect_checkpoint(model)
     print(f"{model}: {inspection.scheme}, {len(inspection.description.moe_layers)} MoE layers")
@@ -31,7 +31,7 @@ def main(model: str, reference: str | None = None) -> None:
 
         # 3. Prove it: every byte against the manifest and the source, and the numbers of each layer.
         verification = quarkconv.verify_checkpoint(
-            result.output, source=result.source, reference=reference, tokens=[16, 256]
+            result.output, source=result.source, unquantized=unquantized, tokens=[16, 256]
         )
 
     # 4. Read the proof. The exact distance says whether the kernel is right, the other how much 8 bits cost.
@@ -41,10 +41,12 @@ def main(model: str, reference: str | None = None) -> None:
     for layer in verification.numbers.layers:
         print(
             f"  layer {layer.layer}, {layer.tokens:3} tokens: {layer.exact.relative_error:.1e} from exact arithmetic, "
-            f"{layer.reference.relative_error:.2%} from the dequantized model"
+            f"{layer.dequantized.relative_error:.2%} from the dequantized model"
         )
     for index, role, expert, error in verification.numbers.worst(3):
-        print(f"  furthest from the reference: layer {index} expert {expert} {role}, {error.relative_error:.2%}")
+        print(
+            f"  furthest from the unquantized model: layer {index} expert {expert} {role}, {error.relative_error:.2%}"
+        )
 
 
 if __name__ == "__main__":

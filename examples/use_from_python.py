@@ -24,6 +24,6 @@ with tempfile.TemporaryDirectory() as folder:
 
     verification = quarkconv.verify_checkpoint(result.output, source=model)
     for layer in verification.numbers.layers:
-        noise = layer.reference
+        noise = layer.dequantized
         print(f"layer {layer.layer}: SNR {noise.snr_db:.1f} dB, relative error {noise.relative_error:.4f}")
     print("verified" if verification.ok else verification.problems)

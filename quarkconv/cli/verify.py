@@ -43,9 +43,9 @@ def verify(
     source: Annotated[
         str | None, typer.Option("--source", metavar="DIR", help="What it was converted from; compared byte by byte.")
     ] = None,
-    reference: Annotated[
+    unquantized: Annotated[
         str | None,
-        typer.Option("--reference", metavar="DIR", help="The model before it was quantized; how much was lost."),
+        typer.Option("--unquantized", metavar="DIR", help="The model before it was quantized; how much was lost."),
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where numbers are computed; cuda is every GPU.")
@@ -93,7 +93,7 @@ def verify(
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 
         verification = verify_checkpoint(
-            model, source, device, layers=wanted, tokens=counts, seed=seed, reference=reference,
+            model, source, device, layers=wanted, tokens=counts, seed=seed, unquantized=unquantized,
             activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(meter),
             reading=meter.reading,
         )  # fmt: skip

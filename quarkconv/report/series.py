@@ -107,9 +107,9 @@ def signal_to_noise(layers: Sequence[LayerNumbers]) -> list[Noise]:
     for tokens in dict.fromkeys(layer.tokens for layer in layers):
         chosen = [layer for layer in layers if layer.tokens == tokens]
         lines = {
-            "dequantized": tuple(_snr(layer.reference) for layer in chosen),
+            "dequantized": tuple(_snr(layer.dequantized) for layer in chosen),
             "with outliers": tuple(_snr(layer.outliers) for layer in chosen),
-            "unquantized": tuple(_snr(layer.original) for layer in chosen),
+            "unquantized": tuple(_snr(layer.unquantized) for layer in chosen),
         }
         known = {name: line for name, line in lines.items() if any(value is not None for value in line)}
         made.append(Noise(tokens, tuple(layer.layer for layer in chosen), known))
@@ -117,7 +117,7 @@ def signal_to_noise(layers: Sequence[LayerNumbers]) -> list[Noise]:
 
 
 def weight_errors(layers: Sequence[LayerExperts]) -> ExpertMap | None:
-    """The error of each expert's weights; None without a reference."""
+    """The error of each expert's weights; None without an unquantized model."""
     if not any(layer.weights for layer in layers):
         return None
     return ExpertMap(

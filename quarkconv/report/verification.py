@@ -85,8 +85,8 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> Iterator[str]:
     head = ("layer", "tokens", "vs exact", "vs dequantized", "with outliers", "vs unquantized", "SNR (dB)", "cosine",
             "seconds", "result")  # fmt: skip
     rows = [
-        (layer.layer, layer.tokens, layer.exact.relative_error, layer.reference.relative_error,
-         _error(layer.outliers), _error(layer.original), layer.reference.snr_db, layer.reference.cosine,
+        (layer.layer, layer.tokens, layer.exact.relative_error, layer.dequantized.relative_error,
+         _error(layer.outliers), _error(layer.unquantized), layer.dequantized.snr_db, layer.dequantized.cosine,
          layer.seconds, "✓" if layer.ok else "✗")
         for layer in layers
     ]  # fmt: skip

@@ -59,7 +59,7 @@ class CheckedLayer:
         top_k: experts per token, where the config says.
         router: the model's own routing, where it is known.
         source: the same layer of the source, on the same device; the references are then built from it.
-        original: gives the unquantized weight of a projection, float64 [out, in] on the same device.
+        unquantized: gives the unquantized weight of a projection, float64 [out, in] on the same device.
     """
 
     layer: MoELayer
@@ -68,7 +68,7 @@ class CheckedLayer:
     top_k: int | None
     router: Router | None
     source: FusedExperts | None = None
-    original: Callable[[Role, int], Tensor] | None = None
+    unquantized: Callable[[Role, int], Tensor] | None = None
 
 
 def verify_layer(
@@ -102,7 +102,7 @@ def verify_layer(
         w13_input_scale=experts.w13_input_scale, w2_input_scale=experts.w2_input_scale,
     ).double()  # fmt: skip
     read = _remembering((checked.source or experts).projection)
-    exact, reference = both_forwards(hidden_states, weights, ids, read, activation)
+    exact, dequantized = both_forwards(hidden_states, weights, ids, read, activation)
     heavy = slice(inputs.plain, len(inputs.states))
     plain = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
     plain[heavy] = False
@@ -111,15 +111,15 @@ def verify_layer(
     outliers = None
     if heavy.start < heavy.stop:
         noise = rounding_noise(inputs.states[heavy], experts.w13_input_scale)
-        outliers = _distance(result[heavy], reference[heavy], bound + 2 * noise)
-    original = None
-    if checked.original is not None:
-        unquantized = float_forward(hidden_states, weights, ids, checked.original, activation)
-        original = _distance(result[plain], unquantized[plain], math.inf)
+        outliers = _distance(result[heavy], dequantized[heavy], bound + 2 * noise)
+    unquantized = None
+    if checked.unquantized is not None:
+        expected = float_forward(hidden_states, weights, ids, checked.unquantized, activation)
+        unquantized = _distance(result[plain], expected[plain], math.inf)
     numbers = LayerNumbers(
         layer.index, layer.prefix, tokens, inputs.said, experts.experts, len(torch.unique(ids)), routing, said,
-        _distance(result, exact.double(), EXACT_BOUND), _distance(result[plain], reference[plain], of_input),
-        outliers, original, time.perf_counter() - started,
+        _distance(result, exact.double(), EXACT_BOUND), _distance(result[plain], dequantized[plain], of_input),
+        outliers, unquantized, time.perf_counter() - started,
     )  # fmt: skip
     problems.extend(_numbers_problems(numbers))
     return numbers, load
@@ -247,7 +247,7 @@ def _source_problems(experts: FusedExperts, source: FusedExperts) -> list[Proble
 def _numbers_problems(numbers: LayerNumbers) -> list[Problem]:
     checks = (
         ("the exact INT8 reference", numbers.exact),
-        ("the dequantized reference", numbers.reference),
+        ("the dequantized reference", numbers.dequantized),
         ("the dequantized reference with outliers in its inputs", numbers.outliers),
     )
     return [

@@ -94,10 +94,10 @@ class LayerNumbers:
         routing: how tokens were routed, for people.
         activation: the activation function.
         exact: distance of the INT8 forward from the exact reference.
-        reference: distance of the INT8 forward from the dequantized reference, for Gaussian or recorded inputs.
+        dequantized: distance of the INT8 forward from the dequantized reference, for Gaussian or recorded inputs.
         outliers: the same for inputs with outlier channels; None where none were drawn.
-        original: distance of the INT8 forward from the unquantized model, for the inputs of ``reference``, without a
-            bound; None without ``--reference``.
+        unquantized: distance of the INT8 forward from the unquantized model, for the inputs of ``dequantized``, without
+            a bound; None without ``--unquantized``.
         seconds: wall time of the layer.
     """
 
@@ -110,15 +110,16 @@ class LayerNumbers:
     routing: str
     activation: str
     exact: Distance
-    reference: Distance
+    dequantized: Distance
     outliers: Distance | None
-    original: Distance | None
+    unquantized: Distance | None
     seconds: float
 
     @property
     def ok(self) -> bool:
         """All distances within their bounds."""
-        return all(item.ok for item in (self.exact, self.reference, self.outliers, self.original) if item is not None)
+        distances = (self.exact, self.dequantized, self.outliers, self.unquantized)
+        return all(item.ok for item in distances if item is not None)
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,7 +146,7 @@ class LayerExperts:
         load: tokens that the routing sent to each expert, of those that were drawn.
         scale_min, scale_max: smallest and largest weight scale of each expert.
         scale_histogram: how many weight scales of the layer lie in each bin of :data:`SCALE_EDGES`.
-        weights: role -> the weight errors of each expert; empty without ``--reference``.
+        weights: role -> the weight errors of each expert; empty without ``--unquantized``.
     """
 
     layer: int
@@ -214,7 +215,7 @@ class Verification:
     Attributes:
         model: the model as it was named.
         source: the source it was compared with, as it was named; None without.
-        reference: the unquantized model it was compared with, as it was named; None without.
+        unquantized: the unquantized model it was compared with, as it was named; None without.
         scheme: the scheme of what is stored quantized.
         structure, bytes, numbers: what was checked.
         problems: everything that is wrong.
@@ -222,7 +223,7 @@ class Verification:
 
     model: str
     source: str | None
-    reference: str | None
+    unquantized: str | None
     scheme: str | None
     structure: StructureResult
     bytes: BytesResult
@@ -246,7 +247,7 @@ class Verification:
             "schema": SCHEMA,
             "model": self.model,
             "source": self.source,
-            "reference": self.reference,
+            "unquantized": self.unquantized,
             "scheme": self.scheme,
             "ok": self.ok,
             "structure": asdict(self.structure),

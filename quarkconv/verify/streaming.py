@@ -30,7 +30,7 @@ from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.numbers import CheckedLayer, layer_problems, router_of, verify_layer
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
-from quarkconv.verify.unquantized import OriginalModel, weight_errors
+from quarkconv.verify.unquantized import UnquantizedModel, weight_errors
 
 _PATIENCE: Final = 0.2  # seconds between looks at whether somebody wants to stop
 _CHECKSUM: Final = "do not have the checksum of the manifest"
@@ -49,7 +49,7 @@ class NumbersJob:
         devices: where to compute; layers are dealt out over them.
         tokens, seed: of the inputs.
         source: the checkpoint that it was converted from.
-        reference: the unquantized model.
+        unquantized: the model before it was quantized.
         recorded: hidden states to use instead of random ones.
         fail_fast: stop at the first problem.
     """
@@ -61,7 +61,7 @@ class NumbersJob:
     tokens: tuple[int, ...]
     seed: int
     source: Description | None = None
-    reference: Description | None = None
+    unquantized: Description | None = None
     recorded: RecordedInputs | None = None
     fail_fast: bool = False
 
@@ -94,7 +94,7 @@ def stream_numbers(
 
     Raises:
         SourceError: a file cannot be read.
-        UsageError: the source or the reference does not have a layer.
+        UsageError: the source or the unquantized model does not have a layer.
     """
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
@@ -124,10 +124,10 @@ class _Run:
             largest = max(map(layer_nbytes, self._source_layers.values()), default=0)
             self._source_arenas = stack.enter_context(ArenaPool(count, largest))
             self._check_source()
-        self._original: OriginalModel | None = None
-        if job.reference is not None:
-            self._original = stack.enter_context(OriginalModel(job.reference, pool))
-            self._original.check(list(job.layers))
+        self._unquantized: UnquantizedModel | None = None
+        if job.unquantized is not None:
+            self._unquantized = stack.enter_context(UnquantizedModel(job.unquantized, pool))
+            self._unquantized.check(list(job.layers))
         self._outcomes = [LayerOutcome() for _ in job.layers]
         self._ready: queue.SimpleQueue[tuple[int, list[tuple[ArenaPool, Arena]], FusedExperts, FusedExperts | None]]
         self._ready = queue.SimpleQueue()
@@ -227,13 +227,13 @@ class _Run:
     def _compute(self, number: int, experts: FusedExperts, source: FusedExperts | None) -> None:
         job, layer, outcome = self.job, self.job.layers[number], self._outcomes[number]
         config = job.description.checkpoint.config
-        original = None if self._original is None else self._original.weights(layer, experts.w13.device)
+        unquantized = None if self._unquantized is None else self._unquantized.weights(layer, experts.w13.device)
         router, top_k = router_of(layer, config, self._files), job.description.geometry.top_k
         if router is not None and not all(bool(part.isfinite().all()) for part in router[1:] if part is not None):
             message = "The router's tensors are not finite: no token would find its experts"
             outcome.problems.append(Problem("numbers", layer.index, layer.moe, message))
             router = None  # the experts are checked all the same
-        checked = CheckedLayer(layer, experts, config, top_k, router, source, original)
+        checked = CheckedLayer(layer, experts, config, top_k, router, source, unquantized)
         outcome.problems.extend(layer_problems(checked))
         load: tuple[int, ...] = ()
         for tokens in job.tokens:
@@ -243,7 +243,7 @@ class _Run:
             load = tuple(counts.tolist())
             outcome.numbers.append(numbers)
             self._done(numbers)
-        weights = {} if original is None else weight_errors(experts, original, outcome.problems)
+        weights = {} if unquantized is None else weight_errors(experts, unquantized, outcome.problems)
         outcome.experts = _seen(experts, load, weights)
         if job.fail_fast and outcome.problems:
             self._stop.set()

@@ -26,7 +26,7 @@ times its root mean square an error of c / 440. Weights have c from 4 to about 2
 beyond is no rounding: other weights, other scales, or rows in another order."""
 
 
-class OriginalModel:
+class UnquantizedModel:
     """An unquantized checkpoint, with its experts one by one or stacked. A context manager.
 
     Args:
@@ -39,7 +39,7 @@ class OriginalModel:
         self._files = LayerFiles(description, {}, pool, lambda _: None)
         self._layers = {layer.index: layer for layer in description.moe_layers}
 
-    def __enter__(self) -> OriginalModel:
+    def __enter__(self) -> UnquantizedModel:
         return self
 
     def __exit__(self, *error: object) -> None:
@@ -56,11 +56,11 @@ class OriginalModel:
             floats = found is not None and all(form.is_float for form in found.all_forms)
             if found is None or found.geometry != layer.geometry or not floats:
                 raise UsageError(
-                    "The reference does not have this layer unquantized and in this shape",
+                    "The unquantized model does not have this layer in float and in this shape",
                     file=str(self.description.checkpoint.root), tensor=layer.prefix,
                     expected=_said(layer, "float"),
                     found="no such layer" if found is None else _said(found, "float" if floats else "not float"),
-                    hint="give --reference the model that was quantized, in BF16",
+                    hint="give --unquantized the model that was quantized, in BF16",
                 )  # fmt: skip
 
     def weights(self, layer: MoELayer, device: torch.device) -> Callable[[Role, int], Tensor]:
@@ -92,7 +92,7 @@ def weight_errors(
             problems.append(
                 Problem(
                     "numbers", experts.layer, f"{experts.prefix}.{worst} ({role})",
-                    f"The weight is not the reference's, quantized: relative error "
+                    f"The weight is not the unquantized model's, rounded: relative error "
                     f"{errors[role][worst].relative_error:.3g}, bound {WEIGHT_BOUND:g}", len(wrong),
                 )
             )  # fmt: skip

@@ -67,7 +67,7 @@ def verify_checkpoint(
     layers: set[int] | None = None,
     tokens: int | Sequence[int] = DEFAULT_TOKENS,
     seed: int = 0,
-    reference: str | Path | None = None,
+    unquantized: str | Path | None = None,
     activations: str | Path | None = None,
     stages: Collection[str] = ("bytes", "numbers"),
     fail_fast: bool = False,
@@ -86,7 +86,7 @@ def verify_checkpoint(
         layers: numbers of the MoE layers whose numbers are checked; None for all.
         tokens: tokens for each layer; several numbers check several paths of the kernels.
         seed: of the random tokens.
-        reference: the model before it was quantized; weights and outputs are compared with it.
+        unquantized: the model before it was quantized; weights and outputs are compared with it.
         activations: a safetensors file of recorded hidden states to use instead of random ones; see
             :class:`quarkconv.verify.inputs.RecordedInputs`.
         stages: which of ``bytes`` and ``numbers`` are checked; the structure always is.
@@ -123,8 +123,8 @@ def verify_checkpoint(
     kind = places[0].type if len(places) == 1 else f"{len(places)} x {places[0].type}"
     numbers = NumbersResult(kind, backend_name(places[0]), counts, seed)
     original = None
-    if reference is not None and "numbers" in stages:
-        original = describe(resolve_model(reference, reading), reading)
+    if unquantized is not None and "numbers" in stages:
+        original = describe(resolve_model(unquantized, reading), reading)
     skipped = None
     if "numbers" not in stages:
         skipped = "it was not asked for"
@@ -150,7 +150,7 @@ def verify_checkpoint(
             run.bytes()
     checked = run.checked if "bytes" in stages else BytesResult(skipped="it was not asked for")
     return Verification(
-        str(model), None if source is None else str(source), None if reference is None else str(reference),
+        str(model), None if source is None else str(source), None if unquantized is None else str(unquantized),
         description.scheme, structure, checked, numbers, tuple(run.problems),
     )  # fmt: skip
 

@@ -114,7 +114,7 @@ def test_an_error_that_is_no_number_shows() -> None:
     assert scale_ranges(numbers.experts).described() == "Range of each expert's scales: no expert has a finite value."
 
 
-def test_without_a_reference_scales_are_drawn() -> None:
+def test_without_an_unquantized_model_scales_are_drawn() -> None:
     experts = tuple(
         dataclasses.replace(one, weights={}, scale_max=tuple(10.0 ** (at - 3) for at in range(8)))
         for one in verification(2, 8).numbers.experts
@@ -133,7 +133,9 @@ def test_load_is_drawn_from_zero() -> None:
 def test_signal_to_noise_keeps_the_least() -> None:
     whole = verification(62, 4).numbers
     layers = [
-        dataclasses.replace(one, reference=distance(0.1 if one.layer == 33 else 0.01), outliers=None, original=None)
+        dataclasses.replace(
+            one, dequantized=distance(0.1 if one.layer == 33 else 0.01), outliers=None, unquantized=None
+        )
         for one in whole.layers
     ]
     lines = drawn(dataclasses.replace(whole, layers=tuple(layers)), 80)
@@ -147,7 +149,7 @@ def test_signal_to_noise_keeps_the_least() -> None:
 def test_of_many_layers_the_wrong_and_the_noisiest_are_listed() -> None:
     whole = verification(62, 4)
     errors = {layer: 0.01 + 0.001 * layer for layer in range(62)} | {3: 0.5, 7: math.nan}
-    layers = tuple(dataclasses.replace(one, reference=distance(errors[one.layer])) for one in whole.numbers.layers)
+    layers = tuple(dataclasses.replace(one, dequantized=distance(errors[one.layer])) for one in whole.numbers.layers)
     result = dataclasses.replace(whole, numbers=dataclasses.replace(whole.numbers, layers=layers))
     terminal = Console(file=StringIO(), width=100)
     terminal.print(render_verification(result))

@@ -1,4 +1,4 @@
-"""``--reference``: how far weights and outputs are from the model before it was quantized."""
+"""``--unquantized``: how far weights and outputs are from the model before it was quantized."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ NAME = "qwen3_moe-quark0.13-f2f"
 @pytest.fixture
 def against(converted, checkpoints):
     return quarkconv.verify_checkpoint(
-        converted(NAME), device="cpu", reference=checkpoints("qwen3_moe-bf16"), layers={0}, tokens=40
+        converted(NAME), device="cpu", unquantized=checkpoints("qwen3_moe-bf16"), layers={0}, tokens=40
     )
 
 
@@ -47,8 +47,8 @@ def test_errors_are_those_of_the_definition(against, converted, checkpoints):
 def test_the_layer_is_compared_too(against):
     assert against.ok
     (layer,) = against.numbers.layers
-    assert layer.reference.relative_error < layer.original.relative_error < 0.06
-    assert layer.original.bound == math.inf
+    assert layer.dequantized.relative_error < layer.unquantized.relative_error < 0.06
+    assert layer.unquantized.bound == math.inf
 
 
 def test_the_worst_are_named(against, converted, checkpoints, capsys):
@@ -58,14 +58,14 @@ def test_the_worst_are_named(against, converted, checkpoints, capsys):
     everything = [e.relative_error for r in against.numbers.experts[0].weights.values() for e in r]
     assert errors[0] == max(everything)
     code, out, _ = run_cli(
-        capsys, "verify", converted(NAME), "--reference", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
+        capsys, "verify", converted(NAME), "--unquantized", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
         "cpu", "--tokens", "40", "--json",
     )  # fmt: skip
     assert code == 0
     told = json.loads(out)["numbers"]["worst"][0]
     assert (told["layer"], told["role"], told["expert"]) == worst[0][:3]
     code, out, _ = run_cli(
-        capsys, "verify", converted(NAME), "--reference", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
+        capsys, "verify", converted(NAME), "--unquantized", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
         "cpu", "--tokens", "40",
     )  # fmt: skip
     assert f"expert {worst[0][2]}" in out
@@ -81,10 +81,10 @@ def test_weights_of_another_model_are_a_problem(converted, checkpoints, tmp_path
         with open(other / ref.file, "r+b") as file:
             file.seek(ref.start)
             file.write(swapped)
-    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", reference=other, layers={0})
+    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", unquantized=other, layers={0})
     (problem,) = result.problems
     assert problem.count == 2
-    assert "not the reference's" in problem.message
+    assert "not the unquantized model's" in problem.message
     assert ".2 (up)" in problem.tensor or ".5 (up)" in problem.tensor
 
 
@@ -109,12 +109,12 @@ def test_stacked_experts_are_read_as_well(converted, checkpoints, tmp_path):
     )
     (stacked / "config.json").write_text((source / "config.json").read_text())
     options = {"device": "cpu", "layers": {0}, "tokens": 8}
-    one = quarkconv.verify_checkpoint(converted(NAME), reference=source, **options)
-    other = quarkconv.verify_checkpoint(converted(NAME), reference=stacked, **options)
+    one = quarkconv.verify_checkpoint(converted(NAME), unquantized=source, **options)
+    other = quarkconv.verify_checkpoint(converted(NAME), unquantized=stacked, **options)
     assert one.numbers.experts == other.numbers.experts
-    assert one.numbers.layers[0].original == other.numbers.layers[0].original
+    assert one.numbers.layers[0].unquantized == other.numbers.layers[0].unquantized
 
 
-def test_a_reference_that_does_not_fit(converted, checkpoints):
-    with pytest.raises(quarkconv.UsageError, match="unquantized and in this shape"):
-        quarkconv.verify_checkpoint(converted(NAME), device="cpu", reference=checkpoints(NAME))
+def test_an_unquantized_model_that_does_not_fit(converted, checkpoints):
+    with pytest.raises(quarkconv.UsageError, match="in float and in this shape"):
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", unquantized=checkpoints(NAME))

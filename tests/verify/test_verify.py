@@ -51,8 +51,8 @@ def test_conversion_is_verified(name, with_source, checkpoints, converted):
     for layer in result.numbers.layers:
         assert layer.reached == layer.experts
         assert layer.exact.relative_error <= layer.exact.bound
-        assert 0 < layer.reference.relative_error <= layer.reference.bound
-        assert layer.reference.cosine > 0.99
+        assert 0 < layer.dequantized.relative_error <= layer.dequantized.bound
+        assert layer.dequantized.cosine > 0.99
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERTIBLE if "language_model" not in name])
@@ -76,7 +76,7 @@ def test_export_and_conversion_give_the_same_numbers(checkpoints, converted):
     name = "mixtral-quark0.11-eager"
     one = quarkconv.verify_checkpoint(checkpoints(name), device="cpu").numbers.layers
     other = quarkconv.verify_checkpoint(converted(name), device="cpu").numbers.layers
-    assert [layer.reference for layer in one] == [layer.reference for layer in other]
+    assert [layer.dequantized for layer in one] == [layer.dequantized for layer in other]
 
 
 @pytest.mark.parametrize(
@@ -108,7 +108,7 @@ def test_layers_tokens_and_seed(checkpoints):
     assert (one.tokens, one.seed) == ((1,), 3)
     again = quarkconv.verify_checkpoint(model, device="cpu", layers={2}, tokens=1, seed=3).numbers
     other = quarkconv.verify_checkpoint(model, device="cpu", layers={2}, tokens=1, seed=4).numbers
-    assert again.layers[0].reference == one.layers[1].reference != other.layers[0].reference
+    assert again.layers[0].dequantized == one.layers[1].dequantized != other.layers[0].dequantized
 
 
 @pytest.mark.parametrize(
@@ -227,7 +227,7 @@ def test_numbers_that_are_not_finite_are_null_in_json(checkpoints, tmp_path, cap
         raise AssertionError(f"{text} is not JSON")
 
     value = json.loads(capsys.readouterr().out, parse_constant=refuse)
-    assert value["numbers"]["layers"][0]["reference"]["cosine"] is None
+    assert value["numbers"]["layers"][0]["dequantized"]["cosine"] is None
 
 
 def test_a_report_that_cannot_be_written_leaves_one_object_on_stdout(converted, tmp_path, capsys):

@@ -73,7 +73,7 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     for column in columns[:shown]:
         table.add_column(column, justify="right", no_wrap=True)
     for layer in _noisiest(layers):
-        noise = layer.reference
+        noise = layer.dequantized
         cells = (
             str(layer.layer), str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
             _error(layer.exact), _error(noise), "-" if layer.outliers is None else _error(layer.outliers),
@@ -86,7 +86,7 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
         lines.append(indented(f"and {more} more with less noise (all with --json)", 2, "dim"))
     for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
         lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))
-    for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.reference.bound) for layer in layers):
+    for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.dequantized.bound) for layer in layers):
         said = (
             f"vs exact: relative error against integer arithmetic in float64, at most {exact:.1e}; vs float: against "
             f"dequantized weights and float activations, at most {noise_bound:g}; largest: of an element, over the RMS"
@@ -99,7 +99,7 @@ def _noisiest(layers: tuple[LayerNumbers, ...]) -> list[LayerNumbers]:
     """Those that are out of bounds and, of the others, those with most noise; the charts show all."""
 
     def rank(at: int) -> tuple[bool, float]:
-        noise = layers[at].reference.relative_error
+        noise = layers[at].dequantized.relative_error
         return layers[at].ok, -noise if math.isfinite(noise) else -math.inf
 
     return [layers[at] for at in sorted(sorted(range(len(layers)), key=rank)[:_SHOWN_LAYERS])]
@@ -110,7 +110,7 @@ def _worst(verification: Verification) -> RenderableType:
     worst = verification.numbers.worst(_WORST)
     if not worst:
         return Group()
-    lines: list[RenderableType] = [Text("Furthest from the reference", style="bold")]
+    lines: list[RenderableType] = [Text("Furthest from the unquantized model", style="bold")]
     for layer, role, expert, error in worst:
         said = f"layer {layer} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
         lines.append(indented(said, 2, "dim"))
