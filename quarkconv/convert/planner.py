@@ -10,14 +10,13 @@ from typing import Final
 from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
-from quarkconv.experts.ranks import RANK_KEY, Rank
+from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import CODES, Severity, bounded
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.experts import ExpertSource, linear_module
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile, TextFile
-from quarkconv.plan.rank_source import RankSource
 from quarkconv.plan.shards import pack_shards
 from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.targets.base import Target
@@ -32,7 +31,7 @@ def make_plan(
     target: Target,
     max_shard_size: int,
     *,
-    rank: Rank | None = None,
+    rank: Rank = WHOLE,
     base_model: str | None = None,
 ) -> Plan:
     """Plan the conversion of a described checkpoint.
@@ -41,7 +40,7 @@ def make_plan(
         description: the source.
         target: what to convert it to.
         max_shard_size: largest size of a shard's data in bytes.
-        rank: whose part of the experts to make; None for all of them.
+        rank: the rank whose part of the experts is planned.
         base_model: repo id of the source, where it has one; for the model card.
 
     Raises:
@@ -70,16 +69,16 @@ def make_plan(
             moe=MoEGeometry(
                 tuple(layer.index for layer in layers),
                 tuple(layer.prefix for layer in layers),
-                len(rank.experts(layers[0].experts)) if rank else layers[0].experts,
+                len(rank.experts(layers[0].experts)),
                 description.geometry.top_k,
                 layers[0].hidden,
-                len(rank.intermediate(layers[0].intermediate)) if rank else layers[0].intermediate,
+                len(rank.intermediate(layers[0].intermediate)),
                 description.geometry.activation,
             ),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
             checks=tuple(made.checks),
             shards=pack_shards(tensors, max_shard_size),
-            config=target.config(description) | ({RANK_KEY: rank.to_json()} if rank else {}),
+            config=target.config(description) | ({} if rank.is_whole else {RANK_KEY: rank.to_json()}),
             copies=tuple(_copies(description, {file.name for file in texts})),
             losses=tuple(bounded(target.losses(description))),
             texts=texts,
@@ -109,7 +108,7 @@ def check_convertible(description: Description, target: Target) -> None:
             f"The source cannot be converted ({item.code}): {item.message}",
             file=root, tensor=item.subject, hint=hint,
         )  # fmt: skip
-    if description.geometry.rank is not None:
+    if not description.geometry.rank.is_whole:
         raise UnsupportedError(
             "The source is the part of one rank, not a model", file=root, expected="a whole checkpoint",
             found=description.geometry.rank.folder(), hint="convert the checkpoint that it was made of",
@@ -122,11 +121,9 @@ def check_convertible(description: Description, target: Target) -> None:
         )  # fmt: skip
 
 
-def _check_rank(description: Description, target: Target, rank: Rank | None) -> None:
+def _check_rank(description: Description, target: Target, rank: Rank) -> None:
     """Raise what keeps the experts from being divided among ranks."""
-    if rank is None:
-        return
-    if not target.by_rank:
+    if not rank.is_whole and not target.by_rank:
         raise UsageError(
             "This target is not written by rank: engines divide it themselves", expected="fused-int8", found=target.name
         )
@@ -147,16 +144,15 @@ class _Made:
         checks: what must hold of the source's data.
     """
 
-    def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef], rank: Rank | None) -> None:
+    def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef], rank: Rank) -> None:
         self.tensors: list[OutputTensor] = []
         self.checks: list[Check] = [*_zero_points(description, refs)]
         self._target, self._refs = target, refs
         self._of_other_ranks: set[str] = set()
         for layer in description.int8_layers:
-            layout = description.unfused_layout(layer)
-            source = RankSource(layer, refs, layout, rank) if rank else ExpertSource(layer, refs, layout)
-            if rank is not None:
-                self._of_other_ranks.update(*(source.names(role, number) for role, number, _ in layer.modules()))
+            source = ExpertSource(layer, refs, unfused=description.unfused_layout(layer), rank=rank)
+            if not rank.is_whole:
+                self._of_other_ranks.update(*(layer.projection(role, at).names for role, at, _ in layer.modules()))
             self.tensors += target.expert_tensors(source)
             self.checks += target.expert_checks(source)
         for name, form in description.stored.linears.items():

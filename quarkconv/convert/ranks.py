@@ -72,7 +72,7 @@ class RankConversion:
     @property
     def ranks(self) -> list[Rank]:
         """The ranks, in order."""
-        return [plan.rank for plan in self.plans if plan.rank is not None]
+        return [plan.rank for plan in self.plans]
 
     @property
     def output_bytes(self) -> int:

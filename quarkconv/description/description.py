@@ -102,7 +102,7 @@ def describe(place: Path | Files, reading: Progress | None = None) -> Descriptio
         findings = [
             *checkpoint.findings,
             *topology.findings,
-            *([rank_part(geometry.rank)] if geometry.rank else ()),
+            *(() if geometry.rank.is_whole else (rank_part(geometry.rank),)),
             *contradictions(declared, stored, modules, topology),
         ]
     order = list(Severity)

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from quarkconv.experts.ranks import Rank, rank_of_config
+from quarkconv.experts.ranks import WHOLE, Rank, rank_of_config
 
 TEXT_PARTS: Final = ("text_config", "llm_config", "language_config")
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -24,7 +24,7 @@ class ConfigGeometry:
         top_k: experts per token.
         hidden_layers: decoder layers, without those of multi-token prediction.
         activation: name of the activation function of the experts.
-        rank: whose part of the experts the checkpoint holds; None of a whole one.
+        rank: the rank whose part of the experts the checkpoint holds.
     """
 
     model_type: str | None
@@ -32,12 +32,12 @@ class ConfigGeometry:
     top_k: int | None
     hidden_layers: int | None
     activation: str | None
-    rank: Rank | None = None
+    rank: Rank = WHOLE
 
     @property
     def local_experts(self) -> int | None:
         """Routed experts per layer that the checkpoint itself holds."""
-        return self.experts if self.experts is None or self.rank is None else len(self.rank.experts(self.experts))
+        return None if self.experts is None else len(self.rank.experts(self.experts))
 
 
 def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -16,13 +16,13 @@ from quarkconv.errors import UnsupportedError, UsageError
 Parallel = Literal["tp", "ep"]
 
 RANK_KEY: Final = "quarkconv_rank"
-"""Field of a config.json that says which rank's part a checkpoint holds."""
+"""Field of the config.json of a checkpoint that holds the part of one rank; a whole checkpoint has no such field."""
 _MAX_RANKS: Final = 1024
 
 
 @dataclass(frozen=True, slots=True)
 class Rank:
-    """One of several ranks among which the experts of a layer are divided.
+    """One of the ranks among which the experts of a layer are divided. A whole model is rank 0 of 1: :data:`WHOLE`.
 
     Attributes:
         parallel: ``tp`` for tensor parallel, ``ep`` for expert parallel.
@@ -33,6 +33,11 @@ class Rank:
     parallel: Parallel
     rank: int
     world_size: int
+
+    @property
+    def is_whole(self) -> bool:
+        """True of the only rank, which has all experts whole."""
+        return self.world_size == 1
 
     def experts(self, count: int) -> range:
         """The experts of the rank, of ``count``: contiguous; the first ``count % world_size`` ranks have one more."""
@@ -50,10 +55,10 @@ class Rank:
         return range(self.rank * part, (self.rank + 1) * part)
 
     def check(self, prefix: str, experts: int, intermediate: int) -> None:
-        """Refuse a layer that cannot be divided so.
+        """Refuse a layer that cannot be divided among this many ranks.
 
         Raises:
-            UnsupportedError: the intermediate size is no multiple of the number of ranks, or a rank has no expert.
+            UnsupportedError: the number of ranks does not divide the intermediate size, or exceeds that of experts.
         """
         if self.parallel == "tp" and intermediate % self.world_size:
             raise UnsupportedError(
@@ -71,8 +76,12 @@ class Rank:
         return f"rank-{self.rank:02d}-of-{self.world_size:02d}"
 
     def to_json(self) -> dict[str, str | int]:
-        """What stands under :data:`RANK_KEY` in config.json."""
+        """The value of :data:`RANK_KEY` in config.json."""
         return {"parallel": self.parallel, "rank": self.rank, "world_size": self.world_size}
+
+
+WHOLE: Final = Rank("tp", 0, 1)
+"""The rank of a model that is not divided."""
 
 
 def make_rank(parallel: str, rank: int, world_size: int) -> Rank:
@@ -91,15 +100,15 @@ def make_rank(parallel: str, rank: int, world_size: int) -> Rank:
     return Rank("tp" if parallel == "tp" else "ep", rank, world_size)
 
 
-def rank_of_config(config: Mapping[str, Any]) -> Rank | None:
-    """The rank whose part a checkpoint holds; None of a whole one, and of a config that says nonsense."""
-    said = config.get(RANK_KEY)
-    if not isinstance(said, dict):
-        return None
-    parallel, rank, world_size = said.get("parallel"), said.get("rank"), said.get("world_size")
+def rank_of_config(config: Mapping[str, Any]) -> Rank:
+    """The rank whose part a checkpoint holds; :data:`WHOLE` without the field, and where its value is invalid."""
+    value = config.get(RANK_KEY)
+    if not isinstance(value, dict):
+        return WHOLE
+    parallel, rank, world_size = value.get("parallel"), value.get("rank"), value.get("world_size")
     if not isinstance(parallel, str) or type(rank) is not int or type(world_size) is not int:
-        return None
+        return WHOLE
     try:
         return make_rank(parallel, rank, world_size)
     except UsageError:
-        return None
+        return WHOLE

@@ -5,13 +5,14 @@ from __future__ import annotations
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 from quarkconv.experts.naming import BY_PROJECTION, EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
 from quarkconv.experts.ranks import Rank
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import distinct
-from quarkconv.scheme.stored import Form, StoredModules
+from quarkconv.scheme.spec import PER_CHANNEL
+from quarkconv.scheme.stored import Form, StoredModules, TensorNames, fused_names, linear_names
 
 Layout = Literal["per_expert", "stacked", "fused"]
 """``per_expert``: ``experts.N.gate_proj.weight`` [I, H]. ``stacked`` (3-key): ``moe.gate_proj.weight`` [E, I, H].
@@ -23,6 +24,29 @@ _MAX_DIGITS: Final = 9
 """Longer numbers of layers and experts are not believed."""
 MAX_EXPERTS: Final = 2**16
 """Nor are more experts in a layer: tensors of no bytes can claim any number."""
+
+
+class Part(NamedTuple):
+    """Part ``number`` of ``of`` equal parts of a tensor, along its leading dimensions."""
+
+    number: int
+    of: int
+
+
+class StoredProjection(NamedTuple):
+    """Where a projection of an expert is stored.
+
+    Attributes:
+        names: tensors that hold it, alone or with others.
+        form: dtypes and shapes of these tensors.
+        weight: part of the weight that is the projection's.
+        scale: part of the weight's scale; gate and up of a fused tensor share a scale per tensor.
+    """
+
+    names: TensorNames
+    form: Form
+    weight: Part
+    scale: Part
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,10 +81,8 @@ class MoELayer:
         """E, H and I."""
         return self.experts, self.hidden, self.intermediate
 
-    def geometry_of(self, rank: Rank | None) -> tuple[int, int, int]:
-        """E, H and I of what a rank has of the layer; of all of it without a rank."""
-        if rank is None:
-            return self.geometry
+    def geometry_of(self, rank: Rank) -> tuple[int, int, int]:
+        """E, H and I of what a rank has of the layer."""
         return len(rank.experts(self.experts)), self.hidden, len(rank.intermediate(self.intermediate))
 
     @property
@@ -85,6 +107,22 @@ class MoELayer:
         if not any(form.is_float for form in self.all_forms):
             return 0
         return sum(any(form.is_float for form in forms) for forms in zip(*self.forms.values(), strict=True))
+
+    def projection(self, role: Role, expert: int) -> StoredProjection:
+        """The tensors that hold a projection of an expert, and where in them it lies, whatever the layout."""
+        whole, matrix = Part(0, 1), Part(expert, self.experts)
+        leaf = getattr(self.naming, role)
+        if self.layout == "per_expert":
+            form = self.forms[role][expert]
+            return StoredProjection(linear_names(f"{self.prefix}.{expert}.{leaf}"), form, whole, whole)
+        if self.layout == "stacked":
+            return StoredProjection(linear_names(f"{self.moe}.{leaf}"), self.forms[role][0], matrix, matrix)
+        if role == "down":
+            names = fused_names(f"{self.prefix}.{self.naming.fused_down}")
+            return StoredProjection(names, self.forms["down"][0], matrix, matrix)
+        names, form = fused_names(f"{self.prefix}.{self.naming.fused_gate_up}"), self.forms["gate"][0]
+        half = Part(2 * expert + (role == "up"), 2 * self.experts)
+        return StoredProjection(names, form, half, half if form.granularity == PER_CHANNEL else matrix)
 
     def modules(self) -> Iterator[tuple[Role, int, str]]:
         """(role, expert, module) of every projection; in the layouts of one tensor for all experts, expert is 0."""

@@ -109,7 +109,7 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
         converted_to: the targets that it can be converted to.
     """
     scheme = description.scheme
-    if scheme is None or not description.int8_layers or description.geometry.rank is not None:
+    if scheme is None or not description.int8_layers or not description.geometry.rank.is_whole:
         return []
     layer, stored = description.int8_layers[0], stored_form(description)
     model_type = (description.geometry.model_type or "").removesuffix("_text")

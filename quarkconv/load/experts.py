@@ -19,12 +19,11 @@ from torch import Tensor
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.naming import ROLES, Role
-from quarkconv.experts.ranks import Rank, make_rank
+from quarkconv.experts.ranks import WHOLE, Rank, make_rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.hub.locate import resolve_model
 from quarkconv.load.devices import pick_device
-from quarkconv.load.layer_reads import projection_names
 
 Index = tuple[int | slice, ...]
 """Which part of a tensor, along its first dimensions."""
@@ -83,6 +82,8 @@ class FusedExperts:
 
     def part(self, rank: Rank) -> FusedExperts:
         """What a rank has of them: experts as views, parts of the intermediate size as copies."""
+        if rank.is_whole:
+            return self
         inner = self.intermediate_size
         experts, columns = rank.experts(self.experts), rank.intermediate(inner)
         some, half = slice(experts.start, experts.stop), slice(columns.start, columns.stop)
@@ -178,7 +179,7 @@ class ExpertReader:
             layer, role, expert: which one.
             part: the part of the intermediate size that is read: rows of gate and up, columns of down; None for all.
         """
-        names = projection_names(layer, role, expert)
+        names = layer.projection(role, expert).names
         inner = layer.intermediate
         part = part or range(inner)
         first = inner if layer.layout == "fused" and role == "up" else 0
@@ -192,10 +193,9 @@ class ExpertReader:
         input_scale = self.tensor(static, lead or None).float().reshape(()) if self.has(static) else None
         return Projection(codes, (scale[rows] if len(scale) > 1 else scale).expand(len(codes)), input_scale)
 
-    def fused(self, layer: MoELayer, device: torch.device, rank: Rank | None = None) -> FusedExperts:
-        """The experts of a layer, or what a rank has of them, on a device; no second copy of them is made."""
-        numbers = range(layer.experts) if rank is None else rank.experts(layer.experts)
-        part = range(layer.intermediate) if rank is None else rank.intermediate(layer.intermediate)
+    def fused(self, layer: MoELayer, device: torch.device, rank: Rank = WHOLE) -> FusedExperts:
+        """What a rank has of the experts of a layer, on a device; no second copy of them is made."""
+        numbers, part = rank.experts(layer.experts), rank.intermediate(layer.intermediate)
         experts, hidden, inner = len(numbers), layer.hidden, len(part)
         w13 = torch.empty(experts, 2 * inner, hidden, dtype=torch.int8, device=device)
         w2 = torch.empty(experts, hidden, inner, dtype=torch.int8, device=device)
@@ -245,15 +245,15 @@ def load_fused_experts(
         UnsupportedError: the layer's experts are not int8, or cannot be divided so.
     """
     place = pick_device(device)
-    wanted = make_rank(parallel, rank, world_size) if (rank, world_size) != (0, 1) else None
+    requested = make_rank(parallel, rank, world_size)
     root = resolve_model(model)
-    if wanted is not None and (root / RANKS_NAME).is_file():
-        root = root / wanted.folder()
+    if not requested.is_whole and (root / RANKS_NAME).is_file():
+        root = root / requested.folder()
     description = describe(root)
     stored = description.geometry.rank
-    if wanted is not None and stored is not None and stored != wanted:
+    if not requested.is_whole and not stored.is_whole and stored != requested:
         raise UsageError(
-            "The checkpoint is divided among ranks in another way", file=str(root), expected=str(wanted.to_json()),
+            "The checkpoint is divided among ranks in another way", file=str(root), expected=str(requested.to_json()),
             found=str(stored.to_json()),
         )  # fmt: skip
     found = next((item for item in description.moe_layers if item.index == layer), None)
@@ -261,9 +261,8 @@ def load_fused_experts(
         have = ", ".join(str(item.index) for item in description.moe_layers) or "none"
         raise UsageError("There is no such MoE layer", file=str(model), expected=f"one of {have}", found=str(layer))
     check_loadable(found)
-    part = wanted if stored is None else None
-    if part is not None:
-        part.check(found.prefix, found.experts, found.intermediate)
+    part = requested if stored.is_whole else WHOLE
+    part.check(found.prefix, found.experts, found.intermediate)
     with ExpertReader(description) as reader:
         return reader.fused(found, place, part)
 

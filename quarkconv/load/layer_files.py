@@ -19,7 +19,7 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Arena
 from quarkconv.load.experts import FusedExperts
-from quarkconv.load.layer_reads import PAGE, LayerRead, layer_reads, projection_names, w2_offset
+from quarkconv.load.layer_reads import PAGE, LayerRead, layer_reads, w2_offset
 from quarkconv.load.open_files import BLOCK, OpenFiles
 from quarkconv.plan.manifest import WrittenTensor
 
@@ -140,20 +140,20 @@ class LayerFiles:
         """Scales of the rows of a projection, float32 [E, rows]; those of a fused gate are those of up as well."""
         rows = layer.hidden if role == "down" else layer.intermediate * (2 if layer.layout == "fused" else 1)
         if layer.layout == "per_expert":
-            names = [projection_names(layer, role, expert).scale for expert in range(layer.experts)]
+            names = [layer.projection(role, expert).names.scale for expert in range(layer.experts)]
             parts = [self.small(name).float().reshape(-1) for name in names]
             return torch.stack([part.expand(rows) for part in parts])
-        stacked = self.small(projection_names(layer, role, 0).scale).float()
+        stacked = self.small(layer.projection(role, 0).names.scale).float()
         return stacked.reshape(layer.experts, -1).expand(layer.experts, rows)
 
     def _input_scales(self, layer: MoELayer, role: Role) -> Tensor | None:
         """Static input scales, float32 [E]; None where activations are quantized per token."""
         if layer.layout == "per_expert":
-            names = [projection_names(layer, role, expert).input_scale for expert in range(layer.experts)]
+            names = [layer.projection(role, expert).names.input_scale for expert in range(layer.experts)]
             if not all(map(self.has, names)):
                 return None
             return torch.stack([self.small(name).float().reshape(()) for name in names])
-        name = projection_names(layer, role, 0).input_scale
+        name = layer.projection(role, 0).names.input_scale
         return self.small(name).float().reshape(layer.experts) if self.has(name) else None
 
     def _fill(self, item: LayerRead, memory: memoryview, *, on_page: bool = False) -> bool:

@@ -9,11 +9,10 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.naming import ROLES
 from quarkconv.experts.topology import MoELayer
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.manifest import Manifest, WrittenTensor
-from quarkconv.scheme.stored import TensorNames, fused_names, linear_names
 
 PAGE: Final = 4096
 CHUNK_BYTES: Final = 16 * 2**20
@@ -52,17 +51,6 @@ def w2_offset(layer: MoELayer) -> int:
     return -(-2 * layer.experts * layer.intermediate * layer.hidden // PAGE) * PAGE
 
 
-def projection_names(layer: MoELayer, role: Role, expert: int) -> TensorNames:
-    """Names of the tensors that hold a projection, whatever the layout of its layer."""
-    leaf = dict(zip(ROLES, layer.naming.projections(), strict=True))[role]
-    if layer.layout == "per_expert":
-        return linear_names(f"{layer.prefix}.{expert}.{leaf}")
-    if layer.layout == "stacked":
-        return linear_names(f"{layer.moe}.{leaf}")
-    fused = layer.naming.fused_down if role == "down" else layer.naming.fused_gate_up
-    return fused_names(f"{layer.prefix}.{fused}")
-
-
 def layer_reads(
     layer: MoELayer, refs: Mapping[str, TensorRef], written: Mapping[str, WrittenTensor]
 ) -> list[LayerRead]:
@@ -76,14 +64,16 @@ def layer_reads(
     matrix = layer.intermediate * layer.hidden
     reads: list[LayerRead] = []
     if layer.layout == "fused":
-        for role, at in (("gate", 0), ("down", w2_offset(layer))):
-            name = projection_names(layer, role, 0).weight  # type: ignore[arg-type]
+        for name, at in (
+            (layer.projection("gate", 0).names.weight, 0),
+            (layer.projection("down", 0).names.weight, w2_offset(layer)),
+        ):
             reads += _reads(name, refs[name], 0, refs[name].nbytes, at, written.get(name))
         return reads
     for role in ROLES:
         base, stride = (w2_offset(layer), matrix) if role == "down" else (matrix if role == "up" else 0, 2 * matrix)
         for expert in range(layer.experts):
-            name = projection_names(layer, role, expert).weight
+            name = layer.projection(role, expert).names.weight
             first = 0 if layer.layout == "per_expert" else expert * matrix
             known = written.get(name) if layer.layout == "per_expert" else None  # of a stack, only parts lie together
             reads += _reads(name, refs[name], first, matrix, base + expert * stride, known)
@@ -94,7 +84,7 @@ def covered(layer: MoELayer, written: Mapping[str, WrittenTensor]) -> set[str]:
     """The tensors of a layer whose every byte is compared with the manifest while the layer is read."""
     if layer.layout == "stacked":
         return set()
-    names = {projection_names(layer, role, expert).weight for role in ROLES for expert in range(layer.experts)}
+    names = {layer.projection(role, expert).names.weight for role in ROLES for expert in range(layer.experts)}
     return {name for name in names if name in written}
 
 

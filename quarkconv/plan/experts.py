@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from math import prod
 
 from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import Layout, MoELayer
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.pieces import Piece
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import NARROW_DTYPES, Form, TensorNames, fused_names, linear_names
+from quarkconv.scheme.stored import NARROW_DTYPES, Form, linear_names
 
 
 def scale_piece(name: str, ref: TensorRef, rows: int, *, part: int = 0, parts: int = 1, per_row: bool) -> Piece:
@@ -93,37 +94,36 @@ def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
 
 @dataclass(frozen=True, slots=True)
 class ExpertSource:
-    """The experts of one layer as pieces of the source.
+    """The experts of one layer as pieces of the source, cut to what a rank has of them.
+
+    Under tensor parallelism a rank's rows of gate and up are a byte range; its columns of down are a run of bytes in
+    every row. The scale of down has an element for each row, and so is the same for all ranks.
 
     Attributes:
         layer: the layer.
         refs: byte range of every tensor of the source.
         unfused: layout of the unquantized model: ``per_expert``, or ``stacked`` in 3-key models.
+        rank: the rank.
     """
 
     layer: MoELayer
     refs: Mapping[str, TensorRef]
     unfused: Layout = "per_expert"
-
-    def names(self, role: Role, expert: int) -> TensorNames:
-        """Names of the tensors in which a projection of an expert lies."""
-        layer, naming = self.layer, self.layer.naming
-        if layer.layout == "fused":
-            leaf = naming.fused_down if role == "down" else naming.fused_gate_up
-            return fused_names(f"{layer.prefix}.{leaf}")
-        leaf = {"gate": naming.gate, "up": naming.up, "down": naming.down}[role]
-        head = f"{layer.prefix}.{expert}" if layer.layout == "per_expert" else layer.moe
-        return linear_names(f"{head}.{leaf}")
+    rank: Rank = WHOLE
 
     @property
     def experts(self) -> range:
-        """Numbers of the experts that are taken."""
-        return range(self.layer.experts)
+        """Numbers of the rank's experts."""
+        return self.rank.experts(self.layer.experts)
 
     @property
     def intermediate(self) -> int:
-        """I, of what is taken."""
-        return self.layer.intermediate
+        """I, of the rank."""
+        return len(self._columns)
+
+    @property
+    def _columns(self) -> range:
+        return self.rank.intermediate(self.layer.intermediate)
 
     def rows(self, role: Role) -> int:
         """Output rows of a projection: I for gate and up, H for down."""
@@ -131,44 +131,39 @@ class ExpertSource:
 
     def weight(self, role: Role, expert: int) -> Piece:
         """The codes of one projection of one expert: [I, H] or, for down, [H, I]."""
-        name = self.names(role, expert).weight
+        stored = self.layer.projection(role, expert)
+        name = stored.names.weight
         ref = self.refs[name]
-        part, parts = self._part(role, expert)
+        number, parts = stored.weight
         nbytes = ref.nbytes // parts
-        return Piece(name, ref.file, ref.start + part * nbytes, nbytes)
+        piece = Piece(name, ref.file, ref.start + number * nbytes, nbytes)
+        columns, hidden = self._columns, self.layer.hidden
+        if len(columns) == self.layer.intermediate:
+            return piece
+        if role == "down":
+            return piece._replace(
+                start=piece.start + columns.start, nbytes=hidden * len(columns),
+                run=len(columns), stride=self.layer.intermediate,
+            )  # fmt: skip
+        return piece._replace(start=piece.start + columns.start * hidden, nbytes=len(columns) * hidden)
 
     def scale(self, role: Role, expert: int) -> Piece:
         """The weight scale of one projection of one expert, as F32 for each of its rows."""
-        name = self.names(role, expert).scale
-        ref = self.refs[name]
-        per_row = self.granularity(role, expert) == PER_CHANNEL
-        if per_row or self.layer.layout != "fused":
-            part, parts = self._part(role, expert)
-        else:  # one scale for gate and up together
-            part, parts = expert, self.layer.experts
-        return scale_piece(name, ref, self.rows(role), part=part, parts=parts, per_row=per_row)
+        stored = self.layer.projection(role, expert)
+        name, per_row = stored.names.scale, stored.form.granularity == PER_CHANNEL
+        part, parts = stored.scale
+        piece = scale_piece(name, self.refs[name], self.rows(role), part=part, parts=parts, per_row=per_row)
+        columns = self._columns
+        if role == "down" or not per_row or len(columns) == self.layer.intermediate:
+            return piece
+        size = piece.nbytes // self.layer.intermediate
+        return piece._replace(start=piece.start + columns.start * size, nbytes=len(columns) * size)
 
     def input_scale(self, role: Role, expert: int) -> Piece | None:
         """The static input scale of one projection of one expert, one element of F32; None where there is none."""
-        name = self.names(role, expert).input_scale
+        name = self.layer.projection(role, expert).names.input_scale
         ref = self.refs.get(name)
         if ref is None:
             return None
         parts = prod(ref.shape)
         return scale_piece(name, ref, 1, part=expert if parts > 1 else 0, parts=parts, per_row=False)
-
-    def _part(self, role: Role, expert: int) -> tuple[int, int]:
-        """Which of how many equal parts of its tensors a projection of an expert is."""
-        layer = self.layer
-        if layer.layout == "per_expert":
-            return 0, 1
-        if layer.layout == "fused" and role != "down":
-            return 2 * expert + (role == "up"), 2 * layer.experts
-        return expert, layer.experts
-
-    def granularity(self, role: Role, expert: int) -> str | None:
-        """Which parts of a projection's weight share a scale."""
-        layer = self.layer
-        if layer.layout == "per_expert":
-            return layer.forms[role][expert].granularity
-        return layer.forms["gate" if layer.layout == "fused" and role == "up" else role][0].granularity

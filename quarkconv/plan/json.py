@@ -63,7 +63,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "copies": plan.copies,
         "losses": [asdict(loss) for loss in plan.losses],
         "texts": plan.texts,
-        "rank": plan.rank and plan.rank.to_json(),
+        "rank": plan.rank.to_json(),
     }
 
 
@@ -117,7 +117,7 @@ def plan_from_json(value: dict[str, Any]) -> Plan:
             copies=tuple(SourceFile(str(name), int(size)) for name, size in value["copies"]),
             losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
             texts=tuple(TextFile(str(name), str(text)) for name, text in value["texts"]),
-            rank=make_rank(**value["rank"]) if value["rank"] else None,
+            rank=make_rank(**value["rank"]),
         )
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error

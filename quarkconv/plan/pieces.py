@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
-from quarkconv.experts.ranks import Rank
+from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.findings import Finding
 from quarkconv.headers.safetensors import TensorRef
 
@@ -156,7 +156,7 @@ class Plan:
         copies: files of the source that are copied as they are.
         losses: what the source says and the output does not.
         texts: files that are written anew, such as the model card.
-        rank: whose part of the experts is written; None for all of them.
+        rank: the rank whose part of the experts is written.
     """
 
     target: str
@@ -171,7 +171,7 @@ class Plan:
     copies: tuple[SourceFile, ...]
     losses: tuple[Finding, ...] = ()
     texts: tuple[TextFile, ...] = ()
-    rank: Rank | None = None
+    rank: Rank = WHOLE
 
     def to_json(self) -> dict[str, Any]:
         """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""

@@ -184,7 +184,7 @@ class _Run:
                         return
                     held.append((self._source_arenas, other))
                     source, _ = self._source_files.read(self._source_layers[layer.prefix], other)
-                    source = source if self._rank is None else source.part(self._rank)
+                    source = source.part(self._rank)
                 self._ready.put((number, held, experts, source))
         finally:
             self._all_read.set()

@@ -16,7 +16,6 @@ from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_files import LayerFiles
-from quarkconv.load.layer_reads import projection_names
 from quarkconv.verify.reference import CODE_MAX
 from quarkconv.verify.results import Problem, WeightError
 
@@ -68,7 +67,7 @@ class UnquantizedModel:
         mine = self._layers[layer.index]
 
         def weight(role: Role, expert: int) -> Tensor:
-            name = projection_names(mine, role, expert).weight
+            name = mine.projection(role, expert).names.weight
             values = self._files.small(name, None if mine.layout == "per_expert" else expert).to(device)
             if mine.layout == "fused" and role != "down":
                 values = values[: mine.intermediate] if role == "gate" else values[mine.intermediate :]

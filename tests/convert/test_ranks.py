@@ -14,7 +14,7 @@ from support.writing import Tensors, assert_same_tensors, fused_int8, load, make
 
 import quarkconv
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
-from quarkconv.experts.ranks import Rank, make_rank, rank_of_config
+from quarkconv.experts.ranks import WHOLE, Rank, make_rank, rank_of_config
 from quarkconv.plan.pieces import Plan
 from quarkconv.write.space import records_nbytes
 
@@ -135,9 +135,10 @@ def test_a_rank_is_verified_against_the_whole_source(tmp_path: Path) -> None:
 
 def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
-    for plan in quarkconv.plan_by_rank(root, "fused-int8", parallel="tp", world_size=2).plans:
+    plans = quarkconv.plan_by_rank(root, "fused-int8", parallel="tp", world_size=2).plans
+    for number, plan in enumerate(plans):
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
-        assert plan.rank is not None
+        assert plan.rank == Rank("tp", number, 2)
         assert plan.moe.intermediate_size == 10
 
 
@@ -236,11 +237,20 @@ def test_every_expert_belongs_to_one_rank(experts: int, world_size: int) -> None
 
 
 @pytest.mark.parametrize(
-    "said", [None, 3, {}, {"parallel": "tp"}, {"parallel": "pp", "rank": 0, "world_size": 2},
+    "value", [None, 3, {}, {"parallel": "tp"}, {"parallel": "pp", "rank": 0, "world_size": 2},
              {"parallel": "tp", "rank": 2, "world_size": 2}, {"parallel": "tp", "rank": True, "world_size": 2}],
 )  # fmt: skip
-def test_a_config_that_says_nonsense_is_of_no_rank(said: object) -> None:
-    assert rank_of_config({"quarkconv_rank": said}) is None
+def test_an_invalid_rank_in_a_config_is_ignored(value: object) -> None:
+    assert rank_of_config({"quarkconv_rank": value}) == WHOLE
+
+
+def test_a_whole_model_is_rank_0_of_1_and_its_config_has_no_rank(tmp_path: Path) -> None:
+    plan = quarkconv.plan_conversion(make_checkpoint(tmp_path / "model"), "fused-int8")
+    assert plan.rank == WHOLE
+    assert plan.rank.is_whole
+    assert rank_of_config(plan.config) == rank_of_config({}) == WHOLE
+    assert "quarkconv_rank" not in plan.config
+    assert not Rank("tp", 0, 2).is_whole
 
 
 def test_no_such_rank() -> None:

@@ -124,6 +124,33 @@ def test_fused(names: tuple[str, str]) -> None:
     assert modules_exist(layer, types)
 
 
+@pytest.mark.parametrize(
+    ("types", "up", "down"),
+    [
+        (per_expert(), (f"{PREFIX}.2.up_proj.weight", (0, 1)), (f"{PREFIX}.2.down_proj.weight", (0, 1))),
+        (stacked("a.moe"), ("a.moe.up_proj.weight", (2, 4)), ("a.moe.down_proj.weight", (2, 4))),
+        (fused(PREFIX, ("w13", "w2")), (f"{PREFIX}.w13", (5, 8)), (f"{PREFIX}.w2", (2, 4))),
+    ],
+    ids=["per_expert", "stacked", "fused"],
+)
+def test_where_the_third_expert_lies(types: Types, up: tuple[str, Any], down: tuple[str, Any]) -> None:
+    layer = only_layer(types)
+    for role, expected in (("up", up), ("down", down)):
+        found = layer.projection(role, 2)  # type: ignore[arg-type]
+        assert (found.names.weight, found.weight) == expected
+        assert found.scale == found.weight
+        assert found.names.scale in types
+        assert found.form.weight.shape == types[found.names.weight][1]
+
+
+def test_gate_and_up_of_a_fused_tensor_share_a_scale_per_tensor() -> None:
+    types = fused(PREFIX, ("w13", "w2"))
+    types[f"{PREFIX}.w13_scale"] = ("F32", (4, 1, 1))
+    layer = only_layer(types)
+    assert [layer.projection(role, 2).weight for role in ("gate", "up")] == [(4, 8), (5, 8)]  # type: ignore[arg-type]
+    assert [layer.projection(role, 2).scale for role in ("gate", "up")] == [(2, 4), (2, 4)]  # type: ignore[arg-type]
+
+
 def test_experts_are_found_in_any_order_of_names() -> None:
     types = per_expert(numbers=range(12))
     assert only_layer(dict(sorted(types.items(), reverse=True))).experts == 12
