@@ -70,10 +70,10 @@ def make_plan(
                 tuple(layer.index for layer in layers),
                 tuple(layer.prefix for layer in layers),
                 len(rank.experts(layers[0].experts)),
-                description.geometry.top_k,
+                description.config.top_k,
                 layers[0].hidden,
                 len(rank.intermediate(layers[0].intermediate)),
-                description.geometry.activation,
+                description.config.activation,
             ),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
             checks=tuple(made.checks),
@@ -108,10 +108,10 @@ def check_convertible(description: Description, target: Target) -> None:
             f"The source cannot be converted ({item.code}): {item.message}",
             file=root, tensor=item.subject, hint=hint,
         )  # fmt: skip
-    if not description.geometry.rank.is_whole:
+    if not description.config.rank.is_whole:
         raise UnsupportedError(
             "The source is the part of one rank, not a model", file=root, expected="a whole checkpoint",
-            found=description.geometry.rank.folder(), hint="convert the checkpoint that it was made of",
+            found=description.config.rank.folder(), hint="convert the checkpoint that it was made of",
         )  # fmt: skip
     reason = target.unsupported(description)
     if reason is not None:

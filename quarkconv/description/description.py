@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quarkconv.description.contradictions import contradictions, rank_part
-from quarkconv.experts.config import ConfigGeometry, config_geometry
+from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
 from quarkconv.files.base import Files, Progress
@@ -31,8 +31,8 @@ class Description:
 
     Attributes:
         checkpoint: the files.
-        declared: what the config claims; None without a quantization_config.
-        geometry: what the config says about the experts.
+        config: what config.json says of the model.
+        declared: the scheme that it declares; None without a quantization_config.
         stored: the modules that have a weight.
         modules: the same, with the scheme of each.
         topology: the routed experts.
@@ -40,8 +40,8 @@ class Description:
     """
 
     checkpoint: Checkpoint
+    config: ModelConfig
     declared: DeclaredScheme | None
-    geometry: ConfigGeometry
     stored: StoredModules
     modules: ResolvedModules
     topology: Topology
@@ -74,7 +74,7 @@ class Description:
 
     def unfused_layout(self, layer: MoELayer) -> Layout:
         """How the unquantized model lays out the experts of a layer: one by one, or all in one in 3-key models."""
-        stacked = layer.layout == "stacked" or self.geometry.model_type in STACKED_MODEL_TYPES
+        stacked = layer.layout == "stacked" or self.config.model_type in STACKED_MODEL_TYPES
         return "stacked" if stacked else "per_expert"
 
     def errors(self) -> list[Finding]:
@@ -94,18 +94,18 @@ def describe(place: Path | Files, reading: Progress | None = None) -> Descriptio
     """
     with collector_paused():
         checkpoint = open_checkpoint(place, reading)
-        declared = declared_scheme(checkpoint.config)
-        geometry = config_geometry(checkpoint.config)
+        config = model_config(checkpoint.config)
+        declared = declared_scheme(config.quantization)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         modules = resolve_modules(stored, declared)
-        topology = expert_topology(stored, geometry.local_experts, geometry.hidden_layers)
+        topology = expert_topology(stored, config.local_experts, config.hidden_layers)
         findings = [
             *checkpoint.findings,
             *topology.findings,
-            *(() if geometry.rank.is_whole else (rank_part(geometry.rank),)),
+            *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *contradictions(declared, stored, modules, topology),
         ]
     order = list(Severity)
     findings = bounded(findings)
     findings.sort(key=lambda item: order.index(item.severity))
-    return Description(checkpoint, declared, geometry, stored, modules, topology, tuple(findings))
+    return Description(checkpoint, config, declared, stored, modules, topology, tuple(findings))

@@ -1,72 +1,169 @@
-"""What a model's config says about its experts."""
+"""The one reader of the model part of config.json: the type, the experts, the layers, and where the quantization is.
+
+Multimodal models nest the config of their language model, and some models have several stacks of layers, each with a
+config of its own. Nobody else looks into config.json for these.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
 from quarkconv.experts.ranks import WHOLE, Rank, rank_of_config
 
-TEXT_PARTS: Final = ("text_config", "llm_config", "language_config")
+QUANTIZATION_KEY: Final = "quantization_config"
+LANGUAGE_PARTS: Final = ("text_config", "llm_config", "language_config")
+"""Keys of the object that describes the language model of a multimodal model."""
+STACKS: Final[Mapping[str, str]] = {"thinker": "thinker_config", "talker": "talker_config"}
+"""Models of several stacks of layers: first part of a module's name -> key of the stack's object. The first row is the
+language model."""
+
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
-_TOP_K: Final = ("num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts")
-_ACTIVATION: Final = ("hidden_act", "hidden_activation", "moe_hidden_act")
+_TOP_K: Final = (
+    "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts", "moe_k",
+)  # fmt: skip
+_ACTIVATION: Final = ("hidden_act", "hidden_activation", "moe_hidden_act", "mlp_hidden_act", "ffn_act_fn")
+_HIDDEN_LAYERS: Final = ("num_hidden_layers", "n_layers", "num_layers")
+_MTP_LAYERS: Final = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")
+_EXPERT_PARTS: Final = ("ffn_config",)
+"""Keys of the object below the language model's that describes its experts, where they have one."""
+
+Part = Mapping[str, Any]
 
 
 @dataclass(frozen=True, slots=True)
-class ConfigGeometry:
-    """The claims of a config about the experts; None for what it does not say.
+class ModelConfig:
+    """What config.json says of the model; None for what it does not say, or says in a wrong type.
 
     Attributes:
-        model_type: the config's ``model_type``.
+        raw: the whole of config.json.
+        path: keys from there to the part that describes the language model; () for config.json itself.
+        model_type: ``model_type`` of the language model.
         experts: routed experts per layer.
         top_k: experts per token.
         hidden_layers: decoder layers, without those of multi-token prediction.
+        mtp_layers: layers of multi-token prediction.
         activation: name of the activation function of the experts.
+        quantization: the quantization_config, of whatever type it is.
+        quantization_path: keys from config.json to the part that holds it.
         rank: the rank whose part of the experts the checkpoint holds.
     """
 
-    model_type: str | None
-    experts: int | None
-    top_k: int | None
-    hidden_layers: int | None
-    activation: str | None
+    raw: Part
+    path: tuple[str, ...] = ()
+    model_type: str | None = None
+    experts: int | None = None
+    top_k: int | None = None
+    hidden_layers: int | None = None
+    mtp_layers: int | None = None
+    activation: str | None = None
+    quantization: object = None
+    quantization_path: tuple[str, ...] = ()
     rank: Rank = WHOLE
+
+    @property
+    def text(self) -> Part:
+        """The part that describes the language model."""
+        return _at(self.raw, self.path)
 
     @property
     def local_experts(self) -> int | None:
         """Routed experts per layer that the checkpoint itself holds."""
         return None if self.experts is None else len(self.rank.experts(self.experts))
 
+    @property
+    def claims_experts(self) -> bool:
+        """True when the config gives the language model more than one routed expert."""
+        return self.experts is not None and self.experts > 1
 
-def text_config(config: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The part of a config that describes the language model: of a multimodal model a nested object."""
-    for key in TEXT_PARTS:
-        part = config.get(key)
-        if isinstance(part, dict):
-            return part
-    return config
+    def part_of(self, module: str) -> Part:
+        """The part that describes the stack of layers of a module: ``thinker.model.layers.0`` or any other name."""
+        stack = STACKS.get(module.partition(".")[0])
+        inner = self.raw.get(stack) if stack else None
+        return self.text if not isinstance(inner, dict) else _at(inner, _language_path(inner))
+
+    def with_quantization(self, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
+        """A copy of config.json with another quantization_config, at the top, or with none anywhere."""
+        replaced = _without_quantization(self.raw, [path for path in _part_paths(self.raw) if path])
+        if quantization is not None:
+            replaced[QUANTIZATION_KEY] = dict(quantization)
+        return replaced
 
 
-def config_geometry(config: Mapping[str, Any]) -> ConfigGeometry:
-    """Read the claims of a config.json; values of the wrong type count as not said."""
-    text = text_config(config)
-    model_type = text.get("model_type", config.get("model_type"))
-    activation = next((text[key] for key in _ACTIVATION if isinstance(text.get(key), str)), None)
-    return ConfigGeometry(
-        model_type if isinstance(model_type, str) else None,
-        _first_count(text, _EXPERTS),
-        _first_count(text, _TOP_K),
-        _first_count(text, ("num_hidden_layers",)),
-        activation,
-        rank_of_config(config),
+def model_config(raw: Part) -> ModelConfig:
+    """Read the model part of a config.json; values of the wrong type count as absent."""
+    path = _language_path(raw)
+    text = _at(raw, path)
+    parts = (text, *(text[key] for key in _EXPERT_PARTS if isinstance(text.get(key), dict)))
+    model_type = text.get("model_type", raw.get("model_type"))
+    quantization, where = next(
+        ((found, path) for path in _part_paths(raw) if (found := _at(raw, path).get(QUANTIZATION_KEY)) is not None),
+        (None, ()),
+    )
+    return ModelConfig(
+        raw=raw,
+        path=path,
+        model_type=model_type if isinstance(model_type, str) else None,
+        experts=_first_count(parts, _EXPERTS),
+        top_k=_first_count(parts, _TOP_K),
+        hidden_layers=_first_count(parts, _HIDDEN_LAYERS),
+        mtp_layers=_first_count(parts, _MTP_LAYERS),
+        activation=_activation(parts),
+        quantization=quantization,
+        quantization_path=where,
+        rank=rank_of_config(raw),
     )
 
 
-def _first_count(config: Mapping[str, Any], keys: tuple[str, ...]) -> int | None:
-    for key in keys:
-        value = config.get(key)
-        if type(value) is int and value > 0:
-            return value
+def _language_path(raw: Part) -> tuple[str, ...]:
+    """Keys to the part that describes the language model."""
+    stack = next((key for key in STACKS.values() if isinstance(raw.get(key), dict)), None)
+    head = () if stack is None else (stack,)
+    inner = _at(raw, head)
+    part = next((key for key in LANGUAGE_PARTS if isinstance(inner.get(key), dict)), None)
+    return head if part is None else (*head, part)
+
+
+def _part_paths(raw: Part) -> Iterator[tuple[str, ...]]:
+    """Keys to every part that may hold a quantization_config, the whole of config.json first."""
+    yield ()
+    for key in (*LANGUAGE_PARTS, *STACKS.values()):
+        if isinstance(raw.get(key), dict):
+            yield (key,)
+            yield from ((key, inner) for inner in LANGUAGE_PARTS if isinstance(raw[key].get(inner), dict))
+
+
+def _at(raw: Part, path: tuple[str, ...]) -> Part:
+    for key in path:
+        raw = raw[key]
+    return raw
+
+
+def _without_quantization(raw: Part, paths: list[tuple[str, ...]]) -> dict[str, Any]:
+    copied = {key: value for key, value in raw.items() if key != QUANTIZATION_KEY}
+    for key in dict.fromkeys(path[0] for path in paths):
+        copied[key] = _without_quantization(copied[key], [path[1:] for path in paths if path[0] == key and path[1:]])
+    return copied
+
+
+def _first_count(parts: tuple[Part, ...], keys: tuple[str, ...]) -> int | None:
+    """The first positive number; a list with an entry for each layer counts where all of them are equal."""
+    for part in parts:
+        for key in keys:
+            value = part.get(key)
+            if isinstance(value, list) and value and all(type(item) is int and item == value[0] for item in value):
+                value = value[0] if len(value) == _first_count((part,), _HIDDEN_LAYERS) else None
+            if type(value) is int and value > 0:
+                return value
+    return None
+
+
+def _activation(parts: tuple[Part, ...]) -> str | None:
+    for part in parts:
+        for key in _ACTIVATION:
+            value = part.get(key)
+            name = value.get("name") if isinstance(value, dict) else value
+            if isinstance(name, str):
+                return name
     return None

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.description.description import Description
-from quarkconv.scheme.formats.readers import quantization_config
 from quarkconv.scheme.patterns import is_pattern
 
 VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
@@ -109,10 +108,10 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
         converted_to: the targets that it can be converted to.
     """
     scheme = description.scheme
-    if scheme is None or not description.int8_layers or not description.geometry.rank.is_whole:
+    if scheme is None or not description.int8_layers or not description.config.rank.is_whole:
         return []
     layer, stored = description.int8_layers[0], stored_form(description)
-    model_type = (description.geometry.model_type or "").removesuffix("_text")
+    model_type = (description.config.model_type or "").removesuffix("_text")
     layouts: dict[str | None, str] = dict.fromkeys(converted_to, description.unfused_layout(layer))
     layouts |= {FUSED: "fused"} if FUSED in layouts else {}
     layouts[stored] = layer.layout
@@ -130,7 +129,7 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
 def _features(description: Description, as_it_is: bool) -> set[str]:
     """Which of :data:`FEATURES` a checkpoint has: as it is, or with the config that a conversion writes."""
     found = {"float-experts"} if any(not layer.quantized for layer in description.moe_layers) else set()
-    quantization = quantization_config(description.checkpoint.config)
+    quantization = description.config.quantization
     if as_it_is and any(form.zero_point is not None for form, _, _ in description.modules.quantized()):
         found.add("zero-points")
     if as_it_is and isinstance(quantization, dict):

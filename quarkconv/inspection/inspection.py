@@ -168,11 +168,11 @@ def _moe(description: Description) -> dict[str, Any] | None:
     return {
         "layers": [layer.index for layer in layers],
         "experts": layers[0].experts,
-        "top_k": description.geometry.top_k,
+        "top_k": description.config.top_k,
         "hidden_size": layers[0].hidden,
         "intermediate_size": layers[0].intermediate,
         "layout": layers[0].layout,
-        "activation_function": description.geometry.activation,
+        "activation_function": description.config.activation,
     }
 
 

@@ -23,10 +23,10 @@ from torch import Tensor
 from quarkconv.convert.planner import make_plan
 from quarkconv.description.description import describe
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.hub.locate import resolve_model
 from quarkconv.plan.pieces import Check, OutputTensor, Piece, Plan
-from quarkconv.scheme.formats.readers import QUANTIZATION_KEY
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:

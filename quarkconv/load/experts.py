@@ -250,7 +250,7 @@ def load_fused_experts(
     if not requested.is_whole and (root / RANKS_NAME).is_file():
         root = root / requested.folder()
     description = describe(root)
-    stored = description.geometry.rank
+    stored = description.config.rank
     if not requested.is_whole and not stored.is_whole and stored != requested:
         raise UsageError(
             "The checkpoint is divided among ranks in another way", file=str(root), expected=str(requested.to_json()),

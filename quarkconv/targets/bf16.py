@@ -17,7 +17,7 @@ from quarkconv.plan.pieces import OutputTensor
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.base import Int8Count
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import dropped_settings, replace_quantization
+from quarkconv.targets.settings import dropped_settings
 
 _OF_ACTIVATIONS: Final = (
     "input_scale",
@@ -53,7 +53,7 @@ class Bf16(PerExpertTarget):
         return name.endswith(_OF_ACTIVATIONS)
 
     def config(self, description: Description) -> dict[str, Any]:
-        config = replace_quantization(description.checkpoint.config, None)
+        config = description.config.with_quantization(None)
         return {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
 
     def losses(self, description: Description) -> Iterator[Finding]:

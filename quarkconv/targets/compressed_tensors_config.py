@@ -11,10 +11,9 @@ from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.findings import Finding
-from quarkconv.scheme.formats.readers import quantization_config
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.targets.ignored import ignored_modules
-from quarkconv.targets.settings import KV_CACHE, dropped_settings, replace_quantization
+from quarkconv.targets.settings import KV_CACHE, dropped_settings
 
 _KV_CACHE_FP8: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _CARRIED: Final = ("version", "kv_cache_scheme", "sparsity_config", "transform_config")
@@ -43,7 +42,7 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
         "ignore": ignored_modules(description),
     }
     quantization.update(_carried(description))
-    return replace_quantization(description.checkpoint.config, quantization)
+    return description.config.with_quantization(quantization)
 
 
 def compressed_tensors_losses(description: Description) -> Iterator[Finding]:
@@ -59,6 +58,6 @@ def _carried(description: Description) -> dict[str, Any]:
     if declared is None:
         return {}
     if declared.method == "compressed-tensors":
-        source = quantization_config(description.checkpoint.config)
+        source = description.config.quantization
         return {key: source[key] for key in _CARRIED if isinstance(source, dict) and source.get(key) is not None}
     return {"kv_cache_scheme": dict(_KV_CACHE_FP8)} if declared.kv_cache == FP8_STATIC else {}

@@ -19,13 +19,12 @@ from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, Piece
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.formats.readers import quantization_config
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.kv_cache import name_in_quark
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import KV_CACHE, dropped_settings, replace_quantization
+from quarkconv.targets.settings import KV_CACHE, dropped_settings
 
 QUARK_VERSION: Final = "0.13"
 """The version of Quark whose form is written."""
@@ -61,7 +60,7 @@ class Quark(PerExpertTarget):
 
     def config(self, description: Description) -> dict[str, Any]:
         static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
-        source = quantization_config(description.checkpoint.config)
+        source = description.config.quantization
         declared = description.declared
         carried = source if isinstance(source, dict) and declared is not None and declared.method == "quark" else {}
         export = carried.get("export")
@@ -89,7 +88,7 @@ class Quark(PerExpertTarget):
                 "weight_merge_groups": None,
             },
         }
-        return replace_quantization(description.checkpoint.config, quantization)
+        return description.config.with_quantization(quantization)
 
     def renamed(self, name: str) -> str:
         return name_in_quark(name)
@@ -97,7 +96,7 @@ class Quark(PerExpertTarget):
     def losses(self, description: Description) -> Iterator[Finding]:
         declared = description.declared
         kept = {KV_CACHE} if _kv_cache_layers(declared, {}) else set()
-        source = quantization_config(description.checkpoint.config)
+        source = description.config.quantization
         if declared is not None and declared.method == "quark" and isinstance(source, dict):
             kept.update(source, ("export",))  # carried over; what is said of single layers is not
             kept -= {"global_quant_config", "layer_quant_config", "layer_type_quant_config"}

@@ -10,9 +10,8 @@ from collections.abc import Collection, Iterator, Mapping
 from typing import Any, Final
 
 from quarkconv.description.description import Description
-from quarkconv.experts.config import TEXT_PARTS
+from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.findings import Finding, finding
-from quarkconv.scheme.formats.readers import QUANTIZATION_KEY, quantization_config
 from quarkconv.text import shortened
 
 KV_CACHE: Final = "kv_cache"
@@ -38,17 +37,6 @@ _EXPORT_HISTORY: Final = frozenset(
 """Fields of Quark's ``export`` that record how the export was made. ``pack_method`` is about codes below 8 bits."""
 
 
-def replace_quantization(config: Mapping[str, Any], quantization: dict[str, Any] | None) -> dict[str, Any]:
-    """A copy of a config with another quantization_config, at the top, or with none."""
-    replaced = {key: value for key, value in config.items() if key != QUANTIZATION_KEY}
-    for part in TEXT_PARTS:
-        if isinstance(replaced.get(part), dict):
-            replaced[part] = {key: value for key, value in replaced[part].items() if key != QUANTIZATION_KEY}
-    if quantization is not None:
-        replaced[QUANTIZATION_KEY] = quantization
-    return replaced
-
-
 def dropped_settings(description: Description, target: str, *, kept: Collection[str]) -> Iterator[Finding]:
     """A finding for each setting of the source that the output does not have.
 
@@ -69,7 +57,7 @@ def dropped_settings(description: Description, target: str, *, kept: Collection[
 
 def _settings(description: Description) -> Iterator[tuple[str, Any]]:
     """Name and value of every setting that the stored tensors do not show, but for those that say nothing."""
-    quantization = quantization_config(description.checkpoint.config)
+    quantization = description.config.quantization
     declared = description.declared
     if not isinstance(quantization, dict) or declared is None:
         return

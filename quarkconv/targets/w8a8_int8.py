@@ -13,7 +13,7 @@ from quarkconv.findings import Finding
 from quarkconv.scheme.spec import INPUT_STATIC
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import dropped_settings, replace_quantization
+from quarkconv.targets.settings import dropped_settings
 
 
 class W8A8Int8(PerExpertTarget):
@@ -29,7 +29,7 @@ class W8A8Int8(PerExpertTarget):
 
     def config(self, description: Description) -> dict[str, Any]:
         quantization = {"quant_method": "w8a8_int8", "ignore": ignored_modules(description)}
-        return replace_quantization(description.checkpoint.config, quantization)
+        return description.config.with_quantization(quantization)
 
     def losses(self, description: Description) -> Iterator[Finding]:
         return dropped_settings(description, self.name, kept=())

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-from quarkconv.experts.config import config_geometry, text_config
+from quarkconv.experts.config import model_config
 
 _NAMES: Final = {
     "silu": "silu", "swish": "silu",
@@ -35,10 +35,10 @@ def expert_activation(config: Mapping[str, Any], layer: int) -> ExpertActivation
         layer: number of the layer. Step-3.5 clamps in some layers: ``swiglu_limits`` has an entry for each, 0 or null
             for no clamp (vLLM, ``model_executor/models/step3p5.py``).
     """
-    name = _NAMES.get(config_geometry(config).activation or "silu")
+    name = _NAMES.get(model_config(config).activation or "silu")
     if name is None:
         return None
-    limits = text_config(config).get("swiglu_limits")
+    limits = model_config(config).text.get("swiglu_limits")
     if isinstance(limits, list) and layer < len(limits):
         limit = limits[layer]
         if isinstance(limit, int | float) and not isinstance(limit, bool) and limit > 0:

@@ -117,7 +117,7 @@ class _Run:
         count = len(job.devices) + 1
         self._arenas = stack.enter_context(ArenaPool(count, size))
         self._files = stack.enter_context(LayerFiles(job.description, written_tensors(job.manifest), pool, checked))
-        self._rank = job.description.geometry.rank
+        self._rank = job.description.config.rank
         self._source_layers = {layer.prefix: layer for layer in job.source.int8_layers} if job.source else {}
         if job.source is not None:
             self._source_files = stack.enter_context(LayerFiles(job.source, {}, pool, lambda _: None))
@@ -226,9 +226,9 @@ class _Run:
 
     def _compute(self, number: int, experts: FusedExperts, source: FusedExperts | None) -> None:
         job, layer, outcome = self.job, self.job.layers[number], self._outcomes[number]
-        config = job.description.checkpoint.config
+        config = job.description.config.raw
         unquantized = None if self._unquantized is None else self._unquantized.weights(layer, experts.w13.device)
-        router, top_k = router_of(layer, config, self._files), job.description.geometry.top_k
+        router, top_k = router_of(layer, config, self._files), job.description.config.top_k
         if router is not None and not all(bool(part.isfinite().all()) for part in router[1:] if part is not None):
             message = "The router's tensors are not finite: no token would find its experts"
             outcome.problems.append(Problem("numbers", layer.index, layer.moe, message))

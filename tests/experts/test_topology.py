@@ -8,7 +8,6 @@ from typing import Any
 import pytest
 
 from quarkconv.dtypes import TensorType
-from quarkconv.experts.config import ConfigGeometry, config_geometry, text_config
 from quarkconv.experts.naming import FUSED_LEAVES
 from quarkconv.experts.topology import MoELayer, Topology, expert_topology
 from quarkconv.scheme.stored import stored_modules
@@ -385,44 +384,3 @@ def test_how_many_experts_are_in_float(in_float: tuple[str, ...], experts: int, 
 def test_fused_in_float_counts_every_expert(dtype: str) -> None:
     layer = only_layer(fused(PREFIX, ("gate_up_proj", "down_proj"), dtype))
     assert layer.float_experts() == (0 if dtype == "I8" else 4)
-
-
-# What config.json says of the experts
-
-
-@pytest.mark.parametrize(
-    ("config", "expected"),
-    [
-        (
-            {"model_type": "qwen3_moe", "num_experts": 8, "num_experts_per_tok": 2, "hidden_act": "silu"},
-            ConfigGeometry("qwen3_moe", 8, 2, None, "silu"),
-        ),
-        ({"n_routed_experts": 256, "num_hidden_layers": 61}, ConfigGeometry(None, 256, None, 61, None)),
-        ({"num_local_experts": 8}, ConfigGeometry(None, 8, None, None, None)),
-        ({"moe_num_experts": 288, "moe_top_k": 8}, ConfigGeometry(None, 288, 8, None, None)),
-        (
-            {"model_type": "qwen3_5_moe", "text_config": {"model_type": "qwen3_5_moe_text", "num_experts": 4}},
-            ConfigGeometry("qwen3_5_moe_text", 4, None, None, None),
-        ),
-        ({"model_type": "vlm", "text_config": {"num_experts": 4}}, ConfigGeometry("vlm", 4, None, None, None)),
-        (
-            {
-                "model_type": 1,
-                "num_experts": "8",
-                "num_experts_per_tok": True,
-                "num_hidden_layers": -1,
-                "hidden_act": [],
-            },
-            ConfigGeometry(None, None, None, None, None),
-        ),
-        ({"num_experts": 0, "num_local_experts": 8.0, "text_config": []}, ConfigGeometry(None, None, None, None, None)),
-        ({}, ConfigGeometry(None, None, None, None, None)),
-    ],
-)
-def test_geometry(config: dict[str, Any], expected: ConfigGeometry) -> None:
-    assert config_geometry(config) == expected
-
-
-def test_text_config_is_the_part_that_is_an_object() -> None:
-    assert text_config({"text_config": None, "llm_config": {"a": 1}}) == {"a": 1}
-    assert text_config({"a": 1}) == {"a": 1}

@@ -103,7 +103,7 @@ def test_any_value_at_any_place_of_a_quantization_config(method: str) -> None:
             for key in ("quantization_config", *path)[:-1]:
                 parent = parent[key]
             parent[("quantization_config", *path)[-1]] = value
-            scheme = declared_scheme(whole)
+            scheme = declared_scheme(whole["quantization_config"])
             tried += 1
             if scheme is None:
                 continue
@@ -180,7 +180,7 @@ EXPLOSIVE = {
 def test_a_pattern_that_would_never_end(name: str) -> None:
     """It is matched, or refused with one error that names the patterns, within a limit of processor time."""
     names = [f"{LONG}{number}" for number in range(200)] + [MODULE]
-    scheme = declared_scheme({"quantization_config": quark_config(exclude=[EXPLOSIVE[name]])})
+    scheme = declared_scheme(quark_config(exclude=[EXPLOSIVE[name]]))
     assert scheme is not None
     error = matched(scheme.resolve, names)
     assert error is None or (error.code, error.message) == (
@@ -220,7 +220,7 @@ def test_more_patterns_than_any_tool_writes(entries: list[str]) -> None:
     with pytest.raises(SourceError, match="more patterns than can be believed"):
         name_filter(entries, globs=True, patience=Patience())
     with pytest.raises(SourceError, match="more patterns than can be believed"):
-        declared_scheme({"quantization_config": quark_config(exclude=entries)})
+        declared_scheme(quark_config(exclude=entries))
 
 
 def test_patterns_that_take_long_together_are_refused() -> None:

@@ -205,7 +205,7 @@ def test_a_float16_model_says_that_it_is_bfloat16_now(tmp_path: Path) -> None:
 def test_the_quark_config_is_read_back_as_what_is_stored(converted: Converted) -> None:
     for name in CONVERTIBLE:
         root = converted.output(name, "quark")
-        declared = declared_scheme(config_of(root))
+        declared = declared_scheme(config_of(root)["quantization_config"])
         assert declared is not None
         assert declared.problems == []
         assert declared.version == "0.13"

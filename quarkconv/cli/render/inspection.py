@@ -48,7 +48,7 @@ def _header(inspection: Inspection) -> RenderableType:
     declared = description.declared
     tool = f"{declared.method} {declared.version or ''}".strip() if declared else "no quantization_config"
     facts = [
-        description.geometry.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
+        description.config.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
         f"{len(checkpoint.types):,} tensors", plural(len(checkpoint.shards), "shard"),
     ]  # fmt: skip
     return title(inspection.model, facts)

@@ -1,4 +1,4 @@
-"""From config.json to the declared scheme."""
+"""From quantization_config to the declared scheme."""
 
 from __future__ import annotations
 
@@ -11,8 +11,6 @@ from quarkconv.scheme.formats.quark import QuarkScheme
 from quarkconv.scheme.formats.w8a8_int8 import W8A8Int8Scheme
 from quarkconv.text import shortened, shown
 
-QUANTIZATION_KEY: Final = "quantization_config"
-
 READERS: Final[dict[str, Callable[[dict[str, Any]], DeclaredScheme]]] = {
     "quark": QuarkScheme,
     "compressed-tensors": CompressedTensorsScheme,
@@ -21,29 +19,13 @@ READERS: Final[dict[str, Callable[[dict[str, Any]], DeclaredScheme]]] = {
 """``quant_method`` -> reader. A new config format is one row."""
 
 
-def declared_scheme(config: dict[str, Any]) -> DeclaredScheme | None:
-    """The scheme that a config.json declares; None when it has no quantization_config.
-
-    The config of a multimodal model may carry it in its text part. A ``quant_method`` that is not known gives a
-    scheme of which nothing is known but the name.
-    """
-    quantization = quantization_config(config)
-    return None if quantization is None else _read(quantization)
-
-
-def quantization_config(config: dict[str, Any]) -> object:
-    """The quantization_config of a config.json, whatever it is; None when there is none."""
-    for part in (config, config.get("text_config")):
-        if isinstance(part, dict) and part.get(QUANTIZATION_KEY) is not None:
-            found: object = part[QUANTIZATION_KEY]
-            return found
-    return None
-
-
-def _read(quantization: object) -> DeclaredScheme:
+def declared_scheme(quantization: object) -> DeclaredScheme | None:
+    """The scheme that a quantization_config declares; None for None. An unknown ``quant_method`` declares nothing."""
+    if quantization is None:
+        return None
     if not isinstance(quantization, dict):
         unknown = UnknownScheme("unknown")
-        unknown.problems.append(ConfigProblem(QUANTIZATION_KEY, "an object", type(quantization).__name__))
+        unknown.problems.append(ConfigProblem("quantization_config", "an object", type(quantization).__name__))
         return unknown
     method = quantization.get("quant_method")
     if not isinstance(method, str):

@@ -82,7 +82,7 @@ def vllm_says(config: dict[str, Any]) -> Callable[[str], str]:
 
 def we_say(config: dict[str, Any]) -> Callable[[str], str]:
     """What we read of each module."""
-    declared = declared_scheme({"quantization_config": config})
+    declared = declared_scheme(config)
     assert declared is not None
 
     def scheme(module: str) -> str:

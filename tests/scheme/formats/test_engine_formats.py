@@ -33,7 +33,7 @@ CONFIG: dict[str, Any] = {
 
 
 def read(quantization: dict[str, Any]) -> DeclaredScheme:
-    scheme = declared_scheme({"quantization_config": copy.deepcopy(quantization)})
+    scheme = declared_scheme(copy.deepcopy(quantization))
     assert scheme is not None
     return scheme
 

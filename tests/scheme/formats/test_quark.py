@@ -216,12 +216,6 @@ def test_version_and_format() -> None:
     assert (bare.version, bare.stores_codes, bare.default, bare.problems) == (None, True, FLOAT, [])
 
 
-def test_the_config_of_a_multimodal_model() -> None:
-    assert declared_scheme({"text_config": {"quantization_config": quark_config()}}) is not None
-    assert declared_scheme({"text_config": {}}) is None
-    assert declared_scheme({"quantization_config": None}) is None
-
-
 # Whatever a config holds, it is read without an exception
 
 
@@ -282,12 +276,12 @@ def test_junk_at_every_place(path: tuple[str, ...]) -> None:
         for key in path[:-1]:
             place = place[key]
         place[path[-1]] = junk
-        ask(declared_scheme({"quantization_config": config}))
+        ask(declared_scheme(config))
 
 
 @pytest.mark.parametrize("junk", [True, 1, "quark", [], [quark_config()]], ids=str)
 def test_a_quantization_config_that_is_no_object(junk: object) -> None:
-    scheme = declared_scheme({"quantization_config": junk})
+    scheme = declared_scheme(junk)
     ask(scheme)
     assert scheme is not None
     assert [problem.field for problem in scheme.problems] == ["quantization_config"]
@@ -308,7 +302,7 @@ def test_a_quantization_config_that_is_no_object(junk: object) -> None:
     ],
 )
 def test_what_is_ignored_is_named(changes: dict[str, Any], field: str) -> None:
-    scheme = declared_scheme({"quantization_config": quark_config(**changes)})
+    scheme = declared_scheme(quark_config(**changes))
     assert scheme is not None
     assert [problem.field for problem in scheme.problems] == [field]
 
@@ -336,4 +330,4 @@ json_values = st.recursive(
     ),
 )  # fmt: skip
 def test_any_json_is_read(method: str, fields: dict[str, Any]) -> None:
-    ask(declared_scheme({"quantization_config": {"quant_method": method, **fields}}))
+    ask(declared_scheme({"quant_method": method, **fields}))
