@@ -52,7 +52,7 @@ VERIFY = """
 import json, os, resource, sys, time
 import torch
 from quarkconv.verify.verify import verify_checkpoint
-from quarkconv.load.layer_reads import layer_nbytes
+from quarkconv.load.layer_reads import LayerPart
 from quarkconv.description.description import describe
 from pathlib import Path
 model, device, tokens, stages = sys.argv[1:5]
@@ -79,7 +79,7 @@ started = time.perf_counter()
 result = verify_checkpoint(model, device=device, tokens=tokens, stages=stages)
 seconds = time.perf_counter() - started
 stop.set(); watcher.join()
-layer = max(map(layer_nbytes, describe(Path(model)).int8_layers))
+layer = max(LayerPart(layer).nbytes for layer in describe(Path(model)).int8_layers)
 print(json.dumps({"seconds": seconds, "ok": result.ok,
     "problems": [problem.message for problem in result.problems[:5]],
     "host_bytes": peak[0] - before, "layer_bytes": layer,
@@ -95,23 +95,22 @@ from pathlib import Path
 from quarkconv.description.description import describe
 from quarkconv.plan.manifest import read_manifest
 from quarkconv.load.arenas import ArenaPool
-from quarkconv.load.layer_files import LayerFiles
-from quarkconv.load.layer_reads import layer_nbytes, written_tensors
-from quarkconv.verify.streaming import READERS
+from quarkconv.load.layer_reader import READERS, LayerReader
+from quarkconv.load.layer_reads import LayerPart, written_tensors
 root = Path(sys.argv[1]); description = describe(root); written = written_tensors(read_manifest(root))
-layers = description.int8_layers; size = max(map(layer_nbytes, layers))
+layers = description.int8_layers; size = max(LayerPart(layer).nbytes for layer in layers)
 for path in root.iterdir():
     descriptor = os.open(path, os.O_RDONLY)
     os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
 def from_the_disk():
     return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
 before = from_the_disk(); started = time.perf_counter()
-with (ThreadPoolExecutor(READERS) as pool, LayerFiles(description, written, pool, lambda _: None) as files,
+with (ThreadPoolExecutor(READERS) as pool, LayerReader(description, pool, written) as reader,
       ArenaPool(1, size) as arenas):
     problems = []; arena = arenas.take(1)
-    for layer in layers: files.read(layer, arena)
+    for layer in layers: reader.read(LayerPart(layer), arena)
 print(json.dumps({"seconds": time.perf_counter() - started, "ok": not problems,
-    "bytes": sum(map(layer_nbytes, layers)), "from_the_disk": from_the_disk() - before}))
+    "bytes": sum(LayerPart(layer).nbytes for layer in layers), "from_the_disk": from_the_disk() - before}))
 """
 
 

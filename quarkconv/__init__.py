@@ -33,7 +33,8 @@ from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
 from quarkconv.plan.pieces import Plan
 
 if TYPE_CHECKING:
-    from quarkconv.load.experts import FusedExperts, load_fused_experts
+    from quarkconv.load.experts import FusedExperts
+    from quarkconv.load.load import load_fused_experts
     from quarkconv.verify.results import Verification
     from quarkconv.verify.verify import verify_checkpoint
 
@@ -64,7 +65,7 @@ __all__ = [
 
 _NEED_TORCH = {
     "FusedExperts": "quarkconv.load.experts",
-    "load_fused_experts": "quarkconv.load.experts",
+    "load_fused_experts": "quarkconv.load.load",
     "Verification": "quarkconv.verify.results",
     "verify_checkpoint": "quarkconv.verify.verify",
 }

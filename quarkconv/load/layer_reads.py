@@ -1,7 +1,7 @@
-"""Which bytes of which files make the codes of a layer, and where they go in its memory.
+"""Which bytes of which files hold the codes of a layer, and where they go in memory.
 
-Whatever the layout on disk, the codes lie in memory as the INT8 forward takes them: w13 [E, 2I, H], and from the next
-page on w2 [E, H, I]. Putting experts together costs nothing: each range is read to where it belongs.
+In memory the codes lie as the INT8 forward takes them, whatever the layout on disk: w13 [E, 2I, H], and from the next
+page on w2 [E, H, I]. Stacking experts costs nothing: each byte range is read to its final place.
 """
 
 from __future__ import annotations
@@ -9,7 +9,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
-from quarkconv.experts.naming import ROLES
+from quarkconv.experts.naming import Role
+from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.manifest import Manifest, WrittenTensor
@@ -19,6 +20,43 @@ CHUNK_BYTES: Final = 16 * 2**20
 """Bytes of one read at most, so that several threads read a large tensor."""
 
 
+class LayerPart(NamedTuple):
+    """The part of a layer that a rank holds, and its place in memory: w13 first, w2 from the next page on.
+
+    Attributes:
+        layer: the layer.
+        rank: the rank.
+    """
+
+    layer: MoELayer
+    rank: Rank = WHOLE
+
+    @property
+    def experts(self) -> range:
+        """Numbers of the rank's experts."""
+        return self.rank.experts(self.layer.experts)
+
+    @property
+    def inner(self) -> range:
+        """The rank's part of the intermediate size: rows of gate and up, columns of down."""
+        return self.rank.intermediate(self.layer.intermediate)
+
+    @property
+    def matrix(self) -> int:
+        """Bytes of one projection of one expert."""
+        return len(self.inner) * self.layer.hidden
+
+    @property
+    def w2_offset(self) -> int:
+        """First byte of w2."""
+        return -(-2 * len(self.experts) * self.matrix // PAGE) * PAGE
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all codes in memory."""
+        return self.w2_offset + len(self.experts) * self.matrix
+
+
 class LayerRead(NamedTuple):
     """A byte range of a file, and its place in the memory of a layer.
 
@@ -26,10 +64,11 @@ class LayerRead(NamedTuple):
         tensor: the tensor that it belongs to.
         file: its file.
         start: first byte in the file.
-        nbytes: length.
+        nbytes: length in the file.
         at: first byte in memory.
-        checksum: what the manifest says of this range; empty where it says nothing.
+        checksum: its checksum in the manifest; empty where the manifest has none.
         source: the tensor of the source that it came from, for messages.
+        run, stride: of every ``stride`` bytes of the file only the first ``run`` go to memory; 0 for all bytes.
     """
 
     tensor: str
@@ -39,69 +78,95 @@ class LayerRead(NamedTuple):
     at: int
     checksum: str = ""
     source: str = ""
-
-
-def layer_nbytes(layer: MoELayer) -> int:
-    """Size of the codes of a layer in memory."""
-    return w2_offset(layer) + layer.experts * layer.hidden * layer.intermediate
-
-
-def w2_offset(layer: MoELayer) -> int:
-    """Where w2 starts."""
-    return -(-2 * layer.experts * layer.intermediate * layer.hidden // PAGE) * PAGE
+    run: int = 0
+    stride: int = 0
 
 
 def layer_reads(
-    layer: MoELayer, refs: Mapping[str, TensorRef], written: Mapping[str, WrittenTensor]
-) -> list[LayerRead]:
+    part: LayerPart, refs: Mapping[str, TensorRef], written: Mapping[str, WrittenTensor]
+) -> Iterator[LayerRead]:
     """The reads that fill the memory of a layer.
 
+    A tensor that is read from its first byte to its last, to one place, is read piece by piece of the manifest, with
+    checksums; others are read in chunks.
+
     Args:
-        layer: the layer.
+        part: the layer.
         refs: where the tensors of the checkpoint lie.
-        written: what the manifest says of them; empty for no checksums.
+        written: the manifest's tensors; empty for no checksums.
     """
-    matrix = layer.intermediate * layer.hidden
-    reads: list[LayerRead] = []
-    if layer.layout == "fused":
-        for name, at in (
-            (layer.projection("gate", 0).names.weight, 0),
-            (layer.projection("down", 0).names.weight, w2_offset(layer)),
-        ):
-            reads += _reads(name, refs[name], 0, refs[name].nbytes, at, written.get(name))
-        return reads
-    for role in ROLES:
-        base, stride = (w2_offset(layer), matrix) if role == "down" else (matrix if role == "up" else 0, 2 * matrix)
-        for expert in range(layer.experts):
-            name = layer.projection(role, expert).names.weight
-            first = 0 if layer.layout == "per_expert" else expert * matrix
-            known = written.get(name) if layer.layout == "per_expert" else None  # of a stack, only parts lie together
-            reads += _reads(name, refs[name], first, matrix, base + expert * stride, known)
-    return reads
+    for item in _joined(_projections(part, refs)):
+        tensor = written.get(item.tensor)
+        if tensor is None or item.run or item.nbytes != refs[item.tensor].nbytes:
+            yield from _chunks(item)
+            continue
+        start, at = item.start, item.at
+        for piece, checksum in tensor.pieces:
+            size = piece.output_nbytes
+            yield LayerRead(item.tensor, item.file, start, size, at, checksum, piece.tensor)
+            start, at = start + size, at + size
 
 
-def covered(layer: MoELayer, written: Mapping[str, WrittenTensor]) -> set[str]:
+def covered(part: LayerPart, refs: Mapping[str, TensorRef], written: Mapping[str, WrittenTensor]) -> set[str]:
     """The tensors of a layer whose every byte is compared with the manifest while the layer is read."""
-    if layer.layout == "stacked":
-        return set()
-    names = {layer.projection(role, expert).names.weight for role in ROLES for expert in range(layer.experts)}
-    return {name for name in names if name in written}
+    return {item.tensor for item in layer_reads(part, refs, written) if item.checksum}
 
 
 def written_tensors(manifest: Manifest | None) -> dict[str, WrittenTensor]:
-    """Name -> what the manifest says of a tensor."""
+    """The tensors of a manifest by name."""
     return {} if manifest is None else {tensor.name: tensor for shard in manifest.shards for tensor in shard.tensors}
 
 
-def _reads(
-    name: str, ref: TensorRef, first: int, nbytes: int, at: int, written: WrittenTensor | None
-) -> Iterator[LayerRead]:
-    if written is not None:
-        for item in written.pieces:
-            size = item.piece.output_nbytes
-            yield LayerRead(name, ref.file, ref.start + first, size, at, item.checksum, item.piece.tensor)
-            first, at = first + size, at + size
+def _projections(part: LayerPart, refs: Mapping[str, TensorRef]) -> Iterator[LayerRead]:
+    """One read for each projection of each expert, in the order of memory."""
+    for position, expert in enumerate(part.experts):
+        yield _projection(part, refs, "gate", expert, 2 * position * part.matrix)
+        yield _projection(part, refs, "up", expert, (2 * position + 1) * part.matrix)
+    for position, expert in enumerate(part.experts):
+        yield _projection(part, refs, "down", expert, part.w2_offset + position * part.matrix)
+
+
+def _projection(part: LayerPart, refs: Mapping[str, TensorRef], role: Role, expert: int, at: int) -> LayerRead:
+    layer, stored = part.layer, part.layer.projection(role, expert)
+    name = stored.names.weight
+    ref = refs[name]
+    start = ref.start + stored.weight.number * (ref.nbytes // stored.weight.of)
+    inner, whole = part.inner, layer.intermediate
+    if role != "down":
+        return LayerRead(name, ref.file, start + inner.start * layer.hidden, part.matrix, at)
+    if len(inner) == whole:
+        return LayerRead(name, ref.file, start, part.matrix, at)
+    span = (layer.hidden - 1) * whole + len(inner)
+    return LayerRead(name, ref.file, start + inner.start, span, at, run=len(inner), stride=whole)
+
+
+def _joined(reads: Iterator[LayerRead]) -> Iterator[LayerRead]:
+    """The same reads, with neighbours in one tensor that are neighbours in memory as well made one."""
+    last: LayerRead | None = None
+    for item in reads:
+        if last is None:
+            last = item
+        elif (
+            item.tensor == last.tensor
+            and not item.run
+            and (item.start, item.at) == (last.start + last.nbytes, last.at + last.nbytes)
+        ):
+            last = last._replace(nbytes=last.nbytes + item.nbytes)
+        else:
+            yield last
+            last = item
+    if last is not None:
+        yield last
+
+
+def _chunks(item: LayerRead) -> Iterator[LayerRead]:
+    if item.run:
+        rows = -(-item.nbytes // item.stride)
+        at_once = max(1, CHUNK_BYTES // item.stride)
+        for first in range(0, rows, at_once):
+            span = (min(at_once, rows - first) - 1) * item.stride + item.run
+            yield item._replace(start=item.start + first * item.stride, nbytes=span, at=item.at + first * item.run)
         return
-    for start in range(0, nbytes, CHUNK_BYTES):
-        size = min(CHUNK_BYTES, nbytes - start)
-        yield LayerRead(name, ref.file, ref.start + first + start, size, at + start)
+    for first in range(0, item.nbytes, CHUNK_BYTES):
+        nbytes = min(CHUNK_BYTES, item.nbytes - first)
+        yield item._replace(start=item.start + first, nbytes=nbytes, at=item.at + first)

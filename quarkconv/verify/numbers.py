@@ -19,7 +19,7 @@ from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.experts import FusedExperts, Projection
-from quarkconv.load.layer_files import LayerFiles
+from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.activation import ExpertActivation, expert_activation
 from quarkconv.verify.inputs import RecordedInputs, plain_inputs, random_inputs, rounding_noise
 from quarkconv.verify.reference import both_forwards, float_forward
@@ -154,7 +154,7 @@ def _route(checked: CheckedLayer, hidden_states: Tensor, seed: int) -> tuple[Ten
     return weights.to(device), ids.to(device), said
 
 
-def router_of(layer: MoELayer, config: Mapping[str, Any], files: LayerFiles) -> Router | None:
+def router_of(layer: MoELayer, config: Mapping[str, Any], files: LayerReader) -> Router | None:
     """The model's own routing with its tensors; None when it is not known, or not stored as expected."""
     routing = routing_from_config(config, layer.experts)
     if routing is None:
@@ -162,9 +162,9 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], files: LayerFiles) -> 
     weight_name, bias_name = router_tensor_names(routing, layer.moe)
     shapes = {weight_name: (layer.experts, layer.hidden), bias_name: (layer.experts,)}
     for name, shape in shapes.items():
-        if name is not None and (not files.is_float(name) or files.shape(name) != shape):
+        if name is not None and (not files.is_float(name) or files.refs[name].shape != shape):
             return None
-    return routing, files.small(weight_name), None if bias_name is None else files.small(bias_name)
+    return routing, files.floats(weight_name), None if bias_name is None else files.floats(bias_name)
 
 
 def _reach_every_expert(
@@ -225,7 +225,7 @@ def _scale_problems(experts: FusedExperts) -> list[Problem]:
         if bad.any():
             numbers = torch.nonzero(bad).flatten().tolist()
             message = f"The {name} of expert {numbers[0]} is not finite and positive everywhere"
-            found.append(Problem("numbers", experts.layer, experts.prefix, message, len(numbers)))
+            found.append(Problem("numbers", experts.layer, experts.module, message, len(numbers)))
     return found
 
 
@@ -238,7 +238,7 @@ def _source_problems(experts: FusedExperts, source: FusedExperts) -> list[Proble
             same_codes, same_scale = torch.equal(mine.codes, theirs.codes), torch.equal(mine.scale, theirs.scale)
             if not (same_codes and same_scale):
                 what = "codes" if not same_codes else "scale"
-                name = f"{experts.prefix}.{expert} ({role})"
+                name = f"{experts.module}.{expert} ({role})"
                 message = f"The {what} of this projection are not those of the source"
                 found.append(Problem("numbers", experts.layer, name, message))
     return found

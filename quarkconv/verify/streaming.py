@@ -7,7 +7,6 @@ are devices.
 
 from __future__ import annotations
 
-import os
 import queue
 import threading
 from collections.abc import Callable
@@ -23,8 +22,8 @@ from quarkconv.errors import UsageError
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
-from quarkconv.load.layer_files import LayerFiles
-from quarkconv.load.layer_reads import layer_nbytes, written_tensors
+from quarkconv.load.layer_reader import READERS, LayerReader
+from quarkconv.load.layer_reads import LayerPart, written_tensors
 from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.numbers import CheckedLayer, layer_problems, router_of, verify_layer
@@ -34,8 +33,6 @@ from quarkconv.verify.unquantized import UnquantizedModel, weight_errors
 
 _PATIENCE: Final = 0.2  # seconds between looks at whether somebody wants to stop
 _CHECKSUM: Final = "do not have the checksum of the manifest"
-READERS: Final = min(8, 2 * (os.cpu_count() or 1))
-"""Threads that read: storage is fastest with several requests at once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,15 +110,15 @@ class _Run:
     ) -> None:
         self.job = job
         self._done = done
-        size = max(map(layer_nbytes, job.layers), default=0)
+        size = max((LayerPart(layer).nbytes for layer in job.layers), default=0)
         count = len(job.devices) + 1
         self._arenas = stack.enter_context(ArenaPool(count, size))
-        self._files = stack.enter_context(LayerFiles(job.description, written_tensors(job.manifest), pool, checked))
+        self._files = stack.enter_context(LayerReader(job.description, pool, written_tensors(job.manifest), checked))
         self._rank = job.description.config.rank
         self._source_layers = {layer.prefix: layer for layer in job.source.int8_layers} if job.source else {}
         if job.source is not None:
-            self._source_files = stack.enter_context(LayerFiles(job.source, {}, pool, lambda _: None))
-            largest = max(map(layer_nbytes, self._source_layers.values()), default=0)
+            self._source_files = stack.enter_context(LayerReader(job.source, pool))
+            largest = max((LayerPart(layer, self._rank).nbytes for layer in self._source_layers.values()), default=0)
             self._source_arenas = stack.enter_context(ArenaPool(count, largest))
             self._check_source()
         self._unquantized: UnquantizedModel | None = None
@@ -172,7 +169,7 @@ class _Run:
                 if arena is None:
                     return
                 held = [(self._arenas, arena)]
-                experts, mismatches = self._files.read(layer, arena)
+                experts, mismatches = self._files.read(LayerPart(layer), arena)
                 self._outcomes[number].problems += [
                     wrong_pieces(self.job.description, *mismatch[:2], _CHECKSUM, *mismatch[2:])
                     for mismatch in mismatches
@@ -183,8 +180,7 @@ class _Run:
                     if other is None:
                         return
                     held.append((self._source_arenas, other))
-                    source, _ = self._source_files.read(self._source_layers[layer.prefix], other)
-                    source = source.part(self._rank)
+                    source, _ = self._source_files.read(LayerPart(self._source_layers[layer.prefix], self._rank), other)
                 self._ready.put((number, held, experts, source))
         finally:
             self._all_read.set()

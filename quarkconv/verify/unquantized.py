@@ -15,7 +15,7 @@ from quarkconv.errors import UsageError
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
-from quarkconv.load.layer_files import LayerFiles
+from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.reference import CODE_MAX
 from quarkconv.verify.results import Problem, WeightError
 
@@ -35,7 +35,7 @@ class UnquantizedModel:
 
     def __init__(self, description: Description, pool: ThreadPoolExecutor) -> None:
         self.description = description
-        self._files = LayerFiles(description, {}, pool, lambda _: None)
+        self._files = LayerReader(description, pool)
         self._layers = {layer.index: layer for layer in description.moe_layers}
 
     def __enter__(self) -> UnquantizedModel:
@@ -67,11 +67,9 @@ class UnquantizedModel:
         mine = self._layers[layer.index]
 
         def weight(role: Role, expert: int) -> Tensor:
-            name = mine.projection(role, expert).names.weight
-            values = self._files.small(name, None if mine.layout == "per_expert" else expert).to(device)
-            if mine.layout == "fused" and role != "down":
-                values = values[: mine.intermediate] if role == "gate" else values[mine.intermediate :]
-            return values.double()
+            stored = mine.projection(role, expert)
+            values = self._files.floats(stored.names.weight, stored.weight).to(device)
+            return values.reshape(-1, mine.intermediate if role == "down" else mine.hidden).double()
 
         return weight
 
@@ -90,7 +88,7 @@ def weight_errors(
             worst = max(wrong, key=lambda expert: errors[role][expert].relative_error)
             problems.append(
                 Problem(
-                    "numbers", experts.layer, f"{experts.prefix}.{worst} ({role})",
+                    "numbers", experts.layer, f"{experts.module}.{worst} ({role})",
                     f"The weight is not the unquantized model's, rounded: relative error "
                     f"{errors[role][worst].relative_error:.3g}, bound {WEIGHT_BOUND:g}", len(wrong),
                 )

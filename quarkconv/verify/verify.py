@@ -13,8 +13,9 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.files.base import Progress
 from quarkconv.hub.locate import resolve_model
 from quarkconv.load.devices import pick_devices
-from quarkconv.load.experts import check_loadable
-from quarkconv.load.layer_reads import covered, written_tensors
+from quarkconv.load.layer_reader import READERS
+from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
+from quarkconv.load.select import check_loadable
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
@@ -26,7 +27,7 @@ from quarkconv.verify.results import (
     Problem,
     Verification,
 )
-from quarkconv.verify.streaming import READERS, LayerOutcome, NumbersJob, stream_numbers
+from quarkconv.verify.streaming import LayerOutcome, NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure
 
 DEFAULT_TOKENS: Final = 64
@@ -176,7 +177,8 @@ class _Run:
         seen: set[str] = set()
         if job.manifest is not None:
             written = written_tensors(job.manifest)
-            seen = {name for layer in self.layers for name in covered(layer, written)}
+            refs = self.description.checkpoint.refs()
+            seen = {name for layer in self.layers for name in covered(LayerPart(layer), refs, written)}
         self.watcher.total_layers(len(self.layers) * len(job.tokens))
         if check_bytes:
             self._announce()

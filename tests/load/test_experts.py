@@ -73,7 +73,7 @@ def test_a_loaded_layer_runs(checkpoints):
 
 
 def test_no_such_layer(checkpoints):
-    with pytest.raises(quarkconv.UsageError, match="no such MoE layer"):
+    with pytest.raises(quarkconv.UsageError, match="No MoE layer has this number"):
         quarkconv.load_fused_experts(checkpoints("deepseek_v3-quark0.13-f2f"), 0)
 
 

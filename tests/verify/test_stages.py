@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import json
-import os
 import threading
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,33 +13,11 @@ from support.writing import make_checkpoint, run_cli
 import quarkconv
 from quarkconv.description.description import describe
 from quarkconv.load.arenas import ArenaPool
-from quarkconv.load.experts import ExpertReader
-from quarkconv.load.layer_files import LayerFiles
-from quarkconv.load.layer_reads import layer_nbytes, written_tensors
+from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import streaming
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
 
 NAME = "qwen3_moe-quark0.13-f2f"
-
-
-@pytest.mark.parametrize(
-    "name", [NAME, "mixtral-quark0.11-eager", "step3p5-like-3key_fused", "qwen3_moe-quark0.11-eager-int8_static",
-             "qwen3_moe-quark0.13-f2f-per_tensor_weight"],
-)  # fmt: skip
-@pytest.mark.parametrize("after", [False, True])
-def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, converted):
-    from concurrent.futures import ThreadPoolExecutor
-
-    description = describe(converted(name) if after else checkpoints(name))
-    with ThreadPoolExecutor(3) as pool, LayerFiles(description, {}, pool, lambda _: None) as files:
-        for layer in description.int8_layers:
-            with ArenaPool(1, layer_nbytes(layer)) as arenas, ExpertReader(description) as reader:
-                found, _ = files.read(layer, arenas.take(1))
-                expected = reader.fused(layer, torch.device("cpu"))
-                for field in ("w13", "w13_scale", "w2", "w2_scale", "w13_input_scale", "w2_input_scale"):
-                    one, other = getattr(found, field), getattr(expected, field)
-                    assert (one is None) == (other is None), field
-                    assert one is None or torch.equal(one, other), field
 
 
 def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
@@ -56,56 +32,6 @@ def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
     assert result.ok
     assert len(result.numbers.layers) == 3
     assert taken == [2]
-
-
-@pytest.mark.parametrize("status", [0, 2])
-def test_pages_are_locked_once_and_unlocked_if_they_were_locked(status, monkeypatch):
-    def lock(address, nbytes, flags):
-        calls.append(("lock", address, nbytes, flags))
-        return status
-
-    calls: list[tuple[object, ...]] = []
-    runtime = SimpleNamespace(
-        cudaHostRegister=lock, cudaHostUnregister=lambda address: calls.append(("unlock", address))
-    )
-    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
-    with ArenaPool(2, 5000) as pool:
-        arena = pool.take(1)
-        for _ in range(2):
-            arena.lock()
-    address = arena.tensor.data_ptr()
-    assert calls == [("lock", address, 5000, 0)] + ([] if status else [("unlock", address)])
-
-
-def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
-    """Not that a look into the page cache sets off a read of its own."""
-    from concurrent.futures import ThreadPoolExecutor
-
-    source = make_checkpoint(tmp_path / "source", experts=8, hidden=1024, intermediate=1024)
-    model = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "model").output
-    description = describe(model)
-    (layer,) = description.int8_layers
-
-    def bytes_from_the_disk():
-        with open("/proc/self/io") as counters:
-            return int(next(line for line in counters if line.startswith("read_bytes")).split()[1])
-
-    for path in model.iterdir():
-        descriptor = os.open(path, os.O_RDONLY)
-        os.fsync(descriptor)
-        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
-        os.close(descriptor)
-    with (
-        ThreadPoolExecutor(3) as pool,
-        LayerFiles(description, {}, pool, lambda _: None) as files,
-        ArenaPool(1, layer_nbytes(layer)) as arenas,
-    ):
-        before = bytes_from_the_disk()
-        files.read(layer, arenas.take(1))
-        read = bytes_from_the_disk() - before
-    if read == 0:
-        pytest.skip("this file system keeps its files in memory, or does not count")
-    assert read < 1.05 * layer_nbytes(layer)  # and the scales, with what is read ahead of them
 
 
 def test_every_byte_is_compared_once(converted):
@@ -186,9 +112,7 @@ def test_wrong_usage(words, converted, capsys):
 
 
 def test_inputs_with_outliers_are_as_they_are_said_to_be(converted):
-    description = describe(converted(NAME))
-    with ExpertReader(description) as reader:
-        experts = reader.fused(description.int8_layers[0], torch.device("cpu"))
+    experts = quarkconv.load_fused_experts(converted(NAME), 0)
     inputs = random_inputs(experts, 200, 0)
     assert inputs.plain == 100
     crest = inputs.states.float().abs().amax(dim=1) / inputs.states.float().square().mean(dim=1).sqrt()
@@ -245,10 +169,6 @@ def test_recorded_states_that_cannot_be_read(converted, tmp_path):
         quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=tmp_path / "x")
 
 
-def test_written_tensors_of_no_manifest():
-    assert written_tensors(None) == {}
-
-
 def test_layers_are_dealt_out_over_devices(converted, monkeypatch):
     monkeypatch.setattr("quarkconv.verify.verify.pick_devices", lambda _: (torch.device("cpu"),) * 3)
     result = quarkconv.verify_checkpoint(converted(NAME), device="cpu")
@@ -263,7 +183,7 @@ def test_an_error_in_a_thread_is_told(tmp_path, monkeypatch):
     def fail(*_, **__):
         raise quarkconv.SourceError("broken while it was read")
 
-    monkeypatch.setattr(LayerFiles, "read", fail)
+    monkeypatch.setattr(LayerReader, "read", fail)
     with pytest.raises(quarkconv.SourceError, match="broken while"):
         quarkconv.verify_checkpoint(folder, device="cpu")
 

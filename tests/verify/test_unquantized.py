@@ -12,7 +12,6 @@ from support.writing import run_cli
 
 import quarkconv
 from quarkconv.description.description import describe
-from quarkconv.load.experts import ExpertReader
 
 NAME = "qwen3_moe-quark0.13-f2f"
 
@@ -25,9 +24,7 @@ def against(converted, checkpoints):
 
 
 def test_errors_are_those_of_the_definition(against, converted, checkpoints):
-    description = describe(converted(NAME))
-    with ExpertReader(description) as reader:
-        experts = reader.fused(description.int8_layers[0], torch.device("cpu"))
+    experts = quarkconv.load_fused_experts(converted(NAME), 0)
     weights = {}
     for path in sorted(checkpoints("qwen3_moe-bf16").glob("*.safetensors")):
         with safe_open(path, "pt") as file:

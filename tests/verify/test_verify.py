@@ -15,7 +15,6 @@ from safetensors import safe_open
 import quarkconv
 from quarkconv.cli.main import main
 from quarkconv.description.description import describe
-from quarkconv.load.experts import ExpertReader
 from quarkconv.verify.activation import ExpertActivation
 from quarkconv.verify.reference import dequantized_forward
 from quarkconv.verify.routing import uniform_routing
@@ -177,10 +176,8 @@ def test_dequantized_reference_stays_close_to_the_original(checkpoints, original
     generator = torch.Generator().manual_seed(0)
     states = torch.randn(256, layer.hidden, generator=generator).bfloat16()
     weights, ids = uniform_routing(256, layer.experts, 3, generator)
-    with ExpertReader(description) as reader:
-        found = dequantized_forward(
-            states, weights, ids, lambda role, n: reader.projection(layer, role, n), ExpertActivation("silu")
-        )
+    experts = quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0)
+    found = dequantized_forward(states, weights, ids, experts.projection, ExpertActivation("silu"))
     expected = torch.zeros_like(found)
     for token, x in enumerate(states.double()):
         for slot in range(3):

@@ -1,8 +1,9 @@
-"""Reading the layers of a checkpoint: codes into an arena by several threads, their checksums on the way."""
+"""Reading the layers of a checkpoint: codes to an arena by several threads, with checksums on the way."""
 
 from __future__ import annotations
 
 import errno
+import functools
 import os
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -15,13 +16,16 @@ from torch import Tensor
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.experts.naming import ROLES, Role
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.topology import Part
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Arena
 from quarkconv.load.experts import FusedExperts
-from quarkconv.load.layer_reads import PAGE, LayerRead, layer_reads, w2_offset
+from quarkconv.load.layer_reads import PAGE, LayerPart, LayerRead, layer_reads
 from quarkconv.load.open_files import BLOCK, OpenFiles
 from quarkconv.plan.manifest import WrittenTensor
+
+READERS: Final = min(8, 2 * (os.cpu_count() or 1))
+"""Threads that read: storage is fastest with several requests at once."""
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
@@ -32,7 +36,7 @@ class Mismatch(NamedTuple):
 
     Attributes:
         tensor: the tensor.
-        source: the tensor of the source that the first of them came from.
+        source: the tensor of the source that the first of these pieces came from.
         wrong: how many pieces differ.
         pieces: how many pieces the tensor has.
     """
@@ -43,33 +47,33 @@ class Mismatch(NamedTuple):
     pieces: int
 
 
-class LayerFiles:
-    """The files of a checkpoint, read layer by layer. A context manager.
+class LayerReader:
+    """Reads a checkpoint layer by layer. A context manager.
 
     Args:
         description: the checkpoint.
-        written: what its manifest says of its tensors; empty for no checksums.
         pool: threads to read with.
+        written: its manifest's tensors; empty for no checksums.
         progress: called with the number of bytes whose checksums were compared.
     """
 
     def __init__(
         self,
         description: Description,
-        written: Mapping[str, WrittenTensor],
         pool: ThreadPoolExecutor,
-        progress: Callable[[int], None],
+        written: Mapping[str, WrittenTensor] | None = None,
+        progress: Callable[[int], None] = lambda _: None,
     ) -> None:
         self.description = description
-        self._written = written
+        self._written = written or {}
         self._pool = pool
         self._progress = progress
-        self._refs = description.checkpoint.refs()
+        self.refs = description.checkpoint.refs()
         self._files = OpenFiles(description.checkpoint.root)
         self._direct = OpenFiles(description.checkpoint.root, _DIRECT)
         self._without_direct: set[str] = set()
 
-    def __enter__(self) -> LayerFiles:
+    def __enter__(self) -> LayerReader:
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -78,86 +82,84 @@ class LayerFiles:
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor."""
-        return name in self._refs
+        return name in self.refs
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor."""
-        return self._refs[name].shape
+        return self.refs[name].shape
 
     def is_float(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor, and of floats."""
-        return self.has(name) and self._refs[name].dtype in _DTYPES
+        return self.has(name) and self.refs[name].dtype in _DTYPES
 
-    def read(self, layer: MoELayer, arena: Arena) -> tuple[FusedExperts, list[Mismatch]]:
+    def read(self, part: LayerPart, arena: Arena) -> tuple[FusedExperts, list[Mismatch]]:
         """Read a layer: its experts, whose codes are views of the arena, and what differs from the manifest.
 
         Raises:
             SourceError: a file cannot be read.
         """
-        reads = layer_reads(layer, self._refs, self._written)
+        reads = list(layer_reads(part, self.refs, self._written))
         wrong: dict[str, list[LayerRead]] = {}
-        for item, same in zip(
-            reads, self._pool.map(lambda item: self._fill(item, arena.memory, on_page=True), reads), strict=True
-        ):
+        for item, same in zip(reads, self._pool.map(lambda item: self._read(item, arena), reads), strict=True):
             if not same:
                 wrong.setdefault(item.tensor, []).append(item)
         mismatches = [
             Mismatch(name, items[0].source, len(items), len(self._written[name].pieces))
             for name, items in wrong.items()
         ]
-        return self._experts(layer, arena), mismatches
+        return self._experts(part, arena), mismatches
 
-    def small(self, name: str, part: int | None = None) -> Tensor:
-        """A tensor of floats, or the part of that number along its first dimension, which alone is read then.
+    def floats(self, name: str, part: Part | None = None) -> Tensor:
+        """A tensor of floats; or one part of it, flat, which alone is read then.
 
         Raises:
-            SourceError: its file cannot be read, or its dtype is none of floats.
+            SourceError: its file cannot be read, or its elements are not floats.
         """
-        ref = self._refs[name]
+        ref = self.refs[name]
         if ref.dtype not in _DTYPES:
-            raise SourceError("A tensor has another dtype than it should", file=ref.file, tensor=name,
-                              expected="floats", found=ref.dtype)  # fmt: skip
-        nbytes, shape = (ref.nbytes, ref.shape) if part is None else (ref.nbytes // ref.shape[0], ref.shape[1:])
-        data = bytearray(nbytes)
-        self._fill(LayerRead(name, ref.file, ref.start + (part or 0) * nbytes, nbytes, 0), memoryview(data))
+            raise SourceError("A tensor has the wrong dtype", file=ref.file, tensor=name, expected="floats",
+                              found=ref.dtype)  # fmt: skip
+        number, of = part or (0, 1)
+        data = bytearray(ref.nbytes // of)
+        self._fill(LayerRead(name, ref.file, ref.start + number * len(data), len(data), 0), memoryview(data))
         values = torch.frombuffer(data, dtype=_DTYPES[ref.dtype]) if data else torch.empty(0, dtype=_DTYPES[ref.dtype])
-        return values.reshape(shape)
+        return values if part is not None else values.reshape(ref.shape)
 
-    def _experts(self, layer: MoELayer, arena: Arena) -> FusedExperts:
-        experts, hidden, inner = layer.experts, layer.hidden, layer.intermediate
+    def _experts(self, part: LayerPart, arena: Arena) -> FusedExperts:
+        experts, hidden, inner = len(part.experts), part.layer.hidden, len(part.inner)
         codes = arena.tensor.view(torch.int8)
-        w13 = codes[: 2 * experts * inner * hidden].view(experts, 2 * inner, hidden)
-        w2 = codes[w2_offset(layer) :][: experts * hidden * inner].view(experts, hidden, inner)
-        scales = {role: self._scales(layer, role) for role in ROLES}
-        gate_up = scales["gate"] if layer.layout == "fused" else torch.cat([scales["gate"], scales["up"]], dim=1)
+        w13 = codes[: 2 * experts * part.matrix].view(experts, 2 * inner, hidden)
+        w2 = codes[part.w2_offset :][: experts * part.matrix].view(experts, hidden, inner)
+        read = functools.cache(self.floats)  # a tensor that experts share is read once
+        gate, up, down = (_scales(part, role, read) for role in ROLES)
         return FusedExperts(
-            layer.index, layer.prefix, w13, gate_up.unsqueeze(-1).contiguous(), w2,
-            scales["down"].unsqueeze(-1).contiguous(), self._input_scales(layer, "gate"),
-            self._input_scales(layer, "down"),
+            part.layer.index, part.layer.prefix, w13, torch.cat([gate, up], dim=1).unsqueeze(-1), w2,
+            down.unsqueeze(-1), self._input_scales(part, "gate", read), self._input_scales(part, "down", read),
         )  # fmt: skip
 
-    def _scales(self, layer: MoELayer, role: Role) -> Tensor:
-        """Scales of the rows of a projection, float32 [E, rows]; those of a fused gate are those of up as well."""
-        rows = layer.hidden if role == "down" else layer.intermediate * (2 if layer.layout == "fused" else 1)
-        if layer.layout == "per_expert":
-            names = [layer.projection(role, expert).names.scale for expert in range(layer.experts)]
-            parts = [self.small(name).float().reshape(-1) for name in names]
-            return torch.stack([part.expand(rows) for part in parts])
-        stacked = self.small(layer.projection(role, 0).names.scale).float()
-        return stacked.reshape(layer.experts, -1).expand(layer.experts, rows)
-
-    def _input_scales(self, layer: MoELayer, role: Role) -> Tensor | None:
+    def _input_scales(self, part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor | None:
         """Static input scales, float32 [E]; None where activations are quantized per token."""
-        if layer.layout == "per_expert":
-            names = [layer.projection(role, expert).names.input_scale for expert in range(layer.experts)]
-            if not all(map(self.has, names)):
+        layer, scales = part.layer, []
+        for expert in part.experts:
+            name = layer.projection(role, expert).names.input_scale
+            if not self.has(name):
                 return None
-            return torch.stack([self.small(name).float().reshape(()) for name in names])
-        name = layer.projection(role, 0).names.input_scale
-        return self.small(name).float().reshape(layer.experts) if self.has(name) else None
+            scales.append(read(name).reshape(-1)[0 if layer.layout == "per_expert" else expert])
+        return torch.stack(scales).float()
+
+    def _read(self, item: LayerRead, arena: Arena) -> bool:
+        """Read one range to its place in an arena; False when its checksum differs."""
+        if not item.run:
+            return self._fill(item, arena.memory, on_page=True)
+        data = bytearray(item.nbytes)
+        self._fill(item._replace(at=0), memoryview(data))
+        rows = (item.nbytes - item.run) // item.stride + 1
+        columns = torch.frombuffer(data, dtype=torch.uint8).as_strided((rows, item.run), (item.stride, 1))
+        arena.tensor[item.at : item.at + rows * item.run].view(rows, item.run).copy_(columns)
+        return True
 
     def _fill(self, item: LayerRead, memory: memoryview, *, on_page: bool = False) -> bool:
-        """Read one range to its place in memory, which may start on a page; False when its checksum is another."""
+        """Read one range to its place in memory, which may start on a page; False when its checksum differs."""
         descriptor = self._files[item.file]
         hasher = xxhash.xxh3_128() if item.checksum else None
         done = 0
@@ -208,3 +210,19 @@ class LayerFiles:
         return SourceError(
             "A tensor cannot be read", code="shard-truncated", file=item.file, tensor=item.tensor, found=found
         )
+
+
+def _scales(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor:
+    """Scales of the rows of a projection, float32 [E, rows]; a scale per tensor is repeated."""
+    rows = range(part.layer.hidden) if role == "down" else part.inner
+    scales = []
+    for expert in part.experts:
+        stored = part.layer.projection(role, expert)
+        scale = _part(read(stored.names.scale).reshape(-1), stored.scale)
+        scales.append(scale[rows.start : rows.stop] if len(scale) > 1 else scale.expand(len(rows)))
+    return torch.stack(scales).float()
+
+
+def _part(values: Tensor, part: Part) -> Tensor:
+    size = len(values) // part.of
+    return values[part.number * size :][:size]

@@ -1,0 +1,120 @@
+"""One layer read to an arena: every layout, every rank, each byte once, beside or past the page cache."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
+
+import pytest
+import torch
+from support.stacked import stacked_experts
+from support.writing import make_checkpoint
+
+import quarkconv
+from quarkconv.description.description import describe
+from quarkconv.experts.ranks import Rank
+from quarkconv.load import layer_reads
+from quarkconv.load.arenas import ArenaPool
+from quarkconv.load.layer_reader import LayerReader
+from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
+from quarkconv.plan.manifest import read_manifest
+
+NAME = "qwen3_moe-quark0.13-f2f"
+NAMES = [NAME, "mixtral-quark0.11-eager", "step3p5-like-3key_fused", "qwen3_moe-quark0.11-eager-int8_static",
+         "qwen3_moe-quark0.13-f2f-per_tensor_weight"]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("after", [False, True])
+def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, converted):
+    folder = converted(name) if after else checkpoints(name)
+    description = describe(folder)
+    with ThreadPoolExecutor(3) as pool, LayerReader(description, pool) as reader:
+        for layer in description.int8_layers:
+            with ArenaPool(1, LayerPart(layer).nbytes) as arenas:
+                found, _ = reader.read(LayerPart(layer), arenas.take(1))
+                for field, expected in stacked_experts(folder, layer).items():
+                    assert (getattr(found, field) is None) == (expected is None), field
+                    assert expected is None or torch.equal(getattr(found, field), expected), field
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
+@pytest.mark.parametrize("rank", [Rank("tp", 1, 2), Rank("ep", 2, 3)], ids=["tp", "ep"])
+def test_tensors_larger_than_a_chunk_are_read_in_several_chunks(layout, rank, tmp_path, monkeypatch):
+    monkeypatch.setattr(layer_reads, "CHUNK_BYTES", 100)  # a matrix has 480 bytes, a row of down 20
+    model = make_checkpoint(tmp_path / "model", layout=layout, experts=5)
+    layer = describe(model).moe_layers[0]
+    parts = list(layer_reads.layer_reads(LayerPart(layer, rank), describe(model).checkpoint.refs(), {}))
+    assert max(part.nbytes for part in parts) <= 100
+    found = quarkconv.load_fused_experts(model, 0, rank=rank.rank, world_size=rank.world_size, parallel=rank.parallel)
+    whole = stacked_experts(model, layer)
+    experts, inner = slice(*_bounds(rank.experts(5))), slice(*_bounds(rank.intermediate(20)))
+    gate, up = whole["w13"][experts].chunk(2, dim=1)
+    assert torch.equal(found.w13, torch.cat([gate[:, inner], up[:, inner]], dim=1))
+    assert torch.equal(found.w2, whole["w2"][experts][:, :, inner])
+
+
+def _bounds(numbers):
+    return numbers.start, numbers.stop
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "step3p5-like-3key_fused"])
+@pytest.mark.parametrize("target", ["fused-int8", "compressed-tensors"])
+def test_whole_tensors_are_compared_with_the_manifest_on_the_way(name, target, checkpoints, tmp_path):
+    model = quarkconv.convert_checkpoint(checkpoints(name), target, tmp_path / "out").output
+    description = describe(model)
+    layer = description.int8_layers[0]
+    found = covered(LayerPart(layer), description.checkpoint.refs(), written_tensors(read_manifest(model)))
+    expected = {layer.projection(role, expert).names.weight
+                for role in ("gate", "up", "down") for expert in range(layer.experts)}  # fmt: skip
+    if layer.layout == "stacked":  # gate and up lie in alternating halves of memory: their pieces are not read whole
+        expected = {layer.projection("down", 0).names.weight}
+    assert found == expected
+
+
+@pytest.mark.parametrize("status", [0, 2])
+def test_pages_are_locked_once_and_unlocked_if_they_were_locked(status, monkeypatch):
+    def lock(address, nbytes, flags):
+        calls.append(("lock", address, nbytes, flags))
+        return status
+
+    calls: list[tuple[object, ...]] = []
+    runtime = SimpleNamespace(
+        cudaHostRegister=lock, cudaHostUnregister=lambda address: calls.append(("unlock", address))
+    )
+    monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
+    with ArenaPool(2, 5000) as pool:
+        arena = pool.take(1)
+        for _ in range(2):
+            arena.lock()
+    address = arena.tensor.data_ptr()
+    assert calls == [("lock", address, 5000, 0)] + ([] if status else [("unlock", address)])
+
+
+def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
+    source = make_checkpoint(tmp_path / "source", experts=8, hidden=1024, intermediate=1024)
+    model = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "model").output
+    description = describe(model)
+    part = LayerPart(description.int8_layers[0])
+
+    def bytes_from_the_disk():
+        with open("/proc/self/io") as counters:
+            return int(next(line for line in counters if line.startswith("read_bytes")).split()[1])
+
+    for path in model.iterdir():
+        descriptor = os.open(path, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+    with (
+        ThreadPoolExecutor(3) as pool,
+        LayerReader(description, pool) as reader,
+        ArenaPool(1, part.nbytes) as arenas,
+    ):
+        before = bytes_from_the_disk()
+        reader.read(part, arenas.take(1))
+        read = bytes_from_the_disk() - before
+    if read == 0:
+        pytest.skip("this file system keeps its files in memory, or does not count")
+    assert read < 1.05 * part.nbytes  # and the scales, with what is read ahead of them
