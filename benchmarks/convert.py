@@ -43,13 +43,13 @@ from common import (
     QWEN3_30B,
     TINY,
     Sample,
-    Shape,
     measure,
     row,
     save,
     show,
-    write_checkpoint,
 )
+from support.moe_model import MoeModel
+from support.streaming import write_streamed
 
 ALTERNATIVES = Path(__file__).parent / "alternatives"
 WITHOUT_CHECKSUMS = """
@@ -110,11 +110,11 @@ class Bench:
         self.rounds = rounds
         self.result: dict[str, dict[str, Any]] = {}
 
-    def source(self, name: str, shape: Shape, layers: int, **options: Any) -> tuple[Path, int]:
+    def source(self, name: str, model: MoeModel, **options: Any) -> tuple[Path, int]:
         """A checkpoint and its size in bytes; read once, so that it is in the page cache as far as that can hold it."""
         source = self.folder / name
         # In a process of its own: what this one holds would count as the memory of those that it starts.
-        writer = Process(target=write_checkpoint, args=(source, shape, layers), kwargs={"data": True, **options})
+        writer = Process(target=write_streamed, args=(source, model), kwargs={"data": True, **options})
         writer.start()
         writer.join()
         for file in source.iterdir():
@@ -146,7 +146,7 @@ class Bench:
 
     def cp(self) -> None:
         """The figure that counts: nothing between the two but what the disk can do alone."""
-        source, size = self.source("cp", MINIMAX_M2, 2)
+        source, size = self.source("cp", replace(MINIMAX_M2, layers=2))
         commands: dict[str, Command] = {"cp -r": cp, "quarkconv": quarkconv, "dd, direct, zeros": partial(zeros, size)}
         rows = self.compare(source, commands)
         show(f"{size / 1e9:.1f} GB, MiniMax-M2, 2 layers, page cache warm", rows, "cp")
@@ -155,7 +155,7 @@ class Bench:
 
     def main(self) -> None:
         """Threads, checksums, and other tools."""
-        source, size = self.source("main", MINIMAX_M2, 2)
+        source, size = self.source("main", replace(MINIMAX_M2, layers=2))
         title = f"{size / 1e9:.1f} GB, MiniMax-M2, 2 layers, page cache warm"
         rows = self.compare(
             source,
@@ -185,7 +185,7 @@ class Bench:
 
     def targets(self) -> None:
         """The other targets, and experts divided among ranks, beside fused-int8."""
-        source, size = self.source("targets", replace(MINIMAX_M2, vocabulary=1024), 1)  # nearly all of it experts
+        source, size = self.source("targets", replace(MINIMAX_M2, vocabulary=1024))  # nearly all of it experts
         commands: dict[str, Command] = {
             f"--to {to}": partial(quarkconv, to=to)
             for to in ("fused-int8", "compressed-tensors", "w8a8-int8", "quark", "bf16")
@@ -201,7 +201,7 @@ class Bench:
         """Time must grow with the bytes."""
         found = []
         for layers in (1, 2, 4, 8):
-            source, size = self.source("layers", QWEN3_30B, layers)
+            source, size = self.source("layers", replace(QWEN3_30B, layers=layers))
             rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
             found.append({"layers": layers, "bytes": size, "rows": rows})
             show(f"{size / 1e9:.2f} GB, Qwen3-30B-A3B, {layers} layers", rows, "cp")
@@ -210,7 +210,7 @@ class Bench:
 
     def small(self) -> None:
         """Many small tensors."""
-        source, size = self.source("small", MANY_SMALL, 12)
+        source, size = self.source("small", replace(MANY_SMALL, layers=12))
         rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
         show(f"{size / 1e9:.2f} GB, 12 layers of 512 experts with I = 64, 37,000 pieces", rows, "cp")
         self.result["small"] = {"bytes": size, "rounds": self.rounds, "rows": rows}
@@ -220,7 +220,7 @@ class Bench:
         """What a piece costs."""
         found = []
         for layers in (6, 62):  # 10,000 and 96,000 pieces, all in one file of the output
-            source, size = self.source("pieces", TINY, layers, shard_bytes=10**7)
+            source, size = self.source("pieces", replace(TINY, layers=layers), shard_bytes=10**7)
             rows = self.compare(source, {**COPIES, "quarkconv": quarkconv})
             found.append({"layers": layers, "pieces": layers * 256 * 6, "bytes": size, "rows": rows})
             show(f"{size / 1e6:.0f} MB in {layers * 256 * 6:,} pieces in one file", rows, "cp")

@@ -12,9 +12,11 @@ from __future__ import annotations
 import argparse
 import sys
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
-from common import MINIMAX_M2, measure, row, save, show, write_checkpoint
+from common import MINIMAX_M2, measure, row, save, show
+from support.streaming import write_streamed
 
 JSON_ALONE = """
 import glob, json, struct, sys
@@ -32,7 +34,7 @@ def main() -> None:
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
-        count = write_checkpoint(folder, MINIMAX_M2, options.layers, data=False)
+        count = write_streamed(folder, replace(MINIMAX_M2, layers=options.layers), data=False)
         commands = {
             "json.loads of the headers": [sys.executable, "-c", JSON_ALONE, folder],
             "quarkconv inspect --json": ["quarkconv", "inspect", folder, "--json"],

@@ -12,8 +12,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
 
 from support.bombs import BOMBS
-from support.builders import write_json
 from support.hostile import measured
+from support.raw import write_json
 
 
 def main() -> None:

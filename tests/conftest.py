@@ -1,38 +1,13 @@
-"""Checkpoints for the tests: real Quark exports, restored from what the repository keeps of them."""
+"""Fixtures of all tests: real exports and conversions of them, made once a session; Triton for its interpreter."""
 
 from __future__ import annotations
 
-import json
 import os
-import shutil
-import struct
 from collections.abc import Callable, Generator
 from pathlib import Path
 
 import pytest
-
-ROOT = Path(__file__).resolve().parents[1]
-DATA = ROOT / "tests" / "data"
-
-FIXTURES = {
-    **{path.name: path for path in sorted((DATA / "fixtures").iterdir()) if path.is_dir()},
-    "qwen3_moe-quark0.13-f2f": ROOT / "examples" / "qwen3_moe-quark0.13-f2f",
-}
-EXPORTS = {path.name: path for path in sorted((DATA / "exports").iterdir()) if path.is_dir()}
-
-
-def restore(kept: Path, destination: Path) -> Path:
-    """Copy an export, giving shards of which only the header is kept their size back, with zeros for data."""
-    shutil.copytree(kept, destination)
-    for header in destination.glob("*.safetensors.header"):
-        raw = header.read_bytes()
-        entries = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
-        data = max(entry["data_offsets"][1] for name, entry in entries.items() if name != "__metadata__")
-        with header.with_suffix("").open("wb") as file:
-            file.write(raw)
-            file.truncate(len(raw) + data)
-        header.unlink()
-    return destination
+from support.exports import Checkpoints
 
 
 def _has_gpu() -> bool:
@@ -58,22 +33,6 @@ def pytest_collection() -> Generator[None, object, object]:
             os.environ.pop("TRITON_INTERPRET", None)
         else:
             os.environ["TRITON_INTERPRET"] = before
-
-
-class Checkpoints:
-    """Restores exports by name, once a session; tests must not write to them (use :meth:`copy`)."""
-
-    def __init__(self, folder: Path) -> None:
-        self._folder = folder
-
-    def __call__(self, name: str) -> Path:
-        """A shared, read-only copy of the export ``name``."""
-        path = self._folder / name
-        return path if path.is_dir() else restore((FIXTURES | EXPORTS)[name], path)
-
-    def copy(self, name: str, destination: Path) -> Path:
-        """A copy of the export ``name`` that the test may change."""
-        return restore((FIXTURES | EXPORTS)[name], destination)
 
 
 @pytest.fixture(scope="session")

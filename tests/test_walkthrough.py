@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT
-from support.writing import run_cli
+from support.exports import ROOT
+from support.program import run_cli
 
 RECIPE = ROOT / "examples" / "ci" / "verify-checkpoint.yml"
 

@@ -12,17 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.writing import (
-    REFUSED,
-    assert_same_tensors,
-    edit_checkpoint,
-    fused_int8,
-    load,
-    make_checkpoint,
-    run_cli,
-    snapshot,
-)
+from support.checkpoints import assert_same_tensors, edit_checkpoint, load, make_checkpoint
+from support.expected import fused_int8
+from support.exports import REFUSED, Checkpoints
+from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.hub import locate as hub

@@ -13,7 +13,9 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from support.builders import SECOND, STATIC_INPUT, WEIGHT, Model, layer_config, raw_file
+from support.model import SECOND, Model
+from support.quark_config import STATIC_INPUT, WEIGHT, layer_config
+from support.raw import raw_file
 
 from quarkconv import Inspection, SourceError, inspect_checkpoint
 from quarkconv.cli.main import main

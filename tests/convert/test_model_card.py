@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 from huggingface_hub import ModelCard
-from support.writing import make_checkpoint, snapshot
+from support.checkpoints import make_checkpoint
+from support.program import snapshot
 
 import quarkconv
 from quarkconv.convert.model_card import MAX_CARD_BYTES, converted_card

@@ -12,16 +12,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.writing import (
-    CONVERTIBLE,
-    REFUSED,
-    edit_checkpoint,
-    fused_int8,
-    load,
-    make_checkpoint,
-    write_checkpoint,
-)
+from support.checkpoints import edit_checkpoint, load, make_checkpoint, write_checkpoint
+from support.expected import fused_int8
+from support.exports import CONVERTIBLE, REFUSED, Checkpoints
 
 import quarkconv
 from quarkconv.convert.planner import natural_key
@@ -39,7 +32,7 @@ def outputs(made: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
 
 
 def test_every_export_is_either_convertible_or_refused() -> None:
-    from conftest import EXPORTS, FIXTURES
+    from support.exports import EXPORTS, FIXTURES
 
     assert sorted((*CONVERTIBLE, *REFUSED)) == sorted(FIXTURES | EXPORTS)
 

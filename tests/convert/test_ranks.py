@@ -9,8 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.writing import Tensors, assert_same_tensors, fused_int8, load, make_checkpoint, run_cli, snapshot
+from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint
+from support.expected import fused_int8
+from support.exports import Checkpoints
+from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError

@@ -11,18 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.builders import (
-    INDEX,
-    SECOND,
-    STATIC_INPUT,
-    TENSOR_WEIGHT,
-    WEIGHT,
-    Model,
-    experts,
-    int8_linear,
-    layer_config,
-    write_json,
-)
+from support.model import SECOND, Model, experts, int8_linear
+from support.moe_model import INDEX
+from support.quark_config import STATIC_INPUT, TENSOR_WEIGHT, WEIGHT, layer_config
+from support.raw import write_json
 
 from quarkconv import inspect_checkpoint
 from quarkconv.findings import CODES, finding

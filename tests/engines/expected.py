@@ -15,7 +15,8 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file, save_file
-from support.writing import Tensors, fused_int8, load
+from support.checkpoints import Tensors, load
+from support.expected import fused_int8
 
 MERGED = {
     "qkv_proj": ("q_proj", "k_proj", "v_proj"),

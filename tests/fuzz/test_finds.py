@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builders import Model
 from support.hostile import judge
+from support.model import Model
 
 from quarkconv import convert_checkpoint, plan_conversion
 from quarkconv.plan.manifest import read_manifest

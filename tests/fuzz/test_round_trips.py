@@ -19,8 +19,9 @@ import pytest
 import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
+from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint, write_checkpoint
+from support.expected import fused_int8
 from support.hostile import listing
-from support.writing import Tensors, assert_same_tensors, fused_int8, load, make_checkpoint, write_checkpoint
 
 import quarkconv
 from quarkconv.cli.main import main

@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.builders import FIRST, INDEX, SECOND, Model, entry, raw_file, write_json
+from support.model import FIRST, SECOND, Model
+from support.moe_model import INDEX
+from support.raw import entry, raw_file, write_json
 
 from quarkconv.errors import SourceError
 from quarkconv.files.json_files import read_json_object

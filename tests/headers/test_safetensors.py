@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
-from support.builders import entry, raw_file
+from support.raw import entry, raw_file
 
 from quarkconv.errors import SourceError
 from quarkconv.headers.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, ShardHeader, TensorRef, read_header

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 from support.bombs import BOMBS
-from support.builders import write_json
 from support.hostile import MEGABYTES, measured
+from support.raw import write_json
 
 CHOSEN = (
     "one tensor of 900,000 dimensions", "5,000 dimensions of 2,000 digits", "a header of brackets",

@@ -9,9 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builders import Model, layer_config, quark_config
 from support.hostile import judge, spoilt
-from support.writing import run_cli
+from support.model import Model
+from support.program import run_cli
+from support.quark_config import layer_config, quark_config
 
 from quarkconv import SourceError, inspect_checkpoint
 from quarkconv.scheme.formats.readers import declared_scheme

@@ -11,9 +11,11 @@ from typing import Any
 
 import pytest
 import torch
-from support.builders import INDEX, Model, entry, raw_file, write_json
+from support.checkpoints import make_checkpoint
 from support.hostile import judge
-from support.writing import make_checkpoint
+from support.model import Model
+from support.moe_model import INDEX
+from support.raw import entry, raw_file, write_json
 
 from quarkconv import inspect_checkpoint
 

@@ -10,9 +10,10 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.builders import INDEX, SECOND, Model
 from support.hostile import judge, spoilt
-from support.writing import run_cli, snapshot
+from support.model import SECOND, Model
+from support.moe_model import INDEX
+from support.program import run_cli, snapshot
 
 from quarkconv import inspect_checkpoint
 

@@ -8,9 +8,11 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
-from support.builders import SECOND, entry, raw_file
+from support.checkpoints import stored_tensors
 from support.hostile import judge, listing, spoilt, with_header
-from support.writing import run_cli, stored_tensors
+from support.model import SECOND
+from support.program import run_cli
+from support.raw import entry, raw_file
 
 from quarkconv import inspect_checkpoint
 

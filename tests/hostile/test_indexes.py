@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builders import FIRST, INDEX, SECOND
 from support.hostile import judge, spoilt
+from support.model import FIRST, SECOND
+from support.moe_model import INDEX
 
 from quarkconv import inspect_checkpoint
 

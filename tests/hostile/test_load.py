@@ -13,7 +13,8 @@ import time
 from pathlib import Path
 
 import pytest
-from support.writing import make_checkpoint, snapshot
+from support.checkpoints import make_checkpoint
+from support.program import snapshot
 
 import quarkconv
 

@@ -10,8 +10,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import make_checkpoint
 from support.conversions import convert, fill_the_disk_later
-from support.writing import make_checkpoint, run_cli, snapshot
+from support.program import run_cli, snapshot
 
 from quarkconv import SourceError, UsageError, convert_checkpoint, inspect_checkpoint
 from quarkconv.plan.manifest import read_manifest

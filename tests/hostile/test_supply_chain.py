@@ -12,8 +12,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from support.builders import INDEX, Model, write_json
-from support.writing import make_checkpoint, snapshot
+from support.checkpoints import make_checkpoint
+from support.model import Model
+from support.moe_model import INDEX
+from support.program import snapshot
+from support.raw import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "quarkconv").rglob("*.py")), *sorted((ROOT / "kernels" / "src").glob("*.py"))]

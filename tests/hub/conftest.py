@@ -9,9 +9,9 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from huggingface_hub.utils import close_session  # type: ignore[attr-defined]
+from support.checkpoints import make_checkpoint
 from support.hub_server import start_hub
 from support.hub_state import Hub
-from support.writing import make_checkpoint
 
 from quarkconv.hub import http as http_client
 

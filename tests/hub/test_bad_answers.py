@@ -15,7 +15,7 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 from support.hub_server import HubHandler, start_hub
 from support.hub_state import Hub, Stored
-from support.writing import run_cli, snapshot
+from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import Checkpoints
 from huggingface_hub import constants, snapshot_download
+from support.checkpoints import make_checkpoint
+from support.exports import Checkpoints
 from support.hub_state import Hub
-from support.writing import make_checkpoint, run_cli, snapshot
+from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError, UsageError, WriteError

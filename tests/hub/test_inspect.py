@@ -6,11 +6,12 @@ import json
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
 from huggingface_hub import constants
-from support.builders import Model
+from support.checkpoints import make_checkpoint
+from support.exports import Checkpoints
 from support.hub_state import Hub
-from support.writing import make_checkpoint, run_cli
+from support.model import Model
+from support.program import run_cli
 
 from quarkconv import inspect_checkpoint
 from quarkconv.errors import HubError, SourceError

@@ -11,9 +11,10 @@ from pathlib import Path
 import pytest
 from huggingface_hub import HfApi
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
+from support.checkpoints import make_checkpoint
 from support.hub_state import Hub
+from support.program import run_cli
 from support.terminal import CONTROL, Shown, run_on_terminal
-from support.writing import make_checkpoint, run_cli
 
 import quarkconv
 from quarkconv.cli import progress as progress_module

@@ -17,8 +17,8 @@ from huggingface_hub.utils._xet import abort_xet_session
 from support.conversions import assert_converts_alike
 from support.hub_server import start_hub
 from support.hub_state import Hub
+from support.program import run_cli
 from support.proxy_server import Proxy, start_proxy
-from support.writing import run_cli
 
 import quarkconv
 from quarkconv.errors import HubError

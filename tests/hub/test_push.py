@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 from support.hub_state import Hub
-from support.writing import run_cli
+from support.program import run_cli
 
 NEW = "user/tiny-moe-fused"
 Capture = pytest.CaptureFixture[str]

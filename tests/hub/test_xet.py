@@ -11,7 +11,7 @@ from huggingface_hub.utils import get_session  # type: ignore[attr-defined]
 from huggingface_hub.utils._xet import abort_xet_session
 from support.conversions import assert_converts_alike
 from support.hub_state import Hub
-from support.writing import run_cli, snapshot
+from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import SourceError

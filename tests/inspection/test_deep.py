@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.builders import FIRST, Model
-from support.writing import run_cli
+from support.exports import Checkpoints
+from support.model import FIRST, Model
+from support.program import run_cli
 
 from quarkconv import Inspection, inspect_checkpoint
 

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.writing import make_checkpoint, run_cli
+from support.checkpoints import make_checkpoint
+from support.program import run_cli
 
 import quarkconv
 from quarkconv import inspect_checkpoint

@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import EXPORTS, FIXTURES
-from support.writing import make_checkpoint
+from support.checkpoints import make_checkpoint
+from support.exports import EXPORTS, FIXTURES
 
 from quarkconv.description.description import describe
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_kind

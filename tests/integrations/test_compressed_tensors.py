@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 import torch
 from compressed_tensors.entrypoints import convert
-from conftest import Checkpoints
-from support.writing import assert_same_tensors, edit_checkpoint, load, make_checkpoint
+from support.checkpoints import assert_same_tensors, edit_checkpoint, load, make_checkpoint
+from support.exports import Checkpoints
 
 import quarkconv
 from quarkconv.errors import SourceError, UnsupportedError, UsageError

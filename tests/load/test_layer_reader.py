@@ -8,8 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from support.checkpoints import make_checkpoint
 from support.stacked import stacked_experts
-from support.writing import make_checkpoint
 
 import quarkconv
 from quarkconv.description.description import describe

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.writing import make_checkpoint
+from support.checkpoints import make_checkpoint
+from support.exports import Checkpoints
 
 import quarkconv
 from quarkconv.errors import UnsupportedError, UsageError

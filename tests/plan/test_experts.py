@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.writing import load, make_checkpoint, raw
+from support.checkpoints import load, make_checkpoint, raw
 
 from quarkconv.description.description import Description, describe
 from quarkconv.experts.naming import Role

@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 import xxhash
-from conftest import Checkpoints
-from support.writing import make_checkpoint
+from support.checkpoints import make_checkpoint
+from support.exports import Checkpoints
 
 import quarkconv
 from quarkconv.errors import SourceError

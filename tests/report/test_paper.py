@@ -8,7 +8,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
+from support.exports import Checkpoints
 from support.reports import browse, needs_browser, verification
 
 import quarkconv

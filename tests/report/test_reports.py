@@ -10,10 +10,10 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
-from support.builders import Model
+from support.exports import Checkpoints
+from support.model import Model
+from support.program import run_cli
 from support.reports import browse, needs_browser, verification
-from support.writing import run_cli
 
 import quarkconv
 from quarkconv.report.inspection import inspection_report

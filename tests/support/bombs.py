@@ -8,7 +8,10 @@ import struct
 from collections.abc import Callable
 from pathlib import Path
 
-from support.builders import INDEX, Model, quark_config, write_json
+from support.model import Model
+from support.moe_model import INDEX
+from support.quark_config import quark_config
+from support.raw import write_json
 
 TEN_MB = 10_000_000
 SINGLE = "model.safetensors"

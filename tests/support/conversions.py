@@ -11,7 +11,7 @@ import pytest
 
 import quarkconv
 from quarkconv.errors import SourceError, WriteError
-from support.writing import snapshot, start
+from support.program import snapshot, start
 
 STAGING = ".quarkconv"
 SHARD = 4_500_000

@@ -12,8 +12,9 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from support.builders import SECOND, Model, raw_file
-from support.writing import run_cli
+from support.model import SECOND, Model
+from support.program import run_cli
+from support.raw import raw_file
 
 MEGABYTES = 500
 """What any command may take of memory, whatever it is given."""

@@ -10,21 +10,20 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
 from safetensors import safe_open
-from support.writing import (
-    CONVERTIBLE,
+from support.checkpoints import (
     Tensors,
     assert_same_tensors,
     edit_checkpoint,
-    fused_int8,
     load,
     make_checkpoint,
     raw,
-    run_cli,
     stored_tensors,
     write_checkpoint,
 )
+from support.expected import fused_int8
+from support.exports import CONVERTIBLE, Checkpoints
+from support.program import run_cli
 
 import quarkconv
 from quarkconv.convert.conversion import ConversionResult

@@ -9,17 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.targets import expected_tensors
-from support.writing import (
-    CONVERTIBLE,
-    Tensors,
-    assert_same_tensors,
-    edit_checkpoint,
-    load,
-    make_checkpoint,
-    run_cli,
-)
+from support.checkpoints import Tensors, assert_same_tensors, edit_checkpoint, load, make_checkpoint
+from support.expected import expected_tensors
+from support.exports import CONVERTIBLE, Checkpoints
+from support.program import run_cli
 
 import quarkconv
 from quarkconv.errors import SourceError, UnsupportedError

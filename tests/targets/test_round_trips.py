@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.targets import expected_tensors
-from support.writing import CONVERTIBLE, assert_same_tensors, load, make_checkpoint, snapshot
+from support.checkpoints import assert_same_tensors, load, make_checkpoint
+from support.expected import expected_tensors
+from support.exports import CONVERTIBLE, Checkpoints
+from support.program import snapshot
 
 import quarkconv
 

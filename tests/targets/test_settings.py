@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
-from support.writing import load, make_checkpoint, run_cli
+from support.checkpoints import load, make_checkpoint
+from support.exports import Checkpoints
+from support.program import run_cli
 
 import quarkconv
 from quarkconv.findings import Finding, Severity

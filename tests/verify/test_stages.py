@@ -8,7 +8,8 @@ import threading
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.writing import make_checkpoint, run_cli
+from support.checkpoints import make_checkpoint
+from support.program import run_cli
 
 import quarkconv
 from quarkconv.description.description import describe

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 from safetensors import safe_open
-from support.writing import run_cli
+from support.program import run_cli
 
 import quarkconv
 from quarkconv.description.description import describe

@@ -6,8 +6,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from support.checkpoints import assert_same_tensors, load, make_checkpoint
 from support.conversions import STAGING, convert
-from support.writing import assert_same_tensors, fused_int8, load, make_checkpoint, snapshot
+from support.expected import fused_int8
+from support.program import snapshot
 
 
 @pytest.fixture(scope="session")

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.conversions import SHARD, convert
-from support.writing import snapshot
+from support.program import snapshot
 
 import quarkconv
 from quarkconv.convert.conversion import run_plan

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import convert
-from support.writing import snapshot
+from support.program import snapshot
 
 from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import SourceFile

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from support.conversions import SMALL_STEPS, STAGING, arguments
-from support.writing import snapshot
+from support.program import snapshot
 
 CALLS = "openat,close,write,pwrite64,fsync,fdatasync,ftruncate,rename,renameat,renameat2,unlink,unlinkat,rmdir"
 

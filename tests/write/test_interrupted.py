@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import arguments, assert_unfinished, convert, start_slow
-from support.writing import snapshot
+from support.program import snapshot
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

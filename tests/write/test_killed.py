@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import SMALL_STEPS, STAGING, arguments, assert_unfinished, convert, start_slow
-from support.writing import run_cli, snapshot, start
+from support.program import run_cli, snapshot, start
 
 KILLED = (
     SMALL_STEPS

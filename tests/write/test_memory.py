@@ -5,7 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from safetensors import safe_open
-from support.writing import make_checkpoint, start
+from support.checkpoints import make_checkpoint
+from support.program import start
 
 PEAK = """
 import sys

@@ -8,8 +8,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import assert_same_tensors, edit_checkpoint, load, make_checkpoint
 from support.conversions import STAGING, arguments, convert, fill_the_disk_later, start_slow
-from support.writing import assert_same_tensors, edit_checkpoint, fused_int8, load, make_checkpoint, run_cli, snapshot
+from support.expected import fused_int8
+from support.program import run_cli, snapshot
 
 from quarkconv.errors import UsageError
 from quarkconv.write import state

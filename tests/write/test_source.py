@@ -12,8 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.checkpoints import make_checkpoint
 from support.conversions import SHARD, arguments, assert_unfinished, convert
-from support.writing import make_checkpoint, run_cli, snapshot, start
+from support.program import run_cli, snapshot, start
 
 import quarkconv
 from quarkconv.convert.conversion import run_plan

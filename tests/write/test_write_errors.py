@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.conversions import SMALL_STEPS, arguments, assert_unfinished, convert
-from support.writing import run_cli, snapshot, start
+from support.program import run_cli, snapshot, start
 
 from quarkconv.errors import QuarkconvError, WriteError
 from quarkconv.write.space import allocated

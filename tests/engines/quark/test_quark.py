@@ -14,12 +14,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Checkpoints
 from engines.expected import fill
 from quark.torch import import_model_from_safetensors
 from quark.torch.export.main_export.quant_config_parser import get_layer_quant_config
 from quark.torch.quantization.config.config import QConfig
-from support.writing import Tensors, edit_checkpoint, load
+from support.checkpoints import Tensors, edit_checkpoint, load
+from support.exports import Checkpoints
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 import quarkconv

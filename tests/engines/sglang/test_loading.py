@@ -11,11 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
 from engines.expected import RANKS, WHOLE, Rank, Stacked
 from engines.sglang.loading import build, load, prepare
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config, W8A8Int8LinearMethod, W8A8Int8MoEMethod
+from support.exports import Checkpoints
 
 import quarkconv
 

@@ -12,9 +12,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
 from engines.expected import Stacked, fill
-from support.writing import Tensors
+from support.checkpoints import Tensors
+from support.exports import Checkpoints
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 import quarkconv

@@ -6,9 +6,9 @@ from functools import cache
 from pathlib import Path
 
 import pytest
-from conftest import Checkpoints
 from engines.expected import Stacked
 from engines.vllm.loading import prepare
+from support.exports import Checkpoints
 
 import quarkconv
 

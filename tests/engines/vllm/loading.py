@@ -26,7 +26,7 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
 from engines.expected import WHOLE, Rank, fill
-from support.writing import edit_checkpoint
+from support.checkpoints import edit_checkpoint
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.engine.arg_utils import EngineArgs

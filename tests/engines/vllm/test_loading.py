@@ -17,8 +17,8 @@ import torch
 from engines.expected import RANKS, WHOLE, Rank, Stacked
 from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
-from support.writing import Tensors, edit_checkpoint
-from support.writing import load as load_tensors
+from support.checkpoints import Tensors, edit_checkpoint
+from support.checkpoints import load as load_tensors
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8 as ct_moe,

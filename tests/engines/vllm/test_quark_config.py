@@ -17,8 +17,8 @@ from typing import Any, NamedTuple
 
 import engines.vllm.loading  # noqa: F401  prepares vLLM for a machine without GPU
 import pytest
-from conftest import EXPORTS, FIXTURES, Checkpoints
-from support.builders import INPUT, STATIC_INPUT, TENSOR_WEIGHT, WEIGHT, layer_config, quark_config
+from support.exports import EXPORTS, FIXTURES, Checkpoints
+from support.quark_config import INPUT, STATIC_INPUT, TENSOR_WEIGHT, WEIGHT, layer_config, quark_config
 from vllm.model_executor.layers.fused_moe import RoutedExperts
 from vllm.model_executor.layers.linear import ReplicatedLinear
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig, QuarkLinearMethod

@@ -10,8 +10,8 @@ import torch
 from engines.expected import RANKS, Rank
 from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
-from support.writing import Tensors
-from support.writing import load as load_tensors
+from support.checkpoints import Tensors
+from support.checkpoints import load as load_tensors
 
 import quarkconv
 
