@@ -153,7 +153,7 @@ def _first_count(parts: tuple[Part, ...], keys: tuple[str, ...]) -> int | None:
         for key in keys:
             value = part.get(key)
             if isinstance(value, list) and value and all(type(item) is int and item == value[0] for item in value):
-                value = value[0] if len(value) == _first_count((part,), _HIDDEN_LAYERS) else None
+                value = value[0] if len(value) in (part.get(key) for key in _HIDDEN_LAYERS) else None
             if type(value) is int and value > 0:
                 return value
     return None

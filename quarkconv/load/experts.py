@@ -77,11 +77,13 @@ class FusedExperts:
 
 @dataclass(frozen=True, slots=True)
 class Projection:
-    """One projection of one expert: codes int8 [out, in], a scale per row float32 [out], and a static input scale."""
+    """One projection of one expert: codes int8 [out, in], a scale per row float32 [out], a static input scale, a bias
+    [out]."""
 
     codes: Tensor
     scale: Tensor
     input_scale: Tensor | None
+    bias: Tensor | None = None
 
     def dequantized(self, dtype: torch.dtype, device: torch.device) -> Tensor:
         """The weight [out, in] in ``dtype``: code times scale."""
@@ -89,5 +91,5 @@ class Projection:
 
     def to(self, device: torch.device) -> Projection:
         """The same on a device."""
-        moved = None if self.input_scale is None else self.input_scale.to(device)
-        return Projection(self.codes.to(device), self.scale.to(device), moved)
+        others = [None if tensor is None else tensor.to(device) for tensor in (self.input_scale, self.bias)]
+        return Projection(self.codes.to(device), self.scale.to(device), *others)

@@ -15,16 +15,24 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 
+from quarkconv.experts.function import ExpertActivation, Unknown
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.load.layer_reader import LayerReader
-from quarkconv.verify.activation import ExpertActivation, expert_activation
 from quarkconv.verify.inputs import RecordedInputs, plain_inputs, random_inputs, rounding_noise
 from quarkconv.verify.reference import both_forwards, float_forward
 from quarkconv.verify.results import Distance, LayerNumbers, Problem
-from quarkconv.verify.routing import Routing, route, router_tensor_names, routing_from_config, uniform_routing
+from quarkconv.verify.routing import (
+    RouterExtras,
+    Routing,
+    hidden_size_of,
+    route,
+    router_tensor_names,
+    routing_of,
+    uniform_routing,
+)
 
 EXACT_BOUND: Final = 2.0**-10
 """Bound on the relative error against the exact reference. Both round at the same places; they differ only where the
@@ -44,8 +52,34 @@ tokens at once, so most rows use half of the codes or fewer and their noise is t
 Both are for Gaussian inputs, whose own noise is small (c is about 4). For others, twice the noise that 8 bits add to
 the very inputs is added: gate and up see the same error, and their product has it twice where both point one way."""
 
-Router = tuple[Routing, Tensor, Tensor | None]
-"""A model's routing, the router's weight [E, H] and its correction bias [E]."""
+
+@dataclass(frozen=True, slots=True)
+class Router:
+    """A model's routing and its tensors.
+
+    Attributes:
+        routing: how it routes.
+        weight: [E, H], of the model's hidden size, which may be another than that of its experts' input.
+        bias: the correction bias [E].
+        extras: tensors that few routers have.
+    """
+
+    routing: Routing
+    weight: Tensor
+    bias: Tensor | None = None
+    extras: RouterExtras = RouterExtras()  # noqa: RUF009 - a tuple of None
+
+    def tensors(self) -> list[Tensor]:
+        """All that it has."""
+        return [tensor for tensor in (self.weight, self.bias, *self.extras) if tensor is not None]
+
+    def to(self, device: torch.device) -> Router:
+        """The same on a device."""
+        weight, bias, *extras = (
+            None if tensor is None else tensor.to(device) for tensor in (self.weight, self.bias, *self.extras)
+        )
+        assert weight is not None
+        return Router(self.routing, weight, bias, RouterExtras(*extras))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,18 +89,18 @@ class CheckedLayer:
     Attributes:
         layer: the layer.
         experts: its experts, on the device where it is checked.
-        config: config.json.
+        activation: what the experts compute between their products.
         top_k: experts per token, where the config says.
-        router: the model's own routing, where it is known.
+        router: the model's own routing, or why it is not known.
         source: the same layer of the source, on the same device; the references are then built from it.
         unquantized: gives the unquantized weight of a projection, float64 [out, in] on the same device.
     """
 
     layer: MoELayer
     experts: FusedExperts
-    config: Mapping[str, Any]
+    activation: ExpertActivation
     top_k: int | None
-    router: Router | None
+    router: Router | Unknown
     source: FusedExperts | None = None
     unquantized: Callable[[Role, int], Tensor] | None = None
 
@@ -89,20 +123,20 @@ def verify_layer(
     started = time.perf_counter()
     layer, experts = checked.layer, checked.experts
     device = experts.w13.device
-    activation = expert_activation(checked.config, layer.index)
-    said = activation.describe() if activation else "silu (the config names one that is not known)"
-    activation = activation or ExpertActivation("silu")
+    activation = checked.activation
+    on_input = isinstance(checked.router, Router) and checked.router.routing.on_input
     inputs = random_inputs(experts, tokens, seed) if recorded is None else recorded.inputs(layer, tokens, device)
     weights, ids, routing = _route(checked, inputs.states, seed)
-    load = torch.bincount(ids.flatten(), minlength=experts.experts).cpu()
+    load = torch.bincount(ids[ids >= 0], minlength=experts.experts).cpu()
     hidden_states, weights, ids = _reach_every_expert(experts, inputs.states, weights, ids, seed)
     result = fused_experts_int8(
         hidden_states, experts.w13, experts.w2, experts.w13_scale, experts.w2_scale, weights, ids,
-        activation=activation.name, activation_limit=activation.limit,
+        activation=activation.name, activation_limit=activation.limit, activation_alpha=activation.alpha,
         w13_input_scale=experts.w13_input_scale, w2_input_scale=experts.w2_input_scale,
+        apply_router_weight_on_input=on_input,
     ).double()  # fmt: skip
     read = _remembering((checked.source or experts).projection)
-    exact, dequantized = both_forwards(hidden_states, weights, ids, read, activation)
+    exact, dequantized = both_forwards(hidden_states, weights, ids, read, activation, on_input=on_input)
     heavy = slice(inputs.plain, len(inputs.states))
     plain = torch.ones(len(hidden_states), dtype=torch.bool, device=device)
     plain[heavy] = False
@@ -114,12 +148,12 @@ def verify_layer(
         outliers = _distance(result[heavy], dequantized[heavy], bound + 2 * noise)
     unquantized = None
     if checked.unquantized is not None:
-        expected = float_forward(hidden_states, weights, ids, checked.unquantized, activation)
+        expected = float_forward(hidden_states, weights, ids, checked.unquantized, activation, on_input=on_input)
         unquantized = _distance(result[plain], expected[plain], math.inf)
     numbers = LayerNumbers(
-        layer.index, layer.prefix, tokens, inputs.said, experts.experts, len(torch.unique(ids)), routing, said,
-        _distance(result, exact.double(), EXACT_BOUND), _distance(result[plain], dequantized[plain], of_input),
-        outliers, unquantized, time.perf_counter() - started,
+        layer.index, layer.prefix, tokens, inputs.said, experts.experts, len(torch.unique(ids[ids >= 0])), routing,
+        activation.describe(), _distance(result, exact.double(), EXACT_BOUND),
+        _distance(result[plain], dequantized[plain], of_input), outliers, unquantized, time.perf_counter() - started,
     )  # fmt: skip
     problems.extend(_numbers_problems(numbers))
     return numbers, load
@@ -140,31 +174,58 @@ def backend_name(device: torch.device) -> str:
     return "triton" if uses_triton(device) else "torch, exact integer sums"
 
 
+def unsupported_activation(activation: ExpertActivation) -> str | None:
+    """Why the INT8 forward of the kernels cannot compute an activation; None where it can."""
+    from quarkconv.kernels.activations import make_activation
+
+    supported = activation.beta is None and activation.linear_beta is None
+    try:
+        make_activation(activation.name, activation.limit, activation.alpha)
+    except ValueError:
+        supported = False
+    return None if supported else f"the INT8 forward here does not compute {activation.describe()}"
+
+
 def _route(checked: CheckedLayer, hidden_states: Tensor, seed: int) -> tuple[Tensor, Tensor, str]:
     """Router weights float32 [M, k], expert ids int64 [M, k], and how they came about."""
-    device, layer = hidden_states.device, checked.layer
-    if checked.router is not None:
-        routing, weight, bias = checked.router
-        weights, ids = route(routing, hidden_states, weight.to(device), None if bias is None else bias.to(device))
-        return weights.contiguous(), ids.contiguous(), f"the model's own: {routing.describe()}"
-    top_k = min(checked.top_k or 2, layer.experts)
+    device, layer, router = hidden_states.device, checked.layer, checked.router
     generator = torch.Generator().manual_seed(seed)
+    if isinstance(router, Router):
+        width = router.weight.shape[1]
+        if width != hidden_states.shape[1]:  # experts of a latent width: the router sees what it is computed from
+            hidden_states = torch.randn(len(hidden_states), width, generator=generator).to(device, hidden_states.dtype)
+        router = router.to(device)
+        weights, ids = route(router.routing, hidden_states, router.weight, router.bias, router.extras)
+        return weights.contiguous(), ids.contiguous(), f"the model's own: {router.routing.describe()}"
+    top_k = min(checked.top_k or 2, layer.experts)
     weights, ids = uniform_routing(len(hidden_states), layer.experts, top_k, generator)
-    said = f"uniform random top {top_k} of {layer.experts} (the model's own is not known)"
+    said = f"uniform random top {top_k} of {layer.experts} (the model's own is not known: {router.reason})"
     return weights.to(device), ids.to(device), said
 
 
-def router_of(layer: MoELayer, config: Mapping[str, Any], files: LayerReader) -> Router | None:
-    """The model's own routing with its tensors; None when it is not known, or not stored as expected."""
-    routing = routing_from_config(config, layer.experts)
-    if routing is None:
-        return None
-    weight_name, bias_name = router_tensor_names(routing, layer.moe)
-    shapes = {weight_name: (layer.experts, layer.hidden), bias_name: (layer.experts,)}
-    for name, shape in shapes.items():
-        if name is not None and (not files.is_float(name) or files.refs[name].shape != shape):
-            return None
-    return routing, files.floats(weight_name), None if bias_name is None else files.floats(bias_name)
+def router_of(layer: MoELayer, config: Mapping[str, Any], files: LayerReader) -> Router | Unknown:
+    """The model's own routing with its tensors, or why it is not known."""
+    routing = routing_of(config, layer.experts, layer.index, layer.moe)
+    if isinstance(routing, Unknown):
+        return routing
+    names = router_tensor_names(routing, layer.moe, files.has)
+    rows = routing.experts + routing.zero_experts
+    latent = layer.hidden if (known := hidden_size_of(config, layer.moe)) is None else known
+    sizes = {
+        names.weight: (rows, latent), names.bias: (rows,), names.logit_bias: (rows,),
+        names.input_scale: (latent,), names.expert_scale: (rows,),
+    }  # fmt: skip
+    for name, shape in sizes.items():
+        if name is None:
+            continue
+        if not files.is_float(name):
+            return Unknown(f"{name} is not stored in float" if files.has(name) else f"{name} is not stored")
+        found = files.shape(name)
+        if found != shape and (name != names.bias or found != (1, *shape)):
+            return Unknown(f"{name} has shape {list(found)}, expected {list(shape)}")
+    weight, bias, *extras = (None if name is None else files.floats(name) for name in names)
+    assert weight is not None
+    return Router(routing, weight, None if bias is None else bias.flatten(), RouterExtras(*extras))
 
 
 def _reach_every_expert(

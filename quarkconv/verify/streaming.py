@@ -19,14 +19,16 @@ import torch
 
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
+from quarkconv.experts.function import Unknown
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
 from quarkconv.load.layer_reads import LayerPart, written_tensors
 from quarkconv.plan.manifest import Manifest
+from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.inputs import RecordedInputs
-from quarkconv.verify.numbers import CheckedLayer, layer_problems, router_of, verify_layer
+from quarkconv.verify.numbers import CheckedLayer, Router, layer_problems, router_of, verify_layer
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
 from quarkconv.verify.unquantized import UnquantizedModel, weight_errors
@@ -225,11 +227,13 @@ class _Run:
         config = job.description.config.raw
         unquantized = None if self._unquantized is None else self._unquantized.weights(layer, experts.w13.device)
         router, top_k = router_of(layer, config, self._files), job.description.config.top_k
-        if router is not None and not all(bool(part.isfinite().all()) for part in router[1:] if part is not None):
+        if isinstance(router, Router) and not all(bool(part.isfinite().all()) for part in router.tensors()):
             message = "The router's tensors are not finite: no token would find its experts"
             outcome.problems.append(Problem("numbers", layer.index, layer.moe, message))
-            router = None  # the experts are checked all the same
-        checked = CheckedLayer(layer, experts, config, top_k, router, source, unquantized)
+            router = Unknown("its tensors are not finite")  # the experts are checked all the same
+        activation = expert_activation(config, layer.index, layer.moe)
+        assert not isinstance(activation, Unknown)  # there are no numbers then
+        checked = CheckedLayer(layer, experts, activation, top_k, router, source, unquantized)
         outcome.problems.extend(layer_problems(checked))
         load: tuple[int, ...] = ()
         for tokens in job.tokens:

@@ -9,6 +9,7 @@ from typing import Final, Protocol
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.experts.function import Unknown
 from quarkconv.experts.topology import MoELayer
 from quarkconv.files.base import Progress
 from quarkconv.hub.locate import resolve_model
@@ -17,9 +18,10 @@ from quarkconv.load.layer_reader import READERS
 from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
 from quarkconv.load.select import check_loadable
 from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
-from quarkconv.verify.numbers import backend_name
+from quarkconv.verify.numbers import backend_name, unsupported_activation
 from quarkconv.verify.results import (
     BytesResult,
     LayerNumbers,
@@ -133,6 +135,8 @@ def verify_checkpoint(
         skipped = "the structure is broken"
     elif not wanted:
         skipped = "no experts are stored in int8; with --source, their bytes are compared with what the codes give"
+    elif (unknown := _unknown_function(description, wanted)) is not None:
+        skipped = f"what the experts compute is not known: {unknown}"
     elif fail_fast and run.problems:
         skipped = "something is wrong already (--fail-fast)"
     if skipped is None:
@@ -221,6 +225,17 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
         expected="a checkpoint whose routed experts are stored in int8",
         found=first.message if first else "none", hint="run `quarkconv inspect`",
     )  # fmt: skip
+
+
+def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:
+    """What is not known of what the experts of these layers compute, or not supported by the INT8 forward here."""
+    for layer in layers:
+        activation = expert_activation(description.config.raw, layer.index, layer.moe)
+        if isinstance(activation, Unknown):
+            return activation.reason
+        if (reason := unsupported_activation(activation)) is not None:
+            return reason
+    return None
 
 
 def _check_layers(description: Description, wanted: set[int] | None) -> None:

@@ -123,3 +123,8 @@ def test_one_expert_is_no_claim_of_experts() -> None:
     assert not model_config({"num_experts": 1}).claims_experts
     assert not ModelConfig({}).claims_experts
     assert model_config({"num_experts": 2}).claims_experts
+
+
+@pytest.mark.parametrize("layers", [[8], [1], [], [2, 2], "2", None, 2.5])
+def test_a_number_of_layers_of_the_wrong_type_is_absent(layers: Any) -> None:
+    assert fields({"num_hidden_layers": layers, "num_experts": [8, 8]}) == {}

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from quarkconv.load.experts import Projection
-from quarkconv.verify.activation import ExpertActivation, expert_activation
+from quarkconv.verify.activation import ExpertActivation
 from quarkconv.verify.reference import dequantized_forward, exact_forward, quantize
 
 E, H, I = 3, 24, 10  # noqa: E741
@@ -123,20 +123,3 @@ def test_static_scales_cut_the_float_model_off_too(experts):
         ExpertActivation("silu"),
     )
     torch.testing.assert_close(result, small, rtol=2e-2, atol=1e-3)  # bfloat16 rounds 0.127
-
-
-@pytest.mark.parametrize(
-    ("config", "layer", "expected"),
-    [
-        ({"hidden_act": "silu"}, 0, ExpertActivation("silu")),
-        ({}, 0, ExpertActivation("silu")),
-        ({"hidden_act": "gelu_pytorch_tanh"}, 0, ExpertActivation("gelu_tanh")),
-        ({"hidden_act": "relu"}, 0, None),
-        ({"hidden_act": "silu", "swiglu_limits": [0, 7.0, None]}, 0, ExpertActivation("silu")),
-        ({"hidden_act": "silu", "swiglu_limits": [0, 7.0, None]}, 1, ExpertActivation("swiglustep", 7.0)),
-        ({"hidden_act": "silu", "swiglu_limits": [0, 7.0, None]}, 2, ExpertActivation("silu")),
-        ({"text_config": {"hidden_act": "gelu_pytorch_tanh"}}, 0, ExpertActivation("gelu_tanh")),
-    ],
-)
-def test_activation_from_config(config, layer, expected):
-    assert expert_activation(config, layer) == expected

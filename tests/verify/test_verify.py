@@ -91,13 +91,33 @@ def test_routing_is_the_models_own(name, said, checkpoints):
     assert {layer.routing for layer in layers} == {f"the model's own: {said}"}
 
 
-def test_unknown_model_routes_uniformly_and_says_so(checkpoints, tmp_path):
-    model = checkpoints.copy("qwen3_moe-quark0.13-f2f", tmp_path / "model")
+def with_config(checkpoints, folder, **changes):
+    model = checkpoints.copy("qwen3_moe-quark0.13-f2f", folder)
     config = json.loads((model / "config.json").read_text())
-    config["model_type"] = "something_new"
-    (model / "config.json").write_text(json.dumps(config))
+    (model / "config.json").write_text(json.dumps({**config, **changes}))
+    return model
+
+
+def test_a_model_that_is_not_known_has_no_numbers(checkpoints, tmp_path):
+    model = with_config(checkpoints, tmp_path / "model", model_type="something_new")
+    numbers = quarkconv.verify_checkpoint(model, device="cpu").numbers
+    assert numbers.layers == ()
+    assert numbers.skipped == "what the experts compute is not known: the model type something_new is not known"
+
+
+def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints, tmp_path):
+    model = with_config(checkpoints, tmp_path / "model", swiglu_limit=7.0)
+    numbers = quarkconv.verify_checkpoint(model, device="cpu").numbers
+    assert numbers.layers == ()
+    assert numbers.skipped is not None
+    assert "swiglu_limit = 7.0" in numbers.skipped
+
+
+def test_a_routing_that_is_not_known_is_uniform_and_says_so(checkpoints, tmp_path):
+    model = with_config(checkpoints, tmp_path / "model", norm_topk_prob=None)
     layers = quarkconv.verify_checkpoint(model, device="cpu", layers={0}).numbers.layers
-    assert layers[0].routing == "uniform random top 3 of 8 (the model's own is not known)"
+    reason = "config.json does not say norm_topk_prob"
+    assert layers[0].routing == f"uniform random top 3 of 8 (the model's own is not known: {reason})"
 
 
 def test_layers_tokens_and_seed(checkpoints):
