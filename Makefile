@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm sglang transformers quark
 
-.PHONY: demo test test-engines check style bench bench-gpu tune picture docs fuzz load audit clean help
+.PHONY: demo test test-engines check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -38,12 +38,21 @@ check: $(STAMP)  ## Lint, formatting, types, and whether generated documents are
 	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p quarkconv
 	$(BIN)/python docs/generate.py --check
 
-style: $(STAMP)  ## Format, and mend what the linter can mend
+package: $(STAMP)  ## Build the sdist and the wheel, and check what a package index will show
+	@rm -rf build/dist && mkdir -p build
+	$(BIN)/python -m build --no-isolation --outdir build/dist . > build/package.log 2>&1 || { cat build/package.log; exit 1; }
+	$(BIN)/python -m twine check --strict build/dist/*
+
+style: $(STAMP)  ## Format, and fix what the linter can fix
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
-docs: $(STAMP)  ## Make the documents that come from tables in the code
+docs: $(STAMP)  ## Generate the tables in the documents from the tables in the code
 	$(BIN)/python docs/generate.py
+
+site: $(STAMP)  ## Build the documentation as a site in build/site
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[docs]'
+	$(BIN)/python -m mkdocs build --strict --quiet
 
 picture: $(STAMP)  ## Make the picture of the terminal in the README
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/picture.py
