@@ -1,4 +1,4 @@
-"""Values from files as text for messages: short, whatever they are."""
+"""Text for people: sizes, counts and plurals; values from files, shortened whatever they are."""
 
 from __future__ import annotations
 
@@ -10,6 +10,21 @@ _LENGTH: Final = 80
 _ITEMS: Final = 5
 _DEPTH: Final = 4
 _MAX_NAME: Final = 200
+
+
+def size(nbytes: int) -> str:
+    """Bytes in decimal units, as the Hub shows them: ``1.24 MB``."""
+    value = float(nbytes)
+    for unit in ("B", "kB", "MB", "GB"):
+        if value < 999.5:
+            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
+        value /= 1000
+    return f"{value:.3g} TB"
+
+
+def plural(count: int, noun: str, nouns: str | None = None) -> str:
+    """``1 shard``, ``2 shards``; ``nouns`` is the plural where it is irregular."""
+    return f"{count:,} {noun if count == 1 else nouns or noun + 's'}"
 
 
 def shown(value: object) -> str:

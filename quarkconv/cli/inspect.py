@@ -17,15 +17,22 @@ def inspect(
     model: Model = ".",
     json: Json = False,
     report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.html", help="Also write the answer as one HTML file.")
+        str | None, typer.Option("--report", metavar="FILE.html", help="Also write an HTML report.")
     ] = None,
-    deep: Annotated[bool, typer.Option("--deep", help="Also read scales and zero points (never weights).")] = False,
+    deep: Annotated[bool, typer.Option("--deep", help="Also read scales and zero points, never weights.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Show every finding and every engine, also those that do not run it.")
+    ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Tell what a checkpoint really holds, where its config is wrong, and which engine runs it.
+    """Show what a checkpoint holds, where config.json contradicts it, and which engines run it.
 
-    Reads headers only. Exit code 1 when a finding of severity error is found.
+    Reads headers only. Exits 1 if there is an error.
+
+    \b
+    quarkconv inspect ./model
+    quarkconv inspect org/name@revision --json
     """
     set_talk(verbose=verbose, quiet=quiet)
     if report is not None:
@@ -41,5 +48,5 @@ def inspect(
     else:
         from quarkconv.cli.render.inspection import render_inspection
 
-        console().print(render_inspection(inspection))
+        console().print(render_inspection(inspection, everything=everything))
     return 0 if inspection.ok else 1

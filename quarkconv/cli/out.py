@@ -13,7 +13,6 @@ from quarkconv.errors import QuarkconvError
 if TYPE_CHECKING:
     from rich.console import Console
     from rich.padding import Padding
-    from rich.panel import Panel
     from rich.text import Text
 
 _LINES: Final = 25
@@ -107,21 +106,6 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def size(nbytes: int) -> str:
-    """Bytes for people, in decimal units as the Hub shows them."""
-    value = float(nbytes)
-    for unit in ("B", "kB", "MB", "GB"):
-        if value < 999.5:
-            return f"{value:.0f} {unit}" if unit == "B" else f"{value:.3g} {unit}"
-        value /= 1000
-    return f"{value:.3g} TB"
-
-
-def plural(count: int, noun: str) -> str:
-    """``1 shard``, ``2 shards``."""
-    return f"{count:,} {noun}{'' if count == 1 else 's'}"
-
-
 def indented(text: str | Text, by: int, style: str = "") -> Padding:
     """Text whose lines all start ``by`` columns in, also those that are wrapped."""
     from rich.padding import Padding
@@ -130,14 +114,11 @@ def indented(text: str | Text, by: int, style: str = "") -> Padding:
     return Padding(Text(text, style=style) if isinstance(text, str) else text, (0, 0, 0, by))
 
 
-def title(name: str, facts: list[str]) -> Panel:
-    """The box at the top: what this is about, and a line of facts."""
-    from rich import box
-    from rich.panel import Panel
+def title(name: str, facts: list[str]) -> Text:
+    """The subject of the output, and a line of facts about it."""
     from rich.text import Text
 
-    text = Text.assemble((printable(name), "bold"), "\n", (printable("  ·  ".join(facts)), "dim"))
-    return Panel(text, box=box.ROUNDED, expand=False)
+    return Text.assemble((printable(name), "bold"), "\n", (printable("  ·  ".join(facts)), "dim"))
 
 
 def verdict(text: str, *, good: bool) -> Text:

@@ -11,8 +11,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
-from quarkconv.cli.out import console, plural, size, talkative
+from quarkconv.cli.out import console, talkative
 from quarkconv.files.base import Reading
+from quarkconv.text import plural, size
 
 PATIENCE: Final = 1.0
 """Seconds of silence that nobody minds."""

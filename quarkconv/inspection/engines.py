@@ -1,4 +1,4 @@
-"""Which engine runs a checkpoint, from a table of facts with their evidence (``engines.toml`` beside this file)."""
+"""Which engines run a checkpoint: a table of facts with their evidence, ``engines.toml`` beside this file."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
 """Best first."""
 
 FUSED: Final = "fused-int8"
-ENGINE_NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
-"""How engines write their names, where that is not in small letters."""
+ENGINE_NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang", "quark": "Quark", "vllm-ascend": "vLLM Ascend"}
+"""Engine -> its name for people, where that differs."""
 
 FEATURES: Final = {
     "float-experts": "experts of some layers in float",
@@ -27,9 +27,13 @@ FEATURES: Final = {
     "exclude-patterns": "patterns with * in exclude",
     "zero-points": "zero points",
 }
-"""What a row may ask for beside scheme, layout and model type."""
+"""Conditions of a row beside scheme, layout and model type."""
 
-_SILENTLY: Final = {"w8a16": "keeps activations in 16 bits", "wrong": "computes something else than the model"}
+_SILENT_FAULTS: Final = {
+    "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
+    "wrong": ("computes wrong results", "compute wrong results"),
+}
+"""Verdict -> what one release, or several, do without an error."""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
@@ -37,9 +41,12 @@ _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
 @dataclass(frozen=True, slots=True)
 class EngineFact:
-    """A row of the table. The conditions are empty where the row holds for every checkpoint.
+    """A row of the table. Conditions are empty where the row holds for every checkpoint.
 
-    ``checked`` is the day on which the fact was last looked at, empty where that is not recorded.
+    Attributes:
+        form: the form of the checkpoint: a target's name, or ``quark``.
+        devices: where it was checked or read to run; empty for NVIDIA GPUs.
+        checked: date of the evidence; empty where it was not recorded.
     """
 
     engine: str
@@ -49,6 +56,7 @@ class EngineFact:
     note: str
     evidence: str
     checked: str = ""
+    devices: str = ""
     schemes: tuple[str, ...] = ()
     layouts: tuple[str, ...] = ()
     model_types: tuple[str, ...] = ()
@@ -60,9 +68,9 @@ class EngineFact:
         self, scheme: str, layout: str | None, model_type: str | None, features: Collection[str] = ()
     ) -> bool:
         """Whether the row is about a checkpoint of this scheme, layout, model type and these :data:`FEATURES`."""
-        wanted = ((self.schemes, scheme), (self.layouts, layout), (self.model_types, model_type))
+        conditions = ((self.schemes, scheme), (self.layouts, layout), (self.model_types, model_type))
         return (
-            all(not allowed or value in allowed for allowed, value in wanted)
+            all(not allowed or value in allowed for allowed, value in conditions)
             and model_type not in self.not_model_types
             and set(self.having) <= set(features)
             and not set(self.not_having) & set(features)
@@ -70,15 +78,20 @@ class EngineFact:
 
     @property
     def only_for(self) -> list[str]:
-        """What the row holds for, where that is not every checkpoint; for people."""
+        """The conditions, for people; empty for every checkpoint."""
+        required = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
         excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
-        held = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
-        return held + [f"not {name}" for name in excluded]
+        return required + [f"not {name}" for name in excluded]
 
     @property
     def proof(self) -> str:
         """Evidence and date, for people."""
         return f"{self.evidence}, {self.checked}" if self.checked else self.evidence
+
+    @property
+    def remark(self) -> str:
+        """Devices and note, for people."""
+        return "; ".join(filter(None, (f"on {self.devices}" if self.devices else "", self.note)))
 
     def to_json(self) -> dict[str, str]:
         """The fields of the contract."""
@@ -87,7 +100,7 @@ class EngineFact:
             "version": self.version,
             "as": self.form,
             "verdict": self.verdict,
-            "note": self.note,
+            "note": self.remark,
         }
 
 
@@ -98,14 +111,17 @@ def engine_facts() -> tuple[EngineFact, ...]:
     return tuple(_fact(row) for row in rows)
 
 
-def engines_for(description: Description, converted_to: Collection[str]) -> list[EngineFact]:
+def engines_for(
+    description: Description, converted_to: Collection[str], *, contradicted: bool = False
+) -> list[EngineFact]:
     """The rows that apply to a checkpoint as it is and after each conversion.
 
-    Best first; of those that are as good, as it is before converted, and the latest release first.
+    Sorted by verdict; then GPUs before other devices, as it is before converted, later releases first.
 
     Args:
         description: the checkpoint.
         converted_to: the targets that it can be converted to.
+        contradicted: whether it has errors; what engines do with it as it is, is then unknown.
     """
     scheme = description.scheme
     if scheme is None or not description.int8_layers or not description.config.rank.is_whole:
@@ -115,6 +131,8 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
     layouts: dict[str | None, str] = dict.fromkeys(converted_to, description.unfused_layout(layer))
     layouts |= {FUSED: "fused"} if FUSED in layouts else {}
     layouts[stored] = layer.layout
+    if contradicted:
+        del layouts[stored]
     features = {as_it_is: _features(description, as_it_is) for as_it_is in (False, True)}
     found = [
         fact
@@ -123,7 +141,7 @@ def engines_for(description: Description, converted_to: Collection[str]) -> list
         and fact.holds_for(scheme, layouts[fact.form], model_type, features[fact.form == stored])
     ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
-    return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), fact.form != stored))
+    return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
 
 
 def _features(description: Description, as_it_is: bool) -> set[str]:
@@ -142,44 +160,60 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     return found
 
 
-def advice(stored: str | None, facts: Iterable[EngineFact]) -> str | None:
-    """One line on what to do with a checkpoint, engine by engine; None where nothing is known.
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """What to do with a checkpoint for one engine.
+
+    Attributes:
+        text: one line.
+        target: what to convert the checkpoint to; None when it stays as it is.
+    """
+
+    text: str
+    target: str | None = None
+
+
+def advice(stored: str | None, facts: Iterable[EngineFact]) -> tuple[Advice, ...]:
+    """Advice for each engine that runs the checkpoint on NVIDIA GPUs, or runs it wrongly without an error.
 
     Args:
-        stored: the form that it is in, of :func:`stored_form`.
-        facts: what :func:`engines_for` found.
+        stored: the form of the checkpoint, see :func:`stored_form`.
+        facts: the rows that apply, best first, see :func:`engines_for`.
     """
     by_engine: dict[str, list[EngineFact]] = {}
     for fact in facts:
-        by_engine.setdefault(fact.engine, []).append(fact)
-    said = [_advice(engine, rows, stored) for engine, rows in by_engine.items()]
-    return "; ".join(filter(None, said)) or None
+        if not fact.devices:
+            by_engine.setdefault(fact.engine, []).append(fact)
+    found = (_advice(ENGINE_NAMES.get(engine, engine), rows, stored) for engine, rows in by_engine.items())
+    return tuple(item for item in found if item is not None)
 
 
-def _advice(engine: str, facts: list[EngineFact], stored: str | None) -> str | None:
-    """What to do for one engine: nothing, another release, a conversion, or give up."""
-    as_it_is = [fact for fact in facts if fact.form == stored]
-    good = next((fact for fact in facts if fact.verdict == "int8"), None)
-    silent = [f"{fact.version} {_SILENTLY[fact.verdict]}" for fact in as_it_is if fact.verdict in _SILENTLY]
-    name = ENGINE_NAMES.get(engine, engine)
-    if good is None:
-        return f"{name} {' and '.join(silent)}" if silent else None
-    if good.form == stored:
-        text = f"{name} {good.version} runs it in int8 as it is"
-    else:
-        text = f"for {name} {good.version} convert it to {good.form}"
-    return f"{text} ({', '.join(silent)})" if silent else text
+def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | None:
+    """Advice for one engine: use it, convert, or beware."""
+    best = facts[0]
+    faults = []
+    for verdict, (one, several) in _SILENT_FAULTS.items():
+        versions = [fact.version for fact in facts if (fact.form, fact.verdict) == (stored, verdict)]
+        if versions:
+            faults.append(f"{' and '.join(versions)} {one if len(versions) == 1 else several}")
+    beware = ", ".join(faults)
+    if best.verdict != "int8":
+        return Advice(f"{name} {beware}") if faults else None
+    runs = f"{name} {best.version} runs it in int8"
+    if best.form == stored:
+        return Advice(f"{runs} as it is" + (f"; {beware}" if faults else ""))
+    return Advice(f"{runs} after convert --to {best.form}" + (f"; as it is, {beware}" if faults else ""), best.form)
 
 
 def _latest(version: str) -> tuple[int, ...]:
-    """The last release of a range, to sort by: of ``0.28 - 0.33`` it is 0.33, ``>=0.28`` is later than any."""
-    if version.startswith(">"):
+    """The last release of a range, to sort by: 0.33 of ``0.28 - 0.33``; ``>=0.28`` is later than any."""
+    if version.startswith(">") or version == "main":
         return (sys.maxsize,)
     return tuple(map(int, _RELEASE.findall(version)[-1].split(".")))
 
 
 def stored_form(description: Description) -> str | None:
-    """The form that a checkpoint is in, in the terms of the table; None when it is none of them."""
+    """The form of a checkpoint, as the table names it; None for forms outside the table."""
     method = description.declared.method if description.declared else None
     if method == "compressed-tensors":
         fused = description.moe_layers and description.moe_layers[0].layout == "fused"
@@ -188,10 +222,10 @@ def stored_form(description: Description) -> str | None:
 
 
 def _fact(row: dict[str, Any]) -> EngineFact:
-    unknown = set(row) - {*_FIELDS, *_CONDITIONS, "checked"}
+    unknown = set(row) - {*_FIELDS, *_CONDITIONS, "checked", "devices"}
     if unknown or row["verdict"] not in VERDICTS:
         raise ValueError(f"engines.toml: a row for {row['engine']} is malformed")
     conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
     engine, version, form, verdict, note, evidence = (str(row[key]) for key in _FIELDS)
-    checked = str(row.get("checked", ""))
-    return EngineFact(engine, version, form, verdict, note, evidence, checked, **conditions)
+    checked, devices = str(row.get("checked", "")), str(row.get("devices", ""))
+    return EngineFact(engine, version, form, verdict, note, evidence, checked, devices, **conditions)

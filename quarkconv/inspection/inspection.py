@@ -1,4 +1,4 @@
-"""The answer of ``inspect``: what a checkpoint holds, where its config is wrong, and what can be done with it."""
+"""The answer of ``inspect``: what a checkpoint holds, contradictions, possible targets, engines."""
 
 from __future__ import annotations
 
@@ -14,17 +14,24 @@ from quarkconv.errors import QuarkconvError
 from quarkconv.files.base import Progress
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.hub.locate import locate_model
-from quarkconv.inspection.engines import EngineFact, advice, engines_for, stored_form
+from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
 from quarkconv.targets.base import Int8Count, Target, count_int8
+from quarkconv.text import plural
 
 SCHEMA: Final = "quarkconv.inspect/1"
 
 
 @dataclass(frozen=True, slots=True)
 class TargetSupport:
-    """Whether a checkpoint can be converted to a target: the size of the tensors then, and what is lost, or why not."""
+    """Whether a checkpoint can be converted to a target.
+
+    Attributes:
+        nbytes: size of the tensors after conversion.
+        reason: why it cannot be converted.
+        losses: what the target cannot express, as findings.
+    """
 
     supported: bool
     nbytes: int | None = None
@@ -44,11 +51,12 @@ class Inspection:
     """What ``inspect`` found.
 
     Attributes:
-        model: the model as it was named.
-        description: everything that the headers tell.
+        model: the model as the user named it.
+        description: everything that headers and config say.
         findings: those of the description and, after a deep inspection, those of scales and zero points.
         targets: target -> whether the checkpoint can be converted to it.
         engines: what engines do with it, best first.
+        deep: whether scales and zero points were read.
     """
 
     model: str
@@ -56,6 +64,26 @@ class Inspection:
     findings: tuple[Finding, ...]
     targets: dict[str, TargetSupport]
     engines: tuple[EngineFact, ...]
+    deep: bool = False
+
+    @property
+    def not_checked(self) -> tuple[str, ...]:
+        """What this inspection did not check."""
+        return () if self.deep else ("scales and zero points (--deep reads them)",)
+
+    @property
+    def headline(self) -> str:
+        """The verdict in one line."""
+        if not self.ok:
+            codes = dict.fromkeys(item.code for item in self.findings if item.severity is Severity.ERROR)
+            count = sum(item.severity is Severity.ERROR for item in self.findings)
+            return f"{plural(count, 'error')}: {', '.join(codes)}"
+        layers = self.description.moe_layers
+        experts = f"{plural(len(layers), 'MoE layer')} of {layers[0].experts} experts" if layers else "no MoE layers"
+        held = f"{self.scheme or 'no INT8 scheme'}, {experts}"
+        if self.not_checked:
+            return f"Config and tensors agree: {held}"
+        return f"Sound: config, tensors, scales and zero points agree ({held})"
 
     @property
     def ok(self) -> bool:
@@ -64,12 +92,12 @@ class Inspection:
 
     @property
     def scheme(self) -> str | None:
-        """The scheme of what is stored quantized."""
+        """The scheme of the modules that are stored quantized."""
         return self.description.scheme
 
     @property
-    def advice(self) -> str | None:
-        """One line on which engine runs the checkpoint, and what to convert it to."""
+    def advice(self) -> tuple[Advice, ...]:
+        """For each engine that runs it: as it is, or what to convert it to."""
         return advice(stored_form(self.description), self.engines)
 
     def to_json(self) -> dict[str, Any]:
@@ -101,15 +129,15 @@ class Inspection:
 
 
 def inspect_checkpoint(model: str | Path, *, deep: bool = False, reading: Progress | None = None) -> Inspection:
-    """Tell what a checkpoint holds, from headers only.
+    """Inspect a checkpoint from its headers.
 
     Args:
         model: directory or Hub repo id.
         deep: also read scales and zero points, never weights.
-        reading: told how reading gets on, as a :class:`quarkconv.files.base.Reading`.
+        reading: receives progress as :class:`quarkconv.files.base.Reading`.
 
     Raises:
-        SourceError: there is nothing that can be described.
+        SourceError: the checkpoint cannot be read at all.
     """
     description = describe(locate_model(model, reading=reading), reading)
     extra: tuple[Finding, ...] = ()
@@ -117,31 +145,36 @@ def inspect_checkpoint(model: str | Path, *, deep: bool = False, reading: Progre
         from quarkconv.inspection.deep import deep_findings
 
         extra = tuple(deep_findings(description, reading))
-    return make_inspection(str(model), description, extra)
+    return make_inspection(str(model), description, extra, deep=deep)
 
 
-def make_inspection(model: str, description: Description, extra: tuple[Finding, ...] = ()) -> Inspection:
+def make_inspection(
+    model: str, description: Description, extra: tuple[Finding, ...] = (), *, deep: bool = False
+) -> Inspection:
     """Add targets and engines to a description.
 
     Args:
-        model: the model as it was named.
-        description: what the headers tell.
+        model: the model as the user named it.
+        description: its headers and config.
         extra: findings of a deep inspection.
+        deep: whether scales and zero points were read.
     """
     modules = count_int8(description)
     targets = {name: _support(description, target, modules) for name, target in TARGETS.items()}
-    engines = engines_for(description, {name for name, support in targets.items() if support.supported})
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
-    return Inspection(model, description, tuple(findings), targets, tuple(engines))
+    possible = {name for name, support in targets.items() if support.supported}
+    contradicted = any(item.severity is Severity.ERROR for item in findings)
+    engines = engines_for(description, possible, contradicted=contradicted)
+    return Inspection(model, description, tuple(findings), targets, tuple(engines), deep)
 
 
 def main_scheme(description: Description) -> ModuleScheme:
-    """The scheme of most of what is stored quantized."""
+    """The scheme of most quantized modules."""
     return next((scheme for scheme, _ in description.schemes.most_common(1)), ModuleScheme())
 
 
 def linear_counts(description: Description) -> dict[str, int]:
-    """How many linears, routed experts aside, are stored in int8 and how many in float; other formats are neither."""
+    """Linears outside the routed experts, in int8 and in float; other formats count as neither."""
     members = description.topology.members
     counts = {"int8": 0, "unquantized": 0}
     for (form, _), modules in description.modules.groups.items():

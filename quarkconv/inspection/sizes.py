@@ -20,7 +20,7 @@ def bytes_by_dtype(description: Description) -> Sizes:
     return sizes.most_common()
 
 
-def bytes_by_kind(description: Description) -> Sizes:
+def bytes_by_use(description: Description) -> Sizes:
     """Bytes in weights of routed experts, in those of other int8 linears, in scales and zero points, and in the rest.
 
     Experts are counted form by form, since a large model has 50,000 modules in a handful of forms.

@@ -1,7 +1,7 @@
-"""Charts as inline SVG, drawn by matplotlib, in the colours of the page that holds them.
+"""Charts as inline SVG, drawn by matplotlib.
 
-Text stays text, so that it can be read aloud, searched and copied. Ink is ``currentColor`` and series are CSS
-variables, so that one picture serves light and dark pages and paper.
+Text stays text: it can be read aloud, searched and copied. Ink is ``currentColor`` and series are CSS variables, so one
+chart serves light pages, dark pages and paper.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from html import escape
 from typing import TYPE_CHECKING, Any, Final
 
-from quarkconv.report.series import ExpertMap
+from quarkconv.report.series import ExpertMap, Extreme
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -52,7 +52,7 @@ def line_chart(
         x_label, y_label: of the axes.
         log: whether the y axis is logarithmic; zeros are gaps then.
         bound: drawn as a dashed line.
-        described: what a reader who does not see it should know.
+        described: the chart in words, for screen readers.
     """
     with _axes(title, described, height=2.6) as (axes, out):
         for colour, mark, (name, values) in zip(_SERIES, "osD^", series.items(), strict=False):
@@ -98,9 +98,12 @@ def heat_map(chart: ExpertMap) -> str:
         [float("nan") if value is None else value for value in row] + [float("nan")] * (columns - len(row))
         for row in chart.cells
     ]
-    title = f"{chart.title} ({chart.note})" if chart.note else chart.title
+    title = "; ".join(filter(None, (chart.title, chart.note, _largest(chart))))
     with _axes(title, chart.described(), height=height) as (axes, out):
-        image = axes.imshow(filled, aspect="auto", interpolation="nearest", cmap="viridis", vmin=chart.floor)
+        # "none" embeds a pixel for each value, which viewers enlarge with sharp edges; "nearest" resamples at 72 dpi.
+        image = axes.imshow(filled, aspect="auto", interpolation="none", cmap="viridis", vmin=chart.floor)
+        if chart.extremes is not None and chart.extremes[0].value < chart.extremes[1].value:
+            _ring(axes, chart, chart.extremes[1])
         step = max(1, -(-len(chart.layers) // 16))
         axes.set_yticks(range(0, len(chart.layers), step), [str(layer) for layer in chart.layers[::step]])
         axes.grid(visible=False)
@@ -109,8 +112,23 @@ def heat_map(chart: ExpertMap) -> str:
         bar = axes.figure.colorbar(image, ax=axes, pad=0.02)
         bar.set_label(chart.unit)
         bar.outline.set_edgecolor(_INK)
-        _whole_numbers(axes)
+        step = 2 ** max(0, (columns // 12).bit_length())
+        axes.set_xticks(range(0, columns, step if columns > 16 else 1))
     return out[0]
+
+
+def _largest(chart: ExpertMap) -> str:
+    """Where the largest value is; the map circles it."""
+    if chart.extremes is None or chart.extremes[0].value == chart.extremes[1].value:
+        return ""
+    value, layer, expert = chart.extremes[1]
+    return f"largest: {value:{chart.form}} in layer {layer}, expert {expert} (circled)"
+
+
+def _ring(axes: Axes, chart: ExpertMap, extreme: Extreme) -> None:
+    """Circle a cell: one of 62 x 256 is too small to stand out by its colour."""
+    row = chart.layers.index(extreme.layer)
+    axes.plot([extreme.expert], [row], marker="o", markersize=9, fillstyle="none", color=_INK, clip_on=False)
 
 
 def _whole_numbers(axes: Axes) -> None:
@@ -135,7 +153,7 @@ def _axes(title: str, described: str, *, height: float) -> Iterator[tuple[Any, l
 
 
 def _embedded(svg: str, title: str, described: str) -> str:
-    """An SVG document as a figure of a page: the page's colours, names that occur once, words for who does not see."""
+    """An SVG document as a figure: in the page's colours, with ids unique to it, and described for screen readers."""
     svg = svg[svg.index("<svg") :]
     prefix = f"c{next(_numbers)}-"
     svg = re.sub(r'\bid="', f'id="{prefix}', svg)

@@ -1,4 +1,4 @@
-"""What ``verify`` found, as a page with charts."""
+"""The report of ``verify``: verdict, stages, problems, numbers by layer, experts, worst weights."""
 
 from __future__ import annotations
 
@@ -6,25 +6,21 @@ from collections.abc import Iterator
 
 from quarkconv.report import charts, page
 from quarkconv.report.series import expert_load, scale_distribution, scale_ranges, signal_to_noise, weight_errors
+from quarkconv.text import plural, size
 from quarkconv.verify.results import Distance, LayerExperts, LayerNumbers, Verification
 
 _WORST = 50
 
 
 def verification_report(verification: Verification, command: str) -> str:
-    """A verification as one HTML file that needs nothing else.
-
-    Args:
-        verification: what was found.
-        command: the command that found it.
-    """
+    """A verification as one self-contained HTML file; ``command`` is shown in it."""
     return page.page(f"quarkconv verify {verification.model}", verification.model, _parts(verification, command))
 
 
 def _parts(verification: Verification, command: str) -> Iterator[str]:
-    said = "Verified" if verification.ok else f"Not verified: {len(verification.problems):,} problem(s)"
+    outcome = "Verified" if verification.ok else f"Not verified: {plural(len(verification.problems), 'problem')}"
     skipped = [stage for stage, why in _skipped(verification) if why]
-    yield page.verdict(said + (f"; not checked: {', '.join(skipped)}" if skipped else ""), good=verification.ok)
+    yield page.verdict(outcome + (f"; not checked: {', '.join(skipped)}" if skipped else ""), good=verification.ok)
     yield page.table_section("What was checked", ("stage", "what", "result"), _stages(verification))
     if verification.problems:
         rows = [(item.stage, item.layer, item.tensor, item.message, item.count) for item in verification.problems]
@@ -57,15 +53,15 @@ def _stages(verification: Verification) -> list[tuple[str, str, str]]:
     tokens = " and ".join(map(str, numbers.tokens))
     layers = len({layer.layer for layer in numbers.layers})
     what = {
-        "structure": f"{structure.tensors:,} tensors in {structure.files:,} file(s)",
-        "bytes": checked.skipped or f"{checked.pieces:,} pieces, {checked.nbytes:,} bytes, against {against}",
+        "structure": f"{plural(structure.tensors, 'tensor')} in {plural(structure.files, 'file')}",
+        "bytes": checked.skipped or f"{plural(checked.pieces, 'piece')}, {size(checked.nbytes)}, against {against}",
         "numbers": numbers.skipped
-        or f"{layers} layer(s), {tokens} tokens each, on {numbers.device} ({numbers.backend})",
+        or f"{plural(layers, 'layer')}, {tokens} tokens each, on {numbers.device} ({numbers.backend})",
     }
     missing = {stage for stage, why in _skipped(verification) if why}
     return [
-        (stage, said, "✗ wrong" if stage in wrong else "not checked" if stage in missing else "✓ right")
-        for stage, said in what.items()
+        (stage, scope, "✗ wrong" if stage in wrong else "not checked" if stage in missing else "✓ right")
+        for stage, scope in what.items()
     ]
 
 
@@ -91,13 +87,14 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> Iterator[str]:
         for layer in layers
     ]  # fmt: skip
     yield page.table(head, rows, sortable=True, label="Layers: relative errors of the INT8 forward", captioned=True)
-    for said in dict.fromkeys(f"Inputs: {item.inputs}. Routing: {item.routing}. Activation: {item.activation}."
-                              for item in layers):  # fmt: skip
-        yield page.paragraph(said)
+    for conditions in dict.fromkeys(
+        f"Inputs: {item.inputs}. Routing: {item.routing}. Activation: {item.activation}." for item in layers
+    ):
+        yield page.paragraph(conditions)
 
 
 def _exact(layers: list[LayerNumbers], suffix: str) -> str:
-    """How far the layers are from exact integer arithmetic: a chart, or a sentence where none is any way off."""
+    """Distance from exact integer arithmetic: a chart, or a sentence where every layer is equal."""
     errors = [layer.exact.relative_error for layer in layers]
     if not any(errors):
         return page.paragraph(f"Equal to exact integer arithmetic in every layer{suffix}.")

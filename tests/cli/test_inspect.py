@@ -322,7 +322,26 @@ def test_people_see_every_finding(name: str, checkpoints: Any, run: Run) -> None
     for code in CODES.keys() - {code for _, code, _, _ in FINDINGS.get(name, [])}:
         assert f" {code} " not in result.out
     assert "fused-int8" in result.out
-    assert ("Experts" in result.out) is ("dense" not in name)
+    assert ("\n  experts " in result.out) is ("dense" not in name)
+    if result.code == 0:
+        assert len(result.out.splitlines()) < 40, "a screen of 100 x 40, with the prompt below"
+
+
+def test_the_answer_comes_first_and_says_what_was_not_checked(checkpoints: Any, run: Run) -> None:
+    path = checkpoints("qwen3_moe-quark0.13-f2f")
+    lines = run(path).out.splitlines()
+    assert lines[3].startswith("✓ Config and tensors agree")
+    assert lines[4].strip() == "not checked: scales and zero points (--deep reads them)"
+    assert lines[5].strip().startswith("vLLM 0.28 - 0.33 runs it in int8 as it is")
+    deep = run(path, "--deep").out
+    assert "✓ Sound: config, tensors, scales and zero points agree" in deep
+    assert "not checked" not in deep
+
+
+def test_findings_of_one_code_are_shown_as_one_unless_all_are_requested(checkpoints: Any, run: Run) -> None:
+    path = checkpoints("mixtral-quark0.13-eager-experts_left_bf16")
+    assert run(path).out.count("experts-not-quantized  ") == 1
+    assert run(path, "--all").out.count("experts-not-quantized  ") == 3
 
 
 def test_the_working_directory_is_the_model(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run: Run) -> None:
@@ -468,7 +487,7 @@ def test_a_terminal_that_knows_only_ascii_is_served(checkpoints: Callable[[str],
         capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    assert b"Sound" in done.stdout
+    assert b"\n+ Config and tensors agree: ptpc_int8, 3 MoE layers of 8 experts\n" in done.stdout
 
 
 def test_the_bare_command_shows_help() -> None:

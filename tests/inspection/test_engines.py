@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import dataclasses
 import datetime
 import tomllib
 from pathlib import Path
 from typing import Any
 
 import pytest
+from support.builders import Model
 from support.checkpoints import make_checkpoint
 from support.program import run_cli
 
 import quarkconv
 from quarkconv import inspect_checkpoint
 from quarkconv.inspection import engines
-from quarkconv.inspection.engines import VERDICTS, EngineFact, engine_facts, stored_form
+from quarkconv.inspection.engines import VERDICTS, Advice, EngineFact, engine_facts, stored_form
 from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
@@ -39,7 +41,7 @@ def test_every_row_is_read() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['engine']} {row['version']} {row['as']}")
 def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
-    assert row["engine"] in {"vllm", "sglang", "transformers", "quark"}
+    assert row["engine"] in {"vllm", "vllm-ascend", "sglang", "transformers", "quark"}
     assert row["as"] in FORMS
     assert row["verdict"] in VERDICTS
     assert row["version"]
@@ -55,8 +57,8 @@ def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
 
 def test_no_row_says_the_same_twice() -> None:
     keys = [
-        (row["engine"], row["version"], row["as"], str(row.get("schemes")), str(row.get("layouts")),
-         str(row.get("model_types")), str(row.get("having")))
+        (row["engine"], row["version"], row["as"],
+         *(str(row.get(key)) for key in ("devices", "schemes", "layouts", "model_types", "having")))
         for row in ROWS
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
@@ -100,7 +102,7 @@ def test_json_of_a_row() -> None:
 def test_qwen3_moe(checkpoints: Any) -> None:
     path = checkpoints("qwen3_moe-quark0.13-f2f")
     assert verdicts(path, "quark") == {
-        "<0.20": "fails", "0.25.1": "int8", "0.27.0": "w8a16", "0.28 - 0.33": "int8",
+        "<0.20": "fails", "0.25.1": "int8", "0.27.0": "w8a16", "0.28 - 0.33": "int8", "0.33": "int8",
     }  # fmt: skip
     assert verdicts(path, "fused-int8") == {"0.25.1": "fails", ">=0.28": "int8"}
     assert verdicts(path, "quark", "sglang") == {"0.5.23": "fails"}
@@ -193,51 +195,87 @@ def test_what_vllm_reads_otherwise_in_a_quark_config(name: str, verdict: str, ch
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "expected"),
     [
         (
             "qwen3_moe-quark0.13-f2f",
             [
-                "vLLM 0.28 - 0.33 runs it in int8 as it is (0.27.0 keeps activations in 16 bits)",
-                "for SGLang 0.5.23 convert it to",
+                "vLLM 0.28 - 0.33 runs it in int8 as it is; 0.27.0 keeps activations in 16 bits",
+                "SGLang 0.5.23 runs it in int8 after convert --to w8a8-int8",
             ],
         ),
         (
             "step3p5-like-3key_fused",
-            ["as it is (0.27.0 keeps activations in 16 bits, 0.20 - 0.21 computes something else than the model)"],
+            ["as it is; 0.27.0 keeps activations in 16 bits, 0.20 - 0.21 computes wrong results"],
+        ),
+        (
+            "qwen3_moe-quark0.13-f2f-per_tensor_weight",
+            [
+                "vLLM >=0.28 runs it in int8 after convert --to fused-int8; as it is, 0.33 and 0.27.0 keep activations "
+                "in 16 bits, 0.29 - 0.32 and 0.28 compute wrong results"
+            ],
         ),
     ],
 )
-def test_advice(name: str, said: list[str], checkpoints: Any, capsys: pytest.CaptureFixture[str]) -> None:
-    advice = inspect_checkpoint(checkpoints(name)).advice
-    assert advice is not None
-    for words in said:
-        assert words in advice
-    _, shown, _ = run_cli(capsys, "inspect", checkpoints(name))
-    assert advice in " ".join(shown.split())
+def test_advice(name: str, expected: list[str], checkpoints: Any, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [item.text for item in inspect_checkpoint(checkpoints(name)).advice]
+    for words in expected:
+        assert any(words in line for line in lines)
+    _, output, _ = run_cli(capsys, "inspect", checkpoints(name))
+    for line in lines:
+        assert line in " ".join(output.split())
 
 
 def test_advice_after_conversion(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     fused = quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "fused").output
-    advice = inspect_checkpoint(fused).advice
-    assert advice is not None
-    assert advice.startswith("vLLM >=0.28 runs it in int8 as it is; for SGLang 0.5.23 convert it to ")
+    assert [item.text for item in inspect_checkpoint(fused).advice] == [
+        "vLLM >=0.28 runs it in int8 as it is",
+        "SGLang 0.5.23 runs it in int8 after convert --to w8a8-int8",
+        "transformers 5.23 computes wrong results",
+    ]
     bf16 = quarkconv.convert_checkpoint(root, "bf16", tmp_path / "bf16").output
-    assert inspect_checkpoint(bf16).advice is None
+    assert inspect_checkpoint(bf16).advice == ()
 
 
 @pytest.mark.parametrize(
-    ("form", "verdict", "said"),
+    ("form", "verdict", "expected"),
     [
-        ("quark", "fails", None),
-        ("fused-int8", "fails", None),
-        ("fused-int8", "w8a16", None),
-        ("quark", "wrong", "other 3 computes something else than the model"),
-        ("quark", "int8", "other 3 runs it in int8 as it is"),
-        ("fused-int8", "int8", "for other 3 convert it to fused-int8"),
+        ("quark", "fails", ()),
+        ("fused-int8", "fails", ()),
+        ("fused-int8", "w8a16", ()),
+        ("quark", "wrong", (Advice("other 3 computes wrong results"),)),
+        ("quark", "int8", (Advice("other 3 runs it in int8 as it is"),)),
+        ("fused-int8", "int8", (Advice("other 3 runs it in int8 after convert --to fused-int8", "fused-int8"),)),
     ],
 )
-def test_advice_of_one_row(form: str, verdict: str, said: str | None) -> None:
-    assert engines.advice("quark", [EngineFact("other", "3", form, verdict, "", "source")]) == said
-    assert engines.advice("quark", []) is None
+def test_advice_of_one_row(form: str, verdict: str, expected: tuple[Advice, ...]) -> None:
+    fact = EngineFact("other", "3", form, verdict, "", "source")
+    assert engines.advice("quark", [fact]) == expected
+    assert engines.advice("quark", [dataclasses.replace(fact, devices="CPUs")]) == ()
+    assert engines.advice("quark", []) == ()
+
+
+def test_what_engines_do_with_a_contradiction_is_unknown(tmp_path: Path) -> None:
+    """The config excludes a linear that is int8: an engine may believe either."""
+    model = Model()
+    model.quantization["exclude"] = ["model.layers.0.self_attn.o_proj"]
+    inspection = inspect_checkpoint(model.write(tmp_path))
+    assert not inspection.ok
+    assert {row.form for row in inspection.engines} == {"compressed-tensors", "fused-int8", "w8a8-int8"}
+
+
+# For people
+
+
+def test_a_screen_shows_the_latest_release_that_runs_it_and_all_shows_the_rest(
+    checkpoints: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = checkpoints("qwen3_moe-quark0.13-f2f")
+    (_, short, _), (_, whole, _) = run_cli(capsys, "inspect", path), run_cli(capsys, "inspect", path, "--all")
+    assert "0.25.1" in whole
+    assert "0.25.1" not in short
+    assert "transformers" in whole
+    assert "transformers" not in short
+    assert "more rows with --all" in short
+    assert "more row" not in whole

@@ -11,7 +11,7 @@ from support.checkpoints import make_checkpoint
 from support.exports import EXPORTS, FIXTURES
 
 from quarkconv.description.description import describe
-from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_kind
+from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
 
 
 @pytest.mark.parametrize("name", sorted(FIXTURES | EXPORTS))
@@ -31,10 +31,10 @@ def test_every_tensor_is_counted_once(name: str, checkpoints: Callable[[str], Pa
             what = "other int8 linears"
         by_kind[what] += kind.nbytes
     assert dict(bytes_by_dtype(description)) == by_dtype
-    assert dict(bytes_by_kind(description)) == by_kind
+    assert dict(bytes_by_use(description)) == by_kind
 
 
 def test_the_largest_comes_first(tmp_path: Path) -> None:
-    sizes = bytes_by_kind(describe(make_checkpoint(tmp_path / "model")))
+    sizes = bytes_by_use(describe(make_checkpoint(tmp_path / "model")))
     assert [size for _, size in sizes] == sorted((size for _, size in sizes), reverse=True)
     assert sizes[0][0] == "routed experts"

@@ -50,7 +50,7 @@ def pages(tmp_path_factory: pytest.TempPathFactory) -> list[list[str]]:
 
 
 def test_the_verdict_comes_first_and_pages_are_numbered(pages: list[list[str]]) -> None:
-    assert "Not verified: 5 problem(s)" in pages[0][1]
+    assert "Not verified: 5 problems" in pages[0][1]
     assert [page[-1].replace(" ", "") for page in pages] == [
         f"{number}/{len(pages)}" for number in range(1, len(pages) + 1)
     ]

@@ -97,7 +97,7 @@ def test_problems_and_what_was_not_checked_are_said() -> None:
     problem = Problem("bytes", 3, "model.layers.3.x", "The bytes differ", 2)
     bad = dataclasses.replace(verification(1, 2, (problem,)), bytes=BytesResult(skipped="there is no manifest"))
     text = verification_report(bad, "x")
-    assert "Not verified: 1 problem(s); not checked: bytes" in text
+    assert "Not verified: 1 problem; not checked: bytes" in text
     assert "The bytes differ" in text
     assert "there is no manifest" in text
 

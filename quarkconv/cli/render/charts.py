@@ -16,7 +16,6 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.out import size
 from quarkconv.report.series import (
     ExpertMap,
     Histogram,
@@ -27,6 +26,7 @@ from quarkconv.report.series import (
     signal_to_noise,
     weight_errors,
 )
+from quarkconv.text import size
 from quarkconv.verify.results import LayerExperts, NumbersResult
 
 _T = TypeVar("_T")

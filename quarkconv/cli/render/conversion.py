@@ -9,11 +9,12 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.out import plural, printable, size, verdict
+from quarkconv.cli.out import printable, verdict
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.convert.conversion import place_of
 from quarkconv.convert.ranks import RankConversion
 from quarkconv.findings import Finding
+from quarkconv.text import plural, size
 
 
 def render_summary(summary: dict[str, Any], losses: tuple[Finding, ...]) -> RenderableType:

@@ -6,93 +6,111 @@ import shlex
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from rich import box
 from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.out import indented, plural, printable, size, title, verdict
+from quarkconv.cli.out import indented, printable, title, verdict
 from quarkconv.cli.render.charts import size_bars
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import Severity
-from quarkconv.inspection.engines import EngineFact, stored_form
+from quarkconv.inspection.engines import ENGINE_NAMES, EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
-from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_kind
+from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
+from quarkconv.text import plural, size
 
 _VERDICT_STYLES: Final = {"int8": "bold green", "w8a16": "yellow", "wrong": "bold red", "fails": "red"}
 
 
-def render_inspection(inspection: Inspection) -> RenderableType:
-    """Header, scheme, experts, bytes, findings, targets, engines, verdict."""
-    description = inspection.description
-    parts: list[RenderableType] = [_header(inspection), _scheme(inspection)]
-    if description.moe_layers:
-        parts.append(_experts(description.moe_layers))
-    if description.checkpoint.types:
-        bars = size_bars((bytes_by_dtype(description), bytes_by_kind(description)))
-        parts += [Text("Bytes", style="bold"), bars, ""]
+def render_inspection(inspection: Inspection, *, everything: bool = False) -> RenderableType:
+    """Verdict and advice; then findings, contents, targets and engines.
+
+    Args:
+        inspection: the answer.
+        everything: show all rows of the table of engines, and each finding by itself.
+    """
+    parts: list[RenderableType] = [_title(inspection), "", *_answer(inspection), ""]
     if inspection.findings:
-        parts += [Text("Findings", style="bold"), *render_findings(inspection.findings), ""]
-    parts.append(_targets(inspection))
+        parts += [_heading("Findings"), *render_findings(inspection.findings, every=everything), ""]
+    parts += [_contents(inspection), ""]
+    parts += [_heading("Targets"), *_targets(inspection)]
     if inspection.engines:
-        parts.append(engine_table(inspection.engines, evidence=False))
-    parts.append(_verdict(inspection))
+        parts += ["", *_engines(inspection, everything)]
     return Group(*parts)
 
 
-def _header(inspection: Inspection) -> RenderableType:
+def _heading(text: str) -> Text:
+    return Text(text, style="bold")
+
+
+def _title(inspection: Inspection) -> RenderableType:
     description = inspection.description
-    checkpoint = description.checkpoint
-    declared = description.declared
+    checkpoint, declared = description.checkpoint, description.declared
     tool = f"{declared.method} {declared.version or ''}".strip() if declared else "no quantization_config"
     facts = [
         description.config.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
-        f"{len(checkpoint.types):,} tensors", plural(len(checkpoint.shards), "shard"),
+        plural(len(checkpoint.types), "tensor"), plural(len(checkpoint.shards), "shard"),
     ]  # fmt: skip
     return title(inspection.model, facts)
 
 
-def _scheme(inspection: Inspection) -> RenderableType:
+def _answer(inspection: Inspection) -> Iterator[RenderableType]:
+    """The verdict, what was not checked, and what to do."""
+    yield verdict(printable(inspection.headline), good=inspection.ok)
+    if inspection.ok and inspection.not_checked:
+        yield indented(f"not checked: {'; '.join(inspection.not_checked)}", 2, "dim")
+    advice = inspection.advice
+    for item in advice:
+        yield indented(item.text, 2)
+    if advice and (target := advice[0].target):
+        command = f"quarkconv convert {printable(shlex.quote(inspection.model))} --to {target}"
+        yield Text.assemble(("  convert it: ", "dim"), (command, "cyan"))
+
+
+def _contents(inspection: Inspection) -> RenderableType:
+    """Scheme, experts and other linears, a line for each; sizes as bars."""
     description = inspection.description
-    declared = description.declared.default if description.declared else ModuleScheme()
+    table = Table.grid(padding=(0, 2, 0, 0))
+    table.add_column(style="dim", no_wrap=True)
+    table.add_column(overflow="fold")
+    declared = description.declared.default if description.declared else None
     stored = main_scheme(description)
+    if declared is not None and declared != stored:
+        table.add_row("  declared", _scheme(declared))
+        table.add_row("  stored", _scheme(stored))
+    else:
+        table.add_row("  scheme", _scheme(stored))
+    for numbers, layer in _alike(description.moe_layers):
+        table.add_row("  experts", _experts(numbers, layer))
     counts = linear_counts(description)
-    table = Table(title="Scheme", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("", "weight", "activation"):
-        table.add_column(column, style="dim" if not column else None)
-    table.add_row("config declares", _spec(declared.weight), _spec(declared.activation))
-    table.add_row("tensors hold", _spec(stored.weight), _spec(stored.activation))
-    name = inspection.scheme
-    closing = Text.assemble(
-        ("  scheme ", "dim"), (name or "none", "bold green" if name else "bold red"),
-        ("   linears without experts: ", "dim"), f"{counts['int8']} int8, {counts['unquantized']} unquantized",
-    )  # fmt: skip
-    return Group(table, closing, "")
+    table.add_row("  other linears", f"{counts['int8']:,} int8, {counts['unquantized']:,} float")
+    if not description.checkpoint.types:
+        return table
+    return Group(table, size_bars((bytes_by_dtype(description), bytes_by_use(description))))
 
 
-def _spec(spec: TensorSpec | None) -> Text:
+def _scheme(scheme: ModuleScheme) -> Text:
+    return Text(f"weights {_spec(scheme.weight)}; activations {_spec(scheme.activation)}")
+
+
+def _spec(spec: TensorSpec | None) -> str:
     if spec is None:
-        return Text("float")
+        return "float"
     words = [spec.dtype, spec.granularity.replace("_", " "), "dynamic" if spec.dynamic else "static"]
-    return Text(printable(", ".join(words + ([] if spec.symmetric else ["asymmetric"]))))
+    return printable(" ".join(words + ([] if spec.symmetric else ["asymmetric"])))
 
 
-def _experts(layers: tuple[MoELayer, ...]) -> RenderableType:
-    table = Table(title="Experts", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("layers", "experts", "hidden", "intermediate", "layout", "stored"):
-        table.add_column(column)
-    for numbers, layer in _alike(layers):
-        stored = {form.weight.dtype for form in layer.all_forms}
-        style = "green" if layer.quantized else "red"
-        scales = "/".join(sorted({form.scale.dtype for form in layer.all_forms if form.scale is not None}))
-        table.add_row(
-            numbers, str(layer.experts), str(layer.hidden), str(layer.intermediate), layer.layout.replace("_", " "),
-            Text(f"{'/'.join(sorted(stored))}" + (f", scale {scales}" if scales else ""), style=style),
-        )  # fmt: skip
-    names = dict.fromkeys("/".join(layer.naming.projections()) for layer in layers)
-    return Group(table, Text(f"  names {' and '.join(names)}", style="dim"), "")
+def _experts(numbers: str, layer: MoELayer) -> Text:
+    """``layers 0-2: 8 experts, H 128, I 96, I8 with F32 scales, per expert (gate_proj)``."""
+    dtypes = "/".join(sorted({form.weight.dtype for form in layer.all_forms}))
+    scales = "/".join(sorted({form.scale.dtype for form in layer.all_forms if form.scale is not None}))
+    return Text.assemble(
+        f"{'layer' if numbers.isdecimal() else 'layers'} {numbers}: {layer.experts} experts, ",
+        f"H {layer.hidden}, I {layer.intermediate}, ",
+        (f"{dtypes} with {scales} scales" if scales else dtypes, "green" if layer.quantized else "red"),
+        f", {layer.layout.replace('_', ' ')} ({layer.naming.gate})",
+    )
 
 
 def _alike(layers: tuple[MoELayer, ...]) -> Iterator[tuple[str, MoELayer]]:
@@ -117,44 +135,68 @@ def number_ranges(numbers: list[int]) -> str:
     return ", ".join(str(run[0]) if len(run) == 1 else f"{run[0]}-{run[-1]}" for run in runs)
 
 
-def _targets(inspection: Inspection) -> RenderableType:
-    lines: list[RenderableType] = [Text("Targets", style="bold")]
+def _targets(inspection: Inspection) -> Iterator[RenderableType]:
+    """Possible targets in one line; then what each of them would lose, and why the others are not possible."""
+    possible = [(name, support) for name, support in inspection.targets.items() if support.supported]
+    if possible:
+        names = ", ".join(f"{name} {size(support.nbytes or 0)}" for name, support in possible)
+        yield indented(Text.assemble(("✓ ", "green"), names), 2)
+    losses: dict[str, list[str]] = {}
+    for name, support in possible:
+        for loss in support.losses:
+            losses.setdefault(printable(loss.subject), []).append(name)
+    for subject, names_of_targets in losses.items():
+        yield indented(f"  {', '.join(names_of_targets)}: without {subject}", 2, "dim")
+    reasons: dict[str, list[str]] = {}
     for name, support in inspection.targets.items():
-        if support.supported:
-            lines.append(Text.assemble(("  ✓ ", "green"), name, (f"  {size(support.nbytes or 0)}", "dim")))
-            lines += [indented(f"without {printable(loss.subject)}", 6, "dim") for loss in support.losses]
-        else:
-            lines.append(Text.assemble(("  ✗ ", "red"), name))
-            lines.append(indented(printable(support.reason or ""), 6, "dim"))
-    return Group(*lines, "")
+        if not support.supported:
+            reason = support.reason or ""
+            reason = reason.partition(f"{name} cannot represent this checkpoint: ")[2] or reason
+            reasons.setdefault(printable(reason), []).append(name)
+    for reason, names_of_targets in reasons.items():
+        yield indented(Text.assemble(("✗ ", "red"), ", ".join(names_of_targets), (f": {reason}", "dim")), 2)
 
 
-def engine_table(facts: Iterable[EngineFact], *, evidence: bool) -> Table:
-    """Rows of the table of engines, with or without what they hold for and their evidence."""
-    table = Table(title="Engines", title_justify="left", title_style="bold", box=box.SIMPLE_HEAD, pad_edge=False)
-    for column in ("engine", "version", "checkpoint as", "runs as"):
-        table.add_column(column, no_wrap=True)
+def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableType]:
+    """The rows that apply: all, or the latest in int8 for each form on GPUs, and for other devices."""
+    shown = list(inspection.engines)
+    if not everything:
+        latest: dict[object, EngineFact] = {}
+        for fact in inspection.engines:
+            if fact.verdict == "int8":
+                latest.setdefault((fact.engine, fact.devices or fact.form), fact)
+        shown = list(latest.values())
+    if shown:
+        yield engine_table(shown, evidence=False, stored=stored_form(inspection.description))
+    else:
+        yield Text.assemble(("Engines", "bold"), "  none is known to run it in int8")
+    if more := len(inspection.engines) - len(shown):
+        yield indented(f"{plural(more, 'more row')} with --all: other releases, engines that fail", 2, "dim")
+
+
+def engine_table(facts: Iterable[EngineFact], *, evidence: bool, stored: str | None = None) -> Table:
+    """Rows of the table of engines, grouped by engine.
+
+    Args:
+        facts: the rows.
+        evidence: show conditions and evidence too.
+        stored: the form that is shown as "as it is".
+    """
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
+    for column, heading in (("engine", "Engines"), ("version", "version"), ("form", "checkpoint"), ("runs", "runs as")):
+        table.add_column(Text(heading, style="bold" if column == "engine" else "dim"), no_wrap=True)
     table.add_column("note", style="dim")
+    by_engine: dict[str, list[EngineFact]] = {}
     for fact in facts:
-        notes = [fact.note] if fact.note else []
-        if evidence:
-            notes += [f"only: {', '.join(fact.only_for)}"] if fact.only_for else []
-            notes.append(f"evidence: {fact.proof}")
-        shown = Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict])
-        table.add_row(fact.engine, fact.version, fact.form, shown, "\n".join(notes))
+        by_engine.setdefault(fact.engine, []).append(fact)
+    for engine, rows in by_engine.items():
+        for number, fact in enumerate(rows):
+            notes = [fact.remark] if fact.remark else []
+            if evidence:
+                notes += [f"only: {', '.join(fact.only_for)}"] if fact.only_for else []
+                notes.append(f"evidence: {fact.proof}")
+            name = "" if number else f"  {ENGINE_NAMES.get(engine, engine)}"
+            form = "as it is" if fact.form == stored else fact.form
+            verdict_text = Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict])
+            table.add_row(name, fact.version, form, verdict_text, "\n".join(notes))
     return table
-
-
-def _verdict(inspection: Inspection) -> RenderableType:
-    errors = [item for item in inspection.findings if item.severity is Severity.ERROR]
-    if errors:
-        return verdict(f"{plural(len(errors), 'finding')} of severity error", good=False)
-    lines: list[RenderableType] = [verdict("Sound: config and tensors agree", good=True)]
-    if inspection.advice:
-        lines.append(indented(inspection.advice, 2))
-    form = stored_form(inspection.description)
-    good = next((fact for fact in inspection.engines if fact.verdict == "int8"), None)
-    if good is not None and good.form != form:
-        command = f"quarkconv convert {printable(shlex.quote(inspection.model))} --to {good.form}"
-        lines.append(Text.assemble(("  convert it: ", "dim"), (command, "cyan")))
-    return Group(*lines)
