@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.builders import Model
 from support.checkpoints import make_checkpoint
+from support.model import Model
 from support.program import run_cli
 
 import quarkconv
