@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
-from itertools import pairwise
+from itertools import chain, pairwise
 from typing import Final
 
 from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
@@ -16,7 +16,7 @@ from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.experts import ExpertSource, linear_module
-from quarkconv.plan.pieces import Check, MoEGeometry, OutputTensor, Piece, Plan, SourceFile, TextFile
+from quarkconv.plan.pieces import Check, Copy, MoEGeometry, OutputTensor, Plan, SourceFile, TextFile
 from quarkconv.plan.shards import pack_shards
 from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.targets.base import Target
@@ -163,13 +163,13 @@ class _Made:
 
     def untouched(self) -> Iterator[OutputTensor]:
         """Everything else, as it is; what only a check reads, such as zero points, is not written."""
-        used = {piece.tensor for tensor in self.tensors for piece in tensor.pieces}
-        used.update(piece.scale.tensor for tensor in self.tensors for piece in tensor.pieces if piece.scale)
-        used.update(piece.tensor for check in self.checks for piece in (check.first, check.second) if piece)
+        read = (source for tensor in self.tensors for piece in tensor.pieces for source in piece.reads())
+        checked = (source for check in self.checks for source in check.reads())
+        used = {source.tensor for source in chain(read, checked)}
         used.update(self._of_other_ranks)
         for name, ref in self._refs.items():
             if name not in used and not self._target.drops(name):
-                yield OutputTensor(self._target.renamed(name), ref.dtype, ref.shape, (Piece.whole(name, ref),))
+                yield OutputTensor(self._target.renamed(name), ref.dtype, ref.shape, (Copy.whole(name, ref),))
 
 
 def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:
@@ -180,7 +180,7 @@ def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterat
             names = fused_names(module) if module in description.stored.fused else linear_names(module)
             for name in (names.zero_point, names.input_zero_point):
                 if name in refs:
-                    yield Check("zero", Piece.whole(name, refs[name]))
+                    yield Check("zero", Copy.whole(name, refs[name]))
 
 
 def _texts(description: Description, target: Target, base_model: str | None) -> Iterator[TextFile]:

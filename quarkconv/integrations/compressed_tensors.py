@@ -26,7 +26,7 @@ from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.hub.locate import resolve_model
-from quarkconv.plan.pieces import Check, OutputTensor, Piece, Plan
+from quarkconv.plan.pieces import Check, Columns, Copy, OutputTensor, Piece, Plan, Rows, Weights
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:
@@ -129,7 +129,7 @@ class QuarkInt8Converter:
 
 
 def _sources(output: OutputTensor) -> list[str]:
-    return [part.tensor for piece in output.pieces for part in piece.ranges()]
+    return [source.tensor for piece in output.pieces for source in piece.reads()]
 
 
 def _groups(plan: Plan, refs: Mapping[str, TensorRef]) -> dict[str, set[str]]:
@@ -148,7 +148,7 @@ def _groups(plan: Plan, refs: Mapping[str, TensorRef]) -> dict[str, set[str]]:
         for tensor in shard.tensors:
             join(_sources(tensor))
     for check in plan.checks:
-        join([piece.tensor for piece in (check.first, check.second) if piece is not None])
+        join([source.tensor for source in check.reads()])
         module = check.first.tensor.removesuffix("_zero_point")
         join([check.first.tensor, *(name for name in (module, f"{module}_scale") if name in refs)])
     return groups
@@ -172,15 +172,21 @@ def _primaries(groups: Mapping[str, set[str]], refs: Mapping[str, TensorRef]) ->
 
 def _piece(piece: Piece, tensors: Mapping[str, Tensor], refs: Mapping[str, TensorRef]) -> Tensor:
     """The elements that a piece gives, flat."""
-    tensor, ref = tensors[piece.tensor].reshape(-1), refs[piece.tensor]
+    name, _, start, nbytes = piece.source
+    tensor, ref = tensors[name].reshape(-1), refs[name]
     size = ref.nbytes // tensor.numel() if tensor.numel() else 1
-    first = (piece.start - ref.start) // size
-    part = tensor[first : first + piece.nbytes // size]
-    if piece.scale is not None:
-        scale = _piece(piece.scale, tensors, refs)
-        codes = part.reshape(len(scale), -1)
-        return (codes.float() * scale.unsqueeze(1)).bfloat16().reshape(-1)
-    return part.float().repeat(piece.repeat) if piece.widen else part.repeat(piece.repeat)
+    first = (start - ref.start) // size
+    part = tensor[first : first + nbytes // size]
+    match piece:
+        case Copy():
+            return part
+        case Rows(_, widen, repeat):
+            return (part.float() if widen else part).repeat(repeat)
+        case Weights(_, scale_piece):
+            scale = _piece(scale_piece, tensors, refs)
+            return (part.reshape(len(scale), -1).float() * scale.unsqueeze(1)).bfloat16().reshape(-1)
+        case Columns(_, run, stride):
+            return part.as_strided((piece.rows, run), (stride, 1), part.storage_offset()).reshape(-1)
 
 
 def _check(check: Check, tensors: Mapping[str, Tensor], refs: Mapping[str, TensorRef]) -> None:

@@ -103,7 +103,7 @@ def layer_reads(
         start, at = item.start, item.at
         for piece, checksum in tensor.pieces:
             size = piece.output_nbytes
-            yield LayerRead(item.tensor, item.file, start, size, at, checksum, piece.tensor)
+            yield LayerRead(item.tensor, item.file, start, size, at, checksum, piece.source.tensor)
             start, at = start + size, at + size
 
 

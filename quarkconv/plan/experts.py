@@ -9,28 +9,22 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
+from typing import NamedTuple
 
 from quarkconv.experts.naming import ROLES, Role
 from quarkconv.experts.ranks import WHOLE, Rank
-from quarkconv.experts.topology import Layout, MoELayer
+from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.pieces import Piece
+from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, f32_rows
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import NARROW_DTYPES, Form, linear_names
+from quarkconv.scheme.stored import Form, linear_names
 
 
-def scale_piece(name: str, ref: TensorRef, rows: int, *, part: int = 0, parts: int = 1, per_row: bool) -> Piece:
-    """A scale as ``rows`` elements of F32: widened if it is narrower, repeated if it is one for all rows.
-
-    Args:
-        name, ref: the scale tensor.
-        rows: number of output rows that the scale is for.
-        part, parts: which of how many equal parts of the tensor.
-        per_row: whether the part has an element for every row, or one for all.
-    """
+def part_of(name: str, ref: TensorRef, part: Part) -> Copy:
+    """One of several equal parts of a tensor."""
+    number, parts = part
     nbytes = ref.nbytes // parts
-    widen = ref.dtype if ref.dtype in NARROW_DTYPES else ""
-    return Piece(name, ref.file, ref.start + part * nbytes, nbytes, widen, 1 if per_row else rows)
+    return Copy(name, ref.file, ref.start + number * nbytes, nbytes)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,48 +42,63 @@ class Int8Module:
 
     name: str
     shape: tuple[int, ...]
-    codes: tuple[Piece, ...]
-    scales: tuple[Piece, ...]
-    input_scales: tuple[Piece, ...] = ()
+    codes: tuple[Copy, ...]
+    scales: tuple[Scale, ...]
+    input_scales: tuple[Scale, ...] = ()
     input_shape: tuple[int, ...] = ()
 
 
 def linear_module(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Int8Module:
     """A linear of the source that keeps its name and shape."""
     names = linear_names(name)
-    shape = form.weight.shape
-    *lead, rows, _ = shape
-    parts = prod(lead)
-    weight, scale, per_row = refs[names.weight], refs[names.scale], form.granularity == PER_CHANNEL
-    size = weight.nbytes // parts if parts else 0
-    codes = tuple(Piece(names.weight, weight.file, weight.start + part * size, size) for part in range(parts))
-    scales = tuple(
-        scale_piece(names.scale, scale, rows, part=part, parts=parts, per_row=per_row) for part in range(parts)
+    *lead, rows, _ = form.weight.shape
+    parts = [Part(number, prod(lead)) for number in range(prod(lead))]
+    weight, scale = refs[names.weight], refs[names.scale]
+    repeat = 1 if form.granularity == PER_CHANNEL else rows
+    static = refs[names.input_scale] if form.input_scale else None
+    return Int8Module(
+        name=name,
+        shape=form.weight.shape,
+        codes=tuple(part_of(names.weight, weight, part) for part in parts),
+        scales=tuple(f32_rows(part_of(names.scale, scale, part), scale.dtype, repeat) for part in parts),
+        input_scales=(f32_rows(Copy.whole(names.input_scale, static), static.dtype),) if static else (),
+        input_shape=form.input_scale.shape if form.input_scale else (),
     )
-    if form.input_scale is None:
-        return Int8Module(name, shape, codes, scales)
-    static = refs[names.input_scale]
-    pieces = (scale_piece(names.input_scale, static, 1, per_row=False),)
-    return Int8Module(name, shape, codes, scales, pieces, form.input_scale.shape)
 
 
 def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
     """The experts of a layer under the names of the unquantized model: one by one, or all in one in 3-key models."""
     layer, stacked = source.layer, source.unfused == "stacked"
-    numbers = source.experts
+    experts = range(layer.experts)
+    shapes = {"down": (layer.hidden, layer.intermediate)}
     for role, leaf in zip(ROLES, layer.naming.projections(), strict=True):
-        rows = source.rows(role)
-        shape = (rows, source.intermediate if role == "down" else layer.hidden)
-        groups = [numbers] if stacked else [range(number, number + 1) for number in numbers]
-        for group in groups:
-            static = tuple(filter(None, (source.input_scale(role, expert) for expert in group)))
+        shape = shapes.get(role, (layer.intermediate, layer.hidden))
+        for group in [experts] if stacked else [range(expert, expert + 1) for expert in experts]:
+            projections = [source.whole(role, expert) for expert in group]
             yield Int8Module(
-                f"{layer.moe}.{leaf}" if stacked else f"{layer.prefix}.{group[0]}.{leaf}",
-                (layer.experts, *shape) if stacked else shape,
-                tuple(source.weight(role, expert) for expert in group),
-                tuple(source.scale(role, expert) for expert in group),
-                static, (layer.experts,) if stacked else (),
-            )  # fmt: skip
+                name=f"{layer.moe}.{leaf}" if stacked else f"{layer.prefix}.{group[0]}.{leaf}",
+                shape=(layer.experts, *shape) if stacked else shape,
+                codes=tuple(projection.codes for projection in projections),
+                scales=tuple(projection.scale for projection in projections),
+                input_scales=tuple(item.input_scale for item in projections if item.input_scale is not None),
+                input_shape=(layer.experts,) if stacked else (),
+            )
+
+
+class WholeProjection(NamedTuple):
+    """A projection of an expert as pieces: its codes, the F32 scales of its rows, and its static input scale."""
+
+    codes: Copy
+    scale: Scale
+    input_scale: Scale | None
+
+
+class ProjectionPart(NamedTuple):
+    """What a rank has of a projection."""
+
+    codes: Copy | Columns
+    scale: Scale
+    input_scale: Scale | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,41 +138,49 @@ class ExpertSource:
         """Output rows of a projection: I for gate and up, H for down."""
         return self.layer.hidden if role == "down" else self.intermediate
 
-    def weight(self, role: Role, expert: int) -> Piece:
-        """The codes of one projection of one expert: [I, H] or, for down, [H, I]."""
-        stored = self.layer.projection(role, expert)
-        name = stored.names.weight
-        ref = self.refs[name]
-        number, parts = stored.weight
-        nbytes = ref.nbytes // parts
-        piece = Piece(name, ref.file, ref.start + number * nbytes, nbytes)
-        columns, hidden = self._columns, self.layer.hidden
-        if len(columns) == self.layer.intermediate:
-            return piece
+    def whole(self, role: Role, expert: int) -> WholeProjection:
+        """One projection of one expert: codes [I, H] or, for down, [H, I], whatever part of it the rank has."""
+        layer, stored = self.layer, self.layer.projection(role, expert)
+        names, refs = stored.names, self.refs
+        scale = refs[names.scale]
+        rows = layer.hidden if role == "down" else layer.intermediate
+        repeat = 1 if stored.form.granularity == PER_CHANNEL else rows
+        return WholeProjection(
+            part_of(names.weight, refs[names.weight], stored.weight),
+            f32_rows(part_of(names.scale, scale, stored.scale), scale.dtype, repeat),
+            None if stored.form.input_scale is None else self._input_scale(names.input_scale, expert),
+        )
+
+    def part(self, role: Role, expert: int) -> ProjectionPart:
+        """What the rank has of a projection of one of its experts."""
+        codes, scale, input_scale = self.whole(role, expert)
+        columns, whole, hidden = self._columns, self.layer.intermediate, self.layer.hidden
+        if len(columns) == whole:
+            return ProjectionPart(codes, scale, input_scale)
         if role == "down":
-            return piece._replace(
-                start=piece.start + columns.start, nbytes=hidden * len(columns),
-                run=len(columns), stride=self.layer.intermediate,
-            )  # fmt: skip
-        return piece._replace(start=piece.start + columns.start * hidden, nbytes=len(columns) * hidden)
+            span = (hidden - 1) * whole + len(columns)
+            cut = codes._replace(start=codes.start + columns.start, nbytes=span)
+            return ProjectionPart(Columns(cut, len(columns), whole), scale, input_scale)
+        return ProjectionPart(_rows_of(codes, columns, whole), _scale_of(scale, columns, whole), input_scale)
 
-    def scale(self, role: Role, expert: int) -> Piece:
-        """The weight scale of one projection of one expert, as F32 for each of its rows."""
-        stored = self.layer.projection(role, expert)
-        name, per_row = stored.names.scale, stored.form.granularity == PER_CHANNEL
-        part, parts = stored.scale
-        piece = scale_piece(name, self.refs[name], self.rows(role), part=part, parts=parts, per_row=per_row)
-        columns = self._columns
-        if role == "down" or not per_row or len(columns) == self.layer.intermediate:
-            return piece
-        size = piece.nbytes // self.layer.intermediate
-        return piece._replace(start=piece.start + columns.start * size, nbytes=len(columns) * size)
-
-    def input_scale(self, role: Role, expert: int) -> Piece | None:
-        """The static input scale of one projection of one expert, one element of F32; None where there is none."""
-        name = self.layer.projection(role, expert).names.input_scale
-        ref = self.refs.get(name)
-        if ref is None:
-            return None
+    def _input_scale(self, name: str, expert: int) -> Scale:
+        ref = self.refs[name]
         parts = prod(ref.shape)
-        return scale_piece(name, ref, 1, part=expert if parts > 1 else 0, parts=parts, per_row=False)
+        return f32_rows(part_of(name, ref, Part(expert if parts > 1 else 0, parts)), ref.dtype)
+
+
+def _rows_of(source: Copy, rows: range, of: int) -> Copy:
+    """Some of the ``of`` rows of a range."""
+    row = source.nbytes // of
+    return source._replace(start=source.start + rows.start * row, nbytes=len(rows) * row)
+
+
+def _scale_of(scale: Scale, rows: range, of: int) -> Scale:
+    """The scales of some of ``of`` rows; one that all rows share is repeated less often."""
+    match scale:
+        case Copy():
+            return _rows_of(scale, rows, of)
+        case Rows(source, widen, 1):
+            return Rows(_rows_of(source, rows, of), widen, 1)
+        case Rows(source, widen, _):
+            return Rows(source, widen, len(rows))

@@ -16,60 +16,131 @@ from quarkconv.headers.safetensors import TensorRef
 PLAN_FORMAT: Final = 1
 
 
-class Piece(NamedTuple):
-    """A run of output bytes: a byte range of a source file, or a small computation on one.
-
-    Three computations exist, and a piece has at most one of them; without any the bytes are copied.
-
-    - Scales become F32 rows: each element is widened from ``widen`` to F32, if that is set, and the result is written
-      ``repeat`` times.
-    - Codes become weights: the I8 codes of a row are multiplied in F32 by the row's scale, and rounded to BF16.
-    - Columns are cut out: runs of ``run`` bytes, each ``stride`` bytes after the start of the last, are put together.
+class Copy(NamedTuple):
+    """A byte range of a source file. As a piece of the output: its bytes as they are.
 
     Attributes:
         tensor: source tensor that the range belongs to.
         file: source file.
         start: first byte in the file.
-        nbytes: bytes that are taken: the length of the range, or of all runs together.
-        widen: ``BF16`` or ``F16`` when elements of that dtype become F32; empty for a copy.
-        repeat: how many times the result is written, one after the other.
-        scale: the piece that gives the rows' scales as F32, when codes become weights.
-        run, stride: length of a run and distance between two of them, when columns are cut out; else 0.
+        nbytes: length.
     """
 
     tensor: str
     file: str
     start: int
     nbytes: int
-    widen: str = ""
-    repeat: int = 1
-    scale: Piece | None = None
-    run: int = 0
-    stride: int = 0
+
+    @property
+    def source(self) -> Copy:
+        """The range itself, under the name that it has in the other pieces."""
+        return self
 
     @property
     def output_nbytes(self) -> int:
         """Length of what the piece contributes to its output tensor."""
-        return self.nbytes * (2 if self.widen or self.scale else 1) * self.repeat
+        return self.nbytes
 
-    @property
-    def is_copy(self) -> bool:
-        """True when the output bytes are those of one range, as they are."""
-        return not self.widen and self.repeat == 1 and self.scale is None and not self.run
-
-    @property
-    def span(self) -> int:
-        """Bytes from the first one that is taken to the last, those between runs included."""
-        return (self.nbytes // self.run - 1) * self.stride + self.run if self.run else self.nbytes
-
-    def ranges(self) -> tuple[Piece, ...]:
-        """The piece itself, and the one that it takes its scales from."""
-        return (self,) if self.scale is None else (self, self.scale)
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return (self,)
 
     @classmethod
-    def whole(cls, name: str, ref: TensorRef) -> Piece:
+    def whole(cls, name: str, ref: TensorRef) -> Copy:
         """The copy of a whole tensor."""
         return cls(name, ref.file, ref.start, ref.nbytes)
+
+
+class Rows(NamedTuple):
+    """A scale as F32 rows: each element widened to F32, and the result written ``repeat`` times.
+
+    Attributes:
+        source: the elements.
+        widen: ``BF16`` or ``F16``, the dtype of the elements; empty where they are F32 already.
+        repeat: how many times the result is written, one after the other.
+    """
+
+    source: Copy
+    widen: str
+    repeat: int
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return self.source.nbytes * (2 if self.widen else 1) * self.repeat
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return (self.source,)
+
+
+class Weights(NamedTuple):
+    """Codes as weights: the I8 codes of each row times the row's scale in F32, rounded to BF16.
+
+    Attributes:
+        source: the codes.
+        scale: the piece that gives an F32 for each row.
+    """
+
+    source: Copy
+    scale: Copy | Rows
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return 2 * self.source.nbytes
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order: scales before what they are for."""
+        return self.scale.source, self.source
+
+
+class Columns(NamedTuple):
+    """The same columns of every row: runs of ``run`` bytes, each ``stride`` bytes after the start of the last.
+
+    Attributes:
+        source: the range from the first byte of the first run to the last byte of the last one.
+        run: length of a run.
+        stride: distance between the starts of two runs.
+    """
+
+    source: Copy
+    run: int
+    stride: int
+
+    @property
+    def rows(self) -> int:
+        """Number of runs: one in every row."""
+        return (self.source.nbytes - self.run) // self.stride + 1
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return self.rows * self.run
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return (self.source,)
+
+
+Scale = Copy | Rows
+"""What gives a scale as F32 rows."""
+
+Piece = Copy | Rows | Weights | Columns
+"""A run of output bytes, made of one or two ranges of source files. A new computation is a class here, a case where
+pieces are computed (:mod:`quarkconv.write.transforms`), one where they are verified, and a row of the JSON codec."""
+
+
+def f32_rows(source: Copy, dtype: str, repeat: int = 1) -> Scale:
+    """A scale of a dtype as F32 rows; a copy where it is stored as such.
+
+    Args:
+        source: the elements.
+        dtype: theirs: ``F32``, ``BF16`` or ``F16``.
+        repeat: number of rows that share each scale.
+    """
+    widen = "" if dtype == "F32" else dtype
+    return Rows(source, widen, repeat) if widen or repeat != 1 else source
 
 
 class OutputTensor(NamedTuple):
@@ -108,8 +179,12 @@ class Check(NamedTuple):
     """
 
     kind: Literal["zero", "equal", "repeats"]
-    first: Piece
-    second: Piece | None = None
+    first: Copy
+    second: Copy | None = None
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return (self.first,) if self.second is None else (self.first, self.second)
 
 
 class SourceFile(NamedTuple):

@@ -7,13 +7,14 @@ transformers and every engine load it.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import starmap
 from math import prod
 from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.findings import Finding, finding
 from quarkconv.plan.experts import Int8Module
-from quarkconv.plan.pieces import OutputTensor
+from quarkconv.plan.pieces import OutputTensor, Weights
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.base import Int8Count
 from quarkconv.targets.per_expert import PerExpertTarget
@@ -37,7 +38,7 @@ class Bf16(PerExpertTarget):
     facts = "Each weight is its int8 code times its scale, computed in float32 and rounded once to bfloat16."
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
-        pieces = tuple(codes._replace(scale=scale) for codes, scale in zip(module.codes, module.scales, strict=True))
+        pieces = tuple(starmap(Weights, zip(module.codes, module.scales, strict=True)))
         yield OutputTensor(linear_names(module.name).weight, "BF16", module.shape, pieces)
 
     def module_bytes(self, shape: tuple[int, ...], static: int) -> int:  # noqa: ARG002

@@ -45,11 +45,10 @@ class FusedInt8(Target):
         for roles, leaf, inner in zip(_PARTS, leaves, (layer.hidden, source.intermediate), strict=True):
             name = f"{layer.prefix}.{leaf}"
             rows = sum(source.rows(role) for role in roles)
-            codes = tuple(source.weight(role, expert) for expert in experts for role in roles)
-            yield OutputTensor(name, "I8", (len(experts), rows, inner), codes)
-            scales = tuple(source.scale(role, expert) for expert in experts for role in roles)
-            yield OutputTensor(f"{name}_scale", "F32", (len(experts), rows, 1), scales)
-            static = tuple(filter(None, (source.input_scale(roles[0], expert) for expert in experts)))
+            parts = [source.part(role, expert) for expert in experts for role in roles]
+            yield OutputTensor(name, "I8", (len(experts), rows, inner), tuple(part.codes for part in parts))
+            yield OutputTensor(f"{name}_scale", "F32", (len(experts), rows, 1), tuple(part.scale for part in parts))
+            static = tuple(part.input_scale for part in parts[:: len(roles)] if part.input_scale is not None)
             if len(static) == len(experts):
                 yield OutputTensor(f"{name}_input_scale", "F32", (len(experts),), static)
 
@@ -58,9 +57,9 @@ class FusedInt8(Target):
         if source.layer.layout == "fused" or not source.layer.static:
             return
         for expert in source.experts:
-            gate, up = source.input_scale("gate", expert), source.input_scale("up", expert)
+            gate, up = source.whole("gate", expert).input_scale, source.whole("up", expert).input_scale
             if gate is not None and up is not None:
-                yield Check("equal", gate, up)
+                yield Check("equal", gate.source, up.source)
 
     def expert_bytes(self, layer: MoELayer) -> int:
         codes = 3 * layer.hidden * layer.intermediate

@@ -15,9 +15,10 @@ from math import prod
 from typing import Any, Final
 
 from quarkconv.description.description import Description
+from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module
-from quarkconv.plan.pieces import Check, OutputTensor, Piece
+from quarkconv.plan.pieces import Check, Copy, OutputTensor, Rows, Scale, f32_rows
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
@@ -55,8 +56,8 @@ class Quark(PerExpertTarget):
     def module_checks(self, module: Int8Module) -> Iterator[Check]:
         if module.input_scales:
             for scale in module.scales:
-                if scale.repeat == 1:
-                    yield Check("repeats", scale, _one(scale))
+                if scale.source != _one(scale).source:
+                    yield Check("repeats", scale.source, _one(scale).source)
 
     def config(self, description: Description) -> dict[str, Any]:
         static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
@@ -103,10 +104,14 @@ class Quark(PerExpertTarget):
         yield from dropped_settings(description, self.name, kept=kept)
 
 
-def _one(scale: Piece) -> Piece:
+def _one(scale: Scale) -> Scale:
     """The first element of a scale, as F32; of one that is repeated over rows, the only one."""
-    size = scale.nbytes if scale.repeat > 1 else (_F32 // 2 if scale.widen else _F32)
-    return scale._replace(nbytes=size, repeat=1)
+    match scale:
+        case Copy():
+            return scale._replace(nbytes=_F32)
+        case Rows(source, widen, _):
+            dtype = widen or "F32"
+            return f32_rows(source._replace(nbytes=DTYPE_BITS[dtype] // 8), dtype)
 
 
 def _kv_cache_layers(declared: DeclaredScheme | None, layer: dict[str, Any]) -> dict[str, Any]:

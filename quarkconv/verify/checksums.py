@@ -22,7 +22,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.load.open_files import BLOCK, OpenFiles
 from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import Piece
+from quarkconv.plan.pieces import Columns, Copy, Piece, Rows, Scale, Weights
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
 
@@ -150,7 +150,7 @@ def _part_problems(
         progress(piece.output_nbytes)
     if wrong:
         first, reason = wrong[0]
-        yield wrong_pieces(description, tensor.name, first.piece.tensor, reason, len(wrong), len(tensor.pieces))
+        yield wrong_pieces(description, tensor.name, first.piece.source.tensor, reason, len(wrong), len(tensor.pieces))
 
 
 def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
@@ -197,47 +197,50 @@ def _same_as_source(output: int, position: int, sources: OpenFiles, piece: Piece
 
 def _expected(sources: OpenFiles, piece: Piece) -> Iterator[bytes]:
     """What a piece should be, a block at a time, computed by other means than the writer's."""
-    if piece.scale is not None:
-        yield from _expected_weights(sources, piece, piece.scale)
-    elif piece.run:
-        yield from _expected_columns(sources[piece.file], piece)
-    elif piece.is_copy:
-        yield from _blocks(sources[piece.file], piece.start, piece.nbytes)
-    else:
-        yield _bytes_of(_expected_rows(sources, piece))
+    match piece:
+        case Copy(_, file, start, nbytes):
+            yield from _blocks(sources[file], start, nbytes)
+        case Rows():
+            yield _bytes_of(_expected_rows(sources, piece))
+        case Weights(codes, scale):
+            yield from _expected_weights(sources, codes, scale)
+        case Columns():
+            yield from _expected_columns(sources[piece.source.file], piece)
 
 
-def _expected_rows(sources: OpenFiles, piece: Piece) -> torch.Tensor:
+def _expected_rows(sources: OpenFiles, scale: Scale) -> torch.Tensor:
     """A scale as F32, repeated: by torch, unlike the writer's own computation."""
-    data = bytearray().join(_blocks(sources[piece.file], piece.start, piece.nbytes))
-    if not piece.widen:
-        return torch.frombuffer(data, dtype=torch.uint8).repeat(piece.repeat)
-    return torch.frombuffer(data, dtype=_DTYPES[piece.widen]).float().repeat(piece.repeat)
+    _, file, start, nbytes = scale.source
+    data = bytearray().join(_blocks(sources[file], start, nbytes))
+    widen, repeat = (scale.widen, scale.repeat) if isinstance(scale, Rows) else ("", 1)
+    elements = torch.frombuffer(data, dtype=_DTYPES[widen])
+    return (elements.float() if widen else elements).repeat(repeat)
 
 
-def _expected_weights(sources: OpenFiles, piece: Piece, scale: Piece) -> Iterator[bytes]:
+def _expected_weights(sources: OpenFiles, codes_range: Copy, scale: Scale) -> Iterator[bytes]:
     """Code times scale, rounded to F32 and then to BF16: the product exactly, in float64, and the bits by hand."""
-    if not piece.nbytes:
+    _, file, begin, length = codes_range
+    if not length:
         return
     scales = _expected_rows(sources, scale).view(torch.float32).double()
-    columns = piece.nbytes // len(scales)
+    columns = length // len(scales)
     rows = max(1, _BLOCK // (8 * columns))
     for first in range(0, len(scales), rows):
         some = scales[first : first + rows].unsqueeze(1)
-        start, nbytes = piece.start + first * columns, len(some) * columns
-        codes = torch.frombuffer(bytearray().join(_blocks(sources[piece.file], start, nbytes)), dtype=torch.int8)
+        start, nbytes = begin + first * columns, len(some) * columns
+        codes = torch.frombuffer(bytearray().join(_blocks(sources[file], start, nbytes)), dtype=torch.int8)
         bits = (codes.view(len(some), columns).double() * some).float().view(torch.int32).long() & 0xFFFFFFFF
         yield _bytes_of(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(torch.uint16))
 
 
-def _expected_columns(source: int, piece: Piece) -> Iterator[bytes]:
+def _expected_columns(descriptor: int, piece: Columns) -> Iterator[bytes]:
     """The same columns of many rows, as a strided view of them."""
-    count, at_once = piece.nbytes // piece.run, max(1, _BLOCK // piece.stride)
+    source, run, stride = piece
+    count, at_once = -(-source.nbytes // stride), max(1, _BLOCK // stride)
     for first in range(0, count, at_once):
         rows = min(at_once, count - first)
-        span = (rows - 1) * piece.stride + piece.run
-        data = bytearray().join(_blocks(source, piece.start + first * piece.stride, span))
-        view = torch.frombuffer(data, dtype=torch.uint8).as_strided((rows, piece.run), (piece.stride, 1))
+        data = bytearray().join(_blocks(descriptor, source.start + first * stride, (rows - 1) * stride + run))
+        view = torch.frombuffer(data, dtype=torch.uint8).as_strided((rows, run), (stride, 1))
         yield _bytes_of(view)
 
 

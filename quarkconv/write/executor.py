@@ -136,8 +136,7 @@ def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> Non
     stop = threading.Event()
 
     def check(batch: list[Check]) -> None:
-        pieces = (piece for item in batch for piece in (item.first, item.second) if piece is not None)
-        with sources.ahead(pieces) as reader:
+        with sources.ahead(source for item in batch for source in item.reads()) as reader:
             for item in batch:
                 if stop.is_set():
                     return

@@ -16,7 +16,7 @@ from quarkconv.files.base import Range
 from quarkconv.hub.read_ahead import ReadAhead
 from quarkconv.hub.repo import HubRepo
 from quarkconv.plan.manifest import WrittenFile
-from quarkconv.plan.pieces import Piece, Plan, SourceFile
+from quarkconv.plan.pieces import Copy, Plan, SourceFile
 from quarkconv.write.source import Reader
 from quarkconv.write.source_files import check_layout
 from quarkconv.write.state import FileState
@@ -65,12 +65,11 @@ class HubSource:
         self.repo.check_unchanged(names)
 
     @contextmanager
-    def ahead(self, pieces: Iterable[Piece]) -> Iterator[Reader]:
-        """Fetch pieces over several connections; they must be read in this order."""
-        parts = (part for piece in pieces for part in reversed(piece.ranges()))  # scales before what they are for
-        ranges = (Range(part.file, part.start, part.start + part.span) for part in parts)
-        with ReadAhead(ranges, self.repo.fetch, self.repo.pool, self._stop) as reader:
-            yield _PieceReader(reader)
+    def ahead(self, ranges: Iterable[Copy]) -> Iterator[Reader]:
+        """Fetch ranges over several connections; they must be read in this order."""
+        requests = (Range(source.file, source.start, source.start + source.nbytes) for source in ranges)
+        with ReadAhead(requests, self.repo.fetch, self.repo.pool, self._stop) as reader:
+            yield _RangeReader(reader)
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
         """Fetch a file as it is, and bring it to the disk."""
@@ -95,21 +94,21 @@ class HubSource:
         self._stop.set()
 
 
-class _PieceReader:
-    """Reads the pieces that were announced."""
+class _RangeReader:
+    """Reads the ranges that are being fetched."""
 
     def __init__(self, reader: ReadAhead) -> None:
         self._reader = reader
 
-    def read(self, piece: Piece) -> bytes:
-        """The source range of a small piece."""
-        data = bytearray(piece.nbytes)
-        self.fill(piece, 0, memoryview(data))
+    def read(self, source: Copy) -> bytes:
+        """The bytes of a small range."""
+        data = bytearray(source.nbytes)
+        self.fill(source, 0, memoryview(data))
         return bytes(data)
 
-    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a piece from ``offset`` on."""
-        self._reader.fill(piece.file, piece.start + offset, view)
+    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a range from ``offset`` on."""
+        self._reader.fill(source.file, source.start + offset, view)
 
 
 def _write_all(descriptor: int, data: bytes) -> None:

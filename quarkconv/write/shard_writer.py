@@ -9,7 +9,7 @@ from pathlib import Path
 import xxhash
 
 from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import OutputShard, Piece
+from quarkconv.plan.pieces import Copy, OutputShard, Piece
 from quarkconv.plan.shards import encode_header
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile
 from quarkconv.write.segments import Segment, cut
@@ -49,7 +49,7 @@ class ShardWriter:
         stream = BlockStream(self._file, buffer, segment.start, wrote)
         if segment.start == 0:
             stream.put(memoryview(self._header))
-        with sources.ahead(segment.pieces) as reader:
+        with sources.ahead(source for piece in segment.pieces for source in piece.reads()) as reader:
             checksums = [_put_piece(stream, piece, reader) for piece in segment.pieces]
         stream.finish()
         with self._lock:
@@ -74,7 +74,8 @@ class ShardWriter:
 
     def source_names(self) -> set[str]:
         """The source files that the shard is made of."""
-        return {piece.file for tensor in self.shard.tensors for piece in tensor.pieces}
+        pieces = (piece for tensor in self.shard.tensors for piece in tensor.pieces)
+        return {source.file for piece in pieces for source in piece.reads()}
 
     def close(self) -> None:
         """Close the file, complete or not."""
@@ -84,7 +85,7 @@ class ShardWriter:
 def _put_piece(stream: BlockStream, piece: Piece, reader: Reader) -> str:
     """Append the output bytes of a piece; returns their checksum."""
     hasher = xxhash.xxh3_128()
-    if not piece.is_copy:
+    if not isinstance(piece, Copy):
         for data in transformed(piece, reader):
             hasher.update(data)
             stream.put(memoryview(data))

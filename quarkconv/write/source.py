@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Protocol
 
 from quarkconv.plan.manifest import WrittenFile
-from quarkconv.plan.pieces import Piece, Plan, SourceFile
+from quarkconv.plan.pieces import Copy, Plan, SourceFile
 from quarkconv.write.state import FileState
 
 
 class Reader(Protocol):
-    """Reads pieces."""
+    """Reads byte ranges of a source."""
 
-    def read(self, piece: Piece) -> bytes:
-        """The source range of a small piece."""
+    def read(self, source: Copy) -> bytes:
+        """The bytes of a small range."""
 
-    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a piece from ``offset`` on."""
+    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
 
 class Source(Protocol):
@@ -34,8 +34,8 @@ class Source(Protocol):
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise if any of some files is not what it was when the conversion was begun."""
 
-    def ahead(self, pieces: Iterable[Piece]) -> AbstractContextManager[Reader]:
-        """Something to read pieces with, in the order given; it may fetch them before they are asked for."""
+    def ahead(self, ranges: Iterable[Copy]) -> AbstractContextManager[Reader]:
+        """A reader of these ranges, in this order; it may fetch them ahead."""
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
         """Copy a file of the source as it is, durably."""

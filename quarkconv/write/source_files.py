@@ -16,7 +16,7 @@ from quarkconv.files.regular import open_regular
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.remote import expect_headers, read_header_of
 from quarkconv.plan.manifest import WrittenFile
-from quarkconv.plan.pieces import Piece, Plan, SourceFile
+from quarkconv.plan.pieces import Copy, Plan, SourceFile
 from quarkconv.write.copying import copy_file
 from quarkconv.write.source import Reader
 from quarkconv.write.state import FileState
@@ -85,8 +85,8 @@ class SourceFiles:
             os.close(descriptor)
         self._descriptors.clear()
 
-    def ahead(self, pieces: Iterable[Piece]) -> AbstractContextManager[Reader]:  # noqa: ARG002
-        """Something to read pieces with; the kernel reads ahead as it is."""
+    def ahead(self, ranges: Iterable[Copy]) -> AbstractContextManager[Reader]:  # noqa: ARG002
+        """This object: the kernel reads ahead by itself."""
         return nullcontext(self)
 
     def cancel(self) -> None:
@@ -96,29 +96,29 @@ class SourceFiles:
         """Copy a file of the source as it is."""
         return copy_file(self.root, file, part)
 
-    def read(self, piece: Piece) -> bytes:
-        """The source range of a small piece."""
-        data = bytearray(piece.nbytes)
-        self.fill(piece, 0, memoryview(data))
+    def read(self, source: Copy) -> bytes:
+        """The bytes of a small range."""
+        data = bytearray(source.nbytes)
+        self.fill(source, 0, memoryview(data))
         return bytes(data)
 
-    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a piece from ``offset`` on."""
+    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a range from ``offset`` on."""
         position = 0
         while position < len(view):
             try:
-                at = piece.start + offset + position
-                count = os.preadv(self._descriptors[piece.file], [view[position:]], at)
+                at = source.start + offset + position
+                count = os.preadv(self._descriptors[source.file], [view[position:]], at)
             except OSError as error:
                 raise SourceError(
-                    "Reading the source failed", code="shard-truncated", file=str(self.root / piece.file),
-                    tensor=piece.tensor, found=error.strerror, hint="check the disk, then give the command again",
+                    "Reading the source failed", code="shard-truncated", file=str(self.root / source.file),
+                    tensor=source.tensor, found=error.strerror, hint="check the disk, then run the command again",
                 ) from error  # fmt: skip
             if count == 0:
                 raise SourceError(
                     "A source file ended while it was read", code="shard-truncated",
-                    file=str(self.root / piece.file), tensor=piece.tensor, expected=f"{piece.nbytes} bytes",
-                    found=f"{offset + position} bytes", hint="give the command again when nothing writes to the source",
+                    file=str(self.root / source.file), tensor=source.tensor, expected=f"{source.nbytes} bytes",
+                    found=f"{offset + position} bytes", hint="run the command again when nothing writes to the source",
                 )  # fmt: skip
             position += count
 
@@ -133,20 +133,20 @@ def check_layout(plan: Plan, files: Files) -> None:
         expect_headers(files, [source.name for source in plan.sources])
         refs = {name: ref for source in plan.sources for name, ref in read_header_of(files, source.name).refs()}
     pieces = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
-    read = (part for piece in pieces for part in ((piece,) if piece.scale is None else piece.ranges()))
-    checked = (piece for check in plan.checks for piece in (check.first, check.second) if piece is not None)
-    for piece in chain(read, checked):
-        ref = refs.get(piece.tensor)
+    read = (source for piece in pieces for source in piece.reads())
+    checked = (source for check in plan.checks for source in check.reads())
+    for source in chain(read, checked):
+        ref = refs.get(source.tensor)
         if (
             ref is None
-            or ref.file != piece.file
-            or not (ref.start <= piece.start and piece.start + piece.span <= ref.start + ref.nbytes)
+            or ref.file != source.file
+            or not (ref.start <= source.start and source.start + source.nbytes <= ref.start + ref.nbytes)
         ):
             raise SourceError(
                 "The source is not the one that the plan was made of", code="source-changed",
-                file=str(files.root / piece.file), tensor=piece.tensor,
-                expected=f"its bytes from {piece.start} to {piece.start + piece.span}",
-                found="no such tensor in this file" if ref is None or ref.file != piece.file
+                file=str(files.root / source.file), tensor=source.tensor,
+                expected=f"its bytes from {source.start} to {source.start + source.nbytes}",
+                found="no such tensor in this file" if ref is None or ref.file != source.file
                 else f"the tensor from {ref.start} to {ref.start + ref.nbytes}",
                 hint="make the plan again",
             )  # fmt: skip

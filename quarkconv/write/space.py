@@ -22,8 +22,8 @@ def records_nbytes(shards: Iterable[OutputShard]) -> int:
     for shard in shards:
         for tensor in shard.tensors:
             nbytes += 3 * len(tensor.name) + 200
-            ranges = (part for piece in tensor.pieces for part in (piece.ranges() if piece.scale else (piece,)))
-            nbytes += sum(_BYTES_OF_A_PIECE + len(part.tensor) for part in ranges)
+            reads = (source for piece in tensor.pieces for source in piece.reads())
+            nbytes += sum(_BYTES_OF_A_PIECE + len(source.tensor) for source in reads)
     return nbytes
 
 

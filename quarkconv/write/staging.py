@@ -30,7 +30,8 @@ from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.files.regular import walk
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, read_state
-from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor, are_checksums, read_manifest
+from quarkconv.plan.fields import are_checksums
+from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor, read_manifest
 from quarkconv.plan.pieces import OutputShard
 from quarkconv.text import shortened
 from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing

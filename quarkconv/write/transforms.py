@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.plan.pieces import Piece
+from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, Weights
 
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
@@ -19,58 +19,59 @@ _CODES_AT_ONCE: Final = 96 * 2**10
 
 
 class Reader(Protocol):
-    """Where the bytes of pieces come from."""
+    """Reads byte ranges of a source."""
 
-    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the source's bytes from ``offset`` after the start of a piece."""
+    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
+        """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
 
-def transformed(piece: Piece, source: Reader) -> Iterator[bytes | bytearray | memoryview]:
-    """The output bytes of a piece that is not a copy, in order.
+def transformed(piece: Rows | Weights | Columns, reader: Reader) -> Iterator[bytes | bytearray | memoryview]:
+    """The output bytes of a piece that is computed, in order.
 
     Raises:
         SourceError: reading failed, or a scale by which codes are multiplied is not finite.
     """
-    if piece.scale is not None:
-        yield from _weights(piece, piece.scale, source)
-    elif piece.run:
-        yield from _columns(piece, source)
-    else:
-        yield _rows(piece, source)
+    match piece:
+        case Rows():
+            yield _f32(piece, reader)
+        case Weights(codes, scale):
+            with _alone:
+                yield from _products(codes, scale, reader)
+        case Columns():
+            yield from _runs(piece, reader)
 
 
-def _rows(piece: Piece, source: Reader) -> bytes:
-    """Scales as F32 rows. Exact: F32 has every value of BF16 and F16."""
-    data = bytes(_read(piece, 0, piece.nbytes, source))
-    if piece.widen == "BF16":
-        data = widen_bf16(data)
-    elif piece.widen == "F16":
-        data = widen_f16(data)
-    return data * piece.repeat
+def _f32(scale: Scale, reader: Reader) -> bytes:
+    """A scale as F32 rows. Exact: F32 has every value of BF16 and F16."""
+    data = bytes(_read(scale.source, 0, scale.source.nbytes, reader))
+    match scale:
+        case Copy():
+            return data
+        case Rows(_, "BF16", repeat):
+            return widen_bf16(data) * repeat
+        case Rows(_, "F16", repeat):
+            return widen_f16(data) * repeat
+        case Rows(_, _, repeat):
+            return data * repeat
 
 
-def _weights(piece: Piece, scale: Piece, source: Reader) -> Iterator[memoryview]:
+def _products(source: Copy, scale: Scale, reader: Reader) -> Iterator[memoryview]:
     """Codes times the scales of their rows, in F32, rounded once to BF16, to nearest and ties to even."""
-    with _alone:
-        yield from _products(piece, scale, source)
-
-
-def _products(piece: Piece, scale: Piece, source: Reader) -> Iterator[memoryview]:
     import torch
 
-    factors = bytearray(_rows(scale, source))
+    factors = bytearray(_f32(scale, reader))
     count = len(factors) // 4
     if not all(map(math.isfinite, struct.unpack(f"<{count}f", factors))):
         raise SourceError(
-            "A scale is NaN or infinite", code="scale-invalid", file=scale.file, tensor=scale.tensor,
+            "A scale is NaN or infinite", code="scale-invalid", file=scale.source.file, tensor=scale.source.tensor,
             hint="quantize the model again; its outputs would be NaN",
         )  # fmt: skip
-    columns = piece.nbytes // count if count else 0
+    columns = source.nbytes // count if count else 0
     rows = max(1, BLOCK_BYTES // max(1, columns))
     few = max(1, _CODES_AT_ONCE // max(1, columns))
     for first in range(0, count if columns else 0, rows):
         block = min(rows, count - first)
-        codes = torch.frombuffer(_read(piece, first * columns, block * columns, source), dtype=torch.int8)
+        codes = torch.frombuffer(_read(source, first * columns, block * columns, reader), dtype=torch.int8)
         codes = codes.view(block, columns)
         scales = torch.frombuffer(factors, dtype=torch.float32, count=block, offset=4 * first).unsqueeze(1)
         result = bytearray(2 * block * columns)
@@ -113,18 +114,17 @@ class _Alone:
 _alone: Final = _Alone()
 
 
-def _columns(piece: Piece, source: Reader) -> Iterator[bytearray]:
+def _runs(piece: Columns, reader: Reader) -> Iterator[bytearray]:
     """The same bytes of many rows: whole rows are read, and their runs put together."""
-    run, stride = piece.run, piece.stride
-    count = piece.nbytes // run
+    source, run, stride = piece
     rows = max(1, BLOCK_BYTES // stride)
-    for first in range(0, count, rows):
-        block = min(rows, count - first)
-        data = _read(piece, first * stride, (block - 1) * stride + run, source)
+    for first in range(0, piece.rows, rows):
+        block = min(rows, piece.rows - first)
+        data = _read(source, first * stride, (block - 1) * stride + run, reader)
         yield bytearray().join(memoryview(data)[row * stride : row * stride + run] for row in range(block))
 
 
-def _read(piece: Piece, offset: int, nbytes: int, source: Reader) -> bytearray:
+def _read(source: Copy, offset: int, nbytes: int, reader: Reader) -> bytearray:
     data = bytearray(nbytes)
-    source.fill(piece, offset, memoryview(data))
+    reader.fill(source, offset, memoryview(data))
     return data

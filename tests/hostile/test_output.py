@@ -231,19 +231,26 @@ def converted(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def first_piece(value: dict[str, Any]) -> list[Any]:
-    row: list[Any] = value["shards"][0]["tensors"][0]["pieces"][0]
+    """A piece of the manifest and its checksum."""
+    pair: list[Any] = value["shards"][0]["tensors"][0]["pieces"][0]
+    return pair
+
+
+def first_copy(value: dict[str, Any]) -> list[Any]:
+    """``["copy", source tensor, number in sources, start, nbytes]``."""
+    row: list[Any] = first_piece(value)[0]
     return row
 
 
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a version of the future": lambda value: value.update(format="quarkconv.plan.manifest/9"),
     "a version nested 90 deep": lambda value: value.update(format=json.loads("[" * 90 + "]" * 90)),
-    "a checksum that is none": lambda value: first_piece(value).__setitem__(6, "x" * 32),
-    "a checksum of another length": lambda value: first_piece(value).__setitem__(6, "0" * 31),
+    "a checksum that is none": lambda value: first_piece(value).__setitem__(1, "x" * 32),
+    "a checksum of another length": lambda value: first_piece(value).__setitem__(1, "0" * 31),
     "a checksum of a header that is none": lambda value: value["shards"][0]["header"].__setitem__(1, ""),
     "a checksum of a file that is none": lambda value: value["files"][0].__setitem__(2, "sha256:0"),
-    "a range of 2^64 bytes": lambda value: first_piece(value).__setitem__(3, 2**64),
-    "a range that starts before the file": lambda value: first_piece(value).__setitem__(2, -8),
+    "a range of 2^64 bytes": lambda value: first_copy(value).__setitem__(4, 2**64),
+    "a range that starts before the file": lambda value: first_copy(value).__setitem__(3, -8),
     "a source out of the directory": lambda value: value["sources"][0].__setitem__(0, "../../etc/passwd"),
     "a shard out of the directory": lambda value: value["shards"][0].update(file="/etc/passwd"),
     "a file out of the directory": lambda value: value["files"][0].__setitem__(0, "sub/../../x"),
@@ -276,15 +283,15 @@ def test_a_manifest_that_lies_is_refused(
 
 
 TAMPERED: dict[str, Callable[[dict[str, Any]], object]] = {
-    "a checksum": lambda value: first_piece(value).__setitem__(6, "0" * 32),
+    "a checksum": lambda value: first_piece(value).__setitem__(1, "0" * 32),
     "a checksum of a header": lambda value: value["shards"][0]["header"].__setitem__(1, "0" * 32),
     "a checksum of a file": lambda value: value["files"][0].__setitem__(2, "0" * 32),
     "a shape": lambda value: value["shards"][0]["tensors"][0].update(shape=[1, 2, 3]),
     "a dtype": lambda value: value["shards"][0]["tensors"][0].update(dtype="U8"),
     "a size": lambda value: value["shards"][0].update(size=1),
-    "the length of a piece": lambda value: first_piece(value).__setitem__(3, 8),
-    "a length of no end": lambda value: first_piece(value).__setitem__(3, 2**62),
-    "repeats without end": lambda value: first_piece(value).__setitem__(5, 2**62),
+    "the length of a piece": lambda value: first_copy(value).__setitem__(4, 8),
+    "a length of no end": lambda value: first_copy(value).__setitem__(4, 2**62),
+    "repeats without end": lambda value: first_piece(value).__setitem__(0, ["rows", *first_copy(value)[1:], "", 2**62]),
     "a tensor that is missing": lambda value: value["shards"][0]["tensors"].pop(),
     "a shard that is missing": lambda value: value["shards"].clear(),
     "a file that is not there": lambda value: value["files"].append(["x.bin", 1, "0" * 32]),
@@ -311,7 +318,7 @@ def test_other_ranges_of_the_source_are_found_with_the_source(
 ) -> None:
     folder = shutil.copytree(converted, tmp_path / "out")
     value = json.loads((folder / "quarkconv.json").read_text())
-    first_piece(value)[2] += 1
+    first_copy(value)[3] += 1
     (folder / "quarkconv.json").write_text(json.dumps(value))
     code, stdout, _ = run_cli(
         capsys, "verify", folder, "--json", "--tokens", "1", "--source", converted.parent / "model"

@@ -10,8 +10,9 @@ from support.checkpoints import load, make_checkpoint, raw
 
 from quarkconv.description.description import Description, describe
 from quarkconv.experts.naming import Role
-from quarkconv.plan.experts import ExpertSource, scale_piece
-from quarkconv.plan.pieces import Piece
+from quarkconv.experts.topology import Part
+from quarkconv.plan.experts import ExpertSource, part_of
+from quarkconv.plan.pieces import Copy, Piece, Rows, f32_rows
 
 EXPERTS, HIDDEN, INTERMEDIATE = 3, 24, 20
 ROLES: tuple[Role, ...] = ("gate", "up", "down")
@@ -23,12 +24,14 @@ NAMES = {
 
 def read(root: Path, piece: Piece) -> torch.Tensor:
     """The output of a piece, by torch: int8 codes, or F32 scales."""
-    with open(root / piece.file, "rb") as handle:
-        handle.seek(piece.start)
-        data = bytearray(handle.read(piece.nbytes))
-    assert len(data) == piece.nbytes
-    if not piece.tensor.endswith("_scale"):
-        return torch.frombuffer(data, dtype=torch.int8)
+    tensor, file, start, nbytes = piece.source
+    with open(root / file, "rb") as handle:
+        handle.seek(start)
+        data = bytearray(handle.read(nbytes))
+    assert len(data) == nbytes
+    if isinstance(piece, Copy):
+        return torch.frombuffer(data, dtype=torch.float32 if tensor.endswith("_scale") else torch.int8)
+    assert isinstance(piece, Rows)
     dtype = {"": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[piece.widen]
     return torch.frombuffer(data, dtype=dtype).float().repeat(piece.repeat)
 
@@ -72,13 +75,14 @@ def test_pieces_are_the_rows_of_the_expert(
         rows, inner = (HIDDEN, INTERMEDIATE) if role == "down" else (INTERMEDIATE, HIDDEN)
         assert source.rows(role) == rows
         for expert in range(EXPERTS):
-            codes = read(root, source.weight(role, expert))
+            codes_piece, piece, static = source.part(role, expert)
+            codes = read(root, codes_piece)
             assert torch.equal(codes.reshape(rows, inner), stored(root, layout, family, role, expert, "weight"))
-            piece = source.scale(role, expert)
             scale = stored(root, layout, family, role, expert, "weight_scale").float().reshape(-1).expand(rows)
             assert piece.output_nbytes == 4 * rows
             assert raw(read(root, piece)) == raw(scale)
-            assert source.input_scale(role, expert) is None
+            assert static is None
+            assert source.whole(role, expert) == source.part(role, expert)
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
@@ -88,7 +92,7 @@ def test_static_input_scales_belong_to_their_expert(tmp_path: Path, layout: str)
     values = set()
     for role in ROLES:
         for expert in range(EXPERTS):
-            piece = source.input_scale(role, expert)
+            piece = source.part(role, expert).input_scale
             assert piece is not None
             found = read(root, piece)
             assert found.shape == (1,)
@@ -106,6 +110,7 @@ def test_a_scale_becomes_f32_rows(dtype: str, widen: str, per_row: bool, output:
 
     size = 4 if dtype == "F32" else 2
     ref = TensorRef(dtype, (2, 3), "file", 100, 100 + 6 * size)
-    piece = scale_piece("scale", ref, 5, part=1, parts=2, per_row=per_row)
-    assert piece == Piece("scale", "file", 100 + 3 * size, 3 * size, widen, 1 if per_row else 5)
+    piece = f32_rows(part_of("scale", ref, Part(1, 2)), dtype, 1 if per_row else 5)
+    source = Copy("scale", "file", 100 + 3 * size, 3 * size)
+    assert piece == (source if dtype == "F32" and per_row else Rows(source, widen, 1 if per_row else 5))
     assert piece.output_nbytes == output

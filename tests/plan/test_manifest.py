@@ -17,6 +17,7 @@ import quarkconv
 from quarkconv.errors import SourceError
 from quarkconv.plan.json import plan_digest
 from quarkconv.plan.manifest import manifest_to_bytes, read_manifest
+from quarkconv.plan.pieces import Copy, Rows
 
 SOURCES = ("mixtral-quark0.11-eager", "qwen3_moe-quark0.11-eager-int8_static", "step3p5-like-3key_fused")
 
@@ -83,12 +84,16 @@ def test_every_piece_is_what_torch_makes_of_its_source_range(result: quarkconv.C
         position = shard.header
         for tensor in shard.tensors:
             for piece, _ in tensor.pieces:
-                made = bytearray(files[piece.file][piece.start : piece.start + piece.nbytes])
-                if piece.widen:
-                    assert piece.widen == "BF16"
-                    wide = torch.frombuffer(made, dtype=torch.bfloat16).float()
-                    made = bytearray(wide.numpy().tobytes())
-                made *= piece.repeat
+                _, file, start, nbytes = piece.source
+                made = bytearray(files[file][start : start + nbytes])
+                if isinstance(piece, Rows):
+                    if piece.widen:
+                        assert piece.widen == "BF16"
+                        wide = torch.frombuffer(made, dtype=torch.bfloat16).float()
+                        made = bytearray(wide.numpy().tobytes())
+                    made *= piece.repeat
+                else:
+                    assert isinstance(piece, Copy)
                 assert data[position : position + len(made)] == made, tensor.name
                 position += len(made)
 
@@ -107,9 +112,30 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return quarkconv.convert_checkpoint(model, "fused-int8", folder / "out").output
 
 
-def piece(value: Value) -> list[Any]:
-    row: list[Any] = value["shards"][0]["tensors"][0]["pieces"][0]
+def pieces(value: Value, kind: str) -> list[list[Any]]:
+    """The pieces of a kind, each with its checksum."""
+    tensors = [tensor for shard in value["shards"] for tensor in shard["tensors"]]
+    return [pair for tensor in tensors for pair in tensor["pieces"] if pair[0][0] == kind]
+
+
+def copy(value: Value) -> list[Any]:
+    row: list[Any] = pieces(value, "copy")[0][0]
     return row
+
+
+def rows(value: Value) -> list[Any]:
+    row: list[Any] = pieces(value, "rows")[0][0]
+    return row
+
+
+def weights(value: Value, scale: list[Any]) -> None:
+    """Make weights of the first copy, with a scale."""
+    row = copy(value)
+    row[:] = ["weights", *row[1:], scale]
+
+
+def columns(value: Value, run: int, stride: int) -> list[Any]:
+    return ["columns", *copy(value)[1:], run, stride]
 
 
 DAMAGES: dict[str, Callable[[Value], object]] = {
@@ -130,13 +156,28 @@ DAMAGES: dict[str, Callable[[Value], object]] = {
     "a name that is a number": lambda value: value["shards"][0]["tensors"][0].update(name=1),
     "a shape with text": lambda value: value["shards"][0]["tensors"][0].update(shape=["3"]),
     "a negative shape": lambda value: value["shards"][0]["tensors"][0].update(shape=[-3]),
-    "a source that is not there": lambda value: piece(value).__setitem__(1, 99),
-    "a negative source": lambda value: piece(value).__setitem__(1, -1),
-    "a negative start": lambda value: piece(value).__setitem__(2, -1),
-    "an unknown computation": lambda value: piece(value).__setitem__(4, "F64"),
-    "a negative repeat": lambda value: piece(value).__setitem__(5, -1),
-    "a piece without checksum": lambda value: piece(value).pop(),
-    "a checksum that is null": lambda value: piece(value).__setitem__(6, None),
+    "an unknown kind of piece": lambda value: copy(value).__setitem__(0, "move"),
+    "a source tensor that is a number": lambda value: copy(value).__setitem__(1, 7),
+    "a source that is not there": lambda value: copy(value).__setitem__(2, 99),
+    "a negative source": lambda value: copy(value).__setitem__(2, -1),
+    "a negative start": lambda value: copy(value).__setitem__(3, -1),
+    "a piece without length": lambda value: copy(value).pop(),
+    "a piece with a value too many": lambda value: copy(value).append(1),
+    "a piece that is an object": lambda value: pieces(value, "copy")[0].__setitem__(0, {}),
+    "a copy as rows": lambda value: rows(value).__setitem__(slice(5, 7), ["", 1]),
+    "an unknown computation": lambda value: rows(value).__setitem__(5, "F64"),
+    "a negative repeat": lambda value: rows(value).__setitem__(6, -1),
+    "rows without repeat": lambda value: rows(value).pop(),
+    "weights without a scale": lambda value: copy(value).__setitem__(0, "weights"),
+    "weights of weights": lambda value: weights(value, ["weights", *copy(value)[1:], list(copy(value))]),
+    "weights with half a scale": lambda value: weights(value, [*copy(value)[:4], 6]),
+    "weights of rows that do not fit": lambda value: weights(value, [*copy(value)[:4], 4 * 7]),
+    "columns without width": lambda value: copy(value).__setitem__(slice(None), columns(value, 0, 8)),
+    "columns that overlap": lambda value: copy(value).__setitem__(slice(None), columns(value, 9, 8)),
+    "columns of a broken row": lambda value: copy(value).__setitem__(slice(None), columns(value, 3, 8)),
+    "columns beyond the range": lambda value: copy(value).__setitem__(slice(None), columns(value, 2**40, 2**41)),
+    "a piece without checksum": lambda value: pieces(value, "copy")[0].pop(),
+    "a checksum that is null": lambda value: pieces(value, "copy")[0].__setitem__(1, None),
     "no experts": lambda value: value["moe"].pop("experts"),
     "experts in text": lambda value: value["moe"].update(experts="3"),
     "layers null": lambda value: value["moe"].update(layers=None),

@@ -12,7 +12,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 
-from quarkconv.plan.pieces import OutputShard, OutputTensor, Piece
+from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor
 from quarkconv.plan.shards import encode_header, pack_shards
 
 PAGE = 4096
@@ -24,7 +24,7 @@ def tensor(name: str, dtype: str, *shape: int) -> OutputTensor:
     for size in shape:
         elements *= size
     nbytes = elements * ITEM_SIZES[dtype]
-    return OutputTensor(name, dtype, shape, (Piece(name, "source.safetensors", 0, nbytes),))
+    return OutputTensor(name, dtype, shape, (Copy(name, "source.safetensors", 0, nbytes),))
 
 
 def starts(shard: OutputShard) -> dict[str, int]:

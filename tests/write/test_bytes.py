@@ -18,7 +18,7 @@ from support.program import snapshot
 
 import quarkconv
 from quarkconv.convert.conversion import run_plan
-from quarkconv.plan.pieces import OutputShard, OutputTensor, Piece
+from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor
 from quarkconv.plan.shards import PAGE
 from quarkconv.write import executor, output_file, segments
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile, aligned_buffer
@@ -82,7 +82,7 @@ def test_progress_adds_up_to_what_is_written(source: Path, tmp_path: Path) -> No
 def shard_of(header: int, *tensors: list[int]) -> OutputShard:
     """A shard of copies of the given lengths."""
     made = (
-        OutputTensor(f"t{number}", "I8", (sum(sizes),), tuple(Piece(f"t{number}", "f", 0, size) for size in sizes))
+        OutputTensor(f"t{number}", "I8", (sum(sizes),), tuple(Copy(f"t{number}", "f", 0, size) for size in sizes))
         for number, sizes in enumerate(tensors)
     )
     return OutputShard("shard", header, tuple(made))

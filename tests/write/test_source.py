@@ -125,7 +125,7 @@ def test_a_source_that_is_cut_while_it_is_read(
     finished = {path.name for path in out.rglob("files/*.safetensors")}
     for shard in quarkconv.plan_conversion(mine, "fused-int8", max_shard_size=SHARD).shards:
         if shard.file in finished:  # another thread may have come to the end of one that has nothing of this file
-            assert cut.name not in {piece.file for tensor in shard.tensors for piece in tensor.pieces}
+            assert cut.name not in {piece.source.file for tensor in shard.tensors for piece in tensor.pieces}
     with pytest.raises(UsageError, match="begun with something else") as refused:  # it was written to: is it the same?
         convert(mine, out)
     assert refused.value.found == f"{cut.name} of the source was written to since"
@@ -188,7 +188,7 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
     shutil.copytree(source, mine)
     plan = quarkconv.plan_conversion(mine, "fused-int8", max_shard_size=1_000_000)
     readers = [
-        {piece.file for tensor in shard.tensors for piece in tensor.pieces}
+        {piece.source.file for tensor in shard.tensors for piece in tensor.pieces}
         for shard in plan.shards
     ]  # fmt: skip
     one = next(number for number, files in enumerate(readers) if len(files) < 3)

@@ -10,22 +10,22 @@ import pytest
 import torch
 
 from quarkconv.dtypes import widen_bf16, widen_f16
-from quarkconv.plan.pieces import Piece
+from quarkconv.plan.pieces import Columns, Copy, Rows, Weights, f32_rows
 from quarkconv.write.transforms import BLOCK_BYTES, transformed
 
 
 class Memory:
-    """Source bytes in memory: a piece's ``file`` names which."""
+    """Source bytes in memory: a range's ``file`` names which."""
 
     def __init__(self, **files: bytes) -> None:
         self.files = files
 
-    def fill(self, piece: Piece, offset: int, view: memoryview) -> None:
-        start = piece.start + offset
-        view[:] = self.files[piece.file][start : start + len(view)]
+    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
+        start = source.start + offset
+        view[:] = self.files[source.file][start : start + len(view)]
 
 
-def transform(piece: Piece, data: bytes) -> bytes:
+def transform(piece: Rows, data: bytes) -> bytes:
     """The output of a piece of a file that holds ``data``."""
     return b"".join(transformed(piece, Memory(file=data)))
 
@@ -62,7 +62,7 @@ def test_every_f16_pattern_is_widened_as_torch_does() -> None:
 @pytest.mark.parametrize(("widen", "data"), [("", b"\1\2\3\4"), ("BF16", b"\x80\x3f"), ("F16", b"\x00\x3c")])
 @pytest.mark.parametrize("repeat", [1, 3, 4096])
 def test_the_result_is_repeated_and_as_long_as_planned(widen: str, data: bytes, repeat: int) -> None:
-    piece = Piece("scale", "file", 0, len(data), widen, repeat)
+    piece = Rows(Copy("scale", "file", 0, len(data)), widen, repeat)
     out = transform(piece, data)
     assert len(out) == piece.output_nbytes
     one = b"\1\2\3\4" if not widen else struct.pack("<f", 1.0)
@@ -70,33 +70,35 @@ def test_the_result_is_repeated_and_as_long_as_planned(widen: str, data: bytes, 
 
 
 def test_several_elements_are_repeated_as_a_whole() -> None:
-    out = transform(Piece("scale", "file", 0, 4, "BF16", 2), struct.pack("<2H", 0x3F80, 0xFF80))
+    out = transform(Rows(Copy("scale", "file", 0, 4), "BF16", 2), struct.pack("<2H", 0x3F80, 0xFF80))
     assert struct.unpack("<4f", out) == (1.0, -math.inf, 1.0, -math.inf)
 
 
 def test_nothing_stays_nothing() -> None:
-    assert widen_bf16(b"") == widen_f16(b"") == transform(Piece("scale", "file", 0, 0, "", 5), b"") == b""
+    assert widen_bf16(b"") == widen_f16(b"") == transform(Rows(Copy("scale", "file", 0, 0), "", 5), b"") == b""
 
 
 # Codes that become weights
 
 
-def weights(rows: int, columns: int, scale_dtype: str = "", per_row: bool = True) -> tuple[Piece, Memory, torch.Tensor]:
+def weights(
+    rows: int, columns: int, scale_dtype: str = "F32", per_row: bool = True
+) -> tuple[Weights, Memory, torch.Tensor]:
     """A piece, the files it reads, and what it must give: the product in float64, rounded to F32 and then to BF16."""
     generator = torch.Generator().manual_seed(rows * 1000 + columns)
     codes = torch.randint(-128, 128, (rows, columns), generator=generator, dtype=torch.int8)
     count = rows if per_row else 1
-    dtype = {"": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[scale_dtype]
+    dtype = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}[scale_dtype]
     scales = (torch.rand(count, generator=generator) + 1e-3).to(dtype)
     data = bytes(scales.view(torch.uint8).tolist())
-    scale = Piece("scale", "scales", 3, len(data), scale_dtype, 1 if per_row else rows)
+    scale = f32_rows(Copy("scale", "scales", 3, len(data)), scale_dtype, 1 if per_row else rows)
     memory = Memory(codes=b"xxxxx" + codes.numpy().tobytes(), scales=b"xxx" + data)
     expected = (codes.double() * scales.double().unsqueeze(1)).float().bfloat16()
-    return Piece("weight", "codes", 5, rows * columns, scale=scale), memory, expected
+    return Weights(Copy("weight", "codes", 5, rows * columns), scale), memory, expected
 
 
 @pytest.mark.parametrize(("rows", "columns"), [(1, 1), (3, 7), (64, 33), (500, 40), (2, 5000)])
-@pytest.mark.parametrize("scale_dtype", ["", "BF16", "F16"])
+@pytest.mark.parametrize("scale_dtype", ["F32", "BF16", "F16"])
 @pytest.mark.parametrize("per_row", [True, False])
 @pytest.mark.parametrize("block", [1, 1000, 2**20])
 def test_codes_become_weights(
@@ -128,8 +130,7 @@ def test_torch_has_its_threads_back_afterwards() -> None:
 
 def test_weights_of_no_rows_and_of_no_columns_are_nothing() -> None:
     for rows in (0, 3):
-        scale = Piece("scale", "scales", 0, 4 * rows)
-        piece = Piece("weight", "codes", 0, 0, scale=scale)
+        piece = Weights(Copy("weight", "codes", 0, 0), Copy("scale", "scales", 0, 4 * rows))
         assert b"".join(transformed(piece, Memory(codes=b"", scales=struct.pack("<f", 1.0) * rows))) == b""
 
 
@@ -138,10 +139,10 @@ def test_memory_does_not_grow_with_the_piece(kind: str) -> None:
     rows, columns = 8192, 4096
     codes = bytes(rows * columns)
     memory = Memory(codes=codes, scales=struct.pack("<f", 1.0) * rows)
-    if kind == "weights":
-        piece = Piece("weight", "codes", 0, rows * columns, scale=Piece("scale", "scales", 0, 4 * rows))
-    else:
-        piece = Piece("weight", "codes", 0, rows * 2048, run=2048, stride=columns)
+    source = Copy("weight", "codes", 0, rows * columns)
+    piece: Weights | Columns = Weights(source, Copy("scale", "scales", 0, 4 * rows))
+    if kind == "columns":
+        piece = Columns(source._replace(nbytes=rows * columns - 2048), 2048, columns)
     for _ in transformed(piece, memory):  # what is imported on the way does not count
         break
     tracemalloc.start()
@@ -149,7 +150,7 @@ def test_memory_does_not_grow_with_the_piece(kind: str) -> None:
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     assert total == piece.output_nbytes
-    assert peak < 8 * BLOCK_BYTES < piece.nbytes
+    assert peak < 8 * BLOCK_BYTES < piece.source.nbytes
 
 
 # Columns that are cut out
@@ -163,7 +164,7 @@ def test_columns_are_cut_out(
     monkeypatch.setattr("quarkconv.write.transforms.BLOCK_BYTES", block)
     matrix = torch.arange(rows * columns, dtype=torch.int32).remainder(256).to(torch.uint8).view(rows, columns)
     memory = Memory(file=matrix.numpy().tobytes())
-    piece = Piece("weight", "file", first, rows * run, run=run, stride=columns)
-    assert piece.span == (rows - 1) * columns + run
+    piece = Columns(Copy("weight", "file", first, (rows - 1) * columns + run), run, columns)
+    assert (piece.rows, piece.output_nbytes) == (rows, rows * run)
     expected = matrix[:, first : first + run].contiguous().numpy().tobytes()
     assert b"".join(map(bytes, transformed(piece, memory))) == expected
