@@ -13,12 +13,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quarkconv.convert.conversion import (
-    ConversionResult,
-    convert_checkpoint,
-    plan_conversion,
-)
-from quarkconv.convert.ranks import RankConversion, convert_by_rank, plan_by_rank
+from quarkconv.convert.conversion import convert_checkpoint, plan_conversion
+from quarkconv.convert.results import ConversionResult
 from quarkconv.errors import (
     HubError,
     InterruptedByUser,
@@ -31,6 +27,7 @@ from quarkconv.errors import (
 from quarkconv.findings import Finding, Severity
 from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
 from quarkconv.plan.pieces import Plan
+from quarkconv.progress import Progress
 
 if TYPE_CHECKING:
     from quarkconv.load.experts import FusedExperts
@@ -46,19 +43,17 @@ __all__ = [
     "Inspection",
     "InterruptedByUser",
     "Plan",
+    "Progress",
     "QuarkconvError",
-    "RankConversion",
     "Severity",
     "SourceError",
     "UnsupportedError",
     "UsageError",
     "Verification",
     "WriteError",
-    "convert_by_rank",
     "convert_checkpoint",
     "inspect_checkpoint",
     "load_fused_experts",
-    "plan_by_rank",
     "plan_conversion",
     "verify_checkpoint",
 ]

@@ -18,7 +18,7 @@ PACKAGE = ROOT / "quarkconv"
 KERNELS = ROOT / "kernels" / "src"
 
 LAYERS = (
-    ("errors", "text"),
+    ("errors", "progress", "text"),
     ("dtypes", "findings"),
     ("files",),
     ("headers", "hub"),

@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import time
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
-from quarkconv.cli.out import console, print_json, set_talk, talkative
+from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
-from quarkconv.convert.conversion import (
-    DEFAULT_JOBS,
-    DEFAULT_SHARD_SIZE,
-    MAX_JOBS,
-    finished_conversion,
-    output_directory,
-    plan_conversion,
-    plan_summary,
-    repo_id,
-    run_plan,
-)
-from quarkconv.errors import UsageError
-from quarkconv.hub.locate import locate_model
-from quarkconv.hub.push import prepare_push, push_folder
+from quarkconv.convert.conversion import DEFAULT_JOBS, MAX_JOBS, Conversion
+from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
 from quarkconv.targets import TARGETS, get_target
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
+EXAMPLES: Final = """\
+\b
+Examples:
+  quarkconv convert Qwen3-30B-A3B-ptpc-int8 --to fused-int8
+  quarkconv convert org/name --to compressed-tensors --out converted --dry-run
+  quarkconv convert org/name@main --to w8a8-int8 --push user/name-w8a8-int8
+  quarkconv convert model --to fused-int8 --tp 8
+"""
 
 
 def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
@@ -55,64 +55,47 @@ def convert(
         int | None, typer.Option("--ep", min=2, metavar="N", help="Divide experts among N expert parallel ranks.")
     ] = None,
     cache: Annotated[
-        bool, typer.Option("--cache", help="Download a model on the Hub to its cache rather than stream it.")
+        bool, typer.Option("--cache", help="Download a model to the Hub's cache instead of streaming it.")
     ] = False,
     push: Annotated[
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Then upload the output to this repo on the Hub.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Make the repo of --push private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Create the repo of --push as private.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Rewrite a checkpoint for an engine: bit-exact, in constant memory, resumable.
 
-    The source is only read. Interrupted or out of space, the same command resumes.
+    The source is only read. After an interrupt or a full disk, the same command resumes.
     """
-    set_talk(verbose=verbose, quiet=quiet)
-    get_target(to)  # a wrong name is told before a model is downloaded
-    if tp is not None or ep is not None:
-        from quarkconv.cli.convert_by_rank import convert_by_rank
+    output = open_output(json=json, verbose=verbose, quiet=quiet)
+    get_target(to)  # a wrong name fails before the model is located
+    with progress("Reading", shown=output.shows_progress) as meter:
+        conversion = Conversion.prepare(
+            model,
+            to,
+            out,
+            max_shard_size=max_shard_size,
+            tp=tp or 1,
+            ep=ep or 1,
+            cache=cache,
+            push=push,
+            progress=meter,
+        )
+    value, seconds = conversion.to_json(), None
+    if not dry_run:
+        started = time.perf_counter()
+        with progress("Converting", shown=output.shows_progress) as meter:
+            conversion.create_repo(private=private, progress=meter)
+            result = conversion.run(jobs=jobs, overwrite=overwrite, progress=meter)
+        value = result.to_json() | conversion.upload(result, bars=output.shows_progress)
+        seconds = time.perf_counter() - started
 
-        if push is not None:
-            raise UsageError("Folders by rank are not uploaded", expected="--push without --tp and --ep", found="both",
-                             hint="engines load whole models; upload one of those")  # fmt: skip
-        return convert_by_rank(model, to, out, max_shard_size, jobs, dry_run, overwrite, cache, tp, ep, json)
-    with progress("Reading") as meter:
-        source = locate_model(model, cache=cache, reading=meter.reading)
-        output = output_directory(source, model, to, out)
-        base_model = repo_id(model, source)
-        plan = plan_conversion(source, to, max_shard_size=max_shard_size, base_model=base_model, reading=meter.reading)
-    if dry_run:
-        summary = {**plan_summary(plan, source, output), "dry_run": True}
-        if json:
-            print_json(summary)
-        else:
-            from quarkconv.cli.render.conversion import render_summary
+    def render() -> RenderableType:
+        from quarkconv.cli.render.conversion import render_conversion
 
-            console().print(render_summary(summary, plan.losses))
-        return 0
-    if push is not None:
-        with progress("Asking the Hub"):
-            prepare_push(push, private=private)
-    started = time.perf_counter()
-    done = None if push is None or overwrite else finished_conversion(plan, source, output)
-    if done is not None:
-        result = done
-    else:
-        with progress("Converting") as meter:
-            meter.step(f"Converting to {to}", plan.output_bytes, "byte")
-            result = run_plan(plan, source, output, jobs, overwrite, meter.advance)
-    pushed = None
-    if push is not None:
-        message = f"{to} by quarkconv, plan {result.manifest.plan[:12]}"
-        pushed = push_folder(output, push, message, bars=talkative())
-    if json:
-        print_json({**result.to_json(), **({} if pushed is None else {"pushed": pushed})})
-    else:
-        from quarkconv.cli.render.conversion import render_result
+        return render_conversion(value, conversion.losses, seconds)
 
-        console().print(render_result(result.to_json(), plan.losses, time.perf_counter() - started))
-        if pushed is not None:
-            console().print(f"  uploaded: {pushed}", style="dim", markup=False, soft_wrap=True)
+    output.show(value, render)
     return 0

@@ -2,19 +2,25 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 from quarkconv.cli.options import Json
-from quarkconv.cli.out import console, print_json
+from quarkconv.cli.out import open_output
 from quarkconv.inspection.engines import engine_facts
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def engines(json: Json = False) -> int:
     """Print what is known of engines and INT8 MoE checkpoints, with the evidence."""
     facts = engine_facts()
-    if json:
-        rows = [{**fact.to_json(), "evidence": fact.evidence, "checked": fact.checked} for fact in facts]
-        print_json({"schema": "quarkconv.engines/1", "engines": rows})
-    else:
+    rows = [{**fact.to_json(), "evidence": fact.evidence, "checked": fact.checked} for fact in facts]
+
+    def render() -> RenderableType:
         from quarkconv.cli.render.inspection import engine_table
 
-        console().print(engine_table(facts, evidence=True))
+        return engine_table(facts, evidence=True)
+
+    open_output(json=json).show({"schema": "quarkconv.engines/1", "engines": rows}, render)
     return 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
-from quarkconv.cli.out import console, print_json, set_talk
+from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.inspection.inspection import inspect_checkpoint
+
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def inspect(
@@ -34,19 +37,20 @@ def inspect(
     quarkconv inspect ./model
     quarkconv inspect org/name@revision --json
     """
-    set_talk(verbose=verbose, quiet=quiet)
+    output = open_output(json=json, verbose=verbose, quiet=quiet)
     if report is not None:
         require_charts()
-    with progress("Reading") as meter:
-        inspection = inspect_checkpoint(model, deep=deep, reading=meter.reading)
+    with progress("Reading", shown=output.shows_progress) as meter:
+        inspection = inspect_checkpoint(model, deep=deep, progress=meter)
     if report is not None:
         from quarkconv.report.inspection import inspection_report
 
         write_report(report, inspection_report(inspection, command_line()))
-    if json:
-        print_json(inspection.to_json())
-    else:
+
+    def render() -> RenderableType:
         from quarkconv.cli.render.inspection import render_inspection
 
-        console().print(render_inspection(inspection, everything=everything))
+        return render_inspection(inspection, everything=everything)
+
+    output.show(inspection.to_json(), render)
     return 0 if inspection.ok else 1

@@ -1,50 +1,91 @@
-"""Where output goes: data to stdout, everything else to stderr."""
+"""The output of the program: data on stdout, everything else on stderr."""
 
 from __future__ import annotations
 
 import json
 import os
 import sys
+from collections.abc import Callable
+from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.errors import QuarkconvError
 
 if TYPE_CHECKING:
-    from rich.console import Console
+    from rich.console import Console, RenderableType
     from rich.padding import Padding
     from rich.text import Text
 
 _LINES: Final = 25
 _PLAIN: Final = {"✓": "+", "✗": "x", "–": "-", "·": "-", "→": ">", "∞": "inf"}
-"""Stand-ins for the marks that say whether something is right: as question marks they would all say the same."""
+"""Replacements for marks that an encoding lacks: as question marks, right and wrong would look the same."""
 
 STYLES = {"error": "bold red", "warning": "yellow", "info": "cyan"}
 
 
 @cache
 def console(stderr: bool = False) -> Console:
-    """The terminal as rich sees it; made when first needed, since rich takes a while to import."""
+    """The terminal, created on first use because importing rich takes a while."""
     from rich.console import Console
 
     class PipedConsole(Console):
         def on_broken_pipe(self) -> None:
-            raise BrokenPipeError  # the program ends in one place, and there with one exit code
+            raise BrokenPipeError  # main() turns it into the exit code
 
-    # rich gives a dumb terminal 80 columns, whatever COLUMNS says, unless the height is known too.
+    # On a dumb terminal, rich ignores COLUMNS and uses 80 unless the height is given too.
     height = _LINES if os.environ.get("TERM", "").lower() in ("dumb", "unknown") else None
     return PipedConsole(stderr=stderr, highlight=False, soft_wrap=False, height=height)
 
 
 def plain(error: UnicodeError) -> tuple[str, int]:
-    """What is written for characters that the encoding of a terminal does not have; a handler of codec errors."""
+    """A handler of codec errors: replaces characters that the encoding of a terminal lacks."""
     if not isinstance(error, UnicodeEncodeError):
         raise error
     return "".join(_PLAIN.get(char, "?") for char in error.object[error.start : error.end]), error.end
 
 
+@dataclass(frozen=True, slots=True)
+class Output:
+    """The output of a command. Make one with :func:`open_output`.
+
+    Attributes:
+        json: print one JSON object instead of text for people.
+        quiet: show no progress.
+    """
+
+    json: bool = False
+    quiet: bool = False
+
+    @property
+    def shows_progress(self) -> bool:
+        """Whether progress is shown: on a terminal, unless ``quiet``."""
+        return not self.quiet and sys.stderr is not None and sys.stderr.isatty()
+
+    def show(self, value: dict[str, Any], render: Callable[[], RenderableType]) -> None:
+        """Print the result on stdout.
+
+        Args:
+            value: the result as JSON.
+            render: draws it for people; not called in JSON mode, so that it may import what it needs.
+        """
+        if self.json:
+            print_json(value)
+        else:
+            console().print(render())
+
+
+def open_output(*, json: bool = False, verbose: bool = False, quiet: bool = False) -> Output:
+    """The output of a command; with ``verbose``, stderr also shows the library's log."""
+    if verbose and not quiet:
+        show_log()
+    else:  # huggingface_hub logs each retry, with URLs that work like passwords
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    return Output(json, quiet)
+
+
 def show_log() -> None:
-    """Show on stderr what the library logs, one line a message."""
+    """Show the library's log on stderr, one line a message."""
     import logging
 
     class TerminalHandler(logging.Handler):
@@ -56,26 +97,8 @@ def show_log() -> None:
     log.handlers = [TerminalHandler()]
 
 
-_quiet = False
-
-
-def set_talk(*, verbose: bool, quiet: bool) -> None:
-    """How much is said on stderr beside errors: with ``quiet`` nothing, with ``verbose`` what the library logs."""
-    global _quiet
-    _quiet = quiet
-    if verbose and not quiet:
-        show_log()
-    else:  # huggingface_hub tells of each request that it makes again, with addresses that are as good as passwords
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
-
-
-def talkative() -> bool:
-    """Whether progress is shown: on a terminal, unless it was asked to be quiet."""
-    return not _quiet and sys.stderr is not None and sys.stderr.isatty()
-
-
 def print_json(value: dict[str, Any]) -> None:
-    """The one JSON object of ``--json``."""
+    """Print the JSON object of ``--json``."""
     text = json.dumps(value, ensure_ascii=True, allow_nan=False)
     if sys.stdout is None:
         return
@@ -83,11 +106,11 @@ def print_json(value: dict[str, Any]) -> None:
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
     except BrokenPipeError:
-        raise BrokenPipeError from None  # without a number: Typer would exit 1 for EPIPE, which means a finding
+        raise BrokenPipeError from None  # without errno: Typer exits with 1 on EPIPE, which means a finding
 
 
 def show_error(error: QuarkconvError, *, as_json: bool) -> None:
-    """A known error: one message, then what is known about it, on stderr; with ``--json`` an object on stdout too."""
+    """Print a known error and its details on stderr; with ``--json`` also as an object on stdout."""
     if as_json:
         details = dict(error.details())
         about = {"error": error.message, "exit_code": error.exit_code, "code": getattr(error, "code", None)}
@@ -102,12 +125,12 @@ def show_error(error: QuarkconvError, *, as_json: bool) -> None:
 
 
 def printable(text: str) -> str:
-    """Text from a file with control characters escaped, so that a name cannot drive the terminal."""
+    """Text with control characters escaped, so that a name in a file cannot control the terminal."""
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
 def indented(text: str | Text, by: int, style: str = "") -> Padding:
-    """Text whose lines all start ``by`` columns in, also those that are wrapped."""
+    """Text indented by a number of columns, including lines that are wrapped."""
     from rich.padding import Padding
     from rich.text import Text
 

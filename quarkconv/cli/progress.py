@@ -1,7 +1,7 @@
-"""What is under way, shown on stderr while it takes long: a spinner, then bars with rate and time left.
+"""Progress on stderr: a spinner, then bars with rate and remaining time.
 
-Nothing is shown before a second has passed, where stderr is no terminal, or with ``--quiet``. A thread of its own
-draws, and imports what it needs for that, so that commands which are over at once pay nothing for it.
+It appears after a second, on a terminal, without ``--quiet``. A separate thread draws it and imports what drawing
+needs, so that short commands do not pay for it.
 """
 
 from __future__ import annotations
@@ -11,75 +11,63 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from typing import Final, NamedTuple
 
-from quarkconv.cli.out import console, talkative
-from quarkconv.files.base import Reading
+from quarkconv.cli.out import console, printable
 from quarkconv.text import plural, size
 
 PATIENCE: Final = 1.0
-"""Seconds of silence that nobody minds."""
+"""Seconds before progress appears."""
 _INTERVAL: Final = 0.1
 _BAR_WIDTH: Final = 24
 _FULL_WIDTH: Final = 72
-"""Columns of a terminal from which on there is room for a bar beside the figures."""
-_STEPS: Final = {
-    "list": "Asking the Hub",
-    "headers": "Reading headers",
-    "scales": "Reading scales",
-    "download": "Downloading",
-}
+"""Columns of a terminal that has room for a bar beside the figures."""
 
 
 class _Step(NamedTuple):
-    what: str
+    name: str
     total: int | None
     unit: str
 
 
 class Meter:
-    """How far a command has come. Used by several threads."""
+    """The progress of a command, shown or not. See :class:`quarkconv.progress.Progress`."""
 
-    def __init__(self, what: str) -> None:
+    def __init__(self, name: str, *, shown: bool = False) -> None:
         self._lock = threading.Lock()
-        self._step = _Step(what, None, "")
+        self._step = _Step(name, None, "")
         self._done = 0
+        self._shown = shown
 
-    def step(self, what: str, total: int | None = None, unit: str = "") -> None:
-        """Begin something.
-
-        Args:
-            what: for people.
-            total: how much there is to do; None where that is not known.
-            unit: of ``total``: ``byte``, or a noun in the singular.
-        """
+    def step(self, name: str, total: int | None = None, unit: str = "") -> None:
+        """Begin a step."""
         with self._lock:
-            self._step, self._done = _Step(what, total, unit), 0
+            self._step, self._done = _Step(name, total, unit), 0
 
     def advance(self, amount: int = 1) -> None:
-        """Say that so much more is done."""
+        """Count work that has been done."""
         with self._lock:
             self._done += amount
 
-    def reading(self, state: Reading) -> None:
-        """Take over how far reading has come."""
-        step = _Step(_STEPS[state.what], state.total, "byte" if state.in_bytes else "shard")
-        with self._lock:
-            self._step, self._done = step, state.done
+    def note(self, text: str) -> None:
+        """Show a line above the bar."""
+        if self._shown:
+            console(stderr=True).print(printable(text), style="dim", markup=False)
 
     def state(self) -> tuple[_Step, int]:
-        """What is under way, and how much of it is done."""
+        """The current step, and the work that has been done of it."""
         with self._lock:
             return self._step, self._done
 
 
 @contextmanager
-def progress(what: str) -> Iterator[Meter]:
+def progress(name: str, *, shown: bool) -> Iterator[Meter]:
     """Show how far a command has come, until the context is left.
 
     Args:
-        what: what it begins with, for people.
+        name: name of the first step.
+        shown: whether anything is drawn.
     """
-    meter = Meter(what)
-    if not talkative():
+    meter = Meter(name, shown=shown)
+    if not shown:
         yield meter
         return
     over = threading.Event()
@@ -99,33 +87,33 @@ def _draw(meter: Meter, over: threading.Event) -> None:
 
     terminal = console(stderr=True)
     columns = (
-        SpinnerColumn(), TextColumn("{task.description}", markup=False),
+        SpinnerColumn(),
+        TextColumn("{task.description}", markup=False),
         *([BarColumn(_BAR_WIDTH)] if terminal.width >= _FULL_WIDTH else []),
-        TextColumn("{task.fields[amount]}", markup=False), TextColumn("{task.fields[rate]}", markup=False),
+        TextColumn("{task.fields[amount]}", markup=False),
+        TextColumn("{task.fields[rate]}", markup=False),
         TimeRemainingColumn(compact=True),
-    )  # fmt: skip
+    )
     bars = Progress(*columns, console=terminal, transient=True, auto_refresh=False)
-    shown = meter.state()[0].what
+    shown = meter.state()[0].name
     task = bars.add_task(shown, total=None, amount="", rate="")
-    with suppress(OSError), bars:  # a terminal that was closed meanwhile is no reason to stop
+    with suppress(OSError), bars:  # the terminal may have been closed
         while not over.wait(_INTERVAL):
             step, done = meter.state()
-            if step.what != shown:  # a rate is that of one thing, not of several one after the other
+            if step.name != shown:  # each step has its own rate
                 bars.remove_task(task)
-                shown, task = step.what, bars.add_task(step.what, total=step.total, amount="", rate="")
+                shown, task = step.name, bars.add_task(step.name, total=step.total, amount="", rate="")
             speed = bars.tasks[0].speed
-            bars.update(
-                task, total=step.total, completed=done, amount=_amount(step, done),
-                rate="" if speed is None else _rate(step, speed), refresh=True,
-            )  # fmt: skip
+            rate = "" if speed is None else _rate(step, speed)
+            bars.update(task, total=step.total, completed=done, amount=_amount(step, done), rate=rate, refresh=True)
 
 
 def _amount(step: _Step, done: int) -> str:
     if step.total is None:
         return ""
     if step.unit == "byte":
-        return f"{size(done)} of {size(step.total)}"
-    return f"{done:,} of {plural(step.total, step.unit)}"
+        return f"{size(done)} of {size(max(step.total, done))}"
+    return f"{done:,} of {plural(max(step.total, done), step.unit)}"
 
 
 def _rate(step: _Step, speed: float) -> str:

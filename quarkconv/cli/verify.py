@@ -9,12 +9,14 @@ from typing import TYPE_CHECKING, Annotated, Final
 import typer
 
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
-from quarkconv.cli.out import console, print_json, set_talk, talkative
+from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import Meter, progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.errors import QuarkconvError, UsageError
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
+
     from quarkconv.verify.results import LayerNumbers
 
 _MAX_LAYER = 100_000
@@ -81,7 +83,7 @@ def verify(
 
     Takes a converted checkpoint or a Quark export as it came. Exit code 1 when anything is wrong.
     """  # fmt: skip
-    set_talk(verbose=verbose, quiet=quiet)
+    output = open_output(json=json, verbose=verbose, quiet=quiet)
     if bytes_only and numbers_only:
         raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
     stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
@@ -89,24 +91,25 @@ def verify(
     counts = parse_tokens(tokens)
     if report is not None:
         require_charts()
-    with progress("Starting") as meter:
+    with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 
         verification = verify_checkpoint(
             model, source, device, layers=wanted, tokens=counts, seed=seed, unquantized=unquantized,
             activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(meter),
-            reading=meter.reading,
+            reading=meter,
         )  # fmt: skip
     if report is not None:
         from quarkconv.report.verification import verification_report
 
         write_report(report, verification_report(verification, command_line()))
-    if json:
-        print_json(verification.to_json())
-    else:
+
+    def render() -> RenderableType:
         from quarkconv.cli.render.verification import render_verification
 
-        console().print(render_verification(verification))
+        return render_verification(verification)
+
+    output.show(verification.to_json(), render)
     return 0 if verification.ok else 1
 
 
@@ -159,7 +162,5 @@ class _Watcher:
     def layer(self, numbers: LayerNumbers) -> None:
         if not self._counts_bytes:
             self._meter.advance()
-        if talkative():
-            outcome = "ok" if numbers.ok else "differs"
-            said = f"layer {numbers.layer}: {outcome} in {numbers.seconds:.1f} s"
-            console(stderr=True).print(said, style="dim")
+        outcome = "ok" if numbers.ok else "differs"
+        self._meter.note(f"layer {numbers.layer}: {outcome} in {numbers.seconds:.1f} s")

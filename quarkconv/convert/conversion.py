@@ -1,43 +1,44 @@
-"""Conversion as functions: plan it, and carry it out."""
+"""One conversion: located, described, planned, carried out, uploaded.
+
+The Python functions, the command line and conversions by rank all go through :class:`Conversion`. A whole model is the
+part of rank 0 of 1; several ranks have a folder each, and :mod:`quarkconv.convert.ranks` keeps those together.
+"""
 
 from __future__ import annotations
 
-import re
-from dataclasses import asdict, dataclass
-from decimal import Decimal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.convert.planner import make_plan
+from quarkconv.convert.results import ConversionResult, Part, conversion_json
+from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE, parse_size
 from quarkconv.description.description import describe
 from quarkconv.errors import UsageError
-from quarkconv.files.base import Files, Progress
-from quarkconv.files.local import LocalFiles
-from quarkconv.headers.checkpoint import INDEX_NAME, MANIFEST_NAME
-from quarkconv.hub.locate import locate_model
+from quarkconv.experts.ranks import ranks_of
+from quarkconv.findings import Finding
+from quarkconv.hub.locate import Located, check_repo_id, locate
 from quarkconv.plan.pieces import Plan
+from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
-
     from quarkconv.plan.manifest import Manifest
 
-DEFAULT_SHARD_SIZE: Final = "5GB"
 DEFAULT_JOBS: Final = 4
-"""Threads of a conversion: they wait for the disk most of the time, so that two processors serve four of them."""
+"""Threads of a conversion: they mostly wait for the disk, so that two cores serve four of them."""
 MAX_JOBS: Final = 64
-_UNITS: Final = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12,
-                 "KIB": 2**10, "MIB": 2**20, "GIB": 2**30, "TIB": 2**40}  # fmt: skip
 
 
 def plan_conversion(
-    model: str | Path | Files,
+    model: str | Path,
     target: str,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
-    base_model: str | None = None,
-    reading: Progress | None = None,
+    tp: int = 1,
+    ep: int = 1,
+    rank: int = 0,
+    progress: Progress = SILENT,
 ) -> Plan:
     """Plan a conversion: pure data, no tensor data is read.
 
@@ -45,38 +46,21 @@ def plan_conversion(
         model: directory or Hub repo id.
         target: name of the target, such as ``fused-int8``.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
-        base_model: repo id that the model card names as the source; by default ``model``, where it is one.
-        reading: told how reading the headers gets on.
+        tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among.
+        rank: the rank whose part is planned.
+        progress: receives how far reading the headers has come.
 
     Raises:
-        UsageError: no such target, or a size that is none.
+        UsageError: no such target or rank, or an invalid size.
         SourceError: the source is damaged or inconsistent.
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
-    wanted, size = get_target(target), parse_size(max_shard_size)
-    source = locate_model(model, reading=reading)
-    return make_plan(describe(source, reading), wanted, size, base_model=base_model or repo_id(model, source))
-
-
-@dataclass(frozen=True, slots=True)
-class ConversionResult:
-    """What :func:`convert_checkpoint` made.
-
-    Attributes:
-        source: directory of the source, or the repo id and commit of one that was read from the Hub.
-        output: directory of the output.
-        plan: what was done.
-        manifest: what was written.
-    """
-
-    source: Path | str
-    output: Path
-    plan: Plan
-    manifest: Manifest
-
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``convert --json`` prints."""
-        return {**plan_summary(self.plan, self.source, self.output), "dry_run": False, "plan": self.manifest.plan}
+    ranks = ranks_of(tp, ep)
+    if not 0 <= rank < len(ranks):
+        raise UsageError("There is no such rank", expected=f"0 to {len(ranks) - 1}", found=str(rank))
+    row, size = get_target(target), parse_size(max_shard_size)
+    source = locate(model, progress=progress)
+    return make_plan(describe(source.files, progress), row, size, rank=ranks[rank], base_model=source.repo)
 
 
 def convert_checkpoint(
@@ -85,63 +69,204 @@ def convert_checkpoint(
     out: str | Path | None = None,
     *,
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+    tp: int = 1,
+    ep: int = 1,
     jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
     cache: bool = False,
-    progress: Callable[[int], None] | None = None,
-    reading: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> ConversionResult:
-    """Convert a checkpoint. The source is never written to; memory does not grow with the model.
+    """Convert a checkpoint. The source is only read; memory does not grow with the model.
 
     Args:
-        model: directory or Hub repo id. What is on the Hub is read by byte ranges and not kept, unless it is in the
-            Hub's cache already.
+        model: directory or Hub repo id. A model on the Hub is read by byte ranges and not stored, unless the Hub's
+            cache holds it already.
         target: name of the target, such as ``fused-int8``.
-        out: directory to make; by default ``<model>-<target>`` beside the model.
+        out: directory to create; by default ``<model>-<target>`` beside the model.
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
+        tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among; with more than
+            one, ``out`` has a folder for each rank.
         jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
-        cache: download a model on the Hub to the Hub's cache, and convert it from there.
-        progress: called with the number of bytes written since its last call.
-        reading: told how reading the headers gets on, and with ``cache`` the download, before anything is written.
+        cache: download a model to the Hub's cache, and convert it from there.
+        progress: receives how far the download, reading the headers and writing have come.
 
     Raises:
-        UsageError, SourceError, UnsupportedError: as :func:`plan_conversion`; and ``out`` is not empty.
+        UsageError, SourceError, UnsupportedError: as :func:`plan_conversion`; and ``out`` holds something else.
         WriteError: writing failed; the same call resumes.
         InterruptedByUser: interrupted; the same call resumes.
     """
-    wanted, size = get_target(target), parse_size(max_shard_size)
-    source = locate_model(model, cache=cache, reading=reading)
-    plan = make_plan(describe(source, reading), wanted, size, base_model=repo_id(model, source))
-    return run_plan(plan, source, output_directory(source, model, target, out), jobs, overwrite, progress)
+    conversion = Conversion.prepare(
+        model, target, out, max_shard_size=max_shard_size, tp=tp, ep=ep, cache=cache, progress=progress
+    )
+    return conversion.run(jobs=jobs, overwrite=overwrite, progress=progress)
 
 
-def repo_id(model: str | Path | Files, source: Path | Files) -> str | None:
-    """The Hub repo id of a model; None of a local one."""
-    local = not isinstance(model, str | Path) or place_of(source) == Path(model)
-    return None if local else str(model).partition("@")[0]
+@dataclass(frozen=True, slots=True)
+class Conversion:
+    """A conversion that has been planned. Make one with :meth:`prepare`.
+
+    Attributes:
+        source: the model that is converted.
+        output: directory of the output.
+        parts: what each rank gets; a single part of a whole model.
+        experts, intermediate: E and I of the whole model.
+        push: Hub repo id that the output is uploaded to; a finished output is then kept, so that an upload resumes.
+    """
+
+    source: Located
+    output: Path
+    parts: tuple[Part, ...]
+    experts: int
+    intermediate: int
+    push: str | None = None
+
+    @classmethod
+    def prepare(
+        cls,
+        model: str | Path,
+        target: str,
+        out: str | Path | None = None,
+        *,
+        max_shard_size: int | str = DEFAULT_SHARD_SIZE,
+        tp: int = 1,
+        ep: int = 1,
+        cache: bool = False,
+        push: str | None = None,
+        progress: Progress = SILENT,
+    ) -> Conversion:
+        """Locate and describe a model, check that it can be converted, and plan it. Nothing is written.
+
+        Args:
+            model, target, out, max_shard_size, tp, ep, cache, progress: as of :func:`convert_checkpoint`.
+            push: Hub repo id that the output will be uploaded to.
+
+        Raises:
+            UsageError, SourceError, UnsupportedError: as :func:`convert_checkpoint`; an invalid repo id; a conversion
+                by rank, which is not uploaded.
+        """
+        ranks = ranks_of(tp, ep)
+        if push is not None:
+            check_repo_id(push)
+            if len(ranks) > 1:
+                raise UsageError(
+                    "Conversions by rank are not uploaded",
+                    expected="--push without --tp and --ep",
+                    found="both",
+                    hint="engines load whole models: convert without --tp and --ep to upload",
+                )
+        row, size = get_target(target), parse_size(max_shard_size)
+        source = locate(model, cache=cache, progress=progress)
+        output = _output_directory(source, f"{target}{ranks[0].suffix()}", out)
+        description = describe(source.files, progress)
+        parts = []
+        for rank in ranks:
+            plan = make_plan(description, row, size, rank=rank, base_model=source.repo)
+            parts.append(Part(plan, output if rank.is_whole else output / rank.folder()))
+        layer = description.int8_layers[0]
+        return cls(source, output, tuple(parts), layer.experts, layer.intermediate, push)
+
+    @property
+    def by_rank(self) -> bool:
+        """Whether the experts are divided among ranks."""
+        return not self.parts[0].plan.rank.is_whole
+
+    @property
+    def output_bytes(self) -> int:
+        """Bytes that all plans write."""
+        return sum(part.plan.output_bytes for part in self.parts)
+
+    def run(
+        self,
+        *,
+        jobs: int = DEFAULT_JOBS,
+        overwrite: bool = False,
+        progress: Progress = SILENT,
+    ) -> ConversionResult:
+        """Carry out the plans. The same call resumes after a failure or an interrupt.
+
+        Args:
+            jobs, overwrite, progress: as of :func:`convert_checkpoint`.
+
+        Raises:
+            UsageError: ``jobs`` is out of range, or the output directory holds something else.
+            SourceError: the source changed, or cannot be read.
+            UnsupportedError: the data of the source does not meet a check of the plan.
+            WriteError: writing failed.
+            InterruptedByUser: interrupted.
+        """
+        from quarkconv.write.executor import execute
+
+        if not 1 <= jobs <= MAX_JOBS:
+            raise UsageError("`jobs` is out of range", expected=f"1 to {MAX_JOBS}", found=str(jobs))
+        resumes = (self.by_rank or self.push is not None) and not overwrite
+        finished = [_finished(part) if resumes else None for part in self.parts]
+        if self.by_rank:
+            from quarkconv.convert.ranks import prepare_folders, write_index
+
+            prepare_folders(self.output, self.parts, finished, overwrite=overwrite)
+        progress.step(f"Converting to {self.parts[0].plan.target}", self.output_bytes, "byte")
+        manifests = []
+        for part, manifest in zip(self.parts, finished, strict=True):
+            if manifest is None:
+                manifest = execute(
+                    part.plan, self.source.files, part.folder, jobs=jobs, overwrite=overwrite, progress=progress
+                )
+            else:
+                progress.advance(part.plan.output_bytes)
+            manifests.append(manifest)
+        if self.by_rank:
+            write_index(self.output, self.parts, self.experts, self.intermediate)
+        return ConversionResult(self.source.origin, self.output, self.parts, tuple(manifests))
+
+    def create_repo(self, *, private: bool = False, progress: Progress = SILENT) -> None:
+        """Create the repo that the output is uploaded to, if any: a refusal should come before the conversion.
+
+        Args:
+            private: whether a new repo is private; an existing one is not changed.
+            progress: receives that the Hub is contacted.
+
+        Raises:
+            WriteError: the Hub refuses.
+        """
+        if self.push is not None:
+            from quarkconv.hub.push import create_repo
+
+            progress.step("Contacting the Hub")
+            create_repo(self.push, private=private)
+
+    def upload(self, result: ConversionResult, *, bars: bool = False) -> dict[str, str]:
+        """Upload the output to the repo that :meth:`create_repo` created, if any.
+
+        Args:
+            result: the finished conversion.
+            bars: whether huggingface_hub shows progress bars.
+
+        Returns:
+            The URL of the repo under ``pushed``; empty without a repo.
+
+        Raises:
+            WriteError: the upload failed; the same command resumes.
+        """
+        if self.push is None:
+            return {}
+        from quarkconv.hub.push import upload_folder
+
+        message = f"{result.plan.target} by quarkconv, plan {result.manifest.plan[:12]}"
+        return {"pushed": upload_folder(self.output, self.push, message, bars=bars)}
+
+    @property
+    def losses(self) -> tuple[Finding, ...]:
+        """Settings and tensors of the source that the target does not keep."""
+        return self.parts[0].plan.losses
+
+    def to_json(self) -> dict[str, Any]:
+        """The object that ``convert --dry-run --json`` prints."""
+        return conversion_json(self.source.origin, self.output, self.parts, dry_run=True)
 
 
-def run_plan(
-    plan: Plan,
-    source: Path | Files,
-    output: Path,
-    jobs: int = DEFAULT_JOBS,
-    overwrite: bool = False,
-    progress: Callable[[int], None] | None = None,
-) -> ConversionResult:
-    """Carry out a plan that was made of ``source``. See :func:`convert_checkpoint`."""
-    from quarkconv.write.executor import execute
-
-    if not 1 <= jobs <= MAX_JOBS:
-        raise UsageError("This number of jobs makes no sense", expected=f"1 to {MAX_JOBS}", found=str(jobs))
-    report = progress or (lambda _: None)
-    manifest = execute(plan, source, output, jobs=jobs, overwrite=overwrite, progress=report)
-    return ConversionResult(place_of(source), output, plan, manifest)
-
-
-def finished_conversion(plan: Plan, source: Path | Files, output: Path) -> ConversionResult | None:
-    """What an earlier run of the same plan wrote to ``output``; None when it is not there, or not finished.
+def _finished(part: Part) -> Manifest | None:
+    """The manifest that an earlier run of the same plan wrote; None when there is none, or the run did not finish.
 
     Raises:
         SourceError: there is a manifest that cannot be read.
@@ -150,83 +275,36 @@ def finished_conversion(plan: Plan, source: Path | Files, output: Path) -> Conve
     from quarkconv.plan.json import plan_digest
     from quarkconv.plan.manifest import read_manifest
 
-    manifest = None if (output / STAGING_NAME).exists() else read_manifest(output)
-    if manifest is None or manifest.plan != plan_digest(plan):
-        return None
-    return ConversionResult(place_of(source), output, plan, manifest)
+    manifest = None if (part.folder / STAGING_NAME).exists() else read_manifest(part.folder)
+    return manifest if manifest is not None and manifest.plan == plan_digest(part.plan) else None
 
 
-def place_of(source: Path | Files) -> Path | str:
-    """A directory, or the name under which a source on the Hub can be had again."""
-    if isinstance(source, Path):
-        return source
-    return source.root if isinstance(source, LocalFiles) else str(source)
-
-
-def output_directory(source: Path | Files, model: str | Path, target: str, out: str | Path | None) -> Path:
-    """Where a conversion goes.
+def _output_directory(source: Located, suffix: str, out: str | Path | None) -> Path:
+    """The directory of the output.
 
     Raises:
         UsageError: it would lie inside the source, or the source inside it.
     """
-    place = place_of(source)
     if out is not None:
         output = Path(out)
-    elif place == Path(model):
-        named = place if place.name not in ("", "..") else place.resolve()
+    elif source.repo is not None:  # in the working directory, not inside the Hub's cache
+        output = Path(f"{source.repo.rpartition('/')[2]}-{suffix}")
+    else:
+        directory = source.files.root
+        named = directory if directory.name not in ("", "..") else directory.resolve()
         if not named.name:
-            raise UsageError("There is no directory beside this model for the output", file=str(place),
-                             hint="give --out")  # fmt: skip
-        output = named.with_name(f"{named.name}-{target}")
-    else:  # a repo id: beside the working directory's other models, not inside the Hub's cache
-        output = Path(f"{str(model).partition('@')[0].rpartition('/')[2]}-{target}")
-    if isinstance(place, str):
+            raise UsageError(
+                "The output cannot lie beside this model", file=str(directory), hint="give a directory with --out"
+            )
+        output = named.with_name(f"{named.name}-{suffix}")
+    if source.directory is None:
         return output
-    inner, outer = output.resolve(), place.resolve()
+    inner, outer = output.resolve(), source.directory.resolve()
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UsageError(
-            "Source and output must not lie inside one another", file=str(output),
-            expected=f"a directory outside of {place}", hint="give another --out",
-        )  # fmt: skip
+            "Source and output must not lie inside one another",
+            file=str(output),
+            expected=f"a directory outside of {source.directory}",
+            hint="give another --out",
+        )
     return output
-
-
-def plan_summary(plan: Plan, source: Path | Files | str, output: Path) -> dict[str, Any]:
-    """What a plan will do, as ``convert --dry-run --json`` prints it."""
-    return {
-        "schema": "quarkconv.convert/1",
-        "source": source if isinstance(source, str) else str(place_of(source)),
-        "output": str(output),
-        "target": plan.target,
-        "scheme": plan.scheme,
-        "moe": {
-            "layers": list(plan.moe.layers),
-            "experts": plan.moe.experts,
-            "hidden_size": plan.moe.hidden_size,
-            "intermediate_size": plan.moe.intermediate_size,
-        },
-        "shards": len(plan.shards),
-        "tensors": sum(len(shard.tensors) for shard in plan.shards),
-        "pieces": sum(len(tensor.pieces) for shard in plan.shards for tensor in shard.tensors),
-        "bytes": plan.output_bytes,
-        "files": [shard.file for shard in plan.shards]
-        + ["config.json", INDEX_NAME, MANIFEST_NAME]
-        + [copy.name for copy in plan.copies]
-        + [text.name for text in plan.texts],
-        "findings": [asdict(loss) for loss in plan.losses],
-    }
-
-
-def parse_size(size: int | str) -> int:
-    """A number of bytes from ``5GB``, ``512MiB`` or a plain number.
-
-    Raises:
-        UsageError: it is none of these.
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
-    if match is None or match[2].upper() not in _UNITS:
-        raise UsageError("This is not a size", expected="a size such as 5GB, 512MiB or 1000000", found=repr(size))
-    size_in_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
-    if size_in_bytes >= 2**63:
-        raise UsageError("This is more than any file can hold", expected="less than 2^63 bytes", found=repr(size)[:80])
-    return size_in_bytes

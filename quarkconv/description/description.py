@@ -14,10 +14,11 @@ from quarkconv.description.contradictions import contradictions, rank_part
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
-from quarkconv.files.base import Files, Progress
+from quarkconv.files.base import Files
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
+from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
@@ -82,18 +83,18 @@ class Description:
         return [item for item in self.findings if item.severity is Severity.ERROR]
 
 
-def describe(place: Path | Files, reading: Progress | None = None) -> Description:
+def describe(place: Path | Files, progress: Progress = SILENT) -> Description:
     """Describe a checkpoint, from its headers and its config alone.
 
     Args:
         place: its directory, or its files wherever they are.
-        reading: told how many headers were read.
+        progress: counts the headers that were read.
 
     Raises:
         SourceError: there is nothing that can be described.
     """
     with collector_paused():
-        checkpoint = open_checkpoint(place, reading)
+        checkpoint = open_checkpoint(place, progress)
         config = model_config(checkpoint.config)
         declared = declared_scheme(config.quantization)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)

@@ -75,6 +75,10 @@ class Rank:
         """Name of the rank's folder: ``rank-00-of-08``."""
         return f"rank-{self.rank:02d}-of-{self.world_size:02d}"
 
+    def suffix(self) -> str:
+        """What names of outputs of a conversion by rank end with: ``-tp8``; empty of a whole model."""
+        return "" if self.is_whole else f"-{self.parallel}{self.world_size}"
+
     def to_json(self) -> dict[str, str | int]:
         """The value of :data:`RANK_KEY` in config.json."""
         return {"parallel": self.parallel, "rank": self.rank, "world_size": self.world_size}
@@ -98,6 +102,20 @@ def make_rank(parallel: str, rank: int, world_size: int) -> Rank:
             found=f"rank {rank} of {world_size}",
         )  # fmt: skip
     return Rank("tp" if parallel == "tp" else "ep", rank, world_size)
+
+
+def ranks_of(tp: int, ep: int) -> list[Rank]:
+    """All ranks of a tensor parallel or an expert parallel group; :data:`WHOLE` alone where both sizes are 1.
+
+    Raises:
+        UsageError: both sizes are given, or one is out of range.
+    """
+    if tp != 1 and ep != 1:
+        raise UsageError("Experts are divided in one way", expected="--tp or --ep", found="both")
+    parallel, world_size = ("tp", tp) if tp != 1 else ("ep", ep)
+    if world_size == 1:
+        return [WHOLE]
+    return [make_rank(parallel, number, world_size) for number in range(max(world_size, 1))]
 
 
 def rank_of_config(config: Mapping[str, Any]) -> Rank:

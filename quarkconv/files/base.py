@@ -15,26 +15,6 @@ class Range(NamedTuple):
     end: int
 
 
-class Reading(NamedTuple):
-    """How far reading has come, for whoever wants to show it.
-
-    Attributes:
-        what: what is read: ``list`` (of the files of a repo), ``headers``, ``scales`` or ``download``.
-        done: how much of it was read.
-        total: how much there is; None where that is not known.
-        in_bytes: whether these are bytes, and not files.
-    """
-
-    what: str
-    done: int
-    total: int | None
-    in_bytes: bool
-
-
-Progress = Callable[[Reading], None]
-"""Is told how reading gets on; never by two threads at the same time."""
-
-
 class Files(Protocol):
     """The files of one model, by their names inside it. They are only ever read."""
 

@@ -13,7 +13,7 @@ from typing import Any, Final
 
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
-from quarkconv.files.base import Files, Progress, Reading
+from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, link_error, read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
@@ -22,9 +22,10 @@ from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import compare_index, read_index
 from quarkconv.headers.rank_index import refuse_ranks
-from quarkconv.headers.remote import expect_headers, read_header_of
+from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
 from quarkconv.headers.unfinished import refuse_unfinished
+from quarkconv.progress import SILENT, Progress, counting
 
 CONFIG_NAME: Final = "config.json"
 SINGLE_NAME: Final = "model.safetensors"
@@ -70,12 +71,12 @@ class Checkpoint:
         return self.store.names()
 
 
-def open_checkpoint(place: Path | Files, reading: Progress | None = None) -> Checkpoint:
+def open_checkpoint(place: Path | Files, progress: Progress = SILENT) -> Checkpoint:
     """Read the headers of a checkpoint.
 
     Args:
         place: its directory, or its files wherever they are.
-        reading: told how many headers were read.
+        progress: counts the headers that were read.
 
     Raises:
         SourceError: the directory does not exist, is an unfinished conversion, or holds no safetensors file.
@@ -99,10 +100,10 @@ def open_checkpoint(place: Path | Files, reading: Progress | None = None) -> Che
     tensors, odd = 0, list[str]()
     with collector_paused():
         files = _shard_names(store, None if index is None else index.weight_map, findings)
-        expect_headers(store, files, reading)
-        for number, file in enumerate(files):
-            if reading is not None and root is not None:
-                reading(Reading("headers", number, len(files), in_bytes=False))
+        expect_headers(store, files, progress)
+        if root is not None:  # of remote files, they are all there by now
+            progress.step(READING_HEADERS, len(files), "shard")
+        for file in files if root is None else counting(files, progress):
             if root is not None and leads_outside(root, file) is not None:  # said above
                 continue
             try:

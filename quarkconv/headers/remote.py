@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Final
 
 from quarkconv.errors import SourceError
-from quarkconv.files.base import Files, Progress, Reading
+from quarkconv.files.base import Files
 from quarkconv.headers.safetensors import (
     MAX_HEADER_BYTES,
     ShardHeader,
@@ -16,7 +16,9 @@ from quarkconv.headers.safetensors import (
     read_header,
     too_short,
 )
+from quarkconv.progress import SILENT, Progress
 
+READING_HEADERS: Final = "Reading headers"
 FIRST_GUESS: Final = 128 * 2**10
 """Bytes of a remote file that are fetched before the length of its header is known; most headers are shorter."""
 
@@ -41,33 +43,26 @@ def read_header_of(files: Files, file: str) -> ShardHeader:
     return parse_header(files.read(file, 8, length), file, size)
 
 
-def expect_headers(files: Files, names: Iterable[str], reading: Progress | None = None) -> None:
+def expect_headers(files: Files, names: Iterable[str], progress: Progress = SILENT) -> None:
     """Announce that the headers of some files are going to be read: what is remote is then fetched all at once.
 
     Args:
         files: the files.
         names: those whose headers will be read.
-        reading: told how many headers are there.
+        progress: one step, a unit of work for each remote header.
     """
     remote = [name for name in names if files.path(name) is None and files.size(name) is not None]
     ends: dict[str, int] = {}
-    whole = 0
-
-    def note(*, complete: bool) -> None:
-        nonlocal whole
-        whole += complete
-        if reading is not None:
-            reading(Reading("headers", whole, len(remote), in_bytes=False))
 
     def guessed(name: str) -> None:
         prefix = files.read(name, 0, 8)
         end = 8 + struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        longer = FIRST_GUESS < end <= 8 + MAX_HEADER_BYTES  # whoever reads the others says what is wrong with them
-        if longer:
+        if FIRST_GUESS < end <= 8 + MAX_HEADER_BYTES:  # a length beyond that is an error of the one who reads it
             ends[name] = end
-        note(complete=not longer)
+        else:
+            progress.advance()
 
     if remote:
-        note(complete=False)
+        progress.step(READING_HEADERS, len(remote), "shard")
     files.expect(dict.fromkeys(remote, FIRST_GUESS), guessed)
-    files.expect(ends, lambda _: note(complete=True))
+    files.expect(ends, lambda _: progress.advance())

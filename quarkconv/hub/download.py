@@ -1,4 +1,4 @@
-"""How far huggingface_hub has come, when it is told not to draw bars of its own."""
+"""The progress of huggingface_hub's downloads, reported instead of drawn."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
-from quarkconv.files.base import Progress, Reading
+from quarkconv.progress import Progress
 
 if TYPE_CHECKING:
     from quarkconv.hub.repo import HubRepo
@@ -27,11 +27,11 @@ def missing_bytes(repo: HubRepo) -> int:
 
 @contextmanager
 def no_bars() -> Iterator[None]:
-    """Keep huggingface_hub from drawing."""
+    """Keep huggingface_hub from drawing bars."""
     from huggingface_hub.utils.tqdm import are_progress_bars_disabled, disable_progress_bars, enable_progress_bars
 
     before = are_progress_bars_disabled()
-    with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS says something else, and wins
+    with warnings.catch_warnings():  # it warns where HF_HUB_DISABLE_PROGRESS_BARS differs and takes precedence
         warnings.simplefilter("ignore")
         disable_progress_bars()
         try:
@@ -41,35 +41,30 @@ def no_bars() -> Iterator[None]:
                 enable_progress_bars()
 
 
-def counted(reading: Progress, total: int | None) -> Any:
-    """A class for huggingface_hub to use in place of its bars, which draws nothing and tells what it was told.
+def progress_bar(progress: Progress) -> Any:
+    """A class that huggingface_hub uses as its progress bar; it draws nothing and reports the bytes.
 
     Args:
-        reading: told how many bytes were downloaded.
-        total: bytes that are to be downloaded; None where that is not known.
+        progress: counts the bytes that were downloaded.
     """
     from huggingface_hub.utils import tqdm  # type: ignore[attr-defined]
 
     lock = threading.Lock()
-    done = 0
 
-    class Counted(tqdm):
-        """A bar of huggingface_hub as one that is switched off, but for what it counts."""
+    class ReportingBar(tqdm):
+        """A disabled bar that reports what it counts."""
 
         def __init__(self, *args: Any, **options: Any) -> None:
-            # Of several bars the one of bytes that are on the disk is meant, and not of those that came over the line.
+            # Of several bars, the one that counts bytes on the disk is reported, not the one of bytes transferred.
             transfer = str(options.get("name")).endswith(".transfer")
-            self._counts = options.get("unit") == "B" and not transfer
+            self._reports = options.get("unit") == "B" and not transfer
             super().__init__(*args, **{**options, "disable": True})  # type: ignore[no-untyped-call]
 
         def update(self, n: float | None = 1) -> bool | None:
-            nonlocal done
             with lock:
                 self.n += n or 0
-                if self._counts:
-                    done += int(n or 0)
-                    reading(Reading("download", done, None if total is None else max(total, done), in_bytes=True))
+            if self._reports:
+                progress.advance(int(n or 0))
             return None
 
-    reading(Reading("download", 0, total, in_bytes=True))
-    return Counted
+    return ReportingBar

@@ -1,30 +1,23 @@
-"""Uploading a finished conversion to the Hub; asked for explicitly, never done otherwise."""
+"""Uploading a finished conversion to the Hub, only on request."""
 
 from __future__ import annotations
 
-import re
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Final
 
-from quarkconv.errors import UsageError, WriteError
-
-_REPO: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*", re.ASCII)
+from quarkconv.errors import WriteError
 
 
-def prepare_push(repo: str, *, private: bool = False) -> None:
-    """Make the repo if there is none, so that a name or token that does not do is told before the conversion.
+def create_repo(repo: str, *, private: bool = False) -> None:
+    """Create a repo, if it does not exist.
 
     Args:
         repo: ``org/name``.
-        private: whether a repo that is made now is private; one that exists stays as it is.
+        private: whether a new repo is private; an existing one is not changed.
 
     Raises:
-        UsageError: the name is none of a repo.
         WriteError: the Hub refuses.
     """
-    if not _REPO.fullmatch(repo):
-        raise UsageError("This is no name of a repo", expected="org/name", found=repr(repo)[:100])
     from huggingface_hub import HfApi, constants
 
     try:
@@ -33,14 +26,14 @@ def prepare_push(repo: str, *, private: bool = False) -> None:
         raise _refused(repo, error) from error
 
 
-def push_folder(folder: Path, repo: str, message: str, *, bars: bool = True) -> str:
-    """Upload a folder; what the repo has already is not sent again, so a second call resumes. Returns its address.
+def upload_folder(folder: Path, repo: str, message: str, *, bars: bool = False) -> str:
+    """Upload a folder and return the URL of the repo. Files that the repo holds are skipped, so a second call resumes.
 
     Args:
         folder: a finished conversion.
-        repo: ``org/name``, made by :func:`prepare_push`.
+        repo: ``org/name``, created by :func:`create_repo`.
         message: of the commit.
-        bars: whether huggingface_hub shows how far it has come.
+        bars: whether huggingface_hub shows progress bars.
 
     Raises:
         WriteError: the upload failed.
@@ -51,7 +44,7 @@ def push_folder(folder: Path, repo: str, message: str, *, bars: bool = True) -> 
 
     api = HfApi(endpoint=constants.ENDPOINT)
     try:
-        # From 2.0 on upload_folder does what upload_large_folder did: parallel, in several commits, resumable.
+        # Since 2.0, upload_folder works as upload_large_folder did: parallel, in several commits, resumable.
         large = getattr(api, "upload_large_folder", None)
         with nullcontext() if bars else no_bars():
             if large is not None:
@@ -66,8 +59,10 @@ def push_folder(folder: Path, repo: str, message: str, *, bars: bool = True) -> 
 def _refused(repo: str, error: Exception) -> WriteError:
     from quarkconv.hub.errors import first_line, network_hint
 
-    hint = "run `hf auth login` with a token that may write there, then give the same command again: it resumes"
+    hint = "run `hf auth login` with a token that may write there, then run the same command again: it resumes"
     return WriteError(
-        "The upload to the Hub failed; what was converted is kept", file=repo, found=first_line(error),
+        "The upload to the Hub failed; the converted files are kept",
+        file=repo,
+        found=first_line(error),
         hint=network_hint(error) or hint,
-    )  # fmt: skip
+    )

@@ -1,15 +1,14 @@
-"""Byte ranges of one commit of a repo on the Hub, over connections that break and to addresses that expire.
+"""Byte ranges of one commit of a repo on the Hub, over connections that break and URLs that expire.
 
-Addresses, tokens, endpoints, proxies, redirects, rate limits and retries are huggingface_hub's. What is added is that
-nothing is believed: a range is taken only if the answer says that it is the one that was asked for, of a file of the
-size that the listing gave, and under the ETag that the file had first. Files in Xet storage are read as any others are:
-the redirect leads to a server that puts them together, and gives ranges.
+huggingface_hub handles URLs, tokens, endpoints, proxies, redirects and rate limits. Added here: every response is
+checked. A range is accepted only if the response states the requested range, of a file of the listed size, under the
+ETag that the file had first. Files in Xet storage need no special case: the redirect leads to a server that assembles
+them and serves ranges.
 """
 
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -19,16 +18,16 @@ from quarkconv.errors import HubError, SourceError
 from quarkconv.files.base import Range
 from quarkconv.hub import http
 from quarkconv.hub.errors import hub_error
-from quarkconv.hub.http import RETRIES, may_pass, wait_before
+from quarkconv.hub.http import RETRIES, backoff, is_transient, retried
 
 REFUSALS: Final = 2
-"""Times that a store is asked again, under a new address, after it refused one that the Hub had just signed."""
-_EXPIRED: Final = (400, 401, 403, 404, 410)  # what stores say to an address whose signature is too old
+"""Retries, each under a new URL, after a store refused a URL that the Hub had just signed."""
+_EXPIRED: Final = (400, 401, 403, 404, 410)  # how stores respond to a URL whose signature has expired
 
 
 @dataclass(frozen=True, slots=True)
 class Entry:
-    """A file in the listing of a commit: size in bytes, and its hash, which the Hub also gives as ETag."""
+    """A file in the listing of a commit: its size in bytes, and its hash, which is also its ETag on the Hub."""
 
     size: int
     etag: str
@@ -36,7 +35,7 @@ class Entry:
 
 @dataclass(frozen=True, slots=True)
 class _Location:
-    """Where the bytes of a file are: at the Hub itself, or behind an address that it signed for a while."""
+    """Where the bytes of a file are: on the Hub itself, or at a signed URL that expires."""
 
     url: str
     at_hub: bool
@@ -65,52 +64,47 @@ class HubRanges:
         return f"{self._repo}@{self._commit}"
 
     def fetch(self, wanted: Range) -> bytes:
-        """The bytes of a range that lies inside its file; a broken transfer goes on where it broke.
+        """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
 
         Raises:
-            SourceError: the Hub does not give them, or gives something else.
+            SourceError: the Hub does not serve the range, or serves something else.
         """
         data = bytearray()
-        failures = 0
-        while len(data) < wanted.end - wanted.start:
-            before = len(data)
-            try:
-                self._transfer(Range(wanted.file, wanted.start + before, wanted.end), data)
-                if len(data) > before:
-                    failures = 0
-                    continue
-                broken: Exception = self._empty(wanted)
-            except http.client().HTTPError as error:
-                broken = error
-            failures = 1 if len(data) > before else failures + 1
-            if failures > _patience(broken):
-                if isinstance(broken, HubError):
-                    raise broken
-                raise hub_error(broken, str(self), wanted.file) from broken
-            time.sleep(wait_before(failures))
+        file, start, end = wanted
+
+        def rest() -> None:
+            while len(data) < end - start:
+                before = len(data)
+                self._transfer(Range(file, start + before, end), data)
+                if len(data) == before:
+                    raise _NoBytes
+
+        try:
+            retried(rest, _transfer_pause, lambda: len(data))
+        except _NoBytes:
+            raise self._empty(wanted) from None
+        except http.client().HTTPError as error:
+            raise hub_error(error, str(self), file) from error
         return bytes(data)
 
     def locate(self, name: str) -> _Location:
-        """Ask the Hub where a file is.
+        """Request the URL of a file.
 
         Raises:
-            SourceError: it has another ETag, size or commit than the listing said, or is gone.
+            SourceError: the ETag, size or commit differs from the listing, or the file is gone.
         """
         from huggingface_hub import constants, get_hf_file_metadata, hf_hub_url
 
         url = hf_hub_url(self._repo, name, revision=self._commit, endpoint=constants.ENDPOINT)
-        attempt = 0
-        while True:
-            attempt += 1
+
+        def request() -> Any:
             self._count()
-            try:
-                found = get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, retry_on_errors=True)
-                break
-            except (http.client().HTTPError, RecursionError) as error:
-                # huggingface_hub has tried several times already, but for errors of a proxy
-                if attempt > RETRIES or not (isinstance(error, http.client().ProxyError) and may_pass(error)):
-                    raise hub_error(error, str(self), name) from error
-            time.sleep(wait_before(attempt))
+            return get_hf_file_metadata(url, timeout=constants.HF_HUB_ETAG_TIMEOUT, retry_on_errors=True)
+
+        try:
+            found = retried(request, _metadata_pause)
+        except (http.client().HTTPError, RecursionError) as error:
+            raise hub_error(error, str(self), name) from error
         entry = self._entries[name]
         if (
             found.etag != entry.etag
@@ -118,17 +112,18 @@ class HubRanges:
             or found.commit_hash not in (None, self._commit)
         ):
             raise self._changed(
-                name, f"ETag {entry.etag}, {entry.size} bytes, commit {self._commit}",
+                name,
+                f"ETag {entry.etag}, {entry.size} bytes, commit {self._commit}",
                 f"ETag {found.etag}, {found.size} bytes, commit {found.commit_hash}",
-            )  # fmt: skip
-        place = urljoin(url, found.location)
-        location = _Location(place, _server(place) == _server(url))
+            )
+        address = urljoin(url, found.location)
+        location = _Location(address, _server(address) == _server(url))
         with self._lock:
             self._locations[name] = location
         return location
 
     def _transfer(self, wanted: Range, data: bytearray) -> None:
-        """Append what one request gives of a range."""
+        """Append what one response holds of a range."""
         from huggingface_hub import constants
         from huggingface_hub.errors import HfHubHTTPError
         from huggingface_hub.utils import (  # type: ignore[attr-defined]
@@ -145,37 +140,42 @@ class HubRanges:
             self._count()
             try:
                 with http_stream_backoff(
-                    "GET", location.url, headers=headers, timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-                    max_retries=RETRIES, base_wait_time=http.FIRST_WAIT, retry_on_exceptions=(),
-                ) as response:  # fmt: skip
+                    "GET",
+                    location.url,
+                    headers=headers,
+                    timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+                    max_retries=RETRIES,
+                    base_wait_time=http.FIRST_WAIT,
+                    retry_on_exceptions=(),
+                ) as response:
                     expired = response.status_code in _EXPIRED and not location.at_hub
                     if expired and not fresh:
                         continue
                     if response.status_code != 416:
                         hf_raise_for_status(response)
-                    self._check_answer(name, start, end, response)
+                    self._check_response(name, start, end, response)
                     self._take(response, end - start, data)
             except HfHubHTTPError as error:
                 if not location.at_hub and error.response.status_code in _EXPIRED:
-                    raise  # stores refuse now and then what they give a moment later
+                    raise  # stores occasionally refuse what they serve a moment later
                 raise hub_error(error, str(self), name) from error
             return
 
     def _take(self, response: Any, room: int, data: bytearray) -> None:
-        """Append the body of an answer, as it came over the line, and no more of it than was asked for."""
+        """Append the undecoded body of a response, at most ``room`` bytes of it."""
         before = len(data)
         try:
             for chunk in response.iter_raw():
                 data += chunk[:room]
                 room -= len(chunk)
-                if room < 0:  # whoever sends more than was asked for may never end
+                if room < 0:  # a server that sends too much may never stop
                     return
         finally:
             with self._lock:
                 self.nbytes += len(data) - before
 
-    def _check_answer(self, name: str, start: int, end: int, response: Any) -> None:
-        """Raise unless an answer is (the beginning of) the range that was asked for."""
+    def _check_response(self, name: str, start: int, end: int, response: Any) -> None:
+        """Raise unless a response holds (the beginning of) the requested range."""
         size = self._entries[name].size
         stated = response.headers.get("Content-Range", "")
         coding = response.headers.get("Content-Encoding", "")
@@ -183,15 +183,16 @@ class HubRanges:
         plain = coding.strip().lower() in ("", "identity")
         if not plain or not (whole or (response.status_code == 206 and _is_range(stated, start, end, size))):
             raise HubError(
-                "The Hub answered with other bytes than those that were asked for", file=f"{self}/{name}",
+                "The Hub sent other bytes than requested",
+                file=f"{self}/{name}",
                 expected=f"bytes {start}-{end - 1}/{size}",
                 found=f"status {response.status_code}, Content-Range {stated or 'missing'}"
                 + ("" if plain else f", Content-Encoding {coding}"),
-                hint="a proxy or mirror may not know ranges: set HF_ENDPOINT to another, or use --cache",
-            )  # fmt: skip
+                hint="a proxy or mirror may not support ranges: set HF_ENDPOINT to another, or use --cache",
+            )
         etag = response.headers.get("ETag", "")
         if etag and not etag.startswith("W/"):
-            with self._lock:  # each store has its own ETags, and the Hub may send us to another one next time
+            with self._lock:  # each store has its own ETags, and the Hub may redirect to another store next time
                 first = self._etags.setdefault((name, _server(str(response.url))), etag)
             if etag != first:
                 raise self._changed(name, f"ETag {first}", f"ETag {etag}")
@@ -202,23 +203,42 @@ class HubRanges:
 
     def _empty(self, wanted: Range) -> HubError:
         return HubError(
-            "The Hub's answers end before the range does", file=f"{self}/{wanted.file}",
-            expected=f"bytes {wanted.start}-{wanted.end - 1}", found="answers without a byte",
+            "The Hub's responses end before the range does",
+            file=f"{self}/{wanted.file}",
+            expected=f"bytes {wanted.start}-{wanted.end - 1}",
+            found="empty responses",
             hint="a proxy or mirror may be broken: set HF_ENDPOINT to another, or use --cache",
-        )  # fmt: skip
+        )
 
     def _changed(self, name: str, expected: str, found: str) -> SourceError:
         return SourceError(
-            "A file on the Hub is not the one that was listed", code="source-changed", file=f"{self}/{name}",
-            expected=expected, found=found, hint="give the command again; with --overwrite if it was begun before",
-        )  # fmt: skip
+            "A file on the Hub differs from the one that was listed",
+            code="source-changed",
+            file=f"{self}/{name}",
+            expected=expected,
+            found=found,
+            hint="run the command again, with --overwrite if an earlier run was interrupted",
+        )
 
 
-def _patience(error: Exception) -> int:
-    """Times that a request is made again after it failed so."""
-    if getattr(error, "response", None) is not None:
-        return REFUSALS
-    return RETRIES if isinstance(error, HubError) or may_pass(error) else 0
+class _NoBytes(Exception):  # noqa: N818 - becomes a HubError
+    """A response to a range request was empty."""
+
+
+def _transfer_pause(error: Exception, failures: int) -> float | None:
+    """Seconds before a transfer resumes; None where a retry would fail as well."""
+    retries = 0
+    if getattr(error, "response", None) is not None and not isinstance(error, HubError):
+        retries = REFUSALS
+    elif isinstance(error, _NoBytes) or is_transient(error):
+        retries = RETRIES
+    return backoff(failures) if failures <= retries else None
+
+
+def _metadata_pause(error: Exception, failures: int) -> float | None:
+    """The same of a request for a file's URL: huggingface_hub retries all but errors of a proxy itself."""
+    transient = isinstance(error, http.client().ProxyError) and is_transient(error)
+    return backoff(failures) if transient and failures <= RETRIES else None
 
 
 def _is_range(stated: str, start: int, end: int, size: int) -> bool:

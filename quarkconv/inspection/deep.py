@@ -10,24 +10,23 @@ from typing import Final
 from quarkconv.description.description import Description
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.files.base import Files, Progress, Range, Reading
+from quarkconv.files.base import Files, Range
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import TensorRef
+from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.stored import SCALE_DTYPES
 
 _BLOCK: Final = 2**20
 """Bytes read at a time, a multiple of the size of every element: what is named a scale may be as large as a weight."""
-_TELL: Final = 2**16
-"""Bytes after which it is told how far reading has come."""
 _LEAST_NORMAL: Final = 2.0**-126
 
 
-def deep_findings(description: Description, reading: Progress | None = None) -> Iterator[Finding]:
+def deep_findings(description: Description, progress: Progress = SILENT) -> Iterator[Finding]:
     """Read every scale and zero point of a checkpoint.
 
     Args:
         description: the checkpoint.
-        reading: told how many bytes were read.
+        progress: counts the bytes that were read.
 
     Raises:
         SourceError: a file cannot be read.
@@ -43,15 +42,9 @@ def deep_findings(description: Description, reading: Progress | None = None) -> 
         if refs[name].file in shards and (_is_zero_point(name) or _is_scale(name, refs[name]))
         for block in _blocks(refs[name])
     ]
-    total = sum(block.end - block.start for _, block in wanted)
-    done = told = 0
-    if reading is not None:
-        reading(Reading("scales", 0, total, in_bytes=True))
+    progress.step("Reading scales", sum(block.end - block.start for _, block in wanted), "byte")
     for name, data in _read(description.checkpoint.store, wanted):
-        done += len(data)
-        if reading is not None and (done - told >= _TELL or done == total):
-            told = done
-            reading(Reading("scales", done, total, in_bytes=True))
+        progress.advance(len(data))
         if _is_zero_point(name):
             if any(data) and nonzero[-1:] != [name]:
                 nonzero.append(name)

@@ -11,10 +11,10 @@ from quarkconv.convert.planner import check_convertible
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError
-from quarkconv.files.base import Progress
 from quarkconv.findings import Finding, Severity, bounded
-from quarkconv.hub.locate import locate_model
+from quarkconv.hub.locate import locate
 from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
+from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
 from quarkconv.targets.base import Int8Count, Target, count_int8
@@ -128,23 +128,23 @@ class Inspection:
         }  # fmt: skip
 
 
-def inspect_checkpoint(model: str | Path, *, deep: bool = False, reading: Progress | None = None) -> Inspection:
+def inspect_checkpoint(model: str | Path, *, deep: bool = False, progress: Progress = SILENT) -> Inspection:
     """Inspect a checkpoint from its headers.
 
     Args:
         model: directory or Hub repo id.
         deep: also read scales and zero points, never weights.
-        reading: receives progress as :class:`quarkconv.files.base.Reading`.
+        progress: receives how far reading has come.
 
     Raises:
         SourceError: the checkpoint cannot be read at all.
     """
-    description = describe(locate_model(model, reading=reading), reading)
+    description = describe(locate(model, progress=progress).files, progress)
     extra: tuple[Finding, ...] = ()
     if deep:
         from quarkconv.inspection.deep import deep_findings
 
-        extra = tuple(deep_findings(description, reading))
+        extra = tuple(deep_findings(description, progress))
     return make_inspection(str(model), description, extra, deep=deep)
 
 

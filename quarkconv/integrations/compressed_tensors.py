@@ -25,7 +25,7 @@ from quarkconv.description.description import describe
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.hub.locate import resolve_model
+from quarkconv.hub.locate import locate
 from quarkconv.plan.pieces import Check, Columns, Copy, OutputTensor, Piece, Plan, Rows, Weights
 from quarkconv.targets import get_target
 
@@ -53,7 +53,7 @@ class QuarkInt8Converter:
     def __init__(self, model: str | Path, target: str = "compressed-tensors") -> None:
         if target not in TARGETS:
             raise UsageError("A Converter does not give this target", expected=" or ".join(TARGETS), found=target)
-        description = describe(resolve_model(model))
+        description = describe(locate(model, cache=True).files)
         self.plan: Plan = make_plan(description, get_target(target), _NO_LIMIT)
         self._refs = description.checkpoint.refs()
         self._groups = _groups(self.plan, self._refs)

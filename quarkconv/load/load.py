@@ -11,7 +11,7 @@ from quarkconv.description.description import describe
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import WHOLE, make_rank
 from quarkconv.headers.rank_index import RANKS_NAME
-from quarkconv.hub.locate import resolve_model
+from quarkconv.hub.locate import locate
 from quarkconv.load.arenas import Arena
 from quarkconv.load.devices import pick_device
 from quarkconv.load.experts import FusedExperts
@@ -51,7 +51,7 @@ def load_fused_experts(
     """
     target = pick_device(device)
     requested = make_rank(parallel, rank, world_size)
-    root = resolve_model(model)
+    root = locate(model, cache=True).files.root
     if not requested.is_whole and (root / RANKS_NAME).is_file():
         root = root / requested.folder()
     description = describe(root)

@@ -11,13 +11,13 @@ from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.topology import MoELayer
-from quarkconv.files.base import Progress
-from quarkconv.hub.locate import resolve_model
+from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
 from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
 from quarkconv.load.select import check_loadable
 from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.progress import SILENT, Progress
 from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
@@ -75,7 +75,7 @@ def verify_checkpoint(
     stages: Collection[str] = ("bytes", "numbers"),
     fail_fast: bool = False,
     watcher: Watcher | None = None,
-    reading: Progress | None = None,
+    reading: Progress = SILENT,
 ) -> Verification:
     """Prove that a checkpoint is what it should be.
 
@@ -111,14 +111,14 @@ def verify_checkpoint(
     watcher = watcher or _Silent()
     places = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
-    description = describe(resolve_model(model, reading), reading)
+    description = _described(model, reading)
     manifest = read_manifest(description.checkpoint.root)
     _check_verifiable(description, manifest)
     _check_layers(description, layers)
     wanted = tuple(layer for layer in description.int8_layers if layers is None or layer.index in layers)
     if recorded is not None:
         recorded.check(list(wanted))
-    compared = None if source is None else describe(resolve_model(source, reading), reading)
+    compared = None if source is None else _described(source, reading)
     run = _Run(description, manifest, compared, wanted, fail_fast, watcher)
     if run.source is not None and manifest is not None:
         check_source(run.source.checkpoint.root, manifest)
@@ -127,7 +127,7 @@ def verify_checkpoint(
     numbers = NumbersResult(kind, backend_name(places[0]), counts, seed)
     original = None
     if unquantized is not None and "numbers" in stages:
-        original = describe(resolve_model(unquantized, reading), reading)
+        original = _described(unquantized, reading)
     skipped = None
     if "numbers" not in stages:
         skipped = "it was not asked for"
@@ -214,6 +214,10 @@ class _Run:
             self.description, self.manifest, source, problems, self.watcher.checked, READERS, skip,
             fail_fast=self.fail_fast,
         )  # fmt: skip
+
+
+def _described(model: str | Path, progress: Progress) -> Description:
+    return describe(locate(model, cache=True, progress=progress).files, progress)
 
 
 def _check_verifiable(description: Description, manifest: Manifest | None) -> None:

@@ -28,6 +28,7 @@ from quarkconv.plan.json import plan_digest
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.pieces import Check, OutputShard, Plan, SourceFile
 from quarkconv.plan.shards import PAGE
+from quarkconv.progress import SILENT, Progress
 from quarkconv.write.durable import writing
 from quarkconv.write.output_file import DirectWrites, aligned_buffer
 from quarkconv.write.segments import Segment
@@ -45,9 +46,6 @@ ALL_BUFFERS_BYTES: Final = 32 * 2**20
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _CHECKS_AT_ONCE: Final = 256
 
-Progress = Callable[[int], None]
-"""Called with the number of bytes that were written, or found written, since the last call."""
-
 _log: Final = logging.getLogger(__name__)
 
 
@@ -58,7 +56,7 @@ def execute(
     *,
     jobs: int,
     overwrite: bool = False,
-    progress: Progress = lambda _: None,
+    progress: Progress = SILENT,
 ) -> Manifest:
     """Carry out a plan.
 
@@ -68,7 +66,7 @@ def execute(
         output: directory to make; unfinished work of the same plan in it is resumed.
         jobs: number of threads that read and write.
         overwrite: whether an earlier conversion in ``output`` is deleted.
-        progress: told of bytes as they are written; called from several threads, one at a time.
+        progress: counts the bytes that were written, or found written; one call at a time, from several threads.
 
     Raises:
         SourceError: a source file is not as long as planned, ends early, or changed meanwhile.
@@ -260,7 +258,7 @@ class _Run:
 
     def _advance(self, nbytes: int) -> None:
         with self._progress_lock:
-            self._progress(nbytes)
+            self._progress.advance(nbytes)
 
     def _copy(self, copy: SourceFile) -> WrittenFile:
         written = self.sources.copy(copy, self.staging.part(copy.name))

@@ -18,6 +18,8 @@ from support.exports import REFUSED, Checkpoints
 from support.program import run_cli, snapshot
 
 import quarkconv
+from quarkconv.convert import conversion
+from quarkconv.files.local import LocalFiles
 from quarkconv.hub import locate as hub
 
 Capture = pytest.CaptureFixture[str]
@@ -49,18 +51,18 @@ def test_in_the_directory_of_the_model(model: Path, capsys: Capture, monkeypatch
 def test_a_repo_id_is_converted_into_the_working_directory(
     model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    asked: list[str] = []
+    requested: list[tuple[str, str | None]] = []
 
-    def download(name: str, _: object) -> Path:
-        asked.append(name)
-        return model
+    def download(repo: str, revision: str | None, _: object) -> LocalFiles:
+        requested.append((repo, revision))
+        return LocalFiles(model)
 
     work = tmp_path / "work"
     work.mkdir()
     monkeypatch.chdir(work)
-    monkeypatch.setattr(hub, "resolve_model", download)
+    monkeypatch.setattr(hub, "_download", download)
     assert run_cli(capsys, "convert", "org/name@v1", "--to", "fused-int8", "--cache")[0] == 0
-    assert asked == ["org/name@v1"]
+    assert requested == [("org/name", "v1")]
     assert (work / "name-fused-int8" / "config.json").exists()
 
 
@@ -140,8 +142,7 @@ def test_wrong_usage_exits_2(model: Path, tmp_path: Path, capsys: Capture, argum
 
 
 def test_a_wrong_target_is_told_before_anything_is_downloaded(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(hub, "locate_model", lambda model, **_: pytest.fail(f"{model} was looked up"))
-    monkeypatch.setattr("quarkconv.cli.convert.locate_model", lambda model, **_: pytest.fail(f"{model} was looked up"))
+    monkeypatch.setattr(conversion, "locate", lambda model, **_: pytest.fail(f"{model} was looked up"))
     code, _, err = run_cli(capsys, "convert", "org/name", "--to", "fused-int4")
     assert code == 2
     assert "fused-int8" in err

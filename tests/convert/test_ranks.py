@@ -13,8 +13,10 @@ from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpo
 from support.expected import fused_int8
 from support.exports import Checkpoints
 from support.program import run_cli, snapshot
+from support.progress import WhileWriting
 
 import quarkconv
+from quarkconv.convert.conversion import Conversion
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank, rank_of_config
 from quarkconv.plan.pieces import Plan
@@ -46,9 +48,8 @@ def part_of(whole: Tensors, parallel: str, rank: int, world_size: int) -> Tensor
 
 
 def convert(source: Path, out: Path, parallel: str, world_size: int, **options: Any) -> Path:
-    plan = quarkconv.plan_by_rank(source, "fused-int8", out, parallel=parallel, world_size=world_size)
-    quarkconv.convert_by_rank(plan, **{"jobs": 1, **options})
-    return plan.output
+    options = {parallel: world_size, "jobs": 1, **options}
+    return quarkconv.convert_checkpoint(source, "fused-int8", out, **options).output
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -137,8 +138,8 @@ def test_a_rank_is_verified_against_the_whole_source(tmp_path: Path) -> None:
 
 def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
-    plans = quarkconv.plan_by_rank(root, "fused-int8", parallel="tp", world_size=2).plans
-    for number, plan in enumerate(plans):
+    for number in range(2):
+        plan = quarkconv.plan_conversion(root, "fused-int8", tp=2, rank=number)
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert plan.rank == Rank("tp", number, 2)
         assert plan.moe.intermediate_size == 10
@@ -147,30 +148,30 @@ def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
 def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
-    plan = quarkconv.plan_by_rank(root, "fused-int8", tmp_path / "out", parallel="tp", world_size=2)
+    conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", tp=2)
 
     def stop(_: int) -> None:
         if (tmp_path / "out" / "rank-01-of-02").exists():
             raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, quarkconv.InterruptedByUser)):
-        quarkconv.convert_by_rank(plan, jobs=1, progress=stop)
+        conversion.run(jobs=1, progress=WhileWriting(stop))
     first = tmp_path / "out" / "rank-00-of-02" / "model-00001-of-00001.safetensors"
     written = first.stat().st_mtime_ns
     assert not (tmp_path / "out" / "ranks.json").exists()
-    quarkconv.convert_by_rank(plan, jobs=1)
+    conversion.run(jobs=1)
     assert first.stat().st_mtime_ns == written
     assert snapshot(tmp_path / "out") == whole
 
 
 def test_the_space_of_all_ranks_is_asked_for_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_checkpoint(tmp_path / "model")
-    plan = quarkconv.plan_by_rank(root, "fused-int8", tmp_path / "out", parallel="tp", world_size=2)
-    first = plan.plans[0]
+    conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", tp=2)
+    first = conversion.parts[0].plan
     free = first.output_bytes + records_nbytes(first.shards)  # enough for one of them
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(WriteError, match="not enough space"):
-        quarkconv.convert_by_rank(plan)
+        conversion.run()
     assert list((tmp_path / "out").iterdir()) == []
 
 

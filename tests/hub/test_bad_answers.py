@@ -22,7 +22,7 @@ from quarkconv.errors import HubError, SourceError
 from quarkconv.files.base import Range
 from quarkconv.headers import remote as remote_headers
 from quarkconv.hub import http as http_client
-from quarkconv.hub.locate import locate_model
+from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
 
 REPO = "org/tiny-moe"
@@ -66,7 +66,7 @@ def test_answers_without_a_byte_are_not_asked_for_for_ever(published: Hub) -> No
 
 
 def test_an_answer_that_never_ends_is_left(published: Hub, model: Path) -> None:
-    source = locate_model(REPO)
+    source = locate(REPO).files
     assert isinstance(source, HubRepo)
     published.faults.lie = "endless"
     expected = (model / SHARD).read_bytes()
@@ -134,20 +134,20 @@ def test_a_file_of_another_commit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(
         HubHandler, "send_header", lambda self, key, value: send(self, key, other if key == "X-Repo-Commit" else value)
     )
-    with pytest.raises(SourceError, match="not the one that was listed") as caught:
+    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
         quarkconv.inspect_checkpoint(REPO)
     assert other in (caught.value.found or "")
 
 
 def test_the_list_waits_as_long_as_the_hub_asks(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("quarkconv.hub.locate.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("quarkconv.hub.http.time", SimpleNamespace(sleep=waits.append))
     published.faults.too_many, published.faults.retry_after = 2, "7"
-    assert locate_model(REPO)
+    assert locate(REPO).repo == REPO
     assert waits == [7, 7]
-    published.faults.too_many, published.faults.retry_after = 1, str(http_client.LONGEST_ASKED + 1)[:-2]
+    published.faults.too_many, published.faults.retry_after = 1, str(http_client.LONGEST_REQUESTED + 1)[:-2]
     with pytest.raises(HubError, match="refused a request"):
-        locate_model(REPO)
+        locate(REPO)
 
 
 @pytest.mark.parametrize(
@@ -159,12 +159,12 @@ def test_the_list_waits_as_long_as_the_hub_asks(published: Hub, monkeypatch: pyt
     ],
 )  # fmt: skip
 def test_how_long_an_answer_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
-    assert http_client.wait_asked_for(headers) == seconds
+    assert http_client.requested_pause(headers) == seconds
 
 
 def test_a_list_that_breaks_is_asked_for_again(published: Hub) -> None:
     published.faults.hang_up = 3
-    assert isinstance(locate_model(REPO), HubRepo)
+    assert isinstance(locate(REPO).files, HubRepo)
 
 
 @pytest.mark.parametrize("answer", [b"<html>Welcome</html>", b"[]", b"", b'{"siblings": 3}', b'{"id": "a/b"}'])

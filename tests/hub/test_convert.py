@@ -14,14 +14,16 @@ from support.checkpoints import make_checkpoint
 from support.exports import Checkpoints
 from support.hub_state import Hub
 from support.program import run_cli, snapshot
+from support.progress import WhileWriting
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError, UsageError, WriteError
 from quarkconv.files import blocks
 from quarkconv.hub import repo as hub_repo
-from quarkconv.hub.locate import locate_model
+from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
 from quarkconv.write import segments
+from quarkconv.write.executor import execute
 
 REPO = "org/tiny-moe"
 Capture = pytest.CaptureFixture[str]
@@ -110,7 +112,7 @@ def test_a_conversion_that_failed_resumes(published: Hub, model: Path, tmp_path:
             raise OSError(28, "No space left on device")
 
     with pytest.raises(WriteError):
-        convert(REPO, out, progress=fail, max_shard_size=40_000, jobs=1)
+        convert(REPO, out, progress=WhileWriting(fail), max_shard_size=40_000, jobs=1)
     finished = sum(path.stat().st_size for path in (out / ".quarkconv" / "files").glob("*.safetensors"))
     assert finished
     published.settle()
@@ -132,7 +134,7 @@ def test_another_commit_does_not_resume_what_was_begun(published: Hub, model: Pa
             raise OSError(28, "No space left on device")
 
     with pytest.raises(WriteError):
-        convert(REPO, out, progress=fail, max_shard_size=40_000, jobs=1)
+        convert(REPO, out, progress=WhileWriting(fail), max_shard_size=40_000, jobs=1)
     begun = published.refs[REPO]["main"]
     changed = quarkconv.inspect_checkpoint(model).description.checkpoint.refs()["model.embed_tokens.weight"]
     shard = model / changed.file
@@ -155,12 +157,11 @@ def test_another_commit_does_not_resume_what_was_begun(published: Hub, model: Pa
 def test_wrong_bytes_never_reach_the_output(published: Hub, tmp_path: Path, lie: str) -> None:
     plan = quarkconv.plan_conversion(REPO, "fused-int8")
     assert plan.shards
-    source = locate_model(REPO)
-    quarkconv.inspect_checkpoint(REPO)
+    source = locate(REPO).files
     published.faults.lie = lie
     assert isinstance(source, HubRepo)
     with pytest.raises(HubError, match="other bytes"):
-        convert(source, tmp_path / "out")  # type: ignore[arg-type]
+        execute(plan, source, tmp_path / "out", jobs=2)
     assert not (tmp_path / "out").exists()
 
 
@@ -169,7 +170,7 @@ def test_wrong_bytes_never_reach_the_output(published: Hub, tmp_path: Path, lie:
 def test_a_file_that_changes_underneath(published: Hub, tmp_path: Path, fault: str) -> None:
     files = sum(1 for _ in published.files(REPO))
     setattr(published.faults, fault, files + 1)  # after everything was looked at once
-    with pytest.raises(SourceError, match="not the one that was listed") as caught:
+    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
         convert(REPO, tmp_path / "out")
     assert caught.value.code == "source-changed"
     assert not (tmp_path / "out" / "config.json").exists()

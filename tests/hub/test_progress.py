@@ -14,11 +14,11 @@ from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[att
 from support.checkpoints import make_checkpoint
 from support.hub_state import Hub
 from support.program import run_cli
+from support.progress import Recorder
 from support.terminal import CONTROL, Shown, run_on_terminal
 
 import quarkconv
 from quarkconv.cli import progress as progress_module
-from quarkconv.files.base import Reading
 
 REPO = "org/tiny-moe"
 Run = Callable[..., Shown]
@@ -58,7 +58,7 @@ def test_inspect_shows_what_it_reads_and_leaves_nothing_behind(run: Run) -> None
     assert shown.code == 0
     assert json.loads(shown.out)["model"] == REPO, "standard output has the answer and nothing else"
     said = "\n".join(shown.lines)
-    assert "Asking the Hub" in said
+    assert "Contacting the Hub" in said
     assert re.search(r"Reading headers .* [0-4] of 5 shards", said)
     assert re.search(r"Reading scales .* of [\d.]+ kB", said)
     assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l"), "the cursor is shown again"
@@ -132,13 +132,13 @@ def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
     assert shown.out == ""
     assert any("Reading headers" in line for line in shown.lines)
     after = CONTROL.sub("", shown.terminal.rpartition("\x1b[?25h")[2])
-    assert "error: The Hub answered with other bytes" in after
+    assert "error: The Hub sent other bytes than requested" in after
     assert "Reading" not in after
 
 
 def test_an_interrupt_gives_the_terminal_back(run: Run, slow: Hub) -> None:
     slow.faults.delay = 0.5
-    shown = run("inspect", REPO, interrupt_at="Asking the Hub")
+    shown = run("inspect", REPO, interrupt_at="Contacting the Hub")
     assert shown.code == 130
     assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l")
     assert "Interrupted" in shown.terminal
@@ -172,18 +172,16 @@ def test_a_local_model_that_reads_at_once_imports_nothing_to_show(model: Path) -
 
 def test_reading_is_told_to_whoever_asks(hub: Hub, model: Path) -> None:
     hub.publish(REPO, model)
-    remote: list[Reading] = []
-    quarkconv.inspect_checkpoint(REPO, deep=True, reading=remote.append)
-    local: list[Reading] = []
-    quarkconv.inspect_checkpoint(model, deep=True, reading=local.append)
-    assert remote[0] == Reading("list", 0, None, in_bytes=False)
-    for told in (remote, local):
-        headers = [state for state in told if state.what == "headers"]
-        assert {state.total for state in headers} == {5}
-        assert [state.done for state in headers] == sorted(state.done for state in headers)
-        scales = [state for state in told if state.what == "scales"]
-        assert scales[-1].done == scales[-1].total
-    assert [state.done for state in remote if state.what == "headers"] == [0, 1, 2, 3, 4, 5]
+    remote, local = Recorder(), Recorder()
+    quarkconv.inspect_checkpoint(REPO, deep=True, progress=remote)
+    quarkconv.inspect_checkpoint(model, deep=True, progress=local)
+    assert [step.name for step in remote.steps] == ["Contacting the Hub", "Reading headers", "Reading scales"]
+    assert [step.name for step in local.steps] == ["Reading headers", "Reading scales"]
+    for recorder in (remote, local):
+        headers, scales = recorder.steps[-2:]
+        assert (headers.total, headers.unit, headers.advances) == (5, "shard", [1] * 5)
+        assert scales.unit == "byte"
+        assert sum(scales.advances) == scales.total
 
 
 def test_headers_that_are_longer_than_the_first_guess_count_once(
@@ -191,9 +189,9 @@ def test_headers_that_are_longer_than_the_first_guess_count_once(
 ) -> None:
     monkeypatch.setattr("quarkconv.headers.remote.FIRST_GUESS", 600)
     hub.publish(REPO, model)
-    told: list[Reading] = []
-    quarkconv.plan_conversion(REPO, "fused-int8", reading=told.append)
-    assert [state.done for state in told if state.what == "headers"][-6:] == [0, 1, 2, 3, 4, 5]
+    recorder = Recorder()
+    quarkconv.plan_conversion(REPO, "fused-int8", progress=recorder)
+    assert [step.advances for step in recorder.named("Reading headers")] == [[1] * 5]
 
 
 def test_uploads_show_no_bars_where_nothing_is_to_be_shown(
@@ -217,16 +215,18 @@ def test_uploads_show_no_bars_where_nothing_is_to_be_shown(
     assert hub.files("user/x")
 
 
-def test_a_meter_shows_what_it_was_told_last(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(progress_module, "talkative", lambda: False)
-    with progress_module.progress("Reading") as meter:
+def test_a_meter_shows_what_it_was_told_last() -> None:
+    with progress_module.progress("Reading", shown=False) as meter:
         meter.step("Converting", 10_000, "byte")
         meter.advance(1500)
         step, done = meter.state()
     assert progress_module._amount(step, done) == "1.5 kB of 10 kB"
     assert progress_module._rate(step, 2_345_678.9) == "2.35 MB/s"
-    meter.reading(Reading("headers", 3, 48, in_bytes=False))
+    meter.advance(9000)  # more than was announced: the total of a download may grow
+    assert progress_module._amount(*meter.state()) == "10.5 kB of 10.5 kB"
+    meter.step("Reading headers", 48, "shard")
+    meter.advance(3)
     assert progress_module._amount(*meter.state()) == "3 of 48 shards"
     assert progress_module._rate(meter.state()[0], 2.345) == "2.3/s"
-    meter.reading(Reading("list", 0, None, in_bytes=False))
+    meter.step("Contacting the Hub")
     assert progress_module._amount(*meter.state()) == ""

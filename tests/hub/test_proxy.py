@@ -24,7 +24,7 @@ import quarkconv
 from quarkconv.errors import HubError
 from quarkconv.files.base import Range
 from quarkconv.headers import remote as remote_headers
-from quarkconv.hub.locate import locate_model
+from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
 
 REPO = "org/tiny-moe"
@@ -279,7 +279,7 @@ def test_a_proxy_that_cuts_every_answer(proxy: Proxy, use: UseProxy, capsys: Cap
 @pytest.mark.usefixtures("encrypted")
 def test_a_proxy_that_is_busy_is_asked_again(proxy: Proxy, use: UseProxy) -> None:
     use(HTTPS_PROXY=proxy.url)
-    source = locate_model(REPO)
+    source = locate(REPO).files
     for busy in (3, 5):  # while a file is located, and while its bytes are fetched
         proxy.busy = busy
         assert isinstance(source, HubRepo)

@@ -48,8 +48,7 @@ def assert_same(found: FusedExperts, expected: list[torch.Tensor | None]) -> Non
 def test_of_every_layout(checkpoints: Checkpoints, tmp_path: Path, name: str, parallel: str) -> None:
     source = checkpoints(name)
     fused = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "fused").output
-    divided = quarkconv.plan_by_rank(source, "fused-int8", tmp_path / "ranks", parallel=parallel, world_size=2)
-    quarkconv.convert_by_rank(divided)
+    divided = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "ranks", **{parallel: 2})
     layer = quarkconv.inspect_checkpoint(source).description.moe_layers[-1].index
     whole = quarkconv.load_fused_experts(fused, layer)
     for rank in range(2):
@@ -80,8 +79,7 @@ def test_what_does_not_fit_is_refused(tmp_path: Path) -> None:
         quarkconv.load_fused_experts(root, 0, rank=2, world_size=2)
     with pytest.raises(UsageError, match="no such way"):
         quarkconv.load_fused_experts(root, 0, rank=0, world_size=2, parallel="pp")
-    divided = quarkconv.plan_by_rank(root, "fused-int8", tmp_path / "out", parallel="tp", world_size=2)
-    quarkconv.convert_by_rank(divided)
+    quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", tp=2)
     with pytest.raises(UsageError, match="another way"):
         quarkconv.load_fused_experts(tmp_path / "out" / "rank-00-of-02", 0, rank=1, world_size=2)
     assert quarkconv.load_fused_experts(tmp_path / "out" / "rank-01-of-02", 0).intermediate_size == 10

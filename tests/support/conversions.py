@@ -12,6 +12,7 @@ import pytest
 import quarkconv
 from quarkconv.errors import SourceError, WriteError
 from support.program import snapshot, start
+from support.progress import WhileWriting
 
 STAGING = ".quarkconv"
 SHARD = 4_500_000
@@ -56,7 +57,7 @@ def fill_the_disk_later(source: Path, out: Path, blocks: int = 2) -> None:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with pytest.raises(WriteError):
-        convert(source, out, progress=stop)
+        convert(source, out, progress=WhileWriting(stop))
     assert list((out / STAGING / "files").glob("*.safetensors"))
 
 

@@ -15,10 +15,11 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.conversions import SHARD, arguments, assert_unfinished, convert
 from support.program import run_cli, snapshot, start
+from support.progress import Bytes, WhileWriting
 
 import quarkconv
-from quarkconv.convert.conversion import run_plan
 from quarkconv.errors import SourceError, UsageError
+from quarkconv.write.executor import execute
 
 
 def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
@@ -71,12 +72,12 @@ def test_a_source_that_changed_after_planning_is_refused(small: Path, tmp_path: 
     file = small / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(SourceError, match="changed while") as caught:
-        run_plan(plan, small, tmp_path / "out")
+        execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.file == str(file)
     assert not (tmp_path / "out").exists()
     file.unlink()
     with pytest.raises(SourceError) as caught:
-        run_plan(plan, small, tmp_path / "out")
+        execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.code == "shard-missing"
 
 
@@ -98,13 +99,12 @@ def test_a_plan_that_is_older_than_its_source_is_refused(
         swapped = data.replace(old, b"@" * len(old)).replace(new, old).replace(b"@" * len(old), new)
         file.write_bytes(swapped)
     with pytest.raises(SourceError, match="not the one that the plan was made of") as caught:
-        run_plan(plan, small, tmp_path / "out")
+        execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.code == "source-changed"
     assert found in (caught.value.found or "")
     assert not (tmp_path / "out").exists()
-    run_plan(
-        quarkconv.Plan.from_json(plan.to_json()), make_checkpoint(small, layers=2, zero_points=True), tmp_path / "out"
-    )
+    unchanged = make_checkpoint(small, layers=2, zero_points=True)
+    execute(quarkconv.Plan.from_json(plan.to_json()), unchanged, tmp_path / "out", jobs=4)
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
@@ -117,7 +117,7 @@ def test_a_source_that_is_cut_while_it_is_read(
     whole, modified = cut.read_bytes(), cut.stat().st_mtime_ns
 
     with pytest.raises(SourceError, match=r"ended while it was read|changed while") as caught:
-        convert(mine, out, jobs=jobs, progress=once(lambda: os.truncate(cut, 5000)))
+        convert(mine, out, jobs=jobs, progress=WhileWriting(once(lambda: os.truncate(cut, 5000))))
     assert caught.value.exit_code == 3
     assert caught.value.file == str(cut)
     assert_unfinished(out)
@@ -172,7 +172,7 @@ def test_a_source_that_changes_is_told_and_nothing_made_of_it_is_marked_complete
     shutil.copytree(source, mine)
     file = mine / "model-00002-of-00003.safetensors"
     with pytest.raises(SourceError, match="changed while the model was converted") as caught:
-        convert(mine, out, progress=once(lambda: change(file)))
+        convert(mine, out, progress=WhileWriting(once(lambda: change(file))))
     assert caught.value.code == "source-changed"
     assert caught.value.file == str(file)
     assert found in (caught.value.found or "")
@@ -201,7 +201,7 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
             write_same_bytes(mine / other)
 
     with pytest.raises(SourceError, match="changed while"):
-        run_plan(plan, mine, out, 1, progress=touch)
+        execute(plan, mine, out, jobs=1, progress=Bytes(touch))
     finished = {path.name for path in out.rglob("files/*.safetensors")}
     assert plan.shards[one].file in finished
 

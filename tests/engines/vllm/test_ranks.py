@@ -56,10 +56,9 @@ def test_what_is_read_for_a_rank(forms: Forms, name: str, rank: Rank) -> None:
 def test_what_is_written_for_a_rank(forms: Forms, tmp_path: Path, name: str, parallel: str, size: int) -> None:
     prefix, both, last = EXPORTS[name]
     out, source = tmp_path / "out", forms.source(name)
-    plan = quarkconv.plan_by_rank(source, "fused-int8", out, parallel=parallel, world_size=size)
-    quarkconv.convert_by_rank(plan, jobs=1)
+    result = quarkconv.convert_checkpoint(source, "fused-int8", out, jobs=1, **{parallel: size})
     for number in range(size):
         kept = kept_by_vllm(source, prefix, Rank(size, number, parallel == "ep"))
-        written = load_tensors(plan.output / f"rank-{number:02d}-of-{size:02d}")
+        written = load_tensors(result.output / f"rank-{number:02d}-of-{size:02d}")
         for key, leaf in (("w13", both), ("w13_scale", f"{both}_scale"), ("w2", last), ("w2_scale", f"{last}_scale")):
             assert torch.equal(written[f"{prefix}.{leaf}"], kept[key]), (number, key)

@@ -1,0 +1,60 @@
+"""Receivers of progress."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+
+from quarkconv.progress import Silent
+
+
+@dataclass(frozen=True)
+class Step:
+    """A step as it was begun, and its advances."""
+
+    name: str
+    total: int | None
+    unit: str
+    advances: list[int] = field(default_factory=list)
+
+
+class Recorder(Silent):
+    """Keeps every step."""
+
+    def __init__(self) -> None:
+        self.steps: list[Step] = []
+
+    def step(self, name: str, total: int | None = None, unit: str = "") -> None:
+        self.steps.append(Step(name, total, unit))
+
+    def advance(self, amount: int = 1) -> None:
+        self.steps[-1].advances.append(amount)
+
+    def named(self, name: str) -> Iterator[Step]:
+        """The steps of a name."""
+        return (step for step in self.steps if step.name == name)
+
+
+class Bytes(Silent):
+    """Calls a function with the bytes of each advance."""
+
+    def __init__(self, call: Callable[[int], object]) -> None:
+        self._call = call
+
+    def advance(self, amount: int = 1) -> None:
+        self._call(amount)
+
+
+class WhileWriting(Silent):
+    """Calls a function with the bytes of each advance of a conversion, not while the source is read."""
+
+    def __init__(self, call: Callable[[int], object]) -> None:
+        self._call = call
+        self._writing = False
+
+    def step(self, name: str, total: int | None = None, unit: str = "") -> None:  # noqa: ARG002
+        self._writing = name.startswith("Converting")
+
+    def advance(self, amount: int = 1) -> None:
+        if self._writing:
+            self._call(amount)
