@@ -35,7 +35,8 @@ check: $(STAMP)  ## Lint, formatting, types, and whether generated documents are
 	$(BIN)/ruff format --check .
 	@rm -rf build/typecheck && mkdir -p build/typecheck/quarkconv
 	@ln -s $(CURDIR)/quarkconv/* build/typecheck/quarkconv/ && ln -s $(CURDIR)/kernels/src build/typecheck/quarkconv/kernels
-	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml -p quarkconv
+	@ln -s $(CURDIR)/tests build/typecheck/tests
+	cd build/typecheck && ../../$(BIN)/mypy --config-file ../../pyproject.toml quarkconv tests
 	$(BIN)/python docs/generate.py --check
 
 package: $(STAMP)  ## Build the sdist and the wheel, and check what a package index will show

@@ -5,7 +5,7 @@ piece names its source tensor and byte range, so a wrong byte is reported under 
 and can be compared with the source. The manifest holds no time, path or host: the same source and options give the
 same manifest.
 
-    {"format": "quarkconv.plan.manifest/1", "quarkconv": "0.1.0", "plan": SHA-256 of the plan, "checksum": "xxh3-128",
+    {"format": "quarkconv.manifest/1", "quarkconv": "0.1.0", "plan": SHA-256 of the plan, "checksum": "xxh3-128",
      "target": ..., "scheme": ..., "producer_version": ..., "moe": {...}, "sources": [[file, size], ...],
      "shards": [{"file": ..., "size": ..., "header": [size, checksum],
                  "tensors": [{"name": ..., "dtype": ..., "shape": [...], "pieces": [[PIECE, checksum], ...]}]}],
@@ -30,7 +30,7 @@ from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
 from quarkconv.plan.pieces import MoEGeometry, Piece, SourceFile
 from quarkconv.text import word
 
-MANIFEST_FORMAT: Final = "quarkconv.plan.manifest/1"
+MANIFEST_FORMAT: Final = "quarkconv.manifest/1"
 CHECKSUM: Final = "xxh3-128"
 MAX_MANIFEST_BYTES: Final = 256 * 2**20
 MAX_MANIFEST_VALUES: Final = 12_000_000

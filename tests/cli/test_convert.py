@@ -83,7 +83,14 @@ def test_json_is_one_object(model: Path, tmp_path: Path, capsys: Capture) -> Non
 @pytest.mark.parametrize("as_json", [False, True])
 def test_dry_run_writes_nothing(model: Path, tmp_path: Path, capsys: Capture, as_json: bool) -> None:
     before = snapshot(tmp_path)
-    arguments = ["convert", model, "--to", "fused-int8", "--dry-run", *(["--json"] if as_json else [])]
+    arguments: list[str | Path] = [
+        "convert",
+        model,
+        "--to",
+        "fused-int8",
+        "--dry-run",
+        *(["--json"] if as_json else []),
+    ]
     code, out, err = run_cli(capsys, *arguments)
     assert (code, err) == (0, "")
     assert snapshot(tmp_path) == before
@@ -215,7 +222,15 @@ def test_verbose_says_how_it_is_done(
         return opened(path, flags, *args, **kwargs)
 
     monkeypatch.setattr(os, "open", refuse_direct)
-    words = ["convert", model, "--to", "fused-int8", "--max-shard-size", "5000", *(["-v"] if verbose else [])]
+    words: list[str | Path] = [
+        "convert",
+        model,
+        "--to",
+        "fused-int8",
+        "--max-shard-size",
+        "5000",
+        *(["-v"] if verbose else []),
+    ]
     code, _, err = run_cli(capsys, *words)
     assert code == 0
     assert err.count("writing through the page cache") == verbose

@@ -58,8 +58,10 @@ def test_the_conversion_is_told_once_however_often_it_is_converted(tmp_path: Pat
 def test_a_repo_id_becomes_the_base_model() -> None:
     text = converted_card(CARD, "quark", "a form", "Facts.", "org/model-int8")
     assert text is not None
-    data = ModelCard(text).data
-    assert (data.base_model, data.base_model_relation, data.license) == ("org/model-int8", "quantized", "apache-2.0")
+    metadata = ModelCard(text).data.to_dict()
+    assert metadata["base_model"] == "org/model-int8"
+    assert metadata["base_model_relation"] == "quantized"
+    assert metadata["license"] == "apache-2.0"
     assert "Text with `code`, ---, and | tables |." in text
 
 

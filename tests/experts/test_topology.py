@@ -134,8 +134,7 @@ def test_fused(names: tuple[str, str]) -> None:
 )
 def test_where_the_third_expert_lies(types: Types, up: tuple[str, Any], down: tuple[str, Any]) -> None:
     layer = only_layer(types)
-    for role, expected in (("up", up), ("down", down)):
-        found = layer.projection(role, 2)  # type: ignore[arg-type]
+    for found, expected in ((layer.projection("up", 2), up), (layer.projection("down", 2), down)):
         assert (found.names.weight, found.weight) == expected
         assert found.scale == found.weight
         assert found.names.scale in types
@@ -146,8 +145,8 @@ def test_gate_and_up_of_a_fused_tensor_share_a_scale_per_tensor() -> None:
     types = fused(PREFIX, ("w13", "w2"))
     types[f"{PREFIX}.w13_scale"] = ("F32", (4, 1, 1))
     layer = only_layer(types)
-    assert [layer.projection(role, 2).weight for role in ("gate", "up")] == [(4, 8), (5, 8)]  # type: ignore[arg-type]
-    assert [layer.projection(role, 2).scale for role in ("gate", "up")] == [(2, 4), (2, 4)]  # type: ignore[arg-type]
+    assert [layer.projection(role, 2).weight for role in ("gate", "up")] == [(4, 8), (5, 8)]
+    assert [layer.projection(role, 2).scale for role in ("gate", "up")] == [(2, 4), (2, 4)]
 
 
 def test_experts_are_found_in_any_order_of_names() -> None:

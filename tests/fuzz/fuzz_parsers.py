@@ -196,7 +196,7 @@ def manifest() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
 def state() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
     """What an earlier run left: what it was begun with, and the note of a shard."""
     plan = quarkconv.plan_conversion(EXAMPLE, "fused-int8")
-    now = plan_state(plan, "0" * 64, [("a.safetensors", 1, 2)], EXAMPLE, Path("out"))
+    now = plan_state(plan, "0" * 64, [("a.safetensors", 1, 2)], str(EXAMPLE), Path("out"))
     place = Place(".quarkconv/plan.json")
     staging = Staging(place.folder, "0" * 64)
     shard = plan.shards[0]
@@ -245,11 +245,16 @@ VALUES: list[Any] = [
 ]  # fmt: skip
 
 
+def mutate_bytes(data: bytes, max_size: int) -> bytes:
+    """Change bytes as libFuzzer does."""
+    return bytes(atheris.Mutate(data, max_size))
+
+
 def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     """Change bytes, or a value somewhere in the JSON that they are."""
     chance = random.Random(seed)
     if chance.random() < 0.4:
-        return atheris.Mutate(data, max_size)
+        return mutate_bytes(data, max_size)
     prefix, text = b"", data
     if data[8:9] == b"{":  # a whole file: its header, with the right length
         length = struct.unpack("<Q", data[:8])[0]
@@ -257,7 +262,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
-        return atheris.Mutate(data, max_size)
+        return mutate_bytes(data, max_size)
     places: list[tuple[Any, Any]] = []
     pending = [value]
     while pending and len(places) < 5000:
@@ -286,7 +291,7 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
             "utf-8", "surrogatepass"
         )
     except (ValueError, RecursionError):  # a value that holds itself
-        return atheris.Mutate(data, max_size)
+        return mutate_bytes(data, max_size)
     if prefix:
         made = struct.pack("<Q", len(made)) + made + prefix
     return made[:max_size]

@@ -130,7 +130,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     return found
 
 
-VALUES = st.sampled_from(
+VALUES: st.SearchStrategy[Any] = st.sampled_from(
     [None, True, -1, 0, 1, 3, 2**40, 2**64, 0.5, "", "I8", "*", "re:(.|.)*x", "../x", [], {}, [0, 0]]
 )
 

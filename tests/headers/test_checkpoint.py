@@ -174,7 +174,7 @@ def test_no_shard_can_be_read(folder: Path) -> None:
 
 # Indexes
 
-BAD_INDEXES = {
+BAD_INDEXES: dict[str, str | bytes] = {
     "empty": "",
     "not JSON": "{",
     "not UTF-8": b'{"weight_map": {"a": "\xff.safetensors"}}',

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import struct
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from pathlib import Path
 
@@ -17,8 +17,9 @@ from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
 from support.raw import entry, raw_file
 
+from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import SourceError
-from quarkconv.headers.safetensors import DTYPE_BITS, MAX_HEADER_BYTES, ShardHeader, TensorRef, read_header
+from quarkconv.headers.safetensors import MAX_HEADER_BYTES, ShardHeader, TensorRef, read_header
 
 ONE = '{"dtype":"I8","shape":[1],"data_offsets":[0,1]}'
 """The only tensor of a file with one byte of data."""
@@ -179,7 +180,7 @@ def spaced(raw: bytes) -> bytes:
     return raw_file(b"{ " + raw[9 : 8 + length], raw[8 + length :])
 
 
-FORMS = {"compact": bytes, "spaced": spaced}
+FORMS: dict[str, Callable[[bytes], bytes]] = {"compact": bytes, "spaced": spaced}
 
 
 @pytest.fixture(scope="module")
@@ -365,16 +366,16 @@ def test_any_valid_file_reads_back(
     assert theirs == {name: (shape, data) for name, (_, shape, data) in truth.items()}
 
 
-def mutations(raw: bytes, draw: st.DrawFn) -> Iterator[bytes]:
-    position = draw(st.integers(0, len(raw)))
-    other = draw(st.integers(0, len(raw)))
+def mutations(raw: bytes, data: st.DataObject) -> Iterator[bytes]:
+    position = data.draw(st.integers(0, len(raw)))
+    other = data.draw(st.integers(0, len(raw)))
     yield (
         raw[:position]
-        + draw(st.sampled_from([b"0", b"1", b"-", b'"', b",", b"}", b"\\", b"\xff", b"9" * 20]))
+        + data.draw(st.sampled_from([b"0", b"1", b"-", b'"', b",", b"}", b"\\", b"\xff", b"9" * 20]))
         + raw[position:]
     )
     yield raw[: min(position, other)] + raw[max(position, other) :]
-    yield raw[:position] + draw(st.binary(min_size=1, max_size=1)) + raw[position + 1 :]
+    yield raw[:position] + data.draw(st.binary(min_size=1, max_size=1)) + raw[position + 1 :]
 
 
 @settings(max_examples=250, deadline=None)
@@ -382,11 +383,11 @@ def mutations(raw: bytes, draw: st.DrawFn) -> Iterator[bytes]:
 def test_of_any_mutation_whatever_is_accepted_safetensors_accepts(data: st.DataObject, scratch: Path) -> None:
     raw, _ = data.draw(files())
     header = raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]]
-    for mutated in mutations(header, data.draw):
+    for mutated in mutations(header, data):
         scratch.write_bytes(raw_file(mutated, raw[8 + len(header) :]))
         if accepted(scratch):
             assert accepted_by_safetensors(scratch), mutated
-    for mutated in mutations(raw, data.draw):
+    for mutated in mutations(raw, data):
         scratch.write_bytes(mutated)
         if accepted(scratch):
             assert accepted_by_safetensors(scratch), mutated

@@ -307,7 +307,8 @@ def test_a_manifest_that_was_tampered_with_is_a_mismatch(
     TAMPERED[name](value)
     (folder / "quarkconv.json").write_text(json.dumps(value))
     source = converted.parent / "model"
-    for more in ([], ["--source", source]):
+    without: list[str | Path] = []
+    for more in (without, ["--source", source]):
         code, stdout, stderr = run_cli(capsys, "verify", folder, "--json", "--layers", "0", "--tokens", "1", *more)
         assert code == 1, stderr
         assert json.loads(stdout)

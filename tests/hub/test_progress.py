@@ -7,6 +7,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi
@@ -202,9 +203,9 @@ def test_uploads_show_no_bars_where_nothing_is_to_be_shown(
     seen: list[bool] = []
     upload = HfApi.upload_folder
 
-    def watched(self: HfApi, **options: object) -> object:
+    def watched(self: HfApi, **options: Any) -> object:
         seen.append(are_progress_bars_disabled())
-        return upload(self, **options)  # type: ignore[arg-type]
+        return upload(self, **options)
 
     monkeypatch.setattr(HfApi, "upload_folder", watched)
     monkeypatch.setenv("HF_TOKEN", "hf_right")

@@ -24,7 +24,7 @@ ROWS: list[dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))["rows"]
 FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8"}
 
 
-def fact(**conditions: tuple[str, ...]) -> EngineFact:
+def fact(**conditions: Any) -> EngineFact:
     return EngineFact("vllm", ">=1", "quark", "int8", "", "source", "2026-11-01", **conditions)
 
 
@@ -66,7 +66,7 @@ def test_no_row_says_the_same_twice() -> None:
 
 @pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}])
 def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engines.tomllib, "loads", lambda _: {"rows": [{**ROWS[0], **change}]})
+    monkeypatch.setattr("quarkconv.inspection.engines.tomllib.loads", lambda _: {"rows": [{**ROWS[0], **change}]})
     with pytest.raises(ValueError, match="malformed"):
         engine_facts.__wrapped__()
 

@@ -4,18 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
-from safetensors import safe_open
+from support.checkpoints import load
+from support.exports import Checkpoints, Converted
 
 import quarkconv
 from quarkconv.kernels import fused_experts_int8
-
-
-def tensors(folder):
-    found = {}
-    for path in folder.glob("*.safetensors"):
-        with safe_open(path, "pt") as file:
-            found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    return found
 
 
 @pytest.mark.parametrize(
@@ -25,8 +18,10 @@ def tensors(folder):
         ("mixtral-quark0.11-eager", 0, "model.layers.0.block_sparse_moe.experts", ("w1", "w3", "w2")),
     ],
 )
-def test_per_expert_and_fused_load_alike(name, layer, prefix, names, checkpoints, converted):
-    stored = tensors(checkpoints(name))
+def test_per_expert_and_fused_load_alike(
+    name: str, layer: int, prefix: str, names: tuple[str, str, str], checkpoints: Checkpoints, converted: Converted
+) -> None:
+    stored = load(checkpoints(name))
     gate, up, down = names
     for model in (checkpoints(name), converted(name)):
         experts = quarkconv.load_fused_experts(model, layer)
@@ -42,8 +37,8 @@ def test_per_expert_and_fused_load_alike(name, layer, prefix, names, checkpoints
         assert experts.w13_input_scale is None
 
 
-def test_stacked_layout(checkpoints, converted):
-    stored = tensors(checkpoints("step3p5-like-3key_fused"))
+def test_stacked_layout(checkpoints: Checkpoints, converted: Converted) -> None:
+    stored = load(checkpoints("step3p5-like-3key_fused"))
     for model in (checkpoints("step3p5-like-3key_fused"), converted("step3p5-like-3key_fused")):
         experts = quarkconv.load_fused_experts(model, 1)
         names = [f"model.layers.1.moe.{name}" for name in ("gate_proj", "up_proj", "down_proj")]
@@ -51,17 +46,18 @@ def test_stacked_layout(checkpoints, converted):
         assert torch.equal(experts.w2_scale[..., 0], stored[f"{names[2]}.weight_scale"])
 
 
-def test_static_scales(checkpoints, converted):
+def test_static_scales(checkpoints: Checkpoints, converted: Converted) -> None:
     name = "qwen3_moe-quark0.11-eager-int8_static"
-    stored = tensors(checkpoints(name))
+    stored = load(checkpoints(name))
     for model in (checkpoints(name), converted(name)):
         experts = quarkconv.load_fused_experts(model, 0)
         expected = [stored[f"model.layers.0.mlp.experts.{n}.down_proj.input_scale"] for n in range(8)]
+        assert experts.w2_input_scale is not None
         assert experts.w2_input_scale.tolist() == torch.stack(expected).tolist()
         assert (experts.w13_scale[3, :96] == stored["model.layers.0.mlp.experts.3.gate_proj.weight_scale"]).all()
 
 
-def test_a_loaded_layer_runs(checkpoints):
+def test_a_loaded_layer_runs(checkpoints: Checkpoints) -> None:
     experts = quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0)
     states = torch.randn(4, experts.hidden_size, dtype=torch.bfloat16)
     ids = torch.tensor([[0, 1], [2, 3], [4, 5], [6, 7]])
@@ -72,11 +68,11 @@ def test_a_loaded_layer_runs(checkpoints):
     assert output.isfinite().all()
 
 
-def test_no_such_layer(checkpoints):
+def test_no_such_layer(checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UsageError, match="No MoE layer has this number"):
         quarkconv.load_fused_experts(checkpoints("deepseek_v3-quark0.13-f2f"), 0)
 
 
-def test_float_experts_are_refused(checkpoints):
+def test_float_experts_are_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UnsupportedError):
         quarkconv.load_fused_experts(checkpoints("qwen3_moe-bf16"), 0)

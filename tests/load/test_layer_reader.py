@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 from support.checkpoints import make_checkpoint
+from support.exports import Checkpoints, Converted
 from support.stacked import stacked_experts
 
 import quarkconv
@@ -27,13 +29,17 @@ NAMES = [NAME, "mixtral-quark0.11-eager", "step3p5-like-3key_fused", "qwen3_moe-
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("after", [False, True])
-def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, converted):
+def test_layers_are_read_as_safetensors_reads_them(
+    name: str, after: bool, checkpoints: Checkpoints, converted: Converted
+) -> None:
     folder = converted(name) if after else checkpoints(name)
     description = describe(folder)
     with ThreadPoolExecutor(3) as pool, LayerReader(description, pool) as reader:
         for layer in description.int8_layers:
             with ArenaPool(1, LayerPart(layer).nbytes) as arenas:
-                found, _ = reader.read(LayerPart(layer), arenas.take(1))
+                arena = arenas.take(1)
+                assert arena is not None
+                found, _ = reader.read(LayerPart(layer), arena)
                 for field, expected in stacked_experts(folder, layer).items():
                     assert (getattr(found, field) is None) == (expected is None), field
                     assert expected is None or torch.equal(getattr(found, field), expected), field
@@ -41,7 +47,9 @@ def test_layers_are_read_as_safetensors_reads_them(name, after, checkpoints, con
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
 @pytest.mark.parametrize("rank", [Rank("tp", 1, 2), Rank("ep", 2, 3)], ids=["tp", "ep"])
-def test_tensors_larger_than_a_chunk_are_read_in_several_chunks(layout, rank, tmp_path, monkeypatch):
+def test_tensors_larger_than_a_chunk_are_read_in_several_chunks(
+    layout: str, rank: Rank, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(layer_reads, "CHUNK_BYTES", 100)  # a matrix has 480 bytes, a row of down 20
     model = make_checkpoint(tmp_path / "model", layout=layout, experts=5)
     layer = describe(model).moe_layers[0]
@@ -50,18 +58,23 @@ def test_tensors_larger_than_a_chunk_are_read_in_several_chunks(layout, rank, tm
     found = quarkconv.load_fused_experts(model, 0, rank=rank.rank, world_size=rank.world_size, parallel=rank.parallel)
     whole = stacked_experts(model, layer)
     experts, inner = slice(*_bounds(rank.experts(5))), slice(*_bounds(rank.intermediate(20)))
-    gate, up = whole["w13"][experts].chunk(2, dim=1)
+    w13, w2 = whole["w13"], whole["w2"]
+    assert w13 is not None
+    assert w2 is not None
+    gate, up = w13[experts].chunk(2, dim=1)
     assert torch.equal(found.w13, torch.cat([gate[:, inner], up[:, inner]], dim=1))
-    assert torch.equal(found.w2, whole["w2"][experts][:, :, inner])
+    assert torch.equal(found.w2, w2[experts][:, :, inner])
 
 
-def _bounds(numbers):
+def _bounds(numbers: range) -> tuple[int, int]:
     return numbers.start, numbers.stop
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "step3p5-like-3key_fused"])
 @pytest.mark.parametrize("target", ["fused-int8", "compressed-tensors"])
-def test_whole_tensors_are_compared_with_the_manifest_on_the_way(name, target, checkpoints, tmp_path):
+def test_whole_tensors_are_compared_with_the_manifest_on_the_way(
+    name: str, target: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
     model = quarkconv.convert_checkpoint(checkpoints(name), target, tmp_path / "out").output
     description = describe(model)
     layer = description.int8_layers[0]
@@ -74,8 +87,8 @@ def test_whole_tensors_are_compared_with_the_manifest_on_the_way(name, target, c
 
 
 @pytest.mark.parametrize("status", [0, 2])
-def test_pages_are_locked_once_and_unlocked_if_they_were_locked(status, monkeypatch):
-    def lock(address, nbytes, flags):
+def test_pages_are_locked_once_and_unlocked_if_they_were_locked(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lock(address: int, nbytes: int, flags: int) -> int:
         calls.append(("lock", address, nbytes, flags))
         return status
 
@@ -86,19 +99,20 @@ def test_pages_are_locked_once_and_unlocked_if_they_were_locked(status, monkeypa
     monkeypatch.setattr(torch.cuda, "cudart", lambda: runtime)
     with ArenaPool(2, 5000) as pool:
         arena = pool.take(1)
+        assert arena is not None
         for _ in range(2):
             arena.lock()
     address = arena.tensor.data_ptr()
     assert calls == [("lock", address, 5000, 0)] + ([] if status else [("unlock", address)])
 
 
-def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
+def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "source", experts=8, hidden=1024, intermediate=1024)
     model = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "model").output
     description = describe(model)
     part = LayerPart(description.int8_layers[0])
 
-    def bytes_from_the_disk():
+    def bytes_from_the_disk() -> int:
         with open("/proc/self/io") as counters:
             return int(next(line for line in counters if line.startswith("read_bytes")).split()[1])
 
@@ -112,8 +126,10 @@ def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path):
         LayerReader(description, pool) as reader,
         ArenaPool(1, part.nbytes) as arenas,
     ):
+        arena = arenas.take(1)
+        assert arena is not None
         before = bytes_from_the_disk()
-        reader.read(part, arenas.take(1))
+        reader.read(part, arena)
         read = bytes_from_the_disk() - before
     if read == 0:
         pytest.skip("this file system keeps its files in memory, or does not count")

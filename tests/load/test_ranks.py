@@ -48,7 +48,8 @@ def assert_same(found: FusedExperts, expected: list[torch.Tensor | None]) -> Non
 def test_of_every_layout(checkpoints: Checkpoints, tmp_path: Path, name: str, parallel: str) -> None:
     source = checkpoints(name)
     fused = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "fused").output
-    divided = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "ranks", **{parallel: 2})
+    tp, ep = (2, 1) if parallel == "tp" else (1, 2)
+    divided = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "ranks", tp=tp, ep=ep)
     layer = quarkconv.inspect_checkpoint(source).description.moe_layers[-1].index
     whole = quarkconv.load_fused_experts(fused, layer)
     for rank in range(2):

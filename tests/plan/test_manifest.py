@@ -38,8 +38,9 @@ def test_round_trip(result: quarkconv.ConversionResult) -> None:
 
 def test_it_says_what_was_converted(result: quarkconv.ConversionResult) -> None:
     value = json.loads((result.output / "quarkconv.json").read_text())
+    assert isinstance(result.source, Path)
     config = json.loads((result.source / "config.json").read_text())
-    assert value["format"] == "quarkconv.plan.manifest/1"
+    assert value["format"] == "quarkconv.manifest/1"
     assert value["quarkconv"] == quarkconv.__version__
     assert value["plan"] == plan_digest(result.plan)
     assert (value["target"], value["checksum"]) == ("fused-int8", "xxh3-128")
@@ -78,6 +79,7 @@ def test_every_byte_of_the_output_is_covered(result: quarkconv.ConversionResult)
 def test_every_piece_is_what_torch_makes_of_its_source_range(result: quarkconv.ConversionResult) -> None:
     manifest = read_manifest(result.output)
     assert manifest is not None
+    assert isinstance(result.source, Path)
     files = {source.name: (result.source / source.name).read_bytes() for source in manifest.sources}
     for shard in manifest.shards:
         data = (result.output / shard.file).read_bytes()

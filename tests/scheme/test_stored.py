@@ -46,7 +46,7 @@ def test_granularity(weight: tuple[int, ...], scale: tuple[int, ...], granularit
 
 
 def test_without_a_scale_there_is_no_granularity() -> None:
-    assert Form(("I8", (6, 4))).granularity is None
+    assert Form(TensorType("I8", (6, 4))).granularity is None
 
 
 @pytest.mark.parametrize(
@@ -61,16 +61,22 @@ def test_dtypes(dtype: str, quantized: bool, is_float: bool) -> None:
 
 def test_the_tensors_of_a_linear_are_gathered() -> None:
     types: Types = {
-        "a.input_zero_point": ("I8", ()),
-        "a.weight_scale": ("F32", (6,)),
-        "a.weight": ("I8", (6, 4)),
-        "a.weight_zero_point": ("I8", (6,)),
-        "a.input_scale": ("F32", ()),
-        "a.bias": ("BF16", (6,)),
+        "a.input_zero_point": TensorType("I8", ()),
+        "a.weight_scale": TensorType("F32", (6,)),
+        "a.weight": TensorType("I8", (6, 4)),
+        "a.weight_zero_point": TensorType("I8", (6,)),
+        "a.input_scale": TensorType("F32", ()),
+        "a.bias": TensorType("BF16", (6,)),
     }
     modules = stored(types)
     assert modules.linears == {
-        "a": Form(("I8", (6, 4)), ("F32", (6,)), ("I8", (6,)), ("F32", ()), ("I8", ())),
+        "a": Form(
+            TensorType("I8", (6, 4)),
+            TensorType("F32", (6,)),
+            TensorType("I8", (6,)),
+            TensorType("F32", ()),
+            TensorType("I8", ()),
+        ),
     }
     assert modules.unrecognised == ()
     assert set(linear_names("a")) == set(types) - {"a.bias"}
@@ -78,16 +84,18 @@ def test_the_tensors_of_a_linear_are_gathered() -> None:
 
 def test_fused_experts_are_gathered() -> None:
     types: Types = {
-        "mlp.experts.gate_up_proj": ("I8", (3, 8, 4)),
-        "mlp.experts.gate_up_proj_scale": ("F32", (3, 8, 1)),
-        "mlp.experts.gate_up_proj_input_scale": ("F32", (3,)),
-        "mlp.experts.w2": ("BF16", (3, 4, 4)),
+        "mlp.experts.gate_up_proj": TensorType("I8", (3, 8, 4)),
+        "mlp.experts.gate_up_proj_scale": TensorType("F32", (3, 8, 1)),
+        "mlp.experts.gate_up_proj_input_scale": TensorType("F32", (3,)),
+        "mlp.experts.w2": TensorType("BF16", (3, 4, 4)),
     }
     modules = stored(types)
     assert modules.linears == {}
     assert modules.fused == {
-        "mlp.experts.gate_up_proj": Form(("I8", (3, 8, 4)), ("F32", (3, 8, 1)), None, ("F32", (3,))),
-        "mlp.experts.w2": Form(("BF16", (3, 4, 4))),
+        "mlp.experts.gate_up_proj": Form(
+            TensorType("I8", (3, 8, 4)), TensorType("F32", (3, 8, 1)), None, TensorType("F32", (3,))
+        ),
+        "mlp.experts.w2": Form(TensorType("BF16", (3, 4, 4))),
     }
     assert modules.unrecognised == ()
     assert fused_names("e.w13")[:2] == ("e.w13", "e.w13_scale")
@@ -96,7 +104,7 @@ def test_fused_experts_are_gathered() -> None:
 def test_equal_forms_are_one_object() -> None:
     modules = stored(
         {f"{name}.weight{part}": kind for name in "ab" for part, kind in
-         (("", ("I8", (6, 4))), ("_scale", ("F32", (6,))))}
+         (("", TensorType("I8", (6, 4))), ("_scale", TensorType("F32", (6,))))}
     )  # fmt: skip
     assert modules.linears["a"] is modules.linears["b"]
 
@@ -104,11 +112,11 @@ def test_equal_forms_are_one_object() -> None:
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("model.norm.weight", ("BF16", (8,))),
-        ("model.norm.bias", ("BF16", (8,))),
-        ("mlp.gate.e_score_correction_bias", ("F32", (8,))),
-        ("mlp.experts.gate_up_proj_bias", ("BF16", (3, 8))),
-        ("attention.sinks", ("BF16", (8, 1, 1))),
+        ("model.norm.weight", TensorType("BF16", (8,))),
+        ("model.norm.bias", TensorType("BF16", (8,))),
+        ("mlp.gate.e_score_correction_bias", TensorType("F32", (8,))),
+        ("mlp.experts.gate_up_proj_bias", TensorType("BF16", (3, 8))),
+        ("attention.sinks", TensorType("BF16", (8, 1, 1))),
     ],
 )
 def test_what_is_no_module_is_passed_over(name: str, kind: tuple[str, tuple[int, ...]]) -> None:
@@ -120,30 +128,30 @@ def test_what_is_no_module_is_passed_over(name: str, kind: tuple[str, tuple[int,
 @pytest.mark.parametrize(
     ("name", "kind"),
     [
-        ("a.weight_scale", ("F32", (6,))),
-        ("a.weight_zero_point", ("I8", (6,))),
-        ("a.input_scale", ("F32", ())),
-        ("a.qweight", ("I8", (6, 4))),
-        ("mlp.experts.gate_up_proj_scale", ("F32", (3, 8, 1))),
+        ("a.weight_scale", TensorType("F32", (6,))),
+        ("a.weight_zero_point", TensorType("I8", (6,))),
+        ("a.input_scale", TensorType("F32", ())),
+        ("a.qweight", TensorType("I8", (6, 4))),
+        ("mlp.experts.gate_up_proj_scale", TensorType("F32", (3, 8, 1))),
     ],
 )
 def test_codes_and_scales_without_a_module_are_unrecognised(name: str, kind: tuple[str, tuple[int, ...]]) -> None:
-    beside: Types = {"b.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
+    beside: Types = {"b.weight": TensorType("I8", (6, 4)), "b.weight_scale": TensorType("F32", (6,))}
     assert stored({**beside, name: kind}).unrecognised == (name,)
 
 
 def test_an_orphan_is_found_when_the_numbers_add_up() -> None:
     """One scale too many and one missing: as many scales as int8 modules."""
-    types: Types = {"a.weight": ("I8", (6, 4)), "b.weight_scale": ("F32", (6,))}
+    types: Types = {"a.weight": TensorType("I8", (6, 4)), "b.weight_scale": TensorType("F32", (6,))}
     assert stored(types).linears["a"].scale is None
     assert stored(types).unrecognised == ("b.weight_scale",)
 
 
 def test_scales_of_a_key_value_cache_belong_to_their_projection() -> None:
     types: Types = {
-        "k_proj.weight": ("I8", (6, 4)),
-        "k_proj.weight_scale": ("F32", (6,)),
-        "k_proj.output_scale": ("BF16", ()),
+        "k_proj.weight": TensorType("I8", (6, 4)),
+        "k_proj.weight_scale": TensorType("F32", (6,)),
+        "k_proj.output_scale": TensorType("BF16", ()),
     }
     assert stored(types).unrecognised == ()
 
@@ -151,10 +159,10 @@ def test_scales_of_a_key_value_cache_belong_to_their_projection() -> None:
 def test_counts() -> None:
     modules = stored(
         {
-            "a.weight": ("I8", (2, 2)),
-            "b.weight": ("I8", (2, 2)),
-            "c.weight": ("BF16", (2, 2)),
-            "d.weight": ("U8", (2, 2)),
+            "a.weight": TensorType("I8", (2, 2)),
+            "b.weight": TensorType("I8", (2, 2)),
+            "c.weight": TensorType("BF16", (2, 2)),
+            "d.weight": TensorType("U8", (2, 2)),
         }
     )
     assert modules.count(quantized=True) == 2

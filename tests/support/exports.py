@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -15,6 +16,9 @@ FIXTURES = {
     "qwen3_moe-quark0.13-f2f": ROOT / "examples" / "qwen3_moe-quark0.13-f2f",
 }
 EXPORTS = {path.name: path for path in sorted((DATA / "exports").iterdir()) if path.is_dir()}
+
+Converted = Callable[[str], Path]
+"""Name of an export -> the directory of its conversion to fused-int8."""
 
 CONVERTIBLE = (
     "deepseek_v3-quark0.13-f2f",

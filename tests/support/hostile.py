@@ -63,7 +63,8 @@ def judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> Verdict:
     """Inspect and convert a checkpoint, for people and as JSON; the answers must be harmless and nothing written."""
     before = listing(folder)
     out = folder.parent / "out"
-    for arguments in (["inspect", folder], ["convert", folder, "--to", "fused-int8", "--out", out]):
+    convert: list[str | Path] = ["convert", folder, "--to", "fused-int8", "--out", out]
+    for arguments in (["inspect", folder], convert):
         _, stdout, stderr = run_cli(capsys, *arguments)
         shown = stdout + stderr
         assert "Traceback" not in shown

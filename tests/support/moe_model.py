@@ -164,8 +164,10 @@ class MoeModel:
                 shapes = ((experts, 2 * intermediate, hidden), (experts, hidden, intermediate))
                 for name, shape in zip(FUSED[self.family], shapes, strict=True):
                     weight = f"{moe}.experts.{name}"
-                    companions = (f"{weight}_{end}" for end in ("scale", "zero_point", "input_scale"))
-                    yield from self._quantized(weight, *companions, shape)
+                    scale, zero_point, input_scale = (
+                        f"{weight}_{end}" for end in ("scale", "zero_point", "input_scale")
+                    )
+                    yield from self._quantized(weight, scale, zero_point, input_scale, shape)
             case _:
                 raise ValueError(f"no such layout of experts: {self.layout}")
 

@@ -37,7 +37,7 @@ def run_cli(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int,
     return code, captured.out, captured.err
 
 
-def start(script: str, *args: str | Path) -> subprocess.Popen[str]:
+def start(script: str, *args: str | int | Path) -> subprocess.Popen[str]:
     """Start Python on a script."""
     return subprocess.Popen(
         [sys.executable, "-c", script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

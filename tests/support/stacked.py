@@ -14,7 +14,7 @@ Stacked = dict[str, torch.Tensor | None]
 
 def all_tensors(folder: Path) -> dict[str, torch.Tensor]:
     """Every tensor of a checkpoint."""
-    found = {}
+    found: dict[str, torch.Tensor] = {}
     for path in sorted(folder.glob("*.safetensors")):
         with safe_open(path, framework="pt") as file:
             found |= {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118

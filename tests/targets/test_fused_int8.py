@@ -26,7 +26,7 @@ from support.exports import CONVERTIBLE, Checkpoints
 from support.program import run_cli
 
 import quarkconv
-from quarkconv.convert.conversion import ConversionResult
+from quarkconv.convert.results import ConversionResult
 from quarkconv.errors import UnsupportedError
 from quarkconv.findings import Severity
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -14,22 +15,26 @@ from quarkconv.verify.reference import dequantized_forward, exact_forward, quant
 E, H, I = 3, 24, 10  # noqa: E741
 
 
+MakeExperts = Callable[..., dict[tuple[str, int], Projection]]
+"""Static input scale, None by default -> projections by role and expert."""
+
+
 @pytest.fixture
-def experts():
+def experts() -> MakeExperts:
     generator = torch.Generator().manual_seed(5)
 
-    def projection(out, inner, static):
+    def projection(out: int, inner: int, static: torch.Tensor | None) -> Projection:
         codes = torch.randint(-127, 128, (out, inner), generator=generator, dtype=torch.int8)
         return Projection(codes, torch.rand(out, generator=generator) * 0.01 + 1e-3, static)
 
-    def make(static=None):
+    def make(static: torch.Tensor | None = None) -> dict[tuple[str, int], Projection]:
         roles = {"gate": (I, H), "up": (I, H), "down": (H, I)}
         return {(role, n): projection(*roles[role], static) for role in roles for n in range(E)}
 
     return make
 
 
-def inputs(tokens=7, dtype=torch.bfloat16):
+def inputs(tokens: int = 7, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(6)
     states = torch.randn(tokens, H, generator=generator).to(dtype)
     ids = torch.rand(tokens, E, generator=generator).topk(2).indices
@@ -37,7 +42,7 @@ def inputs(tokens=7, dtype=torch.bfloat16):
     return states, weights, ids
 
 
-def silu(x):
+def silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
 
@@ -49,20 +54,20 @@ def silu(x):
         ([2.54, -1.0, 0.01], [127, -50, 0], 0.02),
     ],
 )
-def test_quantize_one_row(row, codes, scale):
+def test_quantize_one_row(row: list[float], codes: list[int], scale: float | None) -> None:
     found, found_scale = quantize(torch.tensor([row]), None)
     assert found[0].tolist() == codes
     if scale is not None:
         assert found_scale.item() == pytest.approx(scale, rel=1e-6)
 
 
-def test_static_scale_cuts_off():
+def test_static_scale_cuts_off() -> None:
     found, scale = quantize(torch.tensor([[1.0, 300.0, -300.0]]), torch.tensor(1.0))
     assert found[0].tolist() == [1, 127, -127]
     assert scale.item() == 1.0
 
 
-def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts):
+def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts: MakeExperts) -> None:
     projections = experts()
     states, weights, ids = inputs()
     result = exact_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
@@ -72,7 +77,7 @@ def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts):
             x = states[token].float()
             x_scale = x.abs().max() / 127
             x_codes = torch.round(x / x_scale).to(torch.int64)
-            n = ids[token, slot].item()
+            n = int(ids[token, slot])
             row = {}
             for role in ("gate", "up"):
                 codes, scale = projections[role, n].codes.long(), projections[role, n].scale.double()
@@ -94,24 +99,24 @@ def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts):
         assert torch.equal(result[token], total.bfloat16())
 
 
-def test_dequantized_forward_is_the_float_model(experts):
+def test_dequantized_forward_is_the_float_model(experts: MakeExperts) -> None:
     projections = experts()
     states, weights, ids = inputs()
     result = dequantized_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
 
-    def weight(role, n):
+    def weight(role: str, n: int) -> torch.Tensor:
         return projections[role, n].codes.double() * projections[role, n].scale.double()[:, None]
 
     for token in range(len(states)):
         expected = torch.zeros(H, dtype=torch.float64)
         for slot in range(2):
-            n, x = ids[token, slot].item(), states[token].double()
+            n, x = int(ids[token, slot]), states[token].double()
             gate, up = weight("gate", n) @ x, weight("up", n) @ x
             expected += weights[token, slot].double() * (weight("down", n) @ (torch.nn.functional.silu(gate) * up))
         torch.testing.assert_close(result[token], expected, rtol=1e-12, atol=1e-12)
 
 
-def test_static_scales_cut_the_float_model_off_too(experts):
+def test_static_scales_cut_the_float_model_off_too(experts: MakeExperts) -> None:
     projections = experts(torch.tensor(0.001))
     states, weights, ids = inputs()
     result = dequantized_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))

@@ -335,9 +335,9 @@ def test_epsilon_of_each_family() -> None:
 
 def test_bf16_inputs_are_computed_in_float32() -> None:
     name = "deepseek_v3"
-    rounded = [TENSORS[f"{name}.{part}"].bfloat16() for part in ("hidden_states", "weight", "bias")]
-    from_bf16 = route(golden_routing(name), *rounded)
-    from_f32 = route(golden_routing(name), *(tensor.float() for tensor in rounded))
+    states, weight, bias = (TENSORS[f"{name}.{part}"].bfloat16() for part in ("hidden_states", "weight", "bias"))
+    from_bf16 = route(golden_routing(name), states, weight, bias)
+    from_f32 = route(golden_routing(name), states.float(), weight.float(), bias.float())
     assert all(torch.equal(left, right) for left, right in zip(from_bf16, from_f32, strict=True))
 
 
@@ -430,7 +430,7 @@ def test_hostile_values_never_raise(name: str) -> None:
             routing_from_config({**copy.deepcopy(config), key: value}, experts)
     for value in HOSTILE:
         assert routing_from_config(config, value) is None  # type: ignore[arg-type]
-        assert routing_from_config(value, experts) is None  # type: ignore[arg-type]
+        assert routing_from_config(value, experts) is None
         assert routing_from_config({**config, "model_type": value}, experts) is None
 
 

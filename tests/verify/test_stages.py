@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import json
 import threading
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.checkpoints import make_checkpoint
+from support.checkpoints import Tensors, make_checkpoint
+from support.exports import Checkpoints, Converted
 from support.program import run_cli
 
 import quarkconv
@@ -17,14 +20,15 @@ from quarkconv.load.arenas import ArenaPool
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import streaming
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
+from quarkconv.verify.results import LayerNumbers
 
 NAME = "qwen3_moe-quark0.13-f2f"
 
 
-def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
+def test_no_more_than_two_layers_are_in_memory(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     taken = []
 
-    def pool(count, nbytes):
+    def pool(count: int, nbytes: int) -> ArenaPool:
         taken.append(count)
         return ArenaPool(count, nbytes)
 
@@ -35,21 +39,21 @@ def test_no_more_than_two_layers_are_in_memory(converted, monkeypatch):
     assert taken == [2]
 
 
-def test_every_byte_is_compared_once(converted):
+def test_every_byte_is_compared_once(converted: Converted) -> None:
     seen, lock = [], threading.Lock()
 
     class Watcher:
-        def total_layers(self, total):
+        def total_layers(self, total: int) -> None:
             self.layers = total
 
-        def total_bytes(self, total):
+        def total_bytes(self, total: int) -> None:
             self.total = total
 
-        def checked(self, nbytes):
+        def checked(self, nbytes: int) -> None:
             with lock:
                 seen.append(nbytes)
 
-        def layer(self, numbers): ...
+        def layer(self, numbers: LayerNumbers) -> None: ...
 
     watcher = Watcher()
     assert quarkconv.verify_checkpoint(converted(NAME), device="cpu", watcher=watcher).ok
@@ -59,7 +63,9 @@ def test_every_byte_is_compared_once(converted):
 
 @pytest.mark.parametrize("position", ["first", "last"])
 @pytest.mark.parametrize("projection", ["gate_up_proj", "down_proj"])
-def test_a_changed_code_is_found_while_its_layer_is_read(projection, position, converted, tmp_path, copy_tree):
+def test_a_changed_code_is_found_while_its_layer_is_read(
+    projection: str, position: str, converted: Converted, tmp_path: Path, copy_tree: Callable[[Path, Path], Path]
+) -> None:
     folder = copy_tree(converted(NAME), tmp_path / "copy")
     refs = describe(folder).checkpoint.refs()
     ref = refs[f"model.layers.1.mlp.experts.{projection}"]
@@ -78,13 +84,13 @@ def test_a_changed_code_is_found_while_its_layer_is_read(projection, position, c
 
 
 @pytest.fixture
-def copy_tree():
+def copy_tree() -> Callable[[Path, Path], Path]:
     import shutil
 
     return lambda one, other: shutil.copytree(one, other)
 
 
-def test_stages_alone(converted):
+def test_stages_alone(converted: Converted) -> None:
     model = converted(NAME)
     alone = quarkconv.verify_checkpoint(model, device="cpu", stages=["bytes"])
     assert alone.ok
@@ -96,7 +102,7 @@ def test_stages_alone(converted):
     assert alone.numbers.layers
 
 
-def test_several_numbers_of_tokens(converted, capsys):
+def test_several_numbers_of_tokens(converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run_cli(
         capsys, "verify", converted(NAME), "--device", "cpu", "--tokens", "4,300", "--layers", "1", "--json"
     )
@@ -108,11 +114,11 @@ def test_several_numbers_of_tokens(converted, capsys):
 
 
 @pytest.mark.parametrize("words", [["--tokens", "0"], ["--tokens", "1,x"], ["--bytes-only", "--numbers-only"]])
-def test_wrong_usage(words, converted, capsys):
+def test_wrong_usage(words: list[str], converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(capsys, "verify", converted(NAME), "--device", "cpu", *words)[0] == 2
 
 
-def test_inputs_with_outliers_are_as_they_are_said_to_be(converted):
+def test_inputs_with_outliers_are_as_they_are_said_to_be(converted: Converted) -> None:
     experts = quarkconv.load_fused_experts(converted(NAME), 0)
     inputs = random_inputs(experts, 200, 0)
     assert inputs.plain == 100
@@ -122,7 +128,7 @@ def test_inputs_with_outliers_are_as_they_are_said_to_be(converted):
     assert rounding_noise(inputs.states[:100], None) < 0.02 < rounding_noise(inputs.states[100:], None)
 
 
-def test_rounding_noise_is_that_of_quantizing():
+def test_rounding_noise_is_that_of_quantizing() -> None:
     states = torch.randn(50, 4096, generator=torch.Generator().manual_seed(0)).bfloat16()
     scale = states.double().abs().amax(dim=1, keepdim=True) / 127
     rounded = (states.double() / scale).round() * scale
@@ -131,15 +137,15 @@ def test_rounding_noise_is_that_of_quantizing():
 
 
 @pytest.fixture
-def recorded(tmp_path):
-    def write(**tensors):
+def recorded(tmp_path: Path) -> Callable[..., Path]:
+    def write(**tensors: torch.Tensor) -> Path:
         save_file(tensors, tmp_path / "states.safetensors")
         return tmp_path / "states.safetensors"
 
     return write
 
 
-def test_recorded_hidden_states(converted, recorded):
+def test_recorded_hidden_states(converted: Converted, recorded: Callable[..., Path]) -> None:
     states = torch.randn(3, 10, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     file = recorded(**{"model.layers.1.mlp": states, "2": states.float()})
     result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=file, layers={1, 2}, tokens=25)
@@ -159,18 +165,20 @@ def test_recorded_hidden_states(converted, recorded):
     [({"3": torch.zeros(2, 128)}, "nothing for a layer"), ({"hidden_states": torch.zeros(2, 64)}, "do not fit"),
      ({"hidden_states": torch.zeros(2, 128, dtype=torch.int32)}, "do not fit")],
 )  # fmt: skip
-def test_recorded_states_that_do_not_fit(tensors, said, converted, recorded):
+def test_recorded_states_that_do_not_fit(
+    tensors: Tensors, said: str, converted: Converted, recorded: Callable[..., Path]
+) -> None:
     with pytest.raises(quarkconv.UsageError, match=said):
         quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=recorded(**tensors))
 
 
-def test_recorded_states_that_cannot_be_read(converted, tmp_path):
+def test_recorded_states_that_cannot_be_read(converted: Converted, tmp_path: Path) -> None:
     (tmp_path / "x").write_bytes(b"nothing")
     with pytest.raises(quarkconv.SourceError, match="recorded activations"):
         quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=tmp_path / "x")
 
 
-def test_layers_are_dealt_out_over_devices(converted, monkeypatch):
+def test_layers_are_dealt_out_over_devices(converted: Converted, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("quarkconv.verify.verify.pick_devices", lambda _: (torch.device("cpu"),) * 3)
     result = quarkconv.verify_checkpoint(converted(NAME), device="cpu")
     assert result.ok
@@ -178,10 +186,10 @@ def test_layers_are_dealt_out_over_devices(converted, monkeypatch):
     assert result.numbers.device == "3 x cpu"
 
 
-def test_an_error_in_a_thread_is_told(tmp_path, monkeypatch):
+def test_an_error_in_a_thread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path / "m", layers=3)
 
-    def fail(*_, **__):
+    def fail(*_: object, **__: object) -> None:
         raise quarkconv.SourceError("broken while it was read")
 
     monkeypatch.setattr(LayerReader, "read", fail)
@@ -189,7 +197,7 @@ def test_an_error_in_a_thread_is_told(tmp_path, monkeypatch):
         quarkconv.verify_checkpoint(folder, device="cpu")
 
 
-def test_a_router_that_is_not_finite_is_named_and_experts_are_checked(tmp_path, checkpoints):
+def test_a_router_that_is_not_finite_is_named_and_experts_are_checked(tmp_path: Path, checkpoints: Checkpoints) -> None:
     model = checkpoints.copy(NAME, tmp_path / "model")
     ref = describe(model).checkpoint.refs()["model.layers.1.mlp.gate.weight"]
     with open(model / ref.file, "r+b") as file:

@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import shutil
 import struct
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from support.exports import Checkpoints, Converted
 
 import quarkconv
 from quarkconv.cli.main import main
@@ -111,9 +113,13 @@ DAMAGES = [
 ]
 
 
+Damaged = Callable[[Callable[[Shard], str]], tuple[Path, str]]
+"""A kind of damage -> a damaged conversion, and the tensor that is reported."""
+
+
 @pytest.fixture
-def damaged(converted, tmp_path):
-    def make(damage):
+def damaged(converted: Converted, tmp_path: Path) -> Damaged:
+    def make(damage: Callable[[Shard], str]) -> tuple[Path, str]:
         model = Path(shutil.copytree(converted(NAME), tmp_path / "model"))
         shard = Shard(model)
         tensor = damage(shard)
@@ -125,7 +131,13 @@ def damaged(converted, tmp_path):
 
 @pytest.mark.parametrize("with_source", [True, False])
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damage_is_found_and_named(damage, with_source, damaged, checkpoints, capsys):
+def test_damage_is_found_and_named(
+    damage: Callable[[Shard], str],
+    with_source: bool,
+    damaged: Damaged,
+    checkpoints: Checkpoints,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     model, tensor = damaged(damage)
     command = ["verify", str(model), "--json", "--device", "cpu"]
     if with_source:
@@ -138,7 +150,9 @@ def test_damage_is_found_and_named(damage, with_source, damaged, checkpoints, ca
 
 
 @pytest.mark.parametrize("damage", [d for d in DAMAGES if d is not truncate])
-def test_numbers_alone_find_it_against_the_source(damage, damaged, checkpoints):
+def test_numbers_alone_find_it_against_the_source(
+    damage: Callable[[Shard], str], damaged: Damaged, checkpoints: Checkpoints
+) -> None:
     """Without a manifest, as if another tool had fused the experts: the source's experts tell."""
     model, _ = damaged(damage)
     (model / "quarkconv.json").unlink()
@@ -146,7 +160,7 @@ def test_numbers_alone_find_it_against_the_source(damage, damaged, checkpoints):
     assert {(problem.stage, problem.layer) for problem in result.problems} == {("numbers", 1)}
 
 
-def test_numbers_without_source_find_a_scale_that_is_no_scale(damaged):
+def test_numbers_without_source_find_a_scale_that_is_no_scale(damaged: Damaged) -> None:
     model, _ = damaged(zero_a_scale_row)
     (model / "quarkconv.json").unlink()
     result = quarkconv.verify_checkpoint(model, device="cpu")
@@ -154,14 +168,14 @@ def test_numbers_without_source_find_a_scale_that_is_no_scale(damaged):
     assert "expert 0" in result.problems[0].message
 
 
-def test_a_tensor_that_is_not_an_expert_is_watched_as_well(damaged):
+def test_a_tensor_that_is_not_an_expert_is_watched_as_well(damaged: Damaged) -> None:
     model, tensor = damaged(change_a_tensor_that_is_not_an_expert)
     (problem,) = quarkconv.verify_checkpoint(model, device="cpu").problems
     assert (problem.stage, problem.tensor) == ("bytes", tensor)
 
 
 @pytest.mark.parametrize("file", ["config.json", "model.safetensors.index.json", "generation_config.json"])
-def test_other_files_are_watched_as_well(file, converted, tmp_path):
+def test_other_files_are_watched_as_well(file: str, converted: Converted, tmp_path: Path) -> None:
     model = Path(shutil.copytree(converted(NAME), tmp_path / "model"))
     text = (model / file).read_text()
     (model / file).write_text(text.replace("\n", " \n", 1))
@@ -169,7 +183,7 @@ def test_other_files_are_watched_as_well(file, converted, tmp_path):
     assert (problems[-1].stage, problems[-1].tensor) == ("bytes", file)
 
 
-def test_a_header_that_was_written_anew_is_found(converted, tmp_path):
+def test_a_header_that_was_written_anew_is_found(converted: Converted, tmp_path: Path) -> None:
     model = Path(shutil.copytree(converted(NAME), tmp_path / "model"))
     shard = Shard(model)
     position = shard.data.index(b'"format":"pt"')
@@ -179,7 +193,7 @@ def test_a_header_that_was_written_anew_is_found(converted, tmp_path):
     assert "header" in problem.message
 
 
-def test_a_missing_shard_is_found(converted, tmp_path):
+def test_a_missing_shard_is_found(converted: Converted, tmp_path: Path) -> None:
     model = Path(shutil.copytree(converted(NAME), tmp_path / "model"))
     next(model.glob("*.safetensors")).unlink()
     result = quarkconv.verify_checkpoint(model, device="cpu")
@@ -187,7 +201,7 @@ def test_a_missing_shard_is_found(converted, tmp_path):
     assert result.numbers.skipped == "the structure is broken"
 
 
-def test_a_manifest_of_another_conversion_does_not_pass(converted, tmp_path):
+def test_a_manifest_of_another_conversion_does_not_pass(converted: Converted, tmp_path: Path) -> None:
     model = Path(shutil.copytree(converted(NAME), tmp_path / "model"))
     shutil.copy(converted("qwen3_moe-quark0.13-f2f-per_tensor_weight") / "quarkconv.json", model)
     assert not quarkconv.verify_checkpoint(model, device="cpu").ok

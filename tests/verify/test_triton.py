@@ -10,6 +10,7 @@ import sys
 
 import pytest
 import torch
+from support.exports import Checkpoints, Converted
 
 import quarkconv
 
@@ -32,7 +33,7 @@ def release(package: str) -> tuple[int, ...]:
     reason="the interpreter before Triton 3.7 takes arrays of one element for numbers, which numpy 2.4 ended",
 )
 @pytest.mark.parametrize("name", ["minimax_m2-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
-def test_interpreted_kernels_verify_a_conversion(name, converted):
+def test_interpreted_kernels_verify_a_conversion(name: str, converted: Converted) -> None:
     done = subprocess.run(
         [sys.executable, "-m", "quarkconv", "verify", converted(name), "--json", "--device", "cpu", "--layers", "1",
          "--tokens", "5"],
@@ -48,7 +49,9 @@ def test_interpreted_kernels_verify_a_conversion(name, converted):
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 @pytest.mark.parametrize("tokens", [1, 64, 700])
 @pytest.mark.parametrize("name", NAMES)
-def test_compiled_kernels_verify_a_conversion(name, tokens, checkpoints, converted):
+def test_compiled_kernels_verify_a_conversion(
+    name: str, tokens: int, checkpoints: Checkpoints, converted: Converted
+) -> None:
     result = quarkconv.verify_checkpoint(converted(name), checkpoints(name), "cuda", tokens=tokens)
     assert result.problems == ()
     assert (result.numbers.device, result.numbers.backend) == ("cuda", "triton")

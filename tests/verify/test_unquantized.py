@@ -4,28 +4,35 @@ from __future__ import annotations
 
 import json
 import math
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from support.checkpoints import Tensors
+from support.exports import Checkpoints, Converted
 from support.program import run_cli
 
 import quarkconv
 from quarkconv.description.description import describe
+from quarkconv.verify.results import Verification
 
 NAME = "qwen3_moe-quark0.13-f2f"
 
 
 @pytest.fixture
-def against(converted, checkpoints):
+def against(converted: Converted, checkpoints: Checkpoints) -> Verification:
     return quarkconv.verify_checkpoint(
         converted(NAME), device="cpu", unquantized=checkpoints("qwen3_moe-bf16"), layers={0}, tokens=40
     )
 
 
-def test_errors_are_those_of_the_definition(against, converted, checkpoints):
+def test_errors_are_those_of_the_definition(
+    against: Verification, converted: Converted, checkpoints: Checkpoints
+) -> None:
     experts = quarkconv.load_fused_experts(converted(NAME), 0)
-    weights = {}
+    weights: Tensors = {}
     for path in sorted(checkpoints("qwen3_moe-bf16").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             weights |= {name: file.get_tensor(name) for name in file.keys() if ".layers.0." in name}  # noqa: SIM118
@@ -41,14 +48,17 @@ def test_errors_are_those_of_the_definition(against, converted, checkpoints):
     assert 0.001 < expected < 0.02
 
 
-def test_the_layer_is_compared_too(against):
+def test_the_layer_is_compared_too(against: Verification) -> None:
     assert against.ok
     (layer,) = against.numbers.layers
+    assert layer.unquantized is not None
     assert layer.dequantized.relative_error < layer.unquantized.relative_error < 0.06
     assert layer.unquantized.bound == math.inf
 
 
-def test_the_worst_are_named(against, converted, checkpoints, capsys):
+def test_the_worst_are_named(
+    against: Verification, converted: Converted, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
     worst = against.numbers.worst(5)
     errors = [item[3].relative_error for item in worst]
     assert errors == sorted(errors, reverse=True)
@@ -68,7 +78,7 @@ def test_the_worst_are_named(against, converted, checkpoints, capsys):
     assert f"expert {worst[0][2]}" in out
 
 
-def test_weights_of_another_model_are_a_problem(converted, checkpoints, tmp_path):
+def test_weights_of_another_model_are_a_problem(converted: Converted, checkpoints: Checkpoints, tmp_path: Path) -> None:
     other = checkpoints.copy("qwen3_moe-bf16", tmp_path / "other")
     description = describe(other)
     refs = description.checkpoint.refs()
@@ -85,11 +95,11 @@ def test_weights_of_another_model_are_a_problem(converted, checkpoints, tmp_path
     assert ".2 (up)" in problem.tensor or ".5 (up)" in problem.tensor
 
 
-def test_stacked_experts_are_read_as_well(converted, checkpoints, tmp_path):
+def test_stacked_experts_are_read_as_well(converted: Converted, checkpoints: Checkpoints, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
     source = checkpoints("qwen3_moe-bf16")
-    tensors = {}
+    tensors: Tensors = {}
     for path in sorted(source.glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             tensors |= {name: file.get_tensor(name) for name in file.keys() if ".layers.0." in name}  # noqa: SIM118
@@ -105,13 +115,13 @@ def test_stacked_experts_are_read_as_well(converted, checkpoints, tmp_path):
         {**tensors, f"{prefix}.gate_up_proj": gate_up, f"{prefix}.down_proj": down}, stacked / "model.safetensors"
     )
     (stacked / "config.json").write_text((source / "config.json").read_text())
-    options = {"device": "cpu", "layers": {0}, "tokens": 8}
+    options: dict[str, Any] = {"device": "cpu", "layers": {0}, "tokens": 8}
     one = quarkconv.verify_checkpoint(converted(NAME), unquantized=source, **options)
     other = quarkconv.verify_checkpoint(converted(NAME), unquantized=stacked, **options)
     assert one.numbers.experts == other.numbers.experts
     assert one.numbers.layers[0].unquantized == other.numbers.layers[0].unquantized
 
 
-def test_an_unquantized_model_that_does_not_fit(converted, checkpoints):
+def test_an_unquantized_model_that_does_not_fit(converted: Converted, checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UsageError, match="in float and in this shape"):
         quarkconv.verify_checkpoint(converted(NAME), device="cpu", unquantized=checkpoints(NAME))

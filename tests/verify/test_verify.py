@@ -7,10 +7,13 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors import safe_open
+from support.checkpoints import Tensors
+from support.exports import Checkpoints, Converted
 
 import quarkconv
 from quarkconv.cli.main import main
@@ -39,7 +42,7 @@ CONVERTIBLE = [
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 @pytest.mark.parametrize("with_source", [True, False])
-def test_conversion_is_verified(name, with_source, checkpoints, converted):
+def test_conversion_is_verified(name: str, with_source: bool, checkpoints: Checkpoints, converted: Converted) -> None:
     source = checkpoints(name) if with_source else None
     result = quarkconv.verify_checkpoint(converted(name), source, device="cpu")
     assert result.problems == ()
@@ -55,15 +58,16 @@ def test_conversion_is_verified(name, with_source, checkpoints, converted):
 
 
 @pytest.mark.parametrize("name", [name for name in CONVERTIBLE if "language_model" not in name])
-def test_export_as_it_came_is_verified_but_for_its_bytes(name, checkpoints):
+def test_export_as_it_came_is_verified_but_for_its_bytes(name: str, checkpoints: Checkpoints) -> None:
     result = quarkconv.verify_checkpoint(checkpoints(name), device="cpu")
     assert result.ok
     assert result.bytes.pieces == 0
+    assert result.bytes.skipped is not None
     assert "no quarkconv.json" in result.bytes.skipped
     assert result.numbers.layers
 
 
-def test_config_that_lies_is_a_problem_and_numbers_are_checked_all_the_same(checkpoints):
+def test_config_that_lies_is_a_problem_and_numbers_are_checked_all_the_same(checkpoints: Checkpoints) -> None:
     result = quarkconv.verify_checkpoint(checkpoints("qwen3_5_moe-0.13-f2f-language_model"), device="cpu")
     (problem,) = result.problems
     assert (problem.stage, problem.tensor) == ("structure", "mtp.layers.0.mlp.experts")
@@ -71,7 +75,7 @@ def test_config_that_lies_is_a_problem_and_numbers_are_checked_all_the_same(chec
     assert [layer.ok for layer in result.numbers.layers] == [True, True]
 
 
-def test_export_and_conversion_give_the_same_numbers(checkpoints, converted):
+def test_export_and_conversion_give_the_same_numbers(checkpoints: Checkpoints, converted: Converted) -> None:
     name = "mixtral-quark0.11-eager"
     one = quarkconv.verify_checkpoint(checkpoints(name), device="cpu").numbers.layers
     other = quarkconv.verify_checkpoint(converted(name), device="cpu").numbers.layers
@@ -86,26 +90,26 @@ def test_export_and_conversion_give_the_same_numbers(checkpoints, converted):
         ("step3p5-like-3key_fused", "sigmoid + correction bias, top 2 of 6, renormalised, x3"),
     ],
 )
-def test_routing_is_the_models_own(name, said, checkpoints):
+def test_routing_is_the_models_own(name: str, said: str, checkpoints: Checkpoints) -> None:
     layers = quarkconv.verify_checkpoint(checkpoints(name), device="cpu").numbers.layers
     assert {layer.routing for layer in layers} == {f"the model's own: {said}"}
 
 
-def with_config(checkpoints, folder, **changes):
+def with_config(checkpoints: Checkpoints, folder: Path, **changes: object) -> Path:
     model = checkpoints.copy("qwen3_moe-quark0.13-f2f", folder)
     config = json.loads((model / "config.json").read_text())
     (model / "config.json").write_text(json.dumps({**config, **changes}))
     return model
 
 
-def test_a_model_that_is_not_known_has_no_numbers(checkpoints, tmp_path):
+def test_a_model_that_is_not_known_has_no_numbers(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = with_config(checkpoints, tmp_path / "model", model_type="something_new")
     numbers = quarkconv.verify_checkpoint(model, device="cpu").numbers
     assert numbers.layers == ()
     assert numbers.skipped == "what the experts compute is not known: the model type something_new is not known"
 
 
-def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints, tmp_path):
+def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = with_config(checkpoints, tmp_path / "model", swiglu_limit=7.0)
     numbers = quarkconv.verify_checkpoint(model, device="cpu").numbers
     assert numbers.layers == ()
@@ -113,14 +117,14 @@ def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints, tmp_path):
     assert "swiglu_limit = 7.0" in numbers.skipped
 
 
-def test_a_routing_that_is_not_known_is_uniform_and_says_so(checkpoints, tmp_path):
+def test_a_routing_that_is_not_known_is_uniform_and_says_so(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = with_config(checkpoints, tmp_path / "model", norm_topk_prob=None)
     layers = quarkconv.verify_checkpoint(model, device="cpu", layers={0}).numbers.layers
     reason = "config.json does not say norm_topk_prob"
     assert layers[0].routing == f"uniform random top 3 of 8 (the model's own is not known: {reason})"
 
 
-def test_layers_tokens_and_seed(checkpoints):
+def test_layers_tokens_and_seed(checkpoints: Checkpoints) -> None:
     model = checkpoints("qwen3_moe-quark0.13-f2f")
     one = quarkconv.verify_checkpoint(model, device="cpu", layers={0, 2}, tokens=1, seed=3).numbers
     assert [layer.layer for layer in one.layers] == [0, 2]
@@ -138,7 +142,7 @@ def test_layers_tokens_and_seed(checkpoints):
         ({"tokens": 0}, 2),
     ],
 )
-def test_wrong_usage(arguments, code, checkpoints):
+def test_wrong_usage(arguments: dict[str, Any], code: int, checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.QuarkconvError) as caught:
         quarkconv.verify_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f"), **{"device": "cpu", **arguments})
     assert caught.value.exit_code == code
@@ -147,22 +151,26 @@ def test_wrong_usage(arguments, code, checkpoints):
 @pytest.mark.parametrize(
     "name", ["qwen3_moe-bf16", "mixtral-quark0.13-eager-experts_left_bf16", "qwen3-0.13-f2f-dense"]
 )
-def test_nothing_to_verify_is_unsupported(name, checkpoints):
+def test_nothing_to_verify_is_unsupported(name: str, checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UnsupportedError):
         quarkconv.verify_checkpoint(checkpoints(name), device="cpu")
 
 
-def test_wrong_source_is_refused(checkpoints, converted):
+def test_wrong_source_is_refused(checkpoints: Checkpoints, converted: Converted) -> None:
     with pytest.raises(quarkconv.SourceError):
         quarkconv.verify_checkpoint(
             converted("qwen3_moe-quark0.13-f2f"), checkpoints("minimax_m2-quark0.13-f2f"), device="cpu"
         )
 
 
+Original = list[list[torch.Tensor]]
+"""Expert -> gate, up, down in float64."""
+
+
 @pytest.fixture(scope="module")
-def original_experts(checkpoints):
+def original_experts(checkpoints: Checkpoints) -> Original:
     """Layer 0 of the BF16 model that qwen3_moe-quark0.13-f2f was quantized from: (gate, up, down) of each expert."""
-    weights = {}
+    weights: Tensors = {}
     for path in sorted(checkpoints("qwen3_moe-bf16").glob("*.safetensors")):
         with safe_open(path, "pt") as file:
             weights |= {name: file.get_tensor(name) for name in file.keys() if ".layers.0." in name}  # noqa: SIM118
@@ -173,7 +181,7 @@ def original_experts(checkpoints):
     ]
 
 
-def test_quantized_weights_stay_close_to_the_original(checkpoints, original_experts):
+def test_quantized_weights_stay_close_to_the_original(checkpoints: Checkpoints, original_experts: Original) -> None:
     experts = quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0)
     noise = signal = 0.0
     for expert, (gate, up, down) in enumerate(original_experts):
@@ -190,7 +198,9 @@ def test_quantized_weights_stay_close_to_the_original(checkpoints, original_expe
     assert 1e-3 < relative < 1e-2
 
 
-def test_dequantized_reference_stays_close_to_the_original(checkpoints, original_experts):
+def test_dequantized_reference_stays_close_to_the_original(
+    checkpoints: Checkpoints, original_experts: Original
+) -> None:
     description = describe(checkpoints("qwen3_moe-quark0.13-f2f"))
     layer = description.moe_layers[0]
     generator = torch.Generator().manual_seed(0)
@@ -210,7 +220,7 @@ def test_dequantized_reference_stays_close_to_the_original(checkpoints, original
     assert 1e-3 < relative < 2e-2
 
 
-def test_json_and_exit_codes_of_the_command(converted, tmp_path):
+def test_json_and_exit_codes_of_the_command(converted: Converted, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     command = [sys.executable, "-m", "quarkconv", "verify", str(converted("qwen3_moe-quark0.13-f2f"))]
     done = subprocess.run(
@@ -230,7 +240,9 @@ def test_json_and_exit_codes_of_the_command(converted, tmp_path):
     assert bad.stdout == ""
 
 
-def test_numbers_that_are_not_finite_are_null_in_json(checkpoints, tmp_path, capsys):
+def test_numbers_that_are_not_finite_are_null_in_json(
+    checkpoints: Checkpoints, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     model = checkpoints.copy("qwen3_moe-quark0.13-f2f", tmp_path / "model")
     for path in model.glob("*.safetensors"):  # every tensor zero: outputs are zero, and relative errors undefined
         data = bytearray(path.read_bytes())
@@ -240,14 +252,16 @@ def test_numbers_that_are_not_finite_are_null_in_json(checkpoints, tmp_path, cap
         main(["verify", str(model), "--json", "--device", "cpu", "--layers", "0"])
     assert exited.value.code == 1
 
-    def refuse(text):
+    def refuse(text: str) -> None:
         raise AssertionError(f"{text} is not JSON")
 
     value = json.loads(capsys.readouterr().out, parse_constant=refuse)
     assert value["numbers"]["layers"][0]["dequantized"]["cosine"] is None
 
 
-def test_a_report_that_cannot_be_written_leaves_one_object_on_stdout(converted, tmp_path, capsys):
+def test_a_report_that_cannot_be_written_leaves_one_object_on_stdout(
+    converted: Converted, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     with pytest.raises(SystemExit) as exited:
         main(["verify", str(converted("qwen3_moe-quark0.13-f2f")), "--json", "--device", "cpu", "--layers", "0",
               "--report", str(tmp_path / "no" / "report.html")])  # fmt: skip
@@ -255,7 +269,7 @@ def test_a_report_that_cannot_be_written_leaves_one_object_on_stdout(converted, 
     assert json.loads(capsys.readouterr().out)["exit_code"] == 5
 
 
-def test_a_weight_file_that_the_manifest_does_not_know_is_a_problem(converted, tmp_path):
+def test_a_weight_file_that_the_manifest_does_not_know_is_a_problem(converted: Converted, tmp_path: Path) -> None:
     model = Path(shutil.copytree(converted("qwen3_moe-quark0.13-f2f"), tmp_path / "model"))
     (model / "modeling_x.py").write_text("raise SystemExit")
     (model / "notes.txt").write_text("mine")
@@ -264,12 +278,12 @@ def test_a_weight_file_that_the_manifest_does_not_know_is_a_problem(converted, t
 
 
 @pytest.mark.parametrize("device", ["nope", "cuda:99", "mps"])
-def test_devices_that_are_not_there(device, checkpoints):
+def test_devices_that_are_not_there(device: str, checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UsageError):
         quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0, device)
 
 
-def test_without_numpy_there_is_no_warning_of_torch(converted):
+def test_without_numpy_there_is_no_warning_of_torch(converted: Converted) -> None:
     program = "import sys; sys.modules['numpy'] = None; from quarkconv.cli.main import run; run()"
     command = [sys.executable, "-c", program, "verify", str(converted(CONVERTIBLE[0]))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import struct
 import tracemalloc
+from collections.abc import Generator
 
 import pytest
 import torch
@@ -117,6 +118,8 @@ def test_torch_has_its_threads_back_afterwards() -> None:
     try:
         piece, memory, _ = weights(500, 40)
         first, second = transformed(piece, memory), transformed(piece, memory)
+        assert isinstance(first, Generator)
+        assert isinstance(second, Generator)
         next(first)
         next(second)
         assert torch.get_num_threads() == 1

@@ -90,7 +90,8 @@ def test_other_calls_that_fail_are_errors_of_writing_too(
 def test_the_error_is_told_and_not_that_the_other_workers_stopped(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pwrite, failed, first = os.pwrite, threading.Event(), []
+    pwrite, failed = os.pwrite, threading.Event()
+    first: list[str] = []
 
     def fail_in_the_second_worker(descriptor: int, data: memoryview, offset: int) -> int:
         worker = threading.current_thread().name

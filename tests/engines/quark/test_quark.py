@@ -84,7 +84,8 @@ def imported(folder: Path) -> PreTrainedModel:
     config = AutoConfig.from_pretrained(folder)
     del config.quantization_config
     model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    return import_model_from_safetensors(model, str(folder)).eval()
+    found: PreTrainedModel = import_model_from_safetensors(model, str(folder)).eval()
+    return found
 
 
 def with_zero_points(folder: Path) -> Path:

@@ -12,17 +12,17 @@ import importlib
 import json
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import MutableSequence
 from dataclasses import dataclass
 from importlib.abc import Loader, MetaPathFinder
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType
-from typing import Any
+from typing import Any, cast
 
 import torch
 from engines.expected import WHOLE, Rank, fill
-from transformers.utils import is_torchvision_available
+from transformers.utils.import_utils import is_torchvision_available
 
 assert not is_torchvision_available()  # looked up once: before there is a stub of it
 
@@ -39,7 +39,7 @@ class _Nothing(type):
 
 
 class _Stub(ModuleType):
-    __path__: Sequence[str] = ()
+    __path__: MutableSequence[str] = []  # noqa: RUF012 - of a package without files
 
     def __getattr__(self, name: str) -> type:
         if name.startswith("__"):
@@ -144,7 +144,9 @@ def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model = loader._initialize_model(config, load_config, loader._get_quantization_config(config, load_config))
+        model: torch.nn.Module = loader._initialize_model(
+            config, load_config, loader._get_quantization_config(config, load_config)
+        )
     finally:
         torch.set_default_dtype(default)
     for parameter in model.parameters():
@@ -154,5 +156,6 @@ def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> 
 
 def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     """Load a checkpoint."""
-    model.load_weights(safetensors_weights_iterator(sorted(map(str, folder.glob("*.safetensors")))))
+    weights = safetensors_weights_iterator(sorted(map(str, folder.glob("*.safetensors"))))
+    cast("Any", model).load_weights(weights)
     return model

@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -70,8 +71,9 @@ def converted(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 
 def from_pretrained(folder: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
     """The model of a checkpoint, and which names did not find one another."""
-    model, said = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
-    return model, {key: set(value) for key, value in said.items() if value}
+    loaded: Any = AutoModelForCausalLM.from_pretrained(folder, output_loading_info=True)
+    model, info = loaded
+    return model, {key: set(value) for key, value in info.items() if value}
 
 
 def reference(source: Path, like: PreTrainedModel) -> PreTrainedModel:
@@ -85,10 +87,11 @@ def reference(source: Path, like: PreTrainedModel) -> PreTrainedModel:
         state[name] = tensor
     wanted = like.state_dict()
     assert {name for name in state.keys() - wanted.keys() if not of_mtp(name, like) and "visual" not in name} == set()
-    model = AutoModelForCausalLM.from_config(like.config, dtype=like.dtype)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(like.config, dtype=like.dtype)
     state = {name: state[name].to(value.dtype) for name, value in wanted.items()}
     model.load_state_dict(state, strict=True, assign=True)
-    return model.eval()
+    evaluated: PreTrainedModel = model.eval()
+    return evaluated
 
 
 def of_mtp(name: str, model: PreTrainedModel) -> bool:

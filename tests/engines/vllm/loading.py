@@ -66,7 +66,7 @@ for name in (
 ):
     sys.modules.setdefault(name, ModuleType(name))
     sys.modules[name].__spec__ = ModuleSpec(name, None)
-sys.modules["torchvision.transforms.v2"].functional = sys.modules["torchvision.transforms.v2.functional"]
+vars(sys.modules["torchvision.transforms.v2"])["functional"] = sys.modules["torchvision.transforms.v2.functional"]
 
 
 def prepare(folder: Path) -> Path:
@@ -97,16 +97,16 @@ def build(folder: Path, rank: Rank = WHOLE) -> torch.nn.Module:
     """The model of a checkpoint with its parameters poisoned: -128 where they are int8, NaN where they are float."""
     config = engine_config(folder, rank)
     with _as_rank(config, rank):
-        model = initialize_model(config)
+        model: torch.nn.Module = initialize_model(config)
     for parameter in model.parameters():
         parameter.data.fill_(float("nan") if parameter.is_floating_point() else -128)
-    model.engine_config = config
+    vars(model)["engine_config"] = config
     return model
 
 
 def load(model: torch.nn.Module, rank: Rank = WHOLE) -> torch.nn.Module:
     """Load the checkpoint that a model was built for."""
-    config = model.engine_config
+    config: VllmConfig = vars(model)["engine_config"]
     with _as_rank(config, rank):
         get_model_loader(config.load_config).load_weights(model, config.model_config)
     return model

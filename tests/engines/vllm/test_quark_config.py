@@ -196,7 +196,8 @@ def test_real_exports(checkpoints: Checkpoints, name: str) -> None:
         assert name == "qwen3_moe-bf16"
         return
     modules = [module for module in describe(checkpoints(name)).stored.linears if not module.endswith("embed_tokens")]
-    assert unexplained(quantization, modules, seen := set()) == []
+    seen: set[str] = set()
+    assert unexplained(quantization, modules, seen) == []
     assert seen == OF_EXPORTS.get(name, set())
 
 

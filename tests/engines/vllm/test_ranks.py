@@ -56,7 +56,8 @@ def test_what_is_read_for_a_rank(forms: Forms, name: str, rank: Rank) -> None:
 def test_what_is_written_for_a_rank(forms: Forms, tmp_path: Path, name: str, parallel: str, size: int) -> None:
     prefix, both, last = EXPORTS[name]
     out, source = tmp_path / "out", forms.source(name)
-    result = quarkconv.convert_checkpoint(source, "fused-int8", out, jobs=1, **{parallel: size})
+    tp, ep = (size, 1) if parallel == "tp" else (1, size)
+    result = quarkconv.convert_checkpoint(source, "fused-int8", out, jobs=1, tp=tp, ep=ep)
     for number in range(size):
         kept = kept_by_vllm(source, prefix, Rank(size, number, parallel == "ep"))
         written = load_tensors(result.output / f"rank-{number:02d}-of-{size:02d}")

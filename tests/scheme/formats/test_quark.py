@@ -246,7 +246,7 @@ PATHS = (
     ("version",),
     ("quant_method",),
 )
-JUNK = (
+JUNK: tuple[Any, ...] = (
     None,
     True,
     0,
