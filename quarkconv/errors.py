@@ -84,7 +84,7 @@ class SourceError(QuarkconvError):
         self,
         message: str,
         *,
-        code: str = "header-invalid",
+        code: str,
         file: str | None = None,
         tensor: str | None = None,
         expected: str | None = None,

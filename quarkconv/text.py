@@ -28,23 +28,23 @@ def plural(count: int, noun: str, nouns: str | None = None) -> str:
 
 
 def shown(value: object) -> str:
-    """A short, escaped rendering of a JSON value of any size and depth."""
+    """A JSON value of any size and depth, escaped and cut to 80 characters."""
     text = json.dumps(_pruned(value, _DEPTH))
     return text if len(text) <= _LENGTH else text[: _LENGTH - 3] + "..."
 
 
 def shortened(name: str) -> str:
-    """A name for a message: the beginning of it where it is very long."""
+    """A name, cut where it is longer than 200 characters."""
     return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2]}... ({len(name)} characters)"
 
 
 def word(value: object) -> str:
-    """A value that should be a word, as one: cut where it is long."""
+    """A value that should be a string, as one, cut to 80 characters."""
     return (shown(value) if isinstance(value, dict | list) else str(value))[:_LENGTH]
 
 
 def _pruned(value: object, depth: int) -> object:
-    """As much of a value as can be seen in a short text."""
+    """The part of a value that fits a short text."""
     if isinstance(value, str):
         return value[: _LENGTH + 1]
     if isinstance(value, dict):

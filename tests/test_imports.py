@@ -19,7 +19,7 @@ KERNELS = ROOT / "kernels" / "src"
 
 LAYERS = (
     ("errors", "progress", "text"),
-    ("dtypes", "findings"),
+    ("dtypes", "findings", "defects"),
     ("files",),
     ("headers", "hub"),
     ("scheme",),

@@ -1,4 +1,4 @@
-"""The index of a sharded checkpoint: what it says, and where the headers say something else."""
+"""The index of a sharded checkpoint, and its contradictions with the headers."""
 
 from __future__ import annotations
 
@@ -6,65 +6,59 @@ import re
 from collections.abc import Collection, Iterator
 from typing import Any, Final, NamedTuple
 
-from quarkconv.errors import SourceError
+from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_INDEX_BYTES, read_json_of
-from quarkconv.findings import Finding, as_finding, finding
+from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import ShardHeader
-from quarkconv.text import shortened, shown
+from quarkconv.text import plural, shortened, shown
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 MAX_SHARDS: Final = 10_000
-"""Files that an index may name; the largest models have some hundreds."""
+"""Most files that an index may name. The largest models have some hundreds."""
 _SHARD_NAME: Final = re.compile(r"[^/\\]*\.safetensors", re.DOTALL)
 
 
 class Index(NamedTuple):
-    """What an index says.
+    """The content of an index.
 
     Attributes:
         weight_map: tensor -> file.
-        total_size: bytes of all tensors, as it was found, of any type; None where nothing is said.
+        total_size: bytes of all tensors as the index has it, of any type; None where it is absent.
     """
 
     weight_map: dict[str, str]
     total_size: object
 
 
-def read_index(store: Files, findings: list[Finding]) -> Index | None:
-    """The index of a checkpoint, or None where there is none that can be used; why not is added to ``findings``."""
+def read_index(store: Files) -> Index | None:
+    """The index of a checkpoint; None where it has none.
+
+    Raises:
+        SourceError: the index cannot be read, or does not map tensors to shards of this directory.
+    """
     path = store.path(INDEX_NAME)
     if store.size(INDEX_NAME) is None if path is None else not (path.exists() or path.is_symlink()):
         return None
-    try:
-        index = read_json_of(store, INDEX_NAME, code="index-invalid", limit=MAX_INDEX_BYTES)
-        weight_map = index.get("weight_map")
-        if not isinstance(weight_map, dict):
-            raise SourceError(
-                "The index has no weight_map", code="index-invalid", file=INDEX_NAME,
-                expected="an object from tensor to file", found=type(weight_map).__name__,
-            )  # fmt: skip
-        files = _distinct_values(weight_map)
-        for file in files:
-            if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
-                raise SourceError(
-                    "The index names something that is no shard of this directory", code="index-invalid",
-                    file=INDEX_NAME, expected="plain names of .safetensors files", found=shown(file),
-                )  # fmt: skip
-        if len(files) > MAX_SHARDS:
-            raise SourceError(
-                "The index names more files than can be believed", code="index-invalid", file=INDEX_NAME,
-                expected=f"at most {MAX_SHARDS} files", found=str(len(files)),
-            )  # fmt: skip
-    except SourceError as error:
-        findings.append(as_finding(error))
-        return None
+    index = read_json_of(store, INDEX_NAME, code="index-invalid", limit=MAX_INDEX_BYTES)
+    weight_map = index.get("weight_map")
+    if not isinstance(weight_map, dict):
+        found = type(weight_map).__name__
+        raise invalid_index("The index has no weight_map", expected="an object from tensor to file", found=found)
+    files = _distinct_values(weight_map)
+    for file in files:
+        if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
+            expected = "names of .safetensors files, without folders"
+            raise invalid_index("The index names an invalid shard", expected=expected, found=shown(file))
+    if len(files) > MAX_SHARDS:
+        expected = f"at most {MAX_SHARDS} files"
+        raise invalid_index("The index names too many files", expected=expected, found=str(len(files)))
     metadata = index.get("metadata")
     return Index(weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None)
 
 
 def _distinct_values(weight_map: dict[str, Any]) -> Collection[object]:
-    """The files that a weight_map names; as a list where it maps to something that is no file name at all."""
+    """The distinct values of a weight_map; all of them, as a list, where one is not hashable."""
     try:
         return set(weight_map.values())
     except TypeError:
@@ -72,18 +66,20 @@ def _distinct_values(weight_map: dict[str, Any]) -> Collection[object]:
 
 
 def compare_index(index: Index, shards: list[ShardHeader]) -> Iterator[Finding]:
-    """Where index and headers disagree."""
+    """The contradictions between index and headers."""
     weight_map = index.weight_map
     agree = all(set(map(weight_map.get, shard.names)) == {shard.file} for shard in shards if shard.names)
     if not agree or sum(len(shard.names) for shard in shards) != len(weight_map):
         yield from _wrong_places(weight_map, shards)
-    # A wrong number is not news: Quark's file-to-file mode writes the size of the files, and others that of the model
-    # before it was quantized. It is not believed either, since sizes are those of the headers.
+    # A wrong number is common: Quark's file-to-file mode writes the size of the files, other tools that of the model
+    # before quantization. Nothing here uses it: sizes come from the headers.
     if not _is_size(index.total_size):
         yield finding(
-            "index-total-size", INDEX_NAME, f"The total size in the index is {shown(index.total_size)}",
-            hint="nothing depends on it but estimates; conversion writes an index that is right",
-        )  # fmt: skip
+            "index-total-size",
+            INDEX_NAME,
+            f"The total size in the index is {shown(index.total_size)}",
+            hint="loaders use it for estimates only; conversion writes the right size",
+        )
 
 
 def _is_size(value: object) -> bool:
@@ -101,16 +97,20 @@ def _wrong_places(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iter
     missing = [name for name, file in weight_map.items() if file in contents and name not in contents[file]]
     extra = [name for name in stored if name not in weight_map]
     if missing:
-        place, first = stored.get(missing[0]), shortened(missing[0])
+        holder, first = stored.get(missing[0]), shortened(missing[0])
         yield finding(
-            "index-mismatch", first,
-            f"{len(missing)} tensor(s) are not in the file that the index names: {first} should be in "
-            f"{weight_map[missing[0]]}, " + (f"and is in {place}" if place else "and is nowhere"),
-            hint="download the checkpoint again, or rebuild the index", count=len(missing),
-        )  # fmt: skip
+            "index-mismatch",
+            first,
+            f"The index gives {plural(len(missing), 'tensor')} to the wrong file: {first} to {weight_map[missing[0]]}, "
+            + (f"but {holder} holds it" if holder else "but no file holds it"),
+            hint="download the checkpoint again, or rebuild the index",
+            count=len(missing),
+        )
     if extra:
         yield finding(
-            "index-mismatch", extra[0],
-            f"{len(extra)} stored tensor(s) are not in the index, such as {extra[0]} in {stored[extra[0]]}",
-            hint="rebuild the index: loaders that follow it drop these tensors", count=len(extra),
-        )  # fmt: skip
+            "index-mismatch",
+            extra[0],
+            f"The index does not list {plural(len(extra), 'stored tensor')}, such as {extra[0]} in {stored[extra[0]]}",
+            hint="rebuild the index: loaders that follow it drop these tensors",
+            count=len(extra),
+        )

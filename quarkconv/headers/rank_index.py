@@ -12,16 +12,19 @@ RANKS_NAME: Final = "ranks.json"
 
 
 def refuse_ranks(root: Path) -> None:
-    """Raise if a directory holds the parts of several ranks, saying where they are.
+    """Refuse a directory that holds the parts of several ranks, naming one of them.
 
     Raises:
-        SourceError: it does.
+        SourceError: it holds ``ranks.json``.
     """
     if not (root / RANKS_NAME).is_file():
         return
     folders = sorted(path.name for path in root.glob("rank-*-of-*") if path.is_dir())
     raise SourceError(
-        "This directory holds the parts of several ranks, not one model", code="config-invalid",
-        file=str(root), expected="a checkpoint", found=f"{RANKS_NAME} and {len(folders)} folders",
+        "This directory holds the parts of several ranks, not one model",
+        code="config-invalid",
+        file=str(root),
+        expected="a checkpoint",
+        found=f"{RANKS_NAME} and {len(folders)} folders",
         hint=f"name one of them: {root / folders[0]}" if folders else "convert the model again",
-    )  # fmt: skip
+    )

@@ -1,4 +1,4 @@
-"""Headers of files that may be elsewhere than on disk: a few requests for all of them together."""
+"""Headers of local and remote files. Those of remote files are fetched together, in a few requests."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import struct
 from collections.abc import Iterable
 from typing import Final
 
-from quarkconv.errors import SourceError
+from quarkconv.defects import unreadable_file
 from quarkconv.files.base import Files
 from quarkconv.headers.safetensors import (
     MAX_HEADER_BYTES,
@@ -20,21 +20,21 @@ from quarkconv.progress import SILENT, Progress
 
 READING_HEADERS: Final = "Reading headers"
 FIRST_GUESS: Final = 128 * 2**10
-"""Bytes of a remote file that are fetched before the length of its header is known; most headers are shorter."""
+"""Bytes of a remote file to fetch before the length of its header is known. Most headers are shorter."""
 
 
 def read_header_of(files: Files, file: str) -> ShardHeader:
-    """Read and check the header of a file, wherever it is; the tensor data is not touched.
+    """Read and check the header of a local or remote file; the tensor data is not touched.
 
     Raises:
-        SourceError: as :func:`read_header`, and the file could not be had.
+        SourceError: as :func:`read_header`; or the file does not exist in the repo.
     """
     path = files.path(file)
     if path is not None:
         return read_header(path, file)
     size = files.size(file)
     if size is None:
-        raise SourceError("The file cannot be read", code="shard-missing", file=file, found="no such file in the repo")
+        raise unreadable_file(file, "no such file in the repo")
     prefix = files.read(file, 0, 8)
     if len(prefix) < 8:
         raise too_short(file, size)
@@ -44,11 +44,11 @@ def read_header_of(files: Files, file: str) -> ShardHeader:
 
 
 def expect_headers(files: Files, names: Iterable[str], progress: Progress = SILENT) -> None:
-    """Announce that the headers of some files are going to be read: what is remote is then fetched all at once.
+    """Announce which headers will be read, so that those of remote files are fetched together.
 
     Args:
         files: the files.
-        names: those whose headers will be read.
+        names: the files whose headers will be read.
         progress: one step, a unit of work for each remote header.
     """
     remote = [name for name in names if files.path(name) is None and files.size(name) is not None]
@@ -57,7 +57,7 @@ def expect_headers(files: Files, names: Iterable[str], progress: Progress = SILE
     def guessed(name: str) -> None:
         prefix = files.read(name, 0, 8)
         end = 8 + struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else 0
-        if FIRST_GUESS < end <= 8 + MAX_HEADER_BYTES:  # a length beyond that is an error of the one who reads it
+        if FIRST_GUESS < end <= 8 + MAX_HEADER_BYTES:  # reading a longer one reports the error
             ends[name] = end
         else:
             progress.advance()

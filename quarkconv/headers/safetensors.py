@@ -2,13 +2,12 @@
 
 The format (https://huggingface.co/docs/safetensors, ``safetensors/src/tensor.rs``): 8 bytes little-endian header
 length N, N bytes of JSON that map a tensor's name to ``{"dtype", "shape", "data_offsets"}``, then the data. Offsets
-count from the end of the header; together they cover the data without overlap and without hole. This parser refuses
-whatever the format's own parser refuses, and also duplicate names, NaN, and what no tool writes and reading would cost
-more memory than a stranger's file is worth: names of more than 1,024 characters, more than 64 dimensions or 500,000
-tensors.
+count from the end of the header; together they cover the data without overlap or hole. This parser refuses whatever
+the format's own parser refuses. It also refuses duplicate names, NaN, names of more than 1,024 characters, more than 64
+dimensions, and more than 500,000 tensors: no tool writes these, and reading them would cost unbounded memory.
 
-A large checkpoint has 100,000 entries, so the checks below run over whole columns with C-level iteration instead of
-entry by entry; only when a column fails is the first bad entry looked for, to name it.
+A large checkpoint has 100,000 entries, so the checks run over whole columns at C speed. Only when a column fails does a
+loop look for the first invalid entry, to name it.
 """
 
 from __future__ import annotations
@@ -22,6 +21,7 @@ from math import prod
 from operator import eq, itemgetter, sub
 from typing import Final, NamedTuple, NoReturn, TypeVar
 
+from quarkconv.defects import invalid_header, short_file, unreadable_file
 from quarkconv.dtypes import DTYPE_BITS, TensorType
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
@@ -34,18 +34,18 @@ MAX_HEADER_BYTES: Final = 100_000_000
 """The bound that safetensors itself sets on a header."""
 
 MAX_TENSORS: Final = 500_000
-"""Tensors of one checkpoint: twice those of the largest models, a 1T mixture of experts with scales and zero points."""
+"""Most tensors of a checkpoint. The largest models, 1T parameters with scales and zero points, have half as many."""
 MAX_NAME: Final = 1024
 MAX_DIMENSIONS: Final = 64
 _MIN_ENTRY_BYTES: Final = 48
 _MAX_FREE_BYTES: Final = 32 * 2**20
 _MAX_FREE_TENSORS: Final = 100_000
 _MAX_FREE_VALUES: Final = 2_000_000
-"""Bounds for a header in another form than tools write: as JSON it takes several times the memory."""
+"""Limits of a header that needs the JSON parser, which takes several times the memory."""
 
 _MAX_SIZE: Final = 2**64 - 1
 _ODD: Final = ("\\", "/", "\x7f")
-"""What has to be in a header of ASCII for a name to be odd."""
+"""In a header of ASCII, a name is odd only if one of these occurs."""
 
 _T = TypeVar("_T")
 
@@ -81,8 +81,8 @@ class ShardHeader:
         file: name of the file inside the checkpoint.
         size: size of the whole file in bytes.
         data_start: where the data starts; ``starts`` and ``ends`` count from there.
-        truncated: how many bytes the header promises beyond the end of the file; 0 for a sound file.
-        odd_names: the names that cannot be printed as they are, or that read as paths.
+        truncated: bytes that the header promises beyond the end of the file; 0 for a complete file.
+        odd_names: the names that are not printable, or that contain a slash or backslash.
     """
 
     file: str
@@ -110,8 +110,8 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
         file: its name inside the checkpoint, for the entries and for messages.
 
     Raises:
-        SourceError: the file cannot be read or breaks a rule of the format. A file that is only too short for its
-            data does not raise: ``truncated`` of the result says by how much.
+        SourceError: the file cannot be read or breaks a rule of the format. A file that only ends before its data does
+            not raise: ``truncated`` of the result says how many bytes are missing.
     """
     try:
         with open(open_regular(path), "rb") as handle:
@@ -122,11 +122,8 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
             (length,) = struct.unpack("<Q", prefix)
             check_length(file, length, size)
             raw = handle.read(length)
-    except (OSError, ValueError) as error:  # ValueError: a name that no file can have
-        raise SourceError(
-            "The file cannot be read", code="shard-missing", file=file,
-            found=getattr(error, "strerror", None) or str(error),
-        ) from error  # fmt: skip
+    except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        raise unreadable_file(file, getattr(error, "strerror", None) or str(error)) from error
     return parse_header(raw, file, size)
 
 
@@ -158,11 +155,12 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         plain = text.isascii() and not any(char in text for char in _ODD)
         odd = () if plain else tuple(name for name in names if not name.isprintable() or "/" in name or "\\" in name)
     if data_start + data_size < size:
-        raise SourceError(
-            "The file has bytes after the data of its last tensor",
-            file=file, expected=f"{data_start + data_size} bytes", found=f"{size} bytes",
-            hint="download or copy the file again",
-        )  # fmt: skip
+        raise invalid_header(
+            file,
+            message="The file has bytes after the data of its last tensor",
+            expected=f"{data_start + data_size} bytes",
+            found=f"{size} bytes",
+        )
     return ShardHeader(file, size, data_start, names, types, starts, ends, data_start + data_size - size, odd)
 
 
@@ -170,10 +168,10 @@ def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[TensorType], S
     """Names, types, starts and ends of a header in any form of JSON."""
     tensors, values = text.count("{"), text.count(",")
     if tensors > _MAX_FREE_TENSORS + 2 or values > _MAX_FREE_VALUES or len(text) > _MAX_FREE_BYTES:
-        raise _too_much(
+        raise _over_limit(
             file,
             f"at most {_MAX_FREE_TENSORS} tensors, {_MAX_FREE_VALUES} values and {_MAX_FREE_BYTES} characters in JSON "
-            "of another form than safetensors writes",
+            "that is not as safetensors writes it",
             f"{tensors} opening braces, {values} commas and {len(text)} characters",
         )
     try:
@@ -189,50 +187,54 @@ def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[TensorType], S
 
 
 def _check_costs(raw: bytes, file: str) -> None:
-    """Refuse a header that would take more memory than a stranger's file is worth, before any of it is made."""
+    """Refuse a header that would take too much memory, before parsing it."""
     if len(raw) < MAX_TENSORS * _MIN_ENTRY_BYTES:
         return
     tensors = raw.count(b"{")  # one for each, one around them, one of the metadata, and whatever names hold
     if tensors > MAX_TENSORS + 2:
-        raise _too_much(file, f"at most {MAX_TENSORS} tensors", f"{tensors} opening braces")
+        raise _over_limit(file, f"at most {MAX_TENSORS} tensors", f"{tensors} opening braces")
     if len(raw) > _MAX_FREE_BYTES and not raw.isascii():
-        raise _too_much(file, f"ASCII in a header of more than {_MAX_FREE_BYTES} bytes", f"{len(raw)} bytes")
+        raise _over_limit(file, f"ASCII in a header of more than {_MAX_FREE_BYTES} bytes", f"{len(raw)} bytes")
 
 
-def _too_much(file: str, expected: str, found: str) -> SourceError:
-    return SourceError(
-        "The header holds more than can be believed", file=file, expected=expected, found=found,
+def _over_limit(file: str, expected: str, found: str) -> SourceError:
+    return invalid_header(
+        file,
+        message="The header exceeds a limit",
+        expected=expected,
+        found=found,
         hint="split the file, or write it with the safetensors library",
-    )  # fmt: skip
+    )
 
 
 def too_short(file: str, size: int) -> SourceError:
-    """The error for a file that has no room for the length of a header."""
-    return SourceError(
-        "The file is too short to be a safetensors file",
-        code="shard-truncated", file=file, expected="at least 8 bytes", found=f"{size} bytes",
-        hint="download or copy the file again",
-    )  # fmt: skip
+    """The error for a file that ends before the length of its header."""
+    return short_file(
+        "The file is too short to be a safetensors file", file, expected="at least 8 bytes", found=f"{size} bytes"
+    )
 
 
 def check_length(file: str, length: int, size: int) -> None:
-    """Refuse a stated length of a header that the format or the file has no room for.
+    """Refuse a header that is longer than the format allows, or than its file.
 
     Raises:
         SourceError: it is too long.
     """
     if length > MAX_HEADER_BYTES:
-        raise SourceError(
-            "The header is longer than the format allows",
-            file=file, expected=f"at most {MAX_HEADER_BYTES} bytes", found=f"{length} bytes",
+        raise invalid_header(
+            file,
+            message="The header is longer than the format allows",
+            expected=f"at most {MAX_HEADER_BYTES} bytes",
+            found=f"{length} bytes",
             hint="the file is not a safetensors file, or is damaged",
-        )  # fmt: skip
+        )
     if 8 + length > size:
-        raise SourceError(
+        raise short_file(
             "The file ends inside its header",
-            code="shard-truncated", file=file, expected=f"a header of {length} bytes", found=f"a file of {size} bytes",
-            hint="download or copy the file again",
-        )  # fmt: skip
+            file,
+            expected=f"a header of {length} bytes",
+            found=f"a file of {size} bytes",
+        )
 
 
 def _decode(raw: bytes, file: str) -> str:
@@ -243,10 +245,7 @@ def _decode(raw: bytes, file: str) -> str:
 
 
 def _not_json(error: Exception, file: str) -> SourceError:
-    return SourceError(
-        "The header is not valid JSON", file=file, found=str(error) or "nesting too deep",
-        hint="download or copy the file again",
-    )  # fmt: skip
+    return invalid_header(file, message="The header is not valid JSON", found=str(error) or "nesting too deep")
 
 
 def _columns(
@@ -274,7 +273,7 @@ def _columns(
 
 
 def distinct(items: Iterable[_T]) -> Collection[_T]:
-    """The distinct objects among many that are mostly shared: by identity, which spares hashing what they hold."""
+    """The distinct objects among many that are mostly shared. Compares identities, so nothing is hashed."""
     return {id(item): item for item in items}.values()
 
 
@@ -351,7 +350,4 @@ def _check_coverage(file: str, names: Sequence[str], starts: Sequence[int], ends
 
 
 def _refuse(file: str, tensor: str, expected: str, found: str) -> NoReturn:
-    raise SourceError(
-        "The safetensors header is not valid", file=file, tensor=shortened(tensor), expected=expected, found=found,
-        hint="download or copy the file again",
-    )  # fmt: skip
+    raise invalid_header(file, tensor=shortened(tensor), expected=expected, found=found)

@@ -1,4 +1,4 @@
-"""The working folder of a conversion that has not come to its end, as somebody who only reads sees it."""
+"""The working folder of an unfinished conversion, for readers."""
 
 from __future__ import annotations
 
@@ -11,21 +11,21 @@ from quarkconv.errors import SourceError
 from quarkconv.files.regular import read_regular
 
 STAGING_NAME: Final = ".quarkconv"
-"""Folder inside an output directory in which a conversion is prepared; gone when it is finished."""
+"""Folder in an output directory that a conversion works in. The last step removes it."""
 STATE_NAME: Final = "plan.json"
-"""File in that folder that says what is being converted."""
+"""File in that folder: the conversion and its command."""
 NOTES_NAME: Final = "notes"
-"""Folder in that folder with a note for each finished shard."""
+"""Folder in that folder: a note for each finished shard."""
 MAX_STATE_BYTES: Final = 2**24
 _COMMAND: Final = ["quarkconv", "convert"]
 _OPTIONS: Final = frozenset({"--to", "--out", "--max-shard-size"})
 
 
 def refuse_unfinished(root: Path) -> None:
-    """Raise if a directory is an unfinished conversion, saying how far it came and how to resume it.
+    """Refuse a directory that is an unfinished conversion, with its progress and the command that resumes it.
 
     Raises:
-        SourceError: it is one.
+        SourceError: it has a working folder.
     """
     folder = root / STAGING_NAME
     if not folder.is_dir():
@@ -38,13 +38,17 @@ def refuse_unfinished(root: Path) -> None:
     command = _resuming(state.get("command"))
     hint = f"run `{command}` again" if command else "run the same `quarkconv convert` command again"
     raise SourceError(
-        "This directory is an unfinished conversion, not a model", code="conversion-unfinished",
-        file=str(root), expected="a finished checkpoint", found=found, hint=f"{hint}: it resumes where it stopped",
-    )  # fmt: skip
+        "This directory is an unfinished conversion, not a model",
+        code="conversion-unfinished",
+        file=str(root),
+        expected="a finished checkpoint",
+        found=found,
+        hint=f"{hint}: it resumes where it stopped",
+    )
 
 
 def read_state(path: Path) -> dict[str, Any] | None:
-    """What a conversion was begun with; None when that cannot be told."""
+    """The recorded state of a conversion; None where the file is missing or invalid."""
     try:
         data = read_regular(path, MAX_STATE_BYTES)
         state = None if isinstance(data, int) else json.loads(data)
@@ -54,7 +58,7 @@ def read_state(path: Path) -> dict[str, Any] | None:
 
 
 def _resuming(command: object) -> str | None:
-    """The command that a state names, if it is one that resumes: a stranger may have written another for us to show."""
+    """The recorded command, if it is one that resumes a conversion. Any other came with an untrusted checkpoint."""
     if not isinstance(command, str) or not command.isprintable():
         return None
     try:

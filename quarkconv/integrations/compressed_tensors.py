@@ -115,17 +115,23 @@ class QuarkInt8Converter:
             if name not in self._primary or tuple(tensor.shape) != self._refs[name].shape:
                 expected = str(list(self._refs[name].shape)) if name in self._refs else "a tensor of the checkpoint"
                 raise SourceError(
-                    "This is not a tensor of the checkpoint that the converter was made for", tensor=name,
-                    expected=expected, found=str(list(tensor.shape)), hint="make a converter for each checkpoint",
-                )  # fmt: skip
+                    "The converter was created for another checkpoint",
+                    code="source-changed",
+                    tensor=name,
+                    expected=expected,
+                    found=str(list(tensor.shape)),
+                    hint="create a converter for each checkpoint",
+                )
         for primary in {self._primary[name] for name in tensors}:
             missing = {name for name in self._groups[primary] if name not in tensors}
             if missing:
                 raise SourceError(
-                    "Tensors that are converted together were given one by one",
+                    "Tensors that are converted together came one by one",
+                    code="expert-missing",
                     tensor=next(name for name in tensors if self._primary[name] == primary),
-                    expected=f"{min(missing)} with it", hint="load what get_dependencies names as well",
-                )  # fmt: skip
+                    expected=f"{min(missing)} with it",
+                    hint="also load the tensors that get_dependencies names",
+                )
 
 
 def _sources(output: OutputTensor) -> list[str]:

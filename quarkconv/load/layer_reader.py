@@ -15,8 +15,8 @@ from torch import Tensor
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
+from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import ROLES, Role
-from quarkconv.experts.topology import Part
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Arena
 from quarkconv.load.experts import FusedExperts
@@ -117,8 +117,8 @@ class LayerReader:
         """
         ref = self.refs[name]
         if ref.dtype not in _DTYPES:
-            raise SourceError("A tensor has the wrong dtype", file=ref.file, tensor=name, expected="floats",
-                              found=ref.dtype)  # fmt: skip
+            raise SourceError("A tensor has the wrong dtype", code="scale-dtype", file=ref.file, tensor=name,
+                              expected="floats", found=ref.dtype)  # fmt: skip
         number, of = part or (0, 1)
         data = bytearray(ref.nbytes // of)
         self._fill(LayerRead(name, ref.file, ref.start + number * len(data), len(data), 0), memoryview(data))

@@ -1,4 +1,4 @@
-"""What a config claims about the quantization of each module, whatever tool wrote it."""
+"""The scheme that a quantization_config declares for each module, in any format."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
 from quarkconv.text import shown
 
 _MAX_PROBLEMS: Final = 100
-"""How many problems of a config are listed."""
+"""Problems of a config that are listed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,7 +28,7 @@ class DeclaredScheme(ABC):
 
     Attributes:
         method: the config's ``quant_method``.
-        version: version of the tool that wrote the config, where it says so.
+        version: version of the tool that wrote the config; None where the config has none.
         default: the scheme of a module that no entry mentions.
         problems: fields of the wrong type, which were ignored.
         stores_codes: False when the config says that weights are stored in float, to be quantized at load.
@@ -78,7 +78,7 @@ class DeclaredScheme(ABC):
 
 
 class UnknownScheme(DeclaredScheme):
-    """A ``quant_method`` that is not read: nothing is known of any module."""
+    """An unknown ``quant_method``: it declares nothing."""
 
     def resolve(self, module: str) -> ModuleScheme:  # noqa: ARG002
         return FLOAT

@@ -1,9 +1,8 @@
-"""Matching module names against the lists of a quantization config, many thousand times and never for long.
+"""Matching module names against the lists of a quantization config, 100,000 names in bounded time.
 
-Lists come from strangers, and a pattern can take a regular expression engine longer than the universe will last. So
-``re:`` patterns are matched with a limit on the time, by the ``regex`` package, which reads them as ``re`` does;
-fnmatch patterns, which need no trying out, are matched with what strings can do where that is enough; and a list has a
-limit on its length, and on the time that all of it takes together.
+Checkpoints are untrusted, and some regular expressions take exponential time. So the ``regex`` package matches ``re:``
+patterns, with a timeout and the syntax of ``re``; string methods match simple fnmatch patterns; and a list is limited
+in length and in total time.
 """
 
 from __future__ import annotations
@@ -15,16 +14,17 @@ from fnmatch import translate
 from time import thread_time
 from typing import Any, Final
 
+from quarkconv.defects import invalid_quantization
 from quarkconv.errors import SourceError
 from quarkconv.text import shown
 
 MAX_PATTERNS: Final = 2_000
-"""Patterns of one list that have to be compiled."""
+"""Patterns of one list, names aside."""
 MAX_PATTERN_CHARACTERS: Final = 50_000
-"""All of these together."""
+"""Characters of these together."""
 _SECONDS: Final = 0.8
 _SECONDS_PER_NAME: Final = 8e-6
-"""What matching may take, of processor time: real lists take a hundredth of it."""
+"""Limit of the processor time of all matches of a config. Real lists take a hundredth of it."""
 
 _WILDCARDS: Final = frozenset("*?[")
 Test = Callable[[str], object]
@@ -36,13 +36,13 @@ def is_pattern(entry: str) -> bool:
 
 
 class Patience:
-    """The time that matching the patterns of one config may take."""
+    """The time left to match the patterns of one config."""
 
     def __init__(self) -> None:
         self._left = _SECONDS
 
     def guard(self, test: Test) -> Test:
-        """The same test, which raises SourceError when all tests together took too long."""
+        """The same test, which raises SourceError when all tests together exceed the limit."""
 
         def guarded(name: str) -> object:
             started = thread_time()
@@ -76,27 +76,27 @@ def regex_matcher(pattern: str) -> Test | None:
 
     The test raises ``TimeoutError`` when it takes too long.
     """
-    import regex  # takes longer to import than everything else here, and few configs need it
+    import regex  # slow to import, and few configs need it
 
     try:
         with warnings.catch_warnings(action="ignore"):  # such as: the meaning of "[[" may change
             match: Callable[..., Any] = regex.compile(pattern).match
-    except Exception:  # its parser has more ways to fail than it tells of
+    except Exception:  # its parser raises more than it documents
         return None
     return lambda name: match(name, timeout=_SECONDS)
 
 
 def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> Callable[[str], object]:
-    """A test whether a module name is in a list of names and patterns.
+    """A test of module names against a list of names and patterns.
 
     Args:
         entries: exact names, ``re:`` patterns (matched from the start of the name, as engines do), and fnmatch
             patterns where ``globs`` is true. A ``re:`` pattern that does not compile matches nothing.
-        globs: whether ``*``, ``?`` and ``[`` have a meaning outside of ``re:`` patterns.
-        patience: how long the test may take.
+        globs: True where ``*``, ``?`` and ``[`` are wildcards outside of ``re:`` patterns.
+        patience: the time left.
 
     Raises:
-        SourceError: there are more patterns than any tool writes.
+        SourceError: the patterns are too many, or too long.
     """
     exact: set[str] = set()
     expressions: list[str] = []
@@ -125,7 +125,7 @@ def first_match(keys: Iterable[str], patience: Patience) -> Callable[[str], int 
     """A lookup of the position of the first key that matches a name: a name, or an fnmatch pattern.
 
     Raises:
-        SourceError: there are more patterns than any tool writes.
+        SourceError: the patterns are too many, or too long.
     """
     exact: dict[str, int] = {}
     patterns: list[tuple[int, str]] = []
@@ -153,23 +153,25 @@ def first_match(keys: Iterable[str], patience: Patience) -> Callable[[str], int 
 
 
 def check_number(patterns: list[str]) -> None:
-    """Refuse a list of patterns that no tool has written.
+    """Refuse a list of patterns that is over the limits.
 
     Raises:
-        SourceError: they are too many, or too long.
+        SourceError: the patterns are too many, or too long.
     """
     characters = sum(map(len, patterns))
     if len(patterns) > MAX_PATTERNS or characters > MAX_PATTERN_CHARACTERS:
-        raise SourceError(
-            "The quantization config has more patterns than can be believed", code="quant-config-invalid",
-            file="config.json", expected=f"at most {MAX_PATTERNS} patterns of {MAX_PATTERN_CHARACTERS} characters",
-            found=f"{len(patterns)} of {characters}, such as {shown(patterns[0])}", hint="list modules by their names",
-        )  # fmt: skip
+        raise invalid_quantization(
+            "The quantization config has too many patterns",
+            expected=f"at most {MAX_PATTERNS} patterns of {MAX_PATTERN_CHARACTERS} characters",
+            found=f"{len(patterns)} of {characters}, such as {shown(patterns[0])}",
+            hint="list modules by their names",
+        )
 
 
 def _too_slow() -> SourceError:
-    return SourceError(
-        "The patterns of the quantization config take too long to match", code="quant-config-invalid",
-        file="config.json", expected=f"about {_SECONDS:g} s for all names", found="more",
-        hint="look at the patterns with many * and at those that start with re:; list modules by their names",
-    )  # fmt: skip
+    return invalid_quantization(
+        "The patterns of the quantization config take too long to match",
+        expected=f"about {_SECONDS:g} s for all names",
+        found="more",
+        hint="list modules by their names, instead of patterns with many * or with re:",
+    )

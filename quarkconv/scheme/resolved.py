@@ -1,4 +1,4 @@
-"""Stored form and declared scheme of every module, side by side."""
+"""Stored form and declared scheme of every module, together."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class ResolvedModules:
 
     Attributes:
         groups: (form, declared scheme) -> modules, in the order of the files.
-        default: the scheme that the config declares where it says nothing of a module.
+        default: the declared scheme of a module that no entry of the config matches.
         names: the INT8 schemes and their names.
     """
 
@@ -64,7 +64,7 @@ class ResolvedModules:
 
 
 def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> ResolvedModules:
-    """Ask the config about every stored module. Without a config, or with one that is not read, all are float."""
+    """Look up the declared scheme of every stored module. Without a config, or with an unknown one, all are float."""
     if declared is None or isinstance(declared, UnknownScheme):
         default = FLOAT
         triples = ((module, form, FLOAT) for module, form in stored)
@@ -72,7 +72,7 @@ def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> R
         default = declared.default
         resolve = declared.resolve
         triples = ((module, form, resolve(module)) for module, form in stored)
-    # Forms and schemes are shared objects: to group by identity first spares hashing what they hold, module by module.
+    # Forms and schemes are shared objects. Grouping by identity first hashes two integers a module, not their contents.
     alike: dict[tuple[int, int], tuple[Form, ModuleScheme, list[str]]] = {}
     for module, form, scheme in triples:
         key = (id(form), id(scheme))

@@ -1,11 +1,14 @@
-"""What is stored: every module that has a weight, and in which form.
+"""The stored modules: every module that has a weight, and its form.
 
 The names of the tensors are those of Quark and compressed-tensors: ``<module>.weight``, ``.weight_scale``,
 ``.weight_zero_point``, ``.input_scale``, ``.input_zero_point``. Experts fused into one tensor have no ``.weight``:
 ``<experts>.gate_up_proj`` with ``<experts>.gate_up_proj_scale`` and ``_input_scale``.
 
-A large model has 50,000 modules in a handful of forms. A form is shared by all modules that are alike, so that whatever
-is to be known about it is computed once.
+How this stays fast. A large model has 100,000 tensors and 50,000 modules, in a handful of forms. The header scanner
+gives equal types the same object (``headers/scan.py``), so two tensors of one type have the same ``id``. A module's key
+is the tuple of the ids of its tensors' types, ``id(None)`` for a tensor that it lacks. ``zip`` and ``map`` compute all
+keys at C speed; a dict keeps one row of types for each distinct key, and one Form made of it, which all modules of that
+key share. Later code compares and groups modules by ``id(form)``, and computes whatever depends on the form once.
 """
 
 from __future__ import annotations
@@ -23,7 +26,7 @@ NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
 _WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point")
 _CACHED: Final = ("k_proj", "v_proj")
-"""Projections whose outputs a key-value cache holds; engines name its scales ``k_scale`` and ``v_scale``."""
+"""Projections whose outputs go into the key-value cache; engines name its scales ``k_scale`` and ``v_scale``."""
 _KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -97,7 +100,7 @@ class StoredModules:
     Attributes:
         linears: module -> form, for weights named ``<module>.weight`` of at least two dimensions.
         fused: module -> form, for three-dimensional weights without ``.weight``.
-        unrecognised: tensors that hold codes or scales, and belong to no module.
+        unrecognised: tensors with codes or scales that belong to no module.
     """
 
     linears: dict[str, Form]
@@ -121,16 +124,16 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    weights = {name: kind for name, kind in types.items() if name.endswith(_WEIGHT) and len(kind.shape) >= 2}
+    weights = {name: found for name, found in types.items() if name.endswith(_WEIGHT) and len(found.shape) >= 2}
     companions = [name for name in types if name.endswith(_COMPANIONS)]
     modules = [name[: -len(_WEIGHT)] for name in weights]
-    # One column for each tensor that a module may have, and one pass over each; most checkpoints have but two.
+    # One column for each tensor that a module may have, and one pass over each. Most checkpoints have two columns.
     leaves = {name.rpartition(".")[2] for name in companions}
     names = zip(Form._fields, linear_names(""), strict=True)
     suffixes = {field: suffix for field, suffix in names if suffix[1:] in leaves}
     columns: list[list[Any]] = [list(weights.values())]
     columns += [list(map(types.get, [module + suffix for module in modules])) for suffix in suffixes.values()]
-    # Kinds are mostly shared objects, and costly to hash: forms are told apart by identity.
+    # Types are shared objects, and slow to hash: the ids of a module's types are its key.
     keys = list(zip(*(map(id, column) for column in columns), strict=True))
     rows = dict(zip(keys, zip(*columns, strict=True), strict=True))
     forms = {key: Form(row[0], **dict(zip(suffixes, row[1:], strict=True))) for key, row in rows.items()}
@@ -139,11 +142,11 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     fused: dict[str, Form] = {}
     others: list[str] = []
     for name in [name for name in types if not name.endswith(_KNOWN)]:
-        kind = types[name]
-        if len(kind.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
-            fused[name] = form = Form(kind, *map(types.get, fused_names(name)[1:]))
+        found = types[name]
+        if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
+            fused[name] = form = Form(found, *map(types.get, fused_names(name)[1:]))
             owned += 4 - form.count(None)
-        elif kind.dtype == "I8":
+        elif found.dtype == "I8":
             others.append(name)
     if owned != len(companions):
         others.extend(_orphans(types, linears, fused))
@@ -151,7 +154,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
 
 
 def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
-    """Scales and zero points that belong to no weight. A scale of a key-value cache belongs to its projection."""
+    """Scales and zero points without a weight. The scale of a key-value cache belongs to its projection."""
     owned: set[str] = set()
     for module in linears:
         owned.update(linear_names(module))

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from quarkconv.errors import SourceError
+from quarkconv.defects import invalid_quantization
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.patterns import Patience, first_match, name_filter
 from quarkconv.scheme.spec import FLOAT, PER_CHANNEL, PER_TOKEN, ModuleScheme, TensorSpec
@@ -21,7 +21,7 @@ from quarkconv.text import shortened, word
 LINEAR_TYPE = "Linear"
 """The only key of ``layer_type_quant_config`` that concerns the modules of a checkpoint."""
 MAX_LAYERS = 100_000
-"""Keys of ``layer_quant_config`` that are believed: as many as the largest models have linears."""
+"""Keys of ``layer_quant_config``, at most: the largest models have as many linears."""
 _MAX_STAGES = 4
 
 
@@ -38,11 +38,11 @@ class QuarkScheme(DeclaredScheme):
         patience = Patience()
         by_name = self._object(config.get("layer_quant_config"), "layer_quant_config")
         if len(by_name) > MAX_LAYERS:
-            raise SourceError(
-                "The quantization config has settings for more layers than can be believed",
-                code="quant-config-invalid", file="config.json", expected=f"at most {MAX_LAYERS}",
+            raise invalid_quantization(
+                "The quantization config has settings for too many layers",
+                expected=f"at most {MAX_LAYERS}",
                 found=f"{len(by_name)} in layer_quant_config",
-            )  # fmt: skip
+            )
         self._key = first_match(by_name, patience)
         self._layers = [self._layer(value, f"layer_quant_config.{shortened(key)}") for key, value in by_name.items()]
         excluded = self._strings(config.get("exclude"), "exclude")

@@ -1,0 +1,60 @@
+"""The defects of a source that several readers meet, each as one error with its code.
+
+The codes are those of :mod:`quarkconv.findings`: ``inspect`` reports the same defect under the same name.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from quarkconv.errors import SourceError
+
+COPY_AGAIN: Final = "download or copy the file again"
+
+
+def unreadable_file(
+    file: str, found: str | None, *, code: str = "shard-missing", hint: str | None = None
+) -> SourceError:
+    """A file does not exist, or the system refuses to read it."""
+    return SourceError("The file cannot be read", code=code, file=file, found=found, hint=hint)
+
+
+def unreadable_tensor(
+    file: str, tensor: str, found: str | None, *, code: str = "shard-truncated", hint: str | None = None
+) -> SourceError:
+    """The system refuses to read the bytes of a tensor, or the file ends before them."""
+    return SourceError("A tensor cannot be read", code=code, file=file, tensor=tensor, found=found, hint=hint)
+
+
+def short_file(message: str, file: str, *, expected: str, found: str) -> SourceError:
+    """A safetensors file ends before its header does."""
+    return SourceError(message, code="shard-truncated", file=file, expected=expected, found=found, hint=COPY_AGAIN)
+
+
+def invalid_header(
+    file: str,
+    *,
+    message: str = "The safetensors header is not valid",
+    tensor: str | None = None,
+    expected: str | None = None,
+    found: str,
+    hint: str = COPY_AGAIN,
+) -> SourceError:
+    """A header breaks a rule of the safetensors format, or exceeds a limit."""
+    return SourceError(
+        message, code="header-invalid", file=file, tensor=tensor, expected=expected, found=found, hint=hint
+    )
+
+
+def invalid_index(message: str, *, expected: str, found: str) -> SourceError:
+    """The index is not a map from tensors to shards of this directory."""
+    return SourceError(
+        message, code="index-invalid", file="model.safetensors.index.json", expected=expected, found=found
+    )
+
+
+def invalid_quantization(message: str, *, expected: str, found: str, hint: str | None = None) -> SourceError:
+    """A quantization_config exceeds a limit of its reader."""
+    return SourceError(
+        message, code="quant-config-invalid", file="config.json", expected=expected, found=found, hint=hint
+    )

@@ -1,0 +1,127 @@
+"""The routed experts of one layer: their names, layout, size and forms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+from quarkconv.experts.naming import ROLES, ExpertNaming, Role
+from quarkconv.experts.ranks import Rank
+from quarkconv.scheme.spec import PER_CHANNEL
+from quarkconv.scheme.stored import Form, TensorNames, fused_names, linear_names
+
+Layout = Literal["per_expert", "stacked", "fused"]
+"""``per_expert``: ``experts.N.gate_proj.weight`` [I, H]. ``stacked`` (3-key): ``moe.gate_proj.weight`` [E, I, H].
+``fused``: ``experts.gate_up_proj`` [E, 2I, H]."""
+
+
+class Part(NamedTuple):
+    """Part ``number`` of ``of`` equal parts of a tensor, along its leading dimensions."""
+
+    number: int
+    of: int
+
+
+class StoredProjection(NamedTuple):
+    """Where a projection of an expert is stored.
+
+    Attributes:
+        names: tensors that hold it, alone or with others.
+        form: dtypes and shapes of these tensors.
+        weight: part of the weight that is the projection's.
+        scale: part of the weight's scale; gate and up of a fused tensor share a scale per tensor.
+    """
+
+    names: TensorNames
+    form: Form
+    weight: Part
+    scale: Part
+
+
+@dataclass(frozen=True, slots=True)
+class MoELayer:
+    """The routed experts of one layer.
+
+    Attributes:
+        index: number of the layer; those of a separate ``mtp.layers`` are counted on after the model's own.
+        prefix: module of the experts, such as ``model.layers.3.mlp.experts``; fused tensors are named under it.
+        moe: module that holds experts and router, such as ``model.layers.3.mlp``.
+        naming: family of the projections' names.
+        layout: how the experts are laid out.
+        experts, hidden, intermediate: E, H and I.
+        forms: role -> the form of every expert's projection, E of them; in the layouts of one tensor for all experts,
+            one. A fused layer has its gate and up under ``gate`` and an empty ``up``.
+        all_forms: the distinct forms among them.
+    """
+
+    index: int
+    prefix: str
+    moe: str
+    naming: ExpertNaming
+    layout: Layout
+    experts: int
+    hidden: int
+    intermediate: int
+    forms: dict[Role, tuple[Form, ...]]
+    all_forms: frozenset[Form]
+
+    @property
+    def geometry(self) -> tuple[int, int, int]:
+        """E, H and I."""
+        return self.experts, self.hidden, self.intermediate
+
+    def geometry_of(self, rank: Rank) -> tuple[int, int, int]:
+        """E, H and I of what a rank has of the layer."""
+        return len(rank.experts(self.experts)), self.hidden, len(rank.intermediate(self.intermediate))
+
+    @property
+    def quantized(self) -> bool:
+        """True when every projection of every expert is stored in int8."""
+        return all(form.quantized for form in self.all_forms)
+
+    @property
+    def partly_quantized(self) -> bool:
+        """True when some projections are stored in int8 and others are not."""
+        return len({form.quantized for form in self.all_forms}) > 1
+
+    @property
+    def static(self) -> bool:
+        """True when every projection of every expert has a static input scale."""
+        return all(form.input_scale is not None for form in self.all_forms)
+
+    def float_experts(self) -> int:
+        """How many experts have a projection that is stored in float."""
+        if self.layout != "per_expert":
+            return self.experts if any(form.is_float for form in self.all_forms) else 0
+        if not any(form.is_float for form in self.all_forms):
+            return 0
+        return sum(any(form.is_float for form in forms) for forms in zip(*self.forms.values(), strict=True))
+
+    def projection(self, role: Role, expert: int) -> StoredProjection:
+        """The tensors that hold a projection of an expert, and where in them it lies, whatever the layout."""
+        whole, matrix = Part(0, 1), Part(expert, self.experts)
+        leaf = getattr(self.naming, role)
+        if self.layout == "per_expert":
+            form = self.forms[role][expert]
+            return StoredProjection(linear_names(f"{self.prefix}.{expert}.{leaf}"), form, whole, whole)
+        if self.layout == "stacked":
+            return StoredProjection(linear_names(f"{self.moe}.{leaf}"), self.forms[role][0], matrix, matrix)
+        if role == "down":
+            names = fused_names(f"{self.prefix}.{self.naming.fused_down}")
+            return StoredProjection(names, self.forms["down"][0], matrix, matrix)
+        names, form = fused_names(f"{self.prefix}.{self.naming.fused_gate_up}"), self.forms["gate"][0]
+        half = Part(2 * expert + (role == "up"), 2 * self.experts)
+        return StoredProjection(names, form, half, half if form.granularity == PER_CHANNEL else matrix)
+
+    def modules(self) -> Iterator[tuple[Role, int, str]]:
+        """(role, expert, module) of every projection; in the layouts of one tensor for all experts, expert is 0."""
+        for role, name in zip(ROLES, self.naming.projections(), strict=True):
+            if self.layout == "per_expert":
+                for expert in range(self.experts):
+                    yield role, expert, f"{self.prefix}.{expert}.{name}"
+            elif self.layout == "stacked":
+                yield role, 0, f"{self.moe}.{name}"
+        if self.layout == "fused":
+            yield "gate", 0, f"{self.prefix}.{self.naming.fused_gate_up}"
+            yield "down", 0, f"{self.prefix}.{self.naming.fused_down}"
