@@ -32,11 +32,14 @@ from quarkconv.progress import Progress
 if TYPE_CHECKING:
     from quarkconv.load.experts import FusedExperts
     from quarkconv.load.load import load_fused_experts
+    from quarkconv.evaluate.evaluation import evaluate_checkpoint
+    from quarkconv.evaluate.results import Evaluation
     from quarkconv.verify.results import Verification
     from quarkconv.verify.verify import verify_checkpoint
 
 __all__ = [
     "ConversionResult",
+    "Evaluation",
     "Finding",
     "FusedExperts",
     "HubError",
@@ -52,6 +55,7 @@ __all__ = [
     "Verification",
     "WriteError",
     "convert_checkpoint",
+    "evaluate_checkpoint",
     "inspect_checkpoint",
     "load_fused_experts",
     "plan_conversion",
@@ -59,6 +63,8 @@ __all__ = [
 ]
 
 _NEED_TORCH = {
+    "Evaluation": "quarkconv.evaluate.results",
+    "evaluate_checkpoint": "quarkconv.evaluate.evaluation",
     "FusedExperts": "quarkconv.load.experts",
     "load_fused_experts": "quarkconv.load.load",
     "Verification": "quarkconv.verify.results",

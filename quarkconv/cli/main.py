@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from quarkconv.cli import convert, engines, inspect, verify
+from quarkconv.cli import convert, engines, evaluate, inspect, verify
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 
@@ -32,6 +32,7 @@ app = typer.Typer(
 app.command("inspect")(inspect.inspect)
 app.command("convert")(convert.convert)
 app.command("verify")(verify.verify)
+app.command("evaluate")(evaluate.evaluate)
 app.command("engines")(engines.engines)
 
 

@@ -1,0 +1,95 @@
+"""``quarkconv evaluate``."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.out import console, print_json, set_talk
+from quarkconv.cli.progress import progress
+from quarkconv.errors import UsageError
+
+_STEPS = {"layer": ("Running layers", "layer"), "scoring": ("Scoring", "batch")}
+
+
+def evaluate(
+    model: Model = ".",
+    unquantized: Annotated[
+        str | None, typer.Option("--unquantized", metavar="DIR", help="The model before quantization.")
+    ] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="A UTF-8 text to evaluate on.")] = None,
+    token_ids: Annotated[
+        str | None,
+        typer.Option("--token-ids", metavar="FILE", help="A safetensors file with token_ids int64 [windows, window]."),
+    ] = None,
+    window: Annotated[int, typer.Option("--window", min=4, metavar="N", help="Tokens of a window.")] = 2048,
+    windows: Annotated[
+        int | None, typer.Option("--windows", min=1, metavar="N", help="Windows to evaluate. [default: all]")
+    ] = None,
+    batch: Annotated[
+        int | None,
+        typer.Option("--batch", min=1, metavar="N", help="Windows that run together. [default: about 4096 tokens]"),
+    ] = None,
+    device: Annotated[
+        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where it runs; cuda is every GPU.")
+    ] = "auto",
+    layers: Annotated[
+        str | None,
+        typer.Option("--layers", metavar="0,3-5", help="Layers that run in INT8, the others unquantized."),
+    ] = None,
+    ablate: Annotated[
+        int, typer.Option("--ablate", min=0, metavar="N", help="Leave each of the N worst layers unquantized in turn.")
+    ] = 0,
+    max_kl: Annotated[
+        float | None, typer.Option("--max-kl", metavar="X", help="Exit 1 when the mean KL divergence is larger.")
+    ] = None,
+    min_agreement: Annotated[
+        float | None, typer.Option("--min-agreement", metavar="X", help="Exit 1 when top-1 agreement is smaller.")
+    ] = None,
+    record: Annotated[
+        str | None,
+        typer.Option("--record", metavar="FILE", help="Keep the inputs of MoE layers for verify --activations."),
+    ] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume/--no-resume", help="Keep finished layers on disk, and resume from them.")
+    ] = True,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
+    json: Json = False,
+) -> int:
+    """Say what quantization costs the whole model, on real text.
+
+    One decoder layer is in memory at a time. Exit code 1 when --max-kl or --min-agreement is not kept.
+    """
+    set_talk(verbose=verbose, quiet=quiet)
+    if (text is None) == (token_ids is None):
+        raise UsageError("Give either a text or token ids", expected="--text or --token-ids",
+                         found="neither" if text is None else "both")  # fmt: skip
+    from quarkconv.cli.verify import parse_layers
+
+    numbers = None if layers is None else parse_layers(layers)
+    with progress("Starting") as meter:
+        from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
+        from quarkconv.evaluate.results import Limits
+
+        def report(step: str, done: int, total: int) -> None:
+            what, unit = _STEPS[step]
+            if done == 0:
+                meter.step(what, total, unit)
+            else:
+                meter.advance()
+
+        evaluation = evaluate_checkpoint(
+            model, unquantized, text=text, token_ids=token_ids, window=window, windows=windows, batch=batch,
+            device=device, layers=numbers, ablate=ablate, record=record, limits=Limits(max_kl, min_agreement),
+            resume=resume, progress=report,
+        )  # fmt: skip
+    if json:
+        print_json(evaluation.to_json())
+    else:
+        from quarkconv.cli.render.evaluation import render_evaluation
+
+        console().print(render_evaluation(evaluation))
+    return 0 if evaluation.ok else 1

@@ -1,0 +1,85 @@
+"""Modules that compute in INT8 what a transformers model computes in floats: a linear, and routed experts."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+from torch import Tensor, nn
+
+from quarkconv.kernels import fused_experts_int8, quantize_int8
+from quarkconv.load.experts import FusedExperts
+from quarkconv.verify.activation import ExpertActivation
+
+_INT_MM_ROWS: Final = 32
+"""``torch._int_mm`` on CUDA wants more than 16 rows; shorter inputs are padded to this."""
+_INT_MM_MULTIPLE: Final = 8
+"""... and inner and outer sizes that are multiples of 8; others are multiplied in float64, which is exact as well."""
+
+
+def int8_product(left: Tensor, right: Tensor) -> Tensor:
+    """Exact sums of int8 [M, K] times int8 [N, K] transposed, int32 [M, N]."""
+    rows, inner = left.shape
+    if inner % _INT_MM_MULTIPLE or right.shape[0] % _INT_MM_MULTIPLE:
+        return (left.double() @ right.double().T).to(torch.int32)
+    if rows < _INT_MM_ROWS:
+        left = torch.cat([left, left.new_zeros(_INT_MM_ROWS - rows, inner)])
+    sums: Tensor = torch._int_mm(left, right.T)
+    return sums[:rows]
+
+
+class Int8Linear(nn.Module):
+    """A W8A8 linear: codes int8 [out, in], a scale for each row float32 [out], activations quantized per token.
+
+    With ``input_scale`` (float32, one element) activations take that static scale instead. Sums are exact; then
+    ``sum * activation scale * weight scale + bias`` in float32, rounded once to the dtype of the input.
+    """
+
+    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> None:
+        super().__init__()
+        self.codes = codes
+        self.scale = scale
+        self.bias = bias
+        self.input_scale = input_scale
+        self.out_features, self.in_features = codes.shape
+
+    def forward(self, states: Tensor) -> Tensor:
+        """floats [..., in] -> [..., out], in the same dtype."""
+        rows = states.reshape(-1, states.shape[-1])
+        if self.input_scale is None:
+            codes, scales = quantize_int8(rows)
+        else:
+            codes, scales = quantize_int8(rows, granularity="per_tensor", scale=self.input_scale)
+        result = int8_product(codes, self.codes).float() * scales.reshape(-1, 1) * self.scale
+        if self.bias is not None:
+            result = result + self.bias.float()
+        return result.to(states.dtype).reshape(*states.shape[:-1], -1)
+
+
+class Int8Experts(nn.Module):
+    """Routed experts that run on :func:`quarkconv.kernels.fused_experts_int8`, in the place of transformers' own."""
+
+    def __init__(self, experts: FusedExperts, activation: ExpertActivation) -> None:
+        super().__init__()
+        self.experts = experts
+        self.activation = activation
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[M, H], int64 [M, k], floats [M, k] -> [M, H]."""
+        shape = hidden_states.shape
+        states = hidden_states.reshape(-1, shape[-1])
+        wide = states if states.dtype in (torch.bfloat16, torch.float16) else states.to(torch.bfloat16)
+        result = fused_experts_int8(
+            wide.contiguous(),
+            self.experts.w13,
+            self.experts.w2,
+            self.experts.w13_scale,
+            self.experts.w2_scale,
+            top_k_weights.reshape(len(states), -1).float().contiguous(),
+            top_k_index.reshape(len(states), -1).contiguous(),
+            activation=self.activation.name,
+            activation_limit=self.activation.limit,
+            w13_input_scale=self.experts.w13_input_scale,
+            w2_input_scale=self.experts.w2_input_scale,
+        )
+        return result.to(hidden_states.dtype).reshape(shape)

@@ -1,0 +1,180 @@
+"""A checkpoint in any layout as float tensors under the names of the unquantized model, layer by layer.
+
+Codes become floats as the target ``bf16`` writes them: code times scale in float32, rounded once to bfloat16.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from quarkconv.description.description import Description
+from quarkconv.errors import SourceError
+from quarkconv.evaluate.skeleton import Skeleton
+from quarkconv.experts.naming import ROLES
+from quarkconv.experts.topology import MoELayer
+from quarkconv.load.arenas import Arena
+from quarkconv.load.experts import FusedExperts, Projection
+from quarkconv.load.layer_reader import READERS, LayerReader
+from quarkconv.load.layer_reads import LayerPart
+from quarkconv.scheme.stored import Form, fused_names, linear_names
+
+
+@dataclass(frozen=True, slots=True)
+class Int8Weight:
+    """An int8 linear: codes int8 [out, in], a scale for each row float32 [out], a static input scale or None."""
+
+    codes: Tensor
+    scale: Tensor
+    input_scale: Tensor | None
+
+
+@dataclass(slots=True)
+class LayerWeights:
+    """What a checkpoint holds for one decoder layer, or for the rest of the model.
+
+    Attributes:
+        floats: name in the unquantized model -> tensor on the CPU.
+        linears: module of the transformers model -> its int8 weight.
+        experts: module of the transformers model -> the MoE layer and its int8 experts.
+    """
+
+    floats: dict[str, Tensor] = field(default_factory=dict)
+    linears: dict[str, Int8Weight] = field(default_factory=dict)
+    experts: dict[str, tuple[MoELayer, FusedExperts]] = field(default_factory=dict)
+
+
+class CheckpointWeights:
+    """Reads a described checkpoint for a skeleton. A context manager: it keeps open the files that it has read from.
+
+    Args:
+        description: the checkpoint.
+        skeleton: the model that its tensors go to.
+    """
+
+    def __init__(self, description: Description, skeleton: Skeleton) -> None:
+        self.description, self.skeleton = description, skeleton
+        self._places = {name: shard.file for shard in description.checkpoint.shards for name in shard.names}
+        self._files: dict[str, Any] = {}
+        self._stack = ExitStack()
+        pool = self._stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
+        self._reader = self._stack.enter_context(LayerReader(description, pool))
+        self._names: dict[int | None, list[str]] = {}
+        self._linears: dict[int | None, list[tuple[str, Form]]] = {}
+        self._moe: dict[int | None, list[MoELayer]] = {}
+        self._sort()
+
+    def __enter__(self) -> CheckpointWeights:
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._stack.__exit__(*error)
+        self._files.clear()
+
+    @property
+    def float_experts(self) -> list[MoELayer]:
+        """MoE layers whose experts are stored in float."""
+        return [layer for layer in self.description.moe_layers if not layer.quantized]
+
+    def layer(self, number: int | None) -> LayerWeights:
+        """The weights of a decoder layer; None for the rest of the model.
+
+        Raises:
+            SourceError: a file cannot be read.
+        """
+        found = LayerWeights()
+        for name in self._names.get(number, ()):
+            found.floats[name] = self._tensor(name)
+        for module, form in self._linears.get(number, ()):
+            weight = self._linear(module, form)
+            name = f"{module}.weight"
+            found.floats[name] = dequantized(weight.codes, weight.scale)
+            target = self.skeleton.target(name)
+            found.linears[target.removesuffix(".weight")] = weight
+        for layer in self._moe.get(number, ()):
+            part = LayerPart(layer)
+            experts, _ = self._reader.read(part, Arena(part.nbytes))
+            found.floats.update(_expert_floats(layer, experts))
+            first = f"{layer.prefix}.0.{layer.naming.gate}.weight"
+            found.experts[self.skeleton.target(first).rpartition(".")[0]] = (layer, experts)
+        return found
+
+    def _sort(self) -> None:
+        """Assign every tensor to its decoder layer."""
+        stored = self.description.stored
+        members = self.description.topology.members
+        used: set[str] = set()
+        for layer in self.description.int8_layers:
+            first = f"{layer.prefix}.0.{layer.naming.gate}.weight"
+            self._moe.setdefault(self.skeleton.layer_of(self.skeleton.target(first)), []).append(layer)
+        for modules, names_of in ((stored.linears, linear_names), (stored.fused, fused_names)):
+            for module, form in modules.items():
+                if not form.quantized:
+                    continue
+                used.update(names_of(module))
+                if module not in members:
+                    number = self.skeleton.layer_of(self.skeleton.target(f"{module}.weight"))
+                    self._linears.setdefault(number, []).append((module, form))
+        for name in self.description.checkpoint.types:
+            if name in used or not self._is_parameter(name):
+                continue
+            number = self.skeleton.layer_of(self.skeleton.target(name))
+            self._names.setdefault(number, []).append(name)
+
+    def _is_parameter(self, name: str) -> bool:
+        """Whether a tensor goes into the model; MTP layers, cache scales and the like do not."""
+        return self.skeleton.has(self.skeleton.target(name))
+
+    def _tensor(self, name: str) -> Tensor:
+        """A tensor of any dtype, on the CPU.
+
+        Raises:
+            SourceError: its file cannot be read.
+        """
+        file = self._places[name]
+        try:
+            if file not in self._files:
+                path = self.description.checkpoint.root / file
+                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
+            tensor: Tensor = self._files[file].get_tensor(name)
+        except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
+            raise SourceError(
+                "A tensor cannot be read", code="shard-truncated", file=file, tensor=name, found=str(error)[:200]
+            ) from error
+        return tensor
+
+    def _linear(self, module: str, form: Form) -> Int8Weight:
+        names = linear_names(module)
+        codes = self._tensor(names.weight)
+        if codes.dim() != 2:
+            raise SourceError(
+                "An int8 linear has more than two dimensions",
+                code="weight-shape",
+                file=str(self.description.checkpoint.root),
+                tensor=names.weight,
+                found=str(list(codes.shape)),
+            )
+        scale = self._tensor(names.scale).float().reshape(-1)
+        static = None if form.input_scale is None else self._tensor(names.input_scale).float().reshape(())
+        return Int8Weight(codes, scale.expand(len(codes)).contiguous(), static)
+
+
+def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
+    """Code times scale in float32, rounded once to bfloat16; int8 [out, in], float32 [out] -> bfloat16 [out, in]."""
+    return (codes.float() * scale.unsqueeze(1)).to(torch.bfloat16)
+
+
+def _expert_floats(layer: MoELayer, experts: FusedExperts) -> Iterator[tuple[str, Tensor]]:
+    """The experts of a layer one by one, under the names of the unquantized model."""
+    names = dict(zip(ROLES, layer.naming.projections(), strict=True))
+    for expert in range(experts.experts):
+        for role, leaf in names.items():
+            projection: Projection = experts.projection(role, expert)
+            yield f"{layer.prefix}.{expert}.{leaf}.weight", dequantized(projection.codes, projection.scale)

@@ -1,0 +1,199 @@
+"""Whole evaluations: figures, faults that are found, batches, resuming, bad input."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.program import run_cli
+
+from quarkconv import SourceError, UnsupportedError, UsageError, evaluate_checkpoint
+from quarkconv.evaluate import evaluation as module
+from quarkconv.evaluate.results import Evaluation
+
+
+@pytest.fixture(scope="module")
+def plain(quantized: Path, unquantized: Path, token_ids: Path) -> Evaluation:
+    """One undisturbed run."""
+    return evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu", resume=False)
+
+
+def test_int8_costs_a_little_and_its_parts_add_up(plain: Evaluation) -> None:
+    assert plain.int8 is not None
+    assert plain.dequantized is not None
+    assert plain.baseline == "unquantized"
+    assert plain.scored == 5 * 11
+    assert 0 < plain.dequantized.mean < plain.int8.mean < 0.01
+    assert set(plain.perplexity) == {"int8", "dequantized", "unquantized"}
+    assert [layer.index for layer in plain.layers] == [0, 1, 2]
+    first = plain.layers[0]
+    assert first.drift == pytest.approx(first.own, rel=1e-6)  # nothing has accumulated before the first layer
+    assert all(0 < layer.own < 0.1 and layer.cosine > 0.99 for layer in plain.layers)
+    assert all(sum(layer.load) == 5 * 24 * 4 for layer in plain.layers)  # every token chooses four experts
+
+
+def test_perplexity_of_the_unquantized_model_is_that_of_transformers(
+    plain: Evaluation, unquantized: Path, token_ids: Path
+) -> None:
+    from transformers import AutoModelForCausalLM
+
+    ids = load_file(token_ids)["token_ids"]
+    with torch.no_grad():
+        logits = AutoModelForCausalLM.from_pretrained(unquantized)(input_ids=ids, use_cache=False).logits
+    log_p = logits.double().log_softmax(-1)[:, 12:-1]
+    nll = -log_p.gather(-1, ids[:, 13:, None]).mean().item()
+    found = plain.perplexity["unquantized"]
+    assert found is not None
+    assert found.value == pytest.approx(math.exp(nll), rel=1e-5)
+
+
+def test_without_the_unquantized_model_int8_is_compared_with_the_dequantized_one(
+    quantized: Path, token_ids: Path
+) -> None:
+    found = evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", resume=False)
+    assert found.baseline == "dequantized"
+    assert found.perplexity["unquantized"] is None
+    assert found.int8 is not None
+    assert found.int8.mean > 0
+
+
+def test_a_model_in_floats_has_a_perplexity_and_no_divergence(unquantized: Path, token_ids: Path) -> None:
+    found = evaluate_checkpoint(unquantized, token_ids=token_ids, device="cpu", resume=False)
+    assert found.scheme is None
+    assert found.int8 is None
+    assert found.perplexity["dequantized"] is not None
+
+
+@pytest.mark.parametrize("batch", [1, 2, 5])
+def test_batches_change_nothing_but_the_last_bits(
+    plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path, batch: int
+) -> None:
+    """Products of another shape may sum in another order: bfloat16 then rounds some elements the other way."""
+    found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=batch, device="cpu", resume=False)
+    assert found.int8 is not None
+    assert plain.int8 is not None
+    assert found.int8.mean == pytest.approx(plain.int8.mean, rel=0.15)
+    for mine, theirs in zip(found.layers, plain.layers, strict=True):
+        assert mine.own == pytest.approx(theirs.own, rel=0.05)
+
+
+def test_several_devices_share_the_windows(
+    plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pick_devices", lambda _: (torch.device("cpu"),) * 2)
+    one = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, resume=False)
+    monkeypatch.setattr(module, "pick_devices", lambda _: (torch.device("cpu"),))
+    two = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, resume=False)
+    assert one.int8 == two.int8
+    assert [layer.load for layer in one.layers] == [layer.load for layer in two.layers]
+
+
+def test_an_interrupted_run_resumes_after_its_last_layer(
+    quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu")
+    run_layer = module._Run._layer
+    ran: list[int] = []
+
+    def stops(self: module._Run, number: int, *rest: Any) -> None:
+        if number == 2 and 2 not in ran:
+            ran.append(2)
+            raise KeyboardInterrupt
+        ran.append(number)
+        run_layer(self, number, *rest)
+
+    monkeypatch.setattr(module._Run, "_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu")
+    assert ran == [0, 1, 2]
+    again = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu")
+    assert ran == [0, 1, 2, 2]
+    assert again.to_json() == whole.to_json()
+
+
+def damaged(source: Path, out: Path, tensor: str, change: float) -> Path:
+    """A copy of a checkpoint with one tensor multiplied."""
+    import shutil
+
+    shutil.copytree(source, out)
+    for file in out.glob("*.safetensors"):
+        tensors = load_file(file)
+        if tensor in tensors:
+            tensors[tensor] = tensors[tensor] * change
+            save_file(tensors, file, metadata={"format": "pt"})
+    return out
+
+
+def test_a_fault_in_one_layer_makes_it_the_worst(
+    quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    bad = damaged(quantized, tmp_path / "bad", "model.layers.1.mlp.experts.3.down_proj.weight_scale", 4.0)
+    found = evaluate_checkpoint(bad, unquantized, token_ids=token_ids, device="cpu", ablate=1, resume=False)
+    assert found.worst_layers[0].index == 1
+    assert (found.experts[0].layer, found.experts[0].expert) == (1, 3)
+    (ablation,) = found.ablations
+    assert ablation.index == 1
+    assert ablation.share > 0.9  # nearly all of the divergence goes when that layer is left unquantized
+
+
+def test_states_that_are_not_finite_name_the_first_layer(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    bad = damaged(quantized, tmp_path / "bad", "model.layers.1.input_layernorm.weight", math.nan)
+    with pytest.raises(SourceError, match="not finite") as caught:
+        evaluate_checkpoint(bad, token_ids=token_ids, device="cpu", resume=False)
+    assert caught.value.tensor == "model.layers.1"
+
+
+def test_layers_that_are_not_named_run_unquantized(quantized: Path, unquantized: Path, token_ids: Path) -> None:
+    found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, layers={1}, device="cpu", resume=False)
+    assert found.layers[0].own < found.layers[1].own  # rounding of weights alone
+
+
+def test_recorded_inputs_are_taken_by_verify(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    import quarkconv
+
+    record = tmp_path / "inputs.safetensors"
+    evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record, resume=False)
+    assert {name: list(tensor.shape) for name, tensor in load_file(record).items()} == {
+        f"model.layers.{number}.mlp": [5 * 24, 128] for number in range(3)
+    }
+    verification = quarkconv.verify_checkpoint(quantized, device="cpu", activations=record, stages=("numbers",))
+    assert verification.ok
+
+
+def test_another_model_as_the_unquantized_one_is_refused(
+    quantized: Path, checkpoints: Any, token_ids: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(UsageError, match="another class"):
+        evaluate_checkpoint(quantized, checkpoints("mixtral-quark0.11-eager"), token_ids=token_ids, resume=False)
+
+
+def test_a_model_type_without_a_class_is_unsupported(checkpoints: Any, token_ids: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no class") as caught:
+        evaluate_checkpoint(checkpoints("step3p5-like-3key_fused"), token_ids=token_ids, resume=False)
+    assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize(("text", "ids"), [(None, None), ("a", "b")])
+def test_a_text_or_token_ids_but_not_both(quantized: Path, text: str | None, ids: str | None) -> None:
+    with pytest.raises(UsageError, match="either a text or token ids"):
+        evaluate_checkpoint(quantized, text=text, token_ids=ids)
+
+
+def test_the_command_prints_one_object_and_exits_1_beyond_a_limit(
+    capsys: pytest.CaptureFixture[str], quantized: Path, unquantized: Path, token_ids: Path
+) -> None:
+    words = ["evaluate", quantized, "--unquantized", unquantized, "--token-ids", token_ids, "--device", "cpu"]
+    status, out, _ = run_cli(capsys, *words, "--json", "--max-kl", "0.5", "--min-agreement", "0.5")
+    found = json.loads(out)
+    assert (status, found["schema"], found["ok"]) == (0, "quarkconv.evaluate/1", True)
+    assert {"perplexity", "kl", "agreement", "layers"} <= found.keys()
+    assert {"value", "standard_error"} == found["perplexity"]["int8"].keys()
+    assert {"index", "module", "drift", "own", "routing_changed"} <= found["layers"][0].keys()
+    status, out, _ = run_cli(capsys, *words, "--max-kl", "1e-9", "--no-resume")
+    assert status == 1
+    assert "exceeds --max-kl" in out

@@ -1,0 +1,62 @@
+"""The INT8 path: each module against float64, which holds every product and sum of codes exactly."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from quarkconv.evaluate.int8 import Int8Experts, Int8Linear, int8_product
+from quarkconv.load.experts import FusedExperts
+from quarkconv.verify.activation import ExpertActivation
+from quarkconv.verify.reference import both_forwards
+
+
+def codes(*shape: int, seed: int = 0) -> torch.Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
+
+
+@pytest.mark.parametrize(("rows", "inner", "outer"), [(1, 64, 32), (40, 64, 32), (5, 60, 32), (17, 64, 30), (3, 7, 5)])
+def test_sums_are_exact(rows: int, inner: int, outer: int) -> None:
+    left, right = codes(rows, inner), codes(outer, inner, seed=1)
+    expected = (left.double() @ right.double().T).long()
+    assert torch.equal(int8_product(left, right).long(), expected)
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("bias", [False, True])
+def test_a_linear_equals_float64(static: bool, bias: bool) -> None:
+    weight, scale = codes(24, 64), torch.rand(24) * 0.01 + 1e-4
+    added = torch.randn(24).bfloat16() if bias else None
+    input_scale = torch.tensor(0.02) if static else None
+    states = torch.randn(2, 9, 64).bfloat16()
+    found = Int8Linear(weight, scale, added, input_scale)(states)
+    wide = states.double()
+    step = torch.tensor(0.02).double() if static else (wide.float().abs().amax(-1, keepdim=True) / 127).double()
+    rounded = (wide / step).round().clamp(-127 if not static else -128, 127)
+    expected = (rounded @ weight.double().T) * step * scale.double() + (0 if added is None else added.double())
+    # Sums are exact; the epilogue is in float32 and rounds once to bfloat16: half a step of it, 2^-9 of the value.
+    # Codes may differ by one where x / scale falls on a tie in float32 and not in float64: none does here.
+    error = (found.double() - expected).abs()
+    assert found.dtype == torch.bfloat16
+    assert bool((error <= expected.abs() * 2.0**-8 + 1e-6).all())
+
+
+def test_experts_equal_the_exact_reference() -> None:
+    experts, hidden, inner, k = 4, 64, 32, 2
+    fused = FusedExperts(
+        layer=0,
+        prefix="experts",
+        w13=codes(experts, 2 * inner, hidden),
+        w13_scale=torch.rand(experts, 2 * inner, 1) * 0.01,
+        w2=codes(experts, hidden, inner, seed=3),
+        w2_scale=torch.rand(experts, hidden, 1) * 0.01,
+    )
+    states = torch.randn(10, hidden).bfloat16()
+    weights = torch.rand(10, k)
+    ids = torch.stack([torch.randperm(experts)[:k] for _ in range(10)])
+    activation = ExpertActivation("silu")
+    found = Int8Experts(fused, activation)(states, ids, weights)
+    exact, _ = both_forwards(states, weights, ids, fused.projection, activation)
+    error = (found.double() - exact.double()).norm() / exact.double().norm()
+    assert error < 2.0**-8  # both round at the same places, to bfloat16 once
