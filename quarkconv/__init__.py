@@ -30,10 +30,10 @@ from quarkconv.plan.pieces import Plan
 from quarkconv.progress import Progress
 
 if TYPE_CHECKING:
-    from quarkconv.load.experts import FusedExperts
-    from quarkconv.load.load import load_fused_experts
     from quarkconv.evaluate.evaluation import evaluate_checkpoint
     from quarkconv.evaluate.results import Evaluation
+    from quarkconv.load.experts import FusedExperts
+    from quarkconv.load.load import load_fused_experts
     from quarkconv.verify.results import Verification
     from quarkconv.verify.verify import verify_checkpoint
 

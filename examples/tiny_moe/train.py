@@ -2,14 +2,14 @@
 
     python train.py --text TEXT --out FOLDER
 
-The text is the King James Bible (1611, in the public domain) as Debian's package bible-kjv prints it, without the numbers of
-verses:
+The text is the King James Bible (1611, in the public domain) as Debian's package bible-kjv prints it, without the
+numbers of its verses:
 
     apt-get install bible-kjv
-    echo | bible -f 'gen1:1-rev22:21' | sed 's/^[^ ]* //' > kjv.txt
+    bible -f 'gen1:1-rev22:21' < /dev/null | sed 's/^[^ ]* //' > kjv.txt
 
-The last part of it, the Revelation, is held out and written to ``FOLDER/heldout.txt``. 1.4 million parameters, 4 layers of
-8 experts, a vocabulary of 512 byte pairs. The seed is fixed; results differ in the last digits from machine to machine.
+Its last part, the Revelation, is held out and written to ``FOLDER/heldout.txt``. 1.5 million parameters, 4 layers of 8
+experts, a vocabulary of 512 byte pairs. The seed is fixed; results differ in the last digits from machine to machine.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """A transformers model on the meta device, whose decoder layers are filled and emptied one by one.
 
-The class is transformers' own; remote code never runs. Its forward is used as it is: decoder layers are replaced by
-modules that record their arguments, so that masks, rotary embeddings, scaling of embeddings, the final norm and the head
-are the model's own code, while the layers run one at a time over all windows.
+The class is transformers' own; remote code never runs. Its forward runs unchanged: modules that record their arguments
+replace the decoder layers. Masks, rotary embeddings, scaling of embeddings, the final norm and the head are so the
+model's own code, while the layers run one at a time over all windows.
 """
 
 from __future__ import annotations

@@ -25,6 +25,7 @@ from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.int8 import Int8Experts, Int8Linear
 from quarkconv.evaluate.skeleton import LayerCall, Skeleton
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
+from quarkconv.experts.function import Unknown
 from quarkconv.verify.activation import expert_activation
 
 UNQUANTIZED: Final = "unquantized"
@@ -274,12 +275,13 @@ class LayerRunner:
             static = None if linear.input_scale is None else linear.input_scale.to(device)
             yield path, Int8Linear(linear.codes.to(device), linear.scale.to(device), module.bias, static)
         for path, (layer, experts) in weights.experts.items():
-            activation = expert_activation(self._config, layer.index)
-            if activation is None:
+            activation = expert_activation(self._config, layer.index, layer.moe)
+            if isinstance(activation, Unknown):
                 raise UnsupportedError(
-                    "The activation function of these experts is not known",
+                    "These experts cannot run in INT8: what they compute is not known",
                     file=str(skeleton.root),
                     tensor=layer.prefix,
+                    found=activation.reason,
                 )
             found = skeleton.experts_of(number)
             if found is None or found[0] != path:

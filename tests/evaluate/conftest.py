@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
-VOCABULARY = 320
+from quarkconv import convert_checkpoint
+from quarkconv.evaluate.windows import windows_of_text
+
+TINY = Path(__file__).parents[2] / "examples" / "tiny_moe" / "quark-ptpc_int8"
 
 
 @pytest.fixture(autouse=True)
@@ -24,20 +27,30 @@ def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 
 @pytest.fixture(scope="session")
 def token_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Five windows of 24 random tokens."""
+    """Five windows of 24 tokens of the text that the small model was not trained on."""
     path = tmp_path_factory.mktemp("tokens") / "ids.safetensors"
-    generator = torch.Generator().manual_seed(7)
-    save_file({"token_ids": torch.randint(0, VOCABULARY, (5, 24), generator=generator)}, path)
+    windows = windows_of_text(TINY.parent / "heldout.txt", TINY / "tokenizer.json", 24, 5)
+    save_file({"token_ids": windows.ids}, path)
     return path
 
 
 @pytest.fixture(scope="session")
-def quantized(checkpoints: Callable[[str], Path]) -> Path:
-    """A real Quark export of a small qwen3_moe."""
-    return checkpoints("qwen3_moe-quark0.13-f2f")
+def quantized() -> Path:
+    """A trained qwen3_moe of 1.5 million parameters, quantized by Quark 0.13 file to file."""
+    return TINY
 
 
 @pytest.fixture(scope="session")
-def unquantized(checkpoints: Callable[[str], Path]) -> Path:
-    """The same model before quantization."""
-    return checkpoints("qwen3_moe-bf16")
+def unquantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model that the small one could have been quantized from: its weights, each off by up to 0.4 of a step."""
+    folder = convert_checkpoint(TINY, "bf16", tmp_path_factory.mktemp("unquantized") / "model").output
+    generator = torch.Generator().manual_seed(11)
+    for file in folder.glob("*.safetensors"):
+        tensors = load_file(file)
+        for name, tensor in tensors.items():
+            if tensor.dim() == 2 and ("_proj" in name):
+                step = tensor.float().abs().amax(1, keepdim=True) / 127
+                noise = (torch.rand(tensor.shape, generator=generator) - 0.5) * 0.8
+                tensors[name] = (tensor.float() + noise * step).to(tensor.dtype)
+        save_file(tensors, file, metadata={"format": "pt"})
+    return folder
