@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
-from quarkconv.cli.out import console, print_json, set_talk
+from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
 
-_STEPS = {"layer": ("Running layers", "layer"), "scoring": ("Scoring", "batch")}
+if TYPE_CHECKING:
+    from rich.console import RenderableType
 
 
 def evaluate(
@@ -61,35 +62,33 @@ def evaluate(
 ) -> int:
     """Say what quantization costs the whole model, on real text.
 
-    One decoder layer is in memory at a time. Exit code 1 when --max-kl or --min-agreement is not kept.
+    One decoder layer is in memory at a time. Exits 1 when --max-kl or --min-agreement is not kept.
+
+    \b
+    quarkconv evaluate ./model --unquantized ./original --text wiki.txt
+    quarkconv evaluate ./model --text wiki.txt --window 512 --windows 20 --json
     """
-    set_talk(verbose=verbose, quiet=quiet)
+    output = open_output(json=json, verbose=verbose, quiet=quiet)
     if (text is None) == (token_ids is None):
         raise UsageError("Give either a text or token ids", expected="--text or --token-ids",
                          found="neither" if text is None else "both")  # fmt: skip
     from quarkconv.cli.verify import parse_layers
 
     numbers = None if layers is None else parse_layers(layers)
-    with progress("Starting") as meter:
+    with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
         from quarkconv.evaluate.results import Limits
-
-        def report(step: str, done: int, total: int) -> None:
-            what, unit = _STEPS[step]
-            if done == 0:
-                meter.step(what, total, unit)
-            else:
-                meter.advance()
 
         evaluation = evaluate_checkpoint(
             model, unquantized, text=text, token_ids=token_ids, window=window, windows=windows, batch=batch,
             device=device, layers=numbers, ablate=ablate, record=record, limits=Limits(max_kl, min_agreement),
-            resume=resume, progress=report,
+            resume=resume, progress=meter,
         )  # fmt: skip
-    if json:
-        print_json(evaluation.to_json())
-    else:
+
+    def render() -> RenderableType:
         from quarkconv.cli.render.evaluation import render_evaluation
 
-        console().print(render_evaluation(evaluation))
+        return render_evaluation(evaluation)
+
+    output.show(evaluation.to_json(), render)
     return 0 if evaluation.ok else 1

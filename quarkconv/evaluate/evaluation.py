@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass
@@ -32,17 +32,15 @@ from quarkconv.evaluate.streams import (
 )
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
-from quarkconv.hub.locate import resolve_model
+from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
+from quarkconv.progress import SILENT, Progress
 
 DEFAULT_WINDOW: Final = 2048
 BATCH_TOKENS: Final = 4096
 """Tokens of a batch, where ``batch`` is not given."""
 LOGITS: Final = 2**26
 """Logits of one model that are in memory at a time: 256 MB in float32."""
-
-Progress = Callable[[str, int, int], None]
-"""Called with what is under way, how much of it is done, and how much there is."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +66,7 @@ def evaluate_checkpoint(
     record: str | Path | None = None,
     limits: Limits = Limits(),  # noqa: B008 - frozen
     resume: bool = True,
-    progress: Progress | None = None,
+    progress: Progress = SILENT,
 ) -> Evaluation:
     """Say what quantization costs a model, on a text, layer by layer.
 
@@ -89,7 +87,7 @@ def evaluate_checkpoint(
         record: a file to write the inputs of the MoE layers to, for ``verify --activations``.
         limits: bounds; the result says which are exceeded.
         resume: keep the hidden states on disk after each layer, and resume from those of an interrupted run.
-        progress: called from the thread that calls.
+        progress: see :class:`quarkconv.progress.Progress`.
 
     Raises:
         UsageError: neither text nor token ids, or both; a text that is too short; tokens outside of the vocabulary;
@@ -101,10 +99,9 @@ def evaluate_checkpoint(
     if (text is None) == (token_ids is None):
         raise UsageError("Give either a text or token ids", expected="--text or --token-ids",
                          found="neither" if text is None else "both")  # fmt: skip
-    report = progress or (lambda *_: None)
     devices = pick_devices(device)
-    root = resolve_model(model)
-    other = None if unquantized is None else resolve_model(unquantized)
+    root = _directory(model, progress)
+    other = None if unquantized is None else _directory(unquantized, progress)
     tokens = (
         windows_of_ids(token_ids, windows)
         if token_ids is not None
@@ -117,7 +114,7 @@ def evaluate_checkpoint(
     with ExitStack() as stack:
         runners = [_runner(description, original, place, layers, stack) for place in devices]
         tokens.check_vocabulary(runners[0].quantized.skeleton.vocabulary)
-        run = _Run(runners, tokens, batch, report)
+        run = _Run(runners, tokens, batch, progress)
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
         streams = run.layers_of(run.variants, state, record)
         scores = run.scores(streams.states)
@@ -153,8 +150,8 @@ def evaluate_checkpoint(
 class _Run:
     """One evaluation under way."""
 
-    def __init__(self, runners: list[LayerRunner], tokens: Windows, batch: int | None, report: Progress) -> None:
-        self.runners, self.tokens, self.report = runners, tokens, report
+    def __init__(self, runners: list[LayerRunner], tokens: Windows, batch: int | None, progress: Progress) -> None:
+        self.runners, self.tokens, self.progress = runners, tokens, progress
         first = runners[0]
         self.in_int8 = bool(first.quantized.weights.description.int8_layers)
         self.baseline = UNQUANTIZED if first.unquantized is not None else DEQUANTIZED
@@ -204,15 +201,15 @@ class _Run:
         recorded: dict[str, Tensor] = {}
         with ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool:
             ahead: Future[tuple[LayerWeights, LayerWeights | None]] | None = None
+            self.progress.step("Running layers", self.layer_count - streams.finished, "layer")
             for number in range(streams.finished, self.layer_count):
-                self.report("layer", number, self.layer_count)
                 weights = self._read(number) if ahead is None else ahead.result()
                 ahead = pool.submit(self._read, number + 1) if number + 1 < self.layer_count else None
                 self._layer(number, weights, streams, calls, ablated, recorded if record is not None else None)
                 streams.finished = number + 1
                 if state is not None:
                     _saved(state, streams)
-        self.report("layer", self.layer_count, self.layer_count)
+                self.progress.advance()
         if record is not None:
             _write_record(record, recorded)
         return streams
@@ -264,8 +261,8 @@ class _Run:
         """Score the tokens of the second half of each window."""
         found = {name: TokenScores() for name in states}
         scored = torch.tensor(list(self.tokens.scored))
-        for position, item in enumerate(self.batches):
-            self.report("scoring", position, len(self.batches))
+        self.progress.step("Scoring", len(self.batches), "batch")
+        for item in self.batches:
             runner = self.runners[item.device]
             ids = self.tokens.ids[item.windows]
             vocabulary = runner.quantized.skeleton.vocabulary
@@ -280,7 +277,7 @@ class _Run:
                 baseline = logits[self.baseline]
                 for name, values in logits.items():
                     found[name].add(values, targets.to(values.device), None if name == self.baseline else baseline)
-        self.report("scoring", len(self.batches), len(self.batches))
+            self.progress.advance()
         return found
 
     def ablations(
@@ -302,6 +299,11 @@ class _Run:
             share = 1 - divergence.mean / whole.mean if whole.mean else 0.0
             ablations.append(Ablation(layer.index, layer.module, divergence.mean, share))
         return tuple(ablations)
+
+
+def _directory(model: str | Path, progress: Progress) -> Path:
+    """The directory of a model; one on the Hub is downloaded to its cache."""
+    return locate(model, cache=True, progress=progress).files.root
 
 
 def _runner(

@@ -9,8 +9,9 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.out import indented, plural, printable, title, verdict
+from quarkconv.cli.out import indented, printable, title, verdict
 from quarkconv.evaluate.results import Evaluation, LayerEvaluation
+from quarkconv.text import plural
 
 _SHOWN_LAYERS: Final = 16
 _BAR: Final = 20
