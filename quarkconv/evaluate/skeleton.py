@@ -332,10 +332,11 @@ def _no_bars() -> Iterator[None]:
     """transformers draws a bar for each call that loads weights."""
     from transformers.utils import logging
 
-    shown = logging.is_progress_bar_enabled()
-    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+    bars: Any = logging  # its functions are typed in some releases only
+    shown = bars.is_progress_bar_enabled()
+    bars.disable_progress_bar()
     try:
         yield
     finally:
         if shown:
-            logging.enable_progress_bar()  # type: ignore[no-untyped-call]
+            bars.enable_progress_bar()
