@@ -1,7 +1,7 @@
 """Pieces of the int8 modules of a source, whatever layout it has.
 
-Targets ask for "the gate rows of expert 3" and get byte ranges; only this module knows whether they lie in a tensor of
-their own, in a tensor of all experts (3-key), or in the upper half of a fused one.
+Targets ask for "the gate rows of expert 3" and get byte ranges, whether these rows are a tensor of their own, a part
+of a tensor of all experts (3-key), or the upper half of a fused one.
 """
 
 from __future__ import annotations

@@ -149,18 +149,23 @@ def read_manifest(root: Path) -> Manifest | None:
     value = read_json_object(path, code="manifest-invalid", limit=MAX_MANIFEST_BYTES, values=MAX_MANIFEST_VALUES)
     if value.get("format") != MANIFEST_FORMAT or value.get("checksum") != CHECKSUM:
         raise SourceError(
-            "This quarkconv does not read this version of the manifest", code="manifest-invalid",
-            file=MANIFEST_NAME, expected=f"{MANIFEST_FORMAT} with {CHECKSUM}",
+            "This version of quarkconv does not read this version of the manifest",
+            code="manifest-invalid",
+            file=MANIFEST_NAME,
+            expected=f"{MANIFEST_FORMAT} with {CHECKSUM}",
             found=f"{word(value.get('format'))} with {word(value.get('checksum'))}",
             hint="use the version of quarkconv that wrote it, or a later one",
-        )  # fmt: skip
+        )
     try:
         return _parse(value)
     except (KeyError, TypeError, ValueError, IndexError) as error:
         raise SourceError(
-            "The manifest is malformed", code="manifest-invalid", file=MANIFEST_NAME, found=repr(error)[:120],
+            "The manifest is malformed",
+            code="manifest-invalid",
+            file=MANIFEST_NAME,
+            found=repr(error)[:120],
             hint="convert the model again",
-        ) from error  # fmt: skip
+        ) from error
 
 
 def _parse(value: dict[str, Any]) -> Manifest:

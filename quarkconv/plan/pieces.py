@@ -1,7 +1,7 @@
 """A plan as data: output files made of tensors, tensors made of pieces of source files.
 
-A plan says everything that a conversion does, and doing it takes no further decision. It is made from headers alone
-and survives a round trip through JSON; the same source and options give the same plan, wherever the files lie.
+A plan holds every decision of a conversion; carrying it out takes none. It follows from headers alone and survives a
+round trip through JSON. The same source and options give the same plan, wherever the files are.
 """
 
 from __future__ import annotations
@@ -127,8 +127,7 @@ Scale = Copy | Rows
 """What gives a scale as F32 rows."""
 
 Piece = Copy | Rows | Weights | Columns
-"""A run of output bytes, made of one or two ranges of source files. A new computation is a class here, a case where
-pieces are computed (:mod:`quarkconv.write.transforms`), one where they are verified, and a row of the JSON codec."""
+"""A run of output bytes, computed from one or two ranges of source files."""
 
 
 def f32_rows(source: Copy, dtype: str, repeat: int = 1) -> Scale:
@@ -172,7 +171,7 @@ class OutputShard:
 
 
 class Check(NamedTuple):
-    """What must hold of the source's data before the first byte is written.
+    """A condition on the source's data, checked before the first byte is written.
 
     ``zero``: the bytes of ``first`` are all zero. ``equal``: the bytes of ``first`` and ``second`` are the same.
     ``repeats``: the bytes of ``first`` are those of ``second``, again and again.
@@ -188,14 +187,14 @@ class Check(NamedTuple):
 
 
 class SourceFile(NamedTuple):
-    """A file of the source and the size that it had when the plan was made."""
+    """A file of the source, and its size when it was planned."""
 
     name: str
     size: int
 
 
 class TextFile(NamedTuple):
-    """A small file of the output, and what it says."""
+    """A small file of the output, and its text."""
 
     name: str
     text: str
@@ -229,8 +228,8 @@ class Plan:
         shards: the safetensors files to write.
         config: config.json to write.
         copies: files of the source that are copied as they are.
-        losses: what the source says and the output does not.
-        texts: files that are written anew, such as the model card.
+        losses: settings and tensors of the source that the output does not have.
+        texts: files with new text, such as the model card.
         rank: the rank whose part of the experts is written.
     """
 
@@ -267,7 +266,7 @@ class Plan:
 
     @property
     def output_bytes(self) -> int:
-        """Bytes that the plan writes as shards, copies and texts; index, config and manifest come on top."""
+        """Bytes of shards, copies and texts; index, config and manifest come on top."""
         texts = sum(len(file.text.encode()) for file in self.texts)
         return sum(shard.nbytes for shard in self.shards) + sum(copy.size for copy in self.copies) + texts
 

@@ -1,9 +1,9 @@
 """How output tensors are laid out: which go into one file, in which order, behind which header.
 
-safetensors allows no gap between tensors, so alignment has to come from order: inside a file the tensors whose size is
+safetensors allows no gap between tensors, so alignment comes from order: inside a file the tensors whose size is
 divisible by the largest power of two come first. Every tensor then starts at a multiple of its own power of two, up to
 a page, and so at least at a multiple of its element size. Expert tensors are multiples of a page in all real models;
-they start on a page, which direct I/O and memory maps to a GPU need. The header is padded so that the data starts on a
+they start on a page, as direct I/O and memory maps to a GPU need. The header is padded so that the data starts on a
 page too.
 """
 

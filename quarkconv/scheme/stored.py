@@ -19,14 +19,13 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType
+from quarkconv.scheme.companions import output_companions
 from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
 _WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point")
-_CACHED: Final = ("k_proj", "v_proj")
-"""Projections whose outputs go into the key-value cache; engines name its scales ``k_scale`` and ``v_scale``."""
 _KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -158,10 +157,7 @@ def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: d
     owned: set[str] = set()
     for module in linears:
         owned.update(linear_names(module))
-        owned.update((f"{module}.output_scale", f"{module}.output_zero_point"))
-        attention, _, projection = module.rpartition(".")
-        if projection in _CACHED:
-            owned.add(f"{attention}.{projection[0]}_scale")
+        owned.update(output_companions(module))
     for module in fused:
         owned.update(fused_names(module))
     return [name for name in types if name.endswith(_COMPANIONS) and name not in owned]

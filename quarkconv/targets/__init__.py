@@ -1,4 +1,8 @@
-"""The formats to convert to. A new target is one module here and one row in :data:`TARGETS`."""
+"""The formats to convert to: how each names, shapes and describes the tensors of a model.
+
+To add a target, write one module with a subclass of ``Target`` (``base.py``; ``PerExpertTarget`` for experts one by
+one) and add it to :data:`TARGETS`. Which engines load it is a row of ``inspection/engines.toml``.
+"""
 
 from __future__ import annotations
 
@@ -25,5 +29,5 @@ def get_target(name: str) -> Target:
         UsageError: there is none.
     """
     if name not in TARGETS:
-        raise UsageError("There is no such target", expected=" or ".join(TARGETS), found=name)
+        raise UsageError("Unknown target", expected=" or ".join(TARGETS), found=name)
     return TARGETS[name]

@@ -1,4 +1,4 @@
-"""What a target is: how it names, shapes and describes the tensors of a converted model."""
+"""The base class of targets."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class Target(ABC):
         name: as given to ``--to``.
         summary: one line for people.
         by_rank: whether the experts can be divided among ranks.
-        facts: one sentence on what becomes of the weights, for the model card.
+        facts: one sentence on the weights of the output, for the model card.
     """
 
     name: ClassVar[str]
@@ -31,18 +31,18 @@ class Target(ABC):
     facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
     def unsupported(self, description: Description) -> str | None:
-        """Why this target cannot represent a checkpoint that is sound; None when it can."""
+        """Why this target cannot represent a valid checkpoint; None when it can."""
         if not description.moe_layers:
             return "it has no routed experts"
         if not description.int8_layers:
-            return "none of its experts are stored in int8"
+            return "its experts are stored in float"
         for layer in description.moe_layers:
             if layer.partly_quantized:
                 return f"{layer.prefix} mixes experts in int8 and in float"
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"
         if len({scheme.activation for scheme in description.schemes}) > 1:
-            return "it mixes static and dynamic activation scales, which one config group cannot say"
+            return "it mixes static and dynamic activation scales, and one config group has only one of them"
         return None
 
     @abstractmethod
@@ -51,30 +51,30 @@ class Target(ABC):
 
     @abstractmethod
     def expert_bytes(self, layer: MoELayer) -> int:
-        """Size of :meth:`expert_tensors`, without making them."""
+        """Size of :meth:`expert_tensors` in bytes, without planning them."""
 
     @abstractmethod
     def config(self, description: Description) -> dict[str, Any]:
         """The config.json of the output."""
 
     def losses(self, description: Description) -> Iterator[Finding]:  # noqa: ARG002
-        """What the source says and the output cannot; nothing is dropped that is not named here."""
+        """A finding for each setting and each kind of tensor of the source that the output does not have."""
         yield from ()
 
     def renamed(self, name: str) -> str:
-        """The name in the output of a tensor that belongs to no int8 module."""
+        """The output name of a tensor outside of int8 modules."""
         return name
 
     def drops(self, name: str) -> bool:  # noqa: ARG002
-        """Whether a tensor that no other is made of is left out; :meth:`losses` says so."""
+        """Whether a tensor outside of int8 modules is left out; :meth:`losses` reports it."""
         return False
 
     def expert_checks(self, source: ExpertSource) -> Iterator[Check]:  # noqa: ARG002
-        """What must hold of a layer's data for :meth:`expert_tensors` to be exact."""
+        """Conditions on a layer's data under which :meth:`expert_tensors` is exact."""
         yield from ()
 
     def module_checks(self, module: Int8Module) -> Iterator[Check]:  # noqa: ARG002
-        """What must hold of a module's data for :meth:`module_tensors` to be exact."""
+        """Conditions on a module's data under which :meth:`module_tensors` is exact."""
         yield from ()
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
@@ -89,7 +89,7 @@ class Target(ABC):
             yield OutputTensor(names.input_scale, "F32", module.input_shape, module.input_scales)
 
     def module_bytes(self, shape: tuple[int, ...], static: int) -> int:
-        """Size of :meth:`module_tensors`, without making them.
+        """Size of :meth:`module_tensors` in bytes, without planning them.
 
         Args:
             shape: of the weight.
@@ -98,7 +98,7 @@ class Target(ABC):
         return prod(shape) + 4 * prod(shape[:-1]) + 4 * static
 
     def output_bytes(self, description: Description, modules: Sequence[Int8Count]) -> int:
-        """Size of all tensors of the output, without planning them.
+        """Size of all output tensors in bytes, without planning them.
 
         Args:
             description: the source.
@@ -114,7 +114,7 @@ class Target(ABC):
 
 
 class Int8Count(NamedTuple):
-    """How many int8 modules have a form, and how many of them are no routed experts."""
+    """How many int8 modules have a form, and how many of them are linears outside of the routed experts."""
 
     form: Form
     modules: int

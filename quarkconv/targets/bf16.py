@@ -1,4 +1,4 @@
-"""``bf16``: the model that the codes stand for, without any quantization: the reference for evaluation.
+"""``bf16``: the dequantized model, for evaluation and for engines without INT8.
 
 Each weight is code times scale in F32, rounded once to BF16. Names are those of the unquantized model, so that
 transformers and every engine load it.
@@ -9,25 +9,17 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from itertools import starmap
 from math import prod
-from typing import Any, Final
+from typing import Any
 
 from quarkconv.description.description import Description
 from quarkconv.findings import Finding, finding
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, Weights
+from quarkconv.scheme.companions import describes_activations
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.base import Int8Count
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import dropped_settings
-
-_OF_ACTIVATIONS: Final = (
-    "input_scale",
-    "input_zero_point",
-    "output_scale",
-    "output_zero_point",
-    ".k_scale",
-    ".v_scale",
-)
 
 
 class Bf16(PerExpertTarget):
@@ -46,12 +38,12 @@ class Bf16(PerExpertTarget):
 
     def output_bytes(self, description: Description, modules: Sequence[Int8Count]) -> int:
         size, types = super().output_bytes(description, modules), description.checkpoint.types
-        for form, count, _ in modules:  # what belongs to a module is left out with it
+        for form, count, _ in modules:  # the companions of a module are left out with it
             size += count * sum(kind.nbytes for kind in (form.input_scale, form.input_zero_point) if kind is not None)
         return size - sum(types[name].nbytes for name in _of_activations(description))
 
     def drops(self, name: str) -> bool:
-        return name.endswith(_OF_ACTIVATIONS)
+        return describes_activations(name)
 
     def config(self, description: Description) -> dict[str, Any]:
         config = description.config.with_quantization(None)
@@ -61,9 +53,9 @@ class Bf16(PerExpertTarget):
         yield from dropped_settings(description, self.name, kept=())
         names = _of_activations(description)
         if names:
-            message = f"{len(names)} scale(s) and zero point(s) of activations have no place in a model without any"
+            message = f"Scales and zero points of activations are left out: {len(names)}, first {names[0]}"
             yield finding("tensor-dropped", names[0], message, count=len(names))
 
 
 def _of_activations(description: Description) -> list[str]:
-    return [name for name in description.checkpoint.types if name.endswith(_OF_ACTIVATIONS)]
+    return [name for name in description.checkpoint.types if describes_activations(name)]

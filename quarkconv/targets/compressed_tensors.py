@@ -15,8 +15,8 @@ from typing import Any
 
 from quarkconv.description.description import Description
 from quarkconv.findings import Finding
+from quarkconv.scheme.companions import name_in_engines
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
-from quarkconv.targets.kv_cache import name_in_engines
 from quarkconv.targets.per_expert import PerExpertTarget
 
 

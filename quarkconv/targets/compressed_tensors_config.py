@@ -46,7 +46,7 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
 
 
 def compressed_tensors_losses(description: Description) -> Iterator[Finding]:
-    """What the source says and the compressed-tensors form cannot."""
+    """A finding for each setting of the source that the compressed-tensors form cannot express."""
     carried = _carried(description)
     kept = {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
     yield from dropped_settings(description, "compressed-tensors", kept=kept)

@@ -24,9 +24,9 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource
 from quarkconv.plan.pieces import Check, OutputTensor
+from quarkconv.scheme.companions import name_in_engines
 from quarkconv.targets.base import Target
 from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
-from quarkconv.targets.kv_cache import name_in_engines
 
 _PARTS: Final[tuple[tuple[Role, ...], ...]] = (("gate", "up"), ("down",))
 

@@ -18,8 +18,8 @@ MERGED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
     ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
 }
 """Linears that engines merge into one at load -> names of the merged linear, in vLLM and in SGLang. vLLM expands the
-merged name to its parts; SGLang has no such table for some models and looks for the merged name itself, so both are
-named."""
+merged name to its parts; SGLang has no such table for some models and looks up the merged name, so both are
+listed."""
 
 _MERGED_WITH: Final = {part: (parts, merged) for parts, merged in MERGED.items() for part in parts}
 
@@ -45,5 +45,5 @@ def _ignored(description: Description) -> Iterator[str]:
     for layer in topology.layers:
         if not layer.quantized:
             yield layer.prefix
-            for leaf in NAMINGS[0].projections():  # vLLM and SGLang ask about these three, whatever the names are
+            for leaf in NAMINGS[0].projections():  # vLLM and SGLang look these up under every naming
                 yield f"{layer.prefix}.0.{leaf}"

@@ -13,7 +13,7 @@ from quarkconv.targets.base import Target
 class PerExpertTarget(Target):
     """A target with an ``experts.N.gate_proj`` for every expert, or ``moe.gate_proj`` in 3-key models.
 
-    A projection of an expert is written as any other int8 linear: see :meth:`Target.module_tensors`.
+    Projections of experts are written as any other int8 linear: see :meth:`Target.module_tensors`.
     """
 
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:

@@ -1,11 +1,11 @@
-"""``quark``: back to what AMD Quark 0.13 exports, so that its tools and every engine that reads them can go on.
+"""``quark``: an AMD Quark 0.13 export again, for its tools and the engines that read them.
 
     P.N.gate_proj.weight         I8   [I, H]
     P.N.gate_proj.weight_scale   F32  [I]      per tensor, F32 [], where activation scales are static
     P.N.gate_proj.input_scale    F32  []       static activation scales only
 
-The scheme is ``ptpc_int8``, which a weight of one scale becomes by repeating it. With static activation scales it is
-``int8_static``, the only form that Quark has for them; then the rows of a weight must all have the same scale.
+The scheme is ``ptpc_int8``; a scale per tensor is repeated over the rows. With static activation scales it is
+``int8_static``, the only form that Quark has for them; then the rows of a weight must share one scale.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, Copy, OutputTensor, Rows, Scale, f32_rows
+from quarkconv.scheme.companions import name_in_quark
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules
-from quarkconv.targets.kv_cache import name_in_quark
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import KV_CACHE, dropped_settings
 
 QUARK_VERSION: Final = "0.13"
-"""The version of Quark whose form is written."""
+"""The version of Quark whose format is written."""
 
 _F32: Final = 4
 
@@ -99,13 +99,13 @@ class Quark(PerExpertTarget):
         kept = {KV_CACHE} if _kv_cache_layers(declared, {}) else set()
         source = description.config.quantization
         if declared is not None and declared.method == "quark" and isinstance(source, dict):
-            kept.update(source, ("export",))  # carried over; what is said of single layers is not
+            kept.update(source, ("export",))  # carried over, unlike the settings of single layers
             kept -= {"global_quant_config", "layer_quant_config", "layer_type_quant_config"}
         yield from dropped_settings(description, self.name, kept=kept)
 
 
 def _one(scale: Scale) -> Scale:
-    """The first element of a scale, as F32; of one that is repeated over rows, the only one."""
+    """The first element of a scale, as F32."""
     match scale:
         case Copy():
             return scale._replace(nbytes=_F32)
@@ -115,7 +115,7 @@ def _one(scale: Scale) -> Scale:
 
 
 def _kv_cache_layers(declared: DeclaredScheme | None, layer: dict[str, Any]) -> dict[str, Any]:
-    """What ``layer_quant_config`` says of the linears whose outputs go into a quantized key-value cache."""
+    """``layer_quant_config`` of the linears whose outputs go into a quantized key-value cache."""
     if declared is None or declared.kv_cache != FP8_STATIC:
         return {}
     outputs = _tensor_config("fp8_e4m3", static=True)

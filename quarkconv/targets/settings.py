@@ -1,7 +1,7 @@
 """The settings of a source's quantization_config that the stored tensors do not show, and which of them are lost.
 
-What a config says of weights and activations is written anew from what is stored. Everything else, such as a quantized
-key-value cache, a rotation or quantized biases, either goes over to the output or becomes a finding.
+Targets derive the settings of weights and activations from the stored tensors. Every other setting, such as a
+quantized key-value cache, a rotation or quantized biases, is either carried over to the output or reported.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from quarkconv.findings import Finding, finding
 from quarkconv.text import shortened
 
 KV_CACHE: Final = "kv_cache"
-"""Stands for the quantization of the key-value cache, under whatever names a config has it."""
+"""The quantization of the key-value cache, under whatever name a config has it."""
 
 _OF_WEIGHTS: Final[Mapping[str, frozenset[str]]] = {
     "quark": frozenset({
@@ -28,8 +28,8 @@ _OF_WEIGHTS: Final[Mapping[str, frozenset[str]]] = {
     }),
     "w8a8_int8": frozenset({"quant_method", "ignore"}),
 }  # fmt: skip
-"""Fields that say how weights and activations are quantized, which the stored tensors show, or that say nothing of what
-is computed; and those of the key-value cache, which are looked at by themselves."""
+"""Fields on weights and activations, which the stored tensors show; fields without a meaning for the computation; and
+those of the key-value cache, which are compared separately."""
 
 _EXPORT_HISTORY: Final = frozenset(
     {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
@@ -47,22 +47,22 @@ def dropped_settings(description: Description, target: str, *, kept: Collection[
     """
     lost = {name: value for name, value in _settings(description) if name.partition(".")[0] not in kept}
     for name, value in lost.items():
-        said = repr(value)
+        text = repr(value)
         yield finding(
             "setting-dropped", f"{QUANTIZATION_KEY}.{shortened(name)}",
-            f"The target {target} has no place for this setting, which is {said[:80]}{'...' if len(said) > 80 else ''}",
+            f"The target {target} cannot express this setting: {text[:80]}{'...' if len(text) > 80 else ''}",
             hint="check whether the model needs it; the weights are the same without it",
         )  # fmt: skip
 
 
 def _settings(description: Description) -> Iterator[tuple[str, Any]]:
-    """Name and value of every setting that the stored tensors do not show, but for those that say nothing."""
+    """Name and value of every setting that the stored tensors do not show and that is set."""
     quantization = description.config.quantization
     declared = description.declared
     if not isinstance(quantization, dict) or declared is None:
         return
     for key, value in quantization.items():
-        if key not in _OF_WEIGHTS.get(declared.method, frozenset()) and _says_something(value):
+        if key not in _OF_WEIGHTS.get(declared.method, frozenset()) and _is_set(value):
             yield key, value
     if declared.kv_cache is not None:
         yield KV_CACHE, declared.kv_cache.to_json()
@@ -70,22 +70,22 @@ def _settings(description: Description) -> Iterator[tuple[str, Any]]:
         yield from _quark_settings(quantization, declared.kv_cache_modules)
     if declared.method == "compressed-tensors":
         for key, group in _items(quantization.get("config_groups")):
-            if isinstance(group, dict) and _says_something(group.get("output_activations")):
+            if isinstance(group, dict) and _is_set(group.get("output_activations")):
                 yield f"config_groups.{key}.output_activations", group["output_activations"]
 
 
 def _quark_settings(quantization: dict[str, Any], kv_modules: Collection[str]) -> Iterator[tuple[str, Any]]:
-    """Settings inside the fields of a Quark config: quantized outputs and biases, and what ``export`` says."""
+    """Settings inside the fields of a Quark config: quantized outputs and biases, and ``export``."""
     layers = [("global_quant_config", quantization.get("global_quant_config"))]
     for field in ("layer_quant_config", "layer_type_quant_config"):
         layers += [(f"{field}.{key}", layer) for key, layer in _items(quantization.get(field))]
-    for where, layer in layers:
+    for field, layer in layers:
         for key in ("bias", "output_tensors"):
-            of_kv_cache = key == "output_tensors" and where.partition(".")[2] in kv_modules
-            if isinstance(layer, dict) and _says_something(layer.get(key)) and not of_kv_cache:
-                yield f"{where}.{key}", layer[key]
+            of_kv_cache = key == "output_tensors" and field.partition(".")[2] in kv_modules
+            if isinstance(layer, dict) and _is_set(layer.get(key)) and not of_kv_cache:
+                yield f"{field}.{key}", layer[key]
     for key, value in _items(quantization.get("export")):
-        if key not in _EXPORT_HISTORY and _says_something(value):
+        if key not in _EXPORT_HISTORY and _is_set(value):
             yield f"export.{key}", value
 
 
@@ -93,5 +93,5 @@ def _items(value: object) -> Iterator[tuple[str, Any]]:
     yield from value.items() if isinstance(value, dict) else ()
 
 
-def _says_something(value: object) -> bool:
+def _is_set(value: object) -> bool:
     return value not in (None, False, "", [], {})

@@ -1,4 +1,4 @@
-"""Files that a conversion takes over as they are."""
+"""Copying files of the source as they are."""
 
 from __future__ import annotations
 
@@ -13,6 +13,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import SourceFile
+from quarkconv.write.refusals import source_changed
 
 _BLOCK: Final = 2**20
 _FICLONE: Final = 0x40049409
@@ -22,7 +23,7 @@ _FICLONE: Final = 0x40049409
 def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
     """Copy a file of the source, durably; where the file system can, the copy shares the blocks of the original.
 
-    The checksum is that of the copy, read back, when it shares them: nobody can change it under us.
+    Then the checksum is that of the copy, read back: later writes to the original do not change it.
 
     Raises:
         OSError: writing failed.
@@ -47,18 +48,14 @@ def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
     finally:
         os.close(original)
     if size != source.size:
-        raise SourceError(
-            "A source file changed while the model was converted", code="source-changed", file=str(path),
-            expected=f"{source.size} bytes", found=f"{size} bytes",
-            hint="when nothing writes to the source any more, start anew with --overwrite",
-        )  # fmt: skip
+        raise source_changed(str(path), f"{source.size} bytes", f"{size} bytes")
     return WrittenFile(source.name, size, hasher.hexdigest())
 
 
 def _clone(original: int, copy: int) -> bool:
     try:
         fcntl.ioctl(copy, _FICLONE, original)
-    except OSError:  # another file system, or one that cannot
+    except OSError:  # a file system that cannot
         return False
     return True
 

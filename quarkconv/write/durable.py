@@ -1,4 +1,4 @@
-"""Small files and directories brought to the disk, and the error that a user sees when that fails."""
+"""Writing small files and directories durably, and the error when that fails."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from typing import Final
 from quarkconv.errors import WriteError
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
-"""What the system says when there is no space."""
+"""Error numbers of a full disk or quota."""
 
 
 def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file so that it is on disk under its name, or not at all."""
+    """Write a small file: after a crash it is complete under its name, or absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(path.name + ".part")
     write_and_sync(part, data)
@@ -25,7 +25,7 @@ def write_durably(path: Path, data: bytes) -> None:
 
 
 def write_and_sync(path: Path, data: bytes) -> None:
-    """Write a small file and bring its contents to the disk."""
+    """Write a small file and flush its contents to the disk."""
     with open(path, "wb") as handle:
         handle.write(data)
         handle.flush()
@@ -42,14 +42,14 @@ def sync_directory(path: Path) -> None:
 
 
 def folders_of(names: list[str]) -> list[str]:
-    """The folders that files lie in, as relative paths, each after those that it holds; the root, ``.``, is last."""
+    """The folders of files, as relative paths, inner ones first; the root, ``.``, is last."""
     found = {folder.as_posix() for name in names for folder in Path(name).parents} | {"."}
     return sorted(found, key=lambda folder: (-len(Path(folder).parts), folder))
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn an OSError into a WriteError about ``path``; an error of reading the source is a SourceError by then."""
+    """Turn an OSError into a WriteError about ``path``. Errors of reading the source are SourceErrors already."""
     try:
         yield
     except OSError as error:
@@ -58,10 +58,10 @@ def writing(path: Path) -> Iterator[None]:
 
 def as_write_error(error: OSError, path: Path) -> WriteError:
     """The error for a failure to write below ``path``."""
-    message, hint = "Writing failed", "give the same command again when the cause is gone: it resumes where it stopped"
+    message, hint = "Writing failed", "fix the cause, then run the same command again: it resumes where it stopped"
     if error.errno in FULL:
-        message = "There is no space left" if error.errno == errno.ENOSPC else "The disk quota is used up"
-        hint = "nothing is lost: make space, then give the same command again; it resumes where it stopped"
+        message = "The disk is full" if error.errno == errno.ENOSPC else "The disk quota is used up"
+        hint = "nothing is lost: free space, then run the same command again; it resumes where it stopped"
     elif error.errno == errno.ENAMETOOLONG:
         hint = "give a shorter --out"
     found = error.strerror or str(error)

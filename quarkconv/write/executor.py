@@ -1,6 +1,6 @@
-"""Carrying out a plan: byte ranges are read, checksummed and written, nothing is decided.
+"""Carrying out a plan: byte ranges are read, checksummed and written.
 
-Threads take segments of shards in turn, each with a buffer of its own: while one waits for the disk, another reads and
+Threads take segments of shards in turn, each with its own buffer: while one waits for the disk, another reads and
 computes checksums. Memory does not grow with the model.
 """
 
@@ -35,12 +35,12 @@ from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
 from quarkconv.write.source import Reader, Source
 from quarkconv.write.source_files import SourceFiles
-from quarkconv.write.space import allocated, records_nbytes, require_space, running_out_told
+from quarkconv.write.space import allocated, disk_full_explained, records_nbytes, require_space
 from quarkconv.write.staging import Staging, open_staging
 from quarkconv.write.state import plan_state
 
 BUFFER_BYTES: Final = 2 * 2**20
-"""Bytes of a write: few enough that they are in the processor's cache when their checksum is computed."""
+"""Bytes of a write: few enough to be in the CPU's cache when their checksum is computed."""
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
@@ -63,7 +63,7 @@ def execute(
     Args:
         plan: what to do.
         source: directory of the source, or its files wherever they are.
-        output: directory to make; unfinished work of the same plan in it is resumed.
+        output: directory to create; unfinished work of the same plan in it is resumed.
         jobs: number of threads that read and write.
         overwrite: whether an earlier conversion in ``output`` is deleted.
         progress: counts the bytes that were written, or found written; one call at a time, from several threads.
@@ -108,10 +108,10 @@ def execute(
 
 
 def open_source(source: Path | Files, plan: Plan) -> Source:
-    """The shards that a plan reads, wherever they are.
+    """Open the shards that a plan reads.
 
     Raises:
-        SourceError: one cannot be opened, or is not of the size that the plan was made for.
+        SourceError: one cannot be opened, or has another size than planned.
     """
     if isinstance(source, Path):
         return SourceFiles(source, plan)
@@ -126,10 +126,10 @@ def open_source(source: Path | Files, plan: Plan) -> Source:
 
 
 def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> None:
-    """Read what a plan says must hold of the source's data; nothing has been written yet.
+    """Check the conditions of a plan on the source's data, before anything is written.
 
     Raises:
-        UnsupportedError: it does not hold.
+        UnsupportedError: one does not hold.
     """
     stop = threading.Event()
 
@@ -156,22 +156,29 @@ def _check(check: Check, reader: Reader) -> None:
     second = None if check.second is None else reader.read(check.second)
     if check.kind == "zero" and first.strip(b"\0"):
         raise UnsupportedError(
-            "A zero point is not zero: the weights are not quantized symmetrically", tensor=check.first.tensor,
-            file=check.first.file, expected="zeros", found=f"{len(first) - first.count(0)} bytes that are not zero",
+            "A zero point is not zero: the weights are not quantized symmetrically",
+            tensor=check.first.tensor,
+            file=check.first.file,
+            expected="zeros",
+            found=f"{len(first) - first.count(0)} nonzero bytes",
             hint="quantize the model again with symmetric weights",
-        )  # fmt: skip
+        )
     if check.kind == "repeats" and second is not None and first != second * (len(first) // len(second)):
         raise UnsupportedError(
-            "The rows of a weight have different scales, and Quark has one for a weight with static activations",
-            tensor=check.first.tensor, file=check.first.file, expected="the same scale for each row",
+            "The rows of a weight have different scales; with static activations, Quark has one scale per weight",
+            tensor=check.first.tensor,
+            file=check.first.file,
+            expected="the same scale for each row",
             hint="convert to compressed-tensors or fused-int8 instead",
-        )  # fmt: skip
+        )
     if check.kind == "equal" and check.second is not None and first != second:
         raise UnsupportedError(
-            "Gate and up of an expert have different input scales, and the fused tensor has one for both",
-            tensor=check.first.tensor, file=check.first.file, expected=f"the value of {check.second.tensor}",
+            "Gate and up of an expert have different input scales; the fused tensor has one for both",
+            tensor=check.first.tensor,
+            file=check.first.file,
+            expected=f"the value of {check.second.tensor}",
             hint="quantize the model again with dynamic activation scales (ptpc_int8)",
-        )  # fmt: skip
+        )
 
 
 class _Run:
@@ -189,8 +196,9 @@ class _Run:
 
     @contextmanager
     def writing(self) -> Iterator[None]:
-        """Failures to write become errors that say what to do; what is missing is counted when no thread runs."""
-        with writing(self.staging.folder), running_out_told(self.staging.output, self.staging.parts, self._bytes_left):
+        """Turn failures to write into errors with a hint; missing bytes are counted when no thread runs."""
+        staging = self.staging
+        with writing(staging.folder), disk_full_explained(staging.output, staging.parts, self._bytes_left):
             yield
 
     def write_shards(self, jobs: int) -> list[WrittenShard]:
@@ -217,7 +225,7 @@ class _Run:
                 wait(futures)
                 claims.close()
         errors = [error for future in futures if (error := future.exception())]
-        if errors:  # those that only stopped because another failed do not hide why
+        if errors:  # the first cause, not the threads that stopped because of it
             raise next((error for error in errors if not isinstance(error, InterruptedByUser)), errors[0])
         return [self._done[shard.file] for shard in self.plan.shards]
 
@@ -231,7 +239,7 @@ class _Run:
         ]
 
     def _work(self, claims: _Claims, buffer_size: int) -> None:
-        """What a thread does: segment after segment, and the end of a shard whose last one it was."""
+        """A thread's loop: write segment after segment, and seal the shard after its last."""
         buffer = aligned_buffer(buffer_size)
         try:
             while not self._stop.is_set():
@@ -278,16 +286,16 @@ class _Run:
         return WrittenFile(name, len(data), xxhash.xxh3_128_hexdigest(data))
 
     def _bytes_left(self) -> int:
-        """Bytes that are still to be written, those of shards in progress counted from their start."""
+        """Bytes still to be written; shards in progress count in full."""
         todo = [shard for shard in self.plan.shards if shard.file not in self._done]
         copies = sum(copy.size for copy in self.plan.copies)
         return sum(shard.nbytes for shard in todo) + copies + records_nbytes(todo)
 
 
 class _Claims:
-    """The segments that are still to be written, dealt out one by one to several threads.
+    """The segments still to be written, dealt out one by one to several threads.
 
-    They come shard after shard, so that few shards are in progress at any time: what a crash makes lost is little.
+    They come shard after shard, so few shards are in progress at any time, and a crash loses little.
     """
 
     def __init__(self, shards: list[OutputShard], open_writer: Callable[[OutputShard], ShardWriter]) -> None:
@@ -298,7 +306,7 @@ class _Claims:
         self._segments: Iterator[Segment] = iter(())
 
     def take(self) -> tuple[ShardWriter, Segment] | None:
-        """The next segment and its shard; None when all have been taken."""
+        """The next segment and its shard; None after the last."""
         with self._lock:
             while (segment := next(self._segments, None)) is None:
                 shard = next(self._shards, None)
@@ -309,7 +317,7 @@ class _Claims:
             return self._writers[-1], segment
 
     def close(self) -> None:
-        """Close what was not sealed."""
+        """Close the shards that were not sealed."""
         for writer in self._writers:
             writer.close()
 
@@ -321,5 +329,5 @@ def _index(plan: Plan) -> dict[str, object]:
 
 def _interrupted() -> InterruptedByUser:
     return InterruptedByUser(
-        "Interrupted; what was finished is kept", hint="give the same command again: it resumes where it stopped"
+        "Interrupted; finished work is kept", hint="run the same command again: it resumes where it stopped"
     )

@@ -1,4 +1,4 @@
-"""A source on the Hub: byte ranges go from the network straight into the output."""
+"""A source on the Hub: byte ranges go from the network directly into the output."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from typing import Final
 
 import xxhash
 
-from quarkconv.errors import SourceError
 from quarkconv.files.base import Range
 from quarkconv.hub.read_ahead import ReadAhead
 from quarkconv.hub.repo import HubRepo
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Copy, Plan, SourceFile
+from quarkconv.write.refusals import not_as_planned
 from quarkconv.write.source import Reader
 from quarkconv.write.source_files import check_layout
 from quarkconv.write.state import FileState
@@ -32,7 +32,7 @@ class HubSource:
         plan: the plan.
 
     Raises:
-        SourceError: a file has another size than when the plan was made.
+        SourceError: a file has another size than planned.
     """
 
     def __init__(self, repo: HubRepo, plan: Plan) -> None:
@@ -42,14 +42,12 @@ class HubSource:
         for name, size in plan.sources:
             found = repo.size(name)
             if found != size:
-                raise SourceError(
-                    "A source file is not the one that the plan was made of", code="source-changed",
-                    file=f"{repo}/{name}", expected=f"{size} bytes",
-                    found="no file" if found is None else f"{found} bytes", hint="make the plan again",
-                )  # fmt: skip
+                raise not_as_planned(
+                    f"{repo}/{name}", f"{size} bytes", "no file" if found is None else f"{found} bytes"
+                )
 
     def check_layout(self, plan: Plan) -> None:
-        """Raise if a range that the plan reads is not where its tensor lies."""
+        """Raise if a planned range is not in its tensor any more."""
         check_layout(plan, self.repo)
 
     def state(self) -> list[FileState]:
@@ -72,7 +70,7 @@ class HubSource:
             yield _RangeReader(reader)
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
-        """Fetch a file as it is, and bring it to the disk."""
+        """Fetch a file as it is, durably."""
         hasher = xxhash.xxh3_128()
         with open(part, "wb", buffering=0) as handle:
             ranges = [
@@ -86,11 +84,11 @@ class HubSource:
         return WrittenFile(file.name, file.size, hasher.hexdigest())
 
     def cancel(self) -> None:
-        """Let reads that wait for the network fail soon."""
+        """Make reads that wait for the network fail soon."""
         self._stop.set()
 
     def close(self) -> None:
-        """Drop what is under way."""
+        """Stop fetching."""
         self._stop.set()
 
 

@@ -1,11 +1,11 @@
 """Output files, written at offsets by several threads, past the page cache where the file system allows it.
 
-A conversion writes as much as the machine has memory, or more, and reads none of it again. Going through the page cache
-would copy every byte once more and push the source out of it. Direct I/O (``O_DIRECT``) sends a buffer to the device as
-it is; in return buffer, offset and length must be multiples of the device's block. A page is one on every device.
+A conversion writes as much as the machine has memory, or more, and never reads it again. The page cache would copy
+every byte once more and evict the source. Direct I/O (``O_DIRECT``) sends a buffer to the device as it is; buffer,
+offset and length must then be multiples of the device's block, and a page is one on every device.
 
-The space of a file is reserved before the first write (fallocate): a disk that is too small says so at once, and
-threads that write to one file do not wait for one another, as they would where each write made it longer.
+The space of a file is reserved before the first write (fallocate): a full disk is detected at once, and threads that
+write to one file do not wait for one another, as they would if each write extended it.
 """
 
 from __future__ import annotations
@@ -36,10 +36,10 @@ class DirectWrites:
         self.enabled = _DIRECT != 0
 
     def refused(self, path: Path, reason: str) -> None:
-        """The file system does not take direct writes: go on without, and say so once."""
+        """The file system refuses direct writes: continue without them, and log it once."""
         if self.enabled:
             self.enabled = False
-            _log.info("direct writes are not possible in %s (%s): writing through the page cache", path.parent, reason)
+            _log.info("direct writes fail in %s (%s): writing through the page cache", path.parent, reason)
 
 
 def aligned_buffer(nbytes: int) -> memoryview:
@@ -51,8 +51,8 @@ class OutputFile:
     """A new file that several threads write blocks to, and that is then sealed at its length.
 
     Args:
-        path: the file; made, or emptied.
-        nbytes: the length that it will have.
+        path: the file; created, or emptied.
+        nbytes: its final length.
         direct: whether to write past the page cache.
     """
 
@@ -83,22 +83,22 @@ class OutputFile:
                 self._through_page_cache()
                 continue
             block, offset = block[written:], offset + written
-            if block and written % PAGE:  # cut short, as on a disk that gets full: the rest does not lie on a page
+            if block and written % PAGE:  # a short write, as on a full disk: the rest does not start on a page
                 self._through_page_cache()
 
     def flush(self) -> None:
-        """Bring what went into the page cache to the disk: so little is left there that no later step takes long."""
+        """Flush the page cache to the disk, so that sealing takes short."""
         if not self._is_direct():
             os.fdatasync(self._descriptor)
 
     def seal(self) -> None:
-        """Cut the padding of the last block off, make the file durable, and close it."""
+        """Cut off the padding of the last block, make the file durable, and close it."""
         os.ftruncate(self._descriptor, self.nbytes)
         os.fsync(self._descriptor)
         self.close()
 
     def close(self) -> None:
-        """Close the file; it is not complete unless it was sealed."""
+        """Close the file; without :meth:`seal` it is not complete."""
         descriptor, self._descriptor = self._descriptor, -1
         if descriptor >= 0:
             os.close(descriptor)
@@ -123,19 +123,19 @@ class OutputFile:
 
 
 def _reserve(descriptor: int, nbytes: int) -> None:
-    """Reserve the space of a file where the file system can do that.
+    """Reserve the space of a file where the file system supports it.
 
-    This is fallocate(2) itself: os.posix_fallocate would write to every block where the file system cannot.
+    This is fallocate(2) itself: without support, os.posix_fallocate would write to every block.
 
     Raises:
-        OSError: there is no space.
+        OSError: the disk is full.
     """
     fallocate = _fallocate()
     while fallocate is not None and nbytes and fallocate(descriptor, 0, 0, nbytes):
         number = ctypes.get_errno()
         if number in FULL:
             raise OSError(number, os.strerror(number))
-        if number != errno.EINTR:  # it cannot
+        if number != errno.EINTR:  # not supported
             return
 
 
@@ -168,13 +168,13 @@ class BlockStream:
         self._filled = 0
 
     def room(self) -> memoryview:
-        """Where the next bytes go; never empty. Report with :meth:`filled` how many were put there."""
+        """Memory for the next bytes; never empty. Report with :meth:`filled` how many were written to it."""
         if self._filled == len(self._buffer):
             self._write(len(self._buffer))
         return self._buffer[self._filled :]
 
     def filled(self, nbytes: int) -> None:
-        """The first ``nbytes`` of the room hold bytes of the stream now."""
+        """The first ``nbytes`` of the room now hold bytes of the stream."""
         self._filled += nbytes
 
     def put(self, data: memoryview) -> None:
@@ -187,7 +187,7 @@ class BlockStream:
             data = data[count:]
 
     def finish(self) -> None:
-        """Write what is left, filled up with zeros to a whole page."""
+        """Write the rest, padded with zeros to a whole page."""
         end = -(-self._filled // PAGE) * PAGE
         self._buffer[self._filled : end] = bytes(end - self._filled)
         self._write(end)

@@ -1,8 +1,8 @@
 """A shard cut into segments: the unit of work of a thread, so that one large file keeps all of them busy.
 
-A segment is a run of whole pieces that starts on a page of the output file. Pieces, because a checksum is computed by
-one thread from the first byte to the last; pages, because direct I/O writes whole blocks. Every other piece may lie
-anywhere: what is written is a stream of bytes, cut into blocks without regard to where pieces end.
+A segment is a run of whole pieces that starts on a page of the output file. Pieces, because one thread computes a
+checksum from the first byte to the last; pages, because direct I/O writes whole blocks. The other pieces of a segment
+may start anywhere: a segment is written as a stream of bytes, cut into blocks wherever pieces end.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from quarkconv.plan.pieces import OutputShard, Piece
 from quarkconv.plan.shards import PAGE
 
 SEGMENT_BYTES: Final = 64 * 2**20
-"""What a segment has at least, but for the last of a shard: long enough that dealing them out costs nothing."""
+"""Least size of a segment, except the last of a shard: long enough that dealing them out costs nothing."""
 
 
 class Segment(NamedTuple):

@@ -1,4 +1,4 @@
-"""One shard on its way to the disk, written by several threads, a segment each."""
+"""Writing one shard with several threads, a segment each."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ from quarkconv.write.transforms import transformed
 
 
 class ShardWriter:
-    """A shard that is being written; made when its first segment is, since it opens the file.
+    """A shard that is being written. The constructor opens its file.
 
     Attributes:
         shard: the shard.
-        segments: its segments, which may be written in any order and at the same time.
+        segments: its segments; they may be written in any order and concurrently.
     """
 
     def __init__(self, shard: OutputShard, path: Path, direct: DirectWrites) -> None:
@@ -34,12 +34,12 @@ class ShardWriter:
         self._file = OutputFile(path, shard.nbytes, direct)
 
     def write(self, segment: Segment, sources: Source, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
-        """Write one segment; True when it was the last one that was missing.
+        """Write one segment; True when all segments are written.
 
         Args:
             segment: one of :attr:`segments`.
-            sources: where its bytes come from.
-            buffer: page-aligned memory of whole pages that nobody else uses meanwhile.
+            sources: the source.
+            buffer: page-aligned memory of whole pages that no other thread uses.
             wrote: called with the number of bytes after each block; what it raises ends the writing.
 
         Raises:
@@ -57,7 +57,7 @@ class ShardWriter:
             return len(self._checksums) == len(self.segments)
 
     def seal(self) -> WrittenShard:
-        """Make the file durable when all segments are written, and say what is in it."""
+        """Make the file durable when all segments are written; returns its record for the manifest."""
         self._file.seal()
         in_order = iter([checksum for _, part in sorted(self._checksums.items()) for checksum in part])
         tensors = tuple(
@@ -73,7 +73,7 @@ class ShardWriter:
         return WrittenShard(self.shard.file, self.shard.nbytes, self.shard.header, checksum, tensors)
 
     def source_names(self) -> set[str]:
-        """The source files that the shard is made of."""
+        """The source files that the shard reads."""
         pieces = (piece for tensor in self.shard.tensors for piece in tensor.pieces)
         return {source.file for piece in pieces for source in piece.reads()}
 

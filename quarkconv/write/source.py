@@ -1,4 +1,4 @@
-"""What carrying out a plan needs of a source, wherever its bytes are."""
+"""The interface of a source: a directory, or a repo on the Hub."""
 
 from __future__ import annotations
 
@@ -26,13 +26,13 @@ class Source(Protocol):
     """The shards that a plan reads; used by several threads."""
 
     def check_layout(self, plan: Plan) -> None:
-        """Raise if a range that the plan reads is not where its tensor lies."""
+        """Raise if a planned range is not in its tensor any more."""
 
     def state(self) -> list[FileState]:
-        """What tells each file from another of its name."""
+        """The identity of each file: its name, size, and time of modification or ETag."""
 
     def check_unchanged(self, names: Iterable[str]) -> None:
-        """Raise if any of some files is not what it was when the conversion was begun."""
+        """Raise if one of these files changed since the conversion began."""
 
     def ahead(self, ranges: Iterable[Copy]) -> AbstractContextManager[Reader]:
         """A reader of these ranges, in this order; it may fetch them ahead."""
@@ -41,7 +41,7 @@ class Source(Protocol):
         """Copy a file of the source as it is, durably."""
 
     def cancel(self) -> None:
-        """Let reads that wait for something fail soon."""
+        """Make waiting reads fail soon."""
 
     def close(self) -> None:
-        """Let go of everything."""
+        """Close all files and connections."""

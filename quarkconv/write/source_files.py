@@ -1,4 +1,4 @@
-"""The files of the source, read at offsets by several threads; nothing is ever written to them."""
+"""The files of a source directory, read at offsets by several threads and never written to."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from collections.abc import Iterable
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
+from typing import Final
 
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
@@ -18,12 +19,15 @@ from quarkconv.headers.remote import expect_headers, read_header_of
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Copy, Plan, SourceFile
 from quarkconv.write.copying import copy_file
+from quarkconv.write.refusals import not_as_planned, source_changed
 from quarkconv.write.source import Reader
 from quarkconv.write.state import FileState
 
+RUN_AGAIN: Final = "when nothing writes to the source any more, run the command again"
+
 
 class SourceFiles:
-    """The shards that a plan reads, opened once and of the size that the plan was made for."""
+    """The shards that a plan reads, opened once and of the planned size."""
 
     def __init__(self, root: Path, plan: Plan) -> None:
         self.root = root
@@ -37,22 +41,25 @@ class SourceFiles:
                 self._states[name] = os.fstat(descriptor)
                 found = self._states[name].st_size
                 if found != size:
-                    raise _changed(root / name, f"{size} bytes", f"{found} bytes", "give the command again")
+                    raise source_changed(str(root / name), f"{size} bytes", f"{found} bytes", RUN_AGAIN)
         except OSError as error:
             self.close()
             raise SourceError(
-                "A source file cannot be opened", code="shard-missing", file=os.fsdecode(error.filename or root),
-                found=error.strerror, hint=hint_about_open_files(error),
-            ) from error  # fmt: skip
+                "A source file cannot be opened",
+                code="shard-missing",
+                file=os.fsdecode(error.filename or root),
+                found=error.strerror,
+                hint=hint_about_open_files(error),
+            ) from error
         except SourceError:
             self.close()
             raise
 
     def check_layout(self, plan: Plan) -> None:
-        """Raise if a range that the plan reads is not where its tensor lies: a plan may be older than its source.
+        """Raise if a planned range is not in its tensor any more.
 
         Raises:
-            SourceError: a file has another layout than the plan was made of.
+            SourceError: a file has another layout than planned.
         """
         check_layout(plan, LocalFiles(self.root))
 
@@ -61,7 +68,7 @@ class SourceFiles:
         return [(name, status.st_size, status.st_mtime_ns) for name, status in self._states.items()]
 
     def check_unchanged(self, names: Iterable[str]) -> None:
-        """Raise if any of some files is not what it was when it was opened.
+        """Raise if one of these files changed since it was opened.
 
         Raises:
             SourceError: a file was written to, cut, replaced or deleted.
@@ -71,13 +78,13 @@ class SourceFiles:
             try:
                 for now in (os.fstat(self._descriptors[name]), os.stat(path)):
                     if not os.path.samestat(before, now):
-                        raise _changed(path, "the file that was opened", "another file of that name")
+                        raise source_changed(str(path), "the file that was opened", "another file of that name")
                     if now.st_size != before.st_size:
-                        raise _changed(path, f"{before.st_size} bytes", f"{now.st_size} bytes")
+                        raise source_changed(str(path), f"{before.st_size} bytes", f"{now.st_size} bytes")
                     if now.st_mtime_ns != before.st_mtime_ns:
-                        raise _changed(path, "no writes to it", "a later time of modification")
+                        raise source_changed(str(path), "no writes to it", "a later time of modification")
             except OSError as error:
-                raise _changed(path, "the file that was opened", error.strerror or str(error)) from error
+                raise source_changed(str(path), "the file that was opened", error.strerror or str(error)) from error
 
     def close(self) -> None:
         """Close all files."""
@@ -90,7 +97,7 @@ class SourceFiles:
         return nullcontext(self)
 
     def cancel(self) -> None:
-        """Nothing is done: no read of a disk takes long."""
+        """Does nothing: reads of a disk are short."""
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
         """Copy a file of the source as it is."""
@@ -111,23 +118,31 @@ class SourceFiles:
                 count = os.preadv(self._descriptors[source.file], [view[position:]], at)
             except OSError as error:
                 raise SourceError(
-                    "Reading the source failed", code="shard-truncated", file=str(self.root / source.file),
-                    tensor=source.tensor, found=error.strerror, hint="check the disk, then run the command again",
-                ) from error  # fmt: skip
+                    "Reading the source failed",
+                    code="shard-truncated",
+                    file=str(self.root / source.file),
+                    tensor=source.tensor,
+                    found=error.strerror,
+                    hint="check the disk, then run the command again",
+                ) from error
             if count == 0:
                 raise SourceError(
-                    "A source file ended while it was read", code="shard-truncated",
-                    file=str(self.root / source.file), tensor=source.tensor, expected=f"{source.nbytes} bytes",
-                    found=f"{offset + position} bytes", hint="run the command again when nothing writes to the source",
-                )  # fmt: skip
+                    "A source file ended while it was read",
+                    code="shard-truncated",
+                    file=str(self.root / source.file),
+                    tensor=source.tensor,
+                    expected=f"{source.nbytes} bytes",
+                    found=f"{offset + position} bytes",
+                    hint="run the command again when nothing writes to the source",
+                )
             position += count
 
 
 def check_layout(plan: Plan, files: Files) -> None:
-    """Raise if a range that a plan reads is not where its tensor lies in ``files``.
+    """Raise if a range that a plan reads is not in its tensor in ``files``.
 
     Raises:
-        SourceError: a file has another layout than the plan was made of.
+        SourceError: a file has another layout than planned.
     """
     with collector_paused():
         expect_headers(files, [source.name for source in plan.sources])
@@ -142,18 +157,10 @@ def check_layout(plan: Plan, files: Files) -> None:
             or ref.file != source.file
             or not (ref.start <= source.start and source.start + source.nbytes <= ref.start + ref.nbytes)
         ):
-            raise SourceError(
-                "The source is not the one that the plan was made of", code="source-changed",
-                file=str(files.root / source.file), tensor=source.tensor,
+            here = ref is not None and ref.file == source.file
+            raise not_as_planned(
+                str(files.root / source.file),
                 expected=f"its bytes from {source.start} to {source.start + source.nbytes}",
-                found="no such tensor in this file" if ref is None or ref.file != source.file
-                else f"the tensor from {ref.start} to {ref.start + ref.nbytes}",
-                hint="make the plan again",
-            )  # fmt: skip
-
-
-def _changed(path: Path, expected: str, found: str, command: str = "start anew with --overwrite") -> SourceError:
-    return SourceError(
-        "A source file changed while the model was converted", code="source-changed", file=str(path),
-        expected=expected, found=found, hint=f"when nothing writes to the source any more, {command}",
-    )  # fmt: skip
+                found=f"the tensor from {ref.start} to {ref.end}" if ref and here else "no such tensor in this file",
+                tensor=source.tensor,
+            )

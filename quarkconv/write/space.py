@@ -1,4 +1,4 @@
-"""Space on the disk: asked for before the first byte, and told when it has run out all the same."""
+"""Disk space: required before the first byte is written, and explained when it runs out nevertheless."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from quarkconv.errors import WriteError
 from quarkconv.plan.pieces import OutputShard
 from quarkconv.write.durable import FULL, as_write_error
 
-_BYTES_OF_A_PIECE: Final = 160  # its rows in the manifest and in the notes, beside the names of the two tensors
-_BYTES_AT_LEAST: Final = 2**20  # config, folders, and what the file system itself needs for them
+_BYTES_OF_A_PIECE: Final = 160  # its rows in the manifest and in the notes, without the names of the tensors
+_BYTES_AT_LEAST: Final = 2**20  # config, folders and the file system's own records
 
 
 def records_nbytes(shards: Iterable[OutputShard]) -> int:
-    """What notes, index and manifest take at most, in bytes."""
+    """Upper bound on the size of notes, index and manifest, in bytes."""
     nbytes = _BYTES_AT_LEAST
     for shard in shards:
         for tensor in shard.tensors:
@@ -28,12 +28,12 @@ def records_nbytes(shards: Iterable[OutputShard]) -> int:
 
 
 def allocated(paths: Iterable[Path]) -> int:
-    """The disk space of files, in bytes: what deleting or overwriting them frees."""
+    """The disk space of files in bytes, which deleting or overwriting them frees."""
     return sum(path.stat().st_blocks * 512 for path in paths if path.is_file() and not path.is_symlink())
 
 
 def require_space(output: Path, needed: int, reclaimed: int) -> None:
-    """Refuse a conversion that does not fit.
+    """Refuse a conversion that does not fit on the disk.
 
     Args:
         output: a directory on the disk that is written to.
@@ -41,44 +41,46 @@ def require_space(output: Path, needed: int, reclaimed: int) -> None:
         reclaimed: bytes that will be freed before.
 
     Raises:
-        WriteError: there is less space than that.
+        WriteError: there is less space.
     """
     free = shutil.disk_usage(output).free
     missing = needed - reclaimed - free
     if missing > 0:
         raise WriteError(
-            "There is not enough space for the output", file=str(output),
-            expected=f"{needed / 1e9:.2f} GB for what is still to be written", found=f"{free / 1e9:.2f} GB free",
-            hint=f"free {_rounded_up(missing)} more and give the same command again, or give --out on another disk",
-        )  # fmt: skip
+            "There is not enough space for the output",
+            file=str(output),
+            expected=f"{needed / 1e9:.2f} GB for the rest of the output",
+            found=f"{free / 1e9:.2f} GB free",
+            hint=f"free {_rounded_up(missing)} more and run the same command again, or choose --out on another disk",
+        )
 
 
 @contextmanager
-def running_out_told(output: Path, parts: Path, left: Callable[[], int]) -> Iterator[None]:
-    """Tell a user how much is missing when the disk gets full.
+def disk_full_explained(output: Path, parts: Path, left: Callable[[], int]) -> Iterator[None]:
+    """Report how much space is missing when the disk gets full.
 
     Args:
         output: a directory on the disk that is written to.
-        parts: the folder of what is in progress and will be written anew.
-        left: tells the number of bytes that are still to be written.
+        parts: the folder of unfinished files, which will be written again.
+        left: returns the number of bytes still to be written.
     """
     try:
         yield
     except OSError as error:
         if error.errno not in FULL:
             raise
-        told = as_write_error(error, output)
+        failure = as_write_error(error, output)
         free, needed = shutil.disk_usage(output).free + allocated(parts.rglob("*")), left()
-        told.file = str(output)
-        told.expected = f"{needed / 1e9:.2f} GB for what is still to be written"
-        told.found = f"{free / 1e9:.2f} GB that can be used"
-        told.hint = (
-            f"nothing is lost: free {_rounded_up(needed - free)}, then give the same command again; "
+        failure.file = str(output)
+        failure.expected = f"{needed / 1e9:.2f} GB for the rest of the output"
+        failure.found = f"{free / 1e9:.2f} GB usable"
+        failure.hint = (
+            f"nothing is lost: free {_rounded_up(needed - free)}, then run the same command again; "
             "it resumes where it stopped"
         )
-        raise told from error
+        raise failure from error
 
 
 def _rounded_up(nbytes: int) -> str:
-    """A number of bytes for people, never less than it is."""
+    """A size in GB, rounded up."""
     return f"{max(-(-nbytes // 10**7), 1) / 100:.2f} GB"

@@ -1,17 +1,17 @@
 """The output directory while a conversion is under way.
 
-Everything is prepared in ``OUT/.quarkconv`` and moved up when all of it is complete, config.json last: until then the
-directory has no config.json and no engine takes it for a model. The folder holds
+Everything is written to ``OUT/.quarkconv`` and moved up when all of it is complete, config.json last: until then the
+directory has no config.json, and no engine takes it for a model. The folder holds
 
-    plan.json          what is being converted, and from what: a later run resumes only if it would make the same
+    plan.json          the identity of the conversion: a later run resumes only the same one
     lock               held while a process works here
     notes/NAME.json    the checksums of the pieces of a finished shard
     files/NAME         a file that is finished and on disk
     parts/NAME         a file that is being written
 
-A finished shard is never written again; whatever else is found after a crash is made anew. Each step is on disk before
-the next one says so: the data of a shard before its note, the note before the shard has its name, all files and their
-names before the manifest, and the manifest before config.json.
+A finished shard is never written again; everything else is, after a crash. Each step is on disk before the next one
+relies on it: the data of a shard before its note, the note before the shard has its name, all files and their names
+before the manifest, and the manifest before config.json.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ class Staging:
         self.notes = self.folder / NOTES_NAME
 
     def part(self, name: str) -> Path:
-        """Where a file is written before it is finished; its folder exists."""
+        """The path of a file until it is finished; its folder exists."""
         path = self.parts / name
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
@@ -66,7 +66,7 @@ class Staging:
         os.replace(self.part(name), path)
 
     def write(self, name: str, data: bytes) -> None:
-        """Write a small file of the output, durably, under its name or not at all."""
+        """Write a small file of the output, durably."""
         write_and_sync(self.part(name), data)
         self.finish(name)
 
@@ -79,7 +79,7 @@ class Staging:
         sync_directory(self.files)
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
-        """What an earlier run recorded of a shard; None when it has to be written."""
+        """The record of a shard that an earlier run finished; None when it has to be written."""
         path = next((path for path in (self.files / shard.file, self.output / shard.file) if path.is_file()), None)
         if path is None or path.stat().st_size != shard.nbytes:
             return None
@@ -103,14 +103,14 @@ class Staging:
             return None
 
     def sync(self, names: list[str]) -> None:
-        """Bring the names of finished files to the disk, those that were moved up already too."""
+        """Make the names of finished files durable, moved up already or not."""
         for folder in folders_of(names):
             for root in (self.files, self.output):
                 if (root / folder).is_dir():
                     sync_directory(root / folder)
 
     def publish(self, names: list[str]) -> None:
-        """Move the finished files to where they belong, and remove the working folder.
+        """Move the finished files up, and remove the working folder.
 
         The manifest follows when all other names are on disk, and config.json when the manifest's is.
         """
@@ -131,30 +131,33 @@ class Staging:
 def open_staging(
     output: Path, state: dict[str, Any], plan_files: list[str], *, needed: int, overwrite: bool
 ) -> Iterator[Staging]:
-    """Make or resume the working folder of a conversion, and hold its lock.
+    """Create or resume the working folder of a conversion, and hold its lock.
 
     Args:
-        output: the output directory; made if it does not exist.
-        state: what identifies the conversion, of :func:`plan_state`.
+        output: the output directory; created if it does not exist.
+        state: the identity of the conversion, of :func:`plan_state`.
         plan_files: the files that the plan will write.
         needed: bytes that the whole conversion writes.
-        overwrite: whether an earlier output of quarkconv is deleted, and an unfinished one started anew.
+        overwrite: whether an earlier output of quarkconv is deleted, finished or not.
 
     Raises:
-        UsageError: the directory holds something that must not be overwritten, or another plan's unfinished work.
-        WriteError: another process works there, the directory cannot be made, or there is no space.
+        UsageError: the directory holds other files, or another plan's unfinished work.
+        WriteError: another process works there, the directory cannot be created, or the disk is full.
     """
     staging = Staging(output, state["plan"])
     with writing(output):
         if output.exists() and not output.is_dir():
             raise UsageError(
-                "The output is a file", file=str(output), expected="a new or empty directory", hint="give another --out"
+                "The output is a file",
+                file=str(output),
+                expected="a new or empty directory",
+                hint="choose another --out",
             )
         output.mkdir(parents=True, exist_ok=True)
         refuse_links(output)
         if not overwrite:
             _refuse_foreign(staging, plan_files)
-        descriptor, made = _lock(staging)
+        descriptor, created = _lock(staging)
     try:
         try:
             with writing(output):
@@ -164,11 +167,11 @@ def open_staging(
                     _refuse_foreign(staging, plan_files)
                 _resume_or_begin(staging, state)
         except BaseException:
-            if made:  # nothing was begun, so nothing is unfinished
+            if created:  # nothing has begun, so nothing is unfinished
                 shutil.rmtree(staging.folder, ignore_errors=True)
             raise
         for folder in (staging.folder, output, output.absolute().parent):
-            with suppress(OSError):  # a folder that others own: its names are theirs to bring to the disk
+            with suppress(OSError):  # a folder of another owner, who makes its names durable
                 sync_directory(folder)
         yield staging
     finally:
@@ -176,7 +179,7 @@ def open_staging(
 
 
 def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
-    """Note what is being done, or refuse to go on with what was begun with something else."""
+    """Note the identity of the conversion, or refuse to resume another one."""
     path = staging.folder / STATE_NAME
     if not path.is_file():
         write_durably(path, json.dumps(state).encode())
@@ -184,65 +187,74 @@ def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     found = difference(read_state(path), state)
     if found is not None:
         raise UsageError(
-            "The output directory holds a conversion that was begun with something else", file=str(staging.output),
-            expected="the same source, unchanged, and the same options", found=found,
-            hint="give the options it was begun with, or --overwrite to start anew",
-        )  # fmt: skip
+            "The output directory holds another unfinished conversion",
+            file=str(staging.output),
+            expected="the same source, unchanged, and the same options",
+            found=found,
+            hint="run the command that began it, or start over with --overwrite",
+        )
 
 
 def refuse_links(output: Path) -> None:
-    """Refuse a directory that holds more than files and folders: through a link, files elsewhere would be overwritten.
+    """Refuse a directory with links: a conversion would overwrite files elsewhere through them.
 
     Raises:
-        UsageError: there is something else, or folders nested as no conversion nests them.
+        UsageError: it holds anything but files and folders, or folders nested deeper than any conversion nests them.
     """
     for name, entry in walk(output):
         is_plain = entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
         if not is_plain or name.count("/") > _MAX_DEPTH:
-            kind = "a link" if entry.is_symlink() else "something else"
+            kind = "a link" if entry.is_symlink() else "a special file or too deep a folder"
             raise UsageError(
-                "The output directory holds something that is no file of a conversion", file=str(output),
-                expected="files and folders", found=f"{kind}: {shortened(name)}",
-                hint="remove it, or give another --out",
-            )  # fmt: skip
+                "The output directory holds something other than files and folders",
+                file=str(output),
+                expected="files and folders",
+                found=f"{kind}: {shortened(name)}",
+                hint="remove it, or choose another --out",
+            )
 
 
 def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
-    """Refuse a directory that holds anything but the files of unfinished work."""
+    """Refuse a directory with files that are not of this unfinished conversion."""
     unfinished = staging.folder.is_dir()
     _refuse_others(staging.output, set(plan_files) if unfinished else set(), unfinished=unfinished)
 
 
 def _refuse_others(output: Path, expected: set[str], *, unfinished: bool) -> None:
-    """Refuse a directory that holds anything but ``expected``, the files of a conversion, and its working folder."""
+    """Refuse a directory with files beside ``expected``, the files of a conversion, and its working folder."""
     found = {name for name, entry in walk(output) if not entry.is_dir()}
     foreign = sorted(name for name in found - expected if not name.startswith(f"{STAGING_NAME}/"))
     if foreign:
         is_ours = (output / MANIFEST_NAME).is_file()
         raise UsageError(
-            "The output directory is not empty", file=str(output), expected="an empty or new directory",
+            "The output directory is not empty",
+            file=str(output),
+            expected="an empty or new directory",
             found=f"{foreign[0]}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
-            hint="give --overwrite to replace the earlier conversion" if is_ours and not unfinished and not expected
-            else "move what is not of the conversion away, or give another --out",
-        )  # fmt: skip
+            hint="replace the earlier conversion with --overwrite"
+            if is_ours and not unfinished and not expected
+            else "move the other files away, or choose another --out",
+        )
 
 
 def _start_anew(staging: Staging, needed: int) -> None:
     """Delete an earlier conversion, finished or not, and nothing else."""
     try:
-        # A conversion that was stopped while it moved its files up still has its manifest in the working folder.
+        # A conversion that stopped while it moved its files up still has its manifest in the working folder.
         manifest = read_manifest(staging.output) or read_manifest(staging.files)
     except SourceError as error:
         raise UsageError(
-            "The output directory has a manifest that cannot be read", file=str(staging.output), found=error.message,
-            hint="delete the directory, or give another --out",
-        ) from error  # fmt: skip
+            "The manifest of the output directory cannot be read",
+            file=str(staging.output),
+            found=error.message,
+            hint="delete the directory, or choose another --out",
+        ) from error
     names = list(manifest.file_names()) if manifest is not None else []
     _refuse_others(staging.output, set(names), unfinished=False)
     written = [*(staging.output / name for name in names), *staging.folder.rglob("*")]
     require_space(staging.output, needed, allocated(written))
-    # config.json goes first, so that what is left of a model whose deletion is interrupted is not taken for one;
-    # the manifest goes last, so that the deletion can be repeated.
+    # config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest goes
+    # last, so that the deletion can be repeated.
     for name in sorted(names, key=lambda name: (name != CONFIG_NAME, name == MANIFEST_NAME)):
         (staging.output / name).unlink(missing_ok=True)
         _remove_empty_folders(staging.output, name)
@@ -261,17 +273,17 @@ def _remove_empty_folders(output: Path, name: str) -> None:
 
 
 def _lock(staging: Staging) -> tuple[int, bool]:
-    """Lock the working folder; returns the file that holds the lock, and whether the folder was made for it.
+    """Lock the working folder; returns the descriptor that holds the lock, and whether the folder is new.
 
-    The lock ends with the process that holds it, however it ends.
+    The lock ends with its process, however that ends.
     """
     path = staging.folder / _LOCK
     while True:
         try:
             staging.folder.mkdir()
-            made = True
+            created = True
         except FileExistsError:
-            made = False
+            created = False
         try:
             descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
         except FileNotFoundError:  # another process has just finished here and removed the folder
@@ -281,15 +293,17 @@ def _lock(staging: Staging) -> tuple[int, bool]:
             if path.exists() and os.path.samestat(os.fstat(descriptor), os.stat(path)):
                 os.ftruncate(descriptor, 0)
                 os.pwrite(descriptor, f"{os.getpid()} on {socket.gethostname()}\n".encode(), 0)
-                return descriptor, made
+                return descriptor, created
         except BlockingIOError:
             owner = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
             raise WriteError(
-                "Another process is converting into this directory", file=str(staging.output),
-                found=f"process {owner}", hint="wait until it has finished, or give another --out",
-            ) from None  # fmt: skip
+                "Another process is converting into this directory",
+                file=str(staging.output),
+                found=f"process {owner}",
+                hint="wait until it has finished, or choose another --out",
+            ) from None
         except BaseException:
             os.close(descriptor)
             raise
-        os.close(descriptor)  # the lock of a folder that is gone by now
+        os.close(descriptor)  # the lock of a folder that is gone

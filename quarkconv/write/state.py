@@ -1,4 +1,4 @@
-"""What a conversion was begun with, so that a later run resumes only what it would have made itself."""
+"""The identity of a conversion: a later run resumes only work of the same identity."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ _LABELS: Final = {
 
 
 def plan_state(plan: Plan, digest: str, files: list[FileState], source: str, output: Path) -> dict[str, Any]:
-    """What identifies a conversion, and for those who find it unfinished, the command that resumes it.
+    """The identity of a conversion, and the command that resumes it.
 
     Args:
         plan, digest: the plan and its digest.
@@ -52,9 +52,9 @@ def _hash(text: str) -> str:
 
 
 def difference(begun: object, now: dict[str, Any]) -> str | None:
-    """What keeps the work of ``begun`` from being resumed, in words; None when nothing does."""
+    """How an unfinished conversion differs from the one requested now; None when it can be resumed."""
     if not isinstance(begun, dict):
-        return "notes that cannot be read"
+        return "unreadable notes"
     if all(begun.get(key) == now[key] for key in ("plan", "sources", "quarkconv")):
         return None
     for key, label in _LABELS.items():
@@ -70,7 +70,7 @@ def _source_difference(before: object, after: list[list[Any]]) -> str | None:
     try:
         old = {str(name): (size, time) for name, size, time in before}  # type: ignore[attr-defined]
     except (TypeError, ValueError):
-        return "notes that cannot be read"
+        return "unreadable notes"
     new = {name: (size, time) for name, size, time in after}
     if old.keys() != new.keys():
         return f"other shards in the source: {word(sorted(old.keys() ^ new.keys())[0])}"
@@ -80,9 +80,8 @@ def _source_difference(before: object, after: list[list[Any]]) -> str | None:
         before_state, now_state = old[name][1], new[name][1]
         if before_state != now_state:
             if isinstance(before_state, str) != isinstance(now_state, str):
-                return "a source on the Hub, now one on disk" if isinstance(before_state, str) else (
-                    "a source on disk, now one on the Hub"
-                )  # fmt: skip
+                now_on_disk = isinstance(before_state, str)
+                return f"a source on {'the Hub, now on disk' if now_on_disk else 'disk, now on the Hub'}"
             if isinstance(now_state, str):
                 return f"{name} of the source had the ETag {word(before_state)}, now {now_state}"
             return f"{name} of the source was written to since"

@@ -15,7 +15,7 @@ from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, Weights
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
 _CODES_AT_ONCE: Final = 96 * 2**10
-"""Codes that become weights at a time: few enough that they, as F32, stay in the cache of a processor."""
+"""Codes that become weights at a time: few enough to stay in a CPU's cache as F32."""
 
 
 class Reader(Protocol):
@@ -63,9 +63,12 @@ def _products(source: Copy, scale: Scale, reader: Reader) -> Iterator[memoryview
     count = len(factors) // 4
     if not all(map(math.isfinite, struct.unpack(f"<{count}f", factors))):
         raise SourceError(
-            "A scale is NaN or infinite", code="scale-invalid", file=scale.source.file, tensor=scale.source.tensor,
-            hint="quantize the model again; its outputs would be NaN",
-        )  # fmt: skip
+            "A scale is NaN or infinite",
+            code="scale-invalid",
+            file=scale.source.file,
+            tensor=scale.source.tensor,
+            hint="quantize the model again: its outputs would be NaN",
+        )
     columns = source.nbytes // count if count else 0
     rows = max(1, BLOCK_BYTES // max(1, columns))
     few = max(1, _CODES_AT_ONCE // max(1, columns))
@@ -83,10 +86,7 @@ def _products(source: Copy, scale: Scale, reader: Reader) -> Iterator[memoryview
 
 
 class _Alone:
-    """Keeps torch from dividing operations among threads of its own, while any thread of ours computes.
-
-    Several threads compute at the same time, and theirs would wait for one another.
-    """
+    """Keeps torch from using threads of its own while several of ours compute: they would wait for one another."""
 
     def __init__(self) -> None:
         self._lock = threading.Lock()
@@ -94,7 +94,7 @@ class _Alone:
         self._before = 1
 
     def __enter__(self) -> None:
-        import torch  # only this computation needs it, and importing it takes longer than many conversions
+        import torch  # only this computation needs it, and importing it takes seconds
 
         with self._lock:
             if not self._inside:

@@ -64,7 +64,7 @@ def test_a_link_in_the_output_is_never_written_through(
     (unfinished / name).unlink(missing_ok=True)
     (unfinished / name).parent.mkdir(exist_ok=True)
     (unfinished / name).symlink_to(precious)
-    with pytest.raises(UsageError, match="no file of a conversion") as caught:
+    with pytest.raises(UsageError, match="other than files and folders") as caught:
         convert(model, unfinished, overwrite=overwrite)
     assert caught.value.found == f"a link: {name}"
     assert precious.read_text() == "precious"
@@ -80,7 +80,7 @@ def test_a_folder_of_the_output_that_is_a_link_is_never_entered(
     shutil.rmtree(unfinished / name, ignore_errors=True)
     (unfinished / name).symlink_to(precious.parent)
     before = snapshot(precious.parent)
-    with pytest.raises(UsageError, match="no file of a conversion"):
+    with pytest.raises(UsageError, match="other than files and folders"):
         convert(model, unfinished, overwrite=overwrite)
     assert snapshot(precious.parent) == before
 
@@ -90,7 +90,7 @@ def test_a_pipe_in_the_output_is_not_waited_for(model: Path, unfinished: Path) -
         path = unfinished / STAGING / name
         path.unlink(missing_ok=True)
         os.mkfifo(path)
-        with pytest.raises(UsageError, match="no file of a conversion"):
+        with pytest.raises(UsageError, match="other than files and folders"):
             convert(model, unfinished)
         path.unlink()
 
@@ -103,7 +103,7 @@ def test_overwrite_deletes_nothing_through_a_link(model: Path, tmp_path: Path) -
     value["files"].append(["sub/precious.txt", 8, "0" * 32])
     (out / "quarkconv.json").write_text(json.dumps(value))
     (out / "sub").symlink_to(precious.parent)
-    with pytest.raises(UsageError, match="no file of a conversion"):
+    with pytest.raises(UsageError, match="other than files and folders"):
         convert(model, out, overwrite=True)
     assert precious.exists()
     assert (out / "config.json").exists()
@@ -138,7 +138,7 @@ def test_a_state_that_is_none_is_refused_and_overwrite_starts_anew(
     data = STATES[name]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if data is None else data)
     before = snapshot(unfinished)
-    with pytest.raises(UsageError, match="begun with something else") as caught:
+    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
         convert(model, unfinished)
     assert len(str(caught.value)) < 2000
     assert "--overwrite" in (caught.value.hint or "")

@@ -142,7 +142,7 @@ def test_another_commit_does_not_resume_what_was_begun(published: Hub, model: Pa
     raw[changed.start] ^= 1
     shard.write_bytes(raw)
     published.publish(REPO, model)
-    with pytest.raises(UsageError, match="begun with something else") as caught:
+    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
         convert(REPO, out, max_shard_size=40_000)
     assert f"{shard.name} of the source had the ETag" in (caught.value.found or "")
     with pytest.raises(SourceError) as unfinished:

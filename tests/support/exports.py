@@ -48,11 +48,11 @@ CONVERTIBLE = (
 """The exports that can be converted to fused-int8."""
 
 REFUSED = {
-    "mixtral-quark0.13-eager-experts_left_bf16": (4, "none of its experts"),
+    "mixtral-quark0.13-eager-experts_left_bf16": (4, "its experts are stored in float"),
     "qwen3_moe-bf16": (4, "quant-config-missing"),
     "qwen3-0.13-eager-dense": (4, "not-moe"),
     "qwen3-0.13-f2f-dense": (4, "not-moe"),
-    "qwen3_5_moe-0.13-f2f-experts_left_3d": (4, "none of its experts"),
+    "qwen3_5_moe-0.13-f2f-experts_left_3d": (4, "its experts are stored in float"),
     "qwen3_moe-0.11-eager-asymmetric": (4, "scheme-unsupported"),
     "qwen3_moe-0.11-eager-attention_static": (4, "static and dynamic"),
     "qwen3_moe-0.11-eager-channel_weight_static_input": (4, "scheme-unsupported"),

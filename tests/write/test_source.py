@@ -71,7 +71,7 @@ def test_a_source_that_changed_after_planning_is_refused(small: Path, tmp_path: 
     plan = quarkconv.plan_conversion(small, "fused-int8")
     file = small / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 1)
-    with pytest.raises(SourceError, match="changed while") as caught:
+    with pytest.raises(SourceError, match="changed during") as caught:
         execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.file == str(file)
     assert not (tmp_path / "out").exists()
@@ -98,7 +98,7 @@ def test_a_plan_that_is_older_than_its_source_is_refused(
         data = file.read_bytes()
         swapped = data.replace(old, b"@" * len(old)).replace(new, old).replace(b"@" * len(old), new)
         file.write_bytes(swapped)
-    with pytest.raises(SourceError, match="not the one that the plan was made of") as caught:
+    with pytest.raises(SourceError, match="not the one that was planned") as caught:
         execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.code == "source-changed"
     assert found in (caught.value.found or "")
@@ -116,7 +116,7 @@ def test_a_source_that_is_cut_while_it_is_read(
     cut = mine / "model-00003-of-00003.safetensors"
     whole, modified = cut.read_bytes(), cut.stat().st_mtime_ns
 
-    with pytest.raises(SourceError, match=r"ended while it was read|changed while") as caught:
+    with pytest.raises(SourceError, match=r"ended while it was read|changed during") as caught:
         convert(mine, out, jobs=jobs, progress=WhileWriting(once(lambda: os.truncate(cut, 5000))))
     assert caught.value.exit_code == 3
     assert caught.value.file == str(cut)
@@ -126,7 +126,9 @@ def test_a_source_that_is_cut_while_it_is_read(
     for shard in quarkconv.plan_conversion(mine, "fused-int8", max_shard_size=SHARD).shards:
         if shard.file in finished:  # another thread may have come to the end of one that has nothing of this file
             assert cut.name not in {piece.source.file for tensor in shard.tensors for piece in tensor.pieces}
-    with pytest.raises(UsageError, match="begun with something else") as refused:  # it was written to: is it the same?
+    with pytest.raises(
+        UsageError, match="another unfinished conversion"
+    ) as refused:  # it was written to: is it the same?
         convert(mine, out)
     assert refused.value.found == f"{cut.name} of the source was written to since"
     os.utime(cut, ns=(modified, modified))
@@ -171,7 +173,7 @@ def test_a_source_that_changes_is_told_and_nothing_made_of_it_is_marked_complete
     mine, out = tmp_path / "model", tmp_path / "out"
     shutil.copytree(source, mine)
     file = mine / "model-00002-of-00003.safetensors"
-    with pytest.raises(SourceError, match="changed while the model was converted") as caught:
+    with pytest.raises(SourceError, match="changed during the conversion") as caught:
         convert(mine, out, progress=WhileWriting(once(lambda: change(file))))
     assert caught.value.code == "source-changed"
     assert caught.value.file == str(file)
@@ -200,7 +202,7 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
         if len(seen) == one + 1:
             write_same_bytes(mine / other)
 
-    with pytest.raises(SourceError, match="changed while"):
+    with pytest.raises(SourceError, match="changed during"):
         execute(plan, mine, out, jobs=1, progress=Bytes(touch))
     finished = {path.name for path in out.rglob("files/*.safetensors")}
     assert plan.shards[one].file in finished

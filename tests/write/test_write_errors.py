@@ -37,7 +37,7 @@ class Failing:
 
 @pytest.mark.parametrize(
     ("number", "words"),
-    [(errno.ENOSPC, "no space left"), (errno.EDQUOT, "quota is used up"), (errno.EIO, "Writing failed")],
+    [(errno.ENOSPC, "disk is full"), (errno.EDQUOT, "quota is used up"), (errno.EIO, "Writing failed")],
 )
 @pytest.mark.parametrize("after", [0, 1, 5])
 def test_a_failing_write_is_one_message_and_the_work_resumes(
@@ -87,7 +87,7 @@ def test_other_calls_that_fail_are_errors_of_writing_too(
     assert snapshot(out) == reference
 
 
-def test_the_error_is_told_and_not_that_the_other_workers_stopped(
+def test_the_first_cause_is_reported_when_the_other_workers_stop(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pwrite, failed = os.pwrite, threading.Event()
@@ -107,7 +107,7 @@ def test_the_error_is_told_and_not_that_the_other_workers_stopped(
         return pwrite(descriptor, data, offset)
 
     monkeypatch.setattr(os, "pwrite", fail_in_the_second_worker)
-    with pytest.raises(WriteError, match="no space left"):
+    with pytest.raises(WriteError, match="disk is full"):
         convert(source, tmp_path / "out", jobs=2)
     assert failed.is_set()
 
@@ -190,7 +190,7 @@ def test_a_disk_that_gets_full_is_one_message_and_nothing_is_lost(
     _, err = process.communicate(timeout=60)
     assert process.returncode == 5, err
     assert err.count("error:") == 1
-    assert "There is no space left" in err
+    assert "The disk is full" in err
     assert "Traceback" not in err
     finished = {path.name: path.stat().st_ino for path in (out / ".quarkconv" / "files").glob("*.safetensors")}
     assert finished

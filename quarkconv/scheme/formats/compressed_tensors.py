@@ -10,6 +10,7 @@ from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
 
+from quarkconv.scheme.companions import CACHE_MODULES
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import (
@@ -27,9 +28,6 @@ from quarkconv.text import shortened, word
 
 LINEAR_TYPE = "Linear"
 """The class that a group names to mean every linear that no group names."""
-
-KV_CACHE_MODULES = ("*k_proj", "*v_proj")
-"""The linears whose outputs a key-value cache holds, as Quark's patterns."""
 
 _MAX_GROUPS = 1_000
 _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
@@ -70,7 +68,7 @@ class CompressedTensorsScheme(DeclaredScheme):
         if kv_cache is not None:
             fp8 = kv_cache.dtype == "float8"
             self.kv_cache = replace(kv_cache, dtype="fp8_e4m3") if fp8 else kv_cache
-            self.kv_cache_modules = KV_CACHE_MODULES
+            self.kv_cache_modules = CACHE_MODULES
 
     def resolve(self, module: str) -> ModuleScheme:
         if self._ignored(module):

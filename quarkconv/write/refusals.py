@@ -1,0 +1,26 @@
+"""Errors of carrying a plan out that several modules raise."""
+
+from __future__ import annotations
+
+from quarkconv.errors import SourceError
+
+START_OVER = "when nothing writes to the source any more, start over with --overwrite"
+
+
+def source_changed(file: str, expected: str, found: str, hint: str = START_OVER) -> SourceError:
+    """A source file is not what it was when the conversion began."""
+    message = "A source file changed during the conversion"
+    return SourceError(message, code="source-changed", file=file, expected=expected, found=found, hint=hint)
+
+
+def not_as_planned(file: str, expected: str, found: str, tensor: str | None = None) -> SourceError:
+    """A source file is not what it was when the plan was made."""
+    return SourceError(
+        "The source is not the one that was planned",
+        code="source-changed",
+        file=file,
+        tensor=tensor,
+        expected=expected,
+        found=found,
+        hint="plan the conversion again",
+    )
