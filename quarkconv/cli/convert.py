@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from typing import TYPE_CHECKING, Annotated, Final
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -16,15 +16,6 @@ from quarkconv.targets import TARGETS, get_target
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-EXAMPLES: Final = """\
-\b
-Examples:
-  quarkconv convert Qwen3-30B-A3B-ptpc-int8 --to fused-int8
-  quarkconv convert org/name --to compressed-tensors --out converted --dry-run
-  quarkconv convert org/name@main --to w8a8-int8 --push user/name-w8a8-int8
-  quarkconv convert model --to fused-int8 --tp 8
-"""
 
 
 def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
@@ -65,9 +56,15 @@ def convert(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Rewrite a checkpoint for an engine: bit-exact, in constant memory, resumable.
+    """Rewrite a checkpoint for an engine.
 
-    The source is only read. After an interrupt or a full disk, the same command resumes.
+    Exact and in constant memory. The source is only read. After an interrupt or a full disk, the same command resumes.
+
+    \b
+    quarkconv convert ./model --to fused-int8
+    quarkconv convert org/name@revision --to compressed-tensors --out ./converted
+    quarkconv convert ./model --to fused-int8 --tp 8 --dry-run
+    quarkconv convert ./model --to w8a8-int8 --push org/name-w8a8-int8
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located

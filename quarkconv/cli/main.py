@@ -19,9 +19,9 @@ from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 
 _PLAIN: Final = "quarkconv.plain"
-"""Name of the handler for characters that a terminal cannot show."""
+"""Name of the error handler for characters that a terminal cannot show."""
 BROKEN_PIPE: Final = 128 + 13
-"""Exit code of a program that SIGPIPE ends."""
+"""Exit code of a program that is ended by SIGPIPE."""
 
 app = typer.Typer(
     name="quarkconv",
@@ -29,11 +29,12 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-app.command("inspect")(inspect.inspect)
-app.command("convert")(convert.convert)
-app.command("verify")(verify.verify)
-app.command("evaluate")(evaluate.evaluate)
-app.command("engines")(engines.engines)
+# The list of commands cuts longer texts.
+app.command("inspect", short_help="Show contents, contradictions and engines.")(inspect.inspect)
+app.command("convert", short_help="Rewrite a checkpoint for an engine.")(convert.convert)
+app.command("verify", short_help="Prove structure, bytes and numbers.")(verify.verify)
+app.command("evaluate", short_help="Compare outputs with the unquantized model.")(evaluate.evaluate)
+app.command("engines", short_help="List engines and what they support.")(engines.engines)
 
 
 def _version(value: bool) -> None:
@@ -54,7 +55,7 @@ def _root(
 
 
 def main(args: list[str] | None = None) -> NoReturn:
-    """Run the program and exit with the code of the contract; a known error never shows a traceback."""
+    """Run the program and exit with its code; known errors are printed without a traceback."""
     signal.signal(signal.SIGTERM, _terminate)
     words = sys.argv[1:] if args is None else args
     as_json = "--json" in words
@@ -66,31 +67,31 @@ def main(args: list[str] | None = None) -> NoReturn:
         _exit_with(error, as_json=as_json)
     except KeyboardInterrupt:
         _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
-    except BrokenPipeError:  # the reader, such as `head`, has gone
+    except BrokenPipeError:  # the reader, such as `head`, has exited
         sys.exit(BROKEN_PIPE)
-    except OSError as error:  # what reads and writes files has errors of its own: this is standard output
+    except OSError as error:  # errors of files are QuarkconvErrors: this is standard output
         _exit_with(WriteError("Standard output cannot be written", found=error.strerror), as_json=False)
     except Exception as error:
-        # Usage errors of the parser, which Typer brings along: they format themselves and carry their exit code.
+        # Usage errors of Typer's parser format themselves and carry an exit code.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             hint = "run `quarkconv --help`, or `quarkconv COMMAND --help`"
             _exit_with(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
         if type(error).__name__ == "Abort":
             _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
         raise
-    if status == InterruptedByUser.exit_code:  # Typer turns a KeyboardInterrupt into this, or into an Abort
+    if status == InterruptedByUser.exit_code:  # Typer turns a KeyboardInterrupt into this code, or into an Abort
         _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
     sys.exit(status if isinstance(status, int) else 0)
 
 
 def run() -> NoReturn:
-    """The program as it is installed: :func:`main` in a process of its own.
+    """The installed program: :func:`main` in its own process.
 
-    The headers of a large checkpoint are half a million small objects, none of them garbage. Collecting it, and giving
-    every object back before the process ends, would take longer than reading the headers did.
+    The headers of a large checkpoint are half a million small objects. Garbage collection, and freeing each object
+    before the process ends, would take longer than reading the headers.
     """
     gc.disable()
-    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does without it, and so do we
+    warnings.filterwarnings("ignore", "Failed to initialize NumPy")  # torch does not need it here
     codecs.register_error(_PLAIN, plain)
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
@@ -99,7 +100,7 @@ def run() -> NoReturn:
         main()
     except SystemExit as stop:
         for stream in (sys.stdout, sys.stderr):
-            with suppress(OSError, AttributeError):  # closed, gone or full: said already, or nobody is there to read
+            with suppress(OSError, AttributeError):  # closed or full: reported already, or there is no reader
                 stream.flush()
         os._exit(stop.code if isinstance(stop.code, int) else 1)
 

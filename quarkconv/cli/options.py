@@ -1,4 +1,4 @@
-"""Arguments and options that several commands share."""
+"""Arguments and options of several commands."""
 
 from __future__ import annotations
 
@@ -10,5 +10,5 @@ Model = Annotated[
     str, typer.Argument(metavar="[MODEL]", help="Model directory, or Hub repo id (org/name, org/name@revision).")
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
-Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Say more on stderr about how it is done.")]
+Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

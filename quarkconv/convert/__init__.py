@@ -1,1 +1,4 @@
-"""The verb convert: from a model and a target to a plan, and from a plan to a finished conversion."""
+"""The verb convert: planner, conversion, ranks, model card.
+
+To add a target: one file in :mod:`quarkconv.targets`; nothing here changes.
+"""

@@ -1,4 +1,4 @@
-"""The model card of a converted checkpoint: the source's, with what the conversion did."""
+"""The model card of a converted checkpoint: the card of the source with a section on the conversion."""
 
 from __future__ import annotations
 
@@ -8,23 +8,23 @@ from typing import Final
 
 CARD_NAME: Final = "README.md"
 MAX_CARD_BYTES: Final = 2**17
-"""A longer README.md is copied as it is: reading YAML takes seconds for a megabyte."""
+"""A longer README.md is copied unchanged: parsing a megabyte of YAML takes seconds."""
 
 _BEGIN, _END = "<!-- quarkconv -->", "<!-- /quarkconv -->"
 _SECTION: Final = re.compile(rf"\n*{re.escape(_BEGIN)}.*?{re.escape(_END)}\n*", re.DOTALL)
 
 
 def converted_card(text: str, target: str, summary: str, facts: str, base_model: str | None) -> str | None:
-    """The source's model card with a section on the conversion, in the place of an earlier one.
+    """Add a section on the conversion to a model card, or replace an earlier one.
 
     Args:
         text: README.md of the source.
-        target, summary: name of the target, and what it is.
-        facts: one sentence on what became of the weights.
-        base_model: repo id of the source, where it has one; goes into the metadata as ``base_model``.
+        target, summary: name and description of the target.
+        facts: one sentence on the weights.
+        base_model: Hub repo id of the source, for the metadata; None of a local one.
 
     Returns:
-        The text; None when the card's metadata cannot be read, and it should be copied as it is.
+        The new text; None if the metadata cannot be read, so that the card should be copied unchanged.
     """
     from huggingface_hub import ModelCard
 
@@ -34,7 +34,7 @@ def converted_card(text: str, target: str, summary: str, facts: str, base_model:
             card.data["base_model"] = base_model
             card.data["base_model_relation"] = "quantized"
             text = str(card)
-    except Exception:  # YAML has many ways to be wrong, and a card is no reason to refuse a model
+    except Exception:  # YAML fails in many ways, and a bad card should not stop a conversion
         return None
     section = (
         f"{_BEGIN}\n## Conversion\n\n"

@@ -1,4 +1,4 @@
-"""From a description and a target to a plan. No tensor data is read."""
+"""From a description and a target to a plan, without reading tensor data."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def make_plan(
         target: what to convert it to.
         max_shard_size: largest size of a shard's data in bytes.
         rank: the rank whose part of the experts is planned.
-        base_model: repo id of the source, where it has one; for the model card.
+        base_model: Hub repo id of the source, for the model card; None of a local one.
 
     Raises:
         UsageError: ``max_shard_size`` is not positive.
@@ -55,8 +55,8 @@ def make_plan(
     checkpoint = description.checkpoint
     with collector_paused():
         refs = checkpoint.refs()
-        made = _Made(description, target, refs, rank)
-        tensors = [*made.tensors, *made.untouched()]
+        converted = _Converted(description, target, refs, rank)
+        tensors = [*converted.tensors, *converted.untouched()]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
         layers = description.int8_layers
@@ -76,7 +76,7 @@ def make_plan(
                 description.config.activation,
             ),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
-            checks=tuple(made.checks),
+            checks=tuple(converted.checks),
             shards=pack_shards(tensors, max_shard_size),
             config=target.config(description) | ({} if rank.is_whole else {RANK_KEY: rank.to_json()}),
             copies=tuple(_copies(description, {file.name for file in texts})),
@@ -87,7 +87,7 @@ def make_plan(
 
 
 def check_convertible(description: Description, target: Target) -> None:
-    """Raise what keeps ``target`` from being made of a checkpoint, if anything does.
+    """Raise the first reason why a checkpoint cannot be converted to ``target``.
 
     Raises:
         SourceError: the source is damaged or inconsistent.
@@ -102,27 +102,36 @@ def check_convertible(description: Description, target: Target) -> None:
         if blocks is SourceError:
             raise SourceError(
                 f"The source is inconsistent ({item.code}): {item.message}",
-                code=item.code, file=root, tensor=item.subject, hint=hint,
-            )  # fmt: skip
+                code=item.code,
+                file=root,
+                tensor=item.subject,
+                hint=hint,
+            )
         raise UnsupportedError(
             f"The source cannot be converted ({item.code}): {item.message}",
-            file=root, tensor=item.subject, hint=hint,
-        )  # fmt: skip
+            file=root,
+            tensor=item.subject,
+            hint=hint,
+        )
     if not description.config.rank.is_whole:
         raise UnsupportedError(
-            "The source is the part of one rank, not a model", file=root, expected="a whole checkpoint",
-            found=description.config.rank.folder(), hint="convert the checkpoint that it was made of",
-        )  # fmt: skip
+            "The source is the part of one rank, not a model",
+            file=root,
+            expected="a whole checkpoint",
+            found=description.config.rank.folder(),
+            hint="convert the whole checkpoint",
+        )
     reason = target.unsupported(description)
     if reason is not None:
         raise UnsupportedError(
-            f"The target {target.name} cannot represent this checkpoint: {reason}", file=root,
+            f"The target {target.name} cannot represent this checkpoint: {reason}",
+            file=root,
             hint="run `quarkconv inspect` for the targets that can",
-        )  # fmt: skip
+        )
 
 
 def _check_rank(description: Description, target: Target, rank: Rank) -> None:
-    """Raise what keeps the experts from being divided among ranks."""
+    """Raise the reason why the experts cannot be divided among ranks."""
     if not rank.is_whole and not target.by_rank:
         raise UsageError(
             "This target is not written by rank: engines divide it themselves", expected="fused-int8", found=target.name
@@ -136,12 +145,12 @@ def natural_key(name: str) -> list[tuple[int, str]]:
     return [(int(part[:18]), part) if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
 
 
-class _Made:
-    """What a target makes of the int8 modules of a source.
+class _Converted:
+    """The int8 modules of a source as a target writes them.
 
     Attributes:
-        tensors: the tensors of experts and int8 linears as the target writes them.
-        checks: what must hold of the source's data.
+        tensors: tensors of experts and other int8 linears.
+        checks: conditions on the source's data.
     """
 
     def __init__(self, description: Description, target: Target, refs: dict[str, TensorRef], rank: Rank) -> None:
@@ -162,7 +171,7 @@ class _Made:
                 self.checks += target.module_checks(module)
 
     def untouched(self) -> Iterator[OutputTensor]:
-        """Everything else, as it is; what only a check reads, such as zero points, is not written."""
+        """All other tensors, unchanged; tensors that only a check reads, such as zero points, are not written."""
         read = (source for tensor in self.tensors for piece in tensor.pieces for source in piece.reads())
         checked = (source for check in self.checks for source in check.reads())
         used = {source.tensor for source in chain(read, checked)}
@@ -184,7 +193,7 @@ def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterat
 
 
 def _texts(description: Description, target: Target, base_model: str | None) -> Iterator[TextFile]:
-    """The model card, where the source has one that can be read."""
+    """The model card, if the source has a readable one."""
     store = description.checkpoint.store
     size = store.size(CARD_NAME)
     if size is None or size > MAX_CARD_BYTES:
@@ -199,7 +208,7 @@ def _texts(description: Description, target: Target, base_model: str | None) -> 
 
 
 def _copies(description: Description, written: Collection[str]) -> Iterator[SourceFile]:
-    """Every other file of the source, but weights in other formats: they are another copy of the model."""
+    """Every other file of the source, except weights in other formats: they are another copy of the model."""
     store = description.checkpoint.store
     for path in description.checkpoint.files():
         name = path.as_posix()
@@ -207,12 +216,14 @@ def _copies(description: Description, written: Collection[str]) -> Iterator[Sour
             continue
         if "\\" in name or any("\ud800" <= char <= "\udfff" for char in name):
             raise UnsupportedError(
-                "A file of the source has a name that the manifest cannot hold", file=repr(name),
-                expected="UTF-8 without backslashes", hint="rename the file, or move it out of the source",
-            )  # fmt: skip
+                "A file of the source has a name that the manifest cannot hold",
+                file=repr(name),
+                expected="UTF-8 without backslashes",
+                hint="rename the file, or move it out of the source",
+            )
         if any(part in _REPLACED or part.endswith(".safetensors") for part in path.parts[:-1]):
             raise UnsupportedError(
-                "A folder of the source has a name that a file of the output may need",
+                "A folder of the source has the name of a file of the output",
                 file=name,
                 hint="rename the folder, or move it out of the source",
             )
@@ -223,6 +234,7 @@ def _check_names(tensors: list[OutputTensor]) -> None:
     for first, second in pairwise(tensors):
         if first.name == second.name:
             raise UnsupportedError(
-                "The source already has a tensor of a name that the target needs", tensor=first.name,
+                "The source already has a tensor with a name of the target",
+                tensor=first.name,
                 hint="the checkpoint is partly converted; start from the original",
-            )  # fmt: skip
+            )

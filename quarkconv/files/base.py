@@ -1,4 +1,4 @@
-"""Where the bytes of a checkpoint come from: files of a directory, or of a repo on the Hub."""
+"""The files of a checkpoint, wherever they are: in a directory, or on the Hub."""
 
 from __future__ import annotations
 
@@ -16,33 +16,33 @@ class Range(NamedTuple):
 
 
 class Files(Protocol):
-    """The files of one model, by their names inside it. They are only ever read."""
+    """The files of one model by their relative names; they are only read."""
 
     @property
     def root(self) -> Path:
-        """The directory; of what is not on disk, its name, for people only."""
+        """The directory; of remote files, their origin for messages."""
 
     def path(self, name: str) -> Path | None:
-        """Where a file is on disk; None when it is not."""
+        """The path of a file on disk; None if it is remote."""
 
     def names(self) -> Iterator[Path]:
-        """Every file that lies in no hidden folder, relative to the root, in the order of names."""
+        """Every file outside of hidden folders, relative to the root, sorted."""
 
     def size(self, name: str) -> int | None:
-        """Size in bytes; None where there is no such file."""
+        """Size in bytes; None if the file does not exist."""
 
     def read(self, name: str, start: int, nbytes: int) -> bytes:
         """A byte range; shorter where the file ends."""
 
     def read_many(self, ranges: Iterable[Range]) -> Iterator[bytes]:
-        """Byte ranges one after the other, read ahead where that helps."""
+        """Byte ranges one after the other; remote ones are read ahead."""
 
     def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
-        """Say that so many bytes from the beginning of some files are going to be read.
+        """Announce that the beginnings of some files will be read.
 
         Args:
             sizes: name -> bytes.
-            arrived: called with the name of each file whose bytes had to be fetched, when they are there.
+            arrived: called with the name of each file whose bytes have been fetched.
         """
 
 

@@ -1,4 +1,4 @@
-"""Many small reads made few larger ones, each of which fits in memory: what a connection with latency wants."""
+"""Small reads joined to larger requests of bounded size, because each request costs a round trip."""
 
 from __future__ import annotations
 
@@ -8,16 +8,15 @@ from typing import Final
 from quarkconv.files.base import Range
 
 BLOCK_BYTES: Final = 8 * 2**20
-"""Bytes of a request at most."""
+"""The largest request in bytes."""
 GAP_BYTES: Final = 128 * 2**10
-"""Bytes that are read along and dropped rather than asking twice: less than a round trip is worth."""
+"""The largest gap in bytes that is read and dropped: fetching it takes less time than a second request."""
 
 
 def blocks(ranges: Iterable[Range], size: int = BLOCK_BYTES, gap: int = GAP_BYTES) -> Iterator[Range]:
     """Ranges joined where one follows another in the same file, or nearly, and cut where they are longer than ``size``.
 
-    The blocks come in the order of the ranges, so that whoever reads these one after the other needs the blocks one
-    after the other too.
+    The blocks are in the order of the ranges, so that a reader of the ranges needs one block after the other.
     """
     run: Range | None = None
     for item in ranges:
@@ -29,7 +28,7 @@ def blocks(ranges: Iterable[Range], size: int = BLOCK_BYTES, gap: int = GAP_BYTE
             if run is not None:
                 yield from _cut(run, size)
             run = item
-        while run.end - run.start > size:  # what is complete is given at once: a run may be as long as a file
+        while run.end - run.start > size:  # yielded at once: a run may be as long as a file
             yield Range(run.file, run.start, run.start + size)
             run = Range(run.file, run.start + size, run.end)
     if run is not None:

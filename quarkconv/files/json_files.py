@@ -1,4 +1,4 @@
-"""Reading the JSON files of a checkpoint: bounded, strict, with one error for whatever is wrong."""
+"""Reading the JSON files of a checkpoint: bounded and strict."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from quarkconv.files.regular import leads_outside, read_regular
 MAX_CONFIG_BYTES: Final = 32 * 2**20
 MAX_INDEX_BYTES: Final = 100_000_000
 MAX_VALUES: Final = 1_200_000
-"""How many values a large file may hold: a few bytes of JSON can become a hundred of memory."""
+"""The number of values in a large file: a few bytes of JSON can take a hundred bytes of memory."""
 _LARGE: Final = 12_000_000
 MAX_DEPTH: Final = 100
 
@@ -23,21 +23,24 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
 
     Args:
         path: the file.
-        code: finding code for whatever is wrong with it.
-        limit: largest size in bytes that is read.
-        values: how many JSON values it may hold, if it is larger than 12 MB.
+        code: finding code of its errors.
+        limit: largest size in bytes.
+        values: largest number of JSON values in a file of more than 12 MB.
 
     Raises:
-        SourceError: missing, no regular file, a link that leads out of the directory, larger than ``limit``, of too
-            many values, not UTF-8, not JSON, nested more than 100 deep, or not an object.
+        SourceError: the file is missing, not a regular file, a link to outside of the directory, larger than
+            ``limit``, has too many values, is not UTF-8, not JSON, nested more than 100 deep, or not an object.
     """
     try:
         raw = read_regular(path, limit)
     except (OSError, ValueError) as error:
         raise SourceError(
-            "The file cannot be read", code=code, file=path.name,
-            found=getattr(error, "strerror", None) or str(error), hint="download or copy the checkpoint again",
-        ) from error  # fmt: skip
+            "The file cannot be read",
+            code=code,
+            file=path.name,
+            found=getattr(error, "strerror", None) or str(error),
+            hint="download or copy the checkpoint again",
+        ) from error
     outside = leads_outside(path.parent, path.name)
     if outside is not None:
         raise link_error(path.name, outside)
@@ -47,10 +50,10 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
 
 
 def read_json_of(files: Files, name: str, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
-    """The same of a file that may be elsewhere than on disk.
+    """As :func:`read_json_object`, for a file that may be remote.
 
     Raises:
-        SourceError: as :func:`read_json_object`, and the file could not be had.
+        SourceError: as :func:`read_json_object`; or the file cannot be fetched.
     """
     path = files.path(name)
     if path is not None:
@@ -75,32 +78,41 @@ def _parse(raw: bytes, name: str, code: str, values: int) -> dict[str, Any]:
             raise RecursionError
     except (ValueError, RecursionError) as error:
         raise SourceError(
-            "The file is not valid JSON", code=code, file=name, found=str(error) or "nesting too deep",
+            "The file is not valid JSON",
+            code=code,
+            file=name,
+            found=str(error) or "nesting too deep",
             hint="download or copy the file again",
-        ) from error  # fmt: skip
+        ) from error
     if not isinstance(value, dict):
         raise SourceError(
-            "The file does not hold a JSON object", code=code, file=name,
-            expected="an object", found=type(value).__name__,
-        )  # fmt: skip
+            "The file does not hold a JSON object",
+            code=code,
+            file=name,
+            expected="an object",
+            found=type(value).__name__,
+        )
     return value
 
 
 def link_error(file: str, target: str) -> SourceError:
-    """The error for a file of a checkpoint that is a link to somewhere else."""
+    """The error for a file that is a link to outside of the checkpoint."""
     return SourceError(
-        "The file is a link that leads out of the model's directory", code="file-outside", file=file,
-        expected="a file in the directory", found=f"a link to {target}",
+        "The file is a link that leads out of the model's directory",
+        code="file-outside",
+        file=file,
+        expected="a file in the directory",
+        found=f"a link to {target}",
         hint="if you made the link yourself, replace it by the file (`cp` follows links) or by a hard link (`ln`)",
-    )  # fmt: skip
+    )
 
 
 def _too_much(name: str, code: str, expected: str, found: str) -> SourceError:
-    return SourceError("The file is too large to be believed", code=code, file=name, expected=expected, found=found)
+    return SourceError("The file is too large", code=code, file=name, expected=expected, found=found)
 
 
 def _is_shallow(value: object) -> bool:
-    """Whether a value is nested at most :data:`MAX_DEPTH` deep: what handles it later may call itself."""
+    """Whether a value is nested at most :data:`MAX_DEPTH` deep, since later code may recurse."""
     level: list[object] = [value]
     for _ in range(MAX_DEPTH):
         level = [

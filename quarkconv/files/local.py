@@ -22,15 +22,15 @@ class LocalFiles:
         return self._root
 
     def path(self, name: str) -> Path:
-        """Where a file is."""
+        """The path of a file."""
         return self._root / name
 
     def names(self) -> Iterator[Path]:
-        """Every file below the root that lies in no hidden folder, relative to the root, in the order of names."""
+        """Every file outside of hidden folders, relative to the root, sorted."""
         yield from sorted(Path(name) for name, entry in walk(self._root, hidden=False) if _is_file(entry))
 
     def size(self, name: str) -> int | None:
-        """Size in bytes; None where there is no such file."""
+        """Size in bytes; None if the file does not exist."""
         path = self.path(name)
         return path.stat().st_size if path.is_file() else None
 
@@ -61,11 +61,11 @@ class LocalFiles:
                 os.close(descriptor)
 
     def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
-        """Nothing is done: a disk needs no announcement."""
+        """Do nothing: a disk needs no announcement."""
 
 
 def _is_file(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_file()
-    except OSError:  # a link in a circle
+    except OSError:  # a loop of links
         return False

@@ -1,4 +1,4 @@
-"""How many files a process may have open."""
+"""The limit on open files of a process."""
 
 from __future__ import annotations
 
@@ -6,11 +6,11 @@ import errno
 import resource
 
 _OTHER_FILES = 64
-"""Open files that a process needs beside those that it counts."""
+"""Open files that a process needs beside those that are counted."""
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the limit on open files, as far as it has to be and may be, for `count` of them beside the others."""
+    """Raise the soft limit on open files, as far as necessary and allowed, for ``count`` more files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < wanted:
@@ -19,5 +19,5 @@ def allow_open_files(count: int) -> None:
 
 
 def hint_about_open_files(error: OSError) -> str | None:
-    """What to do about a file that cannot be opened, if it is for that limit."""
+    """What to do if a file cannot be opened because of that limit; else None."""
     return "raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else None

@@ -1,7 +1,7 @@
-"""Whether a part of a file is in memory already, asked without reading any of it.
+"""Whether a part of a file is in the page cache, without reading it.
 
-A read that must not wait (RWF_NOWAIT) would tell as well, but it makes the kernel begin to read ahead what it does not
-have: who then reads past the page cache has much of it read twice.
+A read with RWF_NOWAIT would show that too, but it triggers readahead, so that a following O_DIRECT read fetches the
+same blocks twice.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ class _Stat(ctypes.Structure):
 def in_page_cache(descriptor: int, start: int, nbytes: int) -> bool:
     """Whether all of a range is in the page cache.
 
-    Where the system does not tell it is taken to be: before Linux 6.5, and of files that the caller could not write to.
-    Nothing but speed depends on the answer.
+    True where the system does not report it: before Linux 6.5, and for files without write permission. The result
+    affects speed only.
 
     Args:
         descriptor: of the file, open for reading.
@@ -40,8 +40,8 @@ def in_page_cache(descriptor: int, start: int, nbytes: int) -> bool:
     if libc is None or nbytes == 0:
         return True
     found = _Stat()
-    asked = _Range(start, nbytes)
-    if libc.syscall(_CACHESTAT, descriptor, ctypes.byref(asked), ctypes.byref(found), 0):
+    requested = _Range(start, nbytes)
+    if libc.syscall(_CACHESTAT, descriptor, ctypes.byref(requested), ctypes.byref(found), 0):
         return True
     return int(found.cached) >= -(-nbytes // mmap.PAGESIZE)
 

@@ -1,7 +1,7 @@
-"""Opening what a stranger's directory holds: regular files that lie in it, and nothing else.
+"""Opening the files of an untrusted directory: regular files inside it, and nothing else.
 
-A name may stand for a pipe that never answers, a device that never ends, or a link to somebody's private key that a
-conversion would copy into a directory which is then published.
+A name may be a pipe that never delivers, a device that never ends, or a link to a private key, which a conversion would
+copy into a directory that is then published.
 """
 
 from __future__ import annotations
@@ -15,27 +15,30 @@ from pathlib import Path
 from typing import Final
 
 _KINDS: Final = {
-    stat.S_IFDIR: "a directory", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket",
-    stat.S_IFCHR: "a device", stat.S_IFBLK: "a device",
-}  # fmt: skip
+    stat.S_IFDIR: "a directory",
+    stat.S_IFIFO: "a pipe",
+    stat.S_IFSOCK: "a socket",
+    stat.S_IFCHR: "a device",
+    stat.S_IFBLK: "a device",
+}
 _SNAPSHOTS, _BLOBS = "snapshots", "blobs"
 _BLOB: Final = re.compile(r".*/(?:models--[^/]+/blobs/[0-9a-f]{40,64}|blobs/([0-9a-f]{2})/\1[0-9a-f]{62})", re.DOTALL)
-"""A blob in the Hub's cache, of one repo or, from Xet storage, shared by all of them. Its name is the hash of its
-content: whoever can name it knows what is in it."""
+"""A blob in the Hub's cache: of one repo or, from Xet storage, shared. Its name is the hash of its content, so that a
+link to it reveals nothing that its author does not know."""
 
 
 def open_regular(path: str | os.PathLike[str]) -> int:
-    """Open a regular file for reading, without waiting for anything; returns the descriptor.
+    """Open a regular file for reading, without blocking, and return its descriptor.
 
     Raises:
-        OSError: it cannot be opened or is no regular file.
-        ValueError: no file can have such a name.
+        OSError: it cannot be opened, or is not a regular file.
+        ValueError: the name is not valid.
     """
     descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'no regular file')}", os.fspath(path))
+            raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'not a regular file')}", os.fspath(path))
     except BaseException:
         os.close(descriptor)
         raise
@@ -43,23 +46,23 @@ def open_regular(path: str | os.PathLike[str]) -> int:
 
 
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes | int:
-    """The bytes of a regular file; where they are more than ``limit``, the size of the file instead.
+    """The bytes of a regular file; if there are more than ``limit``, its size instead.
 
     Raises:
-        OSError: it cannot be read or is no regular file.
+        OSError: it cannot be read, or is not a regular file.
     """
     with open(open_regular(path), "rb") as handle:
         size = os.fstat(handle.fileno()).st_size
         if size > limit:
             return size
-        data = handle.read(limit + 1)  # it may have grown, and files of the kernel say that they hold nothing
+        data = handle.read(limit + 1)  # it may have grown, and the kernel reports size 0 for its own files
     return data if len(data) <= limit else len(data)
 
 
 def leads_outside(root: Path, name: str | os.PathLike[str]) -> str | None:
-    """Where a name in a directory leads, if that is outside of the directory; None when it stays inside.
+    """The target of a name in a directory, if it lies outside of the directory; else None.
 
-    Blobs of the Hub's cache count as inside: snapshots are made of links to them, and so are some downloads.
+    Blobs of the Hub's cache count as inside: snapshots and some downloads consist of links to them.
 
     Args:
         root: the directory.
@@ -71,7 +74,7 @@ def leads_outside(root: Path, name: str | os.PathLike[str]) -> str | None:
         if not path.exists() or not any((root / part).is_symlink() for part in parts):
             return None
         real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
-    except (OSError, ValueError):  # whoever opens it says what is wrong
+    except (OSError, ValueError):  # opening the file reports the error
         return None
     if real.is_relative_to(inside) or _BLOB.fullmatch(str(real)):
         return None
@@ -82,10 +85,10 @@ def leads_outside(root: Path, name: str | os.PathLike[str]) -> str | None:
 
 
 def walk(root: Path, *, hidden: bool = True) -> Iterator[tuple[str, os.DirEntry[str]]]:
-    """Everything below a directory as (path relative to it, entry), in no order; links are not followed.
+    """Everything below a directory as (relative path, entry), unsorted; links are not followed.
 
-    A folder that cannot be read is passed over, and so are those whose names start with a dot unless ``hidden``.
-    Folders may be nested to any depth.
+    Skips folders that cannot be read and, unless ``hidden``, those whose names start with a dot. Folders may be nested
+    to any depth.
     """
     folders = [""]
     while folders:

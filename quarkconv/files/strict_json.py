@@ -1,4 +1,4 @@
-"""JSON as the safetensors format means it: stricter than Python's parser."""
+"""JSON as the safetensors format requires it: stricter than Python's parser."""
 
 from __future__ import annotations
 
@@ -13,15 +13,14 @@ def load_header_json(text: str) -> dict[str, dict[str, object]]:
     """Parse the JSON of a header. The entries are not checked.
 
     Raises:
-        ValueError: not an object, or something that the format does not allow: NaN, a key that occurs twice, half a
-            surrogate pair, ``-0``.
+        ValueError: not an object, or not allowed by the format: NaN, a duplicate key, half a surrogate pair, ``-0``.
         RecursionError: nested too deep.
     """
     if not text.startswith("{"):
         raise ValueError("the header does not start with '{'")
     entries: dict[str, dict[str, object]] = json.loads(text, parse_constant=_no_constant)
-    # What Python's parser lets pass, and the format does not, is looked for with a second, slower parse. Headers as
-    # tools write them do not need it: the hints are cheap, and may be wrong in one direction only.
+    # A second, slower parse finds what Python's parser accepts and the format forbids. Headers as tools write them skip
+    # it: the test for it is cheap, and may only err towards parsing again.
     if text.count(":") != _pairs(entries) or "\\u" in text or "-0" in text:
         json.loads(text, object_pairs_hook=_strict_object, parse_int=_strict_int)
     return entries
@@ -32,13 +31,13 @@ def _no_constant(text: str) -> NoReturn:
 
 
 def _pairs(entries: dict[str, dict[str, object]]) -> int:
-    """How many colons a header has that is as it should be: one a pair, four a tensor. A duplicate makes it more."""
+    """The number of colons in a valid header: one a pair, four a tensor. A duplicate key adds some."""
     metadata = entries.get("__metadata__", ())
     return 4 * len(entries) + (len(metadata) - 3 if isinstance(metadata, dict) else 0)
 
 
 def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
-    """Refuse a key that occurs twice, of which Python keeps the last, and text that is not Unicode."""
+    """Refuse duplicate keys, of which Python keeps the last, and text that is not Unicode."""
     for pair in pairs:
         for text in pair:
             if isinstance(text, str) and not text.isascii():
@@ -52,5 +51,5 @@ def _strict_object(pairs: list[tuple[str, object]]) -> dict[str, object]:
 
 def _strict_int(text: str) -> int:
     if text == "-0":
-        raise ValueError("-0 is not a whole number")
+        raise ValueError("-0 is not an integer")
     return int(text)

@@ -1,1 +1,1 @@
-"""A model on the Hub: from its name to its files, byte ranges, downloads, uploads."""
+"""A model on the Hub: locate, repo, ranges, read_ahead, http, errors, download, push."""

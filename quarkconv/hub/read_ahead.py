@@ -14,24 +14,24 @@ from quarkconv.files.base import Range
 from quarkconv.files.blocks import BLOCK_BYTES, blocks
 
 AHEAD_BYTES: Final = 4 * BLOCK_BYTES
-"""Bytes that one reader asks for before they are needed."""
+"""Bytes that one reader requests before they are needed."""
 AHEAD_BLOCKS: Final = 16
-"""Requests that one reader has under way: small blocks cost the time of a round trip and nothing else."""
-_PATIENCE: Final = 0.2  # seconds between looks at whether somebody wants to stop
+"""Pending requests of one reader: a small block costs a round trip and little else."""
+_PATIENCE: Final = 0.2  # seconds between checks of the stop event
 
 Fetch = Callable[[Range], bytes]
 
 
 class ReadAhead:
-    """Reads ranges that were announced, in the order in which they were announced.
+    """Reads ranges in the order in which they were announced.
 
-    A context manager; what is under way when it is left is dropped.
+    A context manager; leaving it cancels pending requests.
 
     Args:
-        ranges: what will be read.
-        fetch: gets one block; called from several threads.
+        ranges: the ranges, announced.
+        fetch: fetches one block; called from several threads.
         pool: the threads, shared with others.
-        stop: set by whoever wants the reading to end.
+        stop: an event that ends reading.
     """
 
     def __init__(self, ranges: Iterable[Range], fetch: Fetch, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
@@ -43,7 +43,7 @@ class ReadAhead:
         self._ahead = 0
 
     def __enter__(self) -> ReadAhead:
-        self._ask()
+        self._request()
         return self
 
     def __exit__(self, *_: object) -> None:
@@ -55,8 +55,8 @@ class ReadAhead:
         """Fill ``view`` with the bytes of an announced range from ``start`` on.
 
         Raises:
-            SourceError: the bytes could not be had.
-            InterruptedByUser: somebody wanted the reading to end.
+            SourceError: the bytes cannot be fetched.
+            InterruptedByUser: ``stop`` was set.
         """
         done = 0
         while done < len(view):
@@ -67,7 +67,7 @@ class ReadAhead:
             done += len(part)
 
     def _block(self, file: str, position: int) -> tuple[Range, bytes]:
-        """The block that holds a byte; those before it are not needed any more."""
+        """The block that holds a byte; earlier ones are dropped."""
         while self._queue:
             block, future = self._queue[0]
             if block.file == file and block.start <= position < block.end:
@@ -75,10 +75,10 @@ class ReadAhead:
             self._queue.popleft()
             future.cancel()
             self._ahead -= block.end - block.start
-            self._ask()
-        raise ValueError(f"byte {position} of {file} was not announced, or not in this order")
+            self._request()
+        raise ValueError(f"byte {position} of {file} was not announced in this order")
 
-    def _ask(self) -> None:
+    def _request(self) -> None:
         while len(self._queue) < AHEAD_BLOCKS and (self._ahead < AHEAD_BYTES or not self._queue):
             block = next(self._blocks, None)
             if block is None:
@@ -90,13 +90,13 @@ class ReadAhead:
         while True:
             if self._stop.is_set():
                 raise InterruptedByUser(
-                    "Interrupted; what was finished is kept",
-                    hint="give the same command again: it resumes where it stopped",
+                    "Interrupted; finished files are kept",
+                    hint="run the same command again: it resumes",
                 )
             try:
                 return future.result(timeout=_PATIENCE)
             except FutureTimeout:
-                if future.done():  # it failed with a timeout of its own
+                if future.done():  # the request itself timed out
                     raise
 
 

@@ -1,4 +1,4 @@
-"""The files of a model on the Hub, read by HTTP ranges of one commit; nothing is kept on disk."""
+"""The files of a model on the Hub, read by HTTP ranges of one commit; nothing is stored on disk."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from huggingface_hub.hf_api import ModelInfo
 
 CONNECTIONS: Final = 16
-"""Requests that are under way at the same time."""
+"""Concurrent requests."""
 _COMMIT: Final = re.compile(r"[0-9a-f]{40,64}")
 
 _log: Final = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ class HubRepo:
 
     Args:
         repo: ``org/name``.
-        commit: its hash, so that no later change is seen.
+        commit: its hash, so that later changes of the repo have no effect.
         entries: its files.
     """
 
@@ -46,7 +46,7 @@ class HubRepo:
 
     @property
     def root(self) -> Path:
-        """The name of the repo and the commit, for people."""
+        """Repo id and commit, for messages."""
         return Path(str(self))
 
     def path(self, name: str) -> None:  # noqa: ARG002
@@ -55,17 +55,17 @@ class HubRepo:
 
     @property
     def entries(self) -> Mapping[str, Entry]:
-        """Every file, also those in hidden folders."""
+        """Every file, including those in hidden folders."""
         return self._entries
 
     def names(self) -> Iterator[Path]:
-        """Every file that lies in no hidden folder, in the order that :class:`LocalFiles` gives."""
+        """Every file outside of hidden folders, in the order of :class:`LocalFiles`."""
         for path in sorted(Path(PurePosixPath(name)) for name in self._entries):
             if not in_hidden_folder(path):
                 yield path
 
     def size(self, name: str) -> int | None:
-        """Size in bytes; None where there is no such file."""
+        """Size in bytes; None if the file does not exist."""
         entry = self._entries.get(name)
         return None if entry is None else entry.size
 
@@ -77,7 +77,7 @@ class HubRepo:
         """A byte range; shorter where the file ends.
 
         Raises:
-            SourceError: the Hub does not give it, or gives something else.
+            SourceError: the Hub does not serve it, or serves something else.
         """
         end = min(start + nbytes, self._entries[name].size)
         head = self._heads.get(name, b"")
@@ -90,7 +90,7 @@ class HubRepo:
         return read_ahead(ranges, self.fetch, self.pool)
 
     def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
-        """Fetch the beginnings of some files, all at the same time, and keep them for :meth:`read`."""
+        """Fetch the beginnings of some files concurrently, and keep them for :meth:`read`."""
         wanted = {
             name: min(size, self._entries[name].size)
             for name, size in sizes.items()
@@ -114,29 +114,29 @@ class HubRepo:
             _log.info("%s: %d bytes read in %d requests", self, self._ranges.nbytes, self._ranges.requests)
 
     def check_unchanged(self, names: Iterable[str]) -> None:
-        """Ask the Hub again for the ETag of some files.
+        """Check the ETags of some files on the Hub again.
 
         Raises:
-            SourceError: one has another ETag or size, or is gone.
+            SourceError: the ETag or size of one has changed, or it is gone.
         """
         for _ in self.pool.map(self._ranges.locate, names):
             pass
 
     def fetch(self, wanted: Range) -> bytes:
-        """The bytes of a range that lies inside its file; a broken transfer goes on where it broke.
+        """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
 
         Raises:
-            SourceError: the Hub does not give them, or gives something else.
+            SourceError: the Hub does not serve them, or serves something else.
         """
         return self._ranges.fetch(wanted)
 
     def close(self) -> None:
-        """Drop what is under way."""
+        """Cancel pending requests."""
         self.pool.shutdown(wait=False, cancel_futures=True)
 
 
 def list_repo(repo: str, revision: str | None) -> HubRepo:
-    """Ask the Hub for a commit and its files.
+    """Request a commit and the list of its files.
 
     Args:
         repo: ``org/name``.
@@ -159,7 +159,7 @@ def list_repo(repo: str, revision: str | None) -> HubRepo:
         if not _is_inside(file.rfilename):
             raise _no_listing(repo, "files inside the repo", repr(file.rfilename)[:300])
         if file.size is None or not etag:
-            raise _no_listing(repo, "size and hash of each file", f"no such thing for {file.rfilename!r:.300}")
+            raise _no_listing(repo, "size and hash of each file", f"neither for {file.rfilename!r:.300}")
         entries[file.rfilename] = Entry(file.size, etag)
     _log.info(
         "%s is commit %s: %d files, %d bytes", repo, info.sha, len(entries), sum(e.size for e in entries.values())
@@ -168,12 +168,15 @@ def list_repo(repo: str, revision: str | None) -> HubRepo:
 
 
 def _is_inside(name: str) -> bool:
-    """Whether a name is the plain name of a file inside a repo: a conversion makes files of the same names."""
+    """Whether a name is a plain path inside a repo: a conversion creates files of the same names."""
     return all(part not in ("", ".", "..") for part in name.split("/")) and "\0" not in name and "\\" not in name
 
 
 def _no_listing(repo: str, expected: str, found: str) -> HubError:
     return HubError(
-        "The Hub's list of files cannot be used", file=repo, expected=expected, found=found,
-        hint="a mirror may leave things out: set HF_ENDPOINT to another, or download the model with `hf download`",
-    )  # fmt: skip
+        "The Hub's list of files cannot be used",
+        file=repo,
+        expected=expected,
+        found=found,
+        hint="a mirror may omit fields: set HF_ENDPOINT to another, or download the model with `hf download`",
+    )

@@ -5,8 +5,8 @@
 
     convert_checkpoint(model, out, QuarkInt8Converter(model), device="cpu")
 
-The tensors are those of ``quarkconv convert --to compressed-tensors`` (or ``fused-int8``, or ``bf16``), since both
-carry out the same plan. This way they go through memory, a file at a time, without manifest, checksums and resuming.
+The tensors equal those of ``quarkconv convert --to compressed-tensors`` (or ``fused-int8``, or ``bf16``), because both
+carry out the same plan. Here they pass through memory, one file at a time, without manifest, checksums and resuming.
 Source: ``compressed_tensors.entrypoints.convert``, 0.20; the package is not needed to import this module.
 """
 
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig
 
 TARGETS: Final = ("compressed-tensors", "fused-int8", "bf16")
-"""The targets that a Converter may give: in a form of compressed-tensors, or dequantized."""
+"""The targets of a Converter: formats of compressed-tensors, and dequantized."""
 
 _NO_LIMIT: Final = 2**62
 
@@ -46,13 +46,13 @@ class QuarkInt8Converter:
         target: ``compressed-tensors``, ``fused-int8`` or ``bf16``.
 
     Raises:
-        UsageError: the target is none of these.
+        UsageError: another target.
         SourceError, UnsupportedError: as :func:`quarkconv.plan_conversion`.
     """
 
     def __init__(self, model: str | Path, target: str = "compressed-tensors") -> None:
         if target not in TARGETS:
-            raise UsageError("A Converter does not give this target", expected=" or ".join(TARGETS), found=target)
+            raise UsageError("A Converter does not support this target", expected=" or ".join(TARGETS), found=target)
         description = describe(locate(model, cache=True).files)
         self.plan: Plan = make_plan(description, get_target(target), _NO_LIMIT)
         self._refs = description.checkpoint.refs()
@@ -67,7 +67,7 @@ class QuarkInt8Converter:
             self._checks.setdefault(self._of([check.first.tensor]), []).append(check)
 
     def get_dependencies(self, weight_name: str) -> set[str]:
-        """The other tensors that are converted together with this one; none but for one tensor of each group."""
+        """The other tensors of a group that is converted together; empty for all but one tensor of each group."""
         if self._primary.get(weight_name) != weight_name:
             return set()
         return self._groups[weight_name] - {weight_name}
@@ -91,18 +91,18 @@ class QuarkInt8Converter:
         return converted
 
     def validate(self, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        """What :meth:`process` gives, of tensors without data (on the device ``meta``)."""
+        """As :meth:`process`, for tensors without data (on the device ``meta``)."""
         return self.process(tensors)
 
     def update_config(self, config: QuantizationConfig | None) -> QuantizationConfig | None:  # noqa: ARG002
-        """The quantization_config of the output; None of a dequantized one."""
+        """The quantization_config of the output; None if it is dequantized."""
         from compressed_tensors.quantization import QuantizationConfig
 
         written = self.plan.config.get(QUANTIZATION_KEY)
         return None if written is None else QuantizationConfig.model_validate(written)
 
     def update_model_config(self, model_config: dict[str, Any]) -> dict[str, Any]:
-        """The rest of config.json, and nothing of an earlier quantization in its text part."""
+        """The rest of config.json, without an earlier quantization in its text part."""
         written = self.plan.config
         changed = {key: value for key, value in written.items() if key != QUANTIZATION_KEY}
         return {**model_config, **changed}
@@ -139,7 +139,7 @@ def _sources(output: OutputTensor) -> list[str]:
 
 
 def _groups(plan: Plan, refs: Mapping[str, TensorRef]) -> dict[str, set[str]]:
-    """Source tensor -> the tensors that are converted together with it, itself among them."""
+    """Source tensor -> the group of tensors that it is converted with, including itself."""
     groups = {name: {name} for name in refs}
 
     def join(names: Iterable[str]) -> None:
@@ -161,9 +161,9 @@ def _groups(plan: Plan, refs: Mapping[str, TensorRef]) -> dict[str, set[str]]:
 
 
 def _primaries(groups: Mapping[str, set[str]], refs: Mapping[str, TensorRef]) -> dict[str, str]:
-    """Source tensor -> the one of its group that the pipeline starts from.
+    """Source tensor -> the tensor of its group that the pipeline starts from.
 
-    The pipeline wants one in every file, so each group takes it where the fewest are.
+    The pipeline requires one in every file, so each group takes it from the file that has the fewest.
     """
     primary: dict[str, str] = {}
     started: Counter[str] = Counter()
@@ -177,7 +177,7 @@ def _primaries(groups: Mapping[str, set[str]], refs: Mapping[str, TensorRef]) ->
 
 
 def _piece(piece: Piece, tensors: Mapping[str, Tensor], refs: Mapping[str, TensorRef]) -> Tensor:
-    """The elements that a piece gives, flat."""
+    """The elements of a piece, flat."""
     name, _, start, nbytes = piece.source
     tensor, ref = tensors[name].reshape(-1), refs[name]
     size = ref.nbytes // tensor.numel() if tensor.numel() else 1
@@ -207,6 +207,9 @@ def _check(check: Check, tensors: Mapping[str, Tensor], refs: Mapping[str, Tenso
         held, expected = bool((first == second).all()), f"the value of {check.second.tensor}"
     if not held:
         raise UnsupportedError(
-            "The target cannot represent this tensor", tensor=check.first.tensor, expected=expected,
-            found="other values", hint="run `quarkconv convert` on the checkpoint: it says what to do",
-        )  # fmt: skip
+            "The target cannot represent this tensor",
+            tensor=check.first.tensor,
+            expected=expected,
+            found="other values",
+            hint="run `quarkconv convert` on the checkpoint for the reason",
+        )

@@ -91,7 +91,7 @@ def test_addresses_that_lead_in_a_circle(published: Hub, capsys: Capture, place:
     started = time.monotonic()
     code, out, _ = run_cli(capsys, "inspect", REPO, "--json")
     assert code == 3
-    assert json.loads(out)["error"] == "The Hub's answers lead in a circle"
+    assert json.loads(out)["error"] == "The Hub redirects in a loop"
     assert time.monotonic() - started < 5
 
 

@@ -205,10 +205,10 @@ def test_a_proxy_that_is_not_there(use: UseProxy, capsys: Capture, command: list
     use(ALL_PROXY="http://anna:secret@127.0.0.1:9")
     said, _ = refusal(capsys, *command)
     assert said["error"] == "The Hub cannot be reached through the proxy"
-    assert said["expected"] == "an answer from http://hub.test through http://127.0.0.1:9"
+    assert said["expected"] == "a response from http://hub.test through http://127.0.0.1:9"
     assert "refused" in said["found"]
     assert "ALL_PROXY" in said["hint"]
-    assert "hub.test in NO_PROXY" in said["hint"]
+    assert "hub.test to NO_PROXY" in said["hint"]
 
 
 def test_an_upload_names_the_proxy_too(
@@ -242,7 +242,7 @@ def test_a_proxy_that_answers_with_a_page(proxy: Proxy, use: UseProxy, capsys: C
     proxy.page = b"<html>Please log in</html>"
     use(HTTP_PROXY=proxy.url)
     said, _ = refusal(capsys, *command)
-    assert said["error"] == "The Hub's answer is not that of a Hub"
+    assert said["error"] == "The response is not from a Hub"
     assert "HF_ENDPOINT" in said["hint"]
     assert f"HTTP_PROXY, which is {proxy.url}" in said["hint"]
 
@@ -298,6 +298,6 @@ def test_a_certificate_that_is_not_trusted(
     monkeypatch.delenv("SSL_CERT_FILE")
     use(HTTPS_PROXY=proxy.url)
     said, _ = refusal(capsys, "inspect", REPO)
-    assert said["error"] == "The certificate of the Hub is not one to trust"
+    assert said["error"] == "The certificate of the Hub is not trusted"
     assert "SSL_CERT_FILE" in said["hint"]
     assert encrypted.requests == []
