@@ -1,12 +1,13 @@
-"""Make the parts of the documents that come from tables in the code.
+"""Generate the parts of the documents that come from tables in the code.
 
 Usage: python docs/generate.py [--check]
 
-Between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` the text is replaced; ``--check`` only says whether it would.
+The text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is replaced; ``--check`` says whether it is current.
 """
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
 import statistics
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from quarkconv.findings import CODES
-from quarkconv.inspection.engines import engine_facts
+from quarkconv.inspection.engines import ENGINE_NAMES, engine_facts
 from quarkconv.targets import TARGETS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,12 +33,14 @@ def findings() -> str:
 
 def engines() -> str:
     """The table of engines."""
-    rows = ["| engine | version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 7]
-    for fact in engine_facts():
-        only = ", ".join(fact.only_for)
-        cells = [fact.engine, fact.version, fact.form, f"**{fact.verdict}**", only, fact.note, fact.proof]
-        rows.append(f"| {' | '.join(cells)} |")
-    return "\n".join(rows)
+    lines: list[str] = []
+    for engine, facts in itertools.groupby(engine_facts(), key=lambda fact: fact.engine):
+        lines += ["", f"### {ENGINE_NAMES.get(engine, engine)}", ""]
+        lines += ["| version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 6]
+        for fact in facts:
+            cells = [fact.version, fact.form, f"**{fact.verdict}**", ", ".join(fact.only_for), fact.remark, fact.proof]
+            lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines).strip()
 
 
 def targets() -> str:
@@ -54,7 +57,7 @@ def result(name: str) -> dict[str, Any]:
 
 
 def measured(about: dict[str, Any], what: str) -> str:
-    """Where a figure comes from."""
+    """The source of a table: command, machine, versions, date."""
     where = f"{about['machine']}, Python {about['python']}, {about['date']}, commit {about['commit']}"
     return f"{what}: `make bench`, {where}, medians of {about['rounds']} rounds."
 
@@ -76,7 +79,7 @@ def table(first: str, rows: list[tuple[str, list[dict[str, Any]]]], unit: str) -
 def copying() -> str:
     """Conversion and copying in turn."""
     found = result("convert")["cp"]
-    what = measured(found, f"How long a conversion takes, {found['bytes'] / 1e9:.1f} GB of MiniMax-M2 shapes, 2 layers")
+    what = measured(found, f"{found['bytes'] / 1e9:.1f} GB of MiniMax-M2 shapes, 2 layers")
     ratios = next(item["ratios"] for item in found["rows"] if item["command"] == "quarkconv")
     rounds = ", ".join(f"{ratio:.2f}" for ratio in ratios)
     return f"{what}\n\n{table('', [('', found['rows'])], '`cp -r`')}\n\nRound by round: {rounds} times `cp -r`."
@@ -122,7 +125,7 @@ def checksums() -> str:
 def headers() -> str:
     """Headers of a large checkpoint."""
     found = result("headers")
-    what = measured(found, f"How long headers take, {found['tensors']:,} tensors, 230 GB")
+    what = measured(found, f"Headers of {found['tensors']:,} tensors, 230 GB")
     return f"{what}\n\n{table('', [('', found['rows'])], '`json.loads`')}"
 
 
@@ -171,7 +174,7 @@ PARTS = {
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-DOCUMENTS = ["README.md", "docs/findings.md", "docs/engines.md", "docs/performance.md", "docs/kernels.md"]
+DOCUMENTS = [f"docs/{name}.md" for name in ("targets", "findings", "engines", "performance", "kernels")]
 
 
 def filled(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Make docs/terminal.svg, the picture in the README: the demo, run for real, as a terminal shows it.
+"""Make docs/terminal.svg, the picture in the README: three commands, run for real, with excerpts of what they print.
 
 Usage: python docs/picture.py
 """
@@ -12,50 +12,82 @@ import subprocess
 import tempfile
 from io import StringIO
 from pathlib import Path
+from typing import NamedTuple
 
 from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
-WIDTH = 104
-ENGINE_LINES = 4
-MODEL = "qwen3_moe-quark0.13-f2f"
-COMMANDS = [
-    ["quarkconv", "inspect", MODEL],
-    ["quarkconv", "convert", MODEL, "--to", "fused-int8"],
-    ["quarkconv", "verify", f"{MODEL}-fused-int8", "--source", MODEL],
+WIDTH = 100
+FIXTURES = ROOT / "tests" / "data" / "fixtures"
+MODELS = {
+    "mixtral-eager": FIXTURES / "mixtral-quark0.13-eager-experts_left_bf16",
+    "mixtral": FIXTURES / "mixtral-quark0.11-eager",
+}
+"""Name in the picture -> a tiny export by Quark."""
+
+
+class Shot(NamedTuple):
+    """A command, its exit code, and what is left out of its output.
+
+    ``first`` matches the first line that is left out, ``last`` the first that is shown again; None for the end.
+    """
+
+    command: str
+    code: int
+    first: str | None
+    last: str | None
+
+
+SHOTS = [
+    Shot("quarkconv inspect mixtral-eager", 1, r"  ✗ quantized-but", None),
+    Shot("quarkconv convert mixtral --to fused-int8", 0, r"  prove it", None),
+    Shot("quarkconv verify mixtral-fused-int8 --source mixtral", 0, r"INT8 forward", r"✓ Verified"),
 ]
 
 
 def main() -> None:
-    """Run the commands beside a copy of the example, and save what they print."""
+    """Run the commands in an empty folder, and save what they print."""
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     with tempfile.TemporaryDirectory() as folder:
-        shutil.copytree(ROOT / "examples" / MODEL, Path(folder) / MODEL)
-        for command in COMMANDS:
-            done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, check=True)
-            console.print(Text(f"$ {' '.join(command)}", style="bold blue"))
-            console.print(_shortened(Text.from_ansi(done.stdout)))
-    svg = console.export_svg(title="quarkconv", unique_id="q")  # a name that stands at every run of text
-    svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # fetched from elsewhere
-    # Each run of text is cut to its line, and each line ends with an empty run: half of the file, and nothing to see.
+        for name, fixture in MODELS.items():
+            _restore(fixture, Path(folder) / name)
+        for shot in SHOTS:
+            done = subprocess.run(
+                shot.command.split(), cwd=folder, env=environment, capture_output=True, text=True, check=False
+            )
+            if done.returncode != shot.code:
+                raise SystemExit(f"{shot.command}: exit {done.returncode}\n{done.stderr}")
+            console.print(Text(f"$ {shot.command}", style="bold blue"))
+            console.print(_excerpt(Text.from_ansi(done.stdout), shot))
+    svg = console.export_svg(title="quarkconv", unique_id="q")  # a short id, since every run of text has it
+    svg = re.sub(r"\s*@font-face \{.*?\}", "", svg, flags=re.DOTALL)  # fonts would be fetched
+    # Each run of text is clipped to its line, and each line ends with an empty run: half of the file, and invisible.
     svg = re.sub(r'<clipPath id="q-line-\d+">.*?</clipPath>\s*', "", svg, flags=re.DOTALL)
     svg = re.sub(r' clip-path="url\(#q-line-\d+\)"', "", svg)
     svg = re.sub(r"<text [^>]*>\n</text>", "", svg)
     (ROOT / "docs" / "terminal.svg").write_text(svg.replace("&#160;", "\u00a0"), "utf-8")
 
 
-def _shortened(output: Text) -> Text:
-    """What a command printed, with the first rows of the table of engines only: whole, it is half of the picture."""
-    lines = output.split("\n", allow_blank=True)
-    first = next((at for at, line in enumerate(lines) if line.plain.startswith(" engine ")), len(lines))
-    end = next((at for at in range(first, len(lines)) if not lines[at].plain.strip()), len(lines))
-    kept = min(first + 2 + ENGINE_LINES, end)
-    while kept < end and lines[kept].plain.startswith("  "):  # the rest of a row
-        kept += 1
-    cut = [Text(" ...", style="dim")] if kept < end else []
-    return Text("\n").join([*lines[:kept], *cut, *lines[end:]])
+def _restore(fixture: Path, folder: Path) -> None:
+    """Copy an export; shards of which the repository keeps only the header get zeros for data."""
+    shutil.copytree(fixture, folder)
+    for header in folder.glob("*.safetensors.header"):
+        data = max(int(end) for end in re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', header.read_bytes()))
+        shard = header.rename(header.with_suffix(""))
+        with shard.open("ab") as file:
+            file.truncate(shard.stat().st_size + data)
+
+
+def _excerpt(output: Text, shot: Shot) -> Text:
+    """The output without empty lines, and without the part that is left out."""
+    lines = [line for line in output.split("\n") if line.plain.strip()]
+    count = len(lines)
+    start = next((at for at, line in enumerate(lines) if shot.first and re.match(shot.first, line.plain)), count)
+    end = next((at for at, line in enumerate(lines) if shot.last and re.match(shot.last, line.plain)), count)
+    dots = [Text("  ...", style="dim")] if start < end else []
+    return Text("\n").join([*lines[:start], *dots, *lines[max(start, end) :]])
 
 
 if __name__ == "__main__":

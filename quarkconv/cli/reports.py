@@ -12,7 +12,7 @@ from quarkconv.errors import UsageError, WriteError
 
 
 def require_charts() -> None:
-    """Refuse ``--report`` before anything is computed where the charts cannot be drawn.
+    """Refuse ``--report`` before anything is computed if charts cannot be drawn.
 
     Raises:
         UsageError: matplotlib is not installed.
@@ -20,17 +20,17 @@ def require_charts() -> None:
     if find_spec("matplotlib") is None:
         raise UsageError(
             "The charts of a report need matplotlib", expected="matplotlib 3.9 or later", found="none",
-            hint="pip install 'quarkconv[report]', or leave --report out",
+            hint="pip install 'matplotlib>=3.9', or leave --report out",
         )  # fmt: skip
 
 
 def command_line() -> str:
-    """The command as it was given."""
+    """The command line, quoted for a shell."""
     return shlex.join(["quarkconv", *sys.argv[1:]])
 
 
 def write_report(name: str, html: str) -> None:
-    """Write a report, whole or not at all.
+    """Write a report atomically.
 
     Raises:
         WriteError: it cannot be written.

@@ -81,7 +81,7 @@ class EngineFact:
         """The conditions, for people; empty for every checkpoint."""
         required = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
         excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
-        return required + [f"not {name}" for name in excluded]
+        return required + ([f"not {' or '.join(excluded)}"] if excluded else [])
 
     @property
     def proof(self) -> str:

@@ -1,0 +1,95 @@
+"""Documents: links lead somewhere, commands exist, and figures are those that were measured."""
+
+from __future__ import annotations
+
+import json
+import re
+import statistics
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.program import run_cli
+
+ROOT = Path(__file__).resolve().parents[1]
+DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
+README = (ROOT / "README.md").read_text("utf-8")
+
+
+def named(path: Path) -> str:
+    return str(path.relative_to(ROOT))
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a document's headings, as GitHub makes them."""
+    prose = re.sub(r"^```.*?^```", "", path.read_text("utf-8"), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ (.*)$", prose, re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_every_link_leads_somewhere(path: Path) -> None:
+    for target in re.findall(r"\]\(([^)]+)\)", path.read_text("utf-8")):
+        if target.startswith("https://"):
+            continue
+        name, _, anchor = target.partition("#")
+        found = (path.parent / name).resolve() if name else path
+        assert found.exists(), target
+        assert not anchor or anchor in anchors(found), target
+
+
+@pytest.mark.parametrize("path", DOCUMENTS, ids=named)
+def test_every_command_exists(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    text = path.read_text("utf-8")
+    commands = re.findall(r"(?:^ {4}|`)quarkconv (?!without checksums)([a-z]+)\b([^\n`|>]*)", text, re.MULTILINE)
+    helps = {name: run_cli(capsys, name, "--help") for name in {name for name, _ in commands}}
+    for name, rest in commands:
+        code, out, _ = helps[name]
+        assert code == 0, name
+        for option in re.findall(r"--[a-z-]+", rest):
+            assert option in out, f"quarkconv {name} {option}"
+
+
+def test_the_readme_is_read_in_a_minute() -> None:
+    lines = README.splitlines()
+    assert len(lines) <= 110
+    assert (
+        lines[2]
+        == "quarkconv makes INT8 MoE checkpoints from AMD Quark load correctly in vLLM and SGLang, and proves it."
+    )
+
+
+def result(name: str) -> Any:
+    return json.loads((ROOT / "benchmarks" / "results" / f"{name}.json").read_text("utf-8"))
+
+
+def test_the_figures_of_the_readme_were_measured() -> None:
+    convert, headers, forward = result("convert")["cp"], result("headers"), result("moe-int8-nvidia-h200")
+    rows = {row["command"]: row for row in convert["rows"]}
+    ours, copy = rows["quarkconv"], rows["cp -r"]
+    assert f"at disk speed, in {ours['peak_bytes'] / 1e6:.0f} MB of memory" in README
+    seconds = f"{ours['wall_s']:.1f} s, where `cp -r` takes {copy['wall_s']:.1f} s"
+    assert f"{convert['bytes'] / 1e9:.1f} GB in {seconds}" in README
+    assert f"2-core VM, {convert['date']}" in README
+    (inspect,) = (row for row in headers["rows"] if row["command"].startswith("quarkconv inspect"))
+    assert f"in {inspect['wall_s']:.1f} s**: {headers['tensors']:,} tensors" in README
+    assert headers["date"] == convert["date"]
+    goals = [row for row in forward["rows"] if row["goal"]]
+    mean = statistics.geometric_mean(row["vllm_tuned_us"] / row["ours_us"] for row in goals)
+    assert f"run {mean:.2f} times as fast" in README
+    assert f"mean of {len(goals)} shapes" in README
+
+
+def test_every_document_is_a_page_of_the_site() -> None:
+    config = (ROOT / "mkdocs.yml").read_text("utf-8")
+    pages = set(re.findall(r"([\w-]+\.md)$", config, re.MULTILINE))
+    top = {path.name for path in ROOT.glob("*.md")} - {"README.md"} | {"index.md"}
+    assert pages == top | {path.name for path in (ROOT / "docs").glob("*.md")}
+
+
+def test_the_changelog_knows_the_version() -> None:
+    version = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]["version"]
+    headings = re.findall(r"^## \[?([^\]\n ]+)\]?", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
+    assert headings[0] == "Unreleased"
+    assert version in headings or headings == ["Unreleased"]
