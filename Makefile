@@ -20,8 +20,9 @@ $(STAMP): pyproject.toml constraints.txt
 demo: $(STAMP)  ## Inspect, convert and verify a real Quark export
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
+test: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP)  ## Run every test
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope $(TESTS)
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(TESTS)
 
 test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 600 MB, 900 MB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
+from support.program import PROCESS_TIMEOUT
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "quarkconv"
@@ -132,7 +133,7 @@ except SystemExit as stop:
 
 def heavy_imports(code: str, *args: str | Path) -> list[str]:
     command = [sys.executable, "-c", REPORT.format(code=code), *map(str, args)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True)
     names: list[str] = json.loads(run.stdout.splitlines()[-1])
     return names
 

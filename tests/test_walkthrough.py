@@ -10,14 +10,18 @@ from pathlib import Path
 import pytest
 import yaml
 from support.exports import ROOT
-from support.program import run_cli
+from support.program import PROCESS_TIMEOUT, run_cli
 
 RECIPE = ROOT / "examples" / "ci" / "verify-checkpoint.yml"
 
 
 def test_the_walk_through_runs() -> None:
     done = subprocess.run(
-        [sys.executable, ROOT / "examples" / "prove_it.py"], capture_output=True, text=True, timeout=120, check=True
+        [sys.executable, ROOT / "examples" / "prove_it.py"],
+        capture_output=True,
+        text=True,
+        timeout=PROCESS_TIMEOUT,
+        check=True,
     )
     assert "verified\n" in done.stdout
     assert done.stdout.count("tokens:") == 6

@@ -15,7 +15,7 @@ import torch
 from support.checkpoints import assert_same_tensors, edit_checkpoint, load, make_checkpoint
 from support.expected import fused_int8
 from support.exports import REFUSED, Checkpoints
-from support.program import run_cli, snapshot
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot
 
 import quarkconv
 from quarkconv.convert import conversion
@@ -202,7 +202,7 @@ def test_the_module_and_the_script_are_the_program(model: Path, tmp_path: Path) 
     for number, program in enumerate(([sys.executable, "-m", "quarkconv"], [str(script)])):
         out = tmp_path / f"out-{number}"
         command = [*program, "convert", str(model), "--to", "fused-int8", "--out", str(out), "--json"]
-        run = subprocess.run(command, capture_output=True, text=True, timeout=60, check=False)
+        run = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=False)
         assert (run.returncode, run.stderr) == (0, "")
         assert json.loads(run.stdout)["output"] == str(out)
         hashes.append(snapshot(out))

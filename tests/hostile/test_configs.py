@@ -18,6 +18,8 @@ from quarkconv import SourceError, inspect_checkpoint
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.patterns import Patience, name_filter
 
+pytestmark = pytest.mark.long
+
 
 def config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Changes the config.json of a checkpoint."""

@@ -25,6 +25,8 @@ from quarkconv.hub.repo import HubRepo
 from quarkconv.write import segments
 from quarkconv.write.executor import execute
 
+pytestmark = pytest.mark.long
+
 REPO = "org/tiny-moe"
 Capture = pytest.CaptureFixture[str]
 

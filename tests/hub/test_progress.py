@@ -21,6 +21,8 @@ from support.terminal import CONTROL, Shown, run_on_terminal
 import quarkconv
 from quarkconv.cli import progress as progress_module
 
+pytestmark = pytest.mark.long
+
 REPO = "org/tiny-moe"
 Run = Callable[..., Shown]
 

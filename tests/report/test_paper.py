@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.exports import Checkpoints
+from support.program import PROCESS_TIMEOUT
 from support.reports import browse, needs_browser, verification
 
 import quarkconv
@@ -28,7 +29,7 @@ def print_pages(folder: Path, html: str, scheme: str = "light") -> list[list[str
     pdf = folder / "report.pdf"
     browse(folder, html, "--no-pdf-header-footer", f"--print-to-pdf={pdf}", scheme=scheme)
     command = ["pdftotext", "-layout", str(pdf), "-"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True).stdout
+    text = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True).stdout
     return [[line.strip() for line in page.splitlines() if line.strip()] for page in text.split("\f")[:-1]]
 
 
@@ -92,7 +93,7 @@ def test_paper_is_white_for_who_prefers_dark_too(tmp_path: Path) -> None:
 
     print_pages(tmp_path, verification_report(verification(3, 8), "x"), "dark")
     command = ["pdftoppm", "-r", "40", "-png", "-singlefile", str(tmp_path / "report.pdf"), str(tmp_path / "page")]
-    subprocess.run(command, check=True, timeout=60)
+    subprocess.run(command, check=True, timeout=PROCESS_TIMEOUT)
     with Image.open(tmp_path / "page.png") as image:
         values = image.convert("L").tobytes()
     assert values[0] == 255

@@ -7,8 +7,12 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Final
 
 import pytest
+
+PROCESS_TIMEOUT: Final = 240
+"""Seconds after which a process counts as hanging: far more than any takes on a busy machine, less than a test may."""
 
 
 def snapshot(folder: Path) -> dict[str, str]:

@@ -21,6 +21,7 @@ from quarkconv.verify.results import (
     Verification,
     WeightError,
 )
+from support.program import PROCESS_TIMEOUT
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 needs_browser = pytest.mark.skipif(BROWSER is None, reason="needs chromium")
@@ -40,7 +41,7 @@ def browse(folder: Path, html: str, *options: str, scheme: str = "light") -> str
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     base = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *dark]
     command = [*base, *options, (folder / "page.html").as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+    return subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True).stdout
 
 
 def distance(error: float, bound: float = 0.2) -> Distance:

@@ -13,6 +13,8 @@ import time
 from pathlib import Path
 from typing import NamedTuple
 
+from support.program import PROCESS_TIMEOUT
+
 PROGRAM = """
 import sys
 from quarkconv.cli import progress
@@ -81,7 +83,7 @@ def run_on_terminal(
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    out, err = process.communicate(timeout=60)
+    out, err = process.communicate(timeout=PROCESS_TIMEOUT)
     watcher.join()
     os.close(master)
     return Shown(process.returncode, out.decode(), bytes(seen).decode() if stderr else err.decode())

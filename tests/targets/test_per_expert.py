@@ -19,6 +19,8 @@ from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.findings import Severity
 from quarkconv.scheme.formats.readers import declared_scheme
 
+pytestmark = pytest.mark.long
+
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 TARGETS = ("compressed-tensors", "w8a8-int8", "bf16", "quark")
 CASES = [(name, to) for name in CONVERTIBLE for to in TARGETS if (name, to) != (STATIC, "w8a8-int8")]

@@ -22,6 +22,8 @@ from quarkconv.verify import streaming
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
 from quarkconv.verify.results import LayerNumbers
 
+pytestmark = pytest.mark.long
+
 NAME = "qwen3_moe-quark0.13-f2f"
 
 

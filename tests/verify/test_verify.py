@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from support.checkpoints import Tensors
 from support.exports import Checkpoints, Converted
+from support.program import PROCESS_TIMEOUT
 
 import quarkconv
 from quarkconv.cli.main import main
@@ -21,6 +22,8 @@ from quarkconv.description.description import describe
 from quarkconv.verify.activation import ExpertActivation
 from quarkconv.verify.reference import dequantized_forward
 from quarkconv.verify.routing import uniform_routing
+
+pytestmark = pytest.mark.long
 
 CONVERTIBLE = [
     "qwen3_moe-quark0.13-f2f",
@@ -286,5 +289,5 @@ def test_devices_that_are_not_there(device: str, checkpoints: Checkpoints) -> No
 def test_without_numpy_there_is_no_warning_of_torch(converted: Converted) -> None:
     program = "import sys; sys.modules['numpy'] = None; from quarkconv.cli.main import run; run()"
     command = [sys.executable, "-c", program, "verify", str(converted(CONVERTIBLE[0]))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=False)
     assert (done.returncode, done.stderr) == (0, "")

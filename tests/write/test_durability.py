@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import pytest
 from support.conversions import SMALL_STEPS, STAGING, arguments
-from support.program import snapshot
+from support.program import PROCESS_TIMEOUT, snapshot
 
 CALLS = "openat,close,write,pwrite64,fsync,fdatasync,ftruncate,rename,renameat,renameat2,unlink,unlinkat,rmdir"
 
@@ -34,7 +34,7 @@ def recorded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[li
     command = ["strace", "-f", "-qq", "-y", "-s", "0", "-e", f"trace={CALLS}", "-e", "signal=none", "-o", str(log)]
     script = SMALL_STEPS + "main(sys.argv[1:])"
     words = [*command, sys.executable, "-c", script, *map(str, arguments(source, out, jobs=2))]
-    run = subprocess.run(words, capture_output=True, text=True, timeout=120, check=False)
+    run = subprocess.run(words, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=False)
     if "ptrace" in run.stderr:
         pytest.skip("this machine lets nobody trace a process")
     assert run.returncode == 0, run.stderr

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.conversions import arguments, assert_unfinished, convert, start_slow
-from support.program import snapshot
+from support.program import PROCESS_TIMEOUT, snapshot
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
@@ -21,7 +21,7 @@ def test_an_interrupt_stops_soon_and_the_work_resumes(
     process = start_slow("pwrite", *arguments(source, out, jobs))
     began = time.monotonic()
     process.send_signal(number)
-    text, err = process.communicate(timeout=30)
+    text, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert time.monotonic() - began < 3  # of half a minute; it takes a fraction of a second
     assert process.returncode == 130
     assert "Interrupted" in err
@@ -34,7 +34,7 @@ def test_an_interrupt_stops_soon_and_the_work_resumes(
 def test_an_interrupt_before_anything_is_written_is_told_as_well(source: Path, tmp_path: Path) -> None:
     process = start_slow("preadv", *arguments(source, tmp_path / "out"), "--json")  # zero points are being read
     process.send_signal(signal.SIGINT)
-    text, err = process.communicate(timeout=30)
+    text, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 130
     assert json.loads(text)["exit_code"] == 130
     assert "Interrupted" in err

@@ -14,7 +14,9 @@ from pathlib import Path
 
 import pytest
 from support.conversions import SMALL_STEPS, STAGING, arguments, assert_unfinished, convert, start_slow
-from support.program import run_cli, snapshot, start
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
+
+pytestmark = pytest.mark.long
 
 KILLED = (
     SMALL_STEPS
@@ -51,6 +53,8 @@ from quarkconv.errors import SourceError
 source, folder, shard_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 NAMES = ("pwrite", "fsync", "fdatasync", "ftruncate", "replace", "mkdir", "unlink", "rmdir")
 REAL = {name: getattr(os, name) for name in NAMES}
+# A process that is killed leaves what it wrote to the system; waiting for the disk proves nothing here.
+REAL["fsync"] = REAL["fdatasync"] = os.fsync = os.fdatasync = lambda descriptor: None
 
 def convert(out):
     quarkconv.convert_checkpoint(source, "fused-int8", out, max_shard_size=shard_size, jobs=1)
@@ -126,7 +130,7 @@ def test_killed_before_every_call_that_changes_the_disk(small: Path, tmp_path: P
     (small / "sub").mkdir()
     (small / "sub" / "notes.txt").write_text("a")
     process = start(EVERY_MOMENT, small, tmp_path, 4000)
-    text, err = process.communicate(timeout=200)
+    text, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 0, err
     assert err == ""
     report = json.loads(text)
@@ -142,7 +146,7 @@ def test_killed_at_random_times_the_same_command_gives_the_same_bytes(
 ) -> None:
     command = [sys.executable, "-m", "quarkconv", *map(str, arguments(source, tmp_path / "out", jobs=2))]
     began = time.monotonic()
-    subprocess.run(command, check=True, capture_output=True, timeout=60)
+    subprocess.run(command, check=True, capture_output=True, timeout=PROCESS_TIMEOUT)
     whole = time.monotonic() - began
     assert snapshot(tmp_path / "out") == reference
     rng = random.Random(11)
@@ -154,7 +158,7 @@ def test_killed_at_random_times_the_same_command_gives_the_same_bytes(
         # Most of the time goes into starting Python: the moments lie where the work is.
         time.sleep(whole * rng.uniform(0.3, 1.05))
         process.kill()
-        process.communicate(timeout=60)
+        process.communicate(timeout=PROCESS_TIMEOUT)
         killed += process.returncode == -signal.SIGKILL
         if not (out / "config.json").exists():
             assert_unfinished(out)
@@ -169,7 +173,7 @@ def test_killed_again_and_again_the_work_still_ends(source: Path, reference: dic
     out = tmp_path / "out"
     for moment in (60, 90, 120, 30):
         process = start(KILLED, moment, *arguments(source, out, jobs=2))
-        process.communicate(timeout=60)
+        process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == -signal.SIGKILL
         assert_unfinished(out)
     convert(source, out)
@@ -181,10 +185,10 @@ def test_killed_while_it_moves_files_up_overwrite_starts_anew(
 ) -> None:
     out = tmp_path / "out"
     process = start(KILLED, 0, *arguments(source, tmp_path / "counting"))
-    total = int(process.communicate(timeout=60)[0].split()[-1])
+    total = int(process.communicate(timeout=PROCESS_TIMEOUT)[0].split()[-1])
     for moment in (total - 33, total - 22, total - 11):
         process = start(KILLED, moment, *arguments(source, out))
-        process.communicate(timeout=60)
+        process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == -signal.SIGKILL
         convert(source, out, overwrite=True)
         assert snapshot(out) == reference
@@ -194,7 +198,7 @@ def test_killed_while_it_moves_files_up_overwrite_starts_anew(
 def test_a_damaged_note_or_shard_is_written_again(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
     out = tmp_path / "out"
     process = start(KILLED, 250, *arguments(source, out))
-    process.communicate(timeout=60)
+    process.communicate(timeout=PROCESS_TIMEOUT)
     files = sorted((out / STAGING / "files").glob("*.safetensors"))
     assert len(files) >= 3
     os.truncate(files[0], files[0].stat().st_size - 1)
@@ -207,11 +211,11 @@ def test_a_damaged_note_or_shard_is_written_again(source: Path, reference: dict[
 def test_no_state_before_the_end_can_be_loaded_by_transformers(source: Path, tmp_path: Path) -> None:
     transformers = pytest.importorskip("transformers", reason="needs transformers")
     process = start(KILLED, 0, *arguments(source, tmp_path / "counting"))
-    total = int(process.communicate(timeout=60)[0].split()[-1])
+    total = int(process.communicate(timeout=PROCESS_TIMEOUT)[0].split()[-1])
     for moment in (20, total // 2, total - 24):
         out = tmp_path / f"killed-{moment}"
         process = start(KILLED, moment, *arguments(source, out))
-        process.communicate(timeout=60)
+        process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == -signal.SIGKILL
         assert_unfinished(out)
         for load in (transformers.AutoConfig.from_pretrained, transformers.AutoModelForCausalLM.from_pretrained):
@@ -227,7 +231,7 @@ def test_inspect_says_how_far_a_conversion_came_and_how_to_resume(
     out = tmp_path / "it's here"
     process = start_slow("pwrite", *arguments(source, out))
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=PROCESS_TIMEOUT)
     code, text, err = run_cli(capsys, "inspect", out, "--json")
     assert code == 3
     assert json.loads(text)["exit_code"] == 3
@@ -235,5 +239,5 @@ def test_inspect_says_how_far_a_conversion_came_and_how_to_resume(
     command = json.loads(text)["hint"].partition("`")[2].rpartition("`")[0]
     assert command == err.partition("`")[2].rpartition("`")[0]
     environment = {**os.environ, "PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
-    subprocess.run(command, shell=True, check=True, env=environment, capture_output=True, timeout=60)
+    subprocess.run(command, shell=True, check=True, env=environment, capture_output=True, timeout=PROCESS_TIMEOUT)
     assert snapshot(out) == reference

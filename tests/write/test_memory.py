@@ -6,7 +6,7 @@ from pathlib import Path
 
 from safetensors import safe_open
 from support.checkpoints import make_checkpoint
-from support.program import start
+from support.program import PROCESS_TIMEOUT, start
 
 PEAK = """
 import sys
@@ -22,7 +22,7 @@ def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
         model = make_checkpoint(tmp_path / f"model-{layers}", layers=layers, experts=8, hidden=768, intermediate=384)
         sizes.append(sum(file.stat().st_size for file in model.glob("*.safetensors")))
         process = start(PEAK, model, tmp_path / f"out-{layers}")
-        text, err = process.communicate(timeout=60)
+        text, err = process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == 0, err
         peaks.append(int(text) * 1024)
         with safe_open(tmp_path / f"out-{layers}" / "model-00001-of-00001.safetensors", "pt") as handle:

@@ -11,7 +11,7 @@ import pytest
 from support.checkpoints import assert_same_tensors, edit_checkpoint, load, make_checkpoint
 from support.conversions import STAGING, arguments, convert, fill_the_disk_later, start_slow
 from support.expected import fused_int8
-from support.program import run_cli, snapshot
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot
 
 from quarkconv.errors import UsageError
 from quarkconv.write import state
@@ -134,7 +134,7 @@ def test_two_at_once_the_second_names_the_first(
     assert f"process {first.pid}" in err
     assert first.poll() is None
     first.kill()  # its lock is gone with it
-    first.communicate(timeout=30)
+    first.communicate(timeout=PROCESS_TIMEOUT)
     assert snapshot(convert(source, out)) == reference
 
 

@@ -14,12 +14,14 @@ from pathlib import Path
 import pytest
 from support.checkpoints import make_checkpoint
 from support.conversions import SHARD, arguments, assert_unfinished, convert
-from support.program import run_cli, snapshot, start
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 from support.progress import Bytes, WhileWriting
 
 import quarkconv
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.write.executor import execute
+
+pytestmark = pytest.mark.long
 
 
 def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
@@ -217,12 +219,12 @@ def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
     words = arguments(model, tmp_path / "out")
     for command in (words, ["verify", tmp_path / "out", "--source", model], ["verify", model]):
         process = start(limited, 100, 1000, *command)
-        assert process.communicate(timeout=60)[1] == ""
+        assert process.communicate(timeout=PROCESS_TIMEOUT)[1] == ""
         assert process.returncode == 0
     against_source = ["verify", tmp_path / "out", "--source", model, "--bytes-only"]
     for command in (arguments(model, tmp_path / "other"), ["verify", model], against_source):
         process = start(limited, 100, 100, *command)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=PROCESS_TIMEOUT)
         assert process.returncode == 3
         assert "Too many open files" in err
         assert "ulimit -n" in err
@@ -292,7 +294,7 @@ def test_a_source_that_may_only_be_read_by_its_owner_is_told(small: Path, tmp_pa
     (tmp_path / "open").mkdir()
     (tmp_path / "open").chmod(0o777)
     process = start(as_nobody, *arguments(small, tmp_path / "open" / "out"))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 3, err
     assert "Permission denied" in err
     assert "model-00001-of-00002.safetensors" in err

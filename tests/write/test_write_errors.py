@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 from support.conversions import SMALL_STEPS, arguments, assert_unfinished, convert
-from support.program import run_cli, snapshot, start
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 
 from quarkconv.errors import QuarkconvError, WriteError
 from quarkconv.write.space import allocated
@@ -137,7 +137,7 @@ def test_a_real_limit_on_file_sizes_exits_5_and_resumes(
     )
     out = tmp_path / "out"
     process = start(limited, *arguments(source, out, jobs=2))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5
     assert "File too large" in err
     assert "Traceback" not in err
@@ -187,7 +187,7 @@ def test_a_disk_that_gets_full_is_one_message_and_nothing_is_lost(
     out, ballast = small_disk / "out", small_disk / "ballast"
     ballast.write_bytes(bytes(shutil.disk_usage(small_disk).free - 12_000_000))
     process = start(FULL_DISK, *arguments(source, out, jobs=2))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5, err
     assert err.count("error:") == 1
     assert "The disk is full" in err
@@ -199,7 +199,7 @@ def test_a_disk_that_gets_full_is_one_message_and_nothing_is_lost(
     assert 0 < missing < 25e6
 
     process = start(SMALL_STEPS + "main(sys.argv[1:])", *arguments(source, out, jobs=2))  # now it is asked for
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5
     assert "not enough space" in err
     ballast.unlink()
@@ -256,7 +256,7 @@ def test_a_target_that_may_not_be_written_to_is_told(source: Path, tmp_path: Pat
     if place == "folder":
         (out / ".quarkconv").mkdir()
     process = start(AS_NOBODY, *arguments(source, out))
-    _, err = process.communicate(timeout=60)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5, err
     assert "Permission denied" in err
     assert str(out) in err
