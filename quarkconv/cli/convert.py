@@ -11,7 +11,10 @@ from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.convert.conversion import DEFAULT_JOBS, MAX_JOBS, Conversion
+from quarkconv.convert.results import ConversionResult
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
+from quarkconv.errors import UsageError
+from quarkconv.plan.shares import parse_share
 from quarkconv.targets import TARGETS, get_target
 
 if TYPE_CHECKING:
@@ -45,6 +48,12 @@ def convert(
     ep: Annotated[
         int | None, typer.Option("--ep", min=2, metavar="N", help="Divide experts among N expert parallel ranks.")
     ] = None,
+    part: Annotated[
+        str | None, typer.Option("--part", metavar="K/N", help="Write part K of N; run each part on any machine.")
+    ] = None,
+    finish: Annotated[
+        bool, typer.Option("--finish", help="Finish when all parts are written. The last part does it too.")
+    ] = False,
     cache: Annotated[
         bool, typer.Option("--cache", help="Download a model to the Hub's cache instead of streaming it.")
     ] = False,
@@ -64,10 +73,18 @@ def convert(
     quarkconv convert ./model --to fused-int8
     quarkconv convert org/name@revision --to compressed-tensors --out ./converted
     quarkconv convert ./model --to fused-int8 --tp 8 --dry-run
+    quarkconv convert ./model --to fused-int8 --part 3/8
     quarkconv convert ./model --to w8a8-int8 --push org/name-w8a8-int8
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
+    share = None if part is None else parse_share(part)
+    if (share is not None and (finish or overwrite or push is not None)) or (finish and (overwrite or dry_run)):
+        raise UsageError(
+            "These options exclude one another",
+            expected="--part without --finish, --overwrite and --push; --finish without --overwrite and --dry-run",
+            hint="delete the output directory to start a conversion in parts anew",
+        )
     with progress("Reading", shown=output.shows_progress) as meter:
         conversion = Conversion.prepare(
             model,
@@ -80,13 +97,21 @@ def convert(
             push=push,
             progress=meter,
         )
-    value, seconds = conversion.to_json(), None
+    value, seconds = conversion.to_json(share, dry_run=dry_run), None
     if not dry_run:
         started = time.perf_counter()
         with progress("Converting", shown=output.shows_progress) as meter:
             conversion.create_repo(private=private, progress=meter)
-            result = conversion.run(jobs=jobs, overwrite=overwrite, progress=meter)
-        value = result.to_json() | conversion.upload(result, bars=output.shows_progress)
+            result: ConversionResult | None
+            if share is not None:
+                result = conversion.run_share(share, jobs=jobs, progress=meter)
+            elif finish:
+                result = conversion.finish(jobs=jobs, progress=meter)
+            else:
+                result = conversion.run(jobs=jobs, overwrite=overwrite, progress=meter)
+        if result is not None:
+            value |= {"finished": True} if share is not None else {}
+            value |= result.to_json() | conversion.upload(result, bars=output.shows_progress)
         seconds = time.perf_counter() - started
 
     def render() -> RenderableType:

@@ -19,6 +19,7 @@ from quarkconv.experts.ranks import ranks_of
 from quarkconv.findings import Finding
 from quarkconv.hub.locate import Located, check_repo_id, locate
 from quarkconv.plan.pieces import Plan
+from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
 
@@ -197,8 +198,7 @@ class Conversion:
         """
         from quarkconv.write.executor import execute
 
-        if not 1 <= jobs <= MAX_JOBS:
-            raise UsageError("`jobs` is out of range", expected=f"1 to {MAX_JOBS}", found=str(jobs))
+        require_jobs(jobs)
         resumes = (self.by_rank or self.push is not None) and not overwrite
         finished = [_finished(part) if resumes else None for part in self.parts]
         if self.by_rank:
@@ -217,7 +217,79 @@ class Conversion:
             manifests.append(manifest)
         if self.by_rank:
             write_index(self.output, self.parts, self.experts, self.intermediate)
-        return ConversionResult(self.source.origin, self.output, self.parts, tuple(manifests))
+        return self._result(*manifests)
+
+    def run_share(
+        self, share: Share, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT
+    ) -> ConversionResult | None:
+        """Carry out one share of the plan; the last one finishes the conversion. The same call resumes.
+
+        Processes that have the output directory in common, on one machine or several, may each run a share at the same
+        time, without talking to each other. The output equals that of :meth:`run`.
+
+        Args:
+            share: the share.
+            jobs: threads that read and write.
+            progress: receives how far writing has come.
+
+        Returns:
+            The result, if the conversion is finished; None while other shares are missing.
+
+        Raises:
+            UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and another
+                process works on the share.
+        """
+        from quarkconv.write.shares import execute_share
+
+        part = self._only_part()
+        require_jobs(jobs)
+        progress.step(f"Converting part {share} to {part.plan.target}", self.share_json(share)["part"]["bytes"], "byte")
+        manifest = _finished(part)
+        if manifest is None:
+            try:
+                manifest = execute_share(part.plan, self.source.files, self.output, share, jobs=jobs, progress=progress)
+            except UsageError:  # another process may have finished the conversion meanwhile
+                manifest = _finished(part)
+                if manifest is None:
+                    raise
+        return None if manifest is None else self._result(manifest)
+
+    def finish(self, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT) -> ConversionResult:
+        """Finish a conversion whose shares are all written, where the last :meth:`run_share` could not.
+
+        Raises:
+            UsageError: nothing was begun in the output directory.
+            SourceError, UnsupportedError, InterruptedByUser: as :meth:`run`.
+            WriteError: shares are missing, or writing failed.
+        """
+        from quarkconv.write.shares import finish_shares
+
+        part = self._only_part()
+        require_jobs(jobs)
+        progress.step("Finishing", self.output_bytes, "byte")
+        manifest = _finished(part)
+        if manifest is None:
+            manifest = finish_shares(part.plan, self.source.files, self.output, jobs=jobs, progress=progress)
+        return self._result(manifest)
+
+    def share_json(self, share: Share) -> dict[str, Any]:
+        """A share as ``convert --part --json`` prints it."""
+        shards = share.shards(self._only_part().plan.shards)
+        nbytes = sum(shard.nbytes for shard in shards)
+        return {"part": {"number": share.number, "count": share.count, "shards": len(shards), "bytes": nbytes}}
+
+    def _only_part(self) -> Part:
+        if self.by_rank:
+            raise UsageError(
+                "Conversions by rank are not divided into parts",
+                expected="--part or --finish without --tp and --ep",
+                found="both",
+                hint="run one conversion by rank on each machine, or convert without --tp and --ep",
+            )
+        return self.parts[0]
+
+    def _result(self, *manifests: Manifest) -> ConversionResult:
+        return ConversionResult(self.source.origin, self.output, self.parts, manifests)
 
     def create_repo(self, *, private: bool = False, progress: Progress = SILENT) -> None:
         """Create the repo that the output is uploaded to, if any: a refusal should come before the conversion.
@@ -260,9 +332,16 @@ class Conversion:
         """Settings and tensors of the source that the target does not keep."""
         return self.parts[0].plan.losses
 
-    def to_json(self) -> dict[str, Any]:
-        """The object that ``convert --dry-run --json`` prints."""
-        return conversion_json(self.source.origin, self.output, self.parts, dry_run=True)
+    def to_json(self, share: Share | None = None, *, dry_run: bool = True) -> dict[str, Any]:
+        """The object that ``convert --json`` prints while the conversion is not finished."""
+        value = conversion_json(self.source.origin, self.output, self.parts, dry_run=dry_run)
+        return value if share is None else value | self.share_json(share) | {"finished": False}
+
+
+def require_jobs(jobs: int) -> None:
+    """Raise :class:`UsageError` unless a number of threads is in range."""
+    if not 1 <= jobs <= MAX_JOBS:
+        raise UsageError("`jobs` is out of range", expected=f"1 to {MAX_JOBS}", found=str(jobs))
 
 
 def _finished(part: Part) -> Manifest | None:

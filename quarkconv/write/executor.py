@@ -16,7 +16,7 @@ from contextlib import closing, contextmanager
 from importlib.metadata import version
 from itertools import islice
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import xxhash
 
@@ -75,36 +75,31 @@ def execute(
         WriteError: writing failed; what was finished is kept.
         InterruptedByUser: interrupted; what was finished is kept.
     """
-    digest = plan_digest(plan)
-    files = [shard.file for shard in plan.shards] + [copy.name for copy in plan.copies]
-    files += [*(text.name for text in plan.texts), CONFIG_NAME, INDEX_NAME]
     needed = plan.output_bytes + records_nbytes(plan.shards)
     with closing(open_source(source, plan)) as sources:
-        sources.check_layout(plan)
-        folder = source.root if isinstance(source, LocalFiles) else source
-        place = str(folder.absolute() if isinstance(folder, Path) else folder)
-        state = plan_state(plan, digest, sources.state(), place, output)
+        state = state_of(plan, source, sources, output)
         run_checks(plan.checks, sources, jobs)
-        with open_staging(output, state, [*files, MANIFEST_NAME], needed=needed, overwrite=overwrite) as staging:
-            run = _Run(plan, sources, staging, progress)
+        with open_staging(output, state, files_of(plan), needed=needed, overwrite=overwrite) as staging:
+            run = Run(plan, sources, staging, progress)
             with run.writing():
-                shards = run.write_shards(jobs)
-                others = run.write_others()
-                staging.sync(files)
-                manifest = Manifest(
-                    quarkconv=version("quarkconv"),
-                    plan=digest,
-                    target=plan.target,
-                    scheme=plan.scheme,
-                    producer_version=plan.producer_version,
-                    moe=plan.moe,
-                    sources=plan.sources,
-                    shards=tuple(shards),
-                    files=tuple(sorted(others)),
-                )
-                staging.write(MANIFEST_NAME, manifest_to_bytes(manifest))
-                staging.publish([*files, MANIFEST_NAME])
-    return manifest
+                run.write_shards(plan.shards, jobs)
+                return run.finish()
+
+
+def files_of(plan: Plan) -> list[str]:
+    """The files that a plan writes."""
+    names = [*(shard.file for shard in plan.shards), *(copy.name for copy in plan.copies)]
+    return [*names, *(text.name for text in plan.texts), CONFIG_NAME, INDEX_NAME, MANIFEST_NAME]
+
+
+def state_of(
+    plan: Plan, source: Path | Files, sources: Source, output: Path, *, shares: int | None = None
+) -> dict[str, Any]:
+    """What identifies a conversion, after checking that the source is the planned one."""
+    sources.check_layout(plan)
+    folder = source.root if isinstance(source, LocalFiles) else source
+    name = str(folder.absolute() if isinstance(folder, Path) else folder)
+    return plan_state(plan, plan_digest(plan), sources.state(), name, output, shares=shares)
 
 
 def open_source(source: Path | Files, plan: Plan) -> Source:
@@ -181,7 +176,7 @@ def _check(check: Check, reader: Reader) -> None:
         )
 
 
-class _Run:
+class Run:
     """One execution of a plan."""
 
     def __init__(self, plan: Plan, sources: Source, staging: Staging, progress: Progress) -> None:
@@ -192,6 +187,7 @@ class _Run:
         self._progress_lock = threading.Lock()
         self._stop = threading.Event()
         self._direct = DirectWrites()
+        self._shards: tuple[OutputShard, ...] = ()
         self._done: dict[str, WrittenShard] = {}
 
     @contextmanager
@@ -201,18 +197,21 @@ class _Run:
         with writing(staging.folder), disk_full_explained(staging.output, staging.parts, self._bytes_left):
             yield
 
-    def write_shards(self, jobs: int) -> list[WrittenShard]:
-        """Write the shards that are not finished yet, with ``jobs`` threads."""
-        for shard in self.plan.shards:
+    def write_shards(self, shards: tuple[OutputShard, ...], jobs: int) -> None:
+        """Write those of some shards that are not finished yet, with ``jobs`` threads."""
+        self._shards = shards
+        for shard in shards:
             written = self.staging.finished(shard)
             if written is not None:
                 self._done[shard.file] = written
                 self._advance(shard.nbytes)
         if self._done:
-            _log.info("resuming: %d of %d shards are finished", len(self._done), len(self.plan.shards))
-        require_space(self.staging.output, self._bytes_left(), allocated(self.staging.parts.rglob("*")))
+            _log.info("resuming: %d of %d shards are finished", len(self._done), len(shards))
+        require_space(
+            self.staging.output, self._bytes_left(), allocated(self.staging.parts / shard.file for shard in shards)
+        )
         with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv") as pool:
-            claims = _Claims([shard for shard in self.plan.shards if shard.file not in self._done], self._open)
+            claims = _Claims([shard for shard in shards if shard.file not in self._done], self._open)
             size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // jobs // PAGE * PAGE), PAGE)
             futures = [pool.submit(self._work, claims, size) for _ in range(jobs)]
             try:
@@ -227,9 +226,28 @@ class _Run:
         errors = [error for future in futures if (error := future.exception())]
         if errors:  # the first cause, not the threads that stopped because of it
             raise next((error for error in errors if not isinstance(error, InterruptedByUser)), errors[0])
-        return [self._done[shard.file] for shard in self.plan.shards]
 
-    def write_others(self) -> list[WrittenFile]:
+    def finish(self) -> Manifest:
+        """Write the other files when all shards are written, the manifest after them, and move all to their places."""
+        others = self._write_others()
+        names = files_of(self.plan)
+        self.staging.sync([name for name in names if name != MANIFEST_NAME])
+        manifest = Manifest(
+            quarkconv=version("quarkconv"),
+            plan=self.staging.plan_digest,
+            target=self.plan.target,
+            scheme=self.plan.scheme,
+            producer_version=self.plan.producer_version,
+            moe=self.plan.moe,
+            sources=self.plan.sources,
+            shards=tuple(self._done[shard.file] for shard in self.plan.shards),
+            files=tuple(sorted(others)),
+        )
+        self.staging.write(MANIFEST_NAME, manifest_to_bytes(manifest))
+        self.staging.publish(names)
+        return manifest
+
+    def _write_others(self) -> list[WrittenFile]:
         """Write everything that is neither a shard nor the manifest."""
         return [
             *map(self._copy, self.plan.copies),
@@ -287,8 +305,8 @@ class _Run:
 
     def _bytes_left(self) -> int:
         """Bytes still to be written; shards in progress count in full."""
-        todo = [shard for shard in self.plan.shards if shard.file not in self._done]
-        copies = sum(copy.size for copy in self.plan.copies)
+        todo = [shard for shard in self._shards if shard.file not in self._done]
+        copies = sum(copy.size for copy in self.plan.copies) if len(self._shards) == len(self.plan.shards) else 0
         return sum(shard.nbytes for shard in todo) + copies + records_nbytes(todo)
 
 

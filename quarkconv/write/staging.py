@@ -8,6 +8,9 @@ directory has no config.json, and no engine takes it for a model. The folder hol
     notes/NAME.json    the checksums of the pieces of a finished shard
     files/NAME         a file that is finished and on disk
     parts/NAME         a file that is being written
+    share-K-of-N       held while a process works on a share; checked-K-of-N says that the checks of a share hold
+
+A conversion in shares has a process for each, on one machine or several, all of which hold ``lock`` together.
 
 A finished shard is never written again; everything else is, after a crash. Each step is on disk before the next one
 relies on it: the data of a shard before its note, the note before the shard has its name, all files and their names
@@ -33,13 +36,18 @@ from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, r
 from quarkconv.plan.fields import are_checksums
 from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor, read_manifest
 from quarkconv.plan.pieces import OutputShard
+from quarkconv.plan.shares import MAX_SHARES, Share
 from quarkconv.text import shortened
 from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.state import difference
 
-_LOCK: Final = "lock"
+LOCK_NAME: Final = "lock"
 _MAX_DEPTH: Final = 100
+
+
+class OutputBusyError(WriteError):
+    """Another process works on the output."""
 
 
 class Staging:
@@ -102,6 +110,22 @@ class Staging:
         except (ValueError, KeyError, TypeError):
             return None
 
+    def checks_hold(self, share: Share) -> bool:
+        """Whether an earlier run recorded that the checks of a share hold."""
+        return read_state(self._checked(share)) == {"plan": self.plan_digest}
+
+    def record_checks(self, share: Share) -> None:
+        """Record that the checks of a share hold."""
+        write_durably(self._checked(share), json.dumps({"plan": self.plan_digest}).encode())
+
+    def shares(self) -> int:
+        """The number of shares that the conversion was begun with; 1 for a whole one."""
+        count = (read_state(self.folder / STATE_NAME) or {}).get("shares")
+        return count if isinstance(count, int) and 1 <= count <= MAX_SHARES else 1
+
+    def _checked(self, share: Share) -> Path:
+        return self.folder / f"checked-{share.number}-of-{share.count}"
+
     def sync(self, names: list[str]) -> None:
         """Make the names of finished files durable, moved up already or not."""
         for folder in folders_of(names):
@@ -156,7 +180,7 @@ def open_staging(
         output.mkdir(parents=True, exist_ok=True)
         refuse_links(output)
         if not overwrite:
-            _refuse_foreign(staging, plan_files)
+            refuse_foreign(staging, plan_files)
         descriptor, created = _lock(staging)
     try:
         try:
@@ -164,8 +188,8 @@ def open_staging(
                 if overwrite:
                     _start_anew(staging, needed)
                 else:
-                    _refuse_foreign(staging, plan_files)
-                _resume_or_begin(staging, state)
+                    refuse_foreign(staging, plan_files)
+                resume_or_begin(staging, state)
         except BaseException:
             if created:  # nothing has begun, so nothing is unfinished
                 shutil.rmtree(staging.folder, ignore_errors=True)
@@ -178,7 +202,7 @@ def open_staging(
         os.close(descriptor)
 
 
-def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
+def resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     """Note the identity of the conversion, or refuse to resume another one."""
     path = staging.folder / STATE_NAME
     if not path.is_file():
@@ -214,7 +238,7 @@ def refuse_links(output: Path) -> None:
             )
 
 
-def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
+def refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
     """Refuse a directory with files that are not of this unfinished conversion."""
     unfinished = staging.folder.is_dir()
     _refuse_others(staging.output, set(plan_files) if unfinished else set(), unfinished=unfinished)
@@ -261,7 +285,7 @@ def _start_anew(staging: Staging, needed: int) -> None:
         if name == CONFIG_NAME:
             sync_directory(staging.output)
     for path in list(staging.folder.iterdir()):
-        if path.name != _LOCK:
+        if path.name != LOCK_NAME:
             shutil.rmtree(path) if path.is_dir() else path.unlink()
 
 
@@ -277,7 +301,7 @@ def _lock(staging: Staging) -> tuple[int, bool]:
 
     The lock ends with its process, however that ends.
     """
-    path = staging.folder / _LOCK
+    path = staging.folder / LOCK_NAME
     while True:
         try:
             staging.folder.mkdir()
@@ -297,7 +321,7 @@ def _lock(staging: Staging) -> tuple[int, bool]:
         except BlockingIOError:
             owner = os.pread(descriptor, 300, 0).decode(errors="replace").strip() or "unknown"
             os.close(descriptor)
-            raise WriteError(
+            raise OutputBusyError(
                 "Another process is converting into this directory",
                 file=str(staging.output),
                 found=f"process {owner}",

@@ -21,16 +21,20 @@ _LABELS: Final = {
     "max_shard_size": "largest shard size",
     "config": "config.json of the source",
     "copies": "other files of the source",
+    "shares": "number of parts",
 }
 
 
-def plan_state(plan: Plan, digest: str, files: list[FileState], source: str, output: Path) -> dict[str, Any]:
+def plan_state(
+    plan: Plan, digest: str, files: list[FileState], source: str, output: Path, *, shares: int | None = None
+) -> dict[str, Any]:
     """The identity of a conversion, and the command that resumes it.
 
     Args:
         plan, digest: the plan and its digest.
         files: the source's files as they are now.
         source, output: where they are; part of the command, not of the identity.
+        shares: the number of shares that the work is divided into; None where one process does all that is left.
     """
     words = ["quarkconv", "convert", source, "--to", plan.target, "--out", str(output.absolute())]
     config = json.dumps(plan.config, sort_keys=True)
@@ -42,6 +46,7 @@ def plan_state(plan: Plan, digest: str, files: list[FileState], source: str, out
         "copies": [*map(list, plan.copies), *([name, _hash(text)] for name, text in plan.texts)],
         "sources": [list(file) for file in files],
         "plan": digest,
+        "shares": shares,
         "shards": len(plan.shards),
         "command": shlex.join([*words, "--max-shard-size", str(plan.max_shard_size)]),
     }
@@ -55,11 +60,15 @@ def difference(begun: object, now: dict[str, Any]) -> str | None:
     """How an unfinished conversion differs from the one requested now; None when it can be resumed."""
     if not isinstance(begun, dict):
         return "unreadable notes"
-    if all(begun.get(key) == now[key] for key in ("plan", "sources", "quarkconv")):
+    # One process may finish the shares of others; a share cannot join a conversion that was divided in another way.
+    divided = now.get("shares") is None or begun.get("shares") == now.get("shares")
+    if divided and all(begun.get(key) == now[key] for key in ("plan", "sources", "quarkconv")):
         return None
     for key, label in _LABELS.items():
-        before, after = begun.get(key), now[key]
-        if before != after:
+        before, after = begun.get(key), now.get(key)
+        if before != after and (key != "shares" or not divided):
+            if key == "shares":
+                return f"{label} {word(1 if before is None else before)}, now {after}"
             if key in ("config", "copies"):
                 return f"{label} {'has' if key == 'config' else 'have'} changed"
             return f"{label} {word(before)}, now {after}"

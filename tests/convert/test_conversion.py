@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 from support.checkpoints import make_checkpoint
@@ -50,7 +51,7 @@ def test_a_result_holds_plan_and_manifest_of_every_rank(model: Path, tmp_path: P
 @pytest.mark.parametrize(
     "options", [{"tp": 2, "ep": 2}, {"tp": 0}, {"ep": -1}, {"ep": 2000}, {"tp": 2, "rank": 2}, {"rank": 1}]
 )
-def test_ranks_that_do_not_exist_are_refused(model: Path, options: dict[str, int]) -> None:
+def test_ranks_that_do_not_exist_are_refused(model: Path, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         quarkconv.plan_conversion(model, "fused-int8", **options)
 
@@ -69,7 +70,7 @@ def test_an_invalid_repo_id_is_refused_before_the_model_is_read(tmp_path: Path, 
 
 
 @pytest.mark.parametrize("options", [{}, {"tp": 2}])
-def test_progress_is_a_step_of_reading_and_one_of_writing(model: Path, tmp_path: Path, options: dict[str, int]) -> None:
+def test_progress_is_a_step_of_reading_and_one_of_writing(model: Path, tmp_path: Path, options: dict[str, Any]) -> None:
     recorder = Recorder()
     result = quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "out", progress=recorder, **options)
     assert [(step.name, step.unit) for step in recorder.steps] == [

@@ -28,6 +28,12 @@ def render_conversion(value: dict[str, Any], losses: tuple[Finding, ...], second
     table = _ranks_table(value) if by_rank else _table(value)
     if seconds is None:
         closing = [Text("Nothing was written (--dry-run).", style="dim")]
+    elif not value.get("finished", True):
+        part = value["part"]
+        closing = [
+            verdict(f"Part {part['number']} of {part['count']} written in {seconds:.1f} s", good=True),
+            Text("  other parts are missing; the last one finishes the conversion", style="dim"),
+        ]
     else:
         ranks = f" for {len(value['ranks'])} ranks" if by_rank else ""
         closing = [verdict(f"Converted to {value['target']}{ranks} in {seconds:.1f} s", good=True)]
@@ -49,6 +55,10 @@ def _table(value: dict[str, Any]) -> Table:
         "tensors", f"{value['tensors']:,} from {value['pieces']:,} pieces, in {plural(value['shards'], 'shard')}"
     )
     table.add_row("on disk", size(value["bytes"]))
+    if "part" in value:
+        part = value["part"]
+        amount = f"{plural(part['shards'], 'shard')}, {size(part['bytes'])}"
+        table.add_row("part", f"{part['number']} of {part['count']}: {amount}")
     return table
 
 

@@ -1,0 +1,65 @@
+"""Dividing the work of a plan among workers that do not talk to each other.
+
+Every worker has the plan, and takes the same decision: shards are dealt by size, largest first, each to the share with
+the fewest bytes so far; checks are dealt in turn. A share therefore holds at most one shard more than its fair part.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from heapq import heapify, heapreplace
+from typing import Final
+
+from quarkconv.errors import UsageError
+from quarkconv.plan.pieces import Check, OutputShard
+
+MAX_SHARES: Final = 10_000
+
+
+@dataclass(frozen=True, slots=True)
+class Share:
+    """One share of the work of a plan.
+
+    Attributes:
+        number: number of the share, from 1.
+        count: number of shares.
+    """
+
+    number: int
+    count: int
+
+    def __str__(self) -> str:
+        return f"{self.number}/{self.count}"
+
+    def shards(self, shards: tuple[OutputShard, ...]) -> tuple[OutputShard, ...]:
+        """The shards of the share, in the order of the plan."""
+        loads = [(0, number) for number in range(1, self.count + 1)]
+        heapify(loads)
+        taken: set[str] = set()
+        for shard in sorted(shards, key=lambda shard: (-shard.nbytes, shard.file)):
+            nbytes, number = loads[0]
+            heapreplace(loads, (nbytes + shard.nbytes, number))
+            if number == self.number:
+                taken.add(shard.file)
+        return tuple(shard for shard in shards if shard.file in taken)
+
+    def checks(self, checks: tuple[Check, ...]) -> tuple[Check, ...]:
+        """The checks of the share."""
+        return checks[self.number - 1 :: self.count]
+
+
+def parse_share(text: str) -> Share:
+    """A share from ``3/8``.
+
+    Raises:
+        UsageError: ``text`` has another form, or there is no such share.
+    """
+    match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip(), re.ASCII)
+    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_SHARES:
+        raise UsageError(
+            "Invalid part",
+            expected=f"k/N with k from 1 to N, and N at most {MAX_SHARES}",
+            found=repr(text)[:40],
+        )
+    return Share(int(match[1]), int(match[2]))

@@ -1,0 +1,278 @@
+"""``convert --part``: workers with one output directory write the bytes of one machine."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from support.checkpoints import make_checkpoint
+from support.conversions import SMALL_STEPS, assert_unfinished
+from support.program import run_cli, snapshot
+
+import quarkconv
+from quarkconv.convert.conversion import Conversion
+from quarkconv.errors import UnsupportedError, UsageError, WriteError
+from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor
+from quarkconv.plan.shares import MAX_SHARES, Share, parse_share
+from quarkconv.write.shares import open_share
+from quarkconv.write.staging import OutputBusyError
+
+SHARD_SIZE = 6000
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", layers=3, experts=4, zero_points=True, shards=3)
+
+
+@pytest.fixture
+def whole(model: Path, tmp_path: Path) -> dict[str, str]:
+    return snapshot(
+        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=SHARD_SIZE).output
+    )
+
+
+def prepare(model: Path, out: Path, **options: Any) -> Conversion:
+    return Conversion.prepare(model, "fused-int8", out, **{"max_shard_size": SHARD_SIZE, **options})
+
+
+def shards(sizes: list[int]) -> tuple[OutputShard, ...]:
+    return tuple(
+        OutputShard(f"{number:05d}", 0, (OutputTensor("t", "I8", (size,), (Copy("t", "f", 0, size),)),))
+        for number, size in enumerate(sizes)
+    )
+
+
+@given(st.lists(st.integers(0, 10**6), max_size=40), st.integers(1, 12))
+def test_every_shard_is_dealt_once_and_no_share_is_much_larger(sizes: list[int], count: int) -> None:
+    dealt = [Share(number, count).shards(shards(sizes)) for number in range(1, count + 1)]
+    assert sorted(shard.file for share in dealt for shard in share) == [shard.file for shard in shards(sizes)]
+    loads = [sum(shard.nbytes for shard in share) for share in dealt]
+    assert max(loads) - min(loads) <= max(sizes, default=0)
+
+
+@given(st.integers(0, 50), st.integers(1, 12))
+def test_every_check_is_dealt_once(checks: int, count: int) -> None:
+    numbers: Any = tuple(range(checks))
+    dealt: list[Any] = [number for share in range(1, count + 1) for number in Share(share, count).checks(numbers)]
+    assert sorted(dealt) == list(range(checks))
+
+
+@pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "-1/4", "1/0", f"1/{MAX_SHARES + 1}", "1/4/2", "a/b", "٣/٨"])
+def test_parts_that_do_not_exist_are_refused(text: str) -> None:
+    with pytest.raises(UsageError, match="Invalid part"):
+        parse_share(text)
+
+
+@pytest.mark.parametrize("count", [1, 2, 3, 50])
+def test_parts_give_the_bytes_of_one_machine(model: Path, tmp_path: Path, whole: dict[str, str], count: int) -> None:
+    out = tmp_path / "out"
+    order = list(range(1, count + 1))
+    random.Random(count).shuffle(order)
+    for number in order:
+        result = prepare(model, out).run_share(Share(number, count), jobs=2)
+        if result is None:
+            assert_unfinished(out)
+        else:  # of more parts than shards, some are empty, and the others need not wait for them
+            assert number == order[-1] or count > len(result.plan.shards)
+    assert result is not None
+    assert snapshot(out) == whole
+    assert not (out / ".quarkconv").exists()
+
+
+def test_parts_at_the_same_time_give_the_bytes_of_one_machine(
+    model: Path, tmp_path: Path, whole: dict[str, str]
+) -> None:
+    def run(out: Path, number: int) -> object:
+        return prepare(model, out).run_share(Share(number, 4))
+
+    for attempt in range(5):
+        out = tmp_path / f"out-{attempt}"
+        with ThreadPoolExecutor(4) as pool:
+            results = list(pool.map(run, [out] * 4, range(1, 5)))
+        assert any(result is not None for result in results), "nobody finished"
+        assert snapshot(out) == whole
+
+
+def test_a_finished_part_is_not_written_again(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).run_share(Share(1, 2))
+    before = {path: path.stat().st_mtime_ns for path in (out / ".quarkconv" / "files").iterdir()}
+    assert before
+    prepare(model, out).run_share(Share(1, 2))
+    assert {path: path.stat().st_mtime_ns for path in (out / ".quarkconv" / "files").iterdir()} == before
+    assert prepare(model, out).run_share(Share(2, 2)) is not None
+    again = prepare(model, out).run_share(Share(2, 2))  # of a finished conversion
+    assert again is not None
+    assert snapshot(out) == whole
+    assert not (out / ".quarkconv").exists()
+
+
+def test_finish_names_the_parts_that_are_missing(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    with pytest.raises(UsageError, match="no conversion to finish"):
+        prepare(model, out).finish()
+    assert not out.exists()
+    for number in (1, 3):
+        prepare(model, out).run_share(Share(number, 3))
+    with pytest.raises(WriteError, match="missing") as caught:
+        prepare(model, out).finish()
+    assert caught.value.found == "2 finished"
+    assert caught.value.hint == "run --part 2/3 again"
+    assert_unfinished(out)
+    prepare(model, out).run_share(Share(2, 3))
+    assert prepare(model, out).finish().manifest
+    assert snapshot(out) == whole
+
+
+def test_a_note_that_does_not_fit_its_file_counts_as_missing(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).run_share(Share(1, 2))
+    file = next((out / ".quarkconv" / "files").glob("*.safetensors"))
+    os.truncate(file, file.stat().st_size - 1)
+    assert prepare(model, out).run_share(Share(2, 2)) is None
+    with pytest.raises(WriteError) as caught:
+        prepare(model, out).finish()
+    assert caught.value.hint == "run --part 1/2 again"
+
+
+def test_a_whole_run_completes_what_parts_began(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).run_share(Share(2, 3))
+    prepare(model, out).run()
+    assert snapshot(out) == whole
+
+
+@pytest.mark.parametrize(
+    ("share", "options", "found"),
+    [
+        (Share(1, 4), {}, "number of parts 3, now 4"),
+        (Share(1, 3), {"max_shard_size": 9000}, "largest shard size 6000, now 9000"),
+    ],
+)
+def test_parts_of_another_conversion_are_refused(
+    model: Path, tmp_path: Path, share: Share, options: dict[str, Any], found: str
+) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).run_share(Share(2, 3))
+    before = snapshot(out)
+    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+        prepare(model, out, **options).run_share(share)
+    assert caught.value.found == found
+    after = snapshot(out)
+    assert {name: after[name] for name in after if "share-" not in name} == {
+        name: before[name] for name in before if "share-" not in name
+    }
+
+
+def test_a_directory_with_something_else_is_refused_and_left_as_it_is(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / "notes.txt").write_text("mine")
+    with pytest.raises(UsageError, match="not empty"):
+        prepare(model, out).run_share(Share(1, 2))
+    assert sorted(path.name for path in out.iterdir()) == ["notes.txt"]
+
+
+def test_a_check_that_fails_in_one_part_keeps_the_conversion_from_finishing(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", experts=4, zero_points=True, shards=2)
+    plan = quarkconv.plan_conversion(model, "fused-int8", max_shard_size=SHARD_SIZE)
+    check = plan.checks[1].first  # of the second of two shares
+    with open(model / check.file, "r+b") as file:
+        file.seek(check.start)
+        file.write(b"\x01")
+    out = tmp_path / "out"
+    assert prepare(model, out).run_share(Share(1, 2)) is None
+    with pytest.raises(UnsupportedError, match="zero point is not zero"):
+        prepare(model, out).run_share(Share(2, 2))
+    assert_unfinished(out)
+
+
+def test_a_part_is_written_by_one_process_at_a_time(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).run_share(Share(1, 3))
+    state = json.loads((out / ".quarkconv" / "plan.json").read_text())
+    with open_share(out, state, [], Share(2, 3)):
+        with pytest.raises(OutputBusyError):
+            prepare(model, out).run_share(Share(2, 3))
+        with pytest.raises(WriteError, match="Another process"):
+            prepare(model, out).run()
+        assert prepare(model, out).run_share(Share(3, 3)) is None
+
+
+def test_parts_that_are_killed_resume(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", layers=2, experts=8, hidden=256, intermediate=256, shards=2)
+    size = 600_000
+    whole = snapshot(quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=size).output)
+    out = tmp_path / "out"
+    command = ["convert", str(model), "--to", "fused-int8", "--out", str(out), "--max-shard-size", str(size)]
+    rng = random.Random(3)
+    for attempt in range(6):
+        running = [
+            subprocess.Popen(
+                [sys.executable, "-c", SMALL_STEPS + "main(sys.argv[1:])", *command, "--part", f"{number}/2"],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            for number in (1, 2)
+        ]
+        if attempt < 5:
+            victim = running[attempt % 2]
+            try:
+                victim.wait(rng.uniform(0.3, 0.8))
+            except subprocess.TimeoutExpired:
+                victim.send_signal(signal.SIGKILL)
+        for process in running:
+            process.communicate(timeout=60)
+        if (out / "config.json").exists():
+            break
+        assert_unfinished(out)
+    assert snapshot(out) == whole
+
+
+def test_the_command(model: Path, tmp_path: Path, capsys: Capture, whole: dict[str, str]) -> None:
+    words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out"]
+    words += ["--max-shard-size", str(SHARD_SIZE)]
+    code, out, _ = run_cli(capsys, *words, "--part", "1/2", "--dry-run", "--json")
+    planned = json.loads(out)
+    assert (code, planned["dry_run"], planned["finished"]) == (0, True, False)
+    assert not (tmp_path / "out").exists()
+    code, out, _ = run_cli(capsys, *words, "--part", "1/2", "--json")
+    first = json.loads(out)
+    assert code == 0
+    assert (first["dry_run"], first["finished"], first["part"]) == (False, False, planned["part"])
+    assert "plan" not in first
+    code, out, _ = run_cli(capsys, *words, "--part", "2/2")
+    assert code == 0
+    assert "part" in out
+    assert "Converted to fused-int8" in out
+    assert snapshot(tmp_path / "out") == whole
+    code, out, _ = run_cli(capsys, *words, "--finish", "--json")  # finished already
+    assert (code, json.loads(out)["plan"]) == (0, json.loads((tmp_path / "out" / "quarkconv.json").read_text())["plan"])
+    code, out, _ = run_cli(capsys, *words[:5], tmp_path / "other", *words[6:], "--part", "1/2")
+    assert code == 0
+    assert "Part 1 of 2 written" in out
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        ["--part", "3/2"], ["--part", "1/2", "--finish"], ["--part", "1/2", "--overwrite"], ["--finish", "--dry-run"],
+        ["--part", "1/2", "--tp", "2"], ["--finish", "--tp", "2"], ["--part", "1/2", "--push", "org/name"],
+    ],
+)  # fmt: skip
+def test_options_that_exclude_one_another(model: Path, tmp_path: Path, capsys: Capture, options: list[str]) -> None:
+    code, _, err = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", tmp_path / "out", *options)
+    assert (code, err.count("error:")) == (2, 1), err
+    assert not (tmp_path / "out").exists()
