@@ -66,6 +66,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "scheme-unsupported": FindingCode(
         _E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED
     ),
+    "description-mismatch": FindingCode(
+        _E, "Ascend's quant_model_description.json and the stored tensors disagree, or merged linears differ in type."
+    ),
     "mixed-scheme": FindingCode(_W, "The model mixes more than one INT8 scheme."),
     "granularity-mismatch": FindingCode(_E, "Stored scales are of another granularity than the config declares."),
     "excluded-but-quantized": FindingCode(_E, "The config excludes a module that is stored in int8."),

@@ -12,7 +12,7 @@ from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import CODES, Severity, bounded
-from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.experts import ExpertSource, linear_module
@@ -21,7 +21,7 @@ from quarkconv.plan.shards import pack_shards
 from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.targets.base import Target
 
-_REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME})
+_REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME})
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 _DIGITS: Final = re.compile(r"(\d+)")
 
@@ -60,7 +60,7 @@ def make_plan(
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
         layers = description.int8_layers
-        texts = tuple(_texts(description, target, base_model))
+        texts = (*_texts(description, target, base_model), *target.texts(tensors))
         return Plan(
             target=target.name,
             scheme=description.scheme or "",
@@ -183,11 +183,11 @@ class _Converted:
 
 def _zero_points(description: Description, refs: dict[str, TensorRef]) -> Iterator[Check]:
     for form, _, modules in description.modules.quantized():
-        if form.zero_point is None and form.input_zero_point is None:
+        if form.zero_point is None and form.input_zero_point is None and form.offset is None:
             continue
         for module in modules:
             names = fused_names(module) if module in description.stored.fused else linear_names(module)
-            for name in (names.zero_point, names.input_zero_point):
+            for name in (names.zero_point, names.input_zero_point, names.offset):
                 if name in refs:
                     yield Check("zero", Copy.whole(name, refs[name]))
 

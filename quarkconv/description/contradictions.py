@@ -11,7 +11,7 @@ from quarkconv.experts.topology import MAX_EXPERTS, MoELayer, Topology
 from quarkconv.findings import Finding, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.spec import FLOAT, ModuleScheme, TensorSpec
+from quarkconv.scheme.spec import FLOAT, FOREIGN, ModuleScheme, TensorSpec
 from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form, StoredModules
 
 _CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
@@ -187,8 +187,9 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     ),
     (
         "zero-point-shape",
-        lambda form, _: (
-            form.zero_point is not None and form.scale is not None and form.zero_point.shape != form.scale.shape
+        lambda form, _: any(
+            point is not None and form.scale is not None and point.shape != form.scale.shape
+            for point in (form.zero_point, form.offset)
         ),
         "{} with a zero point of another shape than the scale",
         _REQUANTIZE,
@@ -201,7 +202,7 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     ),
     (
         "zero-point-present",
-        lambda form, _: form.zero_point is not None or form.input_zero_point is not None,
+        lambda form, _: any((form.zero_point, form.input_zero_point, form.offset)),
         "{} with stored zero points; conversion checks that they are zero and drops them",
         "",
     ),
@@ -215,7 +216,7 @@ def _stored(modules: ResolvedModules) -> Iterator[Finding]:
         found = [
             name
             for (form, claim), names in modules.groups.items()
-            if form.quantized and test(form, claim)
+            if form.quantized and not _is_foreign(claim) and test(form, claim)
             for name in names
         ]
         if found:
@@ -271,6 +272,10 @@ def _shown(spec: TensorSpec | None) -> str:
 
 def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return prod(shape) in (1, prod(weight[:-2]))
+
+
+def _is_foreign(scheme: ModuleScheme) -> bool:
+    return scheme.weight is not None and scheme.weight.granularity == FOREIGN
 
 
 def _is_static(scheme: ModuleScheme) -> bool:

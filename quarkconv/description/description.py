@@ -10,6 +10,7 @@ from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
+from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, rank_part
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
@@ -20,6 +21,7 @@ from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
 from quarkconv.scheme.spec import MIXED, ModuleScheme
@@ -97,6 +99,8 @@ def describe(place: Path | Files, progress: Progress = SILENT) -> Description:
         checkpoint = open_checkpoint(place, progress)
         config = model_config(checkpoint.config)
         declared = declared_scheme(config.quantization)
+        if declared is None and checkpoint.ascend is not None:
+            declared = AscendScheme(checkpoint.ascend, checkpoint.types)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         modules = resolve_modules(stored, declared)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers)
@@ -104,6 +108,7 @@ def describe(place: Path | Files, progress: Progress = SILENT) -> Description:
             *checkpoint.findings,
             *topology.findings,
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
+            *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *contradictions(declared, stored, modules, topology),
         ]
     order = list(Severity)

@@ -49,6 +49,12 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
     return _parse(raw, path.name, code, values)
 
 
+def has_file(files: Files, name: str) -> bool:
+    """Whether there is a file of this name, a broken link included."""
+    path = files.path(name)
+    return files.size(name) is not None if path is None else path.exists() or path.is_symlink()
+
+
 def read_json_of(files: Files, name: str, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
     """As :func:`read_json_object`, for a file that may be remote.
 

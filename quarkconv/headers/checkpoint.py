@@ -15,7 +15,7 @@ from quarkconv.defects import COPY_AGAIN, invalid_header
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
-from quarkconv.files.json_files import MAX_CONFIG_BYTES, link_error, read_json_of
+from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
 from quarkconv.findings import Finding, Severity, as_finding, finding
@@ -31,6 +31,8 @@ from quarkconv.text import plural
 
 CONFIG_NAME: Final = "config.json"
 SINGLE_NAME: Final = "model.safetensors"
+ASCEND_NAME: Final = "quant_model_description.json"
+"""How each tensor is quantized, in the format of Ascend's msModelSlim."""
 MANIFEST_NAME: Final = "quarkconv.json"
 """The manifest of a conversion; see :mod:`quarkconv.plan.manifest`."""
 
@@ -42,6 +44,7 @@ class Checkpoint:
     Attributes:
         store: the files.
         config: config.json, ``{}`` when it cannot be read.
+        ascend: quant_model_description.json of Ascend's msModelSlim; None without one.
         shards: the header of every file that holds tensors of the model, in the order of their names.
         types: name -> dtype and shape of every tensor.
         findings: defects of the files themselves.
@@ -52,6 +55,7 @@ class Checkpoint:
     shards: tuple[ShardHeader, ...]
     types: dict[str, TensorType]
     findings: tuple[Finding, ...]
+    ascend: dict[str, Any] | None = None
 
     @property
     def root(self) -> Path:
@@ -94,7 +98,13 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
         config = read_json_of(store, CONFIG_NAME, code="config-invalid", limit=MAX_CONFIG_BYTES)
     except SourceError as error:
         findings.append(as_finding(error))
+    ascend: dict[str, Any] | None = None
     index: Index | None = None
+    try:
+        if has_file(store, ASCEND_NAME):
+            ascend = read_json_of(store, ASCEND_NAME, code="config-invalid", limit=MAX_INDEX_BYTES)
+    except SourceError as error:
+        findings.append(as_finding(error))
     try:
         index = read_index(store)
     except SourceError as error:
@@ -131,7 +141,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
         findings.extend(_duplicates(shards, len(types)))
         if index is not None:
             findings.extend(compare_index(index, shards))
-    return Checkpoint(store, config, tuple(shards), types, tuple(findings))
+    return Checkpoint(store, config, tuple(shards), types, tuple(findings), ascend)
 
 
 def _check_directory(root: Path) -> None:

@@ -8,12 +8,14 @@ from typing import Any, Final, NamedTuple
 
 from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
-from quarkconv.files.json_files import MAX_INDEX_BYTES, read_json_of
+from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, read_json_of
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.text import plural, shortened, shown
 
 INDEX_NAME: Final = "model.safetensors.index.json"
+_INDEX_NAMES: Final = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
+"""Names under which tools write an index; the second is that of Ascend's msModelSlim."""
 MAX_SHARDS: Final = 10_000
 """Most files that an index may name. The largest models have some hundreds."""
 _SHARD_NAME: Final = re.compile(r"[^/\\]*\.safetensors", re.DOTALL)
@@ -37,10 +39,10 @@ def read_index(store: Files) -> Index | None:
     Raises:
         SourceError: the index cannot be read, or does not map tensors to shards of this directory.
     """
-    path = store.path(INDEX_NAME)
-    if store.size(INDEX_NAME) is None if path is None else not (path.exists() or path.is_symlink()):
+    name = next((name for name in _INDEX_NAMES if has_file(store, name)), None)
+    if name is None:
         return None
-    index = read_json_of(store, INDEX_NAME, code="index-invalid", limit=MAX_INDEX_BYTES)
+    index = read_json_of(store, name, code="index-invalid", limit=MAX_INDEX_BYTES)
     weight_map = index.get("weight_map")
     if not isinstance(weight_map, dict):
         found = type(weight_map).__name__

@@ -77,7 +77,7 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
 
 
 def _is_zero_point(name: str) -> bool:
-    return name.endswith("_zero_point")
+    return name.endswith(("_zero_point", ".weight_offset"))
 
 
 def _is_scale(name: str, ref: TensorRef) -> bool:

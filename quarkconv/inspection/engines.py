@@ -218,7 +218,7 @@ def stored_form(description: Description) -> str | None:
     if method == "compressed-tensors":
         fused = description.moe_layers and description.moe_layers[0].layout == "fused"
         return "fused-int8" if fused else "compressed-tensors"
-    return {"quark": "quark", "w8a8_int8": "w8a8-int8"}.get(method or "")
+    return {"quark": "quark", "w8a8_int8": "w8a8-int8", "ascend": "ascend"}.get(method or "")
 
 
 def _fact(row: dict[str, Any]) -> EngineFact:

@@ -32,9 +32,8 @@ def bytes_by_use(description: Description) -> Sizes:
         sizes["routed experts"] += inside * form.weight.nbytes
         if form.quantized:
             sizes["other int8 linears"] += (len(modules) - inside) * form.weight.nbytes
-    companions = [
-        kind for name, kind in description.checkpoint.types.items() if name.endswith(("_scale", "_zero_point"))
-    ]
+    ends = ("_scale", "_zero_point", "_offset")
+    companions = [kind for name, kind in description.checkpoint.types.items() if name.endswith(ends)]
     counts = Counter(map(id, companions))
     sizes["scales and zero points"] = sum(counts[id(kind)] * kind.nbytes for kind in distinct(companions))
     total = sum(size for _, size in bytes_by_dtype(description))

@@ -26,7 +26,7 @@ from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.hub.locate import locate
-from quarkconv.plan.pieces import Check, Columns, Copy, OutputTensor, Piece, Plan, Rows, Weights
+from quarkconv.plan.pieces import Check, Columns, Copy, OutputTensor, Piece, Plan, Rows, Weights, Zeros
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:
@@ -155,7 +155,7 @@ def _groups(plan: Plan, refs: Mapping[str, TensorRef]) -> dict[str, set[str]]:
             join(_sources(tensor))
     for check in plan.checks:
         join([source.tensor for source in check.reads()])
-        module = check.first.tensor.removesuffix("_zero_point")
+        module = check.first.tensor.removesuffix("_zero_point").removesuffix("_offset")
         join([check.first.tensor, *(name for name in (module, f"{module}_scale") if name in refs)])
     return groups
 
@@ -193,6 +193,8 @@ def _piece(piece: Piece, tensors: Mapping[str, Tensor], refs: Mapping[str, Tenso
             return (part.reshape(len(scale), -1).float() * scale.unsqueeze(1)).bfloat16().reshape(-1)
         case Columns(_, run, stride):
             return part.as_strided((piece.rows, run), (stride, 1), part.storage_offset()).reshape(-1)
+        case Zeros(_, length):
+            return torch.zeros(length // 4, device=tensor.device)
 
 
 def _check(check: Check, tensors: Mapping[str, Tensor], refs: Mapping[str, TensorRef]) -> None:

@@ -7,6 +7,7 @@ large plan has 100,000 pieces.
     ["rows", tensor, number in sources, start, nbytes, widen, repeat]
     ["weights", tensor, number in sources, start, nbytes, SCALE]        SCALE: a row of "copy" or "rows"
     ["columns", tensor, number in sources, start, nbytes, run, stride]
+    ["zeros", tensor, number in sources, start, nbytes, length]         nothing is read
 """
 
 from __future__ import annotations
@@ -35,6 +36,7 @@ from quarkconv.plan.pieces import (
     SourceFile,
     TextFile,
     Weights,
+    Zeros,
 )
 
 _F32: Final = 4
@@ -56,6 +58,8 @@ def piece_to_json(piece: Piece, number: Mapping[str, int]) -> list[Any]:
             return ["weights", tensor, number[file], start, nbytes, piece_to_json(scale, number)]
         case Columns((tensor, file, start, nbytes), run, stride):
             return ["columns", tensor, number[file], start, nbytes, run, stride]
+        case Zeros((tensor, file, start, nbytes), length):
+            return ["zeros", tensor, number[file], start, nbytes, length]
 
 
 def piece_from_json(row: object, sources: Sequence[SourceFile]) -> Piece:
@@ -86,6 +90,8 @@ def piece_from_json(row: object, sources: Sequence[SourceFile]) -> Piece:
         case "columns", [run, stride]:
             if 0 < count(run) <= count(stride) and source.nbytes >= run and (source.nbytes - run) % stride == 0:
                 return Columns(source, run, stride)
+        case "zeros", [length]:
+            return Zeros(source, count(length))
     raise ValueError(f"not a piece, or one whose sizes do not fit together: {kind!r:.40}")
 
 

@@ -123,10 +123,26 @@ class Columns(NamedTuple):
         return (self.source,)
 
 
+class Zeros(NamedTuple):
+    """Zeros, such as the zero points of symmetric codes.
+
+    Attributes:
+        source: the codes that they belong to; not read.
+        output_nbytes: length.
+    """
+
+    source: Copy
+    output_nbytes: int
+
+    def reads(self) -> tuple[Copy, ...]:
+        """No range."""
+        return ()
+
+
 Scale = Copy | Rows
 """What gives a scale as F32 rows."""
 
-Piece = Copy | Rows | Weights | Columns
+Piece = Copy | Rows | Weights | Columns | Zeros
 """A run of output bytes, computed from one or two ranges of source files."""
 
 

@@ -51,6 +51,8 @@ FLOAT: Final = ModuleScheme()
 PER_TENSOR: Final = "per_tensor"
 PER_CHANNEL: Final = "per_channel"
 PER_TOKEN: Final = "per_token"
+FOREIGN: Final = "foreign"
+"""The granularity of a scheme that is known by name alone and not converted."""
 
 WEIGHT_PER_CHANNEL: Final = TensorSpec("int8", PER_CHANNEL, symmetric=True, dynamic=False)
 WEIGHT_PER_TENSOR: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynamic=False)

@@ -1,8 +1,9 @@
 """The stored modules: every module that has a weight, and its form.
 
 The names of the tensors are those of Quark and compressed-tensors: ``<module>.weight``, ``.weight_scale``,
-``.weight_zero_point``, ``.input_scale``, ``.input_zero_point``. Experts fused into one tensor have no ``.weight``:
-``<experts>.gate_up_proj`` with ``<experts>.gate_up_proj_scale`` and ``_input_scale``.
+``.weight_zero_point``, ``.input_scale``, ``.input_zero_point``; Ascend names a zero point ``.weight_offset``. Experts
+fused into one tensor have no ``.weight``: ``<experts>.gate_up_proj`` with ``<experts>.gate_up_proj_scale`` and
+``_input_scale``.
 
 How this stays fast. A large model has 100,000 tensors and 50,000 modules, in a handful of forms. The header scanner
 gives equal types the same object (``headers/scan.py``), so two tensors of one type have the same ``id``. A module's key
@@ -25,7 +26,7 @@ from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
 _WEIGHT: Final = ".weight"
-_COMPANIONS: Final = ("_scale", "_zero_point")
+_COMPANIONS: Final = ("_scale", "_zero_point", "_offset")
 _KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -42,6 +43,7 @@ class Form(NamedTuple):
     zero_point: TensorType | None = None
     input_scale: TensorType | None = None
     input_zero_point: TensorType | None = None
+    offset: TensorType | None = None
 
     @property
     def quantized(self) -> bool:
@@ -75,20 +77,31 @@ class TensorNames(NamedTuple):
     zero_point: str
     input_scale: str
     input_zero_point: str
+    offset: str
 
 
 def linear_names(module: str) -> TensorNames:
     """Names of the tensors of an ordinary linear."""
     weight = f"{module}.weight"
     return TensorNames(
-        weight, f"{weight}_scale", f"{weight}_zero_point", f"{module}.input_scale", f"{module}.input_zero_point"
+        weight,
+        f"{weight}_scale",
+        f"{weight}_zero_point",
+        f"{module}.input_scale",
+        f"{module}.input_zero_point",
+        f"{weight}_offset",
     )
 
 
 def fused_names(module: str) -> TensorNames:
     """Names of the tensors of fused experts, such as ``model.layers.0.mlp.experts.gate_up_proj``."""
     return TensorNames(
-        module, f"{module}_scale", f"{module}_zero_point", f"{module}_input_scale", f"{module}_input_zero_point"
+        module,
+        f"{module}_scale",
+        f"{module}_zero_point",
+        f"{module}_input_scale",
+        f"{module}_input_zero_point",
+        f"{module}_offset",
     )
 
 
@@ -144,7 +157,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         found = types[name]
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
             fused[name] = form = Form(found, *map(types.get, fused_names(name)[1:]))
-            owned += 4 - form.count(None)
+            owned += len(Form._fields) - 1 - form.count(None)
         elif found.dtype == "I8":
             others.append(name)
     if owned != len(companions):

@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Final
 
 from quarkconv.errors import UsageError
+from quarkconv.targets.ascend import Ascend
 from quarkconv.targets.base import Target
 from quarkconv.targets.bf16 import Bf16
 from quarkconv.targets.compressed_tensors import CompressedTensors
@@ -17,7 +18,7 @@ from quarkconv.targets.quark import Quark
 from quarkconv.targets.w8a8_int8 import W8A8Int8
 
 TARGETS: Final[dict[str, Target]] = {
-    target.name: target for target in (FusedInt8(), CompressedTensors(), W8A8Int8(), Bf16(), Quark())
+    target.name: target for target in (FusedInt8(), CompressedTensors(), W8A8Int8(), Bf16(), Quark(), Ascend())
 }
 """Name, as given to ``--to``, -> target."""
 

@@ -11,7 +11,7 @@ from quarkconv.description.description import Description
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource, Int8Module
-from quarkconv.plan.pieces import Check, OutputTensor
+from quarkconv.plan.pieces import Check, OutputTensor, TextFile
 from quarkconv.scheme.stored import Form, linear_names
 
 
@@ -56,6 +56,10 @@ class Target(ABC):
     @abstractmethod
     def config(self, description: Description) -> dict[str, Any]:
         """The config.json of the output."""
+
+    def texts(self, tensors: Sequence[OutputTensor]) -> Iterator[TextFile]:  # noqa: ARG002
+        """Files beside config.json, made of all output tensors."""
+        yield from ()
 
     def losses(self, description: Description) -> Iterator[Finding]:  # noqa: ARG002
         """A finding for each setting and each kind of tensor of the source that the output does not have."""

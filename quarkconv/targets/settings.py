@@ -26,7 +26,7 @@ _OF_WEIGHTS: Final[Mapping[str, frozenset[str]]] = {
         "quant_method", "version", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme",
         "global_compression_ratio",
     }),
-    "w8a8_int8": frozenset({"quant_method", "ignore"}),
+    "w8a8_int8": frozenset({"quant_method", "ignore", "activation_scheme", "bits", "group_size"}),
 }  # fmt: skip
 """Fields on weights and activations, which the stored tensors show; fields without a meaning for the computation; and
 those of the key-value cache, which are compared separately."""

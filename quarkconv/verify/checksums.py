@@ -22,7 +22,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.load.open_files import BLOCK, OpenFiles
 from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import Columns, Copy, Piece, Rows, Scale, Weights
+from quarkconv.plan.pieces import Columns, Copy, Piece, Rows, Scale, Weights, Zeros
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
 
@@ -206,6 +206,8 @@ def _expected(sources: OpenFiles, piece: Piece) -> Iterator[bytes]:
             yield from _expected_weights(sources, codes, scale)
         case Columns():
             yield from _expected_columns(sources[piece.source.file], piece)
+        case Zeros(_, nbytes):
+            yield from (b"\0" * min(_BLOCK, nbytes - start) for start in range(0, nbytes, _BLOCK))
 
 
 def _expected_rows(sources: OpenFiles, scale: Scale) -> torch.Tensor:

@@ -22,8 +22,8 @@ def records_nbytes(shards: Iterable[OutputShard]) -> int:
     for shard in shards:
         for tensor in shard.tensors:
             nbytes += 3 * len(tensor.name) + 200
-            reads = (source for piece in tensor.pieces for source in piece.reads())
-            nbytes += sum(_BYTES_OF_A_PIECE + len(source.tensor) for source in reads)
+            named = (source for piece in tensor.pieces for source in piece.reads() or (piece.source,))
+            nbytes += sum(_BYTES_OF_A_PIECE + len(source.tensor) for source in named)
     return nbytes
 
 

@@ -10,7 +10,7 @@ from typing import Final, Protocol
 
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, Weights
+from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, Weights, Zeros
 
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
@@ -25,7 +25,7 @@ class Reader(Protocol):
         """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
 
-def transformed(piece: Rows | Weights | Columns, reader: Reader) -> Iterator[bytes | bytearray | memoryview]:
+def transformed(piece: Rows | Weights | Columns | Zeros, reader: Reader) -> Iterator[bytes | bytearray | memoryview]:
     """The output bytes of a piece that is computed, in order.
 
     Raises:
@@ -39,6 +39,9 @@ def transformed(piece: Rows | Weights | Columns, reader: Reader) -> Iterator[byt
                 yield from _products(codes, scale, reader)
         case Columns():
             yield from _runs(piece, reader)
+        case Zeros(_, nbytes):
+            for start in range(0, nbytes, BLOCK_BYTES):
+                yield bytes(min(BLOCK_BYTES, nbytes - start))
 
 
 def _f32(scale: Scale, reader: Reader) -> bytes:

@@ -21,7 +21,7 @@ from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
 ROWS: list[dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))["rows"]
-FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8"}
+FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8", "ascend"}
 
 
 def fact(**conditions: Any) -> EngineFact:
@@ -262,7 +262,7 @@ def test_what_engines_do_with_a_contradiction_is_unknown(tmp_path: Path) -> None
     model.quantization["exclude"] = ["model.layers.0.self_attn.o_proj"]
     inspection = inspect_checkpoint(model.write(tmp_path))
     assert not inspection.ok
-    assert {row.form for row in inspection.engines} == {"compressed-tensors", "fused-int8", "w8a8-int8"}
+    assert {row.form for row in inspection.engines} == {"compressed-tensors", "fused-int8", "w8a8-int8", "ascend"}
 
 
 # For people

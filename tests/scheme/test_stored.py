@@ -65,6 +65,7 @@ def test_the_tensors_of_a_linear_are_gathered() -> None:
         "a.weight_scale": TensorType("F32", (6,)),
         "a.weight": TensorType("I8", (6, 4)),
         "a.weight_zero_point": TensorType("I8", (6,)),
+        "a.weight_offset": TensorType("F32", (6, 1)),
         "a.input_scale": TensorType("F32", ()),
         "a.bias": TensorType("BF16", (6,)),
     }
@@ -76,6 +77,7 @@ def test_the_tensors_of_a_linear_are_gathered() -> None:
             TensorType("I8", (6,)),
             TensorType("F32", ()),
             TensorType("I8", ()),
+            TensorType("F32", (6, 1)),
         ),
     }
     assert modules.unrecognised == ()

@@ -139,8 +139,11 @@ def _targets(inspection: Inspection) -> Iterator[RenderableType]:
     """Possible targets in one line; then what each of them would lose, and why the others are not possible."""
     possible = [(name, support) for name, support in inspection.targets.items() if support.supported]
     if possible:
-        names = ", ".join(f"{name} {size(support.nbytes or 0)}" for name, support in possible)
-        yield indented(Text.assemble(("✓ ", "green"), names), 2)
+        alike: dict[str, list[str]] = {}
+        for name, support in possible:
+            alike.setdefault(size(support.nbytes or 0), []).append(name)
+        sizes = "; ".join(f"{', '.join(names)}: {nbytes}" for nbytes, names in alike.items())
+        yield indented(Text.assemble(("✓ ", "green"), sizes), 2)
     losses: dict[str, list[str]] = {}
     for name, support in possible:
         for loss in support.losses:

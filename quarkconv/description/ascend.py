@@ -1,0 +1,70 @@
+"""Where ``quant_model_description.json`` and the stored tensors disagree, and what of it is not converted."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from quarkconv.findings import Finding, finding
+from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.scheme.formats.ascend import DESCRIPTION_NAME, AscendScheme
+from quarkconv.scheme.merged import MERGED
+from quarkconv.text import plural
+
+
+def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[Finding]:
+    """What a user should know about an Ascend description, unsupported parts first."""
+    for kind in dict.fromkeys(declared.other.values()):
+        names = [name for name, found in declared.other.items() if found == kind]
+        yield finding(
+            "scheme-unsupported",
+            names[0],
+            f"Of type {kind}: {plural(len(names), 'weight')}, such as {names[0]}",
+            hint="quarkconv converts W8A8_DYNAMIC; export with dynamic activations",
+            count=len(names),
+        )
+    rotated = [path.as_posix() for path in checkpoint.files() if path.parts[0] == "optional" and len(path.parts) > 1]
+    for meaning in dict.fromkeys([*declared.unsupported, *(["rotations"] if rotated else [])]):
+        yield finding(
+            "scheme-unsupported",
+            rotated[0] if meaning == "rotations" and rotated else DESCRIPTION_NAME,
+            f"{DESCRIPTION_NAME} declares {meaning}, which only Ascend's engines compute",
+            hint="export the model again without it",
+        )
+    if declared.missing:
+        yield finding(
+            "description-mismatch",
+            declared.missing[0],
+            f"Without an entry in {DESCRIPTION_NAME}: {plural(len(declared.missing), 'tensor')}, such as "
+            f"{declared.missing[0]}",
+            hint="vllm-ascend raises KeyError; convert it to ascend: quarkconv writes an entry for every tensor",
+            count=len(declared.missing),
+        )
+    if declared.absent:
+        yield finding(
+            "description-mismatch",
+            declared.absent[0],
+            f"Named by {DESCRIPTION_NAME}, but not stored: {plural(len(declared.absent), 'tensor')}, such as "
+            f"{declared.absent[0]}",
+            hint="download the checkpoint again, if these tensors belong to the model",
+            count=len(declared.absent),
+        )
+    mixed = list(_mixed(declared, checkpoint))
+    if mixed:
+        yield finding(
+            "description-mismatch",
+            mixed[0],
+            f"Of several types, while engines merge them into one linear: the parts of {plural(len(mixed), 'linear')}, "
+            f"such as {mixed[0]}",
+            hint="vllm-ascend refuses them; quantize all parts or none",
+            count=len(mixed),
+        )
+
+
+def _mixed(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[str]:
+    """Linears that engines merge from parts of different types."""
+    heads = {name.removesuffix(f".{parts[0]}.weight"): parts for name in checkpoint.types for parts in MERGED
+             if name.endswith(f".{parts[0]}.weight")}  # fmt: skip
+    for head, parts in heads.items():
+        kinds = {declared.kind(f"{head}.{part}") for part in parts} - {None}
+        if len(kinds) > 1:
+            yield f"{head}.{parts[0]}"
