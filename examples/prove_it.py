@@ -43,9 +43,9 @@ def main(model: str, unquantized: str | None = None) -> None:
             f"  layer {layer.layer}, {layer.tokens:3} tokens: {layer.exact.relative_error:.1e} from exact arithmetic, "
             f"{layer.dequantized.relative_error:.2%} from the dequantized model"
         )
-    for index, role, expert, error in verification.numbers.worst(3):
+    for number, _, role, expert, error in verification.numbers.worst(3):
         print(
-            f"  furthest from the unquantized model: layer {index} expert {expert} {role}, {error.relative_error:.2%}"
+            f"  furthest from the unquantized model: layer {number} expert {expert} {role}, {error.relative_error:.2%}"
         )
 
 

@@ -18,7 +18,7 @@ layer = int(sys.argv[2]) if len(sys.argv) > 2 else 0
 device = "cuda" if torch.cuda.is_available() else "cpu"
 
 experts = quarkconv.load_fused_experts(model, layer, device)
-print(f"{experts.prefix}: {experts.experts} experts, H {experts.hidden_size}, I {experts.intermediate_size}")
+print(f"{experts.module}: {experts.experts} experts, H {experts.hidden_size}, I {experts.intermediate_size}")
 
 tokens, top_k = 16, 2
 torch.manual_seed(0)

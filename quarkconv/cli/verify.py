@@ -24,7 +24,7 @@ _MAX_DIGITS: Final = 9
 
 
 def _complete_layers(context: typer.Context, incomplete: str) -> list[str]:
-    """Numbers of the model's MoE layers, after what has been typed of the list."""
+    """The model's MoE layers, after the part of the list that has been typed: numbers, or modules where shared."""
     model = Path(str(context.params.get("model") or "."))
     if not model.is_dir():
         return []
@@ -35,9 +35,10 @@ def _complete_layers(context: typer.Context, incomplete: str) -> list[str]:
     except QuarkconvError:
         return []
     typed = incomplete[: max(incomplete.rfind(","), incomplete.rfind("-")) + 1]
-    numbers = [f"{typed}{layer.index}" for layer in layers]
-    whole = [f"{layers[0].index}-{layers[-1].index}"] if len(layers) > 1 and not typed else []
-    return [number for number in [*whole, *numbers] if number.startswith(incomplete)]
+    unique = len({layer.index for layer in layers}) == len(layers)
+    names = [f"{typed}{layer.index if unique else layer.moe}" for layer in layers]
+    whole = [f"{layers[0].index}-{layers[-1].index}"] if unique and len(layers) > 1 and not typed else []
+    return [name for name in [*whole, *names] if name.startswith(incomplete)]
 
 
 def verify(
@@ -57,7 +58,7 @@ def verify(
         typer.Option(
             "--layers",
             metavar="0,3-5",
-            help="MoE layers whose numbers are checked. [default: all]",
+            help="MoE layers whose numbers are checked, by number or module. [default: all]",
             autocompletion=_complete_layers,
         ),
     ] = None,
@@ -87,7 +88,7 @@ def verify(
     if bytes_only and numbers_only:
         raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
     stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
-    wanted = None if layers is None else parse_layers(layers)
+    chosen = None if layers is None else parse_layers(layers)
     counts = parse_tokens(tokens)
     if report is not None:
         require_charts()
@@ -95,7 +96,7 @@ def verify(
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 
         verification = verify_checkpoint(
-            model, source, device, layers=wanted, tokens=counts, seed=seed, unquantized=unquantized,
+            model, source, device, layers=chosen, tokens=counts, seed=seed, unquantized=unquantized,
             activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(meter),
             reading=meter,
         )  # fmt: skip
@@ -121,24 +122,29 @@ def parse_tokens(text: str) -> list[int]:
     """
     parts = [part.strip() for part in text.split(",")]
     if not all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts):
-        raise UsageError("These are no numbers of tokens", expected="numbers such as 64 or 16,1024", found=repr(text))
+        raise UsageError("Invalid --tokens", expected="numbers such as 64 or 16,1024", found=repr(text))
     return [int(part) for part in parts]
 
 
-def parse_layers(text: str) -> set[int]:
-    """Layer numbers from ``0,3-5``.
+def parse_layers(text: str) -> list[int | str]:
+    """Layers from ``0,3-5`` or ``thinker.model.layers.0.mlp,7``: numbers, ranges of numbers, and modules.
 
     Raises:
         UsageError: it is not such a list.
     """
-    numbers: set[int] = set()
+    layers: list[int | str] = []
     for part in text.split(","):
         match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None and re.fullmatch(r"\s*[A-Za-z_][\w.]*\s*", part):
+            layers.append(part.strip())
+            continue
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if first > last or last > _MAX_LAYER:
-            raise UsageError("These are no layers", expected="numbers and ranges such as 0,3-5", found=repr(text))
-        numbers.update(range(first, last + 1))
-    return numbers
+            raise UsageError(
+                "Invalid --layers", expected="numbers, ranges such as 0,3-5, and modules", found=repr(text)
+            )
+        layers.extend(range(first, last + 1))
+    return layers
 
 
 class _Watcher:

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from quarkconv.report import charts, page
 from quarkconv.report.series import expert_load, scale_distribution, scale_ranges, signal_to_noise, weight_errors
 from quarkconv.text import plural, size
-from quarkconv.verify.results import Distance, LayerExperts, LayerNumbers, Verification
+from quarkconv.verify.results import Distance, LayerExperts, LayerNumbers, NumbersResult, Verification
 
 _WORST = 50
 
@@ -27,15 +27,15 @@ def _parts(verification: Verification, command: str) -> Iterator[str]:
         yield page.table_section("Problems", ("stage", "layer", "tensor", "what is wrong", "places"), rows)
     layers = verification.numbers.layers
     if layers:
-        yield page.section("Numbers", *_numbers(layers))
+        yield page.section("Numbers", *_numbers(verification.numbers))
     experts = verification.numbers.experts
     if experts:
         yield page.section("Experts", *_experts(experts))
     worst = verification.numbers.worst(_WORST)
     if worst:
         rows_of_weights = [
-            (layer, role, expert, error.relative_error, error.snr_db, error.clipped)
-            for layer, role, expert, error in worst
+            (verification.numbers.label(layer, module), role, expert, error.relative_error, error.snr_db, error.clipped)
+            for layer, module, role, expert, error in worst
         ]
         head = ("layer", "projection", "expert", "relative error", "SNR (dB)", "clipped share")
         yield page.table_section("Worst weights", head, rows_of_weights, sortable=True)
@@ -51,7 +51,7 @@ def _stages(verification: Verification) -> list[tuple[str, str, str]]:
     wrong = {problem.stage for problem in verification.problems}
     against = "the manifest" + (" and the source" if checked.against_source else "")
     tokens = " and ".join(map(str, numbers.tokens))
-    layers = len({layer.layer for layer in numbers.layers})
+    layers = len({layer.module for layer in numbers.layers})
     what = {
         "structure": f"{plural(structure.tensors, 'tensor')} in {plural(structure.files, 'file')}",
         "bytes": checked.skipped or f"{plural(checked.pieces, 'piece')}, {size(checked.nbytes)}, against {against}",
@@ -65,7 +65,8 @@ def _stages(verification: Verification) -> list[tuple[str, str, str]]:
     ]
 
 
-def _numbers(layers: tuple[LayerNumbers, ...]) -> Iterator[str]:
+def _numbers(numbers: NumbersResult) -> Iterator[str]:
+    layers = numbers.layers
     by_tokens = signal_to_noise(layers)
     for noise in by_tokens:
         suffix = f", {noise.tokens} tokens" if len(by_tokens) > 1 else ""
@@ -81,9 +82,9 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> Iterator[str]:
     head = ("layer", "tokens", "vs exact", "vs dequantized", "with outliers", "vs unquantized", "SNR (dB)", "cosine",
             "seconds", "result")  # fmt: skip
     rows = [
-        (layer.layer, layer.tokens, layer.exact.relative_error, layer.dequantized.relative_error,
-         _error(layer.outliers), _error(layer.unquantized), layer.dequantized.snr_db, layer.dequantized.cosine,
-         layer.seconds, "✓" if layer.ok else "✗")
+        (numbers.label(layer.layer, layer.module), layer.tokens, layer.exact.relative_error,
+         layer.dequantized.relative_error, _error(layer.outliers), _error(layer.unquantized),
+         layer.dequantized.snr_db, layer.dequantized.cosine, layer.seconds, "✓" if layer.ok else "✗")
         for layer in layers
     ]  # fmt: skip
     yield page.table(head, rows, sortable=True, label="Layers: relative errors of the INT8 forward", captioned=True)

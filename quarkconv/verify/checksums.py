@@ -34,24 +34,25 @@ def check_bytes(
     description: Description,
     manifest: Manifest,
     source: Path | None,
-    problems: list[Problem],
     progress: Callable[[int], None],
     jobs: int,
     skip: Collection[str] = (),
     *,
     fail_fast: bool = False,
-) -> BytesResult:
+) -> tuple[BytesResult, list[Problem]]:
     """Compare every byte of a converted checkpoint with its manifest, and with the source where there is one.
 
     Args:
         description: the converted checkpoint.
         manifest: its manifest.
         source: directory of the source, or None.
-        problems: where mismatches are added, one for each tensor.
         progress: called with the number of bytes checked since its last call.
         jobs: number of tensors that are read at the same time.
-        skip: tensors whose bytes were compared already; they are counted all the same.
-        fail_fast: read no further files when something is wrong.
+        skip: tensors whose bytes were compared already; the result counts them all the same.
+        fail_fast: read no further tensors once something is wrong.
+
+    Returns:
+        What was compared, and what is wrong: one problem for each tensor.
 
     Raises:
         SourceError: a file cannot be read, or the source is not the one that was converted.
@@ -60,11 +61,12 @@ def check_bytes(
     if source is not None:
         check_source(source, manifest)
     present = [shard for shard in manifest.shards if (root / shard.file).is_file()]
+    stop = threading.Event()
     opened = nullcontext() if source is None else OpenFiles(source)
     with opened as sources, ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
 
         def check(part: _Part) -> list[Problem]:
-            if fail_fast and problems:
+            if stop.is_set():
                 return []
             # A descriptor of its own: what the kernel reads ahead, it reads after the last read of a descriptor.
             try:
@@ -75,23 +77,23 @@ def check_bytes(
                     "A tensor cannot be read", code="shard-truncated", file=str(root / part.shard.file),
                     tensor=part.tensor and part.tensor.name, found=error.strerror, hint=hint_about_open_files(error),
                 ) from error  # fmt: skip
-            if fail_fast:
-                problems.extend(found)
-                return []
+            if found and fail_fast:
+                stop.set()
             return found
 
         parts = [part for shard in present for part in _parts(shard, (root / shard.file).stat().st_size, skip)]
-        for found in pool.map(check, parts):
-            problems.extend(found)
-    for file in manifest.files:
-        path = root / file.name
-        if path.is_file() and _file_checksum(path) != file.checksum:
-            problems.append(Problem("bytes", None, file.name, "The file has changed since it was written"))
-    return BytesResult(
+        problems = [problem for found in pool.map(check, parts) for problem in found]
+    problems += [
+        Problem("bytes", None, file.name, "The file has changed since it was written")
+        for file in manifest.files
+        if (root / file.name).is_file() and _file_checksum(root / file.name) != file.checksum
+    ]
+    result = BytesResult(
         pieces=sum(len(tensor.pieces) for shard in present for tensor in shard.tensors),
         nbytes=sum(shard.size for shard in present) + sum(file.size for file in manifest.files),
         against_source=source is not None,
     )
+    return result, problems
 
 
 def check_source(source: Path, manifest: Manifest) -> None:

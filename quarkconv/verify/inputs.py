@@ -8,6 +8,7 @@ the rest has heavier tails. Half of the random tokens are like that.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -102,12 +103,18 @@ class RecordedInputs:
         names = (layer.moe, layer.prefix, str(layer.index), "hidden_states")
         return next((name for name in names if name in self._names), None)
 
-    def check(self, layers: list[MoELayer]) -> None:
+    def check(self, layers: Sequence[MoELayer]) -> None:
         """Refuse a file that has nothing for a layer, or something that does not fit.
 
         Raises:
             UsageError: so it is.
         """
+        by_number = [layer for layer in layers if self.name_for(layer) == str(layer.index)]
+        if len({layer.index for layer in by_number}) < len(by_number):
+            raise UsageError(
+                "Several MoE layers have the number of a recorded tensor", file=str(self.path),
+                tensor=str(by_number[0].index), hint="name the tensors by module",
+            )  # fmt: skip
         with safe_open(self.path, framework="pt") as handle:
             for layer in layers:
                 name = self.name_for(layer)

@@ -313,7 +313,7 @@ def _numbers_problems(numbers: LayerNumbers) -> list[Problem]:
     )
     return [
         Problem(
-            "numbers", numbers.layer, numbers.prefix,
+            "numbers", numbers.layer, numbers.module,
             f"The INT8 forward differs from {name}: relative error {distance.relative_error:.3g}, "
             f"bound {distance.bound:.3g}",
         )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import asdict, dataclass
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 SCHEMA: Final = "quarkconv.verify/1"
 
@@ -87,7 +87,7 @@ class LayerNumbers:
 
     Attributes:
         layer: number of the layer.
-        prefix: module of its experts.
+        module: module of its experts.
         tokens: how many tokens were asked for.
         inputs: where their hidden states come from, for people.
         experts, reached: E, and how many of them got tokens.
@@ -102,7 +102,7 @@ class LayerNumbers:
     """
 
     layer: int
-    prefix: str
+    module: str
     tokens: int
     inputs: str
     experts: int
@@ -137,12 +137,31 @@ class WeightError:
     clipped: float
 
 
+class ExpertWeight(NamedTuple):
+    """The weight of one projection of an expert, by its place, and its error.
+
+    Attributes:
+        layer: number of the layer.
+        module: module of the layer's experts.
+        role: ``gate``, ``up`` or ``down``.
+        expert: number of the expert.
+        error: how far it is from the unquantized weight.
+    """
+
+    layer: int
+    module: str
+    role: str
+    expert: int
+    error: WeightError
+
+
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
     """What was seen of each expert of a layer.
 
     Attributes:
         layer: number of the layer.
+        module: module of its experts.
         load: tokens that the routing sent to each expert, of those that were drawn.
         scale_min, scale_max: smallest and largest weight scale of each expert.
         scale_histogram: how many weight scales of the layer lie in each bin of :data:`SCALE_EDGES`.
@@ -150,6 +169,7 @@ class LayerExperts:
     """
 
     layer: int
+    module: str
     load: tuple[int, ...]
     scale_min: tuple[float, ...]
     scale_max: tuple[float, ...]
@@ -167,6 +187,7 @@ class LayerExperts:
         }
         return {
             "layer": self.layer,
+            "module": self.module,
             "load": list(self.load),
             "scale_min": list(map(_rounded, self.scale_min)),
             "scale_max": list(map(_rounded, self.scale_max)),
@@ -197,15 +218,21 @@ class NumbersResult:
     experts: tuple[LayerExperts, ...] = ()
     skipped: str | None = None
 
-    def worst(self, count: int = 10) -> list[tuple[int, str, int, WeightError]]:
-        """The projections whose weights suffered most: (layer, role, expert, error), worst first."""
+    def label(self, layer: int, module: str) -> str:
+        """The number of a layer; its module where layers share the number."""
+        modules = {item.module for item in self.layers if item.layer == layer}
+        modules |= {item.module for item in self.experts if item.layer == layer}
+        return str(layer) if len(modules) < 2 else module
+
+    def worst(self, count: int = 10) -> list[ExpertWeight]:
+        """The weights with the largest errors, largest first."""
         found = [
-            (layer.layer, role, expert, error)
+            ExpertWeight(layer.layer, layer.module, role, expert, error)
             for layer in self.experts
             for role, errors in layer.weights.items()
             for expert, error in enumerate(errors)
         ]
-        return sorted(found, key=lambda item: -item[3].relative_error)[:count]
+        return sorted(found, key=lambda item: -item.error.relative_error)[:count]
 
 
 @dataclass(frozen=True, slots=True)
@@ -240,8 +267,14 @@ class Verification:
         numbers = self.numbers
         layers = [{**_finite(asdict(layer)), "ok": layer.ok} for layer in numbers.layers]
         worst = [
-            {"layer": layer, "role": role, "expert": expert, **_finite(asdict(error))}
-            for layer, role, expert, error in numbers.worst()
+            {
+                "layer": item.layer,
+                "module": item.module,
+                "role": item.role,
+                "expert": item.expert,
+                **_finite(asdict(item.error)),
+            }
+            for item in numbers.worst()
         ]
         return {
             "schema": SCHEMA,

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
 import torch
 
@@ -24,7 +24,8 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
-from quarkconv.load.layer_reads import LayerPart, written_tensors
+from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
+from quarkconv.load.select import check_loadable
 from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.inputs import RecordedInputs
@@ -32,6 +33,8 @@ from quarkconv.verify.numbers import CheckedLayer, Router, layer_problems, route
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
 from quarkconv.verify.unquantized import UnquantizedModel, weight_errors
+
+Rest = TypeVar("Rest")
 
 _PATIENCE: Final = 0.2  # seconds between looks at whether somebody wants to stop
 _CHECKSUM: Final = "do not have the checksum of the manifest"
@@ -64,6 +67,13 @@ class NumbersJob:
     recorded: RecordedInputs | None = None
     fail_fast: bool = False
 
+    def covered(self) -> set[str]:
+        """The tensors whose every byte is compared with the manifest while the layers are read."""
+        if self.manifest is None:
+            return set()
+        refs, written = self.description.checkpoint.refs(), written_tensors(self.manifest)
+        return {name for layer in self.layers for name in covered(LayerPart(layer), refs, written)}
+
 
 @dataclass(slots=True)
 class LayerOutcome:
@@ -78,8 +88,8 @@ def stream_numbers(
     job: NumbersJob,
     checked: Callable[[int], None],
     done: Callable[[LayerNumbers], None],
-    after_reading: Callable[[], None] = lambda: None,
-) -> list[LayerOutcome]:
+    after_reading: Callable[[], Rest],
+) -> tuple[list[LayerOutcome], Rest | None]:
     """Compute the numbers of all layers of a job.
 
     Args:
@@ -89,16 +99,22 @@ def stream_numbers(
         after_reading: called in a thread when all layers have been read, while the last ones are computed.
 
     Returns:
-        What was found of each layer, in order; fewer after a failure with ``fail_fast``.
+        The outcome of each layer, in order, and what ``after_reading`` returned; with ``fail_fast`` fewer layers after
+        a problem, and None where reading was stopped.
 
     Raises:
         SourceError: a file cannot be read.
-        UsageError: the source or the unquantized model does not have a layer.
+        UsageError: the source or the unquantized model lacks a layer.
+        UnsupportedError: a layer is not stored in int8 with scales.
     """
+    for layer in job.layers:
+        check_loadable(layer)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
         run = _Run(job, stack, pool, checked, done)
-        return run.stream(after_reading)
+        returned: list[Rest] = []
+        outcomes = run.stream(lambda: returned.append(after_reading()))
+        return outcomes, returned[0] if returned else None
 
 
 class _Run:
@@ -254,8 +270,9 @@ class _Run:
             if found is None or found.geometry_of(self._rank) != layer.geometry:
                 assert self.job.source is not None
                 raise UsageError(
-                    "The source does not have this layer in this shape", file=str(self.job.source.checkpoint.root),
-                    tensor=layer.prefix, hint="give --source the checkpoint that was converted, or leave it out",
+                    "The source does not have this layer, or has it in another shape",
+                    file=str(self.job.source.checkpoint.root), tensor=layer.prefix,
+                    hint="give --source the checkpoint that was converted, or leave it out",
                 )  # fmt: skip
 
 
@@ -264,4 +281,6 @@ def _seen(experts: FusedExperts, load: tuple[int, ...], weights: dict[str, tuple
     powers = scales.clamp(min=10.0 ** SCALE_EDGES[0]).log10().nan_to_num(SCALE_EDGES[0])
     counts = torch.histc(powers, len(SCALE_EDGES) - 1, SCALE_EDGES[0], SCALE_EDGES[-1])
     low, high = scales.min(dim=1).values.tolist(), scales.max(dim=1).values.tolist()
-    return LayerExperts(experts.layer, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())), weights)
+    return LayerExperts(
+        experts.layer, experts.module, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())), weights
+    )

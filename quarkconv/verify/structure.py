@@ -20,26 +20,30 @@ _LOADED: Final = frozenset({".safetensors", ".py", ".bin", ".pt", ".gguf"})
 """Suffixes of files that loaders pick up by themselves."""
 
 
-def check_structure(description: Description, manifest: Manifest | None, problems: list[Problem]) -> StructureResult:
-    """Look at the headers, index and config of a checkpoint, and compare them with its manifest.
+def check_structure(description: Description, manifest: Manifest | None) -> tuple[StructureResult, list[Problem]]:
+    """Compare the headers, index and config of a checkpoint with each other, and with its manifest.
 
     Args:
         description: the checkpoint.
         manifest: its manifest, or None.
-        problems: where what is wrong is added.
+
+    Returns:
+        What was compared, and what is wrong.
     """
-    damage = [*_truncated(description)]
+    damage = list(_truncated(description))
     if manifest is not None:
-        damage.extend(_against_manifest(description, description.checkpoint, manifest))
-    for item in _unexpected_errors(description, manifest):
-        where = layer_of(description, item.subject)
-        problems.append(Problem("structure", where, item.subject, f"{item.code}: {item.message}", item.count))
-    problems.extend(damage)
+        damage += _against_manifest(description, description.checkpoint, manifest)
+    problems = [
+        Problem("structure", layer_of(description, item.subject), item.subject, f"{item.code}: {item.message}",
+                item.count)
+        for item in _unexpected_errors(description, manifest)
+    ]  # fmt: skip
     broken = any(CODES[item.code].blocks is SourceError for item in description.errors())
     checkpoint = description.checkpoint
-    return StructureResult(
+    result = StructureResult(
         len(checkpoint.shards), len(checkpoint.types), manifest is not None, not damage and not broken
     )
+    return result, problems + damage
 
 
 def _unexpected_errors(description: Description, manifest: Manifest | None) -> Iterator[Finding]:

@@ -36,7 +36,7 @@ class UnquantizedModel:
     def __init__(self, description: Description, pool: ThreadPoolExecutor) -> None:
         self.description = description
         self._files = LayerReader(description, pool)
-        self._layers = {layer.index: layer for layer in description.moe_layers}
+        self._layers = description.moe_layers
 
     def __enter__(self) -> UnquantizedModel:
         return self
@@ -51,7 +51,7 @@ class UnquantizedModel:
             UsageError: so it is.
         """
         for layer in layers:
-            found = self._layers.get(layer.index)
+            found = self._layer(layer)
             floats = found is not None and all(form.is_float for form in found.all_forms)
             if found is None or found.geometry != layer.geometry or not floats:
                 raise UsageError(
@@ -62,9 +62,17 @@ class UnquantizedModel:
                     hint="give --unquantized the model that was quantized, in BF16",
                 )  # fmt: skip
 
+    def _layer(self, layer: MoELayer) -> MoELayer | None:
+        """The same layer here: of the same module, else the only one of the same number."""
+        same = [found for found in self._layers if found.prefix == layer.prefix]
+        numbered = [found for found in self._layers if found.index == layer.index]
+        found = same or numbered
+        return found[0] if len(found) == 1 else None
+
     def weights(self, layer: MoELayer, device: torch.device) -> Callable[[Role, int], Tensor]:
         """Gives the weight of a projection of a layer, float64 [out, in] on a device."""
-        mine = self._layers[layer.index]
+        mine = self._layer(layer)
+        assert mine is not None  # check() refuses a model without the layer
 
         def weight(role: Role, expert: int) -> Tensor:
             stored = mine.projection(role, expert)

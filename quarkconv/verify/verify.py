@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final, Protocol
+
+import torch
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
@@ -14,8 +15,7 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
-from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
-from quarkconv.load.select import check_loadable
+from quarkconv.load.select import LayerName, select_layers
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.progress import SILENT, Progress
 from quarkconv.verify.activation import expert_activation
@@ -27,6 +27,7 @@ from quarkconv.verify.results import (
     LayerNumbers,
     NumbersResult,
     Problem,
+    StructureResult,
     Verification,
 )
 from quarkconv.verify.streaming import LayerOutcome, NumbersJob, stream_numbers
@@ -59,7 +60,9 @@ class _Silent:
     def layer(self, numbers: LayerNumbers) -> None: ...
 
 
-_NO_MANIFEST: Final = "there is no quarkconv.json: the checkpoint is not a conversion of this tool"
+_NO_MANIFEST: Final = "no quarkconv.json: quarkconv did not write this checkpoint"
+_NOT_REQUESTED: Final = "not requested"
+_STOPPED: Final = "stopped at the first problem (--fail-fast)"
 
 
 def verify_checkpoint(
@@ -67,7 +70,7 @@ def verify_checkpoint(
     source: str | Path | None = None,
     device: str = "auto",
     *,
-    layers: set[int] | None = None,
+    layers: Collection[LayerName] | None = None,
     tokens: int | Sequence[int] = DEFAULT_TOKENS,
     seed: int = 0,
     unquantized: str | Path | None = None,
@@ -86,7 +89,8 @@ def verify_checkpoint(
         model: directory or Hub repo id of a checkpoint whose experts are int8.
         source: the checkpoint that it was converted from; bytes and references are then also taken from there.
         device: ``cuda`` for all visible GPUs, ``cpu``, or ``auto`` for GPUs where there are any.
-        layers: numbers of the MoE layers whose numbers are checked; None for all.
+        layers: the MoE layers whose numbers are checked, each by its number, where no other layer has it, or by its
+            module; None for all.
         tokens: tokens for each layer; several numbers check several paths of the kernels.
         seed: of the random tokens.
         unquantized: the model before it was quantized; weights and outputs are compared with it.
@@ -102,118 +106,105 @@ def verify_checkpoint(
         SourceError: the checkpoint, or what it is compared with, cannot be read at all.
         UnsupportedError: the checkpoint is not an INT8 mixture of experts.
     """
-    counts = tuple(dict.fromkeys((tokens,) if isinstance(tokens, int) else tokens))
-    if not counts or min(counts) < 1 or max(counts) > MAX_TOKENS:
-        raise UsageError("This number of tokens makes no sense", expected=f"numbers from 1 to {MAX_TOKENS}",
-                         found=", ".join(map(str, counts)) or "none")  # fmt: skip
+    counts = _token_counts(tokens)
     if not 0 <= seed < 2**32:
-        raise UsageError("The seed is out of range", expected="a number from 0 to 2^32 - 1", found=str(seed))
+        raise UsageError("--seed is out of range", expected="a number from 0 to 2^32 - 1", found=str(seed))
     watcher = watcher or _Silent()
-    places = pick_devices(device)
+    devices = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
+
     description = _described(model, reading)
     manifest = read_manifest(description.checkpoint.root)
     _check_verifiable(description, manifest)
-    _check_layers(description, layers)
-    wanted = tuple(layer for layer in description.int8_layers if layers is None or layer.index in layers)
+    chosen = select_layers(description.int8_layers, layers, str(model))
     if recorded is not None:
-        recorded.check(list(wanted))
+        recorded.check(chosen)
     compared = None if source is None else _described(source, reading)
-    run = _Run(description, manifest, compared, wanted, fail_fast, watcher)
-    if run.source is not None and manifest is not None:
-        check_source(run.source.checkpoint.root, manifest)
-    structure = check_structure(description, manifest, run.problems)
-    kind = places[0].type if len(places) == 1 else f"{len(places)} x {places[0].type}"
-    numbers = NumbersResult(kind, backend_name(places[0]), counts, seed)
+    if compared is not None and manifest is not None:
+        check_source(compared.checkpoint.root, manifest)
     original = None
     if unquantized is not None and "numbers" in stages:
         original = _described(unquantized, reading)
-    skipped = None
-    if "numbers" not in stages:
-        skipped = "it was not asked for"
-    elif not structure.readable:
-        skipped = "the structure is broken"
-    elif not wanted:
-        skipped = "no experts are stored in int8; with --source, their bytes are compared with what the codes give"
-    elif (unknown := _unknown_function(description, wanted)) is not None:
-        skipped = f"what the experts compute is not known: {unknown}"
-    elif fail_fast and run.problems:
-        skipped = "something is wrong already (--fail-fast)"
+
+    structure, problems = check_structure(description, manifest)
+    skipped = _why_no_numbers(description, chosen, structure, stages, stopped=fail_fast and problems != [])
+    check_rest = _byte_check(description, manifest, compared, stages, watcher, fail_fast=fail_fast)
+    outcomes: list[LayerOutcome] = []
     if skipped is None:
         job = NumbersJob(
-            description, manifest if run.source is None and "bytes" in stages else None, wanted, places, counts, seed,
-            run.source, original, recorded, fail_fast,
+            description, manifest if compared is None and "bytes" in stages else None, chosen, devices, counts, seed,
+            compared, original, recorded, fail_fast,
         )  # fmt: skip
-        outcomes = run.numbers(job, check_bytes="bytes" in stages)
-        numbers = NumbersResult(
-            kind, numbers.backend, counts, seed, tuple(item for outcome in outcomes for item in outcome.numbers),
-            tuple(outcome.experts for outcome in outcomes if outcome.experts is not None),
-        )  # fmt: skip
+        watcher.total_layers(len(chosen) * len(counts))
+        outcomes, rest = stream_numbers(job, watcher.checked, watcher.layer, lambda: check_rest(job.covered()))
     else:
-        numbers = NumbersResult(kind, numbers.backend, counts, seed, skipped=skipped)
-        if "bytes" in stages:
-            run.bytes()
-    checked = run.checked if "bytes" in stages else BytesResult(skipped="it was not asked for")
+        rest = check_rest(())
+    checked, wrong = rest or (BytesResult(skipped=_STOPPED), [])
+
+    found = [problem for outcome in outcomes for problem in outcome.problems]
+    problems += [problem for problem in found if problem.stage == "bytes"] + wrong
+    problems += [problem for problem in found if problem.stage != "bytes"]
+    numbers = NumbersResult(
+        _shown(devices), backend_name(devices[0]), counts, seed,
+        tuple(item for outcome in outcomes for item in outcome.numbers),
+        tuple(outcome.experts for outcome in outcomes if outcome.experts is not None), skipped,
+    )  # fmt: skip
     return Verification(
         str(model), None if source is None else str(source), None if unquantized is None else str(unquantized),
-        description.scheme, structure, checked, numbers, tuple(run.problems),
+        description.scheme, structure, checked, numbers, tuple(problems),
     )  # fmt: skip
 
 
-@dataclass(slots=True)
-class _Run:
-    """One verification under way."""
+def _token_counts(tokens: int | Sequence[int]) -> tuple[int, ...]:
+    counts = tuple(dict.fromkeys((tokens,) if isinstance(tokens, int) else tokens))
+    if not counts or min(counts) < 1 or max(counts) > MAX_TOKENS:
+        raise UsageError("--tokens is out of range", expected=f"numbers from 1 to {MAX_TOKENS}",
+                         found=", ".join(map(str, counts)) or "none")  # fmt: skip
+    return counts
 
-    description: Description
-    manifest: Manifest | None
-    source: Description | None
-    layers: tuple[MoELayer, ...]
-    fail_fast: bool
-    watcher: Watcher
-    problems: list[Problem] = field(default_factory=list)
-    checked: BytesResult = field(default_factory=lambda: BytesResult(skipped=_NO_MANIFEST))
 
-    def numbers(self, job: NumbersJob, *, check_bytes: bool) -> list[LayerOutcome]:
-        """Numbers of the layers, and the bytes of everything on the way."""
-        for layer in self.layers:
-            check_loadable(layer)
-        found: list[Problem] = []
-        seen: set[str] = set()
-        if job.manifest is not None:
-            written = written_tensors(job.manifest)
-            refs = self.description.checkpoint.refs()
-            seen = {name for layer in self.layers for name in covered(LayerPart(layer), refs, written)}
-        self.watcher.total_layers(len(self.layers) * len(job.tokens))
-        if check_bytes:
-            self._announce()
+def _shown(devices: Sequence[torch.device]) -> str:
+    return devices[0].type if len(devices) == 1 else f"{len(devices)} x {devices[0].type}"
 
-        def rest() -> None:
-            if check_bytes:
-                self._bytes(seen, found)
 
-        outcomes = stream_numbers(job, self.watcher.checked, self.watcher.layer, rest)
-        layers = [problem for outcome in outcomes for problem in outcome.problems]
-        self.problems += [problem for problem in layers if problem.stage == "bytes"] + found
-        self.problems += [problem for problem in layers if problem.stage != "bytes"]
-        return outcomes
+def _why_no_numbers(
+    description: Description,
+    layers: Sequence[MoELayer],
+    structure: StructureResult,
+    stages: Collection[str],
+    *,
+    stopped: bool,
+) -> str | None:
+    """Why the numbers of these layers are not checked; None where they are."""
+    if "numbers" not in stages:
+        return _NOT_REQUESTED
+    if not structure.readable:
+        return "the structure is broken"
+    if not layers:
+        return "no experts are stored in int8; --source compares their bytes with the dequantized codes of the source"
+    unknown = _unknown_function(description, layers)
+    if unknown is not None:
+        return f"what the experts compute is not known: {unknown}"
+    return _STOPPED if stopped else None
 
-    def bytes(self) -> None:
-        """Bytes alone."""
-        self._announce()
-        self._bytes(set(), self.problems)
 
-    def _announce(self) -> None:
-        if self.manifest is not None:
-            self.watcher.total_bytes(sum(shard.size for shard in self.manifest.shards))
-
-    def _bytes(self, skip: Collection[str], problems: list[Problem]) -> None:
-        if self.manifest is None:
-            return
-        source = self.source.checkpoint.root if self.source else None
-        self.checked = check_bytes(
-            self.description, self.manifest, source, problems, self.watcher.checked, READERS, skip,
-            fail_fast=self.fail_fast,
-        )  # fmt: skip
+def _byte_check(
+    description: Description,
+    manifest: Manifest | None,
+    source: Description | None,
+    stages: Collection[str],
+    watcher: Watcher,
+    *,
+    fail_fast: bool,
+) -> Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]:
+    """The stage of bytes, for the tensors to leave out; where it cannot run, its result says why."""
+    if "bytes" not in stages:
+        return lambda _: (BytesResult(skipped=_NOT_REQUESTED), [])
+    if manifest is None:
+        return lambda _: (BytesResult(skipped=_NO_MANIFEST), [])
+    watcher.total_bytes(sum(shard.size for shard in manifest.shards))
+    root = None if source is None else source.checkpoint.root
+    return lambda skip: check_bytes(description, manifest, root, watcher.checked, READERS, skip, fail_fast=fail_fast)
 
 
 def _described(model: str | Path, progress: Progress) -> Description:
@@ -240,12 +231,3 @@ def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> s
         if (reason := unsupported_activation(activation)) is not None:
             return reason
     return None
-
-
-def _check_layers(description: Description, wanted: set[int] | None) -> None:
-    known = {layer.index for layer in description.int8_layers}
-    if wanted is not None and not wanted <= known:
-        have = ", ".join(map(str, sorted(known))) or "none"
-        absent = sorted(wanted - known)
-        missing = ", ".join(map(str, absent[:5])) + (f" and {len(absent) - 5} more" if len(absent) > 5 else "")
-        raise UsageError("There is no such INT8 MoE layer", expected=f"layers among {have}", found=missing)

@@ -61,7 +61,8 @@ def verification(layers: int, experts: int, problems: tuple[Problem, ...] = ()) 
     )  # fmt: skip
     seen = tuple(
         LayerExperts(
-            layer, tuple(draw.randrange(5) for _ in range(experts)), (1e-4,) * experts, (1e-3,) * experts,
+            layer, f"model.layers.{layer}.mlp.experts",
+            tuple(draw.randrange(5) for _ in range(experts)), (1e-4,) * experts, (1e-3,) * experts,
             (0,) * 16 + (experts,) * 4 + (0,) * 20,
             {role: tuple(WeightError(draw.uniform(0.006, 0.012), 40.0, 0.0) for _ in range(experts))
              for role in ("gate", "up", "down")},

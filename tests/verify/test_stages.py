@@ -97,10 +97,10 @@ def test_stages_alone(converted: Converted) -> None:
     alone = quarkconv.verify_checkpoint(model, device="cpu", stages=["bytes"])
     assert alone.ok
     assert alone.bytes.pieces
-    assert (alone.numbers.layers, alone.numbers.skipped) == ((), "it was not asked for")
+    assert (alone.numbers.layers, alone.numbers.skipped) == ((), "not requested")
     alone = quarkconv.verify_checkpoint(model, device="cpu", stages=["numbers"])
     assert alone.ok
-    assert alone.bytes.skipped == "it was not asked for"
+    assert alone.bytes.skipped == "not requested"
     assert alone.numbers.layers
 
 

@@ -60,7 +60,7 @@ def test_the_worst_are_named(
     against: Verification, converted: Converted, checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
 ) -> None:
     worst = against.numbers.worst(5)
-    errors = [item[3].relative_error for item in worst]
+    errors = [item.error.relative_error for item in worst]
     assert errors == sorted(errors, reverse=True)
     everything = [e.relative_error for r in against.numbers.experts[0].weights.values() for e in r]
     assert errors[0] == max(everything)
@@ -70,12 +70,12 @@ def test_the_worst_are_named(
     )  # fmt: skip
     assert code == 0
     told = json.loads(out)["numbers"]["worst"][0]
-    assert (told["layer"], told["role"], told["expert"]) == worst[0][:3]
+    assert (told["layer"], told["module"], told["role"], told["expert"]) == worst[0][:4]
     code, out, _ = run_cli(
         capsys, "verify", converted(NAME), "--unquantized", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
         "cpu", "--tokens", "40",
     )  # fmt: skip
-    assert f"expert {worst[0][2]}" in out
+    assert f"expert {worst[0].expert}" in out
 
 
 def test_weights_of_another_model_are_a_problem(converted: Converted, checkpoints: Checkpoints, tmp_path: Path) -> None:

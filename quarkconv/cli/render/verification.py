@@ -13,7 +13,7 @@ from rich.text import Text
 from quarkconv.cli.out import console, indented, printable, title, verdict
 from quarkconv.cli.render.charts import verification_charts
 from quarkconv.text import plural, size
-from quarkconv.verify.results import Distance, LayerNumbers, Problem, Verification
+from quarkconv.verify.results import Distance, LayerNumbers, NumbersResult, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
 _SHOWN_LAYERS: Final = 16
@@ -26,7 +26,7 @@ def render_verification(verification: Verification) -> RenderableType:
     """The three stages, the numbers of each layer, charts, what is wrong, the verdict."""
     parts: list[RenderableType] = [_stages(verification)]
     if verification.numbers.layers:
-        parts.append(_numbers(verification.numbers.layers))
+        parts.append(_numbers(verification.numbers))
     if verification.numbers.experts:
         parts += [verification_charts(verification.numbers, console().options), _worst(verification)]
     if verification.problems:
@@ -40,7 +40,7 @@ def _stages(verification: Verification) -> RenderableType:
     wrong = {problem.stage for problem in verification.problems}
     manifest = "headers, index and manifest" if structure.manifest else "headers and index"
     compared = "manifest and source" if checked.against_source else "manifest"
-    layers = len({layer.layer for layer in numbers.layers})
+    layers = len({layer.module for layer in numbers.layers})
     tokens = " and ".join(f"{count:,}" for count in numbers.tokens)
     amount = f"{plural(layers, 'layer')}, {tokens} token{'' if numbers.tokens == (1,) else 's'} each"
     forward = f"{amount}, on {numbers.device} ({numbers.backend})"
@@ -65,9 +65,10 @@ def _stages(verification: Verification) -> RenderableType:
     return Group(title(verification.model, facts), table, "")
 
 
-def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
+def _numbers(numbers: NumbersResult) -> RenderableType:
+    layers = numbers.layers
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
-    several = len({layer.tokens for layer in layers}) > 1
+    several = len(numbers.tokens) > 1
     second = "tokens" if several else "experts"
     columns = ("layer", second, "vs exact", "vs float", "outliers", "SNR", "cosine", "largest")
     shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
@@ -76,7 +77,8 @@ def _numbers(layers: tuple[LayerNumbers, ...]) -> RenderableType:
     for layer in _noisiest(layers):
         noise = layer.dequantized
         cells = (
-            str(layer.layer), str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
+            numbers.label(layer.layer, layer.module),
+            str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
             _error(layer.exact), _error(noise), "-" if layer.outliers is None else _error(layer.outliers),
             "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB", f"{noise.cosine:.5f}", f"{noise.max_error:.2g}",
         )  # fmt: skip
@@ -112,8 +114,9 @@ def _worst(verification: Verification) -> RenderableType:
     if not worst:
         return Group()
     lines: list[RenderableType] = [Text("Furthest from the unquantized model", style="bold")]
-    for layer, role, expert, error in worst:
-        said = f"layer {layer} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
+    for layer, module, role, expert, error in worst:
+        label = verification.numbers.label(layer, module)
+        said = f"layer {label} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
         lines.append(indented(said, 2, "dim"))
     return Group(*lines, "")
 
