@@ -7,10 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import Checkpoints
 from safetensors.torch import save_file
+from support.checkpoints import make_checkpoint
+from support.exports import Checkpoints
+from support.program import run_cli
 from support.stacked import all_tensors, stacked_experts
-from support.writing import make_checkpoint, run_cli
 
 import quarkconv
 from quarkconv.cli.verify import parse_layers
