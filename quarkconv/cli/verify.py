@@ -10,15 +10,12 @@ import typer
 
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
-from quarkconv.cli.progress import Meter, progress
+from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.errors import QuarkconvError, UsageError
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from quarkconv.verify.results import LayerNumbers
-
 _MAX_LAYER = 100_000
 _MAX_DIGITS: Final = 9
 
@@ -97,8 +94,7 @@ def verify(
 
         verification = verify_checkpoint(
             model, source, device, layers=chosen, tokens=counts, seed=seed, unquantized=unquantized,
-            activations=activations, stages=stages, fail_fast=fail_fast, watcher=_Watcher(meter),
-            reading=meter,
+            activations=activations, stages=stages, fail_fast=fail_fast, progress=meter,
         )  # fmt: skip
     if report is not None:
         from quarkconv.report.verification import verification_report
@@ -145,28 +141,3 @@ def parse_layers(text: str) -> list[int | str]:
             )
         layers.extend(range(first, last + 1))
     return layers
-
-
-class _Watcher:
-    """Shows the bytes as a bar, or the layers where no bytes are checked, and each layer as a line."""
-
-    def __init__(self, meter: Meter) -> None:
-        self._meter = meter
-        self._counts_bytes = False
-
-    def total_bytes(self, total: int) -> None:
-        self._counts_bytes = True
-        self._meter.step("Checking", total, "byte")
-
-    def checked(self, nbytes: int) -> None:
-        if self._counts_bytes:
-            self._meter.advance(nbytes)
-
-    def total_layers(self, total: int) -> None:
-        self._meter.step("Checking", total, "layer")
-
-    def layer(self, numbers: LayerNumbers) -> None:
-        if not self._counts_bytes:
-            self._meter.advance()
-        outcome = "ok" if numbers.ok else "differs"
-        self._meter.note(f"layer {numbers.layer}: {outcome} in {numbers.seconds:.1f} s")

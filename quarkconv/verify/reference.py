@@ -15,6 +15,7 @@ though cut off where a static scale cuts them off. The distance to it is the noi
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Final
 
 import torch
@@ -27,6 +28,8 @@ from quarkconv.verify.activation import ExpertActivation
 
 CODE_MAX: Final = 127
 MIN_SCALE: Final = torch.finfo(torch.float32).tiny
+FLOAT32_STEP: Final = 2.0**-24
+"""Largest relative error of one rounding to float32."""
 
 Read = Callable[[Role, int], Projection]
 """(role, expert) -> that projection."""
@@ -53,6 +56,69 @@ def quantize(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
     return torch.round(wide / scale).clamp(-CODE_MAX, CODE_MAX).double(), scale.double()
 
 
+@dataclass(frozen=True, slots=True)
+class References:
+    """What the INT8 forward is compared with. All tensors are float64 [M, H].
+
+    Attributes:
+        exact: the INT8 forward, exactly, rounded to the dtype of the hidden states.
+        tolerance: how far an element of an INT8 forward in float32 may be from ``exact``: what changes where its error
+            decides a rounding.
+        dequantized: dequantized weights, and activations that are not rounded.
+        noisy: the same with simulated noise of 8 bits on the activations, several times.
+    """
+
+    exact: Tensor
+    tolerance: Tensor
+    dequantized: Tensor
+    noisy: tuple[Tensor, ...]
+
+
+def reference_forwards(
+    hidden_states: Tensor,
+    topk_weights: Tensor,
+    topk_ids: Tensor,
+    read: Read,
+    activation: ExpertActivation,
+    *,
+    on_input: bool = False,
+    samples: int = 0,
+    seed: int = 0,
+) -> References:
+    """All references, reading each expert once.
+
+    Args:
+        hidden_states: [M, H], bfloat16 or float16.
+        topk_weights: float32 [M, k].
+        topk_ids: int64 [M, k]; those below 0 are of no expert here.
+        read: gives the projections of an expert; no gate is read where the activation has none.
+        activation: what stands between the two products.
+        on_input: the weights multiply the experts' inputs and not their outputs.
+        samples: how many times the noise of 8 bits is simulated.
+        seed: of that noise.
+    """
+    dtype, shape, device = hidden_states.dtype, hidden_states.shape, hidden_states.device
+    random = torch.Generator().manual_seed(seed)
+    uniform = torch.rand(samples, *shape, generator=random).to(device) - 0.5
+    exact, tolerance, magnitude = (torch.zeros(shape, dtype=torch.float64, device=device) for _ in range(3))
+    floats = torch.zeros(1 + samples, *shape, dtype=torch.float64, device=device)
+    for number, tokens, slots in _assignments(topk_ids):
+        weight = topk_weights[tokens, slots].double().unsqueeze(1)
+        factor, outer = (weight, torch.ones_like(weight)) if on_input else (None, weight)
+        x = hidden_states[tokens]
+        output, allowed = _exact_expert(x, factor, number, read, activation)
+        exact.index_add_(0, tokens, outer * output)
+        magnitude.index_add_(0, tokens, (outer * output).abs())
+        tolerance.index_add_(0, tokens, outer.abs() * allowed)
+        results = _dequantized_expert(x, factor, number, read, activation, uniform[:, tokens], random)
+        for total, result in zip(floats, results, strict=True):
+            total.index_add_(0, tokens, outer * result)
+    rounded = exact.to(dtype).double()
+    sum_error = (topk_ids.shape[1] + 2) * FLOAT32_STEP * magnitude
+    tolerance = _rounded_tolerance(exact, tolerance, sum_error, dtype)
+    return References(rounded, tolerance, floats[0], tuple(floats[1:]))
+
+
 def exact_forward(
     hidden_states: Tensor,
     topk_weights: Tensor,
@@ -62,10 +128,9 @@ def exact_forward(
     *,
     on_input: bool = False,
 ) -> Tensor:
-    """The INT8 forward, exactly. Arguments as :func:`both_forwards`; returns [M, H] in their dtype."""
-    expert = _exact_expert(read, activation, hidden_states.dtype)
-    (output,) = _combine(hidden_states, topk_weights, topk_ids, [expert], on_input=on_input)
-    return output.to(hidden_states.dtype)
+    """The INT8 forward, exactly. Arguments as :func:`reference_forwards`; returns [M, H] in their dtype."""
+    references = reference_forwards(hidden_states, topk_weights, topk_ids, read, activation, on_input=on_input)
+    return references.exact.to(hidden_states.dtype)
 
 
 def dequantized_forward(
@@ -79,38 +144,10 @@ def dequantized_forward(
 ) -> Tensor:
     """The forward with dequantized weights and activations that are not rounded.
 
-    Arguments as :func:`both_forwards`; returns float64 [M, H].
+    Arguments as :func:`reference_forwards`; returns float64 [M, H].
     """
-    expert = _dequantized_expert(read, activation)
-    (output,) = _combine(hidden_states, topk_weights, topk_ids, [expert], on_input=on_input)
-    return output
-
-
-def both_forwards(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    read: Read,
-    activation: ExpertActivation,
-    *,
-    on_input: bool = False,
-) -> tuple[Tensor, Tensor]:
-    """Both references, reading each expert once.
-
-    Args:
-        hidden_states: [M, H], bfloat16 or float16.
-        topk_weights: float32 [M, k].
-        topk_ids: int64 [M, k]; those below 0 are of no expert here.
-        read: gives the projections of an expert; no gate is read where the activation has none.
-        activation: what stands between the two products.
-        on_input: the weights multiply the experts' inputs and not their outputs.
-
-    Returns:
-        :func:`exact_forward`, :func:`dequantized_forward`.
-    """
-    experts = [_exact_expert(read, activation, hidden_states.dtype), _dequantized_expert(read, activation)]
-    exact, dequantized = _combine(hidden_states, topk_weights, topk_ids, experts, on_input=on_input)
-    return exact.to(hidden_states.dtype), dequantized
+    references = reference_forwards(hidden_states, topk_weights, topk_ids, read, activation, on_input=on_input)
+    return references.dequantized
 
 
 def float_forward(
@@ -125,57 +162,135 @@ def float_forward(
 ) -> Tensor:
     """The forward of the model before it was quantized.
 
-    Arguments as :func:`both_forwards`; ``weight`` gives the weight of a projection, float64 [out, in], ``bias`` its
-    bias [out]. Returns float64 [M, H].
+    Arguments as :func:`reference_forwards`; ``weight`` gives the weight of a projection, float64 [out, in], ``bias``
+    its bias [out]. Returns float64 [M, H].
     """
 
     def product(x: Tensor, role: Role, number: int) -> Tensor:
         return _biased(x @ weight(role, number).T, None if bias is None else bias(role, number))
 
-    def expert(number: int, x: Tensor, factor: Tensor | None) -> Tensor:
-        wide = _weighted(x.double(), factor)
+    output = torch.zeros_like(hidden_states, dtype=torch.float64)
+    for number, tokens, slots in _assignments(topk_ids):
+        factor = topk_weights[tokens, slots].double().unsqueeze(1)
+        wide = hidden_states[tokens].double() * (factor if on_input else 1)
         gate = product(wide, "gate", number) if activation.gated else None
-        return product(activate(gate, product(wide, "up", number), activation), "down", number)
-
-    (output,) = _combine(hidden_states, topk_weights, topk_ids, [expert], on_input=on_input)
+        result = product(activate(gate, product(wide, "up", number), activation), "down", number)
+        output.index_add_(0, tokens, result if on_input else factor * result)
     return output
 
 
-Expert = Callable[[int, Tensor, Tensor | None], Tensor]
-"""(number, its tokens [m, H], factors of these [m, 1] or None) -> its output, float64 [m, H]."""
+def _exact_expert(
+    x: Tensor, factor: Tensor | None, number: int, read: Read, activation: ExpertActivation
+) -> tuple[Tensor, Tensor]:
+    """One expert on its tokens x [m, H], with their factors [m, 1]: its output and the tolerance of that, [m, H]."""
+    gate = None if not activation.gated else _integer_product(x, factor, read("gate", number))
+    up, down = _integer_product(x, factor, read("up", number)), read("down", number)
+    hidden = activate(gate, up, activation)
+    rounded = hidden.to(x.dtype)
+    output = _integer_product(rounded, None, down)
+    tolerance = _hidden_tolerance(hidden, rounded, _float32_error(gate, up, hidden, activation), down)
+    output_error = 4 * FLOAT32_STEP * output.abs()
+    tolerance = _rounded_tolerance(output, tolerance, output_error, x.dtype)
+    return output.to(x.dtype).double(), tolerance
 
 
-def _exact_expert(read: Read, activation: ExpertActivation, dtype: torch.dtype) -> Expert:
-    def product(x: Tensor, projection: Projection, factor: Tensor | None = None) -> Tensor:
-        # Codes of a row do not change with a factor of the row, under a scale of its own. A static scale sees it.
-        dynamic = projection.input_scale is None
-        codes, scale = quantize(x if dynamic else _weighted(x.float(), factor), projection.input_scale)
-        scale = _weighted(scale, factor) if dynamic else scale
-        # A product of codes is at most 127^2, so sums of 2^39 of them are exact in float64.
-        sums = codes @ projection.codes.to(x.device).double().T
-        return _biased(sums * scale * projection.scale.to(x.device).double(), projection.bias)
-
-    def expert(number: int, x: Tensor, factor: Tensor | None) -> Tensor:
-        gate = product(x, read("gate", number), factor) if activation.gated else None
-        hidden = activate(gate, product(x, read("up", number), factor), activation).to(dtype)
-        return product(hidden, read("down", number)).to(dtype).double()
-
-    return expert
+def _integer_product(x: Tensor, factor: Tensor | None, projection: Projection) -> Tensor:
+    # Codes of a row do not change with a factor of the row, under a scale of its own. A static scale sees it.
+    dynamic = projection.input_scale is None
+    codes, scale = quantize(x if dynamic else _weighted(x.float(), factor), projection.input_scale)
+    scale = _weighted(scale, factor) if dynamic else scale
+    # A product of codes is at most 127^2, so sums of 2^39 of them are exact in float64.
+    sums = codes @ projection.codes.to(x.device).double().T
+    return _biased(sums * scale * projection.scale.to(x.device).double(), projection.bias)
 
 
-def _dequantized_expert(read: Read, activation: ExpertActivation) -> Expert:
-    def product(x: Tensor, projection: Projection) -> Tensor:
-        if projection.input_scale is not None:
-            limit = CODE_MAX * projection.input_scale.item()
-            x = x.clamp(-limit, limit)
-        return _biased(x @ projection.dequantized(torch.float64, x.device).T, projection.bias)
+def _float32_error(gate: Tensor | None, up: Tensor, hidden: Tensor, activation: ExpertActivation) -> Tensor:
+    """How far an activation in float32 may be from the exact one.
 
-    def expert(number: int, x: Tensor, factor: Tensor | None) -> Tensor:
-        wide = _weighted(x.double(), factor)
-        gate = product(wide, read("gate", number)) if activation.gated else None
-        return product(activate(gate, product(wide, read("up", number)), activation), read("down", number))
+    Sixteen roundings at most; an exponential whose argument is off by a rounding of g; and, where the function
+    subtracts (1 + tanh of gelu, u + 1 of swigluoai), errors of the size of the products.
+    """
+    size = torch.zeros_like(up) if gate is None else gate.abs()
+    error = hidden.abs() * (16 + 2 * size) * FLOAT32_STEP
+    if activation.name in ("silu", "swiglustep", "relu2"):
+        return error
+    return error + 4 * FLOAT32_STEP * size * up.abs()
 
-    return expert
+
+def _hidden_tolerance(hidden: Tensor, rounded: Tensor, error: Tensor, down: Projection) -> Tensor:
+    """How far the product of down may be, float64 [m, H], where the error of its input decides roundings.
+
+    An element of h close to the middle between two values of its dtype may be rounded to either. Mostly its code is the
+    same; where not, the product differs by a step times a column of the weight. Where it is the largest of its row,
+    the row gets another scale, and all of its codes are rounded again.
+    """
+    low, high = (hidden - error).to(rounded.dtype), (hidden + error).to(rounded.dtype)
+    tolerance = torch.zeros(len(hidden), len(down.codes), dtype=torch.float64, device=hidden.device)
+    rows = torch.nonzero((low != high).any(dim=1)).flatten()
+    if len(rows) == 0:
+        return tolerance
+    grows = high.abs() > low.abs()
+    large, small = torch.where(grows, high, low)[rows], torch.where(grows, low, high)[rows]
+    weight = down.dequantized(torch.float64, hidden.device)
+    codes, scale = quantize(rounded[rows], down.input_scale)
+    large_codes, large_scale = quantize(large, down.input_scale)
+    small_codes, small_scale = quantize(small, down.input_scale)
+    # Under either scale: elements whose code depends on the rounding.
+    for step in (large_scale, small_scale):
+        codes_of = [(value.float() / step.float()).round().clamp(-CODE_MAX, CODE_MAX) for value in (large, small)]
+        flips = (codes_of[0] - codes_of[1]).abs().double() * step
+        tolerance[rows] = torch.maximum(tolerance[rows], flips @ weight.abs().T)
+    rescaled = (large_scale != scale) | (small_scale != scale)
+    for other, step in ((large_codes, large_scale), (small_codes, small_scale)):
+        change = torch.where(rescaled, other * step - codes * scale, 0.0)
+        tolerance[rows] += (change @ weight.T).abs()
+    return tolerance
+
+
+def _rounded_tolerance(value: Tensor, tolerance: Tensor, error: Tensor, dtype: torch.dtype) -> Tensor:
+    """The tolerance of a value that is rounded to a dtype: of an element that differs already, a step more; of the
+    others, what the error of float32 changes."""
+    decided = ((value + error).to(dtype).double() - (value - error).to(dtype).double()).abs()
+    return torch.where(tolerance > 0, tolerance + torch.finfo(dtype).eps * value.abs(), decided)
+
+
+def _dequantized_expert(
+    x: Tensor,
+    factor: Tensor | None,
+    number: int,
+    read: Read,
+    activation: ExpertActivation,
+    uniform: Tensor,
+    random: torch.Generator,
+) -> Tensor:
+    """One expert on its tokens x [m, H] in float64, without noise and with it: [1 + samples, m, H].
+
+    ``uniform`` [samples, m, H], within half of one: the noise of its input in steps. That of down is drawn here.
+    """
+    samples = len(uniform)
+
+    def product(inputs: Tensor, projection: Projection) -> Tensor:
+        return _biased(inputs @ projection.dequantized(torch.float64, x.device).T, projection.bias)
+
+    wide = _weighted(x.double(), factor)
+    none = torch.zeros_like(wide).unsqueeze(0)
+    up = read("up", number)
+    noise = torch.cat([none, uniform.double()])
+    inputs = _noisy(wide.expand(1 + samples, *wide.shape), up.input_scale, noise)
+    gate = product(inputs, read("gate", number)) if activation.gated else None
+    hidden = activate(gate, product(inputs, up), activation)
+    down = read("down", number)
+    drawn = torch.rand(samples, *hidden.shape[1:], generator=random).to(x.device).double() - 0.5
+    noise = torch.cat([torch.zeros_like(hidden[:1]), drawn])
+    return product(_noisy(hidden, down.input_scale, noise), down)
+
+
+def _noisy(values: Tensor, static_scale: Tensor | None, noise: Tensor) -> Tensor:
+    """Values, cut off where a static scale cuts them off, plus noise in steps of their codes."""
+    if static_scale is None:
+        return values + noise * (values.abs().amax(dim=-1, keepdim=True) / CODE_MAX)
+    step = static_scale.to(values.device).double()
+    return values.clamp(-CODE_MAX * step, CODE_MAX * step) + noise * step
 
 
 def activate(gate: Tensor | None, up: Tensor, activation: ExpertActivation) -> Tensor:
@@ -212,22 +327,6 @@ def _weighted(x: Tensor, factor: Tensor | None) -> Tensor:
 
 def _biased(product: Tensor, bias: Tensor | None) -> Tensor:
     return product if bias is None else product + bias.to(product.device).double()
-
-
-def _combine(
-    hidden_states: Tensor, topk_weights: Tensor, topk_ids: Tensor, experts: list[Expert], *, on_input: bool = False
-) -> list[Tensor]:
-    """For each way to compute an expert: the sum over each token's experts, weighted by the router.
-
-    With ``on_input`` the weights multiply the experts' inputs and not their outputs.
-    """
-    outputs = [torch.zeros_like(hidden_states, dtype=torch.float64) for _ in experts]
-    for number, tokens, slots in _assignments(topk_ids):
-        weight = topk_weights[tokens, slots].double().unsqueeze(1)
-        for output, expert in zip(outputs, experts, strict=True):
-            result = expert(number, hidden_states[tokens], weight if on_input else None)
-            output.index_add_(0, tokens, result if on_input else weight * result)
-    return outputs
 
 
 def _assignments(topk_ids: Tensor) -> Iterator[tuple[int, Tensor, Tensor]]:

@@ -12,14 +12,13 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
-from dataclasses import dataclass, field
-from typing import Final, TypeVar
+from dataclasses import dataclass, replace
+from typing import Final, NamedTuple, TypeVar
 
 import torch
 
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
-from quarkconv.experts.function import Unknown
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
@@ -27,12 +26,14 @@ from quarkconv.load.layer_reader import READERS, LayerReader
 from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
 from quarkconv.load.select import check_loadable
 from quarkconv.plan.manifest import Manifest
+from quarkconv.progress import Progress
 from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.inputs import RecordedInputs
-from quarkconv.verify.numbers import CheckedLayer, Router, layer_problems, router_of, verify_layer
+from quarkconv.verify.layer import LayerInputs, LayerOutcome, check_layer
 from quarkconv.verify.places import wrong_pieces
-from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
-from quarkconv.verify.unquantized import UnquantizedModel, weight_errors
+from quarkconv.verify.results import LayerNumbers, Problem
+from quarkconv.verify.router import router_of
+from quarkconv.verify.unquantized import UnquantizedModel
 
 Rest = TypeVar("Rest")
 
@@ -54,6 +55,7 @@ class NumbersJob:
         unquantized: the model before it was quantized.
         recorded: hidden states to use instead of random ones.
         fail_fast: stop at the first problem.
+        counts_bytes: progress counts bytes, and not layers.
     """
 
     description: Description
@@ -66,6 +68,7 @@ class NumbersJob:
     unquantized: Description | None = None
     recorded: RecordedInputs | None = None
     fail_fast: bool = False
+    counts_bytes: bool = False
 
     def covered(self) -> set[str]:
         """The tensors whose every byte is compared with the manifest while the layers are read."""
@@ -75,27 +78,14 @@ class NumbersJob:
         return {name for layer in self.layers for name in covered(LayerPart(layer), refs, written)}
 
 
-@dataclass(slots=True)
-class LayerOutcome:
-    """What was found of one layer."""
-
-    numbers: list[LayerNumbers] = field(default_factory=list)
-    experts: LayerExperts | None = None
-    problems: list[Problem] = field(default_factory=list)
-
-
 def stream_numbers(
-    job: NumbersJob,
-    checked: Callable[[int], None],
-    done: Callable[[LayerNumbers], None],
-    after_reading: Callable[[], Rest],
+    job: NumbersJob, progress: Progress, after_reading: Callable[[], Rest]
 ) -> tuple[list[LayerOutcome], Rest | None]:
     """Compute the numbers of all layers of a job.
 
     Args:
         job: what to do.
-        checked: called with the number of bytes whose checksums were compared, from several threads.
-        done: called with the numbers of each layer, from several threads.
+        progress: counts the bytes whose checksums are compared, or else the numbers of layers; notes each layer.
         after_reading: called in a thread when all layers have been read, while the last ones are computed.
 
     Returns:
@@ -111,41 +101,44 @@ def stream_numbers(
         check_loadable(layer)
     with ExitStack() as stack:
         pool = stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
-        run = _Run(job, stack, pool, checked, done)
+        run = _Run(job, stack, pool, progress)
         returned: list[Rest] = []
         outcomes = run.stream(lambda: returned.append(after_reading()))
         return outcomes, returned[0] if returned else None
 
 
+class _ReadLayer(NamedTuple):
+    """A layer in memory: its number among those of the job, the arenas it holds, and what is wrong with its bytes."""
+
+    number: int
+    held: list[tuple[ArenaPool, Arena]]
+    experts: FusedExperts
+    source: FusedExperts | None
+    problems: list[Problem]
+
+
 class _Run:
-    def __init__(
-        self,
-        job: NumbersJob,
-        stack: ExitStack,
-        pool: ThreadPoolExecutor,
-        checked: Callable[[int], None],
-        done: Callable[[LayerNumbers], None],
-    ) -> None:
+    def __init__(self, job: NumbersJob, stack: ExitStack, pool: ThreadPoolExecutor, progress: Progress) -> None:
         self.job = job
-        self._done = done
-        size = max((LayerPart(layer).nbytes for layer in job.layers), default=0)
+        self._progress = progress
         count = len(job.devices) + 1
+        size = max((LayerPart(layer).nbytes for layer in job.layers), default=0)
         self._arenas = stack.enter_context(ArenaPool(count, size))
-        self._files = stack.enter_context(LayerReader(job.description, pool, written_tensors(job.manifest), checked))
+        written = written_tensors(job.manifest)
+        self._reader = stack.enter_context(LayerReader(job.description, pool, written, progress.advance))
         self._rank = job.description.config.rank
         self._source_layers = {layer.prefix: layer for layer in job.source.int8_layers} if job.source else {}
         if job.source is not None:
-            self._source_files = stack.enter_context(LayerReader(job.source, pool))
+            self._source_reader = stack.enter_context(LayerReader(job.source, pool))
             largest = max((LayerPart(layer, self._rank).nbytes for layer in self._source_layers.values()), default=0)
             self._source_arenas = stack.enter_context(ArenaPool(count, largest))
-            self._check_source()
+            self._check_source(job.source)
         self._unquantized: UnquantizedModel | None = None
         if job.unquantized is not None:
             self._unquantized = stack.enter_context(UnquantizedModel(job.unquantized, pool))
-            self._unquantized.check(list(job.layers))
-        self._outcomes = [LayerOutcome() for _ in job.layers]
-        self._ready: queue.SimpleQueue[tuple[int, list[tuple[ArenaPool, Arena]], FusedExperts, FusedExperts | None]]
-        self._ready = queue.SimpleQueue()
+            self._unquantized.check(job.layers)
+        self._outcomes: dict[int, LayerOutcome] = {}
+        self._ready: queue.SimpleQueue[_ReadLayer] = queue.SimpleQueue()
         self._stop = threading.Event()
         self._all_read = threading.Event()
         self._errors: list[BaseException] = []
@@ -171,7 +164,7 @@ class _Run:
                 thread.join()
         if self._errors:
             raise self._errors[0]
-        return [outcome for outcome in self._outcomes if outcome.numbers or outcome.problems]
+        return [self._outcomes[number] for number in sorted(self._outcomes)]
 
     def _guarded(self, work: Callable[..., None], argument: object) -> None:
         try:
@@ -187,19 +180,17 @@ class _Run:
                 if arena is None:
                     return
                 held = [(self._arenas, arena)]
-                experts, mismatches = self._files.read(LayerPart(layer), arena)
-                self._outcomes[number].problems += [
-                    wrong_pieces(self.job.description, *mismatch[:2], _CHECKSUM, *mismatch[2:])
-                    for mismatch in mismatches
-                ]
+                experts, mismatches = self._reader.read(LayerPart(layer), arena)
+                problems = [wrong_pieces(self.job.description, *item[:2], _CHECKSUM, *item[2:]) for item in mismatches]
                 source = None
                 if self.job.source is not None:
                     other = self._arena(self._source_arenas)
                     if other is None:
                         return
                     held.append((self._source_arenas, other))
-                    source, _ = self._source_files.read(LayerPart(self._source_layers[layer.prefix], self._rank), other)
-                self._ready.put((number, held, experts, source))
+                    part = LayerPart(self._source_layers[layer.prefix], self._rank)
+                    source, _ = self._source_reader.read(part, other)
+                self._ready.put(_ReadLayer(number, held, experts, source, problems))
         finally:
             self._all_read.set()
         if not self._stop.is_set():
@@ -216,71 +207,58 @@ class _Run:
         while not self._stop.is_set():
             reading = not self._all_read.is_set()
             try:
-                number, held, experts, source = self._ready.get(timeout=_PATIENCE)
+                layer = self._ready.get(timeout=_PATIENCE)
             except queue.Empty:
                 if reading:
                     continue
                 return
             if device.type == "cuda":
                 with torch.cuda.device(device):
-                    for _, arena in held:
-                        arena.lock()
-                    experts = experts.to(device, non_blocking=True)
-                    source = None if source is None else source.to(device, non_blocking=True)
-                    torch.cuda.current_stream().synchronize()
-                    self._give_back(held)
-                    self._compute(number, experts, source)
+                    self._check(self._moved(layer, device))
             else:
-                self._compute(number, experts, source)
-                self._give_back(held)
+                self._check(layer)
+                self._give_back(layer)
 
-    def _give_back(self, held: list[tuple[ArenaPool, Arena]]) -> None:
-        for pool, arena in held:
+    def _moved(self, layer: _ReadLayer, device: torch.device) -> _ReadLayer:
+        """A layer on a GPU; its arenas are free again."""
+        for _, arena in layer.held:
+            arena.lock()
+        experts = layer.experts.to(device, non_blocking=True)
+        source = None if layer.source is None else layer.source.to(device, non_blocking=True)
+        torch.cuda.current_stream().synchronize()
+        self._give_back(layer)
+        return layer._replace(experts=experts, source=source)
+
+    def _give_back(self, layer: _ReadLayer) -> None:
+        for pool, arena in layer.held:
             pool.give_back(arena)
 
-    def _compute(self, number: int, experts: FusedExperts, source: FusedExperts | None) -> None:
-        job, layer, outcome = self.job, self.job.layers[number], self._outcomes[number]
-        config = job.description.config.raw
-        unquantized = None if self._unquantized is None else self._unquantized.weights(layer, experts.w13.device)
-        router, top_k = router_of(layer, config, self._files), job.description.config.top_k
-        if isinstance(router, Router) and not all(bool(part.isfinite().all()) for part in router.tensors()):
-            message = "The router's tensors are not finite: no token would find its experts"
-            outcome.problems.append(Problem("numbers", layer.index, layer.moe, message))
-            router = Unknown("its tensors are not finite")  # the experts are checked all the same
-        activation = expert_activation(config, layer.index, layer.moe)
-        assert not isinstance(activation, Unknown)  # there are no numbers then
-        checked = CheckedLayer(layer, experts, activation, top_k, router, source, unquantized)
-        outcome.problems.extend(layer_problems(checked))
-        load: tuple[int, ...] = ()
-        for tokens in job.tokens:
-            numbers, counts = verify_layer(
-                checked, tokens=tokens, seed=job.seed, recorded=job.recorded, problems=outcome.problems
-            )
-            load = tuple(counts.tolist())
-            outcome.numbers.append(numbers)
-            self._done(numbers)
-        weights = {} if unquantized is None else weight_errors(experts, unquantized, outcome.problems)
-        outcome.experts = _seen(experts, load, weights)
+    def _check(self, read: _ReadLayer) -> None:
+        job, layer = self.job, self.job.layers[read.number]
+        config = job.description.config
+        inputs = LayerInputs(
+            layer, expert_activation(config.raw, layer.index, layer.moe), router_of(layer, config.raw, self._reader),
+            config.top_k, job.tokens, job.seed, job.recorded,
+            None if self._unquantized is None else self._unquantized.weights(layer, read.experts.w13.device),
+        )  # fmt: skip
+        outcome = check_layer(inputs, read.experts, read.source, self._done)
+        outcome = replace(outcome, problems=(*read.problems, *outcome.problems))
+        self._outcomes[read.number] = outcome
         if job.fail_fast and outcome.problems:
             self._stop.set()
 
-    def _check_source(self) -> None:
+    def _done(self, numbers: LayerNumbers) -> None:
+        if not self.job.counts_bytes:
+            self._progress.advance()
+        outcome = "ok" if numbers.ok else "differs"
+        self._progress.note(f"layer {numbers.layer} ({numbers.module}): {outcome} in {numbers.seconds:.1f} s")
+
+    def _check_source(self, source: Description) -> None:
         for layer in self.job.layers:
             found = self._source_layers.get(layer.prefix)
             if found is None or found.geometry_of(self._rank) != layer.geometry:
-                assert self.job.source is not None
                 raise UsageError(
                     "The source does not have this layer, or has it in another shape",
-                    file=str(self.job.source.checkpoint.root), tensor=layer.prefix,
+                    file=str(source.checkpoint.root), tensor=layer.prefix,
                     hint="give --source the checkpoint that was converted, or leave it out",
                 )  # fmt: skip
-
-
-def _seen(experts: FusedExperts, load: tuple[int, ...], weights: dict[str, tuple[WeightError, ...]]) -> LayerExperts:
-    scales = torch.cat([experts.w13_scale.flatten(1), experts.w2_scale.flatten(1)], dim=1).cpu()
-    powers = scales.clamp(min=10.0 ** SCALE_EDGES[0]).log10().nan_to_num(SCALE_EDGES[0])
-    counts = torch.histc(powers, len(SCALE_EDGES) - 1, SCALE_EDGES[0], SCALE_EDGES[-1])
-    low, high = scales.min(dim=1).values.tolist(), scales.max(dim=1).values.tolist()
-    return LayerExperts(
-        experts.layer, experts.module, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())), weights
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
@@ -25,6 +25,10 @@ times its root mean square an error of c / 440. Weights have c from 4 to about 2
 beyond is no rounding: other weights, other scales, or rows in another order."""
 
 
+Weight = Callable[[Role, int], Tensor]
+"""(role, expert) -> the unquantized weight of that projection, float64 [out, in]."""
+
+
 class UnquantizedModel:
     """An unquantized checkpoint, with its experts one by one or stacked. A context manager.
 
@@ -44,7 +48,7 @@ class UnquantizedModel:
     def __exit__(self, *error: object) -> None:
         self._files.__exit__(*error)
 
-    def check(self, layers: list[MoELayer]) -> None:
+    def check(self, layers: Sequence[MoELayer]) -> None:
         """Refuse a model that does not have these layers in these shapes, stored in float.
 
         Raises:
@@ -69,7 +73,7 @@ class UnquantizedModel:
         found = same or numbered
         return found[0] if len(found) == 1 else None
 
-    def weights(self, layer: MoELayer, device: torch.device) -> Callable[[Role, int], Tensor]:
+    def weights(self, layer: MoELayer, device: torch.device) -> Weight:
         """Gives the weight of a projection of a layer, float64 [out, in] on a device."""
         mine = self._layer(layer)
         assert mine is not None  # check() refuses a model without the layer
@@ -82,26 +86,25 @@ class UnquantizedModel:
         return weight
 
 
-def weight_errors(
-    experts: FusedExperts, weight: Callable[[Role, int], Tensor], problems: list[Problem]
-) -> dict[str, tuple[WeightError, ...]]:
-    """Compare every projection of a layer with the unquantized one: role -> the errors of each expert."""
-    errors: dict[str, tuple[WeightError, ...]] = {}
-    for role in ROLES:
-        errors[role] = tuple(
-            _weight_error(experts, role, expert, weight(role, expert)) for expert in range(experts.experts)
-        )
-        wrong = [expert for expert, error in enumerate(errors[role]) if not error.relative_error <= WEIGHT_BOUND]
+def weight_errors(experts: FusedExperts, weight: Weight) -> dict[str, tuple[WeightError, ...]]:
+    """The errors of every projection of a layer against the unquantized one, by role and expert."""
+    return {
+        role: tuple(_weight_error(experts, role, expert, weight(role, expert)) for expert in range(experts.experts))
+        for role in ROLES
+    }
+
+
+def weight_problems(experts: FusedExperts, errors: Mapping[str, tuple[WeightError, ...]]) -> Iterator[Problem]:
+    """One problem for each role that has weights out of bounds, about the worst of them."""
+    for role, found in errors.items():
+        wrong = [expert for expert, error in enumerate(found) if not error.relative_error <= WEIGHT_BOUND]
         if wrong:
-            worst = max(wrong, key=lambda expert: errors[role][expert].relative_error)
-            problems.append(
-                Problem(
-                    "numbers", experts.layer, f"{experts.module}.{worst} ({role})",
-                    f"The weight is not the unquantized model's, rounded: relative error "
-                    f"{errors[role][worst].relative_error:.3g}, bound {WEIGHT_BOUND:g}", len(wrong),
-                )
-            )  # fmt: skip
-    return errors
+            worst = max(wrong, key=lambda expert: found[expert].relative_error)
+            message = (
+                f"The weight is not the unquantized model's, rounded: relative error "
+                f"{found[worst].relative_error:.3g}, bound {WEIGHT_BOUND:g}"
+            )
+            yield Problem("numbers", experts.layer, f"{experts.module}.{worst} ({role})", message, len(wrong))
 
 
 def _weight_error(experts: FusedExperts, role: Role, expert: int, original: Tensor) -> WeightError:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Final, Protocol
+from typing import Final
 
 import torch
 
@@ -21,43 +21,20 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
+from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.numbers import backend_name, unsupported_activation
 from quarkconv.verify.results import (
     BytesResult,
-    LayerNumbers,
     NumbersResult,
     Problem,
     StructureResult,
     Verification,
 )
-from quarkconv.verify.streaming import LayerOutcome, NumbersJob, stream_numbers
+from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure
 
 DEFAULT_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**20
-
-
-class Watcher(Protocol):
-    """Is told how verification gets on."""
-
-    def total_bytes(self, total: int) -> None:
-        """How many bytes will be checked."""
-
-    def checked(self, nbytes: int) -> None:
-        """That many more bytes were checked."""
-
-    def total_layers(self, total: int) -> None:
-        """How many numbers of layers there will be: of each layer, for each number of tokens."""
-
-    def layer(self, numbers: LayerNumbers) -> None:
-        """The numbers of one more layer."""
-
-
-class _Silent:
-    def total_bytes(self, total: int) -> None: ...
-    def checked(self, nbytes: int) -> None: ...
-    def total_layers(self, total: int) -> None: ...
-    def layer(self, numbers: LayerNumbers) -> None: ...
 
 
 _NO_MANIFEST: Final = "no quarkconv.json: quarkconv did not write this checkpoint"
@@ -77,8 +54,7 @@ def verify_checkpoint(
     activations: str | Path | None = None,
     stages: Collection[str] = ("bytes", "numbers"),
     fail_fast: bool = False,
-    watcher: Watcher | None = None,
-    reading: Progress = SILENT,
+    progress: Progress = SILENT,
 ) -> Verification:
     """Prove that a checkpoint is what it should be.
 
@@ -98,8 +74,7 @@ def verify_checkpoint(
             :class:`quarkconv.verify.inputs.RecordedInputs`.
         stages: which of ``bytes`` and ``numbers`` are checked; the structure always is.
         fail_fast: stop at the first problem.
-        watcher: told of progress, from several threads.
-        reading: told how downloads and reading headers get on, before anything is checked.
+        progress: receives downloads, the reading of headers, the bytes checked, and a note on each layer.
 
     Raises:
         UsageError: no such device, layer or number of tokens, or what it is compared with does not fit.
@@ -109,34 +84,37 @@ def verify_checkpoint(
     counts = _token_counts(tokens)
     if not 0 <= seed < 2**32:
         raise UsageError("--seed is out of range", expected="a number from 0 to 2^32 - 1", found=str(seed))
-    watcher = watcher or _Silent()
     devices = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
 
-    description = _described(model, reading)
+    description = _described(model, progress)
     manifest = read_manifest(description.checkpoint.root)
     _check_verifiable(description, manifest)
     chosen = select_layers(description.int8_layers, layers, str(model))
     if recorded is not None:
         recorded.check(chosen)
-    compared = None if source is None else _described(source, reading)
+    compared = None if source is None else _described(source, progress)
     if compared is not None and manifest is not None:
         check_source(compared.checkpoint.root, manifest)
     original = None
     if unquantized is not None and "numbers" in stages:
-        original = _described(unquantized, reading)
+        original = _described(unquantized, progress)
 
     structure, problems = check_structure(description, manifest)
     skipped = _why_no_numbers(description, chosen, structure, stages, stopped=fail_fast and problems != [])
-    check_rest = _byte_check(description, manifest, compared, stages, watcher, fail_fast=fail_fast)
+    check_rest = _byte_check(description, manifest, compared, stages, progress, fail_fast=fail_fast)
+    counts_bytes = manifest is not None and "bytes" in stages
+    if manifest is not None and counts_bytes:
+        progress.step("Checking", sum(shard.size for shard in manifest.shards), "byte")
+    elif skipped is None:
+        progress.step("Checking", len(chosen) * len(counts), "layer")
     outcomes: list[LayerOutcome] = []
     if skipped is None:
         job = NumbersJob(
             description, manifest if compared is None and "bytes" in stages else None, chosen, devices, counts, seed,
-            compared, original, recorded, fail_fast,
+            compared, original, recorded, fail_fast, counts_bytes,
         )  # fmt: skip
-        watcher.total_layers(len(chosen) * len(counts))
-        outcomes, rest = stream_numbers(job, watcher.checked, watcher.layer, lambda: check_rest(job.covered()))
+        outcomes, rest = stream_numbers(job, progress, lambda: check_rest(job.covered()))
     else:
         rest = check_rest(())
     checked, wrong = rest or (BytesResult(skipped=_STOPPED), [])
@@ -193,7 +171,7 @@ def _byte_check(
     manifest: Manifest | None,
     source: Description | None,
     stages: Collection[str],
-    watcher: Watcher,
+    progress: Progress,
     *,
     fail_fast: bool,
 ) -> Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]:
@@ -202,9 +180,8 @@ def _byte_check(
         return lambda _: (BytesResult(skipped=_NOT_REQUESTED), [])
     if manifest is None:
         return lambda _: (BytesResult(skipped=_NO_MANIFEST), [])
-    watcher.total_bytes(sum(shard.size for shard in manifest.shards))
     root = None if source is None else source.checkpoint.root
-    return lambda skip: check_bytes(description, manifest, root, watcher.checked, READERS, skip, fail_fast=fail_fast)
+    return lambda skip: check_bytes(description, manifest, root, progress.advance, READERS, skip, fail_fast=fail_fast)
 
 
 def _described(model: str | Path, progress: Progress) -> Description:

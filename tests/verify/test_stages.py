@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +12,7 @@ from safetensors.torch import save_file
 from support.checkpoints import Tensors, make_checkpoint
 from support.exports import Checkpoints, Converted
 from support.program import run_cli
+from support.progress import Recorder
 
 import quarkconv
 from quarkconv.description.description import describe
@@ -20,7 +20,6 @@ from quarkconv.load.arenas import ArenaPool
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import streaming
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
-from quarkconv.verify.results import LayerNumbers
 
 pytestmark = pytest.mark.long
 
@@ -42,25 +41,18 @@ def test_no_more_than_two_layers_are_in_memory(converted: Converted, monkeypatch
 
 
 def test_every_byte_is_compared_once(converted: Converted) -> None:
-    seen, lock = [], threading.Lock()
+    progress = Recorder()
+    assert quarkconv.verify_checkpoint(converted(NAME), device="cpu", progress=progress).ok
+    (step,) = progress.named("Checking")
+    assert step.unit == "byte"
+    assert sum(step.advances) == step.total
 
-    class Watcher:
-        def total_layers(self, total: int) -> None:
-            self.layers = total
 
-        def total_bytes(self, total: int) -> None:
-            self.total = total
-
-        def checked(self, nbytes: int) -> None:
-            with lock:
-                seen.append(nbytes)
-
-        def layer(self, numbers: LayerNumbers) -> None: ...
-
-    watcher = Watcher()
-    assert quarkconv.verify_checkpoint(converted(NAME), device="cpu", watcher=watcher).ok
-    assert sum(seen) == watcher.total
-    assert watcher.layers == 3
+def test_layers_are_counted_where_no_bytes_are(checkpoints: Checkpoints) -> None:
+    progress = Recorder()
+    assert quarkconv.verify_checkpoint(checkpoints(NAME), device="cpu", tokens=[4, 9], progress=progress).ok
+    (step,) = progress.named("Checking")
+    assert (step.unit, step.total, step.advances) == ("layer", 6, [1] * 6)
 
 
 @pytest.mark.parametrize("position", ["first", "last"])

@@ -1,0 +1,140 @@
+"""One layer through ``verify``: from its experts in memory to its numbers, and what is wrong with them.
+
+The sequence of :func:`check_layer`: scales, codes and scales of the source, the model's own router, the forwards for
+each number of tokens, the weights of the unquantized model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+
+from quarkconv.experts.function import ExpertActivation, Unknown
+from quarkconv.experts.naming import ROLES
+from quarkconv.experts.topology import MoELayer
+from quarkconv.load.experts import FusedExperts
+from quarkconv.verify.inputs import RecordedInputs
+from quarkconv.verify.numbers import CheckedLayer, compute_numbers
+from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
+from quarkconv.verify.router import Router
+from quarkconv.verify.unquantized import Weight, weight_errors, weight_problems
+
+
+@dataclass(frozen=True, slots=True)
+class LayerInputs:
+    """What a layer is computed with, beside its experts.
+
+    Attributes:
+        layer: the layer.
+        activation: what its experts compute between their products; Unknown leaves the forwards out.
+        router: the model's own router, or why it is not known.
+        top_k: experts per token in the config.
+        tokens, seed: of the random hidden states.
+        recorded: hidden states to use instead of random ones.
+        unquantized: gives the unquantized weights.
+    """
+
+    layer: MoELayer
+    activation: ExpertActivation | Unknown
+    router: Router | Unknown
+    top_k: int | None
+    tokens: tuple[int, ...]
+    seed: int
+    recorded: RecordedInputs | None = None
+    unquantized: Weight | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class LayerOutcome:
+    """The numbers of a layer, one for each number of tokens; its experts; and what is wrong."""
+
+    numbers: tuple[LayerNumbers, ...]
+    experts: LayerExperts
+    problems: tuple[Problem, ...]
+
+
+def check_layer(
+    inputs: LayerInputs, experts: FusedExperts, source: FusedExperts | None, done: Callable[[LayerNumbers], None]
+) -> LayerOutcome:
+    """Check one layer.
+
+    Args:
+        inputs: the layer.
+        experts: its experts, on the device where it is computed.
+        source: the same experts of the source, on the same device; the references are then built from them.
+        done: called with the numbers of each number of tokens.
+    """
+    problems = list(_scale_problems(experts))
+    if source is not None:
+        problems += _source_problems(experts, source)
+    router = inputs.router
+    if isinstance(router, Router) and not router.is_finite():
+        message = "The router's tensors are not finite: no token would reach its experts"
+        problems.append(Problem("numbers", experts.layer, inputs.layer.moe, message))
+        router = Unknown("its tensors are not finite")  # the experts are checked all the same
+    numbers: list[LayerNumbers] = []
+    load: tuple[int, ...] = ()
+    if isinstance(inputs.activation, ExpertActivation):
+        checked = CheckedLayer(
+            inputs.layer, experts, inputs.activation, inputs.top_k, router, source, inputs.unquantized
+        )
+        for tokens in inputs.tokens:
+            computed, load = compute_numbers(checked, tokens=tokens, seed=inputs.seed, recorded=inputs.recorded)
+            numbers.append(computed)
+            problems += _numbers_problems(computed)
+            done(computed)
+    errors = {} if inputs.unquantized is None else weight_errors(experts, inputs.unquantized)
+    problems += weight_problems(experts, errors)
+    return LayerOutcome(tuple(numbers), _seen(experts, load, errors), tuple(problems))
+
+
+def _scale_problems(experts: FusedExperts) -> Iterator[Problem]:
+    """Scales that are not finite and positive. A scale of 0 is harmless where all codes of its row are 0."""
+    for name, scale, codes in (
+        ("w13 scale", experts.w13_scale, experts.w13),
+        ("w2 scale", experts.w2_scale, experts.w2),
+    ):
+        bad = ~(torch.isfinite(scale) & (scale > 0)).flatten(1)
+        bad &= ~((scale == 0).flatten(1) & ~codes.any(dim=2)) if bool(bad.any()) else bad
+        wrong = torch.nonzero(bad.any(dim=1)).flatten().tolist()
+        if wrong:
+            message = f"The {name} of expert {wrong[0]} is not finite and positive everywhere"
+            yield Problem("numbers", experts.layer, experts.module, message, len(wrong))
+
+
+def _source_problems(experts: FusedExperts, source: FusedExperts) -> Iterator[Problem]:
+    """Codes and scales that differ from the source's, by expert and projection."""
+    for expert in range(experts.experts):
+        for role in ROLES:
+            converted, original = experts.projection(role, expert), source.projection(role, expert)
+            same_codes = torch.equal(converted.codes, original.codes)
+            if not (same_codes and torch.equal(converted.scale, original.scale)):
+                part = "scale differs" if same_codes else "codes differ"
+                name = f"{experts.module}.{expert} ({role})"
+                yield Problem("numbers", experts.layer, name, f"The {part} from the source's")
+
+
+def _numbers_problems(numbers: LayerNumbers) -> Iterator[Problem]:
+    for name, distance in (
+        ("the exact INT8 reference", numbers.exact),
+        ("the dequantized reference", numbers.dequantized),
+        ("the dequantized reference with outliers in its inputs", numbers.outliers),
+    ):
+        if distance is not None and not distance.ok:
+            message = (
+                f"The INT8 forward differs from {name}: relative error {distance.relative_error:.3g}, "
+                f"bound {distance.bound:.3g}"
+            )
+            yield Problem("numbers", numbers.layer, numbers.module, message)
+
+
+def _seen(experts: FusedExperts, load: tuple[int, ...], weights: dict[str, tuple[WeightError, ...]]) -> LayerExperts:
+    scales = torch.cat([experts.w13_scale.flatten(1), experts.w2_scale.flatten(1)], dim=1).cpu()
+    powers = scales.clamp(min=10.0 ** SCALE_EDGES[0]).log10().nan_to_num(SCALE_EDGES[0])
+    counts = torch.histc(powers, len(SCALE_EDGES) - 1, SCALE_EDGES[0], SCALE_EDGES[-1])
+    low, high = scales.min(dim=1).values.tolist(), scales.max(dim=1).values.tolist()
+    return LayerExperts(
+        experts.layer, experts.module, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())), weights
+    )
