@@ -117,6 +117,8 @@ def _source_problems(experts: FusedExperts, source: FusedExperts) -> Iterator[Pr
 
 
 def _numbers_problems(numbers: LayerNumbers) -> Iterator[Problem]:
+    if numbers.is_zero:
+        yield Problem("numbers", numbers.layer, numbers.module, "The output of the layer is zero for every token")
     for name, distance in (
         ("the exact INT8 reference", numbers.exact),
         ("the dequantized reference", numbers.dequantized),

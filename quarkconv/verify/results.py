@@ -116,8 +116,15 @@ class LayerNumbers:
     seconds: float
 
     @property
+    def is_zero(self) -> bool:
+        """Whether both outputs are zero, so that their distance says nothing."""
+        return self.exact.relative_error == 0 and math.isnan(self.exact.cosine)
+
+    @property
     def ok(self) -> bool:
-        """All distances within their bounds."""
+        """All distances within their bounds, of outputs that are not zero."""
+        if self.is_zero:
+            return False
         distances = (self.exact, self.dequantized, self.outliers, self.unquantized)
         return all(item.ok for item in distances if item is not None)
 

@@ -16,7 +16,7 @@ from quarkconv.experts.knowledge import Known, knowledge
 from quarkconv.experts.naming import Role
 from quarkconv.load.experts import Projection
 from quarkconv.verify.activation import expert_activation
-from quarkconv.verify.reference import activate, both_forwards, float_forward
+from quarkconv.verify.reference import activate, float_forward, reference_forwards
 
 DATA = Path(__file__).parents[1] / "data" / "routing"
 CASES: dict[str, dict[str, Any]] = json.loads((DATA / "experts.json").read_text())["cases"]
@@ -200,12 +200,12 @@ def test_both_references_add_biases_and_weigh_the_input() -> None:
     weights = torch.tensor([[0.5, 0.25]])
     activation = ExpertActivation("silu")
     for on_input in (False, True):
-        exact, dequantized = both_forwards(states, weights, ids, read, activation, on_input=on_input)
+        references = reference_forwards(states, weights, ids, read, activation, on_input=on_input)
         factor = 0.5 if on_input else 1.0
         gate = torch.tensor([127 * factor + 0.5, -0.25], dtype=torch.float64)
         up = torch.tensor([254 * factor + 1.0, 0.0], dtype=torch.float64)
         hidden = gate * torch.sigmoid(gate) * up
         down = torch.stack([hidden.sum() + 8.0, hidden[0] - hidden[1] - 8.0]) * (1.0 if on_input else 0.5)
-        torch.testing.assert_close(dequantized[0], down)
+        torch.testing.assert_close(references.dequantized[0], down)
         # bfloat16 keeps 8 bits: of the hidden values, the outputs and the sum.
-        torch.testing.assert_close(exact[0].double(), down, rtol=2**-7, atol=0)
+        torch.testing.assert_close(references.exact[0], down, rtol=2**-7, atol=0)
