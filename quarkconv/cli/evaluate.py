@@ -72,9 +72,9 @@ def evaluate(
     if (text is None) == (token_ids is None):
         raise UsageError("Give either a text or token ids", expected="--text or --token-ids",
                          found="neither" if text is None else "both")  # fmt: skip
-    from quarkconv.cli.verify import parse_layers
+    from quarkconv.cli.verify import parse_layer_numbers
 
-    numbers = None if layers is None else parse_layers(layers)
+    numbers = None if layers is None else parse_layer_numbers(layers)
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
         from quarkconv.evaluate.results import Limits

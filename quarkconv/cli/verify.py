@@ -141,3 +141,16 @@ def parse_layers(text: str) -> list[int | str]:
             )
         layers.extend(range(first, last + 1))
     return layers
+
+
+def parse_layer_numbers(text: str) -> set[int]:
+    """Layer numbers from ``0,3-5``.
+
+    Raises:
+        UsageError: it is not such a list.
+    """
+    layers = parse_layers(text)
+    numbers = {layer for layer in layers if isinstance(layer, int)}
+    if any(isinstance(layer, str) for layer in layers):
+        raise UsageError("Invalid --layers", expected="numbers and ranges such as 0,3-5", found=repr(text))
+    return numbers
