@@ -184,7 +184,7 @@ def test_an_error_in_a_thread_is_told(tmp_path: Path, monkeypatch: pytest.Monkey
     folder = make_checkpoint(tmp_path / "m", layers=3)
 
     def fail(*_: object, **__: object) -> None:
-        raise quarkconv.SourceError("broken while it was read")
+        raise quarkconv.SourceError("broken while it was read", code="shard-truncated")
 
     monkeypatch.setattr(LayerReader, "read", fail)
     with pytest.raises(quarkconv.SourceError, match="broken while"):
