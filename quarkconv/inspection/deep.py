@@ -1,4 +1,4 @@
-"""What only the data tells: are scales positive numbers, are zero points zero. Weights are never read."""
+"""``inspect --deep``: scales must be finite and positive, zero points zero. Weights are never read."""
 
 from __future__ import annotations
 
@@ -15,14 +15,15 @@ from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.stored import SCALE_DTYPES
+from quarkconv.text import plural
 
 _BLOCK: Final = 2**20
-"""Bytes read at a time, a multiple of the size of every element: what is named a scale may be as large as a weight."""
+"""Bytes read at a time, a multiple of every element size. A tensor named as a scale may be as large as a weight."""
 _LEAST_NORMAL: Final = 2.0**-126
 
 
 def deep_findings(description: Description, progress: Progress = SILENT) -> Iterator[Finding]:
-    """Read every scale and zero point of a checkpoint.
+    """Read every scale and zero point, and report wrong ones.
 
     Args:
         description: the checkpoint.
@@ -36,14 +37,14 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
     small_scales: list[str] = []
     nonzero: list[str] = []
     refs = description.checkpoint.refs()
-    wanted = [
+    ranges = [
         (name, block)
         for name in sorted(refs, key=lambda name: (refs[name].file, refs[name].start))
         if refs[name].file in shards and (_is_zero_point(name) or _is_scale(name, refs[name]))
         for block in _blocks(refs[name])
     ]
-    progress.step("Reading scales", sum(block.end - block.start for _, block in wanted), "byte")
-    for name, data in _read(description.checkpoint.store, wanted):
+    progress.step("Reading scales", sum(block.end - block.start for _, block in ranges), "byte")
+    for name, data in _read(description.checkpoint.store, ranges):
         progress.advance(len(data))
         if _is_zero_point(name):
             if any(data) and nonzero[-1:] != [name]:
@@ -59,19 +60,19 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
         name, problem = bad_scales[0]
         yield finding(
             "scale-invalid", name,
-            f"{len(bad_scales)} scale tensor(s) are not finite and positive: {name} has {problem}",
+            f"{plural(len(bad_scales), 'scale')} not finite or not positive: {name} has {problem}",
             hint="quantize the model again; its outputs would be NaN or zero", count=len(bad_scales),
         )  # fmt: skip
     if small_scales:
         yield finding(
             "scale-subnormal", small_scales[0],
-            f"{len(small_scales)} scale tensor(s) have values below 2^-126, first {small_scales[0]}",
-            hint="GPUs may take them for zero; such rows should have a scale that is small and normal",
+            f"{plural(len(small_scales), 'scale')} with values below 2^-126, which GPUs may flush to zero: {small_scales[0]}",
+            hint="quantize the model again with a lower bound on scales",
             count=len(small_scales),
         )  # fmt: skip
     if nonzero:
         yield finding(
-            "zero-point-nonzero", nonzero[0], f"{len(nonzero)} zero point(s) are not zero, first {nonzero[0]}",
+            "zero-point-nonzero", nonzero[0], f"{plural(len(nonzero), 'zero point')} not zero: {nonzero[0]}",
             hint="quantize the model again with symmetric weights", count=len(nonzero),
         )  # fmt: skip
 
@@ -89,16 +90,16 @@ def _blocks(ref: TensorRef) -> Iterator[Range]:
         yield Range(ref.file, start, min(start + _BLOCK, ref.end))
 
 
-def _read(store: Files, wanted: list[tuple[str, Range]]) -> Iterator[tuple[str, bytes]]:
-    """The bytes of each range with the tensor that it belongs to."""
-    data = store.read_many(block for _, block in wanted)
-    for name, block in wanted:
+def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, bytes]]:
+    """Each range's tensor and bytes."""
+    data = store.read_many(block for _, block in ranges)
+    for name, block in ranges:
         try:
             found = next(data)
         except OSError as error:
             raise SourceError(
                 "A tensor cannot be read", code="shard-truncated", file=block.file, tensor=name, found=error.strerror,
-                hint="check the disk, then give the command again",
+                hint="check the disk, then run the command again",
             ) from error  # fmt: skip
         if len(found) < block.end - block.start:
             raise SourceError(
@@ -109,7 +110,7 @@ def _read(store: Files, wanted: list[tuple[str, Range]]) -> Iterator[tuple[str, 
 
 
 def _scale_problem(dtype: str, data: bytes) -> tuple[str | None, float]:
-    """What is wrong with the values of a scale, if anything, and the least of them."""
+    """What is wrong with the values of a scale, or None; and its smallest value."""
     widened = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(data)
     values = array("f", widened)
     if not all(map(math.isfinite, values)):

@@ -1,4 +1,4 @@
-"""How the bytes of a checkpoint are divided, by dtype and by what they are for."""
+"""Sizes of a checkpoint by dtype and by use."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from quarkconv.description.description import Description
 from quarkconv.headers.safetensors import distinct
 
 Sizes = list[tuple[str, int]]
-"""Names and bytes, most first."""
+"""Names and bytes, largest first."""
 
 
 def bytes_by_dtype(description: Description) -> Sizes:
@@ -21,7 +21,7 @@ def bytes_by_dtype(description: Description) -> Sizes:
 
 
 def bytes_by_use(description: Description) -> Sizes:
-    """Bytes in weights of routed experts, in those of other int8 linears, in scales and zero points, and in the rest.
+    """Bytes of routed experts, other int8 linears, scales and zero points, and everything else.
 
     Experts are counted form by form, since a large model has 50,000 modules in a handful of forms.
     """

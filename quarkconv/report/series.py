@@ -1,4 +1,4 @@
-"""What the charts of a verification show, as data: one preparation for the page and for the terminal."""
+"""The data of a verification's charts, shared by page and terminal."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ class Noise:
     """Signal to noise of the layers' outputs, for one number of tokens.
 
     Attributes:
-        tokens: how many were asked for.
+        tokens: how many per layer.
         layers: numbers of the layers.
-        lines: what the outputs are compared with -> decibels for each layer; None where they are equal, or NaN.
+        lines: what outputs are compared with -> decibels for each layer; None where they are equal, or NaN.
     """
 
     tokens: int
@@ -33,7 +33,7 @@ class Noise:
     lines: dict[str, tuple[float | None, ...]]
 
     def lowest(self, name: str) -> tuple[float, int]:
-        """The lowest value of a line, which has one, and the layer that it belongs to."""
+        """The lowest value of a line with values, and its layer."""
         return min((value, at) for value, at in zip(self.lines[name], self.layers, strict=True) if value is not None)
 
 
@@ -45,10 +45,10 @@ class ExpertMap:
         title: what it shows.
         unit: of the values, for people.
         layers: numbers of the layers, one for each row.
-        cells: a row for each layer, a value for each of its experts; None where there is no finite value.
+        cells: a row for each layer, a value for each of its experts; None where it is not finite.
         form: how a value is written.
-        floor: what the lowest colour or mark stands for; None for the smallest value.
-        note: more about it, one sentence; empty when there is nothing more.
+        floor: value of the lowest colour or mark; None for the smallest value.
+        note: a remark; may be empty.
     """
 
     title: str
@@ -90,10 +90,10 @@ class ExpertMap:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How many weight scales lie in each bin, from the first bin that has any to the last.
+    """Counts of weight scales by bin, from the first bin with any to the last.
 
     Attributes:
-        edges: of the bins, as powers of ten; one more than there are bins.
+        edges: of the bins, as exponents of ten; one more than bins.
         counts: of the bins.
     """
 
@@ -102,7 +102,7 @@ class Histogram:
 
 
 def signal_to_noise(layers: Sequence[LayerNumbers]) -> list[Noise]:
-    """Signal to noise by layer, once for each number of tokens; comparisons that were not made are left out."""
+    """Signal to noise by layer, for each number of tokens; omits comparisons that were not made."""
     made = []
     for tokens in dict.fromkeys(layer.tokens for layer in layers):
         chosen = [layer for layer in layers if layer.tokens == tokens]
@@ -127,7 +127,7 @@ def weight_errors(layers: Sequence[LayerExperts]) -> ExpertMap | None:
 
 
 def scale_ranges(layers: Sequence[LayerExperts]) -> ExpertMap:
-    """How far apart the smallest and the largest weight scale of each expert are."""
+    """Ratio of the largest to the smallest weight scale of each expert, in decades."""
     cells = tuple(
         tuple(
             math.log10(high / low) if low > 0 and math.isfinite(high) else None
@@ -139,7 +139,7 @@ def scale_ranges(layers: Sequence[LayerExperts]) -> ExpertMap:
 
 
 def expert_load(layers: Sequence[LayerExperts]) -> ExpertMap | None:
-    """How many tokens the routing sent to each expert; None when none were routed."""
+    """Tokens routed to each expert; None without routing."""
     if not any(any(layer.load) for layer in layers):
         return None
     busiest = max(max(layer.load) * len(layer.load) / sum(layer.load) for layer in layers if any(layer.load))
@@ -151,7 +151,7 @@ def expert_load(layers: Sequence[LayerExperts]) -> ExpertMap | None:
 
 
 def scale_distribution(layers: Sequence[LayerExperts]) -> Histogram:
-    """The weight scales of all layers together."""
+    """The weight scales of all layers."""
     totals = [sum(layer.scale_histogram[at] for layer in layers) for at in range(len(SCALE_EDGES) - 1)]
     filled = [at for at, total in enumerate(totals) if total] or [0]
     first, last = filled[0], filled[-1]
@@ -163,7 +163,7 @@ def _numbers(layers: Sequence[LayerExperts]) -> tuple[int, ...]:
 
 
 def _worst_errors(layer: LayerExperts) -> tuple[float | None, ...]:
-    """The worst of an expert's projections; None when one of them is no number."""
+    """The largest error among an expert's projections; None if one is not finite."""
     columns = [[error.relative_error for error in errors] for errors in layer.weights.values()]
     worst = (max(values) if all(map(math.isfinite, values)) else None for values in zip(*columns, strict=True))
     return tuple(worst)

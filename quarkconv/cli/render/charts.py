@@ -1,7 +1,7 @@
-"""The report's charts, small, in a terminal.
+"""Small charts in a terminal.
 
-A value is a mark one character high, so that a chart reads without colour; an encoding without blocks gets marks of
-growing weight. What has more values than there is room is drawn several to a mark, and the chart says so.
+A value is one mark, whose height shows it without colour; encodings without blocks get marks of growing weight. If there
+are more values than columns, several share a mark, and the heading says how many.
 """
 
 from __future__ import annotations
@@ -36,36 +36,35 @@ _ASCII: Final = ".:-=+*#@"
 _UNKNOWN: Final = "?"
 _LINE_STYLES: Final = ("cyan",)
 _MAP_STYLES: Final = ("blue", "cyan", "green", "yellow")
-"""From the lowest mark to the highest; names, so that each terminal has them as it can be read there. None is red: high
-is not wrong."""
+"""From the lowest mark to the highest. Names, so each terminal uses its own palette; no red, since high is not wrong."""
 _INDENT: Final = "  "
 _BAR: Final = 16
 _ROWS: Final = 16
 """Most rows of a heat map."""
 _FEW_EXPERTS: Final = 16
-"""Up to so many experts have marks two columns wide, which look square."""
+"""Up to so many experts, marks are two columns wide, which looks square."""
 _BETWEEN: Final = 2
 """Columns between two heat maps."""
 _FLAT: Final = 4
-"""Up to so many rows are drawn one map below the other rather than both in half of the width."""
+"""Up to so many rows, maps are drawn one below the other at full width."""
 _WIDE: Final = 100
-"""Columns of a terminal from which on half of the width is enough for a map."""
+"""Width of a terminal where half is enough for a map."""
 _LEAST_ROOM: Final = 8
-"""Fewest columns that marks are given; words beside them are wrapped before."""
+"""Fewest columns for marks; words beside them wrap first."""
 
 
 def verification_charts(numbers: NumbersResult, options: ConsoleOptions) -> RenderableType:
     """Signal to noise, scales, weight errors and load of what was verified.
 
     Args:
-        numbers: what was found; of at least one layer.
+        numbers: of at least one layer.
         options: width and encoding of the terminal.
     """
     return Group(*_lines(numbers, options), "", *_maps(numbers.experts, options), "")
 
 
 def size_bars(groups: Iterable[Sequence[tuple[str, int]]]) -> RenderableType:
-    """Bytes with a bar for the share of each; the groups side by side where the terminal is wide."""
+    """Sizes with bars for their shares; groups stand side by side in a wide terminal."""
     tables = []
     for sizes in groups:
         table = Table.grid(padding=(0, 2, 0, 0))
@@ -74,7 +73,7 @@ def size_bars(groups: Iterable[Sequence[tuple[str, int]]]) -> RenderableType:
         table.add_column(min_width=_BAR)
         total = sum(nbytes for _, nbytes in sizes) or 1
         for name, nbytes in sizes:
-            # Full bars of a length, rather than parts of one bar, whose rest could be taken for it.
+            # A full bar of that length: the rest of a partly filled one could be mistaken for it.
             bar = ProgressBar(1, 1, max(round(nbytes / total * _BAR), 1), finished_style=_LINE_STYLES[0])
             table.add_row(size(nbytes), f"{nbytes / total:.1%}", bar, name)
         tables.append(table)
@@ -82,7 +81,7 @@ def size_bars(groups: Iterable[Sequence[tuple[str, int]]]) -> RenderableType:
 
 
 class _Line(NamedTuple):
-    """A value for each layer, with a name before and words behind."""
+    """A value for each layer, between a name and words."""
 
     name: str
     values: tuple[float | None, ...]
@@ -109,8 +108,8 @@ def _lines(numbers: NumbersResult, options: ConsoleOptions) -> Iterator[Renderab
     counts = [sum(part) or None for part in _parts(scales.counts, _step(len(scales.counts), room))]
     top = max((count for count in counts if count is not None), default=1)
     table.add_row(_INDENT + "weight scales", _marks(counts, 0, top, options), spread)
-    said = "" if not snr else "a mark for each layer" if step == 1 else f"a mark for {step} layers: the least of them"
-    yield _heading("Noise and scales" if snr else "Scales", said)
+    key = "" if not snr else "a mark for each layer" if step == 1 else f"a mark for {step} layers: the lowest of them"
+    yield _heading("Noise and scales" if snr else "Scales", key)
     yield table
 
 
@@ -124,7 +123,7 @@ def _snr(noise: Noise, name: str, *, several: bool) -> _Line:
 
 
 def _spread(scales: Histogram) -> str:
-    """Between what the scales lie, and the middle of the bin that has most of them."""
+    """Range of the scales, and the middle of the fullest bin."""
     if not any(scales.counts):
         return "none in the bins"
     peak = scales.counts.index(max(scales.counts))
@@ -133,7 +132,7 @@ def _spread(scales: Histogram) -> str:
 
 
 def _maps(experts: tuple[LayerExperts, ...], options: ConsoleOptions) -> Iterator[RenderableType]:
-    """Heat maps, one beside the other where the terminal is wide enough."""
+    """Heat maps, side by side in a wide terminal."""
     found = (weight_errors(experts) or scale_ranges(experts), expert_load(experts))
     charts = [chart for chart in found if chart is not None]
     columns = max(len(row) for chart in charts for row in chart.cells)
@@ -145,10 +144,10 @@ def _maps(experts: tuple[LayerExperts, ...], options: ConsoleOptions) -> Iterato
     room = max(room - len(_INDENT) - max(map(len, names)) - 2, _LEAST_ROOM)
     step = _step(columns, room)
     width = 2 if columns <= _FEW_EXPERTS and 2 * columns <= room else 1
-    said = "a row for each layer, a mark for each expert"
+    key = "a row for each layer, a mark for each expert"
     if layers > 1 or step > 1:
-        said = f"a row for {_each(layers, 'layer')}, a mark for {_each(step, 'expert')}: the largest of them"
-    yield _heading("Experts", said)
+        key = f"a row for {_each(layers, 'layer')}, a mark for {_each(step, 'expert')}: the largest of them"
+    yield _heading("Experts", key)
     drawn = [_heat_map(chart, names, (layers, step), width, options) for chart in charts]
     yield Columns(drawn, padding=(1, _BETWEEN, 1, 0))
 
@@ -156,7 +155,7 @@ def _maps(experts: tuple[LayerExperts, ...], options: ConsoleOptions) -> Iterato
 def _heat_map(
     chart: ExpertMap, names: list[str], steps: tuple[int, int], width: int, options: ConsoleOptions
 ) -> RenderableType:
-    """A map's title, rows of marks, and what the marks mean."""
+    """Title, rows of marks, legend."""
     lines: list[RenderableType] = [Text.assemble((chart.title, "bold"), (f" ({chart.unit})", "dim"))]
     rows = [
         [
@@ -175,7 +174,7 @@ def _heat_map(
 
 
 def _legend(chart: ExpertMap, low: float, options: ConsoleOptions) -> str:
-    """What the lowest and the highest mark stand for, and where the highest is."""
+    """Values of the lowest and the highest mark, and where the highest is."""
     ramp = _ramp(options)
     words = []
     if chart.extremes is not None:
@@ -188,10 +187,10 @@ def _legend(chart: ExpertMap, low: float, options: ConsoleOptions) -> str:
     return _INDENT.join(words)
 
 
-def _heading(name: str, said: str) -> RenderableType:
-    """A name, and words that are wrapped beside it."""
+def _heading(name: str, words: str) -> RenderableType:
+    """A name, and words that wrap beside it."""
     table = Table.grid(padding=(0, 2, 0, 0))
-    table.add_row(Text(name, style="bold", no_wrap=True), Text(said, style="dim"))
+    table.add_row(Text(name, style="bold", no_wrap=True), Text(words, style="dim"))
     return table
 
 
@@ -199,7 +198,7 @@ def _marks(
     values: Sequence[float | None], low: float, high: float, options: ConsoleOptions, *, unknown: str = " ",
     width: int = 1, styles: Sequence[str] = _LINE_STYLES,
 ) -> Text:  # fmt: skip
-    """A mark for each value, as high as the value lies between low and high."""
+    """A mark for each value, its height the value's place between low and high."""
     ramp = _ramp(options)
     text = Text()
     for value in values:
@@ -216,7 +215,7 @@ def _ramp(options: ConsoleOptions) -> str:
 
 
 def _step(count: int, room: int) -> int:
-    """How many values share a mark when so many have that room."""
+    """How many values share a mark, for so many values in that many columns."""
     return max(-(-count // room), 1)
 
 
@@ -229,7 +228,7 @@ def _least(values: Sequence[float | None]) -> float | None:
 
 
 def _largest(values: Sequence[float | None]) -> float | None:
-    """The largest; None where any is unknown, since nothing is further off than that."""
+    """The largest; None if any is unknown, which is worse than any value."""
     known = [value for value in values if value is not None]
     return max(known) if len(known) == len(values) and known else None
 

@@ -19,11 +19,11 @@ _SHOWN_PROBLEMS: Final = 20
 _SHOWN_LAYERS: Final = 16
 _WORST: Final = 5
 _FULL_WIDTH: Final = 72
-"""Columns of a terminal from which on all figures of a layer are shown."""
+"""Width of a terminal that shows all figures of a layer."""
 
 
 def render_verification(verification: Verification) -> RenderableType:
-    """The three stages, the numbers of each layer, charts, what is wrong, the verdict."""
+    """The three stages, the numbers of each layer, charts, problems, the verdict."""
     parts: list[RenderableType] = [_stages(verification)]
     if verification.numbers.layers:
         parts.append(_numbers(verification.numbers))
@@ -45,7 +45,7 @@ def _stages(verification: Verification) -> RenderableType:
     amount = f"{plural(layers, 'layer')}, {tokens} token{'' if numbers.tokens == (1,) else 's'} each"
     forward = f"{amount}, on {numbers.device} ({numbers.backend})"
     table = Table.grid(padding=(0, 2))
-    for stage, said, skipped in (
+    for stage, scope, skipped in (
         ("structure", f"{structure.tensors:,} tensors in {plural(structure.files, 'file')}: {manifest}", None),
         ("bytes", f"{checked.pieces:,} pieces, {size(checked.nbytes)}: against {compared}", checked.skipped),
         ("numbers", forward, numbers.skipped),
@@ -56,7 +56,7 @@ def _stages(verification: Verification) -> RenderableType:
         elif skipped is not None:
             mark = Text("–", style="bold yellow")
         table.add_row(
-            mark, Text(stage, style="bold"), Text(f"not checked: {skipped}" if skipped else said, style="dim")
+            mark, Text(stage, style="bold"), Text(f"not checked: {skipped}" if skipped else scope, style="dim")
         )
     facts = [
         verification.scheme or "no scheme",
@@ -70,7 +70,7 @@ def _numbers(numbers: NumbersResult) -> RenderableType:
     table = Table(box=box.SIMPLE_HEAD, pad_edge=False, title="INT8 forward", title_justify="left", title_style="bold")
     several = len(numbers.tokens) > 1
     second = "tokens" if several else "experts"
-    columns = ("layer", second, "vs exact", "vs float", "outliers", "SNR", "cosine", "largest")
+    columns = ("layer", second, "exact", "dequantized", "outliers", "SNR", "cosine", "max")
     shown = len(columns) if console().width >= _FULL_WIDTH else len(columns) - 2
     for column in columns[:shown]:
         table.add_column(column, justify="right", no_wrap=True)
@@ -90,16 +90,16 @@ def _numbers(numbers: NumbersResult) -> RenderableType:
     for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
         lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))
     for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.dequantized.bound) for layer in layers):
-        said = (
-            f"vs exact: relative error against integer arithmetic in float64, at most {exact:.1e}; vs float: against "
-            f"dequantized weights and float activations, at most {noise_bound:g}; largest: of an element, over the RMS"
+        legend = (
+            f"relative errors; exact: against integer arithmetic, bound {exact:.1e}; dequantized: against float64 with "
+            f"dequantized weights, bound {noise_bound:g}; max: largest element error / output RMS"
         )
-        lines.append(indented(said, 2, "dim"))
+        lines.append(indented(legend, 2, "dim"))
     return Group(*lines, "")
 
 
 def _noisiest(layers: tuple[LayerNumbers, ...]) -> list[LayerNumbers]:
-    """Those that are out of bounds and, of the others, those with most noise; the charts show all."""
+    """Layers out of bounds, then the noisiest others; the charts show all."""
 
     def rank(at: int) -> tuple[bool, float]:
         noise = layers[at].dequantized.relative_error
@@ -109,15 +109,14 @@ def _noisiest(layers: tuple[LayerNumbers, ...]) -> list[LayerNumbers]:
 
 
 def _worst(verification: Verification) -> RenderableType:
-    """The weights that suffered most."""
+    """The weights with the largest errors."""
     worst = verification.numbers.worst(_WORST)
     if not worst:
         return Group()
     lines: list[RenderableType] = [Text("Furthest from the unquantized model", style="bold")]
     for layer, module, role, expert, error in worst:
-        label = verification.numbers.label(layer, module)
-        said = f"layer {label} expert {expert} {role}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped"
-        lines.append(indented(said, 2, "dim"))
+        weight = f"layer {verification.numbers.label(layer, module)} expert {expert} {role}"
+        lines.append(indented(f"{weight}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped", 2, "dim"))
     return Group(*lines, "")
 
 
@@ -140,6 +139,6 @@ def _problems(problems: tuple[Problem, ...]) -> RenderableType:
 def _verdict(verification: Verification) -> Text:
     if not verification.ok:
         return verdict(f"Not verified: {plural(len(verification.problems), 'problem')}", good=False)
-    skipped = verification.bytes.skipped
-    said = "Verified" if skipped is None else "Verified: structure and numbers; bytes could not be checked"
-    return verdict(said, good=True)
+    stages = (("bytes", verification.bytes.skipped), ("numbers", verification.numbers.skipped))
+    skipped = [stage for stage, reason in stages if reason is not None]
+    return verdict("Verified" + (f"; not checked: {' and '.join(skipped)}" if skipped else ""), good=True)
