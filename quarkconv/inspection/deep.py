@@ -66,7 +66,7 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
     if small_scales:
         yield finding(
             "scale-subnormal", small_scales[0],
-            f"{plural(len(small_scales), 'scale')} with values below 2^-126, which GPUs may flush to zero: {small_scales[0]}",
+            f"{plural(len(small_scales), 'scale')} below 2^-126, which GPUs may flush to zero: {small_scales[0]}",
             hint="quantize the model again with a lower bound on scales",
             count=len(small_scales),
         )  # fmt: skip

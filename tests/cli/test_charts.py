@@ -141,7 +141,7 @@ def test_signal_to_noise_keeps_the_least() -> None:
     lines = drawn(dataclasses.replace(whole, layers=tuple(layers)), 80)
     (row,) = (line for line in lines if "SNR" in line)
     assert "20.0 (layer 33) to 40.0 dB" in row
-    (step,) = (int(found) for found in re.findall(r"a mark for (\d+) layers: the least of them", " ".join(lines)))
+    (step,) = (int(found) for found in re.findall(r"a mark for (\d+) layers: the lowest of them", " ".join(lines)))
     marks = re.search(f"[{BLOCKS}]+", row)[0]  # type: ignore[index]
     assert marks == "".join("▁" if at == 33 // step else "█" for at in range(math.ceil(62 / step)))
 

@@ -1,7 +1,7 @@
 """Small charts in a terminal.
 
-A value is one mark, whose height shows it without colour; encodings without blocks get marks of growing weight. If there
-are more values than columns, several share a mark, and the heading says how many.
+A value is one mark, whose height shows it without colour; encodings without blocks get marks of growing weight. If
+there are more values than columns, several share a mark, and the heading says how many.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ _ASCII: Final = ".:-=+*#@"
 _UNKNOWN: Final = "?"
 _LINE_STYLES: Final = ("cyan",)
 _MAP_STYLES: Final = ("blue", "cyan", "green", "yellow")
-"""From the lowest mark to the highest. Names, so each terminal uses its own palette; no red, since high is not wrong."""
+"""From the lowest mark to the highest, in the terminal's own palette; no red, since high is not wrong."""
 _INDENT: Final = "  "
 _BAR: Final = 16
 _ROWS: Final = 16
