@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def engines(json: Json = False) -> int:
-    """Print what is known of engines and INT8 MoE checkpoints, with the evidence."""
+    """Show what engines do with each form, with evidence."""
     facts = engine_facts()
     rows = [{**fact.to_json(), "evidence": fact.evidence, "checked": fact.checked} for fact in facts]
 

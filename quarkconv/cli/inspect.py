@@ -29,9 +29,9 @@ def inspect(
     verbose: Verbose = False,
     quiet: Quiet = False,
 ) -> int:
-    """Show what a checkpoint holds, where config.json contradicts it, and which engines run it.
+    """Show what a checkpoint holds and which engines run it.
 
-    Reads headers only. Exits 1 if there is an error.
+    Compares config.json with the stored tensors, reading headers only. Exits 1 if there is an error.
 
     \b
     quarkconv inspect ./model
