@@ -1,4 +1,4 @@
-"""A walk through a proof: convert a real Quark export, prove it, and look at what was found, layer by layer.
+"""Convert a real Quark export, verify it, and read the proof layer by layer.
 
     python examples/prove_it.py [MODEL] [REFERENCE]
 
@@ -17,25 +17,25 @@ HERE = Path(__file__).resolve().parent
 
 
 def main(model: str, unquantized: str | None = None) -> None:
-    # 1. What is it? Headers only; for a repo id on the Hub, a few MB.
+    # 1. Inspect. Headers only; from the Hub, a few MB.
     inspection = quarkconv.inspect_checkpoint(model)
     print(f"{model}: {inspection.scheme}, {len(inspection.description.moe_layers)} MoE layers")
     for finding in inspection.findings:
         print(f"  {finding.severity}: {finding.message}")
 
     with tempfile.TemporaryDirectory() as folder:
-        # 2. Make it loadable. Nothing is decided while it is written: the plan can be looked at before.
+        # 2. Convert. The plan is pure data: look at it before anything is written.
         plan = quarkconv.plan_conversion(model, "fused-int8")
         print(f"plan: {sum(len(shard.tensors) for shard in plan.shards)} tensors, {plan.output_bytes:,} bytes")
         result = quarkconv.convert_checkpoint(model, "fused-int8", Path(folder) / "converted")
 
-        # 3. Prove it: every byte against the manifest and the source, and the numbers of each layer.
+        # 3. Verify: every byte against manifest and source, and the numbers of each layer.
         verification = quarkconv.verify_checkpoint(
             result.output, source=result.source, unquantized=unquantized, tokens=[16, 256]
         )
 
-    # 4. Read the proof. The exact distance says whether the kernel is right, the other how much 8 bits cost.
-    print("verified" if verification.ok else f"{len(verification.problems)} problem(s)")
+    # 4. Read the proof: "exact" shows whether the kernel is right, "dequantized" what 8-bit activations cost.
+    print("verified" if verification.ok else f"{len(verification.problems)} problems")
     for problem in verification.problems:
         print(f"  {problem.stage}: {problem.tensor}: {problem.message}")
     for layer in verification.numbers.layers:

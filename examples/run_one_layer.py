@@ -1,6 +1,6 @@
 """Load the routed experts of one layer, fused, and run the INT8 forward on them.
 
-Works on a Quark export as it came and on a converted checkpoint, on a GPU where there is one.
+Takes Quark exports and converted checkpoints; uses a GPU if there is one.
 
 Usage: python examples/run_one_layer.py [MODEL] [LAYER]
 """

@@ -1,4 +1,4 @@
-"""The three commands from Python: inspect a Quark export, convert it, prove the result.
+"""The three commands from Python: inspect a Quark export, convert it, verify the result.
 
 Usage: python examples/use_from_python.py [MODEL]
 """
@@ -20,7 +20,7 @@ if not inspection.targets["fused-int8"].supported:
 
 with tempfile.TemporaryDirectory() as folder:
     result = quarkconv.convert_checkpoint(model, "fused-int8", Path(folder) / "fused")
-    print(f"wrote {len(result.plan.shards)} shard(s), {result.plan.output_bytes:,} bytes")
+    print(f"wrote {result.plan.output_bytes:,} bytes in {len(result.plan.shards)} shards")
 
     verification = quarkconv.verify_checkpoint(result.output, source=model)
     for layer in verification.numbers.layers:

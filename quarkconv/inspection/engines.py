@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 import sys
 import tomllib
@@ -14,7 +15,9 @@ from typing import Any, Final
 from quarkconv.description.description import Description
 from quarkconv.scheme.patterns import is_pattern
 
-VERDICTS: Final = ("int8", "w8a16", "wrong", "fails")
+NOT_CHECKED: Final = "not checked"
+"""The verdict of a row that was never tried with the model type."""
+VERDICTS: Final = ("int8", "w8a16", NOT_CHECKED, "wrong", "fails")
 """Best first."""
 
 FUSED: Final = "fused-int8"
@@ -91,7 +94,9 @@ class EngineFact:
     @property
     def remark(self) -> str:
         """Devices and note, for people."""
-        return "; ".join(filter(None, (f"on {self.devices}" if self.devices else "", self.note)))
+        devices = f"on {self.devices}" if self.devices else ""
+        reading = "by its source" if self.devices and self.evidence.startswith("source") else ""
+        return "; ".join(filter(None, (devices, self.note, reading)))
 
     def to_json(self) -> dict[str, str]:
         """The fields of the contract."""
@@ -107,8 +112,17 @@ class EngineFact:
 @cache
 def engine_facts() -> tuple[EngineFact, ...]:
     """All rows of the table."""
-    rows = tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))["rows"]
-    return tuple(_fact(row) for row in rows)
+    return tuple(_fact(row) for row in _table()["rows"])
+
+
+@cache
+def checked_model_types() -> dict[str, frozenset[str]]:
+    """Engine -> model types that it was run with; engines that read no model type are absent."""
+    return {engine: frozenset(names) for engine, names in _table()["checked_model_types"].items()}
+
+
+def _table() -> dict[str, Any]:
+    return tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))
 
 
 def engines_for(
@@ -139,6 +153,13 @@ def engines_for(
         for fact in engine_facts()
         if fact.form in layouts
         and fact.holds_for(scheme, layouts[fact.form], model_type, features[fact.form == stored])
+    ]
+    tried = checked_model_types()
+    found = [
+        dataclasses.replace(fact, verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
+        if fact.verdict in ("int8", "w8a16") and model_type not in tried.get(fact.engine, (model_type,))
+        else fact
+        for fact in found
     ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
@@ -223,7 +244,7 @@ def stored_form(description: Description) -> str | None:
 
 def _fact(row: dict[str, Any]) -> EngineFact:
     unknown = set(row) - {*_FIELDS, *_CONDITIONS, "checked", "devices"}
-    if unknown or row["verdict"] not in VERDICTS:
+    if unknown or row["verdict"] not in VERDICTS or row["verdict"] == NOT_CHECKED:
         raise ValueError(f"engines.toml: a row for {row['engine']} is malformed")
     conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
     engine, version, form, verdict, note, evidence = (str(row[key]) for key in _FIELDS)

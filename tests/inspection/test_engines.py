@@ -16,7 +16,7 @@ from support.program import run_cli
 import quarkconv
 from quarkconv import inspect_checkpoint
 from quarkconv.inspection import engines
-from quarkconv.inspection.engines import VERDICTS, Advice, EngineFact, engine_facts, stored_form
+from quarkconv.inspection.engines import Advice, EngineFact, engine_facts, stored_form
 from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
@@ -43,7 +43,7 @@ def test_every_row_is_read() -> None:
 def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
     assert row["engine"] in {"vllm", "vllm-ascend", "sglang", "transformers", "quark"}
     assert row["as"] in FORMS
-    assert row["verdict"] in VERDICTS
+    assert row["verdict"] in {"int8", "w8a16", "wrong", "fails"}
     assert row["version"]
     assert row["evidence"]
     assert "checked" not in row or type(row["checked"]) is datetime.date
@@ -66,7 +66,10 @@ def test_no_row_says_the_same_twice() -> None:
 
 @pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}])
 def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("quarkconv.inspection.engines.tomllib.loads", lambda _: {"rows": [{**ROWS[0], **change}]})
+    monkeypatch.setattr(
+        "quarkconv.inspection.engines.tomllib.loads",
+        lambda _: {"rows": [{**ROWS[0], **change}], "checked_model_types": {}},
+    )
     with pytest.raises(ValueError, match="malformed"):
         engine_facts.__wrapped__()
 
@@ -150,7 +153,7 @@ def test_nothing_is_said_where_no_expert_is_int8(name: str, checkpoints: Any) ->
 
 def test_best_first(checkpoints: Any) -> None:
     found = [row.verdict for row in inspect_checkpoint(checkpoints("step3p5-like-3key_fused")).engines]
-    assert found == sorted(found, key=["int8", "w8a16", "wrong", "fails"].index)
+    assert found == sorted(found, key=["int8", "w8a16", "not checked", "wrong", "fails"].index)
     assert len(set(found)) > 2
 
 
@@ -254,6 +257,16 @@ def test_advice_of_one_row(form: str, verdict: str, expected: tuple[Advice, ...]
     assert engines.advice("quark", [fact]) == expected
     assert engines.advice("quark", [dataclasses.replace(fact, devices="CPUs")]) == ()
     assert engines.advice("quark", []) == ()
+
+
+def test_engines_are_not_checked_with_a_model_type_that_none_was_run_with(tmp_path: Path) -> None:
+    model = Model()
+    model.config["model_type"] = "brand_new_moe"
+    folder = model.write(tmp_path)
+    inspection = inspect_checkpoint(folder)
+    on_gpus = {row.verdict for row in inspection.engines if row.engine in {"vllm", "sglang"}}
+    assert on_gpus == {"not checked", "fails"}
+    assert not [item for item in inspection.advice if "in int8" in item.text]
 
 
 def test_what_engines_do_with_a_contradiction_is_unknown(tmp_path: Path) -> None:

@@ -14,13 +14,19 @@ from quarkconv.cli.out import indented, printable, title, verdict
 from quarkconv.cli.render.charts import size_bars
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.experts.topology import MoELayer
-from quarkconv.inspection.engines import ENGINE_NAMES, EngineFact, stored_form
+from quarkconv.inspection.engines import ENGINE_NAMES, NOT_CHECKED, EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.text import plural, size
 
-_VERDICT_STYLES: Final = {"int8": "bold green", "w8a16": "yellow", "wrong": "bold red", "fails": "red"}
+_VERDICT_STYLES: Final = {
+    "int8": "bold green",
+    "w8a16": "yellow",
+    "not checked": "dim",
+    "wrong": "bold red",
+    "fails": "red",
+}
 
 
 def render_inspection(inspection: Inspection, *, everything: bool = False) -> RenderableType:
@@ -172,7 +178,10 @@ def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableTyp
     if shown:
         yield engine_table(shown, evidence=False, stored=stored_form(inspection.description))
     else:
-        yield Text.assemble(("Engines", "bold"), "  none is known to run it in int8")
+        unknown = any(fact.verdict == NOT_CHECKED for fact in inspection.engines)
+        model_type = printable(inspection.description.config.model_type or "this model type")
+        answer = f"not checked with {model_type}" if unknown else "none is known to run it in int8"
+        yield Text.assemble(("Engines", "bold"), f"  {answer}")
     if more := len(inspection.engines) - len(shown):
         yield indented(f"{plural(more, 'more row')} with --all: other releases, engines that fail", 2, "dim")
 
