@@ -101,6 +101,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
+    "experts-not-understood": FindingCode(
+        _E, "Routed experts are stored under names, or in a form, that quarkconv does not know.", _UNSUPPORTED
+    ),
     "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
     # What a conversion leaves behind (told by convert, of one target)
     "setting-dropped": FindingCode(_W, "The target cannot say a setting of the source's quantization_config."),

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Final
 
+from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MAX_EXPERTS, MoELayer, Topology
 from quarkconv.findings import Finding, Severity, finding
@@ -25,21 +26,34 @@ def is_linear(module: str, form: Form) -> bool:
 
 
 def contradictions(
-    declared: DeclaredScheme | None, stored: StoredModules, modules: ResolvedModules, topology: Topology
+    declared: DeclaredScheme | None,
+    stored: StoredModules,
+    modules: ResolvedModules,
+    topology: Topology,
+    family: Callable[[str], Family | None] = lambda _: None,
 ) -> Iterator[Finding]:
-    """Everything that a user should know about the scheme of a checkpoint."""
+    """Everything that a user should know about the scheme of a checkpoint.
+
+    ``family`` gives the family of models that a module is of, None where it is not known.
+    """
     yield from _config(declared, modules)
     yield from _experts(declared, topology)
     if declared is not None and not isinstance(declared, UnknownScheme):
-        yield from _linears(declared, modules, topology)
+        yield from _linears(declared, modules, topology, family)
     yield from _stored(modules)
     yield from _scheme(declared, stored, modules, topology)
-    if stored.unrecognised:
+    unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
+    if unrecognised:
         yield finding(
-            "tensor-unrecognised", stored.unrecognised[0],
-            f"{len(stored.unrecognised)} tensor(s) with codes or scales belong to no module that is understood",
-            hint="conversion copies them as they are; engines may drop them", count=len(stored.unrecognised),
+            "tensor-unrecognised", unrecognised[0],
+            f"{len(unrecognised)} tensor(s) with codes or scales belong to no module that is understood",
+            hint="conversion copies them as they are; engines may drop them", count=len(unrecognised),
         )  # fmt: skip
+
+
+def _of_the_model(name: str, family: Family | None) -> bool:
+    """Whether a tensor is a parameter of the model that only looks like a quantizer's scale."""
+    return family is not None and name.rpartition(".")[2] in family.own_scales
 
 
 def rank_part(rank: Rank) -> Finding:
@@ -106,13 +120,19 @@ def _float_modules(layer: MoELayer) -> Iterator[str]:
             yield module
 
 
-def _linears(declared: DeclaredScheme, modules: ResolvedModules, topology: Topology) -> Iterator[Finding]:
+def _linears(
+    declared: DeclaredScheme, modules: ResolvedModules, topology: Topology, family: Callable[[str], Family | None]
+) -> Iterator[Finding]:
     """Linears for which config and tensors disagree."""
     claimed: list[str] = []
     excluded: list[str] = []
     for (form, claim), names in modules.groups.items():
         if form.is_float and claim.weight is not None:
-            claimed += [name for name in names if name not in topology.members and is_linear(name, form)]
+            claimed += [
+                name
+                for name in names
+                if name not in topology.members and is_linear(name, form) and not _in_float(name, family(name))
+            ]
         elif form.quantized and claim.weight is None:
             excluded += names
     if claimed and declared.stores_codes:
@@ -133,6 +153,11 @@ def _linears(declared: DeclaredScheme, modules: ResolvedModules, topology: Topol
             f"config.json excludes {_count(excluded)} stored in int8: {_first(excluded)}",
             hint=_CONVERT, count=len(excluded),
         )  # fmt: skip
+
+
+def _in_float(module: str, family: Family | None) -> bool:
+    """Whether engines keep a module of a known family in float, whatever the config declares."""
+    return family is not None and family.in_float(module)
 
 
 _Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
@@ -254,7 +279,7 @@ def _scheme(
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:
         yield finding("mixed-scheme", "quantization_config", f"int8 modules are of {' and '.join(names_found)}")
-    if not topology.members:
+    if not topology.members and not any(item.code == "experts-not-understood" for item in topology.findings):
         quantized = stored.count(quantized=True) > 0
         yield finding(
             "not-moe", "config.json", "The checkpoint has no routed experts",

@@ -13,6 +13,7 @@ from pathlib import Path
 from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, rank_part
 from quarkconv.experts.config import ModelConfig, model_config
+from quarkconv.experts.knowledge import families
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
 from quarkconv.files.base import Files
@@ -103,13 +104,14 @@ def describe(place: Path | Files, progress: Progress = SILENT) -> Description:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         modules = resolve_modules(stored, declared)
-        topology = expert_topology(stored, config.local_experts, config.hidden_layers)
+        family = families(config.raw)
+        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family)
         findings = [
             *checkpoint.findings,
             *topology.findings,
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
-            *contradictions(declared, stored, modules, topology),
+            *contradictions(declared, stored, modules, topology, family),
         ]
     order = list(Severity)
     findings = bounded(findings)

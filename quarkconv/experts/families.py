@@ -30,6 +30,7 @@ _KIMI_LINEAR: Final = RouterRule(
 )  # fmt: skip
 _CLAMPED_SILU: Final = ActivationRule(limit=("swiglu_limit",))
 _SWIGLU_OAI: Final[Mapping[str, ActivationName]] = {"silu": "swigluoai", "swigluoai": "swigluoai"}
+_HYPER_CONNECTIONS: Final = ("hc_scale", "hc_attn_scale", "hc_ffn_scale", "hc_head_scale")
 _MTP: Final = ("eh_proj",)  # nn.Linear in vLLM's *_mtp.py
 
 _SOFTMAX_FAMILIES: Final = (
@@ -120,6 +121,7 @@ _SOFTMAX_FAMILIES: Final = (
             weight=("router.proj.weight",), input_scale=("router.scale",), expert_scale=("router.per_expert_scale",)
         ),
         activation=ActivationRule(keys=("hidden_activation",), names={"gelu_pytorch_tanh": "gelu_tanh"}, default=None),
+        own_scales=("per_expert_scale",),
     ),
     # Divided by no less than moe_norm_min; vLLM divides by the sum itself, which is at least 1 / E.
     Family(
@@ -192,7 +194,7 @@ _SIGMOID_FAMILIES: Final = (
     Family(("glm_moe_dsa",), _V3, "GlmMoeDsaTopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
     Family(
         ("glm5_next",), _V3, "Glm5NextTextTopkRouter, Glm5NextTextExperts", tensors=_BIASED_GATE, fixed=_V3_FIXED,
-        activation=_CLAMPED_SILU, float_modules=_MTP,
+        activation=_CLAMPED_SILU, float_modules=_MTP, own_scales=_HYPER_CONNECTIONS,
     ),
     # vLLM's mimo_v2.py knows no scale.
     Family(
@@ -281,6 +283,7 @@ _SIGMOID_FAMILIES: Final = (
         fixed={
             "scoring_func": ("sqrtsoftplus",), "topk_method": (None, "noaux_tc"), "norm_topk_prob": (None, True),
         },
+        own_scales=_HYPER_CONNECTIONS,
     ),
     # FusedMoEBlock in vLLM's step3p5.py, which refuses a router without the bias; with it, the model's remote code
     # (router_bias_func in modeling_step3p5.py, also the epsilon's source) knows only the sigmoid.

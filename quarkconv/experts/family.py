@@ -152,6 +152,7 @@ class Family:
         latent: keys of the experts' hidden width where it is not the model's.
         ignored: config keys that look as if they mattered and do not, for routed experts at inference.
         float_modules: modules, besides routers and lm_head, that engines never run in int8.
+        own_scales: last parts of names of parameters of the model that look like a quantizer's scale.
     """
 
     types: tuple[str, ...]
@@ -168,6 +169,7 @@ class Family:
     latent: Keys = ()
     ignored: Keys = ()
     float_modules: tuple[str, ...] = ()
+    own_scales: tuple[str, ...] = ()
 
     def settings(self) -> Iterator[Keys]:
         """The keys of every setting that the row reads."""
@@ -178,3 +180,8 @@ class Family:
     def understood(self) -> frozenset[str]:
         """Every config key that the row reads, or knows not to matter."""
         return frozenset({key for keys in self.settings() for key in keys} | {*self.fixed, *self.ignored})
+
+    def in_float(self, module: str) -> bool:
+        """Whether engines keep a module in float: a router, or another that they never quantize."""
+        routers = (name.removesuffix(".weight") for name in self.tensors.weight)
+        return module.endswith(tuple(f".{name}" for name in (*routers, *self.float_modules)))

@@ -10,8 +10,9 @@ a model unknown: whatever it is not known to leave alone may be computed differe
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import cache
 from typing import Final
 
 from quarkconv.experts.config import model_config
@@ -218,6 +219,17 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
     row = min(rows, key=lambda row: sum(1 for _ in _contradicted(row, section)))
     contradicted = next(_contradicted(row, section), None) or next(_not_understood(row, section), None)
     return contradicted or Known(model_type, row, section, _experts(row, section))
+
+
+def families(config: object) -> Callable[[str], Family | None]:
+    """Gives the family of the stack of layers that a module belongs to; None where it is not known."""
+
+    @cache
+    def of_stack(stack: str) -> Family | None:
+        known = knowledge(config, stack)
+        return None if isinstance(known, Unknown) else known.family
+
+    return lambda module: of_stack(module.partition(".")[0])
 
 
 def _experts(row: Family, section: Config) -> Config:

@@ -31,12 +31,15 @@ class StoredProjection(NamedTuple):
         form: dtypes and shapes of these tensors.
         weight: part of the weight that is the projection's.
         scale: part of the weight's scale; gate and up of a fused tensor share a scale per tensor.
+        alternate: the parts of weight and scale are rows that alternate: of two parts, 0 is every other row from the
+            first on.
     """
 
     names: TensorNames
     form: Form
     weight: Part
     scale: Part
+    alternate: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,8 +54,14 @@ class MoELayer:
         layout: how the experts are laid out.
         experts, hidden, intermediate: E, H and I.
         forms: role -> the form of every expert's projection, E of them; in the layouts of one tensor for all experts,
-            one. A fused layer has its gate and up under ``gate`` and an empty ``up``.
+            one. A fused layer has its gate and up under ``gate`` and an empty ``up``. One by one, experts without a
+            gate have no ``gate``, those whose gate and up are joined no ``up``.
         all_forms: the distinct forms among them.
+        gated: whether the experts have a gate.
+        joined: gate and up of an expert are one projection, ``experts.3.gate_up_proj`` [2I, H].
+        interleaved: the rows of gate and up in it alternate; None where that is not known.
+        biased: the projections have biases, which are stored in float.
+        transposed: the matrices of fused tensors are [in, out]; such experts are float.
     """
 
     index: int
@@ -65,6 +74,25 @@ class MoELayer:
     intermediate: int
     forms: dict[Role, tuple[Form, ...]]
     all_forms: frozenset[Form]
+    gated: bool = True
+    joined: bool = False
+    interleaved: bool | None = False
+    biased: bool = False
+    transposed: bool = False
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The projections that an expert has."""
+        return ROLES if self.gated else ROLES[1:]
+
+    def leaves(self) -> Iterator[tuple[str, tuple[Role, ...]]]:
+        """The projections of one expert as they are named, each with what it holds."""
+        if self.joined and self.naming.joined is not None:
+            yield self.naming.joined, ("gate", "up")
+            yield self.naming.down, ("down",)
+            return
+        for role in self.roles:
+            yield getattr(self.naming, role), (role,)
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -102,6 +130,11 @@ class MoELayer:
         """The tensors that hold a projection of an expert, and where in them it lies, whatever the layout."""
         whole, matrix = Part(0, 1), Part(expert, self.experts)
         leaf = getattr(self.naming, role)
+        if self.joined and role != "down":
+            names, form = linear_names(f"{self.prefix}.{expert}.{self.naming.joined}"), self.forms["gate"][expert]
+            half = Part(int(role == "up"), 2)
+            shared = form.granularity != PER_CHANNEL
+            return StoredProjection(names, form, half, whole if shared else half, bool(self.interleaved))
         if self.layout == "per_expert":
             form = self.forms[role][expert]
             return StoredProjection(linear_names(f"{self.prefix}.{expert}.{leaf}"), form, whole, whole)
@@ -116,11 +149,11 @@ class MoELayer:
 
     def modules(self) -> Iterator[tuple[Role, int, str]]:
         """(role, expert, module) of every projection; in the layouts of one tensor for all experts, expert is 0."""
-        for role, name in zip(ROLES, self.naming.projections(), strict=True):
+        for name, (role, *_) in self.leaves() if self.layout != "fused" else ():
             if self.layout == "per_expert":
                 for expert in range(self.experts):
                     yield role, expert, f"{self.prefix}.{expert}.{name}"
-            elif self.layout == "stacked":
+            else:
                 yield role, 0, f"{self.moe}.{name}"
         if self.layout == "fused":
             yield "gate", 0, f"{self.prefix}.{self.naming.fused_gate_up}"

@@ -1,7 +1,8 @@
-"""How models name the three projections of an expert.
+"""How models name the projections of an expert.
 
-Every routed expert computes ``down(act(gate(x)) * up(x))``. Checkpoints name the projections in families; engines that
-load fused experts route their tensors by the same names, so a fused checkpoint keeps the family of its source.
+A routed expert computes ``down(act(gate(x)) * up(x))``; some have no gate. Checkpoints name the projections in
+families. Engines that load fused experts route their tensors by the same names, so a fused checkpoint keeps the family
+of its source.
 """
 
 from __future__ import annotations
@@ -19,24 +20,35 @@ class ExpertNaming:
 
     Attributes:
         gate, up, down: the projections of one expert, as in ``experts.3.gate_proj``.
-        fused_gate_up: all experts' gate and up in one tensor [E, 2I, H], as in ``experts.gate_up_proj``.
+        fused_gate_up: all experts' gate and up in one tensor [E, 2I, H], as in ``experts.gate_up_proj``; None where no
+            engine has one.
         fused_down: all experts' down in one tensor [E, H, I].
+        module: end of the name of the module whose children are the numbers of the experts.
+        joined: gate and up of one expert in one projection [2I, H]; None where no model has one.
     """
 
     gate: str
     up: str
     down: str
-    fused_gate_up: str
-    fused_down: str
+    fused_gate_up: str | None = None
+    fused_down: str | None = None
+    module: str = "experts"
+    joined: str | None = None
 
     def projections(self) -> tuple[str, str, str]:
         """The names in the order of :data:`ROLES`."""
         return self.gate, self.up, self.down
 
+    def leaves(self) -> frozenset[str]:
+        """Every name that a projection of one expert may have."""
+        return frozenset({*self.projections(), *([] if self.joined is None else [self.joined])})
+
 
 NAMINGS: Final = (
-    ExpertNaming("gate_proj", "up_proj", "down_proj", fused_gate_up="gate_up_proj", fused_down="down_proj"),
-    ExpertNaming("w1", "w3", "w2", fused_gate_up="w13", fused_down="w2"),
+    ExpertNaming("gate_proj", "up_proj", "down_proj", "gate_up_proj", "down_proj", joined="gate_up_proj"),
+    ExpertNaming("w1", "w3", "w2", "w13", "w2"),
+    ExpertNaming("w1", "v1", "w2", module="experts.mlp"),  # dbrx
+    ExpertNaming("linear", "linear_v", "linear_1"),  # grok-1
 )
 """The families that are understood. A new one is one row."""
 
@@ -44,12 +56,23 @@ STACKED_MODEL_TYPES: Final = frozenset({"step3p5"})
 """Model types whose own checkpoints have ``moe.gate_proj`` for all experts (3-key); engines know no other names."""
 
 EXPERTS: Final = "experts"
-"""Last part of the name of the module that holds the routed experts."""
+"""Last part of the name of the module that holds the routed experts, below which fused tensors are named."""
 
-BY_PROJECTION: Final[dict[str, tuple[ExpertNaming, Role]]] = {
-    name: (naming, role) for naming in NAMINGS for name, role in zip(naming.projections(), ROLES, strict=True)
+EXPERT_MODULES: Final = tuple(dict.fromkeys(f".{naming.module}" for naming in NAMINGS))
+"""Ends of the names of the modules whose children are experts."""
+
+LEAVES: Final = frozenset[str]().union(*(naming.leaves() for naming in NAMINGS))
+"""Every last part of a projection's name."""
+
+STACKED: Final[dict[str, tuple[ExpertNaming, Role]]] = {
+    name: (naming, role)
+    for naming in reversed(NAMINGS)
+    if naming.fused_gate_up is not None
+    for name, role in zip(naming.projections(), ROLES, strict=True)
 }
-"""Name of a projection -> its family and role."""
+"""Name of a projection of all experts in one tensor (3-key) -> its family and role."""
 
-FUSED_LEAVES: Final = frozenset(name for naming in NAMINGS for name in (naming.fused_gate_up, naming.fused_down))
+FUSED_LEAVES: Final = frozenset(
+    name for naming in NAMINGS for name in (naming.fused_gate_up, naming.fused_down) if name is not None
+)
 """Last parts of the names of fused tensors."""

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from quarkconv.experts.family import Family
 from quarkconv.experts.layer import Layout as Layout
 from quarkconv.experts.layer import MoELayer as MoELayer
 from quarkconv.experts.layer import Part as Part
-from quarkconv.experts.naming import BY_PROJECTION, EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
+from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, ROLES, STACKED, ExpertNaming, Role
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.safetensors import distinct
 from quarkconv.scheme.stored import Form, StoredModules
@@ -18,6 +19,7 @@ from quarkconv.text import plural
 
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
+_INSIDE: Final = f".{EXPERTS}."
 _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
 MAX_EXPERTS: Final = 2**16
@@ -39,16 +41,22 @@ class Topology:
     members: frozenset[str]
 
 
-def expert_topology(stored: StoredModules, config_experts: int | None, hidden_layers: int | None) -> Topology:
+def expert_topology(
+    stored: StoredModules,
+    config_experts: int | None,
+    hidden_layers: int | None,
+    family: Callable[[str], Family | None] = lambda _: None,
+) -> Topology:
     """Find the routed experts among the stored modules.
 
     Args:
         stored: the modules of the checkpoint.
         config_experts: number of routed experts that the config claims, if it does.
         hidden_layers: number of decoder layers that the config claims, to number the layers of ``mtp.layers``.
+        family: gives the family of models that a module is of, None where it is not known.
     """
     collected = _collect(stored)
-    built = list(_layers(collected, hidden_layers))
+    built = list(_layers(collected, stored, hidden_layers, family))
     layers = [item for item in built if isinstance(item, MoELayer)]
     layers.sort(key=lambda layer: (layer.index, layer.prefix))
     findings = (
@@ -56,11 +64,17 @@ def expert_topology(stored: StoredModules, config_experts: int | None, hidden_la
         *(item for item in built if isinstance(item, Finding)),
         *_wrong_counts(layers, config_experts),
         *_mixed_geometry(layers),
+        *_not_understood(stored, frozenset((*collected.members, *collected.misspelt)), config_experts),
     )
     return Topology(tuple(layers), findings, frozenset(collected.members))
 
 
-def _layers(collected: _Collected, hidden_layers: int | None) -> Iterator[MoELayer | Finding]:
+def _layers(
+    collected: _Collected,
+    stored: StoredModules,
+    hidden_layers: int | None,
+    family: Callable[[str], Family | None],
+) -> Iterator[MoELayer | Finding]:
     """Each layer, or the reason why its experts do not make one."""
     position = 0
     for prefix, projections in collected.per_expert.items():
@@ -72,12 +86,14 @@ def _layers(collected: _Collected, hidden_layers: int | None) -> Iterator[MoELay
                 hint="remove one of the two: engines load one and drop the other",
             )
             continue
-        layer = _per_expert_layer(prefix, _layer_index(prefix, hidden_layers, position), projections)
+        index = _layer_index(prefix, hidden_layers, position)
+        layer = _per_expert_layer(prefix, index, projections, stored, family(prefix))
         position += isinstance(layer, MoELayer)
         yield layer
     for prefix, tensors in collected.single.items():
         if prefix not in collected.per_expert:
-            layer = _single_tensor_layer(prefix, _layer_index(prefix, hidden_layers, position), tensors)
+            index = _layer_index(prefix, hidden_layers, position)
+            layer = _single_tensor_layer(prefix, index, tensors, family(prefix))
             position += isinstance(layer, MoELayer)
             yield layer
 
@@ -91,6 +107,44 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
             hint="conversion treats them as ordinary linears; engines drop them",
             count=len(modules),
         )
+
+
+def _not_understood(stored: StoredModules, members: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
+    """Experts under names that no row of the namings has; and experts that config.json claims and nothing holds."""
+    names = [module for module in stored.linears if _INSIDE in module and module not in members]
+    names += [
+        name
+        for name in stored.plain
+        if (_INSIDE in name or name.endswith(_EXPERT_SUFFIX))
+        and not members.intersection((name, name.rpartition(".")[0], name.removesuffix("_bias")))
+    ]
+    if members and names:
+        yield finding(
+            "tensor-unrecognised",
+            names[0],
+            f"Experts under names that are not understood: {plural(len(names), 'tensor')}, {_examples(names)}",
+            hint="conversion copies them as they are; engines may drop them",
+            count=len(names),
+        )
+    elif names:
+        yield finding(
+            "experts-not-understood",
+            names[0],
+            f"The names of the experts are not understood: {plural(len(names), 'tensor')}, {_examples(names)}",
+            hint="no conversion knows what these tensors hold",
+            count=len(names),
+        )
+    elif not members and config_experts is not None and config_experts > 1:
+        yield finding(
+            "experts-not-understood",
+            "config.json",
+            f"config.json has {config_experts} routed experts per layer, and no tensor has the name of one",
+            hint="no conversion knows which tensors are the experts",
+        )
+
+
+def _examples(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _wrong_counts(layers: list[MoELayer], config_experts: int | None) -> Iterator[Finding]:
@@ -139,18 +193,19 @@ def _collect(stored: StoredModules) -> _Collected:
     members: list[str] = []
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
-        if leaf not in BY_PROJECTION:
+        if leaf not in LEAVES:
             continue
         if len(form[0][1]) == 3:  # 3-key: the tensors of all experts directly below the MoE module
-            prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
-            single.setdefault(prefix, {})[BY_PROJECTION[leaf]] = form
-            members.append(module)
+            if leaf in STACKED:
+                prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
+                single.setdefault(prefix, {})[STACKED[leaf]] = form
+                members.append(module)
             continue
         if head != last_head:  # the projections of an expert mostly follow one another
             last_head, owner = head, owners.get(head)
         if owner is None:
             prefix, _, number = head.rpartition(".")
-            if not (prefix.endswith(_EXPERT_SUFFIX) and number.isascii() and number.isdecimal()):
+            if not (prefix.endswith(EXPERT_MODULES) and number.isascii() and number.isdecimal()):
                 continue
             if number[0] == "0" != number or len(number) > _MAX_DIGITS:
                 misspelt.append(module)
@@ -171,49 +226,114 @@ def _collect(stored: StoredModules) -> _Collected:
     return _Collected(per_expert, single, members, misspelt)
 
 
-def _per_expert_layer(prefix: str, index: int, projections: dict[str, dict[int, Form]]) -> MoELayer | Finding:
-    namings = {BY_PROJECTION[name][0] for name in projections}
-    if len(namings) > 1:
-        names = " and ".join(sorted("/".join(naming.projections()) for naming in namings))
-        return finding("layout-conflict", prefix, f"The layer names its experts in two ways: {names}")
-    naming = namings.pop()
+def _per_expert_layer(
+    prefix: str, index: int, projections: dict[str, dict[int, Form]], stored: StoredModules, family: Family | None
+) -> MoELayer | Finding:
+    naming = _naming(prefix, frozenset(projections))
+    if isinstance(naming, Finding):
+        return naming
+    joined = naming.joined is not None and naming.joined in projections
+    gated = joined or naming.gate in projections or (family is not None and family.gated)
+    leaves: dict[Role, str] = dict(zip(ROLES, naming.projections(), strict=True))
+    if naming.joined is not None and joined:
+        leaves = {"gate": naming.joined, "down": naming.down}
+    elif not gated:
+        del leaves["gate"]
     numbers = set().union(*projections.values())
     experts = len(numbers)
-    consecutive = range(experts)
-    gaps = [number for number in consecutive if number not in numbers]
-    lost = [
-        f"{number}.{name}"
-        for role, name in zip(ROLES, naming.projections(), strict=True)
-        for number in sorted(numbers)
-        if number not in projections.get(name, {})
-    ]
-    if gaps or lost:
-        count = max(numbers) + 1 - experts if gaps else len(lost)
-        what = "expert" if gaps else "projection"
-        first = f"expert {gaps[0]}" if gaps else lost[0]
-        return finding(
-            "expert-missing",
-            prefix,
-            f"The layer has experts up to number {max(numbers)} and lacks {plural(count, what)}, first {first}",
-            hint="download the checkpoint again; if it was published so, quantize it again",
-            count=count,
-        )
-    names_of = dict(zip(ROLES, naming.projections(), strict=True))
-    forms = {role: tuple(map(projections[name].__getitem__, consecutive)) for role, name in names_of.items()}
-    intermediate, hidden = forms["gate"][0].weight.shape[0], forms["down"][0].weight.shape[0]
-    shapes = {"gate": (intermediate, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
-    kept = {role: frozenset(distinct(forms[role])) for role in ROLES}
-    for role, name in names_of.items():
+    missing = _missing(prefix, numbers, projections, leaves)
+    if missing is not None:
+        return missing
+    forms = {role: tuple(map(projections[name].__getitem__, range(experts))) for role, name in leaves.items()}
+    (inner, *_), (hidden, *_) = forms["gate" if joined else "up"][0].weight.shape, forms["down"][0].weight.shape
+    intermediate = inner // 2 if joined else inner
+    shapes = {"gate": (inner, hidden), "up": (intermediate, hidden), "down": (hidden, intermediate)}
+    kept = {role: frozenset(distinct(forms[role])) for role in leaves}
+    for role, name in leaves.items():
         wrong = {form for form in kept[role] if not _fits(form, shapes[role])}
         for number, form in enumerate(forms[role] if wrong else ()):
             if form in wrong:
-                return _wrong_shape(f"{prefix}.{number}.{name}", shapes[role], form.weight.shape)
+                return _two_sizes(prefix, forms, joined=joined) or _wrong_shape(
+                    f"{prefix}.{number}.{name}", shapes[role], form.weight.shape
+                )
     implausible = _implausible(prefix, (experts, hidden, intermediate))
     if implausible is not None:
         return implausible
-    moe = prefix.removesuffix(_EXPERT_SUFFIX)
+    biased = stored.has_bias(f"{prefix}.0.{naming.down}")
+    if biased != any(stored.has_bias(f"{prefix}.0.{name}") for name in leaves.values()) or (
+        biased and not all(stored.has_bias(f"{prefix}.{n}.{name}") for n in range(experts) for name in leaves.values())
+    ):
+        return finding(
+            "experts-not-understood", prefix, "Some projections of the experts have a bias and others have none",
+            hint="engines give all of them a bias, or none",
+        )  # fmt: skip
     all_forms = frozenset().union(*kept.values())
-    return MoELayer(index, prefix, moe, naming, "per_expert", experts, hidden, intermediate, forms, all_forms)
+    return MoELayer(
+        index, prefix, prefix.removesuffix(f".{naming.module}"), naming, "per_expert", experts, hidden, intermediate,
+        forms, all_forms, gated=gated, joined=joined, biased=biased,
+        interleaved=(None if family is None else family.interleaved) if joined else False,
+    )  # fmt: skip
+
+
+def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:
+    """The family of the names that a layer's projections have."""
+    possible = [naming for naming in NAMINGS if prefix.endswith(f".{naming.module}")]
+    naming = next((naming for naming in possible if names <= naming.leaves()), None)
+    if naming is None:
+        mixed = [naming for naming in possible if names & naming.leaves()]
+        ways = " and ".join(sorted("/".join(naming.projections()) for naming in mixed))
+        return finding("layout-conflict", prefix, f"The layer names its experts in two ways: {ways}")
+    if naming.joined in names and names & {naming.gate, naming.up}:
+        return finding(
+            "layout-conflict", prefix, f"The layer stores {naming.gate} and {naming.up} alone and as {naming.joined}"
+        )
+    return naming
+
+
+def _missing(
+    prefix: str, numbers: set[int], projections: dict[str, dict[int, Form]], leaves: dict[Role, str]
+) -> Finding | None:
+    """The finding for a layer that lacks experts, or projections of some."""
+    gaps = [number for number in range(len(numbers)) if number not in numbers]
+    lost = [
+        f"{number}.{name}"
+        for name in leaves.values()
+        for number in sorted(numbers)
+        if number not in projections.get(name, {})
+    ]
+    if not gaps and not lost:
+        return None
+    count = max(numbers) + 1 - len(numbers) if gaps else len(lost)
+    what = "expert" if gaps else "projection"
+    first = f"expert {gaps[0]}" if gaps else lost[0]
+    return finding(
+        "expert-missing",
+        prefix,
+        f"The layer has experts up to number {max(numbers)} and lacks {plural(count, what)}, first {first}",
+        hint="download the checkpoint again; if it was published so, quantize it again",
+        count=count,
+    )
+
+
+def _two_sizes(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool) -> Finding | None:
+    """The finding for a layer whose experts each fit together and differ in size, as those of text and of images do."""
+    sizes: list[int] = []
+    for up, down in zip(forms["gate" if joined else "up"], forms["down"], strict=True):
+        if len(up.weight.shape) != 2 or len(down.weight.shape) != 2:
+            return None
+        (rows, hidden), (out, inner) = up.weight.shape, down.weight.shape
+        if (rows // 2 if joined else rows, hidden) != (inner, out):
+            return None
+        sizes.append(inner)
+    if len(set(sizes)) < 2:
+        return None
+    return finding(
+        "experts-not-understood",
+        prefix,
+        f"The layer has experts of intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
+        hint="quarkconv reads layers whose experts are of one size",
+        count=len(sizes),
+    )
 
 
 def _fits(form: Form, shape: tuple[int, int]) -> bool:
@@ -224,7 +344,9 @@ def _fits(form: Form, shape: tuple[int, int]) -> bool:
     return len(found) == 2 and found[0] == shape[0]
 
 
-def _single_tensor_layer(prefix: str, index: int, tensors: dict[tuple[ExpertNaming, str], Form]) -> MoELayer | Finding:
+def _single_tensor_layer(
+    prefix: str, index: int, tensors: dict[tuple[ExpertNaming, str], Form], family: Family | None
+) -> MoELayer | Finding:
     """A layer whose experts share tensors: stacked (gate, up, down) or fused (gate_up, down)."""
     naming = next(naming for naming in NAMINGS if any(owner is naming for owner, _ in tensors))
     parts = {part: form for (owner, part), form in tensors.items() if owner is naming}
@@ -244,7 +366,10 @@ def _single_tensor_layer(prefix: str, index: int, tensors: dict[tuple[ExpertNami
         "up": (experts, intermediate, hidden),
         "down": (experts, hidden, intermediate),
     }
-    for part, form in parts.items():
+    transposed = layout == "fused" and _transposed(parts)
+    if transposed:
+        hidden, intermediate = parts["gate_up"].weight.shape[1], parts["gate_up"].weight.shape[2] // 2
+    for part, form in parts.items() if not transposed else ():
         if form.weight.shape != shapes[part]:
             return _wrong_shape(f"{prefix} ({part})", shapes[part], form.weight.shape)
     implausible = _implausible(prefix, (experts, hidden, intermediate))
@@ -256,7 +381,21 @@ def _single_tensor_layer(prefix: str, index: int, tensors: dict[tuple[ExpertNami
     else:
         forms = {"gate": (parts["gate"],), "up": (parts["up"],), **forms}
     all_forms = frozenset(parts.values())
-    return MoELayer(index, prefix, moe, naming, layout, experts, hidden, intermediate, forms, all_forms)
+    if transposed and any(form.quantized for form in all_forms):
+        return finding(
+            "experts-not-understood", prefix, "The experts are quantized in one tensor of transposed matrices",
+            hint="no tool is known to write them so: quantize the model again",
+        )  # fmt: skip
+    return MoELayer(
+        index, prefix, moe, naming, layout, experts, hidden, intermediate, forms, all_forms, transposed=transposed,
+        interleaved=False if family is None else family.interleaved,
+    )  # fmt: skip
+
+
+def _transposed(parts: dict[str, Form]) -> bool:
+    """Whether gate_up is [E, H, 2I] and down [E, I, H]: no shapes are that and [E, 2I, H] and [E, H, I] too."""
+    experts, hidden, both = parts["gate_up"].weight.shape
+    return parts["down"].weight.shape == (experts, both // 2, hidden) and both % 2 == 0
 
 
 def _implausible(prefix: str, geometry: tuple[int, int, int]) -> Finding | None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from quarkconv.experts.naming import Role
+from quarkconv.experts.naming import ROLES, Role
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,11 +19,12 @@ class FusedExperts:
     Attributes:
         layer: number of the layer.
         module: module of the experts, such as ``model.layers.3.mlp.experts``.
-        w13: int8 [E, 2I, H]; rows 0..I-1 are gate, rows I..2I-1 up.
+        w13: int8 [E, 2I, H]; rows 0..I-1 are gate, rows I..2I-1 up. Of experts without a gate [E, I, H].
         w13_scale: float32 [E, 2I, 1].
         w2: int8 [E, H, I].
         w2_scale: float32 [E, H, 1].
         w13_input_scale, w2_input_scale: float32 [E], or None where activations are quantized per token.
+        w13_bias, w2_bias: float32 [E, 2I] and [E, H], or None.
     """
 
     layer: int
@@ -34,6 +35,13 @@ class FusedExperts:
     w2_scale: Tensor
     w13_input_scale: Tensor | None = None
     w2_input_scale: Tensor | None = None
+    w13_bias: Tensor | None = None
+    w2_bias: Tensor | None = None
+
+    @property
+    def roles(self) -> tuple[Role, ...]:
+        """The projections that an expert has."""
+        return ROLES if self.w13.shape[1] > self.intermediate_size else ROLES[1:]
 
     @property
     def experts(self) -> int:
@@ -58,13 +66,19 @@ class FusedExperts:
     def projection(self, role: Role, expert: int) -> Projection:
         """One projection of one expert, as views."""
         inner = self.intermediate_size
-        codes, scale, static = self.w13[expert], self.w13_scale[expert], self.w13_input_scale
         if role == "down":
-            codes, scale, static = self.w2[expert], self.w2_scale[expert], self.w2_input_scale
+            rows = slice(None)
+            codes, scale, static, bias = self.w2, self.w2_scale, self.w2_input_scale, self.w2_bias
         else:
-            rows = slice(0, inner) if role == "gate" else slice(inner, 2 * inner)
-            codes, scale = codes[rows], scale[rows]
-        return Projection(codes, scale.reshape(-1), None if static is None else static[expert])
+            first = inner * self.roles.index(role)
+            rows = slice(first, first + inner)
+            codes, scale, static, bias = self.w13, self.w13_scale, self.w13_input_scale, self.w13_bias
+        return Projection(
+            codes[expert][rows],
+            scale[expert][rows].reshape(-1),
+            None if static is None else static[expert],
+            None if bias is None else bias[expert][rows],
+        )
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> FusedExperts:
         """The same on a device."""
@@ -72,7 +86,8 @@ class FusedExperts:
         return FusedExperts(self.layer, self.module, *moved)  # type: ignore[arg-type]
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
-        return self.w13, self.w13_scale, self.w2, self.w2_scale, self.w13_input_scale, self.w2_input_scale
+        input_scales = self.w13_input_scale, self.w2_input_scale
+        return self.w13, self.w13_scale, self.w2, self.w2_scale, *input_scales, self.w13_bias, self.w2_bias
 
 
 @dataclass(frozen=True, slots=True)

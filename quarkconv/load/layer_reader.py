@@ -16,7 +16,7 @@ from torch import Tensor
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.experts.layer import Part
-from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.naming import Role
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Arena
 from quarkconv.load.experts import FusedExperts
@@ -128,13 +128,17 @@ class LayerReader:
     def _experts(self, part: LayerPart, arena: Arena) -> FusedExperts:
         experts, hidden, inner = len(part.experts), part.layer.hidden, len(part.inner)
         codes = arena.tensor.view(torch.int8)
-        w13 = codes[: 2 * experts * part.matrix].view(experts, 2 * inner, hidden)
+        w13 = codes[: part.w13_nbytes].view(experts, len(part.ups) * inner, hidden)
         w2 = codes[part.w2_offset :][: experts * part.matrix].view(experts, hidden, inner)
         read = functools.cache(self.floats)  # a tensor that experts share is read once
-        gate, up, down = (_scales(part, role, read) for role in ROLES)
+        ups, down = [_scales(part, role, read) for role in part.ups], _scales(part, "down", read)
+        w13_bias = w2_bias = None
+        if part.layer.biased:
+            w13_bias = torch.cat([_biases(part, role, read) for role in part.ups], dim=1)
+            w2_bias = _biases(part, "down", read)
         return FusedExperts(
-            part.layer.index, part.layer.prefix, w13, torch.cat([gate, up], dim=1).unsqueeze(-1), w2,
-            down.unsqueeze(-1), self._input_scales(part, "gate", read), self._input_scales(part, "down", read),
+            part.layer.index, part.layer.prefix, w13, torch.cat(ups, dim=1).unsqueeze(-1), w2, down.unsqueeze(-1),
+            self._input_scales(part, part.ups[0], read), self._input_scales(part, "down", read), w13_bias, w2_bias,
         )  # fmt: skip
 
     def _input_scales(self, part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor | None:
@@ -218,11 +222,27 @@ def _scales(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tenso
     scales = []
     for expert in part.experts:
         stored = part.layer.projection(role, expert)
-        scale = _part(read(stored.names.scale).reshape(-1), stored.scale)
+        scale = _part(read(stored.names.scale).reshape(-1), stored.scale, alternate=stored.alternate)
         scales.append(scale[rows.start : rows.stop] if len(scale) > 1 else scale.expand(len(rows)))
     return torch.stack(scales).float()
 
 
-def _part(values: Tensor, part: Part) -> Tensor:
+def _biases(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor:
+    """Biases of a projection, float32 [E, rows]. Outputs of tensor-parallel ranks add up, so one of them has down's."""
+    rows = range(part.layer.hidden) if role == "down" else part.inner
+    biases = []
+    for expert in part.experts:
+        stored = part.layer.projection(role, expert)
+        bias = _part(
+            read(f"{stored.names.weight.removesuffix('.weight')}.bias"), stored.weight, alternate=stored.alternate
+        )
+        biases.append(bias[rows.start : rows.stop].float())
+    stacked = torch.stack(biases)
+    return torch.zeros_like(stacked) if role == "down" and part.rank.parallel == "tp" and part.rank.rank else stacked
+
+
+def _part(values: Tensor, part: Part, *, alternate: bool = False) -> Tensor:
+    if alternate and part.of > 1:
+        return values.reshape(-1, part.of)[:, part.number]
     size = len(values) // part.of
     return values[part.number * size :][:size]

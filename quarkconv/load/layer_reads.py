@@ -1,7 +1,8 @@
 """Which bytes of which files hold the codes of a layer, and where they go in memory.
 
-In memory the codes lie as the INT8 forward takes them, whatever the layout on disk: w13 [E, 2I, H], and from the next
-page on w2 [E, H, I]. Stacking experts costs nothing: each byte range is read to its final place.
+In memory the codes lie as the INT8 forward takes them, whatever the layout on disk: w13 [E, 2I, H], or [E, I, H] of
+experts without a gate, and from the next page on w2 [E, H, I]. Stacking experts costs nothing: each byte range is read
+to its final place.
 """
 
 from __future__ import annotations
@@ -47,9 +48,19 @@ class LayerPart(NamedTuple):
         return len(self.inner) * self.layer.hidden
 
     @property
+    def ups(self) -> tuple[Role, ...]:
+        """The projections in w13, in order."""
+        return self.layer.roles[:-1]
+
+    @property
+    def w13_nbytes(self) -> int:
+        """Bytes of w13."""
+        return len(self.ups) * len(self.experts) * self.matrix
+
+    @property
     def w2_offset(self) -> int:
         """First byte of w2."""
-        return -(-2 * len(self.experts) * self.matrix // PAGE) * PAGE
+        return -(-self.w13_nbytes // PAGE) * PAGE
 
     @property
     def nbytes(self) -> int:
@@ -120,8 +131,8 @@ def written_tensors(manifest: Manifest | None) -> dict[str, WrittenTensor]:
 def _projections(part: LayerPart, refs: Mapping[str, TensorRef]) -> Iterator[LayerRead]:
     """One read for each projection of each expert, in the order of memory."""
     for position, expert in enumerate(part.experts):
-        yield _projection(part, refs, "gate", expert, 2 * position * part.matrix)
-        yield _projection(part, refs, "up", expert, (2 * position + 1) * part.matrix)
+        for at, role in enumerate(part.ups, len(part.ups) * position):
+            yield _projection(part, refs, role, expert, at * part.matrix)
     for position, expert in enumerate(part.experts):
         yield _projection(part, refs, "down", expert, part.w2_offset + position * part.matrix)
 
@@ -132,6 +143,10 @@ def _projection(part: LayerPart, refs: Mapping[str, TensorRef], role: Role, expe
     ref = refs[name]
     start = ref.start + stored.weight.number * (ref.nbytes // stored.weight.of)
     inner, whole = part.inner, layer.intermediate
+    if stored.alternate:
+        row, stride = layer.hidden, stored.weight.of * layer.hidden
+        start = ref.start + stored.weight.number * row + inner.start * stride
+        return LayerRead(name, ref.file, start, (len(inner) - 1) * stride + row, at, run=row, stride=stride)
     if role != "down":
         return LayerRead(name, ref.file, start + inner.start * layer.hidden, part.matrix, at)
     if len(inner) == whole:

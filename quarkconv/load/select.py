@@ -53,13 +53,19 @@ def check_loadable(layer: MoELayer) -> None:
     """Refuse a layer that cannot be loaded as int8 experts.
 
     Raises:
-        UnsupportedError: its weights are not int8, or a scale is missing or has the wrong shape.
+        UnsupportedError: its weights are not int8, a scale is missing or has the wrong shape, or the order of the rows
+            of gate and up is not known.
     """
     if not layer.quantized or any(form.granularity is None for form in layer.all_forms):
         raise UnsupportedError(
             "The experts of this layer are not stored in int8 with scales", tensor=layer.prefix,
             found="/".join(sorted({form.weight.dtype for form in layer.all_forms})),
             hint="run `quarkconv inspect`",
+        )  # fmt: skip
+    if layer.interleaved is None:
+        raise UnsupportedError(
+            "The order of the rows of gate and up in this layer is not known", tensor=layer.prefix,
+            expected="a model type whose order is known", hint="run `quarkconv inspect`",
         )  # fmt: skip
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from math import prod
 from typing import NamedTuple
 
-from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.naming import Role
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
@@ -71,7 +71,11 @@ def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
     layer, stacked = source.layer, source.unfused == "stacked"
     experts = range(layer.experts)
     shapes = {"down": (layer.hidden, layer.intermediate)}
-    for role, leaf in zip(ROLES, layer.naming.projections(), strict=True):
+    for leaf, (role, *others) in layer.leaves():
+        if others:  # gate and up of an expert in one projection, whose rows stay in their order
+            for expert, form in enumerate(layer.forms[role]):
+                yield linear_module(f"{layer.prefix}.{expert}.{leaf}", form, source.refs)
+            continue
         shape = shapes.get(role, (layer.intermediate, layer.hidden))
         for group in [experts] if stacked else [range(expert, expert + 1) for expert in experts]:
             projections = [source.whole(role, expert) for expert in group]

@@ -113,15 +113,23 @@ class StoredModules:
         linears: module -> form, for weights named ``<module>.weight`` of at least two dimensions.
         fused: module -> form, for three-dimensional weights without ``.weight``.
         unrecognised: tensors with codes or scales that belong to no module.
+        tensors: names of all tensors.
+        plain: names of the tensors that are neither weights nor companions of one, such as norms and biases.
     """
 
     linears: dict[str, Form]
     fused: dict[str, Form]
     unrecognised: tuple[str, ...]
+    tensors: Collection[str] = frozenset()
+    plain: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
         yield from self.linears.items()
         yield from self.fused.items()
+
+    def has_bias(self, module: str) -> bool:
+        """Whether a module has a bias."""
+        return f"{module}.bias" in self.tensors
 
     def count(self, *, quantized: bool) -> int:
         """How many linears are stored in int8, or in float."""
@@ -153,7 +161,8 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     owned = sum(len(column) - list(map(id, column)).count(id(None)) for column in columns[1:])
     fused: dict[str, Form] = {}
     others: list[str] = []
-    for name in [name for name in types if not name.endswith(_KNOWN)]:
+    plain = [name for name in types if not name.endswith(_KNOWN)]
+    for name in plain:
         found = types[name]
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
             fused[name] = form = Form(found, *map(types.get, fused_names(name)[1:]))
@@ -162,7 +171,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
             others.append(name)
     if owned != len(companions):
         others.extend(_orphans(types, linears, fused))
-    return StoredModules(linears, fused, tuple(others))
+    return StoredModules(linears, fused, tuple(others), types, tuple(plain))
 
 
 def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:

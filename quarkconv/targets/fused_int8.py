@@ -38,6 +38,10 @@ class FusedInt8(Target):
     summary = "experts of a layer in two int8 tensors; loads in vLLM 0.28 and later"
     by_rank = True
 
+    def unsupported(self, description: Description) -> str | None:
+        reason = super().unsupported(description)
+        return reason or next(filter(None, map(_not_fused, description.int8_layers)), None)
+
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
         layer = source.layer
         leaves = (layer.naming.fused_gate_up, layer.naming.fused_down)
@@ -75,3 +79,17 @@ class FusedInt8(Target):
 
     def losses(self, description: Description) -> Iterator[Finding]:
         return compressed_tensors_losses(description)
+
+
+def _not_fused(layer: MoELayer) -> str | None:
+    """Why no engine loads the experts of a layer fused."""
+    if not layer.gated:
+        return f"{layer.prefix} has experts without a gate, which no engine loads fused"
+    if layer.biased:
+        return f"{layer.prefix} has experts with biases, which no engine loads fused"
+    if layer.joined:
+        return f"{layer.prefix} stores gate and up as one projection of each expert, which no engine loads fused"
+    if layer.naming.fused_gate_up is None:
+        names = "/".join(layer.naming.projections())
+        return f"{layer.prefix} names its experts' projections {names}, which no engine loads fused"
+    return None

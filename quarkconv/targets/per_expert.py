@@ -26,6 +26,6 @@ class PerExpertTarget(Target):
                 yield from self.module_checks(module)
 
     def expert_bytes(self, layer: MoELayer) -> int:
-        up = self.module_bytes((layer.intermediate, layer.hidden), layer.static)
         down = self.module_bytes((layer.hidden, layer.intermediate), layer.static)
-        return layer.experts * (2 * up + down)
+        ups = (len(roles) * layer.intermediate for _, roles in layer.leaves() if "down" not in roles)
+        return layer.experts * (sum(self.module_bytes((rows, layer.hidden), layer.static) for rows in ups) + down)

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 
 from quarkconv.experts.function import ExpertActivation, Unknown
-from quarkconv.experts.naming import ROLES
 from quarkconv.experts.topology import MoELayer
-from quarkconv.load.experts import FusedExperts
+from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
 from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
@@ -105,15 +104,24 @@ def _scale_problems(experts: FusedExperts) -> Iterator[Problem]:
 
 
 def _source_problems(experts: FusedExperts, source: FusedExperts) -> Iterator[Problem]:
-    """Codes and scales that differ from the source's, by expert and projection."""
+    """Codes, scales and biases that differ from the source's, by expert and projection."""
     for expert in range(experts.experts):
-        for role in ROLES:
+        for role in experts.roles:
             converted, original = experts.projection(role, expert), source.projection(role, expert)
-            same_codes = torch.equal(converted.codes, original.codes)
-            if not (same_codes and torch.equal(converted.scale, original.scale)):
-                part = "scale differs" if same_codes else "codes differ"
+            part = _difference(converted, original)
+            if part is not None:
                 name = f"{experts.module}.{expert} ({role})"
                 yield Problem("numbers", experts.layer, name, f"The {part} from the source's")
+
+
+def _difference(converted: Projection, original: Projection) -> str | None:
+    """The first part of a projection that differs; None where all are equal."""
+    if not torch.equal(converted.codes, original.codes):
+        return "codes differ"
+    if not torch.equal(converted.scale, original.scale):
+        return "scale differs"
+    biases = [torch.zeros(1) if bias is None else bias.cpu() for bias in (converted.bias, original.bias)]
+    return None if torch.equal(*biases) else "bias differs"
 
 
 def _numbers_problems(numbers: LayerNumbers) -> Iterator[Problem]:

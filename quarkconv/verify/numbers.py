@@ -74,8 +74,9 @@ def compute_numbers(
     hidden_states, weights, ids = _reach_every_expert(experts, inputs.states, weights, ids, seed)
     result = fused_experts_int8(
         hidden_states, experts.w13, experts.w2, experts.w13_scale, experts.w2_scale, weights, ids,
-        activation=activation.name, activation_limit=activation.limit, activation_alpha=activation.alpha,
+        activation=activation.name, activation_limit=_limit(activation), activation_alpha=_alpha(activation),
         w13_input_scale=experts.w13_input_scale, w2_input_scale=experts.w2_input_scale,
+        w13_bias=experts.w13_bias, w2_bias=experts.w2_bias,
         apply_router_weight_on_input=on_input,
     ).double()  # fmt: skip
     read = _remembering((checked.source or experts).projection)
@@ -86,7 +87,9 @@ def compute_numbers(
     with_outliers[inputs.plain : len(inputs.states)] = True
     unquantized = None
     if checked.unquantized is not None:
-        expected = float_forward(hidden_states, weights, ids, checked.unquantized, activation, on_input=on_input)
+        expected = float_forward(
+            hidden_states, weights, ids, checked.unquantized, activation, bias=_biases(experts), on_input=on_input
+        )
         unquantized = distance(result[~with_outliers], expected[~with_outliers], math.inf)
 
     def from_dequantized(rows: Tensor) -> Distance:
@@ -112,12 +115,21 @@ def unsupported_activation(activation: ExpertActivation) -> str | None:
     """Why the INT8 forward of the kernels cannot compute an activation; None where it can."""
     from quarkconv.kernels.activations import make_activation
 
-    supported = activation.beta is None and activation.linear_beta is None
     try:
-        make_activation(activation.name, activation.limit, activation.alpha)
+        make_activation(activation.name, _limit(activation), _alpha(activation))
     except ValueError:
-        supported = False
-    return None if supported else f"the INT8 forward here does not compute {activation.describe()}"
+        return f"the INT8 forward here does not compute {activation.describe()}"
+    return None
+
+
+def _limit(activation: ExpertActivation) -> float | None:
+    """The limit as the kernels take it: of situ its linear beta."""
+    return activation.linear_beta if activation.name == "situ" else activation.limit
+
+
+def _alpha(activation: ExpertActivation) -> float | None:
+    """The slope as the kernels take it: of situ its beta."""
+    return activation.beta if activation.name == "situ" else activation.alpha
 
 
 def distance(result: Tensor, reference: Tensor, bound: float) -> Distance:
@@ -154,6 +166,19 @@ def _reach_every_expert(
         torch.cat([weights, extra_weights]).contiguous(),
         torch.cat([ids, extra_ids]).contiguous(),
     )
+
+
+def _biases(experts: FusedExperts) -> Callable[[Role, int], Tensor] | None:
+    """Gives the bias of a projection, float64 [out], which quantization leaves as it was; None without biases."""
+    if experts.w13_bias is None:
+        return None
+
+    def bias(role: Role, expert: int) -> Tensor:
+        found = experts.projection(role, expert).bias
+        assert found is not None
+        return found.double()
+
+    return bias
 
 
 def _remembering(read: Callable[[Role, int], Projection]) -> Callable[[Role, int], Projection]:

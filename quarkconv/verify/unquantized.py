@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
-from quarkconv.experts.naming import ROLES, Role
+from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import LayerReader
@@ -90,7 +90,7 @@ def weight_errors(experts: FusedExperts, weight: Weight) -> dict[str, tuple[Weig
     """The errors of every projection of a layer against the unquantized one, by role and expert."""
     return {
         role: tuple(_weight_error(experts, role, expert, weight(role, expert)) for expert in range(experts.experts))
-        for role in ROLES
+        for role in experts.roles
     }
 
 

@@ -162,7 +162,7 @@ def _why_no_numbers(
         return "no experts are stored in int8; --source compares their bytes with the dequantized codes of the source"
     unknown = _unknown_function(description, layers)
     if unknown is not None:
-        return f"what the experts compute is not known: {unknown}"
+        return unknown
     return _STOPPED if stopped else None
 
 
@@ -204,7 +204,7 @@ def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> s
     for layer in layers:
         activation = expert_activation(description.config.raw, layer.index, layer.moe)
         if isinstance(activation, Unknown):
-            return activation.reason
+            return f"what the experts compute is not known: {activation.reason}"
         if (reason := unsupported_activation(activation)) is not None:
             return reason
     return None

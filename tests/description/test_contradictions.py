@@ -95,6 +95,7 @@ def leave_projection_out(model: Model) -> None:
 
 def dense(model: Model, *, quantized: bool) -> None:
     model.remove("model.layers.0.mlp", "model.layers.1.mlp")
+    del model.config["num_experts"]
     if not quantized:
         model.to_float("model.")
         model.quantization["exclude"] = ["*"]
@@ -343,6 +344,11 @@ CASES = (
         "the part of a rank",
         (("warning", "rank-part", "config.json", 1),),
         lambda model: model.config.update(quarkconv_rank={"parallel": "tp", "rank": 0, "world_size": 2}),
+    ),
+    Case(
+        "experts under other names",
+        (("error", "experts-not-understood", f"{EXPERTS}.0.d_proj", 18),),
+        lambda model: [rename(model, f".{old}.", f".{old[0]}_proj.") for old in ("up_proj", "gate_proj", "down_proj")],
     ),
     Case("dense", (("warning", "not-moe", "config.json", 1),), lambda model: dense(model, quantized=True)),
     Case(
