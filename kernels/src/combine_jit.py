@@ -31,7 +31,9 @@ def combine_kernel(
         pair = token * TOP_K + slot
         expert = tl.load(topk_ids_ptr + pair)
         here = (expert >= 0) & (expert < num_experts)
-        value = tl.load(expert_out_ptr + pair * H + cols, mask=(cols < H) & here, other=0.0).to(tl.float32)
+        # Triton 3.9's interpreter takes a truth value of one element for an integer, which is no mask.
+        mask = (cols < tl.where(here, H, 0)) if INTERPRETED else ((cols < H) & here)
+        value = tl.load(expert_out_ptr + pair * H + cols, mask=mask, other=0.0).to(tl.float32)
         if topk_weights_ptr is None:
             total += value
         else:

@@ -43,6 +43,8 @@ from .dependent_jit import _trigger, _wait
 from .grouped_gemm_jit import _tile_of
 from .specialized_finish_jit import HALF, _channels_of_halves, _finish, _layout_of_sums, _none, _of_rows, _pieces
 
+_load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
+
 _ONE_WARP = gl.constexpr(gl.BlockedLayout([1], [32], [1], [0]))
 _FOUR_WARPS = gl.constexpr(gl.BlockedLayout([1], [32], [4], [0]))
 
@@ -112,14 +114,14 @@ def _bring(
             if TAIL_M:
                 if rows > BLOCK_M:
                     mbarrier.expect(ready, WITHOUT_TAIL + tail_desc.block_type.nbytes)
-                    tma.async_copy_global_to_shared(tail_desc, [first + BLOCK_M, start], ready, rows_tail.index(at))
+                    _load(tail_desc, [first + BLOCK_M, start], ready, rows_tail.index(at))
                 else:
                     mbarrier.expect(ready, WITHOUT_TAIL)
             else:
                 mbarrier.expect(ready, WITHOUT_TAIL)
-            tma.async_copy_global_to_shared(weight_desc, [lower, start], ready, weights.index(2 * at))
-            tma.async_copy_global_to_shared(weight_desc, [upper, start], ready, weights.index(2 * at + 1))
-            tma.async_copy_global_to_shared(codes_desc, [first, start], ready, rows_main.index(at))
+            _load(weight_desc, [lower, start], ready, weights.index(2 * at))
+            _load(weight_desc, [upper, start], ready, weights.index(2 * at + 1))
+            _load(codes_desc, [first, start], ready, rows_main.index(at))
             step += 1
         tile = ticket + gl.num_programs(0)
         number += 1
