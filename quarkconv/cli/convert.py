@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from enum import StrEnum
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -16,6 +17,14 @@ from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
 from quarkconv.errors import UsageError
 from quarkconv.plan.shares import parse_share
 from quarkconv.targets import TARGETS, get_target
+
+
+class QuantizeMode(StrEnum):
+    """Which float modules ``--quantize`` takes."""
+
+    MISSING = "missing"
+    ALL = "all"
+
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -47,6 +56,13 @@ def convert(
     ] = None,
     ep: Annotated[
         int | None, typer.Option("--ep", min=2, metavar="N", help="Divide experts among N expert parallel ranks.")
+    ] = None,
+    quantize: Annotated[
+        QuantizeMode | None,
+        typer.Option(
+            "--quantize",
+            help="Quantize float modules to ptpc_int8: those that the config declares, or every linear.",
+        ),
     ] = None,
     part: Annotated[
         str | None, typer.Option("--part", metavar="K/N", help="Write part K of N; run each part on any machine.")
@@ -93,6 +109,7 @@ def convert(
             max_shard_size=max_shard_size,
             tp=tp or 1,
             ep=ep or 1,
+            quantize=None if quantize is None else quantize.value,
             cache=cache,
             push=push,
             progress=meter,

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING, Any, Final
 from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult, Part, conversion_json
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE, parse_size
-from quarkconv.description.description import describe
+from quarkconv.description.description import Description, describe
+from quarkconv.description.quantized import Quantize, quantized_description
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import ranks_of
 from quarkconv.findings import Finding
@@ -39,6 +40,7 @@ def plan_conversion(
     tp: int = 1,
     ep: int = 1,
     rank: int = 0,
+    quantize: Quantize | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """Plan a conversion: pure data, no tensor data is read.
@@ -49,6 +51,8 @@ def plan_conversion(
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
         tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among.
         rank: the rank whose part is planned.
+        quantize: ``missing`` quantizes the float modules that the config declares quantized, ``all`` every linear that
+            engines run in int8, to ptpc_int8; None quantizes nothing.
         progress: receives how far reading the headers has come.
 
     Raises:
@@ -61,7 +65,7 @@ def plan_conversion(
         raise UsageError("There is no such rank", expected=f"0 to {len(ranks) - 1}", found=str(rank))
     row, size = get_target(target), parse_size(max_shard_size)
     source = locate(model, progress=progress)
-    return make_plan(describe(source.files, progress), row, size, rank=ranks[rank], base_model=source.repo)
+    return make_plan(_description(source, quantize, progress), row, size, rank=ranks[rank], base_model=source.repo)
 
 
 def convert_checkpoint(
@@ -72,6 +76,7 @@ def convert_checkpoint(
     max_shard_size: int | str = DEFAULT_SHARD_SIZE,
     tp: int = 1,
     ep: int = 1,
+    quantize: Quantize | None = None,
     jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
     cache: bool = False,
@@ -87,6 +92,7 @@ def convert_checkpoint(
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
         tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among; with more than
             one, ``out`` has a folder for each rank.
+        quantize: ``missing`` or ``all``: quantize float modules, see :func:`plan_conversion`.
         jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
         cache: download a model to the Hub's cache, and convert it from there.
@@ -98,9 +104,23 @@ def convert_checkpoint(
         InterruptedByUser: interrupted; the same call resumes.
     """
     conversion = Conversion.prepare(
-        model, target, out, max_shard_size=max_shard_size, tp=tp, ep=ep, cache=cache, progress=progress
+        model,
+        target,
+        out,
+        max_shard_size=max_shard_size,
+        tp=tp,
+        ep=ep,
+        quantize=quantize,
+        cache=cache,
+        progress=progress,
     )
     return conversion.run(jobs=jobs, overwrite=overwrite, progress=progress)
+
+
+def _description(source: Located, quantize: Quantize | None, progress: Progress) -> Description:
+    """The source as it is, or as it will be with its float modules quantized."""
+    description = describe(source.files, progress)
+    return description if quantize is None else quantized_description(description, quantize)
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +152,7 @@ class Conversion:
         max_shard_size: int | str = DEFAULT_SHARD_SIZE,
         tp: int = 1,
         ep: int = 1,
+        quantize: Quantize | None = None,
         cache: bool = False,
         push: str | None = None,
         progress: Progress = SILENT,
@@ -139,7 +160,7 @@ class Conversion:
         """Locate and describe a model, check that it can be converted, and plan it. Nothing is written.
 
         Args:
-            model, target, out, max_shard_size, tp, ep, cache, progress: as of :func:`convert_checkpoint`.
+            model, target, out, max_shard_size, tp, ep, quantize, cache, progress: as of :func:`convert_checkpoint`.
             push: Hub repo id that the output will be uploaded to.
 
         Raises:
@@ -159,7 +180,7 @@ class Conversion:
         row, size = get_target(target), parse_size(max_shard_size)
         source = locate(model, cache=cache, progress=progress)
         output = _output_directory(source, f"{target}{ranks[0].suffix()}", out)
-        description = describe(source.files, progress)
+        description = _description(source, quantize, progress)
         parts = []
         for rank in ranks:
             plan = make_plan(description, row, size, rank=rank, base_model=source.repo)

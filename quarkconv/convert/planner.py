@@ -9,6 +9,7 @@ from typing import Final
 
 from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
 from quarkconv.description.description import Description
+from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import CODES, Severity, bounded
@@ -17,6 +18,7 @@ from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.experts import ExpertSource, linear_module
 from quarkconv.plan.pieces import Check, Copy, MoEGeometry, OutputTensor, Plan, SourceFile, TextFile
+from quarkconv.plan.quantize import computed
 from quarkconv.plan.shards import pack_shards
 from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.targets.base import Target
@@ -57,6 +59,8 @@ def make_plan(
         refs = checkpoint.refs()
         converted = _Converted(description, target, refs, rank)
         tensors = [*converted.tensors, *converted.untouched()]
+        if isinstance(checkpoint, QuantizedCheckpoint):
+            tensors = [computed(tensor, checkpoint.originals) for tensor in tensors]
         tensors.sort(key=lambda tensor: natural_key(tensor.name))
         _check_names(tensors)
         layers = description.int8_layers

@@ -72,7 +72,7 @@ def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterat
         yield finding(
             "quant-config-missing", "config.json", "config.json has no quantization_config",
             hint="the weights are int8: take the config.json that Quark exported with them" if has_codes
-            else "nothing is quantized here: quantize the model with Quark first",
+            else "nothing is quantized here: convert it with --quantize all",
         )  # fmt: skip
         return
     for problem in declared.problems:
@@ -108,8 +108,8 @@ def _experts(declared: DeclaredScheme | None, topology: Topology) -> Iterator[Fi
             yield finding(
                 "experts-not-quantized", layer.prefix,
                 f"config.json declares {missing} experts quantized, and all are stored in {dtype}",
-                hint="quantize the model again: Quark 0.13 leaves 3-D experts alone in eager mode on transformers 5; "
-                "its file-to-file mode quantizes them", count=missing,
+                hint="convert it with --quantize missing; Quark 0.13 leaves 3-D experts alone in eager mode on "
+                "transformers 5", count=missing,
             )  # fmt: skip
 
 

@@ -96,10 +96,19 @@ def describe(place: Path | Files, progress: Progress = SILENT) -> Description:
     Raises:
         SourceError: there is nothing that can be described.
     """
+    return described(open_checkpoint(place, progress))
+
+
+def described(checkpoint: Checkpoint, declared: DeclaredScheme | None = None) -> Description:
+    """Describe a checkpoint whose headers have been read.
+
+    Args:
+        checkpoint: the headers.
+        declared: the scheme, where the files are not asked for it.
+    """
     with collector_paused():
-        checkpoint = open_checkpoint(place, progress)
         config = model_config(checkpoint.config)
-        declared = declared_scheme(config.quantization)
+        declared = declared or declared_scheme(config.quantization)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)

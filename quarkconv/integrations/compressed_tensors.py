@@ -26,7 +26,19 @@ from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.hub.locate import locate
-from quarkconv.plan.pieces import Check, Columns, Copy, OutputTensor, Piece, Plan, Rows, Weights, Zeros
+from quarkconv.plan.pieces import (
+    Check,
+    Codes,
+    Columns,
+    Copy,
+    OutputTensor,
+    Piece,
+    Plan,
+    Rows,
+    RowScales,
+    Weights,
+    Zeros,
+)
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:
@@ -193,6 +205,8 @@ def _piece(piece: Piece, tensors: Mapping[str, Tensor], refs: Mapping[str, Tenso
             return (part.reshape(len(scale), -1).float() * scale.unsqueeze(1)).bfloat16().reshape(-1)
         case Columns(_, run, stride):
             return part.as_strided((piece.rows, run), (stride, 1), part.storage_offset()).reshape(-1)
+        case Codes() | RowScales():
+            raise NotImplementedError("a Converter does not quantize")
         case Zeros(_, length):
             return torch.zeros(length // 4, device=tensor.device)
 

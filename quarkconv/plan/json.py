@@ -7,6 +7,8 @@ large plan has 100,000 pieces.
     ["rows", tensor, number in sources, start, nbytes, widen, repeat]
     ["weights", tensor, number in sources, start, nbytes, SCALE]        SCALE: a row of "copy" or "rows"
     ["columns", tensor, number in sources, start, nbytes, run, stride]
+    ["codes", tensor, number in sources, start, nbytes, dtype, columns]
+    ["row-scales", tensor, number in sources, start, nbytes, dtype, columns]
     ["zeros", tensor, number in sources, start, nbytes, length]         nothing is read
 """
 
@@ -18,6 +20,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from typing import Any, Final
 
+from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import SourceError
 from quarkconv.experts.ranks import make_rank
 from quarkconv.findings import Finding, Severity
@@ -25,6 +28,7 @@ from quarkconv.plan.fields import count, file_name, text
 from quarkconv.plan.pieces import (
     PLAN_FORMAT,
     Check,
+    Codes,
     Columns,
     Copy,
     MoEGeometry,
@@ -33,6 +37,7 @@ from quarkconv.plan.pieces import (
     Piece,
     Plan,
     Rows,
+    RowScales,
     SourceFile,
     TextFile,
     Weights,
@@ -58,6 +63,10 @@ def piece_to_json(piece: Piece, number: Mapping[str, int]) -> list[Any]:
             return ["weights", tensor, number[file], start, nbytes, piece_to_json(scale, number)]
         case Columns((tensor, file, start, nbytes), run, stride):
             return ["columns", tensor, number[file], start, nbytes, run, stride]
+        case Codes((tensor, file, start, nbytes), dtype, columns):
+            return ["codes", tensor, number[file], start, nbytes, dtype, columns]
+        case RowScales((tensor, file, start, nbytes), dtype, columns):
+            return ["row-scales", tensor, number[file], start, nbytes, dtype, columns]
         case Zeros((tensor, file, start, nbytes), length):
             return ["zeros", tensor, number[file], start, nbytes, length]
 
@@ -90,6 +99,10 @@ def piece_from_json(row: object, sources: Sequence[SourceFile]) -> Piece:
         case "columns", [run, stride]:
             if 0 < count(run) <= count(stride) and source.nbytes >= run and (source.nbytes - run) % stride == 0:
                 return Columns(source, run, stride)
+        case "codes" | "row-scales", ["BF16" | "F16" | "F32" as dtype, columns]:
+            row = count(columns) * DTYPE_BITS[dtype] // 8
+            if row and source.nbytes % row == 0:
+                return (Codes if kind == "codes" else RowScales)(source, dtype, columns)
         case "zeros", [length]:
             return Zeros(source, count(length))
     raise ValueError(f"not a piece, or one whose sizes do not fit together: {kind!r:.40}")

@@ -9,6 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
+from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.findings import Finding
 from quarkconv.headers.safetensors import TensorRef
@@ -123,6 +124,52 @@ class Columns(NamedTuple):
         return (self.source,)
 
 
+class Codes(NamedTuple):
+    """The I8 codes of the rows of a float weight: ptpc_int8, as Quark computes it.
+
+    Attributes:
+        source: whole rows of the weight.
+        dtype: of the weight: ``BF16``, ``F16`` or ``F32``.
+        columns: elements of a row.
+    """
+
+    source: Copy
+    dtype: str
+    columns: int
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return self.source.nbytes // (DTYPE_BITS[self.dtype] // 8)
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return (self.source,)
+
+
+class RowScales(NamedTuple):
+    """The F32 scales of the rows of a float weight, with which :class:`Codes` are computed.
+
+    Attributes:
+        source: whole rows of the weight.
+        dtype: of the weight: ``BF16``, ``F16`` or ``F32``.
+        columns: elements of a row.
+    """
+
+    source: Copy
+    dtype: str
+    columns: int
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return 4 * (self.source.nbytes // (self.columns * DTYPE_BITS[self.dtype] // 8))
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return (self.source,)
+
+
 class Zeros(NamedTuple):
     """Zeros, such as the zero points of symmetric codes.
 
@@ -142,7 +189,7 @@ class Zeros(NamedTuple):
 Scale = Copy | Rows
 """What gives a scale as F32 rows."""
 
-Piece = Copy | Rows | Weights | Columns | Zeros
+Piece = Copy | Rows | Weights | Columns | Codes | RowScales | Zeros
 """A run of output bytes, computed from one or two ranges of source files."""
 
 

@@ -22,7 +22,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.load.open_files import BLOCK, OpenFiles
 from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import Columns, Copy, Piece, Rows, Scale, Weights, Zeros
+from quarkconv.plan.pieces import Codes, Columns, Copy, Piece, Rows, RowScales, Scale, Weights, Zeros
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
 
@@ -208,6 +208,8 @@ def _expected(sources: OpenFiles, piece: Piece) -> Iterator[bytes]:
             yield from _expected_weights(sources, codes, scale)
         case Columns():
             yield from _expected_columns(sources[piece.source.file], piece)
+        case Codes() | RowScales():
+            yield from _expected_quantized(sources[piece.source.file], piece)
         case Zeros(_, nbytes):
             yield from (b"\0" * min(_BLOCK, nbytes - start) for start in range(0, nbytes, _BLOCK))
 
@@ -235,6 +237,29 @@ def _expected_weights(sources: OpenFiles, codes_range: Copy, scale: Scale) -> It
         codes = torch.frombuffer(bytearray().join(_blocks(sources[file], start, nbytes)), dtype=torch.int8)
         bits = (codes.view(len(some), columns).double() * some).float().view(torch.int32).long() & 0xFFFFFFFF
         yield _bytes_of(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(torch.uint16))
+
+
+def _expected_quantized(descriptor: int, piece: Codes | RowScales) -> Iterator[bytes]:
+    """Codes or scales of ptpc_int8: products and quotients in float64, rounded where the writer rounds."""
+    source, dtype, columns = piece
+    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+    row = columns * kind.itemsize
+    step = max(1, _BLOCK // (8 * row)) * row
+    for first in range(source.start, source.start + source.nbytes, step):
+        nbytes = min(step, source.start + source.nbytes - first)
+        data = bytearray().join(_blocks(descriptor, first, nbytes))
+        weight = torch.frombuffer(data, dtype=kind).view(-1, columns).double()
+        largest = torch.maximum(weight.max(dim=1).values, -weight.min(dim=1).values)
+        scale = (largest / 127.5).float().to(kind).float()
+        if isinstance(piece, RowScales):
+            yield _bytes_of(scale)
+            continue
+        inverse = (1.0 / scale.double()).float().double()
+        products = (weight * inverse.unsqueeze(1)).float().double()
+        floor = products.floor()
+        above = products - floor
+        up = (above > 0.5) | ((above == 0.5) & (floor.remainder(2) == 1))
+        yield _bytes_of((floor + up).clamp(-128, 127).to(torch.int8))
 
 
 def _expected_columns(descriptor: int, piece: Columns) -> Iterator[bytes]:

@@ -26,7 +26,7 @@ from quarkconv.files.local import LocalFiles
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.json import plan_digest
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
-from quarkconv.plan.pieces import Check, OutputShard, Plan, SourceFile
+from quarkconv.plan.pieces import Check, OutputShard, Plan, RowScales, SourceFile
 from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
 from quarkconv.write.durable import writing
@@ -79,6 +79,7 @@ def execute(
     with closing(open_source(source, plan)) as sources:
         state = state_of(plan, source, sources, output)
         run_checks(plan.checks, sources, jobs)
+        check_float_rows(plan, sources, jobs)
         with open_staging(output, state, files_of(plan), needed=needed, overwrite=overwrite) as staging:
             run = Run(plan, sources, staging, progress)
             with run.writing():
@@ -143,6 +144,35 @@ def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> Non
                 pass
         finally:  # the others stop at their next check
             stop.set()
+            pool.shutdown(cancel_futures=True)
+
+
+def check_float_rows(plan: Plan, sources: Source, jobs: int) -> None:
+    """Check the weights that will be quantized, before anything is written.
+
+    Raises:
+        UnsupportedError: a row is all zero, or is not finite.
+    """
+    pieces = [
+        piece
+        for shard in plan.shards
+        for tensor in shard.tensors
+        for piece in tensor.pieces
+        if isinstance(piece, RowScales)
+    ]
+    if not pieces:
+        return
+    from quarkconv.write.quantizing import check_rows
+
+    def check(piece: RowScales) -> None:
+        with sources.ahead(piece.reads()) as reader:
+            check_rows(piece, reader)
+
+    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-rows") as pool:
+        try:
+            for _ in pool.map(check, pieces):
+                pass
+        finally:
             pool.shutdown(cancel_futures=True)
 
 

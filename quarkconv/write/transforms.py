@@ -6,11 +6,12 @@ import math
 import struct
 import threading
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final
 
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, Weights, Zeros
+from quarkconv.plan.pieces import Codes, Columns, Copy, Rows, RowScales, Scale, Weights, Zeros
+from quarkconv.write.quantizing import Reader, quantized_codes, row_scales
 
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
@@ -18,14 +19,9 @@ _CODES_AT_ONCE: Final = 96 * 2**10
 """Codes that become weights at a time: few enough to stay in a CPU's cache as F32."""
 
 
-class Reader(Protocol):
-    """Reads byte ranges of a source."""
-
-    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a range from ``offset`` on."""
-
-
-def transformed(piece: Rows | Weights | Columns | Zeros, reader: Reader) -> Iterator[bytes | bytearray | memoryview]:
+def transformed(
+    piece: Rows | Weights | Columns | Codes | RowScales | Zeros, reader: Reader
+) -> Iterator[bytes | bytearray | memoryview]:
     """The output bytes of a piece that is computed, in order.
 
     Raises:
@@ -39,6 +35,12 @@ def transformed(piece: Rows | Weights | Columns | Zeros, reader: Reader) -> Iter
                 yield from _products(codes, scale, reader)
         case Columns():
             yield from _runs(piece, reader)
+        case Codes():
+            with _alone:
+                yield from quantized_codes(piece, reader)
+        case RowScales():
+            with _alone:
+                yield from row_scales(piece, reader)
         case Zeros(_, nbytes):
             for start in range(0, nbytes, BLOCK_BYTES):
                 yield bytes(min(BLOCK_BYTES, nbytes - start))

@@ -1,0 +1,163 @@
+"""A checkpoint described as it will be once some of its float modules are quantized to ptpc_int8.
+
+The description that results has int8 weights and F32 scales at positions of their own, outside of every file. A target
+plans with it as with any other; :mod:`quarkconv.plan.quantize` then replaces what lies at these positions by the
+computation that gives it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Final, Literal
+
+from quarkconv.description.contradictions import is_linear
+from quarkconv.description.description import Description, described
+from quarkconv.dtypes import TensorType
+from quarkconv.errors import UnsupportedError
+from quarkconv.experts.families import FAMILIES
+from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.headers.safetensors import TensorRef
+from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.spec import FLOAT, INPUT_PER_TOKEN, WEIGHT_PER_CHANNEL, ModuleScheme
+from quarkconv.scheme.stored import Form, fused_names, linear_names
+
+Quantize = Literal["missing", "all"]
+"""``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8."""
+
+QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
+PTPC: Final = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
+_ALWAYS_FLOAT: Final = frozenset(
+    {"lm_head", "gate", "router", "shared_expert_gate", "eh_proj"}
+    | {keys.rpartition(".")[0].rpartition(".")[2] for row in FAMILIES for keys in row.tensors.weight}
+    | {leaf for row in FAMILIES for leaf in row.float_modules}
+)
+"""Last parts of the names of linears that engines keep in float: lm_head, routers, and those of the families' table."""
+_TRANSPOSED: Final = frozenset({"llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text"})
+"""Model types whose own checkpoints store experts in one tensor [E, in, out]."""
+
+
+class PtpcScheme(DeclaredScheme):
+    """Everything that is stored in int8 is ptpc_int8; without a config, the scheme that was asked for."""
+
+    def __init__(self) -> None:
+        super().__init__("none", None)
+        self.default = PTPC
+
+    def resolve(self, module: str) -> ModuleScheme:
+        return FLOAT if module.rpartition(".")[2] in _ALWAYS_FLOAT else PTPC
+
+
+@dataclass(frozen=True, slots=True)
+class QuantizedCheckpoint(Checkpoint):
+    """A checkpoint with int8 weights in the place of some float ones.
+
+    Attributes:
+        originals: int8 weight or its scale, by name -> the float weight, where it is stored.
+    """
+
+    originals: dict[str, TensorRef] = field(default_factory=dict)
+
+    def refs(self) -> dict[str, TensorRef]:
+        refs = Checkpoint.refs(self)
+        for name, original in self.originals.items():
+            found = self.types[name]
+            refs[name] = TensorRef(found.dtype, found.shape, original.file, 0, found.nbytes)
+        return refs
+
+    @property
+    def tensor_bytes(self) -> int:
+        """Size of all tensors in bytes, as quantized."""
+        return sum(found.nbytes for found in self.types.values())
+
+
+def quantized_description(description: Description, mode: Quantize) -> Description:
+    """The description of a checkpoint as if its float modules were quantized.
+
+    Args:
+        description: the checkpoint as it is.
+        mode: which modules.
+
+    Raises:
+        UnsupportedError: there are none, their layout is not read, or their scheme needs calibration.
+    """
+    modules = dict(_modules(description, mode))
+    root = str(description.checkpoint.root)
+    if not modules:
+        raise UnsupportedError(
+            "Nothing is left to quantize",
+            file=root,
+            hint="convert without --quantize; `quarkconv inspect` shows what is float",
+        )
+    _check(description, modules)
+    checkpoint = description.checkpoint
+    refs, types, originals = checkpoint.refs(), dict(checkpoint.types), {}
+    for module, form in modules.items():
+        names = fused_names(module) if module in description.stored.fused else linear_names(module)
+        shape = form.weight.shape
+        scale = shape[:-1] if names.weight.endswith(".weight") else (*shape[:-1], 1)
+        types[names.weight], types[names.scale] = TensorType("I8", shape), TensorType("F32", scale)
+        originals[names.weight] = originals[names.scale] = refs[names.weight]
+    virtual = QuantizedCheckpoint(
+        store=checkpoint.store,
+        config=checkpoint.config,
+        shards=checkpoint.shards,
+        types=_shared(types),
+        findings=checkpoint.findings,
+        ascend=checkpoint.ascend,
+        originals=originals,
+    )
+    declared = description.declared if mode == "missing" else PtpcScheme()
+    return described(virtual, declared)
+
+
+def _shared(types: dict[str, TensorType]) -> dict[str, TensorType]:
+    """The same types, each as one object: stored modules are grouped by identity."""
+    pool: dict[TensorType, TensorType] = {}
+    return {name: pool.setdefault(found, found) for name, found in types.items()}
+
+
+def _modules(description: Description, mode: Quantize) -> Iterator[tuple[str, Form]]:
+    """The modules to quantize and their forms."""
+    members, declared = description.topology.members, description.declared
+    layers = {module: layer for layer in description.moe_layers for _, _, module in layer.modules()}
+    for module, form in description.stored:
+        if not form.is_float or form.weight.dtype not in QUANTIZABLE:
+            continue
+        if module in members:
+            claim = declared.resolve_expert(layers[module].prefix, module) if declared and module in layers else FLOAT
+        elif is_linear(module, form) and module.rpartition(".")[2] not in _ALWAYS_FLOAT:
+            claim = declared.resolve(module) if declared else FLOAT
+        else:
+            continue
+        if mode == "all" or claim.weight is not None:
+            yield module, form
+
+
+def _check(description: Description, modules: dict[str, Form]) -> None:
+    """Refuse what this arithmetic does not give."""
+    declared, config = description.declared, description.config
+    root = str(description.checkpoint.root)
+    fused = next((module for module in modules if module in description.stored.fused), None)
+    hidden = config.text.get("hidden_size")
+    odd = next((layer for layer in description.moe_layers if type(hidden) is int and layer.hidden != hidden), None)
+    if fused is not None and ((config.model_type or "") in _TRANSPOSED or odd is not None):
+        raise UnsupportedError(
+            "Experts in one tensor are quantized along their rows, and this model stores them transposed",
+            file=root,
+            tensor=fused,
+            expected="[E, 2I, H] and [E, H, I]",
+            hint="split the experts into linears first",
+        )
+    if declared is not None and declared.method != "none":
+        for module in modules:
+            claim = declared.resolve(module)
+            if claim.weight is not None and claim != PTPC:
+                raise UnsupportedError(
+                    "This module is declared in a scheme that quarkconv does not quantize to",
+                    file=root,
+                    tensor=module,
+                    expected="ptpc_int8: int8 per channel, activations per token",
+                    found=f"{claim.weight.dtype} {claim.weight.granularity}",
+                    hint="other schemes need calibration: quantize the model with Quark",
+                )

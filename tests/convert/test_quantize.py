@@ -1,0 +1,186 @@
+"""Float modules quantized while they are converted: against Quark's own export, and against torch."""
+
+from __future__ import annotations
+
+import json
+import tracemalloc
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint
+from support.program import run_cli, snapshot
+
+import quarkconv
+from quarkconv.errors import UnsupportedError
+from quarkconv.plan.pieces import Codes, Copy, RowScales
+from quarkconv.write.transforms import transformed
+
+ROOT = Path(__file__).resolve().parents[2]
+BF16 = ROOT / "tests" / "data" / "quantize" / "qwen3_moe-bf16-layer1"
+QUARK = ROOT / "examples" / "qwen3_moe-quark0.13-f2f"
+
+
+def quark_layer() -> Tensors:
+    """What Quark 0.13 wrote for the same layer, file to file."""
+    return {name: tensor for name, tensor in load(QUARK).items() if name.startswith("model.layers.1.")}
+
+
+def convert(source: Path, target: str, out: Path, quantize: Any) -> Path:
+    return quarkconv.convert_checkpoint(source, target, out, quantize=quantize, jobs=2).output
+
+
+def test_codes_and_scales_are_those_of_quark_bit_for_bit(tmp_path: Path) -> None:
+    assert_same_tensors(load(convert(BF16, "quark", tmp_path / "out", "all")), quark_layer())
+
+
+@pytest.mark.parametrize("target", ["fused-int8", "compressed-tensors", "w8a8-int8", "ascend"])
+def test_every_int8_target_holds_the_same_codes(tmp_path: Path, target: str) -> None:
+    output = convert(BF16, target, tmp_path / "out", "all")
+    assert not quarkconv.inspect_checkpoint(output).description.errors()
+    again = quarkconv.convert_checkpoint(output, "quark", tmp_path / "quark").output
+    assert_same_tensors(load(again), quark_layer())
+
+
+def test_verify_computes_the_codes_again(tmp_path: Path) -> None:
+    output = convert(BF16, "fused-int8", tmp_path / "out", "all")
+    assert quarkconv.verify_checkpoint(output, BF16, "cpu", tokens=2, unquantized=BF16).ok
+    tensors = load(output)
+    tensors["model.layers.1.mlp.experts.down_proj"][3, 5, 7] ^= 1
+    (shard,) = output.glob("*.safetensors")
+    data = shard.read_bytes()
+    save_file(tensors, shard, metadata={"format": "pt"})
+    assert shard.read_bytes() != data
+    assert not quarkconv.verify_checkpoint(output, BF16, "cpu", tokens=2).ok
+
+
+def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Codes and scales of rows, by the formula."""
+    scale = (weight.abs().amax(-1) / 127.5).float()
+    return (weight.float() * (1 / scale).unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8), scale
+
+
+def float_experts(folder: Path, layout: str = "fused", change: Callable[[Tensors], object] = lambda _: None) -> Path:
+    """An export whose config declares everything int8, with its experts in BF16, as Quark 0.13 eager leaves them."""
+    root = make_checkpoint(folder, layout=layout, shards=1)
+    tensors = load(root)
+    generator = torch.Generator().manual_seed(3)
+    for name in [name for name in tensors if ".experts." in name or ".moe." in name]:
+        if name.endswith(("gate.weight", "correction_bias")):
+            continue
+        if name.endswith("_scale"):
+            del tensors[name]
+        else:
+            tensors[name] = (torch.randn(tensors[name].shape, generator=generator) / 8).bfloat16()
+    change(tensors)
+    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
+    for path in root.glob("model-*.safetensors"):
+        path.unlink()
+    (root / "model.safetensors.index.json").unlink(missing_ok=True)
+    return root
+
+
+@pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
+def test_experts_that_quark_left_in_float_are_quantized(tmp_path: Path, layout: str) -> None:
+    root = float_experts(tmp_path / "model", layout)
+    finding = next(item for item in quarkconv.inspect_checkpoint(root).findings if item.code == "experts-not-quantized")
+    assert "--quantize missing" in finding.hint
+    output = convert(root, "fused-int8", tmp_path / "out", "missing")
+    assert quarkconv.verify_checkpoint(output, root, "cpu", tokens=2).ok
+    experts, source = quarkconv.load_fused_experts(output, 0), load(root)
+    for role, leaf in (("gate", "gate_proj"), ("up", "up_proj"), ("down", "down_proj")):
+        for expert in range(experts.experts):
+            if layout == "per_expert":
+                weight = source[f"model.layers.0.mlp.experts.{expert}.{leaf}.weight"]
+            elif layout == "stacked":
+                weight = source[f"model.layers.0.moe.{leaf}.weight"][expert]
+            elif role == "down":
+                weight = source["model.layers.0.mlp.experts.down_proj"][expert]
+            else:
+                weight = source["model.layers.0.mlp.experts.gate_up_proj"][expert].chunk(2)[role == "up"]
+            found = experts.projection(role, expert)  # type: ignore[arg-type]
+            codes, scale = quantized(weight)
+            assert torch.equal(found.codes, codes)
+            assert torch.equal(found.scale, scale)
+
+
+def test_missing_leaves_what_the_config_excludes(tmp_path: Path) -> None:
+    root = float_experts(tmp_path / "model")
+    output = load(convert(root, "quark", tmp_path / "out", "missing"))
+    source = load(root)
+    for name, tensor in source.items():
+        if ".experts." not in name and not name.endswith("_zero_point"):
+            assert torch.equal(output[name].reshape(tensor.shape), tensor), name
+
+
+FIRST_UP = "model.layers.0.mlp.experts.0.up_proj.weight"
+BAD_ROWS: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
+    "zeros": (lambda weight: weight[5].zero_(), "row 5"),
+    "NaN": (lambda weight: weight[7, 1:2].fill_(float("nan")), "row 7"),
+    "infinity": (lambda weight: weight[2, 0:1].fill_(float("-inf")), "row 2"),
+}
+
+
+@pytest.mark.parametrize("case", BAD_ROWS)
+def test_a_row_that_cannot_be_quantized_is_named_and_nothing_is_written(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
+) -> None:
+    spoil, row = BAD_ROWS[case]
+    root = float_experts(tmp_path / "model", "per_expert", lambda tensors: spoil(tensors[FIRST_UP]))
+    before = snapshot(tmp_path)
+    arguments = ("convert", root, "--to", "quark", "--quantize", "missing", "--out", tmp_path / "out")
+    code, _, err = run_cli(capsys, *arguments)
+    assert code == 4
+    assert FIRST_UP in err
+    assert row in err
+    assert snapshot(tmp_path) == before
+
+
+def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
+    int8 = make_checkpoint(tmp_path / "int8")
+    with pytest.raises(UnsupportedError, match="Nothing is left to quantize"):
+        quarkconv.plan_conversion(int8, "quark", quantize="missing")
+    with pytest.raises(UnsupportedError, match="while modules are quantized"):
+        quarkconv.plan_conversion(float_experts(tmp_path / "a"), "bf16", quantize="missing")
+    static = float_experts(tmp_path / "b")
+    config = json.loads((static / "config.json").read_text())
+    config["quantization_config"]["global_quant_config"]["input_tensors"]["is_dynamic"] = False
+    config["quantization_config"]["global_quant_config"]["input_tensors"]["qscheme"] = "per_tensor"
+    (static / "config.json").write_text(json.dumps(config))
+    with pytest.raises(UnsupportedError, match="does not quantize to"):
+        quarkconv.plan_conversion(static, "quark", quantize="missing")
+
+
+def test_a_transposed_layout_is_refused(tmp_path: Path) -> None:
+    root = float_experts(tmp_path / "model")
+    config = json.loads((root / "config.json").read_text())
+    (root / "config.json").write_text(json.dumps({**config, "model_type": "llama4_text"}))
+    with pytest.raises(UnsupportedError, match="transposed"):
+        quarkconv.plan_conversion(root, "quark", quantize="missing")
+
+
+def test_a_plan_that_quantizes_survives_json() -> None:
+    plan = quarkconv.plan_conversion(BF16, "fused-int8", quantize="all")
+    assert quarkconv.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
+
+
+class Memory:
+    """Source bytes that are all the same."""
+
+    def fill(self, source: Copy, offset: int, view: memoryview) -> None:  # noqa: ARG002
+        view[:] = b"\x3f" * len(view)
+
+
+@pytest.mark.parametrize("kind", [Codes, RowScales])
+def test_memory_does_not_grow_with_the_weight(kind: Any) -> None:
+    piece = kind(Copy("weight", "file", 0, 2 * 8192 * 4096), "BF16", 4096)
+    next(iter(transformed(piece, Memory())))
+    tracemalloc.start()
+    total = sum(len(block) for block in transformed(piece, Memory()))
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert total == piece.output_nbytes
+    assert peak < 8 * 2**20 < piece.source.nbytes
