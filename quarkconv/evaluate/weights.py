@@ -18,10 +18,9 @@ from torch import Tensor
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.experts.naming import ROLES
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena
-from quarkconv.load.experts import FusedExperts, Projection
+from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
 from quarkconv.load.layer_reads import LayerPart
 from quarkconv.scheme.stored import Form, fused_names, linear_names
@@ -173,8 +172,10 @@ def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
 
 def _expert_floats(layer: MoELayer, experts: FusedExperts) -> Iterator[tuple[str, Tensor]]:
     """The experts of a layer one by one, under the names of the unquantized model."""
-    names = dict(zip(ROLES, layer.naming.projections(), strict=True))
     for expert in range(experts.experts):
-        for role, leaf in names.items():
-            projection: Projection = experts.projection(role, expert)
-            yield f"{layer.prefix}.{expert}.{leaf}.weight", dequantized(projection.codes, projection.scale)
+        for leaf, roles in layer.leaves():
+            projections = [experts.projection(role, expert) for role in roles]
+            parts = [dequantized(projection.codes, projection.scale) for projection in projections]
+            # Rows of gate and up in one projection: alternating, or one after the other.
+            weight = torch.stack(parts, dim=1).flatten(0, 1) if layer.interleaved else torch.cat(parts)
+            yield f"{layer.prefix}.{expert}.{leaf}.weight", weight

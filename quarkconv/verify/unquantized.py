@@ -12,6 +12,7 @@ from torch import Tensor
 
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
+from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
@@ -30,7 +31,9 @@ Weight = Callable[[Role, int], Tensor]
 
 
 class UnquantizedModel:
-    """An unquantized checkpoint, with its experts one by one or stacked. A context manager.
+    """An unquantized checkpoint, with its experts one by one, stacked, or fused. A context manager.
+
+    Fused matrices may be [in, out], as llama4 and gpt-oss publish them, and their rows of gate and up may alternate.
 
     Args:
         description: the unquantized checkpoint.
@@ -80,8 +83,16 @@ class UnquantizedModel:
 
         def weight(role: Role, expert: int) -> Tensor:
             stored = mine.projection(role, expert)
-            values = self._files.floats(stored.names.weight, stored.weight).to(device)
-            return values.reshape(-1, mine.intermediate if role == "down" else mine.hidden).double()
+            inner = mine.intermediate if role == "down" else mine.hidden
+            if not mine.transposed and not stored.alternate:
+                return self._files.floats(stored.names.weight, stored.weight).to(device).reshape(-1, inner).double()
+            # Rows of gate and up alternate, or the matrices are [in, out]: the whole matrix, then the rows.
+            matrix = self._files.floats(stored.names.weight, Part(expert, mine.experts) if mine.transposed else None)
+            rows = matrix.reshape(inner, -1).T if mine.transposed else matrix.reshape(-1, inner)
+            if role != "down":
+                half = int(role == "up")
+                rows = rows[half::2] if mine.interleaved else rows.chunk(2)[half]
+            return rows.to(device).double()
 
         return weight
 

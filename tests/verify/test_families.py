@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 
 import quarkconv
 from quarkconv.description.description import describe
+from quarkconv.evaluate.weights import _expert_floats
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.experts.ranks import make_rank
 from quarkconv.experts.topology import MoELayer
@@ -252,3 +253,43 @@ def test_a_gate_that_is_missing_is_not_an_expert_without_one(tmp_path: Path) -> 
     )
     (tmp_path / "config.json").write_bytes((source / "config.json").read_bytes())
     assert "expert-missing" in {item.code for item in describe(tmp_path).errors()}
+
+
+# Quark left the experts of these exports in float: they are the originals of the others, from the same seed.
+@pytest.mark.parametrize(
+    ("name", "original", "transposed"),
+    [
+        ("gpt_oss-0.13-eager", "gpt_oss-0.13-f2f", True),
+        ("qwen3_vl_moe-0.13-eager", "qwen3_vl_moe-0.13-f2f", False),
+    ],
+)
+def test_originals_are_read_in_the_layout_of_the_published_model(name: str, original: str, transposed: bool) -> None:
+    assert layers(original)[0].transposed is transposed
+    result = quarkconv.verify_checkpoint(FAMILIES / name, unquantized=FAMILIES / original, device="cpu")
+    assert result.problems == ()
+    errors = [
+        error.relative_error
+        for experts in result.numbers.experts
+        for role in experts.weights.values()
+        for error in role
+    ]
+    assert len(errors) == 3 * 4
+    # Rounding to 8 bits: rows of 8 or 16 values, with the largest about twice the root mean square.
+    assert max(errors) < 0.01
+    distances = [layer.unquantized for layer in result.numbers.layers]
+    assert all(item is not None and item.relative_error < 0.05 for item in distances)
+
+
+def test_an_original_that_is_not_read_is_named() -> None:
+    with pytest.raises(quarkconv.UsageError, match="does not have this layer"):
+        quarkconv.verify_checkpoint(FAMILIES / "dbrx-0.13-eager", unquantized=FAMILIES / "dbrx-0.13-f2f", device="cpu")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss-0.13-eager", "nemotron_h-0.13-f2f", "dbrx-0.13-eager"])
+def test_an_evaluation_names_the_experts_as_the_model_does(name: str, tmp_path: Path) -> None:
+    quarkconv.convert_checkpoint(FAMILIES / name, "bf16", tmp_path / "out")
+    expected = load_file(next((tmp_path / "out").glob("*.safetensors")))
+    layer = layers(name)[0]
+    found = dict(_expert_floats(layer, loaded(name)))
+    assert set(found) == {key for key in expected if key.startswith(f"{layer.prefix}.") and key.endswith(".weight")}
+    assert all(torch.equal(expected[key], value) for key, value in found.items())
