@@ -186,7 +186,16 @@ def test_a_text_or_token_ids_but_not_both(quantized: Path, text: str | None, ids
 def test_the_command_prints_one_object_and_exits_1_beyond_a_limit(
     capsys: pytest.CaptureFixture[str], quantized: Path, unquantized: Path, token_ids: Path
 ) -> None:
-    words = ["evaluate", quantized, "--unquantized", unquantized, "--token-ids", token_ids, "--device", "cpu"]
+    words: list[str | Path] = [
+        "evaluate",
+        quantized,
+        "--unquantized",
+        unquantized,
+        "--token-ids",
+        token_ids,
+        "--device",
+        "cpu",
+    ]
     status, out, _ = run_cli(capsys, *words, "--json", "--max-kl", "0.5", "--min-agreement", "0.5")
     found = json.loads(out)
     assert (status, found["schema"], found["ok"]) == (0, "quarkconv.evaluate/1", True)

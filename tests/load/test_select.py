@@ -24,7 +24,7 @@ TALKER, THINKER = "talker.model.layers.0.mlp", "thinker.model.layers.0.mlp"
 def two_stacks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model with two stacks of MoE layers, of different sizes, as a thinker and a talker."""
     folder = tmp_path_factory.mktemp("two")
-    tensors = {}
+    tensors: dict[str, torch.Tensor] = {}
     for name, hidden in (("thinker", 32), ("talker", 16)):
         part = make_checkpoint(folder / name, experts=4, hidden=hidden, intermediate=16, seed=hidden)
         tensors |= {f"{name}.{key}": value for key, value in all_tensors(part).items()}

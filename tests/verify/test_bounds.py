@@ -20,6 +20,7 @@ from torch import Tensor
 import quarkconv
 from quarkconv.description.description import describe
 from quarkconv.experts.function import ExpertActivation
+from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import numbers
 from quarkconv.verify.activation import expert_activation
@@ -179,7 +180,7 @@ DYNAMIC = ["qwen3_moe-quark0.13-f2f", "minimax_m2-quark0.13-f2f", "deepseek_v3-q
 def test_every_planted_fault_is_found(
     name: str, fault: Callable[..., Tensor], checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = numbers.fused_experts_int8
+    forward = fused_experts_int8
 
     def faulty(*arguments: Any, **options: Any) -> Tensor:
         return fault(forward, arguments, options)

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.exports import DATA
 
 import quarkconv
 from quarkconv.description.description import describe
@@ -19,7 +20,6 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.numbers import unsupported_activation
-from tests.support.exports import DATA
 
 FAMILIES = DATA / "families"
 EVERY = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir())
@@ -152,7 +152,8 @@ def test_conversion_keeps_every_expert(name: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", PER_EXPERT)
 def test_targets_that_stack_nothing_rename_nothing(name: str, target: str, tmp_path: Path) -> None:
     quarkconv.convert_checkpoint(FAMILIES / name, target, tmp_path / "out")
-    before, after = load_file(FAMILIES / name / "model.safetensors"), {}
+    before = load_file(FAMILIES / name / "model.safetensors")
+    after: dict[str, torch.Tensor] = {}
     for path in (tmp_path / "out").glob("*.safetensors"):
         after |= load_file(path)
     weights = [key for key in before if "experts" in key and key.endswith((".weight", ".bias"))]
