@@ -7,7 +7,6 @@ The text between ``<!-- begin NAME -->`` and ``<!-- end NAME -->`` is replaced; 
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
 import statistics
@@ -34,7 +33,9 @@ def findings() -> str:
 def engines() -> str:
     """The table of engines."""
     lines: list[str] = []
-    for engine, facts in itertools.groupby(engine_facts(), key=lambda fact: fact.engine):
+    names = dict.fromkeys(fact.engine for fact in engine_facts())
+    for engine in names:
+        facts = [fact for fact in engine_facts() if fact.engine == engine]
         lines += ["", f"### {ENGINE_NAMES.get(engine, engine)}", ""]
         lines += ["| version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 6]
         for fact in facts:
