@@ -141,7 +141,7 @@ def test_no_module_evaluates_unpickles_or_starts_anything(path: Path) -> None:
     found = FORBIDDEN & set(calls(path))
     assert not found
     source = path.read_text()
-    assert "trust_remote_code" not in source
+    assert "trust_remote_code" not in source.replace("trust_remote_code=False", ""), "refused or not mentioned"
     assert "import pickle" not in source
 
 
