@@ -74,8 +74,8 @@ class SourceError(QuarkconvError):
     """The source cannot be read: missing, malformed, truncated or inconsistent.
 
     ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect, where
-    it can go on; ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid`` and
-    ``source-changed`` are codes of errors alone.
+    it can go on; ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid``,
+    ``source-changed`` and ``store-unavailable`` are codes of errors alone.
     """
 
     exit_code = 3

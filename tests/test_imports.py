@@ -22,6 +22,7 @@ LAYERS = (
     ("errors", "progress", "text"),
     ("dtypes", "findings", "defects"),
     ("files",),
+    ("cloud",),
     ("headers", "hub"),
     ("scheme",),
     ("experts",),

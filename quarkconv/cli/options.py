@@ -7,7 +7,11 @@ from typing import Annotated
 import typer
 
 Model = Annotated[
-    str, typer.Argument(metavar="[MODEL]", help="Model directory, or Hub repo id (org/name, org/name@revision).")
+    str,
+    typer.Argument(
+        metavar="[MODEL]",
+        help="Model directory, Hub repo id (org/name, org/name@revision), or s3://, gs://, az:// URL.",
+    ),
 ]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log on stderr.")]

@@ -387,8 +387,8 @@ def _output_directory(source: Located, suffix: str, out: str | Path | None) -> P
     """
     if out is not None:
         output = Path(out)
-    elif source.repo is not None:  # in the working directory, not inside the Hub's cache
-        output = Path(f"{source.repo.rpartition('/')[2]}-{suffix}")
+    elif source.name is not None:  # in the working directory, not inside the Hub's cache
+        output = Path(f"{source.name}-{suffix}")
     else:
         directory = source.files.root
         named = directory if directory.name not in ("", "..") else directory.resolve()

@@ -1,4 +1,4 @@
-"""From the name of a model to its files: a directory, a snapshot in the Hub's cache, or a repo read by ranges."""
+"""From the name of a model to its files: a directory, an object store, a snapshot in the Hub's cache, or a repo."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
+from quarkconv.cloud.bucket import is_store_url, open_bucket
 from quarkconv.errors import HubError, UsageError, WriteError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
@@ -38,20 +39,22 @@ class Located:
 
     Attributes:
         files: its files, none of which has been read.
-        repo: its Hub repo id, without revision; None of a directory.
+        repo: its Hub repo id, without revision; None of all others.
+        name: the name of a model that is not a directory, for outputs.
     """
 
     files: Files
     repo: str | None = None
+    name: str | None = None
 
     @property
     def directory(self) -> Path | None:
-        """The directory that holds the files; None when they are read from the Hub."""
+        """The directory that holds the files; None when they are remote."""
         return self.files.root if isinstance(self.files, LocalFiles) else None
 
     @property
     def origin(self) -> Path | str:
-        """The directory, or ``org/name@commit`` of files that are read from the Hub."""
+        """The directory, or the URL or ``org/name@commit`` of remote files."""
         return self.directory or str(self.files)
 
 
@@ -61,18 +64,30 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
     Args:
         model: a local directory, or a Hub repo id ``org/name`` or ``org/name@revision``. An existing path is never
             looked up on the Hub. A complete snapshot of the commit in the Hub's cache is used instead of the Hub.
+            Or the URL of an object store: ``s3://``, ``gs://`` or ``az://``.
         cache: download the model to the Hub's cache instead of reading it from the Hub.
         progress: receives the listing of the repo and the download.
 
     Raises:
+        UsageError: the model is the URL of an object store, and ``cache`` is set.
+        SourceError: the object store cannot be read.
         HubError: the model is a repo id, and the Hub does not have it or cannot be reached.
         WriteError: the cache cannot be written to.
     """
+    if isinstance(model, str) and is_store_url(model):
+        if cache:
+            raise UsageError(
+                "A model in an object store cannot be downloaded",
+                file=model,
+                expected="`inspect`, or `convert` without --cache",
+                hint="copy it to a directory with the store's own tools",
+            )
+        return Located(open_bucket(model), name=model.rstrip("/").rpartition("/")[2])
     if not isinstance(model, str) or not _REPO.fullmatch(model) or Path(model).exists():
         return Located(LocalFiles(Path(model)))
     repo, _, revision = model.partition("@")
     find = _download if cache else _remote
-    return Located(find(repo, revision or None, progress), repo)
+    return Located(find(repo, revision or None, progress), repo, repo.rpartition("/")[2])
 
 
 def check_repo_id(repo: str) -> None:

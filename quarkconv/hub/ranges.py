@@ -16,6 +16,7 @@ from urllib.parse import urljoin, urlsplit
 
 from quarkconv.errors import HubError, SourceError
 from quarkconv.files.base import Range
+from quarkconv.files.remote import Entry
 from quarkconv.hub import http
 from quarkconv.hub.errors import hub_error
 from quarkconv.hub.http import RETRIES, backoff, is_transient, retried
@@ -23,14 +24,6 @@ from quarkconv.hub.http import RETRIES, backoff, is_transient, retried
 REFUSALS: Final = 2
 """Retries, each under a new URL, after a store refused a URL that the Hub had just signed."""
 _EXPIRED: Final = (400, 401, 403, 404, 410)  # how stores respond to a URL whose signature has expired
-
-
-@dataclass(frozen=True, slots=True)
-class Entry:
-    """A file in the listing of a commit: its size in bytes, and its hash, which is also its ETag on the Hub."""
-
-    size: int
-    etag: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -113,12 +113,12 @@ def open_source(source: Path | Files, plan: Plan) -> Source:
         return SourceFiles(source, plan)
     if isinstance(source, LocalFiles):
         return SourceFiles(source.root, plan)
-    from quarkconv.hub.repo import HubRepo
-    from quarkconv.write.hub_source import HubSource
+    from quarkconv.files.remote import RemoteFiles
+    from quarkconv.write.remote_source import RemoteSource
 
-    if not isinstance(source, HubRepo):
+    if not isinstance(source, RemoteFiles):
         raise TypeError(f"{type(source).__name__} cannot be converted from")
-    return HubSource(source, plan)
+    return RemoteSource(source, plan)
 
 
 def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> None:

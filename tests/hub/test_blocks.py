@@ -11,10 +11,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from quarkconv.errors import InterruptedByUser
+from quarkconv.files import read_ahead as module
 from quarkconv.files.base import Range
 from quarkconv.files.blocks import blocks
-from quarkconv.hub import read_ahead as module
-from quarkconv.hub.read_ahead import ReadAhead, read_ahead
+from quarkconv.files.read_ahead import ReadAhead, read_ahead
 
 ranges = st.lists(
     st.builds(lambda file, start, size: Range(file, start, start + size), st.sampled_from("ab"),

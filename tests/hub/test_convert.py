@@ -18,8 +18,7 @@ from support.progress import WhileWriting
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError, UsageError, WriteError
-from quarkconv.files import blocks
-from quarkconv.hub import repo as hub_repo
+from quarkconv.files import blocks, remote
 from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
 from quarkconv.write import segments
@@ -237,7 +236,7 @@ def test_memory_does_not_hold_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
     held: list[int] = []
     fetch = HubRepo.fetch
     monkeypatch.setattr(blocks.blocks, "__defaults__", (2**16, 64))
-    monkeypatch.setattr("quarkconv.hub.read_ahead.AHEAD_BYTES", 2**18)
+    monkeypatch.setattr("quarkconv.files.read_ahead.AHEAD_BYTES", 2**18)
 
     def counting(self: HubRepo, wanted: Any) -> bytes:
         data = fetch(self, wanted)
@@ -247,4 +246,4 @@ def test_memory_does_not_hold_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(HubRepo, "fetch", counting)
     convert(REPO, tmp_path / "out")
     assert max(held) <= 2**17  # the guess at a header, and blocks
-    assert os.stat(folder / "model-00001-of-00002.safetensors").st_size > hub_repo.CONNECTIONS * 2**16
+    assert os.stat(folder / "model-00001-of-00002.safetensors").st_size > remote.CONNECTIONS * 2**16

@@ -1,4 +1,4 @@
-"""A source on the Hub: byte ranges go from the network directly into the output."""
+"""A remote source: byte ranges go from the network directly into the output."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from typing import Final
 import xxhash
 
 from quarkconv.files.base import Range
-from quarkconv.hub.read_ahead import ReadAhead
-from quarkconv.hub.repo import HubRepo
+from quarkconv.files.read_ahead import ReadAhead
+from quarkconv.files.remote import RemoteFiles
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Copy, Plan, SourceFile
 from quarkconv.write.refusals import not_as_planned
@@ -24,49 +24,49 @@ from quarkconv.write.state import FileState
 _COPY_BYTES: Final = 2**20
 
 
-class HubSource:
-    """The shards of a repo on the Hub that a plan reads.
+class RemoteSource:
+    """The remote shards that a plan reads.
 
     Args:
-        repo: the commit that they belong to.
+        files: the files of the model.
         plan: the plan.
 
     Raises:
         SourceError: a file has another size than planned.
     """
 
-    def __init__(self, repo: HubRepo, plan: Plan) -> None:
-        self.repo = repo
+    def __init__(self, files: RemoteFiles, plan: Plan) -> None:
+        self._files = files
         self._names = [name for name, _ in plan.sources]
         self._stop = threading.Event()
         for name, size in plan.sources:
-            found = repo.size(name)
+            found = files.size(name)
             if found != size:
                 raise not_as_planned(
-                    f"{repo}/{name}", f"{size} bytes", "no file" if found is None else f"{found} bytes"
+                    f"{files}/{name}", f"{size} bytes", "no file" if found is None else f"{found} bytes"
                 )
 
     def check_layout(self, plan: Plan) -> None:
         """Raise if a planned range is not in its tensor any more."""
-        check_layout(plan, self.repo)
+        check_layout(plan, self._files)
 
     def state(self) -> list[FileState]:
         """Name, size and ETag of each file, in order."""
-        return [(name, self.repo.size(name) or 0, self.repo.etag(name)) for name in self._names]
+        return [(name, self._files.size(name) or 0, self._files.etag(name)) for name in self._names]
 
     def check_unchanged(self, names: Iterable[str]) -> None:
-        """Ask the Hub again for the ETags of some files.
+        """Check the ETags of some files again.
 
         Raises:
             SourceError: one has another ETag, or is gone.
         """
-        self.repo.check_unchanged(names)
+        self._files.check_unchanged(names)
 
     @contextmanager
     def ahead(self, ranges: Iterable[Copy]) -> Iterator[Reader]:
         """Fetch ranges over several connections; they must be read in this order."""
         requests = (Range(source.file, source.start, source.start + source.nbytes) for source in ranges)
-        with ReadAhead(requests, self.repo.fetch, self.repo.pool, self._stop) as reader:
+        with ReadAhead(requests, self._files.fetch, self._files.pool, self._stop) as reader:
             yield _RangeReader(reader)
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
@@ -77,7 +77,7 @@ class HubSource:
                 Range(file.name, start, min(start + _COPY_BYTES, file.size))
                 for start in range(0, file.size, _COPY_BYTES)
             ]
-            for data in self.repo.read_many(ranges):
+            for data in self._files.read_many(ranges):
                 hasher.update(data)
                 _write_all(handle.fileno(), data)
             os.fsync(handle.fileno())

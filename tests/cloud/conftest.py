@@ -1,0 +1,61 @@
+"""An S3 server, and a bucket with a model."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from pathlib import Path
+from urllib.request import Request, urlopen
+
+import pytest
+from support.checkpoints import make_checkpoint
+from support.faulty_proxy import FaultyProxy, faulty_proxy
+from support.s3 import publish
+
+pytest.importorskip("obstore")
+pytest.importorskip("moto")
+
+
+@pytest.fixture(scope="session")
+def server() -> Iterator[str]:
+    """The URL of a moto server."""
+    from moto.server import ThreadedMotoServer
+
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
+    server.start()
+    host, port = server.get_host_and_port()
+    yield f"http://{host}:{port}"
+    server.stop()
+
+
+@pytest.fixture
+def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]:
+    """An empty S3 server behind a proxy; the environment leads to the proxy."""
+    urlopen(Request(f"{server}/moto-api/reset", method="POST")).close()
+    urlopen(Request(f"{server}/models", method="PUT")).close()
+    with faulty_proxy(server) as proxy:
+        for name, value in {
+            "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+            "AWS_ENDPOINT_URL": proxy.url, "AWS_ALLOW_HTTP": "true",
+        }.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
+            monkeypatch.delenv(name, raising=False)
+        yield proxy
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    """The model as a directory."""
+    folder = make_checkpoint(tmp_path / "model", layers=2, experts=4, hidden=128, intermediate=96, zero_points=True)
+    (folder / "tokenizer").mkdir()
+    (folder / "tokenizer" / "vocabulary.txt").write_text("a b c")
+    return folder
+
+
+@pytest.fixture
+def published(proxy: FaultyProxy, model: Path) -> FaultyProxy:
+    """The S3 server with the model."""
+    publish(model)
+    return proxy

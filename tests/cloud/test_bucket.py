@@ -1,0 +1,179 @@
+"""Models in object stores, read from an S3 server and through a proxy that spoils responses."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.conversions import assert_unfinished
+from support.faulty_proxy import FaultyProxy
+from support.program import run_cli, snapshot
+from support.progress import WhileWriting
+from support.s3 import URL, publish
+
+import quarkconv
+from quarkconv.cloud import bucket
+from quarkconv.cloud.bucket import open_bucket
+from quarkconv.errors import SourceError, UsageError, WriteError
+from quarkconv.files.base import Range
+from quarkconv.hub.locate import locate
+
+Capture = pytest.CaptureFixture[str]
+
+
+def convert(model: str | Path, out: Path, **options: Any) -> quarkconv.ConversionResult:
+    return quarkconv.convert_checkpoint(model, "fused-int8", out, **{"max_shard_size": 40_000, "jobs": 2, **options})
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("options", [[], ["--deep"]])
+def test_inspect_answers_as_of_the_directory(model: Path, capsys: Capture, options: list[str]) -> None:
+    code, out, err = run_cli(capsys, "inspect", URL, "--json", *options)
+    assert (code, err) == (0, "")
+    remote, local = json.loads(out), json.loads(run_cli(capsys, "inspect", model, "--json", *options)[1])
+    assert remote.pop("model") == URL
+    local.pop("model")
+    assert remote == local
+
+
+def test_inspect_reads_headers_only(published: FaultyProxy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("quarkconv.headers.remote.FIRST_GUESS", 4096)
+    files = open_bucket(URL)
+    total = sum(entry.size for entry in files.entries.values())
+    description = quarkconv.inspect_checkpoint(URL).description
+    read = sum(int(last) - int(first) + 1 for first, last in (text[6:].split("-") for text in published.ranges))
+    assert description.int8_layers
+    assert read < total / 3
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("url", [URL, f"{URL}/"])
+def test_convert_gives_the_bytes_of_the_directory(model: Path, tmp_path: Path, url: str) -> None:
+    result = convert(url, tmp_path / "remote")
+    assert result.source == URL
+    convert(model, tmp_path / "local")
+    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+
+
+@pytest.mark.usefixtures("published")
+def test_the_output_lies_in_the_working_directory(
+    tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_cli(capsys, "convert", URL, "--to", "fused-int8")[0] == 0
+    assert (tmp_path / "tiny-moe-fused-int8" / "config.json").is_file()
+
+
+@pytest.mark.usefixtures("published")
+def test_a_conversion_that_failed_resumes(model: Path, tmp_path: Path) -> None:
+    calls = iter(range(10**6))
+
+    def fail(_: int) -> None:
+        if next(calls) == 4:
+            raise OSError(28, "No space left on device")
+
+    out = tmp_path / "out"
+    with pytest.raises(WriteError):
+        convert(URL, out, progress=WhileWriting(fail), jobs=1)
+    finished = {path.name: path.stat().st_mtime_ns for path in (out / ".quarkconv" / "files").glob("*.safetensors")}
+    assert finished
+    convert(URL, out)
+    convert(model, tmp_path / "local")
+    assert snapshot(out) == snapshot(tmp_path / "local")
+    assert {name: (out / name).stat().st_mtime_ns for name in finished} == finished
+
+
+@pytest.mark.usefixtures("published")
+def test_a_file_that_is_replaced_is_noticed(model: Path, tmp_path: Path) -> None:
+    ref = quarkconv.inspect_checkpoint(model).description.checkpoint.refs()["lm_head.weight"]
+
+    def change() -> None:
+        data = bytearray((model / ref.file).read_bytes())
+        data[ref.start] ^= 1
+        (model / ref.file).write_bytes(data)
+        publish(model)
+
+    files = open_bucket(URL)
+    assert files.fetch(Range(ref.file, 8, 100)) == (model / ref.file).read_bytes()[8:100]
+    change()
+    for check in (lambda: files.fetch(Range(ref.file, 8, 100)), lambda: files.check_unchanged([ref.file])):
+        with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+            check()
+        assert (caught.value.code, caught.value.file) == ("source-changed", f"{URL}/{ref.file}")
+    out = tmp_path / "out"
+    calls = iter(range(10**6))
+
+    def replace(_: int) -> None:
+        if next(calls) == 1:
+            change()
+
+    with pytest.raises(SourceError, match="differs from the one that was listed"):
+        convert(URL, out, progress=WhileWriting(replace), jobs=1)
+    assert_unfinished(out)
+
+
+@pytest.mark.parametrize("fault", ["refuse", "cut"])
+def test_responses_that_fail_are_requested_again(
+    published: FaultyProxy, model: Path, tmp_path: Path, fault: str
+) -> None:
+    setattr(published, fault, 3)
+    convert(URL, tmp_path / "remote")
+    assert getattr(published, fault) == 0
+    convert(model, tmp_path / "local")
+    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+
+
+def test_bytes_of_another_range_are_refused(published: FaultyProxy, tmp_path: Path) -> None:
+    plan = quarkconv.plan_conversion(URL, "fused-int8")
+    assert plan.shards
+    published.lie = True
+    with pytest.raises(SourceError) as caught:
+        convert(URL, tmp_path / "out")
+    assert caught.value.code == "store-unavailable"
+    assert not (tmp_path / "out").exists()
+
+
+def test_refused_access_names_the_credentials(published: FaultyProxy, capsys: Capture) -> None:
+    published.refuse, published.status = 10**6, 403
+    code, out, _ = run_cli(capsys, "inspect", URL, "--json")
+    said = json.loads(out)
+    assert (code, said["code"]) == (3, "store-unavailable")
+    assert "AWS_ACCESS_KEY_ID" in said["hint"]
+    assert "secret" not in out
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(
+    ("url", "message"), [("s3://nothing/here", "no such bucket"), ("s3://models/other", "no files at this URL")]
+)
+def test_what_is_not_there_is_named(capsys: Capture, url: str, message: str) -> None:
+    code, out, _ = run_cli(capsys, "inspect", url, "--json")
+    said = json.loads(out)
+    assert (code, said["file"]) == (3, url)
+    assert message in said["error"]
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_store_that_cannot_be_reached(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(bucket, "_RETRIES", 1)
+    monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
+    code, out, _ = run_cli(capsys, "inspect", URL, "--json")
+    assert (code, json.loads(out)["code"]) == (3, "store-unavailable")
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("words", [["convert", URL, "--to", "bf16", "--cache"], ["verify", URL], ["inspect", "s3://"]])
+def test_what_object_stores_cannot_do_is_wrong_usage(capsys: Capture, words: list[str]) -> None:
+    code, out, err = run_cli(capsys, *words)
+    assert (code, out) == (2, "")
+    assert err.count("error:") == 1
+
+
+def test_without_obstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "obstore", None)
+    with pytest.raises(UsageError) as caught:
+        locate(URL)
+    assert "quarkconv[cloud]" in (caught.value.hint or "")

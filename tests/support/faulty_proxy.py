@@ -1,0 +1,102 @@
+"""An HTTP proxy in front of a server that spoils some responses."""
+
+from __future__ import annotations
+
+import http.client
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+
+_HOP: tuple[str, ...] = ("connection", "transfer-encoding", "server", "date")
+
+
+@dataclass
+class FaultyProxy:
+    """What the proxy does to requests for ranges.
+
+    Attributes:
+        upstream: host and port of the server.
+        url: URL of the proxy.
+        refuse: responses that become ``status``.
+        status: 503 (slow down), 403 and so on.
+        cut: responses whose body ends in the middle.
+        lie: shift the bytes that are requested, and not what the response states.
+        ranges: the requests for ranges.
+    """
+
+    upstream: str
+    url: str = ""
+    refuse: int = 0
+    status: int = 503
+    cut: int = 0
+    lie: bool = False
+    ranges: list[str] = field(default_factory=list)
+    lock: threading.Lock = field(default_factory=threading.Lock)
+
+    def take(self, fault: str) -> bool:
+        """Whether a fault that is counted down strikes."""
+        with self.lock:
+            left: int = getattr(self, fault)
+            setattr(self, fault, max(left - 1, 0))
+            return left > 0
+
+
+@contextmanager
+def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
+    """Run a proxy in front of ``http://HOST:PORT``."""
+    proxy = FaultyProxy(upstream.removeprefix("http://"))
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, *_: object) -> None: ...
+
+        def _forward(self) -> None:
+            wanted = self.headers.get("Range")
+            headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            if wanted is not None:
+                with proxy.lock:
+                    proxy.ranges.append(wanted)
+                if proxy.take("refuse"):
+                    self._send(proxy.status, {}, b"<Error><Code>SlowDown</Code></Error>")
+                    return
+                if proxy.lie:
+                    first, _, last = wanted.removeprefix("bytes=").partition("-")
+                    headers["Range"] = f"bytes={int(first) + 1}-{int(last) + 1}"
+            upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
+            length = int(self.headers.get("Content-Length") or 0)
+            upstream.request(self.command, self.path, self.rfile.read(length) if length else None, headers)
+            response = upstream.getresponse()
+            body = response.read()
+            upstream.close()
+            kept = {name: value for name, value in response.getheaders() if name.lower() not in _HOP}
+            cut = wanted is not None and len(body) > 1 and proxy.take("cut")
+            self._send(response.status, kept, body, cut=cut)
+
+        def _send(self, status: int, headers: dict[str, str], body: bytes, *, cut: bool = False) -> None:
+            self.send_response(status)
+            for name, value in headers.items():
+                if name.lower() != "content-length" or self.command == "HEAD":
+                    self.send_header(name, value)
+            if self.command != "HEAD":
+                self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if self.command != "HEAD":
+                self.wfile.write(body[: len(body) // 2] if cut else body)
+            if cut:
+                self.close_connection = True
+
+        do_GET = do_HEAD = do_PUT = _forward  # noqa: N815
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    proxy.url = f"http://127.0.0.1:{server.server_address[1]}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield proxy
+    finally:
+        server.shutdown()
+        server.server_close()
