@@ -49,7 +49,7 @@ class Bucket(RemoteFiles):
     def __str__(self) -> str:
         return self._url
 
-    def fetch(self, wanted: Range) -> bytes:
+    def fetch(self, requested: Range) -> bytes:
         """The bytes of a range that lies inside its file.
 
         Raises:
@@ -57,7 +57,7 @@ class Bucket(RemoteFiles):
         """
         import obstore
 
-        name, start, end = wanted
+        name, start, end = requested
         if start == end:
             return b""
         try:

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
+from quarkconv.convert.output import output_directory
 from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult, Part, conversion_json
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE, parse_size
@@ -179,7 +180,7 @@ class Conversion:
                 )
         row, size = get_target(target), parse_size(max_shard_size)
         source = locate(model, cache=cache, progress=progress)
-        output = _output_directory(source, f"{target}{ranks[0].suffix()}", out)
+        output = output_directory(source, f"{target}{ranks[0].suffix()}", out)
         description = _description(source, quantize, progress)
         parts = []
         for rank in ranks:
@@ -377,34 +378,3 @@ def _finished(part: Part) -> Manifest | None:
 
     manifest = None if (part.folder / STAGING_NAME).exists() else read_manifest(part.folder)
     return manifest if manifest is not None and manifest.plan == plan_digest(part.plan) else None
-
-
-def _output_directory(source: Located, suffix: str, out: str | Path | None) -> Path:
-    """The directory of the output.
-
-    Raises:
-        UsageError: it would lie inside the source, or the source inside it.
-    """
-    if out is not None:
-        output = Path(out)
-    elif source.name is not None:  # in the working directory, not inside the Hub's cache
-        output = Path(f"{source.name}-{suffix}")
-    else:
-        directory = source.files.root
-        named = directory if directory.name not in ("", "..") else directory.resolve()
-        if not named.name:
-            raise UsageError(
-                "The output cannot lie beside this model", file=str(directory), hint="give a directory with --out"
-            )
-        output = named.with_name(f"{named.name}-{suffix}")
-    if source.directory is None:
-        return output
-    inner, outer = output.resolve(), source.directory.resolve()
-    if inner == outer or outer in inner.parents or inner in outer.parents:
-        raise UsageError(
-            "Source and output must not lie inside one another",
-            file=str(output),
-            expected=f"a directory outside of {source.directory}",
-            hint="give another --out",
-        )
-    return output

@@ -12,10 +12,10 @@ _OTHER_FILES = 64
 def allow_open_files(count: int) -> None:
     """Raise the soft limit on open files, as far as necessary and allowed, for ``count`` more files."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = count + _OTHER_FILES
-    if soft != resource.RLIM_INFINITY and soft < wanted:
-        wanted = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
+    limit = count + _OTHER_FILES
+    if soft != resource.RLIM_INFINITY and soft < limit:
+        limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
 
 
 def hint_about_open_files(error: OSError) -> str | None:

@@ -102,9 +102,9 @@ class ReadAhead:
 
 def read_ahead(ranges: Iterable[Range], fetch: Fetch, pool: ThreadPoolExecutor) -> Iterator[bytes]:
     """The bytes of each range, read ahead."""
-    wanted = list(ranges)
-    with ReadAhead(wanted, fetch, pool, threading.Event()) as reader:
-        for file, start, end in wanted:
+    announced = list(ranges)
+    with ReadAhead(announced, fetch, pool, threading.Event()) as reader:
+        for file, start, end in announced:
             data = bytearray(end - start)
             reader.fill(file, start, memoryview(data))
             yield bytes(data)

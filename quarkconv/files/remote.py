@@ -107,7 +107,7 @@ class RemoteFiles:
             _log.info("%s: %d bytes read in %d requests", self, nbytes, requests)
 
     @abstractmethod
-    def fetch(self, wanted: Range) -> bytes:
+    def fetch(self, requested: Range) -> bytes:
         """The bytes of a range that lies inside its file.
 
         Raises:

@@ -56,14 +56,14 @@ class HubRanges:
     def __str__(self) -> str:
         return f"{self._repo}@{self._commit}"
 
-    def fetch(self, wanted: Range) -> bytes:
+    def fetch(self, requested: Range) -> bytes:
         """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
 
         Raises:
             SourceError: the Hub does not serve the range, or serves something else.
         """
         data = bytearray()
-        file, start, end = wanted
+        file, start, end = requested
 
         def rest() -> None:
             while len(data) < end - start:
@@ -75,7 +75,7 @@ class HubRanges:
         try:
             retried(rest, _transfer_pause, lambda: len(data))
         except _NoBytes:
-            raise self._empty(wanted) from None
+            raise self._empty(requested) from None
         except http.client().HTTPError as error:
             raise hub_error(error, str(self), file) from error
         return bytes(data)
@@ -115,7 +115,7 @@ class HubRanges:
             self._locations[name] = location
         return location
 
-    def _transfer(self, wanted: Range, data: bytearray) -> None:
+    def _transfer(self, requested: Range, data: bytearray) -> None:
         """Append what one response holds of a range."""
         from huggingface_hub import constants
         from huggingface_hub.errors import HfHubHTTPError
@@ -125,7 +125,7 @@ class HubRanges:
             http_stream_backoff,
         )
 
-        name, start, end = wanted
+        name, start, end = requested
         for fresh in (False, True):
             location = self.locate(name) if fresh else self._locations.get(name) or self.locate(name)
             headers = build_hf_headers(token=None if location.at_hub else False)
@@ -194,11 +194,11 @@ class HubRanges:
         with self._lock:
             self.requests += 1
 
-    def _empty(self, wanted: Range) -> HubError:
+    def _empty(self, requested: Range) -> HubError:
         return HubError(
             "The Hub's responses end before the range does",
-            file=f"{self}/{wanted.file}",
-            expected=f"bytes {wanted.start}-{wanted.end - 1}",
+            file=f"{self}/{requested.file}",
+            expected=f"bytes {requested.start}-{requested.end - 1}",
             found="empty responses",
             hint="a proxy or mirror may be broken: set HF_ENDPOINT to another, or use --cache",
         )

@@ -38,13 +38,13 @@ class HubRepo(RemoteFiles):
     def __str__(self) -> str:
         return f"{self.repo}@{self.commit}"
 
-    def fetch(self, wanted: Range) -> bytes:
+    def fetch(self, requested: Range) -> bytes:
         """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
 
         Raises:
             SourceError: the Hub does not serve them, or serves something else.
         """
-        return self._ranges.fetch(wanted)
+        return self._ranges.fetch(requested)
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Check the ETags of some files on the Hub again.
