@@ -62,6 +62,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "file-unused": FindingCode(_W, "A safetensors file is not named by the index; engines may or may not load it."),
     # What the config claims
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
+    "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
     "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
     "scheme-unsupported": FindingCode(
         _E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED

@@ -64,6 +64,9 @@ def convert(
             help="Quantize float modules to ptpc_int8: those that the config declares, or every linear.",
         ),
     ] = None,
+    scheme: Annotated[
+        str | None, typer.Option("--scheme", metavar="NAME", help="Scheme of int8 weights without a config: ptpc_int8.")
+    ] = None,
     part: Annotated[
         str | None, typer.Option("--part", metavar="K/N", help="Write part K of N; run each part on any machine.")
     ] = None,
@@ -110,6 +113,7 @@ def convert(
             tp=tp or 1,
             ep=ep or 1,
             quantize=None if quantize is None else quantize.value,
+            scheme=scheme,
             cache=cache,
             push=push,
             progress=meter,

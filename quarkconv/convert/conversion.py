@@ -42,6 +42,7 @@ def plan_conversion(
     ep: int = 1,
     rank: int = 0,
     quantize: Quantize | None = None,
+    scheme: str | None = None,
     progress: Progress = SILENT,
 ) -> Plan:
     """Plan a conversion: pure data, no tensor data is read.
@@ -54,6 +55,7 @@ def plan_conversion(
         rank: the rank whose part is planned.
         quantize: ``missing`` quantizes the float modules that the config declares quantized, ``all`` every linear that
             engines run in int8, to ptpc_int8; None quantizes nothing.
+        scheme: scheme of the int8 modules where config.json does not declare one: ``ptpc_int8``.
         progress: receives how far reading the headers has come.
 
     Raises:
@@ -66,7 +68,9 @@ def plan_conversion(
         raise UsageError("There is no such rank", expected=f"0 to {len(ranks) - 1}", found=str(rank))
     row, size = get_target(target), parse_size(max_shard_size)
     source = locate(model, progress=progress)
-    return make_plan(_description(source, quantize, progress), row, size, rank=ranks[rank], base_model=source.repo)
+    return make_plan(
+        _description(source, quantize, scheme, progress), row, size, rank=ranks[rank], base_model=source.repo
+    )
 
 
 def convert_checkpoint(
@@ -78,6 +82,7 @@ def convert_checkpoint(
     tp: int = 1,
     ep: int = 1,
     quantize: Quantize | None = None,
+    scheme: str | None = None,
     jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
     cache: bool = False,
@@ -93,7 +98,7 @@ def convert_checkpoint(
         max_shard_size: largest size of a shard's data, in bytes or as ``5GB`` or ``512MiB``.
         tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among; with more than
             one, ``out`` has a folder for each rank.
-        quantize: ``missing`` or ``all``: quantize float modules, see :func:`plan_conversion`.
+        quantize, scheme: see :func:`plan_conversion`.
         jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
         cache: download a model to the Hub's cache, and convert it from there.
@@ -112,15 +117,16 @@ def convert_checkpoint(
         tp=tp,
         ep=ep,
         quantize=quantize,
+        scheme=scheme,
         cache=cache,
         progress=progress,
     )
     return conversion.run(jobs=jobs, overwrite=overwrite, progress=progress)
 
 
-def _description(source: Located, quantize: Quantize | None, progress: Progress) -> Description:
+def _description(source: Located, quantize: Quantize | None, scheme: str | None, progress: Progress) -> Description:
     """The source as it is, or as it will be with its float modules quantized."""
-    description = describe(source.files, progress)
+    description = describe(source.files, progress, scheme=scheme)
     return description if quantize is None else quantized_description(description, quantize)
 
 
@@ -154,6 +160,7 @@ class Conversion:
         tp: int = 1,
         ep: int = 1,
         quantize: Quantize | None = None,
+        scheme: str | None = None,
         cache: bool = False,
         push: str | None = None,
         progress: Progress = SILENT,
@@ -161,7 +168,8 @@ class Conversion:
         """Locate and describe a model, check that it can be converted, and plan it. Nothing is written.
 
         Args:
-            model, target, out, max_shard_size, tp, ep, quantize, cache, progress: as of :func:`convert_checkpoint`.
+            model, target, out, max_shard_size, tp, ep, quantize, scheme, cache, progress: of
+                :func:`convert_checkpoint`.
             push: Hub repo id that the output will be uploaded to.
 
         Raises:
@@ -181,7 +189,7 @@ class Conversion:
         row, size = get_target(target), parse_size(max_shard_size)
         source = locate(model, cache=cache, progress=progress)
         output = output_directory(source, f"{target}{ranks[0].suffix()}", out)
-        description = _description(source, quantize, progress)
+        description = _description(source, quantize, scheme, progress)
         parts = []
         for rank in ranks:
             plan = make_plan(description, row, size, rank=rank, base_model=source.repo)

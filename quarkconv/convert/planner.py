@@ -87,6 +87,7 @@ def make_plan(
             losses=tuple(bounded(target.losses(description))),
             texts=texts,
             rank=rank,
+            quantize=checkpoint.mode if isinstance(checkpoint, QuantizedCheckpoint) else None,
         )
 
 

@@ -56,6 +56,16 @@ def _of_the_model(name: str, family: Family | None) -> bool:
     return family is not None and name.rpartition(".")[2] in family.own_scales
 
 
+def scheme_implied() -> Finding:
+    """That the scheme follows from the tensors, without a config."""
+    return finding(
+        "scheme-implied",
+        "config.json",
+        "config.json has no quantization_config; every int8 weight has an F32 scale for each row, as in ptpc_int8",
+        hint="convert it: quarkconv writes a config; activations are then quantized per token",
+    )
+
+
 def rank_part(rank: Rank) -> Finding:
     """That a checkpoint is the part of one rank."""
     way = "tensor" if rank.parallel == "tp" else "expert"
@@ -71,7 +81,7 @@ def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterat
         has_codes = any(form.quantized for form, _ in modules.groups)
         yield finding(
             "quant-config-missing", "config.json", "config.json has no quantization_config",
-            hint="the weights are int8: take the config.json that Quark exported with them" if has_codes
+            hint="the weights are int8: take the export's config.json, or convert with --scheme ptpc_int8" if has_codes
             else "nothing is quantized here: convert it with --quantize all",
         )  # fmt: skip
         return
@@ -127,7 +137,7 @@ def _linears(
     claimed: list[str] = []
     excluded: list[str] = []
     for (form, claim), names in modules.groups.items():
-        if form.is_float and claim.weight is not None:
+        if form.is_float and claim.weight is not None and declared.lists_float:
             claimed += [
                 name
                 for name in names

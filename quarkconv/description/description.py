@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
-from quarkconv.description.contradictions import contradictions, rank_part
+from quarkconv.description.contradictions import contradictions, rank_part, scheme_implied
+from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
 from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
@@ -24,6 +25,7 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
+from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
 from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
 from quarkconv.scheme.spec import MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
@@ -86,32 +88,46 @@ class Description:
         return [item for item in self.findings if item.severity is Severity.ERROR]
 
 
-def describe(place: Path | Files, progress: Progress = SILENT) -> Description:
+def describe(place: Path | Files, progress: Progress = SILENT, *, scheme: str | None = None) -> Description:
     """Describe a checkpoint, from its headers and its config alone.
 
     Args:
         place: its directory, or its files wherever they are.
         progress: counts the headers that were read.
+        scheme: see :func:`described`.
 
     Raises:
         SourceError: there is nothing that can be described.
     """
-    return described(open_checkpoint(place, progress))
+    return described(open_checkpoint(place, progress), scheme=scheme)
 
 
-def described(checkpoint: Checkpoint, declared: DeclaredScheme | None = None) -> Description:
+def described(
+    checkpoint: Checkpoint, declared: DeclaredScheme | None = None, *, scheme: str | None = None
+) -> Description:
     """Describe a checkpoint whose headers have been read.
 
     Args:
         checkpoint: the headers.
-        declared: the scheme, where the files are not asked for it.
+        declared: the scheme, instead of the one in the files.
+        scheme: name of the scheme of all int8 modules, instead of the one in the files: ``ptpc_int8``.
+
+    Raises:
+        UsageError: another ``scheme``.
     """
+    if scheme not in (None, PTPC_NAME):
+        raise UsageError(
+            "--scheme is not a scheme that tensors can have without a config", expected=PTPC_NAME, found=scheme
+        )
     with collector_paused():
         config = model_config(checkpoint.config)
         declared = declared or declared_scheme(config.quantization)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
+        implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
+        if implied or scheme is not None:
+            declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
         family = families(config.raw)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family)
@@ -120,6 +136,7 @@ def described(checkpoint: Checkpoint, declared: DeclaredScheme | None = None) ->
             *topology.findings,
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
+            *((scheme_implied(),) if implied else ()),
             *contradictions(declared, stored, modules, topology, family),
         ]
     order = list(Severity)

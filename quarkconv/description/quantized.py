@@ -18,15 +18,14 @@ from quarkconv.errors import UnsupportedError
 from quarkconv.experts.families import FAMILIES
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.spec import FLOAT, INPUT_PER_TOKEN, WEIGHT_PER_CHANNEL, ModuleScheme
+from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
+from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import Form, fused_names, linear_names
 
 Quantize = Literal["missing", "all"]
 """``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8."""
 
 QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
-PTPC: Final = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
 _ALWAYS_FLOAT: Final = frozenset(
     {"lm_head", "gate", "router", "shared_expert_gate", "eh_proj"}
     | {keys.rpartition(".")[0].rpartition(".")[2] for row in FAMILIES for keys in row.tensors.weight}
@@ -37,26 +36,17 @@ _TRANSPOSED: Final = frozenset({"llama4", "llama4_text", "gpt_oss", "qwen3_vl_mo
 """Model types whose own checkpoints store experts in one tensor [E, in, out]."""
 
 
-class PtpcScheme(DeclaredScheme):
-    """Everything that is stored in int8 is ptpc_int8; without a config, the scheme that was asked for."""
-
-    def __init__(self) -> None:
-        super().__init__("none", None)
-        self.default = PTPC
-
-    def resolve(self, module: str) -> ModuleScheme:
-        return FLOAT if module.rpartition(".")[2] in _ALWAYS_FLOAT else PTPC
-
-
 @dataclass(frozen=True, slots=True)
 class QuantizedCheckpoint(Checkpoint):
     """A checkpoint with int8 weights in the place of some float ones.
 
     Attributes:
         originals: int8 weight or its scale, by name -> the float weight, where it is stored.
+        mode: which modules are quantized.
     """
 
     originals: dict[str, TensorRef] = field(default_factory=dict)
+    mode: Quantize = "all"
 
     def refs(self) -> dict[str, TensorRef]:
         refs = Checkpoint.refs(self)
@@ -106,9 +96,11 @@ def quantized_description(description: Description, mode: Quantize) -> Descripti
         findings=checkpoint.findings,
         ascend=checkpoint.ascend,
         originals=originals,
+        mode=mode,
     )
-    declared = description.declared if mode == "missing" else PtpcScheme()
-    return described(virtual, declared)
+    if mode == "missing":
+        return described(virtual, description.declared)
+    return described(virtual, scheme=PTPC_NAME)
 
 
 def _shared(types: dict[str, TensorType]) -> dict[str, TensorType]:

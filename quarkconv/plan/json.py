@@ -18,7 +18,7 @@ import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import SourceError
@@ -160,6 +160,7 @@ def plan_to_json(plan: Plan) -> dict[str, Any]:
         "losses": [asdict(loss) for loss in plan.losses],
         "texts": plan.texts,
         "rank": plan.rank.to_json(),
+        "quantize": plan.quantize,
     }
 
 
@@ -213,7 +214,14 @@ def _parse(value: dict[str, Any]) -> Plan:
         losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
         texts=tuple(TextFile(file_name(name), text(content)) for name, content in value["texts"]),
         rank=make_rank(**value["rank"]),
+        quantize=_quantize(value["quantize"]),
     )
+
+
+def _quantize(value: object) -> Literal["missing", "all"] | None:
+    if value is None or value == "missing" or value == "all":
+        return value
+    raise ValueError(f"not a way to quantize: {value!r:.40}")
 
 
 def plan_digest(plan: Plan) -> str:

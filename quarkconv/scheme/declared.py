@@ -32,6 +32,7 @@ class DeclaredScheme(ABC):
         default: the scheme of a module that no entry mentions.
         problems: fields of the wrong type, which were ignored.
         stores_codes: False when the config says that weights are stored in float, to be quantized at load.
+        lists_float: False when the format names no modules that stay in float.
         kv_cache: how the key-value cache is quantized; None when it is not.
         kv_cache_modules: name patterns of the modules whose outputs go into it.
         names: the INT8 schemes that the format can express, and their names.
@@ -45,6 +46,7 @@ class DeclaredScheme(ABC):
         self.default: ModuleScheme = FLOAT
         self.problems: list[ConfigProblem] = []
         self.stores_codes = True
+        self.lists_float = True
         self.kv_cache: TensorSpec | None = None
         self.kv_cache_modules: tuple[str, ...] = ()
 

@@ -19,6 +19,7 @@ _LABELS: Final = {
     "quarkconv": "version of quarkconv",
     "target": "target",
     "max_shard_size": "largest shard size",
+    "quantize": "--quantize",
     "config": "config.json of the source",
     "copies": "other files of the source",
     "shares": "number of parts",
@@ -37,11 +38,13 @@ def plan_state(
         shares: the number of shares that the work is divided into; None where one process does all that is left.
     """
     words = ["quarkconv", "convert", source, "--to", plan.target, "--out", str(output.absolute())]
+    words += [] if plan.quantize is None else ["--quantize", plan.quantize]
     config = json.dumps(plan.config, sort_keys=True)
     return {
         "quarkconv": version("quarkconv"),
         "target": plan.target,
         "max_shard_size": plan.max_shard_size,
+        "quantize": plan.quantize,
         "config": _hash(config),
         "copies": [*map(list, plan.copies), *([name, _hash(text)] for name, text in plan.texts)],
         "sources": [list(file) for file in files],

@@ -16,7 +16,9 @@ from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import UnsupportedError
+from quarkconv.plan.json import plan_digest
 from quarkconv.plan.pieces import Codes, Copy, RowScales
+from quarkconv.write.state import plan_state
 from quarkconv.write.transforms import transformed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -184,3 +186,9 @@ def test_memory_does_not_grow_with_the_weight(kind: Any) -> None:
     tracemalloc.stop()
     assert total == piece.output_nbytes
     assert peak < 8 * 2**20 < piece.source.nbytes
+
+
+def test_the_command_that_resumes_quantizes_too(tmp_path: Path) -> None:
+    plan = quarkconv.plan_conversion(BF16, "fused-int8", quantize="all")
+    state = plan_state(plan, plan_digest(plan), [], "model", tmp_path)
+    assert "--quantize all" in state["command"]

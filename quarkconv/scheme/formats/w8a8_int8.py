@@ -18,6 +18,7 @@ class W8A8Int8Scheme(DeclaredScheme):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("w8a8_int8", None)
         self.default = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
+        self.lists_float = "ignore" in config
         ignored = self._strings(config.get("ignore"), "ignore")
         self._ignored = name_filter(ignored, globs=False, patience=Patience())
 
