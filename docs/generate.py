@@ -151,13 +151,13 @@ def forward(name: str, *, goal: bool) -> str:
             f"{over:.2f}",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
-    said = []
+    ratios_text = []
     for title, key in ratios:
         times_as_fast = [row[key] / row["ours_us"] for row in rows]
         mean = statistics.geometric_mean(times_as_fast)
-        said.append(f"{min(times_as_fast):.2f} to {max(times_as_fast):.2f} times as fast as {title}, "
+        ratios_text.append(f"{min(times_as_fast):.2f} to {max(times_as_fast):.2f} times as fast as {title}, "
                     f"geometric mean {mean:.3f}")  # fmt: skip
-    return "\n".join(lines) + (f"\n\n{'; '.join(said)}." if said else "")
+    return "\n".join(lines) + (f"\n\n{'; '.join(ratios_text)}." if ratios_text else "")
 
 
 PARTS = {

@@ -80,12 +80,12 @@ class ExpertMap:
         if self.extremes is None:
             return f"{self.title}: no expert has a finite value."
         low, high = self.extremes
-        said = (
+        summary = (
             f"{self.title} by layer, {self.unit}: from {low.value:{self.form}} to {high.value:{self.form}}, "
             f"the largest in layer {high.layer}, expert {high.expert}"
         )
         unknown = f"{self.unknown} experts without a finite value" if self.unknown else ""
-        return "; ".join(filter(None, (said, self.note, unknown))) + "."
+        return "; ".join(filter(None, (summary, self.note, unknown))) + "."
 
 
 @dataclass(frozen=True, slots=True)

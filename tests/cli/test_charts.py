@@ -88,10 +88,10 @@ def test_a_small_model_is_drawn_value_by_value() -> None:
 def test_the_worst_expert_of_a_large_model_is_seen(width: int) -> None:
     lines = drawn(with_error(verification(62, 256), 37, 200, 0.2), width)
     rows = map_rows(lines, "Weight error")
-    (said,) = (line for line in lines if line.startswith("Experts"))
+    (heading,) = (line for line in lines if line.startswith("Experts"))
     text = " ".join(lines)
     step = int(re.search(r"a row for 4 layers, a mark for (\d+) experts: the\s+largest of them", text)[1])  # type: ignore[index]
-    assert said
+    assert heading
     assert len(rows) == 16
     assert {len(row) for row in rows} == {math.ceil(256 / step)}
     assert [(at, row.index("█")) for at, row in enumerate(rows) if "█" in row] == [(37 // 4, 200 // step)]
