@@ -130,7 +130,7 @@ def described(
             declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
         family = families(config.raw)
-        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family)
+        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         findings = [
             *checkpoint.findings,
             *topology.findings,

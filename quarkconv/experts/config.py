@@ -83,6 +83,12 @@ class ModelConfig:
         inner = self.raw.get(stack) if stack else None
         return self.text if not isinstance(inner, dict) else _at(inner, _language_path(inner))
 
+    def local_experts_of(self, module: str) -> int | None:
+        """Routed experts per layer that the checkpoint itself holds, in the stack of layers of a module."""
+        part = self.part_of(module)
+        count = self.experts if part is self.text else _first_count(_with_expert_parts(part), _EXPERTS)
+        return None if count is None else len(self.rank.experts(count))
+
     def with_quantization(self, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
         """A copy of config.json with another quantization_config, at the top, or with none anywhere."""
         replaced = _without_quantization(self.raw, [path for path in _part_paths(self.raw) if path])
@@ -95,7 +101,7 @@ def model_config(raw: Part) -> ModelConfig:
     """Read the model part of a config.json; values of the wrong type count as absent."""
     path = _language_path(raw)
     text = _at(raw, path)
-    parts = (text, *(text[key] for key in _EXPERT_PARTS if isinstance(text.get(key), dict)))
+    parts = _with_expert_parts(text)
     model_type = text.get("model_type", raw.get("model_type"))
     quantization, where = next(
         ((found, path) for path in _part_paths(raw) if (found := _at(raw, path).get(QUANTIZATION_KEY)) is not None),
@@ -114,6 +120,11 @@ def model_config(raw: Part) -> ModelConfig:
         quantization_path=where,
         rank=rank_of_config(raw),
     )
+
+
+def _with_expert_parts(text: Part) -> tuple[Part, ...]:
+    """The part about a stack of layers, and those in it about its experts."""
+    return text, *(text[key] for key in _EXPERT_PARTS if isinstance(text.get(key), dict))
 
 
 def _language_path(raw: Part) -> tuple[str, ...]:

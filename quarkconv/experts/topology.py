@@ -46,6 +46,7 @@ def expert_topology(
     config_experts: int | None,
     hidden_layers: int | None,
     family: Callable[[str], Family | None] = lambda _: None,
+    experts_of: Callable[[str], int | None] | None = None,
 ) -> Topology:
     """Find the routed experts among the stored modules.
 
@@ -54,6 +55,8 @@ def expert_topology(
         config_experts: number of routed experts that the config claims, if it does.
         hidden_layers: number of decoder layers that the config claims, to number the layers of ``mtp.layers``.
         family: gives the family of models that a module is of, None where it is not known.
+        experts_of: gives the number of routed experts that the config claims for the stack of layers of a module; by
+            default ``config_experts``.
     """
     collected = _collect(stored)
     built = list(_layers(collected, stored, hidden_layers, family))
@@ -62,7 +65,7 @@ def expert_topology(
     findings = (
         *_misspelt(collected.misspelt),
         *(item for item in built if isinstance(item, Finding)),
-        *_wrong_counts(layers, config_experts),
+        *_wrong_counts(layers, experts_of or (lambda _: config_experts)),
         *_mixed_geometry(layers),
         *_not_understood(stored, frozenset((*collected.members, *collected.misspelt)), config_experts),
     )
@@ -147,13 +150,14 @@ def _examples(names: list[str]) -> str:
     return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
-def _wrong_counts(layers: list[MoELayer], config_experts: int | None) -> Iterator[Finding]:
+def _wrong_counts(layers: list[MoELayer], experts_of: Callable[[str], int | None]) -> Iterator[Finding]:
     for layer in layers:
-        if config_experts is not None and layer.experts != config_experts:
+        claimed = experts_of(layer.prefix)
+        if claimed is not None and layer.experts != claimed:
             yield finding(
                 "expert-count",
                 layer.prefix,
-                f"The layer stores {layer.experts} experts, config.json has {config_experts}",
+                f"The layer stores {layer.experts} experts, config.json has {claimed}",
                 hint="use the config.json that belongs to these weights",
             )
 

@@ -128,3 +128,16 @@ def test_one_expert_is_no_claim_of_experts() -> None:
 @pytest.mark.parametrize("layers", [[8], [1], [], [2, 2], "2", None, 2.5])
 def test_a_number_of_layers_of_the_wrong_type_is_absent(layers: Any) -> None:
     assert fields({"num_hidden_layers": layers, "num_experts": [8, 8]}) == {}
+
+
+def test_each_stack_has_a_number_of_experts_of_its_own() -> None:
+    config = model_config(
+        {
+            "thinker_config": {"text_config": {"num_experts": 6}},
+            "talker_config": {"text_config": {"num_local_experts": 4}},
+        }
+    )
+    assert config.local_experts_of("thinker.model.layers.0.mlp.experts") == 6
+    assert config.local_experts_of("talker.model.layers.0.mlp.experts") == 4
+    assert model_config({"ffn_config": {"moe_num_experts": 3}}).local_experts_of("model.layers.0") == 3
+    assert model_config({}).local_experts_of("model.layers.0") is None
