@@ -1,4 +1,4 @@
-"""Fixtures of all tests: real exports and conversions of them, made once a session; Triton for its interpreter."""
+"""Fixtures of all tests: real exports and their conversions, created once a session; Triton's interpreter."""
 
 from __future__ import annotations
 

@@ -21,7 +21,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_a_config_that_fuzzing_found(name: str, tmp_path: Path) -> None:
+def test_configs_that_fuzzing_found_are_handled(name: str, tmp_path: Path) -> None:
     model = Model()
     model.quantization.update(CONFIGS[name])
     folder = model.write(tmp_path / "model")
@@ -29,7 +29,7 @@ def test_a_config_that_fuzzing_found(name: str, tmp_path: Path) -> None:
         json.dumps(plan_conversion(folder, target).to_json())
 
 
-def test_half_a_surrogate_pair_in_the_version_of_the_producer(tmp_path: Path) -> None:
+def test_half_a_surrogate_pair_in_the_producer_version_is_handled(tmp_path: Path) -> None:
     model = Model()
     model.quantization["version"] = "\ud800"
     output = convert_checkpoint(model.write(tmp_path / "model"), "fused-int8", tmp_path / "out").output

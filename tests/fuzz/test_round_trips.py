@@ -92,7 +92,7 @@ def build(folder: Path, wanted: dict[str, Any]) -> Path:
 
 @FUZZ
 @given(wanted=checkpoints(), to=st.sampled_from(sorted(TARGETS)))
-def test_any_checkpoint_goes_there_and_back(wanted: dict[str, Any], to: str) -> None:
+def test_any_checkpoint_survives_a_round_trip(wanted: dict[str, Any], to: str) -> None:
     with scratch() as folder:
         source = build(folder, wanted)
         before = listing(source)
@@ -137,12 +137,12 @@ VALUES: st.SearchStrategy[Any] = st.sampled_from(
 
 @FUZZ
 @given(wanted=checkpoints(), data=st.data())
-def test_whatever_goes_wrong_with_a_checkpoint_is_told(wanted: dict[str, Any], data: st.DataObject) -> None:
+def test_any_damage_to_a_checkpoint_is_reported(wanted: dict[str, Any], data: st.DataObject) -> None:
     """Exit codes of the contract, no traceback, nothing written unless all of it, and the source as it was."""
     with scratch() as folder:
         source = build(folder, wanted)
         for _ in range(data.draw(st.integers(1, 3))):
-            spoil(source, data)
+            corrupt(source, data)
         before = listing(source)
         code, _ = command("inspect", source, "--deep")
         assert code in (0, 1, 3)
@@ -160,7 +160,7 @@ def test_whatever_goes_wrong_with_a_checkpoint_is_told(wanted: dict[str, Any], d
             assert '"kind": "bytes"' not in said
 
 
-def spoil(folder: Path, data: st.DataObject) -> None:
+def corrupt(folder: Path, data: st.DataObject) -> None:
     """Change one thing in a checkpoint."""
     files = sorted(path for path in folder.iterdir() if path.is_file())
     if not files:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.hostile import judge, spoilt
+from support.hostile import corrupted, judge
 from support.model import Model
 from support.program import run_cli
 from support.quark_config import layer_config, quark_config
@@ -24,12 +24,12 @@ pytestmark = pytest.mark.long
 def config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Changes the config.json of a checkpoint."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         value = json.loads((folder / "config.json").read_text())
         change(value)
         (folder / "config.json").write_text(json.dumps(value))
 
-    return spoil
+    return corrupt
 
 
 def text(content: str | bytes) -> Callable[[Path], object]:
@@ -57,8 +57,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_a_config_that_is_none(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = judge(spoilt(tmp_path / "model", INVALID[name]), capsys)
+def test_an_invalid_config_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = judge(corrupted(tmp_path / "model", INVALID[name]), capsys)
     assert verdict.inspect == 1
     assert verdict.codes[:1] == ["config-invalid"]
     assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, "config-invalid", "config.json")
@@ -96,7 +96,7 @@ CONFIGS = {
 
 
 @pytest.mark.parametrize("method", CONFIGS)
-def test_any_value_at_any_place_of_a_quantization_config(method: str) -> None:
+def test_any_value_anywhere_in_a_quantization_config_is_handled(method: str) -> None:
     """Either a scheme is read, and every problem is a short text, or one error says what is wrong."""
     tried = 0
     for path in places(CONFIGS[method]):
@@ -132,8 +132,10 @@ WRONG = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_a_quantization_config_of_wrong_types(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = spoilt(tmp_path / "model", config(lambda value: value.update(quantization_config=WRONG[name])))
+def test_wrong_types_in_a_quantization_config_are_handled(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrupted(tmp_path / "model", config(lambda value: value.update(quantization_config=WRONG[name])))
     code, stdout, stderr = run_cli(capsys, "inspect", folder)
     assert (code, stderr) == (1, "")
     assert len(stdout) < 200_000
@@ -151,7 +153,7 @@ def test_a_quantization_config_of_wrong_types(name: str, tmp_path: Path, capsys:
 def test_strings_of_the_config_survive_a_conversion(
     text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    folder = spoilt(tmp_path / "model", config(lambda value: value.update(note=text, limit=[0.0, float("inf")])))
+    folder = corrupted(tmp_path / "model", config(lambda value: value.update(note=text, limit=[0.0, float("inf")])))
     assert run_cli(capsys, "convert", folder, "--to", "fused-int8", "--out", tmp_path / "out")[0] == 0
     written = json.loads((tmp_path / "out" / "config.json").read_text())
     assert (written["note"], written["limit"]) == (text, [0.0, float("inf")])
@@ -180,7 +182,7 @@ EXPLOSIVE = {
 
 
 @pytest.mark.parametrize("name", EXPLOSIVE)
-def test_a_pattern_that_would_never_end(name: str) -> None:
+def test_a_pattern_that_backtracks_forever_is_cut_off(name: str) -> None:
     """It is matched, or refused with one error that names the patterns, within a limit of processor time."""
     names = [f"{LONG}{number}" for number in range(200)] + [MODULE]
     scheme = declared_scheme(quark_config(exclude=[EXPLOSIVE[name]]))
@@ -205,7 +207,7 @@ def matched(resolve: Callable[[str], object], names: list[str]) -> SourceError |
 NEVER = r"re:(\w|[a-z.]|..)*[!?]"
 
 
-def test_a_pattern_that_never_ends_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_pattern_that_backtracks_forever_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Model()
     model.quantization["exclude"] = [NEVER]
     folder = model.write(tmp_path / "model")
@@ -219,14 +221,14 @@ def test_a_pattern_that_never_ends_is_one_error(tmp_path: Path, capsys: pytest.C
     [[f"re:a{i}" for i in range(2001)], [f"a*{i}*b" for i in range(2001)], ["re:" + "a" * 50_001], ["?" * 50_001]],
     ids=["re", "glob", "long re", "long glob"],
 )
-def test_more_patterns_than_any_tool_writes(entries: list[str]) -> None:
+def test_too_many_patterns_are_refused(entries: list[str]) -> None:
     with pytest.raises(SourceError, match="too many patterns"):
         name_filter(entries, globs=True, patience=Patience())
     with pytest.raises(SourceError, match="too many patterns"):
         declared_scheme(quark_config(exclude=entries))
 
 
-def test_patterns_that_take_long_together_are_refused() -> None:
+def test_patterns_that_are_slow_together_are_refused() -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.gate_proj" for i in range(60) for j in range(256)]
     matches = name_filter([f"*a*{i}*b" for i in range(2000)], globs=True, patience=Patience())
     error = matched(matches, names)
@@ -261,7 +263,7 @@ def test_fnmatch_patterns_match_as_fnmatch_does() -> None:
             assert bool(matches(name)) == fnmatchcase(name, pattern), (pattern, name)
 
 
-def test_what_is_inspected_after_a_pattern_was_refused_is_not_affected(tmp_path: Path) -> None:
+def test_a_refused_pattern_does_not_affect_the_next_inspection(tmp_path: Path) -> None:
     model = Model()
     model.quantization["exclude"] = [NEVER]
     with pytest.raises(SourceError):

@@ -41,7 +41,7 @@ def set_all(model: Model, suffix: str, value: Callable[[torch.Tensor], torch.Ten
             shard[name] = value(shard[name])
 
 
-SPOILT: dict[str, tuple[Callable[[Model], object], str]] = {
+CORRUPTED: dict[str, tuple[Callable[[Model], object], str]] = {
     "an expert that is missing": (lambda model: model.remove(f"{EXPERTS}.1."), "expert-missing"),
     "a projection that is missing": (lambda model: model.remove(f"{EXPERTS}.1.up_proj"), "expert-missing"),
     "an expert of number 10^9 - 1": (lambda model: numbered(model, "999999999"), "expert-missing"),
@@ -89,11 +89,11 @@ SPOILT: dict[str, tuple[Callable[[Model], object], str]] = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", SPOILT)
-def test_experts_that_do_not_fit(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil, code = SPOILT[name]
+@pytest.mark.parametrize("name", CORRUPTED)
+def test_inconsistent_experts_are_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    corrupt, code = CORRUPTED[name]
     model = Model()
-    spoil(model)
+    corrupt(model)
     verdict = judge(model.write(tmp_path / "model"), capsys)
     assert verdict.inspect == 1
     assert code in verdict.codes
@@ -113,7 +113,7 @@ VALUES = {
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("name", VALUES)
-def test_scales_that_are_no_numbers_to_compute_with(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_unusable_scales_are_refused(name: str, dtype: torch.dtype, tmp_path: Path) -> None:
     value, code = VALUES[name]
     model = Model()
     model.set(f"{GATE}.weight_scale", torch.tensor([1.0, value, 1.0, 1.0]).to(dtype))
@@ -123,7 +123,7 @@ def test_scales_that_are_no_numbers_to_compute_with(name: str, dtype: torch.dtyp
     assert inspection.ok is (code == "scale-subnormal")
 
 
-def test_zero_points_that_are_not_zero_are_refused_before_anything_is_written(
+def test_nonzero_zero_points_are_refused_before_anything_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     model = Model()
@@ -166,7 +166,7 @@ def test_experts_without_number(layout: str, experts: int, tmp_path: Path, capsy
     assert {"expert-shape", "weight-shape"} <= set(verdict.codes)
 
 
-def test_a_great_many_layers_that_are_wrong_are_one_finding_more(tmp_path: Path) -> None:
+def test_very_many_wrong_layers_add_one_finding(tmp_path: Path) -> None:
     tensors = {f"model.layers.{i}.mlp.experts.1.gate_proj.weight": ("I8", [1, 1], 1) for i in range(3000)}
     inspection = inspect_checkpoint(sparse(tmp_path / "model", tensors, Model().config))
     missing = [item for item in inspection.findings if item.code == "expert-missing"]

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from support.hostile import judge, spoilt
+from support.hostile import corrupted, judge
 from support.model import SECOND, Model
 from support.moe_model import INDEX
 from support.program import run_cli, snapshot
@@ -42,21 +42,21 @@ PLACES = {SECOND: ("shard-missing", "file-outside"), INDEX: ("index-invalid",), 
 
 @pytest.mark.parametrize("place", PLACES)
 @pytest.mark.parametrize("kind", STRANGE)
-def test_what_is_no_file_is_neither_waited_for_nor_read(
+def test_pipes_sockets_and_devices_are_neither_waited_for_nor_read(
     kind: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         (folder / place).unlink()
         STRANGE[kind](folder / place)
 
-    verdict = judge(spoilt(tmp_path / "model", spoil), capsys)
+    verdict = judge(corrupted(tmp_path / "model", corrupt), capsys)
     assert (verdict.inspect, verdict.convert) == (1, 3)
     assert verdict.codes[0] in (*PLACES[place], "file-outside")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "quarkconv.json", "sub/notes.txt"])
 @pytest.mark.parametrize("kind", ["a pipe", "a socket", "a link to nothing", "a link in a circle"])
-def test_other_files_that_are_none_are_not_copied(kind: str, name: str, tmp_path: Path) -> None:
+def test_special_files_are_not_copied(kind: str, name: str, tmp_path: Path) -> None:
     folder = Model().write(tmp_path / "model")
     (folder / name).parent.mkdir(exist_ok=True)
     STRANGE[kind](folder / name)
@@ -94,7 +94,7 @@ def test_a_link_out_of_the_directory_is_not_followed(
     assert "hard link" in verdict.error["hint"]
 
 
-def test_a_shard_of_another_model_is_not_taken(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other, folder = Model().write(tmp_path / "private"), Model().write(tmp_path / "model")
     (folder / SECOND).unlink()
     (folder / SECOND).symlink_to(other / SECOND)
@@ -172,11 +172,11 @@ def test_folders_nested_thousands_deep(tmp_path: Path, capsys: pytest.CaptureFix
 
 @pytest.mark.parametrize("name", ["config.json", "quarkconv.json", "model-00001-of-00001.safetensors", INDEX])
 def test_a_folder_named_as_a_file_of_the_output(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         if (folder / name).exists():
             (folder / name).unlink()
         (folder / name).mkdir()
         (folder / name / "notes.txt").touch()
 
-    verdict = judge(spoilt(tmp_path / "model", spoil), capsys)
+    verdict = judge(corrupted(tmp_path / "model", corrupt), capsys)
     assert verdict.convert in (3, 4)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import stored_tensors
-from support.hostile import judge, listing, spoilt, with_header
+from support.hostile import corrupted, judge, listing, with_header
 from support.model import SECOND
 from support.program import run_cli
 from support.raw import entry, raw_file
@@ -58,16 +58,16 @@ SHORT = ("no bytes", "length beyond the file")
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_a_header_that_breaks_a_rule(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = judge(spoilt(tmp_path / "model", REFUSED[name]), capsys)
+    verdict = judge(corrupted(tmp_path / "model", REFUSED[name]), capsys)
     assert (verdict.inspect, verdict.codes) == (1, ["shard-truncated" if name in SHORT else "header-invalid"])
     assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, verdict.codes[0], SECOND)
 
 
 @pytest.mark.parametrize("name", TRUNCATED)
-def test_data_that_the_header_promises_and_the_file_does_not_hold(
+def test_data_beyond_the_end_of_the_file_is_refused(
     name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    verdict = judge(spoilt(tmp_path / "model", TRUNCATED[name]), capsys)
+    verdict = judge(corrupted(tmp_path / "model", TRUNCATED[name]), capsys)
     assert verdict.inspect == 1
     assert "shard-truncated" in verdict.codes
     assert (verdict.convert, verdict.error["exit_code"]) == (3, 3)
@@ -84,15 +84,19 @@ NAMES = {
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_a_name_that_is_none_is_told_escaped(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = judge(spoilt(tmp_path / "model", add_tensor(NAMES[name])), capsys)
+def test_an_invalid_tensor_name_is_reported_escaped(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    verdict = judge(corrupted(tmp_path / "model", add_tensor(NAMES[name])), capsys)
     assert (verdict.inspect, verdict.codes) == (1, ["tensor-name"])
     assert (verdict.convert, verdict.error["code"]) == (3, "tensor-name")
 
 
 @pytest.mark.parametrize("name", ["../../../etc/passwd", "/etc/passwd", "..\\..\\boot.ini"])
-def test_a_name_that_reads_as_a_path_is_a_name(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    folder = spoilt(tmp_path / "model", add_tensor(name))
+def test_a_tensor_name_that_looks_like_a_path_stays_a_name(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = corrupted(tmp_path / "model", add_tensor(name))
     before = listing(tmp_path)
     findings = inspect_checkpoint(folder).findings
     assert [(item.code, item.severity, item.subject) for item in findings] == [("tensor-name", "info", name)]
@@ -109,7 +113,7 @@ def stored_kinds(folder: Path) -> Iterator[tuple[str, str]]:
 def add_tensor(name: str) -> Callable[[Path], object]:
     """Adds a byte under a name to the second shard, and the name to the index."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         raw = (folder / SECOND).read_bytes()
         length = struct.unpack("<Q", raw[:8])[0]
         header = json.loads(raw[8 : 8 + length])
@@ -120,4 +124,4 @@ def add_tensor(name: str) -> Callable[[Path], object]:
         index["weight_map"][name] = SECOND
         (folder / "model.safetensors.index.json").write_text(json.dumps(index))
 
-    return spoil
+    return corrupt

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.hostile import judge, spoilt
+from support.hostile import corrupted, judge
 from support.model import FIRST, SECOND
 from support.moe_model import INDEX
 
@@ -20,12 +20,12 @@ from quarkconv import inspect_checkpoint
 def index(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
     """Changes the index of a checkpoint."""
 
-    def spoil(folder: Path) -> None:
+    def corrupt(folder: Path) -> None:
         value = json.loads((folder / INDEX).read_text())
         change(value)
         (folder / INDEX).write_text(json.dumps(value))
 
-    return spoil
+    return corrupt
 
 
 def names(file: object) -> Callable[[Path], object]:
@@ -62,8 +62,8 @@ INVALID = {
 
 
 @pytest.mark.parametrize("name", INVALID)
-def test_an_index_that_is_none(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    verdict = judge(spoilt(tmp_path / "model", INVALID[name]), capsys)
+def test_an_invalid_index_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    verdict = judge(corrupted(tmp_path / "model", INVALID[name]), capsys)
     assert (verdict.inspect, verdict.codes) == (1, ["index-invalid"])
     assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, "index-invalid", INDEX)
 
@@ -96,9 +96,11 @@ WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
 
 
 @pytest.mark.parametrize("name", WRONG)
-def test_an_index_that_disagrees_with_the_files(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    spoil, code = WRONG[name]
-    verdict = judge(spoilt(tmp_path / "model", spoil), capsys)
+def test_an_index_that_contradicts_the_files_is_reported(
+    name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    corrupt, code = WRONG[name]
+    verdict = judge(corrupted(tmp_path / "model", corrupt), capsys)
     assert verdict.codes == [code]
     if code == "file-unused":  # engines that follow the index are right, and so is the conversion
         assert (verdict.inspect, verdict.convert) == (0, 0)
@@ -107,18 +109,18 @@ def test_an_index_that_disagrees_with_the_files(name: str, tmp_path: Path, capsy
 
 
 @pytest.mark.parametrize("size", [-1, 1.5, "12", True, [1], {"a": 1}, 2**63, float("nan"), float("inf")])
-def test_a_total_size_that_is_none_is_told_and_not_used(size: object, tmp_path: Path) -> None:
-    folder = spoilt(tmp_path / "model", index(lambda value: value.update(metadata={"total_size": size})))
+def test_an_invalid_total_size_is_reported_and_not_used(size: object, tmp_path: Path) -> None:
+    folder = corrupted(tmp_path / "model", index(lambda value: value.update(metadata={"total_size": size})))
     inspection = inspect_checkpoint(folder)
     assert [(item.code, item.severity) for item in inspection.findings] == [("index-total-size", "info")]
-    sound = inspect_checkpoint(spoilt(tmp_path / "sound", lambda _: None))
+    sound = inspect_checkpoint(corrupted(tmp_path / "sound", lambda _: None))
     assert inspection.to_json()["bytes"] == sound.to_json()["bytes"]
 
 
 @pytest.mark.parametrize("size", [0, 1, 10**15, 12.0, None])
 def test_a_total_size_that_is_wrong_is_not_used(size: object, tmp_path: Path) -> None:
-    folder = spoilt(tmp_path / "model", index(lambda value: value.update(metadata={"total_size": size})))
+    folder = corrupted(tmp_path / "model", index(lambda value: value.update(metadata={"total_size": size})))
     inspection = inspect_checkpoint(folder)
     assert inspection.findings == ()
-    sound = inspect_checkpoint(spoilt(tmp_path / "sound", lambda _: None))
+    sound = inspect_checkpoint(corrupted(tmp_path / "sound", lambda _: None))
     assert inspection.to_json()["bytes"] == sound.to_json()["bytes"]

@@ -131,7 +131,7 @@ STATES: dict[str, bytes | None] = {
 
 
 @pytest.mark.parametrize("name", STATES)
-def test_a_state_that_is_none_is_refused_and_overwrite_starts_anew(
+def test_an_invalid_state_is_refused_and_overwrite_starts_over(
     name: str, model: Path, unfinished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     path = unfinished / STAGING / "plan.json"
@@ -165,7 +165,7 @@ COMMANDS = {
 
 
 @pytest.mark.parametrize("name", COMMANDS)
-def test_a_command_of_a_stranger_is_not_shown_as_the_one_to_give(name: str, unfinished: Path) -> None:
+def test_a_planted_command_is_not_suggested(name: str, unfinished: Path) -> None:
     path = unfinished / STAGING / "plan.json"
     state = json.loads(path.read_text())
     path.write_text(json.dumps({**state, "command": COMMANDS[name]}))
@@ -179,12 +179,12 @@ def test_a_command_of_a_stranger_is_not_shown_as_the_one_to_give(name: str, unfi
 
 
 def change_note(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:
-    def spoil(path: Path) -> None:
+    def corrupt(path: Path) -> None:
         note = json.loads(path.read_text())
         change(note)
         path.write_text(json.dumps(note))
 
-    return spoil
+    return corrupt
 
 
 NOTES: dict[str, Callable[[Path], object]] = {
@@ -202,7 +202,7 @@ NOTES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", NOTES)
-def test_a_note_that_is_none_makes_its_shard_be_written_again(
+def test_a_shard_with_an_invalid_note_is_written_again(
     name: str, model: Path, unfinished: Path, tmp_path: Path
 ) -> None:
     notes = sorted((unfinished / STAGING / "notes").iterdir())
@@ -211,7 +211,7 @@ def test_a_note_that_is_none_makes_its_shard_be_written_again(
     assert snapshot(convert(model, unfinished)) == snapshot(convert(model, tmp_path / "plain"))
 
 
-def test_a_checksum_that_was_tampered_with_is_found_by_verify(model: Path, unfinished: Path, capsys: Any) -> None:
+def test_verify_finds_a_tampered_checksum(model: Path, unfinished: Path, capsys: Any) -> None:
     """A note that is well-formed is believed while resuming; what it says is proved afterwards."""
     note = min((unfinished / STAGING / "notes").iterdir())
     change_note(lambda value: value["pieces"][0].__setitem__(0, "0" * 32))(note)
@@ -260,7 +260,7 @@ MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", MANIFESTS)
-def test_a_manifest_that_lies_is_refused(
+def test_an_inconsistent_manifest_is_refused(
     name: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(converted, tmp_path / "out")
@@ -299,7 +299,7 @@ TAMPERED: dict[str, Callable[[dict[str, Any]], object]] = {
 
 
 @pytest.mark.parametrize("name", TAMPERED)
-def test_a_manifest_that_was_tampered_with_is_a_mismatch(
+def test_a_tampered_manifest_is_a_mismatch(
     name: str, converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(converted, tmp_path / "out")
@@ -314,7 +314,7 @@ def test_a_manifest_that_was_tampered_with_is_a_mismatch(
         assert json.loads(stdout)
 
 
-def test_other_ranges_of_the_source_are_found_with_the_source(
+def test_wrong_source_ranges_are_found_with_the_source(
     converted: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     folder = shutil.copytree(converted, tmp_path / "out")

@@ -43,13 +43,13 @@ def offline(*arguments: str | Path, cwd: Path) -> subprocess.CompletedProcess[st
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True, check=False, env=environment)
 
 
-def test_the_hook_of_these_tests_notices_the_network(tmp_path: Path) -> None:
+def test_the_hook_notices_the_network(tmp_path: Path) -> None:
     done = offline("inspect", "org/name", cwd=tmp_path)
     assert done.returncode == 99
     assert "network: socket." in done.stderr
 
 
-def test_no_command_that_is_given_a_path_uses_the_network(tmp_path: Path) -> None:
+def test_no_command_uses_the_network_for_a_path(tmp_path: Path) -> None:
     make_checkpoint(tmp_path / "model", hidden=16, intermediate=16)
     out = tmp_path / "out"
     for arguments in (
@@ -66,7 +66,7 @@ def test_no_command_that_is_given_a_path_uses_the_network(tmp_path: Path) -> Non
         assert "network" not in done.stderr
 
 
-def test_a_config_that_names_code_and_repos_uses_neither(tmp_path: Path) -> None:
+def test_code_and_repos_named_in_a_config_are_not_used(tmp_path: Path) -> None:
     """``auto_map`` makes transformers import files of the checkpoint, or of another repo."""
     model = Model()
     model.config["auto_map"] = {"AutoConfig": "configuration_x.XConfig", "AutoModel": "evil/repo--modeling_x.XModel"}
@@ -115,7 +115,7 @@ def test_pickles_are_neither_read_nor_copied(tmp_path: Path) -> None:
     assert not list(tmp_path.rglob("ran"))
 
 
-def test_a_folder_without_safetensors_is_no_model(tmp_path: Path) -> None:
+def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     done = offline("inspect", tmp_path, "--json", cwd=tmp_path)
@@ -145,13 +145,13 @@ def test_no_module_evaluates_unpickles_or_starts_anything(path: Path) -> None:
     assert "import pickle" not in source
 
 
-def test_modules_are_imported_by_names_that_are_written_down() -> None:
+def test_modules_are_imported_by_literal_names() -> None:
     """``import_module`` takes names from a table of the package, never from a file."""
     users = [path.name for path in SOURCES if "import_module" in path.read_text()]
     assert users == ["__init__.py"]
 
 
-def test_what_ci_installs_has_hashes_and_the_versions_that_are_pinned() -> None:
+def test_ci_installs_pinned_versions_with_hashes() -> None:
     pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     locked = 0

@@ -1,4 +1,4 @@
-"""Small files that would take a careless reader minutes or gigabytes; `benchmarks/hostile.py` measures them."""
+"""Small files that cost a naive reader minutes or gigabytes; `benchmarks/hostile.py` measures them."""
 
 from __future__ import annotations
 
@@ -115,4 +115,4 @@ BOMBS: dict[str, Callable[[], Callable[[Path], object]]] = {
         entries(60_000, '"model.layers.{}.mlp.experts.1.gate_proj.weight":' + EMPTY_MATRIX)
     ),
 }  # fmt: skip
-"""Name -> what makes what writes it; made when it is wanted, since some are large."""
+"""Name -> a function that builds the writer; built on demand, since some are large."""

@@ -93,7 +93,7 @@ main(sys.argv[2:])
 
 
 def start_slow(name: str, *args: str | Path) -> Any:
-    """Start the command with calls of ``os.name`` made slow; returns when it is at work."""
+    """Start the command with slow calls of ``os.name``; returns when it is at work."""
     process = start(SLOW, name, *args)
     assert process.stderr is not None
     assert process.stderr.readline() == "working\n"

@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of a server that spoils some responses."""
+"""An HTTP proxy in front of a server that corrupts some responses."""
 
 from __future__ import annotations
 

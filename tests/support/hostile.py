@@ -1,4 +1,4 @@
-"""Checkpoints that lie, and what must come of each: one clear answer, the right exit code, and nothing written."""
+"""Hostile checkpoints, and the response to each: one clear message, the right exit code, nothing written."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ from support.program import run_cli
 from support.raw import raw_file
 
 MEGABYTES = 500
-"""What any command may take of memory, whatever it is given."""
+"""Memory that a command may use on any input."""
 MAX_MESSAGE = 20_000
-"""Characters of an answer to a small checkpoint."""
+"""Characters of output for a small checkpoint."""
 
 
 class Verdict(NamedTuple):
-    """What the commands said.
+    """The response of the commands to a checkpoint.
 
     Attributes:
         inspect: exit code of ``inspect``.
-        codes: codes of the findings that are no mere information, or of the error.
+        codes: codes of the warnings and errors found, or of the one error.
         convert: exit code of ``convert``.
-        error: what ``convert --json`` said when it refused.
+        error: the object that ``convert --json`` printed.
     """
 
     inspect: int
@@ -38,10 +38,10 @@ class Verdict(NamedTuple):
     error: dict[str, Any]
 
 
-def spoilt(folder: Path, spoil: Callable[[Path], object]) -> Path:
-    """A sound checkpoint, spoilt."""
+def corrupted(folder: Path, corrupt: Callable[[Path], object]) -> Path:
+    """Write a sound checkpoint and corrupt it."""
     Model().write(folder)
-    spoil(folder)
+    corrupt(folder)
     return folder
 
 
@@ -60,7 +60,7 @@ def listing(folder: Path) -> list[tuple[str, int, int, int]]:
 
 
 def judge(folder: Path, capsys: pytest.CaptureFixture[str]) -> Verdict:
-    """Inspect and convert a checkpoint, for people and as JSON; the answers must be harmless and nothing written."""
+    """Inspect and convert a checkpoint, as text and as JSON: output is safe to print, and nothing is written."""
     before = listing(folder)
     out = folder.parent / "out"
     convert: list[str | Path] = ["convert", folder, "--to", "fused-int8", "--out", out]
@@ -96,7 +96,7 @@ def one_object(stdout: str) -> dict[str, Any]:
 
 
 class Measured(NamedTuple):
-    """A command that ran in a process of its own: what it said, the processor time and the memory that it took."""
+    """A command that ran in its own process: output, CPU seconds, peak memory."""
 
     code: int
     stdout: str
@@ -113,7 +113,7 @@ signal.alarm(int(sys.argv[1]))
 _, status, usage = os.wait4(child.pid, 0)
 print(os.waitstatus_to_exitcode(status), usage.ru_utime + usage.ru_stime, usage.ru_maxrss, file=sys.stderr)
 """
-"""A small process that starts the command: memory is counted from that of whoever starts it."""
+"""A small process that starts the command: a child starts with the peak memory of its parent."""
 
 
 def measured(*arguments: str | Path, cwd: Path | None = None, timeout: int = 60) -> Measured:

@@ -1,7 +1,7 @@
 """A server on loopback that speaks as much of the Hub's HTTP API as reading and publishing models takes.
 
 Large files (LFS) are answered with a redirect to a store on a port of its own, under an address that is signed and
-expires, as the Hub does. What goes wrong on real networks can be made to go wrong here; see :class:`hub_state.Faults`.
+expires, as the Hub does. Faults of real networks can be injected; see :class:`hub_state.Faults`.
 """
 
 from __future__ import annotations

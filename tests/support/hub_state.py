@@ -1,4 +1,4 @@
-"""What the Hub on loopback holds, what goes wrong with it, and what its servers have in common."""
+"""State and faults of the Hub on loopback, and the base of its request handlers."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ LFS_BYTES = 20_000
 
 @dataclass
 class Faults:
-    """What goes wrong.
+    """Faults to inject.
 
     Attributes:
-        token: the only token that is let in; None lets everybody in.
-        gated: say that the repo is gated, to those who have another token or none.
+        token: the only token that is accepted; None accepts every request.
+        gated: respond to other tokens, or to none, that the repo is gated.
         too_many: how many requests are answered with 429 before any other answer.
         retry_after: seconds that those answers ask to wait.
         server_errors: how many requests to the store are answered with 503.
@@ -30,11 +30,11 @@ class Faults:
         hang_up: how many requests to the Hub get no answer at all.
         break_after: transfers are cut after that many bytes, ``breaks`` times.
         stuck: cut transfers give no byte at all.
-        lie: how the store treats a range: ``shifted`` and ``size`` state a wrong Content-Range, ``ignored`` sends the
-            whole file, ``silent`` states none, ``gzip`` sends it compressed, ``416`` says that there is none, ``empty``
-            sends nothing of it, ``endless`` sends it and never ends, ``circle`` sends to the same address again.
+        lie: how the store responds to a range: ``shifted`` and ``size`` state a wrong Content-Range, ``ignored`` sends
+            the whole file, ``silent`` states no Content-Range, ``gzip`` compresses, ``416`` refuses it, ``empty``
+            sends no bytes, ``endless`` repeats the bytes forever, ``circle`` redirects to the same address.
         chunked: answers of the store do not say how long they are.
-        circle: the Hub sends whoever wants a file to the same address again.
+        circle: the Hub redirects a request for a file to the same address.
         answer: what the Hub answers to everything, in place of what was asked for.
         expire_after: an address that was signed serves that many requests.
         etag_of_store: changes the ETag of the store after that many requests.
@@ -141,14 +141,14 @@ class Hub:
         return self.commits[repo][self.refs[repo].get(revision, revision)]
 
     def settle(self) -> None:
-        """Wait until nobody asks for anything any more."""
+        """Wait until requests stop."""
         count = -1
         while count != len(self.requests):
             count = len(self.requests)
             time.sleep(0.2)
 
     def ranges(self) -> list[str]:
-        """The ranges that were asked for."""
+        """The ranges requested."""
         return [stated for method, _, stated in self.requests if method == "GET" and stated]
 
 

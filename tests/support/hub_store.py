@@ -169,7 +169,7 @@ def send_range(handler: Handler, data: bytes, headers: dict[str, str], faults: F
 
 
 def _send_chunks(handler: Handler, body: bytes, headers: dict[str, str], *, broken: bool, endless: bool) -> None:
-    """A body whose length is not said before it."""
+    """A body without a Content-Length, in chunks."""
     handler.send_response(206)
     for name, value in {**headers, "Transfer-Encoding": "chunked"}.items():
         handler.send_header(name, value)

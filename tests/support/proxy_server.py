@@ -1,4 +1,4 @@
-"""A forward proxy on loopback, as companies have them: it is given whole addresses, or told to open a tunnel.
+"""A forward proxy on loopback, as companies run them: it takes absolute addresses, or CONNECT for a tunnel.
 
 It finds servers by names that nobody else knows, so that whatever reaches them came through it.
 """

@@ -60,7 +60,7 @@ def run_on_terminal(
     process = subprocess.Popen(
         command, stdin=slave, stdout=subprocess.PIPE, stderr=slave if stderr else subprocess.PIPE,
         env=inherited | environment, start_new_session=True,
-        # Whoever started the tests in the background may have had them ignore it.
+        # A shell that starts the tests in the background may make them ignore it.
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     os.close(slave)
