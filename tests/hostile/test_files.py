@@ -94,7 +94,7 @@ def test_a_link_out_of_the_directory_is_not_followed(
     assert "hard link" in verdict.error["hint"]
 
 
-def test_a_shard_of_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_shard_linked_from_another_model_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     other, folder = Model().write(tmp_path / "private"), Model().write(tmp_path / "model")
     (folder / SECOND).unlink()
     (folder / SECOND).symlink_to(other / SECOND)

@@ -94,7 +94,7 @@ def test_many_conversions_of_one_source_run_at_once(tmp_path: Path) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_of_many_conversions_into_one_output_one_succeeds(tmp_path: Path) -> None:
+def test_of_many_conversions_into_one_output_at_least_one_succeeds(tmp_path: Path) -> None:
     """One of them does it, the others say who; the output is whole."""
     model = make_checkpoint(tmp_path / "model", layers=2, experts=16, hidden=256, intermediate=256, shards=4)
     alone = snapshot(quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "alone").output)
