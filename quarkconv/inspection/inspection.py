@@ -11,6 +11,8 @@ from quarkconv.convert.planner import check_convertible
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError
+from quarkconv.experts.function import Unknown
+from quarkconv.experts.knowledge import knowledge
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
@@ -69,7 +71,12 @@ class Inspection:
     @property
     def not_checked(self) -> tuple[str, ...]:
         """What this inspection did not check."""
-        return () if self.deep else ("scales and zero points (--deep reads them)",)
+        missed = [] if self.deep else ["scales and zero points (--deep reads them)"]
+        if self.description.moe_layers:
+            known = knowledge(self.description.checkpoint.config, self.description.moe_layers[0].prefix)
+            if isinstance(known, Unknown):
+                missed.append(f"what the experts compute ({known.reason})")
+        return tuple(missed)
 
     @property
     def headline(self) -> str:

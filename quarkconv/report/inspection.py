@@ -24,7 +24,7 @@ def _parts(inspection: Inspection, command: str) -> Iterator[str]:
     facts = [
         ("scheme", value["scheme"] or "none"), ("quantization_config", tool or "none"),
         ("tensors", f"{value['tensors']:,}"), ("size", size(value["bytes"])), ("shards", f"{value['shards']:,}"),
-        ("not checked", "; ".join(inspection.not_checked) or "-"),
+        ("not checked", "; ".join(inspection.not_checked).encode("ascii", "backslashreplace").decode() or "-"),
     ]  # fmt: skip
     yield page.table_section("Summary", ("what", "value"), facts)
     yield _findings(inspection)

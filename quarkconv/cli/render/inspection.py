@@ -65,7 +65,7 @@ def _answer(inspection: Inspection) -> Iterator[RenderableType]:
     """The verdict, what was not checked, and what to do."""
     yield verdict(printable(inspection.headline), good=inspection.ok)
     if inspection.ok and inspection.not_checked:
-        yield indented(f"not checked: {'; '.join(inspection.not_checked)}", 2, "dim")
+        yield indented(f"not checked: {printable('; '.join(inspection.not_checked))}", 2, "dim")
     advice = inspection.advice
     for item in advice:
         yield indented(item.text, 2)
