@@ -16,6 +16,7 @@ the products' operations at the rate of a plain dense int8 product, likewise.
 
 import argparse
 import datetime
+import functools
 import json
 import math
 import statistics
@@ -38,6 +39,7 @@ from quarkconv.kernels.tune import SHAPES, Weights, make_call, make_weights, tim
 
 TOKENS = (1, 8, 64, 512, 4096)
 WARM_UP = 0.05  # seconds
+time_graph = functools.partial(time_calls, warm_up=WARM_UP)
 # Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
 # neighbouring numbers for the last one.
 OTHERS: list[tuple[str, Shape, tuple[int, ...]]] = [
@@ -134,7 +136,7 @@ def time_ours(calls: list[ExpertsArguments], repeats: int) -> tuple[float, float
     runs = [run(call, out) for call, out in zip(calls, outs, strict=True)]
     runs[0]()
     error = check(calls[0], outs[0])
-    return time_calls(runs, repeats, WARM_UP), error
+    return time_graph(runs, repeats), error
 
 
 def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch.Tensor], repeats: int) -> float:
@@ -153,7 +155,7 @@ def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch
         y = y * call.topk_weights.flatten()[order].unsqueeze(-1).to(y.dtype)
         return torch.zeros_like(call.hidden_states).index_add_(0, order // call.top_k, y)
 
-    return time_calls([lambda call=call: run(call) for call in calls], max(repeats // 2, 1), WARM_UP)
+    return time_graph([lambda call=call: run(call) for call in calls], max(repeats // 2, 1))
 
 
 def load_vllm() -> Any:
@@ -186,13 +188,13 @@ def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: in
     difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
     if not difference < 0.02:
         raise SystemExit(f"vLLM and ours differ by {difference:.4f}")
-    default = time_calls(runs, repeats, WARM_UP)
+    default = time_graph(runs, repeats)
     best, which = default, "default"
     listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
     for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
         tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
         with override_config(tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}):
-            taken = time_calls(runs, repeats, WARM_UP)
+            taken = time_graph(runs, repeats)
         if taken < best:
             best, which = taken, f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
     return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}

@@ -175,7 +175,7 @@ PARTS = {
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-DOCUMENTS = [f"docs/{name}.md" for name in ("targets", "findings", "engines", "performance", "kernels")]
+DOCUMENTS = [f"docs/{name}.md" for name in ("targets", "findings", "engines", "performance", "kernel-benchmarks")]
 
 
 def filled(text: str) -> str:

@@ -47,9 +47,13 @@ def imported(path: Path) -> Iterator[str]:
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
-            assert node.level == 0 or path.parent == KERNELS, f"{path} imports relatively"
-            assert node.level <= 1, f"{path} imports from outside of its package"
-            base = f"quarkconv.kernels.{node.module}" if node.level else node.module
+            assert node.level == 0 or path.is_relative_to(KERNELS), f"{path} imports relatively"
+            base = node.module or ""
+            if node.level:
+                package = ("quarkconv", "kernels", *path.parent.relative_to(KERNELS).parts)
+                assert node.level <= len(package) - 1, f"{path} imports from outside of quarkconv.kernels"
+                parts = package[: len(package) - node.level + 1]
+                base = ".".join((*parts, node.module) if node.module else parts)
             yield from (f"{base}.{alias.name}" for alias in node.names)
 
 
@@ -85,7 +89,7 @@ def test_verification_shares_no_code_with_writing() -> None:
 
 
 def test_the_kernels_know_nothing_of_the_rest() -> None:
-    paths = list(KERNELS.glob("*.py"))
+    paths = list(KERNELS.rglob("*.py"))
     assert paths
     for path in paths:
         others = [name for name in imported(path) if name.startswith("quarkconv")]
@@ -101,10 +105,12 @@ def test_the_package_list_equals_the_tree() -> None:
     setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
     mapped = {name: ROOT / folder for name, folder in setuptools["package-dir"].items()}
     assert mapped == {"quarkconv.kernels": KERNELS}
-    folders = {path.parent for path in PACKAGE.rglob("*.py")}
-    tree = {".".join(("quarkconv", *folder.relative_to(PACKAGE).parts)) for folder in folders}
-    assert sorted(setuptools["packages"]) == sorted(tree | set(mapped))
-    for folder in (*folders, KERNELS):
+    folders = {path.parent: ("quarkconv", *path.parent.relative_to(PACKAGE).parts) for path in PACKAGE.rglob("*.py")}
+    folders |= {
+        path.parent: ("quarkconv", "kernels", *path.parent.relative_to(KERNELS).parts) for path in KERNELS.rglob("*.py")
+    }
+    assert sorted(setuptools["packages"]) == sorted(".".join(parts) for parts in folders.values())
+    for folder in folders:
         assert (folder / "__init__.py").is_file(), folder
     assert not (ROOT / "kernels" / "__init__.py").exists()  # PyPI has another package of that name
 

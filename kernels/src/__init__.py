@@ -17,8 +17,7 @@ The products of codes accumulate in int32 and are exact; scales, bias and activa
 This package imports nothing from the rest of quarkconv, and Triton only when a Triton kernel is launched.
 """
 
-from .experts import fused_experts_int8
+from .experts import fused_experts_int8, fused_experts_int8_reference
 from .quantize import quantize_int8, quantize_int8_reference
-from .reference import fused_experts_int8_reference
 
 __all__ = ["fused_experts_int8", "fused_experts_int8_reference", "quantize_int8", "quantize_int8_reference"]

@@ -1,11 +1,11 @@
-"""The arguments of the fused operation, checked once and carried as one value."""
+"""The arguments of the fused operation, checked once, and the data classes that the stages pass on."""
 
 from dataclasses import dataclass
 
 import torch
 
 from .activations import Activation, make_activation
-from .grouped_gemm import ExpertWeights
+from .tables import RowBlocks
 
 # An int32 sum of d products of codes in [-127, 127] and weights in [-128, 127] cannot overflow up to this d.
 MAX_DEPTH = (2**31 - 1) // (127 * 128)
@@ -17,8 +17,104 @@ _ID_DTYPES = (torch.int32, torch.int64)
 
 
 @dataclass(frozen=True, slots=True)
+class ExpertWeights:
+    """One projection of all experts.
+
+    codes  int8 [E, N, D], contiguous
+    scale  float32 [E, N, 1] (per channel) or [E, 1, 1] (per tensor)
+    bias   float [E, N] or None
+    """
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+    bias: torch.Tensor | None
+
+    @property
+    def per_channel(self) -> bool:
+        return self.scale.shape[1] != 1 or self.codes.shape[1] == 1
+
+
+@dataclass(frozen=True, slots=True)
+class RoutingPlan:
+    """Pairs grouped by expert, on the device; see `launch.routing`. Beyond the blocks and rows in use: unspecified.
+
+    pairs         int32 [P]: the pair of each row
+    rows          int32 [P]: the row of each pair
+    block_expert  int32 [max_blocks]: the expert of each block
+    block_first   int32 [max_blocks]: its first row
+    block_rows    int32 [max_blocks]: its rows, 1 .. BM + TM
+    totals        int32 [3]: blocks in use, rows in use, and a counter that is 0 between launches (`jit.specialized`)
+    """
+
+    blocks: RowBlocks
+    pairs: torch.Tensor
+    rows: torch.Tensor
+    block_expert: torch.Tensor
+    block_first: torch.Tensor
+    block_rows: torch.Tensor
+    totals: torch.Tensor
+
+    @property
+    def max_blocks(self) -> int:
+        return self.block_expert.numel()
+
+    def for_products(self) -> tuple[torch.Tensor, ...]:
+        """The arguments that both kernels of the grouped products take."""
+        return self.pairs, self.block_expert, self.block_first, self.block_rows, self.totals
+
+
+@dataclass(frozen=True, slots=True)
+class GroupedProduct:
+    """One product of codes and expert weights on sorted rows; see `launch.grouped_gemm` for the arithmetic.
+
+    codes          int8 [R, D]
+    row_scale      float32 [R]
+    router_weight  float32, P elements, which multiplies row_scale, or None
+    activation     that of gate-up, None for down
+    pairs_per_row  row p // pairs_per_row of the codes serves pair p; 0: codes are in the plan's row order
+    out            [P, columns]
+    """
+
+    codes: torch.Tensor
+    row_scale: torch.Tensor
+    weights: ExpertWeights
+    router_weight: torch.Tensor | None
+    activation: Activation | None
+    pairs_per_row: int
+    plan: RoutingPlan
+    out: torch.Tensor
+
+    @property
+    def depth(self) -> int:
+        """Length of the summed dimension: H of gate-up, I of down."""
+        return self.weights.codes.shape[2]
+
+    @property
+    def columns(self) -> int:
+        """Columns of the result: I of gate-up, H of down."""
+        return self.weights.codes.shape[1] // (2 if self.activation else 1)
+
+    @property
+    def limits(self) -> tuple[float, float]:
+        return (self.activation.limit, self.activation.alpha) if self.activation else (0.0, 0.0)
+
+    @property
+    def constants(self) -> dict[str, object]:
+        """The constants that both kernels share."""
+        return {
+            "ACTIVATION": self.activation.name if self.activation else "",
+            "GATED": self.activation is not None,
+            "PER_CHANNEL": self.weights.per_channel,
+            "RAW_SUMS": self.out.dtype == torch.int32,
+            "BLOCK_M": self.plan.blocks.block_m,
+            "TAIL_M": self.plan.blocks.tail_m,
+            "SMALL_M": self.plan.blocks.small_m,
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class ExpertsArguments:
-    """Checked arguments of one forward; see `fused_experts_int8` for their meaning."""
+    """Checked arguments of one forward; see `check_arguments` for their meaning."""
 
     hidden_states: torch.Tensor
     gate_up: ExpertWeights
@@ -29,6 +125,7 @@ class ExpertsArguments:
     gate_up_input_scale: torch.Tensor | None
     down_input_scale: torch.Tensor | None
     apply_router_weight_on_input: bool
+    out: torch.Tensor | None
 
     @property
     def tokens(self) -> int:
@@ -74,7 +171,28 @@ def check_arguments(
     apply_router_weight_on_input: bool = False,
     out: torch.Tensor | None = None,
 ) -> ExpertsArguments:
-    """Check everything that can be checked without reading the device; raise TypeError or ValueError otherwise."""
+    """The signature of `fused_experts_int8` and its twin: checks all that can be checked without reading the device.
+
+        hidden_states    bfloat16 or float16 [M, H], rows contiguous; M may be 0
+        w13, w2          int8 [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) and [E, H, I], contiguous
+        w13_scale        float32 [E, 2I, 1] per channel, or [E, 1, 1] per tensor
+        w2_scale         float32 [E, H, 1] or [E, 1, 1]
+        topk_weights     float32 [M, K]
+        topk_ids         int32 or int64 [M, K]; -1, like any id outside 0..E-1, means that another rank has the expert
+        activation       "silu", "gelu_tanh", "swigluoai" or "swiglustep"; see `activations`
+        activation_limit, activation_alpha
+                         clamp of swigluoai and swiglustep (7.0) and slope of swigluoai (1.702)
+        w13_input_scale, w2_input_scale
+                         float32 [E], positive: static per-tensor scales of x and h; without, dynamic per token
+        w13_bias, w2_bias
+                         float [E, 2I] and [E, H]
+        apply_router_weight_on_input
+                         r_j multiplies the token before the first product instead of y_j. Under dynamic scales it
+                         multiplies the token's scale, since q(r x) and q(x) have the same codes
+        out              [M, H], contiguous, like hidden_states, to write the result to; may be hidden_states itself
+
+    Raises TypeError for a wrong dtype and ValueError for a wrong shape, device, layout or activation.
+    """
     _check_tensor("hidden_states", hidden_states, _HIDDEN_DTYPES, None, hidden_states.device, "[M, H]", dim=2)
     device = hidden_states.device
     tokens, hidden = hidden_states.shape
@@ -122,6 +240,7 @@ def check_arguments(
         gate_up_input_scale=w13_input_scale,
         down_input_scale=w2_input_scale,
         apply_router_weight_on_input=apply_router_weight_on_input,
+        out=out,
     )
 
 

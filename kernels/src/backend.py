@@ -13,8 +13,8 @@ import torch
 Platform = Literal["cuda", "hip", "xpu", "interpreter"]
 
 GLUON_TESTED = ("3.6", "3.7")
-"""Releases of Triton with whose Gluon the kernels were run on a GPU: it is experimental, and changes from one to the
-next. That they compile with another one says little of what becomes of them."""
+"""Releases of Triton whose Gluon ran the kernels on a GPU. Gluon is experimental and changes between releases, and a
+kernel that compiles with an untested one may still be wrong."""
 
 _TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD devices "cuda" too
 _TRUE_STRINGS = ("1", "true", "on", "y", "yes")  # the spellings that Triton takes for TRITON_INTERPRET
@@ -22,15 +22,15 @@ _TRUE_STRINGS = ("1", "true", "on", "y", "yes")  # the spellings that Triton tak
 
 @dataclass(frozen=True, slots=True)
 class DeviceTraits:
-    """What the launch heuristics need to know about a device.
+    """Properties of a device that decide launch options.
 
     shared_memory       the most bytes of shared memory (LDS) that one program may hold
-    tensor_descriptors  whether tiles can be copied by the hardware from a descriptor of the tensor (NVIDIA's TMA)
-    dependent_launch    whether a launch may begin while the one before it ends; see `dependent_jit`
-    warp_specialization whether warps of a program can have different things to do (Gluon, on NVIDIA's Hopper)
-    processors          how many programs run at a time, where one takes a whole processor; 0 if unknown
-    dot4                whether four codes in an int32 can be multiplied and summed by one instruction of NVIDIA's
-    name                the device's own name for itself, by which tables of launch options are found
+    tensor_descriptors  whether TMA can copy tiles by a descriptor of the tensor
+    dependent_launch    whether a launch may begin while the one before it ends; see `jit.dependent`
+    warp_specialization whether warps of a program can be specialized (Gluon, on NVIDIA's Hopper)
+    processors          number of SMs; 0 if unknown
+    dot4                whether NVIDIA's dp4a multiplies and sums four codes in an int32
+    name                the device's name, which selects its table of launch options
     """
 
     platform: Platform

@@ -1,32 +1,40 @@
-"""The public forward of the INT8 experts."""
+"""The public forward of the INT8 experts, and its torch twin: one signature, that of `check_arguments`."""
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import ParamSpec
 
 import torch
 
-from .arguments import check_arguments
+from .arguments import ExpertsArguments, check_arguments
 from .backend import uses_triton
 from .reference import run_reference
 
+P = ParamSpec("P")
 
-def fused_experts_int8(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    activation: str = "silu",
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    w13_input_scale: torch.Tensor | None = None,
-    w2_input_scale: torch.Tensor | None = None,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    apply_router_weight_on_input: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Mixture-of-experts forward with int8 weights and int8 activations.
+
+def _with_arguments(
+    check: Callable[P, ExpertsArguments],
+) -> Callable[[Callable[[ExpertsArguments], torch.Tensor]], Callable[P, torch.Tensor]]:
+    """Give an implementation that takes checked arguments the signature of their check."""
+
+    def decorate(implementation: Callable[[ExpertsArguments], torch.Tensor]) -> Callable[P, torch.Tensor]:
+        @functools.wraps(implementation)
+        def operation(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+            return implementation(check(*args, **kwargs))
+
+        signature = inspect.signature(check).replace(return_annotation=torch.Tensor)
+        operation.__signature__ = signature  # type: ignore[attr-defined]
+        operation.__annotations__ = {**check.__annotations__, "return": torch.Tensor}
+        return operation
+
+    return decorate
+
+
+@_with_arguments(check_arguments)
+def fused_experts_int8(arguments: ExpertsArguments) -> torch.Tensor:
+    """Mixture-of-experts forward with int8 weights and int8 activations; `check_arguments` describes the arguments.
 
     For token t with experts e_j = topk_ids[t, j] and router weights r_j = topk_weights[t, j]:
 
@@ -35,29 +43,10 @@ def fused_experts_int8(
         out_t = sum_j r_j * y_j
 
     Products of codes accumulate exactly in int32; scales, biases, activation and the sum over j are float32. h_j and
-    y_j are rounded to the dtype of hidden_states, as experts computed in that dtype would leave them: it is what
-    inference engines do, and it halves the traffic between the launches. The rounding of h_j, at most 2^-8 of a value,
-    is within the half step of the int8 quantization that follows, even for the largest value of a row. The order of
-    every sum is fixed: the same inputs give the same bits, whatever the other tokens of the batch are.
-
-    Arguments:
-        hidden_states    bfloat16 or float16 [M, H], rows contiguous; M may be 0
-        w13, w2          int8 [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) and [E, H, I], contiguous
-        w13_scale        float32 [E, 2I, 1] per channel, or [E, 1, 1] per tensor
-        w2_scale         float32 [E, H, 1] or [E, 1, 1]
-        topk_weights     float32 [M, K]
-        topk_ids         int32 or int64 [M, K]; -1, like any id outside 0..E-1, means that another rank has the expert
-        activation       "silu", "gelu_tanh", "swigluoai" or "swiglustep"; see `activations`
-        activation_limit, activation_alpha
-                         clamp of swigluoai and swiglustep (7.0) and slope of swigluoai (1.702)
-        w13_input_scale, w2_input_scale
-                         float32 [E], positive: static per-tensor scales of x and h; without, dynamic per token
-        w13_bias, w2_bias
-                         float [E, 2I] and [E, H]
-        apply_router_weight_on_input
-                         r_j multiplies the token before the first product instead of y_j. Under dynamic scales it
-                         multiplies the token's scale, since q(r x) and q(x) have the same codes
-        out              [M, H], contiguous, like hidden_states, to write the result to; may be hidden_states itself
+    y_j are rounded to the dtype of hidden_states, as inference engines do: it halves the traffic between the launches.
+    The rounding of h_j, at most 2^-8 of a value, is within the half step of the int8 quantization that follows, even
+    for the largest value of a row. The order of every sum is fixed: the same inputs give the same bits, whatever the
+    other tokens of the batch are.
 
     Returns [M, H] in the dtype of hidden_states. A token that holds a NaN or an infinity gets a row of NaN; no other
     token is affected. So does a token whose h_j leaves the range of float16. A token without an expert on this rank
@@ -69,29 +58,21 @@ def fused_experts_int8(
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, device, layout or activation.
     """
-    arguments = check_arguments(
-        hidden_states,
-        w13,
-        w2,
-        w13_scale,
-        w2_scale,
-        topk_weights,
-        topk_ids,
-        activation=activation,
-        activation_limit=activation_limit,
-        activation_alpha=activation_alpha,
-        w13_input_scale=w13_input_scale,
-        w2_input_scale=w2_input_scale,
-        w13_bias=w13_bias,
-        w2_bias=w2_bias,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-        out=out,
-    )
-    if uses_triton(hidden_states.device) and arguments.pairs > 0:
-        from .pipeline import run_pipeline
+    if not uses_triton(arguments.hidden_states.device) or arguments.pairs == 0:
+        return _into_out(run_reference(arguments), arguments)
+    from .pipeline import run_pipeline
 
-        if out is None:
-            out = torch.empty((arguments.tokens, arguments.hidden), dtype=hidden_states.dtype, device=w2.device)
-        return run_pipeline(arguments, out)
-    result = run_reference(arguments)
-    return result if out is None else out.copy_(result)
+    out = arguments.out
+    if out is None:
+        out = torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format)
+    return run_pipeline(arguments, out)
+
+
+@_with_arguments(check_arguments)
+def fused_experts_int8_reference(arguments: ExpertsArguments) -> torch.Tensor:
+    """Torch twin of `fused_experts_int8`, with its arguments, result and errors, on any device."""
+    return _into_out(run_reference(arguments), arguments)
+
+
+def _into_out(result: torch.Tensor, arguments: ExpertsArguments) -> torch.Tensor:
+    return result if arguments.out is None else arguments.out.copy_(result)

@@ -3,26 +3,36 @@
 They come from a table of what was measured on this device at this shape (`tables`), and otherwise from the heuristic
 here, which reasons from the rows that an expert can expect:
 
-- next to no rows (one token): every pair reads its expert's weights for itself, straight into registers.
-- few rows (decode): the time is that of reading the weights once. Row blocks are as small as the matrix units allow
-  (16), and each step of the pipeline loads a long run of every weight row (256 codes).
-- many rows (prefill): the time is that of the matrix units and of bringing tiles to them. Tiles are as large as the
-  registers hold, neighbouring programs share an expert's weights (`group_m`) while the second-level cache still holds
-  them, and what an expert has beyond whole blocks joins its last one as a tail, so that its weights pass once.
+- one row or none (one token): every pair reads its expert's weights for itself, straight into registers.
+- few rows (decode): bound by reading the weights once. Row blocks are as small as the matrix units allow (16), and each
+  step of the pipeline loads a long run of every weight row (256 codes).
+- many rows (prefill): bound by the matrix units and by the tiles' way to them. Tiles are as large as the registers
+  hold, neighbouring programs share an expert's weights (`group_m`) while L2 still holds them, and the rest of an
+  expert's rows joins its last block as a tail, so that its weights pass once.
 """
 
 from dataclasses import dataclass, replace
 
 from .backend import DeviceTraits
-from .tables import GemvOptions, LaunchOptions, Options, RowBlocks, TileOptions, VectorTile, find_options
+from .tables import (
+    GROUP_WARPS,
+    HALF,
+    GemvOptions,
+    LaunchOptions,
+    Options,
+    RowBlocks,
+    TileOptions,
+    VectorTile,
+    find_options,
+)
 
 MIN_BLOCK_M = 16  # the smallest row count of the matrix instructions that Triton emits for int8
 MAX_BLOCK_M = 128
 _WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thread, half of what there are
-_FEW_ROWS = 128  # about as many as a device has processors
+_FEW_ROWS = 128  # about the number of SMs of a large GPU
 _SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
-_RESULTS = 6 * 1024  # and with specialized warps, for these and for results on their way out
+_RESULTS = 6 * 1024  # the same with specialized warps, and the layout conversions of their results
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,33 +88,36 @@ def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: 
 def heuristic_options(tokens: int, experts: int, top_k: int, *, specialized: bool) -> LaunchOptions:
     """Options by the mean rows of an expert, where the device can have `specialized` warps or not.
 
-    The steps are those between which the fastest of some fifty tilings changed over the shapes of MiniMax-M2,
-    Qwen3-30B-A3B, Step-3.5-Flash and Mixtral-8x7B: without specialized warps for 1 to 4096 tokens on an H200, with them
-    for up to 16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which gives most
-    when programs beside one another read rows of weights beside one another: then they all have the same expert.
+    The thresholds are where the fastest of some fifty tilings changed over the shapes of MiniMax-M2, Qwen3-30B-A3B,
+    Step-3.5-Flash and Mixtral-8x7B: without specialized warps for 1 to 4096 tokens on an H200, with them for up to
+    16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which is fastest when
+    neighbouring programs read neighbouring rows of weights: group_m 1, so that they have the same expert.
     """
     mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
         tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
         return LaunchOptions(RowBlocks(16), tile, tile)
-    group_m = 4 if mean_rows <= 90 else 8
-    gate_up = TileOptions(64, 128, group_m, num_warps=4, num_stages=3)
-    down = TileOptions(128, 128, group_m, num_warps=4, num_stages=3)
-    turns, shared = specialized_tiles(group_m=4)
+    tall, (ping_pong, cooperative) = RowBlocks(128, tail_m=32, small_m=64), specialized_tiles(group_m=4)
+    if specialized and mean_rows > 45:
+        gate_up = replace(ping_pong[0], group_m=1) if mean_rows <= 400 else cooperative[0]
+        return LaunchOptions(tall, gate_up, ping_pong[1])
+    gate_up, down = portable_tiles(group_m=4 if mean_rows <= 90 else 8)
     if mean_rows <= 45:
-        return LaunchOptions(RowBlocks(32, tail_m=16, small_m=16), gate_up, turns[1] if specialized else down)
-    if specialized:
-        gate_up, down = (replace(turns[0], group_m=1), turns[1]) if mean_rows <= 400 else (shared[0], turns[1])
-    elif mean_rows <= 90:
-        return LaunchOptions(RowBlocks(64, tail_m=16, small_m=32), gate_up, down)
-    return LaunchOptions(RowBlocks(128, tail_m=32, small_m=64), gate_up, down)
+        return LaunchOptions(RowBlocks(32, tail_m=16, small_m=16), gate_up, ping_pong[1] if specialized else down)
+    return LaunchOptions(RowBlocks(64, tail_m=16, small_m=32) if mean_rows <= 90 else tall, gate_up, down)
+
+
+def portable_tiles(group_m: int) -> tuple[TileOptions, TileOptions]:
+    """Tiles of (gate-up, down) for the portable kernel with many rows."""
+    gate_up = TileOptions(64, 128, group_m, num_warps=4, num_stages=3)
+    return gate_up, replace(gate_up, block_n=128)
 
 
 def specialized_tiles(group_m: int) -> tuple[tuple[TileOptions, TileOptions], tuple[TileOptions, TileOptions]]:
-    """Tiles of (gate-up, down) for specialized warps: of two groups that take turns, and of two that share a tile."""
-    turns = TileOptions(64, 128, group_m, num_warps=4, num_stages=6, specialized=True)
-    shared = TileOptions(128, 128, group_m, num_warps=8, num_stages=4, specialized=True)
-    return (turns, replace(turns, block_n=128)), (shared, replace(shared, block_n=256))
+    """Tiles of (gate-up, down) for specialized warps: ping-pong, and cooperative."""
+    ping_pong = TileOptions(HALF, 128, group_m, num_warps=GROUP_WARPS, num_stages=6, specialized=True)
+    cooperative = TileOptions(2 * HALF, 128, group_m, num_warps=2 * GROUP_WARPS, num_stages=4, specialized=True)
+    return (ping_pong, replace(ping_pong, block_n=2 * HALF)), (cooperative, replace(cooperative, block_n=4 * HALF))
 
 
 def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:

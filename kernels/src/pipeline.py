@@ -14,14 +14,15 @@ from dataclasses import dataclass
 
 import torch
 
-from .arguments import ExpertsArguments
+from .arguments import ExpertsArguments, RoutingPlan
 from .backend import device_guard, device_traits
-from .combine import combine_experts
-from .grouped_gemm import can_describe, grouped_down, grouped_gate_up
-from .grouped_gemv import can_pack, combined_down_gemv, grouped_gate_up_gemv
+from .launch.combine import combine_experts
+from .launch.descriptors import can_describe
+from .launch.grouped_gemm import grouped_down, grouped_gate_up
+from .launch.grouped_gemv import can_pack, combined_down_gemv, grouped_gate_up_gemv
+from .launch.quantize import quantize_rows
+from .launch.routing import empty_plan, quantize_and_route, route_pairs
 from .options import choose_launch_options
-from .quantize import quantize_rows
-from .routing import RoutingPlan, empty_plan, quantize_and_route, route_pairs
 from .tables import GemvOptions, LaunchOptions, Options
 
 

@@ -7,52 +7,10 @@ contract a product and a sum into one rounding, and use the GPU's exponential).
 
 import torch
 
-from .arguments import ExpertsArguments, check_arguments
-from .combine import combine_experts_reference
-from .grouped_gemm import grouped_down_reference, grouped_gate_up_reference
-from .quantize import quantize_rows_reference
-
-
-def fused_experts_int8_reference(
-    hidden_states: torch.Tensor,
-    w13: torch.Tensor,
-    w2: torch.Tensor,
-    w13_scale: torch.Tensor,
-    w2_scale: torch.Tensor,
-    topk_weights: torch.Tensor,
-    topk_ids: torch.Tensor,
-    *,
-    activation: str = "silu",
-    activation_limit: float | None = None,
-    activation_alpha: float | None = None,
-    w13_input_scale: torch.Tensor | None = None,
-    w2_input_scale: torch.Tensor | None = None,
-    w13_bias: torch.Tensor | None = None,
-    w2_bias: torch.Tensor | None = None,
-    apply_router_weight_on_input: bool = False,
-    out: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Torch twin of `fused_experts_int8`, with its arguments, result and errors."""
-    arguments = check_arguments(
-        hidden_states,
-        w13,
-        w2,
-        w13_scale,
-        w2_scale,
-        topk_weights,
-        topk_ids,
-        activation=activation,
-        activation_limit=activation_limit,
-        activation_alpha=activation_alpha,
-        w13_input_scale=w13_input_scale,
-        w2_input_scale=w2_input_scale,
-        w13_bias=w13_bias,
-        w2_bias=w2_bias,
-        apply_router_weight_on_input=apply_router_weight_on_input,
-        out=out,
-    )
-    result = run_reference(arguments)
-    return result if out is None else out.copy_(result)
+from .arguments import ExpertsArguments
+from .launch.combine import combine_experts_reference
+from .launch.grouped_gemm import grouped_down_reference, grouped_gate_up_reference
+from .launch.quantize import quantize_rows_reference
 
 
 @torch.no_grad()

@@ -1,4 +1,4 @@
-"""Tables of launch options that were measured: `tables/<device>.json` beside this file, one for each kind of device.
+"""Tables of measured launch options: `tables/<device>.json` beside this file, one for each kind of device.
 
     {"device": "NVIDIA H200", "measured": {...},
      "shapes": [{"experts": 256, "top_k": 8, "hidden": 3072, "intermediate": 1536,
@@ -18,7 +18,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
-GROUP_WARPS = 4  # specialized warps that multiply together
+GROUP_WARPS = 4  # specialized warps that multiply together: one warpgroup
+HALF = 64  # rows of weights in one wgmma; a warpgroup computes two halves: gate and up, or two runs of columns
 FOLDER = Path(__file__).with_name("tables")
 _REACH = 2  # an entry serves up to this many times more or fewer tokens
 
@@ -32,10 +33,9 @@ class TileOptions:
     group_m   row blocks walked before the next column tile, for reuse of the weights in cache
     num_warps, num_stages   Triton's warps per program and depth of the load pipeline
     descriptors   whether tiles are copied through tensor descriptors, where the device and the layout allow it
-    specialized   whether warps have different things to do (`specialized_jit`), where the device and the layout allow
-                  it: then num_warps are those that multiply at a time, 4 where two groups take turns and 8 where they
-                  share a tile; block_n is 16 times that for gate-up and 32 times for down, block_k 128, num_stages the
-                  steps that are brought in ahead
+    specialized   whether warps are specialized (`jit.specialized`), where the device and the layout allow it: then
+                  num_warps multiply at a time, 4 in ping-pong and 8 in cooperation; block_n is 16 times that for
+                  gate-up and 32 times for down, block_k 128, num_stages the steps that the producer is ahead
     """
 
     block_n: int
@@ -48,11 +48,11 @@ class TileOptions:
 
     @property
     def sharing(self) -> int:
-        """Groups of specialized warps that share a tile: 1 where they take turns, or 2."""
+        """Consumer warpgroups that share a tile: 1 (ping-pong) or 2 (cooperative)."""
         return self.num_warps // GROUP_WARPS
 
     def without_specialization(self) -> "TileOptions":
-        """The same for the other kernel, with the tile of one group, whose pipeline need not be as deep."""
+        """The same for the portable kernel, with the tile of one warpgroup, whose pipeline need not be as deep."""
         if not self.specialized:
             return self
         width, stages = self.block_n // self.sharing, min(self.num_stages, 3)
@@ -61,7 +61,7 @@ class TileOptions:
 
 @dataclass(frozen=True, slots=True)
 class RowBlocks:
-    """How an expert's rows are cut: blocks of `block_m`, the last up to `tail_m` more; see `routing`.
+    """How an expert's rows are cut: blocks of `block_m`, the last up to `tail_m` more; see `launch.routing`.
 
     A block of at most `small_m` rows runs at that height.
     """
@@ -90,9 +90,9 @@ class VectorTile:
 
 @dataclass(frozen=True, slots=True)
 class GemvOptions:
-    """Options of one forward in which every (token, slot) pair reads its weights for itself; see `grouped_gemv`.
+    """Options of one forward in which every (token, slot) pair reads its weights for itself; see `launch.grouped_gemv`.
 
-    Nothing needs routing, but a pair reads the weights that another one reads too. For few pairs over many experts.
+    It needs no routing, but two pairs of one expert read its weights twice. For few pairs over many experts.
     """
 
     gate_up: VectorTile
@@ -125,7 +125,7 @@ def load_table(device: str) -> Table:
 
 
 def table_path(device: str) -> Path:
-    """Where the table of a device lies: "NVIDIA H200" -> tables/nvidia-h200.json."""
+    """The path of a device's table: "NVIDIA H200" -> tables/nvidia-h200.json."""
     return FOLDER / (re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-") + ".json")
 
 
@@ -181,10 +181,12 @@ def _check_launch(options: LaunchOptions) -> LaunchOptions:
         raise ValueError("tail_m and small_m below block_m")
     if not all(isinstance(v, int) and v > 0 for t in tiles for v in (t.group_m, t.num_stages)):
         raise ValueError("positive group_m and num_stages")
-    for tile, columns in zip(tiles, (16, 32), strict=True):
-        shape = (columns * tile.num_warps, 128)
+    for tile, columns in zip(tiles, (HALF, 2 * HALF), strict=True):
+        shape = (columns * tile.sharing, 128)
         if tile.specialized and (tile.sharing not in (1, 2) or (tile.block_n, tile.block_k) != shape):
-            raise ValueError(f"num_warps 4 or 8, block_n {columns} times that and block_k 128 where specialized")
+            raise ValueError(
+                f"num_warps 4 or 8, block_n {columns // GROUP_WARPS} times that, block_k 128 (specialized)"
+            )
     return options
 
 

@@ -1,8 +1,8 @@
-"""Measure which launch options are fastest on this GPU, and write them as a table: python -m quarkconv.kernels.tune.
+"""Measure the fastest launch options on this GPU and write them as a table: python -m quarkconv.kernels.tune.
 
-Each shape is timed at each number of tokens under a CUDA graph in which several inputs and routings take turns, so that
-the caches do not serve the weights. The weights are random; uniform random routings, as a trained router's load
-balancing intends. The table lands beside the kernels and is used from the next process on.
+Each shape is timed at each number of tokens under a CUDA graph that cycles through several inputs and routings, so that
+weights come from memory and not from L2. Weights are random and routings uniform, as load balancing of a trained router
+intends. The table is written beside the kernels and used from the next process on.
 """
 
 import argparse
@@ -24,6 +24,7 @@ from .options import (
     gemv_options,
     heuristic_options,
     mean_rows_of,
+    portable_tiles,
     specialized_tiles,
 )
 from .pipeline import empty_workspace, run_pipeline
@@ -88,23 +89,24 @@ def candidates(tokens: int, shape: Shape) -> list[Options]:
         ]
     if 6 < mean_rows <= 80:
         for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 16)):
-            for down in (TileOptions(128, 128, 4, 4, 3), specialized_tiles(4)[0][1]):
-                found.append(LaunchOptions(blocks, TileOptions(64, 128, 4, 4, 3), down))
+            gate_up, down = portable_tiles(4)
+            found += [LaunchOptions(blocks, gate_up, each) for each in (down, specialized_tiles(4)[0][1])]
     if mean_rows > 40:
         for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
-            found.append(LaunchOptions(blocks, TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)))
-        found.append(LaunchOptions(RowBlocks(128, 32), TileOptions(64, 128, 4, 4, 3), TileOptions(128, 128, 4, 4, 3)))
+            found.append(LaunchOptions(blocks, *portable_tiles(8)))
+        found.append(LaunchOptions(RowBlocks(128, 32), *portable_tiles(4)))
         found += [LaunchOptions(RowBlocks(128, 32, 64), *tiles) for tiles in _specialized_tiles()]
     return list(dict.fromkeys(found))
 
 
 def _specialized_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
-    """Tiles of gate-up and down of which at least one has specialized warps, in turns or sharing a tile."""
-    plain = TileOptions(64, 128, 8, 4, 3), TileOptions(128, 128, 8, 4, 3)
+    """Tiles of gate-up and down of which at least one has specialized warps."""
+    plain = portable_tiles(8)
     for group in (8, 4):
-        turns, shared = specialized_tiles(group)
-        yield from ((plain[0], turns[1]), (turns[0], plain[1]), turns, (shared[0], turns[1]), shared)
-        yield specialized_tiles(1)[0][0], turns[1]
+        ping_pong, cooperative = specialized_tiles(group)
+        yield from ((plain[0], ping_pong[1]), (ping_pong[0], plain[1]), ping_pong)
+        yield from ((cooperative[0], ping_pong[1]), cooperative)
+        yield specialized_tiles(1)[0][0], ping_pong[1]
 
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -173,7 +175,7 @@ def time_options(inputs: Sequence[ExpertsArguments], options: Options) -> float:
 
 
 def tune_shape(shape: Shape, tokens: Sequence[int], advance: Callable[[int], None]) -> dict[int, Options]:
-    """The fastest options for each number of tokens; `advance` is told of each number that is done."""
+    """The fastest options for each number of tokens; `advance` is called after each."""
     device = torch.device("cuda", torch.cuda.current_device())
     traits = device_traits(device)
     weights = make_weights(shape, device)
@@ -182,7 +184,7 @@ def tune_shape(shape: Shape, tokens: Sequence[int], advance: Callable[[int], Non
         inputs = [make_call(shape, weights, count) for _ in range(max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // count)))]
         fitted = dict.fromkeys(fit_options(options, shape[2], shape[3], traits) for options in candidates(count, shape))
         times = {options: time_options(inputs, options) for options in fitted}
-        # A GPU at its power limit is slower a moment later: those in front are timed again, in turns.
+        # A GPU at its power limit is slower a moment later: the fastest are timed again, in turns.
         finalists = sorted(times, key=lambda options: times[options])[:_FINALISTS]
         rounds = [{options: time_options(inputs, options) for options in finalists} for _ in range(_ROUNDS)]
         best[count] = min(finalists, key=lambda options: statistics.median(again[options] for again in rounds))
@@ -210,7 +212,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return 4
     name = torch.cuda.get_device_name()
     path = options.out or table_path(name)
-    # What the table has of other shapes stays.
+    # Entries of other shapes stay.
     table: Table = parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
     from rich.console import Console

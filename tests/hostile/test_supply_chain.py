@@ -19,7 +19,7 @@ from support.program import snapshot
 from support.raw import write_json
 
 ROOT = Path(__file__).resolve().parents[2]
-SOURCES = [*sorted((ROOT / "quarkconv").rglob("*.py")), *sorted((ROOT / "kernels" / "src").glob("*.py"))]
+SOURCES = [*sorted((ROOT / "quarkconv").rglob("*.py")), *sorted((ROOT / "kernels" / "src").rglob("*.py"))]
 
 NO_NETWORK = """
 import os, sys

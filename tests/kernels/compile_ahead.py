@@ -15,14 +15,15 @@ from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
-import quarkconv.kernels
+import quarkconv.kernels.jit
 from quarkconv.kernels.activations import ACTIVATIONS
 from quarkconv.kernels.backend import DeviceTraits
-from quarkconv.kernels.grouped_gemv import chunks_of
+from quarkconv.kernels.launch.grouped_gemm import tile_constants
+from quarkconv.kernels.launch.grouped_gemv import chunks_of
+from quarkconv.kernels.launch.quantize import MIN_SCALE, row_constants
+from quarkconv.kernels.launch.specialized import specialized_constants
 from quarkconv.kernels.options import choose_combine_options, choose_launch_options
-from quarkconv.kernels.quantize import MIN_SCALE, row_constants
-from quarkconv.kernels.specialized import HALF, REGISTERS, rows_at_a_time
-from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
+from quarkconv.kernels.tables import HALF, GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
 # Shared memory (LDS) that one program may use, in bytes: CUDA programming guide, CDNA 3 and CDNA 4 ISA documents.
 TARGETS = {
@@ -39,29 +40,23 @@ SIZES = ("D", "D4", "N", "H", "row_stride")
 def all_kernels(traits: DeviceTraits) -> dict[str, Any]:
     """Every kernel of the package for such a device: the jitted functions called *_kernel."""
     found = {}
-    for module_info in pkgutil.iter_modules(quarkconv.kernels.__path__, "quarkconv.kernels."):
-        for_device = traits.warp_specialization or not module_info.name.endswith(".specialized_jit")
-        if module_info.name.endswith("_jit") and for_device:
+    for module_info in pkgutil.iter_modules(quarkconv.kernels.jit.__path__, "quarkconv.kernels.jit."):
+        if traits.warp_specialization or ".specialized" not in module_info.name:
             module = importlib.import_module(module_info.name)
             found.update({name: value for name, value in vars(module).items() if name.endswith("_kernel")})
     return found
 
 
-def product_constants(tile: TileOptions, options: LaunchOptions, *, even: bool, per_channel: bool) -> dict[str, Any]:
-    return {
-        "PER_CHANNEL": per_channel,
-        "RAW_SUMS": False,
-        "INTERPRETED": False,
-        "EVEN_D": even,
-        "BLOCK_M": options.blocks.block_m,
-        "TAIL_M": options.blocks.tail_m,
-        "SMALL_M": options.blocks.small_m,
-        "BLOCK_N": tile.block_n,
-        "BLOCK_D": tile.block_k,
-        "GROUP_M": tile.group_m,
-        "num_warps": tile.num_warps,
-        "num_stages": tile.num_stages,
-    }
+def product_constants(blocks: RowBlocks, *, per_channel: bool) -> dict[str, Any]:
+    """The constants that both kernels of a product share; see `GroupedProduct.constants`."""
+    cut = {"BLOCK_M": blocks.block_m, "TAIL_M": blocks.tail_m, "SMALL_M": blocks.small_m}
+    return cut | {"PER_CHANNEL": per_channel, "RAW_SUMS": False}
+
+
+def portable_constants(tile: TileOptions, options: LaunchOptions, *, even: bool, per_channel: bool) -> dict[str, Any]:
+    depth = tile.block_k if even else tile.block_k + 16
+    shared = product_constants(options.blocks, per_channel=per_channel)
+    return shared | tile_constants(tile, depth) | {"INTERPRETED": False}
 
 
 def descriptor(tile: TileOptions, rows: int) -> dict[str, str]:
@@ -124,8 +119,8 @@ def product_variants(options: LaunchOptions, *, rich: bool) -> Variants:
         down_types["codes_desc"] = f"tensordesc<i8[{options.blocks.block_m}, {options.down.block_k}]>"
     gate_up_types = types | descriptor(options.gate_up, options.gate_up.block_n)
     gate_up_types |= {"router_weight_ptr": "*fp32"} if rich else {}
-    gate_up = product_constants(options.gate_up, options, **kind) | {"PAIRS_PER_ROW": 8, "GATED": True}
-    down = product_constants(options.down, options, **kind) | {"PAIRS_PER_ROW": 1, "GATED": False, "ACTIVATION": ""}
+    gate_up = portable_constants(options.gate_up, options, **kind) | {"PAIRS_PER_ROW": 8, "GATED": True}
+    down = portable_constants(options.down, options, **kind) | {"PAIRS_PER_ROW": 1, "GATED": False, "ACTIVATION": ""}
     found: Variants = [
         ("grouped_product_kernel", gate_up_types, gate_up | {"ACTIVATION": name}) for name in activations(rich)
     ]
@@ -138,11 +133,8 @@ def specialized_descriptor(rows: int, block_k: int) -> str:
 
 
 def specialized_variants(options: LaunchOptions, parts: int, *, rich: bool) -> Variants:
-    """Both products with the row blocks of these options, with warps that have different things to do.
-
-    `parts`: 1 for groups of warps that take turns, 2 for those that share a tile.
-    """
-    blocks, tile = options.blocks, TileOptions(128, 128, 8, num_warps=4, num_stages=4, specialized=True)
+    """Both products with the row blocks of these options, warp-specialized: ping-pong (1 part) or cooperative (2)."""
+    blocks, tile = options.blocks, TileOptions(128, 128, 8, num_warps=4 * parts, num_stages=4, specialized=True)
     types = PRODUCT | PLAN | LIMITS | {"out_ptr": float_and_ids(rich)[0]} | ({"bias_ptr": "*fp32"} if rich else {})
     types |= {
         "codes_desc": specialized_descriptor(blocks.block_m, tile.block_k),
@@ -150,10 +142,8 @@ def specialized_variants(options: LaunchOptions, parts: int, *, rich: bool) -> V
     }
     if blocks.tail_m:
         types["tail_desc"] = specialized_descriptor(blocks.tail_m, tile.block_k)
-    constants = product_constants(tile, options, even=True, per_channel=not rich)
-    for name in ("INTERPRETED", "EVEN_D", "BLOCK_N", "num_stages"):
-        del constants[name]
-    constants |= {"STAGES": tile.num_stages, "maxnreg": REGISTERS, "PARTS": parts, "PIECE": rows_at_a_time(blocks)}
+    shared = product_constants(blocks, per_channel=not rich)
+    constants = shared | specialized_constants(tile, blocks, tile.num_stages)
     gate_up_types = types | ({"router_weight_ptr": "*fp32"} if rich else {})
     found: Variants = [
         ("specialized_product_kernel", gate_up_types, constants | {"GATED": True, "ACTIVATION": name})

@@ -10,16 +10,7 @@ import pytest
 import torch
 
 HAS_GPU = torch.cuda.is_available()
-JIT_MODULES = (
-    "cast_jit",
-    "combine_jit",
-    "dependent_jit",
-    "epilogue_jit",
-    "grouped_gemm_jit",
-    "grouped_gemv_jit",
-    "quantize_jit",
-    "routing_jit",
-)
+JIT_MODULES = ("cast", "combine", "dependent", "epilogue", "grouped_gemm", "grouped_gemv", "quantize", "routing")
 
 
 def _import_kernels_for_the_interpreter() -> None:
@@ -28,7 +19,7 @@ def _import_kernels_for_the_interpreter() -> None:
     before = os.environ.get("TRITON_INTERPRET")
     os.environ["TRITON_INTERPRET"] = "1"
     for name in JIT_MODULES:
-        importlib.import_module(f"quarkconv.kernels.{name}")
+        importlib.import_module(f"quarkconv.kernels.jit.{name}")
     if before is None:
         del os.environ["TRITON_INTERPRET"]
     else:

@@ -11,10 +11,10 @@ import torch
 
 from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference
 from quarkconv.kernels.arguments import check_arguments
-from quarkconv.kernels.combine import combine_experts, combine_experts_reference
-from quarkconv.kernels.grouped_gemm import grouped_down_reference, grouped_gate_up_reference
+from quarkconv.kernels.launch.combine import combine_experts, combine_experts_reference
+from quarkconv.kernels.launch.grouped_gemm import grouped_down_reference, grouped_gate_up_reference
+from quarkconv.kernels.launch.quantize import quantize_rows_reference
 from quarkconv.kernels.pipeline import default_options, empty_workspace, run_pipeline
-from quarkconv.kernels.quantize import quantize_rows_reference
 from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}

@@ -9,9 +9,9 @@ import torch
 from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference, quantize_int8, quantize_int8_reference
 from quarkconv.kernels.arguments import check_arguments
 from quarkconv.kernels.backend import device_traits
+from quarkconv.kernels.launch.quantize import quantize_rows, quantize_rows_reference
 from quarkconv.kernels.options import fit_options
 from quarkconv.kernels.pipeline import run_pipeline
-from quarkconv.kernels.quantize import quantize_rows, quantize_rows_reference
 from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions, load_table
 
 pytestmark = pytest.mark.gpu

@@ -4,15 +4,15 @@ import pytest
 import torch
 
 from quarkconv.kernels.activations import ACTIVATIONS, activate_reference, make_activation
-from quarkconv.kernels.grouped_gemm import (
-    ExpertWeights,
+from quarkconv.kernels.arguments import ExpertWeights
+from quarkconv.kernels.launch.grouped_gemm import (
     grouped_down,
     grouped_down_reference,
     grouped_gate_up,
     grouped_gate_up_reference,
     int8_matmul_reference,
 )
-from quarkconv.kernels.routing import empty_plan, route_pairs
+from quarkconv.kernels.launch.routing import empty_plan, route_pairs
 from quarkconv.kernels.tables import RowBlocks, TileOptions
 
 TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from quarkconv.kernels import quantize_int8, quantize_int8_reference
-from quarkconv.kernels.quantize import MIN_SCALE, quantize_rows, quantize_rows_reference
+from quarkconv.kernels.launch.quantize import MIN_SCALE, quantize_rows, quantize_rows_reference
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 IMPLEMENTATIONS = (quantize_int8, quantize_int8_reference)

@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from quarkconv.kernels.routing import empty_plan, max_row_blocks, route_pairs, route_pairs_reference
+from quarkconv.kernels.launch.routing import empty_plan, max_row_blocks, route_pairs, route_pairs_reference
 from quarkconv.kernels.tables import RowBlocks
 
 POISON = -77

@@ -11,13 +11,13 @@ import pytest
 import torch
 
 from quarkconv.kernels.activations import ACTIVATIONS, make_activation
-from quarkconv.kernels.arguments import check_arguments
+from quarkconv.kernels.arguments import ExpertWeights, check_arguments
 from quarkconv.kernels.backend import device_traits
-from quarkconv.kernels.grouped_gemm import ExpertWeights, grouped_down, grouped_gate_up
+from quarkconv.kernels.launch.grouped_gemm import grouped_down, grouped_gate_up
+from quarkconv.kernels.launch.quantize import quantize_rows, quantize_rows_reference
+from quarkconv.kernels.launch.routing import empty_plan, route_pairs
 from quarkconv.kernels.options import fit_options
 from quarkconv.kernels.pipeline import empty_workspace, run_pipeline
-from quarkconv.kernels.quantize import quantize_rows, quantize_rows_reference
-from quarkconv.kernels.routing import empty_plan, route_pairs
 from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions
 
 PORTABLE = TileOptions(64, 64, 1, 4, 2, descriptors=False)

@@ -1,11 +1,11 @@
 # mypy: ignore-errors
-"""Jitted code of the reduction over a token's experts; `combine` defines the arithmetic and launches it."""
+"""The reduction over a token's experts; `launch.combine` defines the arithmetic."""
 
 import triton
 import triton.language as tl
 
-from .cast_jit import _to_dtype
-from .dependent_jit import _trigger, _wait
+from .cast import _to_dtype
+from .dependent import _trigger, _wait
 
 
 @triton.jit(do_not_specialize=["num_experts"])
@@ -21,6 +21,7 @@ def combine_kernel(
     DEPENDENT: tl.constexpr,
     BLOCK_H: tl.constexpr,
 ):
+    """Grid: (tokens, column blocks). A program sums the experts of one token in BLOCK_H columns."""
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
     token = tl.program_id(0).to(tl.int64)

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""Jitted code of the products for few rows; `grouped_gemv` launches it, `grouped_gemm` defines the arithmetic.
+"""The products for few rows (GEMV); `launch.grouped_gemm` defines the arithmetic.
 
-With a row or two an expert, a product is a read of the weights. A matrix instruction would compute 16 columns for
+With one or two rows per expert, a product is a read of the weights. A matrix instruction would compute 16 columns for
 one, and its operands would pass through shared memory in a pipeline of a few stages. Here a program loads all of its
-weights into registers at once, four codes to an int32, before it waits for the launch before it (they are the
-caller's), and multiplies them on the ordinary units. Products of codes are exact whatever their order.
+weights into registers at once, four codes to an int32, before it waits for the launch before it, and multiplies them
+with dp4a. Products of codes are exact in any order.
 
 D4 is the number of int32 in a row: D / 4. A row is walked in CHUNKS pieces of BLOCK_D int32.
 """
@@ -12,9 +12,9 @@ D4 is the number of int32 in a row: D / 4. A row is walked in CHUNKS pieces of B
 import triton
 import triton.language as tl
 
-from .cast_jit import _to_dtype
-from .dependent_jit import _trigger, _wait
-from .epilogue_jit import _activate, _dequantized
+from .cast import _to_dtype
+from .dependent import _trigger, _wait
+from .epilogue import _activate, _dequantized
 
 
 @triton.jit
@@ -91,7 +91,7 @@ def grouped_gate_up_gemv_kernel(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """One pair by BLOCK_N columns of gate and up."""
+    """Grid: (column tiles, pairs). A program computes BLOCK_N columns of h for one pair, from gate and up."""
     cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     pair = tl.program_id(1).to(tl.int64) + tl.zeros([1, 1], dtype=tl.int64)
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
@@ -146,7 +146,8 @@ def combined_down_gemv_kernel(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """All slots of one token by BLOCK_N columns, and their sum as `combine` defines it."""
+    """Grid: (column tiles, tokens). A program computes BLOCK_N columns of y for all slots of one token, and their sum
+    in the order of `combine`."""
     token = tl.program_id(1).to(tl.int64)
     cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
     slots = tl.arange(0, SLOTS)[:, None]

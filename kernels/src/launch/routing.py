@@ -14,45 +14,19 @@ and programs beyond the actual count return at once. Pairs whose id is outside 0
 rank) are left out.
 """
 
-from dataclasses import dataclass
-
 import torch
 
-from .backend import dependence
-from .options import next_power_of_2
+from ..arguments import RoutingPlan
+from ..backend import dependence
+from ..options import next_power_of_2
+from ..tables import RowBlocks
 from .quantize import quantize_rows, row_constants
-from .tables import RowBlocks
 
 _AT_ONCE = 1024  # as many pairs are routed in one launch
 _RUN = 512  # of more pairs, a program counts and sorts as many,
 _MANY = 256 * _RUN  # and of more than so many,
 _LONG_RUN = 2048  # as many, since each program looks at the counts of all
 _COUNTS = 8192  # counts that a program looks at at a time
-
-
-@dataclass(frozen=True, slots=True)
-class RoutingPlan:
-    """Pairs grouped by expert, on the device. What lies beyond the blocks and rows in use is unspecified.
-
-    pairs         int32 [P]: the pair of each row
-    rows          int32 [P]: the row of each pair
-    block_expert  int32 [max_blocks]: the expert of each block
-    block_first   int32 [max_blocks]: its first row
-    block_rows    int32 [max_blocks]: its rows, 1 .. BM + TM
-    totals        int32 [3]: blocks in use, rows in use, and a counter that is 0 between launches (`specialized_jit`)
-    """
-
-    blocks: RowBlocks
-    pairs: torch.Tensor
-    rows: torch.Tensor
-    block_expert: torch.Tensor
-    block_first: torch.Tensor
-    block_rows: torch.Tensor
-    totals: torch.Tensor
-
-    @property
-    def max_blocks(self) -> int:
-        return self.block_expert.numel()
 
 
 def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
@@ -84,7 +58,7 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
     looks at all of them. Many are cut into runs: one launch counts each run, and the other sorts each run, places its
     pairs by the counts of all runs, and writes the blocks.
     """
-    from .routing_jit import count_run_kernel, place_runs_kernel, route_at_once_kernel
+    from ..jit.routing import count_run_kernel, place_runs_kernel, route_at_once_kernel
 
     num_pairs, device = topk_ids.numel(), topk_ids.device
     dependent, cut = dependence(device), _cut(num_experts, plan)
@@ -136,7 +110,7 @@ def quantize_and_route(
     plan: RoutingPlan,
 ) -> RoutingPlan:
     """`quantize_rows` of x [R, N] into codes and scales, and `route_pairs`: in one launch where pairs are few."""
-    from .routing_jit import quantize_and_route_kernel
+    from ..jit.routing import quantize_and_route_kernel
 
     num_pairs, (rows, width) = topk_ids.numel(), x.shape
     if num_pairs > _AT_ONCE:

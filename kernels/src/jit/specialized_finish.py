@@ -1,9 +1,9 @@
 # mypy: ignore-errors
-"""What follows the sums in `specialized_jit`: scales, bias, activation and stores, of PIECE rows at a time.
+"""The epilogue of `jit.specialized`: scales, bias, activation and stores, of PIECE rows at a time.
 
-It is a loop, of which each turn finds its rows in the same registers: after it, the next ones move there. Written out
-for 128 rows, for short blocks, for tails, and for each group of warps, it was 192 KB of instructions, more than a
-processor's cache for them holds, and the warps that multiply spent two fifths of their time waiting for instructions.
+It is a loop whose rows are always in the same registers: after each turn the next rows move there. Unrolled for 128
+rows, for short blocks, for tails, and for each consumer, it was 192 KB of instructions, more than an SM's instruction
+cache holds, and the consumers spent two fifths of their time waiting for instructions.
 
 Sums are i32 [HALF, rows] of a lower and an upper half: gate and up, or two runs of columns of down.
 """
@@ -12,9 +12,10 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .epilogue_jit import _activate
+from .. import tables
+from .epilogue import _activate
 
-HALF = tl.constexpr(64)  # rows of weights in one matrix instruction; a group of warps has two halves of a tile
+HALF = tl.constexpr(tables.HALF)
 # Of results: eight columns a thread, so that its stores are 16 bytes wide and a row's are 128 bytes in one piece.
 _EIGHT_COLUMNS = gl.constexpr(gl.BlockedLayout([8, 1], [8, 4], [1, 4], [0, 1]))
 
@@ -40,7 +41,7 @@ def _pieces(sums, PIECE: gl.constexpr):
 
 @gluon.jit
 def _none(COUNT: gl.constexpr, PIECE: gl.constexpr):
-    """As many pieces that nobody looks at."""
+    """COUNT pieces whose values are never read."""
     LAYOUT: gl.constexpr = _layout_of_sums(PIECE)
     pieces = ()
     for _ in gl.static_range(COUNT):

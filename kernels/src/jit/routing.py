@@ -1,11 +1,15 @@
 # mypy: ignore-errors
-"""Jitted code of the routing; `routing` defines the layout and launches it."""
+"""The routing; `launch.routing` defines the layout.
+
+A plan is a tuple: pointers to the pair of each row, the row of each pair, and of each block its expert, first row and
+rows; and to the totals.
+"""
 
 import triton
 import triton.language as tl
 
-from .dependent_jit import _trigger, _wait
-from .quantize_jit import _quantize_rows
+from .dependent import _trigger, _wait
+from .quantize import _quantize_rows
 
 
 @triton.jit
@@ -30,15 +34,13 @@ def _write_blocks(
     counts,  # i32 [BLOCK_E]: rows of every expert, 0 beyond
     expert,
     first_row,
-    block_expert_ptr,
-    block_first_ptr,
-    block_rows_ptr,
-    totals_ptr,
+    plan,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
     BLOCK_E: tl.constexpr,
 ):
     """The blocks of one expert, and for expert 0 the totals. The last block takes up to TAIL_M more than BLOCK_M."""
+    pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr = plan
     experts = tl.arange(0, BLOCK_E)
     whole = counts // BLOCK_M
     rest = counts - whole * BLOCK_M
@@ -60,8 +62,9 @@ def _write_blocks(
 
 
 @triton.jit
-def _place(ids, pairs, expert, start, pairs_ptr, rows_ptr):
+def _place(ids, pairs, expert, start, plan):
     """Give those of `pairs` whose id is `expert` the rows from `start`."""
+    pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr = plan
     mine = (ids == expert).to(tl.int32)
     rank = tl.cumsum(mine, axis=0) - 1
     tl.store(pairs_ptr + start + rank, pairs, mask=mine != 0)
@@ -72,12 +75,7 @@ def _place(ids, pairs, expert, start, pairs_ptr, rows_ptr):
 def _route_at_once(
     expert,
     topk_ids_ptr,
-    pairs_ptr,
-    rows_ptr,
-    block_expert_ptr,
-    block_first_ptr,
-    block_rows_ptr,
-    totals_ptr,
+    plan,
     num_pairs,
     num_experts,
     BLOCK_M: tl.constexpr,
@@ -90,11 +88,8 @@ def _route_at_once(
     ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
     counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, _count(ids, num_experts, BLOCK_E), 0)
     first_row = _first_row(counts, expert, BLOCK_E)
-    _place(ids, pairs, expert, first_row, pairs_ptr, rows_ptr)
-    _write_blocks(
-        counts, expert, first_row, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr, BLOCK_M, TAIL_M,
-        BLOCK_E,
-    )  # fmt: skip
+    _place(ids, pairs, expert, first_row, plan)
+    _write_blocks(counts, expert, first_row, plan, BLOCK_M, TAIL_M, BLOCK_E)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts"])
@@ -114,13 +109,11 @@ def route_at_once_kernel(
     BLOCK_E: tl.constexpr,  # more than num_experts
     BLOCK_P: tl.constexpr,  # at least num_pairs
 ):
-    """The whole routing of few pairs, a program an expert."""
+    """Grid: (experts,). A program counts all pairs (few), places those of one expert and writes its blocks."""
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
-    _route_at_once(
-        tl.program_id(0), topk_ids_ptr, pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr,
-        totals_ptr, num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
-    )  # fmt: skip
+    plan = (pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr)
+    _route_at_once(tl.program_id(0), topk_ids_ptr, plan, num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P)
 
 
 @triton.jit(do_not_specialize=["num_pairs", "num_experts", "num_rows"])
@@ -151,15 +144,14 @@ def quantize_and_route_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """`route_at_once_kernel` and, in the programs after its own, `quantize_rows_kernel` with the rows' own scales."""
+    """Grid: (experts + row groups,). The first programs do what `route_at_once_kernel` does, the others quantize ROWS
+    rows each by their own scales."""
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
     program = tl.program_id(0)
     if program < num_experts:
-        _route_at_once(
-            program, topk_ids_ptr, pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr,
-            num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P,
-        )  # fmt: skip
+        plan = (pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr)
+        _route_at_once(program, topk_ids_ptr, plan, num_pairs, num_experts, BLOCK_M, TAIL_M, BLOCK_E, BLOCK_P)
     else:
         rows = ((program - num_experts) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
         _quantize_rows(
@@ -178,7 +170,7 @@ def count_run_kernel(
     BLOCK_E: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """counts[c, e] = pairs of the c-th run of BLOCK_P that are routed to e, for the program c."""
+    """Grid: (runs,). A program c counts, for each expert e, the pairs of the c-th run of BLOCK_P: counts[c, e]."""
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
     run = tl.program_id(0)
@@ -223,8 +215,8 @@ def place_runs_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_P: tl.constexpr,
 ):
-    """The first C programs sort the pairs of a run by expert, and by number among those of an expert, and give them
-    their rows. The E programs after them write the blocks of an expert."""
+    """Grid: (runs + experts,). One of the first C programs sorts the pairs of a run by expert, then by number, and
+    gives them their rows. One of the E programs after them writes the blocks of an expert."""
     program = tl.program_id(0)
     if program < num_runs:
         place = tl.arange(0, BLOCK_P)
@@ -249,7 +241,5 @@ def place_runs_kernel(
         _trigger(DEPENDENT)
         expert = program - num_runs
         _, counts = _sum_runs(counts_ptr, 0, num_runs, num_experts, BLOCK_E, BLOCK_C)
-        _write_blocks(
-            counts, expert, _first_row(counts, expert, BLOCK_E), block_expert_ptr, block_first_ptr, block_rows_ptr,
-            totals_ptr, BLOCK_M, TAIL_M, BLOCK_E,
-        )  # fmt: skip
+        plan = (pairs_ptr, rows_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr)
+        _write_blocks(counts, expert, _first_row(counts, expert, BLOCK_E), plan, BLOCK_M, TAIL_M, BLOCK_E)

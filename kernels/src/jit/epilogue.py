@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Jitted epilogues of the products: scales, bias and activation, in float32.
+"""Epilogues of the products: scales, bias and activation, in float32.
 
 Where a product is added to something, the fused form is spelled out, so that every kernel that shares these functions
 rounds the same way, whatever its compiler would contract.

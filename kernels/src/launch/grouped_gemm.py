@@ -11,41 +11,23 @@ Down:
     out[p, o] = (sum_i codes[p, i] * w2[e, o, i]) * row_scale[p] * w2_scale[e, o] + bias[e, o]
 
 Sums are int32 and exact, the rest is float32, and the store rounds once to the dtype of `out`. An int32 `out` ([P, 2I]
-for gate-up) receives the sums themselves instead, for checking. Rows of pairs that the routing leaves out are not
-written.
+for gate-up) receives the sums themselves instead, for tests. Rows of pairs that the routing leaves out are not written.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from .activations import Activation, activate_reference
-from .backend import dependence, device_traits, interpreting
-from .routing import RoutingPlan
-from .tables import TileOptions
+from ..activations import Activation, activate_reference
+from ..arguments import ExpertWeights, GroupedProduct, RoutingPlan
+from ..backend import dependence, device_traits, interpreting
+from ..tables import TileOptions
+from .descriptors import can_describe, describe
+from .specialized import launch_specialized
 
 # The sum of this many products of codes of magnitude at most 128 is at most 2^24, so that every partial sum, in any
 # order, is an integer that float32 holds exactly.
 _EXACT_F32_DEPTH = 1024
-
-
-@dataclass(frozen=True, slots=True)
-class ExpertWeights:
-    """One projection of all experts.
-
-    codes  int8 [E, N, D], contiguous
-    scale  float32 [E, N, 1] (per channel) or [E, 1, 1] (per tensor)
-    bias   float [E, N] or None
-    """
-
-    codes: torch.Tensor
-    scale: torch.Tensor
-    bias: torch.Tensor | None
-
-    @property
-    def per_channel(self) -> bool:
-        return self.scale.shape[1] != 1 or self.codes.shape[1] == 1
 
 
 def grouped_gate_up(
@@ -65,20 +47,7 @@ def grouped_gate_up(
     Row p // pairs_per_row of the codes serves pair p; with pairs_per_row 0, codes and row_scale are in the plan's row
     order too. `router_weight` (float32, P elements), where given, multiplies row_scale.
     """
-    _launch(
-        codes,
-        row_scale,
-        weights,
-        router_weight,
-        out,
-        plan,
-        options,
-        columns=weights.codes.shape[1] // 2,
-        limits=(activation.limit, activation.alpha),
-        PAIRS_PER_ROW=pairs_per_row,
-        ACTIVATION=activation.name,
-        GATED=True,
-    )
+    _launch(GroupedProduct(codes, row_scale, weights, router_weight, activation, pairs_per_row, plan, out), options)
     return out
 
 
@@ -91,100 +60,57 @@ def grouped_down(
     options: TileOptions,
 ) -> torch.Tensor:
     """Launch the down product: codes int8 [P, I], row_scale float32 [P], in row order -> out [P, H], in pair order."""
-    _launch(
-        codes,
-        row_scale,
-        weights,
-        None,
-        out,
-        plan,
-        options,
-        columns=weights.codes.shape[1],
-        limits=(0.0, 0.0),
-        PAIRS_PER_ROW=0,
-        ACTIVATION="",
-        GATED=False,
-    )
+    _launch(GroupedProduct(codes, row_scale, weights, None, None, 0, plan, out), options)
     return out
 
 
-def _launch(
-    codes: torch.Tensor,
-    row_scale: torch.Tensor,
-    weights: ExpertWeights,
-    router_weight: torch.Tensor | None,
-    out: torch.Tensor,
-    plan: RoutingPlan,
-    options: TileOptions,
-    *,
-    columns: int,
-    limits: tuple[float, float],
-    PAIRS_PER_ROW: int,
-    ACTIVATION: str,
-    GATED: bool,
-) -> None:
-    in_order = PAIRS_PER_ROW == 0 and can_describe(codes) and can_describe(weights.codes)
-    if options.specialized and in_order and device_traits(out.device).warp_specialization:
-        from .specialized import launch_specialized
-
-        launch_specialized(
-            codes, row_scale, weights, router_weight, out, plan, options, columns, limits, ACTIVATION, gated=GATED
-        )
+def _launch(product: GroupedProduct, options: TileOptions) -> None:
+    codes, weights, plan, out = product.codes, product.weights, product.plan, product.out
+    in_order = product.pairs_per_row == 0
+    described = in_order and can_describe(codes) and can_describe(weights.codes)
+    if options.specialized and described and device_traits(out.device).warp_specialization:
+        launch_specialized(product, options)
         return
-    from .grouped_gemm_jit import grouped_product_kernel
+    from ..jit.grouped_gemm import grouped_product_kernel
 
     options = options.without_specialization()
-    blocks, depth = plan.blocks, weights.codes.shape[2]
-    grouped_product_kernel[(plan.max_blocks * -(-columns // options.block_n),)](
+    grouped_product_kernel[(plan.max_blocks * -(-product.columns // options.block_n),)](
         codes,
-        None if PAIRS_PER_ROW else _descriptor(codes, blocks.block_m, options),
-        row_scale,
+        _descriptor(codes, plan.blocks.block_m, options) if in_order else None,
+        product.row_scale,
         weights.codes,
         _descriptor(weights.codes, options.block_n, options),
         weights.scale,
         weights.bias,
-        router_weight,
+        product.router_weight,
         out,
-        plan.pairs,
-        plan.block_expert,
-        plan.block_first,
-        plan.block_rows,
-        plan.totals,
+        *plan.for_products(),
         plan.max_blocks,
-        depth,
-        columns,
-        *limits,
-        PER_CHANNEL=weights.per_channel,
-        RAW_SUMS=out.dtype == torch.int32,
+        product.depth,
+        product.columns,
+        *product.limits,
+        PAIRS_PER_ROW=product.pairs_per_row,
         INTERPRETED=interpreting(),
-        EVEN_D=depth % options.block_k == 0,
-        BLOCK_M=blocks.block_m,
-        TAIL_M=blocks.tail_m,
-        SMALL_M=blocks.small_m,
-        BLOCK_N=options.block_n,
-        BLOCK_D=options.block_k,
-        GROUP_M=options.group_m,
-        num_warps=options.num_warps,
-        num_stages=options.num_stages,
-        PAIRS_PER_ROW=PAIRS_PER_ROW,
-        ACTIVATION=ACTIVATION,
-        GATED=GATED,
+        **product.constants,
+        **tile_constants(options, product.depth),
         **dependence(out.device),
     )
 
 
-def can_describe(codes: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can be made of `codes`: addresses and distances of rows in units of 16 bytes."""
-    return codes.shape[-1] % 16 == 0 and codes.data_ptr() % 16 == 0
+def tile_constants(options: TileOptions, depth: int) -> dict[str, Any]:
+    """The constants of the kernel that follow from its tile and the summed dimension."""
+    return {
+        "EVEN_D": depth % options.block_k == 0,
+        "BLOCK_N": options.block_n,
+        "BLOCK_D": options.block_k,
+        "GROUP_M": options.group_m,
+        "num_warps": options.num_warps,
+        "num_stages": options.num_stages,
+    }
 
 
 def _descriptor(codes: torch.Tensor, rows: int, options: TileOptions) -> Any:
-    """A descriptor of `codes` as [-1, D] for tiles of `rows` rows, or None where options or layout forbid it."""
-    if not options.descriptors or not can_describe(codes):
-        return None
-    from triton.tools.tensor_descriptor import TensorDescriptor
-
-    return TensorDescriptor.from_tensor(codes.view(-1, codes.shape[-1]), [rows, options.block_k])
+    return describe(codes, rows, options.block_k) if options.descriptors and can_describe(codes) else None
 
 
 def grouped_gate_up_reference(

@@ -6,8 +6,8 @@ nothing, whatever their weight and their row of y hold; a token without any othe
 
 import torch
 
-from .backend import dependence, interpreting
-from .options import choose_combine_options
+from ..backend import dependence, interpreting
+from ..options import choose_combine_options
 
 
 def combine_experts(
@@ -18,7 +18,7 @@ def combine_experts(
     out: torch.Tensor,
 ) -> torch.Tensor:
     """Launch the reduction: expert_out [P, H], topk_weights float32 [M, K] (None: all 1), topk_ids -> out [M, H]."""
-    from .combine_jit import combine_kernel
+    from ..jit.combine import combine_kernel
 
     tokens, hidden = out.shape
     options = choose_combine_options(hidden)

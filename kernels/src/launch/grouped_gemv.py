@@ -1,18 +1,18 @@
 """The two products for so few pairs that two seldom share an expert: each reads its weights for itself.
 
-The arithmetic is that of `grouped_gemm` and `combine`, bit for bit, on rows in the order of pairs; the second product
-includes the reduction over a token's experts. What makes it faster is in `grouped_gemv_jit`.
+The arithmetic is that of `launch.grouped_gemm` and `launch.combine`, bit for bit, on rows in the order of pairs; the
+second product includes the reduction over a token's experts. `jit.grouped_gemv` says what makes it faster.
 """
 
 from typing import Any
 
 import torch
 
-from .activations import Activation
-from .backend import dependence, device_traits, interpreting
-from .grouped_gemm import ExpertWeights
-from .options import next_power_of_2
-from .tables import VectorTile
+from ..activations import Activation
+from ..arguments import ExpertWeights
+from ..backend import dependence, device_traits, interpreting
+from ..options import next_power_of_2
+from ..tables import VectorTile
 
 _MAX_BLOCK_D = 128  # int32 of a row that one warp loads at once, 16 bytes a thread
 
@@ -40,7 +40,7 @@ def grouped_gate_up_gemv(
     Row p // pairs_per_row of the codes serves pair p. `router_weight` (float32, P elements), where given, multiplies
     row_scale. Rows of pairs without an expert here are not written.
     """
-    from .grouped_gemv_jit import grouped_gate_up_gemv_kernel
+    from ..jit.grouped_gemv import grouped_gate_up_gemv_kernel
 
     experts, rows, depth = weights.codes.shape
     grouped_gate_up_gemv_kernel[(-(-rows // 2 // tile.block_n), topk_ids.numel())](
@@ -77,7 +77,7 @@ def combined_down_gemv(
 
     y is rounded to the dtype of `out` before the sum. `topk_weights` (float32 [M, K], None: all 1) multiply it.
     """
-    from .grouped_gemv_jit import combined_down_gemv_kernel
+    from ..jit.grouped_gemv import combined_down_gemv_kernel
 
     experts, hidden, depth = weights.codes.shape
     tokens, top_k = topk_ids.shape

@@ -1,10 +1,10 @@
 # mypy: ignore-errors
-"""Jitted code of the quantization; `quantize` defines the arithmetic and launches it."""
+"""The quantization; `quantize` defines the arithmetic."""
 
 import triton
 import triton.language as tl
 
-from .dependent_jit import _trigger, _wait
+from .dependent import _trigger, _wait
 
 
 @triton.jit
@@ -41,8 +41,8 @@ def _to_own_codes(x, scale, STEPS: tl.constexpr):
     underflows, the code is 0 either way. With |x| <= absmax no clamp is needed.
 
     One step is enough for values of 16 bits: with so few bits in x and absmax, a quotient is near a half only where x
-    and absmax are in the ratio of small integers, and there one step rounds as the division does. Which is tested for
-    every pair of mantissas.
+    and absmax are in the ratio of small integers, and there one step rounds as the division does. A test covers every
+    pair of mantissas.
     """
     inverse = tl.div_rn(1.0, scale)
     quotient = x * inverse
@@ -152,6 +152,7 @@ def quantize_rows_kernel(
     BLOCK_N: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
+    """Grid: (row groups,). A program quantizes ROWS rows, each into one output row or COPIES of them."""
     if TRIGGER_FIRST:
         _trigger(DEPENDENT)
     _wait(DEPENDENT)
@@ -198,7 +199,7 @@ def absmax_kernel(
     numel,
     BLOCK: tl.constexpr,
 ):
-    """Largest finite magnitude among every num_programs-th block, one result a program."""
+    """Grid: (at most 1024,). A program computes the largest finite magnitude of every num_programs-th block."""
     largest = tl.zeros([BLOCK], dtype=tl.float32)
     step = tl.num_programs(0).to(tl.int64) * BLOCK
     for start in range(tl.program_id(0).to(tl.int64) * BLOCK, numel, step):
@@ -216,6 +217,7 @@ def tensor_scale_kernel(
     MIN_SCALE: tl.constexpr,
     BLOCK: tl.constexpr,  # at least count
 ):
+    """Grid: (1,). The program reduces the partial maxima to the scale of the tensor."""
     offsets = tl.arange(0, BLOCK)
     absmax = tl.max(tl.load(partial_ptr + offsets, mask=offsets < count, other=0.0), axis=0)
     tl.store(scale_ptr, tl.maximum(tl.div_rn(absmax, 127.0), MIN_SCALE))
@@ -229,6 +231,7 @@ def quantize_flat_kernel(
     numel,
     BLOCK: tl.constexpr,
 ):
+    """Grid: (blocks,). A program quantizes BLOCK elements by one scale."""
     offsets = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     x = tl.load(x_ptr + offsets, mask=offsets < numel, other=0.0).to(tl.float32)
     tl.store(codes_ptr + offsets, _to_codes(x, tl.load(scale_ptr)), mask=offsets < numel)

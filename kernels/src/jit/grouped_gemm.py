@@ -1,26 +1,34 @@
 # mypy: ignore-errors
-"""Jitted code of the grouped products; `grouped_gemm` defines the arithmetic and launches it.
+"""The portable grouped GEMM; `launch.grouped_gemm` defines the arithmetic.
 
 D is the summed dimension (H for gate-up, I for down) and N the output columns (I and H). One kernel serves both: GATED,
-weights have N gate rows and N up rows, and results are left in sorted order; otherwise they go back to the order of
+weights have N gate rows and N up rows, and results stay in sorted order; otherwise they go back to the order of
 pairs. Rows are gathered by token, or are in sorted order already.
 
-A program computes one row block by BLOCK_N columns. The weights are the left operand, [BLOCK_N, BLOCK_D], and the
-activations the right one, [BLOCK_D, rows]: the wide matrix instructions of recent GPUs want 64 rows or more on the
-left, which weights always have, while they take as few as 8 columns on the right, which is what an expert with few
-tokens has.
+The weights are the left operand, [BLOCK_N, BLOCK_D], and the activations the right one, [BLOCK_D, rows]: wgmma needs
+64 rows on the left, which weights always have, and takes as few as 8 columns on the right, which suits an expert with
+few tokens.
 
 A row block holds up to BLOCK_M rows, or up to BLOCK_M + TAIL_M: then two accumulators share one pass over the weights.
 A block of at most SMALL_M rows runs with that height. The three cases are branches of one kernel, so that neighbouring
-programs, which share an expert's weights through the second-level cache, run side by side.
+programs, which share an expert's weights in L2, run at the same time.
+
+Values that belong together travel as tuples:
+
+    codes    (pointer, descriptor or None, row scales)
+    weights  (pointer, descriptor or None, scales, biases or None)
+    result   (pointer, pairs, router weights or None)
+    block    (expert, first row, rows, column block)
+    sizes    (D, N)
+    limits   (limit, alpha) of the activation
 """
 
 import triton
 import triton.language as tl
 
-from .cast_jit import _to_dtype
-from .dependent_jit import _trigger, _wait
-from .epilogue_jit import _activate, _scaled
+from .cast import _to_dtype
+from .dependent import _trigger, _wait
+from .epilogue import _activate, _scaled
 
 
 @triton.jit
@@ -72,27 +80,16 @@ def _load(ptrs, start, D, BLOCK_D: tl.constexpr, EVEN_D: tl.constexpr):
 
 @triton.jit
 def _sums(
-    codes_ptr,
-    codes_desc,
-    weight_ptr,
-    weight_desc,
-    weight_row,
-    main_rows,
-    tail_rows,
-    first,
-    col_block,
-    cols,
-    D,
-    N,
-    GATED: tl.constexpr,
-    EVEN_D: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
+    codes, weights, weight_row, block, main_rows, tail_rows, cols, sizes,
+    GATED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-):
+):  # fmt: skip
     """Sums of the main rows and, for TAIL_M, of the tail's, over one pass of the weights: (main, main of the up half,
     tail, tail of the up half), each [BLOCK_N, rows]; where there is no tail or up half, main again."""
+    codes_ptr, codes_desc, row_scale_ptr = codes
+    weight_ptr, weight_desc, weight_scale_ptr, bias_ptr = weights
+    expert, first, rows_left, col_block = block
+    D, N = sizes
     if weight_desc is None:
         w_ptrs = _weight_ptrs(weight_ptr, weight_row, cols, N, D, BLOCK_D)
     else:
@@ -141,26 +138,15 @@ def _sums(
 def _store(
     sums,  # i32 [rows, cols]
     up_sums,  # the same of the up half, for GATED
-    is_row,
-    source,
-    target,
-    row_scale_ptr,
-    weight_scale_ptr,
-    bias_ptr,
-    router_weight_ptr,
-    out_ptr,
-    pairs_ptr,
-    expert,
-    cols,
-    N,
-    limit,
-    alpha,
-    ACTIVATION: tl.constexpr,
-    PER_CHANNEL: tl.constexpr,
-    RAW_SUMS: tl.constexpr,
-    INTERPRETED: tl.constexpr,
+    is_row, source, target, codes, weights, result, expert, cols, sizes, limits,
+    ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr, RAW_SUMS: tl.constexpr, INTERPRETED: tl.constexpr,
     GATED: tl.constexpr,
-):
+):  # fmt: skip
+    """Scale, activate and store: source rows of the codes, target rows of the result."""
+    codes_ptr, codes_desc, row_scale_ptr = codes
+    weight_ptr, weight_desc, weight_scale_ptr, bias_ptr = weights
+    out_ptr, pairs_ptr, router_weight_ptr = result
+    D, N = sizes
     is_out = is_row[:, None] & (cols < N)[None, :]
     total_cols = 2 * N if GATED else N
     if RAW_SUMS:
@@ -175,6 +161,7 @@ def _store(
         out = _scaled(sums, row_scale, weight_scale_ptr, bias_ptr, expert, 0, cols, N, total_cols, PER_CHANNEL)
         if GATED:
             up = _scaled(up_sums, row_scale, weight_scale_ptr, bias_ptr, expert, N, cols, N, total_cols, PER_CHANNEL)
+            limit, alpha = limits
             out = _activate(out, up, limit, alpha, ACTIVATION)
         out_ptrs = out_ptr + target[:, None] * N + cols[None, :]
         tl.store(out_ptrs, _to_dtype(out, out_ptr.dtype.element_ty, INTERPRETED), mask=is_out)
@@ -182,12 +169,15 @@ def _store(
 
 @triton.jit
 def _block(
-    codes_ptr, codes_desc, row_scale_ptr, weight_ptr, weight_desc, weight_scale_ptr, bias_ptr, router_weight_ptr,
-    out_ptr, pairs_ptr, expert, first, rows_left, col_block, D, N, limit, alpha,
+    codes, weights, result, block, sizes, limits,
     PAIRS_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr, RAW_SUMS: tl.constexpr,
     INTERPRETED: tl.constexpr, GATED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr,
     BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
+    """One row block by BLOCK_N columns, at the height BLOCK_M + TAIL_M."""
+    expert, first, rows_left, col_block = block
+    out_ptr, pairs_ptr, router_weight_ptr = result
+    D, N = sizes
     cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_row = expert * (2 * N if GATED else N)
     main = tl.arange(0, BLOCK_M)
@@ -197,19 +187,17 @@ def _block(
     if TAIL_M:
         tail_source, tail_target = _rows_of(tail, first, rows_left, pairs_ptr, PAIRS_PER_ROW, GATED)
     sums, up_sums, tail_sums, tail_up_sums = _sums(
-        codes_ptr, codes_desc, weight_ptr, weight_desc, weight_row, source, tail_source, first, col_block, cols, D, N,
-        GATED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_D,
+        codes, weights, weight_row, block, source, tail_source, cols, sizes, GATED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N,
+        BLOCK_D,
     )  # fmt: skip
     _store(
-        sums.T, up_sums.T, main < rows_left, source, target, row_scale_ptr, weight_scale_ptr, bias_ptr,
-        router_weight_ptr, out_ptr, pairs_ptr, expert, cols, N, limit, alpha, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-        INTERPRETED, GATED,
+        sums.T, up_sums.T, main < rows_left, source, target, codes, weights, result, expert, cols, sizes, limits,
+        ACTIVATION, PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED,
     )  # fmt: skip
     if TAIL_M:
         _store(
-            tail_sums.T, tail_up_sums.T, tail < rows_left, tail_source, tail_target, row_scale_ptr, weight_scale_ptr,
-            bias_ptr, router_weight_ptr, out_ptr, pairs_ptr, expert, cols, N, limit, alpha, ACTIVATION, PER_CHANNEL,
-            RAW_SUMS, INTERPRETED, GATED,
+            tail_sums.T, tail_up_sums.T, tail < rows_left, tail_source, tail_target, codes, weights, result, expert,
+            cols, sizes, limits, ACTIVATION, PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED,
         )  # fmt: skip
 
 
@@ -249,6 +237,8 @@ def grouped_product_kernel(
     BLOCK_D: tl.constexpr,
     GROUP_M: tl.constexpr,
 ):
+    """Grid: (row blocks * column tiles,). A program computes one row block by BLOCK_N columns of the result, of gate
+    and up for GATED."""
     row_block, col_block = _tile_of(tl.program_id(0), num_row_blocks, tl.cdiv(N, BLOCK_N), GROUP_M)
     if GATED:  # right after the routing
         _wait(DEPENDENT)
@@ -259,21 +249,21 @@ def grouped_product_kernel(
         _trigger(DEPENDENT)
     if rows == 0:
         return
+    weights = (weight_ptr, weight_desc, weight_scale_ptr, bias_ptr)
+    result = (out_ptr, pairs_ptr, router_weight_ptr)
+    block, sizes, limits = (expert, first, rows, col_block), (D, N), (limit, alpha)
     if (SMALL_M > 0) & (rows <= SMALL_M):
         _block(
-            codes_ptr, None, row_scale_ptr, weight_ptr, weight_desc, weight_scale_ptr, bias_ptr, router_weight_ptr,
-            out_ptr, pairs_ptr, expert, first, rows, col_block, D, N, limit, alpha, PAIRS_PER_ROW, ACTIVATION,
+            (codes_ptr, None, row_scale_ptr), weights, result, block, sizes, limits, PAIRS_PER_ROW, ACTIVATION,
             PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, SMALL_M if SMALL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     elif (TAIL_M > 0) & (rows > BLOCK_M):
         _block(
-            codes_ptr, codes_desc, row_scale_ptr, weight_ptr, weight_desc, weight_scale_ptr, bias_ptr,
-            router_weight_ptr, out_ptr, pairs_ptr, expert, first, rows, col_block, D, N, limit, alpha, PAIRS_PER_ROW,
-            ACTIVATION, PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_D,
+            (codes_ptr, codes_desc, row_scale_ptr), weights, result, block, sizes, limits, PAIRS_PER_ROW, ACTIVATION,
+            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _block(
-            codes_ptr, codes_desc, row_scale_ptr, weight_ptr, weight_desc, weight_scale_ptr, bias_ptr,
-            router_weight_ptr, out_ptr, pairs_ptr, expert, first, rows, col_block, D, N, limit, alpha, PAIRS_PER_ROW,
-            ACTIVATION, PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, BLOCK_M, 0, BLOCK_N, BLOCK_D,
+            (codes_ptr, codes_desc, row_scale_ptr), weights, result, block, sizes, limits, PAIRS_PER_ROW, ACTIVATION,
+            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, BLOCK_M, 0, BLOCK_N, BLOCK_D,
         )  # fmt: skip

@@ -1,32 +1,38 @@
 # mypy: ignore-errors
-"""The grouped products for many rows on Hopper, in Gluon: warps that have different things to do. `specialized`
-launches it; the arithmetic is that of `grouped_gemm`, bit for bit.
+"""The warp-specialized, persistent grouped GEMM for Hopper, in Gluon; `launch.grouped_gemm` defines the arithmetic.
 
-A program stays on its processor for the whole launch and takes tiles of the result, one after the other, until none is
-left. Its warps play three parts:
+A program stays on its SM for the whole launch and takes tiles of the result until none is left:
 
-    one warp       brings in the operands, as far ahead as there is room: STAGES steps of the sums, across the end of a
+    producer       one warp. Copies operands to shared memory by TMA, up to STAGES steps ahead and across the end of a
                    tile, and takes the next tile by an atomic counter
-    two groups of  multiply, scale, activate and store. With PARTS 1 they take turns: each has a tile of its own, and
-    four warps     while one multiplies, the other one finishes the tile before, so that the matrix units need not wait.
-                   With PARTS 2 they share a tile of twice the width. Then a tile of activations serves twice as many
-                   weights, and the second-level cache gives a quarter fewer bytes for the same sums: where experts have
-                   many rows, it is what limits tiles of 128 x 128
+    two consumers  four warps (a warpgroup) each: wgmma, scales, activation, stores. With PARTS 1 they ping-pong: each
+                   has its own tile, and one multiplies while the other runs its epilogue. With PARTS 2 they cooperate
+                   on a tile of twice the width: a tile of activations serves twice as many weights, and L2 delivers a
+                   quarter fewer bytes for the same sums. With many rows per expert, L2 is what limits 128 x 128 tiles
 
 A step is a run of BLOCK_D codes of the summed dimension: 128 rows of weights (64 of gate and 64 of up, or 128 output
-columns; PARTS times as many) by BLOCK_M rows of activations, in sorted order, and up to TAIL_M more. All of it is
-brought in by the copy engine through tensor descriptors; there are no pointers to compute and no registers on the way.
+columns; PARTS times as many) by BLOCK_M rows of activations, in sorted order, and up to TAIL_M more.
 
-They tell each other by barriers in shared memory, of which each counts arrivals in phases:
+Barriers in shared memory (mbarrier), each of which counts arrivals in phases:
 
-    full, empty    [STAGES]  a step's operands are there; have been multiplied, by all who do, and may be overwritten
-    told           [SLOTS]   it is known which tile is next; one without rows comes after the last
-    turn           [2]       a group may multiply (PARTS 1)
+    full, empty    [STAGES]  the operands of a step have arrived; all consumers have read them
+    known          [SLOTS]   the next tile is known; a tile without rows follows the last
+    turn           [2]       a consumer may multiply (PARTS 1)
 
-Whoever waits names a phase by its parity alone, so he must not be two phases late or early. For `full`, with PARTS 1,
-the turns see to that: a group starts when the other one has seen all of its own steps. With PARTS 2, both have to empty
-a step before it is filled anew. For `told` it is enough that a group has seen the tile two before. A slot is free when
-it is written anew: the warp that brings operands is at most STAGES steps ahead, and there are two more slots than that.
+A wait identifies a phase by its parity only, so a waiter must never be two phases off. For `full`, with PARTS 1, the
+turns ensure it: a consumer starts when the other one has seen all of its own steps. With PARTS 2, both empty a step
+before it is filled again. For `known` it is enough that a consumer has seen the tile two before. A slot is free when it
+is written again: the producer is at most STAGES steps ahead, and there are STAGES + 2 slots.
+
+Values that belong together travel as tuples:
+
+    ring    (weights, rows, tail rows, full, empty, turn) in shared memory
+    slots   (tiles, known) in shared memory
+    plan    (pairs, block experts, block first rows, block rows, tile counter), pointers
+    sizes   (row blocks, column blocks, D, N)
+    result  (output, row scales, weight scales, biases or None, router weights or None), pointers
+    block   (expert, first row, rows, column block) of a tile
+    limits  (limit, alpha) of the activation
 """
 
 from triton.experimental import gluon
@@ -39,9 +45,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from .dependent_jit import _trigger, _wait
-from .grouped_gemm_jit import _tile_of
-from .specialized_finish_jit import HALF, _channels_of_halves, _finish, _layout_of_sums, _none, _of_rows, _pieces
+from .dependent import _trigger, _wait
+from .grouped_gemm import _tile_of
+from .specialized_finish import HALF, _channels_of_halves, _finish, _layout_of_sums, _none, _of_rows, _pieces
 
 _load = getattr(tma, "async_load", None) or tma.async_copy_global_to_shared  # its name before Triton 3.9
 
@@ -61,17 +67,17 @@ def _block_of(tile, plan, sizes, GROUP_M: gl.constexpr):
 
 
 @gluon.jit
-def _tell(slots, number, block, SLOTS: gl.constexpr):
-    tiles, told = slots
+def _announce(slots, number, block, SLOTS: gl.constexpr):
+    tiles, known = slots
     for i in gl.static_range(4):
         tiles.index(number % SLOTS * 4 + i).store(gl.full([1], block[i], gl.int32, _ONE_WARP))
-    mbarrier.arrive(told.index(number % SLOTS))
+    mbarrier.arrive(known.index(number % SLOTS))
 
 
 @gluon.jit
-def _told(slots, number, SLOTS: gl.constexpr):
-    tiles, told = slots
-    mbarrier.wait(told.index(number % SLOTS), (number // SLOTS) & 1)
+def _await_tile(slots, number, SLOTS: gl.constexpr):
+    tiles, known = slots
+    mbarrier.wait(known.index(number % SLOTS), (number // SLOTS) & 1)
     block = ()
     for i in gl.static_range(4):
         block += (gl.max(tiles.index(number % SLOTS * 4 + i).load(_FOUR_WARPS), 0),)
@@ -79,11 +85,11 @@ def _told(slots, number, SLOTS: gl.constexpr):
 
 
 @gluon.jit
-def _bring(
+def _produce(
     ring, slots, descriptors, plan, sizes, PARTS: gl.constexpr, GATED: gl.constexpr, BLOCK_M: gl.constexpr,
     TAIL_M: gl.constexpr, BLOCK_D: gl.constexpr, GROUP_M: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """The one warp: take tiles and bring in their operands."""
+    """The producer warp: take tiles and copy their operands."""
     weights, rows_main, rows_tail, full, empty, turn = ring
     weight_desc, codes_desc, tail_desc = descriptors
     row_blocks, col_blocks, D, N = sizes
@@ -94,13 +100,12 @@ def _bring(
     step = 0
     tile = gl.program_id(0)
     while tile < tiles:
-        # Taken now, since the answer is needed only when this tile is on its way. Who draws the last ticket leaves the
-        # counter as it was found.
+        # Taken early: it is needed only when this tile's copies are issued. The last ticket resets the counter.
         ticket = gl.atomic_add(counter_ptr, 1, sem="relaxed")
         if ticket == tiles - 1:
             gl.store(counter_ptr, 0)
         expert, first, rows, col_block = _block_of(tile, plan, sizes, GROUP_M)
-        _tell(slots, number, (expert, first, rows, col_block), SLOTS)
+        _announce(slots, number, (expert, first, rows, col_block), SLOTS)
         if GATED:
             lower = expert * (2 * N) + col_block * (HALF * PARTS)
             upper = lower + N
@@ -126,7 +131,7 @@ def _bring(
         tile = ticket + gl.num_programs(0)
         number += 1
     for i in gl.static_range(2):
-        _tell(slots, number + i, (0, 0, 0, 0), SLOTS)
+        _announce(slots, number + i, (0, 0, 0, 0), SLOTS)
 
 
 @gluon.jit
@@ -134,7 +139,7 @@ def _sums(
     ring, number, steps, WHO: gl.constexpr, PARTS: gl.constexpr, BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr,
     ROWS: gl.constexpr, TAIL: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
 ):  # fmt: skip
-    """The sums of a tile for ROWS rows and, with TAIL, as many of a tail: (lower half, upper half), each as pieces."""
+    """The sums of a tile for ROWS rows and, with TAIL, a tail of TAIL: (lower half, upper half), each as pieces."""
     weights, rows_main, rows_tail, full, empty, turn = ring
     LAYOUT: gl.constexpr = _layout_of_sums(ROWS)
     lower = gl.zeros([HALF, ROWS], gl.int32, LAYOUT)
@@ -159,7 +164,7 @@ def _sums(
             x = x.slice(0, ROWS)
         lower = warpgroup_mma(w, x.permute((1, 0)), lower, is_async=True)
         upper = warpgroup_mma(upper_w, x.permute((1, 0)), upper, is_async=True)
-        # One step is left running; that it has begun means that the one before it has read its operands.
+        # One step stays in flight. Once it has started, the step before it has read its operands.
         if TAIL:
             x = rows_tail.index(at).permute((1, 0))
             tail_lower = warpgroup_mma(w, x, tail_lower, is_async=True)
@@ -212,7 +217,7 @@ def _tile(
     APART: gl.constexpr = HALF * PARTS  # how far the columns of the upper half are from the lower half's, for down
     col = col_block * (APART if GATED else 2 * APART) + WHO * (APART - HALF)
     columns = (col, col + (N if GATED else APART), N, 2 * N if GATED else N)
-    # Asked for before the sums, so that it is there when they are.
+    # Loaded before the sums, so that the latency overlaps them.
     channels = _channels_of_halves(expert, columns, result, PER_CHANNEL, PIECE)
     ahead = _of_rows(0, block, pairs_ptr, result, GATED, PIECE)
     steps = gl.cdiv(D, BLOCK_D)
@@ -233,15 +238,15 @@ def _tile(
 
 
 @gluon.jit
-def _multiply(
+def _consume(
     ring, slots, plan, sizes, result, limits, WHO: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
     ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
     TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
     SLOTS: gl.constexpr,
 ):  # fmt: skip
-    """Four warps: every second tile of the program or half of every one, its sums and what follows."""
+    """A consumer warpgroup: every second tile of the program (PARTS 1), or half of every tile (PARTS 2)."""
     number = 0 + WHO * (2 - PARTS)
-    expert, first, rows, col_block = _told(slots, number, SLOTS)
+    expert, first, rows, col_block = _await_tile(slots, number, SLOTS)
     while rows > 0:
         block = (expert, first, rows, col_block)
         _tile(
@@ -249,7 +254,7 @@ def _multiply(
             BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES,
         )  # fmt: skip
         number += 2 // PARTS
-        expert, first, rows, col_block = _told(slots, number, SLOTS)
+        expert, first, rows, col_block = _await_tile(slots, number, SLOTS)
 
 
 @gluon.jit
@@ -285,6 +290,8 @@ def specialized_product_kernel(
     GROUP_M: gl.constexpr,
     STAGES: gl.constexpr,
 ):
+    """Grid: (SMs,), or fewer where there are fewer tiles. A program computes tiles of one row block by 64 * PARTS
+    columns of gate and up, or 128 * PARTS columns of down, taken from a counter."""
     SLOTS: gl.constexpr = STAGES + 2
     LAYOUT: gl.constexpr = weight_desc.layout
     BARRIER: gl.constexpr = mbarrier.MBarrierLayout()
@@ -298,9 +305,9 @@ def specialized_product_kernel(
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], BARRIER)
     if PARTS == 1:
         turn = gl.allocate_shared_memory(gl.int64, [2, 1], BARRIER)
-    else:  # what is allocated and not used again would share its memory with results on their way out
+    else:  # an unused allocation would share its memory with the epilogue's conversions
         turn: gl.constexpr = None
-    told = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
+    known = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], BARRIER)
     tiles = gl.allocate_shared_memory(gl.int32, [4 * SLOTS, 1], gl.SwizzledSharedLayout(1, 1, 1, [0]))
     for i in gl.static_range(STAGES):
         mbarrier.init(full.index(i), count=1)
@@ -309,35 +316,35 @@ def specialized_product_kernel(
         for i in gl.static_range(2):
             mbarrier.init(turn.index(i), count=1)
     for i in gl.static_range(SLOTS):
-        mbarrier.init(told.index(i), count=1)
+        mbarrier.init(known.index(i), count=1)
     fence_async_shared()
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
 
     ring = (weights, rows_main, rows_tail, full, empty, turn)
-    slots = (tiles, told)
+    slots = (tiles, known)
     plan = (pairs_ptr, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr + 2)
     sizes = (gl.load(totals_ptr), gl.cdiv(N, HALF * PARTS if GATED else 2 * HALF * PARTS), D, N)
     result = (out_ptr, row_scale_ptr, weight_scale_ptr, bias_ptr, router_weight_ptr)
-    # A processor has registers for 168 a thread of these twelve warps; the one that brings needs next to none.
+    # An SM has 168 registers per thread for twelve warps; the producer gives most of its own to the consumers.
     gl.warp_specialize(
         [
             (
-                _multiply,
+                _consume,
                 (
                     ring, slots, plan, sizes, result, (limit, alpha), 0, PARTS, GATED, ACTIVATION, PER_CHANNEL,
                     RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES, SLOTS,
                 ),
             ),
             (
-                _multiply,
+                _consume,
                 (
                     ring, slots, plan, sizes, result, (limit, alpha), 1, PARTS, GATED, ACTIVATION, PER_CHANNEL,
                     RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES, SLOTS,
                 ),
             ),
             (
-                _bring,
+                _produce,
                 (
                     ring, slots, (weight_desc, codes_desc, tail_desc), plan, sizes, PARTS, GATED, BLOCK_M, TAIL_M,
                     BLOCK_D, GROUP_M, STAGES, SLOTS,

@@ -1,5 +1,5 @@
 # mypy: ignore-errors
-"""Jitted conversion of float32 results to the dtype that is stored."""
+"""Conversion of float32 results to the dtype of the output."""
 
 import triton
 import triton.language as tl
@@ -10,7 +10,7 @@ def _to_dtype(x, DTYPE: tl.constexpr, INTERPRETED: tl.constexpr):
     """float32 `x` rounded to nearest, half to even.
 
     Compiled code does so by itself. Triton's interpreter truncates to bfloat16 instead; there, the 16 bits that it
-    will drop are rounded into the others first.
+    drops are rounded into the others first.
     """
     if INTERPRETED and tl.bfloat16 == DTYPE:
         bits = x.to(tl.int32, bitcast=True)
