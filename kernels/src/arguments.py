@@ -70,7 +70,7 @@ class GroupedProduct:
     codes          int8 [R, D]
     row_scale      float32 [R]
     router_weight  float32, P elements, which multiplies row_scale, or None
-    activation     that of gate-up, None for down
+    activation     that of gate-up, whose results stay in the plan's row order; None for down
     pairs_per_row  row p // pairs_per_row of the codes serves pair p; 0: codes are in the plan's row order
     out            [P, columns]
     """
@@ -92,7 +92,12 @@ class GroupedProduct:
     @property
     def columns(self) -> int:
         """Columns of the result: I of gate-up, H of down."""
-        return self.weights.codes.shape[1] // (2 if self.activation else 1)
+        return self.weights.codes.shape[1] // (2 if self.gated else 1)
+
+    @property
+    def gated(self) -> bool:
+        """Whether weights have gate and up rows."""
+        return self.activation is not None and self.activation.gated
 
     @property
     def limits(self) -> tuple[float, float]:
@@ -102,8 +107,9 @@ class GroupedProduct:
     def constants(self) -> dict[str, object]:
         """The constants that both kernels share."""
         return {
-            "ACTIVATION": self.activation.name if self.activation else "",
-            "GATED": self.activation is not None,
+            "ACTIVATION": self.activation.variant if self.activation else "",
+            "GATED": self.gated,
+            "SORTED": self.activation is not None,
             "PER_CHANNEL": self.weights.per_channel,
             "RAW_SUMS": self.out.dtype == torch.int32,
             "BLOCK_M": self.plan.blocks.block_m,
@@ -174,18 +180,20 @@ def check_arguments(
     """The signature of `fused_experts_int8` and its twin: checks all that can be checked without reading the device.
 
         hidden_states    bfloat16 or float16 [M, H], rows contiguous; M may be 0
-        w13, w2          int8 [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) and [E, H, I], contiguous
+        w13, w2          int8 [E, 2I, H] (rows 0..I-1 gate, I..2I-1 up) and [E, H, I], contiguous; without gate (relu2)
+                         w13 is [E, I, H], and its scale and bias have I rows
         w13_scale        float32 [E, 2I, 1] per channel, or [E, 1, 1] per tensor
         w2_scale         float32 [E, H, 1] or [E, 1, 1]
         topk_weights     float32 [M, K]
         topk_ids         int32 or int64 [M, K]; -1, like any id outside 0..E-1, means that another rank has the expert
-        activation       "silu", "gelu_tanh", "swigluoai" or "swiglustep"; see `activations`
+        activation       "silu", "gelu", "gelu_tanh", "swigluoai", "swiglustep", "situ" or "relu2"; see `activations`
         activation_limit, activation_alpha
-                         clamp of swigluoai and swiglustep (7.0) and slope of swigluoai (1.702)
+                         clamp of swigluoai and swiglustep (7.0), and of silu and situ where given; slope of swigluoai
+                         (1.702), beta of situ (required)
         w13_input_scale, w2_input_scale
                          float32 [E], positive: static per-tensor scales of x and h; without, dynamic per token
         w13_bias, w2_bias
-                         float [E, 2I] and [E, H]
+                         float32, bfloat16 or float16 [E, 2I] and [E, H], added before the activation and before r_j
         apply_router_weight_on_input
                          r_j multiplies the token before the first product instead of y_j. Under dynamic scales it
                          multiplies the token's scale, since q(r x) and q(x) have the same codes
@@ -198,12 +206,15 @@ def check_arguments(
     tokens, hidden = hidden_states.shape
     if hidden_states.stride(1) != 1 and hidden > 1:
         raise ValueError(f"hidden_states: expected rows contiguous in memory, found strides {hidden_states.stride()}")
-    _check_tensor("w13", w13, (torch.int8,), None, device, "[E, 2I, H]", dim=3, contiguous=True)
+    function = make_activation(activation, activation_limit, activation_alpha)
+    halves, meaning = (2, "[E, 2I, H]") if function.gated else (1, "[E, I, H]")
+    _check_tensor("w13", w13, (torch.int8,), None, device, meaning, dim=3, contiguous=True)
     experts, gate_up_rows, _ = w13.shape
-    if experts < 1 or gate_up_rows < 2 or gate_up_rows % 2 or hidden < 1:
-        raise ValueError(f"w13: expected [E, 2I, H], none of them 0 and 2I even, found {tuple(w13.shape)}")
-    intermediate = gate_up_rows // 2
-    _check_shape("w13", w13, (experts, gate_up_rows, hidden), "[E, 2I, H]")
+    if experts < 1 or gate_up_rows < halves or gate_up_rows % halves or hidden < 1:
+        even = " and 2I even" if function.gated else ""
+        raise ValueError(f"w13: expected {meaning}, none of them 0{even}, found {tuple(w13.shape)}")
+    intermediate = gate_up_rows // halves
+    _check_shape("w13", w13, (experts, gate_up_rows, hidden), meaning)
     for name, depth in (("H", hidden), ("I", intermediate)):
         if depth > MAX_DEPTH:
             raise ValueError(f"{name}: expected at most {MAX_DEPTH}, beyond which int32 overflows, found {depth}")
@@ -236,7 +247,7 @@ def check_arguments(
         down=ExpertWeights(w2, w2_scale, w2_bias),
         topk_weights=topk_weights,
         topk_ids=topk_ids,
-        activation=make_activation(activation, activation_limit, activation_alpha),
+        activation=function,
         gate_up_input_scale=w13_input_scale,
         down_input_scale=w2_input_scale,
         apply_router_weight_on_input=apply_router_weight_on_input,

@@ -16,7 +16,7 @@ from triton.experimental.gluon._runtime import GluonASTSource
 from triton.experimental.gluon.language import NVMMASharedLayout
 
 import quarkconv.kernels.jit
-from quarkconv.kernels.activations import ACTIVATIONS
+from quarkconv.kernels.activations import ACTIVATIONS, make_activation
 from quarkconv.kernels.backend import DeviceTraits
 from quarkconv.kernels.launch.grouped_gemm import tile_constants
 from quarkconv.kernels.launch.grouped_gemv import chunks_of
@@ -92,9 +92,17 @@ def float_and_ids(rich: bool) -> tuple[str, str]:
     return ("*fp16", "*i64") if rich else ("*bf16", "*i32")
 
 
-def activations(rich: bool) -> tuple[str, ...]:
-    """They differ in the epilogue alone: all but one of them in the smaller of the two variants."""
-    return ACTIVATIONS[1:] if rich else ACTIVATIONS[:1]
+def activations(rich: bool) -> list[dict[str, Any]]:
+    """Constants of every activation. They differ in the epilogue alone: all but one of them in the smaller variant."""
+    silu = make_activation("silu")
+    needs_alpha = ("situ",)
+    others = [make_activation(name, alpha=4.0 if name in needs_alpha else None) for name in ACTIVATIONS]
+    others += [make_activation("silu", limit=7.0), make_activation("situ", limit=7.0, alpha=4.0)]
+    chosen = [each for each in others if each != silu] if rich else [silu]
+    return [{"ACTIVATION": each.variant, "GATED": each.gated, "SORTED": True} for each in chosen]
+
+
+DOWN = {"ACTIVATION": "", "GATED": False, "SORTED": False}
 
 
 def gemv_variants(options: GemvOptions, hidden: int, intermediate: int, *, rich: bool) -> Variants:
@@ -103,7 +111,12 @@ def gemv_variants(options: GemvOptions, hidden: int, intermediate: int, *, rich:
     types |= {"bias_ptr": "*fp32", "router_weight_ptr": "*fp32"} if rich else {}
     gate_up = gemv_constants(hidden, options.gate_up, per_channel=not rich) | {"PAIRS_PER_ROW": 8}
     found: Variants = [
-        ("grouped_gate_up_gemv_kernel", types, gate_up | {"ACTIVATION": name}) for name in activations(rich)
+        (
+            "grouped_gate_up_gemv_kernel",
+            types,
+            gate_up | {name: value for name, value in each.items() if name != "SORTED"},
+        )
+        for each in activations(rich)
     ]
     down = gemv_constants(intermediate, options.down, per_channel=not rich) | {"TOP_K": 8, "SLOTS": 8}
     return [*found, ("combined_down_gemv_kernel", types, down)]
@@ -119,11 +132,9 @@ def product_variants(options: LaunchOptions, *, rich: bool) -> Variants:
         down_types["codes_desc"] = f"tensordesc<i8[{options.blocks.block_m}, {options.down.block_k}]>"
     gate_up_types = types | descriptor(options.gate_up, options.gate_up.block_n)
     gate_up_types |= {"router_weight_ptr": "*fp32"} if rich else {}
-    gate_up = portable_constants(options.gate_up, options, **kind) | {"PAIRS_PER_ROW": 8, "GATED": True}
-    down = portable_constants(options.down, options, **kind) | {"PAIRS_PER_ROW": 1, "GATED": False, "ACTIVATION": ""}
-    found: Variants = [
-        ("grouped_product_kernel", gate_up_types, gate_up | {"ACTIVATION": name}) for name in activations(rich)
-    ]
+    gate_up = portable_constants(options.gate_up, options, **kind) | {"PAIRS_PER_ROW": 8}
+    down = portable_constants(options.down, options, **kind) | {"PAIRS_PER_ROW": 1} | DOWN
+    found: Variants = [("grouped_product_kernel", gate_up_types, gate_up | each) for each in activations(rich)]
     return [*found, ("grouped_product_kernel", down_types, down)]
 
 
@@ -145,11 +156,8 @@ def specialized_variants(options: LaunchOptions, parts: int, *, rich: bool) -> V
     shared = product_constants(blocks, per_channel=not rich)
     constants = shared | specialized_constants(tile, blocks, tile.num_stages)
     gate_up_types = types | ({"router_weight_ptr": "*fp32"} if rich else {})
-    found: Variants = [
-        ("specialized_product_kernel", gate_up_types, constants | {"GATED": True, "ACTIVATION": name})
-        for name in activations(rich)
-    ]
-    return [*found, ("specialized_product_kernel", types, constants | {"GATED": False, "ACTIVATION": ""})]
+    found: Variants = [("specialized_product_kernel", gate_up_types, constants | each) for each in activations(rich)]
+    return [*found, ("specialized_product_kernel", types, constants | DOWN)]
 
 
 def row_variants(*, rich: bool) -> Variants:

@@ -46,7 +46,9 @@ def test_wrong_tensor(implementation, name, change, error, message, make_case):
     ("options", "error", "message"),
     [
         ({"activation": "relu"}, ValueError, "activation: expected one of"),
-        ({"activation_limit": 7.0}, ValueError, "activation_limit: expected None"),
+        ({"activation": "gelu", "activation_limit": 7.0}, ValueError, "activation_limit: expected None"),
+        ({"activation": "situ"}, ValueError, "activation_alpha: expected a number"),
+        ({"activation": "relu2"}, ValueError, r"w2: expected shape \(4, 96, 160\)"),
         ({"activation": "swiglustep", "activation_limit": -1.0}, ValueError, "positive finite"),
         ({"w13_input_scale": torch.ones(1)}, ValueError, r"w13_input_scale: expected shape \(4,\)"),
         ({"w2_input_scale": torch.ones(4).half()}, TypeError, "w2_input_scale: expected .*float32"),

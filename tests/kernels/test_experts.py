@@ -131,7 +131,10 @@ def test_stages(shape, dtype, launch, make_case):
 @pytest.mark.parametrize(
     "options",
     [
+        {"activation": "silu", "activation_limit": 0.5},
+        {"activation": "gelu"},
         {"activation": "gelu_tanh"},
+        {"activation": "situ", "activation_alpha": 4.0, "activation_limit": 2.0},
         {"activation": "swigluoai"},
         {"activation": "swiglustep", "activation_limit": 0.75},
         {"apply_router_weight_on_input": True},
@@ -140,6 +143,38 @@ def test_stages(shape, dtype, launch, make_case):
 )
 def test_stages_with_options(options, make_case):
     check_stages(make_case(5, 96, 80, 4, 2, ids_dtype=torch.int64), **options)
+
+
+def without_gate(case):
+    """The same experts with the up half only: w13 is [E, I, H]."""
+    half = case.w13.shape[1] // 2
+    return case.replace(w13=case.w13[:, half:].contiguous(), w13_scale=case.w13_scale[:, half:].contiguous())
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+@pytest.mark.parametrize("on_input", [False, True])
+def test_stages_without_a_gate(launch, on_input, make_case, device):
+    g = torch.Generator().manual_seed(6)
+    case = without_gate(make_case(5, 96, 80, 4, 2))
+    case.topk_ids[1, 1] = -1
+    for bias in ({}, {"w13_bias": torch.randn(4, 80, generator=g).to(device)}):
+        check_stages(case, launch, activation="relu2", apply_router_weight_on_input=on_input, **bias)
+
+
+@pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
+def test_without_a_gate_close_to_float64_experts(implementation, make_case, device):
+    """nemotron_h: relu(x w_up^T)^2 w_down^T. Squares have heavier tails than the products of the gated test above."""
+    case = without_gate(make_case(9, 96, 80, 4, 2))
+    g = torch.Generator().manual_seed(7)
+    biases = {"w13_bias": torch.randn(4, 80, generator=g), "w2_bias": torch.randn(4, 96, generator=g)}
+    out = implementation(*case.tensors(), activation="relu2", **{k: v.to(device) for k, v in biases.items()})
+    w13, w2 = (case.w13.double() * case.w13_scale).cpu(), (case.w2.double() * case.w2_scale).cpu()
+    expected = torch.zeros_like(case.hidden_states, dtype=torch.float64, device="cpu")
+    for t, x in enumerate(case.hidden_states.double().cpu()):
+        for e, r in zip(case.topk_ids[t].tolist(), case.topk_weights[t].tolist(), strict=True):
+            h = (w13[e] @ x + biases["w13_bias"][e]).clamp(min=0) ** 2
+            expected[t] += r * (w2[e] @ h + biases["w2_bias"][e])
+    assert relative_rms(out.cpu(), expected) < 0.03
 
 
 @pytest.mark.parametrize("on_input", [False, True])

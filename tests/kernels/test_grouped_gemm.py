@@ -154,19 +154,76 @@ def test_down_epilogue(dtype, bias, per_tensor, device):
     assert ((twin.cpu().double() - value).abs() <= bound)[rows.cpu()].all()
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
+# Every function that a kernel can compute, with limits that random values pass often enough.
+FUNCTIONS = {
+    "silu": make_activation("silu"),
+    "silu-limited": make_activation("silu", limit=1.25),
+    "gelu": make_activation("gelu"),
+    "gelu_tanh": make_activation("gelu_tanh"),
+    "swigluoai": make_activation("swigluoai", limit=1.25),
+    "swiglustep": make_activation("swiglustep", limit=1.25),
+    "situ": make_activation("situ", alpha=2.0),
+    "situ-limited": make_activation("situ", alpha=2.0, limit=1.25),
+    "relu2": make_activation("relu2"),
+}
+
+
+def test_every_activation_is_tested():
+    assert {activation.name for activation in FUNCTIONS.values()} == set(ACTIVATIONS)
+
+
+def by_definition(gate, up, activation):
+    """The formulas of the documentation, in float64, written from other primitives than the twin's."""
+    sigmoid = 1 / (1 + torch.exp(-gate)) if gate is not None else None
+    limit, alpha = activation.limit, activation.alpha
+    if activation.name == "relu2":
+        return torch.where(up > 0, up * up, 0.0)
+    if activation.name == "gelu":
+        return gate * torch.distributions.Normal(0.0, 1.0).cdf(gate) * up
+    if activation.name == "gelu_tanh":
+        return 0.5 * gate * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (gate + 0.044715 * gate**3))) * up
+    if activation.name == "situ":
+        soft = torch.sinh(up / limit) / torch.cosh(up / limit) * limit if limit else up
+        return alpha * torch.sinh(gate / alpha) / torch.cosh(gate / alpha) * sigmoid * soft
+    if not limit:
+        return gate * sigmoid * up
+    up = torch.minimum(torch.maximum(up, torch.tensor(-limit)), torch.tensor(limit))
+    if activation.name == "swiglustep":
+        return torch.minimum(gate * sigmoid, torch.tensor(limit)) * up
+    gate = torch.minimum(gate, torch.tensor(limit))
+    if activation.name == "silu":
+        return gate / (1 + torch.exp(-gate)) * up
+    return gate / (1 + torch.exp(-alpha * gate)) * (up + 1)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_activations_are_their_definitions(activation):
+    g = torch.Generator().manual_seed(0)
+    gate, up = (3 * torch.randn(2000, generator=g, dtype=torch.float64) for _ in range(2))
+    gate = gate if activation.gated else None
+    expected = by_definition(gate, up, activation)
+    torch.testing.assert_close(activate_reference(gate, up, activation), expected, rtol=1e-12, atol=1e-12)
+
+
+def halves(values, activation):
+    """(gate or None, up) of the sums of a first product."""
+    return values.chunk(2, dim=1) if activation.gated else (None, values)
+
+
+@pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("bias", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gate_up_epilogue(name, bias, dtype, device):
-    activation = make_activation(name, limit=1.25 if name.startswith("swiglu") else None)
-    codes, row_scale, weights, ids = inputs(176, 2 * 88, device, bias=bias)
+def test_gate_up_epilogue(activation, bias, dtype, device):
+    codes, row_scale, weights, ids = inputs(176, 88 * (1 + activation.gated), device, bias=bias)
     row_scale = row_scale * 3  # past the limit of 1.25 often enough
     router = torch.linspace(0.5, 1.5, ids.numel(), device=device)
     value, magnitude = magnitude_and_value(codes, row_scale * router, weights, ids, 4)
-    expected = activate_reference(value[:, :88], value[:, 88:], activation)
+    expected = activate_reference(*halves(value, activation), activation)
     # Relative errors of a few 2^-24 in gate and up; an activation has a slope below 1.13 (limit included) and is below
     # |gate| itself, its exponential is good to 2^-22 on GPUs: together well under 2^-19 of (1 + |gate|) * (1 + |up|).
-    inner = 2.0**-19 * (1 + magnitude[:, :88]) * (1 + magnitude[:, 88:])
+    # Without a gate, the square has a slope of 2 |up|.
+    gate_magnitude, up_magnitude = halves(magnitude, activation)
+    inner = 2.0**-19 * (1 + up_magnitude) * (1 + (up_magnitude if gate_magnitude is None else gate_magnitude))
     bound = inner + UNIT_ROUNDOFF[dtype] * expected.abs()
     rows = here(ids, 4)
     out = torch.full((codes.shape[0], 88), torch.nan, dtype=dtype, device=device)
@@ -180,15 +237,15 @@ def test_gate_up_epilogue(name, bias, dtype, device):
     assert ((twin.cpu().double() - expected).abs() <= bound)[rows.cpu()].all()
 
 
-@pytest.mark.parametrize("name", ACTIVATIONS)
-def test_large_values_saturate_and_nan_stays_in_its_row(name, device):
+@pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
+def test_large_values_saturate_and_nan_stays_in_its_row(activation, device):
     """Gates of +-1e4 overflow a naive exponential; a NaN scale must survive the clamps and touch only its row."""
     g = torch.Generator().manual_seed(3)
     codes = random_codes(g, (4, 64), device)
-    weights = ExpertWeights(random_codes(g, (1, 32, 64), device), torch.ones((1, 32, 1), device=device), None)
+    columns = 16 * (1 + activation.gated)
+    weights = ExpertWeights(random_codes(g, (1, columns, 64), device), torch.ones((1, columns, 1), device=device), None)
     ids = torch.zeros((4, 1), dtype=torch.int32, device=device)
     row_scale = torch.tensor([0.1, torch.nan, 0.1, 1e-30], device=device)
-    activation = make_activation(name)
     out = torch.zeros((4, 16), device=device)
     grouped_gate_up(codes, row_scale, weights, plan_for(ids, 1), activation, out, TILE, pairs_per_row=1)
     twin = grouped_gate_up_reference(codes, row_scale, weights, ids, activation, torch.float32, pairs_per_row=1)
@@ -220,10 +277,23 @@ def test_activation_formulas():
     oai = activate_reference(gate, up, make_activation("swigluoai"))
     saturated = 7 * torch.sigmoid(torch.tensor(1.702 * 7)).item()
     torch.testing.assert_close(oai, torch.tensor([0.0, saturated * 8, saturated * -6, -0.0]))
-    with pytest.raises(ValueError, match="expected one of silu, gelu_tanh, swigluoai, swiglustep, found 'relu'"):
+    # The clamp of deepseek_v4 and glm5_next: gate from above, up on both sides, before the activation.
+    limited = activate_reference(gate, up, make_activation("silu", limit=7.0))
+    saturated = 7 * torch.sigmoid(torch.tensor(7.0)).item()
+    torch.testing.assert_close(limited, torch.tensor([0.0, saturated * 7, saturated * -7, -0.0]))
+    # kimi_k3: tanh(0) = 0, tanh of a large value is 1.
+    situ = activate_reference(gate, up, make_activation("situ", alpha=4.0))
+    torch.testing.assert_close(situ, torch.tensor([0.0, 400.0, -400.0, -0.0]))
+    situ = activate_reference(gate, up * 1e3, make_activation("situ", alpha=4.0, limit=2.0))
+    torch.testing.assert_close(situ, torch.tensor([0.0, 8.0, -8.0, -0.0]))
+    assert activate_reference(None, up, make_activation("relu2")).tolist() == [9.0, 1e4, 0.0, 4.0]
+    names = "silu, gelu, gelu_tanh, swigluoai, swiglustep, situ, relu2"
+    with pytest.raises(ValueError, match=f"expected one of {names}, found 'relu'"):
         make_activation("relu")
     with pytest.raises(ValueError, match="activation_limit: expected None"):
-        make_activation("silu", limit=7.0)
+        make_activation("gelu", limit=7.0)
+    with pytest.raises(ValueError, match="activation_alpha: expected a number"):
+        make_activation("situ")
     with pytest.raises(ValueError, match="activation_alpha: expected None"):
         make_activation("swiglustep", alpha=1.0)
     with pytest.raises(ValueError, match="positive finite"):

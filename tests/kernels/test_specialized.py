@@ -136,12 +136,17 @@ def test_sums_and_results_are_those_of_the_portable_kernel(tiles, blocks, depth,
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_everything_that_a_forward_can_have(tiles, activation, dtype, make_case, device):
+    columns = 1120
     case = make_case(601, 1040, 560, 6, 2, dtype=dtype, ids_dtype=torch.int64)
     case.topk_ids[:290] = torch.tensor([0, 1])
     case.topk_ids[290:296] = torch.tensor([2, -1])
     case = case.replace(w13_scale=case.w13_scale.mean((1, 2), keepdim=True))
+    if activation == "relu2":
+        columns = 560
+        case = case.replace(w13=case.w13[:, :560].contiguous())
+    parameters = {"activation": activation} | ({"activation_alpha": 4.0} if activation == "situ" else {})
     bias = {
-        "w13_bias": torch.randn((6, 1120), device=device),
+        "w13_bias": torch.randn((6, columns), device=device),
         "w2_bias": torch.randn((6, 1040), device=device).to(dtype),
     }
     options = LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles])
@@ -150,9 +155,9 @@ def test_everything_that_a_forward_can_have(tiles, activation, dtype, make_case,
         {"apply_router_weight_on_input": True},
         {"w2_input_scale": torch.full((6,), 0.03, device=device)},
     ):
-        found = forward(case, options, device, activation=activation, **more)
+        found = forward(case, options, device, **parameters, **more)
         plain = LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE)
-        expected = forward(case, plain, device, activation=activation, **more)
+        expected = forward(case, plain, device, **parameters, **more)
         assert expected.isfinite().all()
         assert torch.equal(found, expected)
 

@@ -1,9 +1,9 @@
 # mypy: ignore-errors
 """The portable grouped GEMM; `launch.grouped_gemm` defines the arithmetic.
 
-D is the summed dimension (H for gate-up, I for down) and N the output columns (I and H). One kernel serves both: GATED,
-weights have N gate rows and N up rows, and results stay in sorted order; otherwise they go back to the order of
-pairs. Rows are gathered by token, or are in sorted order already.
+D is the summed dimension (H for gate-up, I for down) and N the output columns (I and H). One kernel serves both.
+SORTED, for the first product, results stay in sorted order; otherwise they return to the order of pairs. GATED, weights
+have N gate rows and N up rows. Rows are gathered by token, or are in sorted order already.
 
 The weights are the left operand, [BLOCK_N, BLOCK_D], and the activations the right one, [BLOCK_D, rows]: wgmma needs
 64 rows on the left, which weights always have, and takes as few as 8 columns on the right, which suits an expert with
@@ -52,12 +52,12 @@ def _row_block(block, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_
 
 
 @triton.jit
-def _rows_of(rows, first, rows_left, pairs_ptr, PAIRS_PER_ROW: tl.constexpr, GATED: tl.constexpr):
+def _rows_of(rows, first, rows_left, pairs_ptr, PAIRS_PER_ROW: tl.constexpr, SORTED: tl.constexpr):
     """(rows of the codes, rows of the result) for the `rows` of a block; those past its end repeat its last one."""
     row = (first + tl.minimum(rows, rows_left - 1)).to(tl.int64)
     pairs = tl.load(pairs_ptr + row).to(tl.int64)
     source = pairs // PAIRS_PER_ROW if PAIRS_PER_ROW else row
-    target = row if GATED else pairs
+    target = row if SORTED else pairs
     return source, target
 
 
@@ -163,6 +163,9 @@ def _store(
             up = _scaled(up_sums, row_scale, weight_scale_ptr, bias_ptr, expert, N, cols, N, total_cols, PER_CHANNEL)
             limit, alpha = limits
             out = _activate(out, up, limit, alpha, ACTIVATION)
+        elif ACTIVATION != "":
+            limit, alpha = limits
+            out = _activate(None, out, limit, alpha, ACTIVATION)
         out_ptrs = out_ptr + target[:, None] * N + cols[None, :]
         tl.store(out_ptrs, _to_dtype(out, out_ptr.dtype.element_ty, INTERPRETED), mask=is_out)
 
@@ -171,8 +174,8 @@ def _store(
 def _block(
     codes, weights, result, block, sizes, limits,
     PAIRS_PER_ROW: tl.constexpr, ACTIVATION: tl.constexpr, PER_CHANNEL: tl.constexpr, RAW_SUMS: tl.constexpr,
-    INTERPRETED: tl.constexpr, GATED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr, TAIL_M: tl.constexpr,
-    BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
+    INTERPRETED: tl.constexpr, GATED: tl.constexpr, SORTED: tl.constexpr, EVEN_D: tl.constexpr, BLOCK_M: tl.constexpr,
+    TAIL_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     """One row block by BLOCK_N columns, at the height BLOCK_M + TAIL_M."""
     expert, first, rows_left, col_block = block
@@ -181,11 +184,11 @@ def _block(
     cols = col_block * BLOCK_N + tl.arange(0, BLOCK_N)
     weight_row = expert * (2 * N if GATED else N)
     main = tl.arange(0, BLOCK_M)
-    source, target = _rows_of(main, first, rows_left, pairs_ptr, PAIRS_PER_ROW, GATED)
+    source, target = _rows_of(main, first, rows_left, pairs_ptr, PAIRS_PER_ROW, SORTED)
     tail = BLOCK_M + tl.arange(0, TAIL_M if TAIL_M else BLOCK_M)
     tail_source, tail_target = source, target
     if TAIL_M:
-        tail_source, tail_target = _rows_of(tail, first, rows_left, pairs_ptr, PAIRS_PER_ROW, GATED)
+        tail_source, tail_target = _rows_of(tail, first, rows_left, pairs_ptr, PAIRS_PER_ROW, SORTED)
     sums, up_sums, tail_sums, tail_up_sums = _sums(
         codes, weights, weight_row, block, source, tail_source, cols, sizes, GATED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N,
         BLOCK_D,
@@ -210,8 +213,8 @@ def grouped_product_kernel(
     weight_desc,  # descriptor of the same as [E * N, D] or [E * 2N, D], or None
     weight_scale_ptr,  # f32 [E, N], [E, 2N] or [E]
     bias_ptr,  # float [E, N] or [E, 2N], or None
-    router_weight_ptr,  # f32 [P] or None; for GATED
-    out_ptr,  # float [P, N], i32 for RAW_SUMS; for GATED in sorted order (i32 [P, 2N]), otherwise in that of pairs
+    router_weight_ptr,  # f32 [P] or None; for SORTED
+    out_ptr,  # float [P, N], in sorted order or in that of pairs; for RAW_SUMS i32 [P, N], for GATED [P, 2N]
     pairs_ptr,  # i32 [P]
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
@@ -229,6 +232,7 @@ def grouped_product_kernel(
     INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
     GATED: tl.constexpr,
+    SORTED: tl.constexpr,
     EVEN_D: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
@@ -240,11 +244,11 @@ def grouped_product_kernel(
     """Grid: (row blocks * column tiles,). A program computes one row block by BLOCK_N columns of the result, of gate
     and up for GATED."""
     row_block, col_block = _tile_of(tl.program_id(0), num_row_blocks, tl.cdiv(N, BLOCK_N), GROUP_M)
-    if GATED:  # right after the routing
+    if SORTED:  # right after the routing
         _wait(DEPENDENT)
         _trigger(DEPENDENT)
     expert, first, rows = _row_block(row_block, block_expert_ptr, block_first_ptr, block_rows_ptr, totals_ptr)
-    if not GATED:
+    if not SORTED:
         _wait(DEPENDENT)
         _trigger(DEPENDENT)
     if rows == 0:
@@ -255,15 +259,16 @@ def grouped_product_kernel(
     if (SMALL_M > 0) & (rows <= SMALL_M):
         _block(
             (codes_ptr, None, row_scale_ptr), weights, result, block, sizes, limits, PAIRS_PER_ROW, ACTIVATION,
-            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, SMALL_M if SMALL_M > 0 else BLOCK_M, 0, BLOCK_N, BLOCK_D,
+            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, SORTED, EVEN_D, SMALL_M if SMALL_M > 0 else BLOCK_M, 0, BLOCK_N,
+            BLOCK_D,
         )  # fmt: skip
     elif (TAIL_M > 0) & (rows > BLOCK_M):
         _block(
             (codes_ptr, codes_desc, row_scale_ptr), weights, result, block, sizes, limits, PAIRS_PER_ROW, ACTIVATION,
-            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_D,
+            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, SORTED, EVEN_D, BLOCK_M, TAIL_M, BLOCK_N, BLOCK_D,
         )  # fmt: skip
     else:
         _block(
             (codes_ptr, codes_desc, row_scale_ptr), weights, result, block, sizes, limits, PAIRS_PER_ROW, ACTIVATION,
-            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, EVEN_D, BLOCK_M, 0, BLOCK_N, BLOCK_D,
+            PER_CHANNEL, RAW_SUMS, INTERPRETED, GATED, SORTED, EVEN_D, BLOCK_M, 0, BLOCK_N, BLOCK_D,
         )  # fmt: skip

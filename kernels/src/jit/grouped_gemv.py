@@ -69,9 +69,9 @@ def _channel(ptr, expert, first, cols, num_cols, total_cols, PER_CHANNEL: tl.con
 def grouped_gate_up_gemv_kernel(
     codes_ptr,  # i32 [R, D4]
     row_scale_ptr,  # f32 [R]
-    weight_ptr,  # i32 [E, 2N, D4]: N gate rows, then N up rows
-    weight_scale_ptr,  # f32 [E, 2N] or [E]
-    bias_ptr,  # float [E, 2N] or None
+    weight_ptr,  # i32 [E, 2N, D4]: N gate rows, then N up rows; [E, N, D4] where not GATED
+    weight_scale_ptr,  # f32 [E, 2N], [E, N] or [E]
+    bias_ptr,  # float [E, 2N] or [E, N], or None
     router_weight_ptr,  # f32 [P] or None
     out_ptr,  # float [P, N]
     topk_ids_ptr,  # int [P]
@@ -82,6 +82,7 @@ def grouped_gate_up_gemv_kernel(
     alpha,
     PAIRS_PER_ROW: tl.constexpr,
     ACTIVATION: tl.constexpr,
+    GATED: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -97,15 +98,19 @@ def grouped_gate_up_gemv_kernel(
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
     here = (expert >= 0) & (expert < num_experts)
     expert = tl.where(here, expert, 0)
-    rows = expert * (2 * N) + tl.where(cols < N, cols, 0)
+    total_cols = 2 * N if GATED else N
+    rows = expert * total_cols + tl.where(cols < N, cols, 0)
     gate_w = _load_rows(weight_ptr, rows, D4, here, BLOCK_D, CHUNKS, EVEN_D)
-    up_w = _load_rows(weight_ptr, rows + N, D4, here, BLOCK_D, CHUNKS, EVEN_D)
-    gate_scale = _channel(weight_scale_ptr, expert, 0, cols, N, 2 * N, PER_CHANNEL)
-    up_scale = _channel(weight_scale_ptr, expert, N, cols, N, 2 * N, PER_CHANNEL)
+    if GATED:
+        up_w = _load_rows(weight_ptr, rows + N, D4, here, BLOCK_D, CHUNKS, EVEN_D)
+    gate_scale = _channel(weight_scale_ptr, expert, 0, cols, N, total_cols, PER_CHANNEL)
+    if GATED:
+        up_scale = _channel(weight_scale_ptr, expert, N, cols, N, total_cols, PER_CHANNEL)
     gate_bias, up_bias = None, None
     if bias_ptr is not None:
-        gate_bias = _channel(bias_ptr, expert, 0, cols, N, 2 * N, True)
-        up_bias = _channel(bias_ptr, expert, N, cols, N, 2 * N, True)
+        gate_bias = _channel(bias_ptr, expert, 0, cols, N, total_cols, True)
+        if GATED:
+            up_bias = _channel(bias_ptr, expert, N, cols, N, total_cols, True)
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
 
@@ -117,8 +122,12 @@ def grouped_gate_up_gemv_kernel(
     if router_weight_ptr is not None:
         row_scale *= tl.load(router_weight_ptr + pair)
     gate = _dequantized(_dot_rows(gate_w, x, 1, BLOCK_N, BLOCK_D, DOT4), row_scale, gate_scale, gate_bias)
-    up = _dequantized(_dot_rows(up_w, x, 1, BLOCK_N, BLOCK_D, DOT4), row_scale, up_scale, up_bias)
-    out = _to_dtype(_activate(gate, up, limit, alpha, ACTIVATION), out_ptr.dtype.element_ty, INTERPRETED)
+    if GATED:
+        up = _dequantized(_dot_rows(up_w, x, 1, BLOCK_N, BLOCK_D, DOT4), row_scale, up_scale, up_bias)
+        activated = _activate(gate, up, limit, alpha, ACTIVATION)
+    else:
+        activated = _activate(None, gate, limit, alpha, ACTIVATION)
+    out = _to_dtype(activated, out_ptr.dtype.element_ty, INTERPRETED)
     tl.store(out_ptr + pair * N + cols, out, mask=here & (cols < N))
 
 

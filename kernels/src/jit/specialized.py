@@ -208,8 +208,9 @@ def _sums_without_tail(
 @gluon.jit
 def _tile(
     ring, number, block, plan, sizes, result, limits, WHO: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
-    ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
+    SORTED: gl.constexpr, ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr,
+    BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr,
+    STAGES: gl.constexpr,
 ):  # fmt: skip
     expert, first, rows, col_block = block
     row_blocks, col_blocks, D, N = sizes
@@ -219,7 +220,7 @@ def _tile(
     columns = (col, col + (N if GATED else APART), N, 2 * N if GATED else N)
     # Loaded before the sums, so that the latency overlaps them.
     channels = _channels_of_halves(expert, columns, result, PER_CHANNEL, PIECE)
-    ahead = _of_rows(0, block, pairs_ptr, result, GATED, PIECE)
+    ahead = _of_rows(0, block, pairs_ptr, result, SORTED, PIECE)
     steps = gl.cdiv(D, BLOCK_D)
     if TAIL_M:
         if rows > BLOCK_M:
@@ -233,16 +234,17 @@ def _tile(
             ring, number, steps, rows, WHO, PARTS, BLOCK_M, TAIL_M, SMALL_M, PIECE, STAGES
         )
     _finish(
-        lower, upper, channels, ahead, block, pairs_ptr, columns, result, limits, GATED, ACTIVATION, RAW_SUMS, PIECE
-    )
+        lower, upper, channels, ahead, block, pairs_ptr, columns, result, limits, GATED, SORTED, ACTIVATION, RAW_SUMS,
+        PIECE,
+    )  # fmt: skip
 
 
 @gluon.jit
 def _consume(
     ring, slots, plan, sizes, result, limits, WHO: gl.constexpr, PARTS: gl.constexpr, GATED: gl.constexpr,
-    ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr, BLOCK_M: gl.constexpr,
-    TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr,
+    SORTED: gl.constexpr, ACTIVATION: gl.constexpr, PER_CHANNEL: gl.constexpr, RAW_SUMS: gl.constexpr,
+    BLOCK_M: gl.constexpr, TAIL_M: gl.constexpr, SMALL_M: gl.constexpr, BLOCK_D: gl.constexpr, PIECE: gl.constexpr,
+    STAGES: gl.constexpr, SLOTS: gl.constexpr,
 ):  # fmt: skip
     """A consumer warpgroup: every second tile of the program (PARTS 1), or half of every tile (PARTS 2)."""
     number = 0 + WHO * (2 - PARTS)
@@ -250,8 +252,8 @@ def _consume(
     while rows > 0:
         block = (expert, first, rows, col_block)
         _tile(
-            ring, number, block, plan, sizes, result, limits, WHO, PARTS, GATED, ACTIVATION, PER_CHANNEL, RAW_SUMS,
-            BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES,
+            ring, number, block, plan, sizes, result, limits, WHO, PARTS, GATED, SORTED, ACTIVATION, PER_CHANNEL,
+            RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES,
         )  # fmt: skip
         number += 2 // PARTS
         expert, first, rows, col_block = _await_tile(slots, number, SLOTS)
@@ -265,8 +267,8 @@ def specialized_product_kernel(
     weight_desc,  # descriptor of i8 [E * N, D] for HALF rows; for GATED [E * 2N, D]: N gate rows, then N up rows
     weight_scale_ptr,  # f32 [E, N], [E, 2N] or [E]
     bias_ptr,  # float [E, N] or [E, 2N], or None
-    router_weight_ptr,  # f32 [P] or None; for GATED
-    out_ptr,  # float [P, N], i32 for RAW_SUMS; for GATED in sorted order (i32 [P, 2N]), otherwise in that of pairs
+    router_weight_ptr,  # f32 [P] or None; for SORTED
+    out_ptr,  # float [P, N], in sorted order or in that of pairs; for RAW_SUMS i32 [P, N], for GATED [P, 2N]
     pairs_ptr,  # i32 [P]
     block_expert_ptr,  # i32 [max_blocks]
     block_first_ptr,  # i32 [max_blocks]
@@ -281,6 +283,7 @@ def specialized_product_kernel(
     RAW_SUMS: gl.constexpr,
     DEPENDENT: gl.constexpr,
     GATED: gl.constexpr,
+    SORTED: gl.constexpr,
     PARTS: gl.constexpr,
     BLOCK_M: gl.constexpr,
     TAIL_M: gl.constexpr,
@@ -332,14 +335,14 @@ def specialized_product_kernel(
             (
                 _consume,
                 (
-                    ring, slots, plan, sizes, result, (limit, alpha), 0, PARTS, GATED, ACTIVATION, PER_CHANNEL,
+                    ring, slots, plan, sizes, result, (limit, alpha), 0, PARTS, GATED, SORTED, ACTIVATION, PER_CHANNEL,
                     RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES, SLOTS,
                 ),
             ),
             (
                 _consume,
                 (
-                    ring, slots, plan, sizes, result, (limit, alpha), 1, PARTS, GATED, ACTIVATION, PER_CHANNEL,
+                    ring, slots, plan, sizes, result, (limit, alpha), 1, PARTS, GATED, SORTED, ACTIVATION, PER_CHANNEL,
                     RAW_SUMS, BLOCK_M, TAIL_M, SMALL_M, BLOCK_D, PIECE, STAGES, SLOTS,
                 ),
             ),

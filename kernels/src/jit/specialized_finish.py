@@ -85,7 +85,7 @@ def _channels_of_halves(expert, columns, result, PER_CHANNEL: gl.constexpr, PIEC
 
 
 @gluon.jit
-def _of_rows(offset, block, pairs_ptr, result, GATED: gl.constexpr, PIECE: gl.constexpr):
+def _of_rows(offset, block, pairs_ptr, result, SORTED: gl.constexpr, PIECE: gl.constexpr):
     """Of the rows from `offset` of a block, past its end of its last one: (scales f32 [PIECE] as the sums are laid out,
     rows of the result i32 [PIECE] as results are)."""
     expert, first, rows, col_block = block
@@ -96,7 +96,7 @@ def _of_rows(offset, block, pairs_ptr, result, GATED: gl.constexpr, PIECE: gl.co
     if router_weight_ptr is not None:
         scale *= gl.load(router_weight_ptr + gl.load(pairs_ptr + row))
     target = first + gl.minimum(offset + gl.arange(0, PIECE, gl.SliceLayout(0, _EIGHT_COLUMNS)), rows - 1)
-    if not GATED:
+    if not SORTED:
         target = gl.load(pairs_ptr + target)
     return scale, target
 
@@ -125,7 +125,7 @@ def _put(values, target, is_row, col, N, total_cols, out_ptr):
 
 @gluon.jit
 def _finish(
-    lower, upper, channels, ahead, block, pairs_ptr, columns, result, limits, GATED: gl.constexpr,
+    lower, upper, channels, ahead, block, pairs_ptr, columns, result, limits, GATED: gl.constexpr, SORTED: gl.constexpr,
     ACTIVATION: gl.constexpr, RAW_SUMS: gl.constexpr, PIECE: gl.constexpr,
 ):  # fmt: skip
     """Results of the sums, which are as many pieces as a block can have; `ahead` is `_of_rows` of the first."""
@@ -135,7 +135,7 @@ def _finish(
     out_ptr = result[0]
     row_scale, target = ahead
     for offset in range(0, rows, PIECE):
-        next_scale, next_target = _of_rows(offset + PIECE, block, pairs_ptr, result, GATED, PIECE)
+        next_scale, next_target = _of_rows(offset + PIECE, block, pairs_ptr, result, SORTED, PIECE)
         is_row = offset + gl.arange(0, PIECE, gl.SliceLayout(0, _EIGHT_COLUMNS)) < rows
         if RAW_SUMS:
             _put(lower[0], target, is_row, col, N, total_cols, out_ptr)
@@ -147,6 +147,9 @@ def _finish(
                 h = _activate(first_half, second_half, limit, alpha, ACTIVATION)
                 _put(h, target, is_row, col, N, N, out_ptr)
             else:
+                if SORTED:
+                    first_half = _activate(None, first_half, limit, alpha, ACTIVATION)
+                    second_half = _activate(None, second_half, limit, alpha, ACTIVATION)
                 _put(first_half, target, is_row, col, N, N, out_ptr)
                 _put(second_half, target, is_row, upper_col, N, N, out_ptr)
         lower, upper, row_scale, target = _next(lower), _next(upper), next_scale, next_target

@@ -6,7 +6,7 @@ Gate-up, for pair p of expert e (row r = p // pairs_per_row of the codes):
     u = (sum_h codes[r, h] * w13[e, I + i, h]) * row_scale[r] * w13_scale[e, I + i] + bias[e, I + i]
     out[p, i] = act(g, u)
 
-Down:
+Where the activation has no gate, w13 has I rows: u = (sum_h codes[r, h] * w13[e, i, h]) ..., out[p, i] = act(u). Down:
 
     out[p, o] = (sum_i codes[p, i] * w2[e, o, i]) * row_scale[p] * w2_scale[e, o] + bias[e, o]
 
@@ -125,7 +125,7 @@ def grouped_gate_up_reference(
     pairs_per_row: int,
 ) -> torch.Tensor:
     """Torch twin of `grouped_gate_up`; rows that it leaves unwritten are 0 here."""
-    intermediate = weights.codes.shape[1] // 2
+    intermediate = weights.codes.shape[1] // (2 if activation.gated else 1)
     out = torch.zeros((topk_ids.numel(), intermediate), dtype=dtype, device=codes.device)
     for expert, pairs in _pairs_by_expert(topk_ids, weights.codes.shape[0]):
         rows = pairs // pairs_per_row
@@ -134,7 +134,7 @@ def grouped_gate_up_reference(
             scale = scale * router_weight.reshape(-1)[pairs]
         sums = int8_matmul_reference(codes[rows], weights.codes[expert])
         gate_up = _dequantize(sums, scale, weights, expert)
-        gate, up = gate_up[:, :intermediate], gate_up[:, intermediate:]
+        gate, up = (gate_up[:, :intermediate], gate_up[:, intermediate:]) if activation.gated else (None, gate_up)
         out[pairs] = activate_reference(gate, up, activation).to(dtype)
     return out
 

@@ -43,7 +43,8 @@ def grouped_gate_up_gemv(
     from ..jit.grouped_gemv import grouped_gate_up_gemv_kernel
 
     experts, rows, depth = weights.codes.shape
-    grouped_gate_up_gemv_kernel[(-(-rows // 2 // tile.block_n), topk_ids.numel())](
+    columns = rows // 2 if activation.gated else rows
+    grouped_gate_up_gemv_kernel[(-(-columns // tile.block_n), topk_ids.numel())](
         codes.view(torch.int32),
         row_scale,
         weights.codes.view(torch.int32),
@@ -54,11 +55,12 @@ def grouped_gate_up_gemv(
         topk_ids,
         experts,
         depth // 4,
-        rows // 2,
+        columns,
         activation.limit,
         activation.alpha,
         PAIRS_PER_ROW=pairs_per_row,
-        ACTIVATION=activation.name,
+        ACTIVATION=activation.variant,
+        GATED=activation.gated,
         **_constants(weights, tile),
     )
     return out
