@@ -21,6 +21,7 @@ from .tables import (
     LaunchOptions,
     Options,
     RowBlocks,
+    Shape,
     TileOptions,
     VectorTile,
     find_options,
@@ -62,7 +63,8 @@ def choose_launch_options(
     if isinstance(found, GemvOptions) and packed:
         return found
     if not isinstance(found, LaunchOptions):
-        found = heuristic_options(tokens, experts, top_k, specialized=traits.warp_specialization)
+        shape = (experts, top_k, hidden, intermediate)
+        found = heuristic_options(tokens, shape, specialized=traits.warp_specialization)
     return fit_options(found, hidden, intermediate, traits)
 
 
@@ -85,7 +87,7 @@ def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: 
     )
 
 
-def heuristic_options(tokens: int, experts: int, top_k: int, *, specialized: bool) -> LaunchOptions:
+def heuristic_options(tokens: int, shape: Shape, *, specialized: bool) -> LaunchOptions:
     """Options by the mean rows of an expert, where the device can have `specialized` warps or not.
 
     The thresholds are where the fastest of some fifty tilings changed over the shapes of MiniMax-M2, Qwen3-30B-A3B,
@@ -93,6 +95,7 @@ def heuristic_options(tokens: int, experts: int, top_k: int, *, specialized: boo
     16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which is fastest when
     neighbouring programs read neighbouring rows of weights: group_m 1, so that they have the same expert.
     """
+    experts, top_k, _hidden, _intermediate = shape
     mean_rows = mean_rows_of(tokens, experts, top_k)
     if mean_rows <= 10:
         tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
@@ -118,6 +121,13 @@ def specialized_tiles(group_m: int) -> tuple[tuple[TileOptions, TileOptions], tu
     ping_pong = TileOptions(HALF, 128, group_m, num_warps=GROUP_WARPS, num_stages=6, specialized=True)
     cooperative = TileOptions(2 * HALF, 128, group_m, num_warps=2 * GROUP_WARPS, num_stages=4, specialized=True)
     return (ping_pong, replace(ping_pong, block_n=2 * HALF)), (cooperative, replace(cooperative, block_n=4 * HALF))
+
+
+def even_depth(depth: int, block_k: int) -> int:
+    """The largest step of the summed dimension, from `block_k` down to 64, that divides it; 128 where none does."""
+    while block_k > 64 and depth % block_k:
+        block_k //= 2
+    return block_k if depth % block_k == 0 else 128
 
 
 def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:
@@ -173,12 +183,14 @@ def _fit(tile: TileOptions, rows: int, depth: int, weight_tiles: int, traits: De
     descriptors = tile.descriptors and traits.tensor_descriptors
     tile = replace(tile, block_k=block_k, num_stages=stages, descriptors=descriptors)
     beside = _RESULTS if tile.specialized else _BARRIERS
-    while shared_bytes(tile, rows, weight_tiles) + beside > traits.shared_memory and tile.block_n > 32:
+    while shared_bytes(tile, rows, weight_tiles) + beside > traits.shared_memory:
         # Depth of the pipeline goes first, but not below two stages, where loads and products stop overlapping.
         if tile.num_stages > 2:
             tile = replace(tile, num_stages=tile.num_stages - 1)
         elif tile.block_k > 64:
             tile = replace(tile, block_k=tile.block_k // 2)
-        else:
+        elif tile.block_n > 32:
             tile = replace(tile, block_n=tile.block_n // 2)
+        else:
+            break
     return tile

@@ -6,41 +6,28 @@ intends. The table is written beside the kernels and used from the next process 
 """
 
 import argparse
+import contextlib
 import datetime
+import functools
 import json
+import math
+import multiprocessing
+import os
 import statistics
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
 from pathlib import Path
 
 import torch
 
 from .arguments import ExpertsArguments, check_arguments
 from .backend import device_traits
-from .options import (
-    fit_options,
-    fits_registers,
-    gemv_options,
-    heuristic_options,
-    mean_rows_of,
-    portable_tiles,
-    specialized_tiles,
-)
+from .candidates import starts, variations
+from .options import fit_options
 from .pipeline import empty_workspace, run_pipeline
-from .tables import (
-    GemvOptions,
-    LaunchOptions,
-    Options,
-    RowBlocks,
-    Shape,
-    Table,
-    TileOptions,
-    VectorTile,
-    dump_table,
-    parse_table,
-    table_path,
-)
+from .tables import Options, Shape, Table, dump_table, parse_table, table_path
 
 SHAPES: dict[str, Shape] = {
     "MiniMax-M2": (256, 8, 3072, 1536),
@@ -49,64 +36,27 @@ SHAPES: dict[str, Shape] = {
     "Mixtral-8x7B": (8, 2, 4096, 14336),
 }
 TOKENS = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096, 16384)
+SLICES: dict[str, Shape] = {
+    "Qwen3-235B/TP4": (128, 8, 4096, 384),
+    "Qwen3-235B/TP8": (128, 8, 4096, 192),
+    "MiniMax-M2/TP4": (256, 8, 3072, 384),
+    "DeepSeek-V3/TP8": (256, 8, 7168, 256),
+    "GLM-4.5-Air/TP2": (128, 8, 4096, 704),
+    "Qwen3-Next": (512, 10, 2048, 512),
+    "Qwen3-Next/TP4": (512, 10, 2048, 128),
+    "gpt-oss-120b": (128, 4, 2880, 2880),
+    "Mixtral/TP4": (8, 2, 4096, 3584),
+    "DeepSeek-V3/EP8": (32, 8, 7168, 2048),
+    "Kimi-K2/EP8": (48, 8, 7168, 2048),
+}
+"""What a rank has of a large model under tensor (TP) or expert (EP) parallelism, and models of many small experts."""
+NAMED = SHAPES | SLICES
+EXPERTS_IN_ALL = {SLICES["DeepSeek-V3/EP8"]: 256, SLICES["Kimi-K2/EP8"]: 384}
+"""Experts of all ranks, among which tokens choose; elsewhere those of the shape."""
 _MAX_INPUTS = 8
 _MAX_INPUT_TOKENS = 4096
-_FINALISTS = 5
+_FINALISTS = 4
 _ROUNDS = 3
-
-
-def candidates(tokens: int, shape: Shape) -> list[Options]:
-    """Options worth timing: the heuristic's first, then those that won somewhere nearby."""
-    experts, top_k, hidden, intermediate = shape
-    pairs, mean_rows = tokens * top_k, mean_rows_of(tokens, experts, top_k)
-    found: list[Options] = [heuristic_options(tokens, experts, top_k, specialized=each) for each in (True, False)]
-
-    if pairs <= 64:
-        gemv = gemv_options(top_k, hidden, intermediate)
-        if gemv is not None:
-            wider = VectorTile(gemv.down.block_n * 2, gemv.down.num_warps * 2)
-            downs = (gemv.down, wider, VectorTile(4, 4))
-            gate_ups = (gemv.gate_up, VectorTile(8, 8), VectorTile(4, 2), VectorTile(2, 1))
-            pairings = [GemvOptions(gate_up, down) for gate_up in gate_ups for down in downs]
-            found += [options for options in pairings if fits_registers(options, top_k, hidden, intermediate)]
-        decode = [
-            (TileOptions(128, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
-            (TileOptions(64, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
-            (TileOptions(64, 512, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
-            (TileOptions(128, 256, 1, 4, 3), TileOptions(64, 512, 1, 4, 4)),
-            (TileOptions(128, 256, 1, 4, 3), TileOptions(128, 256, 1, 4, 3)),
-        ]
-        found += [LaunchOptions(RowBlocks(16), gate_up, down) for gate_up, down in decode]
-    if mean_rows <= 20:
-        found += [
-            LaunchOptions(blocks, gate_up, down)
-            for blocks in (RowBlocks(16), RowBlocks(32, 0, 16))
-            for gate_up, down in (
-                (TileOptions(64, 256, 1, 4, 3), TileOptions(64, 256, 1, 4, 3)),
-                (TileOptions(64, 256, 1, 4, 3), TileOptions(128, 128, 1, 4, 4)),
-                (TileOptions(64, 128, 1, 4, 5), TileOptions(128, 128, 1, 4, 4)),
-            )
-        ]
-    if 6 < mean_rows <= 80:
-        for blocks in (RowBlocks(32, 16, 16), RowBlocks(32, 0, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 16)):
-            gate_up, down = portable_tiles(4)
-            found += [LaunchOptions(blocks, gate_up, each) for each in (down, specialized_tiles(4)[0][1])]
-    if mean_rows > 40:
-        for blocks in (RowBlocks(128, 32, 64), RowBlocks(128, 32, 32), RowBlocks(128, 32), RowBlocks(128, 16, 32)):
-            found.append(LaunchOptions(blocks, *portable_tiles(8)))
-        found.append(LaunchOptions(RowBlocks(128, 32), *portable_tiles(4)))
-        found += [LaunchOptions(RowBlocks(128, 32, 64), *tiles) for tiles in _specialized_tiles()]
-    return list(dict.fromkeys(found))
-
-
-def _specialized_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
-    """Tiles of gate-up and down of which at least one has specialized warps."""
-    plain = portable_tiles(8)
-    for group in (8, 4):
-        ping_pong, cooperative = specialized_tiles(group)
-        yield from ((plain[0], ping_pong[1]), (ping_pong[0], plain[1]), ping_pong)
-        yield from ((cooperative[0], ping_pong[1]), cooperative)
-        yield specialized_tiles(1)[0][0], ping_pong[1]
 
 
 Weights = tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]
@@ -125,11 +75,12 @@ def make_weights(shape: Shape, device: torch.device) -> Weights:
 
 
 def make_call(shape: Shape, weights: Weights, tokens: int) -> ExpertsArguments:
-    """One random input and routing for `weights`."""
+    """One random input and routing for `weights`; -1 for experts of other ranks."""
     experts, top_k, hidden, _ = shape
     device = weights[0].device
-    logits = torch.randn((tokens, experts), device=device)
+    logits = torch.randn((tokens, EXPERTS_IN_ALL.get(shape, experts)), device=device)
     topk_weights, topk_ids = torch.softmax(logits, -1).topk(top_k, -1)
+    topk_ids = torch.where(topk_ids < experts, topk_ids, -1)
     return check_arguments(
         torch.randn((tokens, hidden), device=device, dtype=torch.bfloat16),
         *weights,
@@ -163,7 +114,7 @@ def time_calls(calls: Sequence[Callable[[], object]], repeats: int = 10, warm_up
     return statistics.median(times)
 
 
-def time_options(inputs: Sequence[ExpertsArguments], options: Options) -> float:
+def time_options(inputs: Sequence[ExpertsArguments], options: Options, repeats: int = 10) -> float:
     """Median microseconds of one forward with these options."""
 
     def call(arguments: ExpertsArguments) -> Callable[[], object]:
@@ -171,23 +122,64 @@ def time_options(inputs: Sequence[ExpertsArguments], options: Options) -> float:
         workspace = empty_workspace(arguments, options)
         return lambda: run_pipeline(arguments, out, options, workspace)
 
-    return time_calls([call(arguments) for arguments in inputs])
+    return time_calls([call(arguments) for arguments in inputs], repeats)
 
 
-def tune_shape(shape: Shape, tokens: Sequence[int], advance: Callable[[int], None]) -> dict[int, Options]:
+def compiles(shape: Shape, options: Options) -> bool:
+    """Compile the products of these options into Triton's cache, by a forward over a few experts of this shape.
+
+    False for options that take more of an SM than it has, which only the compiler knows.
+    """
+    from triton.runtime.errors import OutOfResources
+
+    _, top_k, hidden, intermediate = shape
+    few = (max(top_k, 8), top_k, hidden, intermediate)
+    arguments = make_call(few, _few_weights(few), 8)
+    try:
+        run_pipeline(arguments, torch.empty_like(arguments.hidden_states), options)
+    except OutOfResources:
+        return False
+    return True
+
+
+@functools.lru_cache(maxsize=1)
+def _few_weights(shape: Shape) -> Weights:
+    return make_weights(shape, torch.device("cuda", torch.cuda.current_device()))
+
+
+def search(shape: Shape, tokens: int, weights: Weights, pool: Executor | None) -> Options:
+    """The fastest options: the best of `candidates.starts`, then its gate-up tile, then its down tile."""
+    traits = device_traits(weights[0].device)
+    inputs = [make_call(shape, weights, tokens) for _ in range(max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // tokens)))]
+    times: dict[Options, float] = {}
+
+    def fastest_of(found: Iterable[Options]) -> Options:
+        fitted = dict.fromkeys(fit_options(o, shape[2], shape[3], traits) for o in found)
+        new = [options for options in fitted if options not in times]
+        each = functools.partial(compiles, shape)
+        works = list(map(each, new) if pool is None else pool.map(each, new))  # all, before any is timed
+        times.update(
+            {o: time_options(inputs, o, repeats=4) if ok else math.inf for o, ok in zip(new, works, strict=True)}
+        )
+        return min(times, key=lambda options: times[options])
+
+    best = fastest_of(starts(tokens, shape))
+    best = fastest_of(variations(best, tokens, shape)[0])
+    best = fastest_of(variations(best, tokens, shape)[1])
+    # A GPU at its power limit is slower a moment later: the fastest are timed again, in turns.
+    finalists = sorted(times, key=lambda options: times[options])[:_FINALISTS]
+    rounds = [{options: time_options(inputs, options) for options in finalists} for _ in range(_ROUNDS)]
+    return min(finalists, key=lambda options: statistics.median(again[options] for again in rounds))
+
+
+def tune_shape(
+    shape: Shape, tokens: Sequence[int], advance: Callable[[int], None], pool: Executor | None = None
+) -> dict[int, Options]:
     """The fastest options for each number of tokens; `advance` is called after each."""
-    device = torch.device("cuda", torch.cuda.current_device())
-    traits = device_traits(device)
-    weights = make_weights(shape, device)
+    weights = make_weights(shape, torch.device("cuda", torch.cuda.current_device()))
     best = {}
     for count in tokens:
-        inputs = [make_call(shape, weights, count) for _ in range(max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // count)))]
-        fitted = dict.fromkeys(fit_options(options, shape[2], shape[3], traits) for options in candidates(count, shape))
-        times = {options: time_options(inputs, options) for options in fitted}
-        # A GPU at its power limit is slower a moment later: the fastest are timed again, in turns.
-        finalists = sorted(times, key=lambda options: times[options])[:_FINALISTS]
-        rounds = [{options: time_options(inputs, options) for options in finalists} for _ in range(_ROUNDS)]
-        best[count] = min(finalists, key=lambda options: statistics.median(again[options] for again in rounds))
+        best[count] = search(shape, count, weights, pool)
         advance(1)
     return best
 
@@ -197,6 +189,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--shape", action="append", metavar="NAME|E,K,H,I", help=f"repeatable; default: {', '.join(SHAPES)}"
     )
+    parser.add_argument("--jobs", type=int, default=min(os.cpu_count() or 1, 16), help="processes that compile")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)), help="numbers of tokens, with commas between")
     parser.add_argument("--out", type=Path, help="the file to write; default: the table beside the kernels")
     options = parser.parse_args(arguments)
@@ -215,30 +208,33 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # Entries of other shapes stay.
     table: Table = parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
 
+    measured = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": _triton_version()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+
     from rich.console import Console
     from rich.progress import Progress
 
-    with Progress(console=Console(stderr=True)) as progress:
+    jobs = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) if options.jobs > 1 else None
+    with Progress(console=Console(stderr=True)) as progress, jobs or contextlib.nullcontext():
         task = progress.add_task(name, total=len(shapes) * len(tokens))
         for shape in shapes:
             progress.update(task, description=f"{name} {'x'.join(map(str, shape))}")
-            table[shape] = table.get(shape, {}) | tune_shape(shape, tokens, lambda done: progress.advance(task, done))
+            tuned = tune_shape(shape, tokens, lambda done: progress.advance(task, done), jobs)
+            table[shape] = table.get(shape, {}) | tuned
             torch.cuda.empty_cache()
-    measured = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": _triton_version()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(dump_table(name, measured, table), encoding="utf-8")
+            path.write_text(dump_table(name, measured, table), encoding="utf-8")
     print(path)
     return 0
 
 
 def parse_shape(text: str) -> Shape:
-    """A name of SHAPES, or experts, experts per token, hidden and intermediate size with commas between."""
-    if text in SHAPES:
-        return SHAPES[text]
+    """A name of SHAPES or SLICES, or experts, experts per token, hidden and intermediate size with commas between."""
+    if text in NAMED:
+        return NAMED[text]
     try:
         experts, top_k, hidden, intermediate = (int(part) for part in text.split(","))
     except ValueError:
-        raise ValueError(f"--shape: expected one of {', '.join(SHAPES)} or E,K,H,I, found {text!r}") from None
+        raise ValueError(f"--shape: expected one of {', '.join(NAMED)} or E,K,H,I, found {text!r}") from None
     if min(experts, top_k, hidden, intermediate) < 1 or top_k > experts:
         raise ValueError(f"--shape: expected positive sizes and K at most E, found {text!r}")
     return experts, top_k, hidden, intermediate

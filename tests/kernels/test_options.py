@@ -2,12 +2,14 @@
 
 import itertools
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 
 from quarkconv.kernels import tune
 from quarkconv.kernels.backend import DeviceTraits
+from quarkconv.kernels.candidates import starts, variations
 from quarkconv.kernels.options import (
     MAX_BLOCK_M,
     MIN_BLOCK_M,
@@ -81,12 +83,13 @@ def test_always_launchable(traits):
         check_launchable(options, traits, top_k, width, width)
         options = choose_launch_options(tokens, experts, top_k, width, width, traits, packed=False)
         assert isinstance(options, LaunchOptions)
-    for shape in tune.SHAPES.values():
+    for shape in tune.NAMED.values():
         for tokens in tune.TOKENS:
             options = choose_launch_options(tokens, *shape, traits)
             check_launchable(options, traits, *shape[1:])
-            for candidate in tune.candidates(tokens, shape):
-                check_launchable(fit_options(candidate, shape[2], shape[3], traits), traits, *shape[1:])
+            for start in starts(tokens, shape):
+                for candidate in itertools.chain([start], *variations(start, tokens, shape)):
+                    check_launchable(fit_options(candidate, shape[2], shape[3], traits), traits, *shape[1:])
 
 
 def test_rows_grow_with_the_tokens():
@@ -160,7 +163,7 @@ GEMV = GemvOptions(VectorTile(8, 4), VectorTile(1, 1))
 
 
 def test_table_round_trip():
-    table = {(8, 2, 64, 32): {1: GEMV, 64: OPTIONS}, (4, 1, 32, 32): {2: OPTIONS}}
+    table = {(8, 2, 64, 32): {1: GEMV, 2: replace(GEMV, quantizes=True), 64: OPTIONS}, (4, 1, 32, 32): {2: OPTIONS}}
     text = dump_table("Some GPU", {"date": "2026-01-01"}, table)
     assert parse_table(json.loads(text)) == table
     assert text.count("\n") < 12  # a line an entry

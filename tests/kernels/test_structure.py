@@ -14,6 +14,7 @@ ROOT = Path(quarkconv.kernels.__file__).parent
 LAYERS = (
     ("activations", "backend", "tables"),
     ("arguments", "options"),
+    ("candidates",),
     ("jit",),
     ("launch",),
     ("quantize", "reference", "pipeline"),
