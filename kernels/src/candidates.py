@@ -35,7 +35,7 @@ def starts(tokens: int, shape: Shape) -> list[Options]:
         found += [LaunchOptions(RowBlocks(128, 32, 64), *tiles) for tiles in _mixed_tiles()]
     if tokens * top_k <= _MOST_GEMV_PAIRS:
         gemv = gemv_options(top_k, hidden, intermediate)
-        found += [] if gemv is None else [replace(gemv, quantizes=each) for each in (False, True)]
+        found += [] if gemv is None else [gemv]
     return list(dict.fromkeys(found))
 
 
@@ -56,7 +56,7 @@ def variations(options: Options, tokens: int, shape: Shape) -> tuple[list[Option
 
 
 def _vectors() -> list[VectorTile]:
-    sizes = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2), (4, 4), (8, 4))
+    sizes = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 2), (8, 4))
     return [VectorTile(block_n, warps) for block_n, warps in sizes]
 
 
@@ -64,43 +64,36 @@ def _row_blocks(mean_rows: float) -> Iterator[RowBlocks]:
     if mean_rows <= _FEW_ROWS:
         yield RowBlocks(16)
     if 6 < mean_rows <= 80:
-        yield from (RowBlocks(32, 0, 16), RowBlocks(32, 16, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 16))
+        yield from (RowBlocks(32, 0, 16), RowBlocks(32, 16, 16), RowBlocks(64, 16, 32))
     if mean_rows > _MANY_ROWS:
-        yield from (RowBlocks(128, 32, 64), RowBlocks(128, 32), RowBlocks(128, 16, 32))
+        yield from (RowBlocks(128, 32, 64), RowBlocks(128, 32))
 
 
 def _mixed_tiles() -> Iterator[tuple[TileOptions, TileOptions]]:
     """Tiles of gate-up and down of which at least one has specialized warps."""
     plain, (ping_pong, cooperative) = portable_tiles(8), specialized_tiles(4)
-    yield from ((plain[0], ping_pong[1]), (ping_pong[0], plain[1]), ping_pong, cooperative)
-    yield from ((cooperative[0], ping_pong[1]), (ping_pong[0], cooperative[1]))
+    yield from ((plain[0], ping_pong[1]), ping_pong, cooperative, (cooperative[0], ping_pong[1]))
 
 
 def _gate_up_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
     if mean_rows <= _FEW_ROWS:
-        for block_n, block_k, stages in (
-            *((64, 256, 3), (64, 128, 3), (64, 128, 5), (64, 512, 3)),
-            *((32, 256, 3), (32, 256, 4), (32, 128, 5), (128, 256, 3)),
-        ):
+        for block_n, block_k, stages in ((64, 256, 3), (64, 128, 5), (64, 512, 3), (128, 256, 3)):
             yield TileOptions(block_n, even_depth(depth, block_k), 1, 4, stages)
     if 6 < mean_rows <= 80:
-        for block_n, stages, group in ((64, 3, 4), (64, 4, 1), (64, 3, 1), (32, 4, 1), (128, 3, 1)):
-            yield TileOptions(block_n, even_depth(depth, 128), group, 4, stages)
+        for group in (4, 1):
+            yield TileOptions(64, even_depth(depth, 128), group, 4, 3)
     if mean_rows > _MANY_ROWS:
         for group in (1, 4, 8):
             yield portable_tiles(group)[0]
-            yield from (tiles[0] for tiles in specialized_tiles(group))
+        yield from (specialized_tiles(1)[0][0], specialized_tiles(4)[0][0], specialized_tiles(4)[1][0])
 
 
 def _down_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
-    steps = sorted({even_depth(depth, block_k) for block_k in (64, 128, 256)})
     if mean_rows <= 80:
-        for block_k in steps:
-            for block_n, stages in ((64, 3), (64, 4), (128, 3), (128, 4), (256, 3)):
-                yield TileOptions(block_n, block_k, 1 if mean_rows <= _FEW_ROWS else 4, 4, stages)
+        for block_n, block_k, stages in ((256, 64, 3), (128, 64, 4), (128, 128, 4), (256, 128, 3), (64, 256, 3)):
+            yield TileOptions(block_n, even_depth(depth, block_k), 1, 4, stages)
     if mean_rows > 6:
         yield specialized_tiles(4)[0][1]
     if mean_rows > _MANY_ROWS:
-        for group in (1, 4, 8):
-            yield portable_tiles(group)[1]
-            yield from (tiles[1] for tiles in specialized_tiles(group))
+        yield portable_tiles(4)[1]
+        yield from (specialized_tiles(group)[1][1] for group in (1, 4, 8))

@@ -30,6 +30,7 @@ from .tables import (
 MIN_BLOCK_M = 16  # the smallest row count of the matrix instructions that Triton emits for int8
 MAX_BLOCK_M = 128
 _WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thread, half of what there are
+_NARROW = 384  # columns of gate-up in a slice of an expert
 _FEW_ROWS = 128  # about the number of SMs of a large GPU
 _SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
@@ -43,6 +44,10 @@ class RowOptions:
     block: int
     num_warps: int
     rows: int = 1
+
+
+def _floor_power_of_2(value: int) -> int:
+    return 1 << (value.bit_length() - 1)
 
 
 def next_power_of_2(value: int) -> int:
@@ -69,13 +74,19 @@ def choose_launch_options(
 
 
 def gemv_options(top_k: int, hidden: int, intermediate: int) -> GemvOptions | None:
-    """Options for so few pairs that two seldom share an expert; None where a program's weights do not fit."""
-    columns = min(_WARP_CODES * 4 // (2 * hidden), 8)
-    warps = next_power_of_2(-(-next_power_of_2(top_k) * intermediate // _WARP_CODES))
+    """Options for so few pairs that two seldom share an expert; None where a program's weights do not fit.
+
+    Narrow experts get narrow tiles of gate-up, so that all SMs have work, and wide ones of down, of which each program
+    has the same overhead.
+    """
+    column = next_power_of_2(top_k) * intermediate
+    columns, warps = min(_WARP_CODES * 4 // (2 * hidden), 8), next_power_of_2(-(-column // _WARP_CODES))
     if columns < 1 or warps > 16:
         return None
-    gate_up = VectorTile(1 << (columns.bit_length() - 1), num_warps=4)
-    return GemvOptions(gate_up, down=VectorTile(1, num_warps=warps))
+    gate_up = VectorTile(_floor_power_of_2(columns), num_warps=4)
+    if intermediate <= _NARROW:
+        gate_up = VectorTile(1, num_warps=next_power_of_2(-(-2 * hidden // _WARP_CODES)))
+    return GemvOptions(gate_up, VectorTile(_floor_power_of_2(min(max(_WARP_CODES // column, 1), 4)), num_warps=warps))
 
 
 def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: int) -> bool:
@@ -93,20 +104,25 @@ def heuristic_options(tokens: int, shape: Shape, *, specialized: bool) -> Launch
     The thresholds are where the fastest of some fifty tilings changed over the shapes of MiniMax-M2, Qwen3-30B-A3B,
     Step-3.5-Flash and Mixtral-8x7B: without specialized warps for 1 to 4096 tokens on an H200, with them for up to
     16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which is fastest when
-    neighbouring programs read neighbouring rows of weights: group_m 1, so that they have the same expert.
+    neighbouring programs read neighbouring rows of weights: group_m 1, so that they have the same expert. Experts of at
+    most 384 columns, slices of Qwen3-235B, MiniMax-M2, DeepSeek-V3 and Qwen3-Next, were tuned on an H200.
     """
-    experts, top_k, _hidden, _intermediate = shape
+    experts, top_k, _, intermediate = shape
     mean_rows = mean_rows_of(tokens, experts, top_k)
+    is_narrow, narrow = intermediate <= _NARROW, TileOptions(256, 64, 1, num_warps=4, num_stages=3)
     if mean_rows <= 10:
         tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
-        return LaunchOptions(RowBlocks(16), tile, tile)
+        return LaunchOptions(RowBlocks(16), tile, narrow if is_narrow else tile)
     tall, (ping_pong, cooperative) = RowBlocks(128, tail_m=32, small_m=64), specialized_tiles(group_m=4)
-    if specialized and mean_rows > 45:
-        gate_up = replace(ping_pong[0], group_m=1) if mean_rows <= 400 else cooperative[0]
-        return LaunchOptions(tall, gate_up, ping_pong[1])
     gate_up, down = portable_tiles(group_m=4 if mean_rows <= 90 else 8)
+    if specialized and mean_rows > 45:
+        # Narrow experts multiply too little for each row that the specialized kernel's sorted codes cost.
+        if not is_narrow:
+            gate_up = replace(ping_pong[0], group_m=1) if mean_rows <= 400 else cooperative[0]
+        return LaunchOptions(tall, gate_up, ping_pong[1])
     if mean_rows <= 45:
-        return LaunchOptions(RowBlocks(32, tail_m=16, small_m=16), gate_up, ping_pong[1] if specialized else down)
+        down = narrow if is_narrow and mean_rows <= 24 else ping_pong[1] if specialized else down
+        return LaunchOptions(RowBlocks(32, tail_m=16, small_m=16), gate_up, down)
     return LaunchOptions(RowBlocks(64, tail_m=16, small_m=32) if mean_rows <= 90 else tall, gate_up, down)
 
 

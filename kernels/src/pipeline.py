@@ -6,8 +6,6 @@ or, for so few pairs that each reads its weights for itself,
 
     quantize rows -> gate-up product -> quantize rows -> down product with the sum over experts
 
-whose second quantization can be part of the down product, where experts are narrow.
-
 Every buffer's size follows from M, K, E, H and I alone and nothing is read back, so that a CUDA graph can capture the
 sequence and replay it with other inputs and routings. Run it once before the capture: the kernels compile then.
 """
@@ -38,7 +36,7 @@ class Workspace:
     plan          the routing, None where pairs are not sorted
     input_codes   int8 [R, H];  input_scale   float32 [R]
     activated     [P, I], dtype of the hidden states
-    hidden_codes  int8 [P, I];  hidden_scale  float32 [P]; None where the down product quantizes h itself
+    hidden_codes  int8 [P, I];  hidden_scale  float32 [P]
     expert_out    [P, H], dtype of the hidden states; None where the down product sums over experts itself
     """
 
@@ -46,8 +44,8 @@ class Workspace:
     input_codes: torch.Tensor
     input_scale: torch.Tensor
     activated: torch.Tensor
-    hidden_codes: torch.Tensor | None
-    hidden_scale: torch.Tensor | None
+    hidden_codes: torch.Tensor
+    hidden_scale: torch.Tensor
     expert_out: torch.Tensor | None
 
 
@@ -74,11 +72,6 @@ def takes_sorted_rows(arguments: ExpertsArguments, options: Options) -> bool:
     )
 
 
-def quantizes_h(arguments: ExpertsArguments, options: Options) -> bool:
-    """Whether the down product quantizes h itself: by its rows' own scales only."""
-    return isinstance(options, GemvOptions) and options.quantizes and arguments.down_input_scale is None
-
-
 def empty_workspace(arguments: ExpertsArguments, options: Options) -> Workspace:
     """Uninitialized buffers for one forward."""
     device, dtype = arguments.hidden_states.device, arguments.hidden_states.dtype
@@ -89,14 +82,13 @@ def empty_workspace(arguments: ExpertsArguments, options: Options) -> Workspace:
         expert_out = torch.empty((pairs, hidden), dtype=dtype, device=device)
     by_token = arguments.gate_up_input_scale is None and not takes_sorted_rows(arguments, options)
     input_rows = arguments.tokens if by_token else pairs
-    fused = quantizes_h(arguments, options)
     return Workspace(
         plan=plan,
         input_codes=torch.empty((input_rows, hidden), dtype=torch.int8, device=device),
         input_scale=torch.empty(input_rows, dtype=torch.float32, device=device),
         activated=torch.empty((pairs, intermediate), dtype=dtype, device=device),
-        hidden_codes=None if fused else torch.empty((pairs, intermediate), dtype=torch.int8, device=device),
-        hidden_scale=None if fused else torch.empty(pairs, dtype=torch.float32, device=device),
+        hidden_codes=torch.empty((pairs, intermediate), dtype=torch.int8, device=device),
+        hidden_scale=torch.empty(pairs, dtype=torch.float32, device=device),
         expert_out=expert_out,
     )
 
@@ -162,9 +154,6 @@ def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: Options, bu
     else:
         assert plan is not None, "a workspace for other options"
         grouped_gate_up(*inputs, plan, *result, options.gate_up, router_weight=on_input, pairs_per_row=pairs_per_row)
-    if isinstance(options, GemvOptions) and buffers.hidden_codes is None:
-        combined_down_gemv(buffers.activated, None, arguments.down, on_output, ids, out, options.down)
-        return
     quantize_rows(
         buffers.activated,
         codes=buffers.hidden_codes,
@@ -175,8 +164,6 @@ def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: Options, bu
         expert_scale=arguments.down_input_scale,
         trigger_first=True,
     )
-    assert buffers.hidden_codes is not None, "a workspace for other options"
-    assert buffers.hidden_scale is not None, "a workspace for other options"
     hidden = (buffers.hidden_codes, buffers.hidden_scale, arguments.down)
     if isinstance(options, GemvOptions):
         combined_down_gemv(*hidden, on_output, ids, out, options.down)

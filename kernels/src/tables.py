@@ -5,8 +5,7 @@
                  "tokens": {"1": {"gate_up": {...}, "down": {...}},
                             "8": {"blocks": {...}, "gate_up": {...}, "down": {...}}, ...}}]}
 
-An entry with `blocks` is a `LaunchOptions`, one without a `GemvOptions`. Fields that are false by default appear only
-when they are true.
+An entry with `blocks` is a `LaunchOptions`, one without a `GemvOptions`.
 
 `python -m quarkconv.kernels.tune` writes one. An entry serves its shape from half of its tokens to twice as many.
 """
@@ -94,13 +93,10 @@ class GemvOptions:
     """Options of one forward in which every (token, slot) pair reads its weights for itself; see `launch.grouped_gemv`.
 
     It needs no routing, but two pairs of one expert read its weights twice. For few pairs over many experts.
-
-    quantizes  whether each program of the down product quantizes h for itself, which spares a launch
     """
 
     gate_up: VectorTile
     down: VectorTile
-    quantizes: bool = False
 
 
 Options = LaunchOptions | GemvOptions
@@ -154,22 +150,19 @@ def dump_table(device: str, measured: dict[str, Any], table: Table) -> str:
 
 
 def _fields(options: Options) -> dict[str, Any]:
-    """An entry's JSON, without the fields that are false by default."""
-    optional = ("specialized", "quantizes")
-    return asdict(options, dict_factory=lambda pairs: {k: v for k, v in pairs if k not in optional or v})
+    """An entry's JSON; only where warps are specialized does it say so."""
+    return asdict(options, dict_factory=lambda pairs: {k: v for k, v in pairs if k != "specialized" or v})
 
 
 def _parse_options(fields: dict[str, Any]) -> Options:
     expected = ("blocks", "gate_up", "down") if "blocks" in fields else ("gate_up", "down")
     try:
-        optional = set() if "blocks" in fields else {"quantizes"}
-        if set(fields) - optional != set(expected):
+        if set(fields) != set(expected):
             raise ValueError
         if "blocks" not in fields:
-            tiles = (VectorTile(**fields["gate_up"]), VectorTile(**fields["down"]))
-            return _check_gemv(GemvOptions(*tiles, quantizes=fields.get("quantizes", False)))
-        cut = RowBlocks(**fields["blocks"])
-        return _check_launch(LaunchOptions(cut, TileOptions(**fields["gate_up"]), TileOptions(**fields["down"])))
+            return _check_gemv(GemvOptions(VectorTile(**fields["gate_up"]), VectorTile(**fields["down"])))
+        tiles = (TileOptions(**fields["gate_up"]), TileOptions(**fields["down"]))
+        return _check_launch(LaunchOptions(RowBlocks(**fields["blocks"]), *tiles))
     except (TypeError, ValueError) as error:
         raise ValueError(f"launch options: expected {error or ', '.join(expected)}, found {fields!r}") from error
 
@@ -177,8 +170,6 @@ def _parse_options(fields: dict[str, Any]) -> Options:
 def _check_gemv(options: GemvOptions) -> GemvOptions:
     tiles = (options.gate_up, options.down)
     _check_powers_of_2(value for tile in tiles for value in (tile.block_n, tile.num_warps))
-    if not isinstance(options.quantizes, bool):
-        raise ValueError("true or false")
     return options
 
 

@@ -119,13 +119,7 @@ def gemv_variants(options: GemvOptions, hidden: int, intermediate: int, *, rich:
         for each in activations(rich)
     ]
     down = gemv_constants(intermediate, options.down, per_channel=not rich) | {"TOP_K": 8, "SLOTS": 8}
-    down |= {"MIN_SCALE": MIN_SCALE}
-    h_types = {name: kind for name, kind in types.items() if name != "row_scale_ptr"} | {"codes_ptr": dtype}
-    return [
-        *found,
-        ("combined_down_gemv_kernel", types, down | {"QUANTIZES": False}),
-        ("combined_down_gemv_kernel", h_types, down | {"QUANTIZES": True}),
-    ]
+    return [*found, ("combined_down_gemv_kernel", types, down)]
 
 
 def product_variants(options: LaunchOptions, *, rich: bool) -> Variants:

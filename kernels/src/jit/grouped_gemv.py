@@ -15,7 +15,6 @@ import triton.language as tl
 from .cast import _to_dtype
 from .dependent import _trigger, _wait
 from .epilogue import _activate, _dequantized
-from .quantize import _magnitude_bits, _own_scale, _quantize_tile
 
 
 @triton.jit
@@ -49,41 +48,11 @@ def _load_rows(ptr, rows, D4, is_row, BLOCK_D: tl.constexpr, CHUNKS: tl.constexp
 
 @triton.jit
 def _dot_rows(w, x, SETS: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, DOT4: tl.constexpr):
-    """Sums [SETS, BLOCK_N] over the last dimension of the tiles w and x; those of x may have one column for all."""
+    """Sums [SETS, BLOCK_N] over the last dimension of the tiles w and x."""
     sums = tl.zeros([SETS, BLOCK_N, BLOCK_D], dtype=tl.int32)
     for i in tl.static_range(len(w)):
-        sums = _dot4(w[i], tl.broadcast_to(x[i], [SETS, BLOCK_N, BLOCK_D]), sums, DOT4)
+        sums = _dot4(w[i], x[i], sums, DOT4)
     return tl.sum(sums, axis=2)
-
-
-@triton.jit
-def _packed(codes, SETS: tl.constexpr, BLOCK_D: tl.constexpr):
-    """int8 [SETS, 4 * BLOCK_D] as i32 [SETS, 1, BLOCK_D], four codes each, the first in the lowest byte."""
-    parts = tl.reshape(codes.to(tl.int32) & 255, [SETS, 1, BLOCK_D, 4])
-    return tl.sum(parts << (8 * tl.arange(0, 4))[None, None, None, :], axis=3)
-
-
-@triton.jit
-def _quantized_rows(
-    x_ptr, rows, D4, is_row, MIN_SCALE: tl.constexpr, INTERPRETED: tl.constexpr, SETS: tl.constexpr,
-    BLOCK_D: tl.constexpr, CHUNKS: tl.constexpr,
-):  # fmt: skip
-    """The rows [SETS, 1] of x [., 4 * D4], 16-bit floats, as `quantize_rows_kernel` quantizes them: (codes as
-    `_load_rows` returns them, for one column; scales f32 [SETS, 1])."""
-    depth = tl.arange(0, 4 * BLOCK_D)[None, :]
-    largest = tl.zeros([SETS, 4 * BLOCK_D], dtype=tl.int32)
-    kept = ()
-    for i in tl.static_range(CHUNKS):
-        at = depth + i * 4 * BLOCK_D
-        x = tl.load(x_ptr + rows * (4 * D4) + at, mask=is_row & (at < 4 * D4), other=0.0).to(tl.float32)
-        largest = tl.maximum(largest, _magnitude_bits(x))
-        kept += (x,)
-    absmax = tl.max(largest, axis=1).to(tl.float32, bitcast=True)
-    scale = tl.where(absmax < float("inf"), _own_scale(absmax, MIN_SCALE), float("nan"))
-    tiles = ()
-    for i in tl.static_range(CHUNKS):
-        tiles += (_packed(_quantize_tile(kept[i], scale, INTERPRETED, 1), SETS, BLOCK_D),)
-    return tiles, scale[:, None]
 
 
 @triton.jit
@@ -123,17 +92,22 @@ def grouped_gate_up_gemv_kernel(
     BLOCK_D: tl.constexpr,
     CHUNKS: tl.constexpr,
 ):
-    """Grid: (column tiles, pairs). A program computes BLOCK_N columns of h for one pair, from gate and up."""
+    """Grid: (column tiles, pairs). A program computes BLOCK_N columns of h for one pair, from gate and up; it
+    ends at once where another rank has the expert."""
     cols = (tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N))[None, :]
-    pair = tl.program_id(1).to(tl.int64) + tl.zeros([1, 1], dtype=tl.int64)
+    pair = tl.program_id(1).to(tl.int64)
     expert = tl.load(topk_ids_ptr + pair).to(tl.int64)
-    here = (expert >= 0) & (expert < num_experts)
-    expert = tl.where(here, expert, 0)
+    if (expert < 0) | (expert >= num_experts):
+        _wait(DEPENDENT)
+        _trigger(DEPENDENT)
+        return
+    pair += tl.zeros([1, 1], dtype=tl.int64)
+    expert += tl.zeros([1, 1], dtype=tl.int64)
     total_cols = 2 * N if GATED else N
     rows = expert * total_cols + tl.where(cols < N, cols, 0)
-    gate_w = _load_rows(weight_ptr, rows, D4, here, BLOCK_D, CHUNKS, EVEN_D)
+    gate_w = _load_rows(weight_ptr, rows, D4, None, BLOCK_D, CHUNKS, EVEN_D)
     if GATED:
-        up_w = _load_rows(weight_ptr, rows + N, D4, here, BLOCK_D, CHUNKS, EVEN_D)
+        up_w = _load_rows(weight_ptr, rows + N, D4, None, BLOCK_D, CHUNKS, EVEN_D)
     gate_scale = _channel(weight_scale_ptr, expert, 0, cols, N, total_cols, PER_CHANNEL)
     if GATED:
         up_scale = _channel(weight_scale_ptr, expert, N, cols, N, total_cols, PER_CHANNEL)
@@ -159,13 +133,13 @@ def grouped_gate_up_gemv_kernel(
     else:
         activated = _activate(None, gate, limit, alpha, ACTIVATION)
     out = _to_dtype(activated, out_ptr.dtype.element_ty, INTERPRETED)
-    tl.store(out_ptr + pair * N + cols, out, mask=here & (cols < N))
+    tl.store(out_ptr + pair * N + cols, out, mask=cols < N)
 
 
 @triton.jit(do_not_specialize=["num_experts"])
 def combined_down_gemv_kernel(
-    codes_ptr,  # i32 [P, D4]; for QUANTIZES h itself, 16-bit float [P, 4 * D4]
-    row_scale_ptr,  # f32 [P]; for QUANTIZES None
+    codes_ptr,  # i32 [P, D4]
+    row_scale_ptr,  # f32 [P]
     weight_ptr,  # i32 [E, N, D4]
     weight_scale_ptr,  # f32 [E, N] or [E]
     bias_ptr,  # float [E, N] or None
@@ -177,8 +151,6 @@ def combined_down_gemv_kernel(
     N,
     TOP_K: tl.constexpr,
     SLOTS: tl.constexpr,  # the power of two from TOP_K
-    QUANTIZES: tl.constexpr,
-    MIN_SCALE: tl.constexpr,
     PER_CHANNEL: tl.constexpr,
     INTERPRETED: tl.constexpr,
     DEPENDENT: tl.constexpr,
@@ -205,11 +177,8 @@ def combined_down_gemv_kernel(
     _wait(DEPENDENT)
     _trigger(DEPENDENT)
 
-    if QUANTIZES:
-        x, row_scale = _quantized_rows(codes_ptr, pairs, D4, here, MIN_SCALE, INTERPRETED, SLOTS, BLOCK_D, CHUNKS)
-    else:
-        x = _load_rows(codes_ptr, pairs + tl.zeros_like(cols), D4, here, BLOCK_D, CHUNKS, EVEN_D)
-        row_scale = tl.load(row_scale_ptr + pairs, mask=here, other=0.0)
+    x = _load_rows(codes_ptr, pairs + tl.zeros_like(cols), D4, here, BLOCK_D, CHUNKS, EVEN_D)
+    row_scale = tl.load(row_scale_ptr + pairs, mask=here, other=0.0)
     router_weight = None
     if router_weight_ptr is not None:
         router_weight = tl.load(router_weight_ptr + pairs, mask=here, other=0.0)

@@ -20,8 +20,12 @@ def _experts_of(ids, num_experts):
 
 @triton.jit
 def _count(ids, num_experts, BLOCK_E: tl.constexpr):
-    """How often each expert occurs among `ids`."""
-    return tl.histogram(_experts_of(ids, num_experts), BLOCK_E)
+    """How often each expert occurs among `ids`. The others are counted as expert 0's and taken off again: a bin of
+    their own would double the histogram of 2^n experts."""
+    here = (ids >= 0) & (ids < num_experts)
+    counts = tl.histogram(tl.where(here, ids, 0).to(tl.int32), BLOCK_E)
+    others = tl.sum(tl.where(here, 0, 1), axis=0)
+    return counts - tl.where(tl.arange(0, BLOCK_E) == 0, others, 0)
 
 
 @triton.jit
@@ -86,7 +90,7 @@ def _route_at_once(
     """One expert's part of the routing of few pairs: count all of them, and place its own."""
     pairs = tl.arange(0, BLOCK_P)
     ids = tl.load(topk_ids_ptr + pairs, mask=pairs < num_pairs, other=-1)
-    counts = tl.where(tl.arange(0, BLOCK_E) < num_experts, _count(ids, num_experts, BLOCK_E), 0)
+    counts = _count(ids, num_experts, BLOCK_E)
     first_row = _first_row(counts, expert, BLOCK_E)
     _place(ids, pairs, expert, first_row, plan)
     _write_blocks(counts, expert, first_row, plan, BLOCK_M, TAIL_M, BLOCK_E)
@@ -106,7 +110,7 @@ def route_at_once_kernel(
     DEPENDENT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     TAIL_M: tl.constexpr,
-    BLOCK_E: tl.constexpr,  # more than num_experts
+    BLOCK_E: tl.constexpr,  # at least num_experts
     BLOCK_P: tl.constexpr,  # at least num_pairs
 ):
     """Grid: (experts,). A program counts all pairs (few), places those of one expert and writes its blocks."""
@@ -233,7 +237,7 @@ def place_runs_kernel(
         starts = tl.cumsum(total - own, axis=0) - (total - own) + before
         experts, pairs = keys // BLOCK_P, program * BLOCK_P + keys % BLOCK_P
         is_here = experts < num_experts
-        rows = place + tl.gather(starts, experts, axis=0)
+        rows = place + tl.gather(starts, tl.minimum(experts, BLOCK_E - 1), axis=0)
         tl.store(pairs_ptr + rows, pairs, mask=is_here)
         tl.store(rows_ptr + pairs, rows, mask=is_here)
     else:

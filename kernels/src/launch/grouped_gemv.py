@@ -13,7 +13,6 @@ from ..arguments import ExpertWeights
 from ..backend import dependence, device_traits, interpreting
 from ..options import next_power_of_2
 from ..tables import VectorTile
-from .quantize import MIN_SCALE
 
 _MAX_BLOCK_D = 128  # int32 of a row that one warp loads at once, 16 bytes a thread
 
@@ -69,7 +68,7 @@ def grouped_gate_up_gemv(
 
 def combined_down_gemv(
     codes: torch.Tensor,
-    row_scale: torch.Tensor | None,
+    row_scale: torch.Tensor,
     weights: ExpertWeights,
     topk_weights: torch.Tensor | None,
     topk_ids: torch.Tensor,
@@ -78,15 +77,14 @@ def combined_down_gemv(
 ) -> torch.Tensor:
     """Launch the down product and the sum over experts: codes int8 [P, I], row_scale float32 [P] -> out [M, H].
 
-    y is rounded to the dtype of `out` before the sum. `topk_weights` (float32 [M, K], None: all 1) multiply it. Without
-    row_scale, codes are h itself, bfloat16 or float16 [P, I], which each program quantizes as `quantize_rows` does.
+    y is rounded to the dtype of `out` before the sum. `topk_weights` (float32 [M, K], None: all 1) multiply it.
     """
     from ..jit.grouped_gemv import combined_down_gemv_kernel
 
     experts, hidden, depth = weights.codes.shape
     tokens, top_k = topk_ids.shape
     combined_down_gemv_kernel[(-(-hidden // tile.block_n), tokens)](
-        codes if row_scale is None else codes.view(torch.int32),
+        codes.view(torch.int32),
         row_scale,
         weights.codes.view(torch.int32),
         weights.scale,
@@ -99,8 +97,6 @@ def combined_down_gemv(
         hidden,
         TOP_K=top_k,
         SLOTS=next_power_of_2(top_k),
-        QUANTIZES=row_scale is None,
-        MIN_SCALE=MIN_SCALE,
         **_constants(weights, tile),
     )
     return out

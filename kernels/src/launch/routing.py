@@ -145,7 +145,7 @@ def _cut(num_experts: int, plan: RoutingPlan) -> dict[str, int]:
     return {
         "BLOCK_M": plan.blocks.block_m,
         "TAIL_M": plan.blocks.tail_m,
-        "BLOCK_E": next_power_of_2(num_experts + 1),
+        "BLOCK_E": max(next_power_of_2(num_experts), 2),
     }
 
 
