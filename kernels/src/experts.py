@@ -8,20 +8,27 @@ from typing import ParamSpec
 import torch
 
 from .arguments import ExpertsArguments, check_arguments
-from .backend import uses_triton
+from .custom_op import fused_experts_int8_op, run_checked
 from .reference import run_reference
 
 P = ParamSpec("P")
 
 
 def _with_arguments(
-    check: Callable[P, ExpertsArguments],
+    check: Callable[P, ExpertsArguments], compiled: Callable[..., torch.Tensor] | None = None
 ) -> Callable[[Callable[[ExpertsArguments], torch.Tensor]], Callable[P, torch.Tensor]]:
-    """Give an implementation that takes checked arguments the signature of their check."""
+    """Give an implementation that takes checked arguments the signature of their check.
+
+    `compiled` replaces it while torch.compile or torch.export traces.
+    """
 
     def decorate(implementation: Callable[[ExpertsArguments], torch.Tensor]) -> Callable[P, torch.Tensor]:
         @functools.wraps(implementation)
         def operation(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
+            if compiled is not None and torch.compiler.is_compiling():
+                out = kwargs.pop("out", None)
+                result = compiled(*args, **kwargs)
+                return out.copy_(result) if isinstance(out, torch.Tensor) else result
             return implementation(check(*args, **kwargs))
 
         signature = inspect.signature(check).replace(return_annotation=torch.Tensor)
@@ -32,7 +39,7 @@ def _with_arguments(
     return decorate
 
 
-@_with_arguments(check_arguments)
+@_with_arguments(check_arguments, compiled=fused_experts_int8_op)
 def fused_experts_int8(arguments: ExpertsArguments) -> torch.Tensor:
     """Mixture-of-experts forward with int8 weights and int8 activations; `check_arguments` describes the arguments.
 
@@ -54,25 +61,15 @@ def fused_experts_int8(arguments: ExpertsArguments) -> torch.Tensor:
 
     CUDA, ROCm and XPU tensors run the Triton kernels, without synchronization and with allocations that depend on
     shapes only (capture in a CUDA graph after one warm-up call). CPU tensors run the torch twin, or the kernels in
-    Triton's interpreter under TRITON_INTERPRET=1.
+    Triton's interpreter under TRITON_INTERPRET=1. torch.compile and torch.export see one operator (`custom_op`).
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, device, layout or activation.
     """
-    if not uses_triton(arguments.hidden_states.device) or arguments.pairs == 0:
-        return _into_out(run_reference(arguments), arguments)
-    from .pipeline import run_pipeline
-
-    out = arguments.out
-    if out is None:
-        out = torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format)
-    return run_pipeline(arguments, out)
+    return run_checked(arguments)
 
 
 @_with_arguments(check_arguments)
 def fused_experts_int8_reference(arguments: ExpertsArguments) -> torch.Tensor:
     """Torch twin of `fused_experts_int8`, with its arguments, result and errors, on any device."""
-    return _into_out(run_reference(arguments), arguments)
-
-
-def _into_out(result: torch.Tensor, arguments: ExpertsArguments) -> torch.Tensor:
+    result = run_reference(arguments)
     return result if arguments.out is None else arguments.out.copy_(result)

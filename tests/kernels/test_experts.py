@@ -338,6 +338,24 @@ def test_output_may_be_the_input_and_rows_may_be_apart(make_case):
     assert torch.equal(case.hidden_states, expected)
 
 
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_weights_at_any_address(launch, make_case):
+    """Slices of a larger tensor: contiguous, at an address that is no multiple of 16, or of 4."""
+    case = make_case(5, 96, 80, 4, 2)
+    expected = fused_experts_int8(*case.tensors())
+    for offset in (1, 4, 8):
+        moved = {}
+        for name in ("w13", "w2"):
+            tensor = getattr(case, name)
+            buffer = torch.full((tensor.numel() + 16,), 99, dtype=torch.int8, device=tensor.device)
+            moved[name] = buffer[offset : offset + tensor.numel()].view(tensor.shape).copy_(tensor)
+        if offset % 4 and isinstance(launch, GemvOptions):
+            assert torch.equal(fused_experts_int8(*case.replace(**moved).tensors()), expected)
+            continue
+        out = torch.full_like(expected, math.nan)
+        assert torch.equal(run_pipeline(check_arguments(*case.replace(**moved).tensors()), out, launch), expected)
+
+
 @pytest.mark.parametrize("shape", SHAPES)
 def test_end_to_end_equals_twin(shape, make_case):
     """A flipped bit of an activation moves its code by at most one of 127 steps: far below 1 % of the result."""

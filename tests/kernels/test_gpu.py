@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 
 import pytest
 import torch
@@ -10,9 +11,9 @@ from quarkconv.kernels import fused_experts_int8, fused_experts_int8_reference, 
 from quarkconv.kernels.arguments import check_arguments
 from quarkconv.kernels.backend import device_traits
 from quarkconv.kernels.launch.quantize import quantize_rows, quantize_rows_reference
-from quarkconv.kernels.options import fit_options
+from quarkconv.kernels.options import fit_options, specialized_tiles
 from quarkconv.kernels.pipeline import run_pipeline
-from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions, load_table
+from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile, load_table
 
 pytestmark = pytest.mark.gpu
 
@@ -58,7 +59,17 @@ def test_listed_options_give_the_same_bits(listed, make_case, device):
     assert torch.equal(out, expected)
 
 
-def test_offsets_past_2_to_the_31(make_case):
+PLAIN = TileOptions(64, 128, 4, 4, 3)
+LAUNCHES = {
+    "gemv": GemvOptions(VectorTile(1, 1), VectorTile(1, 1)),
+    "portable": LaunchOptions(RowBlocks(16), PLAIN, PLAIN),
+    "pointers": LaunchOptions(RowBlocks(16), *[replace(PLAIN, descriptors=False)] * 2),
+    "specialized": LaunchOptions(RowBlocks(16, 16), *specialized_tiles(4)[0]),
+}
+
+
+@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
+def test_offsets_past_2_to_the_31(launch, make_case, device):
     """Weights of more than 2^31 codes: the last expert's rows lie where a 32-bit offset would wrap."""
     case = make_case(4, 4096, 4096, 70, 1)
     assert case.w13.numel() > 2**31
@@ -70,9 +81,26 @@ def test_offsets_past_2_to_the_31(make_case):
         w2_scale=case.w2_scale[68:],
         topk_ids=torch.where(case.topk_ids >= 68, case.topk_ids - 68, -1).to(torch.int32),
     )
-    out, expected = fused_experts_int8(*case.tensors()), fused_experts_int8(*last.tensors())
+    launch = fit_options(launch, 4096, 4096, device_traits(device))
+    arguments, out = check_arguments(*case.tensors()), torch.full_like(case.hidden_states, math.nan)
+    run_pipeline(arguments, out, launch)
+    expected = fused_experts_int8(*last.tensors())
     assert torch.equal(out[[0, 2, 3]], expected[[0, 2, 3]])
     assert relative_rms(out, fused_experts_int8_reference(*case.tensors())) < 0.01
+
+
+@pytest.mark.parametrize("launch", [LAUNCHES["portable"], LAUNCHES["specialized"]], ids=["portable", "specialized"])
+def test_results_past_2_to_the_31(launch, make_case, device):
+    """More than 2^31 values of y, and as many codes in sorted order: every token is as if it were alone."""
+    case = make_case(2**16 + 3, 4160, 64, 16, 8)
+    assert case.topk_ids.numel() * 4160 > 2**31
+    out = torch.full_like(case.hidden_states, math.nan)
+    launch = fit_options(launch, 4160, 64, device_traits(device))
+    run_pipeline(check_arguments(*case.tensors()), out, launch)
+    some = torch.tensor([0, 2**15, 2**16 - 1, 2**16 + 2], device=device)
+    few = case.replace(**{n: getattr(case, n)[some] for n in ("hidden_states", "topk_weights", "topk_ids")})
+    assert torch.equal(out[some], fused_experts_int8(*few.tensors()))
+    assert out.isfinite().all()
 
 
 def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:

@@ -18,6 +18,7 @@ LAYERS = (
     ("jit",),
     ("launch",),
     ("quantize", "reference", "pipeline"),
+    ("custom_op",),
     ("experts",),
     ("__init__", "tune"),
 )
