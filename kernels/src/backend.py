@@ -31,6 +31,9 @@ class DeviceTraits:
     processors          number of SMs; 0 if unknown
     dot4                whether NVIDIA's dp4a multiplies and sums four codes in an int32
     name                the device's name, which selects its table of launch options
+    wgmma               whether matrix instructions read their operands from shared memory, not from registers
+    int8_matrix         whether Triton has int8 matrix instructions for it: not for NVIDIA before sm_80
+    warp_size           threads of a warp (of a wave on AMD)
     """
 
     platform: Platform
@@ -41,6 +44,19 @@ class DeviceTraits:
     processors: int = 0
     dot4: bool = False
     name: str = ""
+    wgmma: bool = False
+    int8_matrix: bool = True
+    warp_size: int = 32
+
+    @property
+    def mma_sync(self) -> bool:
+        """NVIDIA's matrix instructions with operands in registers."""
+        return self.platform == "cuda" and not self.wgmma
+
+    @property
+    def rdna(self) -> bool:
+        """AMD's Radeon: waves of 32, and 256 registers a lane."""
+        return self.platform == "hip" and self.warp_size == 32
 
 
 def interpreting() -> bool:
@@ -99,7 +115,7 @@ def device_traits(device: torch.device) -> DeviceTraits:
         properties = torch.cuda.get_device_properties(device)
         shared = getattr(properties, "shared_memory_per_block_optin", 0) or 64 * 1024
         if torch.version.hip:
-            return DeviceTraits("hip", shared, name=properties.name)
+            return DeviceTraits("hip", shared, name=properties.name, warp_size=getattr(properties, "warp_size", 64))
         hopper = properties.major >= 9
         return DeviceTraits(
             "cuda",
@@ -110,6 +126,8 @@ def device_traits(device: torch.device) -> DeviceTraits:
             processors=properties.multi_processor_count,
             dot4=True,
             name=properties.name,
+            wgmma=properties.major == 9,
+            int8_matrix=properties.major >= 8,
         )
     if device.type == "xpu":
         return DeviceTraits("xpu", 128 * 1024)

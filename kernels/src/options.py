@@ -34,6 +34,7 @@ _NARROW = 384  # columns of gate-up in a slice of an expert
 _FEW_ROWS = 128  # about the number of SMs of a large GPU
 _SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
+_MOST_SUMS = 100  # int32 sums of a thread whose matrix instructions read operands from registers
 _RESULTS = 6 * 1024  # the same with specialized warps, and the layout conversions of their results
 
 
@@ -60,13 +61,22 @@ def choose_launch_options(
 ) -> Options:
     """Options for `tokens` tokens over `experts` experts of size [2 * intermediate, hidden], `top_k` a token.
 
-    Not `packed`, four codes cannot be read as one int32, and all products take the matrix units.
+    Not `packed`, four codes cannot be read as one int32, and all products take the matrix units. Raises ValueError if
+    the device has none for int8 and the experts do not fit a GEMV.
     """
+    if not traits.int8_matrix:
+        gemv = gemv_options(top_k, hidden, intermediate) if packed else None
+        if gemv is None:
+            raise ValueError(
+                f"experts of {hidden} x {intermediate}, {top_k} a token: too large or unaligned for a GPU without int8 "
+                "matrix instructions in Triton (NVIDIA before sm_80)"
+            )
+        return gemv
     found = find_options(traits.name, tokens, experts, top_k, hidden, intermediate)
     if found is None and (tokens == 1 or _SHARED * tokens * top_k <= experts):
         found = gemv_options(top_k, hidden, intermediate)
     if isinstance(found, GemvOptions) and packed:
-        return found
+        return fit_options(found, hidden, intermediate, traits)
     if not isinstance(found, LaunchOptions):
         shape = (experts, top_k, hidden, intermediate)
         found = heuristic_options(tokens, shape, specialized=traits.warp_specialization)
@@ -180,10 +190,17 @@ def shared_bytes(tile: TileOptions, rows: int, weight_tiles: int) -> int:
 def fit_options(options: Options, hidden: int, intermediate: int, traits: DeviceTraits) -> Options:
     """Make options fit the device and the sizes."""
     if isinstance(options, GemvOptions):
+        if traits.rdna:  # without dp4a, unpacked codes take registers too
+            wider = [replace(tile, num_warps=2 * tile.num_warps) for tile in (options.gate_up, options.down)]
+            return replace(options, gate_up=wider[0], down=wider[1])
         return options
-    rows = options.blocks.block_m + options.blocks.tail_m
+    blocks = options.blocks
+    if traits.rdna or (traits.mma_sync and blocks.block_m + blocks.tail_m > MAX_BLOCK_M):
+        blocks = replace(blocks, tail_m=0)  # a second accumulator would spill
+    rows = blocks.block_m + blocks.tail_m
     return replace(
         options,
+        blocks=blocks,
         gate_up=_fit(options.gate_up, rows, hidden, 2, traits),
         down=_fit(options.down, rows, intermediate, 1, traits),
     )
@@ -198,6 +215,13 @@ def _fit(tile: TileOptions, rows: int, depth: int, weight_tiles: int, traits: De
     stages = 2 if traits.platform == "hip" else tile.num_stages
     descriptors = tile.descriptors and traits.tensor_descriptors
     tile = replace(tile, block_k=block_k, num_stages=stages, descriptors=descriptors)
+    if traits.rdna:
+        tile = replace(tile, block_k=min(tile.block_k, 64))
+    if traits.mma_sync or traits.platform == "hip":
+        # Operands take registers too: sums are spread over more warps instead of spilling.
+        most = (_MOST_SUMS // 2 if traits.rdna else _MOST_SUMS) * traits.warp_size
+        while rows * tile.block_n * weight_tiles > most * tile.num_warps:
+            tile = replace(tile, num_warps=2 * tile.num_warps)
     beside = _RESULTS if tile.specialized else _BARRIERS
     while shared_bytes(tile, rows, weight_tiles) + beside > traits.shared_memory:
         # Depth of the pipeline goes first, but not below two stages, where loads and products stop overlapping.

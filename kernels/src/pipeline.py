@@ -10,7 +10,7 @@ Every buffer's size follows from M, K, E, H and I alone and nothing is read back
 sequence and replay it with other inputs and routings. Run it once before the capture: the kernels compile then.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,6 +24,8 @@ from .launch.quantize import quantize_rows
 from .launch.routing import empty_plan, quantize_and_route, route_pairs
 from .options import choose_launch_options
 from .tables import GemvOptions, LaunchOptions, Options
+
+_MOST_PROGRAMS = 65535  # along the second dimension of a CUDA grid, which a GEMV has for pairs
 
 
 @dataclass(frozen=True, slots=True)
@@ -104,10 +106,19 @@ def run_pipeline(
     `options` default to the heuristic's and `workspace` to fresh buffers, which must be those for the same options.
     """
     options = default_options(arguments) if options is None else options
+    if isinstance(options, GemvOptions) and arguments.pairs > _MOST_PROGRAMS:
+        for part in _parts(arguments.tokens, _MOST_PROGRAMS // arguments.top_k):
+            tokens = {n: getattr(arguments, n)[part] for n in ("hidden_states", "topk_weights", "topk_ids")}
+            run_pipeline(replace(arguments, **tokens), out[part], options)
+        return out
     buffers = empty_workspace(arguments, options) if workspace is None else workspace
     with device_guard(out.device):
         _launch(arguments, out, options, buffers)
     return out
+
+
+def _parts(count: int, size: int) -> list[slice]:
+    return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
 def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: Options, buffers: Workspace) -> None:

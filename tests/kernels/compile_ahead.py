@@ -1,15 +1,23 @@
-"""Compile every kernel for one GPU target, without a GPU: python compile_ahead.py {sm_80,...,gfx950}.
+"""Compile every kernel for one GPU target, without a GPU: python compile_ahead.py TARGET [--json FILE].
 
-A program of its own: it needs Triton without TRITON_INTERPRET, which the test process may have set. It prints one line
-a compilation, and fails if a kernel does not compile, takes more shared memory than the target has, or is not listed.
+A program of its own: it needs Triton without TRITON_INTERPRET, which the test process may have set. It prints a line a
+compilation: registers, spilled bytes (NVIDIA) or registers (AMD), shared memory. It fails if a kernel does not compile,
+takes more shared memory than the target has, spills, lacks its matrix instruction, or is not listed.
 """
 
 import importlib
+import json
 import pkgutil
+import re
+import subprocess
 import sys
+import tempfile
+from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Any
 
 import triton
+from targets import TARGETS, Target
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.experimental.gluon._runtime import GluonASTSource
@@ -24,15 +32,6 @@ from quarkconv.kernels.launch.quantize import MIN_SCALE, row_constants
 from quarkconv.kernels.launch.specialized import specialized_constants
 from quarkconv.kernels.options import choose_combine_options, choose_launch_options
 from quarkconv.kernels.tables import HALF, GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
-
-# Shared memory (LDS) that one program may use, in bytes: CUDA programming guide, CDNA 3 and CDNA 4 ISA documents.
-TARGETS = {
-    "sm_80": (GPUTarget("cuda", 80, 32), DeviceTraits("cuda", 163 * 1024, dot4=True)),
-    "sm_90": (GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * 1024, True, True, True, 132, dot4=True)),
-    "sm_100": (GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * 1024, True, True, dot4=True)),
-    "gfx942": (GPUTarget("hip", "gfx942", 64), DeviceTraits("hip", 64 * 1024)),
-    "gfx950": (GPUTarget("hip", "gfx950", 64), DeviceTraits("hip", 160 * 1024)),
-}
 
 SIZES = ("D", "D4", "N", "H", "row_stride")
 
@@ -212,14 +211,24 @@ def other_variants(blocks: RowBlocks) -> Variants:
     ]
 
 
-def all_variants(traits: DeviceTraits) -> list[tuple[bool, Variants]]:
-    """(rich, variants): decode and prefill products, and everything else."""
+def all_variants(traits: DeviceTraits, *, whole: bool = True) -> list[tuple[bool, Variants]]:
+    """(rich, variants): decode and prefill products, and everything else; not `whole`, one of each kernel at least."""
+    gemv = choose_launch_options(1, 64, 8, 3072, 1536, traits)
+    assert isinstance(gemv, GemvOptions)
+    common = [(False, gemv_variants(gemv, 3072, 1536, rich=False) + row_variants(rich=False))]
+    if not traits.int8_matrix:
+        return [*common, (True, other_variants(RowBlocks(16)))]
     decode = choose_launch_options(8, 64, 8, 3072, 1536, traits)
     prefill = choose_launch_options(4096, 64, 8, 2048, 1408, traits)
-    gemv = choose_launch_options(1, 64, 8, 3072, 1536, traits)
     assert isinstance(decode, LaunchOptions)
     assert isinstance(prefill, LaunchOptions)
-    assert isinstance(gemv, GemvOptions)
+    common += [
+        (False, product_variants(prefill, rich=False)),
+        (False, product_variants(decode, rich=False)),
+        (True, other_variants(decode.blocks)),
+    ]
+    if not whole:
+        return common
     specialized: list[tuple[bool, Variants]] = []
     if traits.warp_specialization:
         specialized = [
@@ -227,13 +236,8 @@ def all_variants(traits: DeviceTraits) -> list[tuple[bool, Variants]]:
             (False, specialized_variants(prefill, 1, rich=False)),
             (True, specialized_variants(prefill, 2, rich=True)),
         ]
-    return [
-        *specialized,
-        (True, product_variants(decode, rich=True) + row_variants(rich=True) + other_variants(decode.blocks)),
-        (False, product_variants(prefill, rich=False) + row_variants(rich=False)),
-        (True, gemv_variants(gemv, 2056, 1416, rich=True)),
-        (False, gemv_variants(gemv, 3072, 1536, rich=False)),
-    ]
+    rich_products = product_variants(decode, rich=True) + row_variants(rich=True)
+    return [*specialized, (True, rich_products), *common, (True, gemv_variants(gemv, 2056, 1416, rich=True))]
 
 
 def complete(kernel: Any, types: dict[str, str], constants: dict[str, Any], traits: DeviceTraits) -> dict[str, Any]:
@@ -259,24 +263,80 @@ def compile_kernel(
     return triton.compile(source, target=target, options=launch)
 
 
-def main(name: str) -> None:
-    target, traits = TARGETS[name]
-    kernels = all_kernels(traits)
-    compiled = set()
-    for rich, variants in all_variants(traits):
+@dataclass(frozen=True)
+class Resources:
+    """What one compilation takes: registers of a thread, spills, bytes of shared memory, matrix instructions."""
+
+    kernel: str
+    variant: str
+    warps: int
+    registers: int
+    spills: int
+    shared: int
+    matrix: tuple[str, ...]
+
+
+def resources(kernel: str, variant: str, binary: Any) -> Resources:
+    """Read from the binary (NVIDIA: stack, as cuobjdump reports it) or the assembly (AMD: spilled registers)."""
+    if "cubin" in binary.asm:
+        text, pattern = binary.asm["ptx"], r"(?:wgmma\.mma_async|mma\.sync|tcgen05\.mma)\S*"
+        tool = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(binary.asm["cubin"])
+            file.flush()
+            report = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True).stdout
+        registers, spills = (int(number) for number in re.findall(r"REG:(\d+) STACK:(\d+)", report)[-1])
+    else:
+        text, pattern = binary.asm["amdgcn"], r"v_(?:mfma|wmma)\S*"
+        found = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
+        registers, spills = found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+    matrix = tuple(sorted(set(re.findall(pattern, text))))
+    return Resources(kernel, variant, binary.metadata.num_warps, registers, spills, binary.metadata.shared, matrix)
+
+
+def problem(found: Resources, target: Target) -> str | None:
+    if found.shared > target.traits.shared_memory:
+        return f"{found.shared} bytes of shared memory, the target has {target.traits.shared_memory}"
+    if found.spills:
+        return f"{found.spills} spills with {found.registers} registers"
+    if "product" in found.kernel and not any(re.match(target.matrix or "", name) for name in found.matrix):
+        return f"no {target.matrix} among {found.matrix}"
+    return None
+
+
+def variant_name(constants: dict[str, Any], *, rich: bool) -> str:
+    block = f"{constants['BLOCK_M']}" if "SORTED" in constants else ""
+    return " ".join(filter(None, [constants.get("ACTIVATION", ""), block, "rich" if rich else ""]))
+
+
+def compile_all(name: str) -> list[Resources]:
+    """Every compilation for a target."""
+    target = TARGETS[name]
+    traits, kernels = target.traits, all_kernels(target.traits)
+    all_found, problems = [], []
+    for rich, variants in all_variants(traits, whole=target.whole):
         for kernel, types, constants in variants:
             types = {name: kind for name, kind in types.items() if name in kernels[kernel].arg_names}
             constants = complete(kernels[kernel], types, constants, traits)
-            binary = compile_kernel(kernels[kernel], types, constants, target, even_sizes=not rich)
-            if binary.metadata.shared > traits.shared_memory:
-                sys.exit(
-                    f"{kernel}: {binary.metadata.shared} bytes of shared memory, {name} has {traits.shared_memory}"
-                )
-            compiled.add(kernel)
-            print(f"{name} {kernel} shared={binary.metadata.shared}")
-    if compiled != set(kernels):
-        sys.exit(f"kernels without a compilation here: {sorted(set(kernels) ^ compiled)}")
+            binary = compile_kernel(kernels[kernel], types, constants, target.gpu, even_sizes=not rich)
+            found = resources(kernel, variant_name(constants, rich=rich), binary)
+            all_found.append(found)
+            print(name, kernel, found.variant, f"{found.registers=} {found.spills=} {found.shared=}", *found.matrix[:1])
+            problems += [f"{name} {kernel} {found.variant}: {text}"] if (text := problem(found, target)) else []
+    missing = set(kernels) - {found.kernel for found in all_found}
+    missing -= set() if traits.int8_matrix else {"grouped_product_kernel"}
+    if missing:
+        problems.append(f"kernels without a compilation here: {sorted(missing)}")
+    if problems:
+        sys.exit("\n".join(problems))
+    return all_found
+
+
+def main(name: str, *rest: str) -> None:
+    found = compile_all(name)
+    if rest:
+        Path(rest[1]).write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(*sys.argv[1:])
