@@ -1,6 +1,8 @@
 """The INT8 MoE forward on one GPU: ours, vLLM's, and torch's in bfloat16, beside the floors of the hardware.
 
-    python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,8,64,512,4096] [--repeats 20] [--out FILE.json]
+    python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,2,4,8,16,64,256,1024,4096,16384] [--out FILE.json]
+
+Shapes: four models, slices of large ones as tensor- and expert-parallel ranks have them, and sizes that no table lists.
 
 Every implementation runs under a CUDA graph in which up to eight inputs and routings take turns, so that the
 second-level cache does not serve the weights; a time is the median of the graph's replays over its calls, after
@@ -11,10 +13,12 @@ picks by itself ("default"), and with the best of a few ("tuned"): those that wo
 over the four shapes at this many tokens.
 
 Floors: the bytes of the touched weights, and of the input and output, at the read bandwidth measured in the same run;
-the products' operations at the rate of a plain dense int8 product, likewise.
+the products' operations at the rate of a plain dense int8 product, likewise; and the traffic of this design, which adds
+to the bytes what passes between its launches, each value once written and once read: codes of x, h, its codes, and y.
 """
 
 import argparse
+import dataclasses
 import datetime
 import functools
 import json
@@ -32,12 +36,15 @@ import triton
 import triton.language as tl
 
 from quarkconv.kernels import fused_experts_int8_reference
-from quarkconv.kernels.arguments import ExpertsArguments
-from quarkconv.kernels.pipeline import default_options, run_pipeline
+from quarkconv.kernels.activations import make_activation
+from quarkconv.kernels.arguments import ExpertsArguments, ExpertWeights
+from quarkconv.kernels.pipeline import default_options, run_pipeline, takes_sorted_rows
 from quarkconv.kernels.tables import GemvOptions, Options, Shape, find_options, table_path
-from quarkconv.kernels.tune import SHAPES, Weights, make_call, make_weights, time_calls
+from quarkconv.kernels.tune import EXPERTS_IN_ALL, NAMED, SHAPES, Weights, make_call, make_weights, time_calls
 
-TOKENS = (1, 8, 64, 512, 4096)
+TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
+BIASED = {"gpt-oss-120b": {"activation": "swigluoai"}}
+"""Shapes with biases and another activation. vLLM and torch are not timed on these, nor on expert-parallel ranks."""
 WARM_UP = 0.05  # seconds
 time_graph = functools.partial(time_calls, warm_up=WARM_UP)
 # Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
@@ -99,7 +106,7 @@ def measure_ceilings() -> dict[str, float]:
 
 
 def check(arguments: ExpertsArguments, out: torch.Tensor) -> float:
-    """Relative error of three tokens against float64 experts with activations that are not quantized.
+    """Relative error of three tokens against float64 experts with activations that are not quantized; NaN with biases.
 
     Before, the same tokens are compared with the torch twin: the same codes, scales and roundings. What differs are
     elements whose float32 value falls on the other side of a rounding to bfloat16, each by one step, 2^-8 of a value;
@@ -108,16 +115,22 @@ def check(arguments: ExpertsArguments, out: torch.Tensor) -> float:
     tokens = sorted({0, arguments.tokens // 2, arguments.tokens - 1})
     up, down = arguments.gate_up, arguments.down
     x, weights, ids = (t[tokens] for t in (arguments.hidden_states, arguments.topk_weights, arguments.topk_ids))
-    twin = fused_experts_int8_reference(x, up.codes, down.codes, up.scale, down.scale, weights, ids).double()
+    activation = arguments.activation
+    more = {"w13_bias": up.bias, "w2_bias": down.bias, "activation": activation.name}
+    twin = fused_experts_int8_reference(x, up.codes, down.codes, up.scale, down.scale, weights, ids, **more).double()
     difference = ((out[tokens].double() - twin).norm() / twin.norm()).item()
     if not difference < 2.0**-9:
         raise SystemExit(f"wrong result: relative difference {difference:.2g} from the torch twin")
+    if up.bias is not None:
+        return math.nan
     error = norm = 0.0
     for token in tokens:
         wide = arguments.hidden_states[token].double()
         expected = torch.zeros_like(wide)
         pairs = zip(arguments.topk_ids[token].tolist(), arguments.topk_weights[token].tolist(), strict=True)
         for expert, weight in pairs:
+            if expert < 0:
+                continue
             gate, up_half = ((up.codes[expert].double() * up.scale[expert]) @ wide).chunk(2)
             hidden = torch.nn.functional.silu(gate) * up_half
             expected += weight * ((down.codes[expert].double() * down.scale[expert]) @ hidden)
@@ -200,6 +213,16 @@ def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: in
     return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
 
 
+def traffic(arguments: ExpertsArguments, pairs: float, touched_bytes: float) -> float:
+    """Bytes of one forward as the design stores its intermediate values, each written once and read once."""
+    options, hidden, intermediate = default_options(arguments), arguments.hidden, arguments.intermediate
+    sorted_copies = takes_sorted_rows(arguments, options)
+    codes = hidden * (pairs if sorted_copies else arguments.tokens)
+    h = pairs * intermediate * 3  # 16-bit values and their codes
+    y = 0 if isinstance(options, GemvOptions) else pairs * hidden * 2
+    return touched_bytes + 4 * arguments.tokens * hidden + 2 * (codes + h + y)
+
+
 def measure(
     name: str,
     shape: Shape,
@@ -213,7 +236,13 @@ def measure(
     """One row."""
     experts, top_k, hidden, intermediate = shape
     calls = [make_call(shape, weights, tokens) for _ in range(max(1, min(8, 4096 // tokens)))]
-    touched = statistics.mean(call.topk_ids.unique().numel() for call in calls)
+    if name in BIASED:
+        calls = [with_biases(call, **BIASED[name]) for call in calls]
+    if name in BIASED or shape in EXPERTS_IN_ALL:
+        vllm = bf16 = None
+    chosen = [call.topk_ids[call.topk_ids >= 0] for call in calls]
+    touched = statistics.mean(ids.unique().numel() for ids in chosen)
+    pairs = statistics.mean(ids.numel() for ids in chosen)
     size = 3 * hidden * intermediate
     ours, error = time_ours(calls, repeats)
     row = {
@@ -226,7 +255,8 @@ def measure(
         "ours_us": ours,
         "error": error,
         "bytes_floor_us": (touched * size + 4 * tokens * hidden) / ceilings["read_bytes_per_s"] * 1e6,
-        "operations_floor_us": 2 * tokens * top_k * size / ceilings["int8_ops_per_s"] * 1e6,
+        "operations_floor_us": 2 * pairs * size / ceilings["int8_ops_per_s"] * 1e6,
+        "traffic_floor_us": traffic(calls[0], pairs, touched * size) / ceilings["read_bytes_per_s"] * 1e6,
         "touched_experts": touched,
         "from_table": find_options(torch.cuda.get_device_name(), tokens, experts, top_k, hidden, intermediate)
         is not None,
@@ -237,6 +267,16 @@ def measure(
     if bf16 is not None:
         row["torch_bf16_us"] = time_torch(calls, bf16, repeats)
     return row
+
+
+def with_biases(call: ExpertsArguments, activation: str) -> ExpertsArguments:
+    """The same call with random biases and another activation."""
+
+    def biased(part: ExpertWeights) -> ExpertWeights:
+        return dataclasses.replace(part, bias=torch.randn(part.codes.shape[:2], device=part.codes.device) / 8)
+
+    function = make_activation(activation)
+    return dataclasses.replace(call, gate_up=biased(call.gate_up), down=biased(call.down), activation=function)
 
 
 def summary(options: Options) -> str:
@@ -275,13 +315,14 @@ def describe(row: dict[str, Any]) -> str:
         f"{row['shape']:15} {row['tokens']:5} {number('ours_us')} "
         f"{number('vllm_default_us')} {number('vllm_tuned_us')} "
         f"{number('torch_bf16_us')} {number('bytes_floor_us')} {number('operations_floor_us')} "
+        f"{number('traffic_floor_us')} "
         f"{ratios[0]} {ratios[1]} {row['ours_us'] / floor:5.2f}"
     )
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(SHAPES))
+    parser.add_argument("--shapes", default=",".join(NAMED))
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="sizes not in the table")
     parser.add_argument("--repeats", type=int, default=20, help="replays of each graph, of which the median counts")
@@ -315,29 +356,36 @@ def main() -> int:
     }
     print(f"{document['device']}, torch {torch.__version__}, triton {triton.__version__}, vLLM {document['vllm']}")
     print(f"reads {ceilings['read_bytes_per_s'] / 1e12:.2f} TB/s, int8 {ceilings['int8_ops_per_s'] / 1e12:.0f} TOP/s")
-    print("microseconds        M      ours   default     tuned torch bf16    floor B   floor op  vs d  vs t  vs floor")
+    columns = ("ours", "default", "tuned", "torch", "bytes", "products", "traffic")
+    print(f"{'microseconds':15} {'M':>5} " + " ".join(f"{name:>9}" for name in columns) + "  vs d  vs t over floor")
     tokens = tuple(int(text) for text in options.tokens.split(","))
-    work = [(name, SHAPES[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
+    work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
     for name, shape, counts in work:
         weights = make_weights(shape, torch.device("cuda"))
-        named = name in SHAPES and counts == tokens
+        group = "other" if counts != tokens else "model" if name in SHAPES else "slice"
         wide = None
-        if named and time.monotonic() - began < options.budget:
+        if group == "model" and time.monotonic() - began < options.budget:
             wide = weights[0].bfloat16(), weights[1].bfloat16()
         for count in counts:
             late = time.monotonic() - began > options.budget
             beside = (None, None) if late else (vllm, wide)
             row = measure(name, shape, weights, count, ceilings, *beside, options.repeats)
-            document["rows"].append(row | {"goal": named})
+            document["rows"].append(row | {"group": group})
             print(describe(row), flush=True)
             path.write_text(dump(document), encoding="utf-8")
         del weights, wide
         torch.cuda.empty_cache()
-    for key in ("vllm_default_us", "vllm_tuned_us"):
-        ratios = [row[key] / row["ours_us"] for row in document["rows"] if row["goal"] and key in row]
-        if ratios:
-            mean = statistics.geometric_mean(ratios)
-            print(f"geometric mean over {len(ratios)}: {mean:.3f} times as fast as {key[:-3]}, worst {min(ratios):.3f}")
+    for group in ("model", "slice", "other"):
+        rows = [row for row in document["rows"] if row["group"] == group]
+        if not rows:
+            continue
+        over = [row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"]) for row in rows]
+        print(f"{group}: {len(rows)} cells, {statistics.geometric_mean(over):.3f} times the larger floor")
+        for key in ("vllm_default_us", "vllm_tuned_us"):
+            ratios = [row[key] / row["ours_us"] for row in rows if key in row]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                print(f"  {mean:.3f} times as fast as {key[:-3]} over {len(ratios)}, worst {min(ratios):.3f}")
     return 0
 
 

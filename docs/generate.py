@@ -160,6 +160,42 @@ def forward(name: str, *, goal: bool) -> str:
     return "\n".join(lines) + (f"\n\n{'; '.join(ratios_text)}." if ratios_text else "")
 
 
+def kernel_devices() -> str:
+    """What is known of the kernels on each GPU."""
+    found = result("kernel-devices")
+    head = ("device", "target", "matrix instruction", "programs an SM", "in flight", "needed", "run", "tuned")
+    lines = [f"| {' | '.join(head)} |", "| --- | --- | --- |" + " ---: |" * 3 + " --- | --- |"]
+    for row in found["rows"]:
+        cells = [
+            row["device"], row["target"], f"`{row['matrix']}`" if row["matrix"] else "none: GEMV only",
+            str(row["programs"]), f"{row['in_flight'] / 1024:.0f} KB", f"{row['needed'] / 1024:.0f} KB",
+            row["ran"] or "not run", row["tuned"] or "heuristic",
+        ]  # fmt: skip
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def forward_grid(name: str) -> str:
+    """Times of the INT8 forward over models and slices by tokens, each with how many times the larger floor it is."""
+    rows = [row for row in result(f"moe-int8-grid-{name}")["rows"] if row["group"] != "other"]
+    tokens = sorted({row["tokens"] for row in rows})
+    lines = [f"| | {' | '.join(map(str, tokens))} |", "| --- |" + " ---: |" * len(tokens)]
+    for shape in dict.fromkeys(row["shape"] for row in rows):
+        cells = []
+        for row in (row for row in rows if row["shape"] == shape):
+            floor = max(row["bytes_floor_us"], row["operations_floor_us"])
+            time = f"{row['ours_us']:.0f}" if row["ours_us"] >= 100 else f"{row['ours_us']:.1f}"
+            cells.append(f"{time} ({row['ours_us'] / floor:.2f})")
+        lines.append(f"| {shape} | {' | '.join(cells)} |")
+    means = []
+    for group, label in (("model", "models"), ("slice", "slices")):
+        chosen = [row for row in rows if row["group"] == group]
+        for key, floors in (("larger floor", ("bytes", "operations")), ("traffic floor", ("operations", "traffic"))):
+            over = [row["ours_us"] / max(row[f"{each}_floor_us"] for each in floors) for row in chosen]
+            means.append(f"{statistics.geometric_mean(over):.3f} times the {key} over the {len(over)} cells of {label}")
+    return "\n".join(lines) + f"\n\nGeometric means: {'; '.join(means)}."
+
+
 PARTS = {
     "findings": findings,
     "engines": engines,
@@ -173,9 +209,11 @@ PARTS = {
     "forward-h100": lambda: forward("nvidia-h100-80gb-hbm3", goal=True),
     "forward-h100-others": lambda: forward("nvidia-h100-80gb-hbm3", goal=False),
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
+    "forward-h200-grid": lambda: forward_grid("nvidia-h200"),
+    "kernel-devices": kernel_devices,
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-DOCUMENTS = [f"docs/{name}.md" for name in ("targets", "findings", "engines", "performance", "kernel-benchmarks")]
+DOCUMENTS = [f"docs/{name}.md" for name in ("targets", "findings", "engines", "performance", "kernel-benchmarks", "kernel-devices")]
 
 
 def filled(text: str) -> str:

@@ -187,3 +187,25 @@ def test_long_queues_under_a_graph(tiles, make_case, device):
         out.fill_(math.nan)
         graph.replay()
         assert torch.equal(out, forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device))
+
+
+@pytest.mark.gpu
+@needs_specialization
+@pytest.mark.parametrize("tiles", TILES)
+def test_the_same_bits_a_thousand_times_beside_other_work(tiles, make_case, device):
+    """A race between producer and consumers would show when SMs and memory are shared with changing other work."""
+    case = make_case(700, 1024, 384, 12, 4)
+    options = LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles])
+    expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device)
+    arguments, other = check_arguments(*case.tensors()), torch.cuda.Stream()
+    options = fit_options(options, 1024, 384, device_traits(device))
+    noise = torch.randn((2048, 2048), device=device)
+    differing = torch.zeros((), dtype=torch.int64, device=device)
+    for turn in range(1000):
+        with torch.cuda.stream(other):
+            if turn % 3:
+                noise = (noise[: 256 * (turn % 8 + 1)].t() @ noise[: 256 * (turn % 8 + 1)]).clamp(-1, 1)
+        out = run_pipeline(arguments, torch.empty_like(expected), options)
+        differing += (out != expected).sum()
+    torch.cuda.synchronize()
+    assert differing.item() == 0
