@@ -289,7 +289,9 @@ def resources(kernel: str, variant: str, binary: Any) -> Resources:
     else:
         text, pattern = binary.asm["amdgcn"], r"v_(?:mfma|wmma)\S*"
         found = {name: int(value) for name, value in re.findall(r"\.(\w+_count):\s+(\d+)", text)}
-        registers, spills = found["vgpr_count"], found["vgpr_spill_count"] + found["sgpr_spill_count"]
+        # Scalar registers, of masks at odd sizes, spill to lanes of vector registers and not to memory.
+        registers, spills = found["vgpr_count"], found["vgpr_spill_count"]
+        assert spills or "scratch_store" not in text, kernel
     matrix = tuple(sorted(set(re.findall(pattern, text))))
     return Resources(kernel, variant, binary.metadata.num_warps, registers, spills, binary.metadata.shared, matrix)
 
