@@ -213,7 +213,8 @@ PARTS = {
     "kernel-devices": kernel_devices,
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-DOCUMENTS = [f"docs/{name}.md" for name in ("targets", "findings", "engines", "performance", "kernel-benchmarks", "kernel-devices")]
+NAMES = ("targets", "findings", "engines", "performance", "kernel-benchmarks", "kernel-devices")
+DOCUMENTS = [f"docs/{name}.md" for name in NAMES]
 
 
 def filled(text: str) -> str:
