@@ -31,7 +31,7 @@ _MOST_PROGRAMS = 65535  # along the second dimension of a CUDA grid, which a GEM
 @dataclass(frozen=True, slots=True)
 class Workspace:
     """The buffers between the launches; R is M, or P when the first product's activation scales are static, or where
-    its rows are to be in the plan's order (`takes_sorted_rows`).
+    its rows have the plan's order (`takes_sorted_rows`).
 
     The rows of `activated`, `hidden_codes` and `hidden_scale` are in the plan's order, all others in that of pairs.
 
@@ -65,7 +65,7 @@ def default_options(arguments: ExpertsArguments) -> Options:
 
 
 def takes_sorted_rows(arguments: ExpertsArguments, options: Options) -> bool:
-    """Whether the first product's rows are brought into the plan's order before it: the copy engine gathers nothing."""
+    """Whether rows of the first product are copied into the plan's order before it: TMA does not gather."""
     return (
         isinstance(options, LaunchOptions)
         and options.gate_up.specialized

@@ -11,7 +11,7 @@ the product of two scales a normal float32.
 
 Where every row has a scale of its own, a row that holds a NaN or an infinity gets codes 0 and scale NaN: what is
 computed from it is NaN, as it would be unquantized, and no other row sees it. A scale that serves several rows (per
-tensor) cannot say that without spoiling the others, so there the absmax is that of the finite values, infinities
+tensor) cannot carry a NaN without affecting the others, so there the absmax is that of the finite values, infinities
 saturate to +-127 and NaN becomes 0.
 """
 

@@ -1,6 +1,6 @@
-"""Routing: the (token, slot) pairs sorted by expert, and every expert's rows cut into row blocks.
+"""Routing: sorts the (token, slot) pairs by expert and cuts every expert's rows into row blocks.
 
-A grouped product wants every program's rows to share one expert. The pairs of expert 0 come first, in ascending order,
+The rows of a program of a grouped product share one expert. The pairs of expert 0 come first, in ascending order,
 then those of expert 1, and so on, without gaps; a pair's place in that order is its row. An expert's rows are cut into
 blocks of BM rows; what remains joins its last block if it is at most TM rows, or becomes a block of its own:
 
