@@ -1,4 +1,4 @@
-"""Compile every kernel for one GPU target, without a GPU: python compile_ahead.py TARGET [--json FILE].
+"""Compile every kernel for GPU targets, without a GPU: python compile_ahead.py TARGET...
 
 A program of its own: it needs Triton without TRITON_INTERPRET, which the test process may have set. It prints a line a
 compilation: registers, spilled bytes (NVIDIA) or registers (AMD), shared memory. It fails if a kernel does not compile,
@@ -6,13 +6,12 @@ takes more shared memory than the target has, spills, lacks its matrix instructi
 """
 
 import importlib
-import json
 import pkgutil
 import re
 import subprocess
 import sys
 import tempfile
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -335,15 +334,20 @@ def compile_all(name: str) -> list[Resources]:
     if missing:
         problems.append(f"kernels without a compilation here: {sorted(missing)}")
     if problems:
-        sys.exit("\n".join(problems))
+        raise ValueError("\n".join(problems))
     return all_found
 
 
-def main(name: str, *rest: str) -> None:
-    found = compile_all(name)
-    if rest:
-        Path(rest[1]).write_text(json.dumps([asdict(each) for each in found], indent=1) + "\n")
+def main(*names: str) -> int:
+    failed = []
+    for name in names:
+        try:
+            print(f"{name}: {len(compile_all(name))} compilations", flush=True)
+        except Exception as error:  # whatever a compiler raises
+            failed.append(name)
+            print(f"{name}: FAILED\n{error}", flush=True)
+    return 1 if failed else 0
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    sys.exit(main(*sys.argv[1:]))
