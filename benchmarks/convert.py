@@ -173,7 +173,7 @@ class Bench:
             name = "compressed-tensors convert_checkpoint"
             others[name] = partial(script, "compressed_tensors_convert.py")
         else:
-            print("compressed-tensors is not installed: left out (pip install 'quarkconv[bench]')")
+            print("compressed-tensors is not installed: left out (pip install '.[bench]')")
         beside = self.compare(source, others, rounds=1)
         show(title, [*rows, *beside[1:]], "cp")
         self.result["main"] = {"bytes": size, "rounds": self.rounds + 2, "rows": rows, "others": beside}

@@ -148,7 +148,7 @@ def open_bucket(url: str) -> Bucket:
             "Object stores need obstore",
             expected="obstore",
             found="not installed",
-            hint="pip install 'quarkconv[cloud]'",
+            hint="pip install obstore",
         ) from error
     given, url = url, url.rstrip("/")
     try:

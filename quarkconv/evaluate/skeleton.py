@@ -308,12 +308,12 @@ def _transformers() -> Any:
     try:
         import transformers
     except ImportError as error:
-        raise UsageError("evaluate needs transformers", hint="pip install 'quarkconv[evaluate]'") from error
+        raise UsageError("evaluate needs transformers", hint="pip install 'transformers>=5' tokenizers") from error
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     if version < _OLDEST:
         raise UsageError(
             "transformers is too old", expected="5.0 or later", found=transformers.__version__,
-            hint="pip install -U 'quarkconv[evaluate]'",
+            hint="pip install -U transformers",
         )  # fmt: skip
     return transformers
 

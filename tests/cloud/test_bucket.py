@@ -176,4 +176,4 @@ def test_without_obstore_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setitem(sys.modules, "obstore", None)
     with pytest.raises(UsageError) as caught:
         locate(URL)
-    assert "quarkconv[cloud]" in (caught.value.hint or "")
+    assert "pip install obstore" in (caught.value.hint or "")
