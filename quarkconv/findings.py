@@ -63,6 +63,20 @@ CODES: Final[dict[str, FindingCode]] = {
     # What the config claims
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
     "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
+    "quantizer-names": FindingCode(
+        _W, "Scales are named after the quantizer (weight_quantizer.scale); engines look for weight_scale."
+    ),
+    "rotation-online": FindingCode(
+        _E,
+        "Activations are rotated at run time, which engines do not do: they would compute wrong results.",
+        _UNSUPPORTED,
+    ),
+    "mtp-missing": FindingCode(_I, "The config has layers of multi-token prediction, and none is stored."),
+    "float-module-quantized": FindingCode(
+        _E,
+        "Routers or heads are stored in int8; engines keep them in float, and conversion dequantizes them. A warning "
+        "where all of them are in layers of multi-token prediction.",
+    ),
     "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
     "scheme-unsupported": FindingCode(
         _E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED
@@ -109,6 +123,8 @@ CODES: Final[dict[str, FindingCode]] = {
     # What a conversion leaves behind (told by convert, of one target)
     "setting-dropped": FindingCode(_W, "The target cannot say a setting of the source's quantization_config."),
     "tensor-dropped": FindingCode(_I, "The target does not have some tensors of the source."),
+    "module-dequantized": FindingCode(_I, "Conversion dequantizes modules that engines keep in float."),
+    "mtp-dropped": FindingCode(_I, "Conversion leaves out the layers of multi-token prediction."),
 }
 """Code -> default severity and meaning. Codes are stable."""
 

@@ -14,6 +14,7 @@ from quarkconv.cli.progress import progress
 from quarkconv.convert.conversion import DEFAULT_JOBS, MAX_JOBS, Conversion
 from quarkconv.convert.results import ConversionResult
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
+from quarkconv.description.mtp import KEEP
 from quarkconv.errors import UsageError
 from quarkconv.plan.shares import parse_share
 from quarkconv.targets import TARGETS, get_target
@@ -73,6 +74,9 @@ def convert(
     finish: Annotated[
         bool, typer.Option("--finish", help="Finish when all parts are written. The last part does it too.")
     ] = False,
+    mtp: Annotated[
+        str, typer.Option("--mtp", metavar="keep|drop|quantize", help="Layers of multi-token prediction.")
+    ] = KEEP,
     cache: Annotated[
         bool, typer.Option("--cache", help="Download a model to the Hub's cache instead of streaming it.")
     ] = False,
@@ -114,6 +118,7 @@ def convert(
             ep=ep or 1,
             quantize=None if quantize is None else quantize.value,
             scheme=scheme,
+            mtp=mtp,
             cache=cache,
             push=push,
             progress=meter,

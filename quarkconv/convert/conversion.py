@@ -15,6 +15,7 @@ from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult, Part, conversion_json
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE, parse_size
 from quarkconv.description.description import Description, describe
+from quarkconv.description.mtp import KEEP, QUANTIZE, parse_mtp
 from quarkconv.description.quantized import Quantize, quantized_description
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import ranks_of
@@ -43,6 +44,7 @@ def plan_conversion(
     rank: int = 0,
     quantize: Quantize | None = None,
     scheme: str | None = None,
+    mtp: str = KEEP,
     progress: Progress = SILENT,
 ) -> Plan:
     """Plan a conversion: pure data, no tensor data is read.
@@ -56,6 +58,8 @@ def plan_conversion(
         quantize: ``missing`` quantizes the float modules that the config declares quantized, ``all`` every linear that
             engines run in int8, to ptpc_int8; None quantizes nothing.
         scheme: scheme of the int8 modules where config.json does not declare one: ``ptpc_int8``.
+        mtp: ``keep`` the layers of multi-token prediction as they are, ``drop`` them, or ``quantize`` their float
+            linears to ptpc_int8.
         progress: receives how far reading the headers has come.
 
     Raises:
@@ -68,9 +72,8 @@ def plan_conversion(
         raise UsageError("There is no such rank", expected=f"0 to {len(ranks) - 1}", found=str(rank))
     row, size = get_target(target), parse_size(max_shard_size)
     source = locate(model, progress=progress)
-    return make_plan(
-        _description(source, quantize, scheme, progress), row, size, rank=ranks[rank], base_model=source.repo
-    )
+    description = _description(source, quantize, scheme, mtp, progress)
+    return make_plan(description, row, size, rank=ranks[rank], base_model=source.repo)
 
 
 def convert_checkpoint(
@@ -83,6 +86,7 @@ def convert_checkpoint(
     ep: int = 1,
     quantize: Quantize | None = None,
     scheme: str | None = None,
+    mtp: str = KEEP,
     jobs: int = DEFAULT_JOBS,
     overwrite: bool = False,
     cache: bool = False,
@@ -99,6 +103,8 @@ def convert_checkpoint(
         tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among; with more than
             one, ``out`` has a folder for each rank.
         quantize, scheme: see :func:`plan_conversion`.
+        mtp: ``keep`` the layers of multi-token prediction as they are, ``drop`` them, or ``quantize`` their float
+            linears to ptpc_int8.
         jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
         cache: download a model to the Hub's cache, and convert it from there.
@@ -118,16 +124,21 @@ def convert_checkpoint(
         ep=ep,
         quantize=quantize,
         scheme=scheme,
+        mtp=mtp,
         cache=cache,
         progress=progress,
     )
     return conversion.run(jobs=jobs, overwrite=overwrite, progress=progress)
 
 
-def _description(source: Located, quantize: Quantize | None, scheme: str | None, progress: Progress) -> Description:
-    """The source as it is, or as it will be with its float modules quantized."""
-    description = describe(source.files, progress, scheme=scheme)
-    return description if quantize is None else quantized_description(description, quantize)
+def _description(
+    source: Located, quantize: Quantize | None, scheme: str | None, mtp: str, progress: Progress
+) -> Description:
+    """The source as it is, or as it will be with some of its float modules quantized."""
+    description = describe(source.files, progress, scheme=scheme, mtp=parse_mtp(mtp))
+    if quantize is not None:
+        return quantized_description(description, quantize)
+    return quantized_description(description, "mtp") if mtp == QUANTIZE else description
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +172,7 @@ class Conversion:
         ep: int = 1,
         quantize: Quantize | None = None,
         scheme: str | None = None,
+        mtp: str = KEEP,
         cache: bool = False,
         push: str | None = None,
         progress: Progress = SILENT,
@@ -168,7 +180,7 @@ class Conversion:
         """Locate and describe a model, check that it can be converted, and plan it. Nothing is written.
 
         Args:
-            model, target, out, max_shard_size, tp, ep, quantize, scheme, cache, progress: of
+            model, target, out, max_shard_size, tp, ep, quantize, scheme, mtp, cache, progress: of
                 :func:`convert_checkpoint`.
             push: Hub repo id that the output will be uploaded to.
 
@@ -186,10 +198,10 @@ class Conversion:
                     found="both",
                     hint="engines load whole models: convert without --tp and --ep to upload",
                 )
-        row, size = get_target(target), parse_size(max_shard_size)
+        row, size, layers = get_target(target), parse_size(max_shard_size), parse_mtp(mtp)
         source = locate(model, cache=cache, progress=progress)
         output = output_directory(source, f"{target}{ranks[0].suffix()}", out)
-        description = _description(source, quantize, scheme, progress)
+        description = _description(source, quantize, scheme, layers, progress)
         parts = []
         for rank in ranks:
             plan = make_plan(description, row, size, rank=rank, base_model=source.repo)

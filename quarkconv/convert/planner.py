@@ -16,12 +16,13 @@ from quarkconv.findings import CODES, Severity, bounded
 from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.experts import ExpertSource, linear_module
+from quarkconv.plan.experts import ExpertSource, dequantized, linear_module
 from quarkconv.plan.pieces import Check, Copy, MoEGeometry, OutputTensor, Plan, SourceFile, TextFile
 from quarkconv.plan.quantize import computed
 from quarkconv.plan.shards import pack_shards
 from quarkconv.scheme.stored import fused_names, linear_names
 from quarkconv.targets.base import Target
+from quarkconv.targets.changes import conversion_findings
 
 _REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME})
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
@@ -84,7 +85,7 @@ def make_plan(
             shards=pack_shards(tensors, max_shard_size),
             config=target.config(description) | ({} if rank.is_whole else {RANK_KEY: rank.to_json()}),
             copies=tuple(_copies(description, {file.name for file in texts})),
-            losses=tuple(bounded(target.losses(description))),
+            losses=tuple(bounded(conversion_findings(description, target))),
             texts=texts,
             rank=rank,
             quantize=checkpoint.mode if isinstance(checkpoint, QuantizedCheckpoint) else None,
@@ -162,16 +163,22 @@ class _Converted:
         self.tensors: list[OutputTensor] = []
         self.checks: list[Check] = [*_zero_points(description, refs)]
         self._target, self._refs = target, refs
-        self._of_other_ranks: set[str] = set()
+        self._left_out = set(target.dropped(description))
         for layer in description.int8_layers:
             source = ExpertSource(layer, refs, unfused=description.unfused_layout(layer), rank=rank)
             if not rank.is_whole:
-                self._of_other_ranks.update(*(layer.projection(role, at).names for role, at, _ in layer.modules()))
+                self._left_out.update(*(layer.projection(role, at).names for role, at, _ in layer.modules()))
             self.tensors += target.expert_tensors(source)
             self.checks += target.expert_checks(source)
+        in_float = frozenset(description.float_modules)
         for name, form in description.stored.linears.items():
             if form.quantized and name not in description.topology.members:
                 module = linear_module(name, form, refs)
+                if name in in_float:
+                    names = linear_names(name)
+                    self.tensors.append(dequantized(module))
+                    self._left_out.update((names.input_scale, names.input_zero_point))
+                    continue
                 self.tensors += target.module_tensors(module)
                 self.checks += target.module_checks(module)
 
@@ -180,9 +187,9 @@ class _Converted:
         read = (source for tensor in self.tensors for piece in tensor.pieces for source in piece.reads())
         checked = (source for check in self.checks for source in check.reads())
         used = {source.tensor for source in chain(read, checked)}
-        used.update(self._of_other_ranks)
+        used.update(self._left_out)
         for name, ref in self._refs.items():
-            if name not in used and not self._target.drops(name):
+            if name not in used:
                 yield OutputTensor(self._target.renamed(name), ref.dtype, ref.shape, (Copy.whole(name, ref),))
 
 

@@ -1,4 +1,4 @@
-"""Where the stored tensors and the config disagree, and what is wrong with the tensors themselves."""
+"""The contradictions between stored tensors and config, and the defects of the tensors themselves."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Final
 
+from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MAX_EXPERTS, MoELayer, Topology
@@ -13,10 +14,11 @@ from quarkconv.findings import Finding, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import FLOAT, FOREIGN, ModuleScheme, TensorSpec
-from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form, StoredModules
+from quarkconv.scheme.stored import BLOCK_SCALE, NARROW_DTYPES, SCALE_DTYPES, Form, StoredModules
 
 _CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
-_REQUANTIZE: Final = "quantize it again; engines that believe the config fail or compute garbage"
+_REQUANTIZE: Final = "quantize it again: engines fail on it, or compute wrong results"
+_INT8_ONLY: Final = "quarkconv converts INT8 W8A8 only"
 
 
 def is_linear(module: str, form: Form) -> bool:
@@ -30,18 +32,26 @@ def contradictions(
     stored: StoredModules,
     modules: ResolvedModules,
     topology: Topology,
-    family: Callable[[str], Family | None] = lambda _: None,
+    family: FamilyOf = lambda _: None,
+    is_mtp: Callable[[str], bool] = lambda _: False,
 ) -> Iterator[Finding]:
-    """Everything that a user should know about the scheme of a checkpoint.
+    """The findings about the scheme of a checkpoint.
 
-    ``family`` gives the family of models that a module is of, None where it is not known.
+    Args:
+        declared: the scheme that the config declares.
+        stored, modules, topology: the modules, with the scheme of each, and the experts among them.
+        family: gives the family of models that a module belongs to; None where it is unknown.
+        is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
     """
+    is_float = float_test(topology, family)
     yield from _config(declared, modules)
-    yield from _experts(declared, topology)
+    yield from _experts(declared, topology, is_mtp)
     if declared is not None and not isinstance(declared, UnknownScheme):
-        yield from _linears(declared, modules, topology, family)
-    yield from _stored(modules)
-    yield from _scheme(declared, stored, modules, topology)
+        yield from _linears(declared, modules, topology, is_float)
+    yield from _float_modules_quantized(quantized_float_modules(modules, topology, is_float), is_mtp)
+    in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
+    yield from _stored(modules, in_blocks)
+    yield from _scheme(declared, stored, modules, topology, is_mtp, in_blocks)
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     if unrecognised:
         yield finding(
@@ -92,7 +102,7 @@ def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterat
         )  # fmt: skip
 
 
-def _experts(declared: DeclaredScheme | None, topology: Topology) -> Iterator[Finding]:
+def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callable[[str], bool]) -> Iterator[Finding]:
     """Layers whose experts, all or some, are stored in float."""
     if declared is None or isinstance(declared, UnknownScheme):
         return
@@ -118,9 +128,23 @@ def _experts(declared: DeclaredScheme | None, topology: Topology) -> Iterator[Fi
             yield finding(
                 "experts-not-quantized", layer.prefix,
                 f"config.json declares {missing} experts quantized, and all are stored in {dtype}",
-                hint="convert it with --quantize missing; Quark 0.13 leaves 3-D experts alone in eager mode on "
+                hint=_CONVERT + ", or leaves these layers out with --mtp drop" if is_mtp(layer.prefix)
+                else "convert it with --quantize missing; Quark 0.13 leaves 3-D experts alone in eager mode on "
                 "transformers 5", count=missing,
             )  # fmt: skip
+
+
+def _float_modules_quantized(names: tuple[str, ...], is_mtp: Callable[[str], bool]) -> Iterator[Finding]:
+    """Int8 modules that no engine runs in int8; those of multi-token prediction matter for drafting tokens only."""
+    if names:
+        yield finding(
+            "float-module-quantized",
+            names[0],
+            f"Engines keep {_count(list(names))} in float that the checkpoint stores in int8: {_first(list(names))}",
+            hint="convert it: conversion dequantizes them, with one rounding to BF16",
+            count=len(names),
+            severity=Severity.WARNING if all(map(is_mtp, names)) else None,
+        )
 
 
 def _float_modules(layer: MoELayer) -> Iterator[str]:
@@ -131,7 +155,7 @@ def _float_modules(layer: MoELayer) -> Iterator[str]:
 
 
 def _linears(
-    declared: DeclaredScheme, modules: ResolvedModules, topology: Topology, family: Callable[[str], Family | None]
+    declared: DeclaredScheme, modules: ResolvedModules, topology: Topology, is_float: Callable[[str], bool]
 ) -> Iterator[Finding]:
     """Linears for which config and tensors disagree."""
     claimed: list[str] = []
@@ -139,9 +163,7 @@ def _linears(
     for (form, claim), names in modules.groups.items():
         if form.is_float and claim.weight is not None and declared.lists_float:
             claimed += [
-                name
-                for name in names
-                if name not in topology.members and is_linear(name, form) and not _in_float(name, family(name))
+                name for name in names if name not in topology.members and is_linear(name, form) and not is_float(name)
             ]
         elif form.quantized and claim.weight is None:
             excluded += names
@@ -163,11 +185,6 @@ def _linears(
             f"config.json excludes {_count(excluded)} stored in int8: {_first(excluded)}",
             hint=_CONVERT, count=len(excluded),
         )  # fmt: skip
-
-
-def _in_float(module: str, family: Family | None) -> bool:
-    """Whether engines keep a module of a known family in float, whatever the config declares."""
-    return family is not None and family.in_float(module)
 
 
 _Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
@@ -245,7 +262,7 @@ _CHECKS: Final[tuple[_Check, ...]] = (
 """(code, test, message, hint) of what is looked at in every int8 module; ``{}`` becomes "3 modules"."""
 
 
-def _stored(modules: ResolvedModules) -> Iterator[Finding]:
+def _stored(modules: ResolvedModules, in_blocks: frozenset[str]) -> Iterator[Finding]:
     """What is wrong with, or remarkable about, the tensors of int8 modules."""
     for code, test, message, hint in _CHECKS:
         found = [
@@ -253,6 +270,7 @@ def _stored(modules: ResolvedModules) -> Iterator[Finding]:
             for (form, claim), names in modules.groups.items()
             if form.quantized and not _is_foreign(claim) and test(form, claim)
             for name in names
+            if form.scale is not None or name not in in_blocks
         ]
         if found:
             text = f"{message.format(_count(found))}: {_first(found)}"
@@ -260,31 +278,51 @@ def _stored(modules: ResolvedModules) -> Iterator[Finding]:
 
 
 def _scheme(
-    declared: DeclaredScheme | None, stored: StoredModules, modules: ResolvedModules, topology: Topology
+    declared: DeclaredScheme | None,
+    stored: StoredModules,
+    modules: ResolvedModules,
+    topology: Topology,
+    is_mtp: Callable[[str], bool],
+    in_blocks: frozenset[str],
 ) -> Iterator[Finding]:
     """Whether this is an INT8 scheme at all, one, and of a mixture of experts."""
     schemes = modules.schemes()
     other = sorted({form.weight.dtype for form, _ in modules.groups if not form.quantized and not form.is_float})
     if other:
         names = [name for (form, _), group in modules.groups.items() if form.weight.dtype in other for name in group]
+        only_mtp = all(map(is_mtp, names))
         yield finding(
-            "scheme-unsupported", names[0], f"{_count(names)} stored in {', '.join(other)}: {_first(names)}",
-            hint="quarkconv converts INT8 W8A8 only", count=len(names),
-        )  # fmt: skip
+            "scheme-unsupported",
+            names[0],
+            f"{_count(names)} stored in {', '.join(other)}: {_first(names)}",
+            hint="--mtp drop leaves out the layers of multi-token prediction, which hold all of these"
+            if only_mtp
+            else _INT8_ONLY,
+            count=len(names),
+        )
+    elif in_blocks:
+        names = sorted(in_blocks)
+        yield finding(
+            "scheme-unsupported",
+            names[0],
+            f"{_count(names)} with a scale for each block of the weight (weight_scale_inv): {_first(names)}",
+            hint="quarkconv converts weights with a scale for each row, or one for the tensor",
+            count=len(names),
+        )
     elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
             "scheme-unsupported", "quantization_config", f"config.json declares {kind}, and nothing is stored in int8",
-            hint="quarkconv converts INT8 W8A8 only",
+            hint=_INT8_ONLY,
         )  # fmt: skip
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
-    if unnamed and declared is not None:
+    if unnamed and declared is not None and not in_blocks:
         count = sum(schemes[scheme] for scheme in unnamed)
         yield finding(
             "scheme-unsupported", "quantization_config",
             f"{count} int8 module(s) have {_shown(unnamed[0].weight)} weights and {_shown(unnamed[0].activation)} "
             "activations, which is not one of the INT8 W8A8 schemes",
-            hint="quarkconv converts INT8 W8A8 only", count=count,
+            hint=_INT8_ONLY, count=count,
         )  # fmt: skip
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:

@@ -1,7 +1,6 @@
-"""A checkpoint described: what it stores, what its config claims, and where the two disagree.
+"""A checkpoint described: what it stores, what its config declares, and the contradictions between the two.
 
-This is where headers, scheme and experts come together. Everything after it, targets, plans and reports, works on a
-:class:`Description` and looks at nothing else.
+Headers, scheme and experts come together here. Targets, plans and reports work on a :class:`Description` only.
 """
 
 from __future__ import annotations
@@ -12,6 +11,9 @@ from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, rank_part, scheme_implied
+from quarkconv.description.float_modules import float_test, quantized_float_modules
+from quarkconv.description.function import function_findings
+from quarkconv.description.mtp import DROP, KEEP, mtp_test, without_mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
@@ -33,7 +35,7 @@ from quarkconv.scheme.stored import StoredModules, stored_modules
 
 @dataclass(frozen=True, slots=True)
 class Description:
-    """Everything that the headers and the config of a checkpoint tell.
+    """The headers and the config of a checkpoint, understood.
 
     Attributes:
         checkpoint: the files.
@@ -42,6 +44,8 @@ class Description:
         stored: the modules that have a weight.
         modules: the same, with the scheme of each.
         topology: the routed experts.
+        float_modules: modules that are stored in int8 and that engines keep in float; conversion dequantizes them.
+        mtp_dropped: tensors of layers of multi-token prediction that were left out; None where they are kept.
         findings: everything that is wrong or worth knowing, worst first.
     """
 
@@ -52,6 +56,8 @@ class Description:
     modules: ResolvedModules
     topology: Topology
     findings: tuple[Finding, ...]
+    float_modules: tuple[str, ...] = ()
+    mtp_dropped: tuple[str, ...] | None = None
 
     @property
     def moe_layers(self) -> tuple[MoELayer, ...]:
@@ -88,22 +94,33 @@ class Description:
         return [item for item in self.findings if item.severity is Severity.ERROR]
 
 
-def describe(place: Path | Files, progress: Progress = SILENT, *, scheme: str | None = None) -> Description:
+def describe(
+    model: Path | Files, progress: Progress = SILENT, *, scheme: str | None = None, mtp: str = KEEP
+) -> Description:
     """Describe a checkpoint, from its headers and its config alone.
 
     Args:
-        place: its directory, or its files wherever they are.
+        model: its directory, or its files.
         progress: counts the headers that were read.
         scheme: see :func:`described`.
+        mtp: ``drop`` to leave out the layers of multi-token prediction, as if they were not stored.
 
     Raises:
         SourceError: there is nothing that can be described.
     """
-    return described(open_checkpoint(place, progress), scheme=scheme)
+    checkpoint = open_checkpoint(model, progress)
+    if mtp != DROP:
+        return described(checkpoint, scheme=scheme)
+    checkpoint, dropped = without_mtp(checkpoint, model_config(checkpoint.config))
+    return described(checkpoint, scheme=scheme, mtp_dropped=tuple(dropped))
 
 
 def described(
-    checkpoint: Checkpoint, declared: DeclaredScheme | None = None, *, scheme: str | None = None
+    checkpoint: Checkpoint,
+    declared: DeclaredScheme | None = None,
+    *,
+    scheme: str | None = None,
+    mtp_dropped: tuple[str, ...] | None = None,
 ) -> Description:
     """Describe a checkpoint whose headers have been read.
 
@@ -111,6 +128,7 @@ def described(
         checkpoint: the headers.
         declared: the scheme, instead of the one in the files.
         scheme: name of the scheme of all int8 modules, instead of the one in the files: ``ptpc_int8``.
+        mtp_dropped: tensors of layers of multi-token prediction that were left out of it; None where they are kept.
 
     Raises:
         UsageError: another ``scheme``.
@@ -121,25 +139,39 @@ def described(
         )
     with collector_paused():
         config = model_config(checkpoint.config)
+        stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         declared = declared or declared_scheme(config.quantization)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
-        stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
         family = families(config.raw)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
+        is_mtp = mtp_test(checkpoint.types, config)
         findings = [
             *checkpoint.findings,
             *topology.findings,
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
-            *contradictions(declared, stored, modules, topology, family),
+            *contradictions(declared, stored, modules, topology, family, is_mtp),
+            *function_findings(config, stored, checkpoint.types, is_mtp),
         ]
+    if not checkpoint.types:  # no tensor could be read: what follows from that is said above
+        findings = list(checkpoint.findings)
     order = list(Severity)
     findings = bounded(findings)
     findings.sort(key=lambda item: order.index(item.severity))
-    return Description(checkpoint, config, declared, stored, modules, topology, tuple(findings))
+    return Description(
+        checkpoint=checkpoint,
+        config=config,
+        declared=declared,
+        stored=stored,
+        modules=modules,
+        topology=topology,
+        float_modules=quantized_float_modules(modules, topology, float_test(topology, family)),
+        mtp_dropped=mtp_dropped,
+        findings=tuple(findings),
+    )

@@ -13,17 +13,21 @@ from typing import Final, Literal
 
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
+from quarkconv.description.float_modules import float_test
+from quarkconv.description.mtp import mtp_test
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import UnsupportedError
 from quarkconv.experts.families import FAMILIES
+from quarkconv.experts.knowledge import families
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
 from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import Form, fused_names, linear_names
 
-Quantize = Literal["missing", "all"]
-"""``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8."""
+Quantize = Literal["missing", "all", "mtp"]
+"""``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8. ``mtp``:
+those of the layers of multi-token prediction."""
 
 QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
 _ALWAYS_FLOAT: Final = frozenset(
@@ -98,9 +102,9 @@ def quantized_description(description: Description, mode: Quantize) -> Descripti
         originals=originals,
         mode=mode,
     )
-    if mode == "missing":
-        return described(virtual, description.declared)
-    return described(virtual, scheme=PTPC_NAME)
+    if mode == "all":
+        return described(virtual, scheme=PTPC_NAME, mtp_dropped=description.mtp_dropped)
+    return described(virtual, description.declared, mtp_dropped=description.mtp_dropped)
 
 
 def _shared(types: dict[str, TensorType]) -> dict[str, TensorType]:
@@ -113,16 +117,20 @@ def _modules(description: Description, mode: Quantize) -> Iterator[tuple[str, Fo
     """The modules to quantize and their forms."""
     members, declared = description.topology.members, description.declared
     layers = {module: layer for layer in description.moe_layers for _, _, module in layer.modules()}
+    is_mtp = mtp_test(description.checkpoint.types, description.config)
+    is_float = float_test(description.topology, families(description.config.raw))
     for module, form in description.stored:
+        if mode == "mtp" and not is_mtp(module):
+            continue
         if not form.is_float or form.weight.dtype not in QUANTIZABLE:
             continue
         if module in members:
             claim = declared.resolve_expert(layers[module].prefix, module) if declared and module in layers else FLOAT
-        elif is_linear(module, form) and module.rpartition(".")[2] not in _ALWAYS_FLOAT:
+        elif is_linear(module, form) and module.rpartition(".")[2] not in _ALWAYS_FLOAT and not is_float(module):
             claim = declared.resolve(module) if declared else FLOAT
         else:
             continue
-        if mode == "all" or claim.weight is not None:
+        if mode in ("all", "mtp") or claim.weight is not None:
             yield module, form
 
 

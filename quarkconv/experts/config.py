@@ -89,6 +89,10 @@ class ModelConfig:
         count = self.experts if part is self.text else _first_count(_with_expert_parts(part), _EXPERTS)
         return None if count is None else len(self.rank.experts(count))
 
+    def without_mtp(self) -> dict[str, Any]:
+        """A copy of config.json that claims no layers of multi-token prediction."""
+        return _without_mtp(self.raw, self.path)
+
     def with_quantization(self, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
         """A copy of config.json with another quantization_config, at the top, or with none anywhere."""
         replaced = _without_quantization(self.raw, [path for path in _part_paths(self.raw) if path])
@@ -155,6 +159,18 @@ def _without_quantization(raw: Part, paths: list[tuple[str, ...]]) -> dict[str, 
     copied = {key: value for key, value in raw.items() if key != QUANTIZATION_KEY}
     for key in dict.fromkeys(path[0] for path in paths):
         copied[key] = _without_quantization(copied[key], [path[1:] for path in paths if path[0] == key and path[1:]])
+    return copied
+
+
+def _without_mtp(raw: Part, path: tuple[str, ...]) -> dict[str, Any]:
+    copied = dict(raw)
+    if path:
+        copied[path[0]] = _without_mtp(raw[path[0]], path[1:])
+    for key in _MTP_LAYERS:
+        if key in copied:
+            copied[key] = 0
+    if copied.get("use_mtp") is True:
+        copied["use_mtp"] = False
     return copied
 
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Final, NamedTuple
 
+from quarkconv.experts.config import STACKS
 from quarkconv.experts.family import Family
 from quarkconv.experts.layer import Layout as Layout
 from quarkconv.experts.layer import MoELayer as MoELayer
@@ -20,6 +21,7 @@ from quarkconv.text import plural
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
 _INSIDE: Final = f".{EXPERTS}."
+_STACK_ORDER: Final = tuple(STACKS)
 _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
 MAX_EXPERTS: Final = 2**16
@@ -61,7 +63,7 @@ def expert_topology(
     collected = _collect(stored)
     built = list(_layers(collected, stored, hidden_layers, family))
     layers = [item for item in built if isinstance(item, MoELayer)]
-    layers.sort(key=lambda layer: (layer.index, layer.prefix))
+    layers.sort(key=lambda layer: (_stack(layer.prefix), layer.index, layer.prefix))
     findings = (
         *_misspelt(collected.misspelt),
         *(item for item in built if isinstance(item, Finding)),
@@ -423,6 +425,12 @@ def _layer_index(prefix: str, hidden_layers: int | None, position: int) -> int:
     index = int(numbers[-1][:_MAX_DIGITS])
     separate_mtp = prefix.startswith("mtp.") or ".mtp." in prefix
     return index + (hidden_layers or 0) if separate_mtp else index
+
+
+def _stack(prefix: str) -> int:
+    """Position of the stack of layers of a module: the language model's comes first."""
+    first = prefix.partition(".")[0]
+    return _STACK_ORDER.index(first) if first in _STACK_ORDER else 0
 
 
 def _geometry(layer: MoELayer) -> str:

@@ -7,7 +7,7 @@ describe a damaged checkpoint.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -65,7 +65,7 @@ class Checkpoint:
     @property
     def tensor_bytes(self) -> int:
         """Size of all tensors in bytes, without headers."""
-        return sum(shard.size + shard.truncated - shard.data_start for shard in self.shards)
+        return sum(sum(shard.ends) - sum(shard.starts) for shard in self.shards)
 
     def refs(self) -> dict[str, TensorRef]:
         """Name -> byte range of every tensor."""
@@ -127,7 +127,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
             try:
                 shard = read_header_of(store, file)
             except SourceError as error:
-                findings.append(as_finding(error))
+                findings.append(_stale(as_finding(error), sorted(set(present) - set(files))))
                 continue
             tensors += len(shard.names)
             if tensors > MAX_TENSORS:
@@ -139,6 +139,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
             types.update(zip(shard.names, shard.types, strict=True))
         findings.extend(_odd_names(odd))
         findings.extend(_duplicates(shards, len(types)))
+        findings.extend(_renamed(shards))
         if index is not None:
             findings.extend(compare_index(index, shards))
     return Checkpoint(store, config, tuple(shards), types, tuple(findings), ascend)
@@ -257,6 +258,25 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
             f"{one} and {other} both hold {plural(len(names), 'tensor')}, such as {names[0]}",
             hint="keep one of them; engines disagree about which one they load",
             count=len(names),
+        )
+
+
+def _stale(found: Finding, unused: list[str]) -> Finding:
+    """The finding for an unreadable shard; where it is missing and other files exist, the index is stale."""
+    if found.code != "shard-missing" or not unused:
+        return found
+    return replace(found, hint=f"the index is stale: rebuild it from the files that exist, such as {unused[0]}")
+
+
+def _renamed(shards: list[ShardHeader]) -> Iterator[Finding]:
+    renamed = [shard.file for shard in shards if shard.renamed]
+    if renamed:
+        yield finding(
+            "quantizer-names",
+            renamed[0],
+            f"Scales are named after the quantizer, such as weight_quantizer.scale, in {plural(len(renamed), 'file')}",
+            hint="convert it: engines look for weight_scale and input_scale",
+            count=len(renamed),
         )
 
 

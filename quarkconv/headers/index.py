@@ -10,6 +10,7 @@ from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, read_json_of
 from quarkconv.findings import Finding, finding
+from quarkconv.headers.quantizer_names import usual_name
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.text import plural, shortened, shown
 
@@ -70,6 +71,8 @@ def _distinct_values(weight_map: dict[str, Any]) -> Collection[object]:
 def compare_index(index: Index, shards: list[ShardHeader]) -> Iterator[Finding]:
     """The contradictions between index and headers."""
     weight_map = index.weight_map
+    if any(shard.renamed for shard in shards):
+        weight_map = {usual_name(name): file for name, file in weight_map.items()}
     agree = all(set(map(weight_map.get, shard.names)) == {shard.file} for shard in shards if shard.names)
     if not agree or sum(len(shard.names) for shard in shards) != len(weight_map):
         yield from _wrong_places(weight_map, shards)

@@ -27,6 +27,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
 from quarkconv.files.strict_json import load_header_json
 from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.quantizer_names import MARK, is_renamed, usual_names
 from quarkconv.headers.scan import scan_header
 from quarkconv.text import shortened, shown
 
@@ -83,6 +84,7 @@ class ShardHeader:
         data_start: where the data starts; ``starts`` and ``ends`` count from there.
         truncated: bytes that the header promises beyond the end of the file; 0 for a complete file.
         odd_names: the names that are not printable, or that contain a slash or backslash.
+        renamed: True where ``names`` are not those of the file: see :mod:`quarkconv.headers.quantizer_names`.
     """
 
     file: str
@@ -94,6 +96,7 @@ class ShardHeader:
     ends: Sequence[int]
     truncated: int = 0
     odd_names: tuple[str, ...] = ()
+    renamed: bool = False
 
     def refs(self) -> Iterator[tuple[str, TensorRef]]:
         """The tensors with their byte ranges in the file."""
@@ -152,6 +155,9 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
             _refuse(file, max(names, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
         _check_sizes(file, names, types, starts, ends)
         data_size = _check_coverage(file, names, starts, ends)
+        stored_names = names
+        if MARK in text:
+            names = usual_names(names)
         plain = text.isascii() and not any(char in text for char in _ODD)
         odd = () if plain else tuple(name for name in names if not name.isprintable() or "/" in name or "\\" in name)
     if data_start + data_size < size:
@@ -161,7 +167,18 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
             expected=f"{data_start + data_size} bytes",
             found=f"{size} bytes",
         )
-    return ShardHeader(file, size, data_start, names, types, starts, ends, data_start + data_size - size, odd)
+    return ShardHeader(
+        file=file,
+        size=size,
+        data_start=data_start,
+        names=names,
+        types=types,
+        starts=starts,
+        ends=ends,
+        truncated=data_start + data_size - size,
+        odd_names=odd,
+        renamed=is_renamed(stored_names, names),
+    )
 
 
 def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[TensorType], Sequence[int], Sequence[int]]:

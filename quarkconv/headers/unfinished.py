@@ -18,7 +18,7 @@ NOTES_NAME: Final = "notes"
 """Folder in that folder: a note for each finished shard."""
 MAX_STATE_BYTES: Final = 2**24
 _COMMAND: Final = ["quarkconv", "convert"]
-_OPTIONS: Final = frozenset({"--to", "--out", "--max-shard-size"})
+_OPTIONS: Final = frozenset({"--to", "--out", "--max-shard-size", "--mtp"})
 
 
 def refuse_unfinished(root: Path) -> None:

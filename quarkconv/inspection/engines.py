@@ -141,7 +141,7 @@ def engines_for(
     if scheme is None or not description.int8_layers or not description.config.rank.is_whole:
         return []
     layer, stored = description.int8_layers[0], stored_form(description)
-    model_type = (description.config.model_type or "").removesuffix("_text")
+    model_type = model_type_of(description)
     layouts: dict[str | None, str] = dict.fromkeys(converted_to, description.unfused_layout(layer))
     layouts |= {FUSED: "fused"} if FUSED in layouts else {}
     layouts[stored] = layer.layout
@@ -163,6 +163,12 @@ def engines_for(
     ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
+
+
+def model_type_of(description: Description) -> str:
+    """The model type that decides which class an engine loads: of a wrapper around a language model, the wrapper's."""
+    own, outer = description.config.model_type or "", description.config.raw.get("model_type")
+    return outer if isinstance(outer, str) and own.removesuffix("_text") != outer else own.removesuffix("_text")
 
 
 def _features(description: Description, as_it_is: bool) -> set[str]:
@@ -218,6 +224,8 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
         if versions:
             faults.append(f"{' and '.join(versions)} {one if len(versions) == 1 else several}")
     beware = ", ".join(faults)
+    if best.verdict == NOT_CHECKED:
+        return Advice(f"{name} was not checked with this model type" + (f"; as it is, {beware}" if faults else ""))
     if best.verdict != "int8":
         return Advice(f"{name} {beware}") if faults else None
     runs = f"{name} {best.version} runs it in int8"

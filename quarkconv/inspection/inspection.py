@@ -20,8 +20,11 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
 from quarkconv.targets.base import Int8Count, Target, count_int8
+from quarkconv.targets.changes import target_findings
 from quarkconv.text import plural
 
+_NOT_LOADED: Final = frozenset({"quantizer-names"})
+"""Warnings about what engines do not load as it is."""
 SCHEMA: Final = "quarkconv.inspect/1"
 
 
@@ -170,7 +173,7 @@ def make_inspection(
     targets = {name: _support(description, target, modules) for name, target in TARGETS.items()}
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     possible = {name for name, support in targets.items() if support.supported}
-    contradicted = any(item.severity is Severity.ERROR for item in findings)
+    contradicted = any(item.severity is Severity.ERROR or item.code in _NOT_LOADED for item in findings)
     engines = engines_for(description, possible, contradicted=contradicted)
     return Inspection(model, description, tuple(findings), targets, tuple(engines), deep)
 
@@ -196,8 +199,11 @@ def _support(description: Description, target: Target, modules: Sequence[Int8Cou
         check_convertible(description, target)
     except QuarkconvError as error:
         return TargetSupport(False, reason=error.message)
+    losses = tuple(bounded(target_findings(description, target)))
     return TargetSupport(
-        True, nbytes=target.output_bytes(description, modules), losses=tuple(bounded(target.losses(description)))
+        True,
+        nbytes=target.output_bytes(description, modules),
+        losses=losses,
     )
 
 
@@ -205,8 +211,9 @@ def _moe(description: Description) -> dict[str, Any] | None:
     layers = description.moe_layers
     if not layers:
         return None
+    numbers = [layer.index for layer in layers]
     return {
-        "layers": [layer.index for layer in layers],
+        "layers": numbers if len(set(numbers)) == len(numbers) else [layer.prefix for layer in layers],
         "experts": layers[0].experts,
         "top_k": description.config.top_k,
         "hidden_size": layers[0].hidden,

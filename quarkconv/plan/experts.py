@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import starmap
 from math import prod
 from typing import NamedTuple
 
@@ -15,7 +16,7 @@ from quarkconv.experts.naming import Role
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.pieces import Columns, Copy, Rows, Scale, f32_rows
+from quarkconv.plan.pieces import Columns, Copy, OutputTensor, Rows, Scale, Weights, f32_rows
 from quarkconv.scheme.spec import PER_CHANNEL
 from quarkconv.scheme.stored import Form, linear_names
 
@@ -46,6 +47,12 @@ class Int8Module:
     scales: tuple[Scale, ...]
     input_scales: tuple[Scale, ...] = ()
     input_shape: tuple[int, ...] = ()
+
+
+def dequantized(module: Int8Module) -> OutputTensor:
+    """The weight of a module as BF16: each code times its scale in F32, rounded once."""
+    pieces = tuple(starmap(Weights, zip(module.codes, module.scales, strict=True)))
+    return OutputTensor(linear_names(module.name).weight, "BF16", module.shape, pieces)
 
 
 def linear_module(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Int8Module:

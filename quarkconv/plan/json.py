@@ -218,8 +218,8 @@ def _parse(value: dict[str, Any]) -> Plan:
     )
 
 
-def _quantize(value: object) -> Literal["missing", "all"] | None:
-    if value is None or value == "missing" or value == "all":
+def _quantize(value: object) -> Literal["missing", "all", "mtp"] | None:
+    if value is None or value in ("missing", "all", "mtp"):
         return value
     raise ValueError(f"not a way to quantize: {value!r:.40}")
 

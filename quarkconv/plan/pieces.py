@@ -294,7 +294,8 @@ class Plan:
         losses: settings and tensors of the source that the output does not have.
         texts: files with new text, such as the model card.
         rank: the rank whose part of the experts is written.
-        quantize: which float modules of the source are quantized: ``missing``, ``all``, or none.
+        quantize: which float modules of the source are quantized: ``missing``, ``all``, those of
+            ``mtp`` layers, or none.
     """
 
     target: str
@@ -310,7 +311,7 @@ class Plan:
     losses: tuple[Finding, ...] = ()
     texts: tuple[TextFile, ...] = ()
     rank: Rank = WHOLE
-    quantize: Literal["missing", "all"] | None = None
+    quantize: Literal["missing", "all", "mtp"] | None = None
 
     def to_json(self) -> dict[str, Any]:
         """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""

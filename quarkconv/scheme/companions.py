@@ -19,16 +19,23 @@ CACHE_MODULES: Final = tuple(f"*{projection}" for projection in CACHE_SCALES)
 """The same projections as patterns of a Quark config."""
 
 _IN_ENGINES: Final = {f".{projection}.output_scale": f".{scale}" for projection, scale in CACHE_SCALES.items()}
-_OF_ACTIVATIONS: Final = (
-    *("input_scale", "input_zero_point"),
-    *OUTPUT_TENSORS,
-    *(f".{scale}" for scale in CACHE_SCALES.values()),
-)
+ATTENTION_SCALES: Final = (".prob_output_scale", ".q_scale", ".prob_scale")
+"""Scales of the attention itself, of its queries and its probabilities."""
+
+OUTPUT_SCALES: Final = (*OUTPUT_TENSORS, *(f".{scale}" for scale in CACHE_SCALES.values()), *ATTENTION_SCALES)
+"""Ends of the names of what describes an output. Each belongs to a setting, and is of no use without it."""
+
+_OF_ACTIVATIONS: Final = ("input_scale", "input_zero_point", *OUTPUT_SCALES)
 
 
 def describes_activations(name: str) -> bool:
     """Whether a tensor is a scale or zero point of activations, which a model without quantization does not have."""
     return name.endswith(_OF_ACTIVATIONS)
+
+
+def is_cache_scale(name: str) -> bool:
+    """True for a scale of the key-value cache that engines have a name for: of keys or values, under either name."""
+    return name.endswith((*_IN_ENGINES, *_IN_ENGINES.values()))
 
 
 def output_companions(module: str) -> Iterator[str]:

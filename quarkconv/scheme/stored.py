@@ -20,13 +20,17 @@ from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType
-from quarkconv.scheme.companions import output_companions
+from quarkconv.scheme.companions import ATTENTION_SCALES, OUTPUT_SCALES, output_companions
 from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
 _WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point", "_offset")
+BLOCK_SCALE: Final = ".weight_scale_inv"
+"""The scales of a weight that is quantized in blocks, such as 128 x 128."""
+ROTATION: Final = "_rotation"
+"""End of the name of the matrix that rotates the input or output of a module at run time."""
 _KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
@@ -115,6 +119,7 @@ class StoredModules:
         unrecognised: tensors with codes or scales that belong to no module.
         tensors: names of all tensors.
         plain: names of the tensors that are neither weights nor companions of one, such as norms and biases.
+        output_scales: tensors that describe quantized outputs, such as scales of the key-value cache.
     """
 
     linears: dict[str, Form]
@@ -122,6 +127,7 @@ class StoredModules:
     unrecognised: tuple[str, ...]
     tensors: Collection[str] = frozenset()
     plain: tuple[str, ...] = ()
+    output_scales: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
         yield from self.linears.items()
@@ -167,11 +173,20 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
             fused[name] = form = Form(found, *map(types.get, fused_names(name)[1:]))
             owned += len(Form._fields) - 1 - form.count(None)
-        elif found.dtype == "I8":
+        elif found.dtype == "I8" and not name.endswith(ROTATION):
             others.append(name)
     if owned != len(companions):
         others.extend(_orphans(types, linears, fused))
-    return StoredModules(linears, fused, tuple(others), types, tuple(plain))
+    of_outputs = any(f".{leaf}".endswith(OUTPUT_SCALES) for leaf in leaves)
+    output_scales = [name for name in companions if name.endswith(OUTPUT_SCALES)] if of_outputs else []
+    return StoredModules(
+        linears=linears,
+        fused=fused,
+        unrecognised=tuple(others),
+        tensors=types,
+        plain=tuple(plain),
+        output_scales=tuple(output_scales),
+    )
 
 
 def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
@@ -182,4 +197,8 @@ def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: d
         owned.update(output_companions(module))
     for module in fused:
         owned.update(fused_names(module))
-    return [name for name in types if name.endswith(_COMPANIONS) and name not in owned]
+    return [
+        name
+        for name in types
+        if name.endswith(_COMPANIONS) and not name.endswith(ATTENTION_SCALES) and name not in owned
+    ]

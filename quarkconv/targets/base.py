@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
@@ -22,12 +22,16 @@ class Target(ABC):
         name: as given to ``--to``.
         summary: one line for people.
         by_rank: whether the experts can be divided among ranks.
+        transforms: True when the config can express transforms that are computed at run time.
+        quantizes: False when the output has no quantized weights.
         facts: one sentence on the weights of the output, for the model card.
     """
 
     name: ClassVar[str]
     summary: ClassVar[str]
     by_rank: ClassVar[bool] = False
+    quantizes: ClassVar[bool] = True
+    transforms: ClassVar[bool] = False
     facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
     def unsupported(self, description: Description) -> str | None:
@@ -41,6 +45,9 @@ class Target(ABC):
                 return f"{layer.prefix} mixes experts in int8 and in float"
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"
+        source = description.config.quantization
+        if not self.transforms and isinstance(source, dict) and source.get("transform_config"):
+            return "it has transforms that are computed at run time (transform_config)"
         if len({scheme.activation for scheme in description.schemes}) > 1:
             return "it mixes static and dynamic activation scales, and one config group has only one of them"
         return None
@@ -69,9 +76,14 @@ class Target(ABC):
         """The output name of a tensor outside of int8 modules."""
         return name
 
-    def drops(self, name: str) -> bool:  # noqa: ARG002
-        """Whether a tensor outside of int8 modules is left out; :meth:`losses` reports it."""
-        return False
+    def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:  # noqa: ARG002
+        """A test of the scales of quantized outputs: True for those whose setting is in the output."""
+        return lambda _: False
+
+    def dropped(self, description: Description) -> list[str]:
+        """The tensors outside of int8 modules that the output does not have."""
+        keeps = self.keeps_output_scale(description)
+        return [name for name in description.stored.output_scales if not keeps(name)]
 
     def expert_checks(self, source: ExpertSource) -> Iterator[Check]:  # noqa: ARG002
         """Conditions on a layer's data under which :meth:`expert_tensors` is exact."""
@@ -114,6 +126,11 @@ class Target(ABC):
             if linears:
                 static = 0 if form.input_scale is None else prod(form.input_scale.shape)
                 size += linears * self.module_bytes(form.weight.shape, static)
+        for name in description.float_modules:
+            form = description.stored.linears[name]
+            static = 0 if form.input_scale is None else prod(form.input_scale.shape)
+            size += 2 * prod(form.weight.shape) - self.module_bytes(form.weight.shape, static)
+        size -= sum(description.checkpoint.types[name].nbytes for name in self.dropped(description))
         return size + sum(map(self.expert_bytes, description.int8_layers))
 
 

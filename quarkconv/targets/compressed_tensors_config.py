@@ -6,11 +6,12 @@ The fields are those of compressed-tensors' ``QuantizationConfig``; vLLM 0.28 an
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.findings import Finding
+from quarkconv.scheme.companions import CACHE_SCALES, is_cache_scale
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.settings import KV_CACHE, dropped_settings
@@ -45,6 +46,11 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
     return description.config.with_quantization(quantization)
 
 
+def compressed_tensors_keeps(description: Description) -> Callable[[str], bool]:
+    """A test of the scales of outputs: True for those whose setting is in the compressed-tensors form."""
+    return is_cache_scale if "kv_cache_scheme" in _carried(description) else lambda _: False
+
+
 def compressed_tensors_losses(description: Description) -> Iterator[Finding]:
     """A finding for each setting of the source that the compressed-tensors form cannot express."""
     carried = _carried(description)
@@ -60,4 +66,6 @@ def _carried(description: Description) -> dict[str, Any]:
     if declared.method == "compressed-tensors":
         source = description.config.quantization
         return {key: source[key] for key in _CARRIED if isinstance(source, dict) and source.get(key) is not None}
-    return {"kv_cache_scheme": dict(_KV_CACHE_FP8)} if declared.kv_cache == FP8_STATIC else {}
+    # engines have names for scales of keys and of values; that of a latent (kv_b_proj) they refuse
+    named = all(pattern.endswith(tuple(CACHE_SCALES)) for pattern in declared.kv_cache_modules)
+    return {"kv_cache_scheme": dict(_KV_CACHE_FP8)} if declared.kv_cache == FP8_STATIC and named else {}

@@ -15,7 +15,7 @@ and ``w13``, ``w2`` instead of ``gate_up_proj``, ``down_proj`` where the source 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from quarkconv.description.description import Description
@@ -26,7 +26,11 @@ from quarkconv.plan.experts import ExpertSource
 from quarkconv.plan.pieces import Check, OutputTensor
 from quarkconv.scheme.companions import name_in_engines
 from quarkconv.targets.base import Target
-from quarkconv.targets.compressed_tensors_config import compressed_tensors_config, compressed_tensors_losses
+from quarkconv.targets.compressed_tensors_config import (
+    compressed_tensors_config,
+    compressed_tensors_keeps,
+    compressed_tensors_losses,
+)
 
 _PARTS: Final[tuple[tuple[Role, ...], ...]] = (("gate", "up"), ("down",))
 
@@ -36,6 +40,7 @@ class FusedInt8(Target):
 
     name = "fused-int8"
     summary = "experts of a layer in two int8 tensors; loads in vLLM 0.28 and later"
+    transforms = True
     by_rank = True
 
     def unsupported(self, description: Description) -> str | None:
@@ -76,6 +81,9 @@ class FusedInt8(Target):
 
     def renamed(self, name: str) -> str:
         return name_in_engines(name)
+
+    def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:
+        return compressed_tensors_keeps(description)
 
     def losses(self, description: Description) -> Iterator[Finding]:
         return compressed_tensors_losses(description)

@@ -17,9 +17,10 @@ def ignored_modules(description: Description) -> list[str]:
 
 def _ignored(description: Description) -> Iterator[str]:
     topology = description.topology
-    quantized = {module for module, form in description.stored.linears.items() if form.quantized}
+    in_float = frozenset(description.float_modules)
+    quantized = {module for module, form in description.stored.linears.items() if form.quantized} - in_float
     for module, form in description.stored.linears.items():
-        if not form.is_float or not is_linear(module, form):
+        if module not in in_float and not (form.is_float and is_linear(module, form)):
             continue
         yield module
         if module in topology.members:
@@ -31,5 +32,6 @@ def _ignored(description: Description) -> Iterator[str]:
     for layer in topology.layers:
         if not layer.quantized:
             yield layer.prefix
+            yield from (module for _, _, module in layer.modules())
             for leaf in NAMINGS[0].projections():  # vLLM and SGLang look these up under every naming
                 yield f"{layer.prefix}.0.{leaf}"

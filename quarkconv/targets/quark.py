@@ -10,7 +10,7 @@ The scheme is ``ptpc_int8``; a scale per tensor is repeated over the rows. With 
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Any, Final
 
@@ -19,7 +19,7 @@ from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, Copy, OutputTensor, Rows, Scale, f32_rows
-from quarkconv.scheme.companions import name_in_quark
+from quarkconv.scheme.companions import is_cache_scale, name_in_quark
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
@@ -67,6 +67,7 @@ class Quark(PerExpertTarget):
         export = carried.get("export")
         layer = _layer_config(static)
         kv_layers = _kv_cache_layers(declared, layer)
+        output_layers = {key: {**layer, "output_tensors": outputs} for key, outputs in _outputs(description).items()}
         quantization = {
             "algo_config": None,
             "kv_cache_post_rope": False,
@@ -77,7 +78,7 @@ class Quark(PerExpertTarget):
             "version": QUARK_VERSION,
             "global_quant_config": layer,
             "layer_type_quant_config": {},
-            "layer_quant_config": kv_layers,
+            "layer_quant_config": {**output_layers, **kv_layers},
             "kv_cache_quant_config": kv_layers,
             "exclude": ignored_modules(description),
             "export": {
@@ -94,6 +95,12 @@ class Quark(PerExpertTarget):
     def renamed(self, name: str) -> str:
         return name_in_quark(name)
 
+    def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:
+        declared = description.declared
+        if declared is not None and declared.method == "quark":
+            return lambda _: True
+        return is_cache_scale if _kv_cache_layers(declared, {}) else lambda _: False
+
     def losses(self, description: Description) -> Iterator[Finding]:
         declared = description.declared
         kept = {KV_CACHE} if _kv_cache_layers(declared, {}) else set()
@@ -101,6 +108,7 @@ class Quark(PerExpertTarget):
         if declared is not None and declared.method == "quark" and isinstance(source, dict):
             kept.update(source, ("export",))  # carried over, unlike the settings of single layers
             kept -= {"global_quant_config", "layer_quant_config", "layer_type_quant_config"}
+            kept |= {f"layer_quant_config.{key}.output_tensors" for key in _outputs(description)}
         yield from dropped_settings(description, self.name, kept=kept)
 
 
@@ -112,6 +120,19 @@ def _one(scale: Scale) -> Scale:
         case Rows(source, widen, _):
             dtype = widen or "F32"
             return f32_rows(source._replace(nbytes=DTYPE_BITS[dtype] // 8), dtype)
+
+
+def _outputs(description: Description) -> dict[str, Any]:
+    """Pattern -> ``output_tensors`` of the ``layer_quant_config`` of a Quark source."""
+    declared, source = description.declared, description.config.quantization
+    layers = source.get("layer_quant_config") if isinstance(source, dict) else None
+    if declared is None or declared.method != "quark" or not isinstance(layers, dict):
+        return {}
+    return {
+        key: layer["output_tensors"]
+        for key, layer in layers.items()
+        if isinstance(layer, dict) and layer.get("output_tensors")
+    }
 
 
 def _kv_cache_layers(declared: DeclaredScheme | None, layer: dict[str, Any]) -> dict[str, Any]:

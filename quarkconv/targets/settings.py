@@ -43,9 +43,11 @@ def dropped_settings(description: Description, target: str, *, kept: Collection[
     Args:
         description: the source.
         target: name of the target.
-        kept: the settings that the target writes: top-level fields of quantization_config, and :data:`KV_CACHE`.
+        kept: the settings that the target writes: fields of quantization_config, whole or as ``field.key``, and
+            :data:`KV_CACHE`.
     """
-    lost = {name: value for name, value in _settings(description) if name.partition(".")[0] not in kept}
+    kept = frozenset(kept)
+    lost = {name: value for name, value in _settings(description) if kept.isdisjoint((name, name.partition(".")[0]))}
     for name, value in lost.items():
         text = repr(value)
         yield finding(

@@ -38,7 +38,10 @@ def plan_state(
         shares: the number of shares that the work is divided into; None where one process does all that is left.
     """
     words = ["quarkconv", "convert", source, "--to", plan.target, "--out", str(output.absolute())]
-    words += [] if plan.quantize is None else ["--quantize", plan.quantize]
+    if plan.quantize is not None:
+        words += ["--mtp", "quantize"] if plan.quantize == "mtp" else ["--quantize", plan.quantize]
+    if any(item.code == "mtp-dropped" for item in plan.losses):
+        words += ["--mtp", "drop"]
     config = json.dumps(plan.config, sort_keys=True)
     return {
         "quarkconv": version("quarkconv"),

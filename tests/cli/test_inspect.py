@@ -81,7 +81,11 @@ MIXED: Found = ("warning", "mixed-scheme", "quantization_config", 1)
 NOT_W8A8: Found = ("error", "scheme-unsupported", "quantization_config", 32)
 WRAPPED = "model.language_model.layers.{}.mlp"
 
+MTP_MISSING: Found = ("info", "mtp-missing", "config.json", 1)
 FINDINGS: dict[str, list[Found]] = {
+    "deepseek_v3-quark0.13-f2f": [MTP_MISSING],
+    "deepseek_v3-0.13-f2f-mtp": [("warning", "float-module-quantized", "model.layers.2.eh_proj", 2)],
+    "glm4_moe-0.13-f2f-experts_only": [MTP_MISSING],
     "glm4_moe-0.13-f2f-mtp_bf16": [("info", "experts-excluded", experts(2), 4)],
     "qwen2_moe-0.11-eager-shared_expert": eager(DOWN, 38, 38),
     "qwen3-0.13-eager-dense": [DENSE, *eager("model.layers.0.mlp.down_proj", 14, 14)],

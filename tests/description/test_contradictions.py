@@ -187,6 +187,43 @@ CASES = (
         lambda model: model.config.pop("quantization_config"),
     ),
     Case(
+        "int8 with zero points, without quantization_config",
+        (("error", "quant-config-missing", "config.json", 1), ("info", "zero-point-present", O_PROJ, 1)),
+        lambda model: (
+            model.config.pop("quantization_config"),
+            model.set(f"{O_PROJ}.weight_zero_point", torch.zeros(8, dtype=torch.int8)),
+        ),
+    ),
+    Case(
+        "scales named after the quantizer",
+        (("warning", "quantizer-names", SECOND, 1),),
+        lambda model: model.second.update(
+            {
+                name.replace("_scale", "_quantizer.scale"): model.second.pop(name)
+                for name in list(model.second)
+                if name.endswith("_scale")
+            }
+        ),
+    ),
+    Case(
+        "an online rotation",
+        (("error", "rotation-online", "quantization_config.algo_config[0]", 1),),
+        configure(algo_config=[{"name": "rotation", "r4": True}]),
+    ),
+    Case(
+        "a layer of multi-token prediction that is not stored",
+        (("info", "mtp-missing", "config.json", 2),),
+        lambda model: model.config.update(num_nextn_predict_layers=2),
+    ),
+    Case(
+        "an int8 router",
+        (("error", "float-module-quantized", "model.layers.0.mlp.gate", 1),),
+        lambda model: (
+            model.first.update(int8_linear("model.layers.0.mlp.gate", 3, 8)),
+            configure(exclude=["lm_head", "model.layers.1.mlp.gate"])(model),
+        ),
+    ),
+    Case(
         "a field of the wrong type",
         (("error", "quant-config-invalid", "quantization_config.export", 1),),
         configure(export=[]),
@@ -376,10 +413,10 @@ def test_exactly_these_findings(case: Case, tmp_path: Path) -> None:
     assert inspection.ok is all(severity != "error" for severity, *_ in case.expected)
 
 
-OF_CONVERSIONS = {"setting-dropped", "tensor-dropped"}
-"""Found of a conversion, not of a checkpoint: tests/targets/test_settings.py."""
+OF_CONVERSIONS = {"setting-dropped", "tensor-dropped", "module-dequantized", "mtp-dropped"}
+"""Found of a conversion, not of a checkpoint: tests/targets/test_settings.py, tests/cases."""
 OF_ASCEND = {"description-mismatch"}
-"""Found of Ascend's description: tests/targets/test_ascend.py."""
+"""In tests/targets/test_ascend.py."""
 HOSTILE = {"file-outside", "index-total-size", "tensor-name", "weight-shape", "scale-subnormal"}
 """Found of checkpoints that somebody made to deceive: tests/hostile."""
 

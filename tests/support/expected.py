@@ -17,6 +17,8 @@ _ROLES = {
 }
 
 COMPANIONS = (".weight_scale", ".weight_zero_point", ".input_scale", ".input_zero_point")
+FLOAT_IN_ENGINES = (".eh_proj", ".shared_head.head")
+"""Ends of the names of the int8 linears of these exports that engines keep in float: plain ``nn.Linear`` and heads."""
 OF_ACTIVATIONS = (".input_scale", ".input_zero_point", ".output_scale", ".output_zero_point")
 
 
@@ -41,6 +43,8 @@ def fused_int8(source: Path) -> Tensors:
                 experts.setdefault(f"{match[1]}.experts", {})[_ROLES[match[2]], expert] = f"{module} {expert}"
                 static = own[".input_scale"][expert] if ".input_scale" in own else None
                 _split(pieces, f"{module} {expert}", weight[expert], scale[expert], static)
+        elif module.endswith(FLOAT_IN_ENGINES):
+            expected[name] = (weight.float() * scale.reshape(-1, 1)).bfloat16()
         else:
             expected[name] = weight
             expected[f"{name}_scale"] = scale.reshape(-1, 1).expand(len(weight), 1)
@@ -77,7 +81,10 @@ def _split(pieces: Tensors, name: str, weight: torch.Tensor, scale: torch.Tensor
 def expected_tensors(source: Tensors, target: str) -> Tensors:
     """The tensors of a target that keeps the model's names, from those of a Quark export."""
     expected = {
-        name: tensor for name, tensor in source.items() if not (target == "bf16" and name.endswith(OF_ACTIVATIONS))
+        name: tensor
+        for name, tensor in source.items()
+        if not (target == "bf16" and name.endswith(OF_ACTIVATIONS))
+        and not (target == "w8a8-int8" and name.endswith("output_scale"))
     }
     for name, codes in source.items():
         module = name.removesuffix(".weight")
@@ -89,7 +96,7 @@ def expected_tensors(source: Tensors, target: str) -> Tensors:
         stored = source[f"{module}.weight_scale"].float()
         scale = stored.reshape(*lead, -1).expand(*lead, out)
         static = source.get(f"{module}.input_scale")
-        if target == "bf16":
+        if target == "bf16" or module.endswith(FLOAT_IN_ENGINES):
             expected[name] = (codes.float() * scale.unsqueeze(-1)).bfloat16()
             continue
         if static is not None:

@@ -1,0 +1,87 @@
+"""Layers of multi-token prediction: which tensors they are, and a checkpoint without them.
+
+They are stored in a module of their own, ``mtp.layers.0`` (Qwen), or as layers after the model's last one,
+``model.layers.61`` (DeepSeek, GLM).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from itertools import compress
+from typing import Final
+
+from quarkconv.dtypes import TensorType
+from quarkconv.errors import UsageError
+from quarkconv.experts.config import ModelConfig
+from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.headers.safetensors import ShardHeader
+
+KEEP: Final = "keep"
+DROP: Final = "drop"
+QUANTIZE: Final = "quantize"
+"""What a conversion does with the layers of multi-token prediction."""
+
+_OWN_MODULE: Final = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
+_LAYER: Final = re.compile(r"(.*?(?:^|\.)layers\.)(\d{1,9})\.")
+
+
+def parse_mtp(value: str) -> str:
+    """``keep``, ``drop`` or ``quantize``.
+
+    Raises:
+        UsageError: it is another word.
+    """
+    if value not in (KEEP, DROP, QUANTIZE):
+        raise UsageError("--mtp is invalid", expected=f"{KEEP}, {DROP} or {QUANTIZE}", found=value)
+    return value
+
+
+def mtp_test(names: Iterable[str], config: ModelConfig) -> Callable[[str], bool]:
+    """A test of names of tensors or modules: True inside a layer of multi-token prediction.
+
+    Args:
+        names: the tensors of the checkpoint; those of routed experts tell which layers are the language model's.
+        config: the config of the model.
+    """
+    last = config.hidden_layers
+    expert = next((name for name in names if ".experts." in name and not _OWN_MODULE.search(name)), None)
+    found = None if expert is None else _LAYER.match(expert)
+    root = None if found is None else found[1]
+
+    def is_mtp(name: str) -> bool:
+        if _OWN_MODULE.search(name):
+            return True
+        if root is None or last is None or not name.startswith(root):
+            return False
+        layer = _LAYER.match(f"{name}.")
+        return layer is not None and layer[1] == root and int(layer[2]) >= last
+
+    return is_mtp
+
+
+def without_mtp(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Checkpoint, list[str]]:
+    """A checkpoint without the tensors of its layers of multi-token prediction, and the names of these."""
+    is_mtp = mtp_test(checkpoint.types, config)
+    dropped = [name for name in checkpoint.types if is_mtp(name)]
+    names = frozenset(dropped)
+    shards = tuple(_without(shard, names) for shard in checkpoint.shards)
+    types: dict[str, TensorType] = {name: found for name, found in checkpoint.types.items() if name not in names}
+    ascend = checkpoint.ascend
+    if ascend is not None:
+        ascend = {name: entry for name, entry in ascend.items() if name not in names}
+    return replace(checkpoint, config=config.without_mtp(), shards=shards, types=types, ascend=ascend), dropped
+
+
+def _without(shard: ShardHeader, names: frozenset[str]) -> ShardHeader:
+    kept = [name not in names for name in shard.names]
+    if all(kept):
+        return shard
+    return replace(
+        shard,
+        names=tuple(compress(shard.names, kept)),
+        types=tuple(compress(shard.types, kept)),
+        starts=tuple(compress(shard.starts, kept)),
+        ends=tuple(compress(shard.ends, kept)),
+    )
