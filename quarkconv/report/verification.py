@@ -7,7 +7,7 @@ from collections.abc import Iterator
 from quarkconv.report import charts, page
 from quarkconv.report.series import expert_load, scale_distribution, scale_ranges, signal_to_noise, weight_errors
 from quarkconv.text import plural, size
-from quarkconv.verify.results import Distance, LayerExperts, LayerNumbers, NumbersResult, Verification
+from quarkconv.verify.results import RESCALED, Distance, LayerExperts, LayerNumbers, NumbersResult, Verification
 
 _WORST = 50
 
@@ -18,9 +18,7 @@ def verification_report(verification: Verification, command: str) -> str:
 
 
 def _parts(verification: Verification, command: str) -> Iterator[str]:
-    outcome = "Verified" if verification.ok else f"Not verified: {plural(len(verification.problems), 'problem')}"
-    skipped = [stage for stage, why in _skipped(verification) if why]
-    yield page.verdict(outcome + (f"; not checked: {', '.join(skipped)}" if skipped else ""), good=verification.ok)
+    yield page.verdict(verification.verdict(), good=verification.ok)
     yield page.table_section("What was checked", ("stage", "what", "result"), _stages(verification))
     if verification.problems:
         rows = [(item.stage, item.layer, item.tensor, item.message, item.count) for item in verification.problems]
@@ -99,17 +97,19 @@ def _exact(layers: list[LayerNumbers], suffix: str) -> str:
     errors = [layer.exact.relative_error for layer in layers]
     if not any(errors):
         return page.paragraph(f"Equal to exact integer arithmetic in every layer{suffix}.")
-    bound = layers[0].exact.bound
+    bound = min(layer.exact.bound for layer in layers)
     return charts.line_chart(
         f"Distance from exact integer arithmetic{suffix}", [layer.layer for layer in layers],
         {"relative error": errors}, x_label="layer", y_label="relative error", log=True, bound=bound,
-        described=f"Relative error by layer, at most {max(errors):.2g}; the bound is {bound:.2g}. "
+        described=f"Relative error by layer, at most {max(errors):.2g}; the lowest bound is {bound:.2g}. "
         "Layers that are equal have no mark.",
     )  # fmt: skip
 
 
 def _experts(layers: tuple[LayerExperts, ...]) -> Iterator[str]:
     errors, load = weight_errors(layers), expert_load(layers)
+    if any(layer.rescaled for layer in layers):
+        yield page.paragraph(f"{RESCALED}.")
     if errors is not None:
         yield charts.heat_map(errors)
     yield charts.heat_map(scale_ranges(layers))

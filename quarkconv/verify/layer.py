@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 
@@ -16,9 +17,12 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
-from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem, WeightError
+from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem
 from quarkconv.verify.router import Router
-from quarkconv.verify.unquantized import Weight, weight_errors, weight_problems
+from quarkconv.verify.unquantized import Weight, WeightCheck, check_weights
+
+ROUTER_BOUND: Final = 2.0**-6
+"""Bound on the relative error of a router with factors: it is rounded to bfloat16 again, by 2^-8 at most."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,6 +37,7 @@ class LayerInputs:
         tokens, seed: of the random hidden states.
         recorded: hidden states to use instead of random ones.
         unquantized: gives the unquantized weights.
+        unquantized_router: the router of the unquantized model, or why it is not known.
     """
 
     layer: MoELayer
@@ -43,6 +48,7 @@ class LayerInputs:
     seed: int
     recorded: RecordedInputs | None = None
     unquantized: Weight | None = None
+    unquantized_router: Router | Unknown | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,20 +79,20 @@ def check_layer(
         message = "The router's tensors are not finite: no token would reach its experts"
         problems.append(Problem("numbers", experts.layer, inputs.layer.moe, message))
         router = Unknown("its tensors are not finite")  # the experts are checked all the same
+    weights = None if inputs.unquantized is None else check_weights(experts, inputs.unquantized)
+    if weights is not None:
+        problems += [*weights.problems, *_router_problems(inputs, router, weights)]
     numbers: list[LayerNumbers] = []
     load: tuple[int, ...] = ()
     if isinstance(inputs.activation, ExpertActivation):
-        checked = CheckedLayer(
-            inputs.layer, experts, inputs.activation, inputs.top_k, router, source, inputs.unquantized
-        )
+        outputs = None if weights is None else weights.outputs
+        checked = CheckedLayer(inputs.layer, experts, inputs.activation, inputs.top_k, router, source, outputs)
         for tokens in inputs.tokens:
             computed, load = compute_numbers(checked, tokens=tokens, seed=inputs.seed, recorded=inputs.recorded)
             numbers.append(computed)
             problems += _numbers_problems(computed)
             done(computed)
-    errors = {} if inputs.unquantized is None else weight_errors(experts, inputs.unquantized)
-    problems += weight_problems(experts, errors)
-    return LayerOutcome(tuple(numbers), _seen(experts, load, errors), tuple(problems))
+    return LayerOutcome(tuple(numbers), _seen(experts, load, weights), tuple(problems))
 
 
 def _scale_problems(experts: FusedExperts) -> Iterator[Problem]:
@@ -140,11 +146,28 @@ def _numbers_problems(numbers: LayerNumbers) -> Iterator[Problem]:
             yield Problem("numbers", numbers.layer, numbers.module, message)
 
 
-def _seen(experts: FusedExperts, load: tuple[int, ...], weights: dict[str, tuple[WeightError, ...]]) -> LayerExperts:
+def _router_problems(inputs: LayerInputs, router: Router | Unknown, weights: WeightCheck) -> Iterator[Problem]:
+    """Where the input channels have factors, the router must have them as well: it reads the same hidden states."""
+    original = inputs.unquantized_router
+    if weights.inputs is None or not isinstance(router, Router) or not isinstance(original, Router):
+        return
+    expected = original.weight.double() * weights.inputs.cpu()
+    error = (router.weight.double() - expected).norm() / expected.norm()
+    if not error <= ROUTER_BOUND:
+        message = (
+            "The experts' input channels have factors, as SmoothQuant and AWQ leave them, and the router does not: "
+            f"relative error {error:.3g}, bound {ROUTER_BOUND:g}"
+        )
+        yield Problem("numbers", inputs.layer.index, inputs.layer.moe, message)
+
+
+def _seen(experts: FusedExperts, load: tuple[int, ...], weights: WeightCheck | None) -> LayerExperts:
     scales = torch.cat([experts.w13_scale.flatten(1), experts.w2_scale.flatten(1)], dim=1).cpu()
     powers = scales.clamp(min=10.0 ** SCALE_EDGES[0]).log10().nan_to_num(SCALE_EDGES[0])
     counts = torch.histc(powers, len(SCALE_EDGES) - 1, SCALE_EDGES[0], SCALE_EDGES[-1])
-    low, high = scales.min(dim=1).values.tolist(), scales.max(dim=1).values.tolist()
+    used = torch.where(scales > 0, scales, scales.amax(dim=1, keepdim=True))  # rows of zeros may have a scale of 0
+    low, high = used.min(dim=1).values.tolist(), scales.max(dim=1).values.tolist()
     return LayerExperts(
-        experts.layer, experts.module, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())), weights
-    )
+        experts.layer, experts.module, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())),
+        {} if weights is None else weights.errors, weights is not None and weights.rescaled,
+    )  # fmt: skip

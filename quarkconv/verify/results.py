@@ -6,6 +6,12 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
+from quarkconv.text import plural
+
+RESCALED: Final = (
+    "Weights differ from the unquantized model's by factors per channel, as SmoothQuant and AWQ leave them; the errors "
+    "are without these factors"
+)
 SCHEMA: Final = "quarkconv.verify/1"
 
 SCALE_EDGES: Final = tuple(round(-8 + 0.25 * step, 2) for step in range(41))
@@ -173,6 +179,7 @@ class LayerExperts:
         scale_min, scale_max: smallest and largest weight scale of each expert.
         scale_histogram: how many weight scales of the layer lie in each bin of :data:`SCALE_EDGES`.
         weights: role -> the weight errors of each expert; empty without ``--unquantized``.
+        rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors are what remains.
     """
 
     layer: int
@@ -182,6 +189,7 @@ class LayerExperts:
     scale_max: tuple[float, ...]
     scale_histogram: tuple[int, ...]
     weights: dict[str, tuple[WeightError, ...]]
+    rescaled: bool = False
 
     def to_json(self) -> dict[str, Any]:
         """Columns rather than rows: a large model has 50,000 projections."""
@@ -200,6 +208,7 @@ class LayerExperts:
             "scale_max": list(map(_rounded, self.scale_max)),
             "scale_histogram": list(self.scale_histogram),
             "weights": weights,
+            "rescaled": self.rescaled,
         }
 
 
@@ -268,6 +277,17 @@ class Verification:
     def ok(self) -> bool:
         """True when nothing is wrong."""
         return not self.problems
+
+    def verdict(self) -> str:
+        """One line for people: whether anything is wrong, and which stages were not checked."""
+        skipped = [name for name, why in (("bytes", self.bytes.skipped), ("numbers", self.numbers.skipped)) if why]
+        if self.problems:
+            outcome = f"Not verified: {plural(len(self.problems), 'problem')}"
+            return outcome + (f"; {' and '.join(skipped)} not checked" if skipped else "")
+        if not skipped:
+            return "Verified"
+        checked = ["structure", *(name for name in ("bytes", "numbers") if name not in skipped)]
+        return f"Verified: {' and '.join(checked)}; {' and '.join(skipped)} not checked"
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``verify --json`` prints."""

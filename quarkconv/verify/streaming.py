@@ -240,6 +240,7 @@ class _Run:
             layer, expert_activation(config.raw, layer.index, layer.moe), router_of(layer, config.raw, self._reader),
             config.top_k, job.tokens, job.seed, job.recorded,
             None if self._unquantized is None else self._unquantized.weights(layer, read.experts.w13.device),
+            None if self._unquantized is None else self._unquantized.router(layer),
         )  # fmt: skip
         outcome = check_layer(inputs, read.experts, read.source, self._done)
         outcome = replace(outcome, problems=(*read.problems, *outcome.problems))

@@ -5,20 +5,26 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from quarkconv.description.description import Description
-from quarkconv.errors import UsageError
+from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.experts.function import Unknown
+from quarkconv.experts.knowledge import Known, knowledge
 from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import LayerReader
+from quarkconv.verify.published import PublishedLayer, published_layer, tensors_of
 from quarkconv.verify.reference import CODE_MAX
+from quarkconv.verify.rescaling import estimate_rescaling
 from quarkconv.verify.results import Problem, WeightError
+from quarkconv.verify.router import Router, router_of
 
 WEIGHT_BOUND: Final = 0.25
 """Bound on the relative error of a weight. Rounding to 8 bits with a scale per row gives a row whose largest value is c
@@ -42,59 +48,121 @@ class UnquantizedModel:
 
     def __init__(self, description: Description, pool: ThreadPoolExecutor) -> None:
         self.description = description
-        self._files = LayerReader(description, pool)
+        self._reader = LayerReader(description, pool)
         self._layers = description.moe_layers
 
     def __enter__(self) -> UnquantizedModel:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self._files.__exit__(*error)
+        self._reader.__exit__(*error)
 
     def check(self, layers: Sequence[MoELayer]) -> None:
         """Refuse a model that does not have these layers in these shapes, stored in float.
 
         Raises:
-            UsageError: so it is.
+            UsageError: it lacks a layer, or has it in another shape or quantized.
+            UnsupportedError: it stores a layer's experts in a layout that is not read.
         """
         for layer in layers:
             found = self._layer(layer)
-            floats = found is not None and all(form.is_float for form in found.all_forms)
-            if found is None or found.geometry != layer.geometry or not floats:
-                raise UsageError(
-                    "The unquantized model does not have this layer in float and in this shape",
-                    file=str(self.description.checkpoint.root), tensor=layer.prefix,
-                    expected=_said(layer, "float"),
-                    found="no such layer" if found is None else _said(found, "float" if floats else "not float"),
-                    hint="give --unquantized the model that was quantized, in BF16",
-                )  # fmt: skip
+            if found is None and self._published(layer) is None:
+                root, stored = str(self.description.checkpoint.root), tensors_of(self._reader.refs, layer)
+                if stored:
+                    raise UnsupportedError(
+                        "The unquantized model stores these experts in a layout that is not read", file=root,
+                        tensor=layer.prefix, expected=_described(layer, "float"), found=stored,
+                        hint="give --unquantized the model as transformers saves it, experts one by one or stacked",
+                    )  # fmt: skip
+                raise _other_model(layer, root, "no such layer")
+            if found is not None:
+                floats = all(form.is_float for form in found.all_forms)
+                if found.geometry != layer.geometry or not floats:
+                    shape = _described(found, "float" if floats else "not float")
+                    raise _other_model(layer, str(self.description.checkpoint.root), shape)
 
     def _layer(self, layer: MoELayer) -> MoELayer | None:
         """The same layer here: of the same module, else the only one of the same number."""
         same = [found for found in self._layers if found.prefix == layer.prefix]
-        numbered = [found for found in self._layers if found.index == layer.index]
-        found = same or numbered
+        found = same or [found for found in self._layers if found.index == layer.index]
         return found[0] if len(found) == 1 else None
+
+    def _published(self, layer: MoELayer) -> PublishedLayer | None:
+        known = knowledge(self.description.config.raw, layer.moe)
+        interleaved = isinstance(known, Known) and known.family.interleaved
+        return published_layer(self._reader.refs, layer, interleaved=interleaved)
 
     def weights(self, layer: MoELayer, device: torch.device) -> Weight:
         """Gives the weight of a projection of a layer, float64 [out, in] on a device."""
-        mine = self._layer(layer)
-        assert mine is not None  # check() refuses a model without the layer
+        found, published = self._layer(layer), self._published(layer)
 
         def weight(role: Role, expert: int) -> Tensor:
-            stored = mine.projection(role, expert)
-            inner = mine.intermediate if role == "down" else mine.hidden
-            if not mine.transposed and not stored.alternate:
-                return self._files.floats(stored.names.weight, stored.weight).to(device).reshape(-1, inner).double()
+            if found is None:
+                assert published is not None  # check() refuses a model without the layer
+                return published.weight(self._reader, role, expert).to(device).double()
+            stored = found.projection(role, expert)
+            inner = found.intermediate if role == "down" else found.hidden
+            if not found.transposed and not stored.alternate:
+                return self._reader.floats(stored.names.weight, stored.weight).to(device).reshape(-1, inner).double()
             # Rows of gate and up alternate, or the matrices are [in, out]: the whole matrix, then the rows.
-            matrix = self._files.floats(stored.names.weight, Part(expert, mine.experts) if mine.transposed else None)
-            rows = matrix.reshape(inner, -1).T if mine.transposed else matrix.reshape(-1, inner)
+            matrix = self._reader.floats(stored.names.weight, Part(expert, found.experts) if found.transposed else None)
+            rows = matrix.reshape(inner, -1).T if found.transposed else matrix.reshape(-1, inner)
             if role != "down":
                 half = int(role == "up")
-                rows = rows[half::2] if mine.interleaved else rows.chunk(2)[half]
+                rows = rows[half::2] if found.interleaved else rows.chunk(2)[half]
             return rows.to(device).double()
 
         return weight
+
+    def router(self, layer: MoELayer) -> Router | Unknown:
+        """The router of a layer, or why it is not known."""
+        found = self._layer(layer)
+        return router_of(layer if found is None else found, self.description.config.raw, self._reader)
+
+
+@dataclass(frozen=True, slots=True)
+class WeightCheck:
+    """The weights of a layer beside the unquantized ones.
+
+    Attributes:
+        errors: role -> the errors of each expert.
+        rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors are what remains.
+        outputs: the unquantized weights for the hidden states of the quantized layer.
+        problems: what is wrong.
+        inputs: the factors of the input channels, float64 [H]; None where nothing is rescaled.
+    """
+
+    errors: dict[str, tuple[WeightError, ...]]
+    rescaled: bool
+    outputs: Weight
+    problems: tuple[Problem, ...]
+    inputs: Tensor | None = None
+
+
+def check_weights(experts: FusedExperts, weight: Weight) -> WeightCheck:
+    """Compare every projection of a layer with the unquantized one.
+
+    Where they differ by more than rounding, they are compared again without factors per channel
+    (:mod:`quarkconv.verify.rescaling`); if that brings them within the bound, the factors are taken for those of
+    SmoothQuant or AWQ.
+    """
+    errors = weight_errors(experts, weight)
+    problems = tuple(weight_problems(experts, errors))
+    if not problems:
+        return WeightCheck(errors, rescaled=False, outputs=weight, problems=())
+    if "gate" not in experts.roles:
+        return WeightCheck(errors, rescaled=False, outputs=weight, problems=problems)
+    rescaling = estimate_rescaling(experts, weight)
+    remaining = weight_errors(experts, rescaling.apply(weight))
+    if any(weight_problems(experts, remaining)):
+        return WeightCheck(errors, rescaled=False, outputs=weight, problems=problems)
+    problems = ()
+    if not rescaling.cancels:
+        message = "Factors of up's rows and down's columns do not cancel: the layer computes something else"
+        problems = (Problem("numbers", experts.layer, experts.module, message),)
+    return WeightCheck(
+        remaining, rescaled=True, outputs=rescaling.apply_inputs(weight), problems=problems, inputs=rescaling.inputs
+    )
 
 
 def weight_errors(experts: FusedExperts, weight: Weight) -> dict[str, tuple[WeightError, ...]]:
@@ -128,6 +196,14 @@ def _weight_error(experts: FusedExperts, role: Role, expert: int, original: Tens
     return WeightError(relative, -20 * math.log10(relative) if 0 < relative < math.inf else None, clipped)
 
 
-def _said(layer: MoELayer, stored: str) -> str:
+def _described(layer: MoELayer, stored: str) -> str:
     experts, hidden, intermediate = layer.geometry
     return f"{experts} experts of {hidden} x {intermediate}, {stored}"
+
+
+def _other_model(layer: MoELayer, file: str, found: str) -> UsageError:
+    return UsageError(
+        "The unquantized model does not have this layer in float and in this shape", file=file, tensor=layer.prefix,
+        expected=_described(layer, "float"), found=found,
+        hint="give --unquantized the model that was quantized, in BF16",
+    )  # fmt: skip

@@ -13,7 +13,7 @@ from rich.text import Text
 from quarkconv.cli.out import console, indented, printable, title, verdict
 from quarkconv.cli.render.charts import verification_charts
 from quarkconv.text import plural, size
-from quarkconv.verify.results import Distance, LayerNumbers, NumbersResult, Problem, Verification
+from quarkconv.verify.results import RESCALED, Distance, LayerNumbers, NumbersResult, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
 _SHOWN_LAYERS: Final = 16
@@ -89,13 +89,19 @@ def _numbers(numbers: NumbersResult) -> RenderableType:
         lines.append(indented(f"and {more} more with less noise (all with --json)", 2, "dim"))
     for routing, activation in dict.fromkeys((layer.routing, layer.activation) for layer in layers):
         lines.append(indented(printable(f"routing: {routing}; activation: {activation}"), 2, "dim"))
-    for exact, noise_bound in dict.fromkeys((layer.exact.bound, layer.dequantized.bound) for layer in layers):
-        legend = (
-            f"relative errors; exact: against integer arithmetic, bound {exact:.1e}; dequantized: against float64 with "
-            f"dequantized weights, bound {noise_bound:g}; max: largest element error / output RMS"
-        )
-        lines.append(indented(legend, 2, "dim"))
+    exact_bound = _range([layer.exact.bound for layer in layers])
+    noise_bound = _range([layer.dequantized.bound for layer in layers])
+    legend = (
+        f"relative errors; exact: against integer arithmetic, bound {exact_bound}; dequantized: against float64 with "
+        f"dequantized weights, bound {noise_bound}; max: largest element error / output RMS"
+    )
+    lines.append(indented(legend, 2, "dim"))
     return Group(*lines, "")
+
+
+def _range(bounds: list[float]) -> str:
+    low, high = f"{min(bounds):.2g}", f"{max(bounds):.2g}"
+    return low if low == high else f"{low} to {high}"
 
 
 def _noisiest(layers: tuple[LayerNumbers, ...]) -> list[LayerNumbers]:
@@ -114,6 +120,8 @@ def _worst(verification: Verification) -> RenderableType:
     if not worst:
         return Group()
     lines: list[RenderableType] = [Text("Furthest from the unquantized model", style="bold")]
+    if any(layer.rescaled for layer in verification.numbers.experts):
+        lines.append(indented(RESCALED, 2, "dim"))
     for layer, module, role, expert, error in worst:
         weight = f"layer {verification.numbers.label(layer, module)} expert {expert} {role}"
         lines.append(indented(f"{weight}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped", 2, "dim"))
@@ -137,8 +145,4 @@ def _problems(problems: tuple[Problem, ...]) -> RenderableType:
 
 
 def _verdict(verification: Verification) -> Text:
-    if not verification.ok:
-        return verdict(f"Not verified: {plural(len(verification.problems), 'problem')}", good=False)
-    stages = (("bytes", verification.bytes.skipped), ("numbers", verification.numbers.skipped))
-    skipped = [stage for stage, reason in stages if reason is not None]
-    return verdict("Verified" + (f"; not checked: {' and '.join(skipped)}" if skipped else ""), good=True)
+    return verdict(verification.verdict(), good=verification.ok)
