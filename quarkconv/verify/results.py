@@ -283,11 +283,11 @@ class Verification:
         skipped = [name for name, why in (("bytes", self.bytes.skipped), ("numbers", self.numbers.skipped)) if why]
         if self.problems:
             outcome = f"Not verified: {plural(len(self.problems), 'problem')}"
-            return outcome + (f"; {' and '.join(skipped)} not checked" if skipped else "")
+            return outcome + (f"; not checked: {' and '.join(skipped)}" if skipped else "")
         if not skipped:
             return "Verified"
         checked = ["structure", *(name for name in ("bytes", "numbers") if name not in skipped)]
-        return f"Verified: {' and '.join(checked)}; {' and '.join(skipped)} not checked"
+        return f"Verified: {' and '.join(checked)}; not checked: {' and '.join(skipped)}"
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``verify --json`` prints."""
