@@ -82,10 +82,10 @@ class UnquantizedModel:
                     raise _other_model(layer, str(self.description.checkpoint.root), shape)
 
     def _layer(self, layer: MoELayer) -> MoELayer | None:
-        """The same layer, [out, in]: of the same module, else the only one of the same number."""
+        """The same layer here: of the same module, else the only one of the same number."""
         same = [found for found in self._layers if found.prefix == layer.prefix]
         found = same or [found for found in self._layers if found.index == layer.index]
-        return found[0] if len(found) == 1 and not found[0].transposed else None
+        return found[0] if len(found) == 1 else None
 
     def _published(self, layer: MoELayer) -> PublishedLayer | None:
         known = knowledge(self.description.config.raw, layer.moe)
