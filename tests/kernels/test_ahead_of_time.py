@@ -4,6 +4,7 @@ import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -25,7 +26,9 @@ def compile_for(targets: tuple[str, ...], cache: Path) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def compilations(tmp_path_factory):
+def compilations(
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
     """All targets, each vendor's in a process of its own."""
     with ThreadPoolExecutor(max_workers=len(GROUPS)) as pool:
         runs: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
@@ -35,7 +38,7 @@ def compilations(tmp_path_factory):
 
 
 @pytest.mark.parametrize("target", [target for group in GROUPS for target in group])
-def test_compiles(target, compilations):
+def test_compiles(target: str, compilations: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
     done = compilations[target].result()
     found = re.search(rf"^{target}: (\d+) compilations$", done.stdout, re.MULTILINE)
     assert found, f"{done.stdout}\n{done.stderr}"

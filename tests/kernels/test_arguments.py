@@ -1,5 +1,8 @@
 """Every argument that is wrong is named, with what was expected and what was found."""
 
+from collections.abc import Callable
+from typing import Any
+
 import pytest
 import torch
 
@@ -36,7 +39,14 @@ WRONG = [
 
 @pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
 @pytest.mark.parametrize(("name", "change", "error", "message"), WRONG)
-def test_wrong_tensor(implementation, name, change, error, message, make_case):
+def test_wrong_tensor(
+    implementation: Callable[..., torch.Tensor],
+    name: str,
+    change: Callable[..., Any],
+    error: type[Exception],
+    message: str,
+    make_case: Callable[..., Any],
+) -> None:
     case = make_case(3, 96, 80, 4, 2)
     with pytest.raises(error, match=message):
         implementation(*case.replace(**{name: change(getattr(case, name))}).tensors())
@@ -59,8 +69,10 @@ def test_wrong_tensor(implementation, name, change, error, message, make_case):
         ({"out": torch.empty(3, 192, dtype=torch.bfloat16)[:, ::2]}, ValueError, "out: expected a contiguous tensor"),
     ],
 )
-def test_wrong_option(options, error, message, make_case, device):
-    on_device = {
+def test_wrong_option(
+    options: Any, error: type[Exception], message: str, make_case: Callable[..., Any], device: torch.device
+) -> None:
+    on_device: dict[str, Any] = {
         k: v.to(device) if isinstance(v, torch.Tensor) and v.is_contiguous() else v for k, v in options.items()
     }
     if "out" in options and not options["out"].is_contiguous():
@@ -69,7 +81,7 @@ def test_wrong_option(options, error, message, make_case, device):
         fused_experts_int8(*make_case(3, 96, 80, 4, 2).tensors(), **on_device)
 
 
-def test_depth_that_could_overflow_int32(make_case):
+def test_depth_that_could_overflow_int32(make_case: Callable[..., Any]) -> None:
     """Refused before anything is computed; the weights are views of one row, since the real ones would be large."""
     assert MAX_DEPTH * 127 * 128 < 2**31 <= (MAX_DEPTH + 1) * 127 * 128
     case = make_case(1, 8, 8, 1, 1)
@@ -81,7 +93,7 @@ def test_depth_that_could_overflow_int32(make_case):
         fused_experts_int8(*deep.tensors())
 
 
-def test_unsupported_device(make_case):
+def test_unsupported_device(make_case: Callable[..., Any]) -> None:
     case = make_case(3, 96, 80, 4, 2)
     meta = case.replace(**{name: getattr(case, name).to("meta") for name in case.__dataclass_fields__})
     with pytest.raises(ValueError, match="unsupported device: expected cpu, cuda"):

@@ -5,6 +5,8 @@ code by one step, and the bound would have to allow for that everywhere.
 """
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
@@ -23,11 +25,11 @@ UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 SHAPES = [(1, 96, 80, 4, 2), (5, 176, 88, 8, 3), (17, 80, 96, 3, 1)]
 
 
-def relative_rms(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
-def poison(workspace):
+def poison(workspace: Any) -> None:
     """Fill the buffers with what would show: NaN, and codes and indices that no stage writes."""
     for name in ("input_scale", "activated", "hidden_scale", "expert_out"):
         if getattr(workspace, name) is not None:
@@ -37,14 +39,14 @@ def poison(workspace):
 
 
 TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)
-LAUNCHES = {
+LAUNCHES: dict[str, LaunchOptions | GemvOptions] = {
     "sorted": LaunchOptions(RowBlocks(16), TILE, TILE),
     "tails": LaunchOptions(RowBlocks(32, 16, 16), TILE, TileOptions(64, 32, 1, 4, 3, descriptors=False)),
     "gemv": GemvOptions(VectorTile(32, 4), VectorTile(64, 8)),
 }
 
 
-def by_pair(plan, rows, rest):
+def by_pair(plan: Any, rows: torch.Tensor, rest: float) -> torch.Tensor:
     """Rows in the plan's order, [P, ...], as rows of pairs; those of pairs that it leaves out hold `rest`."""
     if plan is None:
         return rows
@@ -54,7 +56,7 @@ def by_pair(plan, rows, rest):
     return out
 
 
-def check_stages(case, launch=None, **options):
+def check_stages(case: Any, launch: Any = None, **options: Any) -> torch.Tensor:
     """Run the kernels on poisoned buffers and check every stage against the twin of that stage alone."""
     arguments = check_arguments(*case.tensors(), **options)
     launch = launch or default_options(arguments)
@@ -92,7 +94,7 @@ def check_stages(case, launch=None, **options):
     )
     found_activated = by_pair(buffers.plan, buffers.activated, math.nan)
     # The float32 epilogues differ in a few last bits, which can flip the rounding to `dtype` by one unit.
-    one_unit = {"rtol": 2 * UNIT_ROUNDOFF[dtype], "atol": 1e-6}
+    one_unit: dict[str, Any] = {"rtol": 2 * UNIT_ROUNDOFF[dtype], "atol": 1e-6}
     torch.testing.assert_close(found_activated[here], activated[here], **one_unit)
 
     codes, scale = quantize_rows_reference(
@@ -124,7 +126,7 @@ def check_stages(case, launch=None, **options):
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_stages(shape, dtype, launch, make_case):
+def test_stages(shape: Any, dtype: torch.dtype, launch: Any, make_case: Callable[..., Any]) -> None:
     check_stages(make_case(*shape, dtype=dtype), launch)
 
 
@@ -141,11 +143,11 @@ def test_stages(shape, dtype, launch, make_case):
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
-def test_stages_with_options(options, make_case):
+def test_stages_with_options(options: Any, make_case: Callable[..., Any]) -> None:
     check_stages(make_case(5, 96, 80, 4, 2, ids_dtype=torch.int64), **options)
 
 
-def without_gate(case):
+def without_gate(case: Any) -> Any:
     """The same experts with the up half only: w13 is [E, I, H]."""
     half = case.w13.shape[1] // 2
     return case.replace(w13=case.w13[:, half:].contiguous(), w13_scale=case.w13_scale[:, half:].contiguous())
@@ -153,7 +155,9 @@ def without_gate(case):
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("on_input", [False, True])
-def test_stages_without_a_gate(launch, on_input, make_case, device):
+def test_stages_without_a_gate(
+    launch: Any, on_input: bool, make_case: Callable[..., Any], device: torch.device
+) -> None:
     g = torch.Generator().manual_seed(6)
     case = without_gate(make_case(5, 96, 80, 4, 2))
     case.topk_ids[1, 1] = -1
@@ -162,7 +166,9 @@ def test_stages_without_a_gate(launch, on_input, make_case, device):
 
 
 @pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
-def test_without_a_gate_close_to_float64_experts(implementation, make_case, device):
+def test_without_a_gate_close_to_float64_experts(
+    implementation: Callable[..., torch.Tensor], make_case: Callable[..., Any], device: torch.device
+) -> None:
     """nemotron_h: relu(x w_up^T)^2 w_down^T. Squares have heavier tails than the products of the gated test above."""
     case = without_gate(make_case(9, 96, 80, 4, 2))
     g = torch.Generator().manual_seed(7)
@@ -179,7 +185,9 @@ def test_without_a_gate_close_to_float64_experts(implementation, make_case, devi
 
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_stages_with_static_scales_and_biases(on_input, launch, make_case, device):
+def test_stages_with_static_scales_and_biases(
+    on_input: bool, launch: Any, make_case: Callable[..., Any], device: torch.device
+) -> None:
     g = torch.Generator().manual_seed(5)
     case = make_case(5, 96, 80, 4, 2)
     case.topk_ids[1, 1] = -1
@@ -194,12 +202,12 @@ def test_stages_with_static_scales_and_biases(on_input, launch, make_case, devic
     )
 
 
-def test_stages_with_per_tensor_weight_scales(make_case):
+def test_stages_with_per_tensor_weight_scales(make_case: Callable[..., Any]) -> None:
     case = make_case(5, 96, 80, 4, 2)
     check_stages(case.replace(w13_scale=case.w13_scale[:, :1].contiguous(), w2_scale=case.w2_scale[:, :1].contiguous()))
 
 
-def test_per_tensor_scales_equal_repeated_ones(make_case):
+def test_per_tensor_scales_equal_repeated_ones(make_case: Callable[..., Any]) -> None:
     case = make_case(5, 96, 80, 4, 2)
     single = case.replace(w13_scale=case.w13_scale[:, :1].contiguous(), w2_scale=case.w2_scale[:, :1].contiguous())
     repeated = single.replace(
@@ -211,7 +219,9 @@ def test_per_tensor_scales_equal_repeated_ones(make_case):
 
 @pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
 @pytest.mark.parametrize("on_input", [False, True])
-def test_close_to_unquantized_activations(implementation, on_input, make_case):
+def test_close_to_unquantized_activations(
+    implementation: Callable[..., torch.Tensor], on_input: bool, make_case: Callable[..., Any]
+) -> None:
     """Against float64 experts written from the definition, with dequantized weights and activations as they are.
 
     Rounding to one of 127 steps of the largest of about a hundred normal values (2.5 sigma) leaves a relative error of
@@ -232,7 +242,7 @@ def test_close_to_unquantized_activations(implementation, on_input, make_case):
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_experts_of_other_ranks(ids_dtype, make_case):
+def test_experts_of_other_ranks(ids_dtype: torch.dtype, make_case: Callable[..., Any]) -> None:
     """Two ranks with half of the experts each add up to the whole; a token with none of them here gets exactly 0."""
     case = make_case(6, 96, 80, 4, 2, ids_dtype=ids_dtype)
     case.topk_ids[2] = torch.tensor([0, 1])
@@ -257,7 +267,7 @@ def test_experts_of_other_ranks(ids_dtype, make_case):
     assert ((whole.float() - total).abs() <= bound).all()
 
 
-def test_no_pair_on_this_rank(make_case):
+def test_no_pair_on_this_rank(make_case: Callable[..., Any]) -> None:
     case = make_case(3, 96, 80, 4, 2)
     out = torch.full_like(case.hidden_states, math.nan)
     nowhere = case.replace(topk_ids=torch.full_like(case.topk_ids, -1))
@@ -266,7 +276,7 @@ def test_no_pair_on_this_rank(make_case):
 
 
 @pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
-def test_no_tokens_and_no_slots(implementation, make_case):
+def test_no_tokens_and_no_slots(implementation: Callable[..., torch.Tensor], make_case: Callable[..., Any]) -> None:
     empty = make_case(0, 96, 80, 4, 2)
     assert implementation(*empty.tensors()).shape == (0, 96)
     case = make_case(3, 96, 80, 4, 1)
@@ -276,7 +286,7 @@ def test_no_tokens_and_no_slots(implementation, make_case):
     assert (out == 0).all()
 
 
-def test_the_same_expert_twice(make_case):
+def test_the_same_expert_twice(make_case: Callable[..., Any]) -> None:
     """Nothing in the layout needs a token's experts to differ."""
     case = make_case(4, 96, 80, 4, 2)
     case.topk_ids.fill_(1)
@@ -287,10 +297,14 @@ def test_the_same_expert_twice(make_case):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("activation", ["silu", "swigluoai"])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_a_token_that_is_not_finite_keeps_to_itself(bad, static, activation, make_case, device):
+def test_a_token_that_is_not_finite_keeps_to_itself(
+    bad: float, static: bool, activation: Any, make_case: Callable[..., Any], device: torch.device
+) -> None:
     case = make_case(4, 96, 80, 4, 2)
     scale = torch.full((4,), 0.03, device=device)
-    options = {"activation": activation} | ({"w13_input_scale": scale, "w2_input_scale": scale} if static else {})
+    options: dict[str, Any] = {"activation": activation} | (
+        {"w13_input_scale": scale, "w2_input_scale": scale} if static else {}
+    )
     clean = fused_experts_int8(*case.tensors(), **options)
     case.hidden_states[2, 50] = bad
     for implementation in (fused_experts_int8, fused_experts_int8_reference):
@@ -302,7 +316,7 @@ def test_a_token_that_is_not_finite_keeps_to_itself(bad, static, activation, mak
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_deterministic_and_independent_of_the_batch(dtype, make_case):
+def test_deterministic_and_independent_of_the_batch(dtype: torch.dtype, make_case: Callable[..., Any]) -> None:
     """The same bits run to run, with other tiles and paths, and for a token alone as among others."""
     case = make_case(6, 176, 88, 4, 2, dtype=dtype)
     out = fused_experts_int8(*case.tensors())
@@ -320,7 +334,7 @@ def test_deterministic_and_independent_of_the_batch(dtype, make_case):
 
 
 @pytest.mark.parametrize("launch", [LAUNCHES["sorted"], LAUNCHES["tails"]], ids=["sorted", "tails"])
-def test_one_expert_takes_all(launch, make_case):
+def test_one_expert_takes_all(launch: Any, make_case: Callable[..., Any]) -> None:
     """The most uneven routing, in every kind of row block: whole, with a tail, short."""
     case = make_case(75, 48, 40, 3, 1)
     case.topk_ids.fill_(1)
@@ -328,7 +342,7 @@ def test_one_expert_takes_all(launch, make_case):
     check_stages(case, launch)
 
 
-def test_output_may_be_the_input_and_rows_may_be_apart(make_case):
+def test_output_may_be_the_input_and_rows_may_be_apart(make_case: Callable[..., Any]) -> None:
     case = make_case(5, 96, 80, 4, 2)
     expected = fused_experts_int8(*case.tensors())
     apart = torch.full((5, 200), math.nan, dtype=torch.bfloat16, device=expected.device)[:, 8:104]
@@ -339,7 +353,7 @@ def test_output_may_be_the_input_and_rows_may_be_apart(make_case):
 
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_weights_at_any_address(launch, make_case):
+def test_weights_at_any_address(launch: Any, make_case: Callable[..., Any]) -> None:
     """Slices of a larger tensor: contiguous, at an address that is no multiple of 16, or of 4."""
     case = make_case(5, 96, 80, 4, 2)
     expected = fused_experts_int8(*case.tensors())
@@ -357,13 +371,13 @@ def test_weights_at_any_address(launch, make_case):
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_end_to_end_equals_twin(shape, make_case):
+def test_end_to_end_equals_twin(shape: Any, make_case: Callable[..., Any]) -> None:
     """A flipped bit of an activation moves its code by at most one of 127 steps: far below 1 % of the result."""
     case = make_case(*shape)
     assert relative_rms(fused_experts_int8(*case.tensors()), fused_experts_int8_reference(*case.tensors())) < 0.01
 
 
-def test_cpu_tensors_take_the_torch_path(make_case, monkeypatch):
+def test_cpu_tensors_take_the_torch_path(make_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("TRITON_INTERPRET", raising=False)
     monkeypatch.setattr("quarkconv.kernels.pipeline.run_pipeline", None)  # calling it would fail
     case = make_case(3, 96, 80, 4, 2)
@@ -374,7 +388,7 @@ def test_cpu_tensors_take_the_torch_path(make_case, monkeypatch):
 
 
 @pytest.mark.parametrize("hidden", [8, 1100])
-def test_combine(hidden, device):
+def test_combine(hidden: int, device: torch.device) -> None:
     """Poisoned rows and weights of skipped slots must not reach the sum; more columns than a block has."""
     g = torch.Generator().manual_seed(hidden)
     ids = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 3, 0]], dtype=torch.int32, device=device)

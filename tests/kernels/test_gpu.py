@@ -3,6 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -27,12 +28,12 @@ LARGE = {
 }
 
 
-def relative_rms(found, expected):
-    return ((found.double() - expected.double()).norm() / expected.double().norm()).item()
+def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((found.double() - expected.double()).norm() / expected.double().norm())
 
 
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
-def test_real_sizes(shape, make_case):
+def test_real_sizes(shape: Any, make_case: Callable[..., Any]) -> None:
     case = make_case(*shape)
     out = torch.full_like(case.hidden_states, math.nan)
     fused_experts_int8(*case.tensors(), out=out)
@@ -45,7 +46,7 @@ LISTED = sorted({o for entries in load_table("NVIDIA H200").values() for o in en
 
 
 @pytest.mark.parametrize("listed", LISTED, ids=range(len(LISTED)))
-def test_listed_options_give_the_same_bits(listed, make_case, device):
+def test_listed_options_give_the_same_bits(listed: Any, make_case: Callable[..., Any], device: torch.device) -> None:
     """Every entry of the table, on experts with rows for whole blocks, tails and short blocks, at an odd size."""
     case = make_case(601, 1040, 560, 6, 2)
     case.topk_ids[:290] = torch.tensor([0, 1])
@@ -69,7 +70,7 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_offsets_past_2_to_the_31(launch, make_case, device):
+def test_offsets_past_2_to_the_31(launch: Any, make_case: Callable[..., Any], device: torch.device) -> None:
     """Weights of more than 2^31 codes: the last expert's rows lie where a 32-bit offset would wrap."""
     case = make_case(4, 4096, 4096, 70, 1)
     assert case.w13.numel() > 2**31
@@ -90,7 +91,7 @@ def test_offsets_past_2_to_the_31(launch, make_case, device):
 
 
 @pytest.mark.parametrize("launch", [LAUNCHES["portable"], LAUNCHES["specialized"]], ids=["portable", "specialized"])
-def test_results_past_2_to_the_31(launch, make_case, device):
+def test_results_past_2_to_the_31(launch: Any, make_case: Callable[..., Any], device: torch.device) -> None:
     """More than 2^31 values of y, and as many codes in sorted order: every token is as if it were alone."""
     case = make_case(2**16 + 3, 4160, 64, 16, 8)
     assert case.topk_ids.numel() * 4160 > 2**31
@@ -103,7 +104,7 @@ def test_results_past_2_to_the_31(launch, make_case, device):
     assert out.isfinite().all()
 
 
-def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
+def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):  # compiles the kernels
@@ -117,10 +118,12 @@ def capture(run: Callable[[], None]) -> torch.cuda.CUDAGraph:
 
 @pytest.mark.parametrize("tokens", [1, 7, 256])
 @pytest.mark.parametrize("static", [False, True])
-def test_graph_replays_with_other_inputs_and_routings(tokens, static, make_case, device):
+def test_graph_replays_with_other_inputs_and_routings(
+    tokens: int, static: bool, make_case: Callable[..., Any], device: torch.device
+) -> None:
     case = make_case(tokens, 512, 352, 16, 4)
     scale = torch.linspace(0.02, 0.04, 16, device=device)
-    options = {"w13_input_scale": scale, "w2_input_scale": scale} if static else {}
+    options: dict[str, Any] = {"w13_input_scale": scale, "w2_input_scale": scale} if static else {}
     out = torch.empty_like(case.hidden_states)
     graph = capture(lambda: fused_experts_int8(*case.tensors(), out=out, **options))
     for seed in range(1, 5):
@@ -138,12 +141,15 @@ def test_graph_replays_with_other_inputs_and_routings(tokens, static, make_case,
             assert (out == 0).all()
 
 
-def test_graph_of_the_quantization(device):
+def test_graph_of_the_quantization(device: torch.device) -> None:
     x = torch.randn(64, 2048, device=device, dtype=torch.bfloat16)
-    for granularity in ("per_token", "per_tensor"):
+    names: tuple[Literal["per_token", "per_tensor"], ...] = ("per_token", "per_tensor")
+    for granularity in names:
         found: list[torch.Tensor] = []
 
-        def run(granularity=granularity, found=found) -> None:
+        def run(
+            granularity: Literal["per_token", "per_tensor"] = granularity, found: list[torch.Tensor] = found
+        ) -> None:
             found[:] = quantize_int8(x, granularity=granularity)
 
         graph = capture(run)
@@ -153,7 +159,7 @@ def test_graph_of_the_quantization(device):
             assert torch.equal(got, expected)
 
 
-def test_quantization_equals_the_twin_on_the_cpu(device):
+def test_quantization_equals_the_twin_on_the_cpu(device: torch.device) -> None:
     """Bit for bit, over 4 million values: the divisions round the same way here and there."""
     x = torch.randn(1024, 4096, device=device, dtype=torch.bfloat16) * 3
     for granularity in ("per_token", "per_tensor"):
@@ -164,7 +170,7 @@ def test_quantization_equals_the_twin_on_the_cpu(device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_refined_quotients_are_the_divisions(dtype, device):
+def test_refined_quotients_are_the_divisions(dtype: torch.dtype, device: torch.device) -> None:
     """Every mantissa of a row's largest value, against every value below it down to where all codes are 0."""
     values = torch.arange(0x7C00, dtype=torch.int32, device=device).to(torch.int16).view(dtype)
     below = values[(values.float() >= 2**-9) & (values.float() < 2)]

@@ -1,10 +1,12 @@
 """The grouped products: integer sums bit for bit, float epilogues against float64."""
 
+from typing import Any
+
 import pytest
 import torch
 
 from quarkconv.kernels.activations import ACTIVATIONS, activate_reference, make_activation
-from quarkconv.kernels.arguments import ExpertWeights
+from quarkconv.kernels.arguments import ExpertWeights, RoutingPlan
 from quarkconv.kernels.launch.grouped_gemm import (
     grouped_down,
     grouped_down_reference,
@@ -23,11 +25,21 @@ UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32
 SIZES = [(128, 64), (24, 8), (80, 96), (176, 88)]
 
 
-def random_codes(g, shape, device):
+def random_codes(g: torch.Generator, shape: tuple[int, ...], device: torch.device | str) -> torch.Tensor:
     return torch.randint(-128, 128, shape, generator=g, dtype=torch.int8).to(device)
 
 
-def inputs(depth, columns, device, *, tokens=9, top_k=2, experts=4, per_tensor=False, bias=None):
+def inputs(
+    depth: int,
+    columns: int,
+    device: torch.device,
+    *,
+    tokens: int = 9,
+    top_k: int = 2,
+    experts: int = 4,
+    per_tensor: bool = False,
+    bias: torch.dtype | None = None,
+) -> tuple[torch.Tensor, torch.Tensor, ExpertWeights, torch.Tensor]:
     """(codes, row_scale, gate-up-shaped weights [E, columns, depth], ids with an empty expert and skipped pairs)."""
     g = torch.Generator().manual_seed(depth + columns)
     ids = torch.randint(0, experts - 1, (tokens, top_k), generator=g)  # the last expert gets nothing
@@ -48,17 +60,17 @@ CUTS = [RowBlocks(16), RowBlocks(16, 16), RowBlocks(32, 32, 16)]
 CUTS_AND_TILES = list(zip(CUTS, (TILE, WIDE, TILE), strict=True))
 
 
-def plan_for(ids, experts, blocks=CUTS[0]):
+def plan_for(ids: torch.Tensor, experts: int, blocks: RowBlocks = CUTS[0]) -> RoutingPlan:
     return route_pairs(ids, experts, empty_plan(ids.numel(), experts, blocks, ids.device))
 
 
-def sort_rows(plan, rows):
+def sort_rows(plan: RoutingPlan, rows: torch.Tensor) -> torch.Tensor:
     """Rows of pairs, [P, ...], in the row order of the plan."""
     order = plan.pairs[: plan.totals[1]].long()
     return torch.cat([rows[order], rows[: len(rows) - len(order)]])
 
 
-def unsort_rows(plan, rows, rest):
+def unsort_rows(plan: RoutingPlan, rows: torch.Tensor, rest: float) -> torch.Tensor:
     """The reverse; pairs that the plan leaves out get `rest`, which the rows beyond its own must still hold."""
     used = plan.totals[1].item()
     expected = torch.full_like(rows[used:], rest)
@@ -68,20 +80,22 @@ def unsort_rows(plan, rows, rest):
     return out
 
 
-def here(ids, experts):
+def here(ids: torch.Tensor, experts: int) -> torch.Tensor:
     return ((ids >= 0) & (ids < experts)).flatten()
 
 
-def exact_sums(codes, weights, ids):
+def exact_sums(codes: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
     """int64 sums on the CPU, with the sums of skipped pairs 0."""
-    codes, w, ids = codes.cpu().long(), weights.cpu().long(), ids.flatten().tolist()
+    codes, w, numbers = codes.cpu().long(), weights.cpu().long(), ids.flatten().tolist()
     zero = torch.zeros(w.shape[1], dtype=torch.long)
-    return torch.stack([w[e] @ codes[p] if 0 <= e < len(w) else zero for p, e in enumerate(ids)])
+    return torch.stack([w[e] @ codes[p] if 0 <= e < len(w) else zero for p, e in enumerate(numbers)])
 
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
 @pytest.mark.parametrize(("blocks", "tile"), CUTS_AND_TILES, ids=str)
-def test_down_sums_are_exact(depth, columns, tile, blocks, device):
+def test_down_sums_are_exact(
+    depth: int, columns: int, tile: TileOptions, blocks: RowBlocks, device: torch.device
+) -> None:
     codes, row_scale, weights, ids = inputs(depth, columns, device, tokens=24)
     out = torch.full((codes.shape[0], columns), -7, dtype=torch.int32, device=device)
     plan = plan_for(ids, 4, blocks)
@@ -93,7 +107,9 @@ def test_down_sums_are_exact(depth, columns, tile, blocks, device):
 
 @pytest.mark.parametrize(("depth", "columns"), SIZES)
 @pytest.mark.parametrize(("blocks", "tile"), CUTS_AND_TILES, ids=str)
-def test_gate_up_sums_are_exact(depth, columns, tile, blocks, device):
+def test_gate_up_sums_are_exact(
+    depth: int, columns: int, tile: TileOptions, blocks: RowBlocks, device: torch.device
+) -> None:
     _, row_scale, weights, ids = inputs(depth, 2 * columns, device, tokens=24)
     token_codes = random_codes(torch.Generator().manual_seed(1), (ids.shape[0], depth), device)
     out = torch.full((ids.numel(), 2 * columns), -7, dtype=torch.int32, device=device)
@@ -106,7 +122,7 @@ def test_gate_up_sums_are_exact(depth, columns, tile, blocks, device):
     assert (out[~rows] == -7).all()
 
 
-def test_largest_sums(device):
+def test_largest_sums(device: torch.device) -> None:
     """Every product at its largest, with the sign that float32 accumulation would round: 127 * 128 * 3000 > 2^24."""
     depth = 3000
     codes = torch.full((1, depth), -127, dtype=torch.int8, device=device)
@@ -121,25 +137,27 @@ def test_largest_sums(device):
 
 
 @pytest.mark.parametrize("depth", [1, 1023, 1024, 1025, 4100])
-def test_twin_sums_are_exact(depth):
+def test_twin_sums_are_exact(depth: int) -> None:
     g = torch.Generator().manual_seed(depth)
     a, b = random_codes(g, (3, depth), "cpu"), random_codes(g, (5, depth), "cpu")
     assert torch.equal(int8_matmul_reference(a, b).long(), a.long() @ b.long().t())
 
 
-def magnitude_and_value(codes, row_scale, weights, ids, experts):
+def magnitude_and_value(
+    codes: torch.Tensor, row_scale: torch.Tensor, weights: ExpertWeights, ids: torch.Tensor, experts: int
+) -> tuple[torch.Tensor, torch.Tensor]:
     """float64 results of the linear part, and the sum of the magnitudes of its two terms."""
     sums = exact_sums(codes, weights.codes, ids).double()
     which = ids.flatten().clamp(0, experts - 1).long().cpu()
     scaled = sums * row_scale.double().cpu().unsqueeze(-1) * weights.scale.double().cpu()[which].squeeze(-1)
-    bias = 0.0 if weights.bias is None else weights.bias.double().cpu()[which]
+    bias: Any = 0.0 if weights.bias is None else weights.bias.double().cpu()[which]
     return scaled + bias, scaled.abs() + abs(bias)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_down_epilogue(dtype, bias, per_tensor, device):
+def test_down_epilogue(dtype: torch.dtype, bias: torch.dtype | None, per_tensor: bool, device: torch.device) -> None:
     codes, row_scale, weights, ids = inputs(176, 88, device, per_tensor=per_tensor, bias=bias)
     value, magnitude = magnitude_and_value(codes, row_scale, weights, ids, 4)
     # Four float32 roundings (sum to float, two scales, bias) of 2^-24 each, then the store's.
@@ -168,11 +186,11 @@ FUNCTIONS = {
 }
 
 
-def test_every_activation_is_tested():
+def test_every_activation_is_tested() -> None:
     assert {activation.name for activation in FUNCTIONS.values()} == set(ACTIVATIONS)
 
 
-def by_definition(gate, up, activation):
+def by_definition(gate: Any, up: torch.Tensor, activation: Any) -> Any:
     """The formulas of the documentation, in float64, written from other primitives than the twin's."""
     sigmoid = 1 / (1 + torch.exp(-gate)) if gate is not None else None
     limit, alpha = activation.limit, activation.alpha
@@ -197,15 +215,15 @@ def by_definition(gate, up, activation):
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_activations_are_their_definitions(activation):
+def test_activations_are_their_definitions(activation: Any) -> None:
     g = torch.Generator().manual_seed(0)
     gate, up = (3 * torch.randn(2000, generator=g, dtype=torch.float64) for _ in range(2))
-    gate = gate if activation.gated else None
-    expected = by_definition(gate, up, activation)
-    torch.testing.assert_close(activate_reference(gate, up, activation), expected, rtol=1e-12, atol=1e-12)
+    gated = gate if activation.gated else None
+    expected = by_definition(gated, up, activation)
+    torch.testing.assert_close(activate_reference(gated, up, activation), expected, rtol=1e-12, atol=1e-12)
 
 
-def halves(values, activation):
+def halves(values: torch.Tensor, activation: Any) -> Any:
     """(gate or None, up) of the sums of a first product."""
     return values.chunk(2, dim=1) if activation.gated else (None, values)
 
@@ -213,12 +231,13 @@ def halves(values, activation):
 @pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("bias", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gate_up_epilogue(activation, bias, dtype, device):
+def test_gate_up_epilogue(activation: Any, bias: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> None:
     codes, row_scale, weights, ids = inputs(176, 88 * (1 + activation.gated), device, bias=bias)
     row_scale = row_scale * 3  # past the limit of 1.25 often enough
     router = torch.linspace(0.5, 1.5, ids.numel(), device=device)
     value, magnitude = magnitude_and_value(codes, row_scale * router, weights, ids, 4)
-    expected = activate_reference(*halves(value, activation), activation)
+    gate, up = halves(value, activation)
+    expected = activate_reference(gate, up, activation)
     # Relative errors of a few 2^-24 in gate and up; an activation has a slope below 1.13 (limit included) and is below
     # |gate| itself, its exponential is good to 2^-22 on GPUs: together well under 2^-19 of (1 + |gate|) * (1 + |up|).
     # Without a gate, the square has a slope of 2 |up|.
@@ -227,7 +246,7 @@ def test_gate_up_epilogue(activation, bias, dtype, device):
     bound = inner + UNIT_ROUNDOFF[dtype] * expected.abs()
     rows = here(ids, 4)
     out = torch.full((codes.shape[0], 88), torch.nan, dtype=dtype, device=device)
-    options = {"router_weight": router, "pairs_per_row": 1}
+    options: dict[str, Any] = {"router_weight": router, "pairs_per_row": 1}
     plan = plan_for(ids, 4)
     grouped_gate_up(codes, row_scale, weights, plan, activation, out, TILE, **options)
     out = unsort_rows(plan, out, torch.nan)
@@ -238,7 +257,7 @@ def test_gate_up_epilogue(activation, bias, dtype, device):
 
 
 @pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
-def test_large_values_saturate_and_nan_stays_in_its_row(activation, device):
+def test_large_values_saturate_and_nan_stays_in_its_row(activation: Any, device: torch.device) -> None:
     """Gates of +-1e4 overflow a naive exponential; a NaN scale must survive the clamps and touch only its row."""
     g = torch.Generator().manual_seed(3)
     codes = random_codes(g, (4, 64), device)
@@ -254,7 +273,7 @@ def test_large_values_saturate_and_nan_stays_in_its_row(activation, device):
     torch.testing.assert_close(out, twin, rtol=2.0**-18, atol=1e-6, equal_nan=True)
 
 
-def test_tiles_do_not_change_a_bit(device):
+def test_tiles_do_not_change_a_bit(device: torch.device) -> None:
     codes, row_scale, weights, ids = inputs(176, 2 * 88, device, tokens=24, bias=torch.float32)
     silu = make_activation("silu")
     tiles = (TILE, WIDE, TileOptions(16, 128, 4, 4, 1), TileOptions(32, 64, 2, 4, 2, descriptors=False))
@@ -269,7 +288,7 @@ def test_tiles_do_not_change_a_bit(device):
         assert torch.equal(results[0], result)
 
 
-def test_activation_formulas():
+def test_activation_formulas() -> None:
     """The definitions, on numbers worked out by hand: sigmoid(0) = 1/2, and clamps at 7 on both sides."""
     gate, up = torch.tensor([0.0, 1e3, 1e3, -1e3]), torch.tensor([3.0, 100.0, -100.0, 2.0])
     assert activate_reference(gate, up, make_activation("silu")).tolist() == [0.0, 1e5, -1e5, -0.0]

@@ -2,6 +2,9 @@
 
 import itertools
 import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -50,11 +53,13 @@ DEVICES = [
 ]
 
 
-def is_power_of_2(value):
+def is_power_of_2(value: int) -> bool:
     return value > 0 and value & (value - 1) == 0
 
 
-def check_launchable(options, traits, top_k, hidden, intermediate):
+def check_launchable(
+    options: LaunchOptions | GemvOptions, traits: DeviceTraits, top_k: int, hidden: int, intermediate: int
+) -> None:
     if isinstance(options, GemvOptions):
         for tile in (options.gate_up, options.down):
             assert is_power_of_2(tile.block_n)
@@ -67,19 +72,20 @@ def check_launchable(options, traits, top_k, hidden, intermediate):
     assert blocks.tail_m <= blocks.block_m
     assert blocks.small_m < blocks.block_m
     assert all(is_power_of_2(size) for size in (blocks.block_m, blocks.tail_m or 1, blocks.small_m or 1))
-    for tile, weight_tiles in ((options.gate_up, 2), (options.down, 1)):
-        assert is_power_of_2(tile.block_n)
-        assert is_power_of_2(tile.block_k)
-        assert tile.block_n >= 16
-        assert tile.block_k >= 32
-        assert tile.num_stages >= 2
-        assert traits.tensor_descriptors or not tile.descriptors
-        assert traits.warp_specialization or not tile.specialized
-        assert shared_bytes(tile, blocks.block_m + blocks.tail_m, weight_tiles) <= traits.shared_memory
+    products = ((options.gate_up, 2), (options.down, 1))
+    for product, weight_tiles in products:
+        assert is_power_of_2(product.block_n)
+        assert is_power_of_2(product.block_k)
+        assert product.block_n >= 16
+        assert product.block_k >= 32
+        assert product.num_stages >= 2
+        assert traits.tensor_descriptors or not product.descriptors
+        assert traits.warp_specialization or not product.specialized
+        assert shared_bytes(product, blocks.block_m + blocks.tail_m, weight_tiles) <= traits.shared_memory
 
 
 @pytest.mark.parametrize("traits", DEVICES, ids=str)
-def test_always_launchable(traits):
+def test_always_launchable(traits: DeviceTraits) -> None:
     for tokens, experts, top_k, width in itertools.product((1, 8, 64, 700, 4096), (1, 8, 256), (1, 8), (24, 88, 4096)):
         options = choose_launch_options(tokens, experts, top_k, width, width, traits)
         check_launchable(options, traits, top_k, width, width)
@@ -94,15 +100,16 @@ def test_always_launchable(traits):
                     check_launchable(fit_options(candidate, shape[2], shape[3], traits), traits, *shape[1:])
 
 
-def test_rows_grow_with_the_tokens():
+def test_rows_grow_with_the_tokens() -> None:
     found = [choose_launch_options(m, 256, 8, 3072, 1536, DEVICES[1]) for m in (8, 64, 512, 2048, 4096)]
-    blocks = [options.blocks.block_m for options in found]
+    blocks = [options.blocks.block_m for options in found if isinstance(options, LaunchOptions)]
+    assert len(blocks) == len(found)
     assert blocks == sorted(blocks)
     assert blocks[0] == MIN_BLOCK_M
     assert blocks[-1] == MAX_BLOCK_M
 
 
-def test_warps_are_specialized_for_many_rows_where_they_can_be():
+def test_warps_are_specialized_for_many_rows_where_they_can_be() -> None:
     hopper, other = DEVICES[2], DEVICES[1]
     assert hopper.warp_specialization
     for tokens, shape, gate_up, down in (
@@ -126,8 +133,8 @@ def test_warps_are_specialized_for_many_rows_where_they_can_be():
         assert elsewhere.gate_up.block_n == 64
 
 
-def test_few_pairs_read_their_weights_for_themselves():
-    def chooses_gemv(tokens, experts, top_k, hidden=3072, intermediate=1536):
+def test_few_pairs_read_their_weights_for_themselves() -> None:
+    def chooses_gemv(tokens: int, experts: int, top_k: int, hidden: int = 3072, intermediate: int = 1536) -> bool:
         chosen = choose_launch_options(tokens, experts, top_k, hidden, intermediate, DEVICES[1])
         return isinstance(chosen, GemvOptions)
 
@@ -151,7 +158,7 @@ def test_few_pairs_read_their_weights_for_themselves():
     assert not chooses_gemv(1, 8, 8, 4096, 40000)
 
 
-def test_row_blocks_are_powers_of_two():
+def test_row_blocks_are_powers_of_two() -> None:
     for width in (1, 88, 128, 4096, 8192, 8193, 20000):
         for rows in (1, 4096):
             assert is_power_of_2(choose_row_options(rows, width).block)
@@ -168,8 +175,11 @@ OPTIONS = LaunchOptions(RowBlocks(32, 16, 16), TileOptions(64, 128, 4, 4, 3), Ti
 GEMV = GemvOptions(VectorTile(8, 4), VectorTile(1, 1))
 
 
-def test_table_round_trip():
-    table = {(8, 2, 64, 32): {1: GEMV, 64: OPTIONS}, (4, 1, 32, 32): {2: OPTIONS}}
+def test_table_round_trip() -> None:
+    table: dict[tuple[int, int, int, int], dict[int, LaunchOptions | GemvOptions]] = {
+        (8, 2, 64, 32): {1: GEMV, 64: OPTIONS},
+        (4, 1, 32, 32): {2: OPTIONS},
+    }
     text = dump_table("Some GPU", {"date": "2026-01-01"}, table)
     assert parse_table(json.loads(text)) == table
     assert text.count("\n") < 12  # a line an entry
@@ -192,7 +202,7 @@ def test_table_round_trip():
     ],
     ids=str,
 )
-def test_table_with_impossible_options(change):
+def test_table_with_impossible_options(change: dict[str, Any]) -> None:
     document = json.loads(dump_table("Some GPU", {}, {(8, 2, 64, 32): {1: OPTIONS}}))
     fields = document["shapes"][0]["tokens"]["1"]
     for name, value in change.items():
@@ -204,7 +214,7 @@ def test_table_with_impossible_options(change):
         parse_table(document)
 
 
-def test_committed_tables():
+def test_committed_tables() -> None:
     paths = list(FOLDER.glob("*.json"))
     assert table_path("NVIDIA H200") in paths
     for path in paths:
@@ -216,7 +226,7 @@ def test_committed_tables():
             assert set(table[shape]) >= {tokens for tokens in tune.TOKENS if tokens <= 4096}
 
 
-def test_an_entry_serves_its_neighbourhood():
+def test_an_entry_serves_its_neighbourhood() -> None:
     experts, top_k, hidden, intermediate = shape = tune.SHAPES["Qwen3-30B-A3B"]
     entries = load_table("NVIDIA H200")[shape]
     assert find_options("NVIDIA H200", 512, *shape) == entries[512]
@@ -229,7 +239,7 @@ def test_an_entry_serves_its_neighbourhood():
     assert choose_launch_options(64, *shape, DEVICES[0]) == entries[64]
 
 
-def test_tune_names_what_is_wrong(capsys, monkeypatch):
+def test_tune_names_what_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (["--shape", "8,2,64"], ["--shape", "2,8,64,64"], ["--tokens", "0"], ["--tokens", "x"]):
         with pytest.raises(SystemExit) as stop:
             tune.main(arguments)
@@ -241,7 +251,7 @@ def test_tune_names_what_is_wrong(capsys, monkeypatch):
 
 
 @pytest.mark.gpu
-def test_tune_writes_a_table_and_keeps_what_it_had(tmp_path):
+def test_tune_writes_a_table_and_keeps_what_it_had(tmp_path: Path) -> None:
     path = tmp_path / "table.json"
     assert tune.main(["--shape", "8,2,128,64", "--tokens", "1,64", "--out", str(path)]) == 0
     assert tune.main(["--shape", "4,1,128,64", "--tokens", "2", "--out", str(path)]) == 0
@@ -253,7 +263,7 @@ def test_tune_writes_a_table_and_keeps_what_it_had(tmp_path):
 
 
 @pytest.mark.parametrize("traits", DEVICES, ids=str)
-def test_sums_fit_registers_that_operands_need_too(traits):
+def test_sums_fit_registers_that_operands_need_too(traits: DeviceTraits) -> None:
     for tokens in (8, 512, 4096, 16384):
         options = choose_launch_options(tokens, 64, 8, 2048, 1024, traits)
         assert isinstance(options, LaunchOptions)
@@ -265,7 +275,7 @@ def test_sums_fit_registers_that_operands_need_too(traits):
         assert rows <= 128 or not (traits.rdna or traits.mma_sync)
 
 
-def test_a_gpu_without_int8_matrix_instructions_reads_weights_for_every_pair():
+def test_a_gpu_without_int8_matrix_instructions_reads_weights_for_every_pair() -> None:
     turing = DeviceTraits("cuda", 64 * 1024, dot4=True, int8_matrix=False)
     for tokens in (1, 64, 4096):
         assert isinstance(choose_launch_options(tokens, 128, 8, 2048, 768, turing), GemvOptions)
@@ -274,7 +284,9 @@ def test_a_gpu_without_int8_matrix_instructions_reads_weights_for_every_pair():
             choose_launch_options(1, 8, 2, *sizes, turing, packed=packed)
 
 
-def test_a_gemv_of_more_pairs_than_a_grid_has_is_cut_by_tokens(make_case, monkeypatch):
+def test_a_gemv_of_more_pairs_than_a_grid_has_is_cut_by_tokens(
+    make_case: Callable[..., Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
     case = make_case(7, 32, 32, 4, 2)
     arguments = check_arguments(*case.tensors())
     whole, parts = torch.empty_like(case.hidden_states), torch.empty_like(case.hidden_states)

@@ -2,6 +2,8 @@
 
 import math
 import struct
+from collections.abc import Callable
+from typing import Any, Literal
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ IMPLEMENTATIONS = (quantize_int8, quantize_int8_reference)
 
 
 def f32(value: float) -> float:
-    return struct.unpack("f", struct.pack("f", value))[0]
+    return float(struct.unpack("f", struct.pack("f", value))[0])
 
 
 def divide(a: float, b: float) -> float:
@@ -40,7 +42,9 @@ def spread(rows: int, width: int, dtype: torch.dtype, device: torch.device) -> t
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("rows", "width"), [(1, 1), (7, 5), (3, 88), (4, 129), (2, 2100)])
-def test_per_token_equals_exact_arithmetic(quantize, dtype, rows, width, device):
+def test_per_token_equals_exact_arithmetic(
+    quantize: Callable[..., Any], dtype: torch.dtype, rows: int, width: int, device: torch.device
+) -> None:
     x = spread(rows, width, dtype, device)
     codes, scales = quantize(x)
     assert codes.dtype == torch.int8
@@ -55,7 +59,9 @@ def test_per_token_equals_exact_arithmetic(quantize, dtype, rows, width, device)
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("static", [False, True])
-def test_per_tensor_equals_exact_arithmetic(quantize, dtype, static, device):
+def test_per_tensor_equals_exact_arithmetic(
+    quantize: Callable[..., Any], dtype: torch.dtype, static: bool, device: torch.device
+) -> None:
     x = spread(3, 3000, dtype, device).view(3, 2, 1500)
     given = torch.tensor([0.37], device=device) if static else None
     codes, scale = quantize(x, granularity="per_tensor", scale=given)
@@ -66,7 +72,7 @@ def test_per_tensor_equals_exact_arithmetic(quantize, dtype, static, device):
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
-def test_ties_go_to_even(quantize, device):
+def test_ties_go_to_even(quantize: Callable[..., Any], device: torch.device) -> None:
     values = [127.0, 0.5, 1.5, 2.5, 3.5, -0.5, -1.5, -2.5, 125.5, 126.5, -126.5]
     codes, scales = quantize(torch.tensor([values], device=device))
     assert scales.item() == 1.0
@@ -75,14 +81,16 @@ def test_ties_go_to_even(quantize, device):
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
-def test_zeros_give_zero_codes_and_a_positive_scale(quantize, granularity, device):
+def test_zeros_give_zero_codes_and_a_positive_scale(
+    quantize: Callable[..., Any], granularity: Literal["per_token", "per_tensor"], device: torch.device
+) -> None:
     codes, scales = quantize(torch.zeros(3, 96, dtype=torch.bfloat16, device=device), granularity=granularity)
     assert not codes.any()
     assert (scales == MIN_SCALE).all()
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
-def test_values_too_small_for_a_normal_scale(quantize, device):
+def test_values_too_small_for_a_normal_scale(quantize: Callable[..., Any], device: torch.device) -> None:
     x = torch.tensor([[1e-40, -1e-40], [1e-30, 2e-30], [1e-27, -3e-27]], device=device)
     codes, scales = quantize(x)
     assert codes.tolist() == [oracle_row(row)[0] for row in x.tolist()]
@@ -95,7 +103,9 @@ def test_values_too_small_for_a_normal_scale(quantize, device):
 @pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
 @pytest.mark.parametrize("width", [96, 2100])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_a_row_that_is_not_finite_keeps_to_itself(quantize, bad, width, device):
+def test_a_row_that_is_not_finite_keeps_to_itself(
+    quantize: Callable[..., Any], bad: float, width: int, device: torch.device
+) -> None:
     x = spread(3, width, torch.bfloat16, device)
     codes, scales = quantize(x)
     x[1, width - 3] = bad
@@ -110,7 +120,9 @@ def test_a_row_that_is_not_finite_keeps_to_itself(quantize, bad, width, device):
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
-def test_one_scale_for_all_saturates_infinities_and_drops_nans(quantize, static, device):
+def test_one_scale_for_all_saturates_infinities_and_drops_nans(
+    quantize: Callable[..., Any], static: bool, device: torch.device
+) -> None:
     x = torch.tensor([[1.0, math.nan, -127.0], [math.inf, -math.inf, 63.0]], device=device)
     scale = torch.ones(1, device=device) if static else None
     codes, found = quantize(x, granularity="per_tensor", scale=scale)
@@ -119,7 +131,7 @@ def test_one_scale_for_all_saturates_infinities_and_drops_nans(quantize, static,
 
 
 @pytest.mark.filterwarnings("ignore:overflow:RuntimeWarning")
-def test_static_scale_saturates(device):
+def test_static_scale_saturates(device: torch.device) -> None:
     x = torch.tensor([[1e6, -1e6, 300.0, 1e38]], device=device)
     for quantize in IMPLEMENTATIONS:
         codes, _ = quantize(x, granularity="per_tensor", scale=torch.tensor(1e-3, device=device))
@@ -127,7 +139,9 @@ def test_static_scale_saturates(device):
 
 
 @pytest.mark.parametrize("granularity", ["per_token", "per_tensor"])
-def test_kernel_and_twin_agree_on_many_values(granularity, device):
+def test_kernel_and_twin_agree_on_many_values(
+    granularity: Literal["per_token", "per_tensor"], device: torch.device
+) -> None:
     x = spread(64, 1024, torch.bfloat16, device)
     codes, scales = quantize_int8(x, granularity=granularity)
     twin_codes, twin_scales = quantize_int8_reference(x, granularity=granularity)
@@ -137,7 +151,7 @@ def test_kernel_and_twin_agree_on_many_values(granularity, device):
     assert ((codes * scales - x.float()).abs() <= scales * (0.5 + 2**-16)).all()
 
 
-def test_layouts(device):
+def test_layouts(device: torch.device) -> None:
     x = spread(6, 40, torch.bfloat16, device).view(2, 3, 40)
     codes, scales = quantize_int8(x.transpose(0, 1))
     assert torch.equal(codes, quantize_int8(x)[0].transpose(0, 1))
@@ -151,13 +165,13 @@ def test_layouts(device):
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("pairs_per_row", [1, 3])
-def test_rows_of_pairs(static, weighted, pairs_per_row, device):
+def test_rows_of_pairs(static: bool, weighted: bool, pairs_per_row: int, device: torch.device) -> None:
     """The form that the forward uses: expert scales, skipped pairs, router weights, a token for several pairs."""
     rows, width, experts = 4, 96, 3
     x = spread(rows, width, torch.bfloat16, device)
     pairs = rows * pairs_per_row
     ids = (torch.arange(pairs, device=device) % (experts + 2) - 1).to(torch.int32)  # -1 and `experts` occur
-    options = {
+    options: dict[str, Any] = {
         "topk_ids": ids,
         "num_experts": experts,
         "expert_scale": torch.tensor([0.01, 0.5, 3.0], device=device) if static else None,
@@ -176,7 +190,7 @@ def test_rows_of_pairs(static, weighted, pairs_per_row, device):
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
-def test_wrong_arguments(quantize, device):
+def test_wrong_arguments(quantize: Callable[..., Any], device: torch.device) -> None:
     x = torch.ones(2, 4, device=device)
     one = torch.ones(1, device=device)
     with pytest.raises(TypeError, match="x: expected bfloat16, float16 or float32, found"):
@@ -196,7 +210,7 @@ def test_wrong_arguments(quantize, device):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_one_refining_step_is_enough_for_values_of_16_bits(dtype):
+def test_one_refining_step_is_enough_for_values_of_16_bits(dtype: torch.dtype) -> None:
     """The steps of `_to_own_codes` through float64, where products of float32 are exact; `test_gpu` runs the kernel."""
     values = torch.arange(0x7C00, dtype=torch.int32).to(torch.int16).view(dtype).float()
     below = values[(values >= 2**-9) & (values < 2)]

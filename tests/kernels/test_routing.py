@@ -1,24 +1,26 @@
 """Routing: the layout against the torch twin, and the bound on its size."""
 
 import itertools
+from typing import Any
 
 import pytest
 import torch
 
+from quarkconv.kernels.arguments import RoutingPlan
 from quarkconv.kernels.launch.routing import empty_plan, max_row_blocks, route_pairs, route_pairs_reference
 from quarkconv.kernels.tables import RowBlocks
 
 POISON = -77
 
 
-def poisoned_plan(pairs, experts, blocks, device):
+def poisoned_plan(pairs: int, experts: int, blocks: RowBlocks, device: torch.device) -> RoutingPlan:
     plan = empty_plan(pairs, experts, blocks, device)
     for buffer in (plan.pairs, plan.rows, plan.block_expert, plan.block_first, plan.block_rows, plan.totals):
         buffer.fill_(POISON)
     return plan
 
 
-def check(ids, experts, blocks):
+def check(ids: torch.Tensor, experts: int, blocks: RowBlocks) -> Any:
     plan = route_pairs(ids, experts, poisoned_plan(ids.numel(), experts, blocks, ids.device))
     twin = route_pairs_reference(ids, experts, blocks)
     used, rows, _ = twin.totals.tolist()
@@ -53,19 +55,21 @@ def check(ids, experts, blocks):
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"), [(1, 1, 1), (1, 8, 12), (7, 3, 5), (33, 2, 3), (50, 4, 8), (600, 2, 3)]
 )
-def test_equals_twin(dtype, blocks, tokens, top_k, experts, device):
+def test_equals_twin(
+    dtype: torch.dtype, blocks: RowBlocks, tokens: int, top_k: int, experts: int, device: torch.device
+) -> None:
     g = torch.Generator().manual_seed(tokens)
     ids = torch.randint(-1, experts, (tokens, top_k), generator=g).to(dtype).to(device)
     check(ids, experts, blocks)
 
 
 @pytest.mark.gpu
-def test_so_many_pairs_that_runs_are_longer(device):
+def test_so_many_pairs_that_runs_are_longer(device: torch.device) -> None:
     ids = torch.randint(-1, 3, (2**16 + 5, 3), generator=torch.Generator().manual_seed(0), dtype=torch.int32)
     check(ids.to(device), 3, RowBlocks(128, 32, 64))
 
 
-def test_many_experts_most_of_them_empty(device):
+def test_many_experts_most_of_them_empty(device: torch.device) -> None:
     ids = torch.tensor([[199, 0], [199, 130]], dtype=torch.int32, device=device)
     twin = check(ids, 200, RowBlocks(16))
     assert twin.block_expert[:3].tolist() == [0, 130, 199]
@@ -75,13 +79,13 @@ def test_many_experts_most_of_them_empty(device):
 @pytest.mark.parametrize(
     ("rows", "expected"), [(1, [1]), (16, [16]), (17, [17]), (20, [20]), (21, [16, 5]), (32, [16, 16]), (36, [16, 20])]
 )
-def test_what_remains_joins_the_last_block_if_it_is_short(rows, expected, device):
+def test_what_remains_joins_the_last_block_if_it_is_short(rows: int, expected: Any, device: torch.device) -> None:
     twin = check(torch.full((rows, 1), 2, dtype=torch.int32, device=device), 4, RowBlocks(16, tail_m=4))
     assert twin.block_rows[: len(expected)].tolist() == expected
     assert twin.totals.tolist() == [len(expected), rows, 0]
 
 
-def test_ids_of_other_ranks_are_left_out(device):
+def test_ids_of_other_ranks_are_left_out(device: torch.device) -> None:
     ids = torch.tensor([[-1, 4], [2**32 + 1, -(2**40)], [1, 3]], dtype=torch.int64, device=device)
     assert check(ids, 4, RowBlocks(16)).totals.tolist() == [2, 2, 0]
     for tokens in (5, 1100):  # in one launch, and in runs
@@ -90,7 +94,7 @@ def test_ids_of_other_ranks_are_left_out(device):
 
 
 @pytest.mark.parametrize("block_m", [1, 2, 3])
-def test_bound_on_blocks_is_tight(block_m):
+def test_bound_on_blocks_is_tight(block_m: int) -> None:
     for experts, pairs in itertools.product(range(1, 4), range(1, 8)):
         splits = (c for c in itertools.product(range(pairs + 1), repeat=experts) if sum(c) <= pairs)
         worst = max(sum(-(-count // block_m) for count in counts) for counts in splits)

@@ -5,7 +5,9 @@ for such warps get the other kernel on sorted rows.
 """
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
@@ -32,7 +34,7 @@ TILES = {
 CUTS = [RowBlocks(128, 32), RowBlocks(128, 0, 64), RowBlocks(64, 16, 32), RowBlocks(16)]
 
 
-def forward(case, options, device, **more):
+def forward(case: Any, options: LaunchOptions, device: torch.device, **more: Any) -> torch.Tensor:
     arguments = check_arguments(*case.tensors(), **more)
     hidden, intermediate = arguments.hidden, arguments.intermediate
     out = torch.full_like(case.hidden_states, math.nan)
@@ -41,7 +43,7 @@ def forward(case, options, device, **more):
 
 @pytest.mark.parametrize("top_k", [1, 2, 3])
 @pytest.mark.parametrize("width", [48, 2056])
-def test_each_row_is_quantized_once_and_written_to_all_its_rows(top_k, width, device):
+def test_each_row_is_quantized_once_and_written_to_all_its_rows(top_k: int, width: int, device: torch.device) -> None:
     g = torch.Generator().manual_seed(width)
     x = torch.randn((9, width), generator=g).to(torch.bfloat16).to(device)
     x[4, 3] = math.nan
@@ -61,11 +63,13 @@ def test_each_row_is_quantized_once_and_written_to_all_its_rows(top_k, width, de
 
 @pytest.mark.parametrize("static", [None, "w13_input_scale", "w2_input_scale"])
 @pytest.mark.parametrize("on_input", [False, True])
-def test_sorted_rows_change_no_bit(static, on_input, make_case, device):
+def test_sorted_rows_change_no_bit(
+    static: str | None, on_input: bool, make_case: Callable[..., Any], device: torch.device
+) -> None:
     """Options that ask for specialized warps, whether or not the device has them."""
     case = make_case(40, 80, 48, 4, 2)
     case.topk_ids[5:9, 1] = -1
-    more = {} if static is None else {static: torch.linspace(0.02, 0.04, 4, device=device)}
+    more: dict[str, Any] = {} if static is None else {static: torch.linspace(0.02, 0.04, 4, device=device)}
     more["apply_router_weight_on_input"] = on_input
     options = LaunchOptions(RowBlocks(16, 16), GATE_UP, DOWN)
     expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device, **more)
@@ -84,7 +88,16 @@ needs_specialization = pytest.mark.skipif(
 )
 
 
-def weights_for(g, experts, columns, depth, device, *, per_tensor=False, bias=None):
+def weights_for(
+    g: torch.Generator,
+    experts: int,
+    columns: int,
+    depth: int,
+    device: torch.device,
+    *,
+    per_tensor: bool = False,
+    bias: torch.dtype | None = None,
+) -> ExpertWeights:
     return ExpertWeights(
         codes=torch.randint(-128, 128, (experts, columns, depth), generator=g, dtype=torch.int8, device=device),
         scale=(0.5 + torch.rand((experts, 1 if per_tensor else columns, 1), generator=g, device=device)) / 1000,
@@ -92,7 +105,7 @@ def weights_for(g, experts, columns, depth, device, *, per_tensor=False, bias=No
     )
 
 
-def uneven_ids(g, pairs, experts, device):
+def uneven_ids(g: torch.Generator, pairs: int, experts: int, device: torch.device) -> torch.Tensor:
     """Experts with a whole block, a tail, next to nothing and nothing, and pairs of another rank."""
     ids = torch.randint(0, experts - 1, (pairs, 1), generator=g, device=device)
     ids[:140], ids[140:160], ids[160:165] = 0, -1, experts - 2
@@ -104,7 +117,9 @@ def uneven_ids(g, pairs, experts, device):
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("blocks", CUTS, ids=str)
 @pytest.mark.parametrize(("depth", "columns"), [(128, 64), (16, 8), (1408, 176), (3072, 200)])
-def test_sums_and_results_are_those_of_the_portable_kernel(tiles, blocks, depth, columns, device):
+def test_sums_and_results_are_those_of_the_portable_kernel(
+    tiles: str, blocks: RowBlocks, depth: int, columns: int, device: torch.device
+) -> None:
     """More tiles than processors for the larger ones, in three launches on one plan: each finds the counter at 0."""
     g = torch.Generator(device=device).manual_seed(depth)
     experts, pairs = 24, 1500
@@ -135,7 +150,9 @@ def test_sums_and_results_are_those_of_the_portable_kernel(tiles, blocks, depth,
 @pytest.mark.parametrize("tiles", TILES)
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_everything_that_a_forward_can_have(tiles, activation, dtype, make_case, device):
+def test_everything_that_a_forward_can_have(
+    tiles: str, activation: Any, dtype: torch.dtype, make_case: Callable[..., Any], device: torch.device
+) -> None:
     columns = 1120
     case = make_case(601, 1040, 560, 6, 2, dtype=dtype, ids_dtype=torch.int64)
     case.topk_ids[:290] = torch.tensor([0, 1])
@@ -165,7 +182,7 @@ def test_everything_that_a_forward_can_have(tiles, activation, dtype, make_case,
 @pytest.mark.gpu
 @needs_specialization
 @pytest.mark.parametrize("tiles", TILES)
-def test_long_queues_under_a_graph(tiles, make_case, device):
+def test_long_queues_under_a_graph(tiles: str, make_case: Callable[..., Any], device: torch.device) -> None:
     """Hundreds of tiles for each processor, replayed with other inputs and routings."""
     case = make_case(4096, 512, 256, 64, 8)
     arguments = check_arguments(*case.tensors())
@@ -192,13 +209,15 @@ def test_long_queues_under_a_graph(tiles, make_case, device):
 @pytest.mark.gpu
 @needs_specialization
 @pytest.mark.parametrize("tiles", TILES)
-def test_the_same_bits_a_thousand_times_beside_other_work(tiles, make_case, device):
+def test_the_same_bits_a_thousand_times_beside_other_work(
+    tiles: str, make_case: Callable[..., Any], device: torch.device
+) -> None:
     """A race between producer and consumers would show when SMs and memory are shared with changing other work."""
     case = make_case(700, 1024, 384, 12, 4)
-    options = LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles])
+    specialized = LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles])
     expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device)
     arguments, other = check_arguments(*case.tensors()), torch.cuda.Stream()
-    options = fit_options(options, 1024, 384, device_traits(device))
+    options = fit_options(specialized, 1024, 384, device_traits(device))
     noise = torch.randn((2048, 2048), device=device)
     differing = torch.zeros((), dtype=torch.int64, device=device)
     for turn in range(1000):
