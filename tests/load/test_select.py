@@ -49,7 +49,8 @@ def test_a_module_names_one_of_two_layers_with_the_same_number(two_stacks: Path)
 def test_a_number_of_two_layers_is_refused_and_the_modules_are_listed(two_stacks: Path) -> None:
     with pytest.raises(quarkconv.UsageError, match="Several MoE layers have the number 0") as caught:
         quarkconv.load_fused_experts(two_stacks, 0)
-    assert caught.value.found == f"{TALKER}, {THINKER}"
+    assert caught.value.found is not None
+    assert set(caught.value.found.split(", ")) == {TALKER, THINKER}
     with pytest.raises(quarkconv.UsageError, match="Several MoE layers have the number 0"):
         quarkconv.verify_checkpoint(two_stacks, device="cpu", layers=[0])
 
@@ -58,7 +59,8 @@ def test_an_unknown_layer_is_refused_with_those_that_there_are(two_stacks: Path,
     for name in ("talker.model.layers.1.mlp", 3):
         with pytest.raises(quarkconv.UsageError, match="No MoE layer has this number or module") as caught:
             quarkconv.load_fused_experts(two_stacks, name)
-        assert caught.value.expected == f"{TALKER}, {THINKER}"
+        assert caught.value.expected is not None
+        assert set(caught.value.expected.split(", ")) == {TALKER, THINKER}
     with pytest.raises(quarkconv.UsageError) as caught:
         quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 7)
     assert caught.value.expected == "0, 1, 2"
@@ -75,9 +77,8 @@ def test_verify_takes_modules_and_names_them_beside_the_number(
 
 def test_layers_of_one_number_are_shown_by_module(two_stacks: Path) -> None:
     numbers = quarkconv.verify_checkpoint(two_stacks, device="cpu").numbers
-    assert [numbers.label(item.layer, item.module) for item in numbers.experts] == [
-        f"{TALKER}.experts", f"{THINKER}.experts",
-    ]  # fmt: skip
+    labels = {numbers.label(item.layer, item.module) for item in numbers.experts}
+    assert labels == {f"{TALKER}.experts", f"{THINKER}.experts"}
 
 
 @pytest.mark.parametrize(
