@@ -10,6 +10,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.long
+
 pytestmark = pytest.mark.timeout(1800)
 GROUPS = (
     ("sm_90", "sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"),

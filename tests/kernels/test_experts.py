@@ -19,6 +19,8 @@ from quarkconv.kernels.launch.quantize import quantize_rows_reference
 from quarkconv.kernels.pipeline import default_options, empty_workspace, run_pipeline
 from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
+pytestmark = pytest.mark.long
+
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 # M, H, I, E, K

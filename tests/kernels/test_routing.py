@@ -10,6 +10,8 @@ from quarkconv.kernels.arguments import RoutingPlan
 from quarkconv.kernels.launch.routing import empty_plan, max_row_blocks, route_pairs, route_pairs_reference
 from quarkconv.kernels.tables import RowBlocks
 
+pytestmark = pytest.mark.long
+
 POISON = -77
 
 
