@@ -14,6 +14,7 @@ from collections.abc import Iterable
 from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
+from quarkconv.cloud.urls import SCHEMES
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.files.base import Range
 from quarkconv.files.remote import Entry, RemoteFiles, is_inside
@@ -21,8 +22,6 @@ from quarkconv.files.remote import Entry, RemoteFiles, is_inside
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
-SCHEMES: Final = ("s3://", "gs://", "az://")
-"""The object stores, by the start of their URLs. To add one that obstore supports, add its scheme."""
 _RETRIES: Final = 8
 _PATIENCE: Final = timedelta(minutes=3)
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
@@ -122,11 +121,6 @@ class Bucket(RemoteFiles):
             found=found,
             hint="run the command again, with --overwrite if an earlier run was interrupted",
         )
-
-
-def is_store_url(model: str) -> bool:
-    """Whether the name of a model is the URL of an object store."""
-    return model.startswith(SCHEMES)
 
 
 def open_bucket(url: str) -> Bucket:

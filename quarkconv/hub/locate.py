@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from quarkconv.cloud.bucket import is_store_url, open_bucket
+from quarkconv.cloud.urls import is_store_url
 from quarkconv.errors import HubError, UsageError, WriteError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
@@ -82,6 +82,8 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
                 expected="`inspect`, or `convert` without --cache",
                 hint="copy it to a directory with the store's own tools",
             )
+        from quarkconv.cloud.bucket import open_bucket
+
         return Located(open_bucket(model), name=model.rstrip("/").rpartition("/")[2])
     if not isinstance(model, str) or not _REPO.fullmatch(model) or Path(model).exists():
         return Located(LocalFiles(Path(model)))

@@ -125,7 +125,7 @@ def test_verify_shows_the_download_and_then_what_it_checks(run: Run, slow: Hub, 
     said = "\n".join(shown.lines)
     assert "Starting" in said
     assert re.search(r"Downloading .* of [\d.]+ kB", said)
-    assert "layer 0: ok" in said
+    assert re.search(r"layer 0 \(model\.layers\.0\b.*\): ok in", said)
 
 
 def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
@@ -140,7 +140,7 @@ def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
 
 
 def test_an_interrupt_gives_the_terminal_back(run: Run, slow: Hub) -> None:
-    slow.faults.delay = 0.5
+    slow.faults.delay = 2  # on a busy machine, the interrupt takes a while to arrive
     shown = run("inspect", REPO, interrupt_at="Contacting the Hub")
     assert shown.code == 130
     assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l")
