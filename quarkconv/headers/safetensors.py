@@ -146,14 +146,15 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         _check_costs(raw, file)
         text = _decode(raw, file)
         scanned = scan_header(text)
-        if scanned is not None and all(map(_is_type, distinct(scanned.types))):
-            names, types, ends = scanned
+        if scanned is not None and all(map(_is_type, scanned.distinct_types)):
+            names, types, ends, kinds = scanned
             starts: Sequence[int] = (0, *ends[:-1])
         else:
             names, types, starts, ends = _parse(text, file)
+            kinds = distinct(types)
         if max(map(len, names), default=0) > MAX_NAME:
             _refuse(file, max(names, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
-        _check_sizes(file, names, types, starts, ends)
+        _check_sizes(file, names, types, starts, ends, kinds)
         data_size = _check_coverage(file, names, starts, ends)
         stored_names = names
         if MARK in text:
@@ -339,10 +340,15 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
 
 
 def _check_sizes(
-    file: str, names: Sequence[str], types: Sequence[TensorType], starts: Sequence[int], ends: Sequence[int]
+    file: str,
+    names: Sequence[str],
+    types: Sequence[TensorType],
+    starts: Sequence[int],
+    ends: Sequence[int],
+    distinct_types: Collection[TensorType],
 ) -> None:
     """Every byte range is as long as dtype and shape say."""
-    bits = {id(kind): DTYPE_BITS[kind.dtype] * prod(kind.shape) for kind in distinct(types)}
+    bits = {id(kind): DTYPE_BITS[kind.dtype] * prod(kind.shape) for kind in distinct_types}
     nbytes = {key: count // 8 if count % 8 == 0 else None for key, count in bits.items()}
     if all(map(eq, map(nbytes.__getitem__, map(id, types)), map(sub, ends, starts))):
         return

@@ -9,7 +9,7 @@ the time to inspect a large checkpoint.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from functools import lru_cache
 from typing import Final, NamedTuple
 
@@ -34,6 +34,7 @@ class Scanned(NamedTuple):
     names: Sequence[str]
     types: Sequence[TensorType]
     ends: Sequence[int]
+    distinct_types: Collection[TensorType]
 
 
 def scan_header(text: str) -> Scanned | None:
@@ -59,7 +60,9 @@ def scan_header(text: str) -> Scanned | None:
         return None
     types = {type_text: _parse_type(type_text) for type_text in distinct}
     resolved = [kind for kind in map(types.__getitem__, type_texts) if kind is not None]
-    return Scanned(names, resolved, tuple(map(int, ends))) if len(resolved) == len(names) else None
+    if len(resolved) != len(names):
+        return None
+    return Scanned(names, resolved, tuple(map(int, ends)), [kind for kind in types.values() if kind is not None])
 
 
 @lru_cache(maxsize=4096)  # equal types become one object, across the files of a checkpoint

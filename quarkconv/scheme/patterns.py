@@ -26,6 +26,7 @@ _SECONDS: Final = 0.8
 _SECONDS_PER_NAME: Final = 8e-6
 """Limit of the processor time of all matches of a config. Real lists take a hundredth of it."""
 
+_FEW: Final = 16
 _WILDCARDS: Final = frozenset("*?[")
 Test = Callable[[str], object]
 
@@ -33,6 +34,11 @@ Test = Callable[[str], object]
 def is_pattern(entry: str) -> bool:
     """True when fnmatch would not read ``entry`` as a plain name."""
     return not _WILDCARDS.isdisjoint(entry)
+
+
+def _is_cheap(patterns: list[str]) -> bool:
+    """True for a few patterns that string methods match: their time is linear, and measuring it would cost more."""
+    return len(patterns) <= _FEW and not any(is_pattern(pattern.strip("*")) for pattern in patterns)
 
 
 class Patience:
@@ -117,7 +123,9 @@ def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> C
     if not tests and not ends:
         return exact.__contains__
     suffixes = tuple(ends)
-    patterned = patience.guard(lambda name: name.endswith(suffixes) or any(test(name) for test in tests))
+    patterned: Test = lambda name: name.endswith(suffixes) or any(test(name) for test in tests)  # noqa: E731
+    if expressions or len(ends) > _FEW or not _is_cheap(patterns):
+        patterned = patience.guard(patterned)
     return lambda name: name in exact or patterned(name)
 
 
@@ -148,6 +156,8 @@ def first_match(keys: Iterable[str], patience: Patience) -> Callable[[str], int 
 
     if not tests:
         return exact.get
+    if _is_cheap([key for _, key in patterns]):
+        return find
     guarded: Callable[[str], Any] = patience.guard(find)
     return guarded
 

@@ -41,6 +41,13 @@ class Bf16(PerExpertTarget):
         return size
 
     def dropped(self, description: Description) -> list[str]:
+        stored, forms = description.stored, (form for form, _ in description.modules.groups)
+        if not (
+            stored.output_scales
+            or stored.unrecognised
+            or any(form.input_scale or form.input_zero_point for form in forms)
+        ):
+            return []
         return [name for name in description.checkpoint.types if describes_activations(name)]
 
     def config(self, description: Description) -> dict[str, Any]:
