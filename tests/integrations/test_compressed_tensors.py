@@ -62,12 +62,12 @@ def test_a_tensor_without_its_scale_is_refused(tmp_path: Path) -> None:
     name = "model.layers.0.self_attn.q_proj.weight"
     with pytest.raises(SourceError, match="one by one"):
         converter.process({name: tensors[name]})
-    with pytest.raises(SourceError, match="not a tensor of the checkpoint"):
+    with pytest.raises(SourceError, match="another checkpoint"):
         converter.process({"other": tensors[name]})
-    with pytest.raises(SourceError, match="not a tensor of the checkpoint"):
+    with pytest.raises(SourceError, match="another checkpoint"):
         converter.process({name: tensors[name][:1]})
 
 
 def test_what_is_no_form_of_compressed_tensors_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="does not give"):
+    with pytest.raises(UsageError, match="does not support this target"):
         QuarkInt8Converter(make_checkpoint(tmp_path / "model"), "quark")
