@@ -101,12 +101,21 @@ def with_zero_points(folder: Path) -> Path:
     return folder
 
 
+def kept_in_float(tensor: str) -> bool:
+    """Whether a tensor belongs to a module of prediction layers that vLLM keeps in float; conversion dequantizes it."""
+    return any(f".{module}." in tensor for module in ("eh_proj", "shared_head.head"))
+
+
 @pytest.mark.parametrize("name", FILE_TO_FILE)
 def test_what_comes_back_is_what_quark_exported(converted: Converted, name: str) -> None:
-    """Every tensor by name, dtype, shape and bytes."""
+    """Every tensor by name, dtype, shape and bytes; but for int8 modules that engines keep in float."""
     source, back = load(converted.source(name)), load(converted.back(name))
-    assert source.keys() == back.keys()
+    in_float = {key for key in source if kept_in_float(key)}
+    assert {key for key in source if key not in in_float} == {key for key in back if not kept_in_float(key)}
+    assert all(tensor.dtype == torch.bfloat16 for key, tensor in back.items() if kept_in_float(key))
     for key, tensor in source.items():
+        if key in in_float:
+            continue
         assert (tensor.dtype, tensor.shape) == (back[key].dtype, back[key].shape), key
         assert torch.equal(tensor, back[key]), key
 
@@ -160,6 +169,8 @@ def test_quark_reads_the_config_as_it_reads_the_source_s(converted: Converted, n
         if not key.endswith(".weight") or tensor.ndim != 2 or "embed" in key:
             continue
         module = key.removesuffix(".weight")
+        if kept_in_float(key):
+            continue
         ours = get_layer_quant_config(back, torch.nn.Linear, module)
         assert (ours is not None and ours.weight is not None) == (tensor.dtype == torch.int8), module
         if tensor.dtype == torch.int8:
