@@ -19,6 +19,7 @@ from support.raw import raw_file
 
 from quarkconv import Inspection, SourceError, inspect_checkpoint
 from quarkconv.cli.main import main
+from quarkconv.cli.out import console
 from quarkconv.findings import CODES
 
 DATA = Path(__file__).parents[1] / "data"
@@ -50,6 +51,7 @@ Run = Callable[..., Result]
 def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
     """Run ``quarkconv inspect`` in this process."""
     monkeypatch.setenv("COLUMNS", "100")
+    console.cache_clear()  # another test of this process may have made it for another width
     handler = signal.getsignal(signal.SIGTERM)
 
     def invoke(*arguments: str | Path) -> Result:
@@ -59,6 +61,7 @@ def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> 
         return Result(int(caught.value.code or 0), *capsys.readouterr())
 
     yield invoke
+    console.cache_clear()
     signal.signal(signal.SIGTERM, handler)
 
 
