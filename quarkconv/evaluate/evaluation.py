@@ -195,7 +195,8 @@ class _Run:
             calls.append((mine, theirs))
             embedded.append(states.cpu())
         start = torch.cat(embedded)
-        streams = None if state is None else state.load()
+        # The inputs of finished layers are not in the state: what is recorded starts with the first layer.
+        streams = None if state is None or record is not None else state.load()
         if streams is None or set(streams.states) != set(variants):
             streams = Streams({name: start.clone() for name in variants})
         recorded: dict[str, Tensor] = {}

@@ -238,10 +238,9 @@ class LayerRunner:
             call: of the baseline's layer.
             recorded: MoE layer -> inputs [M, H], as ``verify --activations`` takes them.
         """
-        layers = {path: layer for path, (layer, _) in self._moe.items()}
         with self._tap(self.baseline, number) as routed:
             self.baseline.skeleton.run_layer(number, states.to(self.baseline.skeleton.device), call)
-        for layer in layers.values() if routed else ():
+        for layer, _ in self._moe.values() if routed else ():
             found = routed[-1].states.cpu().contiguous()
             before = recorded.get(layer.moe)
             recorded[layer.moe] = found if before is None else torch.cat([before, found])

@@ -122,14 +122,11 @@ class CheckpointWeights:
                     number = self.skeleton.layer_of(self.skeleton.target(f"{module}.weight"))
                     self._linears.setdefault(number, []).append((module, form))
         for name in self.description.checkpoint.types:
-            if name in used or not self._is_parameter(name):
+            if name in used:
                 continue
-            number = self.skeleton.layer_of(self.skeleton.target(name))
-            self._names.setdefault(number, []).append(name)
-
-    def _is_parameter(self, name: str) -> bool:
-        """Whether a tensor goes into the model; MTP layers, cache scales and the like do not."""
-        return self.skeleton.has(self.skeleton.target(name))
+            parameter = self.skeleton.target(name)
+            if self.skeleton.has(parameter):  # MTP layers, cache scales and the like do not go into the model
+                self._names.setdefault(self.skeleton.layer_of(parameter), []).append(name)
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of any dtype, on the CPU.

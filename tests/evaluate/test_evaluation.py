@@ -117,6 +117,25 @@ def test_an_interrupted_run_resumes_after_its_last_layer(
     assert again.to_json() == whole.to_json()
 
 
+def test_a_run_that_records_begins_anew_after_an_interrupt(
+    quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_layer = module._Run._layer
+
+    def stops(self: module._Run, number: int, *rest: Any) -> None:
+        if number == 2:
+            raise KeyboardInterrupt
+        run_layer(self, number, *rest)
+
+    record = tmp_path / "inputs.safetensors"
+    with monkeypatch.context() as patch:
+        patch.setattr(module._Run, "_layer", stops)
+        with pytest.raises(KeyboardInterrupt):
+            evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record)
+    evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record)
+    assert len(load_file(record)) == 4
+
+
 def damaged(source: Path, out: Path, tensor: str, change: float) -> Path:
     """A copy of a checkpoint with one tensor multiplied."""
     import shutil
