@@ -51,7 +51,7 @@ def contradictions(
     yield from _float_modules_quantized(quantized_float_modules(modules, topology, is_float), is_mtp)
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
     yield from _stored(modules, in_blocks)
-    yield from _scheme(declared, stored, modules, topology, is_mtp, in_blocks)
+    yield from _scheme(declared, modules, topology, is_mtp, in_blocks)
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     if unrecognised:
         yield finding(
@@ -279,14 +279,13 @@ def _stored(modules: ResolvedModules, in_blocks: frozenset[str]) -> Iterator[Fin
 
 def _scheme(
     declared: DeclaredScheme | None,
-    stored: StoredModules,
     modules: ResolvedModules,
     topology: Topology,
     is_mtp: Callable[[str], bool],
     in_blocks: frozenset[str],
 ) -> Iterator[Finding]:
     """Whether this is an INT8 scheme at all, one, and of a mixture of experts."""
-    schemes = modules.schemes()
+    schemes = modules.schemes
     other = sorted({form.weight.dtype for form, _ in modules.groups if not form.quantized and not form.is_float})
     if other:
         names = [name for (form, _), group in modules.groups.items() if form.weight.dtype in other for name in group]
@@ -328,7 +327,7 @@ def _scheme(
     if len(names_found) > 1:
         yield finding("mixed-scheme", "quantization_config", f"int8 modules are of {' and '.join(names_found)}")
     if not topology.members and not any(item.code == "experts-not-understood" for item in topology.findings):
-        quantized = stored.count(quantized=True) > 0
+        quantized = bool(schemes)
         yield finding(
             "not-moe", "config.json", "The checkpoint has no routed experts",
             hint="" if quantized else "quarkconv is for mixtures of experts in INT8",

@@ -6,7 +6,8 @@ Headers, scheme and experts come together here. Targets, plans and reports work 
 from __future__ import annotations
 
 from collections import Counter
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, field
 from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
@@ -32,6 +33,8 @@ from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
 from quarkconv.scheme.spec import MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
 
+NameTest = Callable[[str], bool]
+
 
 @dataclass(frozen=True, slots=True)
 class Description:
@@ -44,9 +47,11 @@ class Description:
         stored: the modules that have a weight.
         modules: the same, with the scheme of each.
         topology: the routed experts.
+        findings: everything that is wrong or worth knowing, worst first.
+        is_mtp: whether a tensor or module belongs to a layer of multi-token prediction.
+        is_float: whether engines keep a linear in float.
         float_modules: modules that are stored in int8 and that engines keep in float; conversion dequantizes them.
         mtp_dropped: tensors of layers of multi-token prediction that were left out; None where they are kept.
-        findings: everything that is wrong or worth knowing, worst first.
     """
 
     checkpoint: Checkpoint
@@ -56,6 +61,8 @@ class Description:
     modules: ResolvedModules
     topology: Topology
     findings: tuple[Finding, ...]
+    is_mtp: NameTest = field(compare=False)
+    is_float: NameTest = field(compare=False)
     float_modules: tuple[str, ...] = ()
     mtp_dropped: tuple[str, ...] | None = None
 
@@ -72,7 +79,7 @@ class Description:
     @property
     def schemes(self) -> Counter[ModuleScheme]:
         """How many modules are stored quantized in each scheme."""
-        return self.modules.schemes()
+        return self.modules.schemes
 
     @property
     def scheme(self) -> str | None:
@@ -108,11 +115,10 @@ def describe(
     Raises:
         SourceError: there is nothing that can be described.
     """
-    checkpoint = open_checkpoint(model, progress)
-    if mtp != DROP:
-        return described(checkpoint, scheme=scheme)
-    checkpoint, dropped = without_mtp(checkpoint, model_config(checkpoint.config))
-    return described(checkpoint, scheme=scheme, mtp_dropped=tuple(dropped))
+    checkpoint, dropped = open_checkpoint(model, progress), None
+    if mtp == DROP:
+        checkpoint, dropped = without_mtp(checkpoint)
+    return described(checkpoint, scheme=scheme, mtp_dropped=dropped)
 
 
 def described(
@@ -149,7 +155,9 @@ def described(
         modules = resolve_modules(stored, declared)
         family = families(config.raw)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
-        is_mtp = mtp_test(checkpoint.types, config)
+        is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
+        float_modules = quantized_float_modules(modules, topology, is_float)
+        function = tuple(function_findings(config, stored, checkpoint.types, is_mtp))
         findings = [
             *checkpoint.findings,
             *topology.findings,
@@ -157,7 +165,7 @@ def described(
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
             *contradictions(declared, stored, modules, topology, family, is_mtp),
-            *function_findings(config, stored, checkpoint.types, is_mtp),
+            *function,
         ]
     if not checkpoint.types:  # no tensor could be read: what follows from that is said above
         findings = list(checkpoint.findings)
@@ -171,7 +179,9 @@ def described(
         stored=stored,
         modules=modules,
         topology=topology,
-        float_modules=quantized_float_modules(modules, topology, float_test(topology, family)),
-        mtp_dropped=mtp_dropped,
         findings=tuple(findings),
+        is_mtp=is_mtp,
+        is_float=is_float,
+        float_modules=float_modules,
+        mtp_dropped=mtp_dropped,
     )

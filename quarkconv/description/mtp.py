@@ -14,7 +14,7 @@ from typing import Final
 
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import UsageError
-from quarkconv.experts.config import ModelConfig
+from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import ShardHeader
 
@@ -61,8 +61,9 @@ def mtp_test(names: Iterable[str], config: ModelConfig) -> Callable[[str], bool]
     return is_mtp
 
 
-def without_mtp(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Checkpoint, list[str]]:
+def without_mtp(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
     """A checkpoint without the tensors of its layers of multi-token prediction, and the names of these."""
+    config = model_config(checkpoint.config)
     is_mtp = mtp_test(checkpoint.types, config)
     dropped = [name for name in checkpoint.types if is_mtp(name)]
     names = frozenset(dropped)
@@ -71,7 +72,7 @@ def without_mtp(checkpoint: Checkpoint, config: ModelConfig) -> tuple[Checkpoint
     ascend = checkpoint.ascend
     if ascend is not None:
         ascend = {name: entry for name, entry in ascend.items() if name not in names}
-    return replace(checkpoint, config=config.without_mtp(), shards=shards, types=types, ascend=ascend), dropped
+    return replace(checkpoint, config=config.without_mtp(), shards=shards, types=types, ascend=ascend), tuple(dropped)
 
 
 def _without(shard: ShardHeader, names: frozenset[str]) -> ShardHeader:

@@ -13,12 +13,9 @@ from typing import Final, Literal
 
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
-from quarkconv.description.float_modules import float_test
-from quarkconv.description.mtp import mtp_test
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import UnsupportedError
 from quarkconv.experts.families import FAMILIES
-from quarkconv.experts.knowledge import families
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
@@ -117,21 +114,23 @@ def _modules(description: Description, mode: Quantize) -> Iterator[tuple[str, Fo
     """The modules to quantize and their forms."""
     members, declared = description.topology.members, description.declared
     layers = {module: layer for layer in description.moe_layers for _, _, module in layer.modules()}
-    is_mtp = mtp_test(description.checkpoint.types, description.config)
-    is_float = float_test(description.topology, families(description.config.raw))
     for module, form in description.stored:
-        if mode == "mtp" and not is_mtp(module):
+        if mode == "mtp" and not description.is_mtp(module):
             continue
         if not form.is_float or form.weight.dtype not in QUANTIZABLE:
             continue
         if module in members:
             claim = declared.resolve_expert(layers[module].prefix, module) if declared and module in layers else FLOAT
-        elif is_linear(module, form) and module.rpartition(".")[2] not in _ALWAYS_FLOAT and not is_float(module):
+        elif is_linear(module, form) and not _stays_float(description, module):
             claim = declared.resolve(module) if declared else FLOAT
         else:
             continue
         if mode in ("all", "mtp") or claim.weight is not None:
             yield module, form
+
+
+def _stays_float(description: Description, module: str) -> bool:
+    return module.rpartition(".")[2] in _ALWAYS_FLOAT or description.is_float(module)
 
 
 def _check(description: Description, modules: dict[str, Form]) -> None:

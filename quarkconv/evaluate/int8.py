@@ -7,9 +7,9 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quarkconv.experts.function import ExpertActivation
 from quarkconv.kernels import fused_experts_int8, quantize_int8
 from quarkconv.load.experts import FusedExperts
-from quarkconv.verify.activation import ExpertActivation
 
 _INT_MM_ROWS: Final = 32
 """``torch._int_mm`` on CUDA wants more than 16 rows; shorter inputs are padded to this."""

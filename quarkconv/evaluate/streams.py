@@ -26,7 +26,7 @@ from quarkconv.evaluate.int8 import Int8Experts, Int8Linear
 from quarkconv.evaluate.skeleton import LayerCall, Skeleton
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 from quarkconv.experts.function import Unknown
-from quarkconv.verify.activation import expert_activation
+from quarkconv.experts.knowledge import expert_activation
 
 UNQUANTIZED: Final = "unquantized"
 DEQUANTIZED: Final = "dequantized"

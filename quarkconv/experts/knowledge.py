@@ -221,6 +221,18 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
     return contradicted or Known(model_type, row, section, _experts(row, section))
 
 
+def expert_activation(config: object, layer: int, module: str = "") -> ExpertActivation | Unknown:
+    """The activation function of the experts of a layer, or what about it is not known.
+
+    Args:
+        config: the parsed config.json.
+        layer: number of the layer: some models clamp in some layers only.
+        module: as of :func:`knowledge`.
+    """
+    known = knowledge(config, module)
+    return known if isinstance(known, Unknown) else known.activation(layer)
+
+
 def families(config: object) -> Callable[[str], Family | None]:
     """Gives the family of the stack of layers that a module belongs to; None where it is not known."""
 

@@ -7,13 +7,12 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.convert.planner import check_convertible
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge
-from quarkconv.findings import Finding, Severity, bounded
+from quarkconv.findings import Finding, Severity
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
 from quarkconv.progress import SILENT, Progress
@@ -21,6 +20,7 @@ from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
 from quarkconv.targets.base import Int8Count, Target, count_int8
 from quarkconv.targets.changes import target_findings
+from quarkconv.targets.convertible import check_convertible
 from quarkconv.text import plural
 
 _NOT_LOADED: Final = frozenset({"quantizer-names"})
@@ -199,12 +199,8 @@ def _support(description: Description, target: Target, modules: Sequence[Int8Cou
         check_convertible(description, target)
     except QuarkconvError as error:
         return TargetSupport(False, reason=error.message)
-    losses = tuple(bounded(target_findings(description, target)))
-    return TargetSupport(
-        True,
-        nbytes=target.output_bytes(description, modules),
-        losses=losses,
-    )
+    nbytes, losses = target.output_bytes(description, modules), target_findings(description, target)
+    return TargetSupport(True, nbytes=nbytes, losses=losses)
 
 
 def _moe(description: Description) -> dict[str, Any] | None:

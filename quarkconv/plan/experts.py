@@ -6,17 +6,18 @@ of a tensor of all experts (3-key), or the upper half of a fused one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from math import prod
 from typing import NamedTuple
 
+from quarkconv.experts.config import ModelConfig
 from quarkconv.experts.naming import Role
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.pieces import Columns, Copy, OutputTensor, Rows, Scale, Weights, f32_rows
+from quarkconv.plan.pieces import Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
 from quarkconv.scheme.spec import PER_CHANNEL
 from quarkconv.scheme.stored import Form, linear_names
 
@@ -94,6 +95,19 @@ def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
                 input_scales=tuple(item.input_scale for item in projections if item.input_scale is not None),
                 input_shape=(layer.experts,) if stacked else (),
             )
+
+
+def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry:
+    """E, k, H and I of converted layers, of which there is at least one, as a rank has them."""
+    return MoEGeometry(
+        layers=tuple(layer.index for layer in layers),
+        prefixes=tuple(layer.prefix for layer in layers),
+        experts=len(rank.experts(layers[0].experts)),
+        top_k=config.top_k,
+        hidden_size=layers[0].hidden,
+        intermediate_size=len(rank.intermediate(layers[0].intermediate)),
+        activation_function=config.activation,
+    )
 
 
 class WholeProjection(NamedTuple):

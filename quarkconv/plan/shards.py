@@ -10,14 +10,40 @@ page too.
 from __future__ import annotations
 
 import json
+import re
 import struct
 from collections.abc import Iterable, Sequence
+from itertools import pairwise
 from typing import Final
 
+from quarkconv.errors import UnsupportedError
 from quarkconv.plan.pieces import OutputShard, OutputTensor
 
 PAGE: Final = 4096
 DATA_ALIGNMENT: Final = PAGE
+_DIGITS: Final = re.compile(r"(\d+)")
+
+
+def natural_key(name: str) -> list[tuple[int, str]]:
+    """Sort key that puts layer 2 before layer 10."""
+    return [(int(part[:18]), part) if part.isdecimal() else (-1, part) for part in _DIGITS.split(name)]
+
+
+def in_natural_order(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
+    """The tensors of an output by name, layer 2 before layer 10.
+
+    Raises:
+        UnsupportedError: two have the same name.
+    """
+    ordered = sorted(tensors, key=lambda tensor: natural_key(tensor.name))
+    for first, second in pairwise(ordered):
+        if first.name == second.name:
+            raise UnsupportedError(
+                "The source already has a tensor with a name of the target",
+                tensor=first.name,
+                hint="the checkpoint is partly converted; start from the original",
+            )
+    return ordered
 
 
 def pack_shards(tensors: Iterable[OutputTensor], max_shard_size: int) -> tuple[OutputShard, ...]:

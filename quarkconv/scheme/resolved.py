@@ -31,36 +31,19 @@ class ResolvedModules:
         groups: (form, declared scheme) -> modules, in the order of the files.
         default: the declared scheme of a module that no entry of the config matches.
         names: the INT8 schemes and their names.
+        schemes: how many modules that are stored quantized have each effective scheme.
     """
 
     groups: dict[tuple[Form, ModuleScheme], list[str]]
     default: ModuleScheme
     names: Mapping[ModuleScheme, str]
-
-    def effective(self, form: Form, declared: ModuleScheme) -> ModuleScheme:
-        """The scheme of a module that is stored quantized.
-
-        The weight's follows from its scale. The activation's is static when an input scale is stored, and else what
-        the config declares, of the module or, where it excludes the module, of the rest.
-        """
-        claim = declared if declared.weight is not None else self.default
-        weight = _WEIGHTS[form.granularity]
-        if weight is not None and claim.weight is not None and not claim.weight.symmetric:
-            weight = replace(weight, symmetric=False)
-        return ModuleScheme(weight, INPUT_STATIC if form.input_scale else claim.activation)
+    schemes: Counter[ModuleScheme]
 
     def quantized(self) -> Iterator[tuple[Form, ModuleScheme, list[str]]]:
         """(form, effective scheme, modules) of what is stored quantized, in int8 or otherwise."""
         for (form, declared), modules in self.groups.items():
             if form.quantized:
-                yield form, self.effective(form, declared), modules
-
-    def schemes(self) -> Counter[ModuleScheme]:
-        """How many int8 modules have each effective scheme."""
-        counts: Counter[ModuleScheme] = Counter()
-        for _, scheme, modules in self.quantized():
-            counts[scheme] += len(modules)
-        return counts
+                yield form, _effective(form, declared, self.default), modules
 
 
 def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> ResolvedModules:
@@ -84,4 +67,21 @@ def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> R
     groups: dict[tuple[Form, ModuleScheme], list[str]] = {}
     for form, scheme, modules in alike.values():
         groups.setdefault((form, scheme), []).extend(modules)
-    return ResolvedModules(groups, default, SCHEME_NAMES if declared is None else declared.names)
+    schemes: Counter[ModuleScheme] = Counter()
+    for (form, scheme), names in groups.items():
+        if form.quantized:
+            schemes[_effective(form, scheme, default)] += len(names)
+    return ResolvedModules(groups, default, SCHEME_NAMES if declared is None else declared.names, schemes)
+
+
+def _effective(form: Form, declared: ModuleScheme, default: ModuleScheme) -> ModuleScheme:
+    """The scheme of a module that is stored quantized.
+
+    The weight's follows from its scale. The activation's is static when an input scale is stored, and else what the
+    config declares, of the module or, where it excludes the module, of the rest.
+    """
+    claim = declared if declared.weight is not None else default
+    weight = _WEIGHTS[form.granularity]
+    if weight is not None and claim.weight is not None and not claim.weight.symmetric:
+        weight = replace(weight, symmetric=False)
+    return ModuleScheme(weight, INPUT_STATIC if form.input_scale else claim.activation)

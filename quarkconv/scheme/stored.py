@@ -14,7 +14,6 @@ key share. Later code compares and groups modules by ``id(form)``, and computes 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal, NamedTuple
@@ -136,11 +135,6 @@ class StoredModules:
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""
         return f"{module}.bias" in self.tensors
-
-    def count(self, *, quantized: bool) -> int:
-        """How many linears are stored in int8, or in float."""
-        forms = Counter(self.linears.values()) + Counter(self.fused.values())
-        return sum(number for form, number in forms.items() if (form.quantized if quantized else form.is_float))
 
 
 def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str]) -> StoredModules:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from itertools import chain
 from typing import Final
 
 from quarkconv.description.description import Description
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, bounded, finding
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
@@ -15,14 +16,18 @@ _OF_SOURCE: Final = frozenset({"file-unused", "tensor-unrecognised"})
 _DEQUANTIZED: Final = "BF16"
 
 
-def conversion_findings(description: Description, target: Target) -> Iterator[Finding]:
+def conversion_findings(description: Description, target: Target) -> tuple[Finding, ...]:
     """Everything that a conversion leaves out, changes, or passes on without understanding it."""
-    yield from (item for item in description.findings if item.code in _OF_SOURCE)
-    yield from target_findings(description, target)
+    of_source = (item for item in description.findings if item.code in _OF_SOURCE)
+    return tuple(bounded(chain(of_source, _changes(description, target))))
 
 
-def target_findings(description: Description, target: Target) -> Iterator[Finding]:
+def target_findings(description: Description, target: Target) -> tuple[Finding, ...]:
     """The settings and tensors of the source that a target leaves out or changes."""
+    return tuple(bounded(_changes(description, target)))
+
+
+def _changes(description: Description, target: Target) -> Iterator[Finding]:
     yield from target.losses(description)
     names = target.dropped(description)
     if names:

@@ -22,9 +22,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from quarkconv.experts.function import ExpertActivation
 from quarkconv.experts.naming import Role
 from quarkconv.load.experts import Projection
-from quarkconv.verify.activation import ExpertActivation
 
 CODE_MAX: Final = 127
 MIN_SCALE: Final = torch.finfo(torch.float32).tiny

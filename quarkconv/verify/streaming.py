@@ -19,6 +19,7 @@ import torch
 
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
+from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
@@ -27,7 +28,6 @@ from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
 from quarkconv.load.select import check_loadable
 from quarkconv.plan.manifest import Manifest
 from quarkconv.progress import Progress
-from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerInputs, LayerOutcome, check_layer
 from quarkconv.verify.places import wrong_pieces

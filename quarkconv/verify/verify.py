@@ -11,6 +11,7 @@ import torch
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
+from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
@@ -18,7 +19,6 @@ from quarkconv.load.layer_reader import READERS
 from quarkconv.load.select import LayerName, select_layers
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.progress import SILENT, Progress
-from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome

@@ -17,10 +17,10 @@ from support.expected import fused_int8
 from support.exports import CONVERTIBLE, REFUSED, Checkpoints
 
 import quarkconv
-from quarkconv.convert.planner import natural_key
 from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError, UsageError
 from quarkconv.plan.json import plan_digest, plan_from_json, plan_to_json
 from quarkconv.plan.pieces import Plan
+from quarkconv.plan.shards import natural_key
 
 
 def plan(root: Path, **options: Any) -> Plan:

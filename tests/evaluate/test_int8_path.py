@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from quarkconv.evaluate.int8 import Int8Experts, Int8Linear, int8_product
+from quarkconv.experts.function import ExpertActivation
 from quarkconv.load.experts import FusedExperts
-from quarkconv.verify.activation import ExpertActivation
 from quarkconv.verify.reference import exact_forward
 
 

@@ -20,10 +20,10 @@ from torch import Tensor
 import quarkconv
 from quarkconv.description.description import describe
 from quarkconv.experts.function import ExpertActivation
+from quarkconv.experts.knowledge import expert_activation
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import numbers
-from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
 from quarkconv.verify.results import LayerNumbers
 from quarkconv.verify.router import router_of

@@ -15,10 +15,10 @@ import quarkconv
 from quarkconv.description.description import describe
 from quarkconv.evaluate.weights import _expert_floats
 from quarkconv.experts.function import ExpertActivation
+from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.ranks import make_rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
-from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.numbers import unsupported_activation
 
 FAMILIES = DATA / "families"

@@ -8,8 +8,8 @@ from collections.abc import Callable
 import pytest
 import torch
 
+from quarkconv.experts.function import ExpertActivation
 from quarkconv.load.experts import Projection
-from quarkconv.verify.activation import ExpertActivation
 from quarkconv.verify.reference import dequantized_forward, exact_forward, quantize
 
 E, H, I = 3, 24, 10  # noqa: E741

@@ -19,7 +19,7 @@ from support.program import PROCESS_TIMEOUT
 import quarkconv
 from quarkconv.cli.main import main
 from quarkconv.description.description import describe
-from quarkconv.verify.activation import ExpertActivation
+from quarkconv.experts.function import ExpertActivation
 from quarkconv.verify.reference import dequantized_forward
 from quarkconv.verify.routing import uniform_routing
 

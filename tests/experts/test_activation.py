@@ -12,10 +12,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quarkconv.experts.function import ExpertActivation, Unknown
-from quarkconv.experts.knowledge import Known, knowledge
+from quarkconv.experts.knowledge import Known, expert_activation, knowledge
 from quarkconv.experts.naming import Role
 from quarkconv.load.experts import Projection
-from quarkconv.verify.activation import expert_activation
 from quarkconv.verify.reference import activate, float_forward, reference_forwards
 
 DATA = Path(__file__).parents[1] / "data" / "routing"

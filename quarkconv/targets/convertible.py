@@ -1,0 +1,65 @@
+"""Whether a checkpoint can be converted to a target, and if not, the first reason why."""
+
+from __future__ import annotations
+
+from quarkconv.description.description import Description
+from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.experts.ranks import WHOLE, Rank
+from quarkconv.findings import CODES, Severity
+from quarkconv.targets.base import Target
+
+
+def check_convertible(description: Description, target: Target, rank: Rank = WHOLE) -> None:
+    """Raise the first reason why a checkpoint cannot be converted to ``target``.
+
+    Args:
+        description: the source.
+        target: what to convert it to.
+        rank: the rank whose part of the experts is written.
+
+    Raises:
+        UsageError: the target is not written by rank.
+        SourceError: the source is damaged or inconsistent.
+        UnsupportedError: the source is not INT8, the target cannot represent it, or its experts cannot be divided.
+    """
+    root = str(description.checkpoint.root)
+    for item in description.findings:
+        blocks = CODES[item.code].blocks
+        if item.severity is Severity.INFO or blocks is None:
+            continue
+        hint = item.hint or "run `quarkconv inspect` for all findings"
+        if blocks is SourceError:
+            raise SourceError(
+                f"The source is inconsistent ({item.code}): {item.message}",
+                code=item.code,
+                file=root,
+                tensor=item.subject,
+                hint=hint,
+            )
+        raise UnsupportedError(
+            f"The source cannot be converted ({item.code}): {item.message}",
+            file=root,
+            tensor=item.subject,
+            hint=hint,
+        )
+    if not description.config.rank.is_whole:
+        raise UnsupportedError(
+            "The source is the part of one rank, not a model",
+            file=root,
+            expected="a whole checkpoint",
+            found=description.config.rank.folder(),
+            hint="convert the whole checkpoint",
+        )
+    reason = target.unsupported(description)
+    if reason is not None:
+        raise UnsupportedError(
+            f"The target {target.name} cannot represent this checkpoint: {reason}",
+            file=root,
+            hint="run `quarkconv inspect` for the targets that can",
+        )
+    if not rank.is_whole and not target.by_rank:
+        raise UsageError(
+            "This target is not written by rank: engines divide it themselves", expected="fused-int8", found=target.name
+        )
+    for layer in description.int8_layers:
+        rank.check(layer.prefix, layer.experts, layer.intermediate)

@@ -1,0 +1,67 @@
+"""All tensors of an output: the int8 modules as a target writes them, every other tensor as it is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+from quarkconv.description.description import Description
+from quarkconv.experts.ranks import Rank
+from quarkconv.headers.safetensors import TensorRef
+from quarkconv.plan.experts import ExpertSource, dequantized, linear_module
+from quarkconv.plan.pieces import Check, Copy, OutputTensor
+from quarkconv.scheme.stored import fused_names, linear_names
+from quarkconv.targets.base import Target
+
+
+def output_tensors(description: Description, target: Target, rank: Rank) -> tuple[list[OutputTensor], list[Check]]:
+    """The tensors of an output, unsorted, and the conditions on the source's data under which they are exact.
+
+    Tensors that only a check reads, such as zero points, are not written.
+
+    Args:
+        description: the source, which can be converted to ``target``.
+        target: the format of the output.
+        rank: the rank whose part of the experts is written.
+    """
+    refs = description.checkpoint.refs()
+    tensors: list[OutputTensor] = []
+    checks: list[Check] = []
+    left_out = set(target.dropped(description))
+    for layer in description.int8_layers:
+        source = ExpertSource(layer, refs, unfused=description.unfused_layout(layer), rank=rank)
+        if not rank.is_whole:
+            left_out.update(*(layer.projection(role, at).names for role, at, _ in layer.modules()))
+        tensors += target.expert_tensors(source)
+        checks += target.expert_checks(source)
+    in_float = frozenset(description.float_modules)
+    for name, form in description.stored.linears.items():
+        if not form.quantized or name in description.topology.members:
+            continue
+        module = linear_module(name, form, refs)
+        if name in in_float:
+            names = linear_names(name)
+            tensors.append(dequantized(module))
+            left_out.update((names.input_scale, names.input_zero_point))
+            continue
+        tensors += target.module_tensors(module)
+        checks += target.module_checks(module)
+    checks = [*_zero_points(description, refs), *checks]
+    read = (source for tensor in tensors for piece in tensor.pieces for source in piece.reads())
+    checked = (source for check in checks for source in check.reads())
+    left_out.update(source.tensor for source in chain(read, checked))
+    for name, ref in refs.items():
+        if name not in left_out:
+            tensors.append(OutputTensor(target.renamed(name), ref.dtype, ref.shape, (Copy.whole(name, ref),)))
+    return tensors, checks
+
+
+def _zero_points(description: Description, refs: Mapping[str, TensorRef]) -> Iterator[Check]:
+    for form, _, modules in description.modules.quantized():
+        if form.zero_point is None and form.input_zero_point is None and form.offset is None:
+            continue
+        for module in modules:
+            names = fused_names(module) if module in description.stored.fused else linear_names(module)
+            for name in (names.zero_point, names.input_zero_point, names.offset):
+                if name in refs:
+                    yield Check("zero", Copy.whole(name, refs[name]))
