@@ -158,7 +158,7 @@ def test_scales_of_a_key_value_cache_belong_to_their_projection() -> None:
     assert stored(types).unrecognised == ()
 
 
-def test_counts() -> None:
+def test_each_module_is_quantized_float_or_neither() -> None:
     modules = stored(
         {
             "a.weight": TensorType("I8", (2, 2)),
@@ -167,5 +167,5 @@ def test_counts() -> None:
             "d.weight": TensorType("U8", (2, 2)),
         }
     )
-    assert modules.count(quantized=True) == 2
-    assert modules.count(quantized=False) == 1
+    assert {name for name, form in modules if form.quantized} == {"a", "b"}
+    assert {name for name, form in modules if form.is_float} == {"c"}
