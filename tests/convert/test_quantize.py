@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import tracemalloc
 from collections.abc import Callable
 from pathlib import Path
@@ -22,41 +23,53 @@ from quarkconv.write.state import plan_state
 from quarkconv.write.transforms import transformed
 
 ROOT = Path(__file__).resolve().parents[2]
-BF16 = ROOT / "tests" / "data" / "quantize" / "qwen3_moe-bf16-layer1"
 QUARK = ROOT / "examples" / "qwen3_moe-quark0.13-f2f"
+LAYER = "model.layers.0."
+
+
+@pytest.fixture(scope="module")
+def bf16(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layer 0 of the model that Quark quantized to :data:`QUARK` (the repository keeps the values of this layer only)."""
+    root = tmp_path_factory.mktemp("bf16")
+    source = checkpoints("qwen3_moe-bf16")
+    save_file(
+        {name: tensor for name, tensor in load(source).items() if name.startswith(LAYER)}, root / "model.safetensors"
+    )
+    shutil.copy(source / "config.json", root)
+    return root
 
 
 def quark_layer() -> Tensors:
     """What Quark 0.13 wrote for the same layer, file to file."""
-    return {name: tensor for name, tensor in load(QUARK).items() if name.startswith("model.layers.1.")}
+    return {name: tensor for name, tensor in load(QUARK).items() if name.startswith(LAYER)}
 
 
 def convert(source: Path, target: str, out: Path, quantize: Any) -> Path:
     return quarkconv.convert_checkpoint(source, target, out, quantize=quantize, jobs=2).output
 
 
-def test_codes_and_scales_are_those_of_quark_bit_for_bit(tmp_path: Path) -> None:
-    assert_same_tensors(load(convert(BF16, "quark", tmp_path / "out", "all")), quark_layer())
+def test_codes_and_scales_are_those_of_quark_bit_for_bit(tmp_path: Path, bf16: Path) -> None:
+    assert_same_tensors(load(convert(bf16, "quark", tmp_path / "out", "all")), quark_layer())
 
 
 @pytest.mark.parametrize("target", ["fused-int8", "compressed-tensors", "w8a8-int8", "ascend"])
-def test_every_int8_target_holds_the_same_codes(tmp_path: Path, target: str) -> None:
-    output = convert(BF16, target, tmp_path / "out", "all")
+def test_every_int8_target_holds_the_same_codes(tmp_path: Path, bf16: Path, target: str) -> None:
+    output = convert(bf16, target, tmp_path / "out", "all")
     assert not quarkconv.inspect_checkpoint(output).description.errors()
     again = quarkconv.convert_checkpoint(output, "quark", tmp_path / "quark").output
     assert_same_tensors(load(again), quark_layer())
 
 
-def test_verify_computes_the_codes_again(tmp_path: Path) -> None:
-    output = convert(BF16, "fused-int8", tmp_path / "out", "all")
-    assert quarkconv.verify_checkpoint(output, BF16, "cpu", tokens=2, unquantized=BF16).ok
+def test_verify_computes_the_codes_again(tmp_path: Path, bf16: Path) -> None:
+    output = convert(bf16, "fused-int8", tmp_path / "out", "all")
+    assert quarkconv.verify_checkpoint(output, bf16, "cpu", tokens=2, unquantized=bf16).ok
     tensors = load(output)
-    tensors["model.layers.1.mlp.experts.down_proj"][3, 5, 7] ^= 1
+    tensors["model.layers.0.mlp.experts.down_proj"][3, 5, 7] ^= 1
     (shard,) = output.glob("*.safetensors")
     data = shard.read_bytes()
     save_file(tensors, shard, metadata={"format": "pt"})
     assert shard.read_bytes() != data
-    assert not quarkconv.verify_checkpoint(output, BF16, "cpu", tokens=2).ok
+    assert not quarkconv.verify_checkpoint(output, bf16, "cpu", tokens=2).ok
 
 
 def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -164,8 +177,8 @@ def test_a_transposed_layout_is_refused(tmp_path: Path) -> None:
         quarkconv.plan_conversion(root, "quark", quantize="missing")
 
 
-def test_a_plan_that_quantizes_survives_json() -> None:
-    plan = quarkconv.plan_conversion(BF16, "fused-int8", quantize="all")
+def test_a_plan_that_quantizes_survives_json(bf16: Path) -> None:
+    plan = quarkconv.plan_conversion(bf16, "fused-int8", quantize="all")
     assert quarkconv.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
@@ -188,7 +201,7 @@ def test_memory_does_not_grow_with_the_weight(kind: Any) -> None:
     assert peak < 8 * 2**20 < piece.source.nbytes
 
 
-def test_the_command_that_resumes_quantizes_too(tmp_path: Path) -> None:
-    plan = quarkconv.plan_conversion(BF16, "fused-int8", quantize="all")
+def test_the_command_that_resumes_quantizes_too(tmp_path: Path, bf16: Path) -> None:
+    plan = quarkconv.plan_conversion(bf16, "fused-int8", quantize="all")
     state = plan_state(plan, plan_digest(plan), [], "model", tmp_path)
     assert "--quantize all" in state["command"]
