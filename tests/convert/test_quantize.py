@@ -29,7 +29,7 @@ LAYER = "model.layers.0."
 
 @pytest.fixture(scope="module")
 def bf16(checkpoints: Callable[[str], Path], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Layer 0 of the model that Quark quantized to :data:`QUARK` (the repository keeps the values of this layer only)."""
+    """Layer 0 of the model that Quark quantized to :data:`QUARK` (the repository keeps only its values)."""
     root = tmp_path_factory.mktemp("bf16")
     source = checkpoints("qwen3_moe-bf16")
     save_file(
