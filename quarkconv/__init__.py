@@ -26,7 +26,7 @@ from quarkconv.errors import (
 )
 from quarkconv.findings import Finding, Severity
 from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 from quarkconv.progress import Progress
 
 if TYPE_CHECKING:

@@ -21,7 +21,7 @@ from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import ranks_of
 from quarkconv.findings import Finding
 from quarkconv.hub.locate import Located, check_repo_id, locate
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
@@ -393,8 +393,8 @@ def _finished(part: Part) -> Manifest | None:
         SourceError: there is a manifest that cannot be read.
     """
     from quarkconv.headers.unfinished import STAGING_NAME
-    from quarkconv.plan.json import plan_digest
     from quarkconv.plan.manifest import read_manifest
+    from quarkconv.plan.plan import plan_digest
 
     manifest = None if (part.folder / STAGING_NAME).exists() else read_manifest(part.folder)
     return manifest if manifest is not None and manifest.plan == plan_digest(part.plan) else None

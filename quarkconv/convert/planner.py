@@ -14,7 +14,8 @@ from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.plan.experts import geometry_of
-from quarkconv.plan.pieces import Plan, SourceFile, TextFile
+from quarkconv.plan.pieces import SourceFile, TextFile
+from quarkconv.plan.plan import Plan
 from quarkconv.plan.quantize import computed
 from quarkconv.plan.shards import in_natural_order, pack_shards
 from quarkconv.targets.base import Target

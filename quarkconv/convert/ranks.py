@@ -25,8 +25,8 @@ from quarkconv.errors import UsageError
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
-from quarkconv.plan.json import plan_digest
 from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.plan import plan_digest
 from quarkconv.write.durable import write_durably, writing
 from quarkconv.write.space import allocated, records_nbytes, require_space
 

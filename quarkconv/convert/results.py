@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 
 if TYPE_CHECKING:
     from quarkconv.plan.manifest import Manifest

@@ -33,12 +33,12 @@ from quarkconv.plan.pieces import (
     Copy,
     OutputTensor,
     Piece,
-    Plan,
     Rows,
     RowScales,
     Weights,
     Zeros,
 )
+from quarkconv.plan.plan import Plan
 from quarkconv.targets import get_target
 
 if TYPE_CHECKING:

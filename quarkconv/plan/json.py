@@ -1,4 +1,4 @@
-"""Pieces and plans as JSON, and back. The manifest writes its pieces with the same codec.
+"""Pieces as JSON, and back, for plans and manifests.
 
 A piece is a row that starts with the name of its class. File names are written once and referred to by number, since a
 large plan has 100,000 pieces.
@@ -14,32 +14,20 @@ large plan has 100,000 pieces.
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 from quarkconv.dtypes import DTYPE_BITS
-from quarkconv.errors import SourceError
-from quarkconv.experts.ranks import make_rank
-from quarkconv.findings import Finding, Severity
-from quarkconv.plan.fields import count, file_name, text
+from quarkconv.plan.fields import count, text
 from quarkconv.plan.pieces import (
-    PLAN_FORMAT,
-    Check,
     Codes,
     Columns,
     Copy,
     MoEGeometry,
-    OutputShard,
-    OutputTensor,
     Piece,
-    Plan,
     Rows,
     RowScales,
     SourceFile,
-    TextFile,
     Weights,
     Zeros,
 )
@@ -130,101 +118,3 @@ def moe_from_json(value: dict[str, Any]) -> MoEGeometry:
         intermediate_size=count(value["intermediate_size"]),
         activation_function=None if activation is None else text(activation),
     )
-
-
-def plan_to_json(plan: Plan) -> dict[str, Any]:
-    """The plan as an object of JSON values."""
-    number = {source.name: position for position, source in enumerate(plan.sources)}
-    return {
-        "format": PLAN_FORMAT,
-        "target": plan.target,
-        "scheme": plan.scheme,
-        "producer_version": plan.producer_version,
-        "max_shard_size": plan.max_shard_size,
-        "moe": asdict(plan.moe),
-        "sources": plan.sources,
-        "checks": [[check.kind, *(piece_to_json(source, number) for source in check.reads())] for check in plan.checks],
-        "shards": [
-            {
-                "file": shard.file,
-                "header": shard.header,
-                "tensors": [
-                    [tensor.name, tensor.dtype, tensor.shape, [piece_to_json(piece, number) for piece in tensor.pieces]]
-                    for tensor in shard.tensors
-                ],
-            }
-            for shard in plan.shards
-        ],
-        "config": plan.config,
-        "copies": plan.copies,
-        "losses": [asdict(loss) for loss in plan.losses],
-        "texts": plan.texts,
-        "rank": plan.rank.to_json(),
-        "quantize": plan.quantize,
-    }
-
-
-def plan_from_json(value: dict[str, Any]) -> Plan:
-    """The plan that :func:`plan_to_json` wrote.
-
-    Raises:
-        SourceError: the object is not a plan, or of a format that this version does not know.
-    """
-    if value.get("format") != PLAN_FORMAT:
-        raise SourceError(
-            "The plan is of another format",
-            code="plan-invalid",
-            expected=str(PLAN_FORMAT),
-            found=repr(value.get("format"))[:40],
-        )
-    try:
-        return _parse(value)
-    except (KeyError, TypeError, ValueError, IndexError) as error:
-        raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error
-
-
-def _parse(value: dict[str, Any]) -> Plan:
-    sources = tuple(SourceFile(file_name(name), count(size)) for name, size in value["sources"])
-    version = value["producer_version"]
-
-    def check(kind: object, *rows: object) -> Check:
-        if kind not in ("zero", "equal", "repeats") or len(rows) != (1 if kind == "zero" else 2):
-            raise ValueError(f"not a check: {kind!r:.40}")
-        return Check(kind, *(piece_from_json(row, sources).source for row in rows))
-
-    def tensor(name: object, dtype: object, shape: list[object], rows: list[object]) -> OutputTensor:
-        pieces = tuple(piece_from_json(row, sources) for row in rows)
-        return OutputTensor(text(name), text(dtype), tuple(map(count, shape)), pieces)
-
-    def shard(item: dict[str, Any]) -> OutputShard:
-        tensors = tuple(tensor(*entry) for entry in item["tensors"])
-        return OutputShard(file_name(item["file"]), count(item["header"]), tensors)
-
-    return Plan(
-        target=text(value["target"]),
-        scheme=text(value["scheme"]),
-        producer_version=None if version is None else text(version),
-        max_shard_size=count(value["max_shard_size"]),
-        moe=moe_from_json(value["moe"]),
-        sources=sources,
-        checks=tuple(check(*item) for item in value["checks"]),
-        shards=tuple(map(shard, value["shards"])),
-        config=value["config"],
-        copies=tuple(SourceFile(file_name(name), count(size)) for name, size in value["copies"]),
-        losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
-        texts=tuple(TextFile(file_name(name), text(content)) for name, content in value["texts"]),
-        rank=make_rank(**value["rank"]),
-        quantize=_quantize(value["quantize"]),
-    )
-
-
-def _quantize(value: object) -> Literal["missing", "all", "mtp"] | None:
-    if value is None or value in ("missing", "all", "mtp"):
-        return value
-    raise ValueError(f"not a way to quantize: {value!r:.40}")
-
-
-def plan_digest(plan: Plan) -> str:
-    """SHA-256 of the plan's canonical JSON, in hexadecimal: the identity of a conversion."""
-    canonical = json.dumps(plan_to_json(plan), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(canonical.encode("utf-8", "surrogatepass")).hexdigest()

@@ -1,20 +1,12 @@
-"""A plan as data: output files made of tensors, tensors made of pieces of source files.
-
-A plan holds every decision of a conversion; carrying it out takes none. It follows from headers alone and survives a
-round trip through JSON. The same source and options give the same plan, wherever the files are.
-"""
+"""What plans are made of: output files made of tensors, tensors made of pieces of source files."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
 from quarkconv.dtypes import DTYPE_BITS
-from quarkconv.experts.ranks import WHOLE, Rank
-from quarkconv.findings import Finding
 from quarkconv.headers.safetensors import TensorRef
-
-PLAN_FORMAT: Final = 1
 
 
 class Copy(NamedTuple):
@@ -124,11 +116,11 @@ class Columns(NamedTuple):
         return (self.source,)
 
 
-class Codes(NamedTuple):
-    """The I8 codes of the rows of a float weight: ptpc_int8, as Quark computes it.
+class _FloatRows(NamedTuple):
+    """Whole rows of a float weight that is quantized to ptpc_int8, as Quark computes it.
 
     Attributes:
-        source: whole rows of the weight.
+        source: the rows.
         dtype: of the weight: ``BF16``, ``F16`` or ``F32``.
         columns: elements of a row.
     """
@@ -138,8 +130,8 @@ class Codes(NamedTuple):
     columns: int
 
     @property
-    def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+    def elements(self) -> int:
+        """Number of elements of all rows."""
         return self.source.nbytes // (DTYPE_BITS[self.dtype] // 8)
 
     def reads(self) -> tuple[Copy, ...]:
@@ -147,27 +139,26 @@ class Codes(NamedTuple):
         return (self.source,)
 
 
-class RowScales(NamedTuple):
-    """The F32 scales of the rows of a float weight, with which :class:`Codes` are computed.
+class Codes(_FloatRows):
+    """The I8 codes of rows of a float weight."""
 
-    Attributes:
-        source: whole rows of the weight.
-        dtype: of the weight: ``BF16``, ``F16`` or ``F32``.
-        columns: elements of a row.
-    """
-
-    source: Copy
-    dtype: str
-    columns: int
+    __slots__ = ()
 
     @property
     def output_nbytes(self) -> int:
         """Length of what the piece contributes to its output tensor."""
-        return 4 * (self.source.nbytes // (self.columns * DTYPE_BITS[self.dtype] // 8))
+        return self.elements
 
-    def reads(self) -> tuple[Copy, ...]:
-        """The source ranges that are read, in this order."""
-        return (self.source,)
+
+class RowScales(_FloatRows):
+    """The F32 scales of rows of a float weight, with which :class:`Codes` are computed."""
+
+    __slots__ = ()
+
+    @property
+    def output_nbytes(self) -> int:
+        """Length of what the piece contributes to its output tensor."""
+        return 4 * (self.elements // self.columns)
 
 
 class Zeros(NamedTuple):
@@ -274,69 +265,3 @@ class MoEGeometry:
     hidden_size: int
     intermediate_size: int
     activation_function: str | None
-
-
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What a conversion will do.
-
-    Attributes:
-        target: name of the target.
-        scheme: scheme of the source.
-        producer_version: version of the tool that quantized the source, where its config says so.
-        max_shard_size: largest size of a shard's data in bytes; a larger tensor has a file of its own.
-        moe: geometry of the experts.
-        sources: the shards of the source.
-        checks: what must hold of the source's data before anything is written.
-        shards: the safetensors files to write.
-        config: config.json to write.
-        copies: files of the source that are copied as they are.
-        losses: settings and tensors of the source that the output does not have.
-        texts: files with new text, such as the model card.
-        rank: the rank whose part of the experts is written.
-        quantize: which float modules of the source are quantized: ``missing``, ``all``, those of
-            ``mtp`` layers, or none.
-    """
-
-    target: str
-    scheme: str
-    producer_version: str | None
-    max_shard_size: int
-    moe: MoEGeometry
-    sources: tuple[SourceFile, ...]
-    checks: tuple[Check, ...]
-    shards: tuple[OutputShard, ...]
-    config: dict[str, Any]
-    copies: tuple[SourceFile, ...]
-    losses: tuple[Finding, ...] = ()
-    texts: tuple[TextFile, ...] = ()
-    rank: Rank = WHOLE
-    quantize: Literal["missing", "all", "mtp"] | None = None
-
-    def to_json(self) -> dict[str, Any]:
-        """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""
-        from quarkconv.plan.json import plan_to_json
-
-        return plan_to_json(self)
-
-    @classmethod
-    def from_json(cls, value: dict[str, Any]) -> Plan:
-        """The plan that :meth:`to_json` gave.
-
-        Raises:
-            SourceError: the object is not a plan, or of a format that this version does not know.
-        """
-        from quarkconv.plan.json import plan_from_json
-
-        return plan_from_json(value)
-
-    @property
-    def output_bytes(self) -> int:
-        """Bytes of shards, copies and texts; index, config and manifest come on top."""
-        texts = sum(len(file.text.encode()) for file in self.texts)
-        return sum(shard.nbytes for shard in self.shards) + sum(copy.size for copy in self.copies) + texts
-
-    @property
-    def tensor_bytes(self) -> int:
-        """Bytes of all output tensors, without headers."""
-        return sum(shard.nbytes - shard.header for shard in self.shards)

@@ -24,9 +24,9 @@ from quarkconv.errors import InterruptedByUser, UnsupportedError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
-from quarkconv.plan.json import plan_digest
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
-from quarkconv.plan.pieces import Check, OutputShard, Plan, RowScales, SourceFile
+from quarkconv.plan.pieces import Check, OutputShard, RowScales, SourceFile
+from quarkconv.plan.plan import Plan, plan_digest
 from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
 from quarkconv.write.durable import writing

@@ -15,7 +15,8 @@ from quarkconv.files.base import Range
 from quarkconv.files.read_ahead import ReadAhead
 from quarkconv.files.remote import RemoteFiles
 from quarkconv.plan.manifest import WrittenFile
-from quarkconv.plan.pieces import Copy, Plan, SourceFile
+from quarkconv.plan.pieces import Copy, SourceFile
+from quarkconv.plan.plan import Plan
 from quarkconv.write.refusals import not_as_planned
 from quarkconv.write.source import Reader
 from quarkconv.write.source_files import check_layout

@@ -18,7 +18,7 @@ from quarkconv.errors import UsageError, WriteError
 from quarkconv.files.base import Files
 from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME
 from quarkconv.plan.manifest import Manifest
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
 from quarkconv.write.durable import writing

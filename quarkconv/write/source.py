@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Protocol
 
 from quarkconv.plan.manifest import WrittenFile
-from quarkconv.plan.pieces import Copy, Plan, SourceFile
+from quarkconv.plan.pieces import Copy, SourceFile
+from quarkconv.plan.plan import Plan
 from quarkconv.write.state import FileState
 
 

@@ -17,7 +17,8 @@ from quarkconv.files.regular import open_regular
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.remote import expect_headers, read_header_of
 from quarkconv.plan.manifest import WrittenFile
-from quarkconv.plan.pieces import Copy, Plan, SourceFile
+from quarkconv.plan.pieces import Copy, SourceFile
+from quarkconv.plan.plan import Plan
 from quarkconv.write.copying import copy_file
 from quarkconv.write.refusals import not_as_planned, source_changed
 from quarkconv.write.source import Reader

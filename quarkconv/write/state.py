@@ -9,7 +9,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 from quarkconv.text import word
 
 FileState = tuple[str, int, int | str]

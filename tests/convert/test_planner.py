@@ -18,8 +18,7 @@ from support.exports import CONVERTIBLE, REFUSED, Checkpoints
 
 import quarkconv
 from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError, UsageError
-from quarkconv.plan.json import plan_digest, plan_from_json, plan_to_json
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan, plan_digest
 from quarkconv.plan.shards import natural_key
 
 
@@ -110,7 +109,7 @@ def test_a_checkpoint_far_larger_than_the_disk_can_be_planned(tmp_path: Path) ->
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_a_plan_survives_json(checkpoints: Checkpoints, name: str) -> None:
     made = plan(checkpoints(name))
-    again = plan_from_json(json.loads(json.dumps(plan_to_json(made))))
+    again = Plan.from_json(json.loads(json.dumps(made.to_json())))
     assert again == made
     assert plan_digest(again) == plan_digest(made)
 
@@ -253,9 +252,9 @@ def test_sizes_are_decimal_or_binary(tmp_path: Path, size: int | str, nbytes: in
     ],
 )
 def test_what_is_no_plan_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
-    value = json.loads(json.dumps(plan_to_json(plan(make_checkpoint(tmp_path / "model")))))
+    value = json.loads(json.dumps(plan(make_checkpoint(tmp_path / "model")).to_json()))
     with pytest.raises(SourceError) as caught:
-        plan_from_json({**value, **change})
+        Plan.from_json({**value, **change})
     assert caught.value.code == "plan-invalid"
 
 

@@ -17,8 +17,8 @@ from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import UnsupportedError
-from quarkconv.plan.json import plan_digest
 from quarkconv.plan.pieces import Codes, Copy, RowScales
+from quarkconv.plan.plan import plan_digest
 from quarkconv.write.state import plan_state
 from quarkconv.write.transforms import transformed
 

@@ -19,7 +19,7 @@ import quarkconv
 from quarkconv.convert.conversion import Conversion
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank, rank_of_config
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 from quarkconv.write.space import records_nbytes
 
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"

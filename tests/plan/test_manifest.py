@@ -15,9 +15,9 @@ from support.exports import Checkpoints
 
 import quarkconv
 from quarkconv.errors import SourceError
-from quarkconv.plan.json import plan_digest
 from quarkconv.plan.manifest import manifest_to_bytes, read_manifest
 from quarkconv.plan.pieces import Copy, Rows
+from quarkconv.plan.plan import plan_digest
 
 SOURCES = ("mixtral-quark0.11-eager", "qwen3_moe-quark0.11-eager-int8_static", "step3p5-like-3key_fused")
 

@@ -14,7 +14,7 @@ from support.program import run_cli
 
 import quarkconv
 from quarkconv.findings import Finding, Severity
-from quarkconv.plan.pieces import Plan
+from quarkconv.plan.plan import Plan
 
 KV_CACHE = "qwen3_moe-0.11-eager-kv_cache_fp8"
 FP8 = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
