@@ -128,6 +128,9 @@ CODES: Final[dict[str, FindingCode]] = {
 }
 """Code -> default severity and meaning. Codes are stable."""
 
+PASSED_ON: Final = frozenset({"file-unused", "tensor-unrecognised"})
+"""Codes of what conversion leaves out, or copies without understanding it. ``convert`` and ``verify`` report these."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -166,6 +169,28 @@ def as_finding(error: SourceError) -> Finding:
     if error.tensor is not None:
         parts.insert(1, f"tensor {error.tensor}")
     return finding(error.code, subject, "; ".join(parts), hint=error.hint or "")
+
+
+def refusal(findings: Iterable[Finding], file: str, noun: str, participle: str) -> QuarkconvError | None:
+    """The error with which a command refuses a checkpoint for the first finding that blocks; None where none does.
+
+    Args:
+        findings: of the checkpoint.
+        file: its directory.
+        noun: what the command calls it, such as ``source``.
+        participle: what the command does with it, such as ``converted``.
+    """
+    for item in findings:
+        blocks = CODES[item.code].blocks
+        if item.severity is Severity.INFO or blocks is None:
+            continue
+        hint = item.hint or "run `quarkconv inspect` for all findings"
+        if blocks is SourceError:
+            message = f"The {noun} is inconsistent ({item.code}): {item.message}"
+            return SourceError(message, code=item.code, file=file, tensor=item.subject, hint=hint)
+        message = f"The {noun} cannot be {participle} ({item.code}): {item.message}"
+        return UnsupportedError(message, file=file, tensor=item.subject, hint=hint)
+    return None
 
 
 def bounded(findings: Iterable[Finding]) -> list[Finding]:

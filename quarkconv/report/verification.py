@@ -23,6 +23,9 @@ def _parts(verification: Verification, command: str) -> Iterator[str]:
     if verification.problems:
         rows = [(item.stage, item.layer, item.tensor, item.message, item.count) for item in verification.problems]
         yield page.table_section("Problems", ("stage", "layer", "tensor", "what is wrong", "places"), rows)
+    if verification.findings:
+        found = [(item.code, item.subject, item.message, item.hint) for item in verification.findings]
+        yield page.table_section("Not part of it", ("code", "subject", "what", "next"), found)
     layers = verification.numbers.layers
     if layers:
         yield page.section("Numbers", *_numbers(verification.numbers))

@@ -7,18 +7,16 @@ from itertools import chain
 from typing import Final
 
 from quarkconv.description.description import Description
-from quarkconv.findings import Finding, bounded, finding
+from quarkconv.findings import PASSED_ON, Finding, bounded, finding
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
-_OF_SOURCE: Final = frozenset({"file-unused", "tensor-unrecognised"})
-"""Findings that hold for the output as well: files that are left out, unknown tensors that are copied."""
 _DEQUANTIZED: Final = "BF16"
 
 
 def conversion_findings(description: Description, target: Target) -> tuple[Finding, ...]:
     """Everything that a conversion leaves out, changes, or passes on without understanding it."""
-    of_source = (item for item in description.findings if item.code in _OF_SOURCE)
+    of_source = (item for item in description.findings if item.code in PASSED_ON)
     return tuple(bounded(chain(of_source, _changes(description, target))))
 
 

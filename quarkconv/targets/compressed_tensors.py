@@ -41,4 +41,4 @@ class CompressedTensors(PerExpertTarget):
         return compressed_tensors_keeps(description)
 
     def losses(self, description: Description) -> Iterator[Finding]:
-        return compressed_tensors_losses(description)
+        return compressed_tensors_losses(description, self.name)

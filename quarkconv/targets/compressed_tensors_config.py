@@ -51,11 +51,11 @@ def compressed_tensors_keeps(description: Description) -> Callable[[str], bool]:
     return is_cache_scale if "kv_cache_scheme" in _carried(description) else lambda _: False
 
 
-def compressed_tensors_losses(description: Description) -> Iterator[Finding]:
-    """A finding for each setting of the source that the compressed-tensors form cannot express."""
+def compressed_tensors_losses(description: Description, target: str) -> Iterator[Finding]:
+    """A finding for each setting of the source that a target in the compressed-tensors form cannot express."""
     carried = _carried(description)
     kept = {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
-    yield from dropped_settings(description, "compressed-tensors", kept=kept)
+    yield from dropped_settings(description, target, kept=kept)
 
 
 def _carried(description: Description) -> dict[str, Any]:

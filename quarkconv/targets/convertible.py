@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 from quarkconv.description.description import Description
-from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import WHOLE, Rank
-from quarkconv.findings import CODES, Severity
+from quarkconv.findings import refusal
 from quarkconv.targets.base import Target
 
 
@@ -23,25 +23,9 @@ def check_convertible(description: Description, target: Target, rank: Rank = WHO
         UnsupportedError: the source is not INT8, the target cannot represent it, or its experts cannot be divided.
     """
     root = str(description.checkpoint.root)
-    for item in description.findings:
-        blocks = CODES[item.code].blocks
-        if item.severity is Severity.INFO or blocks is None:
-            continue
-        hint = item.hint or "run `quarkconv inspect` for all findings"
-        if blocks is SourceError:
-            raise SourceError(
-                f"The source is inconsistent ({item.code}): {item.message}",
-                code=item.code,
-                file=root,
-                tensor=item.subject,
-                hint=hint,
-            )
-        raise UnsupportedError(
-            f"The source cannot be converted ({item.code}): {item.message}",
-            file=root,
-            tensor=item.subject,
-            hint=hint,
-        )
+    blocked = refusal(description.findings, root, "source", "converted")
+    if blocked is not None:
+        raise blocked
     if not description.config.rank.is_whole:
         raise UnsupportedError(
             "The source is the part of one rank, not a model",

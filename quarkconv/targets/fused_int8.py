@@ -86,7 +86,7 @@ class FusedInt8(Target):
         return compressed_tensors_keeps(description)
 
     def losses(self, description: Description) -> Iterator[Finding]:
-        return compressed_tensors_losses(description)
+        return compressed_tensors_losses(description, self.name)
 
 
 def _not_fused(layer: MoELayer) -> str | None:

@@ -6,6 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Final, NamedTuple
 
+from quarkconv.findings import Finding
 from quarkconv.text import plural
 
 RESCALED: Final = (
@@ -262,6 +263,7 @@ class Verification:
         scheme: the scheme of what is stored quantized.
         structure, bytes, numbers: what was checked.
         problems: everything that is wrong.
+        findings: files and tensors of the checkpoint or its source that are not part of what was checked.
     """
 
     model: str
@@ -272,6 +274,7 @@ class Verification:
     bytes: BytesResult
     numbers: NumbersResult
     problems: tuple[Problem, ...]
+    findings: tuple[Finding, ...] = ()
 
     @property
     def ok(self) -> bool:
@@ -323,6 +326,7 @@ class Verification:
                 "skipped": numbers.skipped,
             },
             "problems": [asdict(problem) for problem in self.problems],
+            "findings": [asdict(item) for item in self.findings],
         }
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -13,6 +13,7 @@ from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
+from quarkconv.findings import PASSED_ON, Finding, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
@@ -101,7 +102,9 @@ def verify_checkpoint(
         original = _described(unquantized, progress)
 
     structure, problems = check_structure(description, manifest)
-    skipped = _why_no_numbers(description, chosen, structure, stages, stopped=fail_fast and problems != [])
+    skipped = _why_no_numbers(
+        description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
+    )
     check_rest = _byte_check(description, manifest, compared, stages, progress, fail_fast=fail_fast)
     counts_bytes = manifest is not None and "bytes" in stages
     if manifest is not None and counts_bytes:
@@ -129,7 +132,7 @@ def verify_checkpoint(
     )  # fmt: skip
     return Verification(
         str(model), None if source is None else str(source), None if unquantized is None else str(unquantized),
-        description.scheme, structure, checked, numbers, tuple(problems),
+        description.scheme, structure, checked, numbers, tuple(problems), tuple(_passed_on(description, compared)),
     )  # fmt: skip
 
 
@@ -151,6 +154,7 @@ def _why_no_numbers(
     structure: StructureResult,
     stages: Collection[str],
     *,
+    with_source: bool,
     stopped: bool,
 ) -> str | None:
     """Why the numbers of these layers are not checked; None where they are."""
@@ -159,7 +163,9 @@ def _why_no_numbers(
     if not structure.readable:
         return "the structure is broken"
     if not layers:
-        return "no experts are stored in int8; --source compares their bytes with the dequantized codes of the source"
+        return "no experts are stored in int8" + (
+            "" if with_source else "; --source compares their bytes with the dequantized codes of the source"
+        )
     unknown = _unknown_function(description, layers)
     if unknown is not None:
         return unknown
@@ -189,11 +195,19 @@ def _described(model: str | Path, progress: Progress) -> Description:
 
 
 def _check_verifiable(description: Description, manifest: Manifest | None) -> None:
-    if manifest is not None or description.int8_layers:
+    if manifest is not None:
         return
+    layers = description.int8_layers
+    scaled = any(form.scale is not None for layer in layers for form in layer.all_forms)
+    if scaled:
+        return
+    root = str(description.checkpoint.root)
+    blocked = refusal(description.findings, root, "checkpoint", "verified")
+    if blocked is not None:
+        raise blocked
     first = next(iter(description.findings), None)
     raise UnsupportedError(
-        "There are no INT8 experts to verify", file=str(description.checkpoint.root),
+        "There are no INT8 experts to verify", file=root,
         expected="a checkpoint whose routed experts are stored in int8",
         found=first.message if first else "none", hint="run `quarkconv inspect`",
     )  # fmt: skip
@@ -201,6 +215,8 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
 
 def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:
     """What is not known of what the experts of these layers compute, or not supported by the INT8 forward here."""
+    if any(item.code == "rotation-online" for item in description.findings):
+        return "activations are rotated at run time, which the INT8 forward here does not do"
     for layer in layers:
         activation = expert_activation(description.config.raw, layer.index, layer.moe)
         if isinstance(activation, Unknown):
@@ -208,6 +224,12 @@ def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> s
         if (reason := unsupported_activation(activation)) is not None:
             return reason
     return None
+
+
+def _passed_on(description: Description, source: Description | None) -> Iterator[Finding]:
+    """What the checkpoint, or its source, has beside what is checked: files and tensors that nothing understands."""
+    found = [item for each in (description, source) if each is not None for item in each.findings]
+    yield from dict.fromkeys(item for item in found if item.code in PASSED_ON)
 
 
 def _int8_source(source: Description | None) -> Description | None:

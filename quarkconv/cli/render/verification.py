@@ -12,6 +12,7 @@ from rich.text import Text
 
 from quarkconv.cli.out import console, indented, printable, title, verdict
 from quarkconv.cli.render.charts import verification_charts
+from quarkconv.cli.render.findings import render_findings
 from quarkconv.text import plural, size
 from quarkconv.verify.results import RESCALED, Distance, LayerNumbers, NumbersResult, Problem, Verification
 
@@ -25,6 +26,8 @@ _FULL_WIDTH: Final = 72
 def render_verification(verification: Verification) -> RenderableType:
     """The three stages, the numbers of each layer, charts, problems, the verdict."""
     parts: list[RenderableType] = [_stages(verification)]
+    if verification.findings:
+        parts += [*render_findings(verification.findings), ""]
     if verification.numbers.layers:
         parts.append(_numbers(verification.numbers))
     if verification.numbers.experts:

@@ -1,0 +1,151 @@
+"""What convert wrote, verify accepts: real exports of every family, varied, to every target.
+
+Variants are layers whose experts stay in float, other linears in float, and layers of multi-token prediction, in every
+layout and under every ``--mtp``. A few in the suite, a thousand with ``make fuzz`` (HYPOTHESIS_EXAMPLES).
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final, Literal
+
+import pytest
+import torch
+from hypothesis import event, example, given
+from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
+from support.checkpoints import Tensors
+from support.exports import DATA
+
+import quarkconv
+from quarkconv.description.description import describe
+from quarkconv.targets import TARGETS
+
+from .test_round_trips import FUZZ, scratch
+
+FAMILIES: Final = DATA / "families"
+NAMES: Final = sorted(
+    path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers
+)
+Mtp = Literal["none", "own module", "own module, fused", "last layer", "last layer, int8", "last layer, fused"]
+_LAYER: Final = re.compile(r"^(.*?(?:layers|blocks)\.)(\d+)\.")
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A family's export, changed.
+
+    Attributes:
+        export: the export.
+        experts_float: a copy of its MoE layer has experts in float; ``declared`` where the config does not exclude them.
+        linears_float: the other linears are in float, and the config does not say so.
+        mtp: how a layer of multi-token prediction is stored.
+    """
+
+    export: str
+    experts_float: Literal["no", "excluded", "declared"] = "no"
+    linears_float: bool = False
+    mtp: Mtp = "none"
+
+    def write(self, folder: Path) -> Path:
+        """Write the checkpoint; returns ``folder``."""
+        tensors = load_file(FAMILIES / self.export / "model.safetensors")
+        config = json.loads((FAMILIES / self.export / "config.json").read_text())
+        layer = describe(FAMILIES / self.export).int8_layers[-1]
+        found = _LAYER.match(layer.prefix)
+        assert found is not None
+        stack, number = found[1], int(found[2])
+        excluded: list[str] = config["quantization_config"]["exclude"]
+        if self.linears_float:
+            to_float(tensors, lambda name: not name.startswith(f"{layer.prefix}."))
+        count = 1 + max(int(other[2]) for name in tensors if (other := _LAYER.match(name)) and other[1] == stack)
+        original = {name: value for name, value in tensors.items() if name.startswith(f"{stack}{number}.")}
+        if self.experts_float != "no":
+            added = renamed(original, f"{stack}{number}.", f"{stack}{count}.")
+            to_float(added, lambda name: ".experts." in name)
+            tensors |= added
+            if self.experts_float == "excluded":
+                excluded.append(f"{layer.prefix.replace(f'{stack}{number}.', f'{stack}{count}.')}.*")
+            count += 1
+        if self.mtp != "none":
+            config_part(config)["num_nextn_predict_layers"] = 1
+            prefix = "mtp.layers.0." if self.mtp.startswith("own") else f"{stack}{count}."
+            added = renamed(original, f"{stack}{number}.", prefix)
+            if "int8" not in self.mtp:
+                to_float(added, lambda _: True)
+            if "fused" in self.mtp:
+                fuse(added)
+            tensors |= added
+        for key in ("num_hidden_layers", "n_layers", "num_layers"):
+            if key in config_part(config):
+                config_part(config)[key] = count
+        folder.mkdir()
+        save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+
+def config_part(config: dict[str, Any]) -> dict[str, Any]:
+    """The part of a config.json about the language model."""
+    part: dict[str, Any] = config.get("text_config", config)
+    return part
+
+
+def renamed(tensors: Tensors, old: str, new: str) -> Tensors:
+    return {new + name.removeprefix(old): value.clone() for name, value in tensors.items()}
+
+
+def to_float(tensors: Tensors, concerned: Any) -> None:
+    """Store int8 linears as BF16, without scales."""
+    for name in [name for name in tensors if name.endswith(".weight") and concerned(name)]:
+        if tensors[name].dtype == torch.int8:
+            module = name.removesuffix(".weight")
+            scale = tensors.pop(f"{name}_scale").float()
+            tensors.pop(f"{module}.weight_zero_point", None)
+            tensors[name] = (tensors[name].float() * scale.reshape(-1, 1)).bfloat16()
+
+
+def fuse(tensors: Tensors) -> None:
+    """Store the float experts of a layer in two tensors, where they are named as engines fuse them."""
+    heads = {name.removesuffix(".0.gate_proj.weight") for name in tensors if name.endswith("experts.0.gate_proj.weight")}
+    for head in heads:
+        experts = range(sum(name.startswith(f"{head}.") and name.endswith("gate_proj.weight") for name in tensors))
+        parts = {
+            leaf: torch.stack([tensors.pop(f"{head}.{expert}.{leaf}.weight") for expert in experts])
+            for leaf in ("gate_proj", "up_proj", "down_proj")
+        }
+        tensors[f"{head}.gate_up_proj"] = torch.cat([parts["gate_proj"], parts["up_proj"]], dim=1)
+        tensors[f"{head}.down_proj"] = parts["down_proj"]
+
+
+VARIANTS: Final = st.builds(
+    Variant,
+    export=st.sampled_from(NAMES),
+    experts_float=st.sampled_from(["no", "no", "excluded", "declared"]),
+    linears_float=st.booleans(),
+    mtp=st.sampled_from(Mtp.__args__),
+)
+
+
+@FUZZ
+@given(variant=VARIANTS, to=st.sampled_from(sorted(TARGETS)), mtp=st.sampled_from(["keep", "drop", "quantize"]))
+@example(Variant("qwen3_5_moe-0.13-f2f", mtp="own module, fused"), "w8a8-int8", "keep")
+@example(Variant("qwen3_5_moe-0.13-f2f", mtp="own module, fused"), "quark", "keep")
+def test_verify_accepts_what_convert_wrote(variant: Variant, to: str, mtp: str) -> None:
+    with scratch() as folder:
+        source = variant.write(folder / "source")
+        try:
+            output = quarkconv.convert_checkpoint(source, to, folder / "out", mtp=mtp).output
+        except quarkconv.UnsupportedError as error:
+            event(f"refused: {error.message[:60]}")
+            assert not (folder / "out").exists()
+            return
+        event(f"{to}: converted")
+        for against in (None, source):
+            result = quarkconv.verify_checkpoint(output, against, device="cpu", tokens=4)
+            assert result.problems == (), (variant, to, mtp, result.problems)
+        if to != "bf16":
+            assert quarkconv.inspect_checkpoint(output).ok
