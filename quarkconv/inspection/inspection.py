@@ -89,7 +89,9 @@ class Inspection:
             count = sum(item.severity is Severity.ERROR for item in self.findings)
             return f"{plural(count, 'error')}: {', '.join(codes)}"
         layers = self.description.moe_layers
-        experts = f"{plural(len(layers), 'MoE layer')} of {layers[0].experts} experts" if layers else "no MoE layers"
+        sizes = sorted({layer.experts for layer in layers})
+        count = " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
+        experts = f"{plural(len(layers), 'MoE layer')} of {count} experts" if layers else "no MoE layers"
         held = f"{self.scheme or 'no INT8 scheme'}, {experts}"
         if self.not_checked:
             return f"Config and tensors agree: {held}"

@@ -12,7 +12,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, Literal
 
-import pytest
 import torch
 from hypothesis import event, example, given
 from hypothesis import strategies as st
@@ -27,9 +26,7 @@ from quarkconv.targets import TARGETS
 from .test_round_trips import FUZZ, scratch
 
 FAMILIES: Final = DATA / "families"
-NAMES: Final = sorted(
-    path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers
-)
+NAMES: Final = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers)
 Mtp = Literal["none", "own module", "own module, fused", "last layer", "last layer, int8", "last layer, fused"]
 _LAYER: Final = re.compile(r"^(.*?(?:layers|blocks)\.)(\d+)\.")
 
@@ -40,7 +37,7 @@ class Variant:
 
     Attributes:
         export: the export.
-        experts_float: a copy of its MoE layer has experts in float; ``declared`` where the config does not exclude them.
+        experts_float: a copy of its MoE layer has experts in float; ``declared``: not excluded by the config.
         linears_float: the other linears are in float, and the config does not say so.
         mtp: how a layer of multi-token prediction is stored.
     """
@@ -110,7 +107,8 @@ def to_float(tensors: Tensors, concerned: Any) -> None:
 
 def fuse(tensors: Tensors) -> None:
     """Store the float experts of a layer in two tensors, where they are named as engines fuse them."""
-    heads = {name.removesuffix(".0.gate_proj.weight") for name in tensors if name.endswith("experts.0.gate_proj.weight")}
+    first = "experts.0.gate_proj.weight"
+    heads = {name.removesuffix(".0.gate_proj.weight") for name in tensors if name.endswith(first)}
     for head in heads:
         experts = range(sum(name.startswith(f"{head}.") and name.endswith("gate_proj.weight") for name in tensors))
         parts = {

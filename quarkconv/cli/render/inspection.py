@@ -87,8 +87,8 @@ def _contents(inspection: Inspection) -> RenderableType:
         table.add_row("  stored", _scheme(stored))
     else:
         table.add_row("  scheme", _scheme(stored))
-    for numbers, layer in _alike(description.moe_layers):
-        table.add_row("  experts", _experts(numbers, layer))
+    for label, layer in _alike(description.moe_layers):
+        table.add_row("  experts", _experts(label, layer))
     counts = linear_counts(description)
     table.add_row("  other linears", f"{counts['int8']:,} int8, {counts['unquantized']:,} float")
     if not description.checkpoint.types:
@@ -107,12 +107,12 @@ def _spec(spec: TensorSpec | None) -> str:
     return printable(" ".join(words + ([] if spec.symmetric else ["asymmetric"])))
 
 
-def _experts(numbers: str, layer: MoELayer) -> Text:
+def _experts(label: str, layer: MoELayer) -> Text:
     """``layers 0-2: 8 experts, H 128, I 96, I8 with F32 scales, per expert (gate_proj)``."""
     dtypes = "/".join(sorted({form.weight.dtype for form in layer.all_forms}))
     scales = "/".join(sorted({form.scale.dtype for form in layer.all_forms if form.scale is not None}))
     return Text.assemble(
-        f"{'layer' if numbers.isdecimal() else 'layers'} {numbers}: {layer.experts} experts, ",
+        f"{printable(label)}: {layer.experts} experts, ",
         f"H {layer.hidden}, I {layer.intermediate}, ",
         (f"{dtypes} with {scales} scales" if scales else dtypes, "green" if layer.quantized else "red"),
         f", {layer.layout.replace('_', ' ')} ({layer.naming.gate})",
@@ -120,14 +120,19 @@ def _experts(numbers: str, layer: MoELayer) -> Text:
 
 
 def _alike(layers: tuple[MoELayer, ...]) -> Iterator[tuple[str, MoELayer]]:
-    """Runs of layers that look the same, with their numbers as ``1-61``."""
+    """Runs of layers that look the same, with their numbers as ``layers 1-61``, or ``layers 0-1 of talker.model`` where
+    another layer has the same number."""
+    unique = len({layer.index for layer in layers}) == len(layers)
     groups: dict[tuple[object, ...], list[MoELayer]] = {}
     for layer in layers:
         forms = frozenset(layer.all_forms)
-        key = (layer.experts, layer.hidden, layer.intermediate, layer.layout, layer.naming, forms)
+        stack = "" if unique else layer.prefix.partition(".layers.")[0]
+        key = (stack, layer.experts, layer.hidden, layer.intermediate, layer.layout, layer.naming, forms)
         groups.setdefault(key, []).append(layer)
-    for group in groups.values():
-        yield number_ranges([layer.index for layer in group]), group[0]
+    for (stack, *_), group in groups.items():
+        numbers = number_ranges([layer.index for layer in group])
+        label = f"{'layer' if numbers.isdecimal() else 'layers'} {numbers}" + (f" of {stack}" if stack else "")
+        yield label, group[0]
 
 
 def number_ranges(numbers: list[int]) -> str:
