@@ -90,8 +90,8 @@ class Inspection:
             return f"{plural(count, 'error')}: {', '.join(codes)}"
         layers = self.description.moe_layers
         sizes = sorted({layer.experts for layer in layers})
-        count = " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
-        experts = f"{plural(len(layers), 'MoE layer')} of {count} experts" if layers else "no MoE layers"
+        each = " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
+        experts = f"{plural(len(layers), 'MoE layer')} of {each} experts" if layers else "no MoE layers"
         held = f"{self.scheme or 'no INT8 scheme'}, {experts}"
         if self.not_checked:
             return f"Config and tensors agree: {held}"

@@ -10,7 +10,7 @@ import json
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, get_args
 
 import torch
 from hypothesis import event, example, given
@@ -124,7 +124,7 @@ VARIANTS: Final = st.builds(
     export=st.sampled_from(NAMES),
     experts_float=st.sampled_from(["no", "no", "excluded", "declared"]),
     linears_float=st.booleans(),
-    mtp=st.sampled_from(Mtp.__args__),
+    mtp=st.sampled_from(get_args(Mtp)),
 )
 
 

@@ -123,13 +123,13 @@ def _alike(layers: tuple[MoELayer, ...]) -> Iterator[tuple[str, MoELayer]]:
     """Runs of layers that look the same, with their numbers as ``layers 1-61``, or ``layers 0-1 of talker.model`` where
     another layer has the same number."""
     unique = len({layer.index for layer in layers}) == len(layers)
-    groups: dict[tuple[object, ...], list[MoELayer]] = {}
+    groups: dict[tuple[str, object], list[MoELayer]] = {}
     for layer in layers:
         forms = frozenset(layer.all_forms)
         stack = "" if unique else layer.prefix.partition(".layers.")[0]
-        key = (stack, layer.experts, layer.hidden, layer.intermediate, layer.layout, layer.naming, forms)
-        groups.setdefault(key, []).append(layer)
-    for (stack, *_), group in groups.items():
+        key = (layer.experts, layer.hidden, layer.intermediate, layer.layout, layer.naming, forms)
+        groups.setdefault((stack, key), []).append(layer)
+    for (stack, _), group in groups.items():
         numbers = number_ranges([layer.index for layer in group])
         label = f"{'layer' if numbers.isdecimal() else 'layers'} {numbers}" + (f" of {stack}" if stack else "")
         yield label, group[0]
