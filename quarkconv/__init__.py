@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quarkconv.convert.conversion import convert_checkpoint, plan_conversion
+from quarkconv.convert.convert import convert_checkpoint, plan_conversion
 from quarkconv.convert.results import ConversionResult
 from quarkconv.errors import (
     HubError,

@@ -12,6 +12,7 @@ from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.convert.conversion import DEFAULT_JOBS, MAX_JOBS, Conversion
+from quarkconv.convert.options import Options
 from quarkconv.convert.results import ConversionResult
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
 from quarkconv.description.mtp import KEEP
@@ -108,21 +109,16 @@ def convert(
             expected="--part without --finish, --overwrite and --push; --finish without --overwrite and --dry-run",
             hint="delete the output directory to start a conversion in parts anew",
         )
+    options = Options(
+        max_shard_size=max_shard_size,
+        tp=tp or 1,
+        ep=ep or 1,
+        quantize=None if quantize is None else quantize.value,
+        scheme=scheme,
+        mtp=mtp,
+    )
     with progress("Reading", shown=output.shows_progress) as meter:
-        conversion = Conversion.prepare(
-            model,
-            to,
-            out,
-            max_shard_size=max_shard_size,
-            tp=tp or 1,
-            ep=ep or 1,
-            quantize=None if quantize is None else quantize.value,
-            scheme=scheme,
-            mtp=mtp,
-            cache=cache,
-            push=push,
-            progress=meter,
-        )
+        conversion = Conversion.prepare(model, to, out, options, cache=cache, push=push, progress=meter)
     value, seconds = conversion.to_json(share, dry_run=dry_run), None
     if not dry_run:
         started = time.perf_counter()

@@ -64,6 +64,7 @@ def make_plan(
         tensors = in_natural_order(tensors)
         texts = (*cards, *target.texts(tensors))
         written = {file.name for file in texts}
+        shards = pack_shards(tensors, max_shard_size)
         return Plan(
             target=target.name,
             scheme=description.scheme or "",
@@ -72,7 +73,7 @@ def make_plan(
             moe=geometry_of(description.int8_layers, description.config, rank),
             sources=tuple(SourceFile(shard.file, shard.size) for shard in checkpoint.shards),
             checks=tuple(checks),
-            shards=pack_shards(tensors, max_shard_size),
+            shards=shards,
             config=config,
             copies=tuple(copy for copy in copies if copy.name not in written),
             losses=losses,

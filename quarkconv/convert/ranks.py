@@ -20,14 +20,14 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.convert.results import Part
+from quarkconv.convert.results import RankOutput
 from quarkconv.errors import UsageError
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.manifest import Manifest
-from quarkconv.plan.plan import plan_digest
 from quarkconv.write.durable import write_durably, writing
+from quarkconv.write.output_directory import create_directory
 from quarkconv.write.space import allocated, records_nbytes, require_space
 
 RANKS_FORMAT: Final = "quarkconv.ranks/1"
@@ -35,14 +35,14 @@ _FOLDER: Final = re.compile(r"rank-\d{2,}-of-\d{2,}")
 
 
 def prepare_folders(
-    output: Path, parts: Sequence[Part], finished: Sequence[Manifest | None], *, overwrite: bool
+    output: Path, outputs: Sequence[RankOutput], finished: Sequence[Manifest | None], *, overwrite: bool
 ) -> None:
     """Create the directory of the ranks' folders, or check that it may be used.
 
     Args:
         output: the directory.
-        parts: the parts of all ranks.
-        finished: the manifest of each part that is finished.
+        outputs: those of all ranks.
+        finished: the manifest of each output that is finished.
         overwrite: whether an earlier conversion by rank is deleted.
 
     Raises:
@@ -50,8 +50,8 @@ def prepare_folders(
         WriteError: there is not enough space for all ranks, or the directory cannot be created.
     """
     with writing(output):
-        obsolete = _obsolete(output, parts, overwrite=overwrite)
-        _require_space(output, parts, finished, obsolete)
+        obsolete = _obsolete(output, outputs, overwrite=overwrite)
+        _require_space(output, outputs, finished, obsolete)
         for path in obsolete:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -59,28 +59,29 @@ def prepare_folders(
                 path.unlink()
 
 
-def write_index(output: Path, parts: Sequence[Part], experts: int, intermediate: int) -> None:
+def write_index(
+    output: Path, outputs: Sequence[RankOutput], manifests: Sequence[Manifest], experts: int, intermediate: int
+) -> None:
     """Write ``ranks.json``, durably.
 
     Args:
         output: the directory of the ranks' folders, all of which are finished.
-        parts: the parts of all ranks.
+        outputs: those of all ranks.
+        manifests: theirs.
         experts, intermediate: E and I of the whole model.
 
     Raises:
         WriteError: writing failed.
     """
     with writing(output):
-        index = _index(parts, experts, intermediate)
+        index = _index(outputs, manifests, experts, intermediate)
         write_durably(output / RANKS_NAME, (json.dumps(index, indent=2) + "\n").encode())
 
 
-def _obsolete(output: Path, parts: Sequence[Part], *, overwrite: bool) -> list[Path]:
+def _obsolete(output: Path, outputs: Sequence[RankOutput], *, overwrite: bool) -> list[Path]:
     """The files and folders of an earlier conversion that are in the way and may be deleted."""
-    if output.exists() and not output.is_dir():
-        raise UsageError("The output is a file", file=str(output), expected="a new or empty directory")
-    output.mkdir(parents=True, exist_ok=True)
-    folders = {part.folder.name for part in parts}
+    create_directory(output)
+    folders = {item.folder.name for item in outputs}
     present = sorted(output.iterdir())
     obsolete = [path for path in present if path.name == RANKS_NAME or _is_rank(path)] if overwrite else []
     for path in present:
@@ -96,10 +97,10 @@ def _obsolete(output: Path, parts: Sequence[Part], *, overwrite: bool) -> list[P
 
 
 def _require_space(
-    output: Path, parts: Sequence[Part], finished: Sequence[Manifest | None], obsolete: Sequence[Path]
+    output: Path, outputs: Sequence[RankOutput], finished: Sequence[Manifest | None], obsolete: Sequence[Path]
 ) -> None:
     """Check the space for all ranks before the first is written, and before anything is deleted."""
-    plans = [part.plan for part, manifest in zip(parts, finished, strict=True) if manifest is None]
+    plans = [item.plan for item, manifest in zip(outputs, finished, strict=True) if manifest is None]
     needed = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in plans)
     reclaimed = {path for folder in obsolete for path in folder.rglob("*")}
     reclaimed.update(output.glob(f"rank-*/{STAGING_NAME}/**/*"))
@@ -112,27 +113,29 @@ def _is_rank(path: Path) -> bool:
     return written and _FOLDER.fullmatch(path.name) is not None and not path.is_symlink()
 
 
-def _index(parts: Sequence[Part], experts: int, intermediate: int) -> dict[str, Any]:
-    first = parts[0].plan.rank
+def _index(
+    outputs: Sequence[RankOutput], manifests: Sequence[Manifest], experts: int, intermediate: int
+) -> dict[str, Any]:
+    first = outputs[0].plan.rank
     return {
         "format": RANKS_FORMAT,
-        "target": parts[0].plan.target,
+        "target": outputs[0].plan.target,
         "parallel": first.parallel,
         "world_size": first.world_size,
         "experts": experts,
         "intermediate_size": intermediate,
         "ranks": [
             {
-                "rank": part.plan.rank.rank,
-                "folder": part.folder.name,
-                "experts": _ends(part.plan.rank.experts(experts)),
-                "intermediate": _ends(part.plan.rank.intermediate(intermediate)),
-                "plan": plan_digest(part.plan),
+                "rank": item.plan.rank.rank,
+                "folder": item.folder.name,
+                "experts": _ends(item.plan.rank.experts(experts)),
+                "intermediate": _ends(item.plan.rank.intermediate(intermediate)),
+                "plan": manifest.plan,
             }
-            for part in parts
+            for item, manifest in zip(outputs, manifests, strict=True)
         ],
     }
 
 
-def _ends(part: range) -> list[int]:
-    return [part.start, part.stop]
+def _ends(numbers: range) -> list[int]:
+    return [numbers.start, numbers.stop]

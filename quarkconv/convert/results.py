@@ -14,8 +14,8 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
-    """The part of a model that one rank gets: its plan, and the folder that it is written to."""
+class RankOutput:
+    """What one rank gets: the plan, and the folder that it is written to. A whole model is that of a single rank."""
 
     plan: Plan
     folder: Path
@@ -28,19 +28,19 @@ class ConversionResult:
     Attributes:
         source: directory of the source, or ``org/name@commit`` of one that was read from the Hub.
         output: directory of the output.
-        parts: what each rank got; a single part of a whole model.
-        manifests: the manifest of each part, in order.
+        outputs: what each rank got; a single one of a whole model.
+        manifests: the manifest of each output, in order.
     """
 
     source: Path | str
     output: Path
-    parts: tuple[Part, ...]
+    outputs: tuple[RankOutput, ...]
     manifests: tuple[Manifest, ...]
 
     @property
     def plan(self) -> Plan:
         """The plan; where there are several ranks, that of the first."""
-        return self.parts[0].plan
+        return self.outputs[0].plan
 
     @property
     def manifest(self) -> Manifest:
@@ -49,32 +49,34 @@ class ConversionResult:
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``convert --json`` prints."""
-        value = conversion_json(self.source, self.output, self.parts, dry_run=False)
+        value = conversion_json(self.source, self.output, self.outputs, dry_run=False)
         return value if not self.plan.rank.is_whole else {**value, "plan": self.manifest.plan}
 
 
-def conversion_json(source: Path | str, output: Path, parts: tuple[Part, ...], *, dry_run: bool) -> dict[str, Any]:
+def conversion_json(
+    source: Path | str, output: Path, outputs: tuple[RankOutput, ...], *, dry_run: bool
+) -> dict[str, Any]:
     """A conversion as ``convert --json`` prints it; with several ranks, one object for each under ``ranks``."""
-    plans = [_part_json(source, part) for part in parts]
-    if parts[0].plan.rank.is_whole:
+    plans = [_output_json(source, output) for output in outputs]
+    if outputs[0].plan.rank.is_whole:
         return {**plans[0], "dry_run": dry_run}
     shared = ("schema", "source", "target", "scheme", "findings")
     return {
         **{key: plans[0][key] for key in shared},
         "output": str(output),
         "bytes": sum(plan["bytes"] for plan in plans),
-        "ranks": [{**part.plan.rank.to_json(), **plan} for part, plan in zip(parts, plans, strict=True)],
+        "ranks": [{**item.plan.rank.to_json(), **plan} for item, plan in zip(outputs, plans, strict=True)],
         "dry_run": dry_run,
     }
 
 
-def _part_json(source: Path | str, part: Part) -> dict[str, Any]:
-    plan = part.plan
+def _output_json(source: Path | str, output: RankOutput) -> dict[str, Any]:
+    plan = output.plan
     tensors = [tensor for shard in plan.shards for tensor in shard.tensors]
     return {
         "schema": "quarkconv.convert/1",
         "source": str(source),
-        "output": str(part.folder),
+        "output": str(output.folder),
         "target": plan.target,
         "scheme": plan.scheme,
         "moe": {

@@ -6,7 +6,7 @@ of a tensor of all experts (3-key), or the upper half of a fused one.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import starmap
 from math import prod
@@ -17,9 +17,10 @@ from quarkconv.experts.naming import Role
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.pieces import Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
+from quarkconv.plan.pieces import Check, Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
+from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import Form, linear_names
+from quarkconv.scheme.stored import Form, fused_names, linear_names
 
 
 def part_of(name: str, ref: TensorRef, part: Part) -> Copy:
@@ -95,6 +96,24 @@ def expert_modules(source: ExpertSource) -> Iterator[Int8Module]:
                 input_scales=tuple(item.input_scale for item in projections if item.input_scale is not None),
                 input_shape=(layer.experts,) if stacked else (),
             )
+
+
+def zero_checks(resolved: ResolvedModules, fused: Collection[str], refs: Mapping[str, TensorRef]) -> Iterator[Check]:
+    """The condition that the stored zero points of int8 modules are zero.
+
+    Args:
+        resolved: the modules.
+        fused: those with fused experts.
+        refs: byte range of every tensor of the source.
+    """
+    for form, _, modules in resolved.quantized():
+        if form.zero_point is None and form.input_zero_point is None and form.offset is None:
+            continue
+        for module in modules:
+            names = fused_names(module) if module in fused else linear_names(module)
+            for name in (names.zero_point, names.input_zero_point, names.offset):
+                if name in refs:
+                    yield Check("zero", Copy.whole(name, refs[name]))
 
 
 def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry:

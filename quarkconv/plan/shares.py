@@ -9,10 +9,11 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
-from typing import Final
+from typing import Any, Final
 
 from quarkconv.errors import UsageError
 from quarkconv.plan.pieces import Check, OutputShard
+from quarkconv.plan.plan import Plan
 
 MAX_SHARES: Final = 10_000
 
@@ -32,6 +33,10 @@ class Share:
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
 
+    def work(self, plan: Plan) -> ShareWork:
+        """The work of the share."""
+        return ShareWork(self, self.shards(plan.shards), self.checks(plan.checks))
+
     def shards(self, shards: tuple[OutputShard, ...]) -> tuple[OutputShard, ...]:
         """The shards of the share, in the order of the plan."""
         loads = [(0, number) for number in range(1, self.count + 1)]
@@ -47,6 +52,25 @@ class Share:
     def checks(self, checks: tuple[Check, ...]) -> tuple[Check, ...]:
         """The checks of the share."""
         return checks[self.number - 1 :: self.count]
+
+
+@dataclass(frozen=True, slots=True)
+class ShareWork:
+    """What one share of a plan checks and writes."""
+
+    share: Share
+    shards: tuple[OutputShard, ...]
+    checks: tuple[Check, ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the shards."""
+        return sum(shard.nbytes for shard in self.shards)
+
+    def to_json(self) -> dict[str, Any]:
+        """The share as ``convert --part --json`` prints it."""
+        number, count = self.share.number, self.share.count
+        return {"part": {"number": number, "count": count, "shards": len(self.shards), "bytes": self.nbytes}}
 
 
 def parse_share(text: str) -> Share:

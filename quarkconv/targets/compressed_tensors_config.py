@@ -23,6 +23,7 @@ _CARRIED: Final = ("version", "kv_cache_scheme", "sparsity_config", "transform_c
 
 def compressed_tensors_config(description: Description) -> dict[str, Any]:
     """The source's config.json with its quantization_config replaced by the compressed-tensors form."""
+    carried = _carried(description)
     static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
     group = {
         "targets": ["Linear"],
@@ -42,8 +43,7 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
         "config_groups": {"group_0": group},
         "ignore": ignored_modules(description),
     }
-    quantization.update(_carried(description))
-    return description.config.with_quantization(quantization)
+    return description.config.with_quantization(quantization | carried)
 
 
 def compressed_tensors_keeps(description: Description) -> Callable[[str], bool]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from quarkconv.description.description import Description
 from quarkconv.experts.ranks import Rank
-from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.experts import ExpertSource, dequantized, linear_module
+from quarkconv.plan.experts import ExpertSource, dequantized, linear_module, zero_checks
 from quarkconv.plan.pieces import Check, Copy, OutputTensor
-from quarkconv.scheme.stored import fused_names, linear_names
+from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.base import Target
 
 
@@ -46,7 +44,7 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
             continue
         tensors += target.module_tensors(module)
         checks += target.module_checks(module)
-    checks = [*_zero_points(description, refs), *checks]
+    checks = [*zero_checks(description.modules, description.stored.fused, refs), *checks]
     read = (source for tensor in tensors for piece in tensor.pieces for source in piece.reads())
     checked = (source for check in checks for source in check.reads())
     left_out.update(source.tensor for source in chain(read, checked))
@@ -54,14 +52,3 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
         if name not in left_out:
             tensors.append(OutputTensor(target.renamed(name), ref.dtype, ref.shape, (Copy.whole(name, ref),)))
     return tensors, checks
-
-
-def _zero_points(description: Description, refs: Mapping[str, TensorRef]) -> Iterator[Check]:
-    for form, _, modules in description.modules.quantized():
-        if form.zero_point is None and form.input_zero_point is None and form.offset is None:
-            continue
-        for module in modules:
-            names = fused_names(module) if module in description.stored.fused else linear_names(module)
-            for name in (names.zero_point, names.input_zero_point, names.offset):
-                if name in refs:
-                    yield Check("zero", Copy.whole(name, refs[name]))

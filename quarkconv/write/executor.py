@@ -12,32 +12,31 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import contextmanager
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import xxhash
 
-from quarkconv.errors import InterruptedByUser, UnsupportedError
+from quarkconv.errors import InterruptedByUser
 from quarkconv.files.base import Files
-from quarkconv.files.local import LocalFiles
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
-from quarkconv.plan.pieces import Check, OutputShard, RowScales, SourceFile
-from quarkconv.plan.plan import Plan, plan_digest
+from quarkconv.plan.pieces import OutputShard, SourceFile
+from quarkconv.plan.plan import Plan
 from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
+from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.durable import writing
+from quarkconv.write.opening import files_of, opened
+from quarkconv.write.output_directory import open_staging
 from quarkconv.write.output_file import DirectWrites, aligned_buffer
 from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
-from quarkconv.write.source import Reader, Source
-from quarkconv.write.source_files import SourceFiles
+from quarkconv.write.source import Source
 from quarkconv.write.space import allocated, disk_full_explained, records_nbytes, require_space
-from quarkconv.write.staging import Staging, open_staging
-from quarkconv.write.state import plan_state
+from quarkconv.write.staging import Staging
 
 BUFFER_BYTES: Final = 2 * 2**20
 """Bytes of a write: few enough to be in the CPU's cache when their checksum is computed."""
@@ -54,6 +53,7 @@ def execute(
     source: Path | Files,
     output: Path,
     *,
+    digest: str,
     jobs: int,
     overwrite: bool = False,
     progress: Progress = SILENT,
@@ -64,6 +64,7 @@ def execute(
         plan: what to do.
         source: directory of the source, or its files wherever they are.
         output: directory to create; unfinished work of the same plan in it is resumed.
+        digest: of the plan.
         jobs: number of threads that read and write.
         overwrite: whether an earlier conversion in ``output`` is deleted.
         progress: counts the bytes that were written, or found written; one call at a time, from several threads.
@@ -76,8 +77,7 @@ def execute(
         InterruptedByUser: interrupted; what was finished is kept.
     """
     needed = plan.output_bytes + records_nbytes(plan.shards)
-    with closing(open_source(source, plan)) as sources:
-        state = state_of(plan, source, sources, output)
+    with opened(plan, digest, source, output) as (sources, state):
         run_checks(plan.checks, sources, jobs)
         check_float_rows(plan, sources, jobs)
         with open_staging(output, state, files_of(plan), needed=needed, overwrite=overwrite) as staging:
@@ -85,125 +85,6 @@ def execute(
             with run.writing():
                 run.write_shards(plan.shards, jobs)
                 return run.finish()
-
-
-def files_of(plan: Plan) -> list[str]:
-    """The files that a plan writes."""
-    names = [*(shard.file for shard in plan.shards), *(copy.name for copy in plan.copies)]
-    return [*names, *(text.name for text in plan.texts), CONFIG_NAME, INDEX_NAME, MANIFEST_NAME]
-
-
-def state_of(
-    plan: Plan, source: Path | Files, sources: Source, output: Path, *, shares: int | None = None
-) -> dict[str, Any]:
-    """What identifies a conversion, after checking that the source is the planned one."""
-    sources.check_layout(plan)
-    folder = source.root if isinstance(source, LocalFiles) else source
-    name = str(folder.absolute() if isinstance(folder, Path) else folder)
-    return plan_state(plan, plan_digest(plan), sources.state(), name, output, shares=shares)
-
-
-def open_source(source: Path | Files, plan: Plan) -> Source:
-    """Open the shards that a plan reads.
-
-    Raises:
-        SourceError: one cannot be opened, or has another size than planned.
-    """
-    if isinstance(source, Path):
-        return SourceFiles(source, plan)
-    if isinstance(source, LocalFiles):
-        return SourceFiles(source.root, plan)
-    from quarkconv.files.remote import RemoteFiles
-    from quarkconv.write.remote_source import RemoteSource
-
-    if not isinstance(source, RemoteFiles):
-        raise TypeError(f"{type(source).__name__} cannot be converted from")
-    return RemoteSource(source, plan)
-
-
-def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> None:
-    """Check the conditions of a plan on the source's data, before anything is written.
-
-    Raises:
-        UnsupportedError: one does not hold.
-    """
-    stop = threading.Event()
-
-    def check(batch: list[Check]) -> None:
-        with sources.ahead(source for item in batch for source in item.reads()) as reader:
-            for item in batch:
-                if stop.is_set():
-                    return
-                _check(item, reader)
-
-    remaining = iter(checks)
-    batches = iter(lambda: list(islice(remaining, _CHECKS_AT_ONCE)), [])
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-check") as pool:
-        try:
-            for _ in pool.map(check, batches):
-                pass
-        finally:  # the others stop at their next check
-            stop.set()
-            pool.shutdown(cancel_futures=True)
-
-
-def check_float_rows(plan: Plan, sources: Source, jobs: int) -> None:
-    """Check the weights that will be quantized, before anything is written.
-
-    Raises:
-        UnsupportedError: a row is all zero, or is not finite.
-    """
-    pieces = [
-        piece
-        for shard in plan.shards
-        for tensor in shard.tensors
-        for piece in tensor.pieces
-        if isinstance(piece, RowScales)
-    ]
-    if not pieces:
-        return
-    from quarkconv.write.quantizing import check_rows
-
-    def check(piece: RowScales) -> None:
-        with sources.ahead(piece.reads()) as reader:
-            check_rows(piece, reader)
-
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-rows") as pool:
-        try:
-            for _ in pool.map(check, pieces):
-                pass
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-
-def _check(check: Check, reader: Reader) -> None:
-    first = reader.read(check.first)
-    second = None if check.second is None else reader.read(check.second)
-    if check.kind == "zero" and first.strip(b"\0"):
-        raise UnsupportedError(
-            "A zero point is not zero: the weights are not quantized symmetrically",
-            tensor=check.first.tensor,
-            file=check.first.file,
-            expected="zeros",
-            found=f"{len(first) - first.count(0)} nonzero bytes",
-            hint="quantize the model again with symmetric weights",
-        )
-    if check.kind == "repeats" and second is not None and first != second * (len(first) // len(second)):
-        raise UnsupportedError(
-            "The rows of a weight have different scales; with static activations, Quark has one scale per weight",
-            tensor=check.first.tensor,
-            file=check.first.file,
-            expected="the same scale for each row",
-            hint="convert to compressed-tensors or fused-int8 instead",
-        )
-    if check.kind == "equal" and check.second is not None and first != second:
-        raise UnsupportedError(
-            "Gate and up of an expert have different input scales; the fused tensor has one for both",
-            tensor=check.first.tensor,
-            file=check.first.file,
-            expected=f"the value of {check.second.tensor}",
-            hint="quantize the model again with dynamic activation scales (ptpc_int8)",
-        )
 
 
 class Run:

@@ -7,10 +7,10 @@ finds all shards written takes ``lock`` alone, and finishes. The locks end with 
 from __future__ import annotations
 
 import fcntl
-import os
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, contextmanager
+from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,25 +19,34 @@ from quarkconv.files.base import Files
 from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.plan import Plan
-from quarkconv.plan.shares import Share
+from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.progress import SILENT, Progress
+from quarkconv.write.checks import run_checks
 from quarkconv.write.durable import writing
-from quarkconv.write.executor import Run, files_of, open_source, run_checks, state_of
-from quarkconv.write.staging import (
-    LOCK_NAME,
-    OutputBusyError,
-    Staging,
+from quarkconv.write.executor import Run
+from quarkconv.write.locks import LOCK_NAME, OutputBusyError, hold, waiting_for
+from quarkconv.write.opening import files_of, opened
+from quarkconv.write.output_directory import (
+    create_directory,
     open_staging,
     refuse_foreign,
     refuse_links,
     resume_or_begin,
 )
+from quarkconv.write.staging import Staging
 
 _BEGIN: Final = "begin"
 
 
 def execute_share(
-    plan: Plan, source: Path | Files, output: Path, share: Share, *, jobs: int, progress: Progress = SILENT
+    plan: Plan,
+    source: Path | Files,
+    output: Path,
+    work: ShareWork,
+    *,
+    digest: str,
+    jobs: int,
+    progress: Progress = SILENT,
 ) -> Manifest | None:
     """Carry out one share of a plan, and finish the conversion if all shares are written.
 
@@ -45,8 +54,8 @@ def execute_share(
     its file system has locks (flock). They write the same bytes as :func:`execute`.
 
     Args:
-        plan, source, output, jobs, progress: as of :func:`execute`.
-        share: the share.
+        plan, source, output, digest, jobs, progress: as of :func:`execute`.
+        work: the shards and checks of the share.
 
     Returns:
         The manifest, if the conversion is finished; None while shares are missing.
@@ -55,26 +64,28 @@ def execute_share(
         UsageError: ``output`` holds something else, or was begun with something else.
         SourceError, UnsupportedError, WriteError, InterruptedByUser: as of :func:`execute`.
     """
-    with closing(open_source(source, plan)) as sources:
-        state = state_of(plan, source, sources, output, shares=share.count)
-        with open_share(output, state, files_of(plan), share) as staging:
-            run = Run(plan, sources, staging, progress)
-            with run.writing():
-                if not staging.checks_hold(share):
-                    run_checks(share.checks(plan.checks), sources, jobs)
-                    staging.record_checks(share)
-                run.write_shards(share.shards(plan.shards), jobs)
-                complete = all(staging.finished(shard) for shard in plan.shards)
+    share = work.share
+    with (
+        opened(plan, digest, source, output, shares=share.count) as (sources, state),
+        open_share(output, state, files_of(plan), share) as staging,
+    ):
+        run = Run(plan, sources, staging, progress)
+        with run.writing():
+            if not staging.checks_hold(share):
+                run_checks(work.checks, sources, jobs)
+                staging.record_checks(share)
+            run.write_shards(work.shards, jobs)
+            complete = all(staging.finished(shard) for shard in plan.shards)
     if not complete:
         return None
     try:
-        return finish_shares(plan, source, output, jobs=jobs)
+        return finish_shares(plan, source, output, digest=digest, jobs=jobs)
     except OutputBusyError:  # another process finishes, or will: it still holds the lock of its share
         return None
 
 
 def finish_shares(
-    plan: Plan, source: Path | Files, output: Path, *, jobs: int, progress: Progress = SILENT
+    plan: Plan, source: Path | Files, output: Path, *, digest: str, jobs: int, progress: Progress = SILENT
 ) -> Manifest:
     """Finish a conversion whose shares are written: copy other files, and write index, manifest and config.json.
 
@@ -86,27 +97,27 @@ def finish_shares(
     """
     if not (output / STAGING_NAME).is_dir():
         raise UsageError("There is no conversion to finish", file=str(output), expected="parts of a conversion")
-    with closing(open_source(source, plan)) as sources:
-        state = state_of(plan, source, sources, output)
-        with open_staging(output, state, files_of(plan), needed=0, overwrite=False) as staging:
-            shares = [Share(number, staging.shares()) for number in range(1, staging.shares() + 1)]
-            missing = [
-                share for share in shares if not all(staging.finished(shard) for shard in share.shards(plan.shards))
-            ]
-            if missing:
-                raise WriteError(
-                    "Parts of the conversion are missing",
-                    file=str(output),
-                    expected=f"{len(shares)} parts",
-                    found=f"{len(shares) - len(missing)} finished",
-                    hint="run " + ", ".join(f"--part {share}" for share in missing[:5]) + " again",
-                )
-            run = Run(plan, sources, staging, progress)
-            with run.writing():
-                unchecked = (share.checks(plan.checks) for share in shares if not staging.checks_hold(share))
-                run_checks(tuple(check for checks in unchecked for check in checks), sources, jobs)
-                run.write_shards(plan.shards, jobs)
-                return run.finish()
+    with (
+        opened(plan, digest, source, output) as (sources, state),
+        open_staging(output, state, files_of(plan), needed=0, overwrite=False) as staging,
+    ):
+        count = staging.shares()
+        works = [Share(number, count).work(plan) for number in range(1, count + 1)]
+        missing = [work.share for work in works if not all(map(staging.finished, work.shards))]
+        if missing:
+            raise WriteError(
+                "Parts of the conversion are missing",
+                file=str(output),
+                expected=f"{count} parts",
+                found=f"{count - len(missing)} finished",
+                hint="run " + ", ".join(f"--part {share}" for share in missing[:5]) + " again",
+            )
+        run = Run(plan, sources, staging, progress)
+        with run.writing():
+            unchecked = (work.checks for work in works if not staging.checks_hold(work.share))
+            run_checks(tuple(chain.from_iterable(unchecked)), sources, jobs)
+            run.write_shards(plan.shards, jobs)
+            return run.finish()
 
 
 @contextmanager
@@ -127,15 +138,15 @@ def open_share(output: Path, state: dict[str, Any], plan_files: list[str], share
     staging = Staging(output, state["plan"])
     with ExitStack() as locks:
         with writing(output):
-            if output.exists() and not output.is_dir():
-                raise UsageError("The output is a file", file=str(output), expected="a directory")
-            output.mkdir(parents=True, exist_ok=True)
+            create_directory(output)
             if not staging.folder.is_dir():  # a finished output must not get a working folder
                 refuse_foreign(staging, plan_files)
             staging.folder.mkdir(exist_ok=True)
             for name, mode in ((LOCK_NAME, fcntl.LOCK_SH), (f"share-{share.number}-of-{share.count}", fcntl.LOCK_EX)):
-                _hold(locks, staging.folder / name, mode)
-            with _waiting(staging.folder / _BEGIN):  # one process writes the state, the others compare theirs with it
+                hold(locks, staging.folder / name, mode)
+            with waiting_for(
+                staging.folder / _BEGIN
+            ):  # one process writes the state, the others compare theirs with it
                 try:
                     refuse_links(output)
                     refuse_foreign(staging, plan_files)
@@ -145,31 +156,3 @@ def open_share(output: Path, state: dict[str, Any], plan_files: list[str], share
                         shutil.rmtree(staging.folder, ignore_errors=True)
                     raise
         yield staging
-
-
-def _open(path: Path) -> int:
-    return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
-
-
-def _hold(locks: ExitStack, path: Path, mode: int) -> None:
-    descriptor = _open(path)
-    locks.callback(os.close, descriptor)
-    try:
-        fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise OutputBusyError(
-            "Another process is working on this part, or on the whole",
-            file=str(path.parent.parent),
-            hint="wait until it has finished",
-        ) from None
-
-
-@contextmanager
-def _waiting(path: Path) -> Iterator[None]:
-    """Hold a lock that others hold for a moment only."""
-    descriptor = _open(path)
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(descriptor)

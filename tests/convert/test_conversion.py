@@ -12,6 +12,7 @@ from support.progress import Recorder
 
 import quarkconv
 from quarkconv.convert.conversion import MAX_JOBS, Conversion
+from quarkconv.convert.options import Options
 from quarkconv.errors import UsageError
 from quarkconv.hub.locate import locate
 
@@ -23,12 +24,12 @@ def model(tmp_path: Path) -> Path:
 
 def test_preparing_writes_nothing_and_plans_what_plan_conversion_plans(model: Path, tmp_path: Path) -> None:
     before = snapshot(tmp_path)
-    conversion = Conversion.prepare(model, "fused-int8", max_shard_size=9000)
+    conversion = Conversion.prepare(model, "fused-int8", options=Options(max_shard_size=9000))
     assert snapshot(tmp_path) == before
-    assert [part.plan for part in conversion.parts] == [
+    assert [output.plan for output in conversion.outputs] == [
         quarkconv.plan_conversion(model, "fused-int8", max_shard_size=9000)
     ]
-    assert conversion.output == tmp_path / "model-fused-int8" == conversion.parts[0].folder
+    assert conversion.output == tmp_path / "model-fused-int8" == conversion.outputs[0].folder
     assert not conversion.by_rank
 
 
@@ -41,11 +42,11 @@ def test_one_rank_is_a_whole_model(model: Path, tmp_path: Path) -> None:
 def test_a_result_holds_plan_and_manifest_of_every_rank(model: Path, tmp_path: Path) -> None:
     result = quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "out", ep=2)
     assert result.source == model
-    assert [part.folder.name for part in result.parts] == ["rank-00-of-02", "rank-01-of-02"]
-    for number, (part, manifest) in enumerate(zip(result.parts, result.manifests, strict=True)):
-        assert part.plan == quarkconv.plan_conversion(model, "fused-int8", ep=2, rank=number)
-        assert {shard.file for shard in manifest.shards} == {shard.file for shard in part.plan.shards}
-    assert (result.plan, result.manifest) == (result.parts[0].plan, result.manifests[0])
+    assert [output.folder.name for output in result.outputs] == ["rank-00-of-02", "rank-01-of-02"]
+    for number, (output, manifest) in enumerate(zip(result.outputs, result.manifests, strict=True)):
+        assert output.plan == quarkconv.plan_conversion(model, "fused-int8", ep=2, rank=number)
+        assert {shard.file for shard in manifest.shards} == {shard.file for shard in output.plan.shards}
+    assert (result.plan, result.manifest) == (result.outputs[0].plan, result.manifests[0])
 
 
 @pytest.mark.parametrize(
@@ -78,7 +79,7 @@ def test_progress_is_a_step_of_reading_and_one_of_writing(model: Path, tmp_path:
         ("Converting to fused-int8", "byte"),
     ]
     writing = recorder.steps[-1]
-    assert writing.total == sum(writing.advances) == sum(part.plan.output_bytes for part in result.parts)
+    assert writing.total == sum(writing.advances) == sum(output.plan.output_bytes for output in result.outputs)
 
 
 def test_a_directory_is_located_without_a_repo(model: Path) -> None:

@@ -21,11 +21,12 @@ from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.options import Options
 from quarkconv.errors import UnsupportedError, UsageError, WriteError
 from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor
 from quarkconv.plan.shares import MAX_SHARES, Share, parse_share
+from quarkconv.write.locks import OutputBusyError
 from quarkconv.write.shares import open_share
-from quarkconv.write.staging import OutputBusyError
 
 SHARD_SIZE = 6000
 Capture = pytest.CaptureFixture[str]
@@ -44,7 +45,7 @@ def whole(model: Path, tmp_path: Path) -> dict[str, str]:
 
 
 def prepare(model: Path, out: Path, **options: Any) -> Conversion:
-    return Conversion.prepare(model, "fused-int8", out, **{"max_shard_size": SHARD_SIZE, **options})
+    return Conversion.prepare(model, "fused-int8", out, Options(**{"max_shard_size": SHARD_SIZE, **options}))
 
 
 def shards(sizes: list[int]) -> tuple[OutputShard, ...]:

@@ -17,6 +17,7 @@ from support.progress import WhileWriting
 
 import quarkconv
 from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.options import Options
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank, rank_of_config
 from quarkconv.plan.plan import Plan
@@ -148,7 +149,7 @@ def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
 def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
-    conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", tp=2)
+    conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", Options(tp=2))
 
     def stop(_: int) -> None:
         if (tmp_path / "out" / "rank-01-of-02").exists():
@@ -166,8 +167,8 @@ def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
 
 def test_the_space_of_all_ranks_is_asked_for_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_checkpoint(tmp_path / "model")
-    conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", tp=2)
-    first = conversion.parts[0].plan
+    conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", Options(tp=2))
+    first = conversion.outputs[0].plan
     free = first.output_bytes + records_nbytes(first.shards)  # enough for one of them
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(WriteError, match="not enough space"):

@@ -21,6 +21,7 @@ from quarkconv.errors import HubError, SourceError, UsageError, WriteError
 from quarkconv.files import blocks, remote
 from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
+from quarkconv.plan.plan import plan_digest
 from quarkconv.write import segments
 from quarkconv.write.executor import execute
 
@@ -162,7 +163,7 @@ def test_wrong_bytes_never_reach_the_output(published: Hub, tmp_path: Path, lie:
     published.faults.lie = lie
     assert isinstance(source, HubRepo)
     with pytest.raises(HubError, match="other bytes"):
-        execute(plan, source, tmp_path / "out", jobs=2)
+        execute(plan, source, tmp_path / "out", digest=plan_digest(plan), jobs=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -10,7 +10,7 @@ from support.program import PROCESS_TIMEOUT, start
 
 PEAK = """
 import sys
-from quarkconv.convert.conversion import convert_checkpoint
+from quarkconv.convert.convert import convert_checkpoint
 convert_checkpoint(sys.argv[1], "fused-int8", sys.argv[2], jobs=1)
 print(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM")))
 """

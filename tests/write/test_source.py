@@ -19,6 +19,7 @@ from support.progress import Bytes, WhileWriting
 
 import quarkconv
 from quarkconv.errors import SourceError, UsageError
+from quarkconv.plan.plan import plan_digest
 from quarkconv.write.executor import execute
 
 pytestmark = pytest.mark.long
@@ -74,12 +75,12 @@ def test_a_source_that_changed_after_planning_is_refused(small: Path, tmp_path: 
     file = small / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(SourceError, match="changed during") as caught:
-        execute(plan, small, tmp_path / "out", jobs=4)
+        execute(plan, small, tmp_path / "out", digest=plan_digest(plan), jobs=4)
     assert caught.value.file == str(file)
     assert not (tmp_path / "out").exists()
     file.unlink()
     with pytest.raises(SourceError) as caught:
-        execute(plan, small, tmp_path / "out", jobs=4)
+        execute(plan, small, tmp_path / "out", digest=plan_digest(plan), jobs=4)
     assert caught.value.code == "shard-missing"
 
 
@@ -101,12 +102,12 @@ def test_a_plan_that_is_older_than_its_source_is_refused(
         swapped = data.replace(old, b"@" * len(old)).replace(new, old).replace(b"@" * len(old), new)
         file.write_bytes(swapped)
     with pytest.raises(SourceError, match="not the one that was planned") as caught:
-        execute(plan, small, tmp_path / "out", jobs=4)
+        execute(plan, small, tmp_path / "out", digest=plan_digest(plan), jobs=4)
     assert caught.value.code == "source-changed"
     assert found in (caught.value.found or "")
     assert not (tmp_path / "out").exists()
     unchanged = make_checkpoint(small, layers=2, zero_points=True)
-    execute(quarkconv.Plan.from_json(plan.to_json()), unchanged, tmp_path / "out", jobs=4)
+    execute(quarkconv.Plan.from_json(plan.to_json()), unchanged, tmp_path / "out", digest=plan_digest(plan), jobs=4)
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
@@ -205,7 +206,7 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
             write_same_bytes(mine / other)
 
     with pytest.raises(SourceError, match="changed during"):
-        execute(plan, mine, out, jobs=1, progress=Bytes(touch))
+        execute(plan, mine, out, digest=plan_digest(plan), jobs=1, progress=Bytes(touch))
     finished = {path.name for path in out.rglob("files/*.safetensors")}
     assert plan.shards[one].file in finished
 
