@@ -203,28 +203,41 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if not torch.cuda.is_available():
         print("tune: needs a GPU, and torch finds none", file=sys.stderr)
         return 4
-    name = torch.cuda.get_device_name()
-    path = options.out or table_path(name)
-    # Entries of other shapes stay.
-    table: Table = parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
+    print(tune_table(shapes, tokens, options.jobs, options.out))
+    return 0
 
+
+def tune_table(shapes: Sequence[Shape], tokens: Sequence[int], jobs: int, out: Path | None = None) -> Path:
+    """Write the table of this GPU after each shape, with a bar on stderr; entries of other shapes stay.
+
+    Args:
+        shapes: experts, experts per token, hidden and intermediate size.
+        tokens: numbers of tokens to tune for.
+        jobs: processes that compile.
+        out: the file to write; by default the table beside the kernels.
+
+    Returns:
+        The file.
+    """
+    name = torch.cuda.get_device_name()
+    path = out or table_path(name)
+    table: Table = parse_table(json.loads(path.read_text(encoding="utf-8"))) if path.is_file() else {}
     measured = {"date": datetime.date.today().isoformat(), "torch": torch.__version__, "triton": _triton_version()}
     path.parent.mkdir(parents=True, exist_ok=True)
 
     from rich.console import Console
     from rich.progress import Progress
 
-    jobs = ProcessPoolExecutor(options.jobs, multiprocessing.get_context("spawn")) if options.jobs > 1 else None
-    with Progress(console=Console(stderr=True)) as progress, jobs or contextlib.nullcontext():
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else None
+    with Progress(console=Console(stderr=True)) as progress, pool or contextlib.nullcontext():
         task = progress.add_task(name, total=len(shapes) * len(tokens))
         for shape in shapes:
             progress.update(task, description=f"{name} {'x'.join(map(str, shape))}")
-            tuned = tune_shape(shape, tokens, lambda done: progress.advance(task, done), jobs)
+            tuned = tune_shape(shape, tokens, lambda done: progress.advance(task, done), pool)
             table[shape] = table.get(shape, {}) | tuned
             torch.cuda.empty_cache()
             path.write_text(dump_table(name, measured, table), encoding="utf-8")
-    print(path)
-    return 0
+    return path
 
 
 def parse_shape(text: str) -> Shape:

@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from quarkconv.cli import convert, engines, evaluate, inspect, verify
+from quarkconv.cli import convert, engines, evaluate, inspect, tune, verify
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 
@@ -34,6 +34,7 @@ app.command("inspect", short_help="Show contents, contradictions and engines.")(
 app.command("convert", short_help="Rewrite a checkpoint for an engine.")(convert.convert)
 app.command("verify", short_help="Prove structure, bytes and numbers.")(verify.verify)
 app.command("evaluate", short_help="Compare outputs with the unquantized model.")(evaluate.evaluate)
+app.command("tune", short_help="Measure launch options on this GPU.")(tune.tune)
 app.command("engines", short_help="List engines and what they support.")(engines.engines)
 
 

@@ -1,0 +1,252 @@
+"""Time an engine's kernel over a pruned grid and write its tables."""
+
+from __future__ import annotations
+
+import datetime
+import multiprocessing
+import statistics
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Executor, ProcessPoolExecutor
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Final
+
+from quarkconv.errors import UnsupportedError
+from quarkconv.progress import SILENT, Progress
+from quarkconv.tune.grid import Tile, starts, variations
+from quarkconv.tune.kernels import Kernel, Routed, engine_kernel
+from quarkconv.tune.search import fastest
+from quarkconv.tune.shapes import RankShape, whole
+from quarkconv.tune.tables import MEASURED, Timing, dump_table, record
+from quarkconv.write.durable import write_durably
+
+if TYPE_CHECKING:
+    from quarkconv.tune.kernels import Weights
+
+QUARKCONV: Final = "quarkconv"
+TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
+"""Numbers of tokens to tune for: engines take the nearest, so that the last serves all larger ones."""
+_MAX_INPUTS: Final = 8
+_MAX_INPUT_TOKENS: Final = 4096
+_FEW_EXPERTS: Final = 8
+
+
+@dataclass(frozen=True, slots=True)
+class WrittenTable:
+    """A table that was written.
+
+    Attributes:
+        path: the file.
+        shape: what it is for.
+        timings: by tokens; empty of quarkconv's own table, which holds no times.
+    """
+
+    path: Path
+    shape: RankShape
+    timings: dict[int, Timing]
+
+    @property
+    def gain(self) -> float:
+        """Geometric mean over the numbers of tokens of time by default / time tuned."""
+        ratios = [each.default_us / each.tuned_us for each in self.timings.values()]
+        return statistics.geometric_mean(ratios) if ratios else 1.0
+
+    def to_json(self) -> dict[str, Any]:
+        """An entry of ``tables`` of quarkconv.tune/1."""
+        sizes = {name: getattr(self.shape, name) for name in RankShape.__slots__}
+        rows = {
+            str(tokens): {"default_us": each.default_us, "tuned_us": each.tuned_us, **each.tile.to_json()}
+            for tokens, each in sorted(self.timings.items())
+        }
+        return {"path": str(self.path), **sizes, "tokens": rows}
+
+
+def require_gpu() -> None:
+    """Refuse a machine without a GPU.
+
+    Raises:
+        UnsupportedError: torch finds none.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UnsupportedError("Launch options are measured on a GPU, and torch finds none")
+
+
+def tune_engine(
+    engine: str,
+    shapes: Sequence[RankShape],
+    folder: Path,
+    *,
+    tokens: Sequence[int] = TOKENS,
+    jobs: int = 1,
+    progress: Progress = SILENT,
+) -> list[WrittenTable]:
+    """Write a table for each shape, and the record of what was measured; each file as soon as it is known.
+
+    Args:
+        engine: ``vllm`` or ``sglang``, which must be installed.
+        shapes: what ranks have of the experts.
+        folder: the folder that the engine's variable is to name.
+        tokens: numbers of tokens to tune for.
+        jobs: processes that compile.
+        progress: counts pairs of shape and number of tokens.
+
+    Raises:
+        UnsupportedError: there is no GPU, or the engine is not installed.
+        WriteError: the folder cannot be written.
+    """
+    require_gpu()
+    kernel = engine_kernel(engine)
+    written = []
+    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else None
+    with pool or nullcontext():
+        progress.step(f"Timing {kernel.version()}", len(shapes) * len(tokens), "size")
+        for shape in shapes:
+            timings = tune_shape(kernel, engine, shape, tokens, pool, progress)
+            path = kernel.table_path(folder, shape)
+            write_durably(path, dump_table(timings).encode())
+            kept = record(folder, str(path.relative_to(folder)), _head(kernel), shape, timings)
+            write_durably(folder / MEASURED, kept.encode())
+            written.append(WrittenTable(path, shape, timings))
+            progress.note(f"{shape}: {written[-1].gain:.2f} times as fast as by default")
+    return written
+
+
+def tune_shape(
+    kernel: Kernel,
+    engine: str,
+    shape: RankShape,
+    tokens: Sequence[int],
+    pool: Executor | None = None,
+    progress: Progress = SILENT,
+) -> dict[int, Timing]:
+    """The fastest tile for each number of tokens.
+
+    Args:
+        kernel: the engine's kernel.
+        engine: its name, by which processes of the pool find it.
+        shape: the experts of a rank.
+        tokens: numbers of tokens.
+        pool: processes that compile.
+        progress: counts numbers of tokens.
+    """
+    import torch
+
+    from quarkconv.kernels.tune import make_weights
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    weights = make_weights(shape.sizes, device)
+    found = {}
+    for count in tokens:
+        found[count] = _search(kernel, engine, shape, count, weights, pool)
+        progress.advance()
+    torch.cuda.empty_cache()
+    return found
+
+
+def _search(
+    kernel: Kernel, engine: str, shape: RankShape, tokens: int, weights: Weights, pool: Executor | None
+) -> Timing:
+    """The fastest tile for a number of tokens, see :func:`fastest`."""
+    import torch
+
+    from quarkconv.kernels.tune import time_calls
+
+    shared = torch.cuda.get_device_properties(weights[0].device).shared_memory_per_block_optin
+    count = max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // tokens))
+    forwards = kernel.forwards(shape, weights, [_routed(shape, tokens) for _ in range(count)])
+    compiles = partial(_compiles, engine, shape, tokens)
+
+    def time(tile: Tile, repeats: int) -> float:
+        with kernel.using(tile):
+            return time_calls(forwards, repeats)
+
+    return fastest(
+        kernel.default(shape, tokens),
+        starts(shape, tokens, shared),
+        lambda tile: variations(tile, shape, tokens, shared),
+        time,
+        lambda tiles: map(compiles, tiles) if pool is None else pool.map(compiles, tiles),
+    )
+
+
+def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:
+    """Compile a tile into Triton's cache by a forward over few experts; False where the GPU cannot launch it."""
+    from quarkconv.kernels.tune import make_weights
+
+    few = whole(max(shape.top_k, _FEW_EXPERTS), shape.top_k, shape.hidden, shape.intermediate)
+    kernel, weights = _few(engine, few, make_weights)
+    [forward] = kernel.forwards(few, weights, [_routed(few, tokens)])
+    with suppress(_out_of_resources()), kernel.using(tile):
+        forward()
+        return True
+    return False
+
+
+@lru_cache(maxsize=1)
+def _few(engine: str, shape: RankShape, make: Callable[..., Weights]) -> tuple[Kernel, Weights]:
+    import torch
+
+    device = torch.device("cuda", torch.cuda.current_device())
+    return engine_kernel(engine), make(shape.sizes, device)
+
+
+def _out_of_resources() -> type[Exception]:
+    from triton.runtime.errors import OutOfResources
+
+    error: type[Exception] = OutOfResources
+    return error
+
+
+def _routed(shape: RankShape, tokens: int) -> Routed:
+    """A random input whose tokens choose among the experts of all ranks, each as often as the others."""
+    import torch
+
+    logits = torch.randn((tokens, shape.all_experts), device="cuda")
+    weights, ids = torch.softmax(logits, -1).topk(shape.top_k, -1)
+    states = torch.randn((tokens, shape.hidden), device="cuda", dtype=torch.bfloat16)
+    return Routed(states, weights.contiguous(), ids.int().contiguous())
+
+
+def _head(kernel: Kernel) -> dict[str, str]:
+    """What a measurement is of, when, and with which versions."""
+    import torch
+    import triton
+
+    return {
+        "engine": kernel.version(),
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "torch": str(torch.__version__),
+        "triton": str(triton.__version__),
+    }
+
+
+def tune_quarkconv(
+    shapes: Sequence[RankShape], out: Path | None, *, tokens: Sequence[int] = TOKENS, jobs: int = 1
+) -> list[WrittenTable]:
+    """Write the table of quarkconv's own kernels: one file a device, beside the kernels or at ``out``.
+
+    Raises:
+        UnsupportedError: there is no GPU.
+    """
+    require_gpu()
+    from quarkconv.kernels.tune import tune_table
+
+    path = tune_table([shape.sizes for shape in shapes], tokens, jobs, out)
+    return [WrittenTable(path, shape, {}) for shape in shapes]
+
+
+def named_shapes(names: Iterable[str] | None) -> tuple[RankShape, ...]:
+    """Shapes by name, or as ``E,K,H,I``; None for those that quarkconv's own tables have.
+
+    Raises:
+        ValueError: there is no such name.
+    """
+    from quarkconv.kernels.tune import EXPERTS_IN_ALL, SHAPES, parse_shape
+
+    sizes = [parse_shape(name) for name in (SHAPES if names is None else names)]
+    return tuple(RankShape(*size, EXPERTS_IN_ALL.get(size, size[0])) for size in sizes)

@@ -1,0 +1,73 @@
+"""The search finds the fastest tile by few measurements; what cannot be launched is never measured."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+from quarkconv.tune.grid import Tile, starts, variations
+from quarkconv.tune.search import fastest
+from quarkconv.tune.shapes import whole
+from quarkconv.tune.tables import Timing
+
+SHAPE, TOKENS, SHARED = whole(128, 8, 2048, 768), 2048, 227 * 1024
+DEFAULT = Tile(128, 128, 64, 1, 8, 3)
+BEST = Tile(64, 128, 128, 16, 4, 4)
+
+
+def cost(tile: Tile) -> float:
+    """Microseconds that grow with the distance from the best tile, in steps of two."""
+    pairs = zip(
+        (tile.block_m, tile.block_n, tile.block_k, tile.group_m, tile.num_warps, tile.num_stages),
+        (BEST.block_m, BEST.block_n, BEST.block_k, BEST.group_m, BEST.num_warps, BEST.num_stages),
+        strict=True,
+    )
+    return 100.0 + 10 * sum(max(a / b, b / a) - 1 for a, b in pairs)
+
+
+def search(
+    time: Callable[[Tile], float], launches: Callable[[Tile], bool] = lambda _: True
+) -> tuple[Timing, Counter[Tile]]:
+    measured: Counter[Tile] = Counter()
+
+    def timed(tile: Tile, repeats: int) -> float:
+        measured[tile] += repeats
+        return time(tile)
+
+    def each(tiles: Sequence[Tile]) -> list[bool]:
+        return [launches(tile) for tile in tiles]
+
+    first = starts(SHAPE, TOKENS, SHARED)
+    found = fastest(DEFAULT, first, lambda tile: variations(tile, SHAPE, TOKENS, SHARED), timed, each)
+    return found, measured
+
+
+def test_the_fastest_tile_is_found_by_few_measurements() -> None:
+    found, measured = search(cost)
+    assert found == Timing(BEST, cost(DEFAULT), 100.0)
+    assert len(measured) <= 1 + 22 + 8
+    assert measured[BEST] == measured[DEFAULT] == 4 + 3 * 10  # once, then thrice in turns
+
+
+def test_the_default_stays_where_nothing_is_faster() -> None:
+    found, _ = search(lambda tile: 50.0 if tile == DEFAULT else cost(tile))
+    assert found == Timing(DEFAULT, 50.0, 50.0)
+
+
+def test_what_cannot_be_launched_is_never_measured() -> None:
+    found, measured = search(cost, lambda tile: tile.num_stages != 4)
+    assert {tile.num_stages for tile in measured} == {3, 5}
+    assert found.tile.num_stages != 4
+    assert found.tuned_us == cost(found.tile)
+
+
+def test_a_lucky_first_measurement_does_not_win() -> None:
+    """A tile that was fast once, and then is slower than the best."""
+    lucky, calls = replace(BEST, group_m=1), Counter[Tile]()
+
+    def time(tile: Tile) -> float:
+        calls[tile] += 1
+        return 1.0 if tile == lucky and calls[tile] == 1 else cost(tile)
+
+    assert search(time)[0].tile == BEST
