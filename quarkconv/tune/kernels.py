@@ -74,7 +74,7 @@ class VLLMKernel:
 
     def version(self) -> str:
         """``vllm 0.33.0``."""
-        return f"vllm {_module('vLLM', 'vllm').__version__}"
+        return f"vllm {_module('vllm').__version__}"
 
     def table_path(self, folder: Path, shape: RankShape) -> Path:
         """``E=..,N=..,device_name=...json``: vLLM names no dtype for INT8 W8A8."""
@@ -134,7 +134,7 @@ class SGLangKernel:
 
     def version(self) -> str:
         """``sglang 0.5.23``."""
-        return f"sglang {_module('SGLang', 'sglang').__version__}"
+        return f"sglang {_module('sglang').__version__}"
 
     def table_path(self, folder: Path, shape: RankShape) -> Path:
         """``configs/triton_3_6_0/E=..,N=..,device_name=..,dtype=int8_w8a8,per_channel_quant=True.json``."""

@@ -151,11 +151,10 @@ def _search(
     kernel: Kernel, engine: str, shape: RankShape, tokens: int, weights: Weights, pool: Executor | None
 ) -> Timing:
     """The fastest tile for a number of tokens, see :func:`fastest`."""
-    import torch
-
+    from quarkconv.kernels.backend import device_traits
     from quarkconv.kernels.tune import time_calls
 
-    shared = torch.cuda.get_device_properties(weights[0].device).shared_memory_per_block_optin
+    shared = device_traits(weights[0].device).shared_memory
     count = max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // tokens))
     forwards = kernel.forwards(shape, weights, [_routed(shape, tokens) for _ in range(count)])
     compiles = partial(_compiles, engine, shape, tokens)

@@ -91,7 +91,7 @@ def test_tables_are_written_where_the_engine_looks(
     capsys: pytest.CaptureFixture[str], tmp_path: Path, engine: str
 ) -> None:
     pytest.importorskip(engine)
-    arguments = ["--shape", "8,2,128,64", "--tokens", "1,64", "--jobs", "1", "--out", tmp_path, "--json"]
+    arguments = ["--shape", "8,2,128,64", "--tokens", "1,64", "--jobs", "1", "--out", str(tmp_path), "--json"]
     code, out, _ = run_cli(capsys, "tune", "--for", engine, *arguments)
     assert code == 0
     [table] = json.loads(out)["tables"]

@@ -19,17 +19,17 @@ def test_a_whole_model_has_one_shape(checkpoints: Any) -> None:
 
 
 @pytest.mark.parametrize(
-    ("sizes", "expected"),
+    ("tp", "ep", "expected"),
     [
-        ({"tp": 2}, [RankShape(8, 3, 128, 48, 8)]),
-        ({"tp": 4}, [RankShape(8, 3, 128, 24, 8)]),
-        ({"ep": 2}, [RankShape(4, 3, 128, 96, 8)]),
-        ({"ep": 3}, [RankShape(2, 3, 128, 96, 8), RankShape(3, 3, 128, 96, 8)]),  # 8 = 3 + 3 + 2
+        (2, 1, [RankShape(8, 3, 128, 48, 8)]),
+        (4, 1, [RankShape(8, 3, 128, 24, 8)]),
+        (1, 2, [RankShape(4, 3, 128, 96, 8)]),
+        (1, 3, [RankShape(2, 3, 128, 96, 8), RankShape(3, 3, 128, 96, 8)]),  # 8 = 3 + 3 + 2
     ],
     ids=str,
 )
-def test_ranks_share_the_experts(checkpoints: Any, sizes: dict[str, int], expected: list[RankShape]) -> None:
-    assert checkpoint_shapes(str(checkpoints(QWEN)), **sizes) == tuple(expected)
+def test_ranks_share_the_experts(checkpoints: Any, tp: int, ep: int, expected: list[RankShape]) -> None:
+    assert checkpoint_shapes(str(checkpoints(QWEN)), tp, ep) == tuple(expected)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe-bf16", "step3p5-like-3key_fused", "minimax_m2-quark0.13-f2f"])

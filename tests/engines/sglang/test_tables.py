@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from importlib.metadata import version
 from pathlib import Path
 
 import engines.sglang.loading  # noqa: F401  prepares SGLang for a machine without GPU
@@ -43,6 +44,10 @@ def test_a_table_is_found_and_read(kernel: SGLangKernel, tmp_path: Path, monkeyp
 def test_without_a_table_int8_gets_a_rule_of_thumb(kernel: SGLangKernel) -> None:
     assert kernel.default(SHAPE, 64) == Tile(16, 32, 64, 1, 4, 3)
     assert kernel.default(SHAPE, 4096) == Tile(64, 64, 32, 8, 4, 3)
+
+
+def test_the_release_is_named(kernel: SGLangKernel) -> None:
+    assert kernel.version() == f"sglang {version('sglang')}"
 
 
 def test_a_tile_is_used_through_sglangs_own_switch(kernel: SGLangKernel) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from importlib.metadata import version
 from pathlib import Path
 
 import engines.vllm.loading  # noqa: F401  prepares vLLM for a machine without GPU
@@ -56,6 +57,10 @@ def test_without_a_table_of_ours_int8_gets_one_for_bf16_or_a_rule_of_thumb() -> 
     tiles = parse_table(shipped.read_text())
     assert kernel.default(whole(128, 8, 2048, 768), 64) == tiles[64]
     assert kernel.default(SHAPE, 64) == Tile(32, 64, 128, 1, 4, 3)
+
+
+def test_the_release_is_named() -> None:
+    assert VLLMKernel().version() == f"vllm {version('vllm')}"
 
 
 def test_a_tile_is_used_through_vllms_own_switch() -> None:
