@@ -13,8 +13,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from quarkconv.convert.convert import convert_checkpoint, plan_conversion
-from quarkconv.convert.results import ConversionResult
 from quarkconv.errors import (
     HubError,
     InterruptedByUser,
@@ -25,15 +23,18 @@ from quarkconv.errors import (
     WriteError,
 )
 from quarkconv.findings import Finding, Severity
-from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
-from quarkconv.plan.plan import Plan
 from quarkconv.progress import Progress
+from quarkconv.version import own_version
 
 if TYPE_CHECKING:
+    from quarkconv.convert.convert import convert_checkpoint, plan_conversion
+    from quarkconv.convert.results import ConversionResult
     from quarkconv.evaluate.evaluation import evaluate_checkpoint
     from quarkconv.evaluate.results import Evaluation
+    from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
     from quarkconv.load.experts import FusedExperts
     from quarkconv.load.load import load_fused_experts
+    from quarkconv.plan.plan import Plan
     from quarkconv.verify.results import Verification
     from quarkconv.verify.verify import verify_checkpoint
 
@@ -62,23 +63,28 @@ __all__ = [
     "verify_checkpoint",
 ]
 
-_NEED_TORCH = {
+_MODULES = {
+    "ConversionResult": "quarkconv.convert.results",
     "Evaluation": "quarkconv.evaluate.results",
-    "evaluate_checkpoint": "quarkconv.evaluate.evaluation",
     "FusedExperts": "quarkconv.load.experts",
-    "load_fused_experts": "quarkconv.load.load",
+    "Inspection": "quarkconv.inspection.inspection",
+    "Plan": "quarkconv.plan.plan",
     "Verification": "quarkconv.verify.results",
+    "convert_checkpoint": "quarkconv.convert.convert",
+    "evaluate_checkpoint": "quarkconv.evaluate.evaluation",
+    "inspect_checkpoint": "quarkconv.inspection.inspection",
+    "load_fused_experts": "quarkconv.load.load",
+    "plan_conversion": "quarkconv.convert.convert",
     "verify_checkpoint": "quarkconv.verify.verify",
 }
+"""Where names are that are imported on first use: a command imports its own package only, and few need torch."""
 
 
 def __getattr__(name: str) -> Any:
-    if name in _NEED_TORCH:
+    if name in _MODULES:
         from importlib import import_module
 
-        return getattr(import_module(_NEED_TORCH[name]), name)
+        return getattr(import_module(_MODULES[name]), name)
     if name == "__version__":
-        from importlib.metadata import version
-
-        return version("quarkconv")
+        return own_version()
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -19,6 +19,9 @@ DTYPE_BITS: Final[dict[str, int]] = {
 FLOAT_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
 """Dtypes in which unquantized weights are stored."""
 
+MAX_DIMENSIONS: Final = 64
+_MAX_SIZE: Final = 2**64 - 1
+
 
 class TensorType(NamedTuple):
     """Dtype and shape of a tensor, outermost dimension first; the shape of a scalar is ``()``."""
@@ -27,9 +30,34 @@ class TensorType(NamedTuple):
     shape: tuple[int, ...]
 
     @property
+    def bits(self) -> int:
+        """Size in bits."""
+        return prod(self.shape) * DTYPE_BITS[self.dtype]
+
+    @property
     def nbytes(self) -> int:
         """Size in bytes."""
-        return prod(self.shape) * DTYPE_BITS[self.dtype] // 8
+        return self.bits // 8
+
+
+def is_tensor_type(found: TensorType) -> bool:
+    """True for a dtype of the format and a shape that a tensor can have."""
+    return (
+        found.dtype in DTYPE_BITS
+        and len(found.shape) <= MAX_DIMENSIONS
+        and min(found.shape, default=0) >= 0
+        and not overflows(found)
+    )
+
+
+def overflows(found: TensorType) -> bool:
+    """True when a size does not fit in 64 bits while it is multiplied up, even if a later factor is 0."""
+    count = 1
+    for size in found.shape:  # stops at once: the numbers may have thousands of digits each
+        count *= size
+        if size > _MAX_SIZE or count > _MAX_SIZE:
+            return True
+    return count * DTYPE_BITS[found.dtype] > _MAX_SIZE
 
 
 _SIZE: Final = 2

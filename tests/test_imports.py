@@ -19,7 +19,7 @@ PACKAGE = ROOT / "quarkconv"
 KERNELS = ROOT / "kernels" / "src"
 
 LAYERS = (
-    ("errors", "progress", "text"),
+    ("errors", "progress", "text", "version"),
     ("dtypes", "findings", "defects"),
     ("files",),
     ("cloud",),

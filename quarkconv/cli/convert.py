@@ -11,9 +11,7 @@ import typer
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
-from quarkconv.convert.conversion import DEFAULT_JOBS, MAX_JOBS, Conversion
-from quarkconv.convert.options import Options
-from quarkconv.convert.results import ConversionResult
+from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
 from quarkconv.description.mtp import KEEP
 from quarkconv.errors import UsageError
@@ -30,6 +28,8 @@ class QuantizeMode(StrEnum):
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+    from quarkconv.convert.results import ConversionResult
 
 
 def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
@@ -100,6 +100,9 @@ def convert(
     quarkconv convert ./model --to fused-int8 --part 3/8
     quarkconv convert ./model --to w8a8-int8 --push org/name-w8a8-int8
     """
+    from quarkconv.convert.conversion import Conversion
+    from quarkconv.convert.options import Options
+
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
     share = None if part is None else parse_share(part)

@@ -17,6 +17,7 @@ import typer
 from quarkconv.cli import convert, engines, evaluate, inspect, tune, verify
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
+from quarkconv.version import own_version
 
 _PLAIN: Final = "quarkconv.plain"
 """Name of the error handler for characters that a terminal cannot show."""
@@ -40,9 +41,7 @@ app.command("engines", short_help="List engines and what they support.")(engines
 
 def _version(value: bool) -> None:
     if value:
-        from importlib.metadata import version
-
-        typer.echo(f"quarkconv {version('quarkconv')}")
+        typer.echo(f"quarkconv {own_version()}")
         raise typer.Exit
 
 

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any
 
+from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
 from quarkconv.convert.options import Options
 from quarkconv.convert.output import output_directory
 from quarkconv.convert.planner import make_plan
@@ -22,10 +23,6 @@ from quarkconv.plan.plan import Plan, plan_digest
 from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
-
-DEFAULT_JOBS: Final = 4
-"""Threads of a conversion: they mostly wait for the disk, so that two cores serve four of them."""
-MAX_JOBS: Final = 64
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quarkconv.convert.conversion import DEFAULT_JOBS, Conversion
+from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.jobs import DEFAULT_JOBS
 from quarkconv.convert.options import Options
 from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
-from importlib.metadata import version
 from typing import Final
+
+from quarkconv.version import own_version
 
 CARD_NAME: Final = "README.md"
 MAX_CARD_BYTES: Final = 2**17
@@ -38,7 +39,7 @@ def converted_card(text: str, target: str, summary: str, facts: str, base_model:
         return None
     section = (
         f"{_BEGIN}\n## Conversion\n\n"
-        f"The weights were written as `{target}` by quarkconv {version('quarkconv')}: {summary}. {facts}\n\n"
+        f"The weights were written as `{target}` by quarkconv {own_version()}: {summary}. {facts}\n\n"
         "`quarkconv.json` lists every piece with its checksum; `quarkconv verify` checks them, and the numbers.\n"
         f"{_END}\n"
     )

@@ -76,13 +76,14 @@ def without_mtp(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
 
 
 def _without(shard: ShardHeader, names: frozenset[str]) -> ShardHeader:
-    kept = [name not in names for name in shard.names]
+    kept = [name not in names for name in shard.tensors]
     if all(kept):
         return shard
+    tensors = dict(compress(shard.tensors.items(), kept))
     return replace(
         shard,
-        names=tuple(compress(shard.names, kept)),
-        types=tuple(compress(shard.types, kept)),
+        tensors=tensors,
         starts=tuple(compress(shard.starts, kept)),
         ends=tuple(compress(shard.ends, kept)),
+        nbytes=sum(found.nbytes for found in tensors.values()),
     )

@@ -64,14 +64,16 @@ def expert_topology(
     built = list(_layers(collected, stored, hidden_layers, family))
     layers = [item for item in built if isinstance(item, MoELayer)]
     layers.sort(key=lambda layer: (_stack(layer.prefix), layer.index, layer.prefix))
+    members = frozenset(collected.members)
+    known = members.union(collected.misspelt) if collected.misspelt else members
     findings = (
         *_misspelt(collected.misspelt),
         *(item for item in built if isinstance(item, Finding)),
         *_wrong_counts(layers, experts_of or (lambda _: config_experts)),
         *_mixed_geometry(layers),
-        *_not_understood(stored, frozenset((*collected.members, *collected.misspelt)), config_experts),
+        *_not_understood(stored, known, config_experts),
     )
-    return Topology(tuple(layers), findings, frozenset(collected.members))
+    return Topology(tuple(layers), findings, members)
 
 
 def _layers(
@@ -114,16 +116,17 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
         )
 
 
-def _not_understood(stored: StoredModules, members: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
+def _not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
     """Experts under names that no row of the namings has; and experts that config.json claims and nothing holds."""
-    names = [module for module in stored.linears if _INSIDE in module and module not in members]
+    others = [module for module in stored.linears if module not in known]
+    names = [module for module in others if _INSIDE in module]
     names += [
         name
         for name in stored.plain
         if (_INSIDE in name or name.endswith(_EXPERT_SUFFIX))
-        and not members.intersection((name, name.rpartition(".")[0], name.removesuffix("_bias")))
+        and known.isdisjoint((name, name.rpartition(".")[0], name.removesuffix("_bias")))
     ]
-    if members and names:
+    if known and names:
         yield finding(
             "tensor-unrecognised",
             names[0],
@@ -139,7 +142,7 @@ def _not_understood(stored: StoredModules, members: frozenset[str], config_exper
             hint="no conversion knows what these tensors hold",
             count=len(names),
         )
-    elif not members and config_experts is not None and config_experts > 1:
+    elif not known and config_experts is not None and config_experts > 1:
         yield finding(
             "experts-not-understood",
             "config.json",
@@ -300,6 +303,9 @@ def _missing(
     prefix: str, numbers: set[int], projections: dict[str, dict[int, Form]], leaves: dict[Role, str]
 ) -> Finding | None:
     """The finding for a layer that lacks experts, or projections of some."""
+    experts = set(range(len(numbers)))
+    if experts == numbers and all(projections.get(name, {}).keys() == numbers for name in leaves.values()):
+        return None
     gaps = [number for number in range(len(numbers)) if number not in numbers]
     lost = [
         f"{number}.{name}"
@@ -307,8 +313,6 @@ def _missing(
         for number in sorted(numbers)
         if number not in projections.get(name, {})
     ]
-    if not gaps and not lost:
-        return None
     count = max(numbers) + 1 - len(numbers) if gaps else len(lost)
     what = "expert" if gaps else "projection"
     first = f"expert {gaps[0]}" if gaps else lost[0]

@@ -31,6 +31,43 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
         SourceError: the file is missing, not a regular file, a link to outside of the directory, larger than
             ``limit``, has too many values, is not UTF-8, not JSON, nested more than 100 deep, or not an object.
     """
+    return parse_json_object(_read(path, code, limit, values), path.name, code=code)
+
+
+def has_file(files: Files, name: str) -> bool:
+    """Whether there is a file of this name, a broken link included."""
+    path = files.path(name)
+    return files.size(name) is not None if path is None else path.exists() or path.is_symlink()
+
+
+def read_json_of(files: Files, name: str, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
+    """As :func:`read_json_object`, for a file that may be remote.
+
+    Raises:
+        SourceError: as :func:`read_json_object`; or the file cannot be fetched.
+    """
+    return parse_json_object(read_bytes_of(files, name, code=code, limit=limit, values=values), name, code=code)
+
+
+def read_bytes_of(files: Files, name: str, *, code: str, limit: int, values: int = MAX_VALUES) -> bytes:
+    """The bytes of a JSON file that may be remote, to be parsed by :func:`parse_json_object`.
+
+    Raises:
+        SourceError: the file is missing, not a regular file, a link to outside of the directory, larger than ``limit``
+            or has too many values; or it cannot be fetched.
+    """
+    path = files.path(name)
+    if path is not None:
+        return _read(path, code, limit, values)
+    size = files.size(name)
+    if size is None:
+        raise SourceError("The file cannot be read", code=code, file=name, found="no such file in the repo")
+    if size > limit:
+        raise _too_much(name, code, f"at most {limit} bytes", f"{size} bytes")
+    return _bounded(files.read(name, 0, size), name, code, values)
+
+
+def _read(path: Path, code: str, limit: int, values: int) -> bytes:
     try:
         raw = read_regular(path, limit)
     except (OSError, ValueError) as error:
@@ -46,41 +83,27 @@ def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VAL
         raise link_error(path.name, outside)
     if isinstance(raw, int):
         raise _too_much(path.name, code, f"at most {limit} bytes", f"{raw} bytes")
-    return _parse(raw, path.name, code, values)
+    return _bounded(raw, path.name, code, values)
 
 
-def has_file(files: Files, name: str) -> bool:
-    """Whether there is a file of this name, a broken link included."""
-    path = files.path(name)
-    return files.size(name) is not None if path is None else path.exists() or path.is_symlink()
-
-
-def read_json_of(files: Files, name: str, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
-    """As :func:`read_json_object`, for a file that may be remote.
-
-    Raises:
-        SourceError: as :func:`read_json_object`; or the file cannot be fetched.
-    """
-    path = files.path(name)
-    if path is not None:
-        return read_json_object(path, code=code, limit=limit, values=values)
-    size = files.size(name)
-    if size is None:
-        raise SourceError("The file cannot be read", code=code, file=name, found="no such file in the repo")
-    if size > limit:
-        raise _too_much(name, code, f"at most {limit} bytes", f"{size} bytes")
-    return _parse(files.read(name, 0, size), name, code, values)
-
-
-def _parse(raw: bytes, name: str, code: str, values: int) -> dict[str, Any]:
-    brackets = raw.count(b"{") + raw.count(b"[")
+def _bounded(raw: bytes, name: str, code: str, values: int) -> bytes:
+    """The same bytes, refused where they are many and have too many values."""
     if len(raw) > _LARGE:
-        found = brackets + raw.count(b",")
+        found = raw.count(b"{") + raw.count(b"[") + raw.count(b",")
         if found > values:
             raise _too_much(name, code, f"at most {values} values", f"{found} separators")
+    return raw
+
+
+def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
+    """Parse the bytes of a file ``name`` that holds one JSON object.
+
+    Raises:
+        SourceError: they are not UTF-8, not JSON, nested more than 100 deep, or not an object.
+    """
     try:
         value = json.loads(raw)
-        if brackets > MAX_DEPTH and not _is_shallow(value):
+        if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and not _is_shallow(value):
             raise RecursionError
     except (ValueError, RecursionError) as error:
         raise SourceError(

@@ -65,7 +65,7 @@ class Checkpoint:
     @property
     def tensor_bytes(self) -> int:
         """Size of all tensors in bytes, without headers."""
-        return sum(sum(shard.ends) - sum(shard.starts) for shard in self.shards)
+        return sum(shard.nbytes for shard in self.shards)
 
     def refs(self) -> dict[str, TensorRef]:
         """Name -> byte range of every tensor."""
@@ -129,14 +129,14 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
             except SourceError as error:
                 findings.append(_stale(as_finding(error), sorted(set(present) - set(files))))
                 continue
-            tensors += len(shard.names)
+            tensors += len(shard.tensors)
             if tensors > MAX_TENSORS:
                 raise _too_many(store.root)
             if shard.truncated:
                 findings.append(_truncated(shard))
             odd += shard.odd_names
             shards.append(shard)
-            types.update(zip(shard.names, shard.types, strict=True))
+            types.update(shard.tensors)
         findings.extend(_odd_names(odd))
         findings.extend(_duplicates(shards, len(types)))
         findings.extend(_renamed(shards))
@@ -205,7 +205,7 @@ def _outside(root: Path) -> Iterator[Finding]:
 def _shard_names(store: Files, present: list[str], index: Index | None) -> list[str]:
     """The shards of the model: those of the index; without an index model.safetensors, or else every file."""
     if index is not None:
-        return sorted(set(index.weight_map.values()))
+        return sorted(set(index.files))
     if SINGLE_NAME in present:
         return [SINGLE_NAME]
     if not present:

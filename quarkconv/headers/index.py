@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
-from typing import Any, Final, NamedTuple
+from collections.abc import Collection, Iterator, Sequence
+from typing import Final, NamedTuple
 
 from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
-from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, read_json_of
+from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, parse_json_object, read_bytes_of
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.quantizer_names import usual_name
 from quarkconv.headers.safetensors import ShardHeader
+from quarkconv.headers.scan import scan_index
 from quarkconv.text import plural, shortened, shown
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -26,12 +27,20 @@ class Index(NamedTuple):
     """The content of an index.
 
     Attributes:
-        weight_map: tensor -> file.
+        names, files: keys and values of its weight_map: tensors, and the file of each.
         total_size: bytes of all tensors as the index has it, of any type; None where it is absent.
     """
 
-    weight_map: dict[str, str]
+    names: Sequence[str]
+    files: Sequence[str]
     total_size: object
+
+    def by_file(self) -> dict[str, list[str]]:
+        """File -> its tensors."""
+        tensors: dict[str, list[str]] = {file: [] for file in dict.fromkeys(self.files)}
+        for name, file in zip(self.names, self.files, strict=True):
+            tensors[file].append(name)
+        return tensors
 
 
 def read_index(store: Files) -> Index | None:
@@ -43,39 +52,45 @@ def read_index(store: Files) -> Index | None:
     name = next((name for name in _INDEX_NAMES if has_file(store, name)), None)
     if name is None:
         return None
-    index = read_json_of(store, name, code="index-invalid", limit=MAX_INDEX_BYTES)
-    weight_map = index.get("weight_map")
-    if not isinstance(weight_map, dict):
-        found = type(weight_map).__name__
-        raise invalid_index("The index has no weight_map", expected="an object from tensor to file", found=found)
-    files = _distinct_values(weight_map)
-    for file in files:
+    raw = read_bytes_of(store, name, code="index-invalid", limit=MAX_INDEX_BYTES)
+    scanned = scan_index(raw)
+    index = parse_json_object(raw if scanned is None else scanned.rest, name, code="index-invalid")
+    names, files = _entries(index.get("weight_map")) if scanned is None else (scanned.names, scanned.files)
+    distinct = _distinct(files)
+    for file in distinct:
         if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
             expected = "names of .safetensors files, without folders"
             raise invalid_index("The index names an invalid shard", expected=expected, found=shown(file))
-    if len(files) > MAX_SHARDS:
+    if len(distinct) > MAX_SHARDS:
         expected = f"at most {MAX_SHARDS} files"
-        raise invalid_index("The index names too many files", expected=expected, found=str(len(files)))
+        raise invalid_index("The index names too many files", expected=expected, found=str(len(distinct)))
     metadata = index.get("metadata")
-    return Index(weight_map, metadata.get("total_size") if isinstance(metadata, dict) else None)
+    return Index(names, files, metadata.get("total_size") if isinstance(metadata, dict) else None)
 
 
-def _distinct_values(weight_map: dict[str, Any]) -> Collection[object]:
-    """The distinct values of a weight_map; all of them, as a list, where one is not hashable."""
+def _entries(weight_map: object) -> tuple[list[str], list[str]]:
+    """Keys and values of a weight_map."""
+    if not isinstance(weight_map, dict):
+        found = type(weight_map).__name__
+        raise invalid_index("The index has no weight_map", expected="an object from tensor to file", found=found)
+    return list(weight_map), list(weight_map.values())
+
+
+def _distinct(files: list[str]) -> Collection[object]:
+    """The distinct values of a weight_map; all of them where one is not hashable."""
     try:
-        return set(weight_map.values())
+        return dict.fromkeys(files)
     except TypeError:
-        return list(weight_map.values())
+        return files
 
 
 def compare_index(index: Index, shards: list[ShardHeader]) -> Iterator[Finding]:
     """The contradictions between index and headers."""
-    weight_map = index.weight_map
     if any(shard.renamed for shard in shards):
-        weight_map = {usual_name(name): file for name, file in weight_map.items()}
-    agree = all(set(map(weight_map.get, shard.names)) == {shard.file} for shard in shards if shard.names)
-    if not agree or sum(len(shard.names) for shard in shards) != len(weight_map):
-        yield from _wrong_places(weight_map, shards)
+        index = index._replace(names=list(map(usual_name, index.names)))
+    listed = index.by_file()
+    if not all(shard.names == set(listed.get(shard.file, ())) for shard in shards):
+        yield from _wrong_places(dict(zip(index.names, index.files, strict=True)), shards)
     # A wrong number is common: Quark's file-to-file mode writes the size of the files, other tools that of the model
     # before quantization. Nothing here uses it: sizes come from the headers.
     if not _is_size(index.total_size):

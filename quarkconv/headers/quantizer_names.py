@@ -8,7 +8,7 @@ after this module knows of two names.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Collection
 from typing import Final
 
 MARK: Final = "_quantizer."
@@ -25,7 +25,7 @@ def usual_name(name: str) -> str:
     return _NAME.sub(r".\1_\2", name) if MARK in name else name
 
 
-def usual_names(names: Sequence[str]) -> Sequence[str]:
+def usual_names(names: Collection[str]) -> Collection[str]:
     """The names of the tensors of a file as other exports have them; as they are where two would become one."""
     renamed = [usual_name(name) for name in names]
     return renamed if len(set(renamed)) == len(renamed) else names

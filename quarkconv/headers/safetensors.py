@@ -6,23 +6,22 @@ count from the end of the header; together they cover the data without overlap o
 the format's own parser refuses. It also refuses duplicate names, NaN, names of more than 1,024 characters, more than 64
 dimensions, and more than 500,000 tensors: no tool writes these, and reading them would cost unbounded memory.
 
-A large checkpoint has 100,000 entries, so the checks run over whole columns at C speed. Only when a column fails does a
-loop look for the first invalid entry, to name it.
+A large checkpoint has 100,000 entries. :mod:`quarkconv.headers.scan` checks those of a header as tools write it at C
+speed; any other header takes the JSON parser and the checks of this module, which name the first entry that is invalid.
 """
 
 from __future__ import annotations
 
 import os
 import struct
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, KeysView, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from math import prod
-from operator import eq, itemgetter, sub
+from operator import itemgetter
 from typing import Final, NamedTuple, NoReturn, TypeVar
 
 from quarkconv.defects import invalid_header, short_file, unreadable_file
-from quarkconv.dtypes import DTYPE_BITS, TensorType
+from quarkconv.dtypes import DTYPE_BITS, MAX_DIMENSIONS, TensorType, is_tensor_type, overflows
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
 from quarkconv.files.strict_json import load_header_json
@@ -37,14 +36,12 @@ MAX_HEADER_BYTES: Final = 100_000_000
 MAX_TENSORS: Final = 500_000
 """Most tensors of a checkpoint. The largest models, 1T parameters with scales and zero points, have half as many."""
 MAX_NAME: Final = 1024
-MAX_DIMENSIONS: Final = 64
 _MIN_ENTRY_BYTES: Final = 48
 _MAX_FREE_BYTES: Final = 32 * 2**20
 _MAX_FREE_TENSORS: Final = 100_000
 _MAX_FREE_VALUES: Final = 2_000_000
 """Limits of a header that needs the JSON parser, which takes several times the memory."""
 
-_MAX_SIZE: Final = 2**64 - 1
 _ODD: Final = ("\\", "/", "\x7f")
 """In a header of ASCII, a name is odd only if one of these occurs."""
 
@@ -76,32 +73,41 @@ class TensorRef(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ShardHeader:
-    """The checked header of one file, as columns: row i describes the tensor ``names[i]``.
+    """The checked header of one file.
 
     Attributes:
         file: name of the file inside the checkpoint.
         size: size of the whole file in bytes.
         data_start: where the data starts; ``starts`` and ``ends`` count from there.
+        tensors: name -> dtype and shape. Row i of ``starts`` and ``ends`` belongs to the i-th of them.
+        nbytes: size of all tensors in bytes.
         truncated: bytes that the header promises beyond the end of the file; 0 for a complete file.
         odd_names: the names that are not printable, or that contain a slash or backslash.
-        renamed: True where ``names`` are not those of the file: see :mod:`quarkconv.headers.quantizer_names`.
+        renamed: True where the names are not those of the file: see :mod:`quarkconv.headers.quantizer_names`.
     """
 
     file: str
     size: int
     data_start: int
-    names: Sequence[str]
-    types: Sequence[TensorType]
+    tensors: dict[str, TensorType]
     starts: Sequence[int]
     ends: Sequence[int]
+    nbytes: int
     truncated: int = 0
     odd_names: tuple[str, ...] = ()
     renamed: bool = False
 
+    @property
+    def names(self) -> KeysView[str]:
+        """The names of the tensors."""
+        return self.tensors.keys()
+
     def refs(self) -> Iterator[tuple[str, TensorRef]]:
         """The tensors with their byte ranges in the file."""
         base = self.data_start
-        for name, (dtype, shape), start, end in zip(self.names, self.types, self.starts, self.ends, strict=True):
+        for name, (dtype, shape), start, end in zip(
+            self.tensors, self.tensors.values(), self.starts, self.ends, strict=True
+        ):
             yield name, TensorRef(dtype, shape, self.file, base + start, base + end)
 
 
@@ -146,21 +152,19 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         _check_costs(raw, file)
         text = _decode(raw, file)
         scanned = scan_header(text)
-        if scanned is not None and all(map(_is_type, scanned.distinct_types)):
-            names, types, ends, kinds = scanned
-            starts: Sequence[int] = (0, *ends[:-1])
+        if scanned is None:
+            tensors, starts, ends = _parse(text, file)
         else:
-            names, types, starts, ends = _parse(text, file)
-            kinds = distinct(types)
-        if max(map(len, names), default=0) > MAX_NAME:
-            _refuse(file, max(names, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
-        _check_sizes(file, names, types, starts, ends, kinds)
-        data_size = _check_coverage(file, names, starts, ends)
-        stored_names = names
+            tensors, ends = scanned
+            starts = (0, *ends[:-1])
+        if max(map(len, tensors), default=0) > MAX_NAME:
+            _refuse(file, max(tensors, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
+        data_size = _check_data(file, tensors, starts, ends) if scanned is None else ends[-1]
+        stored_names = tensors.keys()
         if MARK in text:
-            names = usual_names(names)
+            tensors = dict(zip(usual_names(stored_names), tensors.values(), strict=True))
         plain = text.isascii() and not any(char in text for char in _ODD)
-        odd = () if plain else tuple(name for name in names if not name.isprintable() or "/" in name or "\\" in name)
+        odd = () if plain else tuple(name for name in tensors if not name.isprintable() or "/" in name or "\\" in name)
     if data_start + data_size < size:
         raise invalid_header(
             file,
@@ -172,18 +176,18 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         file=file,
         size=size,
         data_start=data_start,
-        names=names,
-        types=types,
+        tensors=tensors,
         starts=starts,
         ends=ends,
+        nbytes=data_size,
         truncated=data_start + data_size - size,
         odd_names=odd,
-        renamed=is_renamed(stored_names, names),
+        renamed=is_renamed(stored_names, tensors.keys()),
     )
 
 
-def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[TensorType], Sequence[int], Sequence[int]]:
-    """Names, types, starts and ends of a header in any form of JSON."""
+def _parse(text: str, file: str) -> tuple[dict[str, TensorType], Sequence[int], Sequence[int]]:
+    """Tensors, starts and ends of a header in any form of JSON."""
     tensors, values = text.count("{"), text.count(",")
     if tensors > _MAX_FREE_TENSORS + 2 or values > _MAX_FREE_VALUES or len(text) > _MAX_FREE_BYTES:
         raise _over_limit(
@@ -201,7 +205,8 @@ def _parse(text: str, file: str) -> tuple[Sequence[str], Sequence[TensorType], S
         isinstance(metadata, dict) and all(isinstance(value, str) for value in metadata.values())
     ):
         _refuse(file, "__metadata__", "an object of strings", shown(metadata))
-    return list(entries), *_columns(entries, file)
+    types, starts, ends = _columns(entries, file)
+    return dict(zip(entries, types, strict=True)), starts, ends
 
 
 def _check_costs(raw: bytes, file: str) -> None:
@@ -283,7 +288,7 @@ def _columns(
         if set(map(type, chain(starts, ends, chain.from_iterable(shapes)))) != {int} or min(starts) < 0:
             raise ValueError
         types = [TensorType(dtype, tuple(shape)) for dtype, shape in zip(dtypes, shapes, strict=True)]
-        if not all(map(_is_type, distinct(types))):
+        if not all(map(is_tensor_type, distinct(types))):
             raise ValueError
     except (ValueError, KeyError, TypeError):
         _find_bad_entry(entries, file)
@@ -293,27 +298,6 @@ def _columns(
 def distinct(items: Iterable[_T]) -> Collection[_T]:
     """The distinct objects among many that are mostly shared. Compares identities, so nothing is hashed."""
     return {id(item): item for item in items}.values()
-
-
-def _is_type(kind: TensorType) -> bool:
-    """True for a dtype of the format and a shape that a tensor can have."""
-    dtype, shape = kind
-    return (
-        dtype in DTYPE_BITS
-        and len(shape) <= MAX_DIMENSIONS
-        and min(shape, default=0) >= 0
-        and not _overflows(dtype, shape)
-    )
-
-
-def _overflows(dtype: str, shape: Sequence[int]) -> bool:
-    """True when a size does not fit in 64 bits while it is multiplied up, even if a later factor is 0."""
-    count = 1
-    for size in shape:  # stops at once: the numbers may have thousands of digits each
-        count *= size
-        if size > _MAX_SIZE or count > _MAX_SIZE:
-            return True
-    return count * DTYPE_BITS[dtype] > _MAX_SIZE
 
 
 def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoReturn:
@@ -332,44 +316,36 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
             _refuse(file, name, "a shape of whole numbers that are not negative", shown(shape))
         if len(shape) > MAX_DIMENSIONS:
             _refuse(file, name, f"at most {MAX_DIMENSIONS} dimensions", str(len(shape)))
-        if _overflows(dtype, shape):
+        if overflows(TensorType(dtype, tuple(shape))):
             _refuse(file, name, "a size that fits in 64 bits", shown(shape))
         if not sizes(offsets) or not isinstance(offsets, list) or len(offsets) != 2:
             _refuse(file, name, "two data_offsets that are not negative", shown(offsets))
     raise AssertionError("no bad entry in a header that failed its checks")  # pragma: no cover
 
 
-def _check_sizes(
-    file: str,
-    names: Sequence[str],
-    types: Sequence[TensorType],
-    starts: Sequence[int],
-    ends: Sequence[int],
-    distinct_types: Collection[TensorType],
-) -> None:
+def _check_data(file: str, tensors: dict[str, TensorType], starts: Sequence[int], ends: Sequence[int]) -> int:
+    """Check the byte ranges, see below; returns the size of the data."""
+    _check_sizes(file, tensors, starts, ends)
+    _check_coverage(file, tensors, starts, ends)
+    return max(ends, default=0)
+
+
+def _check_sizes(file: str, tensors: dict[str, TensorType], starts: Sequence[int], ends: Sequence[int]) -> None:
     """Every byte range is as long as dtype and shape say."""
-    bits = {id(kind): DTYPE_BITS[kind.dtype] * prod(kind.shape) for kind in distinct_types}
-    nbytes = {key: count // 8 if count % 8 == 0 else None for key, count in bits.items()}
-    if all(map(eq, map(nbytes.__getitem__, map(id, types)), map(sub, ends, starts))):
-        return
-    for name, kind, start, end in zip(names, types, starts, ends, strict=True):
-        if nbytes[id(kind)] != end - start:
-            expected = f"{bits[id(kind)] / 8:g} bytes for {kind.dtype} {list(kind.shape)}"
+    for (name, found), start, end in zip(tensors.items(), starts, ends, strict=True):
+        if found.bits != 8 * (end - start):
+            expected = f"{found.bits / 8:g} bytes for {found.dtype} {list(found.shape)}"
             _refuse(file, name, expected, f"data_offsets that span {end - start} bytes")
 
 
-def _check_coverage(file: str, names: Sequence[str], starts: Sequence[int], ends: Sequence[int]) -> int:
-    """The ranges cover the data from 0 without overlap or hole; returns the size of the data."""
-    if not starts:
-        return 0
-    if starts[0] != 0 or starts[1:] != ends[:-1]:
-        position = 0
-        for start, end, name in sorted(zip(starts, ends, names, strict=True)):
-            if start != position:
-                kind = "leaves a hole before" if start > position else "overlaps the tensor before"
-                _refuse(file, name, f"data that starts at {position}", f"data that starts at {start} and {kind} it")
-            position = end
-    return max(ends)
+def _check_coverage(file: str, names: Iterable[str], starts: Sequence[int], ends: Sequence[int]) -> None:
+    """The ranges cover the data from 0 without overlap or hole."""
+    position = 0
+    for start, end, name in sorted(zip(starts, ends, names, strict=True)):
+        if start != position:
+            kind = "leaves a hole before" if start > position else "overlaps the tensor before"
+            _refuse(file, name, f"data that starts at {position}", f"data that starts at {start} and {kind} it")
+        position = end
 
 
 def _refuse(file: str, tensor: str, expected: str, found: str) -> NoReturn:

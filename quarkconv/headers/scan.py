@@ -1,73 +1,141 @@
-"""A fast path for safetensors headers as tools write them: one regular expression instead of a JSON parser.
+"""Fast paths for headers and indexes as tools write them: string methods instead of a JSON parser.
 
 The safetensors library writes compact JSON, the keys of an entry in a fixed order and the tensors in the order of their
-data. The grammar below accounts for every character of such a header, so a JSON parser reads the same from whatever it
-accepts. Any other header, valid or not, goes to the JSON parser, which also explains what is wrong with it. This halves
-the time to inspect a large checkpoint.
+data, each of which starts where the data before it ends::
+
+    {"a.weight":{"dtype":"I8","shape":[2,3],"data_offsets":[0,6]},"a.weight_scale":{"dtype":...
+
+Names and types determine such a header. The scanner splits it at the text between them, and compares the offsets with
+the only ones that are possible. Every character is accounted for, so that a JSON parser reads the same from whatever a
+scanner accepts. Any other text, valid or not, goes to the JSON parser, which also explains what is wrong with it.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable
 from functools import lru_cache
+from itertools import accumulate
 from typing import Final, NamedTuple
 
-from quarkconv.dtypes import TensorType
+from quarkconv.dtypes import TensorType, is_tensor_type
 
-# Strings without escapes and control characters: every character is literal.
-_START: Final = re.compile(
-    r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?(?=")'
-)
-_ENTRY: Final = re.compile(
-    r'"([^"\\\x00-\x1f]+)":\{"dtype":"([A-Z0-9_]+","shape":\[[\d,]*)\],"data_offsets":\[(\d+),(\d+)\]\}[,}]',
-    re.ASCII,
-)
-_TYPE: Final = re.compile(r'([A-Z0-9_]+)","shape":\[((?:(?:0|[1-9]\d{0,17})(?:,(?!$)|$))*)', re.ASCII)
-_MAX_DIGITS: Final = 18
+_START: Final = re.compile(r'\{(?:"__metadata__":\{(?:"[^"\\\x00-\x1f]*":"[^"\\\x00-\x1f]*"(?:,(?=")|(?=\})))*\},)?"')
+_BEFORE_TYPE: Final = '":{"dtype":"'
+_TYPE: Final = re.compile(r'([A-Z0-9_]+)","shape":\[((?:(?:0|[1-9]\d{0,17})(?:,(?=\d)|(?=\])))*)\]', re.ASCII)
+_BEFORE_OFFSETS: Final = ',"data_offsets":['
 _MAX_TYPE_LENGTH: Final = 300
+_MAX_END: Final = 10**18
+_OTHER_NAMES: Final = ("", "__metadata__")
+"""Names that the fast path leaves to the JSON parser: an empty one, and of metadata that is not as above."""
+
+_WEIGHT_MAP: Final = b'"weight_map"'
+_SPACE: Final = r"[ \t\r\n]*"
+_MAP_START: Final = re.compile(rf"{_SPACE}:{_SPACE}\{{{_SPACE}(?=\")".encode())
+_MAP_END: Final = re.compile(rf"{_SPACE}\}}{_SPACE}\}}{_SPACE}".encode())
+_COLON: Final = re.compile(f"{_SPACE}:{_SPACE}")
+_COMMA: Final = re.compile(f"{_SPACE},{_SPACE}")
+_PART: Final = 2**17
+"""Bytes of an index that are split at a time."""
+
+_NOT_LITERAL: Final = bytes(range(32)) + b'"\\'
+"""Characters that are escaped in a JSON string."""
 
 
 class Scanned(NamedTuple):
-    """The entries of a header as columns. The data of each starts where the data before it ends, the first at 0."""
+    """The entries of a header, all rules of the format checked; the data of each starts where the data before it ends.
 
-    names: Sequence[str]
-    types: Sequence[TensorType]
-    ends: Sequence[int]
-    distinct_types: Collection[TensorType]
+    Attributes:
+        tensors: name -> dtype and shape, in the order of the data. Equal types are one object.
+        ends: where the data of each tensor ends.
+    """
+
+    tensors: dict[str, TensorType]
+    ends: list[int]
 
 
 def scan_header(text: str) -> Scanned | None:
-    """The entries of a header, of which only the syntax is checked; None for a header that needs the JSON parser."""
+    """The entries of a header; None for a header that needs the JSON parser."""
     start = _START.match(text)
-    body = text.rstrip(" ")
-    if start is None or not body.endswith("]}}") or body.count("]}}") != 1:
+    if start is None:
         return None
-    # Splitting also yields the text between entries: empty if the grammar accounts for every character. A comma follows
-    # an entry; after the last one, at the only "]}}", the brace that closes the header does.
-    parts = _ENTRY.split(body[start.end() :])
-    between, names, type_texts, starts, ends = (parts[column::5] for column in range(5))
-    if any(between) or not names or len(set(names)) != len(names):
+    *entries, last = text[start.end() :].rstrip(" ").split(_BEFORE_OFFSETS)
+    if not entries:
         return None
-    if starts[0] != "0" or starts[1:] != ends[:-1]:
-        return None
-    if "__metadata__" in names:  # metadata that is not an object of strings
-        return None
-    if any(end != "0" for end in ends if end[0] == "0") or max(map(len, ends)) > _MAX_DIGITS:
-        return None
+    # An entry: offsets of the tensor before it, a quote, its name, and its type. The last offsets come after it.
+    heads, _, type_texts = zip(*[entry.partition(_BEFORE_TYPE) for entry in entries], strict=True)
     distinct = set(type_texts)
-    if max(map(len, distinct)) > _MAX_TYPE_LENGTH:
+    types = {type_text: found for type_text in distinct if (found := _parse_type(type_text)) is not None}
+    if len(types) != len(distinct):
         return None
-    types = {type_text: _parse_type(type_text) for type_text in distinct}
-    resolved = [kind for kind in map(types.__getitem__, type_texts) if kind is not None]
-    if len(resolved) != len(names):
+    sizes = {type_text: found.nbytes for type_text, found in types.items()}
+    ends = list(accumulate(map(sizes.__getitem__, type_texts)))
+    numbers = list(map(str, ends))
+    offsets = ["", *[f'{start},{end}]}},"' for start, end in zip(["0", *numbers[:-1]], numbers, strict=True)]]
+    if offsets.pop() != f'{last[:-1]},"' or not last.endswith("}") or ends[-1] > _MAX_END:
         return None
-    return Scanned(names, resolved, tuple(map(int, ends)), [kind for kind in types.values() if kind is not None])
+    names = list(map(str.removeprefix, heads, offsets))
+    tensors = dict(zip(names, map(types.__getitem__, type_texts), strict=True))
+    if sum(map(len, names)) + sum(map(len, offsets)) != sum(map(len, heads)):  # other offsets
+        return None
+    if len(tensors) != len(entries) or not tensors.keys().isdisjoint(_OTHER_NAMES) or not _are_literal(names):
+        return None
+    return Scanned(tensors, ends)
+
+
+class ScannedIndex(NamedTuple):
+    """An index.
+
+    Attributes:
+        names, files: keys and values of the weight_map.
+        rest: the JSON without the entries of the weight_map, not checked.
+    """
+
+    names: list[str]
+    files: list[str]
+    rest: bytes
+
+
+def scan_index(raw: bytes) -> ScannedIndex | None:
+    """The entries of an index, whose weight_map tools write last; None for an index that needs the JSON parser."""
+    before, last = raw.find(_WEIGHT_MAP) + len(_WEIGHT_MAP), raw.rfind(b'"') + 1
+    start, end = _MAP_START.match(raw, before), _MAP_END.fullmatch(raw, last)
+    if start is None or end is None or raw.count(_WEIGHT_MAP) != 1 or not raw.isascii():
+        return None
+    names: list[str] = []
+    files: list[str] = []
+    distinct: dict[str, str] = {}
+    position = start.end()
+    while position < last:  # part by part, since memory that is used again costs the least time
+        stop = raw.find(b'",', position + _PART) + 1 or last
+        comma, *texts = raw[position:stop].decode().split('"')
+        keys, colons, values, commas = (texts[column::4] for column in range(4))
+        commas[-1:] = [comma] if names else []
+        if len(texts) % 4 or texts[-1] or not _are_all(_COLON, colons) or not _are_all(_COMMA, commas):
+            return None
+        if not _are_literal(keys):
+            return None
+        names += keys
+        files += map(distinct.setdefault, values, values)
+        position = stop
+    return ScannedIndex(names, files, raw[:before] + b":{" + raw[last:]) if _are_literal(distinct) else None
+
+
+def _are_all(separator: re.Pattern[str], texts: list[str]) -> bool:
+    """Whether texts are all the same separator."""
+    return not texts or (texts.count(texts[0]) == len(texts) and separator.fullmatch(texts[0]) is not None)
+
+
+def _are_literal(names: Iterable[str]) -> bool:
+    """Whether a JSON string of each name consists of the same characters."""
+    joined = "".join(names).encode()
+    return len(joined.translate(None, _NOT_LITERAL)) == len(joined)
 
 
 @lru_cache(maxsize=4096)  # equal types become one object, across the files of a checkpoint
 def _parse_type(text: str) -> TensorType | None:
-    match = _TYPE.fullmatch(text)
+    match = _TYPE.fullmatch(text) if len(text) <= _MAX_TYPE_LENGTH else None
     if match is None:
         return None
-    return TensorType(match[1], tuple(map(int, match[2].split(","))) if match[2] else ())
+    found = TensorType(match[1], tuple(map(int, match[2].split(","))) if match[2] else ())
+    return found if is_tensor_type(found) and found.nbytes * 8 == found.bits else None

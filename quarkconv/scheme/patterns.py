@@ -123,6 +123,8 @@ def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> C
     if not tests and not ends:
         return exact.__contains__
     suffixes = tuple(ends)
+    if not tests and len(ends) <= _FEW:
+        return lambda name: name in exact or name.endswith(suffixes)
     patterned: Test = lambda name: name.endswith(suffixes) or any(test(name) for test in tests)  # noqa: E731
     if expressions or len(ends) > _FEW or not _is_cheap(patterns):
         patterned = patience.guard(patterned)

@@ -5,18 +5,19 @@ The names of the tensors are those of Quark and compressed-tensors: ``<module>.w
 fused into one tensor have no ``.weight``: ``<experts>.gate_up_proj`` with ``<experts>.gate_up_proj_scale`` and
 ``_input_scale``.
 
-How this stays fast. A large model has 100,000 tensors and 50,000 modules, in a handful of forms. The header scanner
-gives equal types the same object (``headers/scan.py``), so two tensors of one type have the same ``id``. A module's key
-is the tuple of the ids of its tensors' types, ``id(None)`` for a tensor that it lacks. ``zip`` and ``map`` compute all
-keys at C speed; a dict keeps one row of types for each distinct key, and one Form made of it, which all modules of that
-key share. Later code compares and groups modules by ``id(form)``, and computes whatever depends on the form once.
+How this stays fast. A large model has 100,000 tensors and 50,000 modules, in a handful of forms. One pass sorts the
+tensors into columns by the last part of their names, each from module to type. The header scanner gives equal types the
+same object (``headers/scan.py``), so two tensors of one type have the same ``id``. A module's key is the tuple of the
+ids of its types in all columns, ``id(None)`` where it lacks one. ``zip`` and ``map`` compute all keys at C speed; a
+dict keeps one row of types for each distinct key, and one Form of it, which all modules of that key share. Later code
+compares and groups modules by ``id(form)``, and computes whatever depends on the form once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any, Final, Literal, NamedTuple
+from typing import Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType
 from quarkconv.scheme.companions import ATTENTION_SCALES, OUTPUT_SCALES, output_companions
@@ -24,13 +25,11 @@ from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
 SCALE_DTYPES: Final = frozenset({"F32", "BF16", "F16"})
 NARROW_DTYPES: Final = frozenset({"BF16", "F16"})
-_WEIGHT: Final = ".weight"
 _COMPANIONS: Final = ("_scale", "_zero_point", "_offset")
 BLOCK_SCALE: Final = ".weight_scale_inv"
 """The scales of a weight that is quantized in blocks, such as 128 x 128."""
 ROTATION: Final = "_rotation"
 """End of the name of the matrix that rotates the input or output of a module at run time."""
-_KNOWN: Final = (_WEIGHT, *_COMPANIONS)
 
 Granularity = Literal["per_channel", "per_tensor"]
 
@@ -108,6 +107,10 @@ def fused_names(module: str) -> TensorNames:
     )
 
 
+_LEAVES: Final = tuple(name.removeprefix(".") for name in linear_names(""))
+"""Last parts of the names of the tensors of a linear, the weight's first, in the order of the fields of a Form."""
+
+
 @dataclass(frozen=True, slots=True)
 class StoredModules:
     """The modules of a checkpoint that have a weight.
@@ -144,43 +147,52 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    weights = {name: found for name, found in types.items() if name.endswith(_WEIGHT) and len(found.shape) >= 2}
-    companions = [name for name in types if name.endswith(_COMPANIONS)]
-    modules = [name[: -len(_WEIGHT)] for name in weights]
-    # One column for each tensor that a module may have, and one pass over each. Most checkpoints have two columns.
-    leaves = {name.rpartition(".")[2] for name in companions}
-    names = zip(Form._fields, linear_names(""), strict=True)
-    suffixes = {field: suffix for field, suffix in names if suffix[1:] in leaves}
-    columns: list[list[Any]] = [list(weights.values())]
-    columns += [list(map(types.get, [module + suffix for module in modules])) for suffix in suffixes.values()]
-    # Types are shared objects, and slow to hash: the ids of a module's types are its key.
-    keys = list(zip(*(map(id, column) for column in columns), strict=True))
-    rows = dict(zip(keys, zip(*columns, strict=True), strict=True))
-    forms = {key: Form(row[0], **dict(zip(suffixes, row[1:], strict=True))) for key, row in rows.items()}
-    linears = dict(zip(modules, map(forms.__getitem__, keys), strict=True))
-    owned = sum(len(column) - list(map(id, column)).count(id(None)) for column in columns[1:])
+    columns: dict[str, dict[str, TensorType]] = {leaf: {} for leaf in _LEAVES}
+    others: dict[str, TensorType] = {}
+    for name, found in types.items():
+        module, dot, leaf = name.rpartition(".")
+        column = columns.get(leaf)
+        if column is None or not dot:
+            others[name] = found
+        else:
+            column[module] = found
+    weights, *companions = columns.values()
+    for module in [module for module, found in weights.items() if len(found.shape) < 2]:
+        del weights[module]
+    linears = _forms(weights, companions)
+    plain = [name for name in others if not name.endswith(_COMPANIONS)]
     fused: dict[str, Form] = {}
-    others: list[str] = []
-    plain = [name for name in types if not name.endswith(_KNOWN)]
+    unrecognised: list[str] = []
     for name in plain:
-        found = types[name]
+        found = others[name]
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
-            fused[name] = form = Form(found, *map(types.get, fused_names(name)[1:]))
-            owned += len(Form._fields) - 1 - form.count(None)
+            fused[name] = Form(found, *map(others.get, fused_names(name)[1:]))
         elif found.dtype == "I8" and not name.endswith(ROTATION):
-            others.append(name)
-    if owned != len(companions):
-        others.extend(_orphans(types, linears, fused))
-    of_outputs = any(f".{leaf}".endswith(OUTPUT_SCALES) for leaf in leaves)
-    output_scales = [name for name in companions if name.endswith(OUTPUT_SCALES)] if of_outputs else []
+            unrecognised.append(name)
+    owned = sum(sum(map(column.__contains__, weights)) for column in companions if column)
+    owned += sum(len(form) - 1 - form.count(None) for form in fused.values())
+    if owned != sum(map(len, companions)) + len(others) - len(plain):
+        unrecognised.extend(_orphans(types, linears, fused))
     return StoredModules(
         linears=linears,
         fused=fused,
-        unrecognised=tuple(others),
+        unrecognised=tuple(unrecognised),
         tensors=types,
         plain=tuple(plain),
-        output_scales=tuple(output_scales),
+        output_scales=tuple(name for name in others if name.endswith(OUTPUT_SCALES)),
     )
+
+
+def _forms(weights: dict[str, TensorType], companions: list[dict[str, TensorType]]) -> dict[str, Form]:
+    """Module -> form, of columns of module -> type: one of the weights, and one for each field of a Form after it."""
+    fields = [field for field, column in zip(Form._fields[1:], companions, strict=True) if column]
+    rows: list[list[TensorType | None]] = [list(weights.values())]
+    rows += [list(map(column.get, weights)) for column in companions if column]
+    # Types are shared objects, and slow to hash: the ids of a module's types are its key.
+    keys = list(zip(*(map(id, row) for row in rows), strict=True))
+    distinct = dict(zip(keys, zip(*rows, strict=True), strict=True))
+    forms = {key: Form(types[0], **dict(zip(fields, types[1:], strict=True))) for key, types in distinct.items()}
+    return dict(zip(weights, map(forms.__getitem__, keys), strict=True))
 
 
 def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:

@@ -13,7 +13,6 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from importlib.metadata import version
 from pathlib import Path
 from typing import Final
 
@@ -27,6 +26,7 @@ from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
+from quarkconv.version import own_version
 from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.durable import writing
 from quarkconv.write.opening import files_of, opened
@@ -144,7 +144,7 @@ class Run:
         names = files_of(self.plan)
         self.staging.sync([name for name in names if name != MANIFEST_NAME])
         manifest = Manifest(
-            quarkconv=version("quarkconv"),
+            quarkconv=own_version(),
             plan=self.staging.plan_digest,
             target=self.plan.target,
             scheme=self.plan.scheme,

@@ -5,12 +5,12 @@ from __future__ import annotations
 import hashlib
 import json
 import shlex
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.plan.plan import Plan
 from quarkconv.text import word
+from quarkconv.version import own_version
 
 FileState = tuple[str, int, int | str]
 """Name, size in bytes, and time of modification in ns of a source file, or its ETag where it is on the Hub."""
@@ -44,7 +44,7 @@ def plan_state(
         words += ["--mtp", "drop"]
     config = json.dumps(plan.config, sort_keys=True)
     return {
-        "quarkconv": version("quarkconv"),
+        "quarkconv": own_version(),
         "target": plan.target,
         "max_shard_size": plan.max_shard_size,
         "quantize": plan.quantize,

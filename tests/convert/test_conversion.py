@@ -11,7 +11,8 @@ from support.program import snapshot
 from support.progress import Recorder
 
 import quarkconv
-from quarkconv.convert.conversion import MAX_JOBS, Conversion
+from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.jobs import MAX_JOBS
 from quarkconv.convert.options import Options
 from quarkconv.errors import UsageError
 from quarkconv.hub.locate import locate

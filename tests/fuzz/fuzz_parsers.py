@@ -120,7 +120,7 @@ def header() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
         found = _parse_safetensors_header(data, "x", "here").tensors
         if {name: (t.dtype, tuple(t.shape), tuple(t.data_offsets)) for name, t in found.items()} != {
             name: (*kind, (start, end))
-            for name, kind, start, end in zip(size.names, size.types, size.starts, size.ends, strict=True)
+            for (name, kind), start, end in zip(size.tensors.items(), size.starts, size.ends, strict=True)
         }:
             raise RuntimeError("huggingface_hub reads something else")
 

@@ -229,7 +229,7 @@ def test_what_is_accepted_huggingface_hub_reads_alike(name: str, form: str, scra
     theirs = _parse_safetensors_header(raw[8 : header.data_start], "model.safetensors", "here").tensors
     assert {name: (info.dtype, tuple(info.shape), *info.data_offsets) for name, info in theirs.items()} == {
         name: (*kind, start, end)
-        for name, kind, start, end in zip(header.names, header.types, header.starts, header.ends, strict=True)
+        for (name, kind), start, end in zip(header.tensors.items(), header.starts, header.ends, strict=True)
     }
 
 
