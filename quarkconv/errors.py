@@ -1,63 +1,62 @@
 """The errors of quarkconv, and the exit code that each one gives.
 
     QuarkconvError
-    ├── UsageError          2    the command line or the arguments make no sense
+    ├── UsageError          2    invalid command line or arguments
     ├── SourceError         3    the source is missing, malformed, truncated or inconsistent
-    │   └── HubError        3    the Hub does not give it
-    ├── UnsupportedError    4    the source is readable, but no target can represent it
-    ├── WriteError          5    writing failed; what was finished is kept, the same command resumes
-    └── InterruptedByUser   130  stopped by a signal; what was finished is kept
+    │   └── HubError        3    the Hub does not provide it
+    ├── UnsupportedError    4    the source is readable, but quarkconv or the target cannot handle it
+    ├── WriteError          5    writing failed; finished work is kept, the same command resumes
+    └── InterruptedByUser   130  stopped by a signal; finished work is kept, the same command resumes
 
-Every error says which file and which tensor or module it is about, what was expected, what was found and
-what to do next. The parts are kept apart, so that the terminal and ``--json`` can show them each in their way.
+Every error names the file, the tensor or module, what was expected, what was found, and the next step. The parts are
+separate, for the terminal and for ``--json``.
 """
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, TypedDict, Unpack
+
+
+class Details(TypedDict, total=False):
+    """The parts of an error beside its message.
+
+    Attributes:
+        file: path of the file concerned.
+        tensor: name of the tensor or module concerned.
+        expected: what the format, the command or another file requires.
+        found: what the file or the command line holds.
+        hint: the next step.
+    """
+
+    file: str | None
+    tensor: str | None
+    expected: str | None
+    found: str | None
+    hint: str | None
 
 
 class QuarkconvError(Exception):
-    """A failure that is known, explained and has an exit code.
+    """An expected failure, with an explanation and an exit code.
 
     Args:
         message: one sentence, without a full stop at the end.
-        file: path of the file concerned.
-        tensor: name of the tensor or module concerned.
-        expected: what should have been there.
-        found: what was there.
-        hint: what to do next.
+        details: see :class:`Details`.
     """
 
     exit_code: ClassVar[int] = 1
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        file: str | None = None,
-        tensor: str | None = None,
-        expected: str | None = None,
-        found: str | None = None,
-        hint: str | None = None,
-    ) -> None:
+    def __init__(self, message: str, **details: Unpack[Details]) -> None:
         super().__init__(message)
         self.message = message
-        self.file = file
-        self.tensor = tensor
-        self.expected = expected
-        self.found = found
-        self.hint = hint
+        self.file = details.get("file")
+        self.tensor = details.get("tensor")
+        self.expected = details.get("expected")
+        self.found = details.get("found")
+        self.hint = details.get("hint")
 
     def details(self) -> list[tuple[str, str]]:
-        """The parts that are known, as (label, text), in the order in which people read them."""
-        parts = [
-            ("file", self.file),
-            ("tensor", self.tensor),
-            ("expected", self.expected),
-            ("found", self.found),
-            ("hint", self.hint),
-        ]
+        """The parts that are known, as (label, text), in reading order."""
+        parts = [(label, getattr(self, label)) for label in Details.__annotations__]
         return [(label, text) for label, text in parts if text is not None]
 
     def __str__(self) -> str:
@@ -65,7 +64,7 @@ class QuarkconvError(Exception):
 
 
 class UsageError(QuarkconvError):
-    """The command line or the arguments make no sense; nothing was read or written."""
+    """Invalid command line or arguments; nothing was written."""
 
     exit_code = 2
 
@@ -73,56 +72,38 @@ class UsageError(QuarkconvError):
 class SourceError(QuarkconvError):
     """The source cannot be read: missing, malformed, truncated or inconsistent.
 
-    ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect, where
-    it can go on; ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid``,
-    ``source-changed`` and ``store-unavailable`` are codes of errors alone.
+    ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect;
+    ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid``, ``source-changed`` and
+    ``store-unavailable`` are codes of errors alone.
     """
 
     exit_code = 3
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        code: str,
-        file: str | None = None,
-        tensor: str | None = None,
-        expected: str | None = None,
-        found: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        super().__init__(message, file=file, tensor=tensor, expected=expected, found=found, hint=hint)
+    def __init__(self, message: str, *, code: str, **details: Unpack[Details]) -> None:
+        super().__init__(message, **details)
         self.code = code
 
 
 class HubError(SourceError):
-    """The Hub does not give what was asked for: no such repo, no access, no network, or an answer that is none."""
+    """The Hub does not provide the model: no such repo, no access, no network, or an invalid response."""
 
-    def __init__(
-        self,
-        message: str,
-        *,
-        file: str | None = None,
-        expected: str | None = None,
-        found: str | None = None,
-        hint: str | None = None,
-    ) -> None:
-        super().__init__(message, code="hub-unavailable", file=file, expected=expected, found=found, hint=hint)
+    def __init__(self, message: str, **details: Unpack[Details]) -> None:
+        super().__init__(message, code="hub-unavailable", **details)
 
 
 class UnsupportedError(QuarkconvError):
-    """The source was read, but it is not INT8 or the target cannot represent it; nothing was written."""
+    """The source is readable, but it is not INT8, or the target cannot represent it; nothing was written."""
 
     exit_code = 4
 
 
 class WriteError(QuarkconvError):
-    """Writing failed: no space, no permission, I/O. What was finished is kept, the same command resumes."""
+    """Writing failed: no space, no permission, I/O. Finished work is kept; the same command resumes."""
 
     exit_code = 5
 
 
-class InterruptedByUser(QuarkconvError):  # noqa: N818 - an interrupt is no error
-    """Stopped by SIGINT or SIGTERM. What was finished is kept, the same command resumes."""
+class InterruptedByUser(QuarkconvError):  # noqa: N818 - an interrupt is not an error
+    """Stopped by SIGINT or SIGTERM. Finished work is kept; the same command resumes."""
 
     exit_code = 130

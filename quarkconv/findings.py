@@ -1,7 +1,7 @@
 """What ``inspect`` can find, as a table of stable codes.
 
 A finding is a fact about a checkpoint that its user should know: ``error`` when an engine would fail or compute
-something else than the model, ``warning`` when it may, ``info`` when it is only good to know. Codes are part of the
+other results, ``warning`` when it may, ``info`` otherwise. Codes are part of the
 public interface: they are never renamed, and ``docs/findings.md`` is made from this table.
 """
 
@@ -29,9 +29,9 @@ class FindingCode:
     """A row of the table.
 
     Attributes:
-        severity: severity where nothing else is said.
+        severity: the default.
         meaning: what the code means, one sentence.
-        blocks: the error with which a conversion refuses such a source; None when it can be converted all the same.
+        blocks: the error with which a conversion refuses such a source; None where conversion is possible.
     """
 
     severity: Severity
@@ -40,7 +40,7 @@ class FindingCode:
 
 
 MAX_FINDINGS: Final = 200
-"""How many findings of one code are listed; the largest models have half as many layers."""
+"""Findings of one code that are listed; the largest models have half as many layers."""
 
 _E, _W, _I = Severity.ERROR, Severity.WARNING, Severity.INFO
 _BROKEN, _UNSUPPORTED = SourceError, UnsupportedError
@@ -54,12 +54,12 @@ CODES: Final[dict[str, FindingCode]] = {
     "index-invalid": FindingCode(_E, "model.safetensors.index.json is not an index.", _BROKEN),
     "index-mismatch": FindingCode(_E, "The index and the headers disagree about where a tensor is.", _BROKEN),
     "tensor-duplicate": FindingCode(_E, "The same tensor lies in more than one file.", _BROKEN),
-    "index-total-size": FindingCode(_I, "The total size in the index is no number of bytes; it is not used."),
+    "index-total-size": FindingCode(_I, "The total size in the index is not a number of bytes; it is ignored."),
     "file-outside": FindingCode(_E, "A file is a link that leads out of the model's directory.", _BROKEN),
     "tensor-name": FindingCode(
         _E, "A tensor has a name that cannot be printed, or (info) with slashes in it.", _BROKEN
     ),
-    "file-unused": FindingCode(_W, "A safetensors file is not named by the index; engines may or may not load it."),
+    "file-unused": FindingCode(_W, "The index does not list a safetensors file; engines may or may not load it."),
     # What the config claims
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
     "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
@@ -71,16 +71,14 @@ CODES: Final[dict[str, FindingCode]] = {
         "Activations are rotated at run time, which engines do not do: they would compute wrong results.",
         _UNSUPPORTED,
     ),
-    "mtp-missing": FindingCode(_I, "The config has layers of multi-token prediction, and none is stored."),
+    "mtp-missing": FindingCode(_I, "The config declares layers of multi-token prediction that are not stored."),
     "float-module-quantized": FindingCode(
         _E,
         "Routers or heads are stored in int8; engines keep them in float, and conversion dequantizes them. A warning "
         "where all of them are in layers of multi-token prediction.",
     ),
     "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
-    "scheme-unsupported": FindingCode(
-        _E, "The tensors or the config are of a scheme that is not INT8 W8A8.", _UNSUPPORTED
-    ),
+    "scheme-unsupported": FindingCode(_E, "The scheme of the tensors or the config is not INT8 W8A8.", _UNSUPPORTED),
     "description-mismatch": FindingCode(
         _E, "Ascend's quant_model_description.json and the stored tensors disagree, or merged linears differ in type."
     ),
@@ -103,25 +101,25 @@ CODES: Final[dict[str, FindingCode]] = {
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(_E, "A scale is NaN, infinite, zero or negative (read by --deep)."),
     "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
-    "zero-point-present": FindingCode(
-        _I, "Zero points are stored; engines want none. Zeros are dropped on conversion."
-    ),
+    "zero-point-present": FindingCode(_I, "Zero points are stored, which engines do not read; conversion drops zeros."),
     "zero-point-shape": FindingCode(_E, "A zero point has another shape than its scale.", _BROKEN),
     "zero-point-nonzero": FindingCode(_E, "A zero point is not zero: the weights are not symmetric (read by --deep)."),
-    "tensor-unrecognised": FindingCode(_W, "A tensor belongs to no module that is understood; engines may drop it."),
+    "tensor-unrecognised": FindingCode(
+        _W, "A tensor with codes or scales belongs to an unknown module; engines may drop it."
+    ),
     # What the experts look like
-    "expert-missing": FindingCode(_E, "Experts of a layer, or projections of an expert, are not there.", _BROKEN),
+    "expert-missing": FindingCode(_E, "Experts of a layer, or projections of an expert, are missing.", _BROKEN),
     "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
     "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
     "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
-        _E, "Routed experts are stored under names, or in a form, that quarkconv does not know.", _UNSUPPORTED
+        _E, "Routed experts have names, or a layout, that quarkconv does not know.", _UNSUPPORTED
     ),
     "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
-    # What a conversion leaves behind (told by convert, of one target)
-    "setting-dropped": FindingCode(_W, "The target cannot say a setting of the source's quantization_config."),
+    # What a conversion leaves out or changes (reported by convert, for one target)
+    "setting-dropped": FindingCode(_W, "The target cannot express a setting of the source's quantization_config."),
     "tensor-dropped": FindingCode(_I, "The target does not have some tensors of the source."),
     "module-dequantized": FindingCode(_I, "Conversion dequantizes modules that engines keep in float."),
     "mtp-dropped": FindingCode(_I, "Conversion leaves out the layers of multi-token prediction."),
@@ -129,7 +127,7 @@ CODES: Final[dict[str, FindingCode]] = {
 """Code -> default severity and meaning. Codes are stable."""
 
 PASSED_ON: Final = frozenset({"file-unused", "tensor-unrecognised"})
-"""Codes of what conversion leaves out, or copies without understanding it. ``convert`` and ``verify`` report these."""
+"""Files that conversion leaves out, and tensors that it copies unread; ``convert`` and ``verify`` report these."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -139,10 +137,10 @@ class Finding:
     Attributes:
         severity: see :class:`Severity`.
         code: key of :data:`CODES`.
-        subject: the module, tensor or file that it is about; the first one where there are several.
-        count: how many modules, tensors or files it is about.
-        message: what was found, one sentence.
-        hint: what to do next, one sentence; empty when nothing has to be done.
+        subject: the module, tensor or file concerned; the first of several.
+        count: number of modules, tensors or files concerned.
+        message: one sentence.
+        hint: the next step, one sentence; empty where nothing has to be done.
     """
 
     severity: Severity
@@ -156,12 +154,12 @@ class Finding:
 def finding(
     code: str, subject: str, message: str, *, hint: str = "", count: int = 1, severity: Severity | None = None
 ) -> Finding:
-    """Make a finding with the severity that its code has by default. Raises ``KeyError`` for an unknown code."""
+    """A finding with the default severity of its code. Raises ``KeyError`` for an unknown code."""
     return Finding(severity or CODES[code].severity, code, subject, count, message, hint)
 
 
 def as_finding(error: SourceError) -> Finding:
-    """What ``inspect`` says of an error after which it can go on; an error that says nothing of the file is raised."""
+    """An error as a finding, where ``inspect`` can go on after it; an error with another code is raised."""
     if error.code not in CODES:
         raise error
     parts = [error.message, *(f"{label} {text}" for label, text in error.details() if label in ("expected", "found"))]
@@ -194,7 +192,7 @@ def refusal(findings: Iterable[Finding], file: str, noun: str, participle: str) 
 
 
 def bounded(findings: Iterable[Finding]) -> list[Finding]:
-    """The findings, and of a code of which there are very many the first ones and one that stands for the rest."""
+    """The findings; those of one code beyond :data:`MAX_FINDINGS` are summed up in one."""
     kept: list[Finding] = []
     more: dict[str, list[Finding]] = {}
     counts: Counter[str] = Counter()

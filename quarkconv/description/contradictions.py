@@ -1,23 +1,22 @@
-"""The contradictions between stored tensors and config, and the defects of the tensors themselves."""
+"""The contradictions between stored tensors and config.json."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from math import prod
 from typing import Final
 
 from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
+from quarkconv.description.int8_modules import CONVERT, count_of, first_of, int8_defects
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
-from quarkconv.experts.topology import MAX_EXPERTS, MoELayer, Topology
+from quarkconv.experts.topology import MoELayer, Topology
 from quarkconv.findings import Finding, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.spec import FLOAT, FOREIGN, ModuleScheme, TensorSpec
-from quarkconv.scheme.stored import BLOCK_SCALE, NARROW_DTYPES, SCALE_DTYPES, Form, StoredModules
+from quarkconv.scheme.spec import FLOAT, TensorSpec
+from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
+from quarkconv.text import plural
 
-_CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
-_REQUANTIZE: Final = "quantize it again: engines fail on it, or compute wrong results"
 _INT8_ONLY: Final = "quarkconv converts INT8 W8A8 only"
 
 
@@ -50,15 +49,17 @@ def contradictions(
         yield from _linears(declared, modules, topology, is_float)
     yield from _float_modules_quantized(quantized_float_modules(modules, topology, is_float), is_mtp)
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
-    yield from _stored(modules, in_blocks)
+    yield from int8_defects(modules, in_blocks)
     yield from _scheme(declared, modules, topology, is_mtp, in_blocks)
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     if unrecognised:
         yield finding(
-            "tensor-unrecognised", unrecognised[0],
-            f"{len(unrecognised)} tensor(s) with codes or scales belong to no module that is understood",
-            hint="conversion copies them as they are; engines may drop them", count=len(unrecognised),
-        )  # fmt: skip
+            "tensor-unrecognised",
+            unrecognised[0],
+            f"Unknown tensors with codes or scales: {len(unrecognised)}, first {unrecognised[0]}",
+            hint="conversion copies them as they are; engines may drop them",
+            count=len(unrecognised),
+        )
 
 
 def _of_the_model(name: str, family: Family | None) -> bool:
@@ -67,7 +68,7 @@ def _of_the_model(name: str, family: Family | None) -> bool:
 
 
 def scheme_implied() -> Finding:
-    """That the scheme follows from the tensors, without a config."""
+    """The finding of a scheme that follows from the tensors, without a config."""
     return finding(
         "scheme-implied",
         "config.json",
@@ -77,29 +78,35 @@ def scheme_implied() -> Finding:
 
 
 def rank_part(rank: Rank) -> Finding:
-    """That a checkpoint is the part of one rank."""
+    """The finding of a checkpoint that holds one rank."""
     way = "tensor" if rank.parallel == "tp" else "expert"
     return finding(
-        "rank-part", "config.json",
-        f"These are the experts of rank {rank.rank} of {rank.world_size} under {way} parallelism; engines divide whole "
-        "models themselves", hint="load them with quarkconv.load_fused_experts, or a loader of your own",
-    )  # fmt: skip
+        "rank-part",
+        "config.json",
+        f"The checkpoint holds rank {rank.rank} of {rank.world_size} under {way} parallelism; engines divide whole "
+        "models themselves",
+        hint="load them with quarkconv.load_fused_experts, or a loader of your own",
+    )
 
 
 def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterator[Finding]:
     if declared is None:
         has_codes = any(form.quantized for form, _ in modules.groups)
         yield finding(
-            "quant-config-missing", "config.json", "config.json has no quantization_config",
-            hint="the weights are int8: take the export's config.json, or convert with --scheme ptpc_int8" if has_codes
-            else "nothing is quantized here: convert it with --quantize all",
-        )  # fmt: skip
+            "quant-config-missing",
+            "config.json",
+            "config.json has no quantization_config",
+            hint="the weights are int8: restore the export's config.json, or convert with --scheme ptpc_int8"
+            if has_codes
+            else "nothing is quantized: convert with --quantize all",
+        )
         return
     for problem in declared.problems:
         yield finding(
-            "quant-config-invalid", f"quantization_config.{problem.field}",
+            "quant-config-invalid",
+            f"quantization_config.{problem.field}",
             f"expected {problem.expected}, found {problem.found}",
-        )  # fmt: skip
+        )
 
 
 def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callable[[str], bool]) -> Iterator[Finding]:
@@ -114,24 +121,30 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
         if missing < layer.experts or layer.partly_quantized:
             part = "" if missing < layer.experts else " in some of their projections"
             yield finding(
-                "experts-not-quantized", layer.prefix,
+                "experts-not-quantized",
+                layer.prefix,
                 f"{missing} of {layer.experts} experts are stored in float{part} and the others in int8",
-                hint="quantize all experts of a layer or none: no engine runs a layer that mixes them", count=missing,
-            )  # fmt: skip
+                hint="quantize all experts of a layer, or leave all in float: engines do not run a mixed layer",
+                count=missing,
+            )
         elif claims == {FLOAT}:
             yield finding(
-                "experts-excluded", layer.prefix, f"All {missing} experts are excluded and stored in float",
+                "experts-excluded",
+                layer.prefix,
+                f"All {missing} experts are excluded and stored in float",
                 count=missing,
-            )  # fmt: skip
+            )
         else:
             dtype = next(form.weight.dtype for form in layer.all_forms if form.is_float)
             yield finding(
-                "experts-not-quantized", layer.prefix,
+                "experts-not-quantized",
+                layer.prefix,
                 f"config.json declares {missing} experts quantized, and all are stored in {dtype}",
-                hint=_CONVERT + ", or leaves these layers out with --mtp drop" if is_mtp(layer.prefix)
-                else "convert it with --quantize missing; Quark 0.13 leaves 3-D experts alone in eager mode on "
-                "transformers 5", count=missing,
-            )  # fmt: skip
+                hint=f"{CONVERT}, or leaves these layers out with --mtp drop"
+                if is_mtp(layer.prefix)
+                else "convert it with --quantize missing; Quark 0.13 skips 3-D experts in eager mode on transformers 5",
+                count=missing,
+            )
 
 
 def _float_modules_quantized(names: tuple[str, ...], is_mtp: Callable[[str], bool]) -> Iterator[Finding]:
@@ -140,7 +153,7 @@ def _float_modules_quantized(names: tuple[str, ...], is_mtp: Callable[[str], boo
         yield finding(
             "float-module-quantized",
             names[0],
-            f"Engines keep {_count(list(names))} in float that the checkpoint stores in int8: {_first(list(names))}",
+            f"{count_of(names)} stored in int8 that engines keep in float: {first_of(names)}",
             hint="convert it: conversion dequantizes them, with one rounding to BF16",
             count=len(names),
             severity=Severity.WARNING if all(map(is_mtp, names)) else None,
@@ -169,112 +182,28 @@ def _linears(
             excluded += names
     if claimed and declared.stores_codes:
         yield finding(
-            "quantized-but-stored-float", claimed[0],
-            f"config.json declares {_count(claimed)} quantized, stored in float: {_first(claimed)}",
-            hint=_CONVERT, count=len(claimed),
-        )  # fmt: skip
+            "quantized-but-stored-float",
+            claimed[0],
+            f"config.json declares {count_of(claimed)} quantized, stored in float: {first_of(claimed)}",
+            hint=CONVERT,
+            count=len(claimed),
+        )
     elif claimed:
         yield finding(
-            "scheme-unsupported", claimed[0],
+            "scheme-unsupported",
+            claimed[0],
             "The export keeps float weights, to be quantized at load (weight_format is not real_quantized)",
-            hint='export it again with weight_format="real_quantized"', count=len(claimed),
-        )  # fmt: skip
+            hint='export it again with weight_format="real_quantized"',
+            count=len(claimed),
+        )
     if excluded:
         yield finding(
-            "excluded-but-quantized", excluded[0],
-            f"config.json excludes {_count(excluded)} stored in int8: {_first(excluded)}",
-            hint=_CONVERT, count=len(excluded),
-        )  # fmt: skip
-
-
-_Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
-
-_CHECKS: Final[tuple[_Check, ...]] = (
-    ("scale-missing", lambda form, _: form.scale is None, "{} in int8 without weight_scale", _REQUANTIZE),
-    (
-        "scale-missing",
-        lambda form, claim: form.input_scale is None and _is_static(claim),
-        "{} declared with a static input scale that is not stored",
-        _REQUANTIZE,
-    ),
-    (
-        "weight-shape",
-        lambda form, _: 0 in form.weight.shape or prod(form.weight.shape[:-2]) > MAX_EXPERTS,
-        f"{{}} in int8 without elements, or of more than {MAX_EXPERTS} matrices",
-        "these are no weights of a model",
-    ),
-    (
-        "scale-dtype",
-        lambda form, _: any(
-            kind is not None and kind.dtype not in SCALE_DTYPES for kind in (form.scale, form.input_scale)
-        ),
-        "{} with a scale that is not F32, BF16 or F16",
-        _REQUANTIZE,
-    ),
-    (
-        "scale-shape",
-        lambda form, _: form.scale is not None and form.granularity is None,
-        "{} with a scale that is neither per channel nor per tensor",
-        _REQUANTIZE,
-    ),
-    (
-        "scale-shape",
-        lambda form, _: form.input_scale is not None and not _is_input_scale(form.input_scale.shape, form.weight.shape),
-        "{} with a static input scale that is neither one value nor one for each matrix",
-        _REQUANTIZE,
-    ),
-    (
-        "granularity-mismatch",
-        lambda form, claim: (
-            form.granularity is not None and claim.weight is not None and form.granularity != claim.weight.granularity
-        ),
-        "{} with scales of another granularity than config.json declares",
-        _CONVERT,
-    ),
-    (
-        "granularity-mismatch",
-        lambda form, claim: form.input_scale is not None and claim.weight is not None and not _is_static(claim),
-        "{} with a static input scale that config.json does not declare",
-        _CONVERT,
-    ),
-    (
-        "zero-point-shape",
-        lambda form, _: any(
-            point is not None and form.scale is not None and point.shape != form.scale.shape
-            for point in (form.zero_point, form.offset)
-        ),
-        "{} with a zero point of another shape than the scale",
-        _REQUANTIZE,
-    ),
-    (
-        "scale-narrow",
-        lambda form, _: form.scale is not None and form.scale.dtype in NARROW_DTYPES,
-        "{} with a scale in 16 bits; conversion widens it to F32, which is exact",
-        "",
-    ),
-    (
-        "zero-point-present",
-        lambda form, _: any((form.zero_point, form.input_zero_point, form.offset)),
-        "{} with stored zero points; conversion checks that they are zero and drops them",
-        "",
-    ),
-)
-"""(code, test, message, hint) of what is looked at in every int8 module; ``{}`` becomes "3 modules"."""
-
-
-def _stored(modules: ResolvedModules, in_blocks: frozenset[str]) -> Iterator[Finding]:
-    """What is wrong with, or remarkable about, the tensors of int8 modules."""
-    for code, test, message, hint in _CHECKS:
-        found = [
-            name
-            for (form, claim), names in modules.groups.items()
-            if form.quantized and not _is_foreign(claim) and test(form, claim)
-            for name in names
-            if form.scale is not None or name not in in_blocks
-        ]
-        if found:
-            text = f"{message.format(_count(found))}: {_first(found)}"
-            yield finding(code, found[0], text, hint=hint, count=len(found))
+            "excluded-but-quantized",
+            excluded[0],
+            f"config.json excludes {count_of(excluded)} stored in int8: {first_of(excluded)}",
+            hint=CONVERT,
+            count=len(excluded),
+        )
 
 
 def _scheme(
@@ -284,7 +213,7 @@ def _scheme(
     is_mtp: Callable[[str], bool],
     in_blocks: frozenset[str],
 ) -> Iterator[Finding]:
-    """Whether this is an INT8 scheme at all, one, and of a mixture of experts."""
+    """Findings where the checkpoint is not of one INT8 scheme, or not a mixture of experts."""
     schemes = modules.schemes
     other = sorted({form.weight.dtype for form, _ in modules.groups if not form.quantized and not form.is_float})
     if other:
@@ -293,7 +222,7 @@ def _scheme(
         yield finding(
             "scheme-unsupported",
             names[0],
-            f"{_count(names)} stored in {', '.join(other)}: {_first(names)}",
+            f"{count_of(names)} stored in {', '.join(other)}: {first_of(names)}",
             hint="--mtp drop leaves out the layers of multi-token prediction, which hold all of these"
             if only_mtp
             else _INT8_ONLY,
@@ -304,35 +233,41 @@ def _scheme(
         yield finding(
             "scheme-unsupported",
             names[0],
-            f"{_count(names)} with a scale for each block of the weight (weight_scale_inv): {_first(names)}",
+            f"{count_of(names)} with a scale for each block of the weight (weight_scale_inv): {first_of(names)}",
             hint="quarkconv converts weights with a scale for each row, or one for the tensor",
             count=len(names),
         )
     elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
-            "scheme-unsupported", "quantization_config", f"config.json declares {kind}, and nothing is stored in int8",
+            "scheme-unsupported",
+            "quantization_config",
+            f"config.json declares {kind}, and nothing is stored in int8",
             hint=_INT8_ONLY,
-        )  # fmt: skip
+        )
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
     if unnamed and declared is not None and not in_blocks:
         count = sum(schemes[scheme] for scheme in unnamed)
         yield finding(
-            "scheme-unsupported", "quantization_config",
-            f"{count} int8 module(s) have {_shown(unnamed[0].weight)} weights and {_shown(unnamed[0].activation)} "
-            "activations, which is not one of the INT8 W8A8 schemes",
-            hint=_INT8_ONLY, count=count,
-        )  # fmt: skip
+            "scheme-unsupported",
+            "quantization_config",
+            f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
+            f"{_shown(unnamed[0].activation)} activations: not an INT8 W8A8 scheme",
+            hint=_INT8_ONLY,
+            count=count,
+        )
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:
         yield finding("mixed-scheme", "quantization_config", f"int8 modules are of {' and '.join(names_found)}")
     if not topology.members and not any(item.code == "experts-not-understood" for item in topology.findings):
         quantized = bool(schemes)
         yield finding(
-            "not-moe", "config.json", "The checkpoint has no routed experts",
+            "not-moe",
+            "config.json",
+            "The checkpoint has no routed experts",
             hint="" if quantized else "quarkconv is for mixtures of experts in INT8",
             severity=Severity.WARNING if quantized else Severity.ERROR,
-        )  # fmt: skip
+        )
 
 
 def _shown(spec: TensorSpec | None) -> str:
@@ -340,23 +275,3 @@ def _shown(spec: TensorSpec | None) -> str:
         return "float"
     words = ("dynamic" if spec.dynamic else "static", "" if spec.symmetric else "asymmetric", spec.granularity)
     return " ".join([spec.dtype, *filter(None, words)])
-
-
-def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    return prod(shape) in (1, prod(weight[:-2]))
-
-
-def _is_foreign(scheme: ModuleScheme) -> bool:
-    return scheme.weight is not None and scheme.weight.granularity == FOREIGN
-
-
-def _is_static(scheme: ModuleScheme) -> bool:
-    return scheme.activation is not None and not scheme.activation.dynamic and scheme.activation.dtype == "int8"
-
-
-def _count(names: list[str]) -> str:
-    return f"{len(names)} module{'s' if len(names) > 1 else ''}"
-
-
-def _first(names: list[str]) -> str:
-    return names[0] if len(names) == 1 else f"{names[0]}, ..."

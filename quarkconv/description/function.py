@@ -1,4 +1,4 @@
-"""Findings about what a checkpoint computes beyond its weights: rotations at run time, layers that are not stored."""
+"""Findings about what a checkpoint computes beside its weights: rotations at run time, layers that are not stored."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ _ONLINE: Final = ("online_r1_rotation", "r3", "r4")
 def function_findings(
     config: ModelConfig, stored: StoredModules, names: Iterable[str], is_mtp: Callable[[str], bool]
 ) -> Iterator[Finding]:
-    """What makes the checkpoint another function than its weights alone.
+    """The findings about what a checkpoint computes beside its weights.
 
     Args:
         config: the config.
@@ -29,7 +29,7 @@ def function_findings(
     settings = list(_online_settings(config.quantization))
     if rotations or settings:
         subject = rotations[0] if rotations else f"quantization_config.{settings[0]}"
-        held = (
+        rotations_found = (
             f"{plural(len(rotations), 'rotation')} stored beside weights"
             if rotations
             else "rotations computed at run time"
@@ -37,7 +37,7 @@ def function_findings(
         yield finding(
             "rotation-online",
             subject,
-            f"The inputs of quantized modules are rotated online: {held}"
+            f"The inputs of quantized modules are rotated online: {rotations_found}"
             + (f" ({', '.join(settings)})" if settings else ""),
             hint="engines do not rotate: quantize the model again without online rotations",
             count=max(len(rotations), 1),
@@ -46,8 +46,8 @@ def function_findings(
         yield finding(
             "mtp-missing",
             "config.json",
-            f"config.json has {plural(config.mtp_layers, 'layer')} of multi-token prediction, and none is stored",
-            hint="engines cannot draft tokens with this checkpoint; --mtp drop removes the claim",
+            f"config.json declares {plural(config.mtp_layers, 'layer')} of multi-token prediction that are not stored",
+            hint="engines cannot draft tokens with this checkpoint; --mtp drop removes them from config.json",
             count=config.mtp_layers,
         )
 

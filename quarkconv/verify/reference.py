@@ -2,13 +2,13 @@
 
 Shapes: M tokens, H hidden size, I intermediate size, E experts, k experts per token.
 
-:func:`exact_forward` follows the arithmetic of the format step by step: activations quantized per token (or by a static
+The exact result follows the arithmetic of the format step by step: activations quantized per token (or by a static
 scale), products of codes summed as integers, scales applied to the sums. Every step is exact or in float64, except the
 roundings that belong to the format: codes are computed in float32, and the results of both products and the sum over
 experts are rounded to the dtype of the hidden states. An INT8 kernel can differ from it only where its float32 epilogue
 falls on the other side of such a rounding.
 
-:func:`dequantized_forward` is the model as quantization left it: weights code * scale, activations not rounded at all,
+The dequantized result is the model as quantization left it: weights code * scale, activations not rounded at all,
 though cut off where a static scale cuts them off. The distance to it is the noise of 8-bit activations.
 """
 
@@ -117,37 +117,6 @@ def reference_forwards(
     sum_error = (topk_ids.shape[1] + 2) * FLOAT32_STEP * magnitude
     tolerance = _rounded_tolerance(exact, tolerance, sum_error, dtype)
     return References(rounded, tolerance, floats[0], tuple(floats[1:]))
-
-
-def exact_forward(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    read: Read,
-    activation: ExpertActivation,
-    *,
-    on_input: bool = False,
-) -> Tensor:
-    """The INT8 forward, exactly. Arguments as :func:`reference_forwards`; returns [M, H] in their dtype."""
-    references = reference_forwards(hidden_states, topk_weights, topk_ids, read, activation, on_input=on_input)
-    return references.exact.to(hidden_states.dtype)
-
-
-def dequantized_forward(
-    hidden_states: Tensor,
-    topk_weights: Tensor,
-    topk_ids: Tensor,
-    read: Read,
-    activation: ExpertActivation,
-    *,
-    on_input: bool = False,
-) -> Tensor:
-    """The forward with dequantized weights and activations that are not rounded.
-
-    Arguments as :func:`reference_forwards`; returns float64 [M, H].
-    """
-    references = reference_forwards(hidden_states, topk_weights, topk_ids, read, activation, on_input=on_input)
-    return references.dequantized
 
 
 def float_forward(

@@ -10,7 +10,7 @@ import torch
 
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.load.experts import Projection
-from quarkconv.verify.reference import dequantized_forward, exact_forward, quantize
+from quarkconv.verify.reference import References, quantize, reference_forwards
 
 E, H, I = 3, 24, 10  # noqa: E741
 
@@ -42,6 +42,14 @@ def inputs(tokens: int = 7, dtype: torch.dtype = torch.bfloat16) -> tuple[torch.
     return states, weights, ids
 
 
+def silu_references(
+    states: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, projections: dict[tuple[str, int], Projection]
+) -> References:
+    return reference_forwards(
+        states, weights, ids, lambda role, number: projections[role, number], ExpertActivation("silu")
+    )
+
+
 def silu(x: float) -> float:
     return x / (1 + math.exp(-x))
 
@@ -67,10 +75,10 @@ def test_static_scale_cuts_off() -> None:
     assert scale.item() == 1.0
 
 
-def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts: MakeExperts) -> None:
+def test_the_exact_result_is_integer_arithmetic_with_three_roundings(experts: MakeExperts) -> None:
     projections = experts()
     states, weights, ids = inputs()
-    result = exact_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
+    result = silu_references(states, weights, ids, projections).exact.bfloat16()
     for token in range(len(states)):
         total = torch.zeros(H, dtype=torch.float64)
         for slot in range(2):
@@ -99,10 +107,10 @@ def test_exact_forward_is_integer_arithmetic_with_three_roundings(experts: MakeE
         assert torch.equal(result[token], total.bfloat16())
 
 
-def test_dequantized_forward_is_the_float_model(experts: MakeExperts) -> None:
+def test_the_dequantized_result_is_the_float_model(experts: MakeExperts) -> None:
     projections = experts()
     states, weights, ids = inputs()
-    result = dequantized_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
+    result = silu_references(states, weights, ids, projections).dequantized
 
     def weight(role: str, n: int) -> torch.Tensor:
         return projections[role, n].codes.double() * projections[role, n].scale.double()[:, None]
@@ -119,12 +127,6 @@ def test_dequantized_forward_is_the_float_model(experts: MakeExperts) -> None:
 def test_static_scales_cut_the_float_model_off_too(experts: MakeExperts) -> None:
     projections = experts(torch.tensor(0.001))
     states, weights, ids = inputs()
-    result = dequantized_forward(states, weights, ids, lambda role, n: projections[role, n], ExpertActivation("silu"))
-    small = dequantized_forward(
-        (states.float().clamp(-0.127, 0.127)).to(states.dtype),
-        weights,
-        ids,
-        lambda r, n: projections[r, n],
-        ExpertActivation("silu"),
-    )
+    result = silu_references(states, weights, ids, projections).dequantized
+    small = silu_references(states.float().clamp(-0.127, 0.127).to(states.dtype), weights, ids, projections).dequantized
     torch.testing.assert_close(result, small, rtol=2e-2, atol=1e-3)  # bfloat16 rounds 0.127

@@ -20,7 +20,7 @@ import quarkconv
 from quarkconv.cli.main import main
 from quarkconv.description.description import describe
 from quarkconv.experts.function import ExpertActivation
-from quarkconv.verify.reference import dequantized_forward
+from quarkconv.verify.reference import reference_forwards
 from quarkconv.verify.routing import uniform_routing
 
 pytestmark = pytest.mark.long
@@ -210,7 +210,8 @@ def test_dequantized_reference_stays_close_to_the_original(
     states = torch.randn(256, layer.hidden, generator=generator).bfloat16()
     weights, ids = uniform_routing(256, layer.experts, 3, generator)
     experts = quarkconv.load_fused_experts(checkpoints("qwen3_moe-quark0.13-f2f"), 0)
-    found = dequantized_forward(states, weights, ids, experts.projection, ExpertActivation("silu"))
+    references = reference_forwards(states, weights, ids, experts.projection, ExpertActivation("silu"))
+    found = references.dequantized
     expected = torch.zeros_like(found)
     for token, x in enumerate(states.double()):
         for slot in range(3):

@@ -1,0 +1,134 @@
+"""The defects of int8 modules: scales and zero points that are missing, or have the wrong dtype or shape."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from math import prod
+from typing import Final
+
+from quarkconv.experts.topology import MAX_EXPERTS
+from quarkconv.findings import Finding, finding
+from quarkconv.scheme.resolved import ResolvedModules
+from quarkconv.scheme.spec import FOREIGN, ModuleScheme
+from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form
+from quarkconv.text import plural
+
+CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
+REQUANTIZE: Final = "quantize it again: engines fail on it, or compute wrong results"
+
+
+def count_of(modules: Sequence[str]) -> str:
+    """``1 module``, ``2 modules``."""
+    return plural(len(modules), "module")
+
+
+def first_of(names: Sequence[str]) -> str:
+    """The first of several names, with dots for the others."""
+    return names[0] if len(names) == 1 else f"{names[0]}, ..."
+
+
+_Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
+
+_CHECKS: Final[tuple[_Check, ...]] = (
+    ("scale-missing", lambda form, _: form.scale is None, "{} in int8 without weight_scale", REQUANTIZE),
+    (
+        "scale-missing",
+        lambda form, claim: form.input_scale is None and _is_static(claim),
+        "{} declared with a static input scale that is not stored",
+        REQUANTIZE,
+    ),
+    (
+        "weight-shape",
+        lambda form, _: 0 in form.weight.shape or prod(form.weight.shape[:-2]) > MAX_EXPERTS,
+        f"{{}} in int8 without elements, or of more than {MAX_EXPERTS} matrices",
+        "the file is corrupt or crafted: export the model again",
+    ),
+    (
+        "scale-dtype",
+        lambda form, _: any(
+            kind is not None and kind.dtype not in SCALE_DTYPES for kind in (form.scale, form.input_scale)
+        ),
+        "{} with a scale that is not F32, BF16 or F16",
+        REQUANTIZE,
+    ),
+    (
+        "scale-shape",
+        lambda form, _: form.scale is not None and form.granularity is None,
+        "{} with a scale that is neither per channel nor per tensor",
+        REQUANTIZE,
+    ),
+    (
+        "scale-shape",
+        lambda form, _: form.input_scale is not None and not _is_input_scale(form.input_scale.shape, form.weight.shape),
+        "{} with a static input scale that is neither one value nor one for each matrix",
+        REQUANTIZE,
+    ),
+    (
+        "granularity-mismatch",
+        lambda form, claim: (
+            form.granularity is not None and claim.weight is not None and form.granularity != claim.weight.granularity
+        ),
+        "{} with scales of another granularity than config.json declares",
+        CONVERT,
+    ),
+    (
+        "granularity-mismatch",
+        lambda form, claim: form.input_scale is not None and claim.weight is not None and not _is_static(claim),
+        "{} with a static input scale that config.json does not declare",
+        CONVERT,
+    ),
+    (
+        "zero-point-shape",
+        lambda form, _: any(
+            point is not None and form.scale is not None and point.shape != form.scale.shape
+            for point in (form.zero_point, form.offset)
+        ),
+        "{} with a zero point of another shape than the scale",
+        REQUANTIZE,
+    ),
+    (
+        "scale-narrow",
+        lambda form, _: form.scale is not None and form.scale.dtype in NARROW_DTYPES,
+        "{} with a scale in 16 bits; conversion widens it to F32, which is exact",
+        "",
+    ),
+    (
+        "zero-point-present",
+        lambda form, _: any((form.zero_point, form.input_zero_point, form.offset)),
+        "{} with stored zero points; conversion checks that they are zero and drops them",
+        "",
+    ),
+)
+"""(code, test, message, hint), applied to every int8 module; ``{}`` becomes "3 modules"."""
+
+
+def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str]) -> Iterator[Finding]:
+    """The findings about the tensors of int8 modules.
+
+    Args:
+        modules: all modules, with the scheme of each.
+        in_blocks: modules with a scale for each block of the weight, which need no other scale.
+    """
+    for code, test, message, hint in _CHECKS:
+        found = [
+            name
+            for (form, claim), names in modules.groups.items()
+            if form.quantized and not _is_foreign(claim) and test(form, claim)
+            for name in names
+            if form.scale is not None or name not in in_blocks
+        ]
+        if found:
+            text = f"{message.format(count_of(found))}: {first_of(found)}"
+            yield finding(code, found[0], text, hint=hint, count=len(found))
+
+
+def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    return prod(shape) in (1, prod(weight[:-2]))
+
+
+def _is_foreign(scheme: ModuleScheme) -> bool:
+    return scheme.weight is not None and scheme.weight.granularity == FOREIGN
+
+
+def _is_static(scheme: ModuleScheme) -> bool:
+    return scheme.activation is not None and not scheme.activation.dynamic and scheme.activation.dtype == "int8"
