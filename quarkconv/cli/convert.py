@@ -43,7 +43,10 @@ def convert(
     ],
     model: Model = ".",
     out: Annotated[
-        str | None, typer.Option("--out", metavar="DIR", help="Output directory. [default: <model>-<target>]")
+        str | None,
+        typer.Option(
+            "--out", metavar="DIR", help="Output directory, or s3://, gs://, az:// URL. [default: <model>-<target>]"
+        ),
     ] = None,
     max_shard_size: Annotated[
         str, typer.Option("--max-shard-size", metavar="SIZE", help="Largest shard, such as 5GB or 512MiB.")

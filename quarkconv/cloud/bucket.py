@@ -1,36 +1,23 @@
 """The files of a model in an object store, read by ranges; nothing is stored on disk.
 
-obstore (the object_store crate of Apache Arrow) handles credentials, endpoints, regions, signatures, and retries with
-backoff. Added here: each request demands the ETag that was listed, and each response must have the requested length.
+Added to what obstore does: each request demands the ETag that was listed, and each response must have the requested
+length.
 """
 
 from __future__ import annotations
 
 import logging
-import os
-import re
 import threading
 from collections.abc import Iterable
-from datetime import timedelta
 from typing import TYPE_CHECKING, Final
 
-from quarkconv.cloud.urls import SCHEMES
-from quarkconv.errors import SourceError, UsageError
+from quarkconv.cloud.stores import failure_of, open_store, prefix_of
+from quarkconv.errors import SourceError
 from quarkconv.files.base import Range
 from quarkconv.files.remote import Entry, RemoteFiles, is_inside
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
-
-_RETRIES: Final = 8
-_PATIENCE: Final = timedelta(minutes=3)
-_ENDPOINTS: Final = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
-_CREDENTIALS: Final = {
-    "s3://": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, AWS_REGION, AWS_ENDPOINT_URL",
-    "gs://": "GOOGLE_APPLICATION_CREDENTIALS",
-    "az://": "AZURE_STORAGE_ACCOUNT_NAME and AZURE_STORAGE_ACCOUNT_KEY",
-}
-_STATUS: Final = re.compile(r"status code: (\d{3}[^:<\n]*)|<Code>([A-Za-z]+)</Code>")
 
 _log: Final = logging.getLogger(__name__)
 
@@ -127,42 +114,18 @@ def open_bucket(url: str) -> Bucket:
     """List the files of a model in an object store.
 
     Args:
-        url: ``s3://bucket/path``, ``gs://bucket/path`` or ``az://container/path``. Credentials, region and endpoint
-            come from the environment, in the variables of the store's own tools.
+        url: ``s3://bucket/path``, ``gs://bucket/path`` or ``az://container/path``.
 
     Raises:
-        UsageError: obstore is not installed, or the URL is invalid.
+        UsageError: obstore is not installed, the URL is invalid, or there are no credentials.
         SourceError: the store cannot be reached, refuses, or has no files there.
     """
+    url = url.rstrip("/")
+    store = open_store(url)
     try:
-        import obstore
-        from obstore.store import from_url
-    except ImportError as error:
-        raise UsageError(
-            "Object stores need obstore",
-            expected="obstore",
-            found="not installed",
-            hint="pip install obstore",
-        ) from error
-    given, url = url, url.rstrip("/")
-    try:
-        store = from_url(
-            url,
-            retry_config={"max_retries": _RETRIES, "retry_timeout": _PATIENCE},
-            client_options={"allow_http": True} if _plain_http() else None,
-        )
-    except Exception as error:  # obstore has no common class for these
-        raise UsageError(
-            "Invalid URL of an object store", expected="s3://bucket/path, gs:// or az://", found=repr(given)[:300]
-        ) from error
-    entries = {}
-    try:
-        for chunk in obstore.list(store):
-            entries.update({meta["path"]: Entry(meta["size"], meta["e_tag"] or "") for meta in chunk})
+        entries = list_entries(store, url)
     except Exception as error:  # of obstore, and OSErrors
         raise _store_error(error, url, None) from error
-    prefix = url.partition("://")[2].partition("/")[2]
-    entries = {_relative(name, prefix): entry for name, entry in entries.items()}
     for name, entry in entries.items():
         if not is_inside(name) or not entry.etag:
             raise _unavailable(
@@ -182,9 +145,20 @@ def open_bucket(url: str) -> Bucket:
     return Bucket(url, store, entries)
 
 
-def _plain_http() -> bool:
-    """Whether the user chose an endpoint without TLS, as local servers have it; obstore requires a second consent."""
-    return any(os.environ.get(name, "").startswith("http://") for name in _ENDPOINTS)
+def list_entries(store: ObjectStore, url: str) -> dict[str, Entry]:
+    """The objects below a URL by their relative names.
+
+    Raises:
+        Exception: of obstore.
+    """
+    import obstore
+
+    prefix = prefix_of(url)
+    return {
+        _relative(meta["path"], prefix): Entry(meta["size"], meta["e_tag"] or "")
+        for chunk in obstore.list(store)
+        for meta in chunk
+    }
 
 
 def _relative(name: str, prefix: str) -> str:
@@ -194,15 +168,7 @@ def _relative(name: str, prefix: str) -> str:
 
 def _store_error(error: Exception, url: str, name: str | None) -> SourceError:
     """The error for a failed request."""
-    from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
-
-    scheme = next(scheme for scheme in SCHEMES if url.startswith(scheme))
-    found = _first_line(error)
-    message, hint = "The object store cannot be read", f"check {_CREDENTIALS[scheme]} and the network"
-    if isinstance(error, PermissionDeniedError | UnauthenticatedError) or "403" in found or "401" in found:
-        message, hint = "The object store refuses access", f"check the credentials: {_CREDENTIALS[scheme]}"
-    elif "NoSuchBucket" in found:
-        message, hint = "There is no such bucket", "check its name, and the endpoint"
+    message, found, hint = failure_of(error, url, "read")
     return _unavailable(message, url if name is None else f"{url}/{name}", found=found, hint=hint)
 
 
@@ -210,10 +176,3 @@ def _unavailable(
     message: str, file: str, *, expected: str | None = None, found: str | None = None, hint: str | None = None
 ) -> SourceError:
     return SourceError(message, code="store-unavailable", file=file, expected=expected, found=found, hint=hint)
-
-
-def _first_line(error: Exception) -> str:
-    """The cause of an error of obstore in one line: status and code of a response, or the first line of its message."""
-    text = str(error)
-    parts = [part for match in _STATUS.finditer(text) for part in match.groups() if part]
-    return ": ".join(dict.fromkeys(parts)) if parts else (text.strip().splitlines() or [type(error).__name__])[0][:300]

@@ -12,13 +12,13 @@ from typing import Any
 
 from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
 from quarkconv.convert.options import Options
-from quarkconv.convert.output import output_directory
+from quarkconv.convert.output import output_location
 from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult, RankOutput, conversion_json
 from quarkconv.errors import UsageError
 from quarkconv.findings import Finding
 from quarkconv.hub.locate import Located, check_repo_id, locate
-from quarkconv.plan.manifest import Manifest, finished_manifest
+from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.plan import Plan, plan_digest
 from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.progress import SILENT, Progress
@@ -31,14 +31,14 @@ class Conversion:
 
     Attributes:
         source: the model that is converted.
-        output: directory of the output.
+        location: directory of the output, or its URL in an object store.
         outputs: what each rank gets; a single one of a whole model.
         experts, intermediate: E and I of the whole model.
         push: Hub repo id that the output is uploaded to; a finished output is then kept, so that an upload resumes.
     """
 
     source: Located
-    output: Path
+    location: Path | str
     outputs: tuple[RankOutput, ...]
     experts: int
     intermediate: int
@@ -79,14 +79,21 @@ class Conversion:
                 )
         row = get_target(target)
         source = locate(model, cache=cache, progress=progress)
-        folder = output_directory(source, f"{target}{ranks[0].suffix()}", out)
+        location = output_location(source, f"{target}{ranks[0].suffix()}", out)
+        if isinstance(location, str) and (push is not None or len(ranks) > 1):
+            raise UsageError(
+                "The output must be a directory",
+                file=location,
+                expected="--out DIR with --push, --tp and --ep",
+                hint="convert to a directory, and copy it with the store's own tools",
+            )
         description = options.describe(source.files, progress)
         outputs = []
         for rank in ranks:
             plan = make_plan(description, row, options.shard_bytes, rank=rank, base_model=source.repo)
-            outputs.append(RankOutput(plan, folder if rank.is_whole else folder / rank.folder()))
+            outputs.append(RankOutput(plan, location if rank.is_whole else Path(location) / rank.folder()))
         layer = description.int8_layers[0]
-        return cls(source, folder, tuple(outputs), layer.experts, layer.intermediate, push)
+        return cls(source, location, tuple(outputs), layer.experts, layer.intermediate, push)
 
     @property
     def by_rank(self) -> bool:
@@ -118,18 +125,19 @@ class Conversion:
             InterruptedByUser: interrupted.
         """
         from quarkconv.write.executor import execute
+        from quarkconv.write.output import finished_output
 
         require_jobs(jobs)
         digests = [plan_digest(output.plan) for output in self.outputs]
         finished: list[Manifest | None] = [None] * len(self.outputs)
         if (self.by_rank or self.push is not None) and not overwrite:
             finished = [
-                finished_manifest(output.folder, digest) for output, digest in zip(self.outputs, digests, strict=True)
+                finished_output(output.location, digest) for output, digest in zip(self.outputs, digests, strict=True)
             ]
         if self.by_rank:
             from quarkconv.convert.ranks import prepare_folders, write_index
 
-            prepare_folders(self.output, self.outputs, finished, overwrite=overwrite)
+            prepare_folders(Path(self.location), self.outputs, finished, overwrite=overwrite)
         progress.step(f"Converting to {self.outputs[0].plan.target}", self.output_bytes, "byte")
         manifests = []
         for output, digest, manifest in zip(self.outputs, digests, finished, strict=True):
@@ -140,7 +148,7 @@ class Conversion:
                 or execute(
                     output.plan,
                     self.source.files,
-                    output.folder,
+                    output.location,
                     digest=digest,
                     jobs=jobs,
                     overwrite=overwrite,
@@ -148,7 +156,7 @@ class Conversion:
                 )
             )
         if self.by_rank:
-            write_index(self.output, self.outputs, manifests, self.experts, self.intermediate)
+            write_index(Path(self.location), self.outputs, manifests, self.experts, self.intermediate)
         return self._result(*manifests)
 
     def run_share(
@@ -171,20 +179,21 @@ class Conversion:
             UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and another
                 process works on the share.
         """
+        from quarkconv.write.output import finished_output
         from quarkconv.write.shares import execute_share
 
         plan, work = self._only_plan(), self._work(share)
         require_jobs(jobs)
         digest = plan_digest(plan)
-        manifest = finished_manifest(self.output, digest)
+        manifest = finished_output(self.location, digest)
         progress.step(f"Converting part {share} to {plan.target}", work.nbytes, "byte")
         if manifest is None:
             try:
                 manifest = execute_share(
-                    plan, self.source.files, self.output, work, digest=digest, jobs=jobs, progress=progress
+                    plan, self.source.files, self.location, work, digest=digest, jobs=jobs, progress=progress
                 )
             except UsageError:  # another process may have finished the conversion meanwhile
-                manifest = finished_manifest(self.output, digest)
+                manifest = finished_output(self.location, digest)
                 if manifest is None:
                     raise
         return None if manifest is None else self._result(manifest)
@@ -197,15 +206,18 @@ class Conversion:
             SourceError, UnsupportedError, InterruptedByUser: as :meth:`run`.
             WriteError: shares are missing, or writing failed.
         """
+        from quarkconv.write.output import finished_output
         from quarkconv.write.shares import finish_shares
 
         plan = self._only_plan()
         require_jobs(jobs)
         digest = plan_digest(plan)
-        manifest = finished_manifest(self.output, digest)
+        manifest = finished_output(self.location, digest)
         progress.step("Finishing", self.output_bytes, "byte")
         if manifest is None:
-            manifest = finish_shares(plan, self.source.files, self.output, digest=digest, jobs=jobs, progress=progress)
+            manifest = finish_shares(
+                plan, self.source.files, self.location, digest=digest, jobs=jobs, progress=progress
+            )
         return self._result(manifest)
 
     def _work(self, share: Share) -> ShareWork:
@@ -222,7 +234,7 @@ class Conversion:
         return self.outputs[0].plan
 
     def _result(self, *manifests: Manifest) -> ConversionResult:
-        return ConversionResult(self.source.origin, self.output, self.outputs, manifests)
+        return ConversionResult(self.source.origin, self.location, self.outputs, manifests)
 
     def create_repo(self, *, private: bool = False, progress: Progress = SILENT) -> None:
         """Create the repo that the output is uploaded to, if any: a refusal should come before the conversion.
@@ -258,7 +270,7 @@ class Conversion:
         from quarkconv.hub.push import upload_folder
 
         message = f"{result.plan.target} by quarkconv, plan {result.manifest.plan[:12]}"
-        return {"pushed": upload_folder(self.output, self.push, message, bars=bars)}
+        return {"pushed": upload_folder(result.output, self.push, message, bars=bars)}
 
     @property
     def losses(self) -> tuple[Finding, ...]:
@@ -267,7 +279,7 @@ class Conversion:
 
     def to_json(self, share: Share | None = None, *, dry_run: bool = True) -> dict[str, Any]:
         """The object that ``convert --json`` prints while the conversion is not finished."""
-        value = conversion_json(self.source.origin, self.output, self.outputs, dry_run=dry_run)
+        value = conversion_json(self.source.origin, self.location, self.outputs, dry_run=dry_run)
         return value if share is None else value | self._work(share).to_json() | {"finished": False}
 
 

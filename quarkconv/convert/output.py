@@ -4,16 +4,19 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quarkconv.cloud.urls import is_store_url
 from quarkconv.errors import UsageError
 from quarkconv.hub.locate import Located
 
 
-def output_directory(source: Located, suffix: str, out: str | Path | None) -> Path:
-    """The directory of the output.
+def output_location(source: Located, suffix: str, out: str | Path | None) -> Path | str:
+    """The directory of the output, or its URL in an object store.
 
     Raises:
-        UsageError: it would lie inside the source, or the source inside it.
+        UsageError: it would lie inside the source, or the source inside it; or the URL is that of a whole bucket.
     """
+    if isinstance(out, str) and is_store_url(out):
+        return _output_url(source, out.rstrip("/"))
     if out is not None:
         output = Path(out)
     elif source.name is not None:  # in the working directory, not inside the Hub's cache
@@ -37,3 +40,21 @@ def output_directory(source: Located, suffix: str, out: str | Path | None) -> Pa
             hint="give another --out",
         )
     return output
+
+
+def _output_url(source: Located, url: str) -> str:
+    if not url.partition("://")[2].partition("/")[2]:
+        raise UsageError(
+            "The output needs a path in the bucket",
+            expected="a URL such as s3://bucket/path",
+            found=repr(url)[:300],
+        )
+    inner, outer = f"{url}/", f"{source.origin}/"
+    if inner.startswith(outer) or outer.startswith(inner):
+        raise UsageError(
+            "Source and output must not lie inside one another",
+            file=url,
+            expected=f"a URL outside of {source.origin}",
+            hint="give another --out",
+        )
+    return url

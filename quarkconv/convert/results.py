@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from quarkconv.errors import UsageError
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.plan import Plan
 
@@ -15,10 +16,15 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RankOutput:
-    """What one rank gets: the plan, and the folder that it is written to. A whole model is that of a single rank."""
+    """What one rank gets: the plan, and the directory or URL that it is written to. A whole model has a single rank."""
 
     plan: Plan
-    folder: Path
+    location: Path | str
+
+    @property
+    def folder(self) -> Path:
+        """The directory."""
+        return _directory(self.location)
 
 
 @dataclass(frozen=True, slots=True)
@@ -26,16 +32,25 @@ class ConversionResult:
     """A finished conversion.
 
     Attributes:
-        source: directory of the source, or ``org/name@commit`` of one that was read from the Hub.
-        output: directory of the output.
+        source: directory of the source, or ``org/name@commit`` or the URL of a remote one.
+        location: directory of the output, or its URL in an object store.
         outputs: what each rank got; a single one of a whole model.
         manifests: the manifest of each output, in order.
     """
 
     source: Path | str
-    output: Path
+    location: Path | str
     outputs: tuple[RankOutput, ...]
     manifests: tuple[Manifest, ...]
+
+    @property
+    def output(self) -> Path:
+        """The directory of the output.
+
+        Raises:
+            UsageError: the output is in an object store; see :attr:`location`.
+        """
+        return _directory(self.location)
 
     @property
     def plan(self) -> Plan:
@@ -49,12 +64,12 @@ class ConversionResult:
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``convert --json`` prints."""
-        value = conversion_json(self.source, self.output, self.outputs, dry_run=False)
+        value = conversion_json(self.source, self.location, self.outputs, dry_run=False)
         return value if not self.plan.rank.is_whole else {**value, "plan": self.manifest.plan}
 
 
 def conversion_json(
-    source: Path | str, output: Path, outputs: tuple[RankOutput, ...], *, dry_run: bool
+    source: Path | str, output: Path | str, outputs: tuple[RankOutput, ...], *, dry_run: bool
 ) -> dict[str, Any]:
     """A conversion as ``convert --json`` prints it; with several ranks, one object for each under ``ranks``."""
     plans = [_output_json(source, output) for output in outputs]
@@ -76,7 +91,7 @@ def _output_json(source: Path | str, output: RankOutput) -> dict[str, Any]:
     return {
         "schema": "quarkconv.convert/1",
         "source": str(source),
-        "output": str(output.folder),
+        "output": str(output.location),
         "target": plan.target,
         "scheme": plan.scheme,
         "moe": {
@@ -97,3 +112,9 @@ def _output_json(source: Path | str, output: RankOutput) -> dict[str, Any]:
         ],
         "findings": [asdict(loss) for loss in plan.losses],
     }
+
+
+def _directory(location: Path | str) -> Path:
+    if isinstance(location, str):
+        raise UsageError("The output is not a directory", file=location, hint="read it by its URL")
+    return location

@@ -18,6 +18,7 @@ from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
+from quarkconv.files.remote import RemoteFiles
 from quarkconv.findings import Finding, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
@@ -25,7 +26,7 @@ from quarkconv.headers.index import Index, compare_index, read_index
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
-from quarkconv.headers.unfinished import refuse_unfinished
+from quarkconv.headers.unfinished import refuse_unfinished, refuse_unfinished_objects
 from quarkconv.progress import SILENT, Progress, counting
 from quarkconv.text import plural
 
@@ -92,6 +93,8 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     root = store.root if isinstance(store, LocalFiles) else None
     if root is not None:
         _check_directory(root)
+    elif isinstance(store, RemoteFiles):
+        refuse_unfinished_objects(store)
     findings: list[Finding] = []
     config: dict[str, Any] = {}
     try:

@@ -9,6 +9,7 @@ from typing import Any, Final
 
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import read_regular
+from quarkconv.files.remote import RemoteFiles
 
 STAGING_NAME: Final = ".quarkconv"
 """Folder in an output directory that a conversion works in. The last step removes it."""
@@ -16,6 +17,7 @@ STATE_NAME: Final = "plan.json"
 """File in that folder: the conversion and its command."""
 NOTES_NAME: Final = "notes"
 """Folder in that folder: a note for each finished shard."""
+_STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
 MAX_STATE_BYTES: Final = 2**24
 _COMMAND: Final = ["quarkconv", "convert"]
 _OPTIONS: Final = frozenset({"--to", "--out", "--max-shard-size", "--mtp"})
@@ -28,19 +30,35 @@ def refuse_unfinished(root: Path) -> None:
         SourceError: it has a working folder.
     """
     folder = root / STAGING_NAME
-    if not folder.is_dir():
-        return
-    state = read_state(folder / STATE_NAME) or {}
+    if folder.is_dir():
+        finished = sum(1 for _ in folder.glob(f"{NOTES_NAME}/*.json"))
+        raise _unfinished("This directory is", str(root), read_state(folder / STATE_NAME), finished)
+
+
+def refuse_unfinished_objects(files: RemoteFiles) -> None:
+    """As :func:`refuse_unfinished`, for remote files; without plan.json their conversion is finished.
+
+    Raises:
+        SourceError: they have a plan.json.
+    """
+    size = files.size(_STATE)
+    if size is not None:
+        state = None if size > MAX_STATE_BYTES else _parsed(files.read(_STATE, 0, size))
+        finished = sum(1 for name in files.entries if name.startswith(f"{STAGING_NAME}/{NOTES_NAME}/"))
+        raise _unfinished("These objects are", str(files), state, finished)
+
+
+def _unfinished(subject: str, file: str, state: dict[str, Any] | None, finished: int) -> SourceError:
+    state = state or {}
     found = f"the working folder {STAGING_NAME}"
     if isinstance(state.get("shards"), int):
-        finished = sum(1 for _ in folder.glob(f"{NOTES_NAME}/*.json"))
         found += f", with {finished} of {state['shards']} shards finished"
     command = _resuming(state.get("command"))
     hint = f"run `{command}` again" if command else "run the same `quarkconv convert` command again"
-    raise SourceError(
-        "This directory is an unfinished conversion, not a model",
+    return SourceError(
+        f"{subject} an unfinished conversion, not a model",
         code="conversion-unfinished",
-        file=str(root),
+        file=file,
         expected="a finished checkpoint",
         found=found,
         hint=f"{hint}: it resumes where it stopped",
@@ -51,8 +69,15 @@ def read_state(path: Path) -> dict[str, Any] | None:
     """The recorded state of a conversion; None where the file is missing or invalid."""
     try:
         data = read_regular(path, MAX_STATE_BYTES)
-        state = None if isinstance(data, int) else json.loads(data)
-    except (OSError, ValueError, RecursionError):
+    except (OSError, ValueError):
+        return None
+    return None if isinstance(data, int) else _parsed(data)
+
+
+def _parsed(data: bytes) -> dict[str, Any] | None:
+    try:
+        state = json.loads(data)
+    except (ValueError, RecursionError):
         return None
     return state if isinstance(state, dict) else None
 

@@ -23,7 +23,9 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from quarkconv.errors import SourceError
-from quarkconv.files.json_files import read_json_object
+from quarkconv.files.base import Files
+from quarkconv.files.json_files import read_json_of
+from quarkconv.files.local import LocalFiles
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.fields import checksum, count, file_name, text
@@ -138,16 +140,19 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         return (json.dumps(value, separators=(",", ":")) + "\n").encode()
 
 
-def read_manifest(root: Path) -> Manifest | None:
-    """The manifest of a converted checkpoint; None without the file.
+def read_manifest(model: Path | Files) -> Manifest | None:
+    """The manifest of a converted checkpoint, of its directory or its files; None without the file.
 
     Raises:
         SourceError: it cannot be read, or is of another version.
     """
-    path = root / MANIFEST_NAME
-    if not path.exists():
+    files = LocalFiles(model) if isinstance(model, Path) else model
+    path = files.path(MANIFEST_NAME)
+    if not (files.size(MANIFEST_NAME) is not None if path is None else path.exists()):
         return None
-    value = read_json_object(path, code="manifest-invalid", limit=MAX_MANIFEST_BYTES, values=MAX_MANIFEST_VALUES)
+    value = read_json_of(
+        files, MANIFEST_NAME, code="manifest-invalid", limit=MAX_MANIFEST_BYTES, values=MAX_MANIFEST_VALUES
+    )
     if value.get("format") != MANIFEST_FORMAT or value.get("checksum") != CHECKSUM:
         raise SourceError(
             "This version of quarkconv does not read this version of the manifest",

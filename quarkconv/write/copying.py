@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
@@ -50,6 +51,23 @@ def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
     if size != source.size:
         raise source_changed(str(path), f"{source.size} bytes", f"{size} bytes")
     return WrittenFile(source.name, size, hasher.hexdigest())
+
+
+def read_blocks(path: Path) -> Iterator[bytes]:
+    """The bytes of a file of the source, in blocks.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
+    try:
+        descriptor = open_regular(path)
+    except OSError as error:
+        raise _unreadable(path, error) from error
+    try:
+        while block := _read(path, descriptor):
+            yield block
+    finally:
+        os.close(descriptor)
 
 
 def _clone(original: int, copy: int) -> bool:

@@ -12,7 +12,7 @@ import re
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,7 @@ import xxhash
 
 from quarkconv.errors import InterruptedByUser
 from quarkconv.files.base import Files
-from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.plan import Plan
@@ -28,22 +28,20 @@ from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
 from quarkconv.version import own_version
 from quarkconv.write.checks import check_float_rows, run_checks
-from quarkconv.write.durable import writing
+from quarkconv.write.destination import Destination
 from quarkconv.write.opening import files_of, opened
-from quarkconv.write.output_directory import open_staging
-from quarkconv.write.output_file import DirectWrites, aligned_buffer
+from quarkconv.write.output import open_output
+from quarkconv.write.output_file import aligned_buffer
 from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
 from quarkconv.write.source import Source
-from quarkconv.write.space import allocated, disk_full_explained, records_nbytes, require_space
-from quarkconv.write.staging import Staging
+from quarkconv.write.space import records_nbytes
 
 BUFFER_BYTES: Final = 2 * 2**20
 """Bytes of a write: few enough to be in the CPU's cache when their checksum is computed."""
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
-_CHECKS_AT_ONCE: Final = 256
 
 _log: Final = logging.getLogger(__name__)
 
@@ -51,7 +49,7 @@ _log: Final = logging.getLogger(__name__)
 def execute(
     plan: Plan,
     source: Path | Files,
-    output: Path,
+    output: Path | str,
     *,
     digest: str,
     jobs: int,
@@ -63,7 +61,7 @@ def execute(
     Args:
         plan: what to do.
         source: directory of the source, or its files wherever they are.
-        output: directory to create; unfinished work of the same plan in it is resumed.
+        output: directory to create, or URL of an object store; unfinished work of the same plan there is resumed.
         digest: of the plan.
         jobs: number of threads that read and write.
         overwrite: whether an earlier conversion in ``output`` is deleted.
@@ -80,8 +78,8 @@ def execute(
     with opened(plan, digest, source, output) as (sources, state):
         run_checks(plan.checks, sources, jobs)
         check_float_rows(plan, sources, jobs)
-        with open_staging(output, state, files_of(plan), needed=needed, overwrite=overwrite) as staging:
-            run = Run(plan, sources, staging, progress)
+        with open_output(output, state, files_of(plan), needed=needed, overwrite=overwrite) as destination:
+            run = Run(plan, sources, destination, progress)
             with run.writing():
                 run.write_shards(plan.shards, jobs)
                 return run.finish()
@@ -90,37 +88,31 @@ def execute(
 class Run:
     """One execution of a plan."""
 
-    def __init__(self, plan: Plan, sources: Source, staging: Staging, progress: Progress) -> None:
+    def __init__(self, plan: Plan, sources: Source, destination: Destination, progress: Progress) -> None:
         self.plan = plan
         self.sources = sources
-        self.staging = staging
+        self.destination = destination
         self._progress = progress
         self._progress_lock = threading.Lock()
         self._stop = threading.Event()
-        self._direct = DirectWrites()
         self._shards: tuple[OutputShard, ...] = ()
         self._done: dict[str, WrittenShard] = {}
 
-    @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Turn failures to write into errors with a hint; missing bytes are counted when no thread runs."""
-        staging = self.staging
-        with writing(staging.folder), disk_full_explained(staging.output, staging.parts, self._bytes_left):
-            yield
+    def writing(self) -> AbstractContextManager[None]:
+        """Turn failures to write into errors with a hint."""
+        return self.destination.failures(self._bytes_left)
 
     def write_shards(self, shards: tuple[OutputShard, ...], jobs: int) -> None:
         """Write those of some shards that are not finished yet, with ``jobs`` threads."""
         self._shards = shards
         for shard in shards:
-            written = self.staging.finished(shard)
+            written = self.destination.finished(shard)
             if written is not None:
                 self._done[shard.file] = written
                 self._advance(shard.nbytes)
         if self._done:
             _log.info("resuming: %d of %d shards are finished", len(self._done), len(shards))
-        require_space(
-            self.staging.output, self._bytes_left(), allocated(self.staging.parts / shard.file for shard in shards)
-        )
+        self.destination.require_space(self._bytes_left(), shards)
         with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv") as pool:
             claims = _Claims([shard for shard in shards if shard.file not in self._done], self._open)
             size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // jobs // PAGE * PAGE), PAGE)
@@ -141,11 +133,9 @@ class Run:
     def finish(self) -> Manifest:
         """Write the other files when all shards are written, the manifest after them, and move all to their places."""
         others = self._write_others()
-        names = files_of(self.plan)
-        self.staging.sync([name for name in names if name != MANIFEST_NAME])
         manifest = Manifest(
             quarkconv=own_version(),
-            plan=self.staging.plan_digest,
+            plan=self.destination.plan_digest,
             target=self.plan.target,
             scheme=self.plan.scheme,
             producer_version=self.plan.producer_version,
@@ -154,8 +144,7 @@ class Run:
             shards=tuple(self._done[shard.file] for shard in self.plan.shards),
             files=tuple(sorted(others)),
         )
-        self.staging.write(MANIFEST_NAME, manifest_to_bytes(manifest))
-        self.staging.publish(names)
+        self.destination.publish(files_of(self.plan), manifest_to_bytes(manifest))
         return manifest
 
     def _write_others(self) -> list[WrittenFile]:
@@ -179,14 +168,14 @@ class Run:
                 if writer.write(segment, self.sources, buffer, self._wrote):
                     self.sources.check_unchanged(writer.source_names())
                     written = writer.seal()
-                    self.staging.record(written)
+                    self.destination.record(written)
                     self._done[written.file] = written
         except BaseException:
             self._stop.set()
             raise
 
     def _open(self, shard: OutputShard) -> ShardWriter:
-        return ShardWriter(shard, self.staging.part(shard.file), self._direct)
+        return ShardWriter(shard, self.destination.open(shard))
 
     def _wrote(self, nbytes: int) -> None:
         self._advance(nbytes)
@@ -198,8 +187,7 @@ class Run:
             self._progress.advance(nbytes)
 
     def _copy(self, copy: SourceFile) -> WrittenFile:
-        written = self.sources.copy(copy, self.staging.part(copy.name))
-        self.staging.finish(copy.name)
+        written = self.destination.copy(copy, self.sources)
         self._advance(written.size)
         return written
 
@@ -211,7 +199,7 @@ class Run:
 
     def _write_text(self, name: str, text: str) -> WrittenFile:
         data = text.encode()
-        self.staging.write(name, data)
+        self.destination.write(name, data)
         return WrittenFile(name, len(data), xxhash.xxh3_128_hexdigest(data))
 
     def _bytes_left(self) -> int:

@@ -24,14 +24,14 @@ def files_of(plan: Plan) -> list[str]:
 
 @contextmanager
 def opened(
-    plan: Plan, digest: str, source: Path | Files, output: Path, *, shares: int | None = None
+    plan: Plan, digest: str, source: Path | Files, output: Path | str, *, shares: int | None = None
 ) -> Iterator[tuple[Source, dict[str, Any]]]:
     """The open source of a plan, and the identity of the conversion.
 
     Args:
         plan, digest: the plan and its digest.
         source: directory of the source, or its files wherever they are.
-        output: the output directory.
+        output: the output directory, or its URL.
         shares: number of shares that the work is divided into; None where one process does all that is left.
 
     Raises:

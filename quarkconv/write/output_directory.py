@@ -20,7 +20,7 @@ from quarkconv.write.durable import sync_directory, write_durably, writing
 from quarkconv.write.locks import LOCK_NAME, lock_folder
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.staging import Staging
-from quarkconv.write.state import difference
+from quarkconv.write.state import refuse_difference
 
 _MAX_DEPTH: Final = 100
 
@@ -75,15 +75,7 @@ def resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     if not path.is_file():
         write_durably(path, json.dumps(state).encode())
         return
-    found = difference(read_state(path), state)
-    if found is not None:
-        raise UsageError(
-            "The output directory holds another unfinished conversion",
-            file=str(staging.output),
-            expected="the same source, unchanged, and the same options",
-            found=found,
-            hint="run the command that began it, or start over with --overwrite",
-        )
+    refuse_difference(str(staging.output), read_state(path), state)
 
 
 def create_directory(output: Path) -> None:

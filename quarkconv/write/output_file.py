@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Final
 
 from quarkconv.plan.shards import PAGE
+from quarkconv.write.destination import ShardFile
 from quarkconv.write.durable import FULL
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
@@ -55,6 +56,8 @@ class OutputFile:
         nbytes: its final length.
         direct: whether to write past the page cache.
     """
+
+    in_order: Final = False
 
     def __init__(self, path: Path, nbytes: int, direct: DirectWrites) -> None:
         self.path = path
@@ -160,7 +163,7 @@ class BlockStream:
         wrote: called after each block with the number of bytes of the stream in it.
     """
 
-    def __init__(self, file: OutputFile, buffer: memoryview, offset: int, wrote: Callable[[int], None]) -> None:
+    def __init__(self, file: ShardFile, buffer: memoryview, offset: int, wrote: Callable[[int], None]) -> None:
         self._file = file
         self._buffer = buffer
         self._offset = offset

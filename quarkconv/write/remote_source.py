@@ -74,15 +74,16 @@ class RemoteSource:
         """Fetch a file as it is, durably."""
         hasher = xxhash.xxh3_128()
         with open(part, "wb", buffering=0) as handle:
-            ranges = [
-                Range(file.name, start, min(start + _COPY_BYTES, file.size))
-                for start in range(0, file.size, _COPY_BYTES)
-            ]
-            for data in self._files.read_many(ranges):
+            for data in self.blocks(file):
                 hasher.update(data)
                 _write_all(handle.fileno(), data)
             os.fsync(handle.fileno())
         return WrittenFile(file.name, file.size, hasher.hexdigest())
+
+    def blocks(self, file: SourceFile) -> Iterator[bytes]:
+        """The bytes of a file, in blocks."""
+        starts = range(0, file.size, _COPY_BYTES)
+        return self._files.read_many(Range(file.name, start, min(start + _COPY_BYTES, file.size)) for start in starts)
 
     def cancel(self) -> None:
         """Make reads that wait for the network fail soon."""

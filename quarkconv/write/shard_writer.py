@@ -4,34 +4,39 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from pathlib import Path
 
 import xxhash
 
 from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Copy, OutputShard, Piece
 from quarkconv.plan.shards import encode_header
-from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile
+from quarkconv.write.destination import ShardFile
+from quarkconv.write.output_file import BlockStream
 from quarkconv.write.segments import Segment, cut
 from quarkconv.write.source import Reader, Source
 from quarkconv.write.transforms import transformed
 
 
 class ShardWriter:
-    """A shard that is being written. The constructor opens its file.
+    """A shard that is being written.
+
+    Args:
+        shard: the shard.
+        file: its file, opened.
 
     Attributes:
         shard: the shard.
-        segments: its segments; they may be written in any order and concurrently.
+        segments: its segments; they may be written in any order and concurrently. A file that is written in order has
+            one.
     """
 
-    def __init__(self, shard: OutputShard, path: Path, direct: DirectWrites) -> None:
+    def __init__(self, shard: OutputShard, file: ShardFile) -> None:
         self.shard = shard
-        self.segments = list(cut(shard))
+        self.segments = list(cut(shard, shard.nbytes + 1) if file.in_order else cut(shard))
         self._header = encode_header(shard.tensors)
         self._checksums: dict[int, list[str]] = {}
         self._lock = threading.Lock()
-        self._file = OutputFile(path, shard.nbytes, direct)
+        self._file = file
 
     def write(self, segment: Segment, sources: Source, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
         """Write one segment; True when all segments are written.

@@ -1,7 +1,8 @@
-"""Carrying out a plan in shares: several processes, on one machine or several, with one output directory.
+"""Carrying out a plan in shares: several processes, on one machine or several, with one output.
 
-Each process holds ``.quarkconv/lock`` together with the others, and ``.quarkconv/share-K-of-N`` alone. The one that
-finds all shards written takes ``lock`` alone, and finishes. The locks end with their processes, however those end.
+In a directory, each process holds ``.quarkconv/lock`` together with the others, and ``.quarkconv/share-K-of-N`` alone.
+The one that finds all shards written takes ``lock`` alone, and finishes. The locks end with their processes, however
+those end.
 """
 
 from __future__ import annotations
@@ -9,30 +10,26 @@ from __future__ import annotations
 import fcntl
 import shutil
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import UsageError, WriteError
 from quarkconv.files.base import Files
-from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME
+from quarkconv.headers.unfinished import STATE_NAME
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.progress import SILENT, Progress
 from quarkconv.write.checks import run_checks
+from quarkconv.write.destination import Destination
 from quarkconv.write.durable import writing
 from quarkconv.write.executor import Run
 from quarkconv.write.locks import LOCK_NAME, OutputBusyError, hold, waiting_for
 from quarkconv.write.opening import files_of, opened
-from quarkconv.write.output_directory import (
-    create_directory,
-    open_staging,
-    refuse_foreign,
-    refuse_links,
-    resume_or_begin,
-)
+from quarkconv.write.output import has_begun, open_output
+from quarkconv.write.output_directory import create_directory, refuse_foreign, refuse_links, resume_or_begin
 from quarkconv.write.staging import Staging
 
 _BEGIN: Final = "begin"
@@ -41,7 +38,7 @@ _BEGIN: Final = "begin"
 def execute_share(
     plan: Plan,
     source: Path | Files,
-    output: Path,
+    output: Path | str,
     work: ShareWork,
     *,
     digest: str,
@@ -50,8 +47,8 @@ def execute_share(
 ) -> Manifest | None:
     """Carry out one share of a plan, and finish the conversion if all shares are written.
 
-    Several processes, on several machines, may work on the shares of one output directory at the same time, as long as
-    its file system has locks (flock). They write the same bytes as :func:`execute`.
+    Several processes, on several machines, may work on the shares of one output at the same time; the file system of a
+    directory must have locks (flock). They write the same bytes as :func:`execute`.
 
     Args:
         plan, source, output, digest, jobs, progress: as of :func:`execute`.
@@ -67,15 +64,16 @@ def execute_share(
     share = work.share
     with (
         opened(plan, digest, source, output, shares=share.count) as (sources, state),
-        open_share(output, state, files_of(plan), share) as staging,
+        _open_share(output, state, files_of(plan), share) as destination,
     ):
-        run = Run(plan, sources, staging, progress)
+        run = Run(plan, sources, destination, progress)
         with run.writing():
-            if not staging.checks_hold(share):
+            if not destination.checks_hold(share):
                 run_checks(work.checks, sources, jobs)
-                staging.record_checks(share)
+                destination.record_checks(share)
             run.write_shards(work.shards, jobs)
-            complete = all(staging.finished(shard) for shard in plan.shards)
+            destination.refresh()
+            complete = all(destination.finished(shard) for shard in plan.shards)
     if not complete:
         return None
     try:
@@ -85,7 +83,7 @@ def execute_share(
 
 
 def finish_shares(
-    plan: Plan, source: Path | Files, output: Path, *, digest: str, jobs: int, progress: Progress = SILENT
+    plan: Plan, source: Path | Files, output: Path | str, *, digest: str, jobs: int, progress: Progress = SILENT
 ) -> Manifest:
     """Finish a conversion whose shares are written: copy other files, and write index, manifest and config.json.
 
@@ -95,15 +93,15 @@ def finish_shares(
         UsageError: nothing was begun in ``output``.
         WriteError: shards are missing.
     """
-    if not (output / STAGING_NAME).is_dir():
+    if not has_begun(output):
         raise UsageError("There is no conversion to finish", file=str(output), expected="parts of a conversion")
     with (
         opened(plan, digest, source, output) as (sources, state),
-        open_staging(output, state, files_of(plan), needed=0, overwrite=False) as staging,
+        open_output(output, state, files_of(plan), needed=0, overwrite=False) as destination,
     ):
-        count = staging.shares()
+        count = destination.shares()
         works = [Share(number, count).work(plan) for number in range(1, count + 1)]
-        missing = [work.share for work in works if not all(map(staging.finished, work.shards))]
+        missing = [work.share for work in works if not all(map(destination.finished, work.shards))]
         if missing:
             raise WriteError(
                 "Parts of the conversion are missing",
@@ -112,12 +110,22 @@ def finish_shares(
                 found=f"{count - len(missing)} finished",
                 hint="run " + ", ".join(f"--part {share}" for share in missing[:5]) + " again",
             )
-        run = Run(plan, sources, staging, progress)
+        run = Run(plan, sources, destination, progress)
         with run.writing():
-            unchecked = (work.checks for work in works if not staging.checks_hold(work.share))
+            unchecked = (work.checks for work in works if not destination.checks_hold(work.share))
             run_checks(tuple(chain.from_iterable(unchecked)), sources, jobs)
             run.write_shards(plan.shards, jobs)
             return run.finish()
+
+
+def _open_share(
+    output: Path | str, state: dict[str, Any], plan_files: list[str], share: Share
+) -> AbstractContextManager[Destination]:
+    if isinstance(output, Path):
+        return open_share(output, state, plan_files, share)
+    from quarkconv.write.object_destination import open_objects
+
+    return open_objects(output, state, plan_files)
 
 
 @contextmanager

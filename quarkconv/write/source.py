@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Protocol
@@ -40,6 +40,9 @@ class Source(Protocol):
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
         """Copy a file of the source as it is, durably."""
+
+    def blocks(self, file: SourceFile) -> Iterator[bytes]:
+        """The bytes of a file of the source, in blocks."""
 
     def cancel(self) -> None:
         """Make waiting reads fail soon."""

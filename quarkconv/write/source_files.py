@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from itertools import chain
 from pathlib import Path
@@ -19,7 +19,7 @@ from quarkconv.headers.remote import expect_headers, read_header_of
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Copy, SourceFile
 from quarkconv.plan.plan import Plan
-from quarkconv.write.copying import copy_file
+from quarkconv.write.copying import copy_file, read_blocks
 from quarkconv.write.refusals import not_as_planned, source_changed
 from quarkconv.write.source import Reader
 from quarkconv.write.state import FileState
@@ -103,6 +103,10 @@ class SourceFiles:
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
         """Copy a file of the source as it is."""
         return copy_file(self.root, file, part)
+
+    def blocks(self, file: SourceFile) -> Iterator[bytes]:
+        """The bytes of a file of the source, in blocks."""
+        return read_blocks(self.root / file.name)
 
     def read(self, source: Copy) -> bytes:
         """The bytes of a small range."""

@@ -22,15 +22,20 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, read_state
-from quarkconv.plan.fields import are_checksums
-from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import OutputShard
+from quarkconv.plan.manifest import WrittenFile, WrittenShard
+from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import MAX_SHARES, Share
-from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably
+from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
+from quarkconv.write.notes import note_of, written_of
+from quarkconv.write.output_file import DirectWrites, OutputFile
+from quarkconv.write.source import Source
+from quarkconv.write.space import allocated, disk_full_explained, require_space
 
 
 class Staging:
@@ -43,6 +48,11 @@ class Staging:
         self.files = self.folder / "files"
         self.parts = self.folder / "parts"
         self.notes = self.folder / NOTES_NAME
+        self._direct = DirectWrites()
+
+    def open(self, shard: OutputShard) -> OutputFile:
+        """Begin to write a shard."""
+        return OutputFile(self.part(shard.file), shard.nbytes, self._direct)
 
     def part(self, name: str) -> Path:
         """The path of a file until it is finished; its folder exists."""
@@ -63,9 +73,7 @@ class Staging:
 
     def record(self, shard: WrittenShard) -> None:
         """Note the checksums of a shard that is complete and on disk, then give it its name."""
-        checksums = [[written.checksum for written in tensor.pieces] for tensor in shard.tensors]
-        note = {"plan": self.plan_digest, "header": shard.header_checksum, "pieces": checksums}
-        write_durably(self.notes / f"{shard.file}.json", json.dumps(note).encode())
+        write_durably(self.notes / f"{shard.file}.json", json.dumps(note_of(shard, self.plan_digest)).encode())
         self.finish(shard.file)
         sync_directory(self.files)
 
@@ -74,24 +82,10 @@ class Staging:
         path = next((path for path in (self.files / shard.file, self.output / shard.file) if path.is_file()), None)
         if path is None or path.stat().st_size != shard.nbytes:
             return None
-        try:
-            note = read_state(self.notes / f"{shard.file}.json") or {}
-            if note["plan"] != self.plan_digest or not are_checksums([note["header"]]):
-                return None
-            if not all(map(are_checksums, note["pieces"])):
-                return None
-            tensors = tuple(
-                WrittenTensor(
-                    tensor.name,
-                    tensor.dtype,
-                    tensor.shape,
-                    tuple(WrittenPiece(*pair) for pair in zip(tensor.pieces, checksums, strict=True)),
-                )
-                for tensor, checksums in zip(shard.tensors, note["pieces"], strict=True)
-            )
-            return WrittenShard(shard.file, shard.nbytes, shard.header, note["header"], tensors)
-        except (ValueError, KeyError, TypeError):
-            return None
+        return written_of(shard, read_state(self.notes / f"{shard.file}.json"), self.plan_digest)
+
+    def refresh(self) -> None:
+        """Do nothing: a directory shows what it holds."""
 
     def checks_hold(self, share: Share) -> bool:
         """Whether an earlier run recorded that the checks of a share hold."""
@@ -109,18 +103,40 @@ class Staging:
     def _checked(self, share: Share) -> Path:
         return self.folder / f"checked-{share.number}-of-{share.count}"
 
-    def sync(self, names: list[str]) -> None:
+    def copy(self, file: SourceFile, sources: Source) -> WrittenFile:
+        """Copy a file of the source as it is, durably."""
+        written = sources.copy(file, self.part(file.name))
+        self.finish(file.name)
+        return written
+
+    def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:
+        """Refuse to write where there is not enough space.
+
+        Raises:
+            WriteError: there is less.
+        """
+        require_space(self.output, nbytes, allocated(self.parts / shard.file for shard in shards))
+
+    @contextmanager
+    def failures(self, left: Callable[[], int]) -> Iterator[None]:
+        """Turn failures to write into errors with a hint; missing bytes are counted when no thread runs."""
+        with writing(self.folder), disk_full_explained(self.output, self.parts, left):
+            yield
+
+    def _sync(self, names: list[str]) -> None:
         """Make the names of finished files durable, moved up already or not."""
         for folder in folders_of(names):
             for root in (self.files, self.output):
                 if (root / folder).is_dir():
                     sync_directory(root / folder)
 
-    def publish(self, names: list[str]) -> None:
-        """Move the finished files up, and remove the working folder.
+    def publish(self, names: list[str], manifest: bytes) -> None:
+        """Write the manifest, move the finished files up, and remove the working folder.
 
         The manifest follows when all other names are on disk, and config.json when the manifest's is.
         """
+        self._sync([name for name in names if name != MANIFEST_NAME])
+        self.write(MANIFEST_NAME, manifest)
         last = (MANIFEST_NAME, CONFIG_NAME)
         for stage in ([name for name in names if name not in last], *([name] for name in last)):
             for name in stage:

@@ -8,6 +8,7 @@ import shlex
 from pathlib import Path
 from typing import Any, Final
 
+from quarkconv.errors import UsageError
 from quarkconv.plan.plan import Plan
 from quarkconv.text import word
 from quarkconv.version import own_version
@@ -27,7 +28,7 @@ _LABELS: Final = {
 
 
 def plan_state(
-    plan: Plan, digest: str, files: list[FileState], source: str, output: Path, *, shares: int | None = None
+    plan: Plan, digest: str, files: list[FileState], source: str, output: Path | str, *, shares: int | None = None
 ) -> dict[str, Any]:
     """The identity of a conversion, and the command that resumes it.
 
@@ -37,7 +38,8 @@ def plan_state(
         source, output: where they are; part of the command, not of the identity.
         shares: the number of shares that the work is divided into; None where one process does all that is left.
     """
-    words = ["quarkconv", "convert", source, "--to", plan.target, "--out", str(output.absolute())]
+    out = output if isinstance(output, str) else str(output.absolute())
+    words = ["quarkconv", "convert", source, "--to", plan.target, "--out", out]
     if plan.quantize is not None:
         words += ["--mtp", "quantize"] if plan.quantize == "mtp" else ["--quantize", plan.quantize]
     if any(item.code == "mtp-dropped" for item in plan.losses):
@@ -60,6 +62,28 @@ def plan_state(
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+
+
+def refuse_difference(output: str, begun: object, now: dict[str, Any]) -> None:
+    """Refuse to resume an unfinished conversion that is not the one requested now.
+
+    Args:
+        output: where it was begun.
+        begun: its identity as it was recorded.
+        now: the identity of the one requested.
+
+    Raises:
+        UsageError: they differ; the error names the difference.
+    """
+    found = difference(begun, now)
+    if found is not None:
+        raise UsageError(
+            "The output holds another unfinished conversion",
+            file=output,
+            expected="the same source, unchanged, and the same options",
+            found=found,
+            hint="run the command that began it, or start over with --overwrite",
+        )
 
 
 def difference(begun: object, now: dict[str, Any]) -> str | None:

@@ -19,9 +19,11 @@ pytest.importorskip("moto")
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
     """The URL of a moto server."""
+    import moto.s3.models
     from moto.server import ThreadedMotoServer
 
-    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
+    moto.s3.models.S3_UPLOAD_PART_MIN_SIZE = 1  # type: ignore[attr-defined]  # so that small shards have several parts
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()
@@ -40,6 +42,7 @@ def proxy(server: str, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyProxy]
             "AWS_ENDPOINT_URL": proxy.url, "AWS_ALLOW_HTTP": "true",
         }.items():  # fmt: skip
             monkeypatch.setenv(name, value)
+        monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
         for name in ("HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "http_proxy", "https_proxy", "all_proxy"):
             monkeypatch.delenv(name, raising=False)
         yield proxy

@@ -15,7 +15,7 @@ from support.progress import WhileWriting
 from support.s3 import URL, publish
 
 import quarkconv
-from quarkconv.cloud import bucket
+from quarkconv.cloud import stores
 from quarkconv.cloud.bucket import open_bucket
 from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.files.base import Range
@@ -158,7 +158,7 @@ def test_what_is_not_there_is_named(capsys: Capture, url: str, message: str) -> 
 
 @pytest.mark.usefixtures("proxy")
 def test_a_store_that_cannot_be_reached(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bucket, "_RETRIES", 1)
+    monkeypatch.setattr(stores, "RETRIES", 1)
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     code, out, _ = run_cli(capsys, "inspect", URL, "--json")
     assert (code, json.loads(out)["code"]) == (3, "store-unavailable")

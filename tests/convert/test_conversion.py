@@ -30,7 +30,7 @@ def test_preparing_writes_nothing_and_plans_what_plan_conversion_plans(model: Pa
     assert [output.plan for output in conversion.outputs] == [
         quarkconv.plan_conversion(model, "fused-int8", max_shard_size=9000)
     ]
-    assert conversion.output == tmp_path / "model-fused-int8" == conversion.outputs[0].folder
+    assert conversion.location == tmp_path / "model-fused-int8" == conversion.outputs[0].folder
     assert not conversion.by_rank
 
 

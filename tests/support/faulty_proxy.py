@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import http.client
+import socket
+import struct
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -23,7 +26,12 @@ class FaultyProxy:
         status: 503 (slow down), 403 and so on.
         cut: responses whose body ends in the middle.
         lie: shift the bytes that are requested, and not what the response states.
+        refuse_puts: uploads of objects and parts whose response becomes ``status``.
+        reset_puts: uploads whose connection is reset in the middle of the body.
+        deny: methods that are refused with 403, such as ``PUT``.
+        slow: seconds before each request is passed on.
         ranges: the requests for ranges.
+        requests: method and path of every request.
     """
 
     upstream: str
@@ -32,7 +40,12 @@ class FaultyProxy:
     status: int = 503
     cut: int = 0
     lie: bool = False
+    refuse_puts: int = 0
+    reset_puts: int = 0
+    deny: tuple[str, ...] = ()
+    slow: float = 0
     ranges: list[str] = field(default_factory=list)
+    requests: list[tuple[str, str]] = field(default_factory=list)
     lock: threading.Lock = field(default_factory=threading.Lock)
 
     def take(self, fault: str) -> bool:
@@ -56,6 +69,23 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
         def _forward(self) -> None:
             wanted = self.headers.get("Range")
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
+            length = int(self.headers.get("Content-Length") or 0)
+            with proxy.lock:
+                proxy.requests.append((self.command, self.path))
+            time.sleep(proxy.slow)
+            if self.command == "PUT" and length and proxy.take("reset_puts"):
+                self.rfile.read(length // 2)
+                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+                self.connection.close()
+                self.close_connection = True
+                return
+            body = self.rfile.read(length) if length else None
+            if self.command in proxy.deny:
+                self._send(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+                return
+            if self.command == "PUT" and proxy.take("refuse_puts"):
+                self._send(proxy.status, {}, b"<Error><Code>SlowDown</Code></Error>")
+                return
             if wanted is not None:
                 with proxy.lock:
                     proxy.ranges.append(wanted)
@@ -66,8 +96,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
                     first, _, last = wanted.removeprefix("bytes=").partition("-")
                     headers["Range"] = f"bytes={int(first) + 1}-{int(last) + 1}"
             upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
-            length = int(self.headers.get("Content-Length") or 0)
-            upstream.request(self.command, self.path, self.rfile.read(length) if length else None, headers)
+            upstream.request(self.command, self.path, body, headers)
             response = upstream.getresponse()
             body = response.read()
             upstream.close()
@@ -88,7 +117,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             if cut:
                 self.close_connection = True
 
-        do_GET = do_HEAD = do_PUT = _forward  # noqa: N815
+        do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = _forward  # noqa: N815
 
     server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
     server.daemon_threads = True

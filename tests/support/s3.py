@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 from pathlib import Path
 
 URL = "s3://models/org/tiny-moe"
+OUT = "s3://models/out/tiny-moe"
 
 
 def publish(folder: Path, url: str = URL) -> None:
@@ -16,3 +18,22 @@ def publish(folder: Path, url: str = URL) -> None:
     for path in folder.rglob("*"):
         if path.is_file():
             obstore.put(store, path.relative_to(folder).as_posix(), path.read_bytes(), use_multipart=False)
+
+
+def objects(url: str = OUT) -> dict[str, str]:
+    """Every object below a URL with a hash of its bytes."""
+    import obstore
+    from obstore.store import from_url
+
+    store = from_url(url)
+    names = sorted(meta["path"] for chunk in obstore.list(store) for meta in chunk)
+    return {name: hashlib.sha256(bytes(obstore.get(store, name).bytes())).hexdigest() for name in names}
+
+
+def put(url: str, data: bytes) -> None:
+    """Write one object."""
+    import obstore
+    from obstore.store import from_url
+
+    folder, _, name = url.rpartition("/")
+    obstore.put(from_url(folder), name, data)

@@ -1,0 +1,252 @@
+"""Objects below one URL that are written: whole, on condition, or as a stream of parts.
+
+An object appears when its last part has arrived, and never in pieces: a store has no half-written files to rename.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Iterable
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from typing import TYPE_CHECKING, Final
+
+from quarkconv.cloud.bucket import list_entries
+from quarkconv.cloud.stores import failure_of, open_store
+from quarkconv.errors import UsageError, WriteError
+from quarkconv.files.remote import CONNECTIONS, Entry
+
+if TYPE_CHECKING:
+    from obstore import PutMode, WritableFile
+    from obstore.store import ObjectStore
+
+MAX_PARTS: Final = 10_000
+MAX_PART_BYTES: Final = 5 * 2**30
+"""Limits of S3 for one object: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
+PART_BYTES: Final = 8 * 2**20
+"""Least size of a part, except the last: above the 5 MiB that S3 demands, and large enough to fill a connection."""
+_IN_FLIGHT_BYTES: Final = 2 * PART_BYTES
+"""Bytes of one object that are on their way; one part at least."""
+_ATTEMPTS: Final = 6
+_PAUSE: Final = 0.1  # seconds before the second attempt; each further pause is twice as long
+_RESUMES: Final = "run the same command again: it resumes where it stopped"
+
+
+def part_size(nbytes: int) -> int:
+    """The size of the parts of an object, so that their number stays within the limit; whole MiB.
+
+    Raises:
+        UsageError: no object can be that large.
+    """
+    size = PART_BYTES if nbytes <= PART_BYTES * MAX_PARTS else -(-nbytes // MAX_PARTS // 2**20) * 2**20
+    if size > MAX_PART_BYTES:
+        raise UsageError(
+            "An object store cannot hold a shard of this size",
+            expected=f"at most {MAX_PARTS * MAX_PART_BYTES} bytes",
+            found=f"{nbytes} bytes",
+            hint="give a smaller --max-shard-size",
+        )
+    return size
+
+
+class Objects:
+    """The objects below a URL, to write, read back and delete. No request is made before the first call.
+
+    Args:
+        url: ``s3://bucket/path``, ``gs://bucket/path`` or ``az://container/path``.
+
+    Raises:
+        UsageError: obstore is not installed, the URL is invalid, or there are no credentials.
+    """
+
+    def __init__(self, url: str) -> None:
+        self.url: Final = url.rstrip("/")
+        self.store: Final[ObjectStore] = open_store(self.url)
+
+    def entries(self) -> dict[str, Entry]:
+        """Every object by its name below the URL.
+
+        Raises:
+            WriteError: the store refuses, or cannot be reached; so do all other methods.
+        """
+        try:
+            return list_entries(self.store, self.url)
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, None) from error
+
+    def entry(self, name: str) -> Entry | None:
+        """Size and ETag of an object; None without the object."""
+        import obstore
+
+        try:
+            meta = obstore.head(self.store, name)
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, name) from error
+        return Entry(meta["size"], meta["e_tag"] or "")
+
+    def get(self, name: str) -> tuple[bytes, str] | None:
+        """The bytes of a small object and its ETag; None without the object."""
+        import obstore
+
+        try:
+            response = obstore.get(self.store, name)
+            return bytes(response.bytes()), response.meta["e_tag"] or ""
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, name) from error
+
+    def get_many(self, names: Iterable[str]) -> dict[str, bytes]:
+        """The bytes of small objects by their names, without those that are gone."""
+        with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="quarkconv-objects") as pool:
+            wanted = list(names)
+            found = zip(wanted, pool.map(self.get, wanted), strict=True)
+            return {name: item[0] for name, item in found if item is not None}
+
+    def put(self, name: str, data: bytes) -> None:
+        """Write a small object."""
+        import obstore
+
+        try:
+            obstore.put(self.store, name, data, use_multipart=False)
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, name) from error
+
+    def create(self, name: str, data: bytes) -> bool:
+        """Write a small object unless there is one of this name.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            ConditionsUnsupportedError: the store ignores or refuses conditions.
+        """
+        return self._put_if(name, data, "create")
+
+    def replace(self, name: str, data: bytes, etag: str) -> bool:
+        """Write a small object if the one of this name still has an ETag.
+
+        Returns:
+            Whether it was written.
+
+        Raises:
+            ConditionsUnsupportedError: the store ignores or refuses conditions.
+        """
+        return self._put_if(name, data, {"e_tag": etag})
+
+    def delete(self, names: Iterable[str]) -> None:
+        """Delete objects; those that are gone already do not matter."""
+        import obstore
+
+        chosen = list(names)
+        try:
+            if chosen:
+                obstore.delete(self.store, chosen)
+        except FileNotFoundError:
+            pass
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, chosen[0]) from error
+
+    def writer(self, name: str, nbytes: int) -> ObjectWriter:
+        """Begin an object of a known size.
+
+        Raises:
+            UsageError: no object can be that large.
+        """
+        import obstore
+
+        size = part_size(nbytes)
+        try:
+            stream = obstore.open_writer(
+                self.store, name, buffer_size=size, max_concurrency=max(1, _IN_FLIGHT_BYTES // size)
+            )
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, name) from error
+        return ObjectWriter(self, name, stream)
+
+    def _put_if(self, name: str, data: bytes, mode: PutMode) -> bool:
+        import obstore
+        from obstore.exceptions import AlreadyExistsError, GenericError, NotSupportedError, PreconditionError
+
+        for attempt in range(_ATTEMPTS):
+            try:
+                obstore.put(self.store, name, data, mode=mode)
+                return True
+            except (AlreadyExistsError, PreconditionError, FileNotFoundError):
+                # After a response that was lost, the object may be the one that was sent.
+                found = self.get(name) if attempt else None
+                return found is not None and found[0] == data
+            except NotSupportedError as error:
+                raise ConditionsUnsupportedError(self.url) from error
+            except Exception as error:  # of obstore, and OSErrors
+                if "NotImplemented" in str(error):
+                    raise ConditionsUnsupportedError(self.url) from error
+                # obstore sends no conditional request again whose connection broke.
+                if attempt == _ATTEMPTS - 1 or not isinstance(error, GenericError):
+                    raise self.error(error, name) from error
+                time.sleep(_PAUSE * 2**attempt)
+        raise AssertionError
+
+    def error(self, error: Exception, name: str | None) -> WriteError:
+        """The error for a failed request about an object, or about all of them."""
+        message, found, hint = failure_of(error, self.url, "written to")
+        file = self.url if name is None else f"{self.url}/{name}"
+        return WriteError(message, file=file, found=found, hint=f"{hint}; then {_RESUMES}")
+
+
+class ObjectWriter:
+    """A stream into one object. Made by :meth:`Objects.writer`."""
+
+    def __init__(self, objects: Objects, name: str, stream: WritableFile) -> None:
+        self.name: Final = name
+        self._objects = objects
+        self._stream: WritableFile | None = stream
+
+    def write(self, data: memoryview | bytes) -> None:
+        """Append bytes; they are copied, since the stream keeps what it is given until it is sent.
+
+        Raises:
+            WriteError: a part was not accepted; what was sent is discarded.
+        """
+        self._call(lambda stream: stream.write(bytes(data)))
+
+    def finish(self) -> None:
+        """Send the rest and create the object.
+
+        Raises:
+            WriteError: the store did not accept it; what was sent is discarded.
+        """
+        self._call(lambda stream: stream.close())
+        self._stream = None
+
+    def abort(self) -> None:
+        """Discard what was sent; after :meth:`finish`, do nothing."""
+        stream, self._stream = self._stream, None
+        if stream is not None:
+            with suppress(Exception):  # of obstore: the upload is gone, or the store cannot be reached
+                stream.__exit__(InterruptedError, InterruptedError(), None)
+
+    def _call(self, do: Callable[[WritableFile], object]) -> None:
+        if self._stream is None:
+            raise ValueError(f"{self.name} is finished or given up")
+        try:
+            do(self._stream)
+        except Exception as error:  # of obstore, and OSErrors
+            failure = self._objects.error(error, self.name)
+            self.abort()
+            raise failure from error
+
+
+class ConditionsUnsupportedError(WriteError):
+    """The store does not write on condition (``If-None-Match``, ``If-Match``)."""
+
+    def __init__(self, url: str) -> None:
+        super().__init__(
+            "The object store has no conditional writes",
+            file=url,
+            expected="If-None-Match and If-Match of PUT",
+            found="not supported",
+            hint="use --part K/N instead: it needs none",
+        )

@@ -1,0 +1,309 @@
+"""The output below the URL of an object store while a conversion is under way.
+
+A shard is streamed to its final name, where it appears when its last part has arrived; config.json comes last, so that
+until then no engine takes the objects for a model. Beside them lie, until the conversion is finished,
+
+    .quarkconv/plan.json          the identity of the conversion: a later run resumes only the same one
+    .quarkconv/notes/NAME.json    the checksums of the pieces of a finished shard, and the ETag of its object
+    .quarkconv/checked-K-of-N     says that the checks of a share hold
+
+A finished shard whose object still has the ETag of its note is never written again. There are no locks: two processes
+that write one shard write the same bytes, and the later object replaces the earlier.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from typing import Any, Final
+
+import xxhash
+
+from quarkconv.cloud.bucket import Bucket
+from quarkconv.cloud.objects import PART_BYTES, ConditionsUnsupportedError, Objects, ObjectWriter
+from quarkconv.cloud.uploads import clear_uploads
+from quarkconv.errors import SourceError, UsageError, WriteError
+from quarkconv.files.remote import Entry
+from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME
+from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, read_manifest
+from quarkconv.plan.pieces import OutputShard, SourceFile
+from quarkconv.plan.shares import MAX_SHARES, Share
+from quarkconv.text import shortened
+from quarkconv.write.notes import note_of, written_of
+from quarkconv.write.refusals import source_changed
+from quarkconv.write.source import Source
+from quarkconv.write.state import refuse_difference
+
+_STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
+_NOTES: Final = f"{STAGING_NAME}/{NOTES_NAME}/"
+
+_log: Final = logging.getLogger(__name__)
+
+
+class ObjectShard:
+    """A shard that is streamed to an object."""
+
+    in_order: Final = True
+
+    def __init__(self, writer: ObjectWriter, nbytes: int) -> None:
+        self._writer = writer
+        self._nbytes = nbytes
+        self._written = 0
+
+    def write(self, block: memoryview, offset: int) -> None:
+        """Append a block; what pads the last one is dropped."""
+        if offset != self._written:
+            raise ValueError(f"block at {offset} of a stream at {self._written}")
+        block = block[: self._nbytes - offset]
+        self._writer.write(block)
+        self._written += len(block)
+
+    def flush(self) -> None:
+        """Do nothing: parts are sent as they fill."""
+
+    def seal(self) -> None:
+        """Send the rest and create the object."""
+        self._writer.finish()
+
+    def close(self) -> None:
+        """Discard what was sent, unless the object was created."""
+        self._writer.abort()
+
+
+class ObjectDestination:
+    """The output of one conversion in an object store. Use :func:`open_objects` to get one."""
+
+    def __init__(self, objects: Objects, plan_digest: str) -> None:
+        self.objects = objects
+        self.plan_digest = plan_digest
+        self._entries: dict[str, Entry] = {}
+        self._notes: dict[str, dict[str, Any]] = {}
+        self._config = b""
+
+    def refresh(self) -> None:
+        """List the objects again, and read the notes that are new."""
+        before, self._entries = self._entries, self.objects.entries()
+        names = [name for name, entry in self._entries.items() if name.startswith(_NOTES) and before.get(name) != entry]
+        for name, data in self.objects.get_many(names).items():
+            self._notes[name] = _parsed(data)
+
+    def open(self, shard: OutputShard) -> ObjectShard:
+        """Begin to stream a shard."""
+        return ObjectShard(self.objects.writer(shard.file, shard.nbytes), shard.nbytes)
+
+    def record(self, shard: WrittenShard) -> None:
+        """Note the checksums of a shard and the ETag of its object.
+
+        Raises:
+            WriteError: the object is not the one that was sent.
+        """
+        entry = self.objects.entry(shard.file)
+        if entry is None or entry.size != shard.size:
+            raise WriteError(
+                "The object store does not hold the shard that was written",
+                file=f"{self.objects.url}/{shard.file}",
+                expected=f"{shard.size} bytes",
+                found="no object" if entry is None else f"{entry.size} bytes",
+                hint="run the same command again, and check that nothing else writes there",
+            )
+        note = {**note_of(shard, self.plan_digest), "etag": entry.etag}
+        self.objects.put(_note_name(shard.file), json.dumps(note).encode())
+
+    def finished(self, shard: OutputShard) -> WrittenShard | None:
+        """The record of a shard that was finished when the objects were last listed."""
+        entry, note = self._entries.get(shard.file), self._notes.get(_note_name(shard.file))
+        if entry is None or note is None or entry != Entry(shard.nbytes, str(note.get("etag"))):
+            return None
+        return written_of(shard, note, self.plan_digest)
+
+    def checks_hold(self, share: Share) -> bool:
+        """Whether an earlier run recorded that the checks of a share hold."""
+        found = self.objects.get(_checked(share))
+        return found is not None and _parsed(found[0]) == {"plan": self.plan_digest}
+
+    def record_checks(self, share: Share) -> None:
+        """Record that the checks of a share hold."""
+        self.objects.put(_checked(share), json.dumps({"plan": self.plan_digest}).encode())
+
+    def shares(self) -> int:
+        """The number of shares that the conversion was begun with; 1 for a whole one."""
+        found = self.objects.get(_STATE)
+        count = None if found is None else _parsed(found[0]).get("shares")
+        return count if isinstance(count, int) and 1 <= count <= MAX_SHARES else 1
+
+    def copy(self, file: SourceFile, sources: Source) -> WrittenFile:
+        """Copy a file of the source as it is."""
+        hasher, size = xxhash.xxh3_128(), 0
+        writer = self.objects.writer(file.name, file.size) if file.size > PART_BYTES else None
+        whole = bytearray()
+        try:
+            for block in sources.blocks(file):
+                hasher.update(block)
+                size += len(block)
+                if writer is None:
+                    whole += block
+                else:
+                    writer.write(block)
+            if size != file.size:
+                raise source_changed(file.name, f"{file.size} bytes", f"{size} bytes")
+            if writer is None:
+                self.objects.put(file.name, bytes(whole))
+            else:
+                writer.finish()
+        finally:
+            if writer is not None:
+                writer.abort()
+        return WrittenFile(file.name, size, hasher.hexdigest())
+
+    def write(self, name: str, data: bytes) -> None:
+        """Write a small file of the output; config.json waits until the rest is there."""
+        if name == CONFIG_NAME:
+            self._config = data
+        else:
+            self.objects.put(name, data)
+
+    def publish(self, names: list[str], manifest: bytes) -> None:  # noqa: ARG002
+        """Write the manifest, then config.json, and remove the notes.
+
+        plan.json is the first of them to go: without it the output counts as finished.
+        """
+        self.objects.put(MANIFEST_NAME, manifest)
+        self.objects.put(CONFIG_NAME, self._config)
+        self.objects.delete([_STATE])
+        self.objects.delete(name for name in self.objects.entries() if name.startswith(f"{STAGING_NAME}/"))
+
+    def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:  # noqa: ARG002
+        """Discard parts that a process which died sent of these shards; a store has no end."""
+        cleared = clear_uploads(self.objects.url, {shard.file for shard in shards})
+        if cleared:
+            _log.info("%s: %d unfinished uploads of an earlier run discarded", self.objects.url, cleared)
+
+    def failures(self, left: Callable[[], int]) -> nullcontext[None]:  # noqa: ARG002
+        """Nothing: objects raise such errors themselves."""
+        return nullcontext()
+
+
+@contextmanager
+def open_objects(
+    url: str, state: dict[str, Any], plan_files: list[str], *, overwrite: bool = False
+) -> Iterator[ObjectDestination]:
+    """Begin or resume a conversion below a URL.
+
+    Args:
+        url: of the output.
+        state: what identifies the conversion, of :func:`plan_state`.
+        plan_files: the files that the plan will write.
+        overwrite: whether an earlier output of quarkconv is deleted, finished or not.
+
+    Raises:
+        UsageError: there are other objects, or another conversion.
+        WriteError: the store refuses, or cannot be reached.
+    """
+    objects = Objects(url)
+    entries = objects.entries()
+    begun = _STATE in entries
+    if overwrite:
+        _delete_earlier(objects, entries)
+    else:
+        _refuse_others(objects, entries, set(plan_files) if begun else set(), unfinished=begun)
+    recorded = json.dumps({**state, "files": plan_files}).encode()
+    if overwrite or not _create(objects, recorded):
+        found = objects.get(_STATE)
+        if found is None:
+            objects.put(_STATE, recorded)
+        else:
+            refuse_difference(url, _parsed(found[0]), state)
+    destination = ObjectDestination(objects, state["plan"])
+    destination.refresh()
+    yield destination
+
+
+def finished_manifest(url: str) -> Manifest | None:
+    """The manifest of a finished conversion below a URL; None where there is none, or it is not finished.
+
+    Raises:
+        SourceError: there is a manifest that cannot be read.
+        WriteError: the store refuses, or cannot be reached.
+    """
+    objects = Objects(url)
+    entries = objects.entries()
+    return None if _STATE in entries else _manifest(objects, entries)
+
+
+def has_begun(url: str) -> bool:
+    """Whether there is an unfinished conversion below a URL."""
+    return Objects(url).entry(_STATE) is not None
+
+
+def _create(objects: Objects, state: bytes) -> bool:
+    """Write plan.json where there is none; False where there is one, or the store cannot tell."""
+    try:
+        return objects.create(_STATE, state)
+    except ConditionsUnsupportedError:
+        return False
+
+
+def _refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str], *, unfinished: bool) -> None:
+    """Refuse a URL with objects beside ``expected`` and the notes of conversions."""
+    foreign = sorted(name for name in entries if name not in expected and not name.startswith(f"{STAGING_NAME}/"))
+    if foreign:
+        replaceable = MANIFEST_NAME in entries and not unfinished and not expected
+        raise UsageError(
+            "There are other objects at the output's URL",
+            file=objects.url,
+            expected="no objects below it",
+            found=shortened(foreign[0]) + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
+            hint="replace the earlier conversion with --overwrite" if replaceable else "choose another --out",
+        )
+
+
+def _delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
+    """Delete an earlier conversion, finished or not, and nothing else."""
+    try:
+        manifest = _manifest(objects, entries)
+    except SourceError as error:
+        raise UsageError(
+            "The manifest at the output's URL cannot be read",
+            file=objects.url,
+            found=error.message,
+            hint="delete the objects, or choose another --out",
+        ) from error
+    written = set() if manifest is None else set(manifest.file_names())
+    state = objects.get(_STATE) if _STATE in entries else None
+    if state is not None:  # it was begun where there was nothing, so that these are its own
+        files = _parsed(state[0]).get("files")
+        written.update(name for name in files if isinstance(name, str)) if isinstance(files, list) else None
+    _refuse_others(objects, entries, written, unfinished=False)
+    clear_uploads(objects.url, written)
+    # config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest and
+    # plan.json go last, so that the deletion can be repeated.
+    present = [name for name in entries if name in written or name.startswith(f"{STAGING_NAME}/")]
+    last = [name for name in (MANIFEST_NAME, _STATE) if name in present]
+    objects.delete(name for name in present if name == CONFIG_NAME)
+    objects.delete(name for name in present if name != CONFIG_NAME and name not in last)
+    for name in last:
+        objects.delete([name])
+
+
+def _manifest(objects: Objects, entries: dict[str, Entry]) -> Manifest | None:
+    return read_manifest(Bucket(objects.url, objects.store, entries)) if MANIFEST_NAME in entries else None
+
+
+def _note_name(file: str) -> str:
+    return f"{_NOTES}{file}.json"
+
+
+def _checked(share: Share) -> str:
+    return f"{STAGING_NAME}/checked-{share.number}-of-{share.count}"
+
+
+def _parsed(data: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}
