@@ -21,7 +21,7 @@ from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Arena
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reads import PAGE, LayerPart, LayerRead, layer_reads
-from quarkconv.load.open_files import BLOCK, OpenFiles
+from quarkconv.load.open_files import OpenFiles, open_files
 from quarkconv.plan.manifest import WrittenTensor
 
 READERS: Final = min(8, 2 * (os.cpu_count() or 1))
@@ -69,8 +69,9 @@ class LayerReader:
         self._pool = pool
         self._progress = progress
         self.refs = description.checkpoint.refs()
-        self._files = OpenFiles(description.checkpoint.root)
-        self._direct = OpenFiles(description.checkpoint.root, _DIRECT)
+        store = description.checkpoint.store
+        self._files = open_files(store)
+        self._direct = OpenFiles(store.root, _DIRECT) if isinstance(self._files, OpenFiles) else None
         self._without_direct: set[str] = set()
 
     def __enter__(self) -> LayerReader:
@@ -78,7 +79,8 @@ class LayerReader:
 
     def __exit__(self, *_: object) -> None:
         self._files.close()
-        self._direct.close()
+        if self._direct is not None:
+            self._direct.close()
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor."""
@@ -164,16 +166,15 @@ class LayerReader:
 
     def _fill(self, item: LayerRead, memory: memoryview, *, on_page: bool = False) -> bool:
         """Read one range to its place in memory, which may start on a page; False when its checksum differs."""
-        descriptor = self._files[item.file]
         hasher = xxhash.xxh3_128() if item.checksum else None
         done = 0
         while done < item.nbytes:
-            view = memory[item.at + done : item.at + min(done + BLOCK, item.nbytes)]
+            view = memory[item.at + done : item.at + min(done + self._files.block, item.nbytes)]
             try:
                 count = (
-                    self._read_block(item, view, done, descriptor)
+                    self._read_block(item, view, done)
                     if on_page
-                    else os.preadv(descriptor, [view], item.start + done)
+                    else self._files.read_into(item.file, view, item.start + done)
                 )
             except OSError as error:
                 raise self._unreadable(item, error.strerror or str(error)) from error
@@ -187,22 +188,25 @@ class LayerReader:
         self._progress(item.nbytes)
         return hasher.hexdigest() == item.checksum
 
-    def _read_block(self, item: LayerRead, view: memoryview, done: int, descriptor: int) -> int:
+    def _read_block(self, item: LayerRead, view: memoryview, done: int) -> int:
         """Read a block: from the page cache where it is there, else past it where it lies on pages."""
         start = item.start + done
         on_pages = not ((item.at + done) % PAGE or start % PAGE or len(view) % PAGE)
         direct = self._direct_descriptor(item.file) if on_pages else None
-        if direct is not None and not in_page_cache(descriptor, start, len(view)):
+        if direct is not None and not self._is_cached(item.file, start, len(view)):
             try:
                 return os.preadv(direct, [view], start)
             except OSError as error:
                 if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
                     raise
-        return os.preadv(descriptor, [view], start)
+        return self._files.read_into(item.file, view, start)
+
+    def _is_cached(self, file: str, start: int, nbytes: int) -> bool:
+        return isinstance(self._files, OpenFiles) and in_page_cache(self._files[file], start, nbytes)
 
     def _direct_descriptor(self, file: str) -> int | None:
         """The file opened for reads past the page cache; None where the system does not do that."""
-        if not _DIRECT or file in self._without_direct:
+        if not _DIRECT or self._direct is None or file in self._without_direct:
             return None
         try:
             return self._direct[file]

@@ -1,17 +1,94 @@
-"""Files as verification reads them: opened once, in blocks."""
+"""Files as verification reads them, in blocks: opened once in a directory, or by ranges where they are remote."""
 
 from __future__ import annotations
 
 import os
 import threading
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple, Protocol
 
 from quarkconv.errors import SourceError
+from quarkconv.files.base import Files, Range
 from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
+from quarkconv.files.remote import RemoteFiles
 
 BLOCK: Final = 2 * 2**20
 """Bytes that are read before their checksum is computed: they are in the processor's cache then."""
+
+
+class FileReads(Protocol):
+    """Files that several threads read at offsets. A context manager."""
+
+    def __enter__(self) -> FileReads: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    @property
+    def block(self) -> int:
+        """Bytes that are best read at a time."""
+
+    def read(self, file: str, start: int, nbytes: int) -> bytes:
+        """A byte range; shorter where the file ends.
+
+        Raises:
+            SourceError: the file cannot be opened, or the store does not send it.
+            OSError: the disk cannot be read.
+        """
+
+    def read_into(self, file: str, view: memoryview, start: int) -> int:
+        """Fill memory with the bytes from an offset on, and return how many were read; errors as of :meth:`read`."""
+
+    def close(self) -> None:
+        """Close all of them."""
+
+
+class OpenFile(NamedTuple):
+    """One of several files."""
+
+    files: FileReads
+    name: str
+
+    def read(self, start: int, nbytes: int) -> bytes:
+        """A byte range; shorter where the file ends."""
+        return self.files.read(self.name, start, nbytes)
+
+    def read_into(self, view: memoryview, start: int) -> int:
+        """Fill memory with the bytes from an offset on, and return how many were read."""
+        return self.files.read_into(self.name, view, start)
+
+
+def open_files(files: Files) -> FileReads:
+    """The files of a model, for reading."""
+    return RemoteReads(files) if isinstance(files, RemoteFiles) else OpenFiles(files.root)
+
+
+class RemoteReads:
+    """Remote files; each read is a request."""
+
+    block: Final = 8 * 2**20
+
+    def __init__(self, files: RemoteFiles) -> None:
+        self._files = files
+
+    def __enter__(self) -> RemoteReads:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Do nothing."""
+
+    def read(self, file: str, start: int, nbytes: int) -> bytes:
+        """A byte range; shorter where the file ends."""
+        end = min(start + nbytes, self._files.size(file) or 0)
+        return self._files.fetch(Range(file, start, end)) if start < end else b""
+
+    def read_into(self, file: str, view: memoryview, start: int) -> int:
+        """Fill memory with the bytes from an offset on, and return how many were read."""
+        data = self.read(file, start, len(view))
+        view[: len(data)] = data
+        return len(data)
 
 
 class OpenFiles:
@@ -21,6 +98,8 @@ class OpenFiles:
         root: the folder.
         flags: of the opening, beside those for reading.
     """
+
+    block: Final = BLOCK
 
     def __init__(self, root: Path, flags: int = 0) -> None:
         self._root = root
@@ -39,6 +118,14 @@ class OpenFiles:
         for descriptor in self._descriptors.values():
             os.close(descriptor)
         self._descriptors.clear()
+
+    def read(self, file: str, start: int, nbytes: int) -> bytes:
+        """A byte range; shorter where the file ends."""
+        return os.pread(self[file], nbytes, start)
+
+    def read_into(self, file: str, view: memoryview, start: int) -> int:
+        """Fill memory with the bytes from an offset on, and return how many were read."""
+        return os.preadv(self[file], [view], start)
 
     def __getitem__(self, file: str) -> int:
         """The descriptor of a file.

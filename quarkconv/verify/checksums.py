@@ -6,12 +6,10 @@ the source should have given are computed with torch. Nothing of this is shared 
 
 from __future__ import annotations
 
-import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
@@ -19,8 +17,9 @@ import xxhash
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
+from quarkconv.files.base import Files
 from quarkconv.files.open_limit import hint_about_open_files
-from quarkconv.load.open_files import BLOCK, OpenFiles
+from quarkconv.load.open_files import BLOCK, FileReads, OpenFile, open_files
 from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Codes, Columns, Copy, Piece, Rows, RowScales, Scale, Weights, Zeros
 from quarkconv.verify.places import wrong_pieces
@@ -33,7 +32,7 @@ _DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "": torch.uint8}
 def check_bytes(
     description: Description,
     manifest: Manifest,
-    source: Path | None,
+    source: Files | None,
     progress: Callable[[int], None],
     jobs: int,
     skip: Collection[str] = (),
@@ -45,7 +44,7 @@ def check_bytes(
     Args:
         description: the converted checkpoint.
         manifest: its manifest.
-        source: directory of the source, or None.
+        source: the files of the source, or None.
         progress: called with the number of bytes checked since its last call.
         jobs: number of tensors that are read at the same time.
         skip: tensors whose bytes were compared already; the result counts them all the same.
@@ -57,12 +56,13 @@ def check_bytes(
     Raises:
         SourceError: a file cannot be read, or the source is not the one that was converted.
     """
-    root = description.checkpoint.root
+    store = description.checkpoint.store
     if source is not None:
         check_source(source, manifest)
-    present = [shard for shard in manifest.shards if (root / shard.file).is_file()]
+    sizes = {shard.file: size for shard in manifest.shards if (size := store.size(shard.file)) is not None}
+    present = [shard for shard in manifest.shards if shard.file in sizes]
     stop = threading.Event()
-    opened = nullcontext() if source is None else OpenFiles(source)
+    opened = nullcontext() if source is None else open_files(source)
     with opened as sources, ThreadPoolExecutor(max_workers=max(1, jobs)) as pool:
 
         def check(part: _Part) -> list[Problem]:
@@ -70,24 +70,27 @@ def check_bytes(
                 return []
             # A descriptor of its own: what the kernel reads ahead, it reads after the last read of a descriptor.
             try:
-                with open(root / part.shard.file, "rb", buffering=0) as output:
-                    found = list(_part_problems(description, part, output.fileno(), sources, progress))
+                with open_files(store) as own:
+                    output = OpenFile(own, part.shard.file)
+                    found = list(_part_problems(description, part, output, sources, progress))
             except OSError as error:
                 raise SourceError(
-                    "A tensor cannot be read", code="shard-truncated", file=str(root / part.shard.file),
+                    "A tensor cannot be read", code="shard-truncated", file=str(store.root / part.shard.file),
                     tensor=part.tensor and part.tensor.name, found=error.strerror, hint=hint_about_open_files(error),
                 ) from error  # fmt: skip
             if found and fail_fast:
                 stop.set()
             return found
 
-        parts = [part for shard in present for part in _parts(shard, (root / shard.file).stat().st_size, skip)]
+        parts = [part for shard in present for part in _parts(shard, sizes[shard.file], skip)]
         problems = [problem for found in pool.map(check, parts) for problem in found]
-    problems += [
-        Problem("bytes", None, file.name, "The file has changed since it was written")
-        for file in manifest.files
-        if (root / file.name).is_file() and _file_checksum(root / file.name) != file.checksum
-    ]
+    with open_files(store) as others:
+        problems += [
+            Problem("bytes", None, file.name, "The file has changed since it was written")
+            for file in manifest.files
+            if (size := store.size(file.name)) is not None
+            and _range_checksum(OpenFile(others, file.name), 0, size) != file.checksum
+        ]
     result = BytesResult(
         pieces=sum(len(tensor.pieces) for shard in present for tensor in shard.tensors),
         nbytes=sum(shard.size for shard in present) + sum(file.size for file in manifest.files),
@@ -96,18 +99,17 @@ def check_bytes(
     return result, problems
 
 
-def check_source(source: Path, manifest: Manifest) -> None:
+def check_source(source: Files, manifest: Manifest) -> None:
     """Refuse a source that has not the files that were converted.
 
     Raises:
         SourceError: a file is missing, or of another size.
     """
     for name, size in manifest.sources:
-        path = source / name
-        found = path.stat().st_size if path.is_file() else None
+        found = source.size(name)
         if found != size:
             raise SourceError(
-                "This is not the source that was converted", code="shard-missing", file=str(path),
+                "This is not the source that was converted", code="shard-missing", file=str(source.root / name),
                 expected=f"{size} bytes", found="no file" if found is None else f"{found} bytes",
                 hint="give --source the checkpoint that was converted, or leave it out",
             )  # fmt: skip
@@ -133,7 +135,7 @@ def _parts(shard: WrittenShard, available: int, skip: Collection[str]) -> Iterat
 
 
 def _part_problems(
-    description: Description, part: _Part, output: int, sources: OpenFiles | None, progress: Callable[[int], None]
+    description: Description, part: _Part, output: OpenFile, sources: FileReads | None, progress: Callable[[int], None]
 ) -> Iterator[Problem]:
     shard, tensor, position = part
     if tensor is None:
@@ -155,11 +157,11 @@ def _part_problems(
         yield wrong_pieces(description, tensor.name, first.piece.source.tensor, reason, len(wrong), len(tensor.pieces))
 
 
-def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
+def _blocks(file: OpenFile, start: int, nbytes: int) -> Iterator[bytes]:
     """A byte range, a block at a time; shorter where the file ends."""
     end = start + nbytes
     while start < end:
-        block = os.pread(descriptor, min(_BLOCK, end - start), start)
+        block = file.read(start, min(_BLOCK, end - start))
         if not block:
             return
         yield block
@@ -169,13 +171,13 @@ def _blocks(descriptor: int, start: int, nbytes: int) -> Iterator[bytes]:
 _memory = threading.local()
 
 
-def _range_checksum(descriptor: int, start: int, nbytes: int) -> str:
+def _range_checksum(file: OpenFile, start: int, nbytes: int) -> str:
     """The checksum of a byte range, read to the same memory again and again: new memory has to be made zero first."""
     if not hasattr(_memory, "block"):
         _memory.block = memoryview(bytearray(BLOCK))
     hasher, end = xxhash.xxh3_128(), start + nbytes
     while start < end:
-        count = os.preadv(descriptor, [_memory.block[: min(BLOCK, end - start)]], start)
+        count = file.read_into(_memory.block[: min(BLOCK, end - start)], start)
         if count == 0:  # the file ends: the checksum is another
             break
         hasher.update(_memory.block[:count])
@@ -183,12 +185,7 @@ def _range_checksum(descriptor: int, start: int, nbytes: int) -> str:
     return hasher.hexdigest()
 
 
-def _file_checksum(path: Path) -> str:
-    with open(path, "rb") as handle:
-        return _range_checksum(handle.fileno(), 0, path.stat().st_size)
-
-
-def _same_as_source(output: int, position: int, sources: OpenFiles, piece: Piece) -> bool:
+def _same_as_source(output: OpenFile, position: int, sources: FileReads, piece: Piece) -> bool:
     """Whether a piece of the output holds what its source range gives."""
     for expected in _expected(sources, piece):
         if b"".join(_blocks(output, position, len(expected))) != expected:
@@ -197,33 +194,33 @@ def _same_as_source(output: int, position: int, sources: OpenFiles, piece: Piece
     return True
 
 
-def _expected(sources: OpenFiles, piece: Piece) -> Iterator[bytes]:
+def _expected(sources: FileReads, piece: Piece) -> Iterator[bytes]:
     """What a piece should be, a block at a time, computed by other means than the writer's."""
     match piece:
         case Copy(_, file, start, nbytes):
-            yield from _blocks(sources[file], start, nbytes)
+            yield from _blocks(OpenFile(sources, file), start, nbytes)
         case Rows():
             yield _bytes_of(_expected_rows(sources, piece))
         case Weights(codes, scale):
             yield from _expected_weights(sources, codes, scale)
         case Columns():
-            yield from _expected_columns(sources[piece.source.file], piece)
+            yield from _expected_columns(OpenFile(sources, piece.source.file), piece)
         case Codes() | RowScales():
-            yield from _expected_quantized(sources[piece.source.file], piece)
+            yield from _expected_quantized(OpenFile(sources, piece.source.file), piece)
         case Zeros(_, nbytes):
             yield from (b"\0" * min(_BLOCK, nbytes - start) for start in range(0, nbytes, _BLOCK))
 
 
-def _expected_rows(sources: OpenFiles, scale: Scale) -> torch.Tensor:
+def _expected_rows(sources: FileReads, scale: Scale) -> torch.Tensor:
     """A scale as F32, repeated: by torch, unlike the writer's own computation."""
     _, file, start, nbytes = scale.source
-    data = bytearray().join(_blocks(sources[file], start, nbytes))
+    data = bytearray().join(_blocks(OpenFile(sources, file), start, nbytes))
     widen, repeat = (scale.widen, scale.repeat) if isinstance(scale, Rows) else ("", 1)
     elements = torch.frombuffer(data, dtype=_DTYPES[widen])
     return (elements.float() if widen else elements).repeat(repeat)
 
 
-def _expected_weights(sources: OpenFiles, codes_range: Copy, scale: Scale) -> Iterator[bytes]:
+def _expected_weights(sources: FileReads, codes_range: Copy, scale: Scale) -> Iterator[bytes]:
     """Code times scale, rounded to F32 and then to BF16: the product exactly, in float64, and the bits by hand."""
     _, file, begin, length = codes_range
     if not length:
@@ -234,12 +231,12 @@ def _expected_weights(sources: OpenFiles, codes_range: Copy, scale: Scale) -> It
     for first in range(0, len(scales), rows):
         some = scales[first : first + rows].unsqueeze(1)
         start, nbytes = begin + first * columns, len(some) * columns
-        codes = torch.frombuffer(bytearray().join(_blocks(sources[file], start, nbytes)), dtype=torch.int8)
+        codes = torch.frombuffer(bytearray().join(_blocks(OpenFile(sources, file), start, nbytes)), dtype=torch.int8)
         bits = (codes.view(len(some), columns).double() * some).float().view(torch.int32).long() & 0xFFFFFFFF
         yield _bytes_of(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(torch.uint16))
 
 
-def _expected_quantized(descriptor: int, piece: Codes | RowScales) -> Iterator[bytes]:
+def _expected_quantized(file: OpenFile, piece: Codes | RowScales) -> Iterator[bytes]:
     """Codes or scales of ptpc_int8: products and quotients in float64, rounded where the writer rounds."""
     source, dtype, columns = piece
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
@@ -247,7 +244,7 @@ def _expected_quantized(descriptor: int, piece: Codes | RowScales) -> Iterator[b
     step = max(1, _BLOCK // (8 * row)) * row
     for first in range(source.start, source.start + source.nbytes, step):
         nbytes = min(step, source.start + source.nbytes - first)
-        data = bytearray().join(_blocks(descriptor, first, nbytes))
+        data = bytearray().join(_blocks(file, first, nbytes))
         weight = torch.frombuffer(data, dtype=kind).view(-1, columns).double()
         largest = torch.maximum(weight.max(dim=1).values, -weight.min(dim=1).values)
         scale = (largest / 127.5).float().to(kind).float()
@@ -262,13 +259,13 @@ def _expected_quantized(descriptor: int, piece: Codes | RowScales) -> Iterator[b
         yield _bytes_of((floor + up).clamp(-128, 127).to(torch.int8))
 
 
-def _expected_columns(descriptor: int, piece: Columns) -> Iterator[bytes]:
+def _expected_columns(file: OpenFile, piece: Columns) -> Iterator[bytes]:
     """The same columns of many rows, as a strided view of them."""
     source, run, stride = piece
     count, at_once = -(-source.nbytes // stride), max(1, _BLOCK // stride)
     for first in range(0, count, at_once):
         rows = min(at_once, count - first)
-        data = bytearray().join(_blocks(descriptor, source.start + first * stride, (rows - 1) * stride + run))
+        data = bytearray().join(_blocks(file, source.start + first * stride, (rows - 1) * stride + run))
         view = torch.frombuffer(data, dtype=torch.uint8).as_strided((rows, run), (stride, 1))
         yield _bytes_of(view)
 

@@ -96,11 +96,11 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
                 "structure", None, path.as_posix(), "The manifest does not know this file, and loaders may use it"
             )
     for file in manifest.files:
-        path = checkpoint.root / file.name
-        if not path.is_file():
+        size = checkpoint.store.size(file.name)
+        if size is None:
             yield Problem("structure", None, file.name, "The manifest names this file, and it is not there")
-        elif path.stat().st_size != file.size:
-            message = f"The file has {path.stat().st_size} bytes, the manifest says {file.size}"
+        elif size != file.size:
+            message = f"The file has {size} bytes, the manifest says {file.size}"
             yield Problem("structure", None, file.name, message)
 
 

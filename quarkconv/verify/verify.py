@@ -8,6 +8,7 @@ from typing import Final
 
 import torch
 
+from quarkconv.cloud.urls import is_store_url
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
@@ -63,7 +64,7 @@ def verify_checkpoint(
     layer is in memory at a time, and the one that is being read.
 
     Args:
-        model: directory or Hub repo id of a checkpoint whose experts are int8.
+        model: directory, Hub repo id or URL in an object store of a checkpoint whose experts are int8.
         source: the checkpoint that it was converted from; bytes and references are then also taken from there.
         device: ``cuda`` for all visible GPUs, ``cpu``, or ``auto`` for GPUs where there are any.
         layers: the MoE layers whose numbers are checked, each by its number, where no other layer has it, or by its
@@ -89,14 +90,14 @@ def verify_checkpoint(
     recorded = None if activations is None else RecordedInputs(activations)
 
     description = _described(model, progress)
-    manifest = read_manifest(description.checkpoint.root)
+    manifest = read_manifest(description.checkpoint.store)
     _check_verifiable(description, manifest)
     chosen = select_layers(description.int8_layers, layers, str(model))
     if recorded is not None:
         recorded.check(chosen)
     compared = None if source is None else _described(source, progress)
     if compared is not None and manifest is not None:
-        check_source(compared.checkpoint.root, manifest)
+        check_source(compared.checkpoint.store, manifest)
     original = None
     if unquantized is not None and "numbers" in stages:
         original = _described(unquantized, progress)
@@ -186,12 +187,13 @@ def _byte_check(
         return lambda _: (BytesResult(skipped=_NOT_REQUESTED), [])
     if manifest is None:
         return lambda _: (BytesResult(skipped=_NO_MANIFEST), [])
-    root = None if source is None else source.checkpoint.root
-    return lambda skip: check_bytes(description, manifest, root, progress.advance, READERS, skip, fail_fast=fail_fast)
+    files = None if source is None else source.checkpoint.store
+    return lambda skip: check_bytes(description, manifest, files, progress.advance, READERS, skip, fail_fast=fail_fast)
 
 
 def _described(model: str | Path, progress: Progress) -> Description:
-    return describe(locate(model, cache=True, progress=progress).files, progress)
+    stream = isinstance(model, str) and is_store_url(model)  # models on the Hub are downloaded
+    return describe(locate(model, cache=not stream, progress=progress).files, progress)
 
 
 def _check_verifiable(description: Description, manifest: Manifest | None) -> None:

@@ -165,7 +165,7 @@ def test_a_store_that_cannot_be_reached(capsys: Capture, monkeypatch: pytest.Mon
 
 
 @pytest.mark.usefixtures("published")
-@pytest.mark.parametrize("words", [["convert", URL, "--to", "bf16", "--cache"], ["verify", URL], ["inspect", "s3://"]])
+@pytest.mark.parametrize("words", [["convert", URL, "--to", "bf16", "--cache"], ["inspect", "s3://"]])
 def test_what_object_stores_cannot_do_is_wrong_usage(capsys: Capture, words: list[str]) -> None:
     code, out, err = run_cli(capsys, *words)
     assert (code, out) == (2, "")
