@@ -71,10 +71,10 @@ def convert_checkpoint(
     """Convert a checkpoint. The source is only read; memory does not grow with the model.
 
     Args:
-        model: directory or Hub repo id. A model on the Hub is read by byte ranges and not stored, unless the Hub's
+        model: directory, Hub repo id, or URL in an object store. A remote model is read by byte ranges and not stored, unless the Hub's
             cache holds it already.
         target: name of the target, such as ``fused-int8``.
-        out: directory to create; by default ``<model>-<target>`` beside the model.
+        out: directory to create, or URL in an object store; by default ``<model>-<target>`` beside the model.
         max_shard_size, tp, ep, quantize, scheme, mtp: see :class:`quarkconv.convert.options.Options`. With more than
             one rank, ``out`` has a folder for each.
         jobs: threads that read and write.

@@ -23,6 +23,7 @@ from quarkconv.cloud import objects as cloud_objects
 from quarkconv.cloud.objects import MAX_PART_BYTES, MAX_PARTS, PART_BYTES, Objects, part_size
 from quarkconv.cloud.uploads import list_uploads
 from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.options import Options
 from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.plan.shares import Share
 from quarkconv.write import executor
@@ -36,7 +37,7 @@ def convert(model: str | Path, out: str | Path = OUT, **options: Any) -> quarkco
 
 
 def prepare(model: str | Path, out: str | Path = OUT, **options: Any) -> Conversion:
-    return Conversion.prepare(model, "fused-int8", out, **{"max_shard_size": 40_000, **options})
+    return Conversion.prepare(model, "fused-int8", out, Options(**{"max_shard_size": 40_000, **options}))
 
 
 @pytest.fixture
