@@ -71,8 +71,8 @@ def convert_checkpoint(
     """Convert a checkpoint. The source is only read; memory does not grow with the model.
 
     Args:
-        model: directory, Hub repo id, or URL in an object store. A remote model is read by byte ranges and not stored, unless the Hub's
-            cache holds it already.
+        model: directory, Hub repo id, or URL in an object store. A remote model is read by byte ranges and not stored,
+            unless the Hub's cache holds it already.
         target: name of the target, such as ``fused-int8``.
         out: directory to create, or URL in an object store; by default ``<model>-<target>`` beside the model.
         max_shard_size, tp, ep, quantize, scheme, mtp: see :class:`quarkconv.convert.options.Options`. With more than
