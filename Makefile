@@ -17,7 +17,7 @@ $(STAMP): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev]'
 	@touch $(STAMP)
 
-demo: $(STAMP)  ## Inspect, convert and verify a real Quark export
+demo: $(STAMP)  ## Inspect, convert and verify a real Quark export; evaluate a trained model, sound and with planted faults
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
 test: export PYTHONDONTWRITEBYTECODE =

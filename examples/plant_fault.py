@@ -2,7 +2,7 @@
 
     python plant_fault.py {scales,codes} CHECKPOINT OUT [--layer N] [--expert N]
 
-CHECKPOINT is a `fused-int8` output of `quarkconv convert`. Names, shapes, dtypes and the set of values stay as they were.
+CHECKPOINT is a `fused-int8` output of `quarkconv convert`. Names, shapes, dtypes and the set of values stay the same.
 """
 
 from __future__ import annotations

@@ -81,6 +81,37 @@ def test_the_figures_of_the_readme_were_measured() -> None:
     assert f"mean of {len(goals)} shapes" in README
 
 
+def test_what_int8_and_planted_faults_cost_was_measured() -> None:
+    found = result("evaluate-tiny")
+    text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
+    sound = found["sound"]
+    for name, divergence in (("unquantized", None), ("dequantized", sound["dequantized"]), ("int8", sound)):
+        assert f"| {name} | {evaluated(sound['perplexity'][name], divergence)}" in text
+    for what in ("scales", "codes"):
+        fault = found[f"shifted {what}"]
+        worst = fault["worst"]["layers"][0]
+        row = f"| {what} of expert 0 in layer 0 shifted by a row | {evaluated(fault['perplexity']['int8'], fault)}"
+        assert f"{row} | {worst}, {fault['layers'][worst]['own']:.4f} |" in text
+        expert = fault["worst"]["experts"][0]
+        assert (expert["layer"], expert["expert"]) == (found["fault"]["layer"], found["fault"]["expert"]) == (0, 0)
+    assert found["date"] in text
+    scales, codes = found["shifted scales"], found["shifted codes"]
+    prose = " ".join(README.split())
+    values = [sound["perplexity"][name]["value"] for name in ("unquantized", "int8")]
+    assert f"from perplexity {values[0]:.2f} to {values[1]:.2f}" in prose
+    assert f"codes shifted by a row it has {codes['perplexity']['int8']['value']:.1f};" in prose
+    times = scales["kl"]["mean"] / sound["kl"]["mean"]
+    assert f"{scales['perplexity']['int8']['value']:.1f}, which one might overlook, but {times:.0f} times" in prose
+
+
+def evaluated(perplexity: dict[str, float], divergence: dict[str, Any] | None) -> str:
+    """Cells of the table in docs/evaluation.md."""
+    value = f"{perplexity['value']:.4f} ± {perplexity['standard_error']:.4f}"
+    if divergence is None:
+        return f"{value} | |"
+    return f"{value} | {divergence['kl']['mean']:.3g} | {divergence['agreement']['top1'] * 100:.2f} %"
+
+
 def test_every_document_is_a_page_of_the_site() -> None:
     config = (ROOT / "mkdocs.yml").read_text("utf-8")
     pages = set(re.findall(r"([\w-]+\.md)$", config, re.MULTILINE))
