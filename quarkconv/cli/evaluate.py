@@ -9,7 +9,7 @@ import typer
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
-from quarkconv.errors import UsageError
+from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -25,7 +25,7 @@ def evaluate(
         str | None,
         typer.Option("--token-ids", metavar="FILE", help="A safetensors file with token_ids int64 [windows, window]."),
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=4, metavar="N", help="Tokens of a window.")] = 2048,
+    window: Annotated[int, typer.Option("--window", min=4, metavar="N", help="Tokens of a window.")] = DEFAULT_WINDOW,
     windows: Annotated[
         int | None, typer.Option("--windows", min=1, metavar="N", help="Windows to evaluate. [default: all]")
     ] = None,
@@ -69,15 +69,12 @@ def evaluate(
     quarkconv evaluate ./model --text wiki.txt --window 512 --windows 20 --json
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
-    if (text is None) == (token_ids is None):
-        raise UsageError("Give either a text or token ids", expected="--text or --token-ids",
-                         found="neither" if text is None else "both")  # fmt: skip
+    require_one_source(text, token_ids)
     from quarkconv.cli.verify import parse_layer_numbers
 
     numbers = None if layers is None else parse_layer_numbers(layers)
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
-        from quarkconv.evaluate.results import Limits
 
         evaluation = evaluate_checkpoint(
             model, unquantized, text=text, token_ids=token_ids, window=window, windows=windows, batch=batch,

@@ -81,5 +81,7 @@ class Int8Experts(nn.Module):
             activation_limit=self.activation.limit,
             w13_input_scale=self.experts.w13_input_scale,
             w2_input_scale=self.experts.w2_input_scale,
+            w13_bias=self.experts.w13_bias,
+            w2_bias=self.experts.w2_bias,
         )
         return result.to(hidden_states.dtype).reshape(shape)

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from typing import Any, Final
 
+from quarkconv.evaluate.request import Limits
 from quarkconv.evaluate.scores import Divergence, Perplexity
 
 SCHEMA: Final = "quarkconv.evaluate/1"
@@ -69,14 +70,6 @@ class Ablation:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    """Bounds that the caller sets; None for no bound."""
-
-    max_kl: float | None = None
-    min_agreement: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
 class Evaluation:
     """What quantization costs a model.
 
@@ -113,7 +106,7 @@ class Evaluation:
     experts: tuple[ExpertError, ...] = ()
     ablations: tuple[Ablation, ...] = ()
     float_experts: tuple[str, ...] = ()
-    limits: Limits = Limits()
+    limits: Limits = field(default_factory=Limits)
 
     @property
     def exceeded(self) -> list[str]:

@@ -21,6 +21,10 @@ from quarkconv.errors import SourceError, UnsupportedError, UsageError
 
 _OLDEST: Final = (5, 0)
 """The first release of transformers with one mapping of checkpoint names for loading."""
+_AUTO_CLASSES: Final = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+"""Where a class with a head is looked for; models of text and images have one of the second only."""
+_LAYERS: Final = ("layers", "blocks")
+"""Names of the list of decoder layers."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -31,11 +35,25 @@ class LayerCall:
     kwargs: dict[str, Any]
 
 
-class _Recorder(nn.Module):
-    """Stands in for a decoder layer: keeps what it is called with, and passes its hidden states on."""
+class _Replacement(nn.Module):
+    """Replaces a decoder layer; has the layer's attributes, which the model may read (``block_type``)."""
 
-    def __init__(self) -> None:
+    def __init__(self, layer: nn.Module) -> None:
         super().__init__()
+        self._replaced = (layer,)  # in a tuple: not a module of this one
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            return getattr(self.__dict__["_replaced"][0], name)
+
+
+class _Recorder(_Replacement):
+    """Keeps what it is called with, and passes its hidden states on."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__(layer)
         self.call: LayerCall | None = None
         self.states: Tensor | None = None
 
@@ -44,11 +62,11 @@ class _Recorder(nn.Module):
         return hidden_states
 
 
-class _Replacement(nn.Module):
-    """Stands in for the last decoder layer: returns hidden states that were computed before."""
+class _Computed(_Replacement):
+    """Returns hidden states that were computed before."""
 
-    def __init__(self, states: Tensor) -> None:
-        super().__init__()
+    def __init__(self, layer: nn.Module, states: Tensor) -> None:
+        super().__init__(layer)
         self.states = states
 
     def forward(self, _: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
@@ -65,6 +83,7 @@ class Skeleton:
     Attributes:
         model: the transformers model, ``...ForCausalLM``.
         dtype: of its floats.
+        unmatched: tensors of the checkpoint that are no parameter of the model.
         device: where layers are filled.
 
     Raises:
@@ -84,16 +103,17 @@ class Skeleton:
                 del part.quantization_config
         dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
         self.dtype: torch.dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
+        known = [item for item in _AUTO_CLASSES if type(config) in getattr(transformers, item)._model_mapping]
+        auto = getattr(transformers, (known or _AUTO_CLASSES)[0])
         try:
             with torch.device("meta"):
-                self.model = transformers.AutoModelForCausalLM.from_config(
-                    config, trust_remote_code=False, dtype=self.dtype
-                )
+                self.model = auto.from_config(config, trust_remote_code=False, dtype=self.dtype)
         except Exception as error:
             raise _no_class(root, error) from error
         self.model.eval()
         self._layers_path, self.layers = self._find_layers()
         self._renamings, self._converters, self._mapping = self._name_mapping()
+        self.unmatched: list[str] = []
         self._meta_state = dict(self.model.state_dict().items())
         self._compute_buffers()
 
@@ -109,7 +129,9 @@ class Skeleton:
         renamed, _ = rename_source_key(
             name, self._renamings, self._converters, self.model.base_model_prefix, self._meta_state
         )
-        return str(renamed)
+        target = str(renamed)
+        # A mapping of published names may also hit names that are the model's own already.
+        return name if name in self._meta_state and target not in self._meta_state else target
 
     def layer_of(self, parameter: str) -> int | None:
         """Number of the decoder layer that a parameter belongs to; None for the rest of the model."""
@@ -138,9 +160,12 @@ class Skeleton:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
+        own = {name for name in tensors if self.has(name) and self.target(name) == name}
         config = LoadStateDictConfig(dtype=self.dtype, device_map={"": self.device}, weight_mapping=list(self._mapping))
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+        for name in own:
+            self._set(name, tensors[name])
         if info.mismatched_keys or info.conversion_errors:
             name, *shapes = (sorted(info.mismatched_keys) or [(next(iter(info.conversion_errors)), "", "")])[0]
             raise SourceError(
@@ -153,6 +178,14 @@ class Skeleton:
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(f"{prefix}.") if prefix is not None else self.layer_of(name) is None
             if inside and parameter.is_meta and not self._tied(name):
+                leaf = ".".join(name.split(".")[-2:])
+                if other := next((item for item in self.unmatched if item.endswith(leaf) or ".experts." in item), None):
+                    raise UnsupportedError(
+                        "The model's class in transformers does not load tensors of these names",
+                        file=str(self.root),
+                        tensor=other,
+                        expected=name,
+                    )
                 raise SourceError(
                     "The checkpoint has no tensor for a parameter of the model",
                     code="tensor-missing",
@@ -178,9 +211,9 @@ class Skeleton:
         Raises:
             UnsupportedError: the model passes something between its layers that depends on them.
         """
-        recorders = [_Recorder() for _ in self.layers]
-        with self._replaced(recorders), torch.no_grad():
-            self.model.get_decoder()(input_ids=ids.to(self.device), use_cache=False)
+        recorders = [_Recorder(layer) for layer in self.layers]
+        with self._replaced(recorders), self._forward():
+            self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
         first = recorders[0].states
         if first is None or any(item.states is None or item.states is not first for item in recorders):
             raise UnsupportedError(
@@ -193,9 +226,16 @@ class Skeleton:
 
     def run_layer(self, number: int, states: Tensor, call: LayerCall) -> Tensor:
         """One decoder layer, filled before: [B, L, H] -> [B, L, H]."""
-        with torch.no_grad():
+        with self._forward():
             result = self.layers[number](states, *call.args, **call.kwargs)
-        output: Tensor = result[0] if isinstance(result, tuple) else result
+        if isinstance(result, tuple):
+            raise UnsupportedError(
+                "The layers of this model pass more than hidden states to one another",
+                file=str(self.root),
+                tensor=self.layer_prefix(number),
+                found=type(self.layers[number]).__name__,
+            )
+        output: Tensor = result
         return output
 
     def logits(self, ids: Tensor, states: Tensor, positions: Tensor) -> Tensor:
@@ -206,9 +246,9 @@ class Skeleton:
             states: hidden states after the last layer, [B, L, H].
             positions: int64 [n].
         """
-        replaced: list[nn.Module] = [_Recorder() for _ in self.layers]
-        replaced[-1] = _Replacement(states.to(self.device))
-        with self._replaced(replaced), torch.no_grad():
+        replaced: list[nn.Module] = [_Recorder(layer) for layer in self.layers]
+        replaced[-1] = _Computed(self.layers[-1], states.to(self.device))
+        with self._replaced(replaced), self._forward():
             output = self.model(
                 input_ids=ids.to(self.device), use_cache=False, logits_to_keep=positions.to(self.device)
             )
@@ -227,13 +267,42 @@ class Skeleton:
             raise KeyError(path) from error
         return module
 
-    def experts_of(self, number: int) -> tuple[str, nn.Module] | None:
-        """Path and module of the routed experts of a decoder layer; None where it has none."""
+    def experts_of(self, number: int) -> dict[str, nn.Module]:
+        """Path -> module of the routed experts of a decoder layer; empty where it has none."""
         prefix = self.layer_prefix(number)
-        for name, module in self.layers[number].named_modules():
-            if hasattr(module, "is_concatenated") and hasattr(module, "has_gate"):  # set by use_experts_implementation
-                return f"{prefix}.{name}", module
-        return None
+        return {
+            f"{prefix}.{name}": module
+            for name, module in self.layers[number].named_modules()
+            if hasattr(module, "is_concatenated") and hasattr(module, "has_gate")  # set by use_experts_implementation
+        }
+
+    def _set(self, name: str, tensor: Tensor) -> None:
+        """Fill a parameter or buffer that the loader of transformers left out, for all that it renames the tensor."""
+        owner, leaf = self._owner(name)
+        held = owner._parameters.get(leaf, owner._buffers.get(leaf))
+        if held is not None and held.is_meta and held.shape == tensor.shape:
+            filled = tensor.to(self.device, held.dtype)
+            if leaf in owner._parameters:
+                owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
+            else:
+                owner._buffers[leaf] = filled
+
+    @contextmanager
+    def _forward(self) -> Iterator[None]:
+        """Code of the model's class: without gradients, and its exceptions as errors of ours."""
+        try:
+            with torch.no_grad():
+                yield
+        except torch.OutOfMemoryError as error:
+            raise UsageError(
+                "The device's memory is too small for a batch", found=str(self.device), hint="give a smaller --batch"
+            ) from error
+        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
+            raise UnsupportedError(
+                "The model's class in transformers cannot be run layer by layer",
+                file=str(self.root),
+                found=f"{type(self.model).__name__}: {error}"[:200],
+            ) from error
 
     @contextmanager
     def _replaced(self, modules: Iterable[nn.Module]) -> Iterator[None]:
@@ -251,7 +320,7 @@ class Skeleton:
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
         decoder = self.model.get_decoder()
-        layers = getattr(decoder, "layers", None)
+        layers = next((found for leaf in _LAYERS if (found := getattr(decoder, leaf, None)) is not None), None)
         names = {id(module): name for name, module in self.model.named_modules()}
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise UnsupportedError(

@@ -45,8 +45,9 @@ class Model:
 
 @dataclass(slots=True)
 class Routed:
-    """What the routed experts of a layer were called with: hidden states [M, H], ids and weights [M, k]."""
+    """Routed experts of a layer, and what they were called with: hidden states [M, H], ids and weights [M, k]."""
 
+    experts: nn.Module
     states: Tensor
     ids: Tensor
     weights: Tensor
@@ -143,7 +144,14 @@ class LayerRunner:
             self.unquantized.skeleton.empty(number)
 
     def step(
-        self, number: int, states: Mapping[str, Tensor], calls: tuple[LayerCall, LayerCall], ablated: Sequence[str] = ()
+        self,
+        number: int,
+        states: Mapping[str, Tensor],
+        calls: tuple[LayerCall, LayerCall],
+        *,
+        ablated: Sequence[str] = (),
+        sample: bool = False,
+        record: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], LayerSums]:
         """One layer for one batch.
 
@@ -152,6 +160,8 @@ class LayerRunner:
             states: variant -> hidden states [B, L, H] before the layer.
             calls: of the evaluated model's layer, and of the baseline's.
             ablated: variants that take the baseline's weights in this layer.
+            sample: also compute the errors of single experts.
+            record: MoE layer -> where the inputs [M, H] of its routed experts in the baseline go.
 
         Returns:
             variant -> hidden states after the layer, and the sums of this batch.
@@ -166,6 +176,10 @@ class LayerRunner:
             with self._tap(self.baseline, number) as routed:
                 after[base_name] = self.baseline.skeleton.run_layer(number, given[base_name], calls[1])
             base_routed = routed[-1] if routed else None
+            for layer, _ in self._moe.values() if record is not None and base_routed is not None else ():
+                record[layer.moe] = base_routed.states.cpu().contiguous()
+            if sample and base_routed is not None:
+                self._sample_experts(base_routed, sums)
         if DEQUANTIZED in given and base_name != DEQUANTIZED:
             after[DEQUANTIZED] = self.quantized.skeleton.run_layer(number, given[DEQUANTIZED], calls[0])
         in_int8 = [name for name in given if name not in (UNQUANTIZED, DEQUANTIZED)]
@@ -196,54 +210,23 @@ class LayerRunner:
                 )
         return {name: tensor.cpu() for name, tensor in after.items()}, sums
 
-    def sample_experts(self, number: int, states: Tensor, call: LayerCall, sums: LayerSums) -> None:
-        """Add the errors of single experts on some tokens of the baseline.
-
-        Args:
-            number: the layer.
-            states: hidden states of the baseline before the layer, [B, L, H].
-            call: of the baseline's layer.
-            sums: where they are added.
-        """
-        found = self.baseline.skeleton.experts_of(number)
-        mine = [module for module in self._modules.values() if isinstance(module, Int8Experts)]
-        if found is None or not mine:
+    def _sample_experts(self, routed: Routed, sums: LayerSums) -> None:
+        """Add the errors of single experts on the first tokens that the baseline routed."""
+        mine = next((module for module in self._modules.values() if isinstance(module, Int8Experts)), None)
+        if mine is None:
             return
-        with self._tap(self.baseline, number) as routed:
-            self.baseline.skeleton.run_layer(number, states.to(self.baseline.skeleton.device), call)
-        if not routed:
-            return
-        hidden, ids, weights = (
-            part[:SAMPLE_TOKENS] for part in (routed[-1].states, routed[-1].ids, routed[-1].weights)
-        )
-        k = ids.shape[1]
-        pairs = hidden.repeat_interleave(k, dim=0)
+        hidden, ids, weights = (part[:SAMPLE_TOKENS] for part in (routed.states, routed.ids, routed.weights))
+        pairs = hidden.repeat_interleave(ids.shape[1], dim=0)
         flat_ids, flat_weights = ids.reshape(-1, 1), weights.reshape(-1, 1)
         with torch.no_grad():
-            expected = found[1](pairs, flat_ids, flat_weights).double()
-            computed = mine[0](pairs, flat_ids, flat_weights).double()
+            expected = routed.experts(pairs, flat_ids, flat_weights).double()
+            computed = mine(pairs, flat_ids, flat_weights).double()
         errors = (computed - expected).square().sum(-1)
-        experts = mine[0].experts.experts
+        experts = mine.experts.experts
         total = torch.zeros(experts, dtype=torch.float64, device=errors.device)
         sums.expert_errors = total.index_add(0, flat_ids.flatten(), errors).cpu()
         sums.expert_tokens = torch.bincount(flat_ids.flatten(), minlength=experts).cpu()
-        sums.expert_norm = _squares(expected.reshape(len(ids), k, -1).sum(1))
-
-    def record(self, number: int, states: Tensor, call: LayerCall, recorded: dict[str, Tensor]) -> None:
-        """Add the inputs of the layer's routed experts in the baseline, under the name of its MoE layer.
-
-        Args:
-            number: the layer.
-            states: hidden states of the baseline before the layer, [B, L, H].
-            call: of the baseline's layer.
-            recorded: MoE layer -> inputs [M, H], as ``verify --activations`` takes them.
-        """
-        with self._tap(self.baseline, number) as routed:
-            self.baseline.skeleton.run_layer(number, states.to(self.baseline.skeleton.device), call)
-        for layer, _ in self._moe.values() if routed else ():
-            found = routed[-1].states.cpu().contiguous()
-            before = recorded.get(layer.moe)
-            recorded[layer.moe] = found if before is None else torch.cat([before, found])
+        sums.expert_norm = _squares(expected.reshape(*ids.shape, -1).sum(1))
 
     def _compare(
         self, sums: LayerSums, int8: Tensor, base: Tensor, routed: Routed | None, base_routed: Routed | None
@@ -282,8 +265,7 @@ class LayerRunner:
                     tensor=layer.prefix,
                     found=activation.reason,
                 )
-            found = skeleton.experts_of(number)
-            if found is None or found[0] != path:
+            if path not in skeleton.experts_of(number):
                 raise UnsupportedError(
                     "The class of these experts cannot be replaced",
                     file=str(skeleton.root),
@@ -313,15 +295,15 @@ class LayerRunner:
         prefix = model.skeleton.layer_prefix(number)
         experts = model.skeleton.experts_of(number)
         replaced = [module for path, module in self._modules.items() if path.startswith(f"{prefix}.")]
-        modules = [module for module in replaced if isinstance(module, Int8Experts)]
-        modules += [] if experts is None else [experts[1]]  # type: ignore[list-item]
+        modules: list[nn.Module] = [module for module in replaced if isinstance(module, Int8Experts)]
+        modules += experts.values()
 
-        def keep(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             values = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
             states, ids, weights = (values.get(key) for key in ("hidden_states", "top_k_index", "top_k_weights"))
             if isinstance(states, Tensor) and isinstance(ids, Tensor) and isinstance(weights, Tensor):
                 tokens = states.reshape(-1, states.shape[-1])
-                found.append(Routed(tokens, ids.reshape(len(tokens), -1), weights.reshape(len(tokens), -1)))
+                found.append(Routed(module, tokens, ids.reshape(len(tokens), -1), weights.reshape(len(tokens), -1)))
 
         handles = [module.register_forward_pre_hook(keep, with_kwargs=True) for module in modules]
         try:

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
@@ -100,9 +100,17 @@ class CheckpointWeights:
         for layer in self._moe.get(number, ()):
             part = LayerPart(layer)
             experts, _ = self._reader.read(part, Arena(part.nbytes))
-            found.floats.update(_expert_floats(layer, experts))
-            first = f"{layer.prefix}.0.{layer.naming.gate}.weight"
-            found.experts[self.skeleton.target(first).rpartition(".")[0]] = (layer, experts)
+            target = self.skeleton.target(_first(layer))
+            modules = {} if number is None else self.skeleton.experts_of(number)
+            path = layer.prefix if layer.prefix in modules else next(iter(modules), "")
+            if self.skeleton.has(target):
+                found.floats.update(_expert_floats(layer, experts))
+                path = target.rpartition(".")[0]
+            elif path:
+                found.floats.update({f"{path}.{leaf}": item for leaf, item in _stacked(experts, modules[path])})
+            else:
+                self.skeleton.unmatched.append(_first(layer))
+            found.experts[path] = (layer, experts)
         return found
 
     def _sort(self) -> None:
@@ -111,8 +119,8 @@ class CheckpointWeights:
         members = self.description.topology.members
         used: set[str] = set()
         for layer in self.description.int8_layers:
-            first = f"{layer.prefix}.0.{layer.naming.gate}.weight"
-            self._moe.setdefault(self.skeleton.layer_of(self.skeleton.target(first)), []).append(layer)
+            number = self.skeleton.layer_of(self.skeleton.target(_first(layer)))
+            self._moe.setdefault(number, []).append(layer)
         for modules, names_of in ((stored.linears, linear_names), (stored.fused, fused_names)):
             for module, form in modules.items():
                 if not form.quantized:
@@ -127,6 +135,8 @@ class CheckpointWeights:
             parameter = self.skeleton.target(name)
             if self.skeleton.has(parameter):  # MTP layers, cache scales and the like do not go into the model
                 self._names.setdefault(self.skeleton.layer_of(parameter), []).append(name)
+            else:
+                self.skeleton.unmatched.append(name)
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of any dtype, on the CPU.
@@ -165,6 +175,36 @@ class CheckpointWeights:
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
     """Code times scale in float32, rounded once to bfloat16; int8 [out, in], float32 [out] -> bfloat16 [out, in]."""
     return (codes.float() * scale.unsqueeze(1)).to(torch.bfloat16)
+
+
+def _first(layer: MoELayer) -> str:
+    """A tensor of the first expert, under the name of the unquantized model."""
+    return f"{layer.prefix}.0.{layer.naming.down}.weight"
+
+
+def _stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """The experts of a layer as the parameters of transformers' class, whose loader does not know their names.
+
+    Args:
+        experts: int8 experts.
+        module: of a class with transformers' ``use_experts_implementation``, whose flags say how it keeps them.
+    """
+    interleaved = not module.is_concatenated
+    for leaf, codes, scale, bias in (
+        ("gate_up_proj" if module.has_gate else "up_proj", experts.w13, experts.w13_scale, experts.w13_bias),
+        ("down_proj", experts.w2, experts.w2_scale, experts.w2_bias),
+    ):
+        weight = torch.stack([dequantized(*expert) for expert in zip(codes, scale.squeeze(-1), strict=True)])
+        if leaf == "gate_up_proj" and interleaved:
+            weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
+        yield leaf, weight.transpose(1, 2).contiguous() if module.is_transposed else weight
+        if bias is not None:
+            yield f"{leaf}_bias", bias.to(torch.bfloat16)
+
+
+def _interleaved(rows: Tensor) -> Tensor:
+    """[E, 2I, ...] of all gates, then all ups -> gate and up in turn."""
+    return torch.stack(rows.chunk(2, dim=1), dim=2).flatten(1, 2)
 
 
 def _expert_floats(layer: MoELayer, experts: FusedExperts) -> Iterator[tuple[str, Tensor]]:

@@ -15,6 +15,7 @@ from support.program import run_cli
 from quarkconv import SourceError, UnsupportedError, UsageError, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
 from quarkconv.evaluate.results import Evaluation
+from quarkconv.evaluate.run import Run
 
 
 @pytest.fixture(scope="module")
@@ -98,17 +99,17 @@ def test_an_interrupted_run_resumes_after_its_last_layer(
     quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu")
-    run_layer = module._Run._layer
+    run_layer = Run._layer
     ran: list[int] = []
 
-    def stops(self: module._Run, number: int, *rest: Any) -> None:
+    def stops(self: Run, number: int, *rest: Any) -> None:
         if number == 2 and 2 not in ran:
             ran.append(2)
             raise KeyboardInterrupt
         ran.append(number)
         run_layer(self, number, *rest)
 
-    monkeypatch.setattr(module._Run, "_layer", stops)
+    monkeypatch.setattr(Run, "_layer", stops)
     with pytest.raises(KeyboardInterrupt):
         evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu")
     assert ran == [0, 1, 2]
@@ -120,16 +121,16 @@ def test_an_interrupted_run_resumes_after_its_last_layer(
 def test_a_run_that_records_begins_anew_after_an_interrupt(
     quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    run_layer = module._Run._layer
+    run_layer = Run._layer
 
-    def stops(self: module._Run, number: int, *rest: Any) -> None:
+    def stops(self: Run, number: int, *rest: Any) -> None:
         if number == 2:
             raise KeyboardInterrupt
         run_layer(self, number, *rest)
 
     record = tmp_path / "inputs.safetensors"
     with monkeypatch.context() as patch:
-        patch.setattr(module._Run, "_layer", stops)
+        patch.setattr(Run, "_layer", stops)
         with pytest.raises(KeyboardInterrupt):
             evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record)
     evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record)

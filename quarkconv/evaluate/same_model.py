@@ -1,0 +1,47 @@
+"""Whether two checkpoints can be the same model before and after quantization."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from quarkconv.errors import UsageError
+from quarkconv.evaluate.skeleton import Skeleton
+from quarkconv.evaluate.windows import load_tokenizer
+
+
+def require_same_model(quantized: Skeleton, unquantized: Skeleton) -> None:
+    """Refuse an unquantized model of another architecture.
+
+    Raises:
+        UsageError: class, number of layers or vocabulary differ.
+    """
+    for what, mine, theirs in (
+        ("class", type(quantized.model).__name__, type(unquantized.model).__name__),
+        ("number of layers", len(quantized.layers), len(unquantized.layers)),
+        ("vocabulary", quantized.vocabulary, unquantized.vocabulary),
+    ):
+        if mine != theirs:
+            raise UsageError(
+                f"The unquantized model has another {what}",
+                file=str(unquantized.root),
+                expected=str(mine),
+                found=str(theirs),
+                hint="give --unquantized the model before it was quantized",
+            )
+
+
+def require_same_tokenizer(root: Path, other: Path) -> None:
+    """Refuse an unquantized model with another vocabulary; a model without ``tokenizer.json`` is not checked.
+
+    Raises:
+        UsageError: the vocabularies differ.
+    """
+    files = [folder / "tokenizer.json" for folder in (root, other)]
+    if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
+        mine, theirs = (load_tokenizer(file).get_vocab() for file in files)
+        if mine != theirs:
+            raise UsageError(
+                "The unquantized model has another tokenizer",
+                file=str(files[1]),
+                hint="give --unquantized the model before it was quantized",
+            )
