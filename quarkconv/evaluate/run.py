@@ -148,11 +148,9 @@ class Run:
         with ThreadPoolExecutor(len(self.runners)) as pool:
             for sums in pool.map(share, range(len(self.runners))):
                 total.add(sums)
-        for module in sorted({module for module, _ in parts}) if recorded is not None else ():
-            ordered = [
-                tensor for (name, _), tensor in sorted(parts.items(), key=lambda part: part[0]) if name == module
-            ]
-            recorded[module] = torch.cat(ordered)
+        if recorded is not None:
+            for module in {module for module, _ in parts}:
+                recorded[module] = torch.cat([parts[key] for key in sorted(parts) if key[0] == module])
         for runner in self.runners:
             runner.empty(number)
         streams.sums.append(total)

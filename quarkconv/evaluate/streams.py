@@ -176,8 +176,8 @@ class LayerRunner:
             with self._tap(self.baseline, number) as routed:
                 after[base_name] = self.baseline.skeleton.run_layer(number, given[base_name], calls[1])
             base_routed = routed[-1] if routed else None
-            for layer, _ in self._moe.values() if record is not None and base_routed is not None else ():
-                record[layer.moe] = base_routed.states.cpu().contiguous()
+            if record is not None and base_routed is not None:
+                record |= {layer.moe: base_routed.states.cpu().contiguous() for layer, _ in self._moe.values()}
             if sample and base_routed is not None:
                 self._sample_experts(base_routed, sums)
         if DEQUANTIZED in given and base_name != DEQUANTIZED:

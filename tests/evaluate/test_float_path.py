@@ -9,6 +9,7 @@ import re
 import warnings
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -62,7 +63,7 @@ def whole(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     with warnings.catch_warnings(action="ignore"), torch.no_grad():
         config = AutoConfig.from_pretrained(folder)
         text = type(config) in AutoModelForCausalLM._model_mapping
-        auto = AutoModelForCausalLM if text else AutoModelForImageTextToText
+        auto: Any = AutoModelForCausalLM if text else AutoModelForImageTextToText
         model, about = auto.from_pretrained(folder, output_loading_info=True)
         fill_experts(model, about["missing_keys"], folder)
         logits: torch.Tensor = model.eval()(input_ids=ids, use_cache=False).logits
