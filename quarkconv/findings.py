@@ -122,6 +122,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "setting-dropped": FindingCode(_W, "The target cannot express a setting of the source's quantization_config."),
     "tensor-dropped": FindingCode(_I, "The target does not have some tensors of the source."),
     "module-dequantized": FindingCode(_I, "Conversion dequantizes modules that engines keep in float."),
+    "left-in-float": FindingCode(_I, "Linears that --quantize leaves in float: routers, heads, and those excluded."),
     "mtp-dropped": FindingCode(_I, "Conversion leaves out the layers of multi-token prediction."),
 }
 """Code -> default severity and meaning. Codes are stable."""

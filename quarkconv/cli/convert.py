@@ -13,7 +13,7 @@ from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
-from quarkconv.description.mtp import KEEP
+from quarkconv.description.options import KEEP
 from quarkconv.errors import UsageError
 from quarkconv.plan.shares import parse_share
 from quarkconv.targets import TARGETS, get_target
@@ -69,6 +69,14 @@ def convert(
             help="Quantize float modules to ptpc_int8: those that the config declares, or every linear.",
         ),
     ] = None,
+    exclude: Annotated[
+        list[str] | None,
+        typer.Option(
+            "--exclude",
+            metavar="PATTERN",
+            help="Modules that --quantize leaves in float: name, pattern with *, or re:. Repeatable.",
+        ),
+    ] = None,
     scheme: Annotated[
         str | None, typer.Option("--scheme", metavar="NAME", help="Scheme of int8 weights without a config: ptpc_int8.")
     ] = None,
@@ -120,6 +128,7 @@ def convert(
         tp=tp or 1,
         ep=ep or 1,
         quantize=None if quantize is None else quantize.value,
+        exclude=exclude or (),
         scheme=scheme,
         mtp=mtp,
     )

@@ -6,6 +6,7 @@ part of rank 0 of 1; several ranks have a folder each, and :mod:`quarkconv.conve
 
 from __future__ import annotations
 
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,7 +91,9 @@ class Conversion:
         description = options.describe(source.files, progress)
         outputs = []
         for rank in ranks:
-            plan = make_plan(description, row, options.shard_bytes, rank=rank, base_model=source.repo)
+            plan = make_plan(
+                description, row, options.shard_bytes, rank=rank, base_model=source.repo, options=options.of_source
+            )
             outputs.append(RankOutput(plan, location if rank.is_whole else Path(location) / rank.folder()))
         layer = description.int8_layers[0]
         return cls(source, location, tuple(outputs), layer.experts, layer.intermediate, push)
@@ -137,6 +140,7 @@ class Conversion:
         if self.by_rank:
             from quarkconv.convert.ranks import prepare_folders, write_index
 
+            self._check_rows(jobs)
             prepare_folders(Path(self.location), self.outputs, finished, overwrite=overwrite)
         progress.step(f"Converting to {self.outputs[0].plan.target}", self.output_bytes, "byte")
         manifests = []
@@ -158,6 +162,15 @@ class Conversion:
         if self.by_rank:
             write_index(Path(self.location), self.outputs, manifests, self.experts, self.intermediate)
         return self._result(*manifests)
+
+    def _check_rows(self, jobs: int) -> None:
+        """Check the rows that will be quantized for all ranks, before the first is written."""
+        from quarkconv.write.checks import check_float_rows
+        from quarkconv.write.opening import open_source
+
+        for plan in (output.plan for output in self.outputs if output.plan.options.quantizes):
+            with closing(open_source(self.source.files, plan)) as sources:
+                check_float_rows(plan, sources, jobs)
 
     def run_share(
         self, share: Share, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 
 from quarkconv.convert.conversion import Conversion
@@ -10,8 +11,7 @@ from quarkconv.convert.options import Options
 from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
-from quarkconv.description.mtp import KEEP
-from quarkconv.description.quantized import Quantize
+from quarkconv.description.options import KEEP, Quantize
 from quarkconv.hub.locate import locate
 from quarkconv.plan.plan import Plan
 from quarkconv.progress import SILENT, Progress
@@ -27,6 +27,7 @@ def plan_conversion(
     ep: int = 1,
     rank: int = 0,
     quantize: Quantize | None = None,
+    exclude: Iterable[str] = (),
     scheme: str | None = None,
     mtp: str = KEEP,
     progress: Progress = SILENT,
@@ -36,7 +37,7 @@ def plan_conversion(
     Args:
         model: directory or Hub repo id.
         target: name of the target, such as ``fused-int8``.
-        max_shard_size, tp, ep, quantize, scheme, mtp: see :class:`quarkconv.convert.options.Options`.
+        max_shard_size, tp, ep, quantize, exclude, scheme, mtp: see :class:`quarkconv.convert.options.Options`.
         rank: the rank whose part is planned.
         progress: receives how far reading the headers has come.
 
@@ -45,11 +46,15 @@ def plan_conversion(
         SourceError: the source is damaged or inconsistent.
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
-    options = Options(max_shard_size=max_shard_size, tp=tp, ep=ep, quantize=quantize, scheme=scheme, mtp=mtp)
+    options = Options(
+        max_shard_size=max_shard_size, tp=tp, ep=ep, quantize=quantize, exclude=exclude, scheme=scheme, mtp=mtp
+    )
     chosen, row = options.rank(rank), get_target(target)
     source = locate(model, progress=progress)
     description = options.describe(source.files, progress)
-    return make_plan(description, row, options.shard_bytes, rank=chosen, base_model=source.repo)
+    return make_plan(
+        description, row, options.shard_bytes, rank=chosen, base_model=source.repo, options=options.of_source
+    )
 
 
 def convert_checkpoint(
@@ -61,6 +66,7 @@ def convert_checkpoint(
     tp: int = 1,
     ep: int = 1,
     quantize: Quantize | None = None,
+    exclude: Iterable[str] = (),
     scheme: str | None = None,
     mtp: str = KEEP,
     jobs: int = DEFAULT_JOBS,
@@ -75,8 +81,8 @@ def convert_checkpoint(
             unless the Hub's cache holds it already.
         target: name of the target, such as ``fused-int8``.
         out: directory to create, or URL in an object store; by default ``<model>-<target>`` beside the model.
-        max_shard_size, tp, ep, quantize, scheme, mtp: see :class:`quarkconv.convert.options.Options`. With more than
-            one rank, ``out`` has a folder for each.
+        max_shard_size, tp, ep, quantize, exclude, scheme, mtp: see :class:`quarkconv.convert.options.Options`. With
+            more than one rank, ``out`` has a folder for each.
         jobs: threads that read and write.
         overwrite: replace an earlier conversion in ``out``.
         cache: download a model to the Hub's cache, and convert it from there.
@@ -87,6 +93,8 @@ def convert_checkpoint(
         WriteError: writing failed; the same call resumes.
         InterruptedByUser: interrupted; the same call resumes.
     """
-    options = Options(max_shard_size=max_shard_size, tp=tp, ep=ep, quantize=quantize, scheme=scheme, mtp=mtp)
+    options = Options(
+        max_shard_size=max_shard_size, tp=tp, ep=ep, quantize=quantize, exclude=exclude, scheme=scheme, mtp=mtp
+    )
     conversion = Conversion.prepare(model, target, out, options, cache=cache, progress=progress)
     return conversion.run(jobs=jobs, overwrite=overwrite, progress=progress)

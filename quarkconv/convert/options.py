@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE, parse_size
 from quarkconv.description.description import Description, describe
-from quarkconv.description.mtp import KEEP, QUANTIZE, parse_mtp
-from quarkconv.description.quantized import Quantize, quantized_description
+from quarkconv.description.options import KEEP, SourceOptions
+from quarkconv.description.quantized import quantized_description
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import Rank, ranks_of
 from quarkconv.files.base import Files
@@ -23,6 +24,7 @@ class Options:
         tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among.
         quantize: ``missing`` quantizes the float modules that the config declares quantized, ``all`` every linear that
             engines run in int8, to ptpc_int8; None quantizes nothing.
+        exclude: modules that stay float nevertheless: names, fnmatch patterns, and regular expressions after ``re:``.
         scheme: scheme of the int8 modules where config.json does not declare one: ``ptpc_int8``.
         mtp: ``keep`` the layers of multi-token prediction as they are, ``drop`` them, or ``quantize`` their float
             linears to ptpc_int8.
@@ -34,14 +36,15 @@ class Options:
     max_shard_size: int | str = DEFAULT_SHARD_SIZE
     tp: int = 1
     ep: int = 1
-    quantize: Quantize | None = None
+    quantize: str | None = None
+    exclude: Iterable[str] = ()
     scheme: str | None = None
     mtp: str = KEEP
 
     def __post_init__(self) -> None:
         ranks_of(self.tp, self.ep)
         parse_size(self.max_shard_size)
-        parse_mtp(self.mtp)
+        SourceOptions.of(self.quantize, self.exclude, self.scheme, self.mtp)
 
     @property
     def shard_bytes(self) -> int:
@@ -64,9 +67,13 @@ class Options:
             raise UsageError("There is no such rank", expected=f"0 to {len(ranks) - 1}", found=str(number))
         return ranks[number]
 
+    @property
+    def of_source(self) -> SourceOptions:
+        """Those on the source."""
+        return SourceOptions.of(self.quantize, self.exclude, self.scheme, self.mtp)
+
     def describe(self, files: Files, progress: Progress) -> Description:
         """A source as it is, or as it will be with some of its float modules quantized."""
-        description = describe(files, progress, scheme=self.scheme, mtp=self.mtp)
-        if self.quantize is not None:
-            return quantized_description(description, self.quantize)
-        return quantized_description(description, "mtp") if self.mtp == QUANTIZE else description
+        options = self.of_source
+        description = describe(files, progress, scheme=options.scheme, mtp=options.mtp)
+        return quantized_description(description, options) if options.quantizes else description

@@ -8,6 +8,7 @@ from typing import Final
 
 from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
 from quarkconv.description.description import Description
+from quarkconv.description.options import DEFAULT, SourceOptions
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
@@ -35,6 +36,7 @@ def make_plan(
     *,
     rank: Rank = WHOLE,
     base_model: str | None = None,
+    options: SourceOptions = DEFAULT,
 ) -> Plan:
     """Plan the conversion of a described checkpoint.
 
@@ -44,6 +46,7 @@ def make_plan(
         max_shard_size: largest size of a shard's data in bytes.
         rank: the rank whose part of the experts is planned.
         base_model: Hub repo id of the source, for the model card; None of a local one.
+        options: those that the description was made with.
 
     Raises:
         UsageError: ``max_shard_size`` is not positive.
@@ -79,7 +82,7 @@ def make_plan(
             losses=losses,
             texts=texts,
             rank=rank,
-            quantize=checkpoint.mode if isinstance(checkpoint, QuantizedCheckpoint) else None,
+            options=options,
         )
 
 

@@ -14,7 +14,8 @@ from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, rank_part, scheme_implied
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.function import function_findings
-from quarkconv.description.mtp import DROP, KEEP, mtp_test, without_mtp
+from quarkconv.description.mtp import mtp_test, without_mtp
+from quarkconv.description.options import DROP, KEEP, Mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
@@ -102,7 +103,7 @@ class Description:
 
 
 def describe(
-    model: Path | Files, progress: Progress = SILENT, *, scheme: str | None = None, mtp: str = KEEP
+    model: Path | Files, progress: Progress = SILENT, *, scheme: str | None = None, mtp: Mtp = KEEP
 ) -> Description:
     """Describe a checkpoint, from its headers and its config alone.
 

@@ -13,29 +13,12 @@ from itertools import compress
 from typing import Final
 
 from quarkconv.dtypes import TensorType
-from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import ShardHeader
 
-KEEP: Final = "keep"
-DROP: Final = "drop"
-QUANTIZE: Final = "quantize"
-"""What a conversion does with the layers of multi-token prediction."""
-
 _OWN_MODULE: Final = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)layers\.)(\d{1,9})\.")
-
-
-def parse_mtp(value: str) -> str:
-    """``keep``, ``drop`` or ``quantize``.
-
-    Raises:
-        UsageError: it is another word.
-    """
-    if value not in (KEEP, DROP, QUANTIZE):
-        raise UsageError("--mtp is invalid", expected=f"{KEEP}, {DROP} or {QUANTIZE}", found=value)
-    return value
 
 
 def mtp_test(names: Iterable[str], config: ModelConfig) -> Callable[[str], bool]:

@@ -7,24 +7,23 @@ computation that gives it.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final
 
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
+from quarkconv.description.options import QUANTIZE, SourceOptions
 from quarkconv.dtypes import TensorType
-from quarkconv.errors import UnsupportedError
+from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.families import FAMILIES
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
+from quarkconv.scheme.merged import MERGED_WITH
+from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import Form, fused_names, linear_names
-
-Quantize = Literal["missing", "all", "mtp"]
-"""``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8. ``mtp``:
-those of the layers of multi-token prediction."""
 
 QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
 _ALWAYS_FLOAT: Final = frozenset(
@@ -43,11 +42,9 @@ class QuantizedCheckpoint(Checkpoint):
 
     Attributes:
         originals: int8 weight or its scale, by name -> the float weight, where it is stored.
-        mode: which modules are quantized.
     """
 
     originals: dict[str, TensorRef] = field(default_factory=dict)
-    mode: Quantize = "all"
 
     def refs(self) -> dict[str, TensorRef]:
         refs = Checkpoint.refs(self)
@@ -62,17 +59,19 @@ class QuantizedCheckpoint(Checkpoint):
         return sum(found.nbytes for found in self.types.values())
 
 
-def quantized_description(description: Description, mode: Quantize) -> Description:
+def quantized_description(description: Description, options: SourceOptions) -> Description:
     """The description of a checkpoint as if its float modules were quantized.
 
     Args:
         description: the checkpoint as it is.
-        mode: which modules.
+        options: which modules.
 
     Raises:
+        UsageError: an excluded name or pattern matches no module, or only some parts of a merged linear.
         UnsupportedError: there are none, their layout is not read, or their scheme needs calibration.
     """
-    modules = dict(_modules(description, mode))
+    is_excluded = _exclusion(description, options.exclude)
+    modules = dict(_modules(description, options, is_excluded))
     root = str(description.checkpoint.root)
     if not modules:
         raise UnsupportedError(
@@ -81,6 +80,7 @@ def quantized_description(description: Description, mode: Quantize) -> Descripti
             hint="convert without --quantize; `quarkconv inspect` shows what is float",
         )
     _check(description, modules)
+    _check_merged(description, modules, is_excluded)
     checkpoint = description.checkpoint
     refs, types, originals = checkpoint.refs(), dict(checkpoint.types), {}
     for module, form in modules.items():
@@ -97,9 +97,8 @@ def quantized_description(description: Description, mode: Quantize) -> Descripti
         findings=checkpoint.findings,
         ascend=checkpoint.ascend,
         originals=originals,
-        mode=mode,
     )
-    if mode == "all":
+    if options.quantize == "all":
         return described(virtual, scheme=PTPC_NAME, mtp_dropped=description.mtp_dropped)
     return described(virtual, description.declared, mtp_dropped=description.mtp_dropped)
 
@@ -110,14 +109,28 @@ def _shared(types: dict[str, TensorType]) -> dict[str, TensorType]:
     return {name: pool.setdefault(found, found) for name, found in types.items()}
 
 
-def _modules(description: Description, mode: Quantize) -> Iterator[tuple[str, Form]]:
+def _exclusion(description: Description, patterns: Sequence[str]) -> Callable[[str], object]:
+    """A test of the names of modules: whether ``--exclude`` keeps them in float."""
+    patience = Patience()
+    names = [module for module, form in description.stored if form.is_float]
+    for pattern in patterns:
+        if not any(map(name_filter([pattern], globs=True, patience=patience), names)):
+            raise UsageError(
+                "--exclude matches no module that is stored in float",
+                expected="the name of a module, a pattern with *, ? or [], or re: and a regular expression",
+                found=pattern,
+            )
+    return name_filter(patterns, globs=True, patience=patience)
+
+
+def _modules(
+    description: Description, options: SourceOptions, is_excluded: Callable[[str], object]
+) -> Iterator[tuple[str, Form]]:
     """The modules to quantize and their forms."""
     members, declared = description.topology.members, description.declared
     layers = {module: layer for layer in description.moe_layers for _, _, module in layer.modules()}
     for module, form in description.stored:
-        if mode == "mtp" and not description.is_mtp(module):
-            continue
-        if not form.is_float or form.weight.dtype not in QUANTIZABLE:
+        if not form.is_float or form.weight.dtype not in QUANTIZABLE or is_excluded(module):
             continue
         if module in members:
             claim = declared.resolve_expert(layers[module].prefix, module) if declared and module in layers else FLOAT
@@ -125,8 +138,30 @@ def _modules(description: Description, mode: Quantize) -> Iterator[tuple[str, Fo
             claim = declared.resolve(module) if declared else FLOAT
         else:
             continue
-        if mode in ("all", "mtp") or claim.weight is not None:
+        if (
+            options.quantize == "all"
+            or (options.quantize == "missing" and claim.weight is not None)
+            or (options.mtp == QUANTIZE and description.is_mtp(module))
+        ):
             yield module, form
+
+
+def _check_merged(description: Description, modules: Collection[str], is_excluded: Callable[[str], object]) -> None:
+    """Refuse to exclude some parts of a linear that engines merge while the others are int8."""
+    linears = description.stored.linears
+    for module, form in linears.items():
+        parent, _, leaf = module.rpartition(".")
+        if not form.is_float or leaf not in MERGED_WITH or not is_excluded(module):
+            continue
+        parts, _ = MERGED_WITH[leaf]
+        for other in (f"{parent}.{part}" for part in parts):
+            if other in modules or (other in linears and linears[other].quantized):
+                raise UsageError(
+                    "--exclude leaves one part of a linear in float that engines merge with parts in int8",
+                    tensor=module,
+                    expected=f"all of {', '.join(parts)} excluded, or none",
+                    found=f"{other} in int8",
+                )
 
 
 def _stays_float(description: Description, module: str) -> bool:

@@ -20,7 +20,10 @@ NOTES_NAME: Final = "notes"
 _STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
 MAX_STATE_BYTES: Final = 2**24
 _COMMAND: Final = ["quarkconv", "convert"]
-_OPTIONS: Final = frozenset({"--to", "--out", "--max-shard-size", "--mtp"})
+_OPTIONS: Final = frozenset(
+    {"--to", "--out", "--max-shard-size", "--quantize", "--exclude", "--scheme", "--mtp", "--tp", "--ep"}
+)
+"""Options of a recorded command that is repeated. ``--push`` is not among them: the folder may be a stranger's."""
 
 
 def refuse_unfinished(root: Path) -> None:

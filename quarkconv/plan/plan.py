@@ -10,8 +10,9 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final
 
+from quarkconv.description.options import DEFAULT, SourceOptions
 from quarkconv.errors import SourceError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank
 from quarkconv.findings import Finding, Severity
@@ -40,8 +41,7 @@ class Plan:
         losses: settings and tensors of the source that the output does not have.
         texts: files with new text, such as the model card.
         rank: the rank whose part of the experts is written.
-        quantize: which float modules of the source are quantized: ``missing``, ``all``, those of
-            ``mtp`` layers, or none.
+        options: what else the user requested that decides about the output.
     """
 
     target: str
@@ -57,7 +57,7 @@ class Plan:
     losses: tuple[Finding, ...] = ()
     texts: tuple[TextFile, ...] = ()
     rank: Rank = WHOLE
-    quantize: Literal["missing", "all", "mtp"] | None = None
+    options: SourceOptions = DEFAULT
 
     def to_json(self) -> dict[str, Any]:
         """The plan as an object of JSON values; :meth:`from_json` gives an equal plan."""
@@ -98,7 +98,7 @@ class Plan:
             "losses": [asdict(loss) for loss in self.losses],
             "texts": self.texts,
             "rank": self.rank.to_json(),
-            "quantize": self.quantize,
+            "options": self.options.to_json(),
         }
 
     @classmethod
@@ -163,14 +163,8 @@ def _parse(value: dict[str, Any]) -> Plan:
         losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
         texts=tuple(TextFile(file_name(name), text(content)) for name, content in value["texts"]),
         rank=make_rank(**value["rank"]),
-        quantize=_quantize(value["quantize"]),
+        options=SourceOptions.of(**value["options"]),
     )
-
-
-def _quantize(value: object) -> Literal["missing", "all", "mtp"] | None:
-    if value is None or value in ("missing", "all", "mtp"):
-        return value
-    raise ValueError(f"not a way to quantize: {value!r:.40}")
 
 
 def plan_digest(plan: Plan) -> str:

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from itertools import chain
 from typing import Final
 
+from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description
+from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.findings import PASSED_ON, Finding, bounded, finding
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
 _DEQUANTIZED: Final = "BF16"
+_NUMBER: Final = re.compile(r"(?<=\.)\d+(?=\.)")
+_KINDS: Final = 6
+"""Kinds of modules that a finding names."""
 
 
 def conversion_findings(description: Description, target: Target) -> tuple[Finding, ...]:
@@ -44,6 +50,8 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
             f"rounding: {', '.join(modules[:3])}" + (", ..." if len(modules) > 3 else ""),
             count=len(modules),
         )
+    if isinstance(description.checkpoint, QuantizedCheckpoint):
+        yield from _left_in_float(description)
     dropped = description.mtp_dropped
     if dropped is not None:
         held = f"{plural(len(dropped), 'tensor')}, first {dropped[0]}" if dropped else "none was stored"
@@ -52,4 +60,19 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
             dropped[0] if dropped else "config.json",
             f"The layers of multi-token prediction are left out: {held}",
             count=len(dropped),
+        )
+
+
+def _left_in_float(description: Description) -> Iterator[Finding]:
+    """The linears and experts that ``--quantize`` leaves in float: routers, heads, and those that are excluded."""
+    members = description.topology.members
+    names = [name for name, form in description.stored if form.is_float and (name in members or is_linear(name, form))]
+    if names:
+        kinds = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
+        yield finding(
+            "left-in-float",
+            names[0],
+            f"{plural(len(names), 'linear')} not quantized: {', '.join(kinds[:_KINDS])}"
+            + (", ..." if len(kinds) > _KINDS else ""),
+            count=len(names),
         )

@@ -42,7 +42,7 @@ def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> Non
 
 
 def check_float_rows(plan: Plan, sources: Source, jobs: int) -> None:
-    """Check the weights that will be quantized, before anything is written.
+    """Check the weights that will be quantized, before anything is written or deleted.
 
     Raises:
         UnsupportedError: a row is all zero, or is not finite.

@@ -74,6 +74,9 @@ class Destination(Protocol):
             manifest: the bytes of the manifest.
         """
 
+    def discard(self) -> None:
+        """Remove everything that the conversion wrote: the source cannot be converted by this plan."""
+
     def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:
         """Refuse to write where there is not enough space.
 

@@ -18,7 +18,7 @@ from typing import Final
 
 import xxhash
 
-from quarkconv.errors import InterruptedByUser
+from quarkconv.errors import InterruptedByUser, UnsupportedError
 from quarkconv.files.base import Files
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
@@ -29,6 +29,7 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.version import own_version
 from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.destination import Destination
+from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.opening import files_of, opened
 from quarkconv.write.output import open_output
 from quarkconv.write.output_file import aligned_buffer
@@ -69,7 +70,8 @@ def execute(
 
     Raises:
         SourceError: a source file is not as long as planned, ends early, or changed meanwhile.
-        UnsupportedError: a zero point is not zero, or two scales that must be equal are not.
+        UnsupportedError: a zero point is not zero, two scales that must be equal are not, or a row cannot be quantized;
+            nothing is left in ``output``.
         UsageError: ``output`` holds something else.
         WriteError: writing failed; what was finished is kept.
         InterruptedByUser: interrupted; what was finished is kept.
@@ -77,12 +79,17 @@ def execute(
     needed = plan.output_bytes + records_nbytes(plan.shards)
     with opened(plan, digest, source, output) as (sources, state):
         run_checks(plan.checks, sources, jobs)
-        check_float_rows(plan, sources, jobs)
+        if overwrite:  # before an earlier output is deleted; otherwise rows are checked when they are quantized
+            check_float_rows(plan, sources, jobs)
         with open_output(output, state, files_of(plan), needed=needed, overwrite=overwrite) as destination:
             run = Run(plan, sources, destination, progress)
-            with run.writing():
-                run.write_shards(plan.shards, jobs)
-                return run.finish()
+            try:
+                with run.writing():
+                    run.write_shards(plan.shards, jobs)
+                    return run.finish()
+            except UnsupportedError:  # rows that cannot be quantized: nothing that was written is of use
+                destination.discard()
+                raise
 
 
 class Run:
@@ -97,6 +104,7 @@ class Run:
         self._stop = threading.Event()
         self._shards: tuple[OutputShard, ...] = ()
         self._done: dict[str, WrittenShard] = {}
+        self._held = HeldScales()
 
     def writing(self) -> AbstractContextManager[None]:
         """Turn failures to write into errors with a hint."""
@@ -110,6 +118,7 @@ class Run:
             if written is not None:
                 self._done[shard.file] = written
                 self._advance(shard.nbytes)
+        self._held = HeldScales(shard for shard in shards if shard.file not in self._done)
         if self._done:
             _log.info("resuming: %d of %d shards are finished", len(self._done), len(shards))
         self.destination.require_space(self._bytes_left(), shards)
@@ -165,7 +174,7 @@ class Run:
                 if claim is None:
                     return
                 writer, segment = claim
-                if writer.write(segment, self.sources, buffer, self._wrote):
+                if writer.write(segment, self.sources, buffer, self._wrote, self._held):
                     self.sources.check_unchanged(writer.source_names())
                     written = writer.seal()
                     self.destination.record(written)

@@ -175,6 +175,10 @@ class ObjectDestination:
         self.objects.delete([_STATE])
         self.objects.delete(name for name in self.objects.entries() if name.startswith(f"{STAGING_NAME}/"))
 
+    def discard(self) -> None:
+        """Delete everything that the conversion wrote."""
+        _delete_earlier(self.objects, self.objects.entries())
+
     def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:  # noqa: ARG002
         """Discard parts that a process which died sent of these shards; a store has no end."""
         cleared = clear_uploads(self.objects.url, {shard.file for shard in shards})

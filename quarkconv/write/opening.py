@@ -37,14 +37,14 @@ def opened(
     Raises:
         SourceError: the source is not the planned one.
     """
-    with closing(_open(source, plan)) as sources:
+    with closing(open_source(source, plan)) as sources:
         sources.check_layout(plan)
         folder = source.root if isinstance(source, LocalFiles) else source
         name = str(folder.absolute() if isinstance(folder, Path) else folder)
         yield sources, plan_state(plan, digest, sources.state(), name, output, shares=shares)
 
 
-def _open(source: Path | Files, plan: Plan) -> Source:
+def open_source(source: Path | Files, plan: Plan) -> Source:
     """Open the shards that a plan reads.
 
     Raises:

@@ -15,14 +15,15 @@ from typing import TYPE_CHECKING, Final, Protocol
 
 from quarkconv.errors import UnsupportedError
 from quarkconv.plan.pieces import Codes, Copy, RowScales
+from quarkconv.write.held_scales import HeldScales
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-BLOCK_BYTES: Final = 2**18
-"""Source bytes that are read at a time, at least a row."""
+BLOCK_ELEMENTS: Final = 2**17
+"""Elements of a weight that are quantized at a time, at least a row: few enough to stay in a CPU's cache as F32."""
 _STEPS: Final = 127.5
-_LEAST_CODE, _GREATEST_CODE = -128, 127
+_GREATEST_CODE: Final = 127  # the least is reached: a scale may be rounded down, so that |w| / scale exceeds 127.5
 
 
 class Reader(Protocol):
@@ -32,21 +33,39 @@ class Reader(Protocol):
         """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
 
-def quantized_codes(piece: Codes, reader: Reader) -> Iterator[memoryview]:
-    """The I8 codes of the rows of a float weight, a block at a time."""
+def quantized_codes(piece: Codes, reader: Reader, held: HeldScales) -> Iterator[memoryview]:
+    """The I8 codes of the rows of a float weight, a block at a time; their scales are held if they are expected.
+
+    Raises:
+        UnsupportedError: a row is all zero, or holds NaN or an infinity.
+    """
     import torch
 
-    for weight in _blocks(piece, reader):
-        scale = _scales(weight).float()
-        values = weight.float().mul_(scale.reciprocal().unsqueeze(1))
-        codes = values.round_().clamp_(_LEAST_CODE, _GREATEST_CODE).to(torch.int8)
-        yield _bytes(codes)
+    expected = held.expects(piece.source)
+    scales = bytearray()
+    for weight, values, scale in _blocks(piece, reader):
+        values.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(max=_GREATEST_CODE)
+        data = bytearray(weight.numel())
+        torch.frombuffer(data, dtype=torch.int8).view(weight.shape).copy_(values)
+        yield memoryview(data)
+        if expected:
+            scales += _bytes(scale)
+    if expected:
+        held.hold(piece.source, bytes(scales))
 
 
-def row_scales(piece: RowScales, reader: Reader) -> Iterator[memoryview]:
-    """The F32 scales of the rows of a float weight, a block at a time."""
-    for weight in _blocks(piece, reader):
-        yield _bytes(_scales(weight).float())
+def row_scales(piece: RowScales, reader: Reader, held: HeldScales) -> Iterator[bytes]:
+    """The F32 scales of the rows of a float weight, a block at a time where they are not held.
+
+    Raises:
+        UnsupportedError: a row is all zero, or holds NaN or an infinity.
+    """
+    scales = held.take(piece.source)
+    if scales is not None:
+        yield scales
+        return
+    for _, _, scale in _blocks(piece, reader):
+        yield _bytes(scale)
 
 
 def check_rows(piece: RowScales, reader: Reader) -> None:
@@ -55,47 +74,58 @@ def check_rows(piece: RowScales, reader: Reader) -> None:
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
-    row = 0
-    for weight in _blocks(piece, reader):
-        scale = _scales(weight).float()
-        bad = ~(scale.isfinite() & (scale > 0))
-        if bool(bad.any()):
-            first = int(bad.nonzero()[0])
-            what = (
-                "zeros only, or smaller values than a scale can have" if bool(scale[first] == 0) else "NaN or infinity"
-            )
-            raise UnsupportedError(
-                "A row of this weight cannot be quantized",
-                file=piece.source.file,
-                tensor=piece.source.tensor,
-                expected="finite values, not all of them zero",
-                found=f"row {row + first} of the expert or linear: {what}",
-                hint="exclude the module, or fix the weight",
-            )
-        row += len(scale)
+    for _ in _blocks(piece, reader):
+        pass
 
 
-def _scales(weight: Tensor) -> Tensor:
-    return weight.abs().amax(dim=1).div_(_STEPS)
+def _blocks(piece: Codes | RowScales, reader: Reader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+    """Rows of a weight, about a block at a time: in its dtype, in F32, and their scales in F32.
 
-
-def _blocks(piece: Codes | RowScales, reader: Reader) -> Iterator[Tensor]:
-    """Rows of a weight, about a block at a time, in its dtype."""
+    The tensors are valid until the next block.
+    """
     import torch
 
     source, dtype, columns = piece
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-    row = columns * kind.itemsize
-    step = max(1, BLOCK_BYTES // row) * row
-    for offset in range(0, source.nbytes, step):
-        data = bytearray(min(step, source.nbytes - offset))
-        reader.fill(source, offset, memoryview(data))
-        yield torch.frombuffer(data, dtype=kind).view(-1, columns)
+    total = source.nbytes // (columns * kind.itemsize)
+    if not total:
+        return
+    rows = min(max(1, BLOCK_ELEMENTS // columns), total)
+    data = bytearray(rows * columns * kind.itemsize)
+    stored = torch.frombuffer(data, dtype=kind).view(rows, columns)
+    widened = torch.empty((rows, columns), dtype=torch.float32)
+    for first in range(0, total, rows):
+        count = min(rows, total - first)
+        reader.fill(source, first * columns * kind.itemsize, memoryview(data)[: count * columns * kind.itemsize])
+        weight, values = stored[:count], widened[:count].copy_(stored[:count])
+        largest = torch.maximum(values.amax(1), values.amin(1).neg_()).to(kind)  # exact: it is an element, or minus one
+        scale = largest.div_(_STEPS).float()
+        _check(scale, piece, first)
+        yield weight, values, scale
 
 
-def _bytes(tensor: Tensor) -> memoryview:
+def _check(scale: Tensor, piece: Codes | RowScales, row: int) -> None:
+    """Refuse scales that are zero or not finite; ``row`` is the first row's number."""
+    bad = ~(scale.isfinite() & (scale > 0))
+    if not bool(bad.any()):
+        return
+    first = int(bad.nonzero()[0])
+    zero = bool(scale[first] == 0)
+    what = "zeros only, or smaller values than a scale can have" if zero else "NaN or infinity"
+    raise UnsupportedError(
+        "A row of this weight cannot be quantized",
+        file=piece.source.file,
+        tensor=piece.source.tensor,
+        expected="finite values, not all of them zero",
+        found=f"row {row + first} of the expert or linear: {what}",
+        hint="leave the module in float with --exclude, or fix the weight",
+    )
+
+
+def _bytes(scale: Tensor) -> bytes:
+    """The bytes of F32 scales."""
     import torch
 
-    data = bytearray(tensor.nbytes)
-    torch.frombuffer(data, dtype=tensor.dtype).copy_(tensor.flatten())
-    return memoryview(data)
+    data = bytearray(scale.nbytes)
+    torch.frombuffer(data, dtype=torch.float32).copy_(scale)
+    return bytes(data)

@@ -11,6 +11,7 @@ from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Copy, OutputShard, Piece
 from quarkconv.plan.shards import encode_header
 from quarkconv.write.destination import ShardFile
+from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.output_file import BlockStream
 from quarkconv.write.segments import Segment, cut
 from quarkconv.write.source import Reader, Source
@@ -38,7 +39,14 @@ class ShardWriter:
         self._lock = threading.Lock()
         self._file = file
 
-    def write(self, segment: Segment, sources: Source, buffer: memoryview, wrote: Callable[[int], None]) -> bool:
+    def write(
+        self,
+        segment: Segment,
+        sources: Source,
+        buffer: memoryview,
+        wrote: Callable[[int], None],
+        held: HeldScales,
+    ) -> bool:
         """Write one segment; True when all segments are written.
 
         Args:
@@ -46,16 +54,18 @@ class ShardWriter:
             sources: the source.
             buffer: page-aligned memory of whole pages that no other thread uses.
             wrote: called with the number of bytes after each block; what it raises ends the writing.
+            held: scales that were computed together with codes.
 
         Raises:
             OSError: writing failed.
             SourceError: reading failed.
+            UnsupportedError: a row of a float weight cannot be quantized.
         """
         stream = BlockStream(self._file, buffer, segment.start, wrote)
         if segment.start == 0:
             stream.put(memoryview(self._header))
-        with sources.ahead(source for piece in segment.pieces for source in piece.reads()) as reader:
-            checksums = [_put_piece(stream, piece, reader) for piece in segment.pieces]
+        with sources.ahead(held.reads(segment.pieces)) as reader:
+            checksums = [_put_piece(stream, piece, reader, held) for piece in segment.pieces]
         stream.finish()
         with self._lock:
             self._checksums[segment.first] = checksums
@@ -87,11 +97,11 @@ class ShardWriter:
         self._file.close()
 
 
-def _put_piece(stream: BlockStream, piece: Piece, reader: Reader) -> str:
+def _put_piece(stream: BlockStream, piece: Piece, reader: Reader, held: HeldScales) -> str:
     """Append the output bytes of a piece; returns their checksum."""
     hasher = xxhash.xxh3_128()
     if not isinstance(piece, Copy):
-        for data in transformed(piece, reader):
+        for data in transformed(piece, reader, held):
             hasher.update(data)
             stream.put(memoryview(data))
         return hasher.hexdigest()

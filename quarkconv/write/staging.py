@@ -23,7 +23,7 @@ import json
 import os
 import shutil
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
@@ -148,3 +148,9 @@ class Staging:
                 sync_directory(self.output / folder)
         shutil.rmtree(self.folder)
         sync_directory(self.output)
+
+    def discard(self) -> None:
+        """Remove the working folder, and the output directory if it holds nothing else."""
+        shutil.rmtree(self.folder)
+        with suppress(OSError):
+            self.output.rmdir()

@@ -21,6 +21,9 @@ _LABELS: Final = {
     "target": "target",
     "max_shard_size": "largest shard size",
     "quantize": "--quantize",
+    "exclude": "--exclude",
+    "scheme": "--scheme",
+    "mtp": "--mtp",
     "config": "config.json of the source",
     "copies": "other files of the source",
     "shares": "number of parts",
@@ -35,21 +38,19 @@ def plan_state(
     Args:
         plan, digest: the plan and its digest.
         files: the source's files as they are now.
-        source, output: where they are; part of the command, not of the identity.
+        source, output: where they are; part of the command, not of the identity. The output of one rank is its folder.
         shares: the number of shares that the work is divided into; None where one process does all that is left.
     """
-    out = output if isinstance(output, str) else str(output.absolute())
-    words = ["quarkconv", "convert", source, "--to", plan.target, "--out", out]
-    if plan.quantize is not None:
-        words += ["--mtp", "quantize"] if plan.quantize == "mtp" else ["--quantize", plan.quantize]
-    if any(item.code == "mtp-dropped" for item in plan.losses):
-        words += ["--mtp", "drop"]
+    whole = plan.rank.is_whole
+    out = output if isinstance(output, str) else str(output.absolute() if whole else output.absolute().parent)
+    words = ["quarkconv", "convert", source, "--to", plan.target, "--out", out, *plan.options.words()]
+    words += [] if whole else [f"--{plan.rank.parallel}", str(plan.rank.world_size)]
     config = json.dumps(plan.config, sort_keys=True)
     return {
         "quarkconv": own_version(),
         "target": plan.target,
         "max_shard_size": plan.max_shard_size,
-        "quantize": plan.quantize,
+        **{key: value or None for key, value in plan.options.to_json().items()},
         "config": _hash(config),
         "copies": [*map(list, plan.copies), *([name, _hash(text)] for name, text in plan.texts)],
         "sources": [list(file) for file in files],

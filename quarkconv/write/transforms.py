@@ -11,6 +11,7 @@ from typing import Final
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import Codes, Columns, Copy, Rows, RowScales, Scale, Weights, Zeros
+from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.quantizing import Reader, quantized_codes, row_scales
 
 BLOCK_BYTES: Final = 2**20
@@ -20,13 +21,20 @@ _CODES_AT_ONCE: Final = 96 * 2**10
 
 
 def transformed(
-    piece: Rows | Weights | Columns | Codes | RowScales | Zeros, reader: Reader
+    piece: Rows | Weights | Columns | Codes | RowScales | Zeros, reader: Reader, held: HeldScales | None = None
 ) -> Iterator[bytes | bytearray | memoryview]:
     """The output bytes of a piece that is computed, in order.
 
+    Args:
+        piece: the piece.
+        reader: reads its ranges.
+        held: scales that are computed together with codes; by default none is held.
+
     Raises:
         SourceError: reading failed, or a scale by which codes are multiplied is not finite.
+        UnsupportedError: a row of a float weight cannot be quantized.
     """
+    held = held or HeldScales()
     match piece:
         case Rows():
             yield _f32(piece, reader)
@@ -37,10 +45,10 @@ def transformed(
             yield from _runs(piece, reader)
         case Codes():
             with _alone:
-                yield from quantized_codes(piece, reader)
+                yield from quantized_codes(piece, reader, held)
         case RowScales():
             with _alone:
-                yield from row_scales(piece, reader)
+                yield from row_scales(piece, reader, held)
         case Zeros(_, nbytes):
             for start in range(0, nbytes, BLOCK_BYTES):
                 yield bytes(min(BLOCK_BYTES, nbytes - start))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import tracemalloc
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,9 @@ from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpo
 from support.program import run_cli, snapshot
 
 import quarkconv
-from quarkconv.errors import UnsupportedError
+from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.plan.pieces import Codes, Copy, RowScales
-from quarkconv.plan.plan import plan_digest
-from quarkconv.write.state import plan_state
+from quarkconv.write.source_files import SourceFiles
 from quarkconv.write.transforms import transformed
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -152,6 +152,36 @@ def test_a_row_that_cannot_be_quantized_is_named_and_nothing_is_written(
     assert FIRST_UP in err
     assert row in err
     assert snapshot(tmp_path) == before
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_row_that_cannot_be_quantized_leaves_an_earlier_output_alone(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = float_experts(tmp_path / "model", "per_expert")
+    convert(root, "quark", tmp_path / "out", "missing")
+    before = snapshot(tmp_path / "out")
+    float_experts(tmp_path / "model", "per_expert", lambda tensors: tensors[FIRST_UP][0].zero_())
+    arguments = ("convert", root, "--to", "quark", "--quantize", "missing", "--out", tmp_path / "out", "--overwrite")
+    code, _, err = run_cli(capsys, *arguments)
+    assert (code, FIRST_UP in err) == (4, True)
+    assert snapshot(tmp_path / "out") == before
+
+
+def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """By one thread. Several read the scales of what another one is still quantizing themselves."""
+    root = float_experts(tmp_path / "model", "per_expert")
+    read: Counter[str] = Counter()
+    fill = SourceFiles.fill
+
+    def counted(self: SourceFiles, source: Copy, offset: int, view: memoryview) -> None:
+        read[source.tensor] += len(view)
+        fill(self, source, offset, view)
+
+    monkeypatch.setattr(SourceFiles, "fill", counted)
+    quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", quantize="missing", jobs=1)
+    experts = {name: tensor.nbytes for name, tensor in load(root).items() if ".experts." in name}
+    assert {name: read[name] for name in experts} == experts
 
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
@@ -189,6 +219,15 @@ class Memory:
         view[:] = b"\x3f" * len(view)
 
 
+def test_by_rank_nothing_is_written_when_the_last_rank_has_a_bad_row(tmp_path: Path) -> None:
+    last = "model.layers.0.mlp.experts.2.down_proj.weight"
+    root = float_experts(tmp_path / "model", "per_expert", lambda tensors: tensors[last][4].zero_())
+    with pytest.raises(UnsupportedError, match="cannot be quantized") as caught:
+        quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", quantize="missing", ep=3)
+    assert caught.value.tensor == last
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("kind", [Codes, RowScales])
 def test_memory_does_not_grow_with_the_weight(kind: Any) -> None:
     piece = kind(Copy("weight", "file", 0, 2 * 8192 * 4096), "BF16", 4096)
@@ -201,7 +240,58 @@ def test_memory_does_not_grow_with_the_weight(kind: Any) -> None:
     assert peak < 8 * 2**20 < piece.source.nbytes
 
 
-def test_the_command_that_resumes_quantizes_too(tmp_path: Path, bf16: Path) -> None:
-    plan = quarkconv.plan_conversion(bf16, "fused-int8", quantize="all")
-    state = plan_state(plan, plan_digest(plan), [], "model", tmp_path)
-    assert "--quantize all" in state["command"]
+ATTENTION = ("*.self_attn.*", r"re:.*\.self_attn\.", "model.layers.0.self_attn.[qkvo]_proj")
+
+
+@pytest.mark.parametrize("pattern", ATTENTION)
+@pytest.mark.parametrize("target", ["fused-int8", "compressed-tensors", "w8a8-int8", "ascend", "quark"])
+def test_excluded_modules_stay_float_and_are_named(tmp_path: Path, bf16: Path, target: str, pattern: str) -> None:
+    result = quarkconv.convert_checkpoint(bf16, target, tmp_path / "out", quantize="all", exclude=[pattern], jobs=2)
+    output, source = load(result.output), load(bf16)
+    left = [name for name in source if "self_attn" in name and name.endswith("_proj.weight")]
+    assert len(left) == 4
+    for name in left:
+        assert torch.equal(output[name], source[name])
+    description = quarkconv.inspect_checkpoint(result.output).description
+    assert not description.errors()
+    (finding,) = (item for item in result.plan.losses if item.code == "left-in-float")
+    assert finding.count == len(left) + 1  # and the router
+    assert "model.layers.*.self_attn.q_proj" in finding.message
+    assert "model.layers.*.mlp.gate" in finding.message
+
+
+def test_a_layer_of_experts_can_be_excluded(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model", layers=2, shards=1)
+    tensors = load(root)
+    for name in [name for name in tensors if "_scale" in name]:
+        del tensors[name]
+    floats = {name: t.bfloat16() / 64 + 0.001 if t.dtype == torch.int8 else t for name, t in tensors.items()}
+    save_file(floats, root / "model.safetensors", metadata={"format": "pt"})
+    (root / "model.safetensors.index.json").unlink(missing_ok=True)
+    for path in root.glob("model-*.safetensors"):
+        path.unlink()
+    output = quarkconv.convert_checkpoint(
+        root, "fused-int8", tmp_path / "out", quantize="all", exclude=["model.layers.1.mlp.experts.*"]
+    ).output
+    assert "model.layers.0.mlp.experts.gate_up_proj" in load(output)
+    assert torch.equal(load(output)[EXCLUDED_UP], floats[EXCLUDED_UP])
+    assert not quarkconv.inspect_checkpoint(output).description.errors()
+
+
+EXCLUDED_UP = "model.layers.1.mlp.experts.0.up_proj.weight"
+
+WRONG: dict[str, tuple[dict[str, Any], str]] = {
+    "without --quantize": ({"exclude": ["lm_head"]}, "would be quantized"),
+    "a pattern that matches nothing": ({"quantize": "all", "exclude": ["*.q_porj"]}, "matches no module"),
+    "an expression that does not compile": ({"quantize": "all", "exclude": ["re:("]}, "matches no module"),
+    "a part of a merged linear": ({"quantize": "all", "exclude": ["*.q_proj"]}, "one part of a linear"),
+    "an unknown mode": ({"quantize": "some"}, "--quantize is invalid"),
+    "a string": ({"quantize": "all", "exclude": "lm_head"}, "`exclude` is invalid"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_options_that_make_no_sense_are_refused(bf16: Path, case: str) -> None:
+    options, message = WRONG[case]
+    with pytest.raises(UsageError, match=message):
+        quarkconv.plan_conversion(bf16, "fused-int8", **options)

@@ -233,7 +233,8 @@ AS_NOBODY = """
 import os, sys
 from quarkconv.cli.main import main
 import quarkconv.write.executor, rich.text, rich.console
-quarkconv.write.executor.version("quarkconv")  # the standard library may lie where only root can read
+from quarkconv.version import own_version
+own_version()  # the standard library may lie where only root can read
 os.setgid(65534)
 os.setuid(65534)
 main(sys.argv[1:])

@@ -1,0 +1,86 @@
+"""What a conversion does with its source besides rewriting it, as the user requested it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Final, Literal, Self, get_args
+
+from quarkconv.errors import UsageError
+
+Quantize = Literal["missing", "all"]
+"""``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8."""
+Mtp = Literal["keep", "drop", "quantize"]
+"""What happens to the layers of multi-token prediction."""
+
+KEEP: Final[Mtp] = "keep"
+DROP: Final[Mtp] = "drop"
+QUANTIZE: Final[Mtp] = "quantize"
+
+
+@dataclass(frozen=True, slots=True)
+class SourceOptions:
+    """The options of a conversion that decide what it writes. Make them with :meth:`of`.
+
+    Attributes:
+        quantize: which float modules are quantized to ptpc_int8; None for none.
+        exclude: names, fnmatch patterns and ``re:`` patterns of modules that stay float nevertheless.
+        scheme: scheme of the int8 modules, where nothing declares one.
+        mtp: what happens to the layers of multi-token prediction.
+    """
+
+    quantize: Quantize | None = None
+    exclude: tuple[str, ...] = ()
+    scheme: str | None = None
+    mtp: Mtp = KEEP
+
+    @classmethod
+    def of(
+        cls, quantize: str | None = None, exclude: Iterable[str] = (), scheme: str | None = None, mtp: str = KEEP
+    ) -> Self:
+        """The options, checked.
+
+        Raises:
+            UsageError: one is invalid, or two of them do not go together.
+        """
+        if quantize not in (None, *get_args(Quantize)):
+            raise UsageError("--quantize is invalid", expected=_listed(Quantize), found=quantize)
+        if mtp not in get_args(Mtp):
+            raise UsageError("--mtp is invalid", expected=_listed(Mtp), found=mtp)
+        if isinstance(exclude, str):
+            raise UsageError("`exclude` is invalid", expected="a list of names and patterns", found=repr(exclude))
+        patterns = tuple(dict.fromkeys(exclude))
+        options = cls(quantize, patterns, scheme, mtp)  # type: ignore[arg-type]
+        if patterns and not options.quantizes:
+            raise UsageError(
+                "--exclude is about modules that would be quantized",
+                expected="--quantize or --mtp quantize beside it",
+                hint="give one of them, or leave --exclude out",
+            )
+        return options
+
+    @property
+    def quantizes(self) -> bool:
+        """Whether float modules are quantized."""
+        return self.quantize is not None or self.mtp == QUANTIZE
+
+    def words(self) -> list[str]:
+        """The options as words of a command line; those that have their default are left out."""
+        words = [] if self.quantize is None else ["--quantize", self.quantize]
+        for pattern in self.exclude:
+            words += ["--exclude", pattern]
+        words += [] if self.scheme is None else ["--scheme", self.scheme]
+        return words if self.mtp == KEEP else [*words, "--mtp", self.mtp]
+
+    def to_json(self) -> dict[str, Any]:
+        """The options as JSON; :meth:`of` takes the same names."""
+        return {"quantize": self.quantize, "exclude": list(self.exclude), "scheme": self.scheme, "mtp": self.mtp}
+
+
+DEFAULT: Final = SourceOptions()
+"""A conversion that quantizes nothing and keeps everything."""
+
+
+def _listed(kind: object) -> str:
+    *first, last = get_args(kind)
+    return f"{', '.join(first)} or {last}"
