@@ -82,6 +82,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "description-mismatch": FindingCode(
         _E, "Ascend's quant_model_description.json and the stored tensors disagree, or merged linears differ in type."
     ),
+    "fp8-modules": FindingCode(
+        _I, "Linears are stored in FP8 beside INT8 experts; targets in the compressed-tensors form keep them."
+    ),
     "mixed-scheme": FindingCode(_W, "The model mixes more than one INT8 scheme."),
     "granularity-mismatch": FindingCode(_E, "Stored scales are of another granularity than the config declares."),
     "excluded-but-quantized": FindingCode(_E, "The config excludes a module that is stored in int8."),

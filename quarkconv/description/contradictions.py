@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
@@ -33,6 +33,7 @@ def contradictions(
     topology: Topology,
     family: FamilyOf = lambda _: None,
     is_mtp: Callable[[str], bool] = lambda _: False,
+    fp8: Collection[str] = (),
 ) -> Iterator[Finding]:
     """The findings about the scheme of a checkpoint.
 
@@ -41,6 +42,7 @@ def contradictions(
         stored, modules, topology: the modules, with the scheme of each, and the experts among them.
         family: gives the family of models that a module belongs to; None where it is unknown.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
+        fp8: the modules in FP8 that some target keeps.
     """
     is_float = float_test(topology, family)
     yield from _config(declared, modules)
@@ -50,7 +52,7 @@ def contradictions(
     yield from _float_modules_quantized(quantized_float_modules(modules, topology, is_float), is_mtp)
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
     yield from int8_defects(modules, in_blocks)
-    yield from _scheme(declared, modules, topology, is_mtp, in_blocks)
+    yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     if unrecognised:
         yield finding(
@@ -212,12 +214,20 @@ def _scheme(
     topology: Topology,
     is_mtp: Callable[[str], bool],
     in_blocks: frozenset[str],
+    fp8: frozenset[str],
 ) -> Iterator[Finding]:
     """Findings where the checkpoint is not of one INT8 scheme, or not a mixture of experts."""
     schemes = modules.schemes
-    other = sorted({form.weight.dtype for form, _ in modules.groups if not form.quantized and not form.is_float})
+    foreign = {
+        name: form.weight.dtype
+        for (form, _), group in modules.groups.items()
+        if not form.quantized and not form.is_float
+        for name in group
+        if name not in fp8
+    }
+    other = sorted(set(foreign.values()))
     if other:
-        names = [name for (form, _), group in modules.groups.items() if form.weight.dtype in other for name in group]
+        names = list(foreign)
         only_mtp = all(map(is_mtp, names))
         yield finding(
             "scheme-unsupported",

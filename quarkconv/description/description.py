@@ -13,6 +13,7 @@ from pathlib import Path
 from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, rank_part, scheme_implied
 from quarkconv.description.float_modules import float_test, quantized_float_modules
+from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings
 from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.description.options import DROP, KEEP, Mtp
@@ -53,6 +54,7 @@ class Description:
         is_float: whether engines keep a linear in float.
         float_modules: modules that are stored in int8 and that engines keep in float; conversion dequantizes them.
         mtp_dropped: tensors of layers of multi-token prediction that were left out; None where they are kept.
+        fp8: linears in FP8 beside INT8 modules, which some targets keep.
     """
 
     checkpoint: Checkpoint
@@ -66,6 +68,7 @@ class Description:
     is_float: NameTest = field(compare=False)
     float_modules: tuple[str, ...] = ()
     mtp_dropped: tuple[str, ...] | None = None
+    fp8: tuple[Fp8Group, ...] = ()
 
     @property
     def moe_layers(self) -> tuple[MoELayer, ...]:
@@ -84,9 +87,11 @@ class Description:
 
     @property
     def scheme(self) -> str | None:
-        """The scheme of the modules that are stored quantized: a name, ``mixed``, or None for anything else."""
-        if any(not form.quantized and not form.is_float for form, _ in self.modules.groups):
-            return None
+        """The scheme of the int8 modules: a name, ``mixed``, or None where others than :attr:`fp8` are quantized."""
+        kept = {name for group in self.fp8 for name in group.modules}
+        for (form, _), modules in self.modules.groups.items():
+            if not form.quantized and not form.is_float and not kept.issuperset(modules):
+                return None
         names = {self.modules.names.get(scheme) for scheme in self.schemes}
         if len(names) > 1 and None not in names:
             return MIXED
@@ -158,6 +163,8 @@ def described(
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(modules, topology, is_float)
+        fp8 = fp8_groups(modules, topology.members)
+        in_fp8 = [name for group in fp8 for name in group.modules]
         function = tuple(function_findings(config, stored, checkpoint.types, is_mtp))
         findings = [
             *checkpoint.findings,
@@ -165,7 +172,8 @@ def described(
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
-            *contradictions(declared, stored, modules, topology, family, is_mtp),
+            *contradictions(declared, stored, modules, topology, family, is_mtp, in_fp8),
+            *fp8_findings(fp8),
             *function,
         ]
     if not checkpoint.types:  # no tensor could be read: what follows from that is said above
@@ -185,4 +193,5 @@ def described(
         is_float=is_float,
         float_modules=float_modules,
         mtp_dropped=mtp_dropped,
+        fp8=fp8,
     )

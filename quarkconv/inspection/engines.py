@@ -37,6 +37,7 @@ _SILENT_FAULTS: Final = {
     "wrong": ("computes wrong results", "compute wrong results"),
 }
 """Verdict -> what one release, or several, do without an error."""
+_FP8_NOTE: Final = "without linears in FP8"
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
@@ -161,6 +162,13 @@ def engines_for(
         else fact
         for fact in found
     ]
+    if description.fp8:
+        found = [
+            dataclasses.replace(fact, verdict=NOT_CHECKED, note=f"{fact.verdict} {_FP8_NOTE}")
+            if fact.verdict in ("int8", "w8a16")
+            else fact
+            for fact in found
+        ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
 
@@ -225,7 +233,8 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
             faults.append(f"{' and '.join(versions)} {one if len(versions) == 1 else several}")
     beware = ", ".join(faults)
     if best.verdict == NOT_CHECKED:
-        return Advice(f"{name} was not checked with this model type" + (f"; as it is, {beware}" if faults else ""))
+        why = "with linears in FP8 beside INT8 experts" if best.note.endswith(_FP8_NOTE) else "with this model type"
+        return Advice(f"{name} was not checked {why}" + (f"; as it is, {beware}" if faults else ""))
     if best.verdict != "int8":
         return Advice(f"{name} {beware}") if faults else None
     runs = f"{name} {best.version} runs it in int8"

@@ -57,6 +57,19 @@ def dequantized(module: Int8Module) -> OutputTensor:
     return OutputTensor(linear_names(module.name).weight, "BF16", module.shape, pieces)
 
 
+def fp8_tensors(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Iterator[OutputTensor]:
+    """A linear in FP8, in the form of compressed-tensors: weight_scale F32 [out, 1] or [1], input_scale F32 [1]."""
+    names = linear_names(name)
+    weight, scale = refs[names.weight], refs[names.scale]
+    yield OutputTensor(names.weight, weight.dtype, weight.shape, (Copy.whole(names.weight, weight),))
+    shape = (weight.shape[0], 1) if form.granularity == PER_CHANNEL else (1,)
+    yield OutputTensor(names.scale, "F32", shape, (f32_rows(Copy.whole(names.scale, scale), scale.dtype),))
+    if form.input_scale is not None:
+        static = refs[names.input_scale]
+        source = Copy.whole(names.input_scale, static)
+        yield OutputTensor(names.input_scale, "F32", (1,), (f32_rows(source, static.dtype),))
+
+
 def linear_module(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Int8Module:
     """A linear of the source that keeps its name and shape."""
     names = linear_names(name)

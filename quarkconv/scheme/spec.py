@@ -59,7 +59,8 @@ WEIGHT_PER_TENSOR: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynami
 INPUT_PER_TOKEN: Final = TensorSpec("int8", PER_TOKEN, symmetric=True, dynamic=True)
 INPUT_STATIC: Final = TensorSpec("int8", PER_TENSOR, symmetric=True, dynamic=False)
 FP8_STATIC: Final = TensorSpec("fp8_e4m3", PER_TENSOR, symmetric=True, dynamic=False)
-"""How engines store a quantized key-value cache."""
+"""How engines store a quantized key-value cache, and how activations under a stored scale are quantized."""
+FP8_PER_TOKEN: Final = TensorSpec("fp8_e4m3", PER_TOKEN, symmetric=True, dynamic=True)
 
 SCHEME_NAMES: Final[Mapping[ModuleScheme, str]] = {
     ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN): "ptpc_int8",

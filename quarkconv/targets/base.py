@@ -13,6 +13,7 @@ from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource, Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, TextFile
 from quarkconv.scheme.stored import Form, linear_names
+from quarkconv.text import plural
 
 
 class Target(ABC):
@@ -22,6 +23,7 @@ class Target(ABC):
         name: as given to ``--to``.
         summary: one line for people.
         by_rank: whether the experts can be divided among ranks.
+        keeps_fp8: True when the config can express linears in FP8 beside INT8 experts.
         transforms: True when the config can express transforms that are computed at run time.
         quantizes: False when the output has no quantized weights.
         facts: one sentence on the weights of the output, for the model card.
@@ -32,6 +34,7 @@ class Target(ABC):
     by_rank: ClassVar[bool] = False
     quantizes: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
+    keeps_fp8: ClassVar[bool] = False
     facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
     def unsupported(self, description: Description) -> str | None:
@@ -43,6 +46,11 @@ class Target(ABC):
         for layer in description.moe_layers:
             if layer.partly_quantized:
                 return f"{layer.prefix} mixes experts in int8 and in float"
+        if description.fp8 and not self.keeps_fp8:
+            names = [name for group in description.fp8 for name in group.modules]
+            return f"it has {plural(len(names), 'linear')} in FP8 beside INT8 experts: {', '.join(names[:3])}" + (
+                ", ..." if len(names) > 3 else ""
+            )
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"
         source = description.config.quantization
@@ -130,6 +138,11 @@ class Target(ABC):
             form = description.stored.linears[name]
             static = 0 if form.input_scale is None else prod(form.input_scale.shape)
             size += 2 * prod(form.weight.shape) - self.module_bytes(form.weight.shape, static)
+        for group in description.fp8 if self.keeps_fp8 else ():
+            for name in group.modules:
+                form = description.stored.linears[name]
+                kinds = [kind for kind in (form.scale, form.input_scale) if kind is not None]
+                size += sum(4 * prod(kind.shape) - kind.nbytes for kind in kinds)
         size -= sum(description.checkpoint.types[name].nbytes for name in self.dropped(description))
         return size + sum(map(self.expert_bytes, description.int8_layers))
 

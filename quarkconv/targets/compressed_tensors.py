@@ -30,6 +30,7 @@ class CompressedTensors(PerExpertTarget):
     name = "compressed-tensors"
     summary = "experts one by one; loads in vLLM 0.28 and later, and in SGLang with --quantization w8a8_int8"
     transforms = True
+    keeps_fp8 = True
 
     def config(self, description: Description) -> dict[str, Any]:
         return compressed_tensors_config(description)

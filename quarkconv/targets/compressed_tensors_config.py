@@ -17,6 +17,8 @@ from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.settings import KV_CACHE, dropped_settings
 
 _KV_CACHE_FP8: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
+_FORMATS: Final = {"int": "int-quantized", "float": "float-quantized"}
+"""Type of the codes -> the format of a group, as compressed-tensors names it (``CompressionFormat``)."""
 _CARRIED: Final = ("version", "kv_cache_scheme", "sparsity_config", "transform_config")
 """Fields of a source in the same form that go over as they are."""
 
@@ -25,25 +27,40 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
     """The source's config.json with its quantization_config replaced by the compressed-tensors form."""
     carried = _carried(description)
     static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
-    group = {
-        "targets": ["Linear"],
-        "weights": {"num_bits": 8, "type": "int", "strategy": "channel", "symmetric": True, "dynamic": False},
+    groups = [_group(["Linear"], "int", per_channel=True, static=static)]
+    for fp8 in description.fp8:
+        groups.append(_group([*fp8.modules], "float", per_channel=fp8.per_channel, static=fp8.static))
+    if description.fp8:
+        groups = [{**group, "format": _FORMATS[group["weights"]["type"]]} for group in groups]
+    quantization = {
+        "quant_method": "compressed-tensors",
+        "format": "mixed-precision" if description.fp8 else _FORMATS["int"],
+        "quantization_status": "compressed",
+        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+        "ignore": ignored_modules(description),
+    }
+    return description.config.with_quantization(quantization | carried)
+
+
+def _group(targets: list[str], kind: str, *, per_channel: bool, static: bool) -> dict[str, Any]:
+    """A group of 8-bit modules; engines look up the names of ``targets`` before the class ``Linear``."""
+    return {
+        "targets": targets,
+        "weights": {
+            "num_bits": 8,
+            "type": kind,
+            "strategy": "channel" if per_channel else "tensor",
+            "symmetric": True,
+            "dynamic": False,
+        },
         "input_activations": {
             "num_bits": 8,
-            "type": "int",
+            "type": kind,
             "strategy": "tensor" if static else "token",
             "symmetric": True,
             "dynamic": not static,
         },
     }
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "quantization_status": "compressed",
-        "config_groups": {"group_0": group},
-        "ignore": ignored_modules(description),
-    }
-    return description.config.with_quantization(quantization | carried)
 
 
 def compressed_tensors_keeps(description: Description) -> Callable[[str], bool]:

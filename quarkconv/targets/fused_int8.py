@@ -41,6 +41,7 @@ class FusedInt8(Target):
     name = "fused-int8"
     summary = "experts of a layer in two int8 tensors; loads in vLLM 0.28 and later"
     transforms = True
+    keeps_fp8 = True
     by_rank = True
 
     def unsupported(self, description: Description) -> str | None:

@@ -6,7 +6,7 @@ from itertools import chain
 
 from quarkconv.description.description import Description
 from quarkconv.experts.ranks import Rank
-from quarkconv.plan.experts import ExpertSource, dequantized, linear_module, zero_checks
+from quarkconv.plan.experts import ExpertSource, dequantized, fp8_tensors, linear_module, zero_checks
 from quarkconv.plan.pieces import Check, Copy, OutputTensor
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.base import Target
@@ -44,6 +44,9 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
             continue
         tensors += target.module_tensors(module)
         checks += target.module_checks(module)
+    for group in description.fp8:
+        for name in group.modules:
+            tensors += fp8_tensors(name, description.stored.linears[name], refs)
     checks = [*zero_checks(description.modules, description.stored.fused, refs), *checks]
     read = (source for tensor in tensors for piece in tensor.pieces for source in piece.reads())
     checked = (source for check in checks for source in check.reads())

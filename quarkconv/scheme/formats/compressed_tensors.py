@@ -6,7 +6,6 @@ Source: https://github.com/vllm-project/compressed-tensors, ``quantization/quant
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from itertools import islice
 from typing import Any, ClassVar
 
@@ -66,8 +65,7 @@ class CompressedTensorsScheme(DeclaredScheme):
         self._ignored = name_filter(ignored, globs=False, patience=patience)
         kv_cache = self._spec(config.get("kv_cache_scheme"), "kv_cache_scheme")
         if kv_cache is not None:
-            fp8 = kv_cache.dtype == "float8"
-            self.kv_cache = replace(kv_cache, dtype="fp8_e4m3") if fp8 else kv_cache
+            self.kv_cache = kv_cache
             self.kv_cache_modules = CACHE_MODULES
 
     def resolve(self, module: str) -> ModuleScheme:
@@ -90,8 +88,9 @@ class CompressedTensorsScheme(DeclaredScheme):
             self._problem(where, "type a string and num_bits a number", value)
             return None
         strategy = spec.get("strategy")
+        dtype = word(f"{kind}{bits}")
         return TensorSpec(
-            word(f"{kind}{bits}"),
+            "fp8_e4m3" if dtype == "float8" else dtype,
             _GRANULARITY.get(word(strategy), word(strategy)),
             symmetric=spec.get("symmetric", True) is True,
             dynamic=dynamic is True,

@@ -103,7 +103,7 @@ def test_static_activations_with_a_scale_for_each_row_are_int8_static_here() -> 
     ("weights", "dtype", "granularity"),
     [
         ({**WEIGHTS, "num_bits": 4, "strategy": "group"}, "int4", "group"),
-        ({**WEIGHTS, "type": "float"}, "float8", "per_channel"),
+        ({**WEIGHTS, "type": "float"}, "fp8_e4m3", "per_channel"),
         ({**WEIGHTS, "strategy": None}, "int8", "None"),
     ],
 )

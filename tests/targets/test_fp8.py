@@ -1,0 +1,175 @@
+"""Attention in FP8 beside experts in INT8: kept where a compressed-tensors config says both, refused elsewhere.
+
+compressed-tensors' own classes read the config, give each module its scheme, and dequantize.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
+from compressed_tensors.quantization.lifecycle.forward import dequantize
+from support.checkpoints import Tensors, load
+from support.model import Model
+from support.quark_config import TENSOR_WEIGHT, layer_config
+
+import quarkconv
+from quarkconv.targets import TARGETS
+
+MODULES: Final = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")
+KEEPING: Final = ("compressed-tensors", "fused-int8")
+LARGEST: Final = 448.0
+"""The largest magnitude of float8_e4m3fn."""
+
+
+def spec(per_channel: bool, static: bool) -> dict[str, Any]:
+    """A Quark layer config in FP8."""
+    layer = copy.deepcopy(layer_config())
+    if not per_channel:
+        layer["weight"] = copy.deepcopy(TENSOR_WEIGHT)
+    if static:
+        layer["input_tensors"] = copy.deepcopy(TENSOR_WEIGHT)
+    for part in ("weight", "input_tensors"):
+        layer[part]["dtype"] = "fp8_e4m3"
+    return layer
+
+
+def with_fp8(per_channel: bool = True, static: bool = False) -> Model:
+    """The attention of the first layer in FP8, that of the second in BF16."""
+    model, random = Model(), torch.Generator().manual_seed(1)
+    model.to_float("model.layers.1.self_attn")
+    model.quantization["exclude"].append("model.layers.1.self_attn.o_proj")
+    for module in MODULES:
+        weight = torch.randn(8, 8, generator=random)
+        scale = weight.abs().amax(1 if per_channel else None) / LARGEST
+        codes = weight / (scale[:, None] if per_channel else scale)
+        model.set(f"{module}.weight", codes.to(torch.float8_e4m3fn))
+        model.set(f"{module}.weight_scale", scale.bfloat16())
+        if static:
+            model.set(f"{module}.input_scale", torch.tensor(0.25))
+    model.quantization["layer_quant_config"] = {"*layers.0.self_attn*": spec(per_channel, static)}
+    return model
+
+
+def quantization(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "config.json").read_text())["quantization_config"]
+    return found
+
+
+def schemes(folder: Path) -> dict[str, QuantizationScheme | None]:
+    """Module -> the scheme that compressed-tensors gives it."""
+    root = torch.nn.Module()
+    tensors = load(folder)
+    names = [name.removesuffix(".weight") for name, value in tensors.items() if name.endswith(".weight")]
+    names = [name for name in names if tensors[f"{name}.weight"].dim() == 2 and "embed" not in name]
+    for name in names:
+        *parents, leaf = name.split(".")
+        module = root
+        for parent in parents:
+            if not hasattr(module, parent):
+                module.add_module(parent, torch.nn.Module())
+            module = getattr(module, parent)
+        rows, columns = tensors[f"{name}.weight"].shape
+        module.add_module(leaf, torch.nn.Linear(columns, rows, bias=False))
+    apply_quantization_config(root, QuantizationConfig.model_validate(quantization(folder)))
+    return {name: getattr(root.get_submodule(name), "quantization_scheme", None) for name in names}
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("per_channel", [False, True])
+def test_compressed_tensors_gives_each_module_its_scheme(per_channel: bool, static: bool, tmp_path: Path) -> None:
+    source = with_fp8(per_channel, static).write(tmp_path / "source")
+    out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    found = schemes(out)
+    for name, scheme in found.items():
+        if name in MODULES:
+            assert scheme is not None, name
+            assert scheme.weights is not None
+            assert scheme.input_activations is not None
+            assert (scheme.format, scheme.weights.type, scheme.weights.num_bits) == ("float-quantized", "float", 8)
+            assert scheme.weights.strategy == ("channel" if per_channel else "tensor")
+            assert scheme.input_activations.dynamic is not static
+        elif ".experts." in name:
+            assert scheme is not None, name
+            assert scheme.weights is not None
+            assert (scheme.format, scheme.weights.type, scheme.weights.strategy) == ("int-quantized", "int", "channel")
+        else:
+            assert scheme is None, name
+    assert sum(".experts." in name for name in found) == 18
+
+
+@pytest.mark.parametrize("per_channel", [False, True])
+@pytest.mark.parametrize("target", KEEPING)
+def test_compressed_tensors_dequantizes_to_the_weights_of_the_source(
+    target: str, per_channel: bool, tmp_path: Path
+) -> None:
+    source = with_fp8(per_channel, static=True).write(tmp_path / "source")
+    before: Tensors = load(source)
+    after: Tensors = load(quarkconv.convert_checkpoint(source, target, tmp_path / "out").output)
+    group = QuantizationConfig.model_validate(quantization(tmp_path / "out")).config_groups["group_1"]
+    assert isinstance(group, QuantizationScheme)
+    for module in MODULES:
+        scale = before[f"{module}.weight_scale"].float().reshape(-1, 1)
+        assert after[f"{module}.weight_scale"].shape == ((8, 1) if per_channel else (1,))
+        found = dequantize(
+            after[f"{module}.weight"], after[f"{module}.weight_scale"], args=group.weights, dtype=torch.float32
+        )
+        assert torch.equal(found, before[f"{module}.weight"].float() * scale)
+        assert torch.equal(after[f"{module}.input_scale"], before[f"{module}.input_scale"].reshape(1))
+
+
+@pytest.mark.parametrize("target", KEEPING)
+def test_what_was_written_agrees_and_can_be_converted_again(target: str, tmp_path: Path) -> None:
+    source = with_fp8().write(tmp_path / "source")
+    inspection = quarkconv.inspect_checkpoint(source)
+    assert inspection.ok
+    assert inspection.scheme == "ptpc_int8"
+    assert [(item.code, item.count) for item in inspection.findings if item.code != "scale-narrow"] == [
+        ("fp8-modules", 4)
+    ]
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out").output
+    assert inspection.targets[target].nbytes == quarkconv.plan_conversion(source, target).tensor_bytes
+    assert quarkconv.inspect_checkpoint(out).ok
+    assert quarkconv.verify_checkpoint(out, source, device="cpu").ok
+    again = quarkconv.convert_checkpoint(out, "compressed-tensors", tmp_path / "again").output
+    first = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "first").output
+    before, after = load(first), load(again)
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8)) for name in before)
+
+
+@pytest.mark.parametrize("target", [name for name in TARGETS if name not in KEEPING])
+def test_targets_of_one_scheme_name_what_they_refuse(target: str, tmp_path: Path) -> None:
+    source = with_fp8().write(tmp_path / "source")
+    with pytest.raises(quarkconv.UnsupportedError, match="4 linears in FP8 beside INT8 experts") as caught:
+        quarkconv.plan_conversion(source, target)
+    assert caught.value.exit_code == 4
+    assert MODULES[1] in str(caught.value)
+
+
+def test_no_engine_is_said_to_run_what_none_was_run_with(tmp_path: Path) -> None:
+    inspection = quarkconv.inspect_checkpoint(with_fp8().write(tmp_path / "source"))
+    assert {row.verdict for row in inspection.engines} >= {"not checked"}
+    assert not {row.verdict for row in inspection.engines} & {"int8", "w8a16"}
+    assert all("FP8" in item.text for item in inspection.advice)
+
+
+@pytest.mark.parametrize("wrong", ["not declared", "blocks", "experts"])
+def test_fp8_that_no_group_expresses_is_unsupported(wrong: str, tmp_path: Path) -> None:
+    model = with_fp8()
+    if wrong == "not declared":
+        model.quantization["layer_quant_config"] = {}
+    if wrong == "blocks":
+        model.set(f"{MODULES[0]}.weight_scale", torch.ones(2, 2))
+    if wrong == "experts":
+        name = "model.layers.0.mlp.experts.0.up_proj"
+        model.set(f"{name}.weight", torch.ones(4, 8).to(torch.float8_e4m3fn))
+        model.quantization["layer_quant_config"][name] = spec(True, False)
+    source = model.write(tmp_path / "source")
+    with pytest.raises(quarkconv.UnsupportedError, match="scheme-unsupported"):
+        quarkconv.plan_conversion(source, "compressed-tensors")
