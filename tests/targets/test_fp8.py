@@ -46,7 +46,7 @@ def with_fp8(per_channel: bool = True, static: bool = False) -> Model:
     model.quantization["exclude"].append("model.layers.1.self_attn.o_proj")
     for module in MODULES:
         weight = torch.randn(8, 8, generator=random)
-        scale = weight.abs().amax(1 if per_channel else None) / LARGEST
+        scale = (weight.abs().amax(1) if per_channel else weight.abs().amax()) / LARGEST
         codes = weight / (scale[:, None] if per_channel else scale)
         model.set(f"{module}.weight", codes.to(torch.float8_e4m3fn))
         model.set(f"{module}.weight_scale", scale.bfloat16())
