@@ -82,7 +82,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "description-mismatch": FindingCode(
         _E, "Ascend's quant_model_description.json and the stored tensors disagree, or merged linears differ in type."
     ),
-    "fp8-modules": FindingCode(
+    "mixed-precision": FindingCode(
         _I, "Linears are stored in FP8 beside INT8 experts; targets in the compressed-tensors form keep them."
     ),
     "mixed-scheme": FindingCode(_W, "The model mixes more than one INT8 scheme."),

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Final
 
+from quarkconv.experts.families import FLOAT_ENDS
 from quarkconv.experts.family import Family
 from quarkconv.experts.topology import Topology
 from quarkconv.scheme.resolved import ResolvedModules
@@ -16,8 +17,6 @@ from quarkconv.scheme.resolved import ResolvedModules
 FamilyOf = Callable[[str], Family | None]
 
 _HEADS: Final = ("lm_head", "shared_head.head")
-_ROUTERS: Final = ("gate", "router", "shared_expert_gate")
-"""Children of a module with routed experts that no class quantizes, where the family is not known."""
 
 
 def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
@@ -35,8 +34,8 @@ def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
         known = family(module)
         if known is not None:
             return known.in_float(module)
-        parent, _, leaf = module.rpartition(".")
-        return leaf in _ROUTERS and parent in moe_modules
+        # Of another family only what stands beside routed experts, where routers and their like do.
+        return module.endswith(FLOAT_ENDS) and any(module.removesuffix(end) in moe_modules for end in FLOAT_ENDS)
 
     return is_float
 

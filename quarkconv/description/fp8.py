@@ -55,7 +55,7 @@ def fp8_findings(groups: tuple[Fp8Group, ...]) -> Iterator[Finding]:
     names = [name for group in groups for name in group.modules]
     if names:
         yield finding(
-            "fp8-modules",
+            "mixed-precision",
             names[0],
             f"{plural(len(names), 'linear')} in FP8 beside the INT8 experts: {', '.join(names[:3])}"
             + (", ..." if len(names) > 3 else ""),

@@ -16,7 +16,7 @@ from quarkconv.description.description import Description, described
 from quarkconv.description.options import QUANTIZE, SourceOptions
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.experts.families import FAMILIES
+from quarkconv.experts.families import FLOAT_ENDS
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
@@ -26,14 +26,6 @@ from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import Form, fused_names, linear_names
 
 QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
-_ALWAYS_FLOAT: Final = frozenset(
-    {"lm_head", "gate", "router", "shared_expert_gate", "eh_proj"}
-    | {keys.rpartition(".")[0].rpartition(".")[2] for row in FAMILIES for keys in row.tensors.weight}
-    | {leaf for row in FAMILIES for leaf in row.float_modules}
-)
-"""Last parts of the names of linears that engines keep in float: lm_head, routers, and those of the families' table."""
-_TRANSPOSED: Final = frozenset({"llama4", "llama4_text", "gpt_oss", "qwen3_vl_moe", "qwen3_vl_moe_text"})
-"""Model types whose own checkpoints store experts in one tensor [E, in, out]."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,17 +157,15 @@ def _check_merged(description: Description, modules: Collection[str], is_exclude
 
 
 def _stays_float(description: Description, module: str) -> bool:
-    return module.rpartition(".")[2] in _ALWAYS_FLOAT or description.is_float(module)
+    return module.endswith(FLOAT_ENDS) or description.is_float(module)
 
 
 def _check(description: Description, modules: dict[str, Form]) -> None:
     """Refuse what this arithmetic does not give."""
-    declared, config = description.declared, description.config
-    root = str(description.checkpoint.root)
-    fused = next((module for module in modules if module in description.stored.fused), None)
-    hidden = config.text.get("hidden_size")
-    odd = next((layer for layer in description.moe_layers if type(hidden) is int and layer.hidden != hidden), None)
-    if fused is not None and ((config.model_type or "") in _TRANSPOSED or odd is not None):
+    declared, root = description.declared, str(description.checkpoint.root)
+    transposed = (layer for layer in description.moe_layers if layer.transposed)
+    fused = next((name for layer in transposed for _, _, name in layer.modules() if name in modules), None)
+    if fused is not None:
         raise UnsupportedError(
             "Experts in one tensor are quantized along their rows, and this model stores them transposed",
             file=root,

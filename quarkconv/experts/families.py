@@ -302,3 +302,6 @@ _SIGMOID_FAMILIES: Final = (
 
 FAMILIES: Final = (*_SOFTMAX_FAMILIES, *_SIGMOID_FAMILIES)
 """Every family that is known. Rows of one type differ in `fixed`, and the first that holds counts."""
+
+FLOAT_ENDS: Final = tuple(dict.fromkeys(f".{name}" for family in FAMILIES for name in family.in_float_names()))
+"""Ends of the names of the linears that engines keep in float in some family."""

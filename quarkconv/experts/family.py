@@ -183,5 +183,8 @@ class Family:
 
     def in_float(self, module: str) -> bool:
         """Whether engines keep a module in float: a router, or another that they never quantize."""
-        routers = (name.removesuffix(".weight") for name in self.tensors.weight)
-        return module.endswith(tuple(f".{name}" for name in (*routers, *self.float_modules)))
+        return module.endswith(tuple(f".{name}" for name in self.in_float_names()))
+
+    def in_float_names(self) -> tuple[str, ...]:
+        """Ends of the names of these modules."""
+        return (*(name.removesuffix(".weight") for name in self.tensors.weight), *self.float_modules)

@@ -62,6 +62,14 @@ def float8(model: Model) -> None:
         model.set(name, torch.ones(8, 8).to(torch.float8_e4m3fn))
 
 
+def declared_float8(model: Model) -> None:
+    float8(model)
+    layer = layer_config()
+    model.quantization["layer_quant_config"] = {
+        "*o_proj": {**layer, **{part: {**layer[part], "dtype": "fp8_e4m3"} for part in ("weight", "input_tensors")}}
+    }
+
+
 def per_tensor_attention(model: Model, *, inputs: object = None, stored_input: bool = False) -> None:
     config = layer_config(TENSOR_WEIGHT) if inputs is None else layer_config(TENSOR_WEIGHT, inputs)
     model.quantization["layer_quant_config"] = {"*o_proj": config}
@@ -229,6 +237,7 @@ CASES = (
         configure(export=[]),
     ),
     Case("fp8 attention", (("error", "scheme-unsupported", O_PROJ, 2),), float8),
+    Case("fp8 attention, declared", (("info", "mixed-precision", O_PROJ, 2),), declared_float8),
     Case(
         "activations not quantized",
         (("error", "scheme-unsupported", "quantization_config", 20),),

@@ -130,7 +130,7 @@ def test_what_was_written_agrees_and_can_be_converted_again(target: str, tmp_pat
     assert inspection.ok
     assert inspection.scheme == "ptpc_int8"
     assert [(item.code, item.count) for item in inspection.findings if item.code != "scale-narrow"] == [
-        ("fp8-modules", 4)
+        ("mixed-precision", 4)
     ]
     out = quarkconv.convert_checkpoint(source, target, tmp_path / "out").output
     assert inspection.targets[target].nbytes == quarkconv.plan_conversion(source, target).tensor_bytes
