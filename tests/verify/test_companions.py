@@ -1,0 +1,125 @@
+"""Biases and activations of experts: carried into every target that loads them, and proven there."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.checkpoints import Tensors, load
+from support.exports import DATA
+
+import quarkconv
+from quarkconv.targets import TARGETS
+
+FAMILIES: Final = DATA / "families"
+BIASED: Final = "gpt_oss-0.13-eager"
+UNFUSED: Final = [name for name in TARGETS if name != "fused-int8"]
+INT8: Final = [name for name in UNFUSED if name != "bf16"]
+CLAMPED: Final = {
+    BIASED: ("swiglu_limit", "swiglu_alpha"),
+    "minimax_m3_vl-0.13-f2f": ("swiglu_limit", "swiglu_alpha"),
+    "deepseek_v4-0.13-f2f": ("swiglu_limit",),
+    "glm5_next-0.13-f2f": ("swiglu_limit",),
+}
+"""Export -> keys of its config that change what its experts compute."""
+
+
+def biases(folder: Path) -> Tensors:
+    return {name: tensor for name, tensor in load(folder).items() if ".experts." in name and name.endswith(".bias")}
+
+
+def rewritten(folder: Path, name: str, value: torch.Tensor | None) -> None:
+    """Replace a tensor, or remove it, and the manifest with it: then only numbers can tell."""
+    shard = next(path for path in folder.glob("*.safetensors") if name in load_file(path))
+    tensors = load_file(shard)
+    tensors.pop(name)
+    save_file(tensors if value is None else {**tensors, name: value}, shard, metadata={"format": "pt"})
+    (folder / "quarkconv.json").unlink(missing_ok=True)
+    index = folder / "model.safetensors.index.json"
+    weight_map = json.loads(index.read_text())["weight_map"]
+    if value is None:
+        del weight_map[name]
+    index.write_text(json.dumps({"weight_map": weight_map}))
+
+
+def part(config: dict[str, Any]) -> dict[str, Any]:
+    found: dict[str, Any] = config.get("text_config", config)
+    return found
+
+
+@pytest.mark.parametrize("target", UNFUSED)
+def test_every_bias_is_in_every_target(target: str, tmp_path: Path) -> None:
+    out = quarkconv.convert_checkpoint(FAMILIES / BIASED, target, tmp_path / "out").output
+    before, after = biases(FAMILIES / BIASED), biases(out)
+    assert len(before) == 8
+    assert before.keys() == after.keys()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+    assert quarkconv.verify_checkpoint(out, FAMILIES / BIASED, device="cpu", tokens=8).problems == ()
+
+
+@pytest.mark.parametrize("target", INT8)
+@pytest.mark.parametrize("fault", ["changed", "exchanged", "missing"])
+def test_a_bias_that_is_not_the_sources_is_found_in_every_target(target: str, fault: str, tmp_path: Path) -> None:
+    out = quarkconv.convert_checkpoint(FAMILIES / BIASED, target, tmp_path / "out").output
+    first, second = "model.layers.0.mlp.experts.1.down_proj.bias", "model.layers.0.mlp.experts.2.down_proj.bias"
+    found = biases(out)
+    if fault == "changed":
+        rewritten(out, first, found[first] * 1.01 + 0.001)
+    elif fault == "exchanged":
+        rewritten(out, first, found[second])
+        rewritten(out, second, found[first])
+    else:
+        rewritten(out, first, None)
+    if fault == "missing":
+        problems = quarkconv.inspect_checkpoint(out).findings
+        assert "experts-not-understood" in {item.code for item in problems}
+        return
+    problems = quarkconv.verify_checkpoint(out, FAMILIES / BIASED, device="cpu", tokens=8).problems
+    assert "bias differs" in problems[0].message
+
+
+@pytest.mark.parametrize("target", UNFUSED)
+def test_the_manifest_notices_a_bias_that_changed_without_the_source(target: str, tmp_path: Path) -> None:
+    out = quarkconv.convert_checkpoint(FAMILIES / BIASED, target, tmp_path / "out").output
+    manifest = (out / "quarkconv.json").read_bytes()
+    name = "model.layers.0.mlp.experts.3.gate_up_proj.bias"
+    rewritten(out, name, biases(out)[name] + 1)
+    (out / "quarkconv.json").write_bytes(manifest)
+    problems = quarkconv.verify_checkpoint(out, device="cpu", tokens=8).problems
+    assert name in {problem.tensor for problem in problems}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("name", CLAMPED)
+def test_what_experts_compute_is_the_sources_in_every_target(name: str, target: str, tmp_path: Path) -> None:
+    if name == BIASED and target == "fused-int8":
+        return  # refused: tests/verify/test_families.py
+    source = json.loads((FAMILIES / name / "config.json").read_text())
+    out = quarkconv.convert_checkpoint(FAMILIES / name, target, tmp_path / "out").output
+    config = json.loads((out / "config.json").read_text())
+    for key in CLAMPED[name]:
+        assert part(config).get(key) == part(source).get(key)
+    expected = quarkconv.verify_checkpoint(FAMILIES / name, device="cpu", tokens=8).numbers.layers[0].activation
+    assert "clamped at" in expected
+    if target != "bf16":
+        layers = quarkconv.verify_checkpoint(out, FAMILIES / name, device="cpu", tokens=8).numbers.layers
+        assert {item.activation for item in layers} == {expected}
+        assert all(item.ok for item in layers)
+
+
+@pytest.mark.parametrize("linear", [None, 1.25])
+def test_experts_with_situ_are_computed(linear: float | None, tmp_path: Path) -> None:
+    source = FAMILIES / "kimi_linear-0.13-f2f"
+    config = json.loads((source / "config.json").read_text())
+    config |= {"hidden_act": "situ", "activation_situ_beta": 2.0, "activation_situ_linear_beta": linear}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    (tmp_path / "model.safetensors").write_bytes((source / "model.safetensors").read_bytes())
+    result = quarkconv.verify_checkpoint(tmp_path, device="cpu", tokens=8)
+    expected = "situ, beta 2" + ("" if linear is None else ", linear beta 1.25")
+    assert {item.activation for item in result.numbers.layers} == {expected}
+    assert result.ok
+    assert result.numbers.skipped is None
