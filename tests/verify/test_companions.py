@@ -75,8 +75,8 @@ def test_a_bias_that_is_not_the_sources_is_found_in_every_target(target: str, fa
     else:
         rewritten(out, first, None)
     if fault == "missing":
-        problems = quarkconv.inspect_checkpoint(out).findings
-        assert "experts-not-understood" in {item.code for item in problems}
+        findings = quarkconv.inspect_checkpoint(out).findings
+        assert "experts-not-understood" in {item.code for item in findings}
         return
     problems = quarkconv.verify_checkpoint(out, FAMILIES / BIASED, device="cpu", tokens=8).problems
     assert "bias differs" in problems[0].message
