@@ -77,10 +77,21 @@ def evaluate(
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
 
         evaluation = evaluate_checkpoint(
-            model, unquantized, text=text, token_ids=token_ids, window=window, windows=windows, batch=batch,
-            device=device, layers=numbers, ablate=ablate, record=record, limits=Limits(max_kl, min_agreement),
-            resume=resume, progress=meter,
-        )  # fmt: skip
+            model,
+            unquantized,
+            text=text,
+            token_ids=token_ids,
+            window=window,
+            windows=windows,
+            batch=batch,
+            device=device,
+            layers=numbers,
+            ablate=ablate,
+            record=record,
+            limits=Limits(max_kl, min_agreement),
+            resume=resume,
+            progress=meter,
+        )
 
     def render() -> RenderableType:
         from quarkconv.cli.render.evaluation import render_evaluation

@@ -19,9 +19,11 @@ def require_charts() -> None:
     """
     if find_spec("matplotlib") is None:
         raise UsageError(
-            "The charts of a report need matplotlib", expected="matplotlib 3.9 or later", found="none",
+            "The charts of a report need matplotlib",
+            expected="matplotlib 3.9 or later",
+            found="none",
             hint="pip install 'matplotlib>=3.9', or leave --report out",
-        )  # fmt: skip
+        )
 
 
 def command_line() -> str:

@@ -80,7 +80,7 @@ def verify(
     """Prove a checkpoint: its structure, every byte, and the numbers of the INT8 forward.
 
     Takes a converted checkpoint or a Quark export as it came. Exit code 1 when anything is wrong.
-    """  # fmt: skip
+    """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     if bytes_only and numbers_only:
         raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
@@ -93,9 +93,18 @@ def verify(
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 
         verification = verify_checkpoint(
-            model, source, device, layers=chosen, tokens=counts, seed=seed, unquantized=unquantized,
-            activations=activations, stages=stages, fail_fast=fail_fast, progress=meter,
-        )  # fmt: skip
+            model,
+            source,
+            device,
+            layers=chosen,
+            tokens=counts,
+            seed=seed,
+            unquantized=unquantized,
+            activations=activations,
+            stages=stages,
+            fail_fast=fail_fast,
+            progress=meter,
+        )
     if report is not None:
         from quarkconv.report.verification import verification_report
 

@@ -62,8 +62,12 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
 
 def _mixed(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[str]:
     """Linears that engines merge from parts of different types."""
-    heads = {name.removesuffix(f".{parts[0]}.weight"): parts for name in checkpoint.types for parts in MERGED
-             if name.endswith(f".{parts[0]}.weight")}  # fmt: skip
+    heads = {
+        name.removesuffix(f".{parts[0]}.weight"): parts
+        for name in checkpoint.types
+        for parts in MERGED
+        if name.endswith(f".{parts[0]}.weight")
+    }
     for head, parts in heads.items():
         kinds = {declared.kind(f"{head}.{part}") for part in parts} - {None}
         if len(kinds) > 1:

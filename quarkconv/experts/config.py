@@ -21,8 +21,13 @@ language model."""
 
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K: Final = (
-    "num_experts_per_tok", "num_experts_per_token", "moe_top_k", "moe_topk", "top_k_experts", "moe_k",
-)  # fmt: skip
+    "num_experts_per_tok",
+    "num_experts_per_token",
+    "moe_top_k",
+    "moe_topk",
+    "top_k_experts",
+    "moe_k",
+)
 _ACTIVATION: Final = ("hidden_act", "hidden_activation", "moe_hidden_act", "mlp_hidden_act", "ffn_act_fn")
 _HIDDEN_LAYERS: Final = ("num_hidden_layers", "n_layers", "num_layers")
 _MTP_LAYERS: Final = ("num_nextn_predict_layers", "mtp_num_hidden_layers", "num_mtp_modules", "num_mtp_layers")

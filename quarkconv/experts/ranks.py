@@ -62,14 +62,20 @@ class Rank:
         """
         if self.parallel == "tp" and intermediate % self.world_size:
             raise UnsupportedError(
-                f"The intermediate size cannot be divided among {self.world_size} ranks", tensor=prefix,
-                expected=f"a multiple of {self.world_size}", found=str(intermediate), hint="give another --tp, or --ep",
-            )  # fmt: skip
+                f"The intermediate size cannot be divided among {self.world_size} ranks",
+                tensor=prefix,
+                expected=f"a multiple of {self.world_size}",
+                found=str(intermediate),
+                hint="give another --tp, or --ep",
+            )
         if self.parallel == "ep" and experts < self.world_size:
             raise UnsupportedError(
-                "There are more ranks than experts", tensor=prefix, expected=f"{self.world_size} experts or more",
-                found=str(experts), hint="give a smaller --ep, or --tp",
-            )  # fmt: skip
+                "There are more ranks than experts",
+                tensor=prefix,
+                expected=f"{self.world_size} experts or more",
+                found=str(experts),
+                hint="give a smaller --ep, or --tp",
+            )
 
     def folder(self) -> str:
         """Name of the rank's folder: ``rank-00-of-08``."""
@@ -98,9 +104,10 @@ def make_rank(parallel: str, rank: int, world_size: int) -> Rank:
         raise UsageError("There is no such way to divide experts", expected="tp or ep", found=parallel)
     if not 1 <= world_size <= _MAX_RANKS or not 0 <= rank < world_size:
         raise UsageError(
-            "There is no such rank", expected=f"a rank from 0, below a number of ranks up to {_MAX_RANKS}",
+            "There is no such rank",
+            expected=f"a rank from 0, below a number of ranks up to {_MAX_RANKS}",
             found=f"rank {rank} of {world_size}",
-        )  # fmt: skip
+        )
     return Rank("tp" if parallel == "tp" else "ep", rank, world_size)
 
 

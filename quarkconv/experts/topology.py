@@ -273,15 +273,28 @@ def _per_expert_layer(
         biased and not all(stored.has_bias(f"{prefix}.{n}.{name}") for n in range(experts) for name in leaves.values())
     ):
         return finding(
-            "experts-not-understood", prefix, "Some projections of the experts have a bias and others have none",
+            "experts-not-understood",
+            prefix,
+            "Some projections of the experts have a bias and others have none",
             hint="engines give all of them a bias, or none",
-        )  # fmt: skip
+        )
     all_forms = frozenset().union(*kept.values())
     return MoELayer(
-        index, prefix, prefix.removesuffix(f".{naming.module}"), naming, "per_expert", experts, hidden, intermediate,
-        forms, all_forms, gated=gated, joined=joined, biased=biased,
+        index=index,
+        prefix=prefix,
+        moe=prefix.removesuffix(f".{naming.module}"),
+        naming=naming,
+        layout="per_expert",
+        experts=experts,
+        hidden=hidden,
+        intermediate=intermediate,
+        forms=forms,
+        all_forms=all_forms,
+        gated=gated,
+        joined=joined,
+        biased=biased,
         interleaved=(None if family is None else family.interleaved) if joined else False,
-    )  # fmt: skip
+    )
 
 
 def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:
@@ -393,13 +406,25 @@ def _single_tensor_layer(
     all_forms = frozenset(parts.values())
     if transposed and any(form.quantized for form in all_forms):
         return finding(
-            "experts-not-understood", prefix, "The experts are quantized in one tensor of transposed matrices",
+            "experts-not-understood",
+            prefix,
+            "The experts are quantized in one tensor of transposed matrices",
             hint="no tool is known to write them so: quantize the model again",
-        )  # fmt: skip
+        )
     return MoELayer(
-        index, prefix, moe, naming, layout, experts, hidden, intermediate, forms, all_forms, transposed=transposed,
+        index=index,
+        prefix=prefix,
+        moe=moe,
+        naming=naming,
+        layout=layout,
+        experts=experts,
+        hidden=hidden,
+        intermediate=intermediate,
+        forms=forms,
+        all_forms=all_forms,
+        transposed=transposed,
         interleaved=False if family is None else family.interleaved,
-    )  # fmt: skip
+    )
 
 
 def _transposed(parts: dict[str, Form]) -> bool:

@@ -59,22 +59,28 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
     if bad_scales:
         name, problem = bad_scales[0]
         yield finding(
-            "scale-invalid", name,
+            "scale-invalid",
+            name,
             f"{plural(len(bad_scales), 'scale')} not finite or not positive: {name} has {problem}",
-            hint="quantize the model again; its outputs would be NaN or zero", count=len(bad_scales),
-        )  # fmt: skip
+            hint="quantize the model again; its outputs would be NaN or zero",
+            count=len(bad_scales),
+        )
     if small_scales:
         yield finding(
-            "scale-subnormal", small_scales[0],
+            "scale-subnormal",
+            small_scales[0],
             f"{plural(len(small_scales), 'scale')} below 2^-126, which GPUs may flush to zero: {small_scales[0]}",
             hint="quantize the model again with a lower bound on scales",
             count=len(small_scales),
-        )  # fmt: skip
+        )
     if nonzero:
         yield finding(
-            "zero-point-nonzero", nonzero[0], f"{plural(len(nonzero), 'zero point')} not zero: {nonzero[0]}",
-            hint="quantize the model again with symmetric weights", count=len(nonzero),
-        )  # fmt: skip
+            "zero-point-nonzero",
+            nonzero[0],
+            f"{plural(len(nonzero), 'zero point')} not zero: {nonzero[0]}",
+            hint="quantize the model again with symmetric weights",
+            count=len(nonzero),
+        )
 
 
 def _is_zero_point(name: str) -> bool:
@@ -98,14 +104,22 @@ def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, 
             found = next(data)
         except OSError as error:
             raise SourceError(
-                "A tensor cannot be read", code="shard-truncated", file=block.file, tensor=name, found=error.strerror,
+                "A tensor cannot be read",
+                code="shard-truncated",
+                file=block.file,
+                tensor=name,
+                found=error.strerror,
                 hint="check the disk, then run the command again",
-            ) from error  # fmt: skip
+            ) from error
         if len(found) < block.end - block.start:
             raise SourceError(
-                "The file ended while it was read", code="shard-truncated", file=block.file, tensor=name,
-                expected=f"{block.end - block.start} bytes", found=f"{len(found)} bytes",
-            )  # fmt: skip
+                "The file ended while it was read",
+                code="shard-truncated",
+                file=block.file,
+                tensor=name,
+                expected=f"{block.end - block.start} bytes",
+                found=f"{len(found)} bytes",
+            )
         yield name, found
 
 

@@ -124,9 +124,9 @@ class Inspection:
             "quant_method": declared.method if declared else None,
             "producer_version": declared.version if declared else None,
             "scheme": self.scheme,
-            "declared": None if declared is None else {
-                "weight": _spec(default.weight), "activation": _spec(default.activation)
-            },
+            "declared": None
+            if declared is None
+            else {"weight": _spec(default.weight), "activation": _spec(default.activation)},
             "weight": _spec(main.weight),
             "activation": _spec(main.activation),
             "moe": _moe(description),
@@ -137,7 +137,7 @@ class Inspection:
             "findings": [asdict(item) for item in self.findings],
             "targets": {name: support.to_json() for name, support in self.targets.items()},
             "engines": [fact.to_json() for fact in self.engines],
-        }  # fmt: skip
+        }
 
 
 def inspect_checkpoint(model: str | Path, *, deep: bool = False, progress: Progress = SILENT) -> Inspection:

@@ -23,9 +23,11 @@ def pick_device(name: str | torch.device) -> torch.device:
         raise UsageError("There is no such device", expected="auto, cpu or cuda", found=str(name))
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(
-            "There is no GPU that torch can use", expected="a CUDA or ROCm device", found="none of that name",
+            "There is no GPU that torch can use",
+            expected="a CUDA or ROCm device",
+            found="none of that name",
             hint="use --device cpu, or install a torch built for this machine's GPU",
-        )  # fmt: skip
+        )
     return device
 
 

@@ -119,8 +119,14 @@ class LayerReader:
         """
         ref = self.refs[name]
         if ref.dtype not in _DTYPES:
-            raise SourceError("A tensor has the wrong dtype", code="scale-dtype", file=ref.file, tensor=name,
-                              expected="floats", found=ref.dtype)  # fmt: skip
+            raise SourceError(
+                "A tensor has the wrong dtype",
+                code="scale-dtype",
+                file=ref.file,
+                tensor=name,
+                expected="floats",
+                found=ref.dtype,
+            )
         number, of = part or (0, 1)
         data = bytearray(ref.nbytes // of)
         self._fill(LayerRead(name, ref.file, ref.start + number * len(data), len(data), 0), memoryview(data))
@@ -139,9 +145,17 @@ class LayerReader:
             w13_bias = torch.cat([_biases(part, role, read) for role in part.ups], dim=1)
             w2_bias = _biases(part, "down", read)
         return FusedExperts(
-            part.layer.index, part.layer.prefix, w13, torch.cat(ups, dim=1).unsqueeze(-1), w2, down.unsqueeze(-1),
-            self._input_scales(part, part.ups[0], read), self._input_scales(part, "down", read), w13_bias, w2_bias,
-        )  # fmt: skip
+            layer=part.layer.index,
+            module=part.layer.prefix,
+            w13=w13,
+            w13_scale=torch.cat(ups, dim=1).unsqueeze(-1),
+            w2=w2,
+            w2_scale=down.unsqueeze(-1),
+            w13_input_scale=self._input_scales(part, part.ups[0], read),
+            w2_input_scale=self._input_scales(part, "down", read),
+            w13_bias=w13_bias,
+            w2_bias=w2_bias,
+        )
 
     def _input_scales(self, part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor | None:
         """Static input scales, float32 [E]; None where activations are quantized per token."""

@@ -58,9 +58,11 @@ def load_fused_experts(
     stored = description.config.rank
     if not requested.is_whole and not stored.is_whole and stored != requested:
         raise UsageError(
-            "The checkpoint is divided among ranks in another way", file=str(root), expected=str(requested.to_json()),
+            "The checkpoint is divided among ranks in another way",
+            file=str(root),
+            expected=str(requested.to_json()),
             found=str(stored.to_json()),
-        )  # fmt: skip
+        )
     chosen = select_layer(description.moe_layers, layer, str(model))
     check_loadable(chosen)
     part = LayerPart(chosen, requested if stored.is_whole else WHOLE)

@@ -139,9 +139,12 @@ class OpenFiles:
                     descriptor = os.open(self._root / file, self._flags)
                 except OSError as error:
                     raise SourceError(
-                        "A tensor cannot be read", code="shard-missing", file=str(self._root / file),
-                        found=error.strerror, hint=hint_about_open_files(error),
-                    ) from error  # fmt: skip
+                        "A tensor cannot be read",
+                        code="shard-missing",
+                        file=str(self._root / file),
+                        found=error.strerror,
+                        hint=hint_about_open_files(error),
+                    ) from error
                 self._descriptors[file] = descriptor
                 allow_open_files(descriptor)  # the lowest number that was free: so many are open
             return self._descriptors[file]

@@ -22,19 +22,26 @@ def _parts(inspection: Inspection, command: str) -> Iterator[str]:
     value = inspection.to_json()
     tool = " ".join(filter(None, (value["quant_method"], value["producer_version"])))
     facts = [
-        ("scheme", value["scheme"] or "none"), ("quantization_config", tool or "none"),
-        ("tensors", f"{value['tensors']:,}"), ("size", size(value["bytes"])), ("shards", f"{value['shards']:,}"),
+        ("scheme", value["scheme"] or "none"),
+        ("quantization_config", tool or "none"),
+        ("tensors", f"{value['tensors']:,}"),
+        ("size", size(value["bytes"])),
+        ("shards", f"{value['shards']:,}"),
         ("not checked", "; ".join(inspection.not_checked).encode("ascii", "backslashreplace").decode() or "-"),
-    ]  # fmt: skip
+    ]
     yield page.table_section("Summary", ("what", "value"), facts)
     yield _findings(inspection)
     yield page.section("Sizes", *_sizes(inspection))
     yield page.section("Mixture of experts", *_topology(inspection))
     targets = [
-        (name, "✓ yes" if support.supported else "✗ no", None if support.nbytes is None else page.Bytes(support.nbytes),
-         support.reason)
+        (
+            name,
+            "✓ yes" if support.supported else "✗ no",
+            None if support.nbytes is None else page.Bytes(support.nbytes),
+            support.reason,
+        )
         for name, support in inspection.targets.items()
-    ]  # fmt: skip
+    ]
     yield page.table_section("Targets", ("target", "possible", "size", "why not"), targets)
     engines = [(fact.engine, fact.version, fact.form, fact.verdict, fact.remark) for fact in inspection.engines]
     yield page.table_section("Engines", ("engine", "version", "checkpoint as", "runs as", "note"), engines)
@@ -59,9 +66,13 @@ def _sizes(inspection: Inspection) -> Iterator[str]:
         ("Size by use", bytes_by_use(description)),
     ):
         yield charts.bar_chart(
-            title, [name for name, _ in sizes], [nbytes for _, nbytes in sizes], x_label="", y_label="B",
+            title,
+            [name for name, _ in sizes],
+            [nbytes for _, nbytes in sizes],
+            x_label="",
+            y_label="B",
             described="; ".join(f"{name}: {size(nbytes)}" for name, nbytes in sizes),
-        )  # fmt: skip
+        )
         yield page.table(("what", "size"), [(name, page.Bytes(nbytes)) for name, nbytes in sizes], label=title)
 
 
@@ -71,9 +82,16 @@ def _topology(inspection: Inspection) -> Iterator[str]:
         yield page.paragraph("No routed experts were found.")
         return
     rows = [
-        (layer.index, layer.prefix, layer.layout.replace("_", " "), layer.experts, layer.hidden, layer.intermediate,
-         "int8" if layer.quantized else "partly" if layer.partly_quantized else "no")
+        (
+            layer.index,
+            layer.prefix,
+            layer.layout.replace("_", " "),
+            layer.experts,
+            layer.hidden,
+            layer.intermediate,
+            "int8" if layer.quantized else "partly" if layer.partly_quantized else "no",
+        )
         for layer in layers
-    ]  # fmt: skip
+    ]
     head = ("layer", "module", "layout", "experts", "hidden", "intermediate", "int8")
     yield page.table(head, rows, sortable=True, label="Layers", captioned=True)

@@ -85,17 +85,19 @@ def table(
     numeric = {at for at in kept if rows and all(isinstance(row[at], int | float | None) for row in rows)}
     titles = "".join(
         f'<th scope="col"{" class=number" if at in numeric else ""}>'
-        + (f"<button type=button>{escape(head[at])}</button>" if sortable else escape(head[at])) + "</th>"
+        + (f"<button type=button>{escape(head[at])}</button>" if sortable else escape(head[at]))
+        + "</th>"
         for at in kept
-    )  # fmt: skip
+    )
     lines = ["<tr>" + "".join(_cell(row[at]) for at in kept) + "</tr>" for row in rows]
     kind = ' class="sortable"' if sortable else ""
     caption = f"<caption>{escape(label)}</caption>" if captioned else ""
     region = f' role="region" aria-label="{escape(label, quote=True)}" tabindex="0"'
     return (
         f'<div class="scroll"{region}><table{kind}>{caption}<thead><tr>{titles}</tr></thead>\n<tbody>'
-        + "\n".join(lines) + "</tbody></table></div>"
-    )  # fmt: skip
+        + "\n".join(lines)
+        + "</tbody></table></div>"
+    )
 
 
 def about(command: str) -> str:

@@ -121,9 +121,12 @@ def weight_errors(layers: Sequence[LayerExperts]) -> ExpertMap | None:
     if not any(layer.weights for layer in layers):
         return None
     return ExpertMap(
-        "Weight error of each expert", "relative error", _numbers(layers), tuple(map(_worst_errors, layers)),
+        "Weight error of each expert",
+        "relative error",
+        _numbers(layers),
+        tuple(map(_worst_errors, layers)),
         note="the worst of its projections",
-    )  # fmt: skip
+    )
 
 
 def scale_ranges(layers: Sequence[LayerExperts]) -> ExpertMap:
@@ -144,10 +147,14 @@ def expert_load(layers: Sequence[LayerExperts]) -> ExpertMap | None:
         return None
     busiest = max(max(layer.load) * len(layer.load) / sum(layer.load) for layer in layers if any(layer.load))
     return ExpertMap(
-        "Load of each expert", "tokens", _numbers(layers),
-        tuple(tuple(map(float, layer.load)) for layer in layers), form=",.0f", floor=0.0,
+        "Load of each expert",
+        "tokens",
+        _numbers(layers),
+        tuple(tuple(map(float, layer.load)) for layer in layers),
+        form=",.0f",
+        floor=0.0,
         note=f"busiest: {busiest:.1f} times its layer's mean",
-    )  # fmt: skip
+    )
 
 
 def scale_distribution(layers: Sequence[LayerExperts]) -> Histogram:

@@ -76,18 +76,41 @@ def _numbers(numbers: NumbersResult) -> Iterator[str]:
             for name, (value, layer) in ((name, noise.lowest(name)) for name in noise.lines)
         ]
         yield charts.line_chart(
-            f"Signal to noise of each layer's output{suffix}", noise.layers, noise.lines, x_label="layer", y_label="dB",
+            f"Signal to noise of each layer's output{suffix}",
+            noise.layers,
+            noise.lines,
+            x_label="layer",
+            y_label="dB",
             described=f"Signal to noise ratio by layer: {'; '.join(lowest) or 'equal'}.",
-        )  # fmt: skip
+        )
         yield _exact([layer for layer in layers if layer.tokens == noise.tokens], suffix)
-    head = ("layer", "tokens", "vs exact", "vs dequantized", "with outliers", "vs unquantized", "SNR (dB)", "cosine",
-            "seconds", "result")  # fmt: skip
+    head = (
+        "layer",
+        "tokens",
+        "vs exact",
+        "vs dequantized",
+        "with outliers",
+        "vs unquantized",
+        "SNR (dB)",
+        "cosine",
+        "seconds",
+        "result",
+    )
     rows = [
-        (numbers.label(layer.layer, layer.module), layer.tokens, layer.exact.relative_error,
-         layer.dequantized.relative_error, _error(layer.outliers), _error(layer.unquantized),
-         layer.dequantized.snr_db, layer.dequantized.cosine, layer.seconds, "✓" if layer.ok else "✗")
+        (
+            numbers.label(layer.layer, layer.module),
+            layer.tokens,
+            layer.exact.relative_error,
+            layer.dequantized.relative_error,
+            _error(layer.outliers),
+            _error(layer.unquantized),
+            layer.dequantized.snr_db,
+            layer.dequantized.cosine,
+            layer.seconds,
+            "✓" if layer.ok else "✗",
+        )
         for layer in layers
-    ]  # fmt: skip
+    ]
     yield page.table(head, rows, sortable=True, label="Layers: relative errors of the INT8 forward", captioned=True)
     for conditions in dict.fromkeys(
         f"Inputs: {item.inputs}. Routing: {item.routing}. Activation: {item.activation}." for item in layers
@@ -102,11 +125,16 @@ def _exact(layers: list[LayerNumbers], suffix: str) -> str:
         return page.paragraph(f"Equal to exact integer arithmetic in every layer{suffix}.")
     bound = min(layer.exact.bound for layer in layers)
     return charts.line_chart(
-        f"Distance from exact integer arithmetic{suffix}", [layer.layer for layer in layers],
-        {"relative error": errors}, x_label="layer", y_label="relative error", log=True, bound=bound,
+        f"Distance from exact integer arithmetic{suffix}",
+        [layer.layer for layer in layers],
+        {"relative error": errors},
+        x_label="layer",
+        y_label="relative error",
+        log=True,
+        bound=bound,
         described=f"Relative error by layer, at most {max(errors):.2g}; the lowest bound is {bound:.2g}. "
         "Layers that are equal have no mark.",
-    )  # fmt: skip
+    )
 
 
 def _experts(layers: tuple[LayerExperts, ...]) -> Iterator[str]:
@@ -118,10 +146,13 @@ def _experts(layers: tuple[LayerExperts, ...]) -> Iterator[str]:
     yield charts.heat_map(scale_ranges(layers))
     scales = scale_distribution(layers)
     yield charts.bar_chart(
-        "Distribution of weight scales", [f"{edge:g}" for edge in scales.edges[:-1]], scales.counts,
-        x_label="log10(scale)", y_label="rows",
+        "Distribution of weight scales",
+        [f"{edge:g}" for edge in scales.edges[:-1]],
+        scales.counts,
+        x_label="log10(scale)",
+        y_label="rows",
         described=f"Scales lie between 10^{scales.edges[0]:g} and 10^{scales.edges[-1]:g}.",
-    )  # fmt: skip
+    )
     if load is not None:
         yield charts.heat_map(load)
 

@@ -17,19 +17,15 @@ from quarkconv.text import shortened
 KV_CACHE: Final = "kv_cache"
 """The quantization of the key-value cache, under whatever name a config has it."""
 
-_OF_WEIGHTS: Final[Mapping[str, frozenset[str]]] = {
-    "quark": frozenset({
-        "quant_method", "quant_mode", "version", "global_quant_config", "layer_quant_config", "layer_type_quant_config",
-        "exclude", "export", "kv_cache_quant_config",
-    }),
-    "compressed-tensors": frozenset({
-        "quant_method", "version", "format", "quantization_status", "config_groups", "ignore", "kv_cache_scheme",
-        "global_compression_ratio",
-    }),
-    "w8a8_int8": frozenset({"quant_method", "ignore", "activation_scheme", "bits", "group_size"}),
-}  # fmt: skip
+_OF_WEIGHTS: Final[Mapping[str, str]] = {
+    "quark": "quant_method quant_mode version global_quant_config layer_quant_config layer_type_quant_config exclude "
+    "export kv_cache_quant_config",
+    "compressed-tensors": "quant_method version format quantization_status config_groups ignore kv_cache_scheme "
+    "global_compression_ratio",
+    "w8a8_int8": "quant_method ignore activation_scheme bits group_size",
+}
 """Fields on weights and activations, which the stored tensors show; fields without a meaning for the computation; and
-those of the key-value cache, which are compared separately."""
+those of the key-value cache, which are compared separately; divided by spaces."""
 
 _EXPORT_HISTORY: Final = frozenset(
     {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
@@ -51,10 +47,11 @@ def dropped_settings(description: Description, target: str, *, kept: Collection[
     for name, value in lost.items():
         text = repr(value)
         yield finding(
-            "setting-dropped", f"{QUANTIZATION_KEY}.{shortened(name)}",
+            "setting-dropped",
+            f"{QUANTIZATION_KEY}.{shortened(name)}",
             f"The target {target} cannot express this setting: {text[:80]}{'...' if len(text) > 80 else ''}",
             hint="check whether the model needs it; the weights are the same without it",
-        )  # fmt: skip
+        )
 
 
 def _settings(description: Description) -> Iterator[tuple[str, Any]]:
@@ -63,8 +60,9 @@ def _settings(description: Description) -> Iterator[tuple[str, Any]]:
     declared = description.declared
     if not isinstance(quantization, dict) or declared is None:
         return
+    of_weights = frozenset(_OF_WEIGHTS.get(declared.method, "").split())
     for key, value in quantization.items():
-        if key not in _OF_WEIGHTS.get(declared.method, frozenset()) and _is_set(value):
+        if key not in of_weights and _is_set(value):
             yield key, value
     if declared.kv_cache is not None:
         yield KV_CACHE, declared.kv_cache.to_json()

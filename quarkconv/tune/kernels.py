@@ -169,9 +169,16 @@ class SGLangKernel:
             ids = each.topk_ids.where(each.topk_ids < shape.experts, -1)
             routed = self._topk.StandardTopKOutput(each.topk_weights, ids, None)
             return lambda: self._package.fused_experts(
-                each.hidden_states, w13, w2, routed, moe_runner_config=settings, use_int8_w8a8=True,
-                per_channel_quant=True, w1_scale=w13_scale, w2_scale=w2_scale,
-            )  # fmt: skip
+                each.hidden_states,
+                w13,
+                w2,
+                routed,
+                moe_runner_config=settings,
+                use_int8_w8a8=True,
+                per_channel_quant=True,
+                w1_scale=w13_scale,
+                w2_scale=w2_scale,
+            )
 
         return [forward(each) for each in inputs]
 

@@ -63,15 +63,21 @@ def checkpoint_shapes(model: str, tp: int = 1, ep: int = 1, progress: Progress =
     layers = [layer for layer in description.moe_layers if layer.gated]
     if not layers:
         raise UnsupportedError(
-            "The checkpoint has no routed experts with a gate", file=model,
-            expected="experts with gate, up and down projections", found="no such layer",
-        )  # fmt: skip
+            "The checkpoint has no routed experts with a gate",
+            file=model,
+            expected="experts with gate, up and down projections",
+            found="no such layer",
+        )
     top_k = description.config.top_k
     if top_k is None:
         raise SourceError(
-            "config.json does not say how many experts a token has", code="config-invalid", file="config.json",
-            expected="num_experts_per_tok", found="no such field", hint="give the sizes with --shape E,K,H,I",
-        )  # fmt: skip
+            "config.json does not say how many experts a token has",
+            code="config-invalid",
+            file="config.json",
+            expected="num_experts_per_tok",
+            found="no such field",
+            hint="give the sizes with --shape E,K,H,I",
+        )
     shapes = set()
     for layer in layers:
         for rank in ranks:

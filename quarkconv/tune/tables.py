@@ -80,9 +80,12 @@ def record(folder: Path, name: str, head: Mapping[str, str], shape: RankShape, t
         known = None
     if not isinstance(known, dict):
         raise UsageError(
-            "The folder has another file of that name", file=str(path), expected="a record of measurements",
-            found="something else", hint="give another --out",
-        )  # fmt: skip
+            "The folder has another file of that name",
+            file=str(path),
+            expected="a record of measurements",
+            found="something else",
+            hint="give another --out",
+        )
     sizes = {"experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "intermediate": shape.intermediate}
     rows = {
         str(tokens): {"default_us": round(each.default_us, 1), "tuned_us": round(each.tuned_us, 1)}
@@ -102,7 +105,9 @@ def shipped_folder(engine: str) -> Path:
     if not folder.is_dir():
         brought = ", ".join(sorted(path.name for path in SHIPPED.glob("*") if path.is_dir())) or "none"
         raise UnsupportedError(
-            f"quarkconv brings no tables for {engine}", expected=f"one of: {brought}", found=engine,
+            f"quarkconv brings no tables for {engine}",
+            expected=f"one of: {brought}",
+            found=engine,
             hint="run `quarkconv tune` on the GPU",
-        )  # fmt: skip
+        )
     return folder

@@ -1,7 +1,7 @@
-"""Bytes: is every piece of the output what the manifest says, and what the source holds.
+"""Bytes: every piece of the output compared with the manifest's checksum, and with the source.
 
-The ranges in the output follow from the manifest and the headers, the checksums are computed anew, and the bytes that
-the source should have given are computed with torch. Nothing of this is shared with the code that wrote the output.
+Ranges of the output follow from manifest and headers, checksums are computed again, and the bytes expected from the
+source are computed with torch. The code that wrote the output shares nothing with this.
 """
 
 from __future__ import annotations
@@ -47,11 +47,11 @@ def check_bytes(
         source: the files of the source, or None.
         progress: called with the number of bytes checked since its last call.
         jobs: number of tensors that are read at the same time.
-        skip: tensors whose bytes were compared already; the result counts them all the same.
-        fail_fast: read no further tensors once something is wrong.
+        skip: tensors that were compared already; the result counts them too.
+        fail_fast: stop reading after the first problem.
 
     Returns:
-        What was compared, and what is wrong: one problem for each tensor.
+        What was compared, and a problem for each tensor that differs.
 
     Raises:
         SourceError: a file cannot be read, or the source is not the one that was converted.
@@ -68,16 +68,20 @@ def check_bytes(
         def check(part: _Part) -> list[Problem]:
             if stop.is_set():
                 return []
-            # A descriptor of its own: what the kernel reads ahead, it reads after the last read of a descriptor.
+            # Each tensor has its own descriptor: the kernel's read-ahead follows the last read of a descriptor.
             try:
                 with open_files(store) as own:
                     output = OpenFile(own, part.shard.file)
                     found = list(_part_problems(description, part, output, sources, progress))
             except OSError as error:
                 raise SourceError(
-                    "A tensor cannot be read", code="shard-truncated", file=str(store.root / part.shard.file),
-                    tensor=part.tensor and part.tensor.name, found=error.strerror, hint=hint_about_open_files(error),
-                ) from error  # fmt: skip
+                    "A tensor cannot be read",
+                    code="shard-truncated",
+                    file=str(store.root / part.shard.file),
+                    tensor=part.tensor and part.tensor.name,
+                    found=error.strerror,
+                    hint=hint_about_open_files(error),
+                ) from error
             if found and fail_fast:
                 stop.set()
             return found
@@ -100,7 +104,7 @@ def check_bytes(
 
 
 def check_source(source: Files, manifest: Manifest) -> None:
-    """Refuse a source that has not the files that were converted.
+    """Refuse a source whose files are not those that were converted.
 
     Raises:
         SourceError: a file is missing, or of another size.
@@ -109,14 +113,17 @@ def check_source(source: Files, manifest: Manifest) -> None:
         found = source.size(name)
         if found != size:
             raise SourceError(
-                "This is not the source that was converted", code="shard-missing", file=str(source.root / name),
-                expected=f"{size} bytes", found="no file" if found is None else f"{found} bytes",
+                "This is not the source that was converted",
+                code="shard-missing",
+                file=str(source.root / name),
+                expected=f"{size} bytes",
+                found="no file" if found is None else f"{found} bytes",
                 hint="give --source the checkpoint that was converted, or leave it out",
-            )  # fmt: skip
+            )
 
 
 class _Part(NamedTuple):
-    """What one thread checks at a time: a tensor where it lies in a shard, or the shard's header."""
+    """The unit of work of a thread: a tensor and its position in a shard, or the shard's header."""
 
     shard: WrittenShard
     tensor: WrittenTensor | None
@@ -127,7 +134,7 @@ def _parts(shard: WrittenShard, available: int, skip: Collection[str]) -> Iterat
     yield _Part(shard, None, 0)
     position = shard.header
     for tensor in shard.tensors:
-        if position + tensor.nbytes > available:  # cut off: a matter of structure, which has named it
+        if position + tensor.nbytes > available:  # truncated, which check_structure reports
             return
         if tensor.name not in skip:
             yield _Part(shard, tensor, position)
@@ -140,16 +147,16 @@ def _part_problems(
     shard, tensor, position = part
     if tensor is None:
         if _range_checksum(output, 0, shard.header) != shard.header_checksum:
-            yield Problem("bytes", None, shard.file, "The header is not the one that was written")
+            yield Problem("bytes", None, shard.file, "The header differs from the one that was written")
         progress(shard.header)
         return
     wrong: list[tuple[WrittenPiece, str]] = []
     for written in tensor.pieces:
         piece = written.piece
         if _range_checksum(output, position, piece.output_nbytes) != written.checksum:
-            wrong.append((written, "do not have the checksum of the manifest"))
+            wrong.append((written, "differ from the checksum in the manifest"))
         elif sources is not None and not _same_as_source(output, position, sources, piece):
-            wrong.append((written, "are not those of the source"))
+            wrong.append((written, "differ from the source"))
         position += piece.output_nbytes
         progress(piece.output_nbytes)
     if wrong:
@@ -172,13 +179,13 @@ _memory = threading.local()
 
 
 def _range_checksum(file: OpenFile, start: int, nbytes: int) -> str:
-    """The checksum of a byte range, read to the same memory again and again: new memory has to be made zero first."""
+    """The checksum of a byte range, read into one buffer per thread: the kernel zeroes new memory first."""
     if not hasattr(_memory, "block"):
         _memory.block = memoryview(bytearray(BLOCK))
     hasher, end = xxhash.xxh3_128(), start + nbytes
     while start < end:
         count = file.read_into(_memory.block[: min(BLOCK, end - start)], start)
-        if count == 0:  # the file ends: the checksum is another
+        if count == 0:  # the file ends early: the checksum differs
             break
         hasher.update(_memory.block[:count])
         start += count
@@ -186,7 +193,7 @@ def _range_checksum(file: OpenFile, start: int, nbytes: int) -> str:
 
 
 def _same_as_source(output: OpenFile, position: int, sources: FileReads, piece: Piece) -> bool:
-    """Whether a piece of the output holds what its source range gives."""
+    """Whether a piece of the output equals the bytes computed from its source range."""
     for expected in _expected(sources, piece):
         if b"".join(_blocks(output, position, len(expected))) != expected:
             return False
@@ -195,7 +202,7 @@ def _same_as_source(output: OpenFile, position: int, sources: FileReads, piece: 
 
 
 def _expected(sources: FileReads, piece: Piece) -> Iterator[bytes]:
-    """What a piece should be, a block at a time, computed by other means than the writer's."""
+    """The expected bytes of a piece, block by block, computed independently of the writer."""
     match piece:
         case Copy(_, file, start, nbytes):
             yield from _blocks(OpenFile(sources, file), start, nbytes)
@@ -212,7 +219,7 @@ def _expected(sources: FileReads, piece: Piece) -> Iterator[bytes]:
 
 
 def _expected_rows(sources: FileReads, scale: Scale) -> torch.Tensor:
-    """A scale as F32, repeated: by torch, unlike the writer's own computation."""
+    """A scale as F32, repeated: by torch, where the writer computes it from bits."""
     _, file, start, nbytes = scale.source
     data = bytearray().join(_blocks(OpenFile(sources, file), start, nbytes))
     widen, repeat = (scale.widen, scale.repeat) if isinstance(scale, Rows) else ("", 1)
@@ -221,7 +228,7 @@ def _expected_rows(sources: FileReads, scale: Scale) -> torch.Tensor:
 
 
 def _expected_weights(sources: FileReads, codes_range: Copy, scale: Scale) -> Iterator[bytes]:
-    """Code times scale, rounded to F32 and then to BF16: the product exactly, in float64, and the bits by hand."""
+    """Code times scale, rounded to F32, then to BF16: exact products in float64, rounding on the bits."""
     _, file, begin, length = codes_range
     if not length:
         return

@@ -1,8 +1,8 @@
-"""Hidden states to check a layer with: random ones, with and without outlier channels, or recorded ones.
+"""Hidden states for checking a layer: random, with and without outlier channels, or recorded.
 
-Plain Gaussians flatter 8 bits: the largest of H values is about four times their root mean square. In real models a few
-channels are tens of times larger than the others, the same ones in every token (Dettmers et al., LLM.int8(), 2022), and
-the rest has heavier tails. Half of the random tokens are like that.
+Plain Gaussians favour 8 bits: the largest of H values is about four times their root mean square. In real models a few
+channels are tens of times larger than the rest, in every token (Dettmers et al., LLM.int8(), 2022), and the rest has
+heavier tails. Half of the random tokens are of that kind.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ DTYPE: Final = torch.bfloat16
 OUTLIER_SHARE: Final = 1 / 1024
 """Share of the channels that are outliers, at least one."""
 OUTLIER_FACTOR: Final = 30.0
-"""How much larger they are."""
+"""Their size relative to the other channels."""
 TAIL_FREEDOM: Final = 5
 """Degrees of freedom of Student's t, from which the other channels are drawn."""
 
@@ -37,20 +37,19 @@ class Inputs:
 
     Attributes:
         states: bfloat16 [M, H]; first the plain ones, then those with outliers.
-        plain: how many are plain.
-        said: what they are, for people.
+        plain: number of plain ones.
+        description: for people.
     """
 
     states: Tensor
     plain: int
-    said: str
+    description: str
 
 
 def random_inputs(experts: FusedExperts, tokens: int, seed: int) -> Inputs:
     """Random hidden states, the second half of them with outlier channels.
 
-    Under static scales all are Gaussian, and of a size that uses the scale's range: such a scale was chosen for the
-    inputs of one model, and says nothing about others.
+    Under static scales all are Gaussian, scaled to the range of the scale, which was calibrated on other inputs.
     """
     generator = torch.Generator().manual_seed(seed + 7919 * experts.layer)
     hidden = experts.hidden_size
@@ -67,14 +66,13 @@ def random_inputs(experts: FusedExperts, tokens: int, seed: int) -> Inputs:
         parts.append(tails)
     if static is not None:
         parts = [plain * (CODE_MAX * static.min().item() / plain.abs().max().clamp(min=1e-6))]
-    said = "random: Gaussian" + (", and with outlier channels" if heavy else "")
-    return Inputs(torch.cat(parts).to(experts.w13.device, DTYPE), len(plain), said)
+    description = "random: Gaussian" + (", and with outlier channels" if heavy else "")
+    return Inputs(torch.cat(parts).to(experts.w13.device, DTYPE), len(plain), description)
 
 
 def plain_inputs(experts: FusedExperts, tokens: int, seed: int) -> Tensor:
     """Gaussian hidden states, bfloat16 [tokens, H]."""
-    made = random_inputs(experts, 2 * tokens, seed)
-    return made.states[:tokens]
+    return random_inputs(experts, 2 * tokens, seed).states[:tokens]
 
 
 class RecordedInputs:
@@ -94,9 +92,12 @@ class RecordedInputs:
                 self._names = set(handle.keys())
         except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
             raise SourceError(
-                "The recorded activations cannot be read", code="header-invalid", file=str(path),
-                expected="a safetensors file", found=str(error)[:200],
-            ) from error  # fmt: skip
+                "The recorded activations cannot be read",
+                code="header-invalid",
+                file=str(path),
+                expected="a safetensors file",
+                found=str(error)[:200],
+            ) from error
 
     def name_for(self, layer: MoELayer) -> str | None:
         """The tensor of a layer."""
@@ -104,35 +105,42 @@ class RecordedInputs:
         return next((name for name in names if name in self._names), None)
 
     def check(self, layers: Sequence[MoELayer]) -> None:
-        """Refuse a file that has nothing for a layer, or something that does not fit.
+        """Check that the file has a tensor of the right shape and dtype for each layer.
 
         Raises:
-            UsageError: so it is.
+            UsageError: a tensor is missing, ambiguous, or has the wrong shape or dtype.
         """
         by_number = [layer for layer in layers if self.name_for(layer) == str(layer.index)]
         if len({layer.index for layer in by_number}) < len(by_number):
             raise UsageError(
-                "Several MoE layers have the number of a recorded tensor", file=str(self.path),
-                tensor=str(by_number[0].index), hint="name the tensors by module",
-            )  # fmt: skip
+                "Several MoE layers have the number of a recorded tensor",
+                file=str(self.path),
+                tensor=str(by_number[0].index),
+                hint="name the tensors by module",
+            )
         with safe_open(self.path, framework="pt") as handle:
             for layer in layers:
                 name = self.name_for(layer)
                 if name is None:
                     raise UsageError(
-                        "The recorded activations have nothing for a layer", file=str(self.path), tensor=layer.moe,
+                        "The recorded activations of a layer are missing",
+                        file=str(self.path),
+                        tensor=layer.moe,
                         expected=f"a tensor {layer.moe}, {layer.index} or hidden_states",
                         found=", ".join(sorted(self._names)[:3]) or "no tensors",
                         hint="record it, or name the layers to check with --layers",
-                    )  # fmt: skip
+                    )
                 part = handle.get_slice(name)
                 shape, dtype = part.get_shape(), part.get_dtype()
                 rows = math.prod(shape[:-1]) if shape else 0
                 if not shape or shape[-1] != layer.hidden or not rows or dtype not in ("F32", "BF16", "F16"):
                     raise UsageError(
-                        "The recorded activations do not fit a layer", file=str(self.path), tensor=name,
-                        expected=f"floats [..., {layer.hidden}]", found=f"{dtype} {shape}",
-                    )  # fmt: skip
+                        "The recorded activations of a layer have the wrong shape or dtype",
+                        file=str(self.path),
+                        tensor=name,
+                        expected=f"floats [..., {layer.hidden}]",
+                        found=f"{dtype} {shape}",
+                    )
 
     def inputs(self, layer: MoELayer, tokens: int, device: torch.device) -> Inputs:
         """The first ``tokens`` hidden states of a layer, or as many as there are."""
@@ -144,7 +152,7 @@ class RecordedInputs:
 
 
 def rounding_noise(states: Tensor, input_scales: Tensor | None) -> float:
-    """Relative noise that 8 bits add to hidden states [M, H]: a step over sqrt(12), over the root mean square.
+    """Relative noise of 8-bit hidden states [M, H]: step / sqrt(12) / root mean square.
 
     Args:
         states: the hidden states.

@@ -168,6 +168,12 @@ def _seen(experts: FusedExperts, load: tuple[int, ...], weights: WeightCheck | N
     used = torch.where(scales > 0, scales, scales.amax(dim=1, keepdim=True))  # rows of zeros may have a scale of 0
     low, high = used.min(dim=1).values.tolist(), scales.max(dim=1).values.tolist()
     return LayerExperts(
-        experts.layer, experts.module, load, tuple(low), tuple(high), tuple(map(int, counts.tolist())),
-        {} if weights is None else weights.errors, weights is not None and weights.rescaled,
-    )  # fmt: skip
+        experts.layer,
+        experts.module,
+        load,
+        tuple(low),
+        tuple(high),
+        tuple(map(int, counts.tolist())),
+        {} if weights is None else weights.errors,
+        weights is not None and weights.rescaled,
+    )

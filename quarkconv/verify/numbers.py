@@ -73,12 +73,22 @@ def compute_numbers(
     load = torch.bincount(ids[ids >= 0], minlength=experts.experts).cpu()
     hidden_states, weights, ids = _reach_every_expert(experts, inputs.states, weights, ids, seed)
     result = fused_experts_int8(
-        hidden_states, experts.w13, experts.w2, experts.w13_scale, experts.w2_scale, weights, ids,
-        activation=activation.name, activation_limit=_limit(activation), activation_alpha=_alpha(activation),
-        w13_input_scale=experts.w13_input_scale, w2_input_scale=experts.w2_input_scale,
-        w13_bias=experts.w13_bias, w2_bias=experts.w2_bias,
+        hidden_states,
+        experts.w13,
+        experts.w2,
+        experts.w13_scale,
+        experts.w2_scale,
+        weights,
+        ids,
+        activation=activation.name,
+        activation_limit=_limit(activation),
+        activation_alpha=_alpha(activation),
+        w13_input_scale=experts.w13_input_scale,
+        w2_input_scale=experts.w2_input_scale,
+        w13_bias=experts.w13_bias,
+        w2_bias=experts.w2_bias,
         apply_router_weight_on_input=on_input,
-    ).double()  # fmt: skip
+    ).double()
     read = _remembering((checked.source or experts).projection)
     references = reference_forwards(
         hidden_states, weights, ids, read, activation, on_input=on_input, samples=NOISE_SAMPLES, seed=seed
@@ -96,11 +106,20 @@ def compute_numbers(
         return distance(result[rows], references.dequantized[rows], noise_bound(references, rows))
 
     numbers = LayerNumbers(
-        layer.index, layer.prefix, tokens, inputs.said, experts.experts, len(torch.unique(ids[ids >= 0])), routing,
-        activation.describe(), distance(result, references.exact, exact_bound(references)),
-        from_dequantized(~with_outliers), from_dequantized(with_outliers) if with_outliers.any() else None,
-        unquantized, time.perf_counter() - started,
-    )  # fmt: skip
+        layer=layer.index,
+        module=layer.prefix,
+        tokens=tokens,
+        inputs=inputs.description,
+        experts=experts.experts,
+        reached=len(torch.unique(ids[ids >= 0])),
+        routing=routing,
+        activation=activation.describe(),
+        exact=distance(result, references.exact, exact_bound(references)),
+        dequantized=from_dequantized(~with_outliers),
+        outliers=from_dequantized(with_outliers) if with_outliers.any() else None,
+        unquantized=unquantized,
+        seconds=time.perf_counter() - started,
+    )
     return numbers, tuple(load.tolist())
 
 

@@ -1,4 +1,4 @@
-"""To which MoE layer a tensor belongs, and what is said of one whose bytes are wrong."""
+"""The MoE layer of a tensor, and the problem of a tensor with wrong bytes."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ def layer_of(description: Description, name: str) -> int | None:
 
 
 def wrong_pieces(description: Description, tensor: str, source: str, reason: str, count: int, pieces: int) -> Problem:
-    """That ``count`` of the ``pieces`` of a tensor are wrong, the first of which comes from the tensor ``source``."""
+    """The problem of a tensor in which ``count`` of ``pieces`` are wrong, the first from the tensor ``source``."""
     message = f"The bytes from {source} {reason}"
     if count > 1:
-        message += f"; so it is with {count} of {pieces} pieces"
+        message += f", as do {count} of {pieces} pieces"
     return Problem("bytes", layer_of(description, tensor), tensor, message, count)

@@ -337,9 +337,10 @@ def _rounded(value: float) -> float | None:
 
 def _finite(value: dict[str, Any]) -> dict[str, Any]:
     """NaN and infinity as null: JSON has neither."""
-    return {
-        key: _finite(item) if isinstance(item, dict)
-        else None if isinstance(item, float) and not math.isfinite(item)
-        else item
-        for key, item in value.items()
-    }  # fmt: skip
+
+    def finite(item: Any) -> Any:
+        if isinstance(item, dict):
+            return _finite(item)
+        return None if isinstance(item, float) and not math.isfinite(item) else item
+
+    return {key: finite(item) for key, item in value.items()}

@@ -71,9 +71,12 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -
     rows = routing.experts + routing.zero_experts
     width = layer.hidden if (known := hidden_size_of(config, layer.moe)) is None else known
     shapes = {
-        names.weight: (rows, width), names.bias: (rows,), names.logit_bias: (rows,),
-        names.input_scale: (width,), names.expert_scale: (rows,),
-    }  # fmt: skip
+        names.weight: (rows, width),
+        names.bias: (rows,),
+        names.logit_bias: (rows,),
+        names.input_scale: (width,),
+        names.expert_scale: (rows,),
+    }
     for name, shape in shapes.items():
         if name is None:
             continue

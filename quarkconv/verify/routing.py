@@ -86,9 +86,12 @@ def router_tensor_names(
     tensors = routing.tensors
     bias = tensors.correction_bias or ((routing.bias_name,) if routing.bias_name is not None else ())
     return RouterNames(
-        name(tensors.weight) or "", name(bias), name(tensors.logit_bias), name(tensors.input_scale),
+        name(tensors.weight) or "",
+        name(bias),
+        name(tensors.logit_bias),
+        name(tensors.input_scale),
         name(tensors.expert_scale),
-    )  # fmt: skip
+    )
 
 
 def route(

@@ -237,11 +237,18 @@ class _Run:
         job, layer = self.job, self.job.layers[read.number]
         config = job.description.config
         inputs = LayerInputs(
-            layer, expert_activation(config.raw, layer.index, layer.moe), router_of(layer, config.raw, self._reader),
-            config.top_k, job.tokens, job.seed, job.recorded,
-            None if self._unquantized is None else self._unquantized.weights(layer, read.experts.w13.device),
-            None if self._unquantized is None else self._unquantized.router(layer),
-        )  # fmt: skip
+            layer=layer,
+            activation=expert_activation(config.raw, layer.index, layer.moe),
+            router=router_of(layer, config.raw, self._reader),
+            top_k=config.top_k,
+            tokens=job.tokens,
+            seed=job.seed,
+            recorded=job.recorded,
+            unquantized=None
+            if self._unquantized is None
+            else self._unquantized.weights(layer, read.experts.w13.device),
+            unquantized_router=None if self._unquantized is None else self._unquantized.router(layer),
+        )
         outcome = check_layer(inputs, read.experts, read.source, self._done)
         outcome = replace(outcome, problems=(*read.problems, *outcome.problems))
         self._outcomes[read.number] = outcome
@@ -260,6 +267,7 @@ class _Run:
             if found is None or found.geometry_of(self._rank) != layer.geometry:
                 raise UsageError(
                     "The source does not have this layer, or has it in another shape",
-                    file=str(source.checkpoint.root), tensor=layer.prefix,
+                    file=str(source.checkpoint.root),
+                    tensor=layer.prefix,
                     hint="give --source the checkpoint that was converted, or leave it out",
-                )  # fmt: skip
+                )

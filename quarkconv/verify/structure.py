@@ -1,4 +1,4 @@
-"""Structure: do headers, index, config and manifest tell the same story."""
+"""Structure: headers, index, config and manifest compared with each other."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem, StructureResult
 
 DEQUANTIZED: Final = "bf16"
-"""The target that leaves nothing quantized."""
+"""The target without quantized weights."""
 
 _LOADED: Final = frozenset({".safetensors", ".py", ".bin", ".pt", ".gguf"})
-"""Suffixes of files that loaders pick up by themselves."""
+"""Suffixes of files that loaders open without being asked."""
 
 
 def check_structure(description: Description, manifest: Manifest | None) -> tuple[StructureResult, list[Problem]]:
@@ -28,16 +28,15 @@ def check_structure(description: Description, manifest: Manifest | None) -> tupl
         manifest: its manifest, or None.
 
     Returns:
-        What was compared, and what is wrong.
+        What was compared, and the problems found.
     """
     damage = list(_truncated(description))
     if manifest is not None:
         damage += _against_manifest(description, description.checkpoint, manifest)
-    problems = [
-        Problem("structure", layer_of(description, item.subject), item.subject, f"{item.code}: {item.message}",
-                item.count)
-        for item in _unexpected_errors(description, manifest)
-    ]  # fmt: skip
+    problems = []
+    for item in _unexpected_errors(description, manifest):
+        layer, message = layer_of(description, item.subject), f"{item.code}: {item.message}"
+        problems.append(Problem("structure", layer, item.subject, message, item.count))
     broken = any(CODES[item.code].blocks is SourceError for item in description.errors())
     checkpoint = description.checkpoint
     result = StructureResult(
@@ -47,7 +46,7 @@ def check_structure(description: Description, manifest: Manifest | None) -> tupl
 
 
 def _unexpected_errors(description: Description, manifest: Manifest | None) -> Iterator[Finding]:
-    """The errors of a checkpoint; that a dequantized one is not quantized is none."""
+    """The errors of a checkpoint, except that a dequantized one is not quantized."""
     dequantized = manifest is not None and manifest.target == DEQUANTIZED
     for item in description.errors():
         if not dequantized or CODES[item.code].blocks is not UnsupportedError:
@@ -65,12 +64,12 @@ def _truncated(description: Description) -> Iterator[Problem]:
 
 
 def _against_manifest(description: Description, checkpoint: Checkpoint, manifest: Manifest) -> Iterator[Problem]:
-    """Every file and tensor of the manifest is there as it says, and nothing else is."""
+    """Files and tensors that differ from the manifest, are missing, or are not in it."""
     refs = checkpoint.refs()
     sizes = {shard.file: shard.size for shard in checkpoint.shards}
     for written in manifest.shards:
         if written.file not in sizes:
-            yield Problem("structure", None, written.file, "The manifest names this file, and it is not there")
+            yield Problem("structure", None, written.file, "The manifest lists this file, which does not exist")
             continue
         if sizes[written.file] != written.size:
             message = f"The file has {sizes[written.file]} bytes, the manifest says {written.size}"
@@ -82,28 +81,28 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
             expected = (tensor.dtype, tensor.shape, written.file, position, position + tensor.nbytes)
             position += tensor.nbytes
             if found is None:
-                message = f"The manifest says that {written.file} holds this tensor, and no header has it"
+                message = f"The manifest lists this tensor in {written.file}, and it is missing from all headers"
                 yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
             elif found != expected:
-                message = f"The header says {_shown(found)}, the manifest {_shown(expected)}"
+                message = f"The header has {_shown(found)}, the manifest {_shown(expected)}"
                 yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
     for name in refs:
-        yield Problem("structure", layer_of(description, name), name, "The manifest does not know this tensor")
+        yield Problem("structure", layer_of(description, name), name, "The manifest does not list this tensor")
     known = set(manifest.file_names())
     for path in checkpoint.files():
         if path.suffix in _LOADED and path.as_posix() not in known:
             yield Problem(
-                "structure", None, path.as_posix(), "The manifest does not know this file, and loaders may use it"
+                "structure", None, path.as_posix(), "The manifest does not list this file, which loaders may use"
             )
     for file in manifest.files:
         size = checkpoint.store.size(file.name)
         if size is None:
-            yield Problem("structure", None, file.name, "The manifest names this file, and it is not there")
+            yield Problem("structure", None, file.name, "The manifest lists this file, which does not exist")
         elif size != file.size:
             message = f"The file has {size} bytes, the manifest says {file.size}"
             yield Problem("structure", None, file.name, message)
 
 
-def _shown(place: tuple[str, tuple[int, ...], str, int, int]) -> str:
-    dtype, shape, file, start, end = place
+def _shown(tensor: tuple[str, tuple[int, ...], str, int, int]) -> str:
+    dtype, shape, file, start, end = tensor
     return f"{dtype} {list(shape)} at {start}..{end} of {file}"

@@ -70,10 +70,13 @@ class UnquantizedModel:
                 root, stored = str(self.description.checkpoint.root), tensors_of(self._reader.refs, layer)
                 if stored:
                     raise UnsupportedError(
-                        "The unquantized model stores these experts in a layout that is not read", file=root,
-                        tensor=layer.prefix, expected=_described(layer, "float"), found=stored,
+                        "The unquantized model stores these experts in a layout that is not read",
+                        file=root,
+                        tensor=layer.prefix,
+                        expected=_described(layer, "float"),
+                        found=stored,
                         hint="give --unquantized the model as transformers saves it, experts one by one or stacked",
-                    )  # fmt: skip
+                    )
                 raise _other_model(layer, root, "no such layer")
             if found is not None:
                 floats = all(form.is_float for form in found.all_forms)
@@ -203,7 +206,10 @@ def _described(layer: MoELayer, stored: str) -> str:
 
 def _other_model(layer: MoELayer, file: str, found: str) -> UsageError:
     return UsageError(
-        "The unquantized model does not have this layer in float and in this shape", file=file, tensor=layer.prefix,
-        expected=_described(layer, "float"), found=found,
+        "The unquantized model does not have this layer in float and in this shape",
+        file=file,
+        tensor=layer.prefix,
+        expected=_described(layer, "float"),
+        found=found,
         hint="give --unquantized the model that was quantized, in BF16",
-    )  # fmt: skip
+    )

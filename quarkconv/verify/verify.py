@@ -115,9 +115,18 @@ def verify_checkpoint(
     outcomes: list[LayerOutcome] = []
     if skipped is None:
         job = NumbersJob(
-            description, manifest if compared is None and "bytes" in stages else None, chosen, devices, counts, seed,
-            _int8_source(compared), original, recorded, fail_fast, counts_bytes,
-        )  # fmt: skip
+            description=description,
+            manifest=manifest if compared is None and "bytes" in stages else None,
+            layers=chosen,
+            devices=devices,
+            tokens=counts,
+            seed=seed,
+            source=_int8_source(compared),
+            unquantized=original,
+            recorded=recorded,
+            fail_fast=fail_fast,
+            counts_bytes=counts_bytes,
+        )
         outcomes, rest = stream_numbers(job, progress, lambda: check_rest(job.covered()))
     else:
         rest = check_rest(())
@@ -127,21 +136,35 @@ def verify_checkpoint(
     problems += [problem for problem in found if problem.stage == "bytes"] + wrong
     problems += [problem for problem in found if problem.stage != "bytes"]
     numbers = NumbersResult(
-        _shown(devices), backend_name(devices[0]), counts, seed,
-        tuple(item for outcome in outcomes for item in outcome.numbers),
-        tuple(outcome.experts for outcome in outcomes if outcome.experts is not None), skipped,
-    )  # fmt: skip
+        device=_shown(devices),
+        backend=backend_name(devices[0]),
+        tokens=counts,
+        seed=seed,
+        layers=tuple(item for outcome in outcomes for item in outcome.numbers),
+        experts=tuple(outcome.experts for outcome in outcomes if outcome.experts is not None),
+        skipped=skipped,
+    )
     return Verification(
-        str(model), None if source is None else str(source), None if unquantized is None else str(unquantized),
-        description.scheme, structure, checked, numbers, tuple(problems), tuple(_passed_on(description, compared)),
-    )  # fmt: skip
+        model=str(model),
+        source=None if source is None else str(source),
+        unquantized=None if unquantized is None else str(unquantized),
+        scheme=description.scheme,
+        structure=structure,
+        bytes=checked,
+        numbers=numbers,
+        problems=tuple(problems),
+        findings=tuple(_passed_on(description, compared)),
+    )
 
 
 def _token_counts(tokens: int | Sequence[int]) -> tuple[int, ...]:
     counts = tuple(dict.fromkeys((tokens,) if isinstance(tokens, int) else tokens))
     if not counts or min(counts) < 1 or max(counts) > MAX_TOKENS:
-        raise UsageError("--tokens is out of range", expected=f"numbers from 1 to {MAX_TOKENS}",
-                         found=", ".join(map(str, counts)) or "none")  # fmt: skip
+        raise UsageError(
+            "--tokens is out of range",
+            expected=f"numbers from 1 to {MAX_TOKENS}",
+            found=", ".join(map(str, counts)) or "none",
+        )
     return counts
 
 
@@ -209,10 +232,12 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
         raise blocked
     first = next(iter(description.findings), None)
     raise UnsupportedError(
-        "There are no INT8 experts to verify", file=root,
+        "There are no INT8 experts to verify",
+        file=root,
         expected="a checkpoint whose routed experts are stored in int8",
-        found=first.message if first else "none", hint="run `quarkconv inspect`",
-    )  # fmt: skip
+        found=first.message if first else "none",
+        hint="run `quarkconv inspect`",
+    )
 
 
 def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:

@@ -195,9 +195,15 @@ def _heading(name: str, words: str) -> RenderableType:
 
 
 def _marks(
-    values: Sequence[float | None], low: float, high: float, options: ConsoleOptions, *, unknown: str = " ",
-    width: int = 1, styles: Sequence[str] = _LINE_STYLES,
-) -> Text:  # fmt: skip
+    values: Sequence[float | None],
+    low: float,
+    high: float,
+    options: ConsoleOptions,
+    *,
+    unknown: str = " ",
+    width: int = 1,
+    styles: Sequence[str] = _LINE_STYLES,
+) -> Text:
     """A mark for each value, its height the value's place between low and high."""
     ramp = _ramp(options)
     text = Text()

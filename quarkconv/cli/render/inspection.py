@@ -55,9 +55,12 @@ def _title(inspection: Inspection) -> RenderableType:
     checkpoint, declared = description.checkpoint, description.declared
     tool = f"{declared.method} {declared.version or ''}".strip() if declared else "no quantization_config"
     facts = [
-        description.config.model_type or "unknown model type", tool, size(checkpoint.tensor_bytes),
-        plural(len(checkpoint.types), "tensor"), plural(len(checkpoint.shards), "shard"),
-    ]  # fmt: skip
+        description.config.model_type or "unknown model type",
+        tool,
+        size(checkpoint.tensor_bytes),
+        plural(len(checkpoint.types), "tensor"),
+        plural(len(checkpoint.shards), "shard"),
+    ]
     return title(inspection.model, facts)
 
 

@@ -82,9 +82,13 @@ def _numbers(numbers: NumbersResult) -> RenderableType:
         cells = (
             numbers.label(layer.layer, layer.module),
             str(layer.tokens) if several else f"{layer.reached}/{layer.experts}",
-            _error(layer.exact), _error(noise), "-" if layer.outliers is None else _error(layer.outliers),
-            "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB", f"{noise.cosine:.5f}", f"{noise.max_error:.2g}",
-        )  # fmt: skip
+            _error(layer.exact),
+            _error(noise),
+            "-" if layer.outliers is None else _error(layer.outliers),
+            "∞" if noise.snr_db is None else f"{noise.snr_db:.1f} dB",
+            f"{noise.cosine:.5f}",
+            f"{noise.max_error:.2g}",
+        )
         table.add_row(*cells[:shown])
     lines: list[RenderableType] = [table]
     if len(layers) > _SHOWN_LAYERS:

@@ -4,8 +4,8 @@ Quark decides by module name (the tensor's name without ``.weight``), in this or
 ``layer_quant_config`` that matches, in the order of the file; ``layer_type_quant_config``; ``global_quant_config``.
 Names match as fnmatch patterns, case-sensitive and over the whole name; nothing is merged between levels, so a null
 weight is a float weight. Source: amd-quark 0.13, ``torch/export/main_export/quant_config_parser.py`` (how an exported
-config is read back) and ``torch/quantization/file2file_quantization.py``; 0.11.1 is the same. Quark itself knows no
-``re:`` entries in ``exclude``; engines do, and so they are read here too.
+config is read back) and ``torch/quantization/file2file_quantization.py``; 0.11.1 is the same. Quark does not read
+``re:`` entries in ``exclude``; engines do, and so does this reader.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from quarkconv.text import shortened, word
 LINEAR_TYPE = "Linear"
 """The only key of ``layer_type_quant_config`` that concerns the modules of a checkpoint."""
 MAX_LAYERS = 100_000
-"""Keys of ``layer_quant_config``, at most: the largest models have as many linears."""
+"""Largest number of keys of ``layer_quant_config``: the largest models have as many linears."""
 _MAX_STAGES = 4
 
 
@@ -72,7 +72,7 @@ class QuarkScheme(DeclaredScheme):
         )
 
     def _spec(self, value: object, where: str, *, weight: bool) -> TensorSpec | None:
-        """Parse one QTensorConfig. Quark writes per-token as per_channel and dynamic, of an input."""
+        """Parse one QTensorConfig. Quark writes per-token as per_channel and dynamic, on an input."""
         if isinstance(value, list) and len(value) == 1:
             value = value[0]
         if isinstance(value, list) and value:
