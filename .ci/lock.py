@@ -20,8 +20,8 @@ APART = {"torch"}
 
 def main() -> None:
     """Ask pip what it would install, and write it down."""
-    wanted = ["-e", ".[dev]", "setuptools>=77"]
-    command = [sys.executable, "-m", "pip", *RESOLVE, *wanted]
+    packages = ["-e", ".[dev]", "setuptools>=77"]
+    command = [sys.executable, "-m", "pip", *RESOLVE, *packages]
     report = json.loads(subprocess.run(command, cwd=HERE.parent, check=True, capture_output=True).stdout)
     lines: dict[str, list[str]] = {"requirements.txt": [], "torch.txt": []}
     for item in report["install"]:

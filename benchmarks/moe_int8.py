@@ -6,7 +6,7 @@ Shapes: four models, slices of large ones as tensor- and expert-parallel ranks h
 
 Every implementation runs under a CUDA graph that cycles through up to eight inputs and routings, so that weights come
 from memory and not from L2; a time is the median of the replays over its calls, after
-replays for a twentieth of a second: when weights had just been made, a token of Mixtral took 95 us on an H200 for some
+replays for a twentieth of a second: right after weights were created, a token of Mixtral took 95 us on an H200 for some
 20 ms of replays, and 84 from then on. Before ours is timed, its result is checked against the torch twin on a few
 tokens, and against vLLM's where vLLM runs. vLLM, where it can be imported, runs twice: with the configuration that it
 picks by itself ("default"), and with the best of a few ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1

@@ -222,8 +222,8 @@ def filled(text: str) -> str:
     for name, make in PARTS.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if pattern.search(text):
-            made = make()
-            text = pattern.sub(lambda match, made=made: f"{match[1]}\n{made}\n\n{match[2]}", text)
+            generated = make()
+            text = pattern.sub(lambda match, generated=generated: f"{match[1]}\n{generated}\n\n{match[2]}", text)
     return text
 
 

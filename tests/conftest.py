@@ -11,7 +11,7 @@ from support.exports import Checkpoints, Converted
 
 
 def _has_gpu() -> bool:
-    """Whether a driver of NVIDIA or AMD shows a device; asked without importing torch."""
+    """Whether a driver of NVIDIA or AMD shows a device, without importing torch."""
     return any(Path("/dev").glob("nvidia[0-9]*")) or Path("/dev/kfd").exists()
 
 

@@ -136,7 +136,7 @@ def open_bucket(url: str) -> Bucket:
             )
     if not entries:
         raise _unavailable(
-            "There are no files at this URL",
+            "This URL has no files",
             url,
             expected="config.json and *.safetensors",
             hint="check bucket and path",

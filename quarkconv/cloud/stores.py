@@ -98,7 +98,7 @@ def failure_of(error: Exception, url: str, doing: str) -> Failure:
     scheme = next(scheme for scheme in SCHEMES if url.startswith(scheme))
     text, found = str(error), _first_line(error)
     if any(code in text for code in _NO_BUCKET):
-        return Failure("There is no such bucket", found, "check its name, and the endpoint")
+        return Failure("The bucket does not exist", found, "check its name, and the endpoint")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(code in found for code in _REFUSALS):
         return Failure("The object store refuses access", found, f"check the credentials: {_CREDENTIALS[scheme]}")
     return Failure(f"The object store cannot be {doing}", found, f"check {_CREDENTIALS[scheme]} and the network")

@@ -22,7 +22,7 @@ def converted_card(text: str, target: str, summary: str, facts: str, base_model:
         text: README.md of the source.
         target, summary: name and description of the target.
         facts: one sentence on the weights.
-        base_model: Hub repo id of the source, for the metadata; None of a local one.
+        base_model: Hub repo id of the source, for the metadata; None for a local directory.
 
     Returns:
         The new text; None if the metadata cannot be read, so that the card should be copied unchanged.

@@ -60,11 +60,11 @@ class Options:
         """One of the ranks.
 
         Raises:
-            UsageError: there is no such rank.
+            UsageError: the rank is out of range.
         """
         ranks = self.ranks
         if not 0 <= number < len(ranks):
-            raise UsageError("There is no such rank", expected=f"0 to {len(ranks) - 1}", found=str(number))
+            raise UsageError("The rank is out of range", expected=f"0 to {len(ranks) - 1}", found=str(number))
         return ranks[number]
 
     @property

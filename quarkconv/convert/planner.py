@@ -45,8 +45,8 @@ def make_plan(
         target: what to convert it to.
         max_shard_size: largest size of a shard's data in bytes.
         rank: the rank whose part of the experts is planned.
-        base_model: Hub repo id of the source, for the model card; None of a local one.
-        options: those that the description was made with.
+        base_model: Hub repo id of the source, for the model card; None for a local directory.
+        options: of the description.
 
     Raises:
         UsageError: ``max_shard_size`` is not positive.

@@ -176,7 +176,7 @@ def described(
             *fp8_findings(fp8),
             *function,
         ]
-    if not checkpoint.types:  # no tensor could be read: what follows from that is said above
+    if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
         findings = list(checkpoint.findings)
     order = list(Severity)
     findings = bounded(findings)

@@ -25,7 +25,7 @@ def mtp_test(names: Iterable[str], config: ModelConfig) -> Callable[[str], bool]
     """A test of names of tensors or modules: True inside a layer of multi-token prediction.
 
     Args:
-        names: the tensors of the checkpoint; those of routed experts tell which layers are the language model's.
+        names: the tensors of the checkpoint; those of routed experts identify the language model's layers.
         config: the config of the model.
     """
     last = config.hidden_layers

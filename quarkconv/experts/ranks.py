@@ -98,13 +98,13 @@ def make_rank(parallel: str, rank: int, world_size: int) -> Rank:
     """A rank, checked.
 
     Raises:
-        UsageError: there is no such rank.
+        UsageError: the rank, or the number of ranks, is out of range.
     """
     if parallel not in ("tp", "ep"):
-        raise UsageError("There is no such way to divide experts", expected="tp or ep", found=parallel)
+        raise UsageError("Unknown kind of parallelism", expected="tp or ep", found=parallel)
     if not 1 <= world_size <= _MAX_RANKS or not 0 <= rank < world_size:
         raise UsageError(
-            "There is no such rank",
+            "The rank is out of range",
             expected=f"a rank from 0, below a number of ranks up to {_MAX_RANKS}",
             found=f"rank {rank} of {world_size}",
         )

@@ -275,8 +275,8 @@ def _per_expert_layer(
         return finding(
             "experts-not-understood",
             prefix,
-            "Some projections of the experts have a bias and others have none",
-            hint="engines give all of them a bias, or none",
+            "Only some projections of the experts have a bias",
+            hint="engines expect biases on all of them, or on none",
         )
     all_forms = frozenset().union(*kept.values())
     return MoELayer(
@@ -442,8 +442,8 @@ def _implausible(prefix: str, geometry: tuple[int, int, int]) -> Finding | None:
         "expert-shape",
         prefix,
         f"The layer has {experts} experts, hidden {hidden}, intermediate {intermediate}; expected 1 to "
-        f"{MAX_EXPERTS} experts, none of them empty",
-        hint="these are not weights of a model",
+        f"{MAX_EXPERTS} experts, and sizes above 0",
+        hint="the file is corrupt or crafted: export the model again",
     )
 
 

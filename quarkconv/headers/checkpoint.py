@@ -151,7 +151,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
 def _check_directory(root: Path) -> None:
     if not root.is_dir():
         raise SourceError(
-            "There is no such model directory",
+            "The model directory does not exist",
             code="shard-missing",
             file=str(root),
             expected="a directory with config.json and *.safetensors, or a Hub repo id such as org/name",
@@ -224,13 +224,13 @@ def _shard_names(store: Files, present: list[str], index: Index | None) -> list[
 
 
 def _unused(present: list[str], shards: list[str], index: Index | None) -> Iterator[Finding]:
-    """Files that the index does not name: nobody loads them, or only some engines do."""
+    """Files that the index does not list; few engines load them."""
     unused = sorted(set(present) - set(shards))
     if index is not None and unused:
         yield finding(
             "file-unused",
             unused[0],
-            f"{INDEX_NAME} does not name {plural(len(unused), 'safetensors file')}: {', '.join(unused[:3])}"
+            f"{INDEX_NAME} does not list {plural(len(unused), 'safetensors file')}: {', '.join(unused[:3])}"
             + (", ..." if len(unused) > 3 else ""),
             hint="conversion leaves them out: remove them, or add their tensors to the index",
             count=len(unused),

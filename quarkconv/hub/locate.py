@@ -39,8 +39,8 @@ class Located:
 
     Attributes:
         files: its files, none of which has been read.
-        repo: its Hub repo id, without revision; None of all others.
-        name: the name of a model that is not a directory, for outputs.
+        repo: its Hub repo id, without revision; None outside the Hub.
+        name: for outputs, where the model is not a directory.
     """
 
     files: Files

@@ -1,8 +1,7 @@
-"""Host memory for one layer's codes, used again for layer after layer.
+"""Host memory for the codes of one layer, reused for every layer.
 
-For a GPU the memory is page-locked, so that the device copies from it by itself while the next layer is read. That is
-done when it is full for the first time: to lock memory that nobody has written to, the kernel has to find all of its
-pages, one after the other, while those who read into it find them side by side.
+For a GPU the memory is page-locked, so that the device copies from it while the next layer is read. It is locked after
+the first layer has been read into it: pinning untouched memory faults its pages in serially, readers do it in parallel.
 """
 
 from __future__ import annotations
@@ -72,7 +71,7 @@ class ArenaPool:
             arena.close()
 
     def take(self, timeout: float) -> Arena | None:
-        """An arena that nobody uses; None when there is none for ``timeout`` seconds."""
+        """A free arena; None after ``timeout`` seconds without one."""
         try:
             arena = self._free.get(timeout=timeout)
         except queue.Empty:

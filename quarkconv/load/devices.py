@@ -1,4 +1,4 @@
-"""From the name of a device to one that is there."""
+"""From the name of a device to a torch device that exists."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def pick_device(name: str | torch.device) -> torch.device:
     """The device of a name such as ``cpu``, ``cuda`` or ``cuda:1``; ``auto`` is a GPU where there is one.
 
     Raises:
-        UsageError: no such device, or it is not there.
+        UsageError: the device is unknown, or missing.
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -20,12 +20,12 @@ def pick_device(name: str | torch.device) -> torch.device:
     except RuntimeError:
         device = None
     if device is None or device.type not in ("cpu", "cuda"):
-        raise UsageError("There is no such device", expected="auto, cpu or cuda", found=str(name))
+        raise UsageError("Unknown device", expected="auto, cpu or cuda", found=str(name))
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(
-            "There is no GPU that torch can use",
+            "torch finds no such GPU",
             expected="a CUDA or ROCm device",
-            found="none of that name",
+            found=str(name),
             hint="use --device cpu, or install a torch built for this machine's GPU",
         )
     return device
@@ -35,7 +35,7 @@ def pick_devices(name: str) -> tuple[torch.device, ...]:
     """The devices of a name: ``cuda``, and ``auto`` where there is a GPU, are all visible GPUs.
 
     Raises:
-        UsageError: no such device, or it is not there.
+        UsageError: the device is unknown, or missing.
     """
     device = pick_device(name)
     if device.type == "cuda" and name in ("auto", "cuda"):

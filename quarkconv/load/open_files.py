@@ -13,7 +13,7 @@ from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
 from quarkconv.files.remote import RemoteFiles
 
 BLOCK: Final = 2 * 2**20
-"""Bytes that are read before their checksum is computed: they are in the processor's cache then."""
+"""Bytes read before their checksum is computed: they are then in the CPU's cache."""
 
 
 class FileReads(Protocol):
@@ -92,11 +92,11 @@ class RemoteReads:
 
 
 class OpenFiles:
-    """Files of a folder, each opened for reading when it is first asked for, by any thread. A context manager.
+    """Files of a folder, each opened on first use, by any thread. A context manager.
 
     Args:
         root: the folder.
-        flags: of the opening, beside those for reading.
+        flags: flags of ``open``, beside those for reading.
     """
 
     block: Final = BLOCK

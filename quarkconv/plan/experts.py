@@ -1,7 +1,7 @@
 """Pieces of the int8 modules of a source, whatever layout it has.
 
-Targets ask for "the gate rows of expert 3" and get byte ranges, whether these rows are a tensor of their own, a part
-of a tensor of all experts (3-key), or the upper half of a fused one.
+A target requests the gate rows of expert 3 and gets byte ranges, whether they are a tensor of their own, a part of a
+tensor of all experts (3-key), or the upper half of a fused one.
 """
 
 from __future__ import annotations
@@ -130,7 +130,7 @@ def zero_checks(resolved: ResolvedModules, fused: Collection[str], refs: Mapping
 
 
 def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry:
-    """E, k, H and I of converted layers, of which there is at least one, as a rank has them."""
+    """E, k, H and I of converted layers (at least one), for a rank."""
     return MoEGeometry(
         layers=tuple(layer.index for layer in layers),
         prefixes=tuple(layer.prefix for layer in layers),

@@ -95,8 +95,8 @@ class LayerNumbers:
     Attributes:
         layer: number of the layer.
         module: module of its experts.
-        tokens: how many tokens were asked for.
-        inputs: where their hidden states come from, for people.
+        tokens: number of tokens requested.
+        inputs: the source of their hidden states, for people.
         experts, reached: E, and how many of them got tokens.
         routing: how tokens were routed, for people.
         activation: the activation function.

@@ -49,7 +49,7 @@ class RouterExtras(NamedTuple):
 
 
 def routing_of(config: object, experts: int, layer: int | None = None, module: str = "") -> Routing | Unknown:
-    """How a layer with `experts` routed experts routes, by config.json; or why that cannot be told.
+    """The routing of a layer with `experts` routed experts, by config.json; or why it is unknown.
 
     `config` is the parsed config.json. `experts` is E, counted from the stored tensors, `layer` the layer's number for
     models whose layers differ, `module` its name for models of several stacks of layers. Raises nothing.

@@ -17,7 +17,7 @@ DEQUANTIZED: Final = "bf16"
 """The target without quantized weights."""
 
 _LOADED: Final = frozenset({".safetensors", ".py", ".bin", ".pt", ".gguf"})
-"""Suffixes of files that loaders open without being asked."""
+"""Suffixes of files that loaders open by default."""
 
 
 def check_structure(description: Description, manifest: Manifest | None) -> tuple[StructureResult, list[Problem]]:

@@ -28,8 +28,8 @@ from quarkconv.verify.router import Router, router_of
 
 WEIGHT_BOUND: Final = 0.25
 """Bound on the relative error of a weight. Rounding to 8 bits with a scale per row gives a row whose largest value is c
-times its root mean square an error of c / 440. Weights have c from 4 to about 20; the bound would take 110. What lies
-beyond is no rounding: other weights, other scales, or rows in another order."""
+times its root mean square an error of c / 440. Weights have c from 4 to about 20; the bound would take 110. A larger
+error is not rounding: other weights, other scales, or rows in another order."""
 
 
 Weight = Callable[[Role, int], Tensor]

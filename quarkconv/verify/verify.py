@@ -232,7 +232,7 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
         raise blocked
     first = next(iter(description.findings), None)
     raise UnsupportedError(
-        "There are no INT8 experts to verify",
+        "The checkpoint has no INT8 experts",
         file=root,
         expected="a checkpoint whose routed experts are stored in int8",
         found=first.message if first else "none",

@@ -94,7 +94,9 @@ def finish_shares(
         WriteError: shards are missing.
     """
     if not has_begun(output):
-        raise UsageError("There is no conversion to finish", file=str(output), expected="parts of a conversion")
+        raise UsageError(
+            "The output directory has no unfinished conversion", file=str(output), expected="parts of a conversion"
+        )
     with (
         opened(plan, digest, source, output) as (sources, state),
         open_output(output, state, files_of(plan), needed=0, overwrite=False) as destination,

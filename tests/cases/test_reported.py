@@ -311,7 +311,7 @@ def test_what_is_merged_into_the_weights_is_no_error(algorithm: dict[str, Any], 
 
 
 def with_mtp(layout: str) -> Model:
-    """A layer of multi-token prediction in BF16, of which the config says nothing."""
+    """A layer of multi-token prediction in BF16, that the config does not mention."""
     model = Model()
     model.config["mtp_num_hidden_layers"] = 1
     prefix = "mtp.layers.0"

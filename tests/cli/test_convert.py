@@ -159,7 +159,7 @@ def test_no_such_directory_exits_3(tmp_path: Path, capsys: Capture) -> None:
     code, out, err = run_cli(capsys, "convert", tmp_path / "nothing", "--to", "fused-int8", "--json")
     assert code == 3
     assert json.loads(out)["file"] == str(tmp_path / "nothing")
-    assert "no such model directory" in err
+    assert "model directory does not exist" in err
     assert not list(tmp_path.iterdir())
 
 

@@ -216,7 +216,7 @@ ENGINE = {"engine": str, "version": str, "as": str, "verdict": str, "note": str}
 
 
 def has(value: dict[str, Any], keys: dict[str, Any]) -> None:
-    """Exactly these keys, of these types; a boolean is no number."""
+    """Exactly these keys, of these types; a boolean is not a number."""
     assert list(value) == list(keys)
     for key, kind in keys.items():
         assert isinstance(value[key], kind), key

@@ -139,21 +139,21 @@ def test_bytes_of_another_range_are_refused(published: FaultyProxy, tmp_path: Pa
 def test_refused_access_names_the_credentials(published: FaultyProxy, capsys: Capture) -> None:
     published.refuse, published.status = 10**6, 403
     code, out, _ = run_cli(capsys, "inspect", URL, "--json")
-    said = json.loads(out)
-    assert (code, said["code"]) == (3, "store-unavailable")
-    assert "AWS_ACCESS_KEY_ID" in said["hint"]
+    error = json.loads(out)
+    assert (code, error["code"]) == (3, "store-unavailable")
+    assert "AWS_ACCESS_KEY_ID" in error["hint"]
     assert "secret" not in out
 
 
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
-    ("url", "message"), [("s3://nothing/here", "no such bucket"), ("s3://models/other", "no files at this URL")]
+    ("url", "message"), [("s3://nothing/here", "bucket does not exist"), ("s3://models/other", "URL has no files")]
 )
 def test_what_is_not_there_is_named(capsys: Capture, url: str, message: str) -> None:
     code, out, _ = run_cli(capsys, "inspect", url, "--json")
-    said = json.loads(out)
-    assert (code, said["file"]) == (3, url)
-    assert message in said["error"]
+    error = json.loads(out)
+    assert (code, error["file"]) == (3, url)
+    assert message in error["error"]
 
 
 @pytest.mark.usefixtures("proxy")

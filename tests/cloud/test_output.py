@@ -252,7 +252,7 @@ def test_without_permission_no_byte_of_a_shard_is_sent(published: FaultyProxy, m
 @pytest.mark.usefixtures("published")
 def test_a_bucket_that_does_not_exist_is_named(model: Path, capsys: Capture) -> None:
     code, out, _ = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", "s3://nothing/here", "--json")
-    assert (code, json.loads(out)["error"]) == (5, "There is no such bucket")
+    assert (code, json.loads(out)["error"]) == (5, "The bucket does not exist")
 
 
 @pytest.mark.usefixtures("published")
@@ -360,7 +360,7 @@ def test_parts_give_the_objects_of_one_process(model: Path, local: dict[str, str
 
 @pytest.mark.usefixtures("published")
 def test_finish_without_a_conversion_and_parts_of_another_are_refused(model: Path) -> None:
-    with pytest.raises(UsageError, match="no conversion to finish"):
+    with pytest.raises(UsageError, match="no unfinished conversion"):
         prepare(model).finish()
     prepare(model).run_share(Share(1, 3))
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:

@@ -1,4 +1,4 @@
-"""The model card of the output: the source's text and metadata stay, the conversion is told once."""
+"""The model card of the output: the source's text and metadata stay, and the conversion is mentioned once."""
 
 from __future__ import annotations
 

@@ -102,7 +102,7 @@ def test_parts_at_the_same_time_give_the_bytes_of_one_machine(
         out = tmp_path / f"out-{attempt}"
         with ThreadPoolExecutor(4) as pool:
             results = list(pool.map(run, [out] * 4, range(1, 5)))
-        assert any(result is not None for result in results), "nobody finished"
+        assert any(result is not None for result in results), "no process finished"
         assert snapshot(out) == whole
 
 
@@ -122,7 +122,7 @@ def test_a_finished_part_is_not_written_again(model: Path, tmp_path: Path, whole
 
 def test_finish_names_the_parts_that_are_missing(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
     out = tmp_path / "out"
-    with pytest.raises(UsageError, match="no conversion to finish"):
+    with pytest.raises(UsageError, match="no unfinished conversion"):
         prepare(model, out).finish()
     assert not out.exists()
     for number in (1, 3):

@@ -26,8 +26,8 @@ def plan(root: Path, **options: Any) -> Plan:
     return quarkconv.plan_conversion(root, "fused-int8", **options)
 
 
-def outputs(made: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
-    return {item.name: (item.dtype, item.shape) for shard in made.shards for item in shard.tensors}
+def outputs(planned: Plan) -> dict[str, tuple[str, tuple[int, ...]]]:
+    return {item.name: (item.dtype, item.shape) for shard in planned.shards for item in shard.tensors}
 
 
 def test_every_export_is_either_convertible_or_refused() -> None:
@@ -41,9 +41,9 @@ def test_the_plan_names_dtypes_and_shapes_of_the_oracle(checkpoints: Checkpoints
     root = checkpoints(name)
     dtypes = {torch.int8: "I8", torch.bfloat16: "BF16", torch.float32: "F32", torch.float16: "F16"}
     expected = {key: (dtypes[value.dtype], tuple(value.shape)) for key, value in fused_int8(root).items()}
-    made = plan(root)
-    assert outputs(made) == expected
-    assert made.tensor_bytes == sum(item.nbytes for shard in made.shards for item in shard.tensors)
+    planned = plan(root)
+    assert outputs(planned) == expected
+    assert planned.tensor_bytes == sum(item.nbytes for shard in planned.shards for item in shard.tensors)
     names = [item.name for shard in plan(root, max_shard_size=1).shards for item in shard.tensors]
     assert names == sorted(names, key=natural_key)
 
@@ -51,9 +51,9 @@ def test_the_plan_names_dtypes_and_shapes_of_the_oracle(checkpoints: Checkpoints
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_every_byte_of_the_source_is_used_once(checkpoints: Checkpoints, name: str) -> None:
     root = checkpoints(name)
-    made = plan(root)
+    planned = plan(root)
     ranges: dict[str, list[tuple[int, int]]] = {}
-    for shard in made.shards:
+    for shard in planned.shards:
         for item in shard.tensors:
             for piece in item.pieces:
                 for source in piece.reads():
@@ -108,10 +108,10 @@ def test_a_checkpoint_far_larger_than_the_disk_can_be_planned(tmp_path: Path) ->
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 def test_a_plan_survives_json(checkpoints: Checkpoints, name: str) -> None:
-    made = plan(checkpoints(name))
-    again = Plan.from_json(json.loads(json.dumps(made.to_json())))
-    assert again == made
-    assert plan_digest(again) == plan_digest(made)
+    planned = plan(checkpoints(name))
+    again = Plan.from_json(json.loads(json.dumps(planned.to_json())))
+    assert again == planned
+    assert plan_digest(again) == plan_digest(planned)
 
 
 def test_the_digest_does_not_depend_on_where_the_source_lies(checkpoints: Checkpoints, tmp_path: Path) -> None:
@@ -208,7 +208,7 @@ def test_damaged_sources_are_refused_with_the_code_of_inspect(tmp_path: Path, da
 
 
 def test_a_directory_that_is_not_there_is_a_source_error(tmp_path: Path) -> None:
-    with pytest.raises(SourceError, match="no such model directory"):
+    with pytest.raises(SourceError, match="model directory does not exist"):
         plan(tmp_path / "nothing")
 
 

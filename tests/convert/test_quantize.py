@@ -143,8 +143,8 @@ BAD_ROWS: dict[str, tuple[Callable[[torch.Tensor], object], str]] = {
 def test_a_row_that_cannot_be_quantized_is_named_and_nothing_is_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], case: str
 ) -> None:
-    spoil, row = BAD_ROWS[case]
-    root = float_experts(tmp_path / "model", "per_expert", lambda tensors: spoil(tensors[FIRST_UP]))
+    damage, row = BAD_ROWS[case]
+    root = float_experts(tmp_path / "model", "per_expert", lambda tensors: damage(tensors[FIRST_UP]))
     before = snapshot(tmp_path)
     arguments = ("convert", root, "--to", "quark", "--quantize", "missing", "--out", tmp_path / "out")
     code, _, err = run_cli(capsys, *arguments)

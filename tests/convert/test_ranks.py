@@ -210,7 +210,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 
 
 @pytest.mark.parametrize(
-    ("arguments", "code", "said"),
+    ("arguments", "code", "message"),
     [
         (["--to", "fused-int8", "--tp", "2", "--ep", "2"], 2, "one way"),
         (["--to", "fused-int8", "--tp", "2", "--push", "org/name"], 2, "not uploaded"),
@@ -218,15 +218,15 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
         (["--to", "fused-int8", "--ep", "4"], 4, "more ranks than experts"),
         (["--to", "quark", "--tp", "2"], 2, "not written by rank"),
         (["--to", "fused-int8", "--tp", "1"], 2, "--tp"),
-        (["--to", "fused-int8", "--tp", "5000"], 2, "no such rank"),
+        (["--to", "fused-int8", "--tp", "5000"], 2, "rank is out of range"),
     ],
 )
 def test_what_cannot_be_divided_is_refused(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, said: str
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], arguments: list[str], code: int, message: str
 ) -> None:
     root = make_checkpoint(tmp_path / "model")
     found, _, err = run_cli(capsys, "convert", root, *arguments)
-    assert (found, said in err) == (code, True), err
+    assert (found, message in err) == (code, True), err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

@@ -36,7 +36,7 @@ def nothing(_: object) -> None:
 class Case:
     name: str
     expected: tuple[Found, ...]
-    spoil: Callable[[Model], object] = nothing
+    change: Callable[[Model], object] = nothing
     damage: Callable[[Path], object] = nothing
     deep: bool = False
 
@@ -157,7 +157,7 @@ CASES = (
     ),
     Case("no second shard", (("error", "shard-missing", SECOND, 1),), damage=lambda folder: (folder / SECOND).unlink()),
     Case("truncated shard", (("error", "shard-truncated", SECOND, 1),), damage=truncate),
-    Case("header that is no object", (("error", "header-invalid", SECOND, 1),), damage=break_header),
+    Case("header that is not an object", (("error", "header-invalid", SECOND, 1),), damage=break_header),
     Case(
         "index without weight_map",
         (("error", "index-invalid", INDEX, 1),),
@@ -411,7 +411,7 @@ CASES = (
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_exactly_these_findings(case: Case, tmp_path: Path) -> None:
     model = Model()
-    case.spoil(model)
+    case.change(model)
     folder = model.write(tmp_path)
     case.damage(folder)
 

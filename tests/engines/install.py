@@ -39,13 +39,13 @@ def listed(text: str) -> list[str]:
 
 def install(requirements: Path, folder: Path) -> None:
     """Make ``folder`` hold exactly what a requirements file lists; leaves a folder alone that does."""
-    wanted = requirements.read_text()
+    expected = requirements.read_text()
     stamp = folder / STAMP
-    if stamp.exists() and stamp.read_text() == wanted:
+    if stamp.exists() and stamp.read_text() == expected:
         return
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir(parents=True)
-    libraries, _, sources = wanted.partition(MARK)
+    libraries, _, sources = expected.partition(MARK)
     hashes = ["--require-hashes"] if requirements.name == HASHES else []
     with tempfile.TemporaryDirectory() as scratch:
         for text, command in (
@@ -60,7 +60,7 @@ def install(requirements: Path, folder: Path) -> None:
             with zipfile.ZipFile(wheel) as archive:
                 names = [name for name in archive.namelist() if name.endswith(SOURCES) or ".dist-info/" in name]
                 archive.extractall(folder, names)
-    stamp.write_text(wanted)
+    stamp.write_text(expected)
 
 
 def lock(requirements: Path) -> None:
@@ -83,9 +83,11 @@ def _check(requirements: Path) -> None:
     """Complain of a hashes.txt that is not about a requirements.txt."""
     hashed = {line.split()[0] for line in listed(requirements.with_name(HASHES).read_text())}
     names = (set(listed(requirements.read_text())), hashed)
-    wanted, found = ({name.lower().replace("_", "-") for name in each} for each in names)
-    if wanted != found:
-        sys.exit(f"{requirements}: {sorted(wanted ^ found)} differ from {HASHES}: run tests/engines/install.py --lock")
+    expected, found = ({name.lower().replace("_", "-") for name in each} for each in names)
+    if expected != found:
+        sys.exit(
+            f"{requirements}: {sorted(expected ^ found)} differ from {HASHES}: run tests/engines/install.py --lock"
+        )
 
 
 def main(arguments: list[str]) -> None:

@@ -153,8 +153,8 @@ KIMI = {"model_type": "kimi_linear", "hidden_act": "situ", "activation_situ_beta
 )
 def test_activation_of_a_config(config: dict[str, Any], layer: int, expected: ExpertActivation) -> None:
     defaults = {"moe_router_activation": "sigmoid", "use_moe_router_bias": True}
-    given = {**defaults, **config} if config["model_type"] == "step3p5" else config
-    assert expert_activation(given, layer) == expected
+    full = {**defaults, **config} if config["model_type"] == "step3p5" else config
+    assert expert_activation(full, layer) == expected
 
 
 @pytest.mark.parametrize(

@@ -154,7 +154,7 @@ def test_experts_are_found_in_any_order_of_names() -> None:
     assert only_layer(dict(sorted(types.items(), reverse=True))).experts == 12
 
 
-# What is no routed expert
+# Modules that are not routed experts
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""What is said of the page cache, against what is done to it."""
+"""The reported state of the page cache, against what was done to it."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_was_read_is_there_and_what_was_dropped_is_not(file: int) -> None:
     assert in_page_cache(file, 0, 0)
     drop(file)
     if in_page_cache(file, 0, SIZE):
-        pytest.skip("this system does not tell, or this file system keeps its files in memory")
+        pytest.skip("this system does not report it, or this file system keeps its files in memory")
     os.posix_fadvise(file, 0, 0, os.POSIX_FADV_RANDOM)  # nothing is read ahead
     os.pread(file, 3 * mmap.PAGESIZE, 2**20)
     assert in_page_cache(file, 2**20, 3 * mmap.PAGESIZE)

@@ -43,7 +43,7 @@ with atheris.instrument_imports(include=["quarkconv"]):
     from quarkconv.write.state import difference, plan_state
 
 
-class Place:
+class Slot:
     """A directory that is sound but for the file that is fuzzed."""
 
     def __init__(self, name: str) -> None:
@@ -129,12 +129,12 @@ def header() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
 
 def described(name: str, seeds: Iterator[bytes]) -> tuple[Callable[[bytes], object], Iterator[bytes]]:
     """A checkpoint of which one file is fuzzed, inspected and planned for every target."""
-    place = Place(name)
+    slot = Slot(name)
     for file, data in model().items():
-        (place.folder / file).write_bytes(data)
+        (slot.folder / file).write_bytes(data)
 
     def fuzz(data: bytes) -> None:
-        root = place.put(data)
+        root = slot.put(data)
         check(lambda: read(root))
 
     def read(root: Path) -> None:
@@ -173,13 +173,13 @@ def converted() -> Path:
 
 
 def manifest() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
-    place = Place("quarkconv.json")
+    slot = Slot("quarkconv.json")
     raw = (converted() / "quarkconv.json").read_bytes()
     value = json.loads(raw)
     value["shards"] = [{**shard, "tensors": shard["tensors"][:4]} for shard in value["shards"][:2]]
 
     def fuzz(data: bytes) -> None:
-        root = place.put(data)
+        root = slot.put(data)
         check(lambda: read(root))
 
     def read(root: Path) -> None:
@@ -197,8 +197,8 @@ def state() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
     """What an earlier run left: what it was begun with, and the note of a shard."""
     plan = quarkconv.plan_conversion(EXAMPLE, "fused-int8")
     now = plan_state(plan, "0" * 64, [("a.safetensors", 1, 2)], str(EXAMPLE), Path("out"))
-    place = Place(".quarkconv/plan.json")
-    staging = Staging(place.folder, "0" * 64)
+    slot = Slot(".quarkconv/plan.json")
+    staging = Staging(slot.folder, "0" * 64)
     shard = plan.shards[0]
     staging.files.mkdir(parents=True)
     staging.notes.mkdir(parents=True)
@@ -211,10 +211,10 @@ def state() -> tuple[Callable[[bytes], object], Iterator[bytes]]:
     }
 
     def fuzz(data: bytes) -> None:
-        root = place.put(data)
+        root = slot.put(data)
         check(lambda: refuse_unfinished(root))
-        said = difference(read_state(place.path), now)
-        if said is not None and len(said) > MAX_MESSAGE:
+        message = difference(read_state(slot.path), now)
+        if message is not None and len(message) > MAX_MESSAGE:
             raise RuntimeError("a difference without end")
         (staging.notes / f"{shard.file}.json").write_bytes(data)
         staging.finished(shard)
@@ -287,14 +287,14 @@ def mutate(data: bytes, max_size: int, seed: int) -> bytes:
             elif isinstance(parent[key], int):
                 parent[key] += chance.choice((-1, 1, 2**16, -(2**40)))
     try:
-        made = json.dumps(value, separators=(",", ":"), ensure_ascii=chance.random() < 0.5).encode(
+        encoded = json.dumps(value, separators=(",", ":"), ensure_ascii=chance.random() < 0.5).encode(
             "utf-8", "surrogatepass"
         )
     except (ValueError, RecursionError):  # a value that holds itself
         return mutate_bytes(data, max_size)
     if prefix:
-        made = struct.pack("<Q", len(made)) + made + prefix
-    return made[:max_size]
+        encoded = struct.pack("<Q", len(encoded)) + encoded + prefix
+    return encoded[:max_size]
 
 
 def main() -> None:

@@ -71,37 +71,37 @@ def checkpoints(draw: st.DrawFn) -> dict[str, Any]:
     }
 
 
-def build(folder: Path, wanted: dict[str, Any]) -> Path:
+def build(folder: Path, recipe: dict[str, Any]) -> Path:
     """Write a checkpoint, one layer after the other."""
     tensors: Tensors = {}
     config: dict[str, Any] = {}
-    for number, (layout, family) in enumerate(wanted["layers"]):
-        part = make_checkpoint(folder / f"{number}", layout=layout, family=family, seed=number, **wanted["options"])
+    for number, (layout, family) in enumerate(recipe["layers"]):
+        part = make_checkpoint(folder / f"{number}", layout=layout, family=family, seed=number, **recipe["options"])
         config = json.loads((part / "config.json").read_text())
         for name, tensor in load(part).items():
             tensors[name.replace("model.layers.0.", f"model.layers.{number}.")] = tensor
-    for number, (dtype, shape) in enumerate(wanted["extra"]):
+    for number, (dtype, shape) in enumerate(recipe["extra"]):
         tensors[f"model.extra.{number}.values"] = torch.ones(shape).to(dtype)
-    config["num_hidden_layers"] = len(wanted["layers"])
+    config["num_hidden_layers"] = len(recipe["layers"])
     source = folder / "source"
-    write_checkpoint(source, tensors, config, min(wanted["shards"], len(tensors)))
-    if not wanted["index"]:
+    write_checkpoint(source, tensors, config, min(recipe["shards"], len(tensors)))
+    if not recipe["index"]:
         (source / "model.safetensors.index.json").unlink()
     return source
 
 
 @FUZZ
-@given(wanted=checkpoints(), to=st.sampled_from(sorted(TARGETS)))
-def test_any_checkpoint_survives_a_round_trip(wanted: dict[str, Any], to: str) -> None:
+@given(recipe=checkpoints(), to=st.sampled_from(sorted(TARGETS)))
+def test_any_checkpoint_survives_a_round_trip(recipe: dict[str, Any], to: str) -> None:
     with scratch() as folder:
-        source = build(folder, wanted)
+        source = build(folder, recipe)
         before = listing(source)
         inspection = quarkconv.inspect_checkpoint(source, deep=True)
         assert inspection.ok, inspection.findings
         json.dumps(inspection.to_json(), allow_nan=False)
         support = inspection.targets[to]
         event(f"{to}: {'supported' if support.supported else 'not supported'}")
-        options = {"max_shard_size": wanted["shard_size"], "jobs": wanted["jobs"]}
+        options = {"max_shard_size": recipe["shard_size"], "jobs": recipe["jobs"]}
         if not support.supported:
             with pytest.raises(quarkconv.UnsupportedError):
                 quarkconv.convert_checkpoint(source, to, folder / "out", **options)
@@ -136,11 +136,11 @@ VALUES: st.SearchStrategy[Any] = st.sampled_from(
 
 
 @FUZZ
-@given(wanted=checkpoints(), data=st.data())
-def test_any_damage_to_a_checkpoint_is_reported(wanted: dict[str, Any], data: st.DataObject) -> None:
+@given(recipe=checkpoints(), data=st.data())
+def test_any_damage_to_a_checkpoint_is_reported(recipe: dict[str, Any], data: st.DataObject) -> None:
     """Exit codes of the contract, no traceback, nothing written unless all of it, and the source as it was."""
     with scratch() as folder:
-        source = build(folder, wanted)
+        source = build(folder, recipe)
         for _ in range(data.draw(st.integers(1, 3))):
             corrupt(source, data)
         before = listing(source)
@@ -155,9 +155,9 @@ def test_any_damage_to_a_checkpoint_is_reported(wanted: dict[str, Any], data: st
         if code != 0:
             assert not out.exists()
         elif to != "bf16":
-            code, said = command("verify", out, "--source", source, "--tokens", "1", "--device", "cpu")
+            code, printed = command("verify", out, "--source", source, "--tokens", "1", "--device", "cpu")
             assert code in (0, 1, 4)
-            assert '"kind": "bytes"' not in said
+            assert '"kind": "bytes"' not in printed
 
 
 def corrupt(folder: Path, data: st.DataObject) -> None:
@@ -206,7 +206,7 @@ def change_value(path: Path, raw: bytes, data: st.DataObject) -> None:
 
 
 def command(*arguments: str | Path) -> tuple[int, str]:
-    """Run the program: exit code, and what it said as JSON."""
+    """Run the program: exit code, and its JSON."""
     stdout, stderr = io.StringIO(), io.StringIO()
     handler = signal.getsignal(signal.SIGTERM)
     try:

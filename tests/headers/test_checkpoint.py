@@ -100,7 +100,7 @@ def test_a_file_that_the_index_does_not_name_is_not_read(folder: Path) -> None:
 def test_no_such_directory(is_file: bool, tmp_path: Path) -> None:
     if is_file:
         (tmp_path / "model").touch()
-    with pytest.raises(SourceError, match="no such model directory") as caught:
+    with pytest.raises(SourceError, match="model directory does not exist") as caught:
         open_checkpoint(tmp_path / "model")
     assert caught.value.file == str(tmp_path / "model")
 

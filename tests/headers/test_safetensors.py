@@ -331,10 +331,10 @@ shapes = st.lists(st.integers(0, 4), max_size=4)
 @st.composite
 def files(draw: st.DrawFn) -> tuple[bytes, dict[str, tuple[str, tuple[int, ...], bytes]]]:
     """A valid file, and what it holds: entries in any order, data in any order, JSON in any form."""
-    wanted = draw(st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPE_BITS)), shapes), max_size=6))
+    described = draw(st.dictionaries(names, st.tuples(st.sampled_from(sorted(DTYPE_BITS)), shapes), max_size=6))
     truth, entries, data = {}, {}, b""
-    for name in draw(st.permutations(sorted(wanted))):
-        dtype, shape = wanted[name]
+    for name in draw(st.permutations(sorted(described))):
+        dtype, shape = described[name]
         bits = DTYPE_BITS[dtype] * prod(shape)
         if bits % 8:
             shape, bits = [*shape, 8], bits * 8

@@ -24,7 +24,7 @@ def test_inputs_made_to_exhaust_memory_stay_within_bounds(name: str, tmp_path: P
     BOMBS[name]()(tmp_path)
     before = sorted(tmp_path.iterdir())
     done = measured("inspect", tmp_path, "--json", timeout=60)
-    # Channel INT8 needs no quantization_config: a large config that says nothing of it is a warning, exit 0.
+    # Channel INT8 needs no quantization_config: a large config without one is a warning, exit 0.
     assert done.code in ((0, 1, 3) if name == "a config of objects" else (1, 3)), done.stderr
     value = json.loads(done.stdout)
     assert len(done.stdout) < 200_000

@@ -1,4 +1,4 @@
-"""Files that are none: pipes that never answer, devices that never end, links that lead elsewhere."""
+"""Entries that are not regular files: pipes without a writer, endless devices, links that lead elsewhere."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from quarkconv import inspect_checkpoint
 
 
 def bind(path: Path) -> None:
-    with socket.socket(socket.AF_UNIX) as made:
+    with socket.socket(socket.AF_UNIX) as bound:
         directory = os.open(path.parent, os.O_RDONLY)
         try:
-            made.bind(f"/proc/self/fd/{directory}/{path.name}")  # such a path may be no longer than 100 characters
+            bound.bind(f"/proc/self/fd/{directory}/{path.name}")  # such a path may be no longer than 100 characters
         finally:
             os.close(directory)
 
@@ -40,18 +40,18 @@ STRANGE: dict[str, Callable[[Path], object]] = {
 PLACES = {SECOND: ("shard-missing", "file-outside"), INDEX: ("index-invalid",), "config.json": ("config-invalid",)}
 
 
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize("target", PLACES)
 @pytest.mark.parametrize("kind", STRANGE)
 def test_pipes_sockets_and_devices_are_neither_waited_for_nor_read(
-    kind: str, place: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    kind: str, target: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def corrupt(folder: Path) -> None:
-        (folder / place).unlink()
-        STRANGE[kind](folder / place)
+        (folder / target).unlink()
+        STRANGE[kind](folder / target)
 
     verdict = judge(corrupted(tmp_path / "model", corrupt), capsys)
     assert (verdict.inspect, verdict.convert) == (1, 3)
-    assert verdict.codes[0] in (*PLACES[place], "file-outside")
+    assert verdict.codes[0] in (*PLACES[target], "file-outside")
 
 
 @pytest.mark.parametrize("name", ["notes.txt", "quarkconv.json", "sub/notes.txt"])
@@ -166,7 +166,7 @@ def test_folders_nested_thousands_deep(tmp_path: Path, capsys: pytest.CaptureFix
         os.chdir(home)
     assert run_cli(capsys, "inspect", folder)[0] == 0
     code, _, stderr = run_cli(capsys, "convert", folder, "--to", "fused-int8", "--out", tmp_path / "out")
-    assert code == 0, stderr  # what no path reaches is no file of the model
+    assert code == 0, stderr  # an unreachable entry is not a file of the model
     subprocess.run(["rm", "-rf", folder / "d"], check=True)  # pytest's own clean-up calls itself for each folder
 
 

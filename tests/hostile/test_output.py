@@ -245,10 +245,10 @@ def first_copy(value: dict[str, Any]) -> list[Any]:
 MANIFESTS: dict[str, Callable[[dict[str, Any]], object]] = {
     "a version of the future": lambda value: value.update(format="quarkconv.plan.manifest/9"),
     "a version nested 90 deep": lambda value: value.update(format=json.loads("[" * 90 + "]" * 90)),
-    "a checksum that is none": lambda value: first_piece(value).__setitem__(1, "x" * 32),
+    "an invalid checksum": lambda value: first_piece(value).__setitem__(1, "x" * 32),
     "a checksum of another length": lambda value: first_piece(value).__setitem__(1, "0" * 31),
-    "a checksum of a header that is none": lambda value: value["shards"][0]["header"].__setitem__(1, ""),
-    "a checksum of a file that is none": lambda value: value["files"][0].__setitem__(2, "sha256:0"),
+    "an invalid checksum of a header": lambda value: value["shards"][0]["header"].__setitem__(1, ""),
+    "an invalid checksum of a file": lambda value: value["files"][0].__setitem__(2, "sha256:0"),
     "a range of 2^64 bytes": lambda value: first_copy(value).__setitem__(4, 2**64),
     "a range that starts before the file": lambda value: first_copy(value).__setitem__(3, -8),
     "a source out of the directory": lambda value: value["sources"][0].__setitem__(0, "../../etc/passwd"),

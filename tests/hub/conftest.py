@@ -48,9 +48,9 @@ def model(tmp_path: Path) -> Path:
 @pytest.fixture
 def hub(point_at: Callable[[str], None]) -> Iterator[Hub]:
     """An empty Hub."""
-    made, servers = start_hub()
-    point_at(made.url)
-    yield made
+    started, servers = start_hub()
+    point_at(started.url)
+    yield started
     for server in servers:
         server.shutdown()
         server.server_close()

@@ -82,9 +82,9 @@ def test_answers_that_do_not_say_how_long_they_are(published: Hub, model: Path, 
     assert faults.breaks == 0
 
 
-@pytest.mark.parametrize("place", ["Hub", "store"])
-def test_addresses_that_lead_in_a_circle(published: Hub, capsys: Capture, place: str) -> None:
-    if place == "Hub":
+@pytest.mark.parametrize("part", ["Hub", "store"])
+def test_addresses_that_lead_in_a_circle(published: Hub, capsys: Capture, part: str) -> None:
+    if part == "Hub":
         published.faults.circle = True
     else:
         published.faults.lie = "circle"
@@ -103,10 +103,10 @@ def test_what_a_store_refuses_once_is_asked_for_again(published: Hub, model: Pat
 def test_a_store_that_always_refuses_is_told(published: Hub, capsys: Capture) -> None:
     published.faults.refusals = 10**6
     code, out, err = run_cli(capsys, "inspect", REPO, "--json")
-    said = json.loads(out)
+    response = json.loads(out)
     assert code == 3
-    assert said["error"] == "The Hub's store refused a request"
-    assert published.store_url.removeprefix("http://") in said["expected"]
+    assert response["error"] == "The Hub's store refused a request"
+    assert published.store_url.removeprefix("http://") in response["expected"]
     assert "Signature" not in out + err, "a signed address is as good as a password"
 
 
@@ -171,9 +171,9 @@ def test_a_list_that_breaks_is_asked_for_again(published: Hub) -> None:
 def test_an_answer_that_is_no_list(published: Hub, capsys: Capture, answer: bytes) -> None:
     published.faults.answer = answer
     code, out, _ = run_cli(capsys, "inspect", REPO, "--json")
-    said = json.loads(out)
-    assert (code, said["code"]) == (3, "hub-unavailable")
-    assert "HF_ENDPOINT" in said["hint"]
+    response = json.loads(out)
+    assert (code, response["code"]) == (3, "hub-unavailable")
+    assert "HF_ENDPOINT" in response["hint"]
 
 
 @pytest.mark.parametrize("name", ["../evil.txt", "/ABSOLUTE", "a/../../evil", "a\\..\\evil", "", "a//b", "x\0y", "."])
@@ -213,7 +213,9 @@ def test_small_files_at_another_address_of_the_hub(
     published.resolve_cache, published.faults.token = True, "hf_right"
     monkeypatch.setenv("HF_TOKEN", "hf_right")
     same_as_on_disk(model, tmp_path)
-    assert any("resolve-cache" in path for method, path, asked in published.requests if method == "GET" and asked)
+    assert any(
+        "resolve-cache" in path for method, path, requested in published.requests if method == "GET" and requested
+    )
 
 
 @pytest.mark.usefixtures("no_waits")
@@ -231,9 +233,9 @@ def test_a_cache_that_cannot_be_written_to(
     (tmp_path / "file").touch()
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "file" / "hub"))
     code, out, _ = run_cli(capsys, "convert", REPO, "--to", "bf16", "--out", tmp_path / "out", "--cache", "--json")
-    said = json.loads(out)
-    assert (code, said["file"]) == (5, str(tmp_path / "file" / "hub"))
-    assert "HF_HUB_CACHE" in said["hint"]
+    response = json.loads(out)
+    assert (code, response["file"]) == (5, str(tmp_path / "file" / "hub"))
+    assert "HF_HUB_CACHE" in response["hint"]
     assert published.ranges() == []
 
 
@@ -260,10 +262,10 @@ def test_an_endpoint_that_is_an_ipv6_address(model: Path, tmp_path: Path, point_
         server.server_close()
 
 
-@pytest.mark.parametrize("place", ["variable", "file"])
-def test_a_token_with_a_line_end(published: Hub, monkeypatch: pytest.MonkeyPatch, place: str) -> None:
+@pytest.mark.parametrize("part", ["variable", "file"])
+def test_a_token_with_a_line_end(published: Hub, monkeypatch: pytest.MonkeyPatch, part: str) -> None:
     published.faults.token = "hf_right"
-    if place == "variable":
+    if part == "variable":
         monkeypatch.setenv("HF_TOKEN", " hf_right\r\n")
     else:
         Path(constants.HF_TOKEN_PATH).parent.mkdir(parents=True)
@@ -275,7 +277,7 @@ def test_a_token_with_a_line_end(published: Hub, monkeypatch: pytest.MonkeyPatch
 def test_a_token_that_no_header_can_hold(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HF_TOKEN", "hf_sécrét")
     code, out, err = run_cli(capsys, "inspect", REPO, "--json")
-    said: dict[str, Any] = json.loads(out)
+    response: dict[str, Any] = json.loads(out)
     assert code == 3
-    assert "HF_TOKEN" in said["hint"]
+    assert "HF_TOKEN" in response["hint"]
     assert "crét" not in out + err

@@ -24,25 +24,25 @@ ranges = st.lists(
 
 
 @given(ranges, st.integers(1, 64), st.integers(0, 32))
-def test_blocks_hold_every_byte_in_order(wanted: list[Range], size: int, gap: int) -> None:
-    made = list(blocks(wanted, size, gap))
-    assert all(0 < block.end - block.start <= size for block in made)
+def test_blocks_hold_every_byte_in_order(parts: list[Range], size: int, gap: int) -> None:
+    result = list(blocks(parts, size, gap))
+    assert all(0 < block.end - block.start <= size for block in result)
     position = 0
-    for item in wanted:
+    for item in parts:
         for byte in range(item.start, item.end):
-            while not (made[position].file == item.file and made[position].start <= byte < made[position].end):
+            while not (result[position].file == item.file and result[position].start <= byte < result[position].end):
                 position += 1  # runs off the end when a byte is missing or comes too early
 
 
 @given(ranges)
-def test_what_is_read_along_is_only_gaps(wanted: list[Range]) -> None:
-    read = sum(block.end - block.start for block in blocks(wanted, 64, 0))
-    assert read == sum(item.end - item.start for item in wanted)
+def test_what_is_read_along_is_only_gaps(parts: list[Range]) -> None:
+    read = sum(block.end - block.start for block in blocks(parts, 64, 0))
+    assert read == sum(item.end - item.start for item in parts)
 
 
 def test_neighbours_are_one_request() -> None:
-    wanted = [Range("a", 0, 10), Range("a", 10, 30), Range("a", 32, 40), Range("b", 40, 50), Range("a", 5, 6)]
-    assert list(blocks(wanted, 100, 4)) == [Range("a", 0, 40), Range("b", 40, 50), Range("a", 5, 6)]
+    parts = [Range("a", 0, 10), Range("a", 10, 30), Range("a", 32, 40), Range("b", 40, 50), Range("a", 5, 6)]
+    assert list(blocks(parts, 100, 4)) == [Range("a", 0, 40), Range("b", 40, 50), Range("a", 5, 6)]
 
 
 DATA = {"a": bytes(range(256)) * 4, "b": bytes(reversed(range(256)))}
@@ -53,31 +53,31 @@ def fetch(block: Range) -> bytes:
 
 
 @given(ranges)
-def test_reading_ahead_gives_the_bytes(wanted: list[Range]) -> None:
-    wanted = [Range(item.file, item.start, min(item.end, len(DATA[item.file]))) for item in wanted]
-    wanted = [item for item in wanted if item.end > item.start]
+def test_reading_ahead_gives_the_bytes(parts: list[Range]) -> None:
+    parts = [Range(item.file, item.start, min(item.end, len(DATA[item.file]))) for item in parts]
+    parts = [item for item in parts if item.end > item.start]
     with ThreadPoolExecutor(4) as pool:
-        assert list(read_ahead(wanted, fetch, pool)) == [fetch(item) for item in wanted]
+        assert list(read_ahead(parts, fetch, pool)) == [fetch(item) for item in parts]
 
 
 def test_memory_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AHEAD_BYTES", 400)
-    monkeypatch.setattr(module, "blocks", lambda wanted: iter(wanted))
-    asked: list[Range] = []
+    monkeypatch.setattr(module, "blocks", lambda parts: iter(parts))
+    fetched: list[Range] = []
 
     def counting(block: Range) -> bytes:
-        asked.append(block)
+        fetched.append(block)
         return bytes(block.end - block.start)
 
-    wanted = [Range("a", start, start + 100) for start in range(0, 5000, 100)]
-    with ThreadPoolExecutor(4) as pool, ReadAhead(wanted, counting, pool, threading.Event()) as reader:
+    parts = [Range("a", start, start + 100) for start in range(0, 5000, 100)]
+    with ThreadPoolExecutor(4) as pool, ReadAhead(parts, counting, pool, threading.Event()) as reader:
         view = memoryview(bytearray(100))
         reader.fill("a", 0, view)
         time.sleep(0.05)
-        assert len(asked) == 4
+        assert len(fetched) == 4
         reader.fill("a", 1000, view)
         time.sleep(0.05)
-        assert 11 <= len(asked) <= 14
+        assert 11 <= len(fetched) <= 14
 
 
 def test_waiting_ends_when_somebody_wants_it_to() -> None:

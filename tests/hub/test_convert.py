@@ -239,8 +239,8 @@ def test_memory_does_not_hold_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
     monkeypatch.setattr(blocks.blocks, "__defaults__", (2**16, 64))
     monkeypatch.setattr("quarkconv.files.read_ahead.AHEAD_BYTES", 2**18)
 
-    def counting(self: HubRepo, wanted: Any) -> bytes:
-        data = fetch(self, wanted)
+    def counting(self: HubRepo, requested: Any) -> bytes:
+        data = fetch(self, requested)
         held.append(len(data))
         return data
 

@@ -98,13 +98,13 @@ def test_private_and_gated_repos(published: Hub, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
-    ("model", "said"),
+    ("model", "message"),
     [("org/nothing", "neither a local directory"), (f"{REPO}@nowhere", "no such revision"), ("a--b/c", "neither")],
 )
-def test_what_the_hub_does_not_have(model: str, said: str, capsys: Capture) -> None:
+def test_what_the_hub_does_not_have(model: str, message: str, capsys: Capture) -> None:
     code, out, err = run_cli(capsys, "inspect", model, "--json")
     assert code == 3
-    assert said in json.loads(out)["error"]
+    assert message in json.loads(out)["error"]
     assert json.loads(out)["code"] == "hub-unavailable"
     assert "Traceback" not in err
 

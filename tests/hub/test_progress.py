@@ -60,10 +60,10 @@ def test_inspect_shows_what_it_reads_and_leaves_nothing_behind(run: Run) -> None
     shown = run("inspect", REPO, "--deep", "--json")
     assert shown.code == 0
     assert json.loads(shown.out)["model"] == REPO, "standard output has the answer and nothing else"
-    said = "\n".join(shown.lines)
-    assert "Contacting the Hub" in said
-    assert re.search(r"Reading headers .* [0-4] of 5 shards", said)
-    assert re.search(r"Reading scales .* of [\d.]+ kB", said)
+    text = "\n".join(shown.lines)
+    assert "Contacting the Hub" in text
+    assert re.search(r"Reading headers .* [0-4] of 5 shards", text)
+    assert re.search(r"Reading scales .* of [\d.]+ kB", text)
     assert shown.terminal.rindex("\x1b[?25h") > shown.terminal.rindex("\x1b[?25l"), "the cursor is shown again"
     assert shown.terminal.endswith("\x1b[2K"), "the last line is empty again"
 
@@ -94,9 +94,9 @@ def test_a_terminal_without_colours_and_with_few_columns(run: Run) -> None:
 def test_convert_shows_planning_and_then_converting(run: Run, tmp_path: Path) -> None:
     shown = run("convert", REPO, "--to", "fused-int8", "--out", tmp_path / "out", "--jobs", "1")
     assert shown.code == 0
-    said = "\n".join(shown.lines)
-    assert re.search(r"Reading headers .* of 5 shards", said)
-    assert re.search(r"Converting to fused-int8 .* of \d+ kB", said)
+    text = "\n".join(shown.lines)
+    assert re.search(r"Reading headers .* of 5 shards", text)
+    assert re.search(r"Converting to fused-int8 .* of \d+ kB", text)
     assert "Converted to fused-int8" in shown.out
 
 
@@ -108,10 +108,10 @@ def test_downloads_are_shown_in_the_same_way(run: Run, slow: Hub, tmp_path: Path
     shown = run(*command)
     assert shown.code == 0
     assert json.loads(shown.out)["dry_run"] is True
-    said = "\n".join(shown.lines)
-    assert re.search(rf"Downloading .* of {total / 1000:.0f} kB", said)
-    assert "Fetching" not in said, "a bar of huggingface_hub"
-    assert "it/s" not in said
+    text = "\n".join(shown.lines)
+    assert re.search(rf"Downloading .* of {total / 1000:.0f} kB", text)
+    assert "Fetching" not in text, "a bar of huggingface_hub"
+    assert "it/s" not in text
     again = run(*command)  # everything is there
     assert not [line for line in again.lines if re.search(r"Downloading .* of [1-9]", line)]
     piped = run(*command, stderr=False, environment={"HF_HOME": str(tmp_path / "another")})
@@ -122,10 +122,10 @@ def test_verify_shows_the_download_and_then_what_it_checks(run: Run, slow: Hub, 
     slow.publish("org/converted", quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "out").output)
     shown = run("verify", "org/converted", "--tokens", "2", "--device", "cpu", "--json")
     assert (shown.code, json.loads(shown.out)["ok"]) == (0, True)
-    said = "\n".join(shown.lines)
-    assert "Starting" in said
-    assert re.search(r"Downloading .* of [\d.]+ kB", said)
-    assert re.search(r"layer 0 \(model\.layers\.0\b.*\): ok in", said)
+    text = "\n".join(shown.lines)
+    assert "Starting" in text
+    assert re.search(r"Downloading .* of [\d.]+ kB", text)
+    assert re.search(r"layer 0 \(model\.layers\.0\b.*\): ok in", text)
 
 
 def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
@@ -173,7 +173,7 @@ def test_a_local_model_that_reads_at_once_imports_nothing_to_show(model: Path) -
     assert not [name for name in imported if name.split(".")[0] in ("rich", "logging", "huggingface_hub")]
 
 
-def test_reading_is_told_to_whoever_asks(hub: Hub, model: Path) -> None:
+def test_reading_reports_its_progress(hub: Hub, model: Path) -> None:
     hub.publish(REPO, model)
     remote, local = Recorder(), Recorder()
     quarkconv.inspect_checkpoint(REPO, deep=True, progress=remote)

@@ -1,4 +1,4 @@
-"""Networks that have a proxy, and nothing else: every request goes through it, and what it does wrong is told."""
+"""Networks with nothing but a proxy: every request goes through it, and its faults are reported."""
 
 from __future__ import annotations
 
@@ -35,8 +35,8 @@ UseProxy = Callable[..., None]
 
 @pytest.fixture
 def proxy() -> Iterator[Proxy]:
-    made, server = start_proxy()
-    yield made
+    proxy_state, server = start_proxy()
+    yield proxy_state
     server.shutdown()
     server.server_close()
 
@@ -69,7 +69,7 @@ def behind(hub: Hub, proxy: Proxy, model: Path, point_at: Callable[[str], None])
 def encrypted(
     proxy: Proxy, model: Path, tmp_path: Path, point_at: Callable[[str], None], use: UseProxy
 ) -> Iterator[Hub]:
-    """The same over TLS, with a certificate of an authority that nobody knows but SSL_CERT_FILE."""
+    """The same over TLS, with a certificate of an authority that only SSL_CERT_FILE contains."""
     openssl = shutil.which("openssl")
     if openssl is None:
         pytest.skip("needs openssl, to make a certificate")
@@ -109,7 +109,9 @@ def test_everything_goes_through_the_proxy(
     assert_went_through(proxy, behind)
     assert_converts_alike(REPO, model, tmp_path)
     assert_went_through(proxy, behind)
-    seen = [(method, address, asked) for method, address, asked in proxy.requests if method == "GET" and asked]
+    seen = [
+        (method, address, requested) for method, address, requested in proxy.requests if method == "GET" and requested
+    ]
     assert len(seen) == len(behind.ranges()) > 5
     assert {address.split("/")[2] for _, address, _ in seen} == set(NAMES)
 
@@ -163,12 +165,12 @@ def refusal(capsys: Capture, *arguments: str | Path) -> tuple[dict[str, str], st
     """The one message of a command that fails for want of the source."""
     code, out, err = run_cli(capsys, *arguments, "--json")
     assert code == 3, err
-    said: dict[str, str] = json.loads(out)
-    assert said["code"] == "hub-unavailable"
+    error: dict[str, str] = json.loads(out)
+    assert error["code"] == "hub-unavailable"
     assert err.count("error:") == 1
     assert "Traceback" not in err
     assert "secret" not in out + err, "the password of the proxy"
-    return said, err
+    return error, err
 
 
 COMMANDS = [["inspect", REPO], ["convert", REPO, "--to", "fused-int8"], ["convert", REPO, "--to", "bf16", "--cache"]]
@@ -179,11 +181,11 @@ COMMANDS = [["inspect", REPO], ["convert", REPO, "--to", "fused-int8"], ["conver
 def test_a_proxy_that_wants_a_password(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
     proxy.login = "anna:right"
     use(HTTP_PROXY=f"http://anna:secret@127.0.0.1:{proxy.port}")
-    said, _ = refusal(capsys, *command)
-    assert "proxy" in said["error"]
-    assert "407" in said["found"]
-    assert said["hint"].startswith("HTTP_PROXY needs a user and password")
-    assert f"127.0.0.1:{proxy.port}" in said["expected"]
+    error, _ = refusal(capsys, *command)
+    assert "proxy" in error["error"]
+    assert "407" in error["found"]
+    assert error["hint"].startswith("HTTP_PROXY needs a user and password")
+    assert f"127.0.0.1:{proxy.port}" in error["expected"]
 
 
 @pytest.mark.usefixtures("encrypted")
@@ -193,22 +195,22 @@ def test_a_proxy_that_wants_a_password_for_a_tunnel(
 ) -> None:
     proxy.refuse = 407
     use(https_proxy=f"http://anna:secret@127.0.0.1:{proxy.port}")
-    said, _ = refusal(capsys, *command)
-    assert "proxy" in said["error"]
-    assert "407" in said["found"]
-    assert said["hint"].startswith("https_proxy needs a user and password")
+    error, _ = refusal(capsys, *command)
+    assert "proxy" in error["error"]
+    assert "407" in error["found"]
+    assert error["hint"].startswith("https_proxy needs a user and password")
 
 
 @pytest.mark.usefixtures("behind")
 @pytest.mark.parametrize("command", COMMANDS)
 def test_a_proxy_that_is_not_there(use: UseProxy, capsys: Capture, command: list[str]) -> None:
     use(ALL_PROXY="http://anna:secret@127.0.0.1:9")
-    said, _ = refusal(capsys, *command)
-    assert said["error"] == "The Hub cannot be reached through the proxy"
-    assert said["expected"] == "a response from http://hub.test through http://127.0.0.1:9"
-    assert "refused" in said["found"]
-    assert "ALL_PROXY" in said["hint"]
-    assert "hub.test to NO_PROXY" in said["hint"]
+    error, _ = refusal(capsys, *command)
+    assert error["error"] == "The Hub cannot be reached through the proxy"
+    assert error["expected"] == "a response from http://hub.test through http://127.0.0.1:9"
+    assert "refused" in error["found"]
+    assert "ALL_PROXY" in error["hint"]
+    assert "hub.test to NO_PROXY" in error["hint"]
 
 
 def test_an_upload_names_the_proxy_too(
@@ -231,9 +233,9 @@ def test_an_upload_names_the_proxy_too(
 @pytest.mark.usefixtures("behind")
 def test_an_address_that_is_none_of_a_proxy(use: UseProxy, capsys: Capture, address: str) -> None:
     use(HTTP_PROXY=address)
-    said, _ = refusal(capsys, "inspect", REPO)
-    assert said["error"] == "The proxy cannot be used"
-    assert "HTTP_PROXY" in said["hint"]
+    error, _ = refusal(capsys, "inspect", REPO)
+    assert error["error"] == "The proxy cannot be used"
+    assert "HTTP_PROXY" in error["hint"]
 
 
 @pytest.mark.usefixtures("behind")
@@ -241,10 +243,10 @@ def test_an_address_that_is_none_of_a_proxy(use: UseProxy, capsys: Capture, addr
 def test_a_proxy_that_answers_with_a_page(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
     proxy.page = b"<html>Please log in</html>"
     use(HTTP_PROXY=proxy.url)
-    said, _ = refusal(capsys, *command)
-    assert said["error"] == "The response is not from a Hub"
-    assert "HF_ENDPOINT" in said["hint"]
-    assert f"HTTP_PROXY, which is {proxy.url}" in said["hint"]
+    error, _ = refusal(capsys, *command)
+    assert error["error"] == "The response is not from a Hub"
+    assert "HF_ENDPOINT" in error["hint"]
+    assert f"HTTP_PROXY, which is {proxy.url}" in error["hint"]
 
 
 def test_a_proxy_that_cuts_some_answers(
@@ -255,7 +257,7 @@ def test_a_proxy_that_cuts_some_answers(
     use(HTTP_PROXY=proxy.url)
     assert_converts_alike(REPO, model, tmp_path)
     assert proxy.cuts == 0
-    assert any(asked.startswith("bytes=1000-") for asked in behind.ranges())
+    assert any(requested.startswith("bytes=1000-") for requested in behind.ranges())
 
 
 @pytest.mark.usefixtures("encrypted")
@@ -271,9 +273,9 @@ def test_a_proxy_that_cuts_some_tunnels(proxy: Proxy, model: Path, tmp_path: Pat
 def test_a_proxy_that_cuts_every_answer(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
     proxy.cuts = 10**6
     use(HTTP_PROXY=proxy.url)
-    said, _ = refusal(capsys, *command)
-    assert said["error"] == "The Hub cannot be reached through the proxy"
-    assert "HTTP_PROXY" in said["hint"]
+    error, _ = refusal(capsys, *command)
+    assert error["error"] == "The Hub cannot be reached through the proxy"
+    assert "HTTP_PROXY" in error["hint"]
 
 
 @pytest.mark.usefixtures("encrypted")
@@ -297,7 +299,7 @@ def test_a_certificate_that_is_not_trusted(
     """As where a proxy opens what is encrypted, and shows a certificate of its own."""
     monkeypatch.delenv("SSL_CERT_FILE")
     use(HTTPS_PROXY=proxy.url)
-    said, _ = refusal(capsys, "inspect", REPO)
-    assert said["error"] == "The certificate of the Hub is not trusted"
-    assert "SSL_CERT_FILE" in said["hint"]
+    error, _ = refusal(capsys, "inspect", REPO)
+    assert error["error"] == "The certificate of the Hub is not trusted"
+    assert "SSL_CERT_FILE" in error["hint"]
     assert encrypted.requests == []

@@ -25,17 +25,17 @@ def _token(hub: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def push(capsys: Capture, model: Path, out: Path, repo: str = NEW) -> tuple[int, dict[str, str], str]:
-    code, said, err = run_cli(
+    code, output, err = run_cli(
         capsys, "convert", model, "--to", "fused-int8", "--out", out, "--push", repo, "--max-shard-size", "40000",
         "--json",
     )  # fmt: skip
-    return code, json.loads(said), err
+    return code, json.loads(output), err
 
 
 def test_every_file_arrives(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
-    code, said, _ = push(capsys, model, tmp_path / "out")
-    assert code == 0, str(said)
-    assert said["pushed"] == f"{constants.ENDPOINT}/{NEW}"
+    code, output, _ = push(capsys, model, tmp_path / "out")
+    assert code == 0, str(output)
+    assert output["pushed"] == f"{constants.ENDPOINT}/{NEW}"
     written = {path.relative_to(tmp_path / "out").as_posix(): path for path in (tmp_path / "out").rglob("*")}
     arrived = hub.files(NEW)
     assert {name for name in written if not name.startswith(".")} == set(arrived)
@@ -50,12 +50,12 @@ def test_a_failed_upload_resumes_without_converting_again(
 
     with monkeypatch.context() as patch:
         patch.setattr("huggingface_hub.HfApi.upload_folder", fail)
-        code, said, _ = push(capsys, model, tmp_path / "out")
+        code, output, _ = push(capsys, model, tmp_path / "out")
     assert code == 5
-    assert said["found"] == "connection lost"
+    assert output["found"] == "connection lost"
     before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
-    code, said, _ = push(capsys, model, tmp_path / "out")
-    assert code == 0, str(said)
+    code, output, _ = push(capsys, model, tmp_path / "out")
+    assert code == 0, str(output)
     assert (tmp_path / "out" / "config.json").stat().st_mtime_ns == before
     assert "config.json" in hub.files(NEW)
 
@@ -63,9 +63,9 @@ def test_a_failed_upload_resumes_without_converting_again(
 def test_a_name_or_token_that_does_not_do_is_told_first(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert push(capsys, model, tmp_path / "out", "no-slash")[0] == 2
     hub.faults.token = "hf_other"
-    code, said, _ = push(capsys, model, tmp_path / "out")
+    code, output, _ = push(capsys, model, tmp_path / "out")
     assert code == 5
-    assert "hf auth login" in said["hint"]
+    assert "hf auth login" in output["hint"]
     assert not (tmp_path / "out").exists()
 
 

@@ -111,8 +111,8 @@ def test_xet_storage_that_cannot_be_reached(
     abort_xet_session()  # the next one reads the environment again
     code, out, _ = run_cli(capsys, "convert", REPO, "--to", "bf16", "--out", tmp_path / "out", "--cache", "--json")
     abort_xet_session()
-    said = json.loads(out)
-    assert (code, said["code"]) == (3, "hub-unavailable")
-    assert "Xet" in said["error"]
-    assert "HF_HUB_DISABLE_XET=1" in said["hint"]
+    error = json.loads(out)
+    assert (code, error["code"]) == (3, "hub-unavailable")
+    assert "Xet" in error["error"]
+    assert "HF_HUB_DISABLE_XET=1" in error["hint"]
     assert quarkconv.inspect_checkpoint(REPO).ok, "ranges are read all the same"

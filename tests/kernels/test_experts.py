@@ -245,7 +245,7 @@ def test_close_to_unquantized_activations(
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
 def test_experts_of_other_ranks(ids_dtype: torch.dtype, make_case: Callable[..., Any]) -> None:
-    """Two ranks with half of the experts each add up to the whole; a token with none of them here gets exactly 0."""
+    """Two ranks with half of the experts each add up to the whole; a token without experts there gets exactly 0."""
     case = make_case(6, 96, 80, 4, 2, ids_dtype=ids_dtype)
     case.topk_ids[2] = torch.tensor([0, 1])
     whole = fused_experts_int8(*case.tensors())
@@ -356,7 +356,7 @@ def test_output_may_be_the_input_and_rows_may_be_apart(make_case: Callable[..., 
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 def test_weights_at_any_address(launch: Any, make_case: Callable[..., Any]) -> None:
-    """Slices of a larger tensor: contiguous, at an address that is no multiple of 16, or of 4."""
+    """Slices of a larger tensor: contiguous, at an address that is not a multiple of 16, or of 4."""
     case = make_case(5, 96, 80, 4, 2)
     expected = fused_experts_int8(*case.tensors())
     for offset in (1, 4, 8):

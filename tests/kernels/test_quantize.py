@@ -63,8 +63,8 @@ def test_per_tensor_equals_exact_arithmetic(
     quantize: Callable[..., Any], dtype: torch.dtype, static: bool, device: torch.device
 ) -> None:
     x = spread(3, 3000, dtype, device).view(3, 2, 1500)
-    given = torch.tensor([0.37], device=device) if static else None
-    codes, scale = quantize(x, granularity="per_tensor", scale=given)
+    static_scale = torch.tensor([0.37], device=device) if static else None
+    codes, scale = quantize(x, granularity="per_tensor", scale=static_scale)
     expected, expected_scale = oracle_row(x.float().flatten().tolist(), f32(0.37) if static else None)
     assert codes.flatten().tolist() == expected
     assert scale.shape == (1,)

@@ -1,7 +1,7 @@
-"""The products whose warps have different things to do, and what goes with them: rows that are sorted beforehand.
+"""The warp-specialized products, on rows that are sorted beforehand.
 
-The warps need a GPU of the right kind. Everything else is the same code everywhere: on other devices, options that ask
-for such warps get the other kernel on sorted rows.
+The warps need a GPU of the right kind. All other code is the same everywhere: on other devices, options that request
+such warps get the other kernel on sorted rows.
 """
 
 import math
@@ -68,7 +68,7 @@ def test_each_row_is_quantized_once_and_written_to_all_its_rows(top_k: int, widt
 def test_sorted_rows_change_no_bit(
     static: str | None, on_input: bool, make_case: Callable[..., Any], device: torch.device
 ) -> None:
-    """Options that ask for specialized warps, whether or not the device has them."""
+    """Options that request specialized warps, whether or not the device has them."""
     case = make_case(40, 80, 48, 4, 2)
     case.topk_ids[5:9, 1] = -1
     more: dict[str, Any] = {} if static is None else {static: torch.linspace(0.02, 0.04, 4, device=device)}
@@ -76,7 +76,7 @@ def test_sorted_rows_change_no_bit(
     options = LaunchOptions(RowBlocks(16, 16), GATE_UP, DOWN)
     expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device, **more)
     assert expected.isfinite().all()
-    # Sizes that are no multiple of 128 never fit, so that they are asked for as they are.
+    # Sizes that are not multiples of 128 never fit: they are requested as they are.
     arguments = check_arguments(*case.tensors(), **more)
     workspace = empty_workspace(arguments, options)
     assert workspace.input_codes.shape[0] == 80

@@ -87,17 +87,17 @@ def test_every_piece_is_what_torch_makes_of_its_source_range(result: quarkconv.C
         for tensor in shard.tensors:
             for piece, _ in tensor.pieces:
                 _, file, start, nbytes = piece.source
-                made = bytearray(files[file][start : start + nbytes])
+                expected = bytearray(files[file][start : start + nbytes])
                 if isinstance(piece, Rows):
                     if piece.widen:
                         assert piece.widen == "BF16"
-                        wide = torch.frombuffer(made, dtype=torch.bfloat16).float()
-                        made = bytearray(wide.numpy().tobytes())
-                    made *= piece.repeat
+                        wide = torch.frombuffer(expected, dtype=torch.bfloat16).float()
+                        expected = bytearray(wide.numpy().tobytes())
+                    expected *= piece.repeat
                 else:
                     assert isinstance(piece, Copy)
-                assert data[position : position + len(made)] == made, tensor.name
-                position += len(made)
+                assert data[position : position + len(expected)] == expected, tensor.name
+                position += len(expected)
 
 
 def test_a_checkpoint_without_one_has_none(checkpoints: Checkpoints) -> None:

@@ -1,1 +1,1 @@
-"""What several tests share: checkpoints to make, servers to ask, programs to run."""
+"""Shared by several tests: small checkpoints, servers, programs."""

@@ -67,7 +67,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
         def log_message(self, *_: object) -> None: ...
 
         def _forward(self) -> None:
-            wanted = self.headers.get("Range")
+            requested = self.headers.get("Range")
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}
             length = int(self.headers.get("Content-Length") or 0)
             with proxy.lock:
@@ -86,14 +86,14 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             if self.command == "PUT" and proxy.take("refuse_puts"):
                 self._send(proxy.status, {}, b"<Error><Code>SlowDown</Code></Error>")
                 return
-            if wanted is not None:
+            if requested is not None:
                 with proxy.lock:
-                    proxy.ranges.append(wanted)
+                    proxy.ranges.append(requested)
                 if proxy.take("refuse"):
                     self._send(proxy.status, {}, b"<Error><Code>SlowDown</Code></Error>")
                     return
                 if proxy.lie:
-                    first, _, last = wanted.removeprefix("bytes=").partition("-")
+                    first, _, last = requested.removeprefix("bytes=").partition("-")
                     headers["Range"] = f"bytes={int(first) + 1}-{int(last) + 1}"
             upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
             upstream.request(self.command, self.path, body, headers)
@@ -101,7 +101,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             body = response.read()
             upstream.close()
             kept = {name: value for name, value in response.getheaders() if name.lower() not in _HOP}
-            cut = wanted is not None and len(body) > 1 and proxy.take("cut")
+            cut = requested is not None and len(body) > 1 and proxy.take("cut")
             self._send(response.status, kept, body, cut=cut)
 
         def _send(self, status: int, headers: dict[str, str], body: bytes, *, cut: bool = False) -> None:

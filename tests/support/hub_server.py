@@ -53,10 +53,10 @@ class HubHandler(Handler):
             self._answer(404)
             return
         path = path.removeprefix(hub.prefix)
-        given = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
-        if faults.token is not None and given != faults.token:
+        bearer = (self.headers.get("Authorization") or "").removeprefix("Bearer ") or None
+        if faults.token is not None and bearer != faults.token:
             if faults.gated:
-                self._refused(403 if given else 401, "GatedRepo", "Access to this model is restricted")
+                self._refused(403 if bearer else 401, "GatedRepo", "Access to this model is restricted")
             else:
                 self._refused(401, "RepoNotFound", "Repository Not Found")
             return
@@ -140,8 +140,8 @@ class HubHandler(Handler):
     def _write(self, path: str, body: bytes) -> None:
         hub = self.hub
         if path == "/api/repos/create":
-            wanted = json.loads(body)
-            repo = f"{wanted.get('organization') or 'user'}/{wanted['name']}"
+            request_json = json.loads(body)
+            repo = f"{request_json.get('organization') or 'user'}/{request_json['name']}"
             hub.commits.setdefault(repo, {"0" * 40: {}})
             hub.refs.setdefault(repo, {"main": "0" * 40})
             self._json({"url": f"{hub.url}/{repo}", "name": repo, "id": "1"})

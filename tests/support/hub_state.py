@@ -24,7 +24,7 @@ class Faults:
         token: the only token that is accepted; None accepts every request.
         gated: respond to other tokens, or to none, that the repo is gated.
         too_many: how many requests are answered with 429 before any other answer.
-        retry_after: seconds that those answers ask to wait.
+        retry_after: seconds to wait in those responses.
         server_errors: how many requests to the store are answered with 503.
         refusals: how many requests to the store are answered with 403, however new their address is.
         hang_up: how many requests to the Hub get no answer at all.
@@ -35,7 +35,7 @@ class Faults:
             sends no bytes, ``endless`` repeats the bytes forever, ``circle`` redirects to the same address.
         chunked: answers of the store do not say how long they are.
         circle: the Hub redirects a request for a file to the same address.
-        answer: what the Hub answers to everything, in place of what was asked for.
+        answer: the Hub's response to every request, instead of the right one.
         expire_after: an address that was signed serves that many requests.
         etag_of_store: changes the ETag of the store after that many requests.
         delay: seconds before each answer.

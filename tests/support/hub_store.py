@@ -1,8 +1,8 @@
 """The store of large files, to which the Hub on loopback redirects; and what makes it Xet storage.
 
-With Xet the resolve request is answered as before, with the file's name in Xet storage and where to ask for a token
-beside it. Whoever follows the redirect gets plain ranges, under an ETag that is that name; whoever has hf_xet asks for
-the token, then the store for a reconstruction of the file, then for chunks.
+With Xet the response to a resolve request also holds the file's name in Xet storage and the URL of a token. A client
+that follows the redirect gets plain ranges, under an ETag that is that name; hf_xet requests the token, then a
+reconstruction of the file from the store, then chunks.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class StoreHandler(Handler):
                 hub.busy -= 1
 
     def do_POST(self) -> None:  # noqa: N802
-        """What hf_xet tells of its downloads."""
+        """The reports of hf_xet on its downloads."""
         self.rfile.read(int(self.headers.get("Content-Length") or 0))
         self._answer(200)
 
@@ -94,10 +94,10 @@ def xet_headers(hub: Hub, repo: str, commit: str, file: Stored) -> dict[str, str
 
 
 def read_token(handler: Handler) -> None:
-    """Say where Xet storage is, and with what token it may be asked for a while."""
+    """Send the URL of Xet storage and a token that expires."""
     url, expires = handler.hub.xet_url or handler.hub.store_url, int(time.time()) + 3600
-    given = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
-    handler._answer(200, json.dumps({"casUrl": url, "accessToken": "xet", "exp": expires}).encode(), given)
+    token_headers = {"X-Xet-Cas-Url": url, "X-Xet-Access-Token": "xet", "X-Xet-Token-Expiration": str(expires)}
+    handler._answer(200, json.dumps({"casUrl": url, "accessToken": "xet", "exp": expires}).encode(), token_headers)
 
 
 def _from_xet(handler: Handler, path: str) -> None:
@@ -129,7 +129,7 @@ def _file(hub: Hub, name: str) -> Stored | None:
 
 
 def send_range(handler: Handler, data: bytes, headers: dict[str, str], faults: Faults | None = None) -> None:
-    """Send the range that is asked for, or what the faults make of it."""
+    """Send the requested range, or what the faults turn it into."""
     faults = faults or Faults()
     match = re.fullmatch(r"bytes=(\d+)-(\d+)", handler.headers.get("Range", ""))
     if match is None or faults.lie == "ignored":

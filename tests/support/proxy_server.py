@@ -1,6 +1,6 @@
 """A forward proxy on loopback, as companies run them: it takes absolute addresses, or CONNECT for a tunnel.
 
-It finds servers by names that nobody else knows, so that whatever reaches them came through it.
+It resolves server names that exist nowhere else, so that every request they get came through it.
 """
 
 from __future__ import annotations
@@ -47,15 +47,15 @@ class Proxy:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    def place(self, host: str, port: int) -> tuple[str, int]:
+    def address_of(self, host: str, port: int) -> tuple[str, int]:
         return ("127.0.0.1", self.hosts[host]) if host in self.hosts else (host, port)
 
     def cut(self) -> bool:
         """Whether the answer under way is to be cut."""
         with self.lock:
-            wanted = self.cuts > 0
-            self.cuts -= wanted
-            return wanted
+            cuts_now = self.cuts > 0
+            self.cuts -= cuts_now
+            return cuts_now
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -74,7 +74,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         host, _, port = self.path.rpartition(":")
-        with socket.create_connection(self.proxy.place(host, int(port))) as server:
+        with socket.create_connection(self.proxy.address_of(host, int(port))) as server:
             self.proxy.peers.add(server.getsockname()[1])
             self.send_response(200, "Connection established")
             self.end_headers()
@@ -85,12 +85,12 @@ class _Handler(BaseHTTPRequestHandler):
         proxy = self.proxy
         with proxy.lock:
             proxy.requests.append((self.command, self.path, self.headers.get("Range", "")))
-        given = (self.headers.get("Proxy-Authorization") or "").removeprefix("Basic ")
+        login_text = (self.headers.get("Proxy-Authorization") or "").removeprefix("Basic ")
         status = proxy.refuse
         with proxy.lock:
             proxy.busy -= 1
             status = 502 if proxy.busy >= 0 else status
-        if proxy.login is not None and base64.b64decode(given).decode() != proxy.login:
+        if proxy.login is not None and base64.b64decode(login_text).decode() != proxy.login:
             status = 407
         if status is None and proxy.page is None:
             return False
@@ -104,8 +104,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self._refused():
             return
         address = urlsplit(self.path)
-        place = self.proxy.place(address.hostname or "", address.port or 80)
-        server = HTTPConnection(*place, timeout=10)
+        server_address = self.proxy.address_of(address.hostname or "", address.port or 80)
+        server = HTTPConnection(*server_address, timeout=10)
         server.connect()
         self.proxy.peers.add(server.sock.getsockname()[1])
         drop = ("proxy-authorization", "proxy-connection", "connection")

@@ -212,8 +212,8 @@ def test_ignore_in_full(converted: Converted, name: str, expected: list[str]) ->
 )
 def test_experts_left_in_float_are_ignored_as_engines_ask(converted: Converted, name: str, layer: str) -> None:
     # vLLM and SGLang look up these three names of a fused MoE layer, and must find all of them or none.
-    asked = {f"{layer}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")}
-    assert {layer, *asked} <= set(converted.ignore(name))
+    loaded = {f"{layer}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")}
+    assert {layer, *loaded} <= set(converted.ignore(name))
 
 
 def test_a_linear_in_float_beside_one_in_int8_is_ignored_alone(tmp_path: Path) -> None:

@@ -31,7 +31,7 @@ TOLERANCE = 2e-6
 # The family that caps its logits has them of order 10, with errors ten times as large.
 TOLERANCES = {"grok-2": 2e-5}
 
-# A config of each family from which one key at a time is spoilt below.
+# A config of each family of which one key at a time is changed below.
 VALID = {name: (CASES[name]["config"], CASES[name]["experts"]) for name in CASES}
 
 

@@ -150,19 +150,19 @@ def test_recorded_hidden_states(converted: Converted, recorded: Callable[..., Pa
     assert [layer.outliers for layer in result.numbers.layers] == [None, None]
     assert sum(result.numbers.experts[0].load) == 25 * 3
     layer = describe(converted(NAME)).int8_layers[1]
-    given = RecordedInputs(file).inputs(layer, 25, torch.device("cpu")).states
-    assert torch.equal(given, states.reshape(-1, 128)[:25])
+    recorded_states = RecordedInputs(file).inputs(layer, 25, torch.device("cpu")).states
+    assert torch.equal(recorded_states, states.reshape(-1, 128)[:25])
 
 
 @pytest.mark.parametrize(
-    ("tensors", "said"),
+    ("tensors", "reason"),
     [({"3": torch.zeros(2, 128)}, "nothing for a layer"), ({"hidden_states": torch.zeros(2, 64)}, "do not fit"),
      ({"hidden_states": torch.zeros(2, 128, dtype=torch.int32)}, "do not fit")],
 )  # fmt: skip
 def test_recorded_states_that_do_not_fit(
-    tensors: Tensors, said: str, converted: Converted, recorded: Callable[..., Path]
+    tensors: Tensors, reason: str, converted: Converted, recorded: Callable[..., Path]
 ) -> None:
-    with pytest.raises(quarkconv.UsageError, match=said):
+    with pytest.raises(quarkconv.UsageError, match=reason):
         quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=recorded(**tensors))
 
 

@@ -153,7 +153,7 @@ def test_damage_is_found_and_named(
 def test_numbers_alone_find_it_against_the_source(
     damage: Callable[[Shard], str], damaged: Damaged, checkpoints: Checkpoints
 ) -> None:
-    """Without a manifest, as if another tool had fused the experts: the source's experts tell."""
+    """Without a manifest, as if another tool had fused the experts: the source's experts show it."""
     model, _ = damaged(damage)
     (model / "quarkconv.json").unlink()
     result = quarkconv.verify_checkpoint(model, checkpoints(NAME), device="cpu")

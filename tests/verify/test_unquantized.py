@@ -40,8 +40,8 @@ def test_errors_are_those_of_the_definition(
     for role, rows in (("gate", slice(0, 96)), ("up", slice(96, 192))):
         for expert in (0, 7):
             original = weights[f"model.layers.0.mlp.experts.{expert}.{role}_proj.weight"].double()
-            made = experts.w13[expert, rows].double() * experts.w13_scale[expert, rows].double()
-            expected = ((made - original).norm() / original.norm()).item()
+            weight = experts.w13[expert, rows].double() * experts.w13_scale[expert, rows].double()
+            expected = ((weight - original).norm() / original.norm()).item()
             assert found[role][expert].relative_error == pytest.approx(expected, rel=1e-9)
             assert found[role][expert].snr_db == pytest.approx(-20 * math.log10(expected), rel=1e-9)
             assert found[role][expert].clipped == 0
@@ -69,8 +69,8 @@ def test_the_worst_are_named(
         "cpu", "--tokens", "40", "--json",
     )  # fmt: skip
     assert code == 0
-    told = json.loads(out)["numbers"]["worst"][0]
-    assert (told["layer"], told["module"], told["role"], told["expert"]) == worst[0][:4]
+    reported = json.loads(out)["numbers"]["worst"][0]
+    assert (reported["layer"], reported["module"], reported["role"], reported["expert"]) == worst[0][:4]
     code, out, _ = run_cli(
         capsys, "verify", converted(NAME), "--unquantized", checkpoints("qwen3_moe-bf16"), "--layers", "0", "--device",
         "cpu", "--tokens", "40",

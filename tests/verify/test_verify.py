@@ -86,16 +86,16 @@ def test_export_and_conversion_give_the_same_numbers(checkpoints: Checkpoints, c
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "family"),
     [
         ("mixtral-quark0.11-eager", "softmax, top 2 of 6, renormalised"),
         ("deepseek_v3-quark0.13-f2f", "sigmoid + correction bias, top 4 of 8 in 2 of 4 groups, renormalised, x2.5"),
         ("step3p5-like-3key_fused", "sigmoid + correction bias, top 2 of 6, renormalised, x3"),
     ],
 )
-def test_routing_is_the_models_own(name: str, said: str, checkpoints: Checkpoints) -> None:
+def test_routing_is_the_models_own(name: str, family: str, checkpoints: Checkpoints) -> None:
     layers = quarkconv.verify_checkpoint(checkpoints(name), device="cpu").numbers.layers
-    assert {layer.routing for layer in layers} == {f"the model's own: {said}"}
+    assert {layer.routing for layer in layers} == {f"the model's own: {family}"}
 
 
 def with_config(checkpoints: Checkpoints, folder: Path, **changes: object) -> Path:

@@ -83,11 +83,11 @@ def test_progress_adds_up_to_what_is_written(source: Path, tmp_path: Path) -> No
 
 def shard_of(header: int, *tensors: list[int]) -> OutputShard:
     """A shard of copies of the given lengths."""
-    made = (
+    planned = (
         OutputTensor(f"t{number}", "I8", (sum(sizes),), tuple(Copy(f"t{number}", "f", 0, size) for size in sizes))
         for number, sizes in enumerate(tensors)
     )
-    return OutputShard("shard", header, tuple(made))
+    return OutputShard("shard", header, tuple(planned))
 
 
 def test_segments_are_runs_of_pieces_that_start_on_a_page() -> None:
@@ -153,9 +153,9 @@ def test_where_direct_writes_are_refused_the_page_cache_is_used_and_it_is_said_o
     with caplog.at_level(logging.INFO, logger="quarkconv"):
         assert snapshot(convert(source, tmp_path / "out")) == reference
     assert refusing.refused == 1
-    said = [record.getMessage() for record in caplog.records if "page cache" in record.getMessage()]
-    assert len(said) == 1
-    assert str(tmp_path / "out") in said[0]
+    warnings = [record.getMessage() for record in caplog.records if "page cache" in record.getMessage()]
+    assert len(warnings) == 1
+    assert str(tmp_path / "out") in warnings[0]
     assert flushed  # so that no fsync takes long, and an interrupt is quick
 
 
@@ -186,11 +186,11 @@ def test_a_direct_write_that_is_cut_short_is_continued_through_the_page_cache(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pwrite = os.pwrite
-    asked: list[int] = []
+    lengths: list[int] = []
 
     def short(descriptor: int, data: memoryview, offset: int) -> int:
-        asked.append(len(data))
-        return pwrite(descriptor, data, offset) if len(asked) > 1 else _write_part(descriptor, data, offset, 1000)
+        lengths.append(len(data))
+        return pwrite(descriptor, data, offset) if len(lengths) > 1 else _write_part(descriptor, data, offset, 1000)
 
     def _write_part(descriptor: int, data: memoryview, offset: int, count: int) -> int:
         with open(f"/proc/self/fd/{descriptor}", "r+b") as again:  # a direct write takes whole blocks only
@@ -205,7 +205,7 @@ def test_a_direct_write_that_is_cut_short_is_continued_through_the_page_cache(
     file = OutputFile(tmp_path / "file", len(expected), DirectWrites())
     file.write(buffer, 0)
     file.seal()
-    assert asked == [3 * PAGE, 3 * PAGE - 1000]
+    assert lengths == [3 * PAGE, 3 * PAGE - 1000]
     assert (tmp_path / "file").read_bytes() == expected
 
 

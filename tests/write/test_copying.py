@@ -87,7 +87,7 @@ def xfs(tmp_path: Path) -> Iterator[Path]:
     folder.mkdir()
     subprocess.run(["mkfs.xfs", "-q", image], check=True)
     if subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
+        pytest.skip("mounting a file system is not permitted")
     yield folder
     subprocess.run(["umount", folder], check=True)
 

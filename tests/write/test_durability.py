@@ -1,4 +1,4 @@
-"""The order in which things reach the disk, as the kernel was asked for it (recorded with strace)."""
+"""The order in which data reaches the disk, by the system calls (recorded with strace)."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def recorded(source: Path, tmp_path_factory: pytest.TempPathFactory) -> tuple[li
     words = [*command, sys.executable, "-c", script, *map(str, arguments(source, out, jobs=2))]
     run = subprocess.run(words, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=False)
     if "ptrace" in run.stderr:
-        pytest.skip("this machine lets nobody trace a process")
+        pytest.skip("tracing a process is not permitted")
     assert run.returncode == 0, run.stderr
     return list(parse(log.read_text(errors="replace"), out)), out
 

@@ -1,4 +1,4 @@
-"""The source: never written to, followed through links, and told when it changes while it is read."""
+"""The source: never written to, followed through links, and reported when it changes while it is read."""
 
 from __future__ import annotations
 

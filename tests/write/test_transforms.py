@@ -52,7 +52,7 @@ def test_every_f16_pattern_is_widened_as_torch_does() -> None:
     found, expected = bits(widen_f16(ALL)), widened_by_torch(torch.float16)
     nan = [pattern for pattern in range(65536) if pattern & 0x7C00 == 0x7C00 and pattern & 0x03FF]
     assert len(nan) == 2046
-    for pattern in nan:  # a NaN stays a NaN of the same sign; its payload says nothing
+    for pattern in nan:  # a NaN stays a NaN of the same sign; its payload is not compared
         assert found[pattern] & 0x7F800000 == 0x7F800000
         assert found[pattern] & 0x007FFFFF
         assert found[pattern] >> 31 == pattern >> 15

@@ -159,7 +159,7 @@ FULL_DISK = """
 import sys
 from quarkconv.cli.main import main
 import quarkconv.write.executor as executor
-executor.require_space = lambda *args: None  # somebody else takes the space after it was asked for
+executor.require_space = lambda *args: None  # another program takes the space after the check
 main(sys.argv[1:])
 """
 
@@ -176,7 +176,7 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("needs mkfs.ext4")
     subprocess.run([mkfs, "-q", "-m", "0", "-F", image], check=True, capture_output=True)
     if subprocess.run(["mount", "-o", "loop", image, folder], capture_output=True, check=False).returncode:
-        pytest.skip("this machine lets nobody mount a file system")
+        pytest.skip("mounting a file system is not permitted")
     yield folder
     subprocess.run(["umount", folder], check=True)
 
@@ -198,7 +198,7 @@ def test_a_disk_that_gets_full_is_one_message_and_nothing_is_lost(
     missing = float(err.partition("free ")[2].partition(" GB")[0]) * 1e9
     assert 0 < missing < 25e6
 
-    process = start(SMALL_STEPS + "main(sys.argv[1:])", *arguments(source, out, jobs=2))  # now it is asked for
+    process = start(SMALL_STEPS + "main(sys.argv[1:])", *arguments(source, out, jobs=2))  # now it is checked
     _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5
     assert "not enough space" in err
@@ -241,8 +241,8 @@ main(sys.argv[1:])
 """
 
 
-@pytest.mark.parametrize("place", ["parent", "directory", "folder"])
-def test_a_target_that_may_not_be_written_to_is_told(source: Path, tmp_path: Path, place: str) -> None:
+@pytest.mark.parametrize("folder_kind", ["parent", "directory", "folder"])
+def test_a_folder_without_write_permission_is_reported(source: Path, tmp_path: Path, folder_kind: str) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else")
     for file in source.rglob("*"):
@@ -252,9 +252,9 @@ def test_a_target_that_may_not_be_written_to_is_told(source: Path, tmp_path: Pat
             if path != Path(path.anchor) and path.stat().st_mode & 0o055 != 0o055:
                 path.chmod(0o755)
     out = tmp_path / "out"
-    if place != "parent":
+    if folder_kind != "parent":
         out.mkdir()
-    if place == "folder":
+    if folder_kind == "folder":
         (out / ".quarkconv").mkdir()
     process = start(AS_NOBODY, *arguments(source, out))
     _, err = process.communicate(timeout=PROCESS_TIMEOUT)

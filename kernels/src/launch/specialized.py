@@ -18,7 +18,7 @@ def launch_specialized(product: GroupedProduct, options: TileOptions) -> None:
     codes, weights, plan, out = product.codes, product.weights, product.plan, product.out
     blocks, processors = plan.blocks, device_traits(out.device).processors
     tiles = plan.max_blocks * -(-product.columns // (HALF * options.sharing * (1 if product.gated else 2)))
-    # Results of 32 bits, which only tests ask for, take more room on their way out.
+    # 32-bit results, used by tests only, need more shared memory for the store.
     stages = options.num_stages - (out.element_size() == 4)
     specialized_product_kernel[(min(processors, tiles),)](
         describe(codes, blocks.block_m, options.block_k, swizzled=True),

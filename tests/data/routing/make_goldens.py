@@ -410,8 +410,8 @@ def route_block(name, spec, seed):
             topk_weights, topk_ids = block.experts.topk_weights, block.experts.topk_ids
     if name == "llama4":  # the experts get every token, times its weight, which is 0 for those that are not chosen
         scores = block.router(hidden_states)[0].detach()
-        given = block.experts.hidden_states.view(len(weight), TOKENS, HIDDEN)
-        assert torch.equal(given, scores.T.unsqueeze(-1) * hidden_states)
+        inputs = block.experts.hidden_states.view(len(weight), TOKENS, HIDDEN)
+        assert torch.equal(inputs, scores.T.unsqueeze(-1) * hidden_states)
         topk_weights, topk_ids = scores.topk(config.num_experts_per_tok, dim=-1)
     if "output_scale" in spec:  # that block scales the experts' output, which is the same by linearity
         topk_weights = topk_weights * spec["settings"][spec["output_scale"]]
@@ -474,8 +474,8 @@ def compute_experts(name, seed):
     with torch.no_grad():
         if name == "llama4":
             scores = torch.zeros(TOKENS, count).scatter(-1, ids, weights).double()
-            given = (scores.T.unsqueeze(-1) * hidden_states.double()).reshape(-1, HIDDEN)
-            output = experts(given).view(count, TOKENS, HIDDEN).sum(dim=0)
+            inputs = (scores.T.unsqueeze(-1) * hidden_states.double()).reshape(-1, HIDDEN)
+            output = experts(inputs).view(count, TOKENS, HIDDEN).sum(dim=0)
         else:
             output = experts(hidden_states.double(), ids, weights.double())
     if name == "step3p5":

@@ -140,9 +140,9 @@ def test_quark_imports_both_as_the_same_model(converted: Converted, tmp_path: Pa
         assert torch.equal(tensor, other), key
     tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, wanted = second(tokens).logits, first(tokens).logits
+        found, reference = second(tokens).logits, first(tokens).logits
     assert torch.isfinite(found).all()
-    assert torch.equal(found, wanted)
+    assert torch.equal(found, reference)
 
 
 @pytest.mark.parametrize("name", EAGER)

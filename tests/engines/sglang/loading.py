@@ -1,6 +1,6 @@
 """SGLang's model classes on the CPU: built and loaded by SGLang's own code.
 
-What is replaced, because it asks for a GPU or for compiled code, and nothing else:
+Replaced, because they need a GPU or compiled code, and nothing else:
 - packages of compiled kernels (``sgl_kernel``) and torchvision are modules whose names exist and do nothing;
 - the groups of a parallel run are objects with a size and a rank: no tensor is exchanged while loading;
 - the class of a model is imported by itself, not from the registry, which imports every model there is.

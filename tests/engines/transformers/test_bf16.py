@@ -85,10 +85,10 @@ def reference(source: Path, like: PreTrainedModel) -> PreTrainedModel:
         for pattern, replacement in NAMES:
             name = re.sub(pattern, replacement, name)
         state[name] = tensor
-    wanted = like.state_dict()
-    assert {name for name in state.keys() - wanted.keys() if not of_mtp(name, like) and "visual" not in name} == set()
+    weights = like.state_dict()
+    assert {name for name in state.keys() - weights.keys() if not of_mtp(name, like) and "visual" not in name} == set()
     model: PreTrainedModel = AutoModelForCausalLM.from_config(like.config, dtype=like.dtype)
-    state = {name: state[name].to(value.dtype) for name, value in wanted.items()}
+    state = {name: state[name].to(value.dtype) for name, value in weights.items()}
     model.load_state_dict(state, strict=True, assign=True)
     evaluated: PreTrainedModel = model.eval()
     return evaluated
@@ -103,18 +103,18 @@ def of_mtp(name: str, model: PreTrainedModel) -> bool:
 
 @pytest.mark.parametrize("name", EXPORTS)
 def test_bf16_is_the_dequantized_model(converted: Converted, name: str) -> None:
-    model, said = from_pretrained(converted.converted(name, "bf16"))
-    assert {name for name in said.pop("unexpected_keys", set()) if not of_mtp(name, model)} == set()
-    assert not said
+    model, loading_info = from_pretrained(converted.converted(name, "bf16"))
+    assert {name for name in loading_info.pop("unexpected_keys", set()) if not of_mtp(name, model)} == set()
+    assert not loading_info
     expected = reference(converted.source(name), model)
     for key, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
     tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        found, wanted = model.eval()(tokens).logits, expected(tokens).logits
+        found, expected_logits = model.eval()(tokens).logits, expected(tokens).logits
     assert torch.isfinite(found).all()
     assert found.std() > 0
-    assert torch.equal(found, wanted)
+    assert torch.equal(found, expected_logits)
 
 
 REFUSED = {
@@ -159,9 +159,9 @@ def test_what_is_loaded_wrongly(
     converted: Converted, name: str, target: str, unexpected: set[str], missing: set[str]
 ) -> None:
     """With a warning and without an error: scales have no place, and codes become weights, or experts are random."""
-    model, said = from_pretrained(converted.converted(name, target))
-    assert {key.rpartition(".")[2] for key in said["unexpected_keys"]} == unexpected
-    assert {key.rpartition(".")[2] for key in said.get("missing_keys", set())} == missing
+    model, loading_info = from_pretrained(converted.converted(name, target))
+    assert {key.rpartition(".")[2] for key in loading_info["unexpected_keys"]} == unexpected
+    assert {key.rpartition(".")[2] for key in loading_info.get("missing_keys", set())} == missing
     if not missing:
         codes = Stacked(converted.source(name)).tensors[
             "model.layers.0." + ("mlp.experts.gate_up_proj" if "qwen" in name else "block_sparse_moe.experts.w13")

@@ -1,6 +1,6 @@
 """vLLM's model classes on the CPU: built as vLLM builds them, loaded by vLLM's own loader.
 
-What is replaced, because it asks for a machine or for compiled code, and nothing else:
+Replaced, because they need a machine or compiled code, and nothing else:
 - the platform is vLLM's CPU platform (``VLLM_TARGET_DEVICE``);
 - where vLLM chooses a kernel for INT8 experts, which looks at the device, it sees one of CUDA;
 - the ranks of a parallel group are set by hand: no tensor is exchanged while loading;
@@ -70,7 +70,7 @@ vars(sys.modules["torchvision.transforms.v2"])["functional"] = sys.modules["torc
 
 
 def prepare(folder: Path) -> Path:
-    """Make a copy of an export one that vLLM can tell apart: with content, and with what the published models have."""
+    """Turn the copy of an export into one vLLM distinguishes: with content, and the fields of published models."""
     fill(folder)
     path = folder / "config.json"
     config = json.loads(path.read_text())

@@ -237,12 +237,12 @@ SPELLINGS: dict[str, tuple[Callable[[Tensors], None], type[Exception] | None]] =
     "scales without the last axis": (_flat_scales, RuntimeError),
     "up before gate": (_halves_swapped, None),
 }
-"""Spellings that are not ours, and the error of vLLM; None where it says nothing."""
+"""Wrong spellings, and the error of vLLM; None where it accepts them silently."""
 
 
 @pytest.mark.parametrize("spelling", SPELLINGS)
 def test_a_wrong_spelling_is_found(forms: Forms, tmp_path: Path, spelling: str) -> None:
-    """By vLLM, or where it says nothing by the comparison above."""
+    """By vLLM, or by the comparison above where vLLM accepts it silently."""
     name = "qwen3_moe-quark0.13-f2f"
     folder = tmp_path / name
     shutil.copytree(forms(name, "fused-int8"), folder)

@@ -330,13 +330,13 @@ def generated(language: Language, seed: int) -> dict[str, Any]:
 
 
 def test_generated_configs_without_the_differences() -> None:
-    said: set[str] = set()
+    seen_schemes: set[str] = set()
     for seed in range(CONFIGS):
         config = generated(WHOLE_LANGUAGE, seed)
         ours, theirs = we_say(config), vllm_says(config)
         assert {module: ours(module) for module in MODULES} == {module: theirs(module) for module in MODULES}, config
-        said.update(map(ours, MODULES))
-    assert said == {FLOAT, OTHER, *SCHEME_NAMES.values()}
+        seen_schemes.update(map(ours, MODULES))
+    assert seen_schemes == {FLOAT, OTHER, *SCHEME_NAMES.values()}
 
 
 def test_generated_configs_with_the_differences() -> None:

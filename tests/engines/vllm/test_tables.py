@@ -40,7 +40,7 @@ def test_a_table_is_found_and_read(tmp_path: Path, monkeypatch: pytest.MonkeyPat
 
 @pytest.mark.usefixtures("h200")
 def test_int8_tables_have_no_dtype_in_their_names(tmp_path: Path) -> None:
-    """Should this fail, vLLM tells INT8 from BF16 by now, and shipped tables need other names."""
+    """If this fails, vLLM distinguishes INT8 from BF16, and shipped tables need other names."""
     scale = torch.ones(1)
     config = int8_w8a8_moe_quant_config(
         w1_scale=scale, w2_scale=scale, a1_scale=None, a2_scale=None, per_act_token_quant=True

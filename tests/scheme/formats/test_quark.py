@@ -30,7 +30,7 @@ Q_PROJ = "model.layers.0.self_attn.q_proj"
 
 
 def named(dtype: str) -> dict[str, Any]:
-    """A layer config that is told from others by the dtype of its weight."""
+    """A layer config that the dtype of its weight identifies."""
     return layer_config({**WEIGHT, "dtype": dtype})
 
 
@@ -74,8 +74,8 @@ def expression_excludes(group: dict[str, Any], name: str) -> bool:
 def test_equals_quarks_loader(group: dict[str, Any]) -> None:
     scheme = scheme_of(group)
     for name, outcome in loader_outcomes(group).items():
-        # Two deliberate differences: `re:` entries are read as engines read them, Quark has none; and a module that is
-        # excluded but has its output quantized, for the KV cache, has a float weight.
+        # Two deliberate differences: `re:` entries are read as engines read them, and Quark ignores them; an excluded
+        # module whose output is quantized, for the KV cache, has a float weight.
         expected = "excluded" if outcome == "output-only" or expression_excludes(group, name) else outcome
         assert chosen(scheme.resolve(name)) == expected, name
 
@@ -219,7 +219,7 @@ def test_version_and_format() -> None:
 # Whatever a config holds, it is read without an exception
 
 
-def ask(scheme: DeclaredScheme | None) -> None:
+def resolve_all(scheme: DeclaredScheme | None) -> None:
     assert scheme is not None
     for module in (Q_PROJ, "lm_head", ""):
         scheme.resolve(module)
@@ -272,17 +272,17 @@ def test_junk_at_every_place(path: tuple[str, ...]) -> None:
         config = quark_config(
             layer_quant_config={"*q_proj": layer_config()}, layer_type_quant_config={"Linear": layer_config()}
         )
-        place = config
+        parent = config
         for key in path[:-1]:
-            place = place[key]
-        place[path[-1]] = junk
-        ask(declared_scheme(config))
+            parent = parent[key]
+        parent[path[-1]] = junk
+        resolve_all(declared_scheme(config))
 
 
 @pytest.mark.parametrize("junk", [True, 1, "quark", [], [quark_config()]], ids=str)
 def test_a_quantization_config_that_is_no_object(junk: object) -> None:
     scheme = declared_scheme(junk)
-    ask(scheme)
+    resolve_all(scheme)
     assert scheme is not None
     assert [problem.field for problem in scheme.problems] == ["quantization_config"]
 
@@ -330,4 +330,4 @@ json_values = st.recursive(
     ),
 )  # fmt: skip
 def test_any_json_is_read(method: str, fields: dict[str, Any]) -> None:
-    ask(declared_scheme({"quant_method": method, **fields}))
+    resolve_all(declared_scheme({"quant_method": method, **fields}))

@@ -16,7 +16,7 @@ from quarkconv.errors import UnsupportedError, UsageError
 
 
 def without_config(folder: Path, quantization: dict[str, Any] | None = None, **fields: Any) -> Path:
-    """A checkpoint of channel INT8 with scales [out, 1], whose config.json says nothing, or something else."""
+    """A checkpoint of channel INT8 with scales [out, 1], whose config.json declares nothing, or another scheme."""
     root = make_checkpoint(folder, **{"column_scales": True, **fields})
     config = json.loads((root / "config.json").read_text())
     del config["quantization_config"]
