@@ -1,4 +1,4 @@
-"""What ``inspect`` can find, as a table of stable codes.
+"""The findings of ``inspect``, as a table of stable codes.
 
 A finding is a fact about a checkpoint that its user should know: ``error`` when an engine would fail or compute
 other results, ``warning`` when it may, ``info`` otherwise. Codes are part of the
@@ -17,7 +17,7 @@ from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError
 
 
 class Severity(StrEnum):
-    """How bad a finding is. ``error`` makes ``inspect`` exit 1."""
+    """The severity of a finding. ``error`` makes ``inspect`` exit 1."""
 
     ERROR = "error"
     WARNING = "warning"
@@ -46,7 +46,7 @@ _E, _W, _I = Severity.ERROR, Severity.WARNING, Severity.INFO
 _BROKEN, _UNSUPPORTED = SourceError, UnsupportedError
 
 CODES: Final[dict[str, FindingCode]] = {
-    # What cannot be read
+    # Files that cannot be read
     "config-invalid": FindingCode(_E, "config.json is missing, is not JSON, or is not an object.", _BROKEN),
     "shard-missing": FindingCode(_E, "The index names a file that does not exist.", _BROKEN),
     "shard-truncated": FindingCode(_E, "A file ends before the data that its header promises.", _BROKEN),
@@ -60,7 +60,7 @@ CODES: Final[dict[str, FindingCode]] = {
         _E, "A tensor has a name that cannot be printed, or (info) with slashes in it.", _BROKEN
     ),
     "file-unused": FindingCode(_W, "The index does not list a safetensors file; engines may or may not load it."),
-    # What the config claims
+    # Claims of the config
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
     "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
     "quantizer-names": FindingCode(
@@ -96,7 +96,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "experts-excluded": FindingCode(
         _I, "The config excludes all routed experts of a layer, and they are stored in float."
     ),
-    # What is stored
+    # Stored tensors
     "weight-shape": FindingCode(_E, "An int8 weight has no elements, or more matrices than a layer has.", _BROKEN),
     "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
     "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
@@ -110,7 +110,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "tensor-unrecognised": FindingCode(
         _W, "A tensor with codes or scales belongs to an unknown module; engines may drop it."
     ),
-    # What the experts look like
+    # Experts
     "expert-missing": FindingCode(_E, "Experts of a layer, or projections of an expert, are missing.", _BROKEN),
     "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
     "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
@@ -121,7 +121,7 @@ CODES: Final[dict[str, FindingCode]] = {
         _E, "Routed experts have names, or a layout, that quarkconv does not know.", _UNSUPPORTED
     ),
     "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
-    # What a conversion leaves out or changes (reported by convert, for one target)
+    # Changes by a conversion (reported by convert, for one target)
     "setting-dropped": FindingCode(_W, "The target cannot express a setting of the source's quantization_config."),
     "tensor-dropped": FindingCode(_I, "The target does not have some tensors of the source."),
     "module-dequantized": FindingCode(_I, "Conversion dequantizes modules that engines keep in float."),

@@ -19,7 +19,7 @@ class Progress(Protocol):
         """Begin a step; it ends where the next one begins.
 
         Args:
-            name: what is done, for people: ``Reading headers``.
+            name: the step, for people: ``Reading headers``.
             total: the amount of work; None where it is not known.
             unit: unit of ``total``: ``byte``, or another noun in the singular, such as ``shard``.
         """
@@ -28,7 +28,7 @@ class Progress(Protocol):
         """Count work that has been done, in the unit of the step."""
 
     def note(self, text: str) -> None:
-        """Show one line about what has been done, such as the result of a layer."""
+        """Show one line about finished work, such as the result of a layer."""
 
 
 class Silent:

@@ -33,7 +33,7 @@ class Conversion:
     Attributes:
         source: the model that is converted.
         location: directory of the output, or its URL in an object store.
-        outputs: what each rank gets; a single one of a whole model.
+        outputs: one for each rank; a whole model has a single one.
         experts, intermediate: E and I of the whole model.
         push: Hub repo id that the output is uploaded to; a finished output is then kept, so that an upload resumes.
     """

@@ -1,4 +1,4 @@
-"""What a conversion should write."""
+"""The options of a conversion."""
 
 from __future__ import annotations
 

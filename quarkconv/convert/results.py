@@ -1,4 +1,4 @@
-"""What a conversion will write, or wrote, as data and as JSON."""
+"""The result of a conversion, planned or finished, as data and as JSON."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class RankOutput:
-    """What one rank gets: the plan, and the directory or URL that it is written to. A whole model has a single rank."""
+    """The output of one rank: its plan, and its directory or URL. A whole model is the output of a single rank."""
 
     plan: Plan
     location: Path | str
@@ -34,7 +34,7 @@ class ConversionResult:
     Attributes:
         source: directory of the source, or ``org/name@commit`` or the URL of a remote one.
         location: directory of the output, or its URL in an object store.
-        outputs: what each rank got; a single one of a whole model.
+        outputs: one for each rank; a whole model has a single one.
         manifests: the manifest of each output, in order.
     """
 

@@ -1,4 +1,4 @@
-"""Where ``quant_model_description.json`` and the stored tensors disagree, and what of it is not converted."""
+"""Findings where ``quant_model_description.json`` disagrees with the tensors, or has unsupported parts."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from quarkconv.text import plural
 
 
 def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[Finding]:
-    """What a user should know about an Ascend description, unsupported parts first."""
+    """The findings about an Ascend description, unsupported parts first."""
     for kind in dict.fromkeys(declared.other.values()):
         names = [name for name, found in declared.other.items() if found == kind]
         yield finding(

@@ -44,7 +44,7 @@ class Description:
 
     Attributes:
         checkpoint: the files.
-        config: what config.json says of the model.
+        config: the model by config.json.
         declared: the scheme that it declares; None without a quantization_config.
         stored: the modules that have a weight.
         modules: the same, with the scheme of each.
@@ -52,7 +52,7 @@ class Description:
         findings: everything that is wrong or worth knowing, worst first.
         is_mtp: whether a tensor or module belongs to a layer of multi-token prediction.
         is_float: whether engines keep a linear in float.
-        float_modules: modules that are stored in int8 and that engines keep in float; conversion dequantizes them.
+        float_modules: modules stored in int8 that engines keep in float; conversion dequantizes them.
         mtp_dropped: tensors of layers of multi-token prediction that were left out; None where they are kept.
         fp8: linears in FP8 beside INT8 modules, which some targets keep.
     """
@@ -119,7 +119,7 @@ def describe(
         mtp: ``drop`` to leave out the layers of multi-token prediction, as if they were not stored.
 
     Raises:
-        SourceError: there is nothing that can be described.
+        SourceError: the checkpoint cannot be read.
     """
     checkpoint, dropped = open_checkpoint(model, progress), None
     if mtp == DROP:

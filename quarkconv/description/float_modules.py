@@ -1,4 +1,4 @@
-"""Linears that engines keep in float, whatever a checkpoint says: routers, gates of shared experts, heads.
+"""Linears that engines keep in float, in any checkpoint: routers, gates of shared experts, heads.
 
 Which ones they are, a row of :mod:`quarkconv.experts.families` says, from the engines' own model classes. Heads are the
 same in every class: ``ParallelLMHead`` of vLLM and SGLang is not a linear to a quantization method.

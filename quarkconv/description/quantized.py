@@ -1,8 +1,8 @@
 """A checkpoint described as it will be once some of its float modules are quantized to ptpc_int8.
 
 The description that results has int8 weights and F32 scales at positions of their own, outside of every file. A target
-plans with it as with any other; :mod:`quarkconv.plan.quantize` then replaces what lies at these positions by the
-computation that gives it.
+plans with it as with any other; :mod:`quarkconv.plan.quantize` then replaces these positions by
+computations.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """The one reader of the model part of config.json: the type, the experts, the layers, and where the quantization is.
 
 Multimodal models nest the config of their language model, and some models have several stacks of layers, each with a
-config of its own. Nobody else looks into config.json for these.
+config of its own. No other module reads config.json for these.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ Part = Mapping[str, Any]
 
 @dataclass(frozen=True, slots=True)
 class ModelConfig:
-    """What config.json says of the model; None for what it does not say, or says in a wrong type.
+    """The model by config.json; None for fields that are missing or have the wrong type.
 
     Attributes:
         raw: the whole of config.json.
@@ -50,7 +50,7 @@ class ModelConfig:
         hidden_layers: decoder layers, without those of multi-token prediction.
         mtp_layers: layers of multi-token prediction.
         activation: name of the activation function of the experts.
-        quantization: the quantization_config, of whatever type it is.
+        quantization: the quantization_config, of any type.
         quantization_path: keys from config.json to the part that holds it.
         rank: the rank whose part of the experts the checkpoint holds.
     """

@@ -12,7 +12,7 @@ Config = Mapping[str, Any]
 
 
 def first(config: Config, keys: Keys) -> tuple[Any, str]:
-    """The value of the first key that is there, and the key; (None, the first key) where none is."""
+    """The value of the first key that exists, and the key; (None, the first key) without one."""
     found = next((key for key in keys if config.get(key) is not None), None)
     return (None, keys[0] if keys else "") if found is None else (config[found], found)
 
@@ -46,7 +46,7 @@ def number(value: float | Unknown | None) -> float:
 
 
 def not_known(key: str, value: object) -> Unknown:
-    """That a setting is missing, or says what no row has."""
+    """The reason for a setting that is missing, or has a value that no row has."""
     if value is None:
         return Unknown(f"config.json does not say {key}", key)
     return Unknown(f"config.json says {key} = {short(value)}, which is not known here", key)

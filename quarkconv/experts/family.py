@@ -1,4 +1,4 @@
-"""What a row of the table of families says: how the experts of one kind of model are chosen, and what they compute.
+"""A row of the table of families: routing and function of the experts of one kind of model.
 
 A row names config keys; :mod:`quarkconv.experts.knowledge` reads a config.json with it. All of it is data.
 """
@@ -22,16 +22,16 @@ EXPERT_COUNT: Final[Keys] = ("num_experts", "num_local_experts", "n_routed_exper
 
 @dataclass(frozen=True, slots=True)
 class RouterRule:
-    """How a family routes.
+    """The routing of a family.
 
     Attributes:
-        scoring: what makes scores of logits. ``sqrtsoftplus`` is sqrt(softplus(x)); ``sparsemixer`` chooses two experts
-            one after the other, each by a softmax over the logits near the best.
+        scoring: from logits to scores. ``sqrtsoftplus`` is sqrt(softplus(x)); ``sparsemixer`` chooses two experts
+            in sequence, each by a softmax over the logits near the best.
         renormalize: whether the chosen scores are divided by their sum, or the keys that say so.
         by_logits: the k largest logits are chosen, and only these get a score.
         top_k, experts: keys of k and E.
         scale: keys of the factor on the weights; `default_scale` where config.json does not say one, None: it must.
-        epsilon: what is added to the divisor.
+        epsilon: added to the divisor.
         floor: key of the least divisor.
         norm_order: key of p, for a division by the p-norm; null there means no division.
         softcap: c, for logits c * tanh(logits / c).
@@ -105,11 +105,11 @@ class RouterTensors:
 
 @dataclass(frozen=True, slots=True)
 class ActivationRule:
-    """What a family does between the two products of an expert.
+    """The function of a family between the two products of an expert.
 
     Attributes:
         keys: config keys that name the function.
-        names: what they may say -> our name; any other value is unknown.
+        names: their value -> our name; any other value is unknown.
         default: our name where config.json does not say; None: it must.
         limit, alpha, beta, linear_beta: keys of the parameters, of which the first found counts.
         default_limit, default_alpha, default_beta: where config.json does not say; a limit of 0 is none.
@@ -141,7 +141,7 @@ class Family:
         types: values of ``model_type``, without an ending ``_text``.
         router: how experts are chosen.
         tensors: the router's tensors.
-        activation: what an expert computes.
+        activation: the activation function of an expert.
         source: where it is read: file and class.
         architecture: needed in ``architectures`` where the type is shared with other models.
         part: object below the language model's config that describes the experts.

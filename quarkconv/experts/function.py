@@ -1,4 +1,4 @@
-"""The function of a layer's experts as values: how a token's experts are chosen, and what an expert computes."""
+"""Routing and activation function of a layer's experts, as values."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from quarkconv.experts.family import ActivationName, GroupScore, RouterTensors, 
 
 @dataclass(frozen=True, slots=True)
 class Unknown:
-    """Why nothing is claimed.
+    """The reason why routing or function is unknown.
 
     Attributes:
         reason: a sentence without its full stop, for people.
@@ -22,7 +22,7 @@ class Unknown:
 
 @dataclass(frozen=True, slots=True)
 class Routing:
-    """How the MoE layers of one model choose and weigh experts.
+    """The routing of one model's MoE layers.
 
     `n_group` is 1 where the choice is not limited to groups. `group_score` ranks groups by their best expert ("max")
     or by the sum of their best two ("top2"). `epsilon` is what the model adds to the norm that it divides by, `floor`
@@ -87,7 +87,7 @@ class Routing:
 
 @dataclass(frozen=True, slots=True)
 class ExpertActivation:
-    """What an expert computes between its products: g and u are the outputs of gate and up.
+    """The activation function of an expert: g and u are the outputs of gate and up.
 
     ``silu`` silu(g) u, with a limit l silu(min(g, l)) clamp(u, -l, l); ``swiglustep`` min(silu(g), l) clamp(u, -l, l);
     ``gelu`` and ``gelu_tanh`` gelu(g) u, exact and in the tanh approximation; ``relu2`` relu(u)^2, without a gate;

@@ -1,10 +1,10 @@
-"""What is known about the experts of a model, from its config.json and the table of families.
+"""Routing and function of a model's experts, by its config.json and the table of families.
 
     knowledge(config) -> Known: the row that holds, with the part of the config that it reads
                          Unknown: why nothing is claimed, with the config key
 
 A config key that changes the function in some family, or that looks as if it did, and that the row does not read makes
-a model unknown: whatever it is not known to leave alone may be computed differently.
+a model unknown, because the key may change the computation.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ class Known:
     experts: Config
 
     def routing(self, count: int, layer: int | None = None) -> Routing | Unknown:
-        """How a layer with `count` routed experts routes.
+        """The routing of a layer with `count` routed experts.
 
         Args:
             count: E, counted from the stored tensors.
@@ -128,7 +128,7 @@ class Known:
         )  # fmt: skip
 
     def activation(self, layer: int) -> ExpertActivation | Unknown:
-        """What the experts of a layer compute between their products."""
+        """The activation function of the experts of a layer."""
         rule = self.family.activation
         stated, key = first(self.experts, rule.keys)
         if isinstance(stated, Mapping):  # dbrx: {"name": "silu"}
@@ -183,7 +183,7 @@ class Known:
         return n_group, topk_group
 
     def _hash_layer(self, layer: int | None) -> Unknown | None:
-        """Why a layer's routing is not computed: it goes by token ids, or may."""
+        """The reason why a layer's routing is not computed: it uses token ids, or may."""
         kinds = self.experts.get("mlp_layer_types")  # transformers' name for the same
         if isinstance(kinds, list):
             hashed = kinds.count("hash_moe")
@@ -200,7 +200,7 @@ class Known:
 
 
 def knowledge(config: object, module: str = "") -> Known | Unknown:
-    """What is known about the experts of a model.
+    """The family of a model, or why it is unknown.
 
     Args:
         config: the parsed config.json.
@@ -222,7 +222,7 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
 
 
 def expert_activation(config: object, layer: int, module: str = "") -> ExpertActivation | Unknown:
-    """The activation function of the experts of a layer, or what about it is not known.
+    """The activation function of the experts of a layer, or why it is unknown.
 
     Args:
         config: the parsed config.json.

@@ -1,4 +1,4 @@
-"""How models name the projections of an expert.
+"""The names of an expert's projections in models.
 
 A routed expert computes ``down(act(gate(x)) * up(x))``; some have no gate. Checkpoints name the projections in
 families. Engines that load fused experts route their tensors by the same names, so a fused checkpoint keeps the family

@@ -1,4 +1,4 @@
-"""Which part of the experts of a layer belongs to which rank.
+"""The part of a layer's experts that belongs to each rank.
 
 Tensor parallel: every rank has all experts, and of each the rows of gate and up, and the columns of down, of its own
 part of the intermediate size; the ranks' outputs add up. Expert parallel: every rank has some experts whole. The rules
@@ -82,7 +82,7 @@ class Rank:
         return f"rank-{self.rank:02d}-of-{self.world_size:02d}"
 
     def suffix(self) -> str:
-        """What names of outputs of a conversion by rank end with: ``-tp8``; empty of a whole model."""
+        """The suffix of outputs of a conversion by rank: ``-tp8``; empty for a whole model."""
         return "" if self.is_whole else f"-{self.parallel}{self.world_size}"
 
     def to_json(self) -> dict[str, str | int]:

@@ -117,7 +117,7 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
 
 
 def _not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
-    """Experts under names that no row of the namings has; and experts that config.json claims and nothing holds."""
+    """Experts with unknown names, and experts that config.json declares without stored tensors."""
     others = [module for module in stored.linears if module not in known]
     names = [module for module in others if _INSIDE in module]
     names += [
@@ -139,7 +139,7 @@ def _not_understood(stored: StoredModules, known: frozenset[str], config_experts
             "experts-not-understood",
             names[0],
             f"The names of the experts are not understood: {plural(len(names), 'tensor')}, {_examples(names)}",
-            hint="no conversion knows what these tensors hold",
+            hint="quarkconv cannot convert tensors of unknown meaning",
             count=len(names),
         )
     elif not known and config_experts is not None and config_experts > 1:
@@ -327,12 +327,12 @@ def _missing(
         if number not in projections.get(name, {})
     ]
     count = max(numbers) + 1 - len(numbers) if gaps else len(lost)
-    what = "expert" if gaps else "projection"
+    noun = "expert" if gaps else "projection"
     first = f"expert {gaps[0]}" if gaps else lost[0]
     return finding(
         "expert-missing",
         prefix,
-        f"The layer has experts up to number {max(numbers)} and lacks {plural(count, what)}, first {first}",
+        f"The layer has experts up to number {max(numbers)} and lacks {plural(count, noun)}, first {first}",
         hint="download the checkpoint again; if it was published so, quantize it again",
         count=count,
     )

@@ -19,5 +19,5 @@ def allow_open_files(count: int) -> None:
 
 
 def hint_about_open_files(error: OSError) -> str | None:
-    """What to do if a file cannot be opened because of that limit; else None."""
+    """The hint for a file that cannot be opened because of that limit; None for other errors."""
     return "raise the limit with `ulimit -n`" if error.errno == errno.EMFILE else None

@@ -33,7 +33,7 @@ from quarkconv.text import plural
 CONFIG_NAME: Final = "config.json"
 SINGLE_NAME: Final = "model.safetensors"
 ASCEND_NAME: Final = "quant_model_description.json"
-"""How each tensor is quantized, in the format of Ascend's msModelSlim."""
+"""The quantization of each tensor, in the format of Ascend's msModelSlim."""
 MANIFEST_NAME: Final = "quarkconv.json"
 """The manifest of a conversion; see :mod:`quarkconv.plan.manifest`."""
 

@@ -7,7 +7,7 @@ data, each of which starts where the data before it ends::
 
 Names and types determine such a header. The scanner splits it at the text between them, and compares the offsets with
 the only ones that are possible. Every character is accounted for, so that a JSON parser reads the same from whatever a
-scanner accepts. Any other text, valid or not, goes to the JSON parser, which also explains what is wrong with it.
+scanner accepts. Any other text, valid or not, goes to the JSON parser, which also explains the error.
 """
 
 from __future__ import annotations

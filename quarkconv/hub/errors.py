@@ -20,7 +20,7 @@ def hub_error(error: Exception, repo: str, file: str | None = None) -> HubError:
     """The error for a failed request.
 
     Args:
-        error: what huggingface_hub or its HTTP client raised.
+        error: raised by huggingface_hub or its HTTP client.
         repo: the repo id, with its revision if one was given.
         file: the requested file.
     """
@@ -77,7 +77,7 @@ def hub_error(error: Exception, repo: str, file: str | None = None) -> HubError:
 
 
 def network_hint(error: Exception) -> str | None:
-    """What to do where the network or a proxy blocks a request; None where the Hub responded."""
+    """The hint where the network or a proxy blocks a request; None where the Hub responded."""
     response = getattr(error, "response", None)
     blocked = isinstance(error, client().TransportError) if response is None else response.status_code == _PROXY_LOGIN
     return hub_error(error, "").hint if blocked else None
@@ -149,7 +149,7 @@ def _login_hint(variable: str) -> str:
 
 
 def _endpoint_hint() -> str:
-    """What to do where another server responds in place of a Hub."""
+    """The hint where another server responds instead of a Hub."""
     from huggingface_hub import constants
 
     proxy = proxy_for(constants.ENDPOINT)

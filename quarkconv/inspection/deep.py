@@ -124,7 +124,7 @@ def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, 
 
 
 def _scale_problem(dtype: str, data: bytes) -> tuple[str | None, float]:
-    """What is wrong with the values of a scale, or None; and its smallest value."""
+    """The defect of the values of a scale, or None; and its smallest value."""
     widened = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(data)
     values = array("f", widened)
     if not all(map(math.isfinite, values)):

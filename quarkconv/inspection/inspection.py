@@ -1,4 +1,4 @@
-"""The answer of ``inspect``: what a checkpoint holds, contradictions, possible targets, engines."""
+"""The result of ``inspect``: contents, contradictions, possible targets, engines."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from quarkconv.targets.convertible import check_convertible
 from quarkconv.text import plural
 
 _NOT_LOADED: Final = frozenset({"quantizer-names"})
-"""Warnings about what engines do not load as it is."""
+"""Warnings about checkpoints that engines do not load unconverted."""
 SCHEMA: Final = "quarkconv.inspect/1"
 
 
@@ -35,7 +35,7 @@ class TargetSupport:
     Attributes:
         nbytes: size of the tensors after conversion.
         reason: why it cannot be converted.
-        losses: what the target cannot express, as findings.
+        losses: settings and tensors that the target does not keep, as findings.
     """
 
     supported: bool
@@ -53,7 +53,7 @@ class TargetSupport:
 
 @dataclass(frozen=True, slots=True)
 class Inspection:
-    """What ``inspect`` found.
+    """The result of ``inspect``.
 
     Attributes:
         model: the model as the user named it.
@@ -73,12 +73,12 @@ class Inspection:
 
     @property
     def not_checked(self) -> tuple[str, ...]:
-        """What this inspection did not check."""
+        """Parts that this inspection did not check."""
         missed = [] if self.deep else ["scales and zero points (--deep reads them)"]
         if self.description.moe_layers:
             known = knowledge(self.description.checkpoint.config, self.description.moe_layers[0].prefix)
             if isinstance(known, Unknown):
-                missed.append(f"what the experts compute ({known.reason})")
+                missed.append(f"the function of the experts ({known.reason})")
         return tuple(missed)
 
     @property

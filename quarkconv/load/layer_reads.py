@@ -1,6 +1,6 @@
 """Which bytes of which files hold the codes of a layer, and where they go in memory.
 
-In memory the codes lie as the INT8 forward takes them, whatever the layout on disk: w13 [E, 2I, H], or [E, I, H] of
+In memory the codes have the layout of the INT8 forward, for any layout on disk: w13 [E, 2I, H], or [E, I, H] of
 experts without a gate, and from the next page on w2 [E, H, I]. Stacking experts costs nothing: each byte range is read
 to its final place.
 """

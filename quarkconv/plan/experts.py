@@ -1,4 +1,4 @@
-"""Pieces of the int8 modules of a source, whatever layout it has.
+"""Pieces of the int8 modules of a source, in any layout.
 
 A target requests the gate rows of expert 3 and gets byte ranges, whether they are a tensor of their own, a part of a
 tensor of all experts (3-key), or the upper half of a fused one.
@@ -151,7 +151,7 @@ class WholeProjection(NamedTuple):
 
 
 class ProjectionPart(NamedTuple):
-    """What a rank has of a projection."""
+    """A rank's part of a projection."""
 
     codes: Copy | Columns
     scale: Scale
@@ -160,7 +160,7 @@ class ProjectionPart(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class ExpertSource:
-    """The experts of one layer as pieces of the source, cut to what a rank has of them.
+    """The experts of one layer as pieces of the source, cut to a rank's part.
 
     Under tensor parallelism a rank's rows of gate and up are a byte range; its columns of down are a run of bytes in
     every row. The scale of down has an element for each row, and so is the same for all ranks.
@@ -196,7 +196,7 @@ class ExpertSource:
         return self.layer.hidden if role == "down" else self.intermediate
 
     def whole(self, role: Role, expert: int) -> WholeProjection:
-        """One projection of one expert: codes [I, H] or, for down, [H, I], whatever part of it the rank has."""
+        """One projection of one expert: codes [I, H] or, for down, [H, I], of all ranks."""
         layer, stored = self.layer, self.layer.projection(role, expert)
         names, refs = stored.names, self.refs
         scale = refs[names.scale]
@@ -209,7 +209,7 @@ class ExpertSource:
         )
 
     def part(self, role: Role, expert: int) -> ProjectionPart:
-        """What the rank has of a projection of one of its experts."""
+        """The rank's part of a projection of one of its experts."""
         codes, scale, input_scale = self.whole(role, expert)
         columns, whole, hidden = self._columns, self.layer.intermediate, self.layer.hidden
         if len(columns) == whole:

@@ -81,7 +81,7 @@ class WrittenFile(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """What a conversion wrote. See the module for the fields."""
+    """The record of a conversion. See the module for the fields."""
 
     quarkconv: str
     plan: str

@@ -1,4 +1,4 @@
-"""What plans are made of: output files made of tensors, tensors made of pieces of source files."""
+"""The parts of a plan: output files consist of tensors, tensors of pieces of source files."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from quarkconv.headers.safetensors import TensorRef
 
 
 class Copy(NamedTuple):
-    """A byte range of a source file. As a piece of the output: its bytes as they are.
+    """A byte range of a source file. As a piece of the output: its bytes, unchanged.
 
     Attributes:
         tensor: source tensor that the range belongs to.
@@ -31,7 +31,7 @@ class Copy(NamedTuple):
 
     @property
     def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+        """Bytes that the piece contributes to its output tensor."""
         return self.nbytes
 
     def reads(self) -> tuple[Copy, ...]:
@@ -59,7 +59,7 @@ class Rows(NamedTuple):
 
     @property
     def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+        """Bytes that the piece contributes to its output tensor."""
         return self.source.nbytes * (2 if self.widen else 1) * self.repeat
 
     def reads(self) -> tuple[Copy, ...]:
@@ -80,11 +80,11 @@ class Weights(NamedTuple):
 
     @property
     def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+        """Bytes that the piece contributes to its output tensor."""
         return 2 * self.source.nbytes
 
     def reads(self) -> tuple[Copy, ...]:
-        """The source ranges that are read, in this order: scales before what they are for."""
+        """The source ranges that are read, in this order: scales first."""
         return self.scale.source, self.source
 
 
@@ -108,7 +108,7 @@ class Columns(NamedTuple):
 
     @property
     def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+        """Bytes that the piece contributes to its output tensor."""
         return self.rows * self.run
 
     def reads(self) -> tuple[Copy, ...]:
@@ -146,7 +146,7 @@ class Codes(_FloatRows):
 
     @property
     def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+        """Bytes that the piece contributes to its output tensor."""
         return self.elements
 
 
@@ -157,7 +157,7 @@ class RowScales(_FloatRows):
 
     @property
     def output_nbytes(self) -> int:
-        """Length of what the piece contributes to its output tensor."""
+        """Bytes that the piece contributes to its output tensor."""
         return 4 * (self.elements // self.columns)
 
 
@@ -178,7 +178,7 @@ class Zeros(NamedTuple):
 
 
 Scale = Copy | Rows
-"""What gives a scale as F32 rows."""
+"""A piece that gives a scale as F32 rows."""
 
 Piece = Copy | Rows | Weights | Columns | Codes | RowScales | Zeros
 """A run of output bytes, computed from one or two ranges of source files."""

@@ -25,7 +25,7 @@ PLAN_FORMAT: Final = 1
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What a conversion will do.
+    """The plan of a conversion.
 
     Attributes:
         target: name of the target.
@@ -34,10 +34,10 @@ class Plan:
         max_shard_size: largest size of a shard's data in bytes; a larger tensor has a file of its own.
         moe: geometry of the experts.
         sources: the shards of the source.
-        checks: what must hold of the source's data before anything is written.
+        checks: conditions on the source's data, checked before anything is written.
         shards: the safetensors files to write.
         config: config.json to write.
-        copies: files of the source that are copied as they are.
+        copies: files of the source that are copied unchanged.
         losses: settings and tensors of the source that the output does not have.
         texts: files with new text, such as the model card.
         rank: the rank whose part of the experts is written.

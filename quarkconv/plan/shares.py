@@ -56,7 +56,7 @@ class Share:
 
 @dataclass(frozen=True, slots=True)
 class ShareWork:
-    """What one share of a plan checks and writes."""
+    """The checks and shards of one share of a plan."""
 
     share: Share
     shards: tuple[OutputShard, ...]

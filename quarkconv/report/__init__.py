@@ -1,1 +1,1 @@
-"""What inspect and verify found, as one HTML file."""
+"""The results of inspect and verify as one HTML file."""

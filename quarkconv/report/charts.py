@@ -60,7 +60,7 @@ def line_chart(
     """Lines with a mark at each point; None is a gap.
 
     Args:
-        title: what it shows.
+        title: of the chart.
         x: positions, such as layers.
         series: name -> values.
         x_label, y_label: of the axes.
@@ -87,7 +87,7 @@ def line_chart(
 def bar_chart(
     title: str, names: Sequence[str], values: Sequence[float], *, x_label: str, y_label: str, described: str
 ) -> str:
-    """Bars side by side; values in bytes, ``B``, get decimal prefixes."""
+    """Adjacent bars; values in bytes, ``B``, get decimal prefixes."""
     from matplotlib.ticker import EngFormatter
 
     with _axes(title, described, height=2.4) as (axes, out):

@@ -76,7 +76,7 @@ def table(
     Args:
         head: names of the columns.
         rows: a cell for each column.
-        label: what it shows, for screen readers.
+        label: for screen readers.
         sortable: whether a click on a column's name sorts by it.
         captioned: whether the label is shown above.
     """

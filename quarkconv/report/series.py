@@ -25,7 +25,7 @@ class Noise:
     Attributes:
         tokens: how many per layer.
         layers: numbers of the layers.
-        lines: what outputs are compared with -> decibels for each layer; None where they are equal, or NaN.
+        lines: reference -> decibels for each layer; None where they are equal, or NaN.
     """
 
     tokens: int
@@ -42,7 +42,7 @@ class ExpertMap:
     """A value for each expert of each layer.
 
     Attributes:
-        title: what it shows.
+        title: of the chart.
         unit: of the values, for people.
         layers: numbers of the layers, one for each row.
         cells: a row for each layer, a value for each of its experts; None where it is not finite.

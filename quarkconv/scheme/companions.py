@@ -23,7 +23,7 @@ ATTENTION_SCALES: Final = (".prob_output_scale", ".q_scale", ".prob_scale")
 """Scales of the attention itself, of its queries and its probabilities."""
 
 OUTPUT_SCALES: Final = (*OUTPUT_TENSORS, *(f".{scale}" for scale in CACHE_SCALES.values()), *ATTENTION_SCALES)
-"""Ends of the names of what describes an output. Each belongs to a setting, and is of no use without it."""
+"""Suffixes of tensors that describe an output. Each belongs to a setting, and is useless without it."""
 
 _OF_ACTIVATIONS: Final = ("input_scale", "input_zero_point", *OUTPUT_SCALES)
 

@@ -25,7 +25,7 @@ _WEIGHTS: Final = {PER_CHANNEL: WEIGHT_PER_CHANNEL, PER_TENSOR: WEIGHT_PER_TENSO
 
 @dataclass(frozen=True, slots=True)
 class ResolvedModules:
-    """The modules of a checkpoint, grouped by what is stored and what is declared: few groups, many modules.
+    """The modules of a checkpoint, grouped by stored form and declared scheme: few groups, many modules.
 
     Attributes:
         groups: (form, declared scheme) -> modules, in the order of the files.
@@ -40,7 +40,7 @@ class ResolvedModules:
     schemes: Counter[ModuleScheme]
 
     def quantized(self) -> Iterator[tuple[Form, ModuleScheme, list[str]]]:
-        """(form, effective scheme, modules) of what is stored quantized, in int8 or otherwise."""
+        """(form, effective scheme, modules) of the modules stored quantized, in int8 or otherwise."""
         for (form, declared), modules in self.groups.items():
             if form.quantized:
                 yield form, _effective(form, declared, self.default), modules
@@ -77,8 +77,8 @@ def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> R
 def _effective(form: Form, declared: ModuleScheme, default: ModuleScheme) -> ModuleScheme:
     """The scheme of a module that is stored quantized.
 
-    The weight's follows from its scale. The activation's is static when an input scale is stored, and else what the
-    config declares, of the module or, where it excludes the module, of the rest.
+    The weight's follows from its scale. The activation's is static when an input scale is stored, and otherwise the
+    one that the config declares for the module or, where it excludes the module, for the rest.
     """
     claim = declared if declared.weight is not None else default
     weight = _WEIGHTS[form.granularity]

@@ -1,4 +1,4 @@
-"""How a module is quantized: the terms in which declared and stored schemes are compared."""
+"""Schemes of modules, the terms in which declared and stored schemes are compared."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ MIXED: Final = "mixed"
 
 @dataclass(frozen=True, slots=True)
 class TensorSpec:
-    """How one tensor of a linear, its weight or its input, is quantized.
+    """The quantization of one tensor of a linear: its weight or its input.
 
     Attributes:
         dtype: as the config writes it, such as ``int8`` or ``fp8_e4m3``.
         granularity: ``per_tensor``, ``per_channel`` (one scale per output row), ``per_token`` (one per row of
-            activations), or what else the config says, such as ``per_group``.
+            activations), or another value of the config, such as ``per_group``.
         symmetric: True when zero is the code 0.
         dynamic: True when scales are computed from the data at run time.
     """
@@ -39,7 +39,7 @@ class TensorSpec:
 
 @dataclass(frozen=True, slots=True)
 class ModuleScheme:
-    """How one linear is quantized: its weight and its input; None for a tensor that stays in float."""
+    """The scheme of one linear: its weight and its input; None for a tensor in float."""
 
     weight: TensorSpec | None = None
     activation: TensorSpec | None = None

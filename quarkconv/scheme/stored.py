@@ -10,7 +10,7 @@ tensors into columns by the last part of their names, each from module to type. 
 same object (``headers/scan.py``), so two tensors of one type have the same ``id``. A module's key is the tuple of the
 ids of its types in all columns, ``id(None)`` where it lacks one. ``zip`` and ``map`` compute all keys at C speed; a
 dict keeps one row of types for each distinct key, and one Form of it, which all modules of that key share. Later code
-compares and groups modules by ``id(form)``, and computes whatever depends on the form once.
+compares and groups modules by ``id(form)``, and computes everything that depends on the form once.
 """
 
 from __future__ import annotations

@@ -38,7 +38,7 @@ class Target(ABC):
     facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
     def unsupported(self, description: Description) -> str | None:
-        """Why this target cannot represent a valid checkpoint; None when it can."""
+        """The reason why this target cannot represent a valid checkpoint; None if it can."""
         if not description.moe_layers:
             return "it has no routed experts"
         if not description.int8_layers:

@@ -1,4 +1,4 @@
-"""What a conversion changes or leaves out, as findings, so that nothing of the source is lost in silence."""
+"""Findings about the settings and tensors that a conversion changes or leaves out: nothing is dropped silently."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ _KINDS: Final = 6
 
 
 def conversion_findings(description: Description, target: Target) -> tuple[Finding, ...]:
-    """Everything that a conversion leaves out, changes, or passes on without understanding it."""
+    """Findings about everything that a conversion leaves out, changes, or copies unread."""
     of_source = (item for item in description.findings if item.code in PASSED_ON)
     return tuple(bounded(chain(of_source, _changes(description, target))))
 
 
 def target_findings(description: Description, target: Target) -> tuple[Finding, ...]:
-    """The settings and tensors of the source that a target leaves out or changes."""
+    """Findings about settings and tensors of the source that a target leaves out or changes."""
     return tuple(bounded(_changes(description, target)))
 
 

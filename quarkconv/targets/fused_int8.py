@@ -91,7 +91,7 @@ class FusedInt8(Target):
 
 
 def _not_fused(layer: MoELayer) -> str | None:
-    """Why no engine loads the experts of a layer fused."""
+    """The reason why engines do not load the fused experts of a layer; None where they do."""
     if not layer.gated:
         return f"{layer.prefix} has experts without a gate, which no engine loads fused"
     if layer.biased:

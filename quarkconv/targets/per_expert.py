@@ -1,4 +1,4 @@
-"""What the targets have in common that name the experts as the unquantized model does."""
+"""The base of targets that name experts as the unquantized model does."""
 
 from __future__ import annotations
 

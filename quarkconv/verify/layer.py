@@ -1,4 +1,4 @@
-"""One layer through ``verify``: from its experts in memory to its numbers, and what is wrong with them.
+"""One layer in ``verify``: from its experts in memory to its numbers and problems.
 
 The sequence of :func:`check_layer`: scales, codes and scales of the source, the model's own router, the forwards for
 each number of tokens, the weights of the unquantized model.
@@ -27,11 +27,11 @@ ROUTER_BOUND: Final = 2.0**-6
 
 @dataclass(frozen=True, slots=True)
 class LayerInputs:
-    """What a layer is computed with, beside its experts.
+    """The inputs of a layer beside its experts.
 
     Attributes:
         layer: the layer.
-        activation: what its experts compute between their products; Unknown leaves the forwards out.
+        activation: the activation function of its experts; Unknown leaves the forwards out.
         router: the model's own router, or why it is not known.
         top_k: experts per token in the config.
         tokens, seed: of the random hidden states.
@@ -53,7 +53,7 @@ class LayerInputs:
 
 @dataclass(frozen=True, slots=True)
 class LayerOutcome:
-    """The numbers of a layer, one for each number of tokens; its experts; and what is wrong."""
+    """The numbers of a layer, one for each number of tokens; its experts; its problems."""
 
     numbers: tuple[LayerNumbers, ...]
     experts: LayerExperts
@@ -78,7 +78,7 @@ def check_layer(
     if isinstance(router, Router) and not router.is_finite():
         message = "The router's tensors are not finite: no token would reach its experts"
         problems.append(Problem("numbers", experts.layer, inputs.layer.moe, message))
-        router = Unknown("its tensors are not finite")  # the experts are checked all the same
+        router = Unknown("its tensors are not finite")  # the experts are checked anyway
     weights = None if inputs.unquantized is None else check_weights(experts, inputs.unquantized)
     if weights is not None:
         problems += [*weights.problems, *_router_problems(inputs, router, weights)]

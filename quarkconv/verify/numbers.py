@@ -34,7 +34,7 @@ class CheckedLayer:
     Attributes:
         layer: the layer.
         experts: its experts, on the device where it is computed.
-        activation: what the experts compute between their products.
+        activation: the activation function of the experts.
         top_k: experts per token in the config.
         router: the model's own router, or why it is not known.
         source: the same experts of the source, on the same device; the references are then built from them.
@@ -124,14 +124,14 @@ def compute_numbers(
 
 
 def backend_name(device: torch.device) -> str:
-    """What runs the INT8 forward on a device, for people."""
+    """The implementation of the INT8 forward on a device, for people."""
     from quarkconv.kernels.backend import uses_triton
 
     return "triton" if uses_triton(device) else "torch, exact integer sums"
 
 
 def unsupported_activation(activation: ExpertActivation) -> str | None:
-    """Why the INT8 forward of the kernels cannot compute an activation; None where it can."""
+    """The reason why the kernels cannot compute an activation; None where they can."""
     from quarkconv.kernels.activations import make_activation
 
     try:
@@ -201,7 +201,7 @@ def _biases(experts: FusedExperts) -> Callable[[Role, int], Tensor] | None:
 
 
 def _remembering(read: Callable[[Role, int], Projection]) -> Callable[[Role, int], Projection]:
-    """Both references use an expert one after the other; keep the last one only, so that memory stays small."""
+    """Both references use an expert in sequence; only the last one is kept, to save memory."""
     last: dict[tuple[Role, int], Projection] = {}
 
     def reading(role: Role, expert: int) -> Projection:

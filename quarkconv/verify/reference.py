@@ -1,4 +1,4 @@
-"""What the INT8 forward must compute, twice over, in float64, without any of the code that computes it.
+"""Two references for the INT8 forward, in float64, that share no code with it.
 
 Shapes: M tokens, H hidden size, I intermediate size, E experts, k experts per token.
 
@@ -58,7 +58,7 @@ def quantize(x: Tensor, static_scale: Tensor | None) -> tuple[Tensor, Tensor]:
 
 @dataclass(frozen=True, slots=True)
 class References:
-    """What the INT8 forward is compared with. All tensors are float64 [M, H].
+    """References for the INT8 forward. All tensors are float64 [M, H].
 
     Attributes:
         exact: the INT8 forward, exactly, rounded to the dtype of the hidden states.
@@ -91,8 +91,8 @@ def reference_forwards(
         hidden_states: [M, H], bfloat16 or float16.
         topk_weights: float32 [M, k].
         topk_ids: int64 [M, k]; those below 0 are of no expert here.
-        read: gives the projections of an expert; no gate is read where the activation has none.
-        activation: what stands between the two products.
+        read: gives the projections of an expert; gates are read only for gated activations.
+        activation: the activation function.
         on_input: the weights multiply the experts' inputs and not their outputs.
         samples: how many times the noise of 8 bits is simulated.
         seed: of that noise.
@@ -263,9 +263,9 @@ def _noisy(values: Tensor, static_scale: Tensor | None, noise: Tensor) -> Tensor
 
 
 def activate(gate: Tensor | None, up: Tensor, activation: ExpertActivation) -> Tensor:
-    """What stands between the two products, in the dtype of its arguments: see :class:`ExpertActivation`.
+    """The activation function, in the dtype of its arguments: see :class:`ExpertActivation`.
 
-    ``gate`` is None for experts that have none.
+    ``gate`` is None for experts without a gate.
     """
     name, limit = activation.name, activation.limit
     if gate is None:

@@ -43,7 +43,7 @@ class Rescaling:
     down: Tensor
 
     def apply(self, weight: _Weight) -> _Weight:
-        """The unquantized weights with the factors: what was quantized."""
+        """The unquantized weights with the factors, as they were quantized."""
 
         def rescaled(role: Role, expert: int) -> Tensor:
             values = weight(role, expert)

@@ -1,4 +1,4 @@
-"""What verification found."""
+"""The results of ``verify``."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ class Problem:
 
     Attributes:
         stage: ``structure``, ``bytes`` or ``numbers``.
-        layer: number of the MoE layer concerned; None for what belongs to none.
+        layer: number of the MoE layer concerned, if any.
         tensor: the tensor concerned, or the file.
-        message: what is wrong, one sentence.
+        message: one sentence.
         count: how many places it is about.
     """
 
@@ -42,7 +42,7 @@ class Problem:
 class StructureResult:
     """Headers, index and manifest: how many files and tensors were looked at.
 
-    ``readable`` is False when what is wrong keeps tensors from being read as what they are.
+    ``readable`` is False when a problem keeps tensors from being read correctly.
     """
 
     files: int
@@ -73,7 +73,7 @@ class Distance:
         cosine: cosine of the angle between the two.
         snr_db: signal to noise in decibels; None when they are equal.
         max_error: largest difference, over the root mean square of the reference.
-        bound: what ``relative_error`` must not exceed.
+        bound: largest accepted ``relative_error``.
     """
 
     relative_error: float
@@ -124,7 +124,7 @@ class LayerNumbers:
 
     @property
     def is_zero(self) -> bool:
-        """Whether both outputs are zero, so that their distance says nothing."""
+        """Whether both outputs are zero, so that their distance is meaningless."""
         return self.exact.relative_error == 0 and math.isnan(self.exact.cosine)
 
     @property
@@ -143,7 +143,7 @@ class WeightError:
     Attributes:
         relative_error: Frobenius norm of the difference over that of the unquantized weight.
         snr_db: the same in decibels; None when they are equal.
-        clipped: share of the weights that lie beyond what the codes can say.
+        clipped: share of the weights outside the range of the codes.
     """
 
     relative_error: float
@@ -171,7 +171,7 @@ class ExpertWeight(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class LayerExperts:
-    """What was seen of each expert of a layer.
+    """Statistics of each expert of a layer.
 
     Attributes:
         layer: number of the layer.
@@ -180,7 +180,7 @@ class LayerExperts:
         scale_min, scale_max: smallest and largest weight scale of each expert.
         scale_histogram: how many weight scales of the layer lie in each bin of :data:`SCALE_EDGES`.
         weights: role -> the weight errors of each expert; empty without ``--unquantized``.
-        rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors are what remains.
+        rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors exclude them.
     """
 
     layer: int
@@ -215,16 +215,16 @@ class LayerExperts:
 
 @dataclass(frozen=True, slots=True)
 class NumbersResult:
-    """The numbers of all layers. ``skipped`` says why there are none; None when there are.
+    """The numbers of all layers; ``skipped`` is the reason where they were not computed.
 
     Attributes:
         device: kind of device, and how many where it is more than one.
-        backend: what ran the INT8 forward.
+        backend: implementation of the INT8 forward.
         tokens: the numbers of tokens that were drawn for each layer.
         seed: of the random tokens.
         layers: one for each layer and number of tokens.
         experts: one for each layer.
-        skipped: why there are none.
+        skipped: the reason why numbers were not computed; None where they were.
     """
 
     device: str
@@ -260,10 +260,10 @@ class Verification:
         model: the model as it was named.
         source: the source it was compared with, as it was named; None without.
         unquantized: the unquantized model it was compared with, as it was named; None without.
-        scheme: the scheme of what is stored quantized.
-        structure, bytes, numbers: what was checked.
+        scheme: the scheme of the quantized modules.
+        structure, bytes, numbers: the results of the three stages.
         problems: everything that is wrong.
-        findings: files and tensors of the checkpoint or its source that are not part of what was checked.
+        findings: files and tensors of the checkpoint or its source that were not checked.
     """
 
     model: str
@@ -278,7 +278,7 @@ class Verification:
 
     @property
     def ok(self) -> bool:
-        """True when nothing is wrong."""
+        """True without problems."""
         return not self.problems
 
     def verdict(self) -> str:

@@ -6,9 +6,9 @@ Shapes: M tokens, H hidden size, E routed experts, Z experts without weights, k 
     scores  = softmax(logits) or sigmoid(logits)       [M, E + Z]
     choice  = scores + bias                            [M, E + Z]; -inf outside the best `topk_group` of G groups
     ids     = the k largest of choice                  [M, k]
-    weights = scores[ids], over their sum, times the scaling factor: the bias decides who, never how much
+    weights = scores[ids], over their sum, times the scaling factor: the bias affects the choice, not the weights
 
-What families add to that is in :class:`quarkconv.experts.function.Routing`; which family does what is a row of
+The additions of families are in :class:`quarkconv.experts.function.Routing`; each family is a row of
 :mod:`quarkconv.experts.families`. Where two implementations of a family disagree about a setting, that setting is
 refused rather than guessed.
 """
@@ -181,7 +181,7 @@ def _check(
 
 
 def _router_input(routing: Routing, hidden_states: torch.Tensor, extras: RouterExtras) -> torch.Tensor:
-    """What the router multiplies: the hidden states, or them normalized and scaled, over sqrt(H)."""
+    """The input of the router: the hidden states, or these normalized and scaled, over sqrt(H)."""
     states = hidden_states.float()
     if routing.input_norm is None or extras.input_scale is None:
         return states
@@ -205,7 +205,7 @@ def _divisor(routing: Routing, topk_weights: torch.Tensor) -> torch.Tensor:
 
 
 def _sparsemixer(logits: torch.Tensor, jitter: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Two experts, one after the other: the best, weighed by a softmax over the logits near it; then the same without.
+    """Two experts in sequence: the best, weighed by a softmax over the logits near it; then the same without.
 
     Near is a distance of at most twice `jitter`, relative to the larger of the logit's magnitude and the best logit.
     """

@@ -37,13 +37,13 @@ from quarkconv.verify.unquantized import UnquantizedModel
 
 Rest = TypeVar("Rest")
 
-_PATIENCE: Final = 0.2  # seconds between looks at whether somebody wants to stop
+_PATIENCE: Final = 0.2  # seconds between checks for a stop
 _CHECKSUM: Final = "do not have the checksum of the manifest"
 
 
 @dataclass(frozen=True, slots=True)
 class NumbersJob:
-    """What numbers are computed, and of what.
+    """The layers to compute numbers of, and how.
 
     Attributes:
         description: the checkpoint.
@@ -84,12 +84,12 @@ def stream_numbers(
     """Compute the numbers of all layers of a job.
 
     Args:
-        job: what to do.
+        job: the layers, and how.
         progress: counts the bytes whose checksums are compared, or else the numbers of layers; notes each layer.
         after_reading: called in a thread when all layers have been read, while the last ones are computed.
 
     Returns:
-        The outcome of each layer, in order, and what ``after_reading`` returned; with ``fail_fast`` fewer layers after
+        The outcome of each layer, in order, and the result of ``after_reading``; with ``fail_fast`` fewer layers after
         a problem, and None where reading was stopped.
 
     Raises:
@@ -108,7 +108,7 @@ def stream_numbers(
 
 
 class _ReadLayer(NamedTuple):
-    """A layer in memory: its number among those of the job, the arenas it holds, and what is wrong with its bytes."""
+    """A layer in memory: its number among those of the job, the arenas it holds, and the problems of its bytes."""
 
     number: int
     held: list[tuple[ArenaPool, Arena]]

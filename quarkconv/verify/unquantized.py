@@ -129,10 +129,10 @@ class WeightCheck:
 
     Attributes:
         errors: role -> the errors of each expert.
-        rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors are what remains.
+        rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors exclude them.
         outputs: the unquantized weights for the hidden states of the quantized layer.
-        problems: what is wrong.
-        inputs: the factors of the input channels, float64 [H]; None where nothing is rescaled.
+        problems: the problems.
+        inputs: the factors of the input channels, float64 [H]; None without rescaling.
     """
 
     errors: dict[str, tuple[WeightError, ...]]

@@ -58,7 +58,7 @@ def verify_checkpoint(
     fail_fast: bool = False,
     progress: Progress = SILENT,
 ) -> Verification:
-    """Prove that a checkpoint is what it should be.
+    """Prove that a checkpoint is correct.
 
     With a manifest: structure, bytes and numbers. Without one (a Quark export as it came): structure and numbers. One
     layer is in memory at a time, and the one that is being read.
@@ -79,8 +79,8 @@ def verify_checkpoint(
         progress: receives downloads, the reading of headers, the bytes checked, and a note on each layer.
 
     Raises:
-        UsageError: no such device, layer or number of tokens, or what it is compared with does not fit.
-        SourceError: the checkpoint, or what it is compared with, cannot be read at all.
+        UsageError: an unknown device or layer, an invalid number of tokens, or another model to compare with.
+        SourceError: the checkpoint, its source or the unquantized model cannot be read.
         UnsupportedError: the checkpoint is not an INT8 mixture of experts.
     """
     counts = _token_counts(tokens)
@@ -181,7 +181,7 @@ def _why_no_numbers(
     with_source: bool,
     stopped: bool,
 ) -> str | None:
-    """Why the numbers of these layers are not checked; None where they are."""
+    """The reason why the numbers of these layers are not checked; None where they are."""
     if "numbers" not in stages:
         return _NOT_REQUESTED
     if not structure.readable:
@@ -241,20 +241,20 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
 
 
 def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:
-    """What is not known of what the experts of these layers compute, or not supported by the INT8 forward here."""
+    """The reason why the function of these experts is unknown, or unsupported by the INT8 forward."""
     if any(item.code == "rotation-online" for item in description.findings):
         return "activations are rotated at run time, which the INT8 forward here does not do"
     for layer in layers:
         activation = expert_activation(description.config.raw, layer.index, layer.moe)
         if isinstance(activation, Unknown):
-            return f"what the experts compute is not known: {activation.reason}"
+            return f"the function of the experts is unknown: {activation.reason}"
         if (reason := unsupported_activation(activation)) is not None:
             return reason
     return None
 
 
 def _passed_on(description: Description, source: Description | None) -> Iterator[Finding]:
-    """What the checkpoint, or its source, has beside what is checked: files and tensors that nothing understands."""
+    """Files and tensors of the checkpoint, or its source, that are not checked."""
     found = [item for each in (description, source) if each is not None for item in each.findings]
     yield from dict.fromkeys(item for item in found if item.code in PASSED_ON)
 

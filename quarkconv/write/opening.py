@@ -1,4 +1,4 @@
-"""How every run of a plan begins: the source is opened, compared with the plan, and identified."""
+"""The start of every run of a plan: the source is opened, compared with the plan, and identified."""
 
 from __future__ import annotations
 

@@ -14,7 +14,7 @@ def source_changed(file: str, expected: str, found: str, hint: str = START_OVER)
 
 
 def not_as_planned(file: str, expected: str, found: str, tensor: str | None = None) -> SourceError:
-    """A source file is not what it was when the plan was made."""
+    """The error of a source file that changed since the conversion was planned."""
     return SourceError(
         "The source is not the one that was planned",
         code="source-changed",

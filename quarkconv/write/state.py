@@ -88,7 +88,7 @@ def refuse_difference(output: str, begun: object, now: dict[str, Any]) -> None:
 
 
 def difference(begun: object, now: dict[str, Any]) -> str | None:
-    """How an unfinished conversion differs from the one requested now; None when it can be resumed."""
+    """The difference between an unfinished conversion and the requested one; None if it can be resumed."""
     if not isinstance(begun, dict):
         return "unreadable notes"
     # One process may finish the shares of others; a share cannot join a conversion that was divided in another way.

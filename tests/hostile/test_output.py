@@ -325,4 +325,4 @@ def test_wrong_source_ranges_are_found_with_the_source(
         capsys, "verify", folder, "--json", "--tokens", "1", "--source", converted.parent / "model"
     )
     assert code == 1
-    assert "not those of the source" in stdout
+    assert "differ from the source" in stdout

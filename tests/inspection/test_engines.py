@@ -267,7 +267,7 @@ def test_engines_are_not_checked_with_a_model_type_that_none_was_run_with(tmp_pa
     on_gpus = {row.verdict for row in inspection.engines if row.engine in {"vllm", "sglang"}}
     assert on_gpus == {"not checked", "fails"}
     assert not [item for item in inspection.advice if "in int8" in item.text]
-    assert inspection.not_checked[-1].startswith("what the experts compute (")
+    assert inspection.not_checked[-1].startswith("the function of the experts (")
     deep = inspect_checkpoint(folder, deep=True)
     assert deep.ok
     assert "Sound" not in deep.headline

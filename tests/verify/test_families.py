@@ -241,7 +241,7 @@ def test_an_unknown_model_with_joined_rows_is_not_loaded(tmp_path: Path) -> None
     with pytest.raises(quarkconv.UnsupportedError, match="order of the rows"):
         quarkconv.load_fused_experts(tmp_path, 0)
     skipped = quarkconv.verify_checkpoint(tmp_path, device="cpu").numbers.skipped
-    assert skipped == "what the experts compute is not known: the model type something_new is not known"
+    assert skipped == "the function of the experts is unknown: the model type something_new is not known"
 
 
 def test_a_gate_that_is_missing_is_not_an_expert_without_one(tmp_path: Path) -> None:

@@ -156,9 +156,12 @@ def test_recorded_hidden_states(converted: Converted, recorded: Callable[..., Pa
 
 @pytest.mark.parametrize(
     ("tensors", "reason"),
-    [({"3": torch.zeros(2, 128)}, "nothing for a layer"), ({"hidden_states": torch.zeros(2, 64)}, "do not fit"),
-     ({"hidden_states": torch.zeros(2, 128, dtype=torch.int32)}, "do not fit")],
-)  # fmt: skip
+    [
+        ({"3": torch.zeros(2, 128)}, "of a layer are missing"),
+        ({"hidden_states": torch.zeros(2, 64)}, "wrong shape or dtype"),
+        ({"hidden_states": torch.zeros(2, 128, dtype=torch.int32)}, "wrong shape or dtype"),
+    ],
+)
 def test_recorded_states_that_do_not_fit(
     tensors: Tensors, reason: str, converted: Converted, recorded: Callable[..., Path]
 ) -> None:

@@ -109,7 +109,7 @@ def test_a_model_that_is_not_known_has_no_numbers(checkpoints: Checkpoints, tmp_
     model = with_config(checkpoints, tmp_path / "model", model_type="something_new")
     numbers = quarkconv.verify_checkpoint(model, device="cpu").numbers
     assert numbers.layers == ()
-    assert numbers.skipped == "what the experts compute is not known: the model type something_new is not known"
+    assert numbers.skipped == "the function of the experts is unknown: the model type something_new is not known"
 
 
 def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints: Checkpoints, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""How ``convert`` looks in a terminal."""
+"""The output of ``convert`` in a terminal."""
 
 from __future__ import annotations
 

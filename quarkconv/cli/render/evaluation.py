@@ -1,4 +1,4 @@
-"""How ``evaluate`` looks in a terminal."""
+"""The output of ``evaluate`` in a terminal."""
 
 from __future__ import annotations
 

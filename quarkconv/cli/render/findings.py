@@ -1,4 +1,4 @@
-"""How findings look in a terminal."""
+"""Findings in a terminal."""
 
 from __future__ import annotations
 

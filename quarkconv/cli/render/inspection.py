@@ -1,4 +1,4 @@
-"""How ``inspect`` and ``engines`` look in a terminal."""
+"""The output of ``inspect`` and ``engines`` in a terminal."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def _title(inspection: Inspection) -> RenderableType:
 
 
 def _answer(inspection: Inspection) -> Iterator[RenderableType]:
-    """The verdict, what was not checked, and what to do."""
+    """The verdict, the parts not checked, and the advice."""
     yield verdict(printable(inspection.headline), good=inspection.ok)
     if inspection.ok and inspection.not_checked:
         yield indented(f"not checked: {printable('; '.join(inspection.not_checked))}", 2, "dim")
@@ -150,7 +150,7 @@ def number_ranges(numbers: list[int]) -> str:
 
 
 def _targets(inspection: Inspection) -> Iterator[RenderableType]:
-    """Possible targets in one line; then what each of them would lose, and why the others are not possible."""
+    """Possible targets in one line; then the losses of each, and why the others are impossible."""
     possible = [(name, support) for name, support in inspection.targets.items() if support.supported]
     if possible:
         alike: dict[str, list[str]] = {}

@@ -1,4 +1,4 @@
-"""How ``tune`` looks in a terminal."""
+"""The output of ``tune`` in a terminal."""
 
 from __future__ import annotations
 

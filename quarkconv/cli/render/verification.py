@@ -1,4 +1,4 @@
-"""How ``verify`` looks in a terminal."""
+"""The output of ``verify`` in a terminal."""
 
 from __future__ import annotations
 

@@ -48,7 +48,7 @@ class AscendScheme(DeclaredScheme):
         missing: stored tensors without an entry.
         absent: entries of tensors that are not stored.
         other: weights of a type that quarkconv does not convert -> the type.
-        unsupported: what else of the file changes the computation, in words.
+        unsupported: other parts of the file that change the computation, in words.
     """
 
     names: ClassVar[Mapping[ModuleScheme, str]] = {_PTPC: "ptpc_int8"}
