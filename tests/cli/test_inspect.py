@@ -3,23 +3,16 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pytest
 import torch
+from support.commands import Run
 from support.model import SECOND, Model
 from support.quark_config import STATIC_INPUT, WEIGHT, layer_config
-from support.raw import raw_file
 
-from quarkconv import Inspection, SourceError, inspect_checkpoint
-from quarkconv.cli.main import main
-from quarkconv.cli.out import console
+from quarkconv import Inspection, inspect_checkpoint
 from quarkconv.findings import CODES
 
 DATA = Path(__file__).parents[1] / "data"
@@ -29,40 +22,10 @@ Found = tuple[str, str, str, int]
 """Severity, code, subject, count."""
 
 
-class Result(NamedTuple):
-    code: int
-    out: str
-    err: str
-
-    @property
-    def json(self) -> dict[str, Any]:
-        """The one object on stdout."""
-        assert self.out.endswith("}\n")
-        assert self.out.count("\n") == 1
-        value = json.loads(self.out)
-        assert isinstance(value, dict)
-        return value
-
-
-Run = Callable[..., Result]
-
-
 @pytest.fixture
-def run(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Iterator[Run]:
+def run(command: Run) -> Run:
     """Run ``quarkconv inspect`` in this process."""
-    monkeypatch.setenv("COLUMNS", "100")
-    console.cache_clear()  # another test of this process may have made it for another width
-    handler = signal.getsignal(signal.SIGTERM)
-
-    def invoke(*arguments: str | Path) -> Result:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as caught:
-            main(["inspect", *map(str, arguments)])
-        return Result(int(caught.value.code or 0), *capsys.readouterr())
-
-    yield invoke
-    console.cache_clear()
-    signal.signal(signal.SIGTERM, handler)
+    return lambda *arguments: command("inspect", *arguments)
 
 
 def found(inspection: Inspection) -> list[Found]:
@@ -356,78 +319,7 @@ def test_the_working_directory_is_the_model(tmp_path: Path, monkeypatch: pytest.
     assert run("--json").code == 0
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
-    folder = Model().write(tmp_path / "model")
-    done = subprocess.run(
-        [sys.executable, "-m", "quarkconv", "inspect", str(folder), "--json"], capture_output=True, check=False
-    )
-    assert (done.returncode, done.stderr) == (0, b"")
-    assert json.loads(done.stdout)["scheme"] == "ptpc_int8"
-
-
-HOSTILE = "\x1b]0;owned\x07\x1b[31m\r\n[bold red]x[/] :boom: \u202e"
-"""Terminal escapes, line ends, rich's markup, and a mark that turns text around."""
-
-
-def assert_harmless(text: str) -> None:
-    assert not set("\x1b\x07\r\u202e") & set(text)
-    assert "\\x1b" in text
-
-
-def test_names_of_tensors_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
-    model = Model()
-    model.set(f"model.{HOSTILE}", torch.zeros(1, dtype=torch.int8))
-    folder = model.write(tmp_path)
-    result = run(folder)
-    assert_harmless(result.out)
-    assert "[/]" in result.out
-    assert run(folder, "--json").json["findings"][0]["subject"] == f"model.{HOSTILE}"
-    assert run(folder, "--json").out.strip().isprintable()
-
-
-def test_strings_of_the_config_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
-    model = Model()
-    model.config["model_type"] = HOSTILE
-    model.quantization["version"] = HOSTILE
-    model.quantization["exclude"] = [HOSTILE]
-    model.quantization["global_quant_config"] = layer_config(
-        {**WEIGHT, "dtype": HOSTILE, "qscheme": "[/bold]"}, {**WEIGHT, "qscheme": HOSTILE}
-    )
-    result = run(model.write(tmp_path))
-    assert result.code == 1
-    assert_harmless(result.out)
-    assert "[/bold]" in result.out
-
-
-def test_half_a_surrogate_pair_can_be_printed(tmp_path: Path, run: Run) -> None:
-    model = Model()
-    model.config["model_type"] = "\ud800"
-    folder = model.write(tmp_path)
-    assert "\\ud800" in run(folder).out
-    assert run(folder, "--json").code == 0
-
-
-def test_names_of_files_cannot_drive_the_terminal(tmp_path: Path, run: Run) -> None:
-    folder = Model().write(tmp_path)
-    (folder / "\x1b[31m.safetensors").write_bytes(raw_file("{}"))
-    result = run(folder)
-    assert "file-unused" in result.out
-    assert_harmless(result.out)
-
-
 # Failures
-
-
-def test_no_such_model(tmp_path: Path, run: Run) -> None:
-    path = tmp_path / "\x1b[31mmissing"
-    result = run(path)
-    assert (result.code, result.out) == (3, "")
-    assert_harmless(result.err)
-    assert "Traceback" not in result.err
-    value = run(path, "--json").json
-    assert (value["exit_code"], value["file"]) == (3, str(path))
-    with pytest.raises(SourceError):
-        inspect_checkpoint(path)
 
 
 def test_damage_is_described_and_gives_1(tmp_path: Path, run: Run) -> None:
@@ -438,66 +330,3 @@ def test_damage_is_described_and_gives_1(tmp_path: Path, run: Run) -> None:
     assert (value["scheme"], value["shards"], value["moe"]["layers"]) == ("ptpc_int8", 1, [0])
     assert value["targets"]["fused-int8"]["supported"] is False
     assert run(folder).code == 1
-
-
-@pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--layers", "1"]])
-def test_wrong_usage(arguments: list[str], run: Run) -> None:
-    result = run(*arguments)
-    assert (result.code, result.out) == (2, "")
-    assert "--help" in result.err
-    assert run(*arguments, "--json").json["exit_code"] == 2
-
-
-# Processes
-
-
-def test_inspecting_imports_neither_torch_nor_triton(tmp_path: Path) -> None:
-    folder = Model().write(tmp_path / "model")
-    code = (
-        "import sys, quarkconv; quarkconv.inspect_checkpoint(sys.argv[1], deep=True); "
-        "print(*{'torch', 'triton', 'numpy', 'transformers'} & set(sys.modules))"
-    )
-    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=False, text=True)
-    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
-
-
-# Standard output that goes away
-
-
-@pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_a_reader_that_has_gone_is_no_finding(arguments: list[str], checkpoints: Callable[[str], Path]) -> None:
-    command = [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f")), *arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert process.stdout is not None
-    process.stdout.close()
-    _, err = process.communicate()
-    assert (process.returncode, err) == (141, b"")
-
-
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs /dev/full")
-@pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_standard_output_that_is_full_is_a_write_error(
-    arguments: list[str], checkpoints: Callable[[str], Path]
-) -> None:
-    command = [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f")), *arguments]
-    with open("/dev/full", "w") as full:
-        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True, check=False)
-    assert done.returncode == 5
-    assert "No space left" in done.stderr
-    assert "Traceback" not in done.stderr
-
-
-def test_a_terminal_that_knows_only_ascii_is_served(checkpoints: Callable[[str], Path]) -> None:
-    done = subprocess.run(
-        [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f"))],
-        capture_output=True, check=False, env={**os.environ, "PYTHONIOENCODING": "ascii"},
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    assert b"\n+ Config and tensors agree: ptpc_int8, 3 MoE layers of 8 experts\n" in done.stdout
-
-
-def test_the_bare_command_shows_help() -> None:
-    done = subprocess.run([sys.executable, "-m", "quarkconv"], capture_output=True, text=True, check=False)
-    assert done.returncode == 0
-    assert done.stdout.startswith("Usage: ")
-    assert "\n" in done.stdout.strip()

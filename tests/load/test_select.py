@@ -14,7 +14,6 @@ from support.program import run_cli
 from support.stacked import all_tensors, stacked_experts
 
 import quarkconv
-from quarkconv.cli.verify import parse_layers
 from quarkconv.description.description import describe
 
 TALKER, THINKER = "talker.model.layers.0.mlp", "thinker.model.layers.0.mlp"
@@ -79,16 +78,3 @@ def test_layers_of_one_number_are_shown_by_module(two_stacks: Path) -> None:
     numbers = quarkconv.verify_checkpoint(two_stacks, device="cpu").numbers
     labels = {numbers.label(item.layer, item.module) for item in numbers.experts}
     assert labels == {f"{TALKER}.experts", f"{THINKER}.experts"}
-
-
-@pytest.mark.parametrize(
-    ("text", "layers"), [("0,3-5", [0, 3, 4, 5]), (" 7 - 8 , 1", [7, 8, 1]), (f"{TALKER},2", [TALKER, 2])]
-)
-def test_lists_of_layers(text: str, layers: list[int | str]) -> None:
-    assert parse_layers(text) == layers
-
-
-@pytest.mark.parametrize("text", ["5-2", "", "1,,2", "-1", "1-", "9999999999", "a b", "3x"])
-def test_invalid_lists_of_layers(text: str) -> None:
-    with pytest.raises(quarkconv.UsageError, match="Invalid --layers"):
-        parse_layers(text)

@@ -1,0 +1,46 @@
+"""The program as a whole: help, wrong usage, a process of its own, and what it imports."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from support.commands import Run
+from support.model import Model
+
+
+def test_a_process_of_its_own(tmp_path: Path) -> None:
+    folder = Model().write(tmp_path / "model")
+    done = subprocess.run(
+        [sys.executable, "-m", "quarkconv", "inspect", str(folder), "--json"], capture_output=True, check=False
+    )
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert json.loads(done.stdout)["scheme"] == "ptpc_int8"
+
+
+def test_the_bare_command_shows_help() -> None:
+    done = subprocess.run([sys.executable, "-m", "quarkconv"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0
+    assert done.stdout.startswith("Usage: ")
+    assert "\n" in done.stdout.strip()
+
+
+@pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--layers", "1"]])
+def test_wrong_usage(arguments: list[str], command: Run) -> None:
+    result = command("inspect", *arguments)
+    assert (result.code, result.out) == (2, "")
+    assert "--help" in result.err
+    assert command("inspect", *arguments, "--json").json["exit_code"] == 2
+
+
+def test_inspecting_imports_neither_torch_nor_triton(tmp_path: Path) -> None:
+    folder = Model().write(tmp_path / "model")
+    code = (
+        "import sys, quarkconv; quarkconv.inspect_checkpoint(sys.argv[1], deep=True); "
+        "print(*{'torch', 'triton', 'numpy', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(folder)], capture_output=True, check=False, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "\n", "")
