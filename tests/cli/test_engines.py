@@ -21,7 +21,7 @@ def test_json_has_every_row_with_evidence_and_date(command: Run) -> None:
     for row in value["engines"]:
         assert all(isinstance(row[key], str) for key in ("engine", "version", "as", "verdict", "note"))
         assert row["evidence"]
-        assert re.fullmatch(r"(20\d\d-\d\d-\d\d)?", row["checked"])  # empty: concluded from others
+        assert re.fullmatch(r"(20\d\d-\d\d-\d\d)?", row["checked"])  # empty: not recorded
 
 
 def test_people_see_every_engine_with_its_evidence(command: Run) -> None:
