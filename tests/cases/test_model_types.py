@@ -1,0 +1,66 @@
+"""Model types that users reported: two stacks of experts, and types without a tested engine."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+from support.model import Model
+from support.reported import codes, finding, two_stacks
+
+from quarkconv import inspect_checkpoint
+
+# Two stacks of experts (vllm-omni 5573)
+
+
+def test_each_stack_is_compared_with_its_own_config(tmp_path: Path) -> None:
+    model = two_stacks()
+    assert "expert-count" not in codes(model.write(tmp_path / "a"))
+    model.config["talker_config"]["text_config"]["num_experts"] = 3
+    found = finding(model.write(tmp_path / "b"), "expert-count")
+    assert (found.subject, found.severity) == ("talker.model.layers.0.mlp.experts", "error")
+
+
+def test_the_language_model_comes_first_and_layers_have_the_names_of_modules(tmp_path: Path) -> None:
+    moe = inspect_checkpoint(two_stacks().write(tmp_path)).to_json()["moe"]
+    prefixes = ["thinker.model.layers.0", "thinker.model.layers.1", "talker.model.layers.0"]
+    assert moe["layers"] == [f"{prefix}.mlp.experts" for prefix in prefixes]
+    assert (moe["experts"], moe["intermediate_size"]) == (3, 4)
+
+
+# Model types that no engine was run with
+
+
+@pytest.mark.parametrize("model_type", ["jamba", "kimi_k25", "a_type_of_tomorrow", None])
+def test_an_engine_has_no_verdict_on_a_model_type_it_did_not_run(model_type: str | None, tmp_path: Path) -> None:
+    model = Model()
+    model.config |= {"model_type": model_type}
+    inspection = inspect_checkpoint(model.write(tmp_path))
+    assert {row.verdict for row in inspection.engines} >= {"not checked"}
+    assert not {row.verdict for row in inspection.engines} & {"int8", "w8a16"}
+    assert all("not checked" in item.text for item in inspection.advice)
+
+
+@pytest.mark.parametrize("model_type", ["glm4_moe_lite", "glm_moe_dsa", "deepseek_v32"])
+def test_classes_that_refuse_fused_experts_are_known(model_type: str, tmp_path: Path) -> None:
+    model = Model()
+    model.config |= {"model_type": model_type}
+    rows = inspect_checkpoint(model.write(tmp_path)).engines
+    assert {row.verdict for row in rows if (row.engine, row.form) == ("vllm", "fused-int8")} == {"fails"}
+
+
+def test_a_wrapper_around_a_known_language_model_is_another_model_type(tmp_path: Path) -> None:
+    model = Model()
+    quantization = model.config.pop("quantization_config")
+    model.config = {"model_type": "internvl", "llm_config": model.config, "quantization_config": quantization}
+    assert not {row.verdict for row in inspect_checkpoint(model.write(tmp_path)).engines} & {"int8", "w8a16"}
+
+
+def test_sound_needs_a_known_model_type(tmp_path: Path) -> None:
+    known = inspect_checkpoint(Model().write(tmp_path / "known"), deep=True)
+    model = Model()
+    model.config["model_type"] = "a_type_of_tomorrow"
+    unknown = inspect_checkpoint(model.write(tmp_path / "unknown"), deep=True)
+    assert known.headline.startswith("Sound")
+    assert not unknown.headline.startswith("Sound")
+    assert "a_type_of_tomorrow" in str(unknown.not_checked)
