@@ -161,7 +161,7 @@ def _stays_float(description: Description, module: str) -> bool:
 
 
 def _check(description: Description, modules: dict[str, Form]) -> None:
-    """Refuse what this arithmetic does not give."""
+    """Refuse modules that need another arithmetic than ptpc_int8."""
     declared, root = description.declared, str(description.checkpoint.root)
     transposed = (layer for layer in description.moe_layers if layer.transposed)
     fused = next((name for layer in transposed for _, _, name in layer.modules() if name in modules), None)
