@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Final
 
 import torch
 
@@ -19,9 +20,13 @@ from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
 from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, LayerSums, Model, relative
 from quarkconv.evaluate.weights import CheckpointWeights
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
+from quarkconv.findings import refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.progress import SILENT, Progress
+
+_EVALUATED: Final = frozenset({"quant-config-missing", "not-moe"})
+"""Findings that keep a checkpoint from being converted, but not from being evaluated."""
 
 
 def evaluate_checkpoint(
@@ -80,6 +85,9 @@ def evaluate_checkpoint(
     )
     description = describe(root)
     original = None if other is None else describe(other)
+    for item in (description, original):
+        if item is not None:
+            _require_readable(item)
     if other is not None:
         require_same_tokenizer(root, other)
     with ExitStack() as stack:
@@ -111,9 +119,7 @@ def evaluate_checkpoint(
         layers=evaluated,
         experts=_worst_experts(streams.sums),
         ablations=ablations,
-        float_experts=tuple(layer.prefix for layer in description.moe_layers if not layer.quantized)
-        if run.in_int8
-        else (),
+        float_experts=runners[0].quantized.weights.float_experts if run.in_int8 else (),
         limits=limits,
     )
 
@@ -121,6 +127,21 @@ def evaluate_checkpoint(
 def _directory(model: str | Path, progress: Progress) -> Path:
     """The directory of a model; one on the Hub is downloaded to its cache."""
     return locate(model, cache=True, progress=progress).files.root
+
+
+def _require_readable(description: Description) -> None:
+    """Refuse a checkpoint whose tensors are not those of an INT8 model or one in floats.
+
+    Raises:
+        SourceError, UnsupportedError: of the first finding that says so.
+    """
+    findings = [
+        item
+        for item in description.findings
+        if item.code not in _EVALUATED and (description.schemes or not item.code.startswith("expert"))
+    ]
+    if error := refusal(findings, str(description.checkpoint.root), "checkpoint", "evaluated"):
+        raise error
 
 
 def _runner(

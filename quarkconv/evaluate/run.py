@@ -42,7 +42,7 @@ class Run:
     def __init__(self, runners: list[LayerRunner], tokens: Windows, batch: int | None, progress: Progress) -> None:
         self.runners, self.tokens, self.progress = runners, tokens, progress
         first = runners[0]
-        self.in_int8 = bool(first.quantized.weights.description.int8_layers)
+        self.in_int8 = bool(first.quantized.weights.description.schemes)
         self.baseline = UNQUANTIZED if first.unquantized is not None else DEQUANTIZED
         self.variants = [self.baseline, *([DEQUANTIZED] if self.baseline != DEQUANTIZED else [])]
         if self.in_int8:

@@ -41,6 +41,9 @@ class EvaluationState:
 
     def load(self) -> Streams | None:
         """The streams as an earlier run left them; None where there is no state that can be read."""
+        for unfinished in self.path.parent.glob(f"{self.path.stem}.[0-9]*"):
+            if not Path(f"/proc/{unfinished.suffix[1:]}").exists():  # its process was killed while it wrote
+                unfinished.unlink(missing_ok=True)
         try:
             with safe_open(self.path, framework="pt") as handle:
                 about: dict[str, Any] = json.loads(handle.metadata()["streams"])

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.int8 import Int8Experts, Int8Linear
 from quarkconv.evaluate.skeleton import LayerCall, Skeleton
-from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
+from quarkconv.evaluate.weights import CheckpointWeights, Int8Weight, LayerWeights, dequantized
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 
@@ -250,10 +250,17 @@ class LayerRunner:
         if self._int8_layers is not None and number not in self._int8_layers:
             return
         skeleton, device = self.quantized.skeleton, self.quantized.skeleton.device
-        for path, linear in weights.linears.items():
+        for path, parts in weights.linears.items():
             module = skeleton.module(path)
             if not isinstance(module, nn.Linear):
                 continue  # a router of a class of its own, say: engines keep those in float
+            linear = _joined(parts, module.weight)
+            if linear is None:
+                raise UnsupportedError(
+                    "A linear of the model's class holds other rows than the checkpoint's int8 linears",
+                    file=str(skeleton.root),
+                    tensor=f"{path}.weight",
+                )
             static = None if linear.input_scale is None else linear.input_scale.to(device)
             yield path, Int8Linear(linear.codes.to(device), linear.scale.to(device), module.bias, static)
         for path, (layer, experts) in weights.experts.items():
@@ -311,6 +318,30 @@ class LayerRunner:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _joined(parts: Sequence[Int8Weight], weight: Tensor) -> Int8Weight | None:
+    """The int8 linears that make up one linear of the model, one after the other or row by row in turn.
+
+    Args:
+        parts: in the order of the checkpoint's names.
+        weight: of the model's linear, [out, in], as it was filled.
+
+    Returns:
+        The linear whose dequantized weight is ``weight``; None where neither order gives it.
+    """
+    orders: list[tuple[Sequence[Int8Weight], bool]] = [(parts, False), (parts[::-1], False)]
+    if len({part.codes.shape for part in parts}) == 1:
+        orders += [(parts, True), (parts[::-1], True)]
+    for order, in_turn in orders:
+        join = (lambda tensors: torch.stack(tensors, 1).flatten(0, 1)) if in_turn else torch.cat
+        codes, scale = join([part.codes for part in order]), join([part.scale for part in order])
+        static = {None if part.input_scale is None else part.input_scale.item() for part in order}
+        if codes.shape == weight.shape and len(static) == 1:
+            expected = dequantized(codes.to(weight.device), scale.to(weight.device)).to(weight.dtype)
+            if torch.equal(expected, weight):
+                return Int8Weight(codes, scale, order[0].input_scale)
+    return None
 
 
 def relative(difference: float, norm: float) -> float:

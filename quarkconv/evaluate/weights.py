@@ -16,7 +16,7 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from quarkconv.description.description import Description
-from quarkconv.errors import SourceError
+from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena
@@ -41,12 +41,12 @@ class LayerWeights:
 
     Attributes:
         floats: name in the unquantized model -> tensor on the CPU.
-        linears: module of the transformers model -> its int8 weight.
+        linears: module of the transformers model -> its int8 weights; more than one where the model joins linears.
         experts: module of the transformers model -> the MoE layer and its int8 experts.
     """
 
     floats: dict[str, Tensor] = field(default_factory=dict)
-    linears: dict[str, Int8Weight] = field(default_factory=dict)
+    linears: dict[str, list[Int8Weight]] = field(default_factory=dict)
     experts: dict[str, tuple[MoELayer, FusedExperts]] = field(default_factory=dict)
 
 
@@ -67,6 +67,7 @@ class CheckpointWeights:
         self._reader = self._stack.enter_context(LayerReader(description, pool))
         self._names: dict[int | None, list[str]] = {}
         self._linears: dict[int | None, list[tuple[str, Form]]] = {}
+        self._zero_points: dict[int | None, list[str]] = {}
         self._moe: dict[int | None, list[MoELayer]] = {}
         self._sort()
 
@@ -78,25 +79,30 @@ class CheckpointWeights:
         self._files.clear()
 
     @property
-    def float_experts(self) -> list[MoELayer]:
-        """MoE layers whose experts are stored in float."""
-        return [layer for layer in self.description.moe_layers if not layer.quantized]
+    def float_experts(self) -> tuple[str, ...]:
+        """Modules of the routed experts that run in float, as some or all of them are stored so."""
+        layers = (number for number in range(len(self.skeleton.layers)) if not self._moe.get(number))
+        return tuple(path for number in layers for path in self.skeleton.experts_of(number))
 
     def layer(self, number: int | None) -> LayerWeights:
         """The weights of a decoder layer; None for the rest of the model.
 
         Raises:
             SourceError: a file cannot be read.
+            UnsupportedError: a zero point is not zero.
         """
         found = LayerWeights()
+        for name in self._zero_points.get(number, ()):
+            self._require_zeros(name)
         for name in self._names.get(number, ()):
             found.floats[name] = self._tensor(name)
         for module, form in self._linears.get(number, ()):
             weight = self._linear(module, form)
             name = f"{module}.weight"
             found.floats[name] = dequantized(weight.codes, weight.scale)
-            target = self.skeleton.target(name)
-            found.linears[target.removesuffix(".weight")] = weight
+            if module not in self.description.topology.members:  # int8 experts beside float ones run in float
+                target = self.skeleton.target(name)
+                found.linears.setdefault(target.removesuffix(".weight"), []).append(weight)
         for layer in self._moe.get(number, ()):
             part = LayerPart(layer)
             experts, _ = self._reader.read(part, Arena(part.nbytes))
@@ -116,18 +122,27 @@ class CheckpointWeights:
     def _sort(self) -> None:
         """Assign every tensor to its decoder layer."""
         stored = self.description.stored
-        members = self.description.topology.members
         used: set[str] = set()
+        fused: set[str] = set()
         for layer in self.description.int8_layers:
             number = self.skeleton.layer_of(self.skeleton.target(_first(layer)))
             self._moe.setdefault(number, []).append(layer)
+            fused.update(
+                module
+                for module in self.description.topology.members
+                if module == layer.prefix or module.startswith(f"{layer.prefix}.")
+            )
         for modules, names_of in ((stored.linears, linear_names), (stored.fused, fused_names)):
             for module, form in modules.items():
                 if not form.quantized:
                     continue
-                used.update(names_of(module))
-                if module not in members:
-                    number = self.skeleton.layer_of(self.skeleton.target(f"{module}.weight"))
+                names = names_of(module)
+                used.update(names)
+                number = self.skeleton.layer_of(self.skeleton.target(f"{module}.weight"))
+                zeros = ((form.zero_point, names.zero_point), (form.input_zero_point, names.input_zero_point),
+                         (form.offset, names.offset))  # fmt: skip
+                self._zero_points.setdefault(number, []).extend(name for kind, name in zeros if kind is not None)
+                if module not in fused:
                     self._linears.setdefault(number, []).append((module, form))
         for name in self.description.checkpoint.types:
             if name in used:
@@ -137,6 +152,16 @@ class CheckpointWeights:
                 self._names.setdefault(self.skeleton.layer_of(parameter), []).append(name)
             else:
                 self.skeleton.unmatched.append(name)
+
+    def _require_zeros(self, name: str) -> None:
+        if bool(self._tensor(name).count_nonzero()):
+            raise UnsupportedError(
+                "A zero point is not zero: the weights are not quantized symmetrically",
+                file=self._places[name],
+                tensor=name,
+                expected="zeros",
+                hint="quantize the model again with symmetric weights",
+            )
 
     def _tensor(self, name: str) -> Tensor:
         """A tensor of any dtype, on the CPU.

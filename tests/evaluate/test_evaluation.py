@@ -4,18 +4,24 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import signal
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.program import run_cli
+from support.program import PROCESS_TIMEOUT, run_cli
 
 from quarkconv import SourceError, UnsupportedError, UsageError, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
+from quarkconv.evaluate.state import EvaluationState
 
 
 @pytest.fixture(scope="module")
@@ -191,6 +197,44 @@ def test_another_model_as_the_unquantized_one_is_refused(quantized: Path, checkp
         evaluate_checkpoint(quantized, checkpoints("mixtral-quark0.11-eager"), token_ids=token_ids, resume=False)
 
 
+def test_another_tokenizer_in_the_unquantized_model_is_refused(
+    quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    import shutil
+
+    other = shutil.copytree(unquantized, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(UsageError, match="another tokenizer") as caught:
+        evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
+    assert caught.value.exit_code == 2
+
+
+def test_other_embeddings_in_the_unquantized_model_are_refused(
+    quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    other = damaged(unquantized, tmp_path / "other", "model.embed_tokens.weight", 2.0)
+    with pytest.raises(UnsupportedError, match="embeddings of the two models differ"):
+        evaluate_checkpoint(quantized, other, token_ids=token_ids, device="cpu", resume=False)
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(quantized: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.safetensors"
+    save_file({"token_ids": torch.full((2, 8), 512)}, ids)
+    with pytest.raises(UsageError, match="outside of the vocabulary"):
+        evaluate_checkpoint(quantized, token_ids=ids, device="cpu", resume=False)
+
+
+def test_a_text_shorter_than_a_window_is_refused(quantized: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning")
+    with pytest.raises(UsageError, match="shorter than a window"):
+        evaluate_checkpoint(quantized, text=text, device="cpu", resume=False)
+
+
 def test_a_model_type_without_a_class_is_unsupported(checkpoints: Any, token_ids: Path) -> None:
     with pytest.raises(UnsupportedError, match="no class") as caught:
         evaluate_checkpoint(checkpoints("step3p5-like-3key_fused"), token_ids=token_ids, resume=False)
@@ -225,3 +269,59 @@ def test_the_command_prints_one_object_and_exits_1_beyond_a_limit(
     status, out, _ = run_cli(capsys, *words, "--max-kl", "1e-9", "--no-resume")
     assert status == 1
     assert "exceeds --max-kl" in out
+    status, out, _ = run_cli(capsys, *words, "--min-agreement", "1", "--max-kl", "0.5", "--no-resume")
+    assert status == 1
+    assert "is below --min-agreement" in out
+
+
+def test_a_killed_run_resumes_from_its_last_finished_layer(
+    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    ids = tmp_path / "ids.safetensors"
+    save_file({"token_ids": torch.randint(0, 512, (64, 64), generator=torch.Generator().manual_seed(5))}, ids)
+    options = ("--token-ids", ids, "--batch", "1", "--device", "cpu", "--json")
+    command = [sys.executable, "-m", "quarkconv", "evaluate", *map(str, (quantized, *options))]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    states = tmp_path / "cache" / "quarkconv" / "evaluate"
+    deadline = time.monotonic() + PROCESS_TIMEOUT
+    while not list(states.glob("*.safetensors")) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    ran: list[int] = []
+    run_layer = Run._layer
+
+    def counted(self: Run, number: int, *rest: Any) -> None:
+        ran.append(number)
+        run_layer(self, number, *rest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_layer", counted)
+        resumed = evaluate_checkpoint(quantized, token_ids=ids, batch=1, device="cpu")
+    assert 1 <= len(ran) <= 3
+    assert ran == list(range(4))[-len(ran) :]
+    whole = evaluate_checkpoint(quantized, token_ids=ids, batch=1, device="cpu", resume=False)
+    assert resumed.to_json() == whole.to_json()
+
+
+def test_nothing_is_kept_without_resuming(
+    quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stops(self: Run, states: Any) -> None:  # noqa: ARG001
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Run, "scores", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", resume=False)
+    assert not list((tmp_path / "cache").rglob("*"))
+
+
+def test_a_state_that_cannot_be_read_is_not_used(tmp_path: Path) -> None:
+    state = EvaluationState("key", tmp_path)
+    state.path.write_bytes(b"cut off")
+    left, alive = (state.path.with_suffix(f".{number}") for number in (2**30, os.getpid()))
+    left.write_bytes(b"of a process that was killed")
+    alive.write_bytes(b"of one that is writing")
+    assert state.load() is None
+    assert (left.exists(), alive.exists()) == (False, True)
+    state.remove()

@@ -105,7 +105,7 @@ def _verdict(evaluation: Evaluation) -> Text:
     if evaluation.exceeded:
         return verdict(printable("; ".join(evaluation.exceeded)), good=False)
     if evaluation.int8 is None:
-        return verdict("Evaluated in float: the checkpoint holds no INT8 experts", good=True)
+        return verdict("Evaluated in float: the checkpoint holds no INT8 modules", good=True)
     limits = evaluation.limits
     kept = limits.max_kl is not None or limits.min_agreement is not None
     return verdict("Within the limits" if kept else "Evaluated", good=True)
