@@ -1,0 +1,168 @@
+"""Our forward as the experts of vLLM's modular MoE kernel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kInt8DynamicTokenSym,
+    kInt8StaticChannelSym,
+    kInt8StaticTensorSym,
+)
+from vllm.platforms import current_platform
+
+from quarkconv.kernels import fused_experts_int8
+
+_SCHEMES = ((kInt8StaticChannelSym, kInt8DynamicTokenSym), (kInt8StaticChannelSym, kInt8StaticTensorSym))
+"""Weights per channel (a scale per tensor is repeated), with activations per token, or static per expert."""
+
+
+def activation_arguments(activation: MoEActivation, config: Any) -> dict[str, Any] | None:
+    """The arguments of `fused_experts_int8` for an activation of vLLM with the parameters of its MoE config.
+
+    None for an activation that the kernels do not have. "swigluoai" is one: vLLM interleaves its gate and up rows.
+    """
+
+    def parameter(name: str) -> float | None:
+        return getattr(config, name, None)
+
+    limit, name = parameter("swiglu_limit"), activation.value
+    if name == "silu":
+        return {"activation": "silu", "activation_limit": limit}
+    if name == "swigluoai_uninterleave":
+        alpha = parameter("swiglu_alpha")
+        offered = limit is not None and alpha is not None and parameter("swiglu_beta") == 1.0
+        swigluoai = {"activation": "swigluoai", "activation_limit": limit, "activation_alpha": alpha}
+        return swigluoai if offered else None
+    if name == "situ":
+        beta, linear = parameter("activation_situ_beta"), parameter("activation_situ_linear_beta")
+        bounded = linear if linear is not None and linear > 0 else None
+        situ = {"activation": "situ", "activation_alpha": beta, "activation_limit": bounded}
+        return situ if beta is not None else None
+    plain = {"gelu": "gelu", "gelu_tanh": "gelu_tanh", "swiglustep": "swiglustep", "relu2_no_mul": "relu2"}
+    return {"activation": plain[name]} if name in plain and limit is None else None
+
+
+def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+    """The ids of this rank's experts for ids [M, K] of all; -1 for experts of other ranks, and for -1.
+
+    expert_map  int32 [experts of all ranks]: the id on this rank, or -1; None if it has all
+    """
+    if expert_map is None:
+        return topk_ids
+    return torch.cat([expert_map, expert_map.new_full((1,), -1)])[topk_ids]  # -1 finds the last
+
+
+class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
+    """Quantizes, sorts by expert, multiplies, activates and reduces in `fused_experts_int8`; tokens come in bf16 or f16.
+
+    Shared experts, the dispatch to ranks and the reduction over them stay vLLM's.
+    """
+
+    @staticmethod
+    def is_supported_config(
+        cls: Any, moe_config: Any, weight_key: Any, activation_key: Any, activation_format: Any
+    ) -> tuple[bool, str | None]:
+        """Whether a layer can run on these experts, and why not."""
+        supported, reason = mk.FusedMoEExperts.is_supported_config(
+            cls, moe_config, weight_key, activation_key, activation_format
+        )
+        if supported and activation_arguments(moe_config.activation, moe_config) is None:
+            return False, f"kernel does not support the parameters of {moe_config.activation.value} activation"
+        if supported and moe_config.in_dtype not in (torch.bfloat16, torch.float16):
+            return False, f"kernel does not support activations of {moe_config.in_dtype}"
+        return supported, reason
+
+    @staticmethod
+    def activation_format() -> Any:
+        """Tokens in one batch [M, H]."""
+        return mk.FusedMoEActivationFormat.Standard
+
+    @property
+    def expects_unquantized_inputs(self) -> bool:
+        """Codes of the tokens are computed here."""
+        return True
+
+    @staticmethod
+    def _supports_current_device() -> bool:
+        return bool(current_platform.is_cuda_alike() or current_platform.is_xpu())
+
+    @staticmethod
+    def _supports_no_act_and_mul() -> bool:
+        return True
+
+    @staticmethod
+    def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
+        return (weight_key, activation_key) in _SCHEMES
+
+    @staticmethod
+    def _supports_activation(activation: MoEActivation) -> bool:
+        return activation.value in (
+            "silu", "gelu", "gelu_tanh", "swigluoai_uninterleave", "swiglustep", "situ", "relu2_no_mul",
+        )  # fmt: skip
+
+    @staticmethod
+    def _supports_parallel_config(moe_parallel_config: Any) -> bool:
+        """Tensor and expert parallel; not data parallel, whose dispatch of unquantized tokens was not run."""
+        return moe_parallel_config.dp_size == 1 and not moe_parallel_config.use_all2all_kernels
+
+    @staticmethod
+    def _supports_batch_invariance() -> bool:
+        """A token's result does not depend on the others of the batch."""
+        return True
+
+    def finalize_weight_and_reduce_impl(self) -> Any:
+        """The result is weighted and summed over a token's experts."""
+        return TopKWeightAndReduceNoOP()
+
+    def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], ...]:
+        """No workspaces: the forward allocates what it needs, from shapes alone. The result is [M, K], K the hidden size."""
+        return (0,), (0,), (M, K)
+
+    def apply(
+        self,
+        output: torch.Tensor,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        global_num_experts: int,
+        expert_map: torch.Tensor | None,
+        a1q_scale: torch.Tensor | None,
+        a2_scale: torch.Tensor | None,
+        workspace13: torch.Tensor,
+        workspace2: torch.Tensor,
+        expert_tokens_meta: Any,
+        apply_router_weight_on_input: bool,
+    ) -> None:
+        """Write the weighted sum over each token's experts on this rank to output [M, H].
+
+        hidden_states  bfloat16 or float16 [M, H], already multiplied by the router weight if that is on the input
+        w1, w2         int8 [E, 2I, H] and [E, H, I] of the experts on this rank
+        topk_weights   float [M, K]
+        topk_ids       int32 or int64 [M, K], ids of the experts of all ranks
+        """
+        arguments = activation_arguments(activation, self.moe_config)
+        assert arguments is not None and a1q_scale is None  # is_supported_config, expects_unquantized_inputs
+        weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
+        fused_experts_int8(
+            hidden_states,
+            w1,
+            w2,
+            self.w1_scale,
+            self.w2_scale,
+            weights.float(),
+            local_ids(topk_ids, expert_map),
+            w13_input_scale=self.a1_scale,
+            w2_input_scale=a2_scale,
+            w13_bias=self.w1_bias,
+            w2_bias=self.w2_bias,
+            out=output,
+            **arguments,
+        )

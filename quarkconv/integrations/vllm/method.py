@@ -1,0 +1,150 @@
+"""The method of an INT8 W8A8 MoE layer: vLLM's own creates and loads the parameters, our experts compute."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.logger import init_logger
+from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, int8_w8a8_moe_quant_config
+from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
+from vllm.model_executor.layers.fused_moe.oracle.int8 import Int8MoeBackend, make_int8_moe_kernel
+from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe.compressed_tensors_moe_w8a8_int8 import (  # noqa: E501
+    CompressedTensorsW8A8Int8MoEMethod,
+)
+from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
+from vllm.model_executor.layers.quantization.utils.quant_utils import (
+    kInt8DynamicTokenSym,
+    kInt8StaticChannelSym,
+    kInt8StaticTensorSym,
+)
+
+from .experts import QuarkconvExperts
+
+logger = init_logger("vllm.quarkconv")
+
+STOCK = (CompressedTensorsW8A8Int8MoEMethod, QuarkW8A8Int8MoEMethod)
+"""The methods of vLLM that are replaced."""
+
+
+def replace_method(stock: Any) -> Any:
+    """Our method in the place of vLLM's for INT8 W8A8 experts; any other as it is.
+
+    Layers that our experts do not support keep vLLM's method, and the log says why, once.
+    """
+    if not isinstance(stock, STOCK):
+        return stock
+    reason = unsupported(stock)
+    own = getattr(stock, "int8_backend", None)
+    if reason is not None:
+        logger.warning_once("quarkconv: INT8 MoE layers stay on vLLM's own %s backend: %s", backend_name(own), reason)
+        return stock
+    logger.info_once(
+        "Using quarkconv Int8 MoE backend in place of %s, out of potential backends: %s.",
+        backend_name(own), ["quarkconv", *(backend.value for backend in Int8MoeBackend)],
+    )  # fmt: skip
+    return QuarkconvMoEMethod(stock)
+
+
+def unsupported(stock: Any) -> str | None:
+    """Why our experts cannot compute a layer, or None if they can."""
+    backend = getattr(stock.moe, "moe_backend", "auto")
+    if backend != "auto":
+        return f"--moe-backend {backend} was requested"
+    activation_key = kInt8StaticTensorSym if stock.static_input_scales else kInt8DynamicTokenSym
+    _, reason = QuarkconvExperts.is_supported_config(
+        QuarkconvExperts, stock.moe, kInt8StaticChannelSym, activation_key, mk.FusedMoEActivationFormat.Standard
+    )
+    return reason
+
+
+def backend_name(backend: Any) -> str:
+    """vLLM's name of one of its backends; static activations have none."""
+    return "unmodular" if backend is None else str(backend.value)
+
+
+class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
+    """INT8 W8A8 experts on ``quarkconv.kernels``.
+
+    Parameters are those of ``stock``, vLLM's method for the layer, and stay in its layouts: codes int8 [E, 2I, H] and
+    [E, H, I]; scales of weights float32 [E, rows, 1] or [E, rows] per channel, or per tensor [E, 2] (gate and up; [E, 1]
+    without gate) and [E]; scales of static activations float32 [E].
+    """
+
+    def __init__(self, stock: Any) -> None:
+        super().__init__(stock.moe)
+        self.stock = stock
+        self.experts_cls = QuarkconvExperts
+
+    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+        """Create vLLM's parameters of the layer."""
+        self.stock.create_weights(layer, *args, **kwargs)
+
+    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+        """Make the kernel of a layer that is loaded. Raises ValueError for static activations with a zero point."""
+        for name in ("w13", "w2"):
+            zero_point = getattr(layer, f"{name}_input_zero_point", None)
+            if self.stock.static_input_scales and zero_point is not None and bool(zero_point.any()):
+                raise ValueError(
+                    f"quarkconv: {name}_input_zero_point: expected 0 (symmetric static activations), "
+                    f"found {zero_point[zero_point != 0][0].item()}; unset QUARKCONV_VLLM"
+                )
+        self.moe_quant_config = self.get_fused_moe_quant_config(layer)
+        self.moe_kernel = make_int8_moe_kernel(
+            int8_backend=Int8MoeBackend.TRITON,  # whose layout of the weights is the checkpoint's
+            moe_quant_config=self.moe_quant_config,
+            moe_config=self.moe,
+            experts_cls=self.experts_cls,
+            routing_tables=layer._expert_routing_tables(),
+        )
+
+    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+        """Scales and biases as the experts take them: scales of weights per channel, float32 [E, rows, 1]."""
+        return int8_w8a8_moe_quant_config(
+            w1_scale=channel_scale(layer.w13_weight_scale, layer.w13_weight.shape[1]),
+            w2_scale=channel_scale(layer.w2_weight_scale, layer.w2_weight.shape[1]),
+            a1_scale=layer.w13_input_scale,
+            a2_scale=layer.w2_input_scale,
+            w1_bias=getattr(layer, "w13_bias", None),
+            w2_bias=getattr(layer, "w2_bias", None),
+            per_act_token_quant=not self.stock.static_input_scales,
+        )
+
+    def apply(
+        self,
+        layer: Any,
+        x: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        shared_experts: Any,
+        shared_experts_input: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """The routed experts of tokens x [M, H]; shared experts are run as vLLM's modular kernel does."""
+        assert self.moe_kernel is not None
+        result: torch.Tensor = self.moe_kernel.apply(
+            x,
+            layer.w13_weight,
+            layer.w2_weight,
+            topk_weights=topk_weights,
+            topk_ids=topk_ids,
+            activation=layer.activation,
+            global_num_experts=layer.global_num_experts,
+            expert_map=layer.expert_map,
+            apply_router_weight_on_input=layer.apply_router_weight_on_input,
+            shared_experts=shared_experts,
+            shared_experts_input=shared_experts_input,
+        )
+        return result
+
+
+def channel_scale(scale: torch.Tensor, rows: int) -> torch.Tensor:
+    """Scales of E experts with `rows` rows as [E, rows, 1].
+
+    scale  [E, rows] or [E, rows, 1], of which the result is a view; or one for each of n equal parts, [E, n] or [E]:
+           repeated for the rows of its part, so that no code changes
+    """
+    parts = scale.detach().reshape(scale.shape[0], -1)
+    if parts.shape[1] != rows:
+        parts = parts.repeat_interleave(rows // parts.shape[1], dim=1)
+    return parts.unsqueeze(-1)

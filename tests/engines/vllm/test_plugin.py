@@ -1,0 +1,307 @@
+"""The plugin in vLLM's own classes: which layers it takes, and that they compute what the Quark export says.
+
+Experts run on the CPU by the torch twin of the kernels, inside vLLM's modular kernel; where the plugin looks at the
+platform it sees one of CUDA.
+"""
+
+from __future__ import annotations
+
+import tomllib
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+import vllm
+from engines.expected import RANKS, WHOLE, Rank, Stacked
+from engines.vllm.conftest import QUARK, Forms
+from engines.vllm.loading import build, load
+from vllm.config import set_current_vllm_config
+from vllm.model_executor.layers import quantization
+from vllm.model_executor.layers.activation import SiluAndMulWithClamp, SituAndMul, SwigluStepAndMul
+from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+from vllm.model_executor.layers.quantization import get_quantization_config
+
+import quarkconv.integrations.vllm as plugin
+from quarkconv.kernels.activations import activate_reference, make_activation
+
+EXPERTS = "model.layers.1.{}.experts"
+MOE = {"mixtral-quark0.11-eager": "block_sparse_moe", "minimax_m2-quark0.13-f2f": "block_sparse_moe"}
+TOKENS, TOP_K = 24, 2
+
+
+@pytest.fixture
+def turned_on(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[str]]:
+    """The plugin is on, on a platform of CUDA; gives what it logs."""
+    from quarkconv.integrations.vllm import experts, method
+
+    lines: list[str] = []
+    logger = SimpleNamespace(**dict.fromkeys(("info_once", "warning_once"), lambda text, *a: lines.append(text % a)))
+    monkeypatch.setattr(method, "logger", logger)
+    monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False))
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    monkeypatch.setenv(plugin.VARIABLE, "1")
+    plugin.register()
+    yield lines
+
+
+def experts_of(model: torch.nn.Module, name: str) -> Any:
+    """vLLM's layer of the routed experts of layer 1."""
+    return model.get_submodule(f"{EXPERTS.format(MOE.get(name, 'mlp'))}.routed_experts")
+
+
+def ready(folder: Path, name: str, rank: Rank = WHOLE) -> Any:
+    """The experts of layer 1, loaded and with their kernel. Zero points that are not stored are 0, as vLLM makes them."""
+    model = build(folder, rank)
+    for key, parameter in model.named_parameters():
+        if key.endswith("_zero_point"):
+            parameter.data.zero_()
+    load(model, rank)
+    layer = experts_of(model, name)
+    with set_current_vllm_config(vars(model)["engine_config"]):
+        layer.quant_method.process_weights_after_loading(layer)
+    return layer
+
+
+def inputs(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Tokens in bf16, and the weights and ids of their experts."""
+    random = torch.Generator().manual_seed(1)
+    x = torch.randn(TOKENS, layer.w13_weight.shape[2], generator=random).bfloat16()
+    ids = torch.stack([torch.randperm(experts, generator=random)[:TOP_K] for _ in range(TOKENS)])
+    return x, torch.rand(TOKENS, TOP_K, generator=random), ids.int()
+
+
+def exact(stacked: Stacked, name: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """The experts of layer 1 in float64 from the bytes of the export, with h in bf16 as the forward rounds it."""
+    prefix = f"{EXPERTS.format(MOE.get(name, 'mlp'))}.routed_experts"
+    static = "static" in name
+
+    def tensor(leaf: str) -> torch.Tensor:
+        return stacked.parameter(f"{prefix}.{leaf}", WHOLE).double()
+
+    def codes(values: torch.Tensor, half: str, expert: int) -> torch.Tensor:
+        scale = values.abs().amax(-1, keepdim=True).float() / 127
+        if static:
+            scale = stacked.input_scale(f"{prefix}.{half}_input_scale", WHOLE)[expert].expand_as(scale)
+        return (values.float() / scale).round().clamp(-127, 127).double() * scale.double()
+
+    w13, w2 = (tensor(f"{half}_weight") * tensor(f"{half}_weight_scale") for half in ("w13", "w2"))
+    out = torch.zeros(x.shape, dtype=torch.float64)
+    for expert in range(w13.shape[0]):
+        token, slot = (ids == expert).nonzero(as_tuple=True)
+        gate, up = (codes(x[token].double(), "w13", expert) @ w13[expert].T).chunk(2, 1)
+        h = (torch.nn.functional.silu(gate) * up).bfloat16().double()
+        y = codes(h, "w2", expert) @ w2[expert].T
+        out.index_add_(0, token, y * weights[token, slot].double()[:, None])
+    return out
+
+
+def error(out: torch.Tensor, expected: torch.Tensor) -> float:
+    return float((out.double() - expected).norm() / expected.norm())
+
+
+TAKEN = [
+    *[("qwen3_moe-quark0.13-f2f", form) for form in (QUARK, "fused-int8", "compressed-tensors", "quark")],
+    ("mixtral-quark0.11-eager", "fused-int8"),
+    ("minimax_m2-quark0.13-f2f", "compressed-tensors"),
+    ("qwen2_moe-0.11-eager-shared_expert", QUARK),
+    ("qwen3_moe-quark0.13-f2f-per_tensor_weight", QUARK),
+    ("qwen3_moe-quark0.13-f2f-per_tensor_weight", "quark"),
+    ("qwen3_moe-quark0.11-eager-int8_static", QUARK),
+    ("qwen3_moe-quark0.11-eager-int8_static", "quark"),
+]
+BOUND = 2.0**-8
+"""Of the error over the norm: y and the sum are rounded to bf16, each by at most 2^-9 of a value."""
+
+
+@pytest.mark.parametrize(("name", "form"), TAKEN)
+def test_experts_compute_what_the_export_says(turned_on: list[str], forms: Forms, name: str, form: str) -> None:
+    layer = ready(forms(name, form), name)
+    x, weights, ids = inputs(layer, layer.global_num_experts)
+    out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    assert type(layer.quant_method.moe_kernel.fused_experts).__name__ == "QuarkconvExperts"
+    assert error(out, exact(forms.stacked(name), name, x, weights, ids)) < BOUND
+    assert any(line.startswith("Using quarkconv Int8 MoE backend") for line in turned_on)
+
+
+@pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
+@pytest.mark.parametrize("parallel", [RANKS[1:3], RANKS[3:]], ids=["tensor", "expert"])
+def test_results_of_the_ranks_add_up(turned_on: list[str], forms: Forms, name: str, parallel: tuple[Rank, ...]) -> None:
+    """The int8 scale of h belongs to a rank: with tensor parallelism each has its own, within the noise of int8."""
+    parts = []
+    for rank in parallel:
+        layer = ready(forms(name, QUARK), name, rank)
+        x, weights, ids = inputs(layer, layer.global_num_experts)
+        assert (layer.expert_map is not None) == rank.expert_parallel
+        parts.append(layer.quant_method.apply(layer, x, weights, ids, None, None).double())
+    expected = exact(forms.stacked(name), name, x, weights, ids)
+    noise = 1 / 127 if not rank.expert_parallel and "static" not in name else 0
+    assert error(parts[0] + parts[1], expected) < BOUND + noise
+    assert min(error(part, expected) for part in parts) > 0.1  # neither rank has all
+
+
+@pytest.mark.parametrize("form", [QUARK, "fused-int8", "compressed-tensors", "quark"])
+def test_parameters_are_those_of_vllm(turned_on: list[str], forms: Forms, form: str) -> None:
+    """Bit for bit, in names, shapes and dtypes: a restart without the plugin finds what it expects."""
+    name = "qwen3_moe-quark0.13-f2f"
+    with_plugin = dict(ready(forms(name, form), name).named_parameters())
+    quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG.clear()
+    without = dict(experts_of(load(build(forms(name, form))), name).named_parameters())
+    assert with_plugin.keys() == without.keys()
+    for key, parameter in without.items():
+        assert (parameter.dtype, parameter.shape) == (with_plugin[key].dtype, with_plugin[key].shape)
+        assert torch.equal(parameter, with_plugin[key]) or key.endswith("zero_point"), key
+
+
+def test_experts_of_no_rank_are_skipped() -> None:
+    from quarkconv.integrations.vllm.experts import local_ids
+
+    ids = torch.tensor([[0, 3], [-1, 2]], dtype=torch.int32)
+    mapped = local_ids(ids, torch.tensor([-1, -1, 0, 1], dtype=torch.int32))
+    assert mapped.tolist() == [[-1, 1], [-1, 0]]
+    assert local_ids(ids, None) is ids
+
+
+MAPPED: dict[str, tuple[dict[str, float], Any]] = {
+    "silu": ({}, None),
+    "silu, limited": ({"swiglu_limit": 0.5}, lambda: SiluAndMulWithClamp(0.5, compile_native=False)),
+    "swigluoai_uninterleave": (
+        {"swiglu_limit": 0.5, "swiglu_alpha": 1.702, "swiglu_beta": 1.0},
+        lambda: SiluAndMulWithClamp(0.5, 1.702, 1.0, compile_native=False),
+    ),
+    "situ": ({"activation_situ_beta": 1.5}, lambda: SituAndMul(1.5, compile_native=False)),
+    "situ, limited": (
+        {"activation_situ_beta": 1.5, "activation_situ_linear_beta": 0.7},
+        lambda: SituAndMul(1.5, 0.7, compile_native=False),
+    ),
+    "swiglustep": ({}, lambda: SwigluStepAndMul()),
+}
+"""Activation -> parameters in vLLM's MoE config, and vLLM's own class of it."""
+
+
+@pytest.mark.parametrize("name", MAPPED)
+def test_activations_are_those_of_vllm(forms: Forms, name: str) -> None:
+    from quarkconv.integrations.vllm.experts import activation_arguments
+
+    fields, own = MAPPED[name]
+    arguments = activation_arguments(MoEActivation(name.split(",")[0]), SimpleNamespace(**fields))
+    assert arguments is not None
+    values = tuple(arguments.get(key) for key in ("activation_limit", "activation_alpha"))
+    x = 4 * torch.randn(64, 64, generator=torch.Generator().manual_seed(0))
+    gate, up = x.chunk(2, 1)
+    ours = activate_reference(gate, up, make_activation(arguments["activation"], *values))
+    if own is None:
+        torch.testing.assert_close(ours, torch.nn.functional.silu(gate) * up)
+        return
+    with set_current_vllm_config(vars(build(forms("qwen3_moe-quark0.13-f2f", QUARK)))["engine_config"]):
+        torch.testing.assert_close(ours, own().forward_native(x))
+
+
+def _moe(**changes: Any) -> Any:
+    def change(moe: Any) -> None:
+        for name, value in changes.items():
+            setattr(moe, name, value)
+
+    return change
+
+
+def _data_parallel(moe: Any) -> None:
+    moe.moe_parallel_config.dp_size = 2
+
+
+FALLBACKS: dict[str, tuple[Any, str]] = {
+    "LoRA": (_moe(is_lora_enabled=True), "LoRA"),
+    "data parallel": (_data_parallel, "parallel config"),
+    "a requested backend": (_moe(moe_backend="triton"), "--moe-backend triton was requested"),
+    "interleaved gate and up": (_moe(activation=MoEActivation.SWIGLUOAI), "activation"),
+    "gelu with a limit": (_moe(activation=MoEActivation.GELU, swiglu_limit=7.0), "parameters of gelu"),
+    "float32": (_moe(in_dtype=torch.float32), "float32"),
+}
+
+
+@pytest.mark.parametrize("case", FALLBACKS)
+def test_other_layers_stay_on_vllm_and_the_log_says_why(turned_on: list[str], forms: Forms, case: str) -> None:
+    from quarkconv.integrations.vllm.method import replace_method
+
+    change, reason = FALLBACKS[case]
+    name = "qwen3_moe-quark0.13-f2f"
+    stock = experts_of(build(forms(name, "fused-int8")), name).quant_method.stock
+    turned_on.clear()
+    change(stock.moe)
+    assert replace_method(stock) is stock
+    [line] = turned_on
+    assert line.startswith("quarkconv: INT8 MoE layers stay on vLLM's own TRITON backend: ")
+    assert reason in line
+
+
+def test_a_cpu_stays_on_vllm(turned_on: list[str], forms: Forms, monkeypatch: pytest.MonkeyPatch) -> None:
+    from quarkconv.integrations.vllm import experts
+
+    monkeypatch.setattr(experts, "current_platform", vllm.platforms.current_platform)
+    name = "qwen3_moe-quark0.13-f2f"
+    method = experts_of(build(forms(name, QUARK)), name).quant_method
+    assert type(method).__name__ == "QuarkW8A8Int8MoEMethod"
+
+
+def test_zero_points_of_static_activations_are_refused(turned_on: list[str], forms: Forms) -> None:
+    name = "qwen3_moe-quark0.11-eager-int8_static"
+    model = load(build(forms(name, QUARK)))
+    layer = experts_of(model, name)
+    layer.w2_input_zero_point.data[1] = 3
+    with pytest.raises(ValueError, match=r"w2_input_zero_point: expected 0 .*, found 3"):
+        layer.quant_method.process_weights_after_loading(layer)
+
+
+@pytest.mark.parametrize("value", [None, "", "0", "true"])
+def test_the_plugin_is_off_without_the_variable(monkeypatch: pytest.MonkeyPatch, value: str | None) -> None:
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    monkeypatch.delenv(plugin.VARIABLE, raising=False)
+    if value is not None:
+        monkeypatch.setenv(plugin.VARIABLE, value)
+    plugin.register()
+    assert quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG == {}
+
+
+def test_both_configs_are_registered_once_and_again(turned_on: list[str]) -> None:
+    plugin.register()
+    for name, own in (("quark", "QuarkconvQuarkConfig"), ("compressed-tensors", "QuarkconvCompressedTensorsConfig")):
+        assert get_quantization_config(name).__name__ == own
+
+
+def test_another_release_of_vllm_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    logger = SimpleNamespace(warning_once=lambda text, *a: lines.append(text % a))
+    monkeypatch.setattr("vllm.logger.init_logger", lambda _: logger)
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    monkeypatch.setenv(plugin.VARIABLE, "1")
+    monkeypatch.setattr(vllm, "__version__", "0.34.0")
+    plugin.register()
+    assert lines == [
+        "quarkconv: QUARKCONV_VLLM=1 has no effect: the plugin supports vLLM 0.26 to 0.33, found 0.34.0"
+    ]
+    assert quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG == {}
+
+
+@pytest.mark.parametrize(
+    ("version", "tested"),
+    [
+        ("0.25.1", False),
+        ("0.26.0", True),
+        ("0.33.1rc2+cu130", True),
+        ("0.33", True),
+        ("0.34.0", False),
+        ("1.0", False),
+        ("dev", False),
+    ],
+)
+def test_versions(version: str, tested: bool) -> None:
+    assert plugin.is_tested(version) == tested
+
+
+def test_vllm_finds_the_plugin() -> None:
+    project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
+    module, _, function = project["entry-points"]["vllm.general_plugins"]["quarkconv"].partition(":")
+    assert getattr(import_module(module), function) is plugin.register
