@@ -2,7 +2,7 @@
 
     QUARKCONV_VLLM=1 vllm serve CHECKPOINT
 
-vLLM calls ``register`` in each of its processes, through the entry point ``vllm.general_plugins``. The extension points:
+vLLM calls ``register`` in each of its processes (entry point ``vllm.general_plugins``). The extension points in use:
 
 - ``register_quantization_config`` replaces the configs "quark" and "compressed-tensors" with subclasses (``configs``),
   whose method of an INT8 W8A8 MoE layer is ours (``method``);

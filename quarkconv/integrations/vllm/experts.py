@@ -8,17 +8,14 @@ import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
 from vllm.model_executor.layers.fused_moe.activation import MoEActivation
 from vllm.model_executor.layers.fused_moe.topk_weight_and_reduce import TopKWeightAndReduceNoOP
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    kInt8DynamicTokenSym,
-    kInt8StaticChannelSym,
-    kInt8StaticTensorSym,
-)
+from vllm.model_executor.layers.quantization.utils.quant_utils import kInt8DynamicTokenSym, kInt8StaticChannelSym
 from vllm.platforms import current_platform
 
 from quarkconv.kernels import fused_experts_int8
 
-_SCHEMES = ((kInt8StaticChannelSym, kInt8DynamicTokenSym), (kInt8StaticChannelSym, kInt8StaticTensorSym))
-"""Weights per channel (a scale per tensor is repeated), with activations per token, or static per expert."""
+SCHEME = (kInt8StaticChannelSym, kInt8DynamicTokenSym)
+"""vLLM's keys of weights and activations: per channel, per token. Weights per tensor and static activations run too:
+`method` gives each row the scale of its tensor, and each expert its static scale."""
 
 
 def activation_arguments(activation: MoEActivation, config: Any) -> dict[str, Any] | None:
@@ -58,9 +55,9 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
 
 
 class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
-    """Quantizes, sorts by expert, multiplies, activates and reduces in `fused_experts_int8`; tokens come in bf16 or f16.
+    """Quantizes, sorts by expert, multiplies, activates and reduces in `fused_experts_int8`.
 
-    Shared experts, the dispatch to ranks and the reduction over them stay vLLM's.
+    Tokens come in bfloat16 or float16. Shared experts, the dispatch to ranks and the reduction over them stay vLLM's.
     """
 
     @staticmethod
@@ -97,7 +94,7 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_quant_scheme(weight_key: Any, activation_key: Any) -> bool:
-        return (weight_key, activation_key) in _SCHEMES
+        return (weight_key, activation_key) == SCHEME
 
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
@@ -120,7 +117,7 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         return TopKWeightAndReduceNoOP()
 
     def workspace_shapes(self, M: int, N: int, K: int, *args: Any, **kwargs: Any) -> tuple[tuple[int, ...], ...]:
-        """No workspaces: the forward allocates what it needs, from shapes alone. The result is [M, K], K the hidden size."""
+        """No workspaces, since the forward allocates its own; the result is [M, K], where K is the hidden size."""
         return (0,), (0,), (M, K)
 
     def apply(
@@ -149,7 +146,8 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         topk_ids       int32 or int64 [M, K], ids of the experts of all ranks
         """
         arguments = activation_arguments(activation, self.moe_config)
-        assert arguments is not None and a1q_scale is None  # is_supported_config, expects_unquantized_inputs
+        assert arguments is not None  # is_supported_config
+        assert a1q_scale is None  # expects_unquantized_inputs
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
         fused_experts_int8(
             hidden_states,

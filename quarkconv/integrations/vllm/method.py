@@ -14,13 +14,8 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
     CompressedTensorsW8A8Int8MoEMethod,
 )
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
-from vllm.model_executor.layers.quantization.utils.quant_utils import (
-    kInt8DynamicTokenSym,
-    kInt8StaticChannelSym,
-    kInt8StaticTensorSym,
-)
 
-from .experts import QuarkconvExperts
+from .experts import SCHEME, QuarkconvExperts
 
 logger = init_logger("vllm.quarkconv")
 
@@ -52,11 +47,8 @@ def unsupported(stock: Any) -> str | None:
     backend = getattr(stock.moe, "moe_backend", "auto")
     if backend != "auto":
         return f"--moe-backend {backend} was requested"
-    activation_key = kInt8StaticTensorSym if stock.static_input_scales else kInt8DynamicTokenSym
-    _, reason = QuarkconvExperts.is_supported_config(
-        QuarkconvExperts, stock.moe, kInt8StaticChannelSym, activation_key, mk.FusedMoEActivationFormat.Standard
-    )
-    return reason
+    standard = mk.FusedMoEActivationFormat.Standard
+    return QuarkconvExperts.is_supported_config(QuarkconvExperts, stock.moe, *SCHEME, standard)[1]
 
 
 def backend_name(backend: Any) -> str:
@@ -67,9 +59,11 @@ def backend_name(backend: Any) -> str:
 class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     """INT8 W8A8 experts on ``quarkconv.kernels``.
 
-    Parameters are those of ``stock``, vLLM's method for the layer, and stay in its layouts: codes int8 [E, 2I, H] and
-    [E, H, I]; scales of weights float32 [E, rows, 1] or [E, rows] per channel, or per tensor [E, 2] (gate and up; [E, 1]
-    without gate) and [E]; scales of static activations float32 [E].
+    Parameters are those of ``stock``, vLLM's method for the layer, and stay in its layouts:
+
+        codes                        int8 [E, 2I, H] and [E, H, I]; without gate [E, I, H]
+        scales of weights            float32 [E, rows] or [E, rows, 1]; per tensor [E, 2] (gate and up) and [E]
+        scales of static activations float32 [E]
     """
 
     def __init__(self, stock: Any) -> None:

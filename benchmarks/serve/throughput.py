@@ -1,0 +1,263 @@
+"""Tokens per second of vLLM with INT8 MoE layers on its own backends and on quarkconv's, side by side on one GPU.
+
+    python benchmarks/serve/throughput.py --model Qwen3-30B-A3B --layers 24 [--backends triton,humming,quarkconv]
+
+Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random weights
+(`filled`). All start first; then they are measured in turn, round after round in alternating order, while the others
+wait. Prefill: prompts of 8192 tokens, one new token. Decode: the time that more new tokens take, for prompts of 128
+tokens: the prefill cancels out. Log-probabilities of one prompt are compared between backends.
+
+Writes benchmarks/results/serve-<model>-<device>.json; --out for another file. vLLM, and quarkconv with its entry point,
+must be installed, or lie on PYTHONPATH with their metadata.
+"""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import os
+import re
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+HERE = Path(__file__).resolve().parent
+sys.path.insert(0, str(HERE))
+
+from filled import LOAD_FORMAT, write_entry_point
+from models import MODELS, write_model
+
+PROMPT, PROMPTS = 8192, 4
+SHORT_PROMPT = 128
+NEW = (33, 161)
+"""New tokens of a short and of a long run; a step of decode is their difference in time over that in tokens."""
+SEQUENCES = (1, 8, 64, 256)
+COMPARED = 256
+"""Tokens of the prompt whose log-probabilities are compared."""
+
+BACKENDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "triton": ({}, {}),
+    "triton-tuned": ({}, {"VLLM_TUNED_CONFIG_FOLDER": ""}),
+    "humming": ({"moe_backend": "humming"}, {}),
+    "quarkconv": ({}, {"QUARKCONV_VLLM": "1"}),
+}
+"""Backend -> arguments of LLM, and environment. Triton is vLLM's default; tuned: with the tables of --tables."""
+
+
+class Server:
+    """A worker process: one LLM that measures when told."""
+
+    def __init__(self, name: str, model: Path, options: argparse.Namespace, folder: Path) -> None:
+        reading, writing = os.pipe()
+        environment = os.environ | BACKENDS[name][1] | {"VLLM_CACHE_ROOT": str(folder / f"cache-{name}")}
+        if "VLLM_TUNED_CONFIG_FOLDER" in BACKENDS[name][1]:
+            environment["VLLM_TUNED_CONFIG_FOLDER"] = str(options.tables.resolve())
+        paths = [str(folder), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment["PYTHONPATH"] = os.pathsep.join(paths)
+        self.name = name
+        self.log = folder / f"{name}.log"
+        command = [sys.executable, __file__, "--worker", name, str(model), str(writing), str(options.cache_bytes)]
+        with self.log.open("wb") as log:
+            self.process = subprocess.Popen(
+                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writing]
+            )
+        os.close(writing)
+        self.results = os.fdopen(reading)
+
+    def read(self) -> dict[str, Any] | None:
+        """The next result, or None if the process has ended."""
+        line = self.results.readline()
+        return json.loads(line) if line else None
+
+    def measure(self) -> dict[str, Any] | None:
+        """Measure once."""
+        assert self.process.stdin is not None
+        self.process.stdin.write(b"measure\n")
+        self.process.stdin.flush()
+        return self.read()
+
+    def stop(self) -> None:
+        """End the process."""
+        assert self.process.stdin is not None
+        self.process.stdin.close()
+        try:
+            self.process.wait(60)
+        except subprocess.TimeoutExpired:
+            self.process.kill()
+
+    def backend_lines(self) -> list[str]:
+        """What vLLM logged about the backend of the experts, without times."""
+        text = self.log.read_text(errors="replace")
+        lines = re.findall(r"(?:Using [^\n]*MoE backend[^\n]*|quarkconv: [^\n]*)", text)
+        return list(dict.fromkeys(lines))
+
+
+def work(name: str, model: str, results: int, cache_bytes: int) -> None:
+    """A worker: build the LLM, compute log-probabilities, then measure once for each line of stdin."""
+    from vllm import LLM, SamplingParams
+
+    channel = os.fdopen(results, "w")
+    started = time.monotonic()
+    llm = LLM(
+        model=model, load_format=LOAD_FORMAT, skip_tokenizer_init=True, dtype="bfloat16", seed=0,
+        max_model_len=PROMPT + 64, max_num_batched_tokens=PROMPT, max_num_seqs=max(SEQUENCES),
+        kv_cache_memory_bytes=cache_bytes, gpu_memory_utilization=0.2, enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": list(SEQUENCES)}, disable_log_stats=True, **BACKENDS[name][0],
+    )  # fmt: skip
+    vocabulary = 100_000
+
+    def prompt(length: int, seed: int) -> dict[str, list[int]]:
+        return {"prompt_token_ids": [(7919 * i + 104729 * seed) % vocabulary + 2 for i in range(length)]}
+
+    def generate(prompts: Sequence[Any], **parameters: Any) -> tuple[float, Any]:
+        sampling = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **parameters)
+        began = time.perf_counter()
+        outputs = llm.generate(prompts, sampling, use_tqdm=False)
+        return time.perf_counter() - began, outputs
+
+    def step(count: int) -> float:
+        prompts = [prompt(SHORT_PROMPT, seed) for seed in range(count)]
+        short, long = (generate(prompts, max_tokens=new)[0] for new in NEW)
+        return (long - short) / (NEW[1] - NEW[0])
+
+    def measure() -> dict[str, Any]:
+        seconds = generate([prompt(PROMPT, seed) for seed in range(PROMPTS)], max_tokens=1)[0]
+        return {
+            "prefill_tokens_per_s": PROMPT * PROMPTS / seconds,
+            "decode_step_ms": {str(count): 1e3 * step(count) for count in SEQUENCES},
+        }
+
+    def send(result: dict[str, Any]) -> None:
+        channel.write(json.dumps(result) + "\n")
+        channel.flush()
+
+    tokens = prompt(COMPARED, 1)
+    [output] = generate([tokens], max_tokens=1, prompt_logprobs=1)[1]
+    rows = zip(output.prompt_logprobs[1:], tokens["prompt_token_ids"][1:], strict=True)
+    logprobs = [row[token].logprob for row, token in rows]
+    measure()  # compiles what has not been
+    send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
+    for _ in sys.stdin:
+        send(measure())
+
+
+def compare(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
+    """Largest and mean difference of the prompt's log-probabilities, for each pair of backends."""
+    names, found = list(logprobs), {}
+    for i, first in enumerate(names):
+        for second in names[i + 1 :]:
+            gaps = [abs(a - b) for a, b in zip(logprobs[first], logprobs[second], strict=True)]
+            found[f"{first} and {second}"] = {"max": max(gaps), "mean": statistics.mean(gaps)}
+    return found
+
+
+def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The medians over rounds, decode also in tokens per second, and each round's values."""
+    steps = {str(n): statistics.median(r["decode_step_ms"][str(n)] for r in rounds) for n in SEQUENCES}
+    return {
+        "prefill_tokens_per_s": statistics.median(r["prefill_tokens_per_s"] for r in rounds),
+        "decode_step_ms": steps,
+        "decode_tokens_per_s": {n: 1e3 * int(n) / ms for n, ms in steps.items()},
+        "rounds": list(rounds),
+    }
+
+
+def show(rows: dict[str, Any]) -> None:
+    """Print a table: tokens per second, and the ratio of quarkconv to the best of the others."""
+    columns = ["prefill", *(f"decode {n}" for n in SEQUENCES)]
+    print(f"{'tokens/s':14} " + " ".join(f"{column:>12}" for column in columns))
+    values = {}
+    for name, row in rows.items():
+        if "error" in row:
+            print(f"{name:14} {row['error']}")
+            continue
+        values[name] = [row["prefill_tokens_per_s"], *row["decode_tokens_per_s"].values()]
+        print(f"{name:14} " + " ".join(f"{value:12.0f}" for value in values[name]))
+    ours = values.pop("quarkconv", None)
+    if ours and values:
+        best = [max(column) for column in zip(*values.values(), strict=True)]
+        print(f"{'over the best':14} " + " ".join(f"{a / b:12.3f}" for a, b in zip(ours, best, strict=True)))
+
+
+def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
+    """Start the servers, measure them in turn, stop them."""
+    model = write_model(options.model, options.layers, folder / options.model)
+    write_entry_point(folder)
+    names = [name for name in options.backends.split(",") if name != "triton-tuned" or options.tables]
+    servers = [Server(name, model, options, folder) for name in names]
+    rows: dict[str, Any] = {}
+    logprobs, rounds = {}, {server.name: [] for server in servers}  # type: ignore[var-annotated]
+    running = []
+    for server in servers:
+        ready = server.read()
+        if ready is None:
+            tail = server.log.read_text(errors="replace").strip().splitlines()[-1:]
+            rows[server.name] = {"error": "".join(tail)[:300]}
+        else:
+            running.append(server)
+            logprobs[server.name] = ready["logprobs"]
+            rows[server.name] = {"ready_s": ready["ready_s"], "log": server.backend_lines()}
+            print(f"{server.name}: ready after {ready['ready_s']:.0f} s; {rows[server.name]['log']}", flush=True)
+    for number in range(options.rounds):
+        for server in running if number % 2 == 0 else running[::-1]:
+            result = server.measure()
+            if result is not None:
+                rounds[server.name].append(result)
+    for server in running:
+        server.stop()
+        rows[server.name] |= medians(rounds[server.name]) if rounds[server.name] else {"error": "stopped"}
+    if options.logs:
+        for server in servers:
+            (options.logs / f"{options.model}-{server.name}.log").write_bytes(server.log.read_bytes()[-1_000_000:])
+    return {"backends": rows, "logprob_differences": compare(logprobs)}
+
+
+def main() -> int:
+    if sys.argv[1:2] == ["--worker"]:
+        work(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        return 0
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--model", choices=MODELS, required=True)
+    parser.add_argument("--layers", type=int, required=True, help="layers of the model that are kept")
+    parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--tables", type=Path, help="folder of tuned tables for vLLM's Triton backend")
+    parser.add_argument("--rounds", type=int, default=3, help="of which the medians count")
+    parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend")
+    parser.add_argument("--logs", type=Path, help="folder to keep the processes' logs in")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--commit", help="what to record; default: git's HEAD")
+    options = parser.parse_args()
+    import torch
+
+    if not torch.cuda.is_available():
+        print("throughput: needs a GPU, and torch finds none", file=sys.stderr)
+        return 4
+    device = torch.cuda.get_device_properties(0).name
+    git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(options, Path(folder))
+    document = {
+        "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
+        "date": datetime.date.today().isoformat(), "commit": options.commit or git.stdout.strip(),
+        "torch": torch.__version__, "vllm": version("vllm"),
+        "command": f"python benchmarks/serve/throughput.py --model {options.model} --layers {options.layers}",
+        "prefill": f"{PROMPTS} prompts of {PROMPT} tokens", "decode": f"prompts of {SHORT_PROMPT} tokens",
+    }  # fmt: skip
+    name = f"serve-{options.model}-{device}".lower().replace(" ", "-")
+    path = options.out or HERE.parent / "results" / f"{name}.json"
+    path.write_text(json.dumps(document | result, indent=1) + "\n")
+    show(result["backends"])
+    for pair, gap in result["logprob_differences"].items():
+        print(f"log-probabilities of {pair}: max {gap['max']:.4f}, mean {gap['mean']:.4f}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
