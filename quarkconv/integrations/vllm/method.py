@@ -71,11 +71,11 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.stock = stock
         self.experts_cls = QuarkconvExperts
 
-    def create_weights(self, layer: torch.nn.Module, *args: Any, **kwargs: Any) -> None:
+    def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Create vLLM's parameters of the layer."""
         self.stock.create_weights(layer, *args, **kwargs)
 
-    def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
+    def process_weights_after_loading(self, layer: Any) -> None:
         """Make the kernel of a layer that is loaded. Raises ValueError for static activations with a zero point."""
         for name in ("w13", "w2"):
             zero_point = getattr(layer, f"{name}_input_zero_point", None)
@@ -93,7 +93,7 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             routing_tables=layer._expert_routing_tables(),
         )
 
-    def get_fused_moe_quant_config(self, layer: torch.nn.Module) -> FusedMoEQuantConfig:
+    def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         """Scales and biases as the experts take them: scales of weights per channel, float32 [E, rows, 1]."""
         return int8_w8a8_moe_quant_config(
             w1_scale=channel_scale(layer.w13_weight_scale, layer.w13_weight.shape[1]),
