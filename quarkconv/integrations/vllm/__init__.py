@@ -40,7 +40,7 @@ def register() -> None:
             VARIABLE, *FIRST, *LAST, vllm.__version__,
         )  # fmt: skip
         return
-    from .configs import register_configs
+    from quarkconv.integrations.vllm.configs import register_configs
 
     register_configs()
 

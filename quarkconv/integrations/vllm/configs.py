@@ -9,7 +9,7 @@ from vllm.model_executor.layers.quantization import register_quantization_config
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsConfig
 from vllm.model_executor.layers.quantization.quark.quark import QuarkConfig
 
-from .method import replace_method
+from quarkconv.integrations.vllm.method import replace_method
 
 
 class QuarkconvCompressedTensorsConfig(CompressedTensorsConfig):  # type: ignore[misc]

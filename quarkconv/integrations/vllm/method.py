@@ -15,7 +15,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 )
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
 
-from .experts import SCHEME, QuarkconvExperts
+from quarkconv.integrations.vllm.experts import SCHEME, QuarkconvExperts
 
 logger = init_logger("vllm.quarkconv")
 

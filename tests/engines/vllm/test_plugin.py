@@ -313,3 +313,25 @@ def test_vllm_finds_the_plugin() -> None:
     project = tomllib.loads((Path(__file__).parents[3] / "pyproject.toml").read_text())["project"]
     module, _, function = project["entry-points"]["vllm.general_plugins"]["quarkconv"].partition(":")
     assert getattr(import_module(module), function) is plugin.register
+
+
+@pytest.mark.gpu
+@pytest.mark.usefixtures("turned_on")
+@pytest.mark.parametrize("rank", [WHOLE, RANKS[3]], ids=str)
+@pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
+def test_a_graph_computes_what_the_cpu_does(forms: Forms, name: str, rank: Rank) -> None:
+    """Captured once and replayed with other tokens."""
+    layer = ready(forms(name, QUARK), name, rank)
+    x, weights, ids = inputs(layer, layer.global_num_experts)
+    expected = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    layer.to("cuda")
+    layer.quant_method.process_weights_after_loading(layer)
+    arguments = [torch.zeros_like(tensor, device="cuda") for tensor in (x, weights, ids)]
+    layer.quant_method.apply(layer, *arguments, None, None)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        out = layer.quant_method.apply(layer, *arguments, None, None)
+    for argument, value in zip(arguments, (x, weights, ids), strict=True):
+        argument.copy_(value)
+    graph.replay()
+    assert error(out.cpu(), expected.double()) < BOUND
