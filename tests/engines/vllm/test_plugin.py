@@ -316,6 +316,7 @@ def test_vllm_finds_the_plugin() -> None:
 
 
 @pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU: torch.cuda.is_available() is false")
 @pytest.mark.usefixtures("turned_on")
 @pytest.mark.parametrize("rank", [WHOLE, RANKS[3]], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
