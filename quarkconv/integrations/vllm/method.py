@@ -35,10 +35,10 @@ def replace_method(stock: Any) -> Any:
     if reason is not None:
         logger.warning_once("quarkconv: INT8 MoE layers stay on vLLM's own %s backend: %s", backend_name(own), reason)
         return stock
+    others = str(["quarkconv", *(backend.value for backend in Int8MoeBackend)])
     logger.info_once(
-        "Using quarkconv Int8 MoE backend in place of %s, out of potential backends: %s.",
-        backend_name(own), ["quarkconv", *(backend.value for backend in Int8MoeBackend)],
-    )  # fmt: skip
+        "Using quarkconv Int8 MoE backend in place of %s, out of potential backends: %s.", backend_name(own), others
+    )
     return QuarkconvMoEMethod(stock)
 
 

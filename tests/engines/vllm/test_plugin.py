@@ -33,14 +33,23 @@ MOE = {"mixtral-quark0.11-eager": "block_sparse_moe", "minimax_m2-quark0.13-f2f"
 TOKENS, TOP_K = 24, 2
 
 
+def logger_into(lines: list[str]) -> Any:
+    """A logger that formats into `lines`, with arguments that vLLM's `_once` can hash."""
+
+    def log(text: str, *arguments: Any) -> None:
+        hash(arguments)
+        lines.append(text % arguments)
+
+    return SimpleNamespace(info_once=log, warning_once=log)
+
+
 @pytest.fixture
 def turned_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The plugin is on, on a platform of CUDA; gives what it logs."""
     from quarkconv.integrations.vllm import experts, method
 
     lines: list[str] = []
-    logger = SimpleNamespace(**dict.fromkeys(("info_once", "warning_once"), lambda text, *a: lines.append(text % a)))
-    monkeypatch.setattr(method, "logger", logger)
+    monkeypatch.setattr(method, "logger", logger_into(lines))
     monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False))
     monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
     monkeypatch.setenv(plugin.VARIABLE, "1")
@@ -283,8 +292,7 @@ def test_both_configs_are_registered_once_and_again() -> None:
 
 def test_another_release_of_vllm_is_refused_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
-    logger = SimpleNamespace(warning_once=lambda text, *a: lines.append(text % a))
-    monkeypatch.setattr("vllm.logger.init_logger", lambda _: logger)
+    monkeypatch.setattr("vllm.logger.init_logger", lambda _: logger_into(lines))
     monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
     monkeypatch.setenv(plugin.VARIABLE, "1")
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
