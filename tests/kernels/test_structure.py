@@ -21,7 +21,7 @@ LAYERS = (
     ("launch",),
     ("quantize", "reference", "pipeline"),
     ("custom_op",),
-    ("experts",),
+    ("experts", "warm_up"),
     ("__init__", "tune"),
 )
 RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}

@@ -79,7 +79,7 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
             **dependent,
         )
         return plan
-    run_length = _RUN if num_pairs <= _MANY else _LONG_RUN
+    run_length = _run_length(num_pairs)
     runs = -(-num_pairs // run_length)
     counts = torch.empty((runs, num_experts), dtype=torch.int32, device=device)
     run = {"BLOCK_P": run_length, **dependent}
@@ -151,6 +151,16 @@ def _cut(num_experts: int, plan: RoutingPlan) -> dict[str, int]:
 
 def _scan(num_pairs: int) -> int:
     return max(next_power_of_2(num_pairs), 32)
+
+
+def _run_length(num_pairs: int) -> int:
+    return _RUN if num_pairs <= _MANY else _LONG_RUN
+
+
+def route_constants(num_pairs: int) -> tuple[bool, int]:
+    """The constants of the routing of so many pairs: whether it takes one launch, and the pairs of a program."""
+    at_once = num_pairs <= _AT_ONCE
+    return at_once, _scan(num_pairs) if at_once else _run_length(num_pairs)
 
 
 def route_pairs_reference(topk_ids: torch.Tensor, num_experts: int, blocks: RowBlocks) -> RoutingPlan:

@@ -12,10 +12,15 @@ from vllm.model_executor.layers.quantization.utils.quant_utils import kInt8Dynam
 from vllm.platforms import current_platform
 
 from quarkconv.kernels import fused_experts_int8
+from quarkconv.kernels.arguments import check_arguments
+from quarkconv.kernels.warm_up import warm_up
 
 SCHEME = (kInt8StaticChannelSym, kInt8DynamicTokenSym)
 """vLLM's keys of weights and activations: per channel, per token. Weights per tensor and static activations run too:
 `method` gives each row the scale of its tensor, and each expert its static scale."""
+
+_WARM: set[Any] = set()
+"""What `warm_up` has compiled in this process."""
 
 
 def activation_arguments(activation: MoEActivation, config: Any) -> dict[str, Any] | None:
@@ -145,8 +150,6 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         topk_weights   float [M, K]
         topk_ids       int32 or int64 [M, K], ids of the experts of all ranks
         """
-        arguments = activation_arguments(activation, self.moe_config)
-        assert arguments is not None  # is_supported_config
         assert a1q_scale is None  # expects_unquantized_inputs
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
         fused_experts_int8(
@@ -157,10 +160,26 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
             self.w2_scale,
             weights.float(),
             local_ids(topk_ids, expert_map),
-            w13_input_scale=self.a1_scale,
-            w2_input_scale=a2_scale,
-            w13_bias=self.w1_bias,
-            w2_bias=self.w2_bias,
             out=output,
-            **arguments,
+            **self._options(activation),
         )
+
+    def warm_up(self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation, most_tokens: int) -> None:
+        """Compile what layers with such weights launch for up to so many tokens, once in a process."""
+        shape = (w1.device, *w1.shape, activation, self.moe_config.in_dtype, most_tokens)
+        scales = (self.a1_scale, self.w1_bias)
+        key = (*shape, self.moe_config.experts_per_token, *(scale is None for scale in scales))
+        if key in _WARM:
+            return
+        _WARM.add(key)
+        x = w1.new_zeros((1, w1.shape[2]), dtype=self.moe_config.in_dtype)
+        ids = w1.new_zeros((1, self.moe_config.experts_per_token), dtype=torch.int32)
+        options = self._options(activation)
+        warm_up(check_arguments(x, w1, w2, self.w1_scale, self.w2_scale, ids.float(), ids, **options), most_tokens)
+
+    def _options(self, activation: MoEActivation) -> dict[str, Any]:
+        """The arguments of the forward that every call of a layer has."""
+        options = activation_arguments(activation, self.moe_config)
+        assert options is not None  # is_supported_config
+        static = {"w13_input_scale": self.a1_scale, "w2_input_scale": self.a2_scale}
+        return {**options, **static, "w13_bias": self.w1_bias, "w2_bias": self.w2_bias}

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 import vllm.model_executor.layers.fused_moe.modular_kernel as mk
+from vllm.config import get_current_vllm_config
 from vllm.logger import init_logger
 from vllm.model_executor.layers.fused_moe.config import FusedMoEQuantConfig, int8_w8a8_moe_quant_config
 from vllm.model_executor.layers.fused_moe.fused_moe_method_base import FusedMoEMethodBase
@@ -76,7 +77,10 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.stock.create_weights(layer, *args, **kwargs)
 
     def process_weights_after_loading(self, layer: Any) -> None:
-        """Make the kernel of a layer that is loaded. Raises ValueError for static activations with a zero point."""
+        """Make the kernel of a layer that is loaded, and compile it for all numbers of tokens that vLLM batches.
+
+        Raises ValueError for static activations with a zero point.
+        """
         for name in ("w13", "w2"):
             zero_point = getattr(layer, f"{name}_input_zero_point", None)
             if self.stock.static_input_scales and zero_point is not None and bool(zero_point.any()):
@@ -92,6 +96,8 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             experts_cls=self.experts_cls,
             routing_tables=layer._expert_routing_tables(),
         )
+        tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
+        self.moe_kernel.fused_experts.warm_up(layer.w13_weight, layer.w2_weight, layer.activation, tokens)
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         """Scales and biases as the experts take them: scales of weights per channel, float32 [E, rows, 1]."""

@@ -266,8 +266,7 @@ def test_a_cpu_stays_on_vllm(forms: Forms, monkeypatch: pytest.MonkeyPatch) -> N
 @pytest.mark.usefixtures("turned_on")
 def test_zero_points_of_static_activations_are_refused(forms: Forms) -> None:
     name = "qwen3_moe-quark0.11-eager-int8_static"
-    model = load(build(forms(name, QUARK)))
-    layer = experts_of(model, name)
+    layer = experts_of(load(build(forms(name, QUARK))), name)
     layer.w2_input_zero_point.data[1] = 3
     with pytest.raises(ValueError, match=r"w2_input_zero_point: expected 0 .*, found 3"):
         layer.quant_method.process_weights_after_loading(layer)
@@ -334,7 +333,8 @@ def test_a_graph_computes_what_the_cpu_does(forms: Forms, name: str, rank: Rank)
     x, weights, ids = inputs(layer, layer.global_num_experts)
     expected = layer.quant_method.apply(layer, x, weights, ids, None, None)
     layer.to("cuda")
-    layer.quant_method.process_weights_after_loading(layer)
+    with set_current_vllm_config(vars(build(forms(name, QUARK), rank))["engine_config"]):
+        layer.quant_method.process_weights_after_loading(layer)
     arguments = [torch.zeros_like(tensor, device="cuda") for tensor in (x, weights, ids)]
     layer.quant_method.apply(layer, *arguments, None, None)
     graph = torch.cuda.CUDAGraph()
