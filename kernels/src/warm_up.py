@@ -38,8 +38,8 @@ def warm_up(arguments: ExpertsArguments, most_tokens: int) -> list[int]:
     ids = (pairs % arguments.experts).to(arguments.topk_ids.dtype)
     weights = arguments.topk_weights.new_zeros(ids.shape)
     for count in counts:
-        tokens = {"hidden_states": hidden[:count], "topk_ids": ids[:count], "topk_weights": weights[:count]}
-        run_checked(dataclasses.replace(arguments, **tokens, out=None))
+        x, chosen, routed = hidden[:count], ids[:count], weights[:count]
+        run_checked(dataclasses.replace(arguments, hidden_states=x, topk_ids=chosen, topk_weights=routed, out=None))
     return counts
 
 
