@@ -14,7 +14,7 @@ from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from quarkconv.cli import convert, engines, evaluate, inspect, tune, uploads, verify
+from quarkconv.cli import convert, engines, evaluate, inspect, merge, tune, uploads, verify
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 from quarkconv.version import own_version
@@ -36,6 +36,7 @@ app.command("convert", short_help="Rewrite a checkpoint for an engine.")(convert
 app.command("verify", short_help="Prove structure, bytes and numbers.")(verify.verify)
 app.command("evaluate", short_help="Compare outputs with the unquantized model.")(evaluate.evaluate)
 app.command("tune", short_help="Measure launch options on this GPU.")(tune.tune)
+app.command("merge", short_help="Merge the results of verify --part.")(merge.merge)
 app.command("uploads", short_help="List or discard unfinished uploads.")(uploads.uploads)
 app.command("engines", short_help="List engines and what they support.")(engines.engines)
 

@@ -13,6 +13,7 @@ from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.errors import QuarkconvError, UsageError
+from quarkconv.plan.shares import parse_share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -70,6 +71,10 @@ def verify(
     bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Check structure and bytes.")] = False,
     numbers_only: Annotated[bool, typer.Option("--numbers-only", help="Check structure and numbers.")] = False,
     fail_fast: Annotated[bool, typer.Option("--fail-fast", help="Stop at the first problem.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option("--part", metavar="K/N", help="Check part K of N; `quarkconv merge` merges what --json prints."),
+    ] = None,
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
     ] = None,
@@ -87,6 +92,7 @@ def verify(
     stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
     chosen = None if layers is None else parse_layers(layers)
     counts = parse_tokens(tokens)
+    share = None if part is None else parse_share(part)
     if report is not None:
         require_charts()
     with progress("Starting", shown=output.shows_progress) as meter:
@@ -103,6 +109,7 @@ def verify(
             activations=activations,
             stages=stages,
             fail_fast=fail_fast,
+            share=share,
             progress=meter,
         )
     if report is not None:

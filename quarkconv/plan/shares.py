@@ -7,6 +7,7 @@ the fewest bytes so far; checks are dealt in turn. A share therefore holds at mo
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass
 from heapq import heapify, heapreplace
 from typing import Any, Final
@@ -39,15 +40,24 @@ class Share:
 
     def shards(self, shards: tuple[OutputShard, ...]) -> tuple[OutputShard, ...]:
         """The shards of the share, in the order of the plan."""
+        taken = self.deal({shard.file: shard.nbytes for shard in shards})
+        return tuple(shard for shard in shards if shard.file in taken)
+
+    def deal(self, sizes: Mapping[str, int]) -> set[str]:
+        """Those of some things that the share gets: largest first, each to the share with the fewest bytes so far.
+
+        Args:
+            sizes: name -> bytes.
+        """
         loads = [(0, number) for number in range(1, self.count + 1)]
         heapify(loads)
         taken: set[str] = set()
-        for shard in sorted(shards, key=lambda shard: (-shard.nbytes, shard.file)):
+        for name, size in sorted(sizes.items(), key=lambda item: (-item[1], item[0])):
             nbytes, number = loads[0]
-            heapreplace(loads, (nbytes + shard.nbytes, number))
+            heapreplace(loads, (nbytes + size, number))
             if number == self.number:
-                taken.add(shard.file)
-        return tuple(shard for shard in shards if shard.file in taken)
+                taken.add(name)
+        return taken
 
     def checks(self, checks: tuple[Check, ...]) -> tuple[Check, ...]:
         """The checks of the share."""

@@ -37,6 +37,7 @@ def check_bytes(
     jobs: int,
     skip: Collection[str] = (),
     *,
+    only: Collection[str] | None = None,
     fail_fast: bool = False,
 ) -> tuple[BytesResult, list[Problem]]:
     """Compare every byte of a converted checkpoint with its manifest, and with the source where there is one.
@@ -48,6 +49,7 @@ def check_bytes(
         progress: called with the number of bytes checked since its last call.
         jobs: number of tensors that are read at the same time.
         skip: tensors that were compared already; the result counts them too.
+        only: the tensors, the shards whose headers, and the other files that are compared; None for all.
         fail_fast: stop reading after the first problem.
 
     Returns:
@@ -86,18 +88,27 @@ def check_bytes(
                 stop.set()
             return found
 
-        parts = [part for shard in present for part in _parts(shard, sizes[shard.file], skip)]
+        parts = [
+            part
+            for shard in present
+            for part in _parts(shard, sizes[shard.file], skip)
+            if only is None or (shard.file if part.tensor is None else part.tensor.name) in only
+        ]
         problems = [problem for found in pool.map(check, parts) for problem in found]
     with open_files(store) as others:
         problems += [
             Problem("bytes", None, file.name, "The file has changed since it was written")
             for file in manifest.files
+            if only is None or file.name in only
             if (size := store.size(file.name)) is not None
             and _range_checksum(OpenFile(others, file.name), 0, size) != file.checksum
         ]
+    compared = [tensor for shard in present for tensor in shard.tensors if only is None or tensor.name in only]
+    headers = sum(shard.header for shard in present if only is None or shard.file in only)
+    rest = sum(file.size for file in manifest.files if only is None or file.name in only)
     result = BytesResult(
-        pieces=sum(len(tensor.pieces) for shard in present for tensor in shard.tensors),
-        nbytes=sum(shard.size for shard in present) + sum(file.size for file in manifest.files),
+        pieces=sum(len(tensor.pieces) for tensor in compared),
+        nbytes=sum(tensor.nbytes for tensor in compared) + headers + rest,
         against_source=source is not None,
     )
     return result, problems

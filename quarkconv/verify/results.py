@@ -253,6 +253,21 @@ class NumbersResult:
 
 
 @dataclass(frozen=True, slots=True)
+class VerifiedPart:
+    """Which part of a verification a result is.
+
+    Attributes:
+        number: number of the part, from 1.
+        count: number of parts.
+        identity: what the parts of one verification have in common; see :func:`quarkconv.verify.parts.identity`.
+    """
+
+    number: int
+    count: int
+    identity: dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
 class Verification:
     """The answer of ``verify``.
 
@@ -264,6 +279,7 @@ class Verification:
         structure, bytes, numbers: the results of the three stages.
         problems: everything that is wrong.
         findings: files and tensors of the checkpoint or its source that were not checked.
+        part: which part of a verification this is; None for a whole one.
     """
 
     model: str
@@ -275,6 +291,7 @@ class Verification:
     numbers: NumbersResult
     problems: tuple[Problem, ...]
     findings: tuple[Finding, ...] = ()
+    part: VerifiedPart | None = None
 
     @property
     def ok(self) -> bool:
@@ -282,7 +299,12 @@ class Verification:
         return not self.problems
 
     def verdict(self) -> str:
-        """One line for people: whether anything is wrong, and which stages were not checked."""
+        """One line for people: whether anything is wrong, and what was not checked."""
+        if self.part is None:
+            return self._verdict()
+        return f"Part {self.part.number} of {self.part.count}: {self._verdict()}; the other parts: not checked here"
+
+    def _verdict(self) -> str:
         skipped = [name for name, why in (("bytes", self.bytes.skipped), ("numbers", self.numbers.skipped)) if why]
         if self.problems:
             outcome = f"Not verified: {plural(len(self.problems), 'problem')}"
@@ -327,6 +349,7 @@ class Verification:
             },
             "problems": [asdict(problem) for problem in self.problems],
             "findings": [asdict(item) for item in self.findings],
+            **({} if self.part is None else {"part": asdict(self.part)}),
         }
 
 

@@ -20,17 +20,20 @@ from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
 from quarkconv.load.select import LayerName, select_layers
 from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.numbers import backend_name, unsupported_activation
+from quarkconv.verify.parts import identity, scope_of
 from quarkconv.verify.results import (
     BytesResult,
     NumbersResult,
     Problem,
     StructureResult,
     Verification,
+    VerifiedPart,
 )
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure
@@ -56,6 +59,7 @@ def verify_checkpoint(
     activations: str | Path | None = None,
     stages: Collection[str] = ("bytes", "numbers"),
     fail_fast: bool = False,
+    share: Share | None = None,
     progress: Progress = SILENT,
 ) -> Verification:
     """Prove that a checkpoint is correct.
@@ -76,6 +80,8 @@ def verify_checkpoint(
             :class:`quarkconv.verify.inputs.RecordedInputs`.
         stages: which of ``bytes`` and ``numbers`` are checked; the structure always is.
         fail_fast: stop at the first problem.
+        share: the share of the layers and tensors that is checked, where several processes verify one checkpoint; None
+            for all. :func:`quarkconv.verify.merged.merged` merges their results.
         progress: receives downloads, the reading of headers, the bytes checked, and a note on each layer.
 
     Raises:
@@ -106,18 +112,19 @@ def verify_checkpoint(
     skipped = _why_no_numbers(
         description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
     )
-    check_rest = _byte_check(description, manifest, compared, stages, progress, fail_fast=fail_fast)
+    scope = scope_of(description, manifest, chosen, share)
+    check_rest = _byte_check(description, manifest, compared, stages, progress, only=scope.names, fail_fast=fail_fast)
     counts_bytes = manifest is not None and "bytes" in stages
-    if manifest is not None and counts_bytes:
-        progress.step("Checking", sum(shard.size for shard in manifest.shards), "byte")
+    if counts_bytes:
+        progress.step("Checking", scope.nbytes, "byte")
     elif skipped is None:
-        progress.step("Checking", len(chosen) * len(counts), "layer")
+        progress.step("Checking", len(scope.layers) * len(counts), "layer")
     outcomes: list[LayerOutcome] = []
     if skipped is None:
         job = NumbersJob(
             description=description,
             manifest=manifest if compared is None and "bytes" in stages else None,
-            layers=chosen,
+            layers=scope.layers,
             devices=devices,
             tokens=counts,
             seed=seed,
@@ -154,6 +161,29 @@ def verify_checkpoint(
         numbers=numbers,
         problems=tuple(problems),
         findings=tuple(_passed_on(description, compared)),
+        part=None
+        if share is None
+        else VerifiedPart(
+            number=share.number,
+            count=share.count,
+            identity=identity(
+                description,
+                manifest,
+                chosen,
+                tokens=counts,
+                seed=seed,
+                stages=stages,
+                compared=[
+                    name
+                    for name, given in (
+                        ("--source", source),
+                        ("--unquantized", unquantized),
+                        ("--activations", activations),
+                    )
+                    if given is not None
+                ],
+            ),
+        ),
     )
 
 
@@ -203,6 +233,7 @@ def _byte_check(
     stages: Collection[str],
     progress: Progress,
     *,
+    only: Collection[str] | None,
     fail_fast: bool,
 ) -> Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]:
     """The stage of bytes, for the tensors to leave out; where it cannot run, its result says why."""
@@ -211,7 +242,9 @@ def _byte_check(
     if manifest is None:
         return lambda _: (BytesResult(skipped=_NO_MANIFEST), [])
     files = None if source is None else source.checkpoint.store
-    return lambda skip: check_bytes(description, manifest, files, progress.advance, READERS, skip, fail_fast=fail_fast)
+    return lambda skip: check_bytes(
+        description, manifest, files, progress.advance, READERS, skip, only=only, fail_fast=fail_fast
+    )
 
 
 def _described(model: str | Path, progress: Progress) -> Description:
