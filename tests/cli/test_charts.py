@@ -24,6 +24,8 @@ from quarkconv.cli.render.verification import render_verification
 from quarkconv.report.series import ExpertMap, scale_ranges, weight_errors
 from quarkconv.verify.results import NumbersResult, Verification, WeightError
 
+pytestmark = pytest.mark.long(15)
+
 BLOCKS, ASCII = "▁▂▃▄▅▆▇█", ".:-=+*#@"
 NAME = "qwen3_moe-quark0.13-f2f"
 

@@ -23,6 +23,8 @@ from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.state import EvaluationState
 
+pytestmark = pytest.mark.long(15)
+
 
 @pytest.fixture(scope="module")
 def plain(quantized: Path, unquantized: Path, token_ids: Path) -> Evaluation:

@@ -22,6 +22,8 @@ from quarkconv.errors import QuarkconvError
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import CheckpointWeights
 
+pytestmark = pytest.mark.long(40)
+
 FAMILIES = {path.name: path for path in sorted((DATA / "families").iterdir()) if path.is_dir()}
 KEPT = {**FAMILIES, **EXPORTS, **FIXTURES}
 

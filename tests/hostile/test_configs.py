@@ -18,7 +18,7 @@ from quarkconv import SourceError, inspect_checkpoint
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.patterns import Patience, name_filter
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(15)
 
 
 def config(change: Callable[[dict[str, Any]], object]) -> Callable[[Path], object]:

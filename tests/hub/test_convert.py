@@ -25,7 +25,7 @@ from quarkconv.plan.plan import plan_digest
 from quarkconv.write import segments
 from quarkconv.write.executor import execute
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(15)
 
 REPO = "org/tiny-moe"
 Capture = pytest.CaptureFixture[str]

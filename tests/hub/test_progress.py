@@ -21,7 +21,7 @@ from support.terminal import CONTROL, Shown, run_on_terminal
 import quarkconv
 from quarkconv.cli import progress as progress_module
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(20)
 
 REPO = "org/tiny-moe"
 Run = Callable[..., Shown]

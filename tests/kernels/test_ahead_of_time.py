@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-pytestmark = pytest.mark.long
-
-pytestmark = pytest.mark.timeout(1800)
+pytestmark = [pytest.mark.long(80), pytest.mark.timeout(1800)]
 GROUPS = (
     ("sm_90", "sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"),
     ("gfx942", "gfx90a", "gfx950", "gfx1100", "gfx1201"),

@@ -17,6 +17,8 @@ from quarkconv.kernels.launch.grouped_gemm import (
 from quarkconv.kernels.launch.routing import empty_plan, route_pairs
 from quarkconv.kernels.tables import RowBlocks, TileOptions
 
+pytestmark = pytest.mark.long(20)
+
 TILE = TileOptions(block_n=32, block_k=64, group_m=2, num_warps=4, num_stages=2)
 WIDE = TileOptions(block_n=64, block_k=32, group_m=1, num_warps=4, num_stages=3)
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11, torch.float32: 2.0**-24}

@@ -22,7 +22,7 @@ from quarkconv.kernels.options import fit_options
 from quarkconv.kernels.pipeline import empty_workspace, run_pipeline
 from quarkconv.kernels.tables import LaunchOptions, RowBlocks, TileOptions
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(15)
 
 PORTABLE = TileOptions(64, 64, 1, 4, 2, descriptors=False)
 GATE_UP = TileOptions(64, 128, 2, 4, 4, specialized=True)

@@ -19,7 +19,7 @@ from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.findings import Severity
 from quarkconv.scheme.formats.readers import declared_scheme
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(20)
 
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 TARGETS = ("compressed-tensors", "w8a8-int8", "bf16", "quark")

@@ -21,7 +21,7 @@ from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import streaming
 from quarkconv.verify.inputs import RecordedInputs, random_inputs, rounding_noise
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(10)
 
 NAME = "qwen3_moe-quark0.13-f2f"
 

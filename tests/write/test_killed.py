@@ -16,7 +16,7 @@ import pytest
 from support.conversions import SMALL_STEPS, STAGING, arguments, assert_unfinished, convert, start_slow
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(45)
 
 KILLED = (
     SMALL_STEPS

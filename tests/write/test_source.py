@@ -22,7 +22,7 @@ from quarkconv.errors import SourceError, UsageError
 from quarkconv.plan.plan import plan_digest
 from quarkconv.write.executor import execute
 
-pytestmark = pytest.mark.long
+pytestmark = pytest.mark.long(30)
 
 
 def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
