@@ -83,6 +83,18 @@ def test_imports_go_one_way(path: Path) -> None:
         assert RANK[layer] < RANK[own], f"{relative} imports {module}"
 
 
+def test_packages_stand_on_at_most_ten_floors() -> None:
+    """A package stands a floor above the highest one that it imports."""
+    below: dict[str, set[str]] = {}
+    for path in MODULES:
+        own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+        below.setdefault(own, set()).update({part(module) for module in imported(path)} & RANK.keys() - {own})
+    floors: dict[str, int] = {}
+    for name in (name for names in LAYERS for name in names):
+        floors[name] = 1 + max((floors[other] for other in below[name]), default=0)
+    assert max(floors[name] for name in floors.keys() - {"__main__"}) <= 10, floors
+
+
 def test_verification_shares_no_code_with_writing() -> None:
     for path in (PACKAGE / "verify").rglob("*.py"):
         assert not [module for module in imported(path) if module.startswith("quarkconv.write")], path

@@ -13,9 +13,9 @@ from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
-from quarkconv.description.options import KEEP
 from quarkconv.errors import UsageError
 from quarkconv.plan.shares import parse_share
+from quarkconv.scheme.options import KEEP
 from quarkconv.targets import TARGETS, get_target
 
 

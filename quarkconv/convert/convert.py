@@ -11,10 +11,10 @@ from quarkconv.convert.options import Options
 from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
-from quarkconv.description.options import KEEP, Quantize
 from quarkconv.hub.locate import locate
 from quarkconv.plan.plan import Plan
 from quarkconv.progress import SILENT, Progress
+from quarkconv.scheme.options import KEEP, Quantize
 from quarkconv.targets import get_target
 
 

@@ -7,12 +7,12 @@ from dataclasses import dataclass
 
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE, parse_size
 from quarkconv.description.description import Description, describe
-from quarkconv.description.options import KEEP, SourceOptions
 from quarkconv.description.quantized import quantized_description
 from quarkconv.errors import UsageError
 from quarkconv.experts.ranks import Rank, ranks_of
 from quarkconv.files.base import Files
 from quarkconv.progress import Progress
+from quarkconv.scheme.options import KEEP, SourceOptions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -8,7 +8,6 @@ from typing import Final
 
 from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
 from quarkconv.description.description import Description
-from quarkconv.description.options import DEFAULT, SourceOptions
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
@@ -19,6 +18,7 @@ from quarkconv.plan.pieces import SourceFile, TextFile
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.quantize import computed
 from quarkconv.plan.shards import in_natural_order, pack_shards
+from quarkconv.scheme.options import DEFAULT, SourceOptions
 from quarkconv.targets.base import Target
 from quarkconv.targets.changes import conversion_findings
 from quarkconv.targets.convertible import check_convertible

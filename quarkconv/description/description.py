@@ -16,7 +16,6 @@ from quarkconv.description.float_modules import float_test, quantized_float_modu
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings
 from quarkconv.description.mtp import mtp_test, without_mtp
-from quarkconv.description.options import DROP, KEEP, Mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
@@ -31,6 +30,7 @@ from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
+from quarkconv.scheme.options import DROP, KEEP, Mtp
 from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
 from quarkconv.scheme.spec import MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules

@@ -13,7 +13,6 @@ from typing import Final
 
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
-from quarkconv.description.options import QUANTIZE, SourceOptions
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.families import FLOAT_ENDS
@@ -21,6 +20,7 @@ from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
 from quarkconv.scheme.merged import MERGED_WITH
+from quarkconv.scheme.options import QUANTIZE, SourceOptions
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import Form, fused_names, linear_names

@@ -12,13 +12,13 @@ from collections.abc import Iterable
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from quarkconv.description.options import DEFAULT, SourceOptions
 from quarkconv.errors import SourceError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank
 from quarkconv.findings import Finding, Severity
 from quarkconv.plan.fields import count, file_name, text
 from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputShard, OutputTensor, Piece, SourceFile, TextFile
+from quarkconv.scheme.options import DEFAULT, SourceOptions
 
 PLAN_FORMAT: Final = 1
 

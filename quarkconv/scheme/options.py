@@ -1,4 +1,4 @@
-"""What a conversion does with its source besides rewriting it, as the user requested it."""
+"""The options of a conversion that change the modules of its source or their scheme."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from quarkconv.errors import UsageError
 Quantize = Literal["missing", "all"]
 """``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8."""
 Mtp = Literal["keep", "drop", "quantize"]
-"""What happens to the layers of multi-token prediction."""
+"""The treatment of layers of multi-token prediction."""
 
 KEEP: Final[Mtp] = "keep"
 DROP: Final[Mtp] = "drop"
@@ -20,13 +20,13 @@ QUANTIZE: Final[Mtp] = "quantize"
 
 @dataclass(frozen=True, slots=True)
 class SourceOptions:
-    """The options of a conversion that decide what it writes. Make them with :meth:`of`.
+    """The options. Create them with :meth:`of`.
 
     Attributes:
         quantize: which float modules are quantized to ptpc_int8; None for none.
-        exclude: names, fnmatch patterns and ``re:`` patterns of modules that stay float nevertheless.
-        scheme: scheme of the int8 modules, where nothing declares one.
-        mtp: what happens to the layers of multi-token prediction.
+        exclude: names, fnmatch patterns and ``re:`` patterns of modules that stay float.
+        scheme: scheme of the int8 modules, where the config declares none.
+        mtp: the treatment of layers of multi-token prediction.
     """
 
     quantize: Quantize | None = None
@@ -41,7 +41,7 @@ class SourceOptions:
         """The options, checked.
 
         Raises:
-            UsageError: one is invalid, or two of them do not go together.
+            UsageError: one is invalid, or two of them exclude each other.
         """
         if quantize not in (None, *get_args(Quantize)):
             raise UsageError("--quantize is invalid", expected=_listed(Quantize), found=quantize)
@@ -53,9 +53,9 @@ class SourceOptions:
         options = cls(quantize, patterns, scheme, mtp)  # type: ignore[arg-type]
         if patterns and not options.quantizes:
             raise UsageError(
-                "--exclude is about modules that would be quantized",
-                expected="--quantize or --mtp quantize beside it",
-                hint="give one of them, or leave --exclude out",
+                "--exclude needs modules to quantize",
+                expected="--quantize or --mtp quantize as well",
+                hint="add one of them, or remove --exclude",
             )
         return options
 
