@@ -218,7 +218,7 @@ DOCUMENTS = [f"docs/{name}.md" for name in NAMES]
 
 
 def filled(text: str) -> str:
-    """A document with its generated parts made anew."""
+    """A document with its generated parts updated."""
     for name, make in PARTS.items():
         pattern = re.compile(rf"(<!-- begin {name} -->\n).*?(<!-- end {name} -->)", re.DOTALL)
         if pattern.search(text):

@@ -121,7 +121,7 @@ def convert(
         raise UsageError(
             "These options exclude one another",
             expected="--part without --finish, --overwrite and --push; --finish without --overwrite and --dry-run",
-            hint="delete the output directory to start a conversion in parts anew",
+            hint="delete the output directory to start a conversion in parts over",
         )
     options = Options(
         max_shard_size=max_shard_size,

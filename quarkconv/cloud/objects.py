@@ -101,8 +101,8 @@ class Objects:
     def get_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """The bytes of small objects by their names, without those that are gone."""
         with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="quarkconv-objects") as pool:
-            wanted = list(names)
-            found = zip(wanted, pool.map(self.get, wanted), strict=True)
+            requested = list(names)
+            found = zip(requested, pool.map(self.get, requested), strict=True)
             return {name: item[0] for name, item in found if item is not None}
 
     def put(self, name: str, data: bytes) -> None:

@@ -1,6 +1,6 @@
 """Multipart uploads that a process left behind when it was killed. Their parts take space, and no listing shows them.
 
-object_store aborts an upload that fails, and cannot list those of others; boto3 can. Google and Azure are not asked:
+object_store aborts an upload that fails, and cannot list other uploads; boto3 can. Google and Azure are not queried:
 Azure discards uncommitted blocks after a week by itself, and Google by a lifecycle rule.
 """
 

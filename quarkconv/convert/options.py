@@ -24,7 +24,7 @@ class Options:
         tp, ep: number of tensor parallel or expert parallel ranks that the experts are divided among.
         quantize: ``missing`` quantizes the float modules that the config declares quantized, ``all`` every linear that
             engines run in int8, to ptpc_int8; None quantizes nothing.
-        exclude: modules that stay float nevertheless: names, fnmatch patterns, and regular expressions after ``re:``.
+        exclude: modules that stay float: names, fnmatch patterns, and regular expressions after ``re:``.
         scheme: scheme of the int8 modules where config.json does not declare one: ``ptpc_int8``.
         mtp: ``keep`` the layers of multi-token prediction as they are, ``drop`` them, or ``quantize`` their float
             linears to ptpc_int8.

@@ -60,7 +60,7 @@ def quantized_description(description: Description, options: SourceOptions) -> D
 
     Raises:
         UsageError: an excluded name or pattern matches no module, or only some parts of a merged linear.
-        UnsupportedError: there are none, their layout is not read, or their scheme needs calibration.
+        UnsupportedError: no module is left, the layout is not supported, or the scheme needs calibration.
     """
     is_excluded = _exclusion(description, options.exclude)
     modules = dict(_modules(description, options, is_excluded))

@@ -74,7 +74,7 @@ class Evaluation:
     """What quantization costs a model.
 
     Attributes:
-        model, unquantized: as given; ``unquantized`` is None where there was none.
+        model, unquantized: as given; ``unquantized`` may be None.
         scheme: INT8 scheme of the model; None for a model in floats.
         tokens_from: file of the text or token ids.
         windows, window, scored: number of windows, their length, and how many tokens were scored.

@@ -83,7 +83,7 @@ class Skeleton:
     Attributes:
         model: the transformers model, ``...ForCausalLM``.
         dtype: of its floats.
-        unmatched: tensors of the checkpoint that are no parameter of the model.
+        unmatched: tensors of the checkpoint that are not parameters of the model.
         device: where layers are filled.
 
     Raises:
@@ -268,7 +268,7 @@ class Skeleton:
         return module
 
     def experts_of(self, number: int) -> dict[str, nn.Module]:
-        """Path -> module of the routed experts of a decoder layer; empty where it has none."""
+        """Path -> module of the routed experts of a decoder layer; empty in dense layers."""
         prefix = self.layer_prefix(number)
         return {
             f"{prefix}.{name}": module

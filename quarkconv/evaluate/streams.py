@@ -96,7 +96,7 @@ class LayerRunner:
 
     Args:
         quantized: the model that is evaluated, on the device.
-        unquantized: the model before quantization, on the device; None where there is none.
+        unquantized: the model before quantization, on the device, if any.
         int8_layers: decoder layers that run in INT8; None for all that are stored so.
     """
 

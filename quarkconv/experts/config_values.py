@@ -35,7 +35,7 @@ def factor(config: Config, keys: Keys, default: float | None) -> float | Unknown
 
 
 def parameter(config: Config, keys: Keys, default: float | None) -> float | Unknown | None:
-    """A positive number of an activation; None where the family has none."""
+    """A positive number of an activation; if the family has one."""
     return factor(config, keys, default) if keys else None
 
 

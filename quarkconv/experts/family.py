@@ -112,7 +112,7 @@ class ActivationRule:
         names: their value -> our name; any other value is unknown.
         default: our name where config.json does not say; None: it must.
         limit, alpha, beta, linear_beta: keys of the parameters, of which the first found counts.
-        default_limit, default_alpha, default_beta: where config.json does not say; a limit of 0 is none.
+        default_limit, default_alpha, default_beta: defaults where config.json has no value; a limit of 0: unlimited.
         limit_list: key of a limit for each layer, 0 or null for none.
     """
 

@@ -26,7 +26,7 @@ class Routing:
 
     `n_group` is 1 where the choice is not limited to groups. `group_score` ranks groups by their best expert ("max")
     or by the sum of their best two ("top2"). `epsilon` is what the model adds to the norm that it divides by, `floor`
-    the least divisor. `bias_name` is the correction bias below the MoE module, None where the model has none.
+    the least divisor. `bias_name` is the correction bias below the MoE module, if any.
     `zero_experts` follow the others in the router's weight: they return their input. The other fields are those of
     :class:`quarkconv.experts.family.RouterRule`.
     """

@@ -44,7 +44,7 @@ class Index(NamedTuple):
 
 
 def read_index(store: Files) -> Index | None:
-    """The index of a checkpoint; None where it has none.
+    """The index of a checkpoint, if it has one.
 
     Raises:
         SourceError: the index cannot be read, or does not map tensors to shards of this directory.

@@ -38,7 +38,7 @@ class Located:
     """A model that was found.
 
     Attributes:
-        files: its files, none of which has been read.
+        files: its files, not read yet.
         repo: its Hub repo id, without revision; None outside the Hub.
         name: for outputs, where the model is not a directory.
     """

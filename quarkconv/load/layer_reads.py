@@ -77,7 +77,7 @@ class LayerRead(NamedTuple):
         start: first byte in the file.
         nbytes: length in the file.
         at: first byte in memory.
-        checksum: its checksum in the manifest; empty where the manifest has none.
+        checksum: its checksum in the manifest; empty if it has no manifest entry.
         source: the tensor of the source that it came from, for messages.
         run, stride: of every ``stride`` bytes of the file only the first ``run`` go to memory; 0 for all bytes.
     """

@@ -87,7 +87,7 @@ def parse_share(text: str) -> Share:
     """A share from ``3/8``.
 
     Raises:
-        UsageError: ``text`` has another form, or there is no such share.
+        UsageError: ``text`` has another form, or a number is out of range.
     """
     match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip(), re.ASCII)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_SHARES:

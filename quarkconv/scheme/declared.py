@@ -28,7 +28,7 @@ class DeclaredScheme(ABC):
 
     Attributes:
         method: the config's ``quant_method``.
-        version: version of the tool that wrote the config; None where the config has none.
+        version: version of the tool that wrote the config, if the config has one.
         default: the scheme of a module that no entry mentions.
         problems: fields of the wrong type, which were ignored.
         stores_codes: False when the config says that weights are stored in float, to be quantized at load.

@@ -27,7 +27,7 @@ def get_target(name: str) -> Target:
     """The target of a name.
 
     Raises:
-        UsageError: there is none.
+        UsageError: the name is unknown.
     """
     if name not in TARGETS:
         raise UsageError("Unknown target", expected=" or ".join(TARGETS), found=name)

@@ -224,7 +224,7 @@ def _module(name: str) -> ModuleType:
 
 
 def _expert_map(shape: RankShape, device: torch.device) -> torch.Tensor | None:
-    """int32 [all experts]: the number of each on the first rank, -1 for those of other ranks; None of a whole layer."""
+    """int32 [all experts]: the number of each on the first rank, -1 for those of other ranks; None for a layer."""
     import torch
 
     if shape.experts == shape.all_experts:

@@ -92,7 +92,7 @@ def published_layer(refs: Mapping[str, TensorRef], layer: MoELayer, *, interleav
 
 
 def tensors_of(refs: Mapping[str, TensorRef], layer: MoELayer) -> str:
-    """The tensors below the layer's MoE module with two dimensions or more, for people; empty where there are none."""
+    """The tensors below the layer's MoE module with two dimensions or more, for people; empty without any."""
     shown: list[str] = []
     for moe in _modules(refs, layer.moe):
         for name, ref in refs.items():

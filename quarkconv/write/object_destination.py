@@ -226,7 +226,7 @@ def open_objects(
 
 
 def finished_manifest(url: str) -> Manifest | None:
-    """The manifest of a finished conversion below a URL; None where there is none, or it is not finished.
+    """The manifest of a finished conversion below a URL; None without one, or before it is finished.
 
     Raises:
         SourceError: there is a manifest that cannot be read.
@@ -243,7 +243,7 @@ def has_begun(url: str) -> bool:
 
 
 def _create(objects: Objects, state: bytes) -> bool:
-    """Write plan.json where there is none; False where there is one, or the store cannot tell."""
+    """Write plan.json if it does not exist; False if it does, or if the store cannot say."""
     try:
         return objects.create(_STATE, state)
     except ConditionsUnsupportedError:

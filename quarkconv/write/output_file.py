@@ -144,7 +144,7 @@ def _reserve(descriptor: int, nbytes: int) -> None:
 
 @cache
 def _fallocate() -> Callable[[int, int, int, int], int] | None:
-    """fallocate of the C library; None where it has none."""
+    """fallocate of the C library, if any."""
     library = ctypes.CDLL(None, use_errno=True)
     function = getattr(library, "fallocate64", None) or getattr(library, "fallocate", None)
     if function is not None:

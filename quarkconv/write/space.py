@@ -1,4 +1,4 @@
-"""Disk space: required before the first byte is written, and explained when it runs out nevertheless."""
+"""Disk space: checked before the first byte is written, and explained when it runs out."""
 
 from __future__ import annotations
 

@@ -70,7 +70,7 @@ def test_an_index_that_disagrees_with_its_files_is_found_by_every_command(fault:
     assert result.numbers.skipped == "the structure is broken"
 
 
-def test_a_stale_index_is_named_and_nothing_is_concluded_from_what_it_hides(tmp_path: Path) -> None:
+def test_a_stale_index_is_reported_without_conclusions_from_hidden_files(tmp_path: Path) -> None:
     source = Model().write(tmp_path)
     index = json.loads((source / INDEX).read_text())
     stale = {name: file.replace("of-00002", "of-00004") for name, file in index["weight_map"].items()}

@@ -62,7 +62,7 @@ def test_conversion_dequantizes_routers_with_one_rounding(target: str, tmp_path:
     assert inspect_checkpoint(source).targets[target].nbytes == plan.tensor_bytes
 
 
-def test_a_float_router_that_the_config_declares_quantized_is_no_error(tmp_path: Path) -> None:
+def test_a_float_router_that_the_config_declares_quantized_is_not_an_error(tmp_path: Path) -> None:
     model = Model()
     model.quantization["exclude"] = []
     assert codes(model.write(tmp_path)) == {}
@@ -123,7 +123,7 @@ def test_scales_are_read_under_either_name(target: str, tmp_path: Path) -> None:
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 
 
-def test_no_engine_is_said_to_load_scales_named_after_the_quantizer(tmp_path: Path) -> None:
+def test_no_engine_loads_scales_named_after_the_quantizer(tmp_path: Path) -> None:
     inspection = inspect_checkpoint(named_after_the_quantizer(Model()).write(tmp_path))
     assert not [row for row in inspection.engines if row.form == "quark"]
     assert all(item.target is not None for item in inspection.advice)
@@ -158,7 +158,7 @@ def test_tensors_that_leave_a_doubt_need_a_config(name: str, value: torch.Tensor
     assert refusal(source, "fused-int8").exit_code == 4
 
 
-def test_the_config_of_w8a8_int8_is_no_reason_for_errors(tmp_path: Path) -> None:
+def test_the_config_of_w8a8_int8_gives_no_errors(tmp_path: Path) -> None:
     model = Model()
     model.config["quantization_config"] = {
         "quant_method": "w8a8_int8", "activation_scheme": "dynamic", "bits": 8, "group_size": -1,
@@ -211,7 +211,7 @@ def test_online_rotations_are_an_error_and_converted_to_nothing(hidden: str, tmp
 @pytest.mark.parametrize(
     "algorithm", [{"name": "smoothquant", "alpha": 0.5}, {"name": "rotation", "r1": True, "r2": True}]
 )
-def test_what_is_merged_into_the_weights_is_no_error(algorithm: dict[str, Any], tmp_path: Path) -> None:
+def test_rotations_merged_into_the_weights_are_not_an_error(algorithm: dict[str, Any], tmp_path: Path) -> None:
     model = Model()
     model.quantization["algo_config"] = [algorithm]
     assert codes(model.write(tmp_path)) == {}

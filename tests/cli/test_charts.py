@@ -106,7 +106,7 @@ def test_in_a_wide_terminal_two_tall_maps_stand_side_by_side() -> None:
     assert len(lines) < 30
 
 
-def test_an_error_that_is_no_number_shows() -> None:
+def test_an_error_that_is_nan_is_visible() -> None:
     lines = drawn(with_error(verification(62, 256), 37, 200, math.nan), 80)
     assert "".join(map_rows(lines, "Weight error")).count("?") == 1
     assert any("? not finite: 1" in line for line in lines)
@@ -188,7 +188,7 @@ def test_sizes_have_bars() -> None:
     ]  # fmt: skip
 
 
-def test_the_map_says_in_words_where_the_largest_is() -> None:
+def test_the_map_names_its_largest_value() -> None:
     chart = weight_errors(with_error(verification(3, 8), 1, 2, 0.02).experts)
     assert isinstance(chart, ExpertMap)
     assert "from 0.01 to 0.02, the largest in layer 1, expert 2" in chart.described()
@@ -210,7 +210,7 @@ def test_what_an_encoding_does_not_have_gets_a_stand_in() -> None:
     assert plain(caught.value) == ("x+?", 6)
 
 
-def test_a_dumb_terminal_has_the_columns_that_it_says(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_dumb_terminal_keeps_its_columns(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TERM", "dumb")
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "60")

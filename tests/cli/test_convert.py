@@ -107,7 +107,7 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path, capsys: Capture, as
     assert summary["bytes"] == sum((result.output / file).stat().st_size for file in files if file not in generated)
 
 
-def test_dry_run_tells_what_cannot_be_done(checkpoints: Checkpoints, capsys: Capture) -> None:
+def test_dry_run_reports_what_is_impossible(checkpoints: Checkpoints, capsys: Capture) -> None:
     assert run_cli(capsys, "convert", checkpoints("qwen3_moe-bf16"), "--to", "fused-int8", "--dry-run")[0] == 4
 
 
@@ -148,7 +148,7 @@ def test_wrong_usage_exits_2(model: Path, tmp_path: Path, capsys: Capture, argum
     assert json.loads(out)["exit_code"] == 2
 
 
-def test_a_wrong_target_is_told_before_anything_is_downloaded(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wrong_target_is_reported_before_a_download(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(conversion, "locate", lambda model, **_: pytest.fail(f"{model} was looked up"))
     code, _, err = run_cli(capsys, "convert", "org/name", "--to", "fused-int4")
     assert code == 2
@@ -210,7 +210,7 @@ def test_the_module_and_the_script_are_the_program(model: Path, tmp_path: Path) 
 
 
 @pytest.mark.parametrize("verbose", [False, True])
-def test_verbose_says_how_it_is_done(
+def test_verbose_shows_how_files_are_written(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, verbose: bool
 ) -> None:
     model = make_checkpoint(tmp_path / "model", layers=3)

@@ -115,7 +115,7 @@ def test_no_export_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("name", TRUTH)
-def test_an_export_is_what_quark_made(name: str, checkpoints: Any, run: Run) -> None:
+def test_an_export_is_read_as_quark_wrote_it(name: str, checkpoints: Any, run: Run) -> None:
     truth = TRUTH[name]
     inspection = inspect_checkpoint(checkpoints(name))
     description = inspection.description
@@ -135,7 +135,7 @@ def test_an_export_is_what_quark_made(name: str, checkpoints: Any, run: Run) -> 
 
 
 @pytest.mark.parametrize("name", FIXTURE_SCHEMES)
-def test_a_fixture_is_what_the_table_says(name: str, checkpoints: Any, run: Run) -> None:
+def test_a_fixture_is_read_as_in_the_table(name: str, checkpoints: Any, run: Run) -> None:
     inspection = inspect_checkpoint(checkpoints(name))
     assert inspection.scheme == FIXTURE_SCHEMES[name]
     assert sorted(found(inspection)) == sorted(FINDINGS.get(name, []))
@@ -296,7 +296,7 @@ def test_people_see_every_finding(name: str, checkpoints: Any, run: Run) -> None
         assert len(result.out.splitlines()) < 40, "a screen of 100 x 40, with the prompt below"
 
 
-def test_the_answer_comes_first_and_says_what_was_not_checked(checkpoints: Any, run: Run) -> None:
+def test_the_verdict_comes_first_with_the_parts_not_checked(checkpoints: Any, run: Run) -> None:
     path = checkpoints("qwen3_moe-quark0.13-f2f")
     lines = run(path).out.splitlines()
     assert lines[3].startswith("✓ Config and tensors agree")

@@ -151,7 +151,7 @@ def test_the_name_of_a_missing_model_cannot_drive_the_terminal(tmp_path: Path, r
 
 
 @pytest.mark.parametrize("arguments", [[], ["--json"]])
-def test_a_reader_that_has_gone_is_no_finding(arguments: list[str], checkpoints: Callable[[str], Path]) -> None:
+def test_a_closed_pipe_is_not_a_finding(arguments: list[str], checkpoints: Callable[[str], Path]) -> None:
     command = [sys.executable, "-m", "quarkconv", "inspect", str(checkpoints("qwen3_moe-quark0.13-f2f")), *arguments]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdout is not None

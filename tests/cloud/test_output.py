@@ -102,7 +102,7 @@ def interrupted(model: str | Path, after: int, **options: Any) -> None:
 
 
 @pytest.mark.usefixtures("small_parts")
-def test_a_conversion_that_failed_is_no_model_and_resumes(
+def test_a_failed_conversion_is_not_a_model_and_resumes(
     published: FaultyProxy, model: Path, local: dict[str, str], capsys: Capture
 ) -> None:
     interrupted(model, 3)

@@ -35,7 +35,7 @@ def convert(root: Path, target: str, out: Path) -> str:
     return (quarkconv.convert_checkpoint(root, target, out).output / "README.md").read_text()
 
 
-def test_text_and_metadata_stay_and_the_conversion_is_told(tmp_path: Path) -> None:
+def test_text_and_metadata_stay_and_the_conversion_is_mentioned(tmp_path: Path) -> None:
     text = convert(with_card(tmp_path / "model", CARD), "fused-int8", tmp_path / "out")
     assert text.startswith(CARD)
     card = ModelCard(text)
@@ -46,7 +46,7 @@ def test_text_and_metadata_stay_and_the_conversion_is_told(tmp_path: Path) -> No
     assert "float32 and rounded once" in convert(tmp_path / "model", "bf16", tmp_path / "bf16")
 
 
-def test_the_conversion_is_told_once_however_often_it_is_converted(tmp_path: Path) -> None:
+def test_repeated_conversions_are_mentioned_once(tmp_path: Path) -> None:
     root = with_card(tmp_path / "model", CARD)
     first = quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "1").output
     second = quarkconv.convert_checkpoint(first, "quark", tmp_path / "2").output
@@ -70,7 +70,7 @@ def test_a_card_without_metadata_gets_none(tmp_path: Path) -> None:
     assert text.startswith("Only text\n\n<!-- quarkconv -->")
 
 
-def test_without_a_card_none_is_made(tmp_path: Path) -> None:
+def test_without_a_card_none_is_written(tmp_path: Path) -> None:
     out = quarkconv.convert_checkpoint(make_checkpoint(tmp_path / "model"), "quark", tmp_path / "out").output
     assert not (out / "README.md").exists()
 

@@ -122,7 +122,7 @@ def test_the_digest_does_not_depend_on_where_the_source_lies(checkpoints: Checkp
     assert plan_digest(plan(elsewhere)) == plan_digest(plan(root)) == plan_digest(plan(root))
 
 
-def test_the_digest_tells_other_options_and_sources_apart(tmp_path: Path) -> None:
+def test_the_digest_distinguishes_options_and_sources(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     digests = [plan_digest(plan(root)), plan_digest(plan(root, max_shard_size="1KB"))]
     config = json.loads((root / "config.json").read_text())
@@ -136,7 +136,7 @@ def test_the_digest_tells_other_options_and_sources_apart(tmp_path: Path) -> Non
 
 
 @pytest.mark.parametrize(("name", "exit_code", "words"), [(name, *refusal) for name, refusal in REFUSED.items()])
-def test_refused_exports_say_why(checkpoints: Checkpoints, name: str, exit_code: int, words: str) -> None:
+def test_refused_exports_give_a_reason(checkpoints: Checkpoints, name: str, exit_code: int, words: str) -> None:
     root = checkpoints(name)
     with pytest.raises(QuarkconvError, match=words) as caught:
         plan(root)
@@ -228,7 +228,7 @@ def test_a_shard_size_must_be_positive(tmp_path: Path, size: int | str) -> None:
 
 
 @pytest.mark.parametrize("size", ["5 GB extra", "GB", "five", "1e9", "5PB", ""])
-def test_what_is_no_size_is_a_usage_error(tmp_path: Path, size: str) -> None:
+def test_an_invalid_size_is_a_usage_error(tmp_path: Path, size: str) -> None:
     with pytest.raises(UsageError, match="Invalid size"):
         plan(make_checkpoint(tmp_path / "model"), max_shard_size=size)
 
@@ -251,7 +251,7 @@ def test_sizes_are_decimal_or_binary(tmp_path: Path, size: int | str, nbytes: in
         {"checks": [["zero", ["t", 99, 0, 0], None]]},
     ],
 )
-def test_what_is_no_plan_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+def test_an_invalid_plan_is_refused(tmp_path: Path, change: dict[str, Any]) -> None:
     value = json.loads(json.dumps(plan(make_checkpoint(tmp_path / "model")).to_json()))
     with pytest.raises(SourceError) as caught:
         Plan.from_json({**value, **change})

@@ -122,7 +122,7 @@ def test_experts_that_quark_left_in_float_are_quantized(tmp_path: Path, layout: 
             assert torch.equal(found.scale, scale)
 
 
-def test_missing_leaves_what_the_config_excludes(tmp_path: Path) -> None:
+def test_missing_leaves_excluded_modules_in_float(tmp_path: Path) -> None:
     root = float_experts(tmp_path / "model")
     output = load(convert(root, "quark", tmp_path / "out", "missing"))
     source = load(root)
@@ -215,7 +215,7 @@ def test_a_plan_that_quantizes_survives_json(bf16: Path) -> None:
 
 
 class Memory:
-    """Source bytes that are all the same."""
+    """Source bytes of one value."""
 
     def fill(self, source: Copy, offset: int, view: memoryview) -> None:  # noqa: ARG002
         view[:] = b"\x3f" * len(view)

@@ -91,7 +91,7 @@ def test_columns_are_the_same_however_many_rows_are_read_at_once(
         assert_same_tensors(load(out / f"rank-{rank:02d}-of-04"), part_of(fused_int8(root), "tp", rank, 4))
 
 
-def test_the_index_says_what_each_rank_has(tmp_path: Path) -> None:
+def test_the_index_lists_the_parts_of_each_rank(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model", experts=5)
     out = convert(root, tmp_path / "out", "ep", 3)
     index = json.loads((out / "ranks.json").read_text())
@@ -110,7 +110,7 @@ def test_the_index_says_what_each_rank_has(tmp_path: Path) -> None:
     assert [rank["experts"] for rank in tp["ranks"]] == [[0, 5], [0, 5]]
 
 
-def test_a_rank_says_that_it_is_one(tmp_path: Path) -> None:
+def test_the_config_of_a_rank_identifies_it(tmp_path: Path) -> None:
     out = convert(make_checkpoint(tmp_path / "model", experts=5), tmp_path / "out", "ep", 2)
     found = quarkconv.inspect_checkpoint(out / "rank-01-of-02")
     assert [item.code for item in found.findings] == ["rank-part"]
@@ -165,7 +165,7 @@ def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
     assert snapshot(tmp_path / "out") == whole
 
 
-def test_the_space_of_all_ranks_is_asked_for_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_space_of_all_ranks_is_checked_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     root = make_checkpoint(tmp_path / "model")
     conversion = Conversion.prepare(root, "fused-int8", tmp_path / "out", Options(tp=2))
     first = conversion.outputs[0].plan

@@ -119,7 +119,7 @@ def test_another_quantization_config_replaces_every_one(raw: dict[str, Any]) -> 
     assert raw == before
 
 
-def test_one_expert_is_no_claim_of_experts() -> None:
+def test_one_expert_is_not_a_mixture() -> None:
     assert not model_config({"num_experts": 1}).claims_experts
     assert not ModelConfig({}).claims_experts
     assert model_config({"num_experts": 2}).claims_experts

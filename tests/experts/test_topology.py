@@ -167,7 +167,7 @@ def test_experts_are_found_in_any_order_of_names() -> None:
         "experts.0.gate_proj",
     ],
 )
-def test_other_linears_are_no_members(module: str) -> None:
+def test_other_linears_are_not_members(module: str) -> None:
     found = topology(linear(module, I, H))
     assert (found.layers, found.findings, found.members) == ((), (), frozenset())
 
@@ -266,7 +266,7 @@ def test_numbers_up_to_a_billion_cost_nothing() -> None:
 
 
 @pytest.mark.parametrize("number", ["00", "01", "0003", "1234567890", "9" * 30])
-def test_a_number_in_another_spelling_is_no_second_expert(number: str) -> None:
+def test_a_number_in_another_spelling_is_not_a_second_expert(number: str) -> None:
     types = per_expert() | per_expert(numbers=[number])
     assert codes(types) == [("tensor-unrecognised", f"{PREFIX}.{number}.gate_proj", 3)]
     (layer,) = topology(types).layers

@@ -43,7 +43,7 @@ def test_what_was_read_is_there_and_what_was_dropped_is_not(file: int) -> None:
     assert not in_page_cache(file, 0, SIZE)
 
 
-def test_who_cannot_know_says_it_is_there(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unknown_state_counts_as_cached(file: int, monkeypatch: pytest.MonkeyPatch) -> None:
     drop(file)
     monkeypatch.setattr(page_cache, "_CACHESTAT", 10**6)  # no such call
     assert in_page_cache(file, 0, SIZE)

@@ -112,7 +112,7 @@ def test_a_directory_without_weights(tmp_path: Path) -> None:
         open_checkpoint(tmp_path)
 
 
-def test_an_unfinished_conversion_is_no_model(folder: Path) -> None:
+def test_an_unfinished_conversion_is_not_a_model(folder: Path) -> None:
     (folder / ".quarkconv").mkdir()
     with pytest.raises(SourceError, match="unfinished conversion") as caught:
         open_checkpoint(folder)
@@ -194,7 +194,7 @@ BAD_INDEXES: dict[str, str | bytes] = {
 
 
 @pytest.mark.parametrize("name", BAD_INDEXES)
-def test_an_index_that_is_none_is_set_aside(name: str, folder: Path) -> None:
+def test_an_invalid_index_is_ignored(name: str, folder: Path) -> None:
     text = BAD_INDEXES[name]
     (folder / INDEX).write_bytes(text if isinstance(text, bytes) else text.encode())
     checkpoint = open_checkpoint(folder)
@@ -218,7 +218,7 @@ def test_an_index_that_names_a_file_that_cannot_be(file: str, folder: Path) -> N
     assert "shard-missing" in codes(open_checkpoint(folder))
 
 
-def test_tensors_of_a_missing_shard_are_no_mismatch(folder: Path) -> None:
+def test_tensors_of_a_missing_shard_are_not_a_mismatch(folder: Path) -> None:
     (folder / FIRST).unlink()
     assert codes(open_checkpoint(folder)) == ["shard-missing"]
 
@@ -267,7 +267,7 @@ BAD_CONFIGS = {
 
 
 @pytest.mark.parametrize("name", BAD_CONFIGS)
-def test_a_config_that_is_none_leaves_the_tensors(name: str, folder: Path) -> None:
+def test_an_invalid_config_leaves_the_tensors(name: str, folder: Path) -> None:
     (folder / "config.json").write_bytes(BAD_CONFIGS[name])
     checkpoint = open_checkpoint(folder)
     only_finding(checkpoint, "config-invalid")

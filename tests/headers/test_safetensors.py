@@ -291,7 +291,7 @@ def test_long_values_are_shortened_in_messages(scratch: Path) -> None:
 
 
 @pytest.mark.parametrize("cut", [1, 3, 4])
-def test_a_file_cut_in_its_data_says_how_much_is_lost(cut: int, scratch: Path) -> None:
+def test_the_loss_of_a_truncated_file_is_reported(cut: int, scratch: Path) -> None:
     scratch.write_bytes(raw_file({"a": entry("I8", [4], 0, 4)}, bytes(4 - cut)))
     assert read_header(scratch, "x").truncated == cut
 

@@ -58,7 +58,7 @@ def test_answers_that_are_not_the_range(published: Hub, lie: str) -> None:
     assert lie in (caught.value.found or "")
 
 
-def test_answers_without_a_byte_are_not_asked_for_for_ever(published: Hub) -> None:
+def test_empty_responses_are_retried_a_few_times_only(published: Hub) -> None:
     published.faults.lie = "empty"
     with pytest.raises(HubError, match="end before the range"):
         quarkconv.inspect_checkpoint(REPO)
@@ -75,7 +75,7 @@ def test_an_answer_that_never_ends_is_left(published: Hub, model: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", [0, 5])
-def test_answers_that_do_not_say_how_long_they_are(published: Hub, model: Path, tmp_path: Path, breaks: int) -> None:
+def test_responses_without_a_length(published: Hub, model: Path, tmp_path: Path, breaks: int) -> None:
     faults = published.faults
     faults.chunked, faults.breaks, faults.break_after = True, breaks, 500
     same_as_on_disk(model, tmp_path)
@@ -95,12 +95,12 @@ def test_addresses_that_lead_in_a_circle(published: Hub, capsys: Capture, part: 
     assert time.monotonic() - started < 5
 
 
-def test_what_a_store_refuses_once_is_asked_for_again(published: Hub, model: Path, tmp_path: Path) -> None:
+def test_a_single_refusal_of_the_store_is_retried(published: Hub, model: Path, tmp_path: Path) -> None:
     published.faults.refusals = 3
     same_as_on_disk(model, tmp_path)
 
 
-def test_a_store_that_always_refuses_is_told(published: Hub, capsys: Capture) -> None:
+def test_a_store_that_always_refuses_is_reported(published: Hub, capsys: Capture) -> None:
     published.faults.refusals = 10**6
     code, out, err = run_cli(capsys, "inspect", REPO, "--json")
     response = json.loads(out)
@@ -139,7 +139,7 @@ def test_a_file_of_another_commit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
     assert other in (caught.value.found or "")
 
 
-def test_the_list_waits_as_long_as_the_hub_asks(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_listing_waits_as_long_as_the_hub_requests(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
     monkeypatch.setattr("quarkconv.hub.http.time", SimpleNamespace(sleep=waits.append))
     published.faults.too_many, published.faults.retry_after = 2, "7"
@@ -158,17 +158,17 @@ def test_the_list_waits_as_long_as_the_hub_asks(published: Hub, monkeypatch: pyt
         ({}, None), ({"Retry-After": "-1"}, None),
     ],
 )  # fmt: skip
-def test_how_long_an_answer_asks_to_wait(headers: dict[str, str], seconds: float | None) -> None:
+def test_the_requested_pause_of_a_response(headers: dict[str, str], seconds: float | None) -> None:
     assert http_client.requested_pause(headers) == seconds
 
 
-def test_a_list_that_breaks_is_asked_for_again(published: Hub) -> None:
+def test_a_broken_listing_is_requested_again(published: Hub) -> None:
     published.faults.hang_up = 3
     assert isinstance(locate(REPO).files, HubRepo)
 
 
 @pytest.mark.parametrize("answer", [b"<html>Welcome</html>", b"[]", b"", b'{"siblings": 3}', b'{"id": "a/b"}'])
-def test_an_answer_that_is_no_list(published: Hub, capsys: Capture, answer: bytes) -> None:
+def test_a_listing_of_the_wrong_type(published: Hub, capsys: Capture, answer: bytes) -> None:
     published.faults.answer = answer
     code, out, _ = run_cli(capsys, "inspect", REPO, "--json")
     response = json.loads(out)

@@ -122,7 +122,7 @@ def test_a_conversion_that_failed_resumes(published: Hub, model: Path, tmp_path:
     convert(REPO, out, max_shard_size=40_000)
     resumed, published.sent = published.sent, 0
     assert snapshot(out) == snapshot(tmp_path / "local")
-    convert(REPO, tmp_path / "anew", max_shard_size=40_000)
+    convert(REPO, tmp_path / "again", max_shard_size=40_000)
     assert resumed < published.sent - finished * 0.7
 
 
@@ -204,7 +204,7 @@ def test_an_older_snapshot_is_not(published: Hub, model: Path, tmp_path: Path) -
 
 
 @pytest.mark.usefixtures("published")
-def test_the_cache_when_it_is_asked_for(tmp_path: Path) -> None:
+def test_the_cache_on_request(tmp_path: Path) -> None:
     result = convert(REPO, tmp_path / "out", cache=True)
     assert isinstance(result.source, Path)
     assert downloaded()

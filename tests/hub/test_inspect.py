@@ -148,7 +148,7 @@ def test_a_file_that_changed_since_it_was_listed(published: Hub) -> None:
     assert caught.value.code == "source-changed"
 
 
-def test_an_expired_address_is_asked_for_again(published: Hub) -> None:
+def test_an_expired_address_is_requested_again(published: Hub) -> None:
     published.faults.expire_after = 1
     assert inspect_checkpoint(REPO, deep=True).ok
     assert published.heads > 2

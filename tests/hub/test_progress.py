@@ -147,7 +147,7 @@ def test_an_interrupt_gives_the_terminal_back(run: Run, slow: Hub) -> None:
     assert "Interrupted" in shown.terminal
 
 
-def test_verbose_tells_what_was_asked(run: Run, slow: Hub) -> None:
+def test_verbose_shows_commits_and_requests(run: Run, slow: Hub) -> None:
     slow.faults.delay = 0
     shown = run("inspect", REPO, "-v", stderr=False)
     commit = slow.refs[REPO]["main"]
@@ -155,7 +155,7 @@ def test_verbose_tells_what_was_asked(run: Run, slow: Hub) -> None:
     assert re.search(rf"{REPO}@{commit}: \d+ bytes read in \d+ requests", shown.terminal)
 
 
-def test_what_is_made_again_is_said_only_when_asked(run: Run, slow: Hub) -> None:
+def test_retries_are_shown_with_verbose_only(run: Run, slow: Hub) -> None:
     slow.faults.delay, slow.faults.server_errors = 0, 1
     assert run("inspect", REPO, stderr=False).terminal == ""
     slow.faults.server_errors = 1
@@ -218,7 +218,7 @@ def test_uploads_show_no_bars_where_nothing_is_to_be_shown(
     assert hub.files("user/x")
 
 
-def test_a_meter_shows_what_it_was_told_last() -> None:
+def test_a_meter_shows_the_last_step() -> None:
     with progress_module.progress("Reading", shown=False) as meter:
         meter.step("Converting", 10_000, "byte")
         meter.advance(1500)

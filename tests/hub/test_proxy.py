@@ -231,7 +231,7 @@ def test_an_upload_names_the_proxy_too(
     "address", ["ftp://anna:secret@127.0.0.1:9", "http://anna:secret@127.0.0.1:port", "socks5://x:1"]
 )
 @pytest.mark.usefixtures("behind")
-def test_an_address_that_is_none_of_a_proxy(use: UseProxy, capsys: Capture, address: str) -> None:
+def test_an_invalid_address_of_a_proxy(use: UseProxy, capsys: Capture, address: str) -> None:
     use(HTTP_PROXY=address)
     error, _ = refusal(capsys, "inspect", REPO)
     assert error["error"] == "The proxy cannot be used"
@@ -279,7 +279,7 @@ def test_a_proxy_that_cuts_every_answer(proxy: Proxy, use: UseProxy, capsys: Cap
 
 
 @pytest.mark.usefixtures("encrypted")
-def test_a_proxy_that_is_busy_is_asked_again(proxy: Proxy, use: UseProxy) -> None:
+def test_a_request_to_a_busy_proxy_is_retried(proxy: Proxy, use: UseProxy) -> None:
     use(HTTPS_PROXY=proxy.url)
     source = locate(REPO).files
     for busy in (3, 5):  # while a file is located, and while its bytes are fetched

@@ -60,7 +60,7 @@ def test_a_failed_upload_resumes_without_converting_again(
     assert "config.json" in hub.files(NEW)
 
 
-def test_a_name_or_token_that_does_not_do_is_told_first(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_a_wrong_name_or_token_is_reported_first(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert push(capsys, model, tmp_path / "out", "no-slash")[0] == 2
     hub.faults.token = "hf_other"
     code, output, _ = push(capsys, model, tmp_path / "out")

@@ -26,7 +26,7 @@ BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "0": 0.0
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
 @pytest.mark.parametrize("value", BAD.values(), ids=BAD)
-def test_deep_finds_a_scale_that_is_none(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
+def test_deep_finds_an_invalid_scale(value: float, dtype: torch.dtype, tmp_path: Path) -> None:
     model = Model()
     model.set(f"{O_PROJ}.weight_scale", torch.tensor([1.0] * 7 + [value], dtype=dtype))
     folder = model.write(tmp_path)

@@ -55,7 +55,7 @@ def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
         assert key not in row or (row[key] and all(isinstance(item, str) for item in row[key]))
 
 
-def test_no_row_says_the_same_twice() -> None:
+def test_no_row_is_repeated() -> None:
     keys = [
         (row["engine"], row["version"], row["as"],
          *(str(row.get(key)) for key in ("devices", "schemes", "layouts", "model_types", "having")))
@@ -139,7 +139,7 @@ def test_three_keys_are_loaded_wrongly_by_old_engines(checkpoints: Any) -> None:
     assert "0.20 - 0.21" not in verdicts(checkpoints("mixtral-quark0.11-eager"), "quark")
 
 
-def test_a_scale_for_each_tensor_is_said_to_lose_accuracy(checkpoints: Any) -> None:
+def test_a_scale_for_each_tensor_loses_accuracy(checkpoints: Any) -> None:
     rows = inspect_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f-per_tensor_weight")).engines
     assert any(row.form == "quark" and "loses accuracy" in row.note for row in rows)
 
@@ -147,7 +147,7 @@ def test_a_scale_for_each_tensor_is_said_to_lose_accuracy(checkpoints: Any) -> N
 @pytest.mark.parametrize(
     "name", ["qwen3_moe-bf16", "mixtral-quark0.13-eager-experts_left_bf16", "qwen3-0.13-f2f-dense"]
 )
-def test_nothing_is_said_where_no_expert_is_int8(name: str, checkpoints: Any) -> None:
+def test_advice_needs_int8_experts(name: str, checkpoints: Any) -> None:
     assert inspect_checkpoint(checkpoints(name)).engines == ()
 
 
@@ -259,7 +259,7 @@ def test_advice_of_one_row(form: str, verdict: str, expected: tuple[Advice, ...]
     assert engines.advice("quark", []) == ()
 
 
-def test_engines_are_not_checked_with_a_model_type_that_none_was_run_with(tmp_path: Path) -> None:
+def test_engines_are_not_checked_with_an_untested_model_type(tmp_path: Path) -> None:
     model = Model()
     model.config["model_type"] = "brand_new_moe"
     folder = model.write(tmp_path)

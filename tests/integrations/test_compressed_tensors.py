@@ -68,6 +68,6 @@ def test_a_tensor_without_its_scale_is_refused(tmp_path: Path) -> None:
         converter.process({name: tensors[name][:1]})
 
 
-def test_what_is_no_form_of_compressed_tensors_is_refused(tmp_path: Path) -> None:
+def test_targets_outside_of_compressed_tensors_are_refused(tmp_path: Path) -> None:
     with pytest.raises(UsageError, match="does not support this target"):
         QuarkInt8Converter(make_checkpoint(tmp_path / "model"), "quark")

@@ -239,7 +239,7 @@ def test_an_entry_serves_its_neighbourhood() -> None:
     assert choose_launch_options(64, *shape, DEVICES[0]) == entries[64]
 
 
-def test_tune_names_what_is_wrong(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_tune_names_the_error(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     for arguments in (["--shape", "8,2,64"], ["--shape", "2,8,64,64"], ["--tokens", "0"], ["--tokens", "x"]):
         with pytest.raises(SystemExit) as stop:
             tune.main(arguments)

@@ -36,7 +36,7 @@ def test_round_trip(result: quarkconv.ConversionResult) -> None:
     assert manifest_to_bytes(result.manifest) == (result.output / "quarkconv.json").read_bytes()
 
 
-def test_it_says_what_was_converted(result: quarkconv.ConversionResult) -> None:
+def test_it_records_the_conversion(result: quarkconv.ConversionResult) -> None:
     value = json.loads((result.output / "quarkconv.json").read_text())
     assert isinstance(result.source, Path)
     config = json.loads((result.source / "config.json").read_text())
@@ -222,7 +222,7 @@ def test_a_path_out_of_the_directory_is_refused(written: Path, tmp_path: Path, k
 
 
 @pytest.mark.parametrize("text", ["", "{", "[]", "null", '"x"', "[" * 100_000, "\x00", '{"format": NaN'])
-def test_what_is_no_json_object_is_refused(tmp_path: Path, text: str) -> None:
+def test_anything_but_a_json_object_is_refused(tmp_path: Path, text: str) -> None:
     (tmp_path / "quarkconv.json").write_text(text)
     with pytest.raises(SourceError) as caught:
         read_manifest(tmp_path)

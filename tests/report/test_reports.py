@@ -93,7 +93,7 @@ def test_the_same_twice_but_for_numbers_of_figures() -> None:
     assert plain[0] == plain[1]
 
 
-def test_problems_and_what_was_not_checked_are_said() -> None:
+def test_problems_and_unchecked_stages_are_shown() -> None:
     problem = Problem("bytes", 3, "model.layers.3.x", "The bytes differ", 2)
     bad = dataclasses.replace(verification(1, 2, (problem,)), bytes=BytesResult(skipped="there is no manifest"))
     text = verification_report(bad, "x")

@@ -121,7 +121,7 @@ def test_equal_forms_are_one_object() -> None:
         ("attention.sinks", TensorType("BF16", (8, 1, 1))),
     ],
 )
-def test_what_is_no_module_is_passed_over(name: str, kind: tuple[str, tuple[int, ...]]) -> None:
+def test_other_tensors_are_not_modules(name: str, kind: tuple[str, tuple[int, ...]]) -> None:
     modules = stored({name: kind})
     assert list(modules) == []
     assert modules.unrecognised == ()

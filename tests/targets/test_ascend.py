@@ -214,7 +214,7 @@ def test_what_is_not_converted_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     assert message in err
 
 
-def test_a_description_that_is_no_object_is_an_error(tmp_path: Path) -> None:
+def test_a_description_that_is_not_an_object_is_an_error(tmp_path: Path) -> None:
     root = ascend_export(tmp_path)
     (root / DESCRIPTION).write_text("[]")
     with pytest.raises(SourceError) as caught:

@@ -144,7 +144,7 @@ def test_what_was_written_agrees_and_can_be_converted_again(target: str, tmp_pat
 
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name not in KEEPING])
-def test_targets_of_one_scheme_name_what_they_refuse(target: str, tmp_path: Path) -> None:
+def test_targets_of_one_scheme_name_the_refused_modules(target: str, tmp_path: Path) -> None:
     source = with_fp8().write(tmp_path / "source")
     with pytest.raises(quarkconv.UnsupportedError, match="4 linears in FP8 beside INT8 experts") as caught:
         quarkconv.plan_conversion(source, target)
@@ -152,7 +152,7 @@ def test_targets_of_one_scheme_name_what_they_refuse(target: str, tmp_path: Path
     assert MODULES[1] in str(caught.value)
 
 
-def test_no_engine_is_said_to_run_what_none_was_run_with(tmp_path: Path) -> None:
+def test_engines_have_no_verdict_on_untested_forms(tmp_path: Path) -> None:
     inspection = quarkconv.inspect_checkpoint(with_fp8().write(tmp_path / "source"))
     assert {row.verdict for row in inspection.engines} >= {"not checked"}
     assert not {row.verdict for row in inspection.engines} & {"int8", "w8a16"}

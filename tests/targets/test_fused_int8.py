@@ -210,7 +210,7 @@ def test_ignore_in_full(converted: Converted, name: str, expected: list[str]) ->
         ("qwen3_5_moe-0.13-f2f-language_model", "mtp.layers.0.mlp.experts"),
     ],
 )
-def test_experts_left_in_float_are_ignored_as_engines_ask(converted: Converted, name: str, layer: str) -> None:
+def test_experts_left_in_float_are_ignored_as_engines_expect(converted: Converted, name: str, layer: str) -> None:
     # vLLM and SGLang look up these three names of a fused MoE layer, and must find all of them or none.
     loaded = {f"{layer}.0.{leaf}" for leaf in ("gate_proj", "up_proj", "down_proj")}
     assert {layer, *loaded} <= set(converted.ignore(name))
@@ -230,7 +230,7 @@ def test_a_linear_in_float_beside_one_in_int8_is_ignored_alone(tmp_path: Path) -
     assert ignore == ["lm_head", "model.layers.0.mlp.gate", module]
 
 
-def test_experts_in_float_named_w_are_ignored_as_engines_ask(tmp_path: Path) -> None:
+def test_experts_in_float_named_w_are_ignored_as_engines_expect(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model", layers=2, family="w1")
     config = json.loads((root / "config.json").read_text())
     config["quantization_config"]["exclude"].append("model.layers.1.*")

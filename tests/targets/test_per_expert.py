@@ -166,7 +166,7 @@ def test_rounding_to_bf16_is_that_of_a_float64_reference(tmp_path: Path) -> None
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_bf16_refuses_a_scale_that_is_no_number(tmp_path: Path, value: float) -> None:
+def test_bf16_refuses_a_scale_that_is_nan(tmp_path: Path, value: float) -> None:
     root = make_checkpoint(tmp_path / "model")
     name = "model.layers.0.mlp.experts.1.up_proj.weight_scale"
     edit_checkpoint(root, lambda tensors: tensors[name].__setitem__(3, value))
@@ -189,7 +189,7 @@ def test_rows_of_different_scales_cannot_go_back_to_one_static_scale(
     assert not (tmp_path / "out").exists()
 
 
-def test_a_float16_model_says_that_it_is_bfloat16_now(tmp_path: Path) -> None:
+def test_the_config_of_a_float16_model_becomes_bfloat16(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     config = config_of(root) | {"torch_dtype": "float16"}
     (root / "config.json").write_text(json.dumps(config))

@@ -77,7 +77,7 @@ def test_an_fp8_key_value_cache_comes_back_to_quark(checkpoints: Checkpoints, tm
 
 
 @pytest.mark.parametrize("target", ["w8a8-int8", "bf16"])
-def test_a_key_value_cache_that_a_target_cannot_say_is_named(checkpoints: Checkpoints, target: str) -> None:
+def test_a_key_value_cache_that_a_target_cannot_express_is_reported(checkpoints: Checkpoints, target: str) -> None:
     found = {item.code: item for item in losses(checkpoints(KV_CACHE), target)}
     assert found["setting-dropped"].subject == "quantization_config.kv_cache"
     assert found["setting-dropped"].severity is Severity.WARNING
@@ -118,7 +118,7 @@ def test_every_other_setting_is_named(tmp_path: Path, change: dict[str, Any], su
         assert [(item.code, item.subject) for item in found] == [("setting-dropped", f"quantization_config.{subject}")]
 
 
-def test_quark_carries_over_what_quark_said(tmp_path: Path) -> None:
+def test_quark_keeps_the_settings_of_quark(tmp_path: Path) -> None:
     root = with_settings(tmp_path / "model", {"algo_config": {"name": "rotation"}, "kv_cache_post_rope": True})
     result = quarkconv.convert_checkpoint(root, "quark", tmp_path / "out")
     assert result.plan.losses == ()
@@ -127,7 +127,7 @@ def test_quark_carries_over_what_quark_said(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["fused-int8", "compressed-tensors"])
-def test_compressed_tensors_carries_over_what_it_said(tmp_path: Path, target: str) -> None:
+def test_compressed_tensors_keeps_its_settings(tmp_path: Path, target: str) -> None:
     there = quarkconv.convert_checkpoint(make_checkpoint(tmp_path / "model"), "fused-int8", tmp_path / "there").output
     config = json.loads((there / "config.json").read_text())
     more = {"transform_config": {"config_groups": {"R1": {}}}, "kv_cache_scheme": {**FP8, "strategy": "attn_head"}}

@@ -30,7 +30,7 @@ def test_a_table_has_the_keys_of_the_kernel() -> None:
 
 
 @pytest.mark.parametrize("text", ["[]", '{"x": {}}', '{"1": {"BLOCK_SIZE_M": 16}}'])
-def test_what_is_no_table_is_refused(text: str) -> None:
+def test_an_invalid_table_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match=r"expected|invalid literal"):
         parse_table(text)
 

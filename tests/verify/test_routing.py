@@ -262,7 +262,7 @@ def test_stays_on_the_device(name: str, device: str) -> None:
         assert torch.equal(topk_ids.cpu().sort(-1).values, TENSORS[f"{name}.topk_ids"].sort(-1).values)
 
 
-def test_refuses_what_does_not_fit() -> None:
+def test_refuses_tensors_that_do_not_fit() -> None:
     plain = Routing("mixtral", "softmax", 4, 2, True)
     biased = dataclasses.replace(plain, bias_name="gate.bias")
     hidden_states, weight, bias = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)

@@ -112,7 +112,7 @@ def test_wrong_usage(words: list[str], converted: Converted, capsys: pytest.Capt
     assert run_cli(capsys, "verify", converted(NAME), "--device", "cpu", *words)[0] == 2
 
 
-def test_inputs_with_outliers_are_as_they_are_said_to_be(converted: Converted) -> None:
+def test_inputs_with_outliers_have_the_documented_distribution(converted: Converted) -> None:
     experts = quarkconv.load_fused_experts(converted(NAME), 0)
     inputs = random_inputs(experts, 200, 0)
     assert inputs.plain == 100
@@ -183,7 +183,7 @@ def test_layers_are_dealt_out_over_devices(converted: Converted, monkeypatch: py
     assert result.numbers.device == "3 x cpu"
 
 
-def test_an_error_in_a_thread_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_error_in_a_thread_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = make_checkpoint(tmp_path / "m", layers=3)
 
     def fail(*_: object, **__: object) -> None:

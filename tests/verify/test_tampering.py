@@ -160,7 +160,7 @@ def test_numbers_alone_find_it_against_the_source(
     assert {(problem.stage, problem.layer) for problem in result.problems} == {("numbers", 1)}
 
 
-def test_numbers_without_source_find_a_scale_that_is_no_scale(damaged: Damaged) -> None:
+def test_numbers_without_source_find_an_invalid_scale(damaged: Damaged) -> None:
     model, _ = damaged(zero_a_scale_row)
     (model / "quarkconv.json").unlink()
     result = quarkconv.verify_checkpoint(model, device="cpu")

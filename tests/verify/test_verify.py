@@ -120,7 +120,7 @@ def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints: Checkpoints,
     assert "swiglu_limit = 7.0" in numbers.skipped
 
 
-def test_a_routing_that_is_not_known_is_uniform_and_says_so(checkpoints: Checkpoints, tmp_path: Path) -> None:
+def test_an_unknown_routing_is_uniform_and_named_so(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = with_config(checkpoints, tmp_path / "model", norm_topk_prob=None)
     layers = quarkconv.verify_checkpoint(model, device="cpu", layers={0}).numbers.layers
     reason = "config.json does not say norm_topk_prob"

@@ -60,9 +60,7 @@ def test_buffers_and_segments_may_be_as_small_as_a_page(
     assert default == (segments.SEGMENT_BYTES,)
 
 
-def test_writes_and_reads_that_do_less_than_asked_are_continued(
-    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_partial_writes_and_reads_are_continued(small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     expected = snapshot(convert(small, tmp_path / "whole"))
     pwrite, preadv = os.pwrite, os.preadv
     monkeypatch.setattr(os, "pwrite", lambda descriptor, view, at: pwrite(descriptor, view[:1300], at))
@@ -140,7 +138,7 @@ class Refusing:
 
 @pytest.mark.parametrize("when", ["open", "write"])
 @pytest.mark.parametrize("number", [errno.EINVAL, errno.EOPNOTSUPP])
-def test_where_direct_writes_are_refused_the_page_cache_is_used_and_it_is_said_once(
+def test_where_direct_writes_are_refused_the_page_cache_is_used_with_one_warning(
     source: Path, reference: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture, when: str, number: int,
 ) -> None:  # fmt: skip
@@ -258,7 +256,7 @@ def test_where_space_cannot_be_reserved_it_is_done_without(
     assert snapshot(convert(source, tmp_path / "out", jobs=2)) == reference
 
 
-def test_a_disk_without_the_space_for_a_file_says_so_before_it_is_written(
+def test_missing_space_for_a_file_is_reported_before_it_is_written(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     import ctypes

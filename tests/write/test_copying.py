@@ -52,7 +52,7 @@ def test_generated_files_of_an_earlier_conversion_are_not_copied(small: Path, tm
 # The copy of one file
 
 
-def test_a_copy_that_is_not_as_long_as_planned_is_told(small: Path, tmp_path: Path) -> None:
+def test_a_copy_of_another_length_than_planned_is_reported(small: Path, tmp_path: Path) -> None:
     (small / "notes.txt").write_text("12345")
     with pytest.raises(SourceError, match="changed") as caught:
         copy_file(small, SourceFile("notes.txt", 4), tmp_path / "part")

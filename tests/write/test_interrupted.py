@@ -31,7 +31,7 @@ def test_an_interrupt_stops_soon_and_the_work_resumes(
     assert snapshot(convert(source, out)) == reference
 
 
-def test_an_interrupt_before_anything_is_written_is_told_as_well(source: Path, tmp_path: Path) -> None:
+def test_an_interrupt_before_the_first_write_is_reported_too(source: Path, tmp_path: Path) -> None:
     process = start_slow("preadv", *arguments(source, tmp_path / "out"), "--json")  # zero points are being read
     process.send_signal(signal.SIGINT)
     text, err = process.communicate(timeout=PROCESS_TIMEOUT)

@@ -225,7 +225,7 @@ def test_no_state_before_the_end_can_be_loaded_by_transformers(source: Path, tmp
     assert transformers.AutoConfig.from_pretrained(tmp_path / "counting").model_type == "qwen3_moe"
 
 
-def test_inspect_says_how_far_a_conversion_came_and_how_to_resume(
+def test_inspect_shows_the_progress_of_a_conversion_and_how_to_resume(
     source: Path, reference: dict[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     out = tmp_path / "it's here"

@@ -165,12 +165,12 @@ def begun(**changes: Any) -> dict[str, Any]:
         ({"plan": "q"}, "another plan"),
     ],
 )
-def test_what_is_different_is_said(changes: dict[str, Any], words: str | None) -> None:
+def test_the_difference_is_named(changes: dict[str, Any], words: str | None) -> None:
     assert state.difference(begun(), begun(**changes)) == words
 
 
 @pytest.mark.parametrize("notes", [None, 3, [], {}, {"sources": 5}, {"sources": [[1]]}])
-def test_notes_that_say_nothing_are_refused(notes: object) -> None:
+def test_invalid_notes_are_refused(notes: object) -> None:
     if isinstance(notes, dict) and "sources" in notes:
         notes = begun(**notes, plan="q")
     assert state.difference(notes, begun()) is not None

@@ -170,7 +170,7 @@ def replace(file: Path) -> None:
         (lambda file: file.unlink(), "No such file"),
     ],
 )
-def test_a_source_that_changes_is_told_and_nothing_made_of_it_is_marked_complete(
+def test_a_source_that_changes_is_reported_and_its_output_is_not_complete(
     source: Path, tmp_path: Path, change: Callable[[Path], None], found: str
 ) -> None:
     mine, out = tmp_path / "model", tmp_path / "out"
@@ -257,7 +257,7 @@ def test_any_path_works(small: Path, tmp_path: Path, capsys: pytest.CaptureFixtu
         assert "\x1b" not in text + err
 
 
-def test_a_path_that_is_too_long_is_told(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_path_that_is_too_long_is_reported(small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     before = snapshot(small)
     for out in (tmp_path / ("y" * 300), tmp_path.joinpath(*["z" * 200] * 25)):
         code, _, err = run_cli(capsys, "convert", small, "--to", "fused-int8", "--out", out)
@@ -281,7 +281,7 @@ def test_a_very_deep_output_works(small: Path, tmp_path: Path) -> None:
     assert snapshot(convert(small, deep)) == expected
 
 
-def test_a_source_that_may_only_be_read_by_its_owner_is_told(small: Path, tmp_path: Path) -> None:
+def test_a_source_without_read_permission_is_reported(small: Path, tmp_path: Path) -> None:
     if os.geteuid() != 0:
         pytest.skip("needs root, to become somebody else")
     for folder in (tmp_path, *list(tmp_path.parents)[:3]):

@@ -12,7 +12,7 @@ exports.json, per export:
     int8, unquantized, otherwise    counts of modules with a 2-D `weight`, by stored dtype: I8, BF16/F16/F32, anything else
                         (embeddings, norms and 3-D weights are left out; every expert counts)
     claims              {"ptpc_int8": 36, "excluded": 5, ...}: the same modules by what config.json says, read by Quark's own loader
-    disagree            [[module, what config.json says, stored dtype], ...]: quantization said and not stored, or the reverse
+    disagree            [[module, what config.json says, stored dtype], ...]: quantization declared and not stored, or the reverse
     findings            what an inspection should find besides
 """
 import argparse, collections, functools, glob, importlib.abc, importlib.machinery, importlib.util, json, os, pathlib, shutil, sys, tempfile, types

@@ -19,7 +19,7 @@ cases.json:
            "types": [name, ...] (keys of layer_type_quant_config), "kv": [key, ...] (keys of kv_cache_quant_config),
            "cases": [CASE, ...]}
   CASE  = [name, module type, OUTCOME] or [name, module type, {"loader": OUTCOME, "f2f": ..., "eager": ..., "eager 0.11.1": ...}]
-          the short form when every flow of every version says the same; a flow that could not be asked is absent
+          the short form when every flow of every version says the same; a flow that could not run is absent
   OUTCOME:
     "excluded"     matched by exclude: kept as it is
     "global"       global_quant_config
@@ -185,7 +185,7 @@ def record(path):
     for group in groups():
         for name, kind in group[-1]:
             module, answer = modules[kind], {}
-            # read back: a type that get_layer_quant_config never answers for is told from an excluded one by asking without exclude
+            # read back: a type that get_layer_quant_config never answers for is distinguished from an excluded one by a lookup without exclude
             config = build(group)
             chosen = get_layer_quant_config(config, type(module), name)
             bare = build(group[:1] + [[]] + group[2:])

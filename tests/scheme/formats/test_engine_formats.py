@@ -129,7 +129,7 @@ def test_what_is_ignored_is_named(change: dict[str, Any], field: str) -> None:
 
 
 @pytest.mark.parametrize("target", ["re:(", "re:*x", "re:[[a]"])
-def test_an_expression_that_is_none_matches_nothing(target: str) -> None:
+def test_an_invalid_expression_matches_nothing(target: str) -> None:
     scheme = grouped(group_0={"targets": [target], "weights": WEIGHTS, "input_activations": ACTIVATIONS})
     assert scheme.resolve("model.layers.0.self_attn.q_proj") == FLOAT
 

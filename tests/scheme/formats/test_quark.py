@@ -280,7 +280,7 @@ def test_junk_at_every_place(path: tuple[str, ...]) -> None:
 
 
 @pytest.mark.parametrize("junk", [True, 1, "quark", [], [quark_config()]], ids=str)
-def test_a_quantization_config_that_is_no_object(junk: object) -> None:
+def test_a_quantization_config_that_is_not_an_object(junk: object) -> None:
     scheme = declared_scheme(junk)
     resolve_all(scheme)
     assert scheme is not None
