@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm sglang transformers quark
 
-.PHONY: demo test test-engines check package style bench bench-gpu tune picture docs site fuzz load audit clean help
+.PHONY: demo test test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -30,6 +30,10 @@ test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is con
 		echo "$$engine:"; \
 		PYTHONPATH=.venv-engines/$$engine $(BIN)/python -m pytest -q -W default tests/engines/$$engine || failed=1; \
 	done; [ -z "$$failed" ]
+
+engines-new: $(STAMP)  ## Run the loaders of another release: make engines-new ENGINE=vllm VERSION=0.34.0
+	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINE)
+	$(BIN)/python tests/engines/new_release.py .venv-engines $(ENGINE) $(VERSION)
 
 check: $(STAMP)  ## Lint, formatting, types, and whether generated documents are current
 	$(BIN)/ruff check .

@@ -21,13 +21,20 @@ VERDICTS: Final = ("int8", "w8a16", NOT_CHECKED, "wrong", "fails")
 """Best first."""
 
 FUSED: Final = "fused-int8"
-ENGINE_NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang", "quark": "Quark", "vllm-ascend": "vLLM Ascend"}
+ENGINE_NAMES: Final = {
+    "vllm": "vLLM",
+    "sglang": "SGLang",
+    "quark": "Quark",
+    "vllm-ascend": "vLLM Ascend",
+    "ktransformers": "KTransformers",
+}
 """Engine -> its name for people, where that differs."""
 
 FEATURES: Final = {
     "float-experts": "experts of some layers in float",
     "layer-types": "layer_type_quant_config",
     "exclude-patterns": "patterns with * in exclude",
+    "block-sparse-names": "names with block_sparse_moe",
     "zero-points": "zero points",
 }
 """Conditions of a row beside scheme, layout and model type."""
@@ -183,6 +190,8 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     """Which of :data:`FEATURES` a checkpoint has: as it is, or with the config that a conversion writes."""
     found = {"float-experts"} if any(not layer.quantized for layer in description.moe_layers) else set()
     quantization = description.config.quantization
+    if any(layer.moe.endswith(".block_sparse_moe") for layer in description.moe_layers):
+        found.add("block-sparse-names")
     if as_it_is and any(form.zero_point is not None for form, _, _ in description.modules.quantized()):
         found.add("zero-points")
     if as_it_is and isinstance(quantization, dict):

@@ -21,17 +21,20 @@ from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
 ROWS: list[dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))["rows"]
-FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8", "ascend"}
+FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8", "ascend", "bf16"}
 
 
 def fact(**conditions: Any) -> EngineFact:
     return EngineFact("vllm", ">=1", "quark", "int8", "", "source", "2026-11-01", **conditions)
 
 
-def verdicts(path: Path, form: str, engine: str = "vllm") -> dict[str, str]:
-    """Version -> verdict."""
+def verdicts(path: Path, form: str, engine: str = "vllm", devices: str = "") -> dict[str, str]:
+    """Version -> verdict, on NVIDIA GPUs or on the devices whose description starts like that."""
     return {
-        row.version: row.verdict for row in inspect_checkpoint(path).engines if (row.engine, row.form) == (engine, form)
+        row.version: row.verdict
+        for row in inspect_checkpoint(path).engines
+        if (row.engine, row.form) == (engine, form)
+        and (row.devices.startswith(devices) if devices else not row.devices)
     }
 
 
@@ -41,7 +44,7 @@ def test_every_row_is_read() -> None:
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['engine']} {row['version']} {row['as']}")
 def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
-    assert row["engine"] in {"vllm", "vllm-ascend", "sglang", "transformers", "quark"}
+    assert row["engine"] in {"vllm", "vllm-ascend", "sglang", "transformers", "quark", "ktransformers"}
     assert row["as"] in FORMS
     assert row["verdict"] in {"int8", "w8a16", "wrong", "fails"}
     assert row["version"]
@@ -105,7 +108,7 @@ def test_json_of_a_row() -> None:
 def test_qwen3_moe(checkpoints: Any) -> None:
     path = checkpoints("qwen3_moe-quark0.13-f2f")
     assert verdicts(path, "quark") == {
-        "<0.20": "fails", "0.25.1": "int8", "0.27.0": "w8a16", "0.28 - 0.33": "int8", "0.33": "int8",
+        "<0.20": "fails", "0.25.1": "int8", "0.27.0": "w8a16", "0.28 - 0.33": "int8",
     }  # fmt: skip
     assert verdicts(path, "fused-int8") == {"0.25.1": "fails", ">=0.28": "int8"}
     assert verdicts(path, "quark", "sglang") == {"0.5.23": "fails"}
@@ -194,6 +197,21 @@ def test_what_vllm_reads_otherwise_in_a_quark_config(name: str, verdict: str, ch
     assert any((row.engine, row.form, row.verdict) == ("vllm", "compressed-tensors", "int8") for row in rows)
 
 
+def test_cpus_run_what_is_packed_for_them_and_routed_by_softmax(checkpoints: Any) -> None:
+    softmax, sigmoid = checkpoints("qwen3_moe-quark0.13-f2f"), checkpoints("minimax_m2-quark0.13-f2f")
+    assert verdicts(softmax, "quark", devices="CPUs with AMX") == {"0.32": "fails", "0.33": "fails"}
+    assert verdicts(softmax, "compressed-tensors", devices="CPUs with AMX") == {"0.32": "int8"}
+    assert verdicts(sigmoid, "compressed-tensors", devices="CPUs with AMX") == {}
+    assert verdicts(sigmoid, "compressed-tensors", devices="CPUs")["0.32"] == "fails"
+
+
+def test_routers_that_a_class_names_otherwise_are_wrong() -> None:
+    families = Path(__file__).parents[1] / "data" / "families"
+    assert verdicts(families / "phimoe-0.13-f2f", "quark")["0.33"] == "wrong"
+    assert "0.33" not in verdicts(families / "phimoe-0.13-eager", "quark")
+    assert verdicts(families / "phimoe-0.13-eager", "quark")["0.28 - 0.33"] == "not checked"
+
+
 # Advice
 
 
@@ -279,7 +297,13 @@ def test_what_engines_do_with_a_contradiction_is_unknown(tmp_path: Path) -> None
     model.quantization["exclude"] = ["model.layers.0.self_attn.o_proj"]
     inspection = inspect_checkpoint(model.write(tmp_path))
     assert not inspection.ok
-    assert {row.form for row in inspection.engines} == {"compressed-tensors", "fused-int8", "w8a8-int8", "ascend"}
+    assert {row.form for row in inspection.engines} == {
+        "compressed-tensors",
+        "fused-int8",
+        "w8a8-int8",
+        "ascend",
+        "bf16",
+    }
 
 
 # For people

@@ -71,9 +71,13 @@ STUBS.add("vllm")  # whose compiled rotary embedding is used on a CPU
 
 CLASSES = {
     "DeepseekV3ForCausalLM": "deepseek_v2",
+    "Ernie4_5_MoeForCausalLM": "ernie4",
     "Glm4MoeForCausalLM": "glm4_moe",
+    "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "Lfm2MoeForCausalLM": "lfm2_moe",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "MixtralForCausalLM": "mixtral",
+    "OlmoeForCausalLM": "olmoe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Step3p5ForCausalLM": "step3p5",
