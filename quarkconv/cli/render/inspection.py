@@ -175,13 +175,13 @@ def _targets(inspection: Inspection) -> Iterator[RenderableType]:
 
 
 def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableType]:
-    """The rows that apply: all, or the latest in int8 for each form on GPUs, and for other devices."""
+    """The rows that apply: all, or the latest in int8 for each form on NVIDIA GPUs, and one for other devices."""
     shown = list(inspection.engines)
     if not everything:
         latest: dict[object, EngineFact] = {}
         for fact in inspection.engines:
             if fact.verdict == "int8":
-                latest.setdefault((fact.engine, fact.devices or fact.form), fact)
+                latest.setdefault((fact.engine, "" if fact.devices else fact.form), fact)
         shown = list(latest.values())
     if shown:
         yield engine_table(shown, evidence=False, stored=stored_form(inspection.description))
@@ -191,7 +191,7 @@ def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableTyp
         answer = f"not checked with {model_type}" if unknown else "none is known to run it in int8"
         yield Text.assemble(("Engines", "bold"), f"  {answer}")
     if more := len(inspection.engines) - len(shown):
-        yield indented(f"{plural(more, 'more row')} with --all: other releases, engines that fail", 2, "dim")
+        yield indented(f"{plural(more, 'more row')} with --all: other releases and devices, engines that fail", 2, "dim")
 
 
 def engine_table(facts: Iterable[EngineFact], *, evidence: bool, stored: str | None = None) -> Table:
