@@ -191,7 +191,9 @@ def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableTyp
         answer = f"not checked with {model_type}" if unknown else "none is known to run it in int8"
         yield Text.assemble(("Engines", "bold"), f"  {answer}")
     if more := len(inspection.engines) - len(shown):
-        yield indented(f"{plural(more, 'more row')} with --all: other releases and devices, engines that fail", 2, "dim")
+        yield indented(
+            f"{plural(more, 'more row')} with --all: other releases and devices, engines that fail", 2, "dim"
+        )
 
 
 def engine_table(facts: Iterable[EngineFact], *, evidence: bool, stored: str | None = None) -> Table:
