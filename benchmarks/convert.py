@@ -8,6 +8,7 @@ disk is quiet.
     cp          9.8 GB of MiniMax-M2 (2 layers), page cache warm: cp, quarkconv and dd in turn, and nothing else
     main        the same: threads, checksums, other tools
                 and again with a cold page cache (needs root, to drop it)
+    quantize    4 layers of Qwen3-30B-A3B in BF16: --quantize all, beside copying the same source
     layers      Qwen3-30B-A3B, 1 to 8 layers: time must grow with the bytes
     small       512 experts of intermediate size 64: many small tensors
     checksums   how fast checksums are on a buffer in memory
@@ -197,6 +198,23 @@ class Bench:
         self.result["targets"] = {"bytes": size, "rounds": self.rounds, "rows": rows}
         shutil.rmtree(source)
 
+    def quantize(self) -> None:
+        """Float experts quantized on the way, beside copying the same source."""
+        int8, _ = self.source("int8", replace(QWEN3_30B, layers=4, vocabulary=1024))  # nearly all of it experts
+        source = self.folder / "quantize"
+        measure(quarkconv(int8, source, to="bf16"))
+        shutil.rmtree(int8)
+        size = sum(file.stat().st_size for file in source.iterdir())
+        commands: dict[str, Command] = {
+            "cp -r, sync": cp_and_sync,
+            "cp -r": cp,
+            **{f"--quantize all --to {to}": partial(_quantizing, to) for to in ("fused-int8", "compressed-tensors")},
+        }
+        rows = self.compare(source, commands)
+        show(f"{size / 1e9:.1f} GB of BF16, 4 layers of Qwen3-30B-A3B, page cache warm", rows, "cp, sync")
+        self.result["quantize"] = {"bytes": size, "rounds": self.rounds, "rows": rows}
+        shutil.rmtree(source)
+
     def layers(self) -> None:
         """Time must grow with the bytes."""
         found = []
@@ -254,6 +272,10 @@ def _with_jobs(jobs: int, source: Path, out: Path) -> list[str | Path]:
     return quarkconv(source, out, "--jobs", str(jobs))
 
 
+def _quantizing(to: str, source: Path, out: Path) -> list[str | Path]:
+    return quarkconv(source, out, "--quantize", "all", to=to)
+
+
 def _by_rank(way: str, source: Path, out: Path) -> list[str | Path]:
     return quarkconv(source, out, way, "8")
 
@@ -261,7 +283,7 @@ def _by_rank(way: str, source: Path, out: Path) -> list[str | Path]:
 def main() -> None:
     """Measure, print tables, and save them in benchmarks/results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", default="cp,main,targets,layers,small,pieces,checksums")
+    parser.add_argument("--only", default="cp,main,targets,quantize,layers,small,pieces,checksums")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--folder", type=Path, help="where the data goes, 25 GB; it is deleted")
     options = parser.parse_args()

@@ -102,7 +102,10 @@ CODES: Final[dict[str, FindingCode]] = {
     "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
     "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _BROKEN),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
-    "scale-invalid": FindingCode(_E, "A scale is NaN, infinite, zero or negative (read by --deep)."),
+    "scale-invalid": FindingCode(
+        _E, "A scale is NaN, infinite or zero, or one of activations is negative (read by --deep)."
+    ),
+    "scale-negative": FindingCode(_I, "Scales of weights are negative, as auto-round writes them (read by --deep)."),
     "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
     "zero-point-present": FindingCode(_I, "Zero points are stored, which engines do not read; conversion drops zeros."),
     "zero-point-shape": FindingCode(_E, "A zero point has another shape than its scale.", _BROKEN),
@@ -115,6 +118,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
     "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
     "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
+    "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(

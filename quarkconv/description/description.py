@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, rank_part, scheme_implied
+from quarkconv.description.expert_names import expert_name_findings
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings
@@ -19,7 +20,7 @@ from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
-from quarkconv.experts.naming import FUSED_LEAVES, STACKED_MODEL_TYPES
+from quarkconv.experts.naming import ENGINE_NAMES, FUSED_LEAVES, STACKED_MODEL_TYPES, ExpertNaming
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
 from quarkconv.files.base import Files
 from quarkconv.findings import Finding, Severity, bounded
@@ -96,6 +97,11 @@ class Description:
         if len(names) > 1 and None not in names:
             return MIXED
         return names.pop() if len(names) == 1 else None
+
+    @property
+    def engine_naming(self) -> ExpertNaming | None:
+        """The names by which engines route fused experts, where the source's may be others."""
+        return ENGINE_NAMES.get(self.config.model_type or "", (None, None))[1]
 
     def unfused_layout(self, layer: MoELayer) -> Layout:
         """How the unquantized model lays out the experts of a layer: one by one, or all in one in 3-key models."""
@@ -174,6 +180,7 @@ def described(
             *((scheme_implied(),) if implied else ()),
             *contradictions(declared, stored, modules, topology, family, is_mtp, in_fp8),
             *fp8_findings(fp8),
+            *expert_name_findings(config, topology),
             *function,
         ]
     if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that

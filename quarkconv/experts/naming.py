@@ -52,6 +52,14 @@ NAMINGS: Final = (
 )
 """The families that are understood. A new one is one row."""
 
+ENGINE_NAMES: Final[dict[str, tuple[str, ExpertNaming]]] = {
+    "mixtral": ("block_sparse_moe", NAMINGS[1]),
+    "minimax_m2": ("block_sparse_moe", NAMINGS[1]),
+}
+"""Model type -> name of the MoE module and names of projections in engines' classes, where exports may have others:
+those of classes of transformers 5 (``mlp``, ``gate_proj``), which llm-compressor and Quark (in memory) write.
+vLLM 0.33 drops fused tensors of other names without an error."""
+
 STACKED_MODEL_TYPES: Final = frozenset({"step3p5"})
 """Model types whose own checkpoints have ``moe.gate_proj`` for all experts (3-key); engines know no other names."""
 

@@ -1,4 +1,8 @@
-"""``inspect --deep``: scales must be finite and positive, zero points zero. Weights are never read."""
+"""``inspect --deep``: scales must be finite and positive, zero points zero. Weights are never read.
+
+Scales of weights may be negative: auto-round chooses the sign with which the largest magnitude of a row becomes -128
+(``data_type/int.py``, ``quant_tensor_sym``), and code * scale is the weight nevertheless.
+"""
 
 from __future__ import annotations
 
@@ -35,6 +39,7 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
     shards = {shard.file for shard in description.checkpoint.shards if not shard.truncated}
     bad_scales: list[tuple[str, str]] = []
     small_scales: list[str] = []
+    negative: list[str] = []
     nonzero: list[str] = []
     refs = description.checkpoint.refs()
     ranges = [
@@ -51,7 +56,11 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
                 nonzero.append(name)
             continue
         problem, least = _scale_problem(refs[name].dtype, data)
-        if problem:
+        if problem is None and least < 0 and name.endswith("weight_scale"):
+            if negative[-1:] != [name]:
+                negative.append(name)
+        elif problem or least < 0:
+            problem = problem or f"the value {least}"
             if not bad_scales or bad_scales[-1][0] != name:
                 bad_scales.append((name, problem))
         elif least < _LEAST_NORMAL and small_scales[-1:] != [name]:
@@ -64,6 +73,14 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
             f"{plural(len(bad_scales), 'scale')} not finite or not positive: {name} has {problem}",
             hint="quantize the model again; its outputs would be NaN or zero",
             count=len(bad_scales),
+        )
+    if negative:
+        yield finding(
+            "scale-negative",
+            negative[0],
+            f"{plural(len(negative), 'scale')} with negative values, as auto-round writes them: {negative[0]}",
+            hint="nothing has to be done where engines multiply by scales, as vLLM and SGLang do",
+            count=len(negative),
         )
     if small_scales:
         yield finding(
@@ -124,10 +141,11 @@ def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, 
 
 
 def _scale_problem(dtype: str, data: bytes) -> tuple[str | None, float]:
-    """The defect of the values of a scale, or None; and its smallest value."""
+    """The defect of the values of a scale, or None; and its smallest value, or a negative one."""
     widened = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(data)
     values = array("f", widened)
     if not all(map(math.isfinite, values)):
         return "NaN or infinite values", 0.0
-    least = min(values, default=1.0)
-    return (f"the value {least}" if least <= 0 else None), least
+    if 0.0 in values:
+        return "the value 0.0", 0.0
+    return None, min(values, default=1.0)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.description.description import Description
+from quarkconv.description.expert_names import foreign_modules, foreign_projections
 from quarkconv.scheme.patterns import is_pattern
 
 NOT_CHECKED: Final = "not checked"
@@ -36,6 +37,7 @@ FEATURES: Final = {
     "exclude-patterns": "patterns with * in exclude",
     "block-sparse-names": "names with block_sparse_moe",
     "zero-points": "zero points",
+    "foreign-projections": "projections of experts that engines name otherwise",
 }
 """Conditions of a row beside scheme, layout and model type."""
 
@@ -162,6 +164,7 @@ def engines_for(
         if fact.form in layouts
         and fact.holds_for(scheme, layouts[fact.form], model_type, features[fact.form == stored])
     ]
+    found = [fact for fact in found if _names_known(description, fact)]
     tried = checked_model_types()
     found = [
         dataclasses.replace(fact, verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
@@ -180,6 +183,16 @@ def engines_for(
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
 
 
+def _names_known(description: Description, fact: EngineFact) -> bool:
+    """Whether an engine that runs the other checkpoints of a row knows the names of this one's experts."""
+    if fact.verdict not in ("int8", "w8a16"):
+        return True
+    config, topology = description.config, description.topology
+    if foreign_modules(config, topology):
+        return False
+    return not foreign_projections(config, topology) or fact.form == FUSED or "foreign-projections" in fact.having
+
+
 def model_type_of(description: Description) -> str:
     """The model type that decides which class an engine loads: of a wrapper around a language model, the wrapper's."""
     own, outer = description.config.model_type or "", description.config.raw.get("model_type")
@@ -192,6 +205,8 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     quantization = description.config.quantization
     if any(layer.moe.endswith(".block_sparse_moe") for layer in description.moe_layers):
         found.add("block-sparse-names")
+    if foreign_projections(description.config, description.topology):
+        found.add("foreign-projections")
     if as_it_is and any(form.zero_point is not None for form, _, _ in description.modules.quantized()):
         found.add("zero-points")
     if as_it_is and isinstance(quantization, dict):

@@ -13,7 +13,7 @@ from math import prod
 from typing import NamedTuple
 
 from quarkconv.experts.config import ModelConfig
-from quarkconv.experts.naming import Role
+from quarkconv.experts.naming import ExpertNaming, Role
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
@@ -170,12 +170,14 @@ class ExpertSource:
         refs: byte range of every tensor of the source.
         unfused: layout of the unquantized model: ``per_expert``, or ``stacked`` in 3-key models.
         rank: the rank.
+        engine_naming: the names by which engines route fused tensors; None where these are the source's.
     """
 
     layer: MoELayer
     refs: Mapping[str, TensorRef]
     unfused: Layout = "per_expert"
     rank: Rank = WHOLE
+    engine_naming: ExpertNaming | None = None
 
     @property
     def experts(self) -> range:

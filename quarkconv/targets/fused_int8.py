@@ -9,7 +9,7 @@ For E experts with hidden size H and intermediate size I, under the prefix P of 
     P.gate_up_proj_input_scale   F32  [E]          static activation scales only
     P.down_proj_input_scale      F32  [E]          static activation scales only
 
-and ``w13``, ``w2`` instead of ``gate_up_proj``, ``down_proj`` where the source names its projections w1, w3, w2. vLLM
+and ``w13``, ``w2`` instead of ``gate_up_proj``, ``down_proj`` where engines name the projections w1, w3, w2. vLLM
 0.28 and later load these names through their compressed-tensors path (``RoutedExperts.load_weights``).
 """
 
@@ -49,8 +49,8 @@ class FusedInt8(Target):
         return reason or next(filter(None, map(_not_fused, description.int8_layers)), None)
 
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
-        layer = source.layer
-        leaves = (layer.naming.fused_gate_up, layer.naming.fused_down)
+        layer, naming = source.layer, source.engine_naming or source.layer.naming
+        leaves = (naming.fused_gate_up, naming.fused_down)
         experts = source.experts
         for roles, leaf, inner in zip(_PARTS, leaves, (layer.hidden, source.intermediate), strict=True):
             name = f"{layer.prefix}.{leaf}"

@@ -27,7 +27,7 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
     checks: list[Check] = []
     left_out = set(target.dropped(description))
     for layer in description.int8_layers:
-        source = ExpertSource(layer, refs, unfused=description.unfused_layout(layer), rank=rank)
+        source = ExpertSource(layer, refs, description.unfused_layout(layer), rank, description.engine_naming)
         if not rank.is_whole:
             left_out.update(*(layer.projection(role, at).names for role, at, _ in layer.modules()))
         tensors += target.expert_tensors(source)

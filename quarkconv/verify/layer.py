@@ -96,16 +96,16 @@ def check_layer(
 
 
 def _scale_problems(experts: FusedExperts) -> Iterator[Problem]:
-    """Scales that are not finite and positive. A scale of 0 is harmless where all codes of its row are 0."""
+    """Scales that are zero or not finite. A scale of 0 is harmless where all codes of its row are 0."""
     for name, scale, codes in (
         ("w13 scale", experts.w13_scale, experts.w13),
         ("w2 scale", experts.w2_scale, experts.w2),
     ):
-        bad = ~(torch.isfinite(scale) & (scale > 0)).flatten(1)
+        bad = ~(torch.isfinite(scale) & (scale != 0)).flatten(1)
         bad &= ~((scale == 0).flatten(1) & ~codes.any(dim=2)) if bool(bad.any()) else bad
         wrong = torch.nonzero(bad.any(dim=1)).flatten().tolist()
         if wrong:
-            message = f"The {name} of expert {wrong[0]} is not finite and positive everywhere"
+            message = f"The {name} of expert {wrong[0]} is zero or not finite somewhere"
             yield Problem("numbers", experts.layer, experts.module, message, len(wrong))
 
 
@@ -162,7 +162,7 @@ def _router_problems(inputs: LayerInputs, router: Router | Unknown, weights: Wei
 
 
 def _seen(experts: FusedExperts, load: tuple[int, ...], weights: WeightCheck | None) -> LayerExperts:
-    scales = torch.cat([experts.w13_scale.flatten(1), experts.w2_scale.flatten(1)], dim=1).cpu()
+    scales = torch.cat([experts.w13_scale.flatten(1), experts.w2_scale.flatten(1)], dim=1).abs().cpu()
     powers = scales.clamp(min=10.0 ** SCALE_EDGES[0]).log10().nan_to_num(SCALE_EDGES[0])
     counts = torch.histc(powers, len(SCALE_EDGES) - 1, SCALE_EDGES[0], SCALE_EDGES[-1])
     used = torch.where(scales > 0, scales, scales.amax(dim=1, keepdim=True))  # rows of zeros may have a scale of 0

@@ -177,7 +177,7 @@ class LayerExperts:
         layer: number of the layer.
         module: module of its experts.
         load: tokens that the routing sent to each expert, of those that were drawn.
-        scale_min, scale_max: smallest and largest weight scale of each expert.
+        scale_min, scale_max: smallest and largest magnitude of the weight scales of each expert.
         scale_histogram: how many weight scales of the layer lie in each bin of :data:`SCALE_EDGES`.
         weights: role -> the weight errors of each expert; empty without ``--unquantized``.
         rescaled: the weights differ by factors per channel, as SmoothQuant and AWQ leave them; errors exclude them.

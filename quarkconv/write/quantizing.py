@@ -36,36 +36,35 @@ class Reader(Protocol):
 def quantized_codes(piece: Codes, reader: Reader, held: HeldScales) -> Iterator[memoryview]:
     """The I8 codes of the rows of a float weight, a block at a time; their scales are held if they are expected.
 
+    A block is valid until the next one.
+
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
     import torch
 
     expected = held.expects(piece.source)
-    scales = bytearray()
-    for weight, values, scale in _blocks(piece, reader):
-        values.mul_(scale.reciprocal().unsqueeze(1)).round_().clamp_(max=_GREATEST_CODE)
-        data = bytearray(weight.numel())
-        torch.frombuffer(data, dtype=torch.int8).view(weight.shape).copy_(values)
-        yield memoryview(data)
-        if expected:
-            scales += _bytes(scale)
+    rows = _Rows(piece)
+    data = bytearray(rows.step * rows.columns)
+    codes = torch.frombuffer(data, dtype=torch.int8).view(rows.step, rows.columns) if data else None
+    for first, values in rows.blocks(reader):
+        if codes is not None:
+            factors = rows.scales[first : first + len(values)].reciprocal().unsqueeze_(1)
+            codes[: len(values)].copy_(values.mul_(factors).round_().clamp_(max=_GREATEST_CODE))
+            yield memoryview(data)[: values.numel()]
+    rows.check()
     if expected:
-        held.hold(piece.source, bytes(scales))
+        held.hold(piece.source, rows.scale_bytes())
 
 
 def row_scales(piece: RowScales, reader: Reader, held: HeldScales) -> Iterator[bytes]:
-    """The F32 scales of the rows of a float weight, a block at a time where they are not held.
+    """The F32 scales of the rows of a float weight; computed where they are not held.
 
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
     scales = held.take(piece.source)
-    if scales is not None:
-        yield scales
-        return
-    for _, _, scale in _blocks(piece, reader):
-        yield _bytes(scale)
+    yield _computed(piece, reader).scale_bytes() if scales is None else scales
 
 
 def check_rows(piece: RowScales, reader: Reader) -> None:
@@ -74,58 +73,79 @@ def check_rows(piece: RowScales, reader: Reader) -> None:
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
-    for _ in _blocks(piece, reader):
+    _computed(piece, reader)
+
+
+def _computed(piece: RowScales, reader: Reader) -> _Rows:
+    """The rows of a piece with all their scales."""
+    rows = _Rows(piece)
+    for _ in rows.blocks(reader):
         pass
+    rows.check()
+    return rows
 
 
-def _blocks(piece: Codes | RowScales, reader: Reader) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
-    """Rows of a weight, about a block at a time: in its dtype, in F32, and their scales in F32.
+class _Rows:
+    """The rows of a float weight, and their scales: 4 bytes for each row are in memory, and one block of values.
 
-    The tensors are valid until the next block.
+    Attributes:
+        columns: elements of a row.
+        step: rows of a block.
+        scales: F32 [rows], filled by :meth:`blocks`.
     """
-    import torch
 
-    source, dtype, columns = piece
-    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-    total = source.nbytes // (columns * kind.itemsize)
-    if not total:
-        return
-    rows = min(max(1, BLOCK_ELEMENTS // columns), total)
-    data = bytearray(rows * columns * kind.itemsize)
-    stored = torch.frombuffer(data, dtype=kind).view(rows, columns)
-    widened = torch.empty((rows, columns), dtype=torch.float32)
-    for first in range(0, total, rows):
-        count = min(rows, total - first)
-        reader.fill(source, first * columns * kind.itemsize, memoryview(data)[: count * columns * kind.itemsize])
-        weight, values = stored[:count], widened[:count].copy_(stored[:count])
-        largest = torch.maximum(values.amax(1), values.amin(1).neg_()).to(kind)  # exact: it is an element, or minus one
-        scale = largest.div_(_STEPS).float()
-        _check(scale, piece, first)
-        yield weight, values, scale
+    def __init__(self, piece: Codes | RowScales) -> None:
+        import torch
 
+        source, dtype, self.columns = piece
+        self._source = source
+        self._kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
+        self._row = self.columns * self._kind.itemsize
+        rows = source.nbytes // self._row
+        self.step = min(max(1, BLOCK_ELEMENTS // self.columns), rows)
+        self.scales = torch.empty(rows, dtype=torch.float32)
 
-def _check(scale: Tensor, piece: Codes | RowScales, row: int) -> None:
-    """Refuse scales that are zero or not finite; ``row`` is the first row's number."""
-    bad = ~(scale.isfinite() & (scale > 0))
-    if not bool(bad.any()):
-        return
-    first = int(bad.nonzero()[0])
-    zero = bool(scale[first] == 0)
-    what = "zeros only, or smaller values than a scale can have" if zero else "NaN or infinity"
-    raise UnsupportedError(
-        "A row of this weight cannot be quantized",
-        file=piece.source.file,
-        tensor=piece.source.tensor,
-        expected="finite values, not all of them zero",
-        found=f"row {row + first} of the expert or linear: {what}",
-        hint="leave the module in float with --exclude, or fix the weight",
-    )
+    def blocks(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
+        """Number of the first row and F32 values of each block, which are valid until the next one."""
+        import torch
 
+        total = len(self.scales)
+        if not total:
+            return
+        data = bytearray(self.step * self._row)
+        view = memoryview(data)
+        stored = torch.frombuffer(data, dtype=self._kind).view(self.step, self.columns)
+        widened = torch.empty((self.step, self.columns), dtype=torch.float32)
+        for first in range(0, total, self.step):
+            count = min(self.step, total - first)
+            reader.fill(self._source, first * self._row, view[: count * self._row])
+            values = widened[:count].copy_(stored[:count])
+            largest = torch.maximum(values.amax(1), values.amin(1).neg_())
+            self.scales[first : first + count] = largest.to(self._kind).div_(_STEPS)  # exact: one of the elements
+            yield first, values
 
-def _bytes(scale: Tensor) -> bytes:
-    """The bytes of F32 scales."""
-    import torch
+    def check(self) -> None:
+        """Refuse rows whose scale is zero or not finite."""
+        bad = ~(self.scales.isfinite() & (self.scales > 0))
+        if not bool(bad.any()):
+            return
+        row = int(bad.nonzero()[0])
+        zero = bool(self.scales[row] == 0)
+        what = "zeros only, or smaller values than a scale can have" if zero else "NaN or infinity"
+        raise UnsupportedError(
+            "A row of this weight cannot be quantized",
+            file=self._source.file,
+            tensor=self._source.tensor,
+            expected="finite values, not all of them zero",
+            found=f"row {row} of the expert or linear: {what}",
+            hint="leave the module in float with --exclude, or fix the weight",
+        )
 
-    data = bytearray(scale.nbytes)
-    torch.frombuffer(data, dtype=torch.float32).copy_(scale)
-    return bytes(data)
+    def scale_bytes(self) -> bytes:
+        """The scales as they are stored."""
+        import torch
+
+        data = bytearray(self.scales.nbytes)
+        if data:
+            torch.frombuffer(data, dtype=torch.float32).copy_(self.scales)
+        return bytes(data)

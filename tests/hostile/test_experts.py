@@ -106,7 +106,7 @@ VALUES = {
     "infinite": (float("inf"), "scale-invalid"),
     "zero": (0.0, "scale-invalid"),
     "negative zero": (-0.0, "scale-invalid"),
-    "negative": (-1.0, "scale-invalid"),
+    "negative": (-1.0, "scale-negative"),
     "subnormal": (1e-40, "scale-subnormal"),
 }
 
@@ -120,7 +120,7 @@ def test_unusable_scales_are_refused(name: str, dtype: torch.dtype, tmp_path: Pa
     inspection = inspect_checkpoint(model.write(tmp_path / "model"), deep=True)
     found = [(item.code, item.subject) for item in inspection.findings if item.code != "scale-narrow"]
     assert found == [(code, f"{GATE}.weight_scale")]
-    assert inspection.ok is (code == "scale-subnormal")
+    assert inspection.ok is (code in ("scale-subnormal", "scale-negative"))
 
 
 def test_nonzero_zero_points_are_refused_before_anything_is_written(

@@ -21,7 +21,7 @@ def found(inspection: Inspection) -> list[tuple[str, str, str, int]]:
 
 
 O_PROJ = "model.layers.0.self_attn.o_proj"
-BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "0": 0.0, "-0": -0.0, "negative": -0.5}
+BAD = {"nan": float("nan"), "inf": float("inf"), "-inf": float("-inf"), "0": 0.0, "-0": -0.0}
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
@@ -33,6 +33,18 @@ def test_deep_finds_an_invalid_scale(value: float, dtype: torch.dtype, tmp_path:
     errors = [item for item in found(inspect_checkpoint(folder, deep=True)) if item[0] == "error"]
     assert errors == [("error", "scale-invalid", f"{O_PROJ}.weight_scale", 1)]
     assert inspect_checkpoint(folder).ok
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [("weight_scale", ("info", "scale-negative")), ("input_scale", ("error", "scale-invalid"))],
+)
+def test_only_scales_of_weights_may_be_negative(name: str, expected: tuple[str, str], tmp_path: Path) -> None:
+    model = Model()
+    shape = (8,) if name == "weight_scale" else ()
+    model.set(f"{O_PROJ}.{name}", torch.full(shape, -0.5))
+    inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
+    assert (*expected, f"{O_PROJ}.{name}", 1) in found(inspection)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)

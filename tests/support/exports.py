@@ -15,6 +15,7 @@ FIXTURES = {
     **{path.name: path for path in sorted((DATA / "fixtures").iterdir()) if path.is_dir()},
     "qwen3_moe-quark0.13-f2f": ROOT / "examples" / "qwen3_moe-quark0.13-f2f",
 }
+OTHER_TOOLS = {path.name: path for path in sorted((DATA / "other_tools").iterdir()) if path.is_dir()}
 EXPORTS = {path.name: path for path in sorted((DATA / "exports").iterdir()) if path.is_dir()}
 
 Converted = Callable[[str], Path]
@@ -89,8 +90,8 @@ class Checkpoints:
     def __call__(self, name: str) -> Path:
         """A shared, read-only copy of the export ``name``."""
         path = self._folder / name
-        return path if path.is_dir() else restore((FIXTURES | EXPORTS)[name], path)
+        return path if path.is_dir() else restore((FIXTURES | EXPORTS | OTHER_TOOLS)[name], path)
 
     def copy(self, name: str, destination: Path) -> Path:
         """A copy of the export ``name`` that the test may change."""
-        return restore((FIXTURES | EXPORTS)[name], destination)
+        return restore((FIXTURES | EXPORTS | OTHER_TOOLS)[name], destination)

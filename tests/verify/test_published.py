@@ -191,4 +191,4 @@ def test_rows_of_zeros_may_have_a_scale_of_zero(tmp_path: Path) -> None:
     tensors[name][5, 3] = 1
     save_file(tensors, model / "model.safetensors")
     (problem,) = quarkconv.verify_checkpoint(model, device="cpu").problems
-    assert "expert 1 is not finite and positive" in problem.message
+    assert "expert 1 is zero or not finite somewhere" in problem.message
