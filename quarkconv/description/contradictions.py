@@ -12,7 +12,7 @@ from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
 from quarkconv.findings import Finding, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
-from quarkconv.scheme.resolved import ResolvedModules
+from quarkconv.scheme.resolved import Groups, ResolvedModules
 from quarkconv.scheme.spec import FLOAT, TensorSpec
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
 from quarkconv.text import plural
@@ -31,6 +31,7 @@ def contradictions(
     stored: StoredModules,
     modules: ResolvedModules,
     topology: Topology,
+    others: Groups,
     family: FamilyOf = lambda _: None,
     is_mtp: Callable[[str], bool] = lambda _: False,
     fp8: Collection[str] = (),
@@ -40,6 +41,7 @@ def contradictions(
     Args:
         declared: the scheme that the config declares.
         stored, modules, topology: the modules, with the scheme of each, and the experts among them.
+        others: the modules that are no routed experts.
         family: gives the family of models that a module belongs to; None where it is unknown.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
         fp8: the modules in FP8 that some target keeps.
@@ -48,8 +50,8 @@ def contradictions(
     yield from _config(declared, modules)
     yield from _experts(declared, topology, is_mtp)
     if declared is not None and not isinstance(declared, UnknownScheme):
-        yield from _linears(declared, modules, topology, is_float)
-    yield from _float_modules_quantized(quantized_float_modules(modules, topology, is_float), is_mtp)
+        yield from _linears(declared, modules, others, is_float)
+    yield from _float_modules_quantized(quantized_float_modules(others, is_float), is_mtp)
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
     yield from int8_defects(modules, in_blocks)
     yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
@@ -170,16 +172,17 @@ def _float_modules(layer: MoELayer) -> Iterator[str]:
 
 
 def _linears(
-    declared: DeclaredScheme, modules: ResolvedModules, topology: Topology, is_float: Callable[[str], bool]
+    declared: DeclaredScheme,
+    modules: ResolvedModules,
+    others: Groups,
+    is_float: Callable[[str], bool],
 ) -> Iterator[Finding]:
     """Linears for which config and tensors disagree."""
     claimed: list[str] = []
     excluded: list[str] = []
     for (form, claim), names in modules.groups.items():
         if form.is_float and claim.weight is not None and declared.lists_float:
-            claimed += [
-                name for name in names if name not in topology.members and is_linear(name, form) and not is_float(name)
-            ]
+            claimed += [name for name in others[form, claim] if is_linear(name, form) and not is_float(name)]
         elif form.quantized and claim.weight is None:
             excluded += names
     if claimed and declared.stores_codes:

@@ -32,7 +32,7 @@ from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
 from quarkconv.scheme.options import DROP, KEEP, Mtp
-from quarkconv.scheme.resolved import ResolvedModules, resolve_modules
+from quarkconv.scheme.resolved import Groups, ResolvedModules, resolve_modules
 from quarkconv.scheme.spec import MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
 
@@ -50,6 +50,7 @@ class Description:
         stored: the modules that have a weight.
         modules: the same, with the scheme of each.
         topology: the routed experts.
+        others: all other modules, grouped as in ``modules``.
         findings: everything that is wrong or worth knowing, worst first.
         is_mtp: whether a tensor or module belongs to a layer of multi-token prediction.
         is_float: whether engines keep a linear in float.
@@ -64,6 +65,7 @@ class Description:
     stored: StoredModules
     modules: ResolvedModules
     topology: Topology
+    others: Groups
     findings: tuple[Finding, ...]
     is_mtp: NameTest = field(compare=False)
     is_float: NameTest = field(compare=False)
@@ -168,7 +170,8 @@ def described(
         family = families(config.raw)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
-        float_modules = quantized_float_modules(modules, topology, is_float)
+        others = modules.outside(topology.members)
+        float_modules = quantized_float_modules(others, is_float)
         fp8 = fp8_groups(modules, topology.members)
         in_fp8 = [name for group in fp8 for name in group.modules]
         function = tuple(function_findings(config, stored, checkpoint.types, is_mtp))
@@ -178,7 +181,7 @@ def described(
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
-            *contradictions(declared, stored, modules, topology, family, is_mtp, in_fp8),
+            *contradictions(declared, stored, modules, topology, others, family, is_mtp, in_fp8),
             *fp8_findings(fp8),
             *expert_name_findings(config, topology),
             *function,
@@ -195,6 +198,7 @@ def described(
         stored=stored,
         modules=modules,
         topology=topology,
+        others=others,
         findings=tuple(findings),
         is_mtp=is_mtp,
         is_float=is_float,

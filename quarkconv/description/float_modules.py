@@ -12,7 +12,7 @@ from typing import Final
 from quarkconv.experts.families import FLOAT_ENDS
 from quarkconv.experts.family import Family
 from quarkconv.experts.topology import Topology
-from quarkconv.scheme.resolved import ResolvedModules
+from quarkconv.scheme.resolved import Groups
 
 FamilyOf = Callable[[str], Family | None]
 
@@ -40,14 +40,12 @@ def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
     return is_float
 
 
-def quantized_float_modules(
-    modules: ResolvedModules, topology: Topology, is_float: Callable[[str], bool]
-) -> tuple[str, ...]:
-    """The modules that are stored in int8 and that engines keep in float."""
+def quantized_float_modules(others: Groups, is_float: Callable[[str], bool]) -> tuple[str, ...]:
+    """Of the modules outside of the routed experts, those that are stored in int8 and that engines keep in float."""
     return tuple(
         name
-        for (form, _), names in modules.groups.items()
+        for (form, _), names in others.items()
         if form.quantized and len(form.weight.shape) == 2
         for name in names
-        if name not in topology.members and is_float(name)
+        if is_float(name)
     )

@@ -200,11 +200,14 @@ def _collect(stored: StoredModules) -> _Collected:
     per_expert: _PerExpert = {}
     single: _Single = {}
     members: list[str] = []
+    single_tensors = {id(form) for form in distinct(stored.linears.values()) if len(form.weight.shape) == 3}
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
         if leaf not in LEAVES:
             continue
-        if len(form[0][1]) == 3:  # 3-key: the tensors of all experts directly below the MoE module
+        if (
+            single_tensors and id(form) in single_tensors
+        ):  # 3-key: the tensors of all experts directly below the MoE module
             if leaf in STACKED:
                 prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
                 single.setdefault(prefix, {})[STACKED[leaf]] = form

@@ -187,11 +187,10 @@ def main_scheme(description: Description) -> ModuleScheme:
 
 def linear_counts(description: Description) -> dict[str, int]:
     """Linears outside the routed experts, in int8 and in float; other formats count as neither."""
-    members = description.topology.members
     counts = {"int8": 0, "unquantized": 0}
-    for (form, _), modules in description.modules.groups.items():
+    for (form, _), modules in description.others.items():
         if form.quantized or form.is_float:
-            linears = sum(module not in members and is_linear(module, form) for module in modules)
+            linears = sum(is_linear(module, form) for module in modules)
             counts["int8" if form.quantized else "unquantized"] += linears
     return counts
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Final
 
@@ -23,6 +23,10 @@ from quarkconv.scheme.stored import Form, StoredModules
 _WEIGHTS: Final = {PER_CHANNEL: WEIGHT_PER_CHANNEL, PER_TENSOR: WEIGHT_PER_TENSOR, None: None}
 
 
+Groups = Mapping[tuple[Form, ModuleScheme], Sequence[str]]
+"""(form, declared scheme) -> modules, in the order of the files."""
+
+
 @dataclass(frozen=True, slots=True)
 class ResolvedModules:
     """The modules of a checkpoint, grouped by stored form and declared scheme: few groups, many modules.
@@ -39,6 +43,10 @@ class ResolvedModules:
     names: Mapping[ModuleScheme, str]
     schemes: Counter[ModuleScheme]
 
+    def outside(self, experts: Collection[str]) -> Groups:
+        """The groups without the routed experts, which most modules are."""
+        return {key: [name for name in names if name not in experts] for key, names in self.groups.items()}
+
     def quantized(self) -> Iterator[tuple[Form, ModuleScheme, list[str]]]:
         """(form, effective scheme, modules) of the modules stored quantized, in int8 or otherwise."""
         for (form, declared), modules in self.groups.items():
@@ -48,16 +56,14 @@ class ResolvedModules:
 
 def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> ResolvedModules:
     """Look up the declared scheme of every stored module. Without a config, or with an unknown one, all are float."""
-    if declared is None or isinstance(declared, UnknownScheme):
-        default = FLOAT
-        triples = ((module, form, FLOAT) for module, form in stored)
-    else:
-        default = declared.default
-        resolve = declared.resolve
-        triples = ((module, form, resolve(module)) for module, form in stored)
+    default = FLOAT
+    resolve: Callable[[str], ModuleScheme] = lambda _: FLOAT  # noqa: E731
+    if declared is not None and not isinstance(declared, UnknownScheme):
+        default, resolve = declared.default, declared.resolve
     # Forms and schemes are shared objects. Grouping by identity first hashes two integers a module, not their contents.
     alike: dict[tuple[int, int], tuple[Form, ModuleScheme, list[str]]] = {}
-    for module, form, scheme in triples:
+    for module, form in stored:
+        scheme = resolve(module)
         key = (id(form), id(scheme))
         group = alike.get(key)
         if group is None:

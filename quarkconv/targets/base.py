@@ -157,8 +157,9 @@ class Int8Count(NamedTuple):
 
 def count_int8(description: Description) -> list[Int8Count]:
     """Count the int8 modules of a checkpoint by their form."""
-    is_expert = description.topology.members.__contains__
+    others = description.others
     return [
-        Int8Count(form, len(modules), len(modules) - sum(map(is_expert, modules)))
-        for form, _, modules in description.modules.quantized()
+        Int8Count(form, len(modules), len(others[form, declared]))
+        for (form, declared), modules in description.modules.groups.items()
+        if form.quantized
     ]
