@@ -177,7 +177,7 @@ _SOFTMAX_FAMILIES: Final = (
     # xai-org/grok-2 has the model type of another model.
     Family(
         ("git", "grok-2"), RouterRule("softmax", renormalize=False, softcap=30.0), "SGLang, grok.py, Grok1MoE",
-        activation=ActivationRule(names={"gelu": "gelu"}, default="gelu"), architecture="Grok1ForCausalLM",
+        activation=ActivationRule(names={"gelu": "gelu"}, default="gelu"), architectures=("Grok1ForCausalLM",),
         fixed={"router_logit_softcapping": (None, 30, 30.0)},
     ),
 )  # fmt: skip
@@ -215,6 +215,22 @@ _SIGMOID_FAMILIES: Final = (
             "score_function": ("sigmoid",), "moe_router_enable_expert_bias": (True,), "use_bias": (None, False),
         },
         float_modules=_MTP,
+    ),
+    # The third generation has the model type of another. Routed experts clamp gate and up before SiLU, as the shared
+    # ones do not.
+    Family(
+        ("bailing_hybrid", "bailing_moe_v3"),
+        RouterRule(
+            "sigmoid", renormalize=True, scale=("routed_scaling_factor",), default_scale=1.0, group_score="top2",
+        ),
+        "vLLM, bailing_moe_v3.py, BailingMoeV3MoE", tensors=RouterTensors(correction_bias=("gate.expert_bias",)),
+        activation=ActivationRule(limit_list=("expert_swiglu_limit_list",), limited="silu"),
+        architectures=("BailingMoeV3ForCausalLM", "BailingMoeV3VLForConditionalGeneration"),
+        fixed={
+            "score_function": (None, "sigmoid"), "scoring_func": (None, "sigmoid"), "topk_method": (None, "noaux_tc"),
+            "moe_router_enable_expert_bias": (None, True), "norm_topk_prob": (None, True),
+        },
+        ignored=("share_expert_swiglu_limit_list",), float_modules=_MTP,
     ),
     Family(
         ("bailing_hybrid",), _KIMI_LINEAR, "BailingHybridTopkRouter",

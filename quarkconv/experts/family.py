@@ -114,6 +114,7 @@ class ActivationRule:
         limit, alpha, beta, linear_beta: keys of the parameters, of which the first found counts.
         default_limit, default_alpha, default_beta: defaults where config.json has no value; a limit of 0: unlimited.
         limit_list: key of a limit for each layer, 0 or null for none.
+        limited: what such a limit makes of the function.
     """
 
     keys: Keys = ("hidden_act",)
@@ -127,6 +128,7 @@ class ActivationRule:
     default_beta: float | None = None
     linear_beta: Keys = ()
     limit_list: Keys = ()
+    limited: ActivationName = "swiglustep"
 
     def settings(self) -> Iterator[Keys]:
         """The keys of every setting that the rule reads."""
@@ -143,7 +145,7 @@ class Family:
         tensors: the router's tensors.
         activation: the activation function of an expert.
         source: where it is read: file and class.
-        architecture: needed in ``architectures`` where the type is shared with other models.
+        architectures: one of them is needed in ``architectures`` where the type is shared with other models.
         part: object below the language model's config that describes the experts.
         fixed: config key -> the values under which this row holds; None stands for absent or null.
         gated: False for experts with up and down only.
@@ -160,7 +162,7 @@ class Family:
     source: str
     tensors: RouterTensors = field(default_factory=RouterTensors)
     activation: ActivationRule = field(default_factory=ActivationRule)
-    architecture: str | None = None
+    architectures: tuple[str, ...] = ()
     part: str | None = None
     fixed: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
     gated: bool = True

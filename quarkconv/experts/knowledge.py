@@ -144,7 +144,7 @@ class Known:
             if isinstance(value, Unknown):
                 return value
         if rule.limit_list and limit:
-            name = "swiglustep"
+            name = rule.limited
         numbers = [None if not value else number(value) for value in (limit, alpha, beta, linear)]
         return ExpertActivation(name, *numbers)
 
@@ -279,10 +279,10 @@ def _not_understood(row: Family, section: Config) -> Iterator[Unknown]:
 
 
 def _is_architecture(row: Family, section: Config, config: Config) -> bool:
-    if row.architecture is None:
+    if not row.architectures:
         return True
     stated = section.get("architectures", config.get("architectures"))
-    return isinstance(stated, list) and row.architecture in stated
+    return isinstance(stated, list) and any(name in stated for name in row.architectures)
 
 
 def _is_neutral(key: str, value: object) -> bool:

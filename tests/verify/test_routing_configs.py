@@ -59,6 +59,8 @@ DESCRIPTIONS = {
     "deepseek": "softmax, top 3 of 8, not renormalised",
     "deepseek_v2-noaux_tc": "sigmoid + correction bias, top 3 of 8 in 1 of 2 groups, renormalised, x2",
     "bailing_moe": "softmax, top 3 of 8, renormalised",
+    "bailing_moe_v3": "sigmoid + correction bias, top 4 of 16 in 2 of 4 groups, renormalised, x2.5",
+    "kimi_k3": "sigmoid + correction bias, top 4 of 16 in 1 of 2 groups, renormalised, x2.5",
     "bailing_moe_v2": "sigmoid + correction bias, top 4 of 16 in 2 of 4 groups, renormalised, x2.5",
     "grok-2": "softmax, top 2 of 8, not renormalised, logits capped at 30",
 }

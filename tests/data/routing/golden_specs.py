@@ -284,6 +284,24 @@ ENGINES = {
         {"model_type": "git", "architectures": ["Grok1ForCausalLM"], "num_local_experts": 8, "num_experts_per_tok": 2,
          "router_logit_softcapping": 30.0},
     ),
+    "bailing_moe_v3": (
+        GROUPED_TOPK,
+        {"topk": 4, "renormalize": True, "num_expert_group": 4, "topk_group": 2, "scoring_func": "sigmoid",
+         "routed_scaling_factor": 2.5}, 16, True,
+        {"model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM"], "num_experts": 16,
+         "num_experts_per_tok": 4, "n_group": 4, "topk_group": 2, "score_function": "sigmoid",
+         "scoring_func": "sigmoid", "topk_method": "noaux_tc", "moe_router_enable_expert_bias": True,
+         "routed_scaling_factor": 2.5, "router_dtype": "fp32", "seq_aux": True, "hidden_act": "silu"},
+    ),
+    "kimi_k3": (
+        GROUPED_TOPK,
+        {"topk": 4, "renormalize": True, "num_expert_group": 2, "topk_group": 1, "scoring_func": "sigmoid",
+         "routed_scaling_factor": 2.5}, 16, True,
+        {"model_type": "kimi_linear", "num_experts": 16, "num_experts_per_token": 4, "num_expert_group": 2,
+         "topk_group": 1, "use_grouped_topk": True, "moe_renormalize": True, "moe_router_activation_func": "sigmoid",
+         "routed_scaling_factor": 2.5, "hidden_act": "situ", "activation_situ_beta": 4.0,
+         "activation_situ_linear_beta": 25.0, "routed_expert_hidden_size": 8, "latent_moe_use_norm": True},
+    ),
 }  # fmt: skip
 
 EXPERTS = {
