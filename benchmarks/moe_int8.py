@@ -10,7 +10,7 @@ replays for a twentieth of a second: right after weights were created, a token o
 20 ms of replays, and 84 from then on. Before ours is timed, its result is checked against the torch twin on a few
 tokens, and against vLLM's where vLLM runs. vLLM, where it can be imported, runs twice: with the configuration that it
 picks by itself ("default"), and with the best of a few ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1
-over the four shapes at this many tokens.
+over the four shapes at this many tokens. Humming, where it can be imported, runs as in vLLM's backend (`humming_moe`).
 
 Floors: the bytes of the touched weights, and of the input and output, at the read bandwidth measured in the same run;
 the products' operations at the rate of a plain dense int8 product, likewise; and the traffic of this design, which adds
@@ -216,6 +216,26 @@ def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: in
     return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
 
 
+def load_humming() -> Any:
+    """The module `humming_moe`, or None."""
+    try:
+        import humming_moe
+    except ImportError as error:
+        print(f"Humming cannot be imported: {error}", file=sys.stderr)
+        return None
+    return humming_moe
+
+
+def time_humming(humming: Any, repacked: Any, calls: list[ExpertsArguments], repeats: int) -> dict[str, Any]:
+    locks = humming.make_locks(calls[0].hidden_states.device)
+    runs = [humming.make_run(call, *repacked, locks) for call in calls]
+    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states)).double()
+    difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
+    if not difference < 0.02:
+        raise SystemExit(f"Humming and ours differ by {difference:.4f}")
+    return {"humming_us": time_graph(runs, repeats), "humming_difference": difference}
+
+
 def traffic(arguments: ExpertsArguments, pairs: float, touched_bytes: float) -> float:
     """Bytes of one forward as the design stores its intermediate values, each written once and read once."""
     options, hidden, intermediate = default_options(arguments), arguments.hidden, arguments.intermediate
@@ -233,6 +253,7 @@ def measure(
     tokens: int,
     ceilings: dict[str, float],
     vllm: Any,
+    humming: Any,
     bf16: Any,
     repeats: int,
 ) -> dict[str, Any]:
@@ -242,7 +263,7 @@ def measure(
     if name in BIASED:
         calls = [with_biases(call, **BIASED[name]) for call in calls]
     if name in BIASED or shape in EXPERTS_IN_ALL:
-        vllm = bf16 = None
+        vllm = humming = bf16 = None
     chosen = [call.topk_ids[call.topk_ids >= 0] for call in calls]
     touched = statistics.mean(ids.unique().numel() for ids in chosen)
     pairs = statistics.mean(ids.numel() for ids in chosen)
@@ -267,6 +288,8 @@ def measure(
     }
     if vllm is not None:
         row |= time_vllm(vllm, calls, tokens, repeats)
+    if humming is not None:
+        row |= time_humming(*humming, calls, repeats)
     if bf16 is not None:
         row["torch_bf16_us"] = time_torch(calls, bf16, repeats)
     return row
@@ -312,14 +335,15 @@ def describe(row: dict[str, Any]) -> str:
 
     floor = max(row["bytes_floor_us"], row["operations_floor_us"])
     ratios = [
-        f"{row[key] / row['ours_us']:5.2f}" if key in row else "    -" for key in ("vllm_default_us", "vllm_tuned_us")
+        f"{row[key] / row['ours_us']:5.2f}" if key in row else "    -"
+        for key in ("vllm_default_us", "vllm_tuned_us", "humming_us")
     ]
     return (
         f"{row['shape']:15} {row['tokens']:5} {number('ours_us')} "
         f"{number('vllm_default_us')} {number('vllm_tuned_us')} "
-        f"{number('torch_bf16_us')} {number('bytes_floor_us')} {number('operations_floor_us')} "
+        f"{number('humming_us')} {number('torch_bf16_us')} {number('bytes_floor_us')} {number('operations_floor_us')} "
         f"{number('traffic_floor_us')} "
-        f"{ratios[0]} {ratios[1]} {row['ours_us'] / floor:5.2f}"
+        f"{' '.join(ratios)} {row['ours_us'] / floor:5.2f}"
     )
 
 
@@ -340,7 +364,7 @@ def main() -> int:
     device = torch.cuda.get_device_name()
     path = options.out or Path(__file__).parent / "results" / f"moe-int8-{table_path(device).name}"
     torch.manual_seed(0)
-    vllm = load_vllm()
+    vllm, humming = load_vllm(), load_humming()
     ceilings = measure_ceilings()
     commit = options.commit
     if commit is None:
@@ -359,24 +383,29 @@ def main() -> int:
     }
     print(f"{document['device']}, torch {torch.__version__}, triton {triton.__version__}, vLLM {document['vllm']}")
     print(f"reads {ceilings['read_bytes_per_s'] / 1e12:.2f} TB/s, int8 {ceilings['int8_ops_per_s'] / 1e12:.0f} TOP/s")
-    columns = ("ours", "default", "tuned", "torch", "bytes", "products", "traffic")
-    print(f"{'microseconds':15} {'M':>5} " + " ".join(f"{name:>9}" for name in columns) + "  vs d  vs t over floor")
+    columns = ("ours", "default", "tuned", "humming", "torch", "bytes", "products", "traffic")
+    print(
+        f"{'microseconds':15} {'M':>5} " + " ".join(f"{name:>9}" for name in columns) + "  vs d  vs t  vs h over floor"
+    )
     tokens = tuple(int(text) for text in options.tokens.split(","))
     work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
     for name, shape, counts in work:
         weights = make_weights(shape, torch.device("cuda"))
         group = "other" if counts != tokens else "model" if name in SHAPES else "slice"
-        wide = None
+        wide = repacked = None
+        if humming is not None and name not in BIASED and shape not in EXPERTS_IN_ALL:
+            call = make_call(shape, weights, 1)
+            repacked = humming, (humming.repack(call.gate_up, 2), humming.repack(call.down, 1))
         if group == "model" and time.monotonic() - began < options.budget:
             wide = weights[0].bfloat16(), weights[1].bfloat16()
         for count in counts:
             late = time.monotonic() - began > options.budget
-            beside = (None, None) if late else (vllm, wide)
+            beside = (None, None, None) if late else (vllm, repacked, wide)
             row = measure(name, shape, weights, count, ceilings, *beside, options.repeats)
             document["rows"].append(row | {"group": group})
             print(describe(row), flush=True)
             path.write_text(dump(document), encoding="utf-8")
-        del weights, wide
+        del weights, wide, repacked
         torch.cuda.empty_cache()
     for group in ("model", "slice", "other"):
         rows = [row for row in document["rows"] if row["group"] == group]
@@ -384,7 +413,7 @@ def main() -> int:
             continue
         over = [row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"]) for row in rows]
         print(f"{group}: {len(rows)} cells, {statistics.geometric_mean(over):.3f} times the larger floor")
-        for key in ("vllm_default_us", "vllm_tuned_us"):
+        for key in ("vllm_default_us", "vllm_tuned_us", "humming_us"):
             ratios = [row[key] / row["ours_us"] for row in rows if key in row]
             if ratios:
                 mean = statistics.geometric_mean(ratios)

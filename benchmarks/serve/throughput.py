@@ -71,6 +71,11 @@ class Server:
         os.close(writing)
         self.results = os.fdopen(reading)
 
+    def wait_for_weights(self) -> None:
+        """Until the weights are loaded, or the process has ended."""
+        while self.process.poll() is None and b"Model loading took" not in self.log.read_bytes():
+            time.sleep(0.5)
+
     def read(self) -> dict[str, Any] | None:
         """The next result, or None if the process has ended."""
         line = self.results.readline()
@@ -191,7 +196,11 @@ def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
     model = write_model(options.model, options.layers, folder / options.model)
     write_entry_point(folder)
     names = [name for name in options.backends.split(",") if name != "triton-tuned" or options.tables]
-    servers = [Server(name, model, options, folder) for name in names]
+    servers = []
+    for name in sorted(names, key=lambda name: name != "humming"):
+        servers.append(Server(name, model, options, folder))
+        if name == "humming":  # repacking takes several times the memory of the weights
+            servers[-1].wait_for_weights()
     rows: dict[str, Any] = {}
     logprobs, rounds = {}, {server.name: [] for server in servers}  # type: ignore[var-annotated]
     running = []
@@ -228,7 +237,7 @@ def main() -> int:
     parser.add_argument("--layers", type=int, required=True, help="layers of the model that are kept")
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--tables", type=Path, help="folder of tuned tables for vLLM's Triton backend")
-    parser.add_argument("--rounds", type=int, default=3, help="of which the medians count")
+    parser.add_argument("--rounds", type=int, default=5, help="of which the medians count")
     parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend")
     parser.add_argument("--logs", type=Path, help="folder to keep the processes' logs in")
     parser.add_argument("--out", type=Path)
