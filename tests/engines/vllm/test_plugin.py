@@ -43,6 +43,15 @@ def logger_into(lines: list[str]) -> Any:
     return SimpleNamespace(info_once=log, warning_once=log)
 
 
+def workspaces(device: str) -> Any:
+    """vLLM's workspaces on a device: its own are on the accelerator in some releases."""
+
+    def get_simultaneous(*shapes: Any) -> list[torch.Tensor]:
+        return [torch.empty(size, dtype=dtype, device=device) for size, dtype in shapes]
+
+    return SimpleNamespace(get_simultaneous=get_simultaneous)
+
+
 @pytest.fixture
 def turned_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """The plugin is on, on a platform of CUDA; gives what it logs."""
@@ -53,8 +62,7 @@ def turned_on(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     monkeypatch.setattr(experts, "current_platform", SimpleNamespace(is_cuda_alike=lambda: True, is_xpu=lambda: False))
     monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
     monkeypatch.setenv(plugin.VARIABLE, "1")
-    empty = SimpleNamespace(get_simultaneous=lambda *shapes: [torch.empty(size, dtype=dtype) for size, dtype in shapes])
-    monkeypatch.setattr(modular_kernel, "current_workspace_manager", lambda: empty)  # some releases need a GPU for it
+    monkeypatch.setattr(modular_kernel, "current_workspace_manager", lambda: workspaces("cpu"))
     plugin.register()
     return lines
 
@@ -327,11 +335,14 @@ def test_vllm_finds_the_plugin() -> None:
 @pytest.mark.usefixtures("turned_on")
 @pytest.mark.parametrize("rank", [WHOLE, RANKS[3]], ids=str)
 @pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
-def test_a_graph_computes_what_the_cpu_does(forms: Forms, name: str, rank: Rank) -> None:
+def test_a_graph_computes_what_the_cpu_does(
+    forms: Forms, monkeypatch: pytest.MonkeyPatch, name: str, rank: Rank
+) -> None:
     """Captured once and replayed with other tokens."""
     layer = ready(forms(name, QUARK), name, rank)
     x, weights, ids = inputs(layer, layer.global_num_experts)
     expected = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    monkeypatch.setattr(modular_kernel, "current_workspace_manager", lambda: workspaces("cuda"))
     layer.to("cuda")
     with set_current_vllm_config(vars(build(forms(name, QUARK), rank))["engine_config"]):
         layer.quant_method.process_weights_after_loading(layer)
