@@ -101,3 +101,13 @@ def test_bound_on_blocks_is_tight(block_m: int) -> None:
         splits = (c for c in itertools.product(range(pairs + 1), repeat=experts) if sum(c) <= pairs)
         worst = max(sum(-(-count // block_m) for count in counts) for counts in splits)
         assert max_row_blocks(pairs, experts, block_m) == worst
+
+
+@pytest.mark.parametrize("experts", [3, 60, 128])
+def test_buffers_of_the_plan_are_aligned_whatever_the_number_of_pairs(experts: int) -> None:
+    """So that one compiled kernel serves them all."""
+    for pairs in (*range(1, 40), 333, 1001):
+        plan = empty_plan(pairs, experts, RowBlocks(16), torch.device("cpu"))
+        for buffer in (plan.pairs, plan.rows, plan.block_expert, plan.block_first, plan.block_rows):
+            assert buffer.data_ptr() % 16 == 0
+            assert buffer.is_contiguous()

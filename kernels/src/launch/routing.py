@@ -38,8 +38,8 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torch.device) -> RoutingPlan:
     """Uninitialized buffers for `route_pairs`."""
     most = max_row_blocks(num_pairs, num_experts, blocks.block_m)
-    pairs, rows = torch.empty((2, num_pairs), dtype=torch.int32, device=device)
-    block_expert, block_first, block_rows = torch.empty((3, most), dtype=torch.int32, device=device)
+    pairs, rows = _aligned(2, num_pairs, device)
+    block_expert, block_first, block_rows = _aligned(3, most, device)
     return RoutingPlan(
         blocks=blocks,
         pairs=pairs,
@@ -49,6 +49,14 @@ def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torc
         block_rows=block_rows,
         totals=torch.empty(3, dtype=torch.int32, device=device),
     )
+
+
+def _aligned(count: int, size: int, device: torch.device) -> torch.Tensor:
+    """Uninitialized int32 buffers [count, size], each at a multiple of 16 bytes.
+
+    Triton compiles a kernel anew for pointers that are not, which would then depend on the number of pairs.
+    """
+    return torch.empty((count, -(-size // 4) * 4), dtype=torch.int32, device=device)[:, :size]
 
 
 def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> RoutingPlan:

@@ -27,21 +27,23 @@ LAST: Final = (0, 33)
 def register() -> None:
     """Turn the plugin on in this process, if the environment says so and vLLM is of a tested release.
 
-    May be called repeatedly. On another release it logs one line and leaves vLLM as it is.
+    May be called repeatedly. On another release, or where a module is missing, it logs one line and changes nothing.
     """
     if os.environ.get(VARIABLE) != "1":
         return
     import vllm
     from vllm.logger import init_logger
 
+    logger = init_logger("vllm.quarkconv")
     if not is_tested(vllm.__version__):
-        init_logger("vllm.quarkconv").warning_once(
-            "quarkconv: %s=1 has no effect: the plugin supports vLLM %d.%d to %d.%d, found %s",
-            VARIABLE, *FIRST, *LAST, vllm.__version__,
-        )  # fmt: skip
+        reason = "the plugin supports vLLM {}.{} to {}.{}".format(*FIRST, *LAST)
+        logger.warning_once("quarkconv: %s=1 has no effect: %s, found %s", VARIABLE, reason, vllm.__version__)
         return
-    from quarkconv.integrations.vllm.configs import register_configs
-
+    try:
+        from quarkconv.integrations.vllm.configs import register_configs
+    except ImportError as error:
+        logger.warning_once("quarkconv: %s=1 has no effect: %s", VARIABLE, str(error))
+        return
     register_configs()
 
 

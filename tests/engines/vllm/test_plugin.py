@@ -6,6 +6,7 @@ platform it sees one of CUDA.
 
 from __future__ import annotations
 
+import sys
 import tomllib
 from importlib import import_module
 from pathlib import Path
@@ -305,6 +306,18 @@ def test_another_release_of_vllm_is_refused_in_one_line(monkeypatch: pytest.Monk
     monkeypatch.setattr(vllm, "__version__", "0.34.0")
     plugin.register()
     assert lines == ["quarkconv: QUARKCONV_VLLM=1 has no effect: the plugin supports vLLM 0.26 to 0.33, found 0.34.0"]
+    assert quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG == {}
+
+
+def test_a_missing_module_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    lines: list[str] = []
+    monkeypatch.setattr("vllm.logger.init_logger", lambda _: logger_into(lines))
+    monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
+    monkeypatch.setitem(sys.modules, "quarkconv.integrations.vllm.configs", None)
+    monkeypatch.setenv(plugin.VARIABLE, "1")
+    plugin.register()
+    [line] = lines
+    assert line.startswith("quarkconv: QUARKCONV_VLLM=1 has no effect: import of quarkconv.integrations.vllm.configs")
     assert quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG == {}
 
 
