@@ -83,6 +83,9 @@ def convert(
     part: Annotated[
         str | None, typer.Option("--part", metavar="K/N", help="Write part K of N; run each part on any machine.")
     ] = None,
+    join: Annotated[
+        bool, typer.Option("--join", help="Write together with others that --join too; start and stop any of them.")
+    ] = False,
     finish: Annotated[
         bool, typer.Option("--finish", help="Finish when all parts are written. The last part does it too.")
     ] = False,
@@ -109,6 +112,7 @@ def convert(
     quarkconv convert org/name@revision --to compressed-tensors --out ./converted
     quarkconv convert ./model --to fused-int8 --tp 8 --dry-run
     quarkconv convert ./model --to fused-int8 --part 3/8
+    quarkconv convert ./model --to fused-int8 --out s3://bucket/path --join
     quarkconv convert ./model --to w8a8-int8 --push org/name-w8a8-int8
     """
     from quarkconv.convert.conversion import Conversion
@@ -117,10 +121,16 @@ def convert(
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
     share = None if part is None else parse_share(part)
-    if (share is not None and (finish or overwrite or push is not None)) or (finish and (overwrite or dry_run)):
+    divided = share is not None or join
+    if (
+        (divided and (finish or overwrite or push is not None))
+        or (share is not None and join)
+        or (finish and (overwrite or dry_run))
+    ):
         raise UsageError(
             "These options exclude one another",
-            expected="--part without --finish, --overwrite and --push; --finish without --overwrite and --dry-run",
+            expected="one of --part, --join and --finish; --part and --join without --overwrite and --push; --finish "
+            "without --overwrite and --dry-run",
             hint="delete the output directory to start a conversion in parts over",
         )
     options = Options(
@@ -140,14 +150,17 @@ def convert(
         with progress("Converting", shown=output.shows_progress) as meter:
             conversion.create_repo(private=private, progress=meter)
             result: ConversionResult | None
-            if share is not None:
+            if join:
+                result, joined = conversion.join(jobs=jobs, progress=meter)
+                value |= joined.to_json() | {"finished": False}
+            elif share is not None:
                 result = conversion.run_share(share, jobs=jobs, progress=meter)
             elif finish:
                 result = conversion.finish(jobs=jobs, progress=meter)
             else:
                 result = conversion.run(jobs=jobs, overwrite=overwrite, progress=meter)
         if result is not None:
-            value |= {"finished": True} if share is not None else {}
+            value |= {"finished": True} if divided else {}
             value |= result.to_json() | conversion.upload(result, bars=output.shows_progress)
         seconds = time.perf_counter() - started
 

@@ -6,6 +6,7 @@ An object appears when its last part has arrived, and never in pieces: a store h
 from __future__ import annotations
 
 import time
+import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -121,9 +122,9 @@ class Objects:
             Whether it was written.
 
         Raises:
-            ConditionsUnsupportedError: the store ignores or refuses conditions.
+            ConditionsUnsupportedError: the store refuses conditions.
         """
-        return self._put_if(name, data, "create")
+        return self.create_or_replace(name, data, None) is not None
 
     def replace(self, name: str, data: bytes, etag: str) -> bool:
         """Write a small object if the one of this name still has an ETag.
@@ -132,9 +133,34 @@ class Objects:
             Whether it was written.
 
         Raises:
-            ConditionsUnsupportedError: the store ignores or refuses conditions.
+            ConditionsUnsupportedError: the store refuses conditions.
         """
-        return self._put_if(name, data, {"e_tag": etag})
+        return self.create_or_replace(name, data, etag) is not None
+
+    def create_or_replace(self, name: str, data: bytes, etag: str | None) -> str | None:
+        """Write a small object if the one of this name still has an ETag; for None, if there is none.
+
+        Returns:
+            The new ETag; None where the condition did not hold.
+
+        Raises:
+            ConditionsUnsupportedError: the store refuses conditions.
+        """
+        return self._put_if(name, data, "create" if etag is None else {"e_tag": etag})
+
+    def require_conditions(self, name: str) -> None:
+        """Refuse a store that does not write on condition, or ignores conditions; ``name`` is written and deleted.
+
+        Raises:
+            ConditionsUnsupportedError: it does not.
+        """
+        name = f"{name}-{uuid.uuid4().hex}"
+        try:
+            honoured = self.create(name, b"1") and not self.create(name, b"2") and not self.replace(name, b"3", '"0"')
+        finally:
+            self.delete([name])
+        if not honoured:
+            raise ConditionsUnsupportedError(self.url)
 
     def delete(self, names: Iterable[str]) -> None:
         """Delete objects; those that are gone already do not matter."""
@@ -166,18 +192,17 @@ class Objects:
             raise self.error(error, name) from error
         return ObjectWriter(self, name, stream)
 
-    def _put_if(self, name: str, data: bytes, mode: PutMode) -> bool:
+    def _put_if(self, name: str, data: bytes, mode: PutMode) -> str | None:
         import obstore
         from obstore.exceptions import AlreadyExistsError, GenericError, NotSupportedError, PreconditionError
 
         for attempt in range(_ATTEMPTS):
             try:
-                obstore.put(self.store, name, data, mode=mode)
-                return True
+                return obstore.put(self.store, name, data, mode=mode)["e_tag"] or ""
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 # After a response that was lost, the object may be the one that was sent.
                 found = self.get(name) if attempt else None
-                return found is not None and found[0] == data
+                return found[1] if found is not None and found[0] == data else None
             except NotSupportedError as error:
                 raise ConditionsUnsupportedError(self.url) from error
             except Exception as error:  # of obstore, and OSErrors

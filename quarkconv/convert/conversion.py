@@ -9,7 +9,7 @@ from __future__ import annotations
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
 from quarkconv.convert.options import Options
@@ -24,6 +24,9 @@ from quarkconv.plan.plan import Plan, plan_digest
 from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
+
+if TYPE_CHECKING:
+    from quarkconv.write.joining import Joined
 
 
 @dataclass(frozen=True, slots=True)
@@ -211,6 +214,32 @@ class Conversion:
                     raise
         return None if manifest is None else self._result(manifest)
 
+    def join(self, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT) -> tuple[ConversionResult | None, Joined]:
+        """Work on the plan together with other processes until it is carried out. Any may begin and end at any time.
+
+        Each takes shards by leases. A shard of a process that died is written by another one. The output equals that of
+        :meth:`run`.
+
+        Returns:
+            The result, if this process saw the conversion finished; and what it wrote.
+
+        Raises:
+            UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and the object
+                store has no conditional writes.
+        """
+        from quarkconv.write.joining import Joined, execute_joined
+        from quarkconv.write.output import finished_output
+
+        plan = self._only_plan()
+        require_jobs(jobs)
+        digest = plan_digest(plan)
+        manifest = finished_output(self.location, digest)
+        progress.step(f"Converting to {plan.target} with others", plan.output_bytes, "byte")
+        if manifest is not None:
+            return self._result(manifest), Joined(manifest, 0, 0)
+        joined = execute_joined(plan, self.source.files, self.location, digest=digest, jobs=jobs, progress=progress)
+        return None if joined.manifest is None else self._result(joined.manifest), joined
+
     def finish(self, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT) -> ConversionResult:
         """Finish a conversion whose shares are all written, where the last :meth:`run_share` could not.
 
@@ -240,7 +269,7 @@ class Conversion:
         if self.by_rank:
             raise UsageError(
                 "Conversions by rank are not divided into parts",
-                expected="--part or --finish without --tp and --ep",
+                expected="--part, --join or --finish without --tp and --ep",
                 found="both",
                 hint="run one conversion by rank on each machine, or convert without --tp and --ep",
             )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Protocol
 
 from quarkconv.plan.manifest import WrittenFile, WrittenShard
@@ -42,14 +43,26 @@ class Destination(Protocol):
     def open(self, shard: OutputShard) -> ShardFile:
         """Begin to write a shard."""
 
-    def record(self, shard: WrittenShard) -> None:
-        """Note the checksums of a sealed shard: a later run does not write it again."""
+    @property
+    def location(self) -> Path | str:
+        """The directory, or the URL."""
+
+    def record(self, shard: WrittenShard) -> bool:
+        """Note the checksums of a sealed shard: a later run does not write it again.
+
+        Returns:
+            False where another worker has recorded the shard already.
+        """
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that was finished; None when it has to be written."""
 
     def refresh(self) -> None:
-        """Look again at what others have finished."""
+        """Look again at what others have finished.
+
+        Raises:
+            UsageError: the conversion is finished.
+        """
 
     def checks_hold(self, share: Share) -> bool:
         """Whether an earlier run recorded that the checks of a share hold."""

@@ -104,6 +104,7 @@ class Run:
         self._stop = threading.Event()
         self._shards: tuple[OutputShard, ...] = ()
         self._done: dict[str, WrittenShard] = {}
+        self.recorded: list[WrittenShard] = []
         self._held = HeldScales()
 
     def writing(self) -> AbstractContextManager[None]:
@@ -111,16 +112,20 @@ class Run:
         return self.destination.failures(self._bytes_left)
 
     def write_shards(self, shards: tuple[OutputShard, ...], jobs: int) -> None:
-        """Write those of some shards that are not finished yet, with ``jobs`` threads."""
+        """Write those of some shards that are not finished yet, with ``jobs`` threads.
+
+        After a failure, the run is over; else it may be called again for other shards.
+        """
         self._shards = shards
+        before = len(self._done)
         for shard in shards:
             written = self.destination.finished(shard)
             if written is not None:
                 self._done[shard.file] = written
                 self._advance(shard.nbytes)
         self._held = HeldScales(shard for shard in shards if shard.file not in self._done)
-        if self._done:
-            _log.info("resuming: %d of %d shards are finished", len(self._done), len(shards))
+        if len(self._done) > before:
+            _log.info("resuming: %d of %d shards are finished", len(self._done) - before, len(shards))
         self.destination.require_space(self._bytes_left(), shards)
         with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv") as pool:
             claims = _Claims([shard for shard in shards if shard.file not in self._done], self._open)
@@ -130,14 +135,19 @@ class Run:
                 wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
                 raise _interrupted() from None
-            finally:  # after a failure or an interrupt the others stop at their next block
-                self._stop.set()
-                self.sources.cancel()
+            finally:
+                if not all(future.done() and future.exception() is None for future in futures):
+                    self._stop.set()  # the others stop at their next block
+                    self.sources.cancel()
                 wait(futures)
                 claims.close()
         errors = [error for future in futures if (error := future.exception())]
         if errors:  # the first cause, not the threads that stopped because of it
             raise next((error for error in errors if not isinstance(error, InterruptedByUser)), errors[0])
+
+    def count(self, nbytes: int) -> None:
+        """Count bytes that another worker wrote."""
+        self._advance(nbytes)
 
     def finish(self) -> Manifest:
         """Write the other files when all shards are written, the manifest after them, and move all to their places."""
@@ -177,7 +187,8 @@ class Run:
                 if writer.write(segment, self.sources, buffer, self._wrote, self._held):
                     self.sources.check_unchanged(writer.source_names())
                     written = writer.seal()
-                    self.destination.record(written)
+                    if self.destination.record(written):
+                        self.recorded.append(written)
                     self._done[written.file] = written
         except BaseException:
             self._stop.set()

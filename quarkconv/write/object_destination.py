@@ -17,6 +17,7 @@ import json
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
+from pathlib import Path
 from typing import Any, Final
 
 import xxhash
@@ -35,7 +36,7 @@ from quarkconv.text import shortened
 from quarkconv.write.notes import note_of, written_of
 from quarkconv.write.refusals import source_changed
 from quarkconv.write.source import Source
-from quarkconv.write.state import refuse_difference
+from quarkconv.write.state import JOINED, refuse_difference
 
 _STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
 _NOTES: Final = f"{STAGING_NAME}/{NOTES_NAME}/"
@@ -76,16 +77,24 @@ class ObjectShard:
 class ObjectDestination:
     """The output of one conversion in an object store. Use :func:`open_objects` to get one."""
 
-    def __init__(self, objects: Objects, plan_digest: str) -> None:
+    def __init__(self, objects: Objects, plan_digest: str, *, shared: bool) -> None:
         self.objects = objects
+        self.location: Path | str = objects.url
         self.plan_digest = plan_digest
+        self._shared = shared
         self._entries: dict[str, Entry] = {}
         self._notes: dict[str, dict[str, Any]] = {}
         self._config = b""
 
     def refresh(self) -> None:
-        """List the objects again, and read the notes that are new."""
+        """List the objects again, and read the notes that are new.
+
+        Raises:
+            UsageError: another process has finished the conversion.
+        """
         before, self._entries = self._entries, self.objects.entries()
+        if _STATE not in self._entries:
+            raise _finished_meanwhile(self.objects.url)
         names = [name for name, entry in self._entries.items() if name.startswith(_NOTES) and before.get(name) != entry]
         for name, data in self.objects.get_many(names).items():
             self._notes[name] = _parsed(data)
@@ -94,8 +103,8 @@ class ObjectDestination:
         """Begin to stream a shard."""
         return ObjectShard(self.objects.writer(shard.file, shard.nbytes), shard.nbytes)
 
-    def record(self, shard: WrittenShard) -> None:
-        """Note the checksums of a shard and the ETag of its object.
+    def record(self, shard: WrittenShard) -> bool:
+        """Note the checksums of a shard and the ETag of its object; False where another worker has.
 
         Raises:
             WriteError: the object is not the one that was sent.
@@ -110,7 +119,17 @@ class ObjectDestination:
                 hint="run the same command again, and check that nothing else writes there",
             )
         note = {**note_of(shard, self.plan_digest), "etag": entry.etag}
-        self.objects.put(_note_name(shard.file), json.dumps(note).encode())
+        name, data = _note_name(shard.file), json.dumps(note).encode()
+        if not self._shared:
+            self.objects.put(name, data)
+            return True
+        if self.objects.create(name, data):
+            return True
+        found = self.objects.get(name)
+        before = {} if found is None else _parsed(found[0])
+        if before != note:  # of an object that this one replaced
+            self.objects.put(name, data)
+        return before.get("plan") != self.plan_digest
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that was finished when the objects were last listed."""
@@ -129,10 +148,10 @@ class ObjectDestination:
         self.objects.put(_checked(share), json.dumps({"plan": self.plan_digest}).encode())
 
     def shares(self) -> int:
-        """The number of shares that the conversion was begun with; 1 for a whole one."""
+        """The number of shares that the conversion was begun with: 1 for a whole one, 0 for one with leases."""
         found = self.objects.get(_STATE)
         count = None if found is None else _parsed(found[0]).get("shares")
-        return count if isinstance(count, int) and 1 <= count <= MAX_SHARES else 1
+        return count if isinstance(count, int) and JOINED <= count <= MAX_SHARES else 1
 
     def copy(self, file: SourceFile, sources: Source) -> WrittenFile:
         """Copy a file of the source as it is."""
@@ -214,13 +233,14 @@ def open_objects(
     else:
         _refuse_others(objects, entries, set(plan_files) if begun else set(), unfinished=begun)
     recorded = json.dumps({**state, "files": plan_files}).encode()
-    if overwrite or not _create(objects, recorded):
+    if overwrite or not (begun or _create(objects, recorded)):
+        objects.put(_STATE, recorded)
+    else:
         found = objects.get(_STATE)
         if found is None:
-            objects.put(_STATE, recorded)
-        else:
-            refuse_difference(url, _parsed(found[0]), state)
-    destination = ObjectDestination(objects, state["plan"])
+            raise _finished_meanwhile(url)
+        refuse_difference(url, _parsed(found[0]), state)
+    destination = ObjectDestination(objects, state["plan"], shared=state.get("shares") == JOINED)
     destination.refresh()
     yield destination
 
@@ -243,11 +263,21 @@ def has_begun(url: str) -> bool:
 
 
 def _create(objects: Objects, state: bytes) -> bool:
-    """Write plan.json if it does not exist; False if it does, or if the store cannot say."""
+    """Write plan.json if it does not exist; False if the store has no conditional writes."""
     try:
-        return objects.create(_STATE, state)
+        objects.create(_STATE, state)
     except ConditionsUnsupportedError:
         return False
+    return True
+
+
+def _finished_meanwhile(url: str) -> UsageError:
+    return UsageError(
+        "Another process has finished this conversion",
+        file=url,
+        expected="an unfinished conversion",
+        hint="nothing is left to do; `quarkconv verify` proves the output",
+    )
 
 
 def _refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str], *, unfinished: bool) -> None:

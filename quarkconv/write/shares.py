@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import fcntl
 import shutil
+import uuid
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from itertools import chain
@@ -102,15 +103,15 @@ def finish_shares(
         open_output(output, state, files_of(plan), needed=0, overwrite=False) as destination,
     ):
         count = destination.shares()
-        works = [Share(number, count).work(plan) for number in range(1, count + 1)]
+        works = [Share(number, max(count, 1)).work(plan) for number in range(1, max(count, 1) + 1)]
         missing = [work.share for work in works if not all(map(destination.finished, work.shards))]
         if missing:
             raise WriteError(
                 "Parts of the conversion are missing",
                 file=str(output),
-                expected=f"{count} parts",
-                found=f"{count - len(missing)} finished",
-                hint="run " + ", ".join(f"--part {share}" for share in missing[:5]) + " again",
+                expected=f"{len(works)} parts",
+                found=f"{len(works) - len(missing)} finished",
+                hint="run " + (", ".join(f"--part {share}" for share in missing[:5]) if count else "--join") + " again",
             )
         run = Run(plan, sources, destination, progress)
         with run.writing():
@@ -131,28 +132,31 @@ def _open_share(
 
 
 @contextmanager
-def open_share(output: Path, state: dict[str, Any], plan_files: list[str], share: Share) -> Iterator[Staging]:
+def open_share(output: Path, state: dict[str, Any], plan_files: list[str], share: Share | None) -> Iterator[Staging]:
     """Begin or join the working folder of a conversion in shares, and hold the lock of one of them.
 
     Args:
         output: the output directory of all shares; created if necessary.
         state: what identifies the conversion, of :func:`plan_state`.
         plan_files: the files that the plan will write.
-        share: the share.
+        share: the share; None where workers take shards by leases.
 
     Raises:
         UsageError: the directory holds something else, or a conversion that was begun with something else.
         OutputBusyError: another process works on this share, or on the whole.
         WriteError: the directory cannot be created.
     """
-    staging = Staging(output, state["plan"])
+    staging = Staging(output, state["plan"], worker="" if share is not None else f".{uuid.uuid4().hex}")
+    names = {LOCK_NAME: fcntl.LOCK_SH}
+    if share is not None:
+        names[f"share-{share.number}-of-{share.count}"] = fcntl.LOCK_EX
     with ExitStack() as locks:
         with writing(output):
             create_directory(output)
             if not staging.folder.is_dir():  # a finished output must not get a working folder
                 refuse_foreign(staging, plan_files)
             staging.folder.mkdir(exist_ok=True)
-            for name, mode in ((LOCK_NAME, fcntl.LOCK_SH), (f"share-{share.number}-of-{share.count}", fcntl.LOCK_EX)):
+            for name, mode in names.items():
                 hold(locks, staging.folder / name, mode)
             with waiting_for(
                 staging.folder / _BEGIN

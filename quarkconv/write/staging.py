@@ -36,13 +36,22 @@ from quarkconv.write.notes import note_of, written_of
 from quarkconv.write.output_file import DirectWrites, OutputFile
 from quarkconv.write.source import Source
 from quarkconv.write.space import allocated, disk_full_explained, require_space
+from quarkconv.write.state import JOINED
 
 
 class Staging:
-    """The working folder of one conversion. See :mod:`quarkconv.write.output_directory`."""
+    """The working folder of one conversion. See :mod:`quarkconv.write.output_directory`.
 
-    def __init__(self, output: Path, plan_digest: str) -> None:
+    Args:
+        output: the output directory.
+        plan_digest: digest of the plan.
+        worker: name of one of several workers that may write the same shard; empty where only one does.
+    """
+
+    def __init__(self, output: Path, plan_digest: str, *, worker: str = "") -> None:
         self.output = output
+        self.location: Path | str = output
+        self._worker = worker
         self.plan_digest = plan_digest
         self.folder = output / STAGING_NAME
         self.files = self.folder / "files"
@@ -56,7 +65,7 @@ class Staging:
 
     def part(self, name: str) -> Path:
         """The path of a file until it is finished; its folder exists."""
-        path = self.parts / name
+        path = self.parts / f"{name}{self._worker}"
         path.parent.mkdir(parents=True, exist_ok=True)
         return path
 
@@ -71,11 +80,29 @@ class Staging:
         write_and_sync(self.part(name), data)
         self.finish(name)
 
-    def record(self, shard: WrittenShard) -> None:
-        """Note the checksums of a shard that is complete and on disk, then give it its name."""
+    def record(self, shard: WrittenShard) -> bool:
+        """Note the checksums of a shard that is complete and on disk, then give it its name.
+
+        Of several workers that wrote the same shard, one gives it its name: link(2) fails where there is one already.
+        """
         write_durably(self.notes / f"{shard.file}.json", json.dumps(note_of(shard, self.plan_digest)).encode())
-        self.finish(shard.file)
+        named, part = self.files / shard.file, self.part(shard.file)
+        named.parent.mkdir(parents=True, exist_ok=True)
+        first = True
+        try:
+            if self._worker:
+                os.link(part, named)
+                part.unlink()
+            else:
+                os.replace(part, named)
+        except FileExistsError:
+            first = named.stat().st_size != shard.size
+            if first:  # of a crash
+                os.replace(part, named)
+            else:
+                part.unlink()
         sync_directory(self.files)
+        return first
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that an earlier run finished; None when it has to be written."""
@@ -96,9 +123,9 @@ class Staging:
         write_durably(self._checked(share), json.dumps({"plan": self.plan_digest}).encode())
 
     def shares(self) -> int:
-        """The number of shares that the conversion was begun with; 1 for a whole one."""
+        """The number of shares that the conversion was begun with: 1 for a whole one, 0 for one with leases."""
         count = (read_state(self.folder / STATE_NAME) or {}).get("shares")
-        return count if isinstance(count, int) and 1 <= count <= MAX_SHARES else 1
+        return count if isinstance(count, int) and JOINED <= count <= MAX_SHARES else 1
 
     def _checked(self, share: Share) -> Path:
         return self.folder / f"checked-{share.number}-of-{share.count}"

@@ -16,6 +16,9 @@ from quarkconv.version import own_version
 FileState = tuple[str, int, int | str]
 """Name, size in bytes, and time of modification in ns of a source file, or its ETag where it is on the Hub."""
 
+JOINED: Final = 0
+"""The number of shares of a conversion whose workers take shards by leases."""
+
 _LABELS: Final = {
     "quarkconv": "version of quarkconv",
     "target": "target",
@@ -39,7 +42,8 @@ def plan_state(
         plan, digest: the plan and its digest.
         files: the source's files as they are now.
         source, output: where they are; part of the command, not of the identity. The output of one rank is its folder.
-        shares: the number of shares that the work is divided into; None where one process does all that is left.
+        shares: the number of shares that the work is divided into, or :data:`JOINED`; None where one process does all
+            that is left.
     """
     whole = plan.rank.is_whole
     out = output if isinstance(output, str) else str(output.absolute() if whole else output.absolute().parent)
@@ -99,11 +103,15 @@ def difference(begun: object, now: dict[str, Any]) -> str | None:
         before, after = begun.get(key), now.get(key)
         if before != after and (key != "shares" or not divided):
             if key == "shares":
-                return f"{label} {word(1 if before is None else before)}, now {after}"
+                return f"{label} {_divided(before)}, now {_divided(after)}"
             if key in ("config", "copies"):
                 return f"{label} {'has' if key == 'config' else 'have'} changed"
             return f"{label} {word(before)}, now {after}"
     return _source_difference(begun.get("sources"), now["sources"]) or "another plan"
+
+
+def _divided(shares: object) -> str:
+    return "chosen by --join" if shares == JOINED else word(1 if shares is None else shares)
 
 
 def _source_difference(before: object, after: list[list[Any]]) -> str | None:

@@ -28,6 +28,9 @@ class FaultyProxy:
         lie: shift the bytes that are requested, and not what the response states.
         refuse_puts: uploads of objects and parts whose response becomes ``status``.
         reset_puts: uploads whose connection is reset in the middle of the body.
+        lose_puts: uploads that succeed and whose connection is reset before the response.
+        ignore_conditions: drop ``If-Match`` and ``If-None-Match`` of uploads, as old stores do.
+        refuse_conditions: answer uploads that have them with 501.
         deny: methods that are refused with 403, such as ``PUT``.
         slow: seconds before each request is passed on.
         ranges: the requests for ranges.
@@ -42,6 +45,9 @@ class FaultyProxy:
     lie: bool = False
     refuse_puts: int = 0
     reset_puts: int = 0
+    lose_puts: int = 0
+    ignore_conditions: bool = False
+    refuse_conditions: bool = False
     deny: tuple[str, ...] = ()
     slow: float = 0
     ranges: list[str] = field(default_factory=list)
@@ -75,9 +81,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             time.sleep(proxy.slow)
             if self.command == "PUT" and length and proxy.take("reset_puts"):
                 self.rfile.read(length // 2)
-                self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-                self.connection.close()
-                self.close_connection = True
+                self._reset()
                 return
             body = self.rfile.read(length) if length else None
             if self.command in proxy.deny:
@@ -86,6 +90,12 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             if self.command == "PUT" and proxy.take("refuse_puts"):
                 self._send(proxy.status, {}, b"<Error><Code>SlowDown</Code></Error>")
                 return
+            conditions = {name for name in headers if name.lower() in ("if-match", "if-none-match")}
+            if self.command == "PUT" and conditions and proxy.refuse_conditions:
+                self._send(501, {}, b"<Error><Code>NotImplemented</Code></Error>")
+                return
+            if self.command == "PUT" and proxy.ignore_conditions:
+                headers = {name: value for name, value in headers.items() if name not in conditions}
             if requested is not None:
                 with proxy.lock:
                     proxy.ranges.append(requested)
@@ -100,9 +110,17 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             response = upstream.getresponse()
             body = response.read()
             upstream.close()
+            if self.command == "PUT" and proxy.take("lose_puts"):
+                self._reset()
+                return
             kept = {name: value for name, value in response.getheaders() if name.lower() not in _HOP}
             cut = requested is not None and len(body) > 1 and proxy.take("cut")
             self._send(response.status, kept, body, cut=cut)
+
+        def _reset(self) -> None:
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+            self.connection.close()
+            self.close_connection = True
 
         def _send(self, status: int, headers: dict[str, str], body: bytes, *, cut: bool = False) -> None:
             self.send_response(status)

@@ -28,6 +28,12 @@ def render_conversion(value: dict[str, Any], losses: tuple[Finding, ...], second
     table = _ranks_table(value) if by_rank else _table(value)
     if seconds is None:
         closing = [Text("Nothing was written (--dry-run).", style="dim")]
+    elif not value.get("finished", True) and "joined" in value:
+        amount = f"{plural(value['joined']['shards'], 'shard')}, {size(value['joined']['bytes'])}"
+        closing = [
+            verdict(f"{amount} written in {seconds:.1f} s", good=True),
+            Text("  another worker finishes the conversion", style="dim"),
+        ]
     elif not value.get("finished", True):
         part = value["part"]
         closing = [

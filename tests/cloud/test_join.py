@@ -1,0 +1,104 @@
+"""``convert --join`` into an object store: leases are objects that are written on condition."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.faulty_proxy import FaultyProxy
+from support.program import snapshot
+from support.s3 import OUT, URL, objects
+
+import quarkconv
+from quarkconv.cloud.objects import ConditionsUnsupportedError, Objects
+from quarkconv.cloud.uploads import list_uploads
+from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.options import Options
+from quarkconv.write import joining, leases
+from quarkconv.write.leases import Leases, ObjectLeases
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "POLL_SECONDS", 0.1)
+
+
+def prepare(model: str | Path) -> Conversion:
+    return Conversion.prepare(model, "fused-int8", OUT, Options(max_shard_size=40_000))
+
+
+@pytest.mark.usefixtures("proxy")
+def test_a_lease_is_taken_once_and_taken_over_when_it_is_not_renewed() -> None:
+    now = [0.0]
+    first, second = (Leases(ObjectLeases(Objects(OUT)), lambda: now[0]) for _ in range(2))
+    assert first.take("shard")
+    assert not second.take("shard")
+    now[0] += leases.LEASE_SECONDS - 1
+    first.renew()
+    assert not second.take("shard")
+    now[0] += leases.LEASE_SECONDS + 1
+    assert second.take("shard")
+    first.renew()
+    assert (first.holds("shard"), second.holds("shard")) == (False, True)
+    second.release("shard")
+    assert objects() == {}
+
+
+def test_a_response_that_is_lost_does_not_lose_the_lease(proxy: FaultyProxy) -> None:
+    worker, other = (Leases(ObjectLeases(Objects(OUT))) for _ in range(2))
+    proxy.lose_puts = 1
+    assert worker.take("shard")
+    assert proxy.lose_puts == 0
+    assert not other.take("shard")
+    proxy.lose_puts = 1
+    worker.renew()
+    assert worker.holds("shard")
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_workers_give_the_objects_of_one_process_and_count_each_shard_once(
+    published: FaultyProxy, model: Path, tmp_path: Path, count: int
+) -> None:
+    local = snapshot(
+        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local", max_shard_size=40_000).output
+    )
+    published.slow = 0.01
+    with ThreadPoolExecutor(count) as pool:
+        results = list(pool.map(lambda _: prepare(URL).join(jobs=2), range(count)))
+    assert objects() == local
+    assert list_uploads(OUT) == []
+    assert all(result is not None for result, _ in results)
+    shards = sum(name.endswith(".safetensors") for name in local)
+    assert sum(joined.shards for _, joined in results) == shards
+
+
+@pytest.mark.usefixtures("published")
+def test_shards_and_the_end_of_a_worker_that_vanished_are_taken_over(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
+    local = snapshot(
+        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local", max_shard_size=40_000).output
+    )
+    vanished = Leases(ObjectLeases(Objects(OUT)))
+    shards = sorted(name for name in local if name.endswith(".safetensors"))
+    assert all(vanished.take(name) for name in ("checks", "finish", shards[0], shards[-1]))
+    result, joined = prepare(model).join(jobs=2)
+    assert result is not None
+    assert joined.shards == len(shards)
+    assert objects() == local
+
+
+@pytest.mark.parametrize("how", ["ignore_conditions", "refuse_conditions"])
+def test_stores_without_conditional_writes_are_refused_and_parts_are_not(
+    published: FaultyProxy, model: Path, how: str
+) -> None:
+    setattr(published, how, True)
+    with pytest.raises(ConditionsUnsupportedError, match="no conditional writes") as caught:
+        prepare(model).join()
+    assert "--part" in (caught.value.hint or "")
+    assert not [name for name in objects() if name.endswith(".safetensors")]
+    Objects(OUT).delete(list(objects()))
+    prepare(model).run()
+    assert "config.json" in objects()

@@ -1,0 +1,247 @@
+"""``convert --join``: workers that come and go share a conversion by leases."""
+
+from __future__ import annotations
+
+import json
+import random
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from support.checkpoints import make_checkpoint
+from support.conversions import SMALL_STEPS, assert_unfinished
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot
+
+import quarkconv
+from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.options import Options
+from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.plan.shares import Share
+from quarkconv.write import joining, leases
+from quarkconv.write.executor import Run
+from quarkconv.write.leases import DirectoryLeases, Leases
+
+SHARD_SIZE = 6000
+Capture = pytest.CaptureFixture[str]
+
+
+@pytest.fixture
+def model(tmp_path: Path) -> Path:
+    return make_checkpoint(tmp_path / "model", layers=3, experts=4, zero_points=True, shards=3)
+
+
+@pytest.fixture
+def whole(model: Path, tmp_path: Path) -> dict[str, str]:
+    return snapshot(
+        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=SHARD_SIZE).output
+    )
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(joining, "POLL_SECONDS", 0.05)
+
+
+def prepare(model: Path, out: Path, size: int = SHARD_SIZE) -> Conversion:
+    return Conversion.prepare(model, "fused-int8", out, Options(max_shard_size=size))
+
+
+class Clock:
+    """A clock that is set by hand."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_a_lease_is_taken_once_and_taken_over_when_it_is_not_renewed(tmp_path: Path) -> None:
+    clocks = [Clock(), Clock()]
+    first, second = (Leases(DirectoryLeases(tmp_path), clock) for clock in clocks)
+    assert first.take("shard")
+    assert not second.take("shard")
+    clocks[1].now += leases.LEASE_SECONDS - 1
+    assert not second.take("shard")
+    first.renew()  # whatever its clock shows
+    clocks[1].now += leases.LEASE_SECONDS - 1
+    assert not second.take("shard")
+    clocks[1].now += leases.LEASE_SECONDS - 1
+    assert not second.take("shard")
+    clocks[1].now += 2
+    assert second.take("shard")
+    assert first.holds("shard"), "it has not looked yet"
+    first.renew()
+    assert not first.holds("shard")
+    assert not first.take("shard")
+    first.release("shard")
+    assert second.holds("shard")
+    second.release("shard")
+    assert first.take("shard")
+    assert [path.name for path in (tmp_path / "leases").iterdir()] == ["shard.0"]
+
+
+def test_clocks_that_differ_or_jump_do_not_matter(tmp_path: Path) -> None:
+    clocks = [Clock(), Clock()]
+    clocks[1].now = -1e9
+    first, second = (Leases(DirectoryLeases(tmp_path), clock) for clock in clocks)
+    assert first.take("shard")
+    clocks[0].now += 1e9
+    first.renew()
+    assert not second.take("shard")
+    assert not second.take("shard")
+
+
+def test_of_many_workers_one_takes_a_lease(tmp_path: Path) -> None:
+    clock = Clock()
+    workers = [Leases(DirectoryLeases(tmp_path), clock) for _ in range(8)]
+    for _ in range(30):
+        barrier = threading.Barrier(len(workers))
+
+        def take(worker: Leases, barrier: threading.Barrier = barrier) -> bool:
+            worker.take("shard")  # sees the lease
+            barrier.wait()
+            return worker.take("shard")
+
+        clock.now += leases.LEASE_SECONDS + 1  # of the round before; nobody has seen it for that long yet
+        with ThreadPoolExecutor(len(workers)) as pool:
+            list(pool.map(lambda worker: worker.take("shard"), workers))
+            clock.now += leases.LEASE_SECONDS + 1
+            assert sum(pool.map(take, workers)) <= 1
+        holders = [worker for worker in workers if worker.holds("shard")]
+        for worker in holders:
+            worker.renew()
+        assert sum(worker.holds("shard") for worker in holders) == 1
+
+
+def run_workers(count: int, work: Callable[[int], object]) -> list[object]:
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(work, range(count)))
+
+
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_workers_give_the_bytes_of_one_machine_and_count_each_shard_once(
+    model: Path, tmp_path: Path, whole: dict[str, str], count: int
+) -> None:
+    out = tmp_path / "out"
+    results = run_workers(count, lambda _: prepare(model, out).join(jobs=2))
+    assert snapshot(out) == whole
+    shards = sum(name.endswith(".safetensors") for name in whole)
+    assert sum(joined.shards for _, joined in results) == shards  # type: ignore[misc,has-type]
+    assert any(result is not None for result, _ in results)  # type: ignore[misc,has-type]
+    result, joined = prepare(model, out).join()
+    assert result is not None
+    assert joined.shards == 0
+
+
+def test_a_shard_of_a_worker_that_vanished_is_taken_over(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.5)
+    out = tmp_path / "out"
+    conversion = prepare(model, out)
+    plan = conversion.outputs[0].plan
+    (out / ".quarkconv").mkdir(parents=True)
+    vanished = Leases(DirectoryLeases(out / ".quarkconv"))
+    assert all(vanished.take(name) for name in ("checks", plan.shards[0].file, plan.shards[-1].file))
+    result, joined = conversion.join()
+    assert result is not None
+    assert joined.shards == len(plan.shards)
+    assert snapshot(out) == whole
+
+
+def test_a_worker_that_lost_its_lease_does_not_count(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(Leases, "renew", lambda _: None)  # it hangs, as far as others can see
+    out = tmp_path / "out"
+    slow = threading.Event()
+    wrote = Run.write_shards
+
+    def write(run: Run, *args: object) -> None:
+        if threading.current_thread().name.endswith("_0"):
+            slow.wait(1.5)
+        wrote(run, *args)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Run, "write_shards", write)
+    results = run_workers(3, lambda _: prepare(model, out).join())
+    assert snapshot(out) == whole
+    shards = sum(name.endswith(".safetensors") for name in whole)
+    assert sum(joined.shards for _, joined in results) == shards  # type: ignore[misc,has-type]
+
+
+def test_checks_that_fail_stop_every_worker(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", experts=4, zero_points=True, shards=2)
+    plan = quarkconv.plan_conversion(model, "fused-int8", max_shard_size=SHARD_SIZE)
+    check = plan.checks[1].first
+    with open(model / check.file, "r+b") as file:
+        file.seek(check.start)
+        file.write(b"\x01")
+    out = tmp_path / "out"
+
+    def work(_: int) -> str:
+        with pytest.raises(UnsupportedError, match="zero point is not zero") as caught:
+            prepare(model, out).join()
+        return caught.value.message
+
+    assert len(run_workers(2, work)) == 2
+    assert_unfinished(out)
+
+
+def test_parts_and_joining_workers_do_not_mix(model: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).run_share(Share(1, 2))
+    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+        prepare(model, out).join()
+    assert caught.value.found == "number of parts 2, now chosen by --join"
+    with pytest.raises(UsageError, match="unfinished conversion"):
+        prepare(model, out, 9000).join()
+
+
+def test_workers_that_are_killed_are_replaced(tmp_path: Path) -> None:
+    model = make_checkpoint(tmp_path / "model", layers=2, experts=8, hidden=256, intermediate=256, shards=2)
+    size = 300_000
+    whole = snapshot(quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=size).output)
+    out = tmp_path / "out"
+    script = (
+        SMALL_STEPS
+        + "import quarkconv.write.leases, quarkconv.write.joining\n"
+        + "quarkconv.write.leases.LEASE_SECONDS = 1.0; quarkconv.write.joining.POLL_SECONDS = 0.1\n"
+        + "main(sys.argv[1:])"
+    )
+    words = ["convert", str(model), "--to", "fused-int8", "--out", str(out), "--max-shard-size", str(size), "--join"]
+    rng, killed = random.Random(5), 0
+    for attempt in range(6):
+        running = [
+            subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+            for _ in range(2)
+        ]
+        if attempt < 5:
+            try:
+                running[0].wait(rng.uniform(0.4, 0.9))
+            except subprocess.TimeoutExpired:
+                running[0].send_signal(signal.SIGKILL)
+                killed += 1
+        for process in running:
+            process.communicate(timeout=PROCESS_TIMEOUT)
+        if (out / "config.json").exists():
+            break
+    assert killed > 0
+    assert snapshot(out) == whole
+
+
+def test_the_command(model: Path, tmp_path: Path, capsys: Capture, whole: dict[str, str]) -> None:
+    words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out"]
+    words += ["--max-shard-size", str(SHARD_SIZE), "--join"]
+    code, out, _ = run_cli(capsys, *words, "--json")
+    value = json.loads(out)
+    assert (code, value["finished"], value["joined"]["shards"]) == (0, True, value["shards"])
+    assert snapshot(tmp_path / "out") == whole
+    for other in (["--part", "1/2"], ["--finish"], ["--overwrite"], ["--push", "org/name"], ["--tp", "2"]):
+        assert run_cli(capsys, *words, *other)[0] == 2
