@@ -104,6 +104,31 @@ def test_what_int8_and_planted_faults_cost_was_measured() -> None:
     assert f"{scales['perplexity']['int8']['value']:.1f}, which one might overlook, but {times:.0f} times" in prose
 
 
+def test_what_serving_with_the_plugin_gives_was_measured() -> None:
+    found = result("serve-qwen3-30b-a3b-nvidia-h200")
+    text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
+    names = {"vLLM Triton (default)": "triton", "vLLM Humming 0.1.19": "humming", "quarkconv": "quarkconv"}
+    values = {}
+    for name, key in names.items():
+        row = found["backends"][key]
+        values[key] = [row["prefill_tokens_per_s"], *row["decode_tokens_per_s"].values()]
+        assert f"| {name} | {' | '.join(f'{value:,.0f}' for value in values[key])} |" in text
+    ours, *others = (values[key] for key in ("quarkconv", "triton", "humming"))
+    ratios = [own / max(column) for own, column in zip(ours, zip(*others, strict=True), strict=True)]
+    assert f"| over the best other | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
+    prose, gaps = " ".join(text.split()), found["logprob_differences"]
+    assert f"by {gaps['triton and quarkconv']['mean']:.3f} in the mean" in prose
+    assert f"between Humming and Triton by {gaps['triton and humming']['mean']:.3f}" in prose
+    assert found["date"] in text
+    cut = result("serve-minimax-m2-nvidia-h200")["backends"]
+    pairs = {n: [cut[key]["decode_tokens_per_s"][n] for key in ("quarkconv", "humming")] for n in ("1", "8", "64")}
+    prefill = [cut[key]["prefill_tokens_per_s"] for key in ("quarkconv", "humming")]
+    assert "prefill {:,.0f} and {:,.0f} tokens".format(*prefill) in prose
+    assert "decode {:,.0f} and {:,.0f} with 1".format(*pairs["1"]) in prose
+    assert "{:,.0f} and {:,.0f} with 8, {:,.0f} and {:,.0f} with 64".format(*pairs["8"], *pairs["64"]) in prose
+    assert cut["quarkconv"]["decode_tokens_per_s"]["256"] is None
+
+
 def evaluated(perplexity: dict[str, float], divergence: dict[str, Any] | None) -> str:
     """Cells of the table in docs/evaluation.md."""
     value = f"{perplexity['value']:.4f} ± {perplexity['standard_error']:.4f}"
