@@ -138,7 +138,7 @@ def test_quark_imports_both_as_the_same_model(converted: Converted, tmp_path: Pa
         if key.endswith(("scale", "zero_point")) and tensor.numel() == 1:
             tensor, other = tensor.expand(other.shape), other  # a scale for a whole weight is repeated over its rows
         assert torch.equal(tensor, other), key
-    tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, first.config.vocab_size, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, reference = second(tokens).logits, first(tokens).logits
     assert torch.isfinite(found).all()

@@ -109,7 +109,8 @@ def test_bf16_is_the_dequantized_model(converted: Converted, name: str) -> None:
     expected = reference(converted.source(name), model)
     for key, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
-    tokens = torch.randint(0, 100, (2, 17), generator=torch.Generator().manual_seed(0))
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.randint(0, vocabulary, (2, 17), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
         found, expected_logits = model.eval()(tokens).logits, expected(tokens).logits
     assert torch.isfinite(found).all()
