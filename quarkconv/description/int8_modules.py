@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from math import prod
 from typing import Final
 
-from quarkconv.experts.topology import MAX_EXPERTS
+from quarkconv.experts.layouts import MAX_EXPERTS
 from quarkconv.findings import Finding, finding
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import FOREIGN, ModuleScheme
