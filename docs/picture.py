@@ -1,4 +1,4 @@
-"""Make docs/terminal.svg, the picture in the README: three commands, run for real, with excerpts of what they print.
+"""Make docs/terminal.svg, the picture in the README: three commands, run for real, with excerpts of their output.
 
 Usage: python docs/picture.py
 """
@@ -28,9 +28,9 @@ MODELS = {
 
 
 class Shot(NamedTuple):
-    """A command, its exit code, and what is left out of its output.
+    """A command, its exit code, and the omitted part of its output.
 
-    ``first`` matches the first line that is left out, ``last`` the first that is shown again; None for the end.
+    ``first`` matches the first omitted line, ``last`` the first line shown again; None for the end.
     """
 
     command: str
@@ -40,14 +40,14 @@ class Shot(NamedTuple):
 
 
 SHOTS = [
-    Shot("quarkconv inspect mixtral-eager", 1, r"  ✗ quantized-but", None),
+    Shot("quarkconv inspect mixtral-eager", 1, r"  · scale-narrow", None),
     Shot("quarkconv convert mixtral --to fused-int8", 0, r"  prove it", None),
     Shot("quarkconv verify mixtral-fused-int8 --source mixtral", 0, r"INT8 forward", r"✓ Verified"),
 ]
 
 
 def main() -> None:
-    """Run the commands in an empty folder, and save what they print."""
+    """Run the commands in an empty folder, and save their output."""
     console = Console(record=True, width=WIDTH, file=StringIO(), force_terminal=True)
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     with tempfile.TemporaryDirectory() as folder:
