@@ -15,6 +15,7 @@ from quarkconv.experts.layer import Part as Part
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
 from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, STACKED, ExpertNaming
 from quarkconv.findings import Finding, finding
+from quarkconv.headers.safetensors import distinct
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 
