@@ -40,7 +40,7 @@ class Shot(NamedTuple):
 
 
 SHOTS = [
-    Shot("quarkconv inspect mixtral-eager", 1, r"  · scale-narrow", None),
+    Shot("quarkconv inspect mixtral-eager", 1, r"  ! expert-names", None),
     Shot("quarkconv convert mixtral --to fused-int8", 0, r"  prove it", None),
     Shot("quarkconv verify mixtral-fused-int8 --source mixtral", 0, r"INT8 forward", r"✓ Verified"),
 ]

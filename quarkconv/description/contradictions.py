@@ -146,7 +146,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
                 f"config.json declares {missing} experts quantized, and all are stored in {dtype}",
                 hint=f"{CONVERT}, or leaves these layers out with --mtp drop"
                 if is_mtp(layer.prefix)
-                else "convert it with --quantize missing; Quark 0.13 skips 3-D experts in eager mode on transformers 5",
+                else "convert with --quantize missing; Quark 0.13 skips 3-D experts in eager mode on transformers 5",
                 count=missing,
             )
 
