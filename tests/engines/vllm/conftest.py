@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from engines.expected import Stacked
-from engines.vllm.loading import prepare
+from engines.vllm.exports import prepare
 from support.exports import Checkpoints
 
 import quarkconv

@@ -10,7 +10,6 @@ Replaced, because they need a machine or compiled code, and nothing else:
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterator
@@ -18,15 +17,13 @@ from contextlib import contextmanager
 from importlib.machinery import ModuleSpec
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
-from typing import Any
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
 os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
-from engines.expected import WHOLE, Rank, fill
-from support.checkpoints import edit_checkpoint
+from engines.expected import WHOLE, Rank
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -34,18 +31,6 @@ from vllm.model_executor.layers.fused_moe.experts import triton_moe
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
-
-PUBLISHED: dict[str, dict[str, Any]] = {
-    "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True},
-    "deepseek_v3": {"topk_method": "noaux_tc"},
-    "step3p5": {
-        "need_fp32_gate": True, "num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 32,
-        "use_head_wise_attn_gate": True, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
-        "layer_types": ["full_attention"] * 3, "yarn_only_types": [], "sliding_window": None,
-    },
-}  # fmt: skip
-"""Model type -> fields that the published models have in config.json, vLLM reads, and the fixtures lack."""
-
 
 triton_moe.current_platform = SimpleNamespace(
     is_cuda_alike=lambda: True,
@@ -67,18 +52,6 @@ for name in (
     sys.modules.setdefault(name, ModuleType(name))
     sys.modules[name].__spec__ = ModuleSpec(name, None)
 vars(sys.modules["torchvision.transforms.v2"])["functional"] = sys.modules["torchvision.transforms.v2.functional"]
-
-
-def prepare(folder: Path) -> Path:
-    """Turn the copy of an export into one vLLM distinguishes: with content, and the fields of published models."""
-    fill(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | PUBLISHED.get(config["model_type"], {})))
-    if config["model_type"] == "step3p5":
-        norms = [f"model.layers.{layer}.self_attn.{norm}_norm.weight" for layer in range(3) for norm in "qk"]
-        edit_checkpoint(folder, lambda tensors: tensors.update({name: torch.rand(32).bfloat16() for name in norms}))
-    return folder
 
 
 def engine_config(folder: Path, rank: Rank = WHOLE) -> VllmConfig:

@@ -13,7 +13,8 @@ import torch
 from engines.expected import WHOLE
 from engines.families import Family, copy
 from engines.vllm.conftest import QUARK
-from engines.vllm.loading import build, load, prepare
+from engines.vllm.exports import prepare
+from engines.vllm.loading import build, load
 from engines.vllm.test_loading import FORMS, mismatches
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8 as ct_moe,

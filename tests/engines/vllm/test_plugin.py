@@ -17,6 +17,7 @@ import pytest
 import torch
 import vllm
 from engines.expected import RANKS, WHOLE, Rank, Stacked
+from engines.forward import exact_experts, relative_error
 from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
 from vllm.config import set_current_vllm_config
@@ -97,35 +98,9 @@ def inputs(layer: Any, experts: int) -> tuple[torch.Tensor, torch.Tensor, torch.
 def exact(
     stacked: Stacked, name: str, x: torch.Tensor, weights: torch.Tensor, ids: torch.Tensor, slices: int = 1
 ) -> torch.Tensor:
-    """The experts of layer 1 in float64 from the bytes of the export, with h in bf16 as the forward rounds it.
-
-    With tensor parallelism h is quantized in slices, each with a scale of its own.
-    """
-    prefix = f"{EXPERTS.format(MOE.get(name, 'mlp'))}.routed_experts"
-    static = "static" in name
-
-    def tensor(leaf: str) -> torch.Tensor:
-        return stacked.parameter(f"{prefix}.{leaf}", WHOLE).double()
-
-    def codes(values: torch.Tensor, half: str, expert: int) -> torch.Tensor:
-        scale = values.abs().amax(-1, keepdim=True).float() / 127
-        if static:
-            scale = stacked.input_scale(f"{prefix}.{half}_input_scale", WHOLE)[expert].expand_as(scale)
-        return (values.float() / scale).round().clamp(-127, 127).double() * scale.double()
-
-    w13, w2 = (tensor(f"{half}_weight") * tensor(f"{half}_weight_scale") for half in ("w13", "w2"))
-    out = torch.zeros(x.shape, dtype=torch.float64)
-    for expert in range(w13.shape[0]):
-        token, slot = (ids == expert).nonzero(as_tuple=True)
-        gate, up = (codes(x[token].double(), "w13", expert) @ w13[expert].T).chunk(2, 1)
-        h = (torch.nn.functional.silu(gate) * up).bfloat16().double()
-        y = torch.cat([codes(part, "w2", expert) for part in h.chunk(slices, 1)], 1) @ w2[expert].T
-        out.index_add_(0, token, y * weights[token, slot].double()[:, None])
-    return out
-
-
-def error(out: torch.Tensor, expected: torch.Tensor) -> float:
-    return float((out.double() - expected).norm() / expected.norm())
+    """The experts of layer 1 in float64."""
+    layer = f"{EXPERTS.format(MOE.get(name, 'mlp'))}.routed_experts"
+    return exact_experts(stacked, layer, x, weights, ids, static="static" in name, slices=slices)
 
 
 TAKEN = [
@@ -148,7 +123,7 @@ def test_experts_compute_what_the_export_says(turned_on: list[str], forms: Forms
     x, weights, ids = inputs(layer, layer.global_num_experts)
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
     assert type(layer.quant_method.moe_kernel.fused_experts).__name__ == "QuarkconvExperts"
-    assert error(out, exact(forms.stacked(name), name, x, weights, ids)) < BOUND
+    assert relative_error(out, exact(forms.stacked(name), name, x, weights, ids)) < BOUND
     assert any(line.startswith("Using quarkconv Int8 MoE backend") for line in turned_on)
 
 
@@ -163,8 +138,8 @@ def test_results_of_the_ranks_add_up(forms: Forms, name: str, parallel: tuple[Ra
         assert (layer.expert_map is not None) == rank.expert_parallel
         parts.append(layer.quant_method.apply(layer, x, weights, ids, None, None).double())
     expected = exact(forms.stacked(name), name, x, weights, ids, slices=1 if rank.expert_parallel else rank.size)
-    assert error(parts[0] + parts[1], expected) < BOUND
-    assert min(error(part, expected) for part in parts) > 0.1  # neither rank has all
+    assert relative_error(parts[0] + parts[1], expected) < BOUND
+    assert min(relative_error(part, expected) for part in parts) > 0.1  # neither rank has all
 
 
 @pytest.mark.usefixtures("turned_on")
@@ -367,4 +342,4 @@ def test_a_graph_computes_what_the_cpu_does(
     for argument, value in zip(arguments, (x, weights, ids), strict=True):
         argument.copy_(value)
     graph.replay()
-    assert error(out.cpu(), expected.double()) < BOUND
+    assert relative_error(out.cpu(), expected.double()) < BOUND
