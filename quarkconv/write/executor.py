@@ -33,6 +33,7 @@ from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.opening import files_of, opened
 from quarkconv.write.output import open_output
 from quarkconv.write.output_file import aligned_buffer
+from quarkconv.write.refusals import interrupted
 from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
 from quarkconv.write.source import Source
@@ -123,7 +124,7 @@ class Run:
             if written is not None:
                 self._done[shard.file] = written
                 self._advance(shard.nbytes)
-        self._held = HeldScales(shard for shard in shards if shard.file not in self._done)
+        self._held = HeldScales([shard for shard in shards if shard.file not in self._done], self._stop)
         if len(self._done) > before:
             _log.info("resuming: %d of %d shards are finished", len(self._done) - before, len(shards))
         self.destination.require_space(self._bytes_left(), shards)
@@ -134,7 +135,7 @@ class Run:
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
-                raise _interrupted() from None
+                raise interrupted() from None
             finally:
                 if not all(future.done() and future.exception() is None for future in futures):
                     self._stop.set()  # the others stop at their next block
@@ -200,7 +201,7 @@ class Run:
     def _wrote(self, nbytes: int) -> None:
         self._advance(nbytes)
         if self._stop.is_set():
-            raise _interrupted()
+            raise interrupted()
 
     def _advance(self, nbytes: int) -> None:
         with self._progress_lock:
@@ -262,9 +263,3 @@ class _Claims:
 def _index(plan: Plan) -> dict[str, object]:
     weight_map = {tensor.name: shard.file for shard in plan.shards for tensor in shard.tensors}
     return {"metadata": {"total_size": plan.tensor_bytes}, "weight_map": dict(sorted(weight_map.items()))}
-
-
-def _interrupted() -> InterruptedByUser:
-    return InterruptedByUser(
-        "Interrupted; finished work is kept", hint="run the same command again: it resumes where it stopped"
-    )

@@ -3,60 +3,64 @@
 from __future__ import annotations
 
 import threading
+from collections import Counter
 from collections.abc import Iterable, Iterator
+from typing import Final
 
 from quarkconv.plan.pieces import Codes, Copy, OutputShard, Piece, RowScales
+from quarkconv.write.refusals import interrupted
+
+_PATIENCE: Final = 0.2  # seconds between checks of the stop event
 
 
 class HeldScales:
     """F32 scales by the rows that they belong to; used by several threads.
 
-    Codes lie before their scales in a file, so what is held are the scales of a few tensors: 4 bytes for a row.
+    Codes lie before their scales, and threads take work in order: whoever writes scales finds their codes written or
+    being written, and waits. What is held are the scales of a few tensors: 4 bytes for a row.
 
     Args:
-        shards: those that will be written; only scales that one of them has are held.
+        shards: those that will be written, in this order.
+        stop: an event that ends waiting.
     """
 
-    def __init__(self, shards: Iterable[OutputShard] = ()) -> None:
-        self._lock = threading.Lock()
-        pieces = (piece for shard in shards for tensor in shard.tensors for piece in tensor.pieces)
-        self._expected = {piece.source for piece in pieces if isinstance(piece, RowScales)}
+    def __init__(self, shards: Iterable[OutputShard] = (), stop: threading.Event | None = None) -> None:
+        self._changed = threading.Condition()
+        self._stop = stop or threading.Event()
         self._held: dict[Copy, bytes] = {}
+        self._takers: Counter[Copy] = Counter()
+        computed: set[Copy] = set()
+        for piece in (piece for shard in shards for tensor in shard.tensors for piece in tensor.pieces):
+            if isinstance(piece, Codes):
+                computed.add(piece.source)
+            elif isinstance(piece, RowScales) and piece.source in computed:
+                self._takers[piece.source] += 1
 
     def expects(self, rows: Copy) -> bool:
-        """Whether the scales of these rows will be taken."""
-        with self._lock:
-            return rows in self._expected
+        """Whether the scales of these rows are held until they are written."""
+        return rows in self._takers
 
     def hold(self, rows: Copy, scales: bytes) -> None:
         """Keep scales until they are taken."""
-        with self._lock:
-            if rows in self._expected:
-                self._held[rows] = scales
+        with self._changed:
+            self._held[rows] = scales
+            self._changed.notify_all()
 
-    def take(self, rows: Copy) -> bytes | None:
-        """The scales of these rows; None where they were not computed yet. They are not expected again."""
-        with self._lock:
-            self._expected.discard(rows)
-            return self._held.pop(rows, None)
+    def take(self, rows: Copy) -> bytes:
+        """The scales of expected rows; waits until their codes are computed.
+
+        Raises:
+            InterruptedByUser: ``stop`` was set.
+        """
+        with self._changed:
+            while not self._changed.wait_for(lambda: rows in self._held, _PATIENCE):
+                if self._stop.is_set():
+                    raise interrupted()
+            self._takers[rows] -= 1
+            return self._held[rows] if self._takers[rows] else self._held.pop(rows)
 
     def reads(self, pieces: Iterable[Piece]) -> Iterator[Copy]:
-        """The ranges that pieces read when they are written in this order by one thread."""
-        computed: set[Copy] = set()
+        """The ranges that are read to write pieces."""
         for piece in pieces:
-            if isinstance(piece, Codes) and self.expects(piece.source):
-                computed.add(piece.source)
-            if isinstance(piece, RowScales):
-                if piece.source in computed:
-                    computed.discard(piece.source)
-                    continue
-                if self._has(piece.source):
-                    continue
-            yield from piece.reads()
-
-    def _has(self, rows: Copy) -> bool:
-        """Whether scales are held; if not, they are not expected either: who asks computes them itself."""
-        with self._lock:
-            if rows not in self._held:
-                self._expected.discard(rows)
-            return rows in self._held
+            if not (isinstance(piece, RowScales) and self.expects(piece.source)):
+                yield from piece.reads()

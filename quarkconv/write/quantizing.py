@@ -63,8 +63,7 @@ def row_scales(piece: RowScales, reader: Reader, held: HeldScales) -> Iterator[b
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
-    scales = held.take(piece.source)
-    yield _computed(piece, reader).scale_bytes() if scales is None else scales
+    yield held.take(piece.source) if held.expects(piece.source) else _computed(piece, reader).scale_bytes()
 
 
 def check_rows(piece: RowScales, reader: Reader) -> None:

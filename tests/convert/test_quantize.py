@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import threading
 import tracemalloc
 from collections import Counter
 from collections.abc import Callable
@@ -17,8 +18,9 @@ from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpo
 from support.program import run_cli, snapshot
 
 import quarkconv
-from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.plan.pieces import Codes, Copy, RowScales
+from quarkconv.errors import InterruptedByUser, UnsupportedError, UsageError
+from quarkconv.plan.pieces import Codes, Copy, OutputShard, OutputTensor, RowScales
+from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.source_files import SourceFiles
 from quarkconv.write.transforms import transformed
 
@@ -168,8 +170,9 @@ def test_a_row_that_cannot_be_quantized_leaves_an_earlier_output_alone(
     assert snapshot(tmp_path / "out") == before
 
 
-def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """By one thread. Several read the scales of what another one is still quantizing themselves."""
+@pytest.mark.parametrize("jobs", [1, 4])
+@pytest.mark.parametrize("target", ["fused-int8", "quark"])
+def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, target: str, jobs: int) -> None:
     root = float_experts(tmp_path / "model", "per_expert")
     read: Counter[str] = Counter()
     fill = SourceFiles.fill
@@ -179,7 +182,7 @@ def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         fill(self, source, offset, view)
 
     monkeypatch.setattr(SourceFiles, "fill", counted)
-    quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", quantize="missing", jobs=1)
+    quarkconv.convert_checkpoint(root, target, tmp_path / "out", quantize="missing", jobs=jobs, max_shard_size=2_000)
     experts = {name: tensor.nbytes for name, tensor in load(root).items() if ".experts." in name}
     assert {name: read[name] for name in experts} == experts
 
@@ -219,6 +222,23 @@ class Memory:
 
     def fill(self, source: Copy, offset: int, view: memoryview) -> None:  # noqa: ARG002
         view[:] = b"\x3f" * len(view)
+
+
+def test_scales_are_waited_for_until_the_conversion_stops() -> None:
+    rows = Copy("weight", "file", 0, 16)
+    pieces = (Codes(rows, "BF16", 4), RowScales(rows, "BF16", 4))
+    shard = OutputShard(
+        "file", 0, (OutputTensor("codes", "I8", (2, 4), pieces[:1]), OutputTensor("scales", "F32", (2,), pieces[1:]))
+    )
+    stop = threading.Event()
+    held = HeldScales([shard], stop)
+    assert list(held.reads(pieces)) == [rows]
+    threading.Timer(0.3, held.hold, (rows, b"scales")).start()
+    assert held.take(rows) == b"scales"
+    stop.set()
+    with pytest.raises(InterruptedByUser):
+        held.take(rows)
+    assert not HeldScales([OutputShard("file", 0, shard.tensors[1:])]).expects(rows)
 
 
 def test_by_rank_nothing_is_written_when_the_last_rank_has_a_bad_row(tmp_path: Path) -> None:
@@ -283,7 +303,7 @@ def test_a_layer_of_experts_can_be_excluded(tmp_path: Path) -> None:
 EXCLUDED_UP = "model.layers.1.mlp.experts.0.up_proj.weight"
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "without --quantize": ({"exclude": ["lm_head"]}, "would be quantized"),
+    "without --quantize": ({"exclude": ["lm_head"]}, "needs modules to quantize"),
     "a pattern that matches nothing": ({"quantize": "all", "exclude": ["*.q_porj"]}, "matches no module"),
     "an expression that does not compile": ({"quantize": "all", "exclude": ["re:("]}, "matches no module"),
     "a part of a merged linear": ({"quantize": "all", "exclude": ["*.q_proj"]}, "one part of a linear"),
