@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-ENGINES := vllm sglang transformers quark
+ENGINES := vllm vllm_ascend sglang transformers quark
 
 .PHONY: demo test test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
@@ -24,7 +24,7 @@ test: export PYTHONDONTWRITEBYTECODE =
 test: $(STAMP)  ## Run every test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(TESTS)
 
-test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 600 MB, 900 MB of disk)
+test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 900 MB, 1.2 GB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
 	@failed=; for engine in $(ENGINES); do \
 		echo "$$engine:"; \
