@@ -1,4 +1,4 @@
-"""The target ``ascend`` in vllm-ascend's own config and loader: every parameter is what stacking the Quark export gives.
+"""The target ``ascend`` in vllm-ascend's own config and loader: parameters are what stacking the Quark export gives.
 
 vllm-ascend 0.23.0 belongs to vLLM 0.23.0. Nothing runs on an NPU.
 """
