@@ -53,7 +53,7 @@ def contradictions(
         yield from _linears(declared, modules, others, is_float)
     yield from _float_modules_quantized(quantized_float_modules(others, is_float), is_mtp)
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
-    yield from int8_defects(modules, in_blocks)
+    yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
     yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     if unrecognised:
@@ -143,7 +143,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
             yield finding(
                 "experts-not-quantized",
                 layer.prefix,
-                f"config.json declares {missing} experts quantized, and all are stored in {dtype}",
+                f"{declared.file} declares {missing} experts quantized, and all are stored in {dtype}",
                 hint=f"{CONVERT}, or leaves these layers out with --mtp drop"
                 if is_mtp(layer.prefix)
                 else "convert with --quantize missing; Quark 0.13 skips 3-D experts in eager mode on transformers 5",
@@ -189,7 +189,7 @@ def _linears(
         yield finding(
             "quantized-but-stored-float",
             claimed[0],
-            f"config.json declares {count_of(claimed)} quantized, stored in float: {first_of(claimed)}",
+            f"{declared.file} declares {count_of(claimed)} quantized, stored in float: {first_of(claimed)}",
             hint=CONVERT,
             count=len(claimed),
         )
@@ -205,7 +205,7 @@ def _linears(
         yield finding(
             "excluded-but-quantized",
             excluded[0],
-            f"config.json excludes {count_of(excluded)} stored in int8: {first_of(excluded)}",
+            f"{declared.file} excludes {count_of(excluded)} stored in int8: {first_of(excluded)}",
             hint=CONVERT,
             count=len(excluded),
         )
@@ -254,8 +254,8 @@ def _scheme(
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
             "scheme-unsupported",
-            "quantization_config",
-            f"config.json declares {kind}, and nothing is stored in int8",
+            declared.subject,
+            f"{declared.file} declares {kind}, and nothing is stored in int8",
             hint=_INT8_ONLY,
         )
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
@@ -263,7 +263,7 @@ def _scheme(
         count = sum(schemes[scheme] for scheme in unnamed)
         yield finding(
             "scheme-unsupported",
-            "quantization_config",
+            declared.subject,
             f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
             f"{_shown(unnamed[0].activation)} activations: not an INT8 W8A8 scheme",
             hint=_INT8_ONLY,
@@ -271,7 +271,8 @@ def _scheme(
         )
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:
-        yield finding("mixed-scheme", "quantization_config", f"int8 modules are of {' and '.join(names_found)}")
+        subject = "config.json" if declared is None else declared.subject
+        yield finding("mixed-scheme", subject, f"int8 modules are of {' and '.join(names_found)}")
     if not topology.members and not any(item.code == "experts-not-understood" for item in topology.findings):
         quantized = bool(schemes)
         yield finding(

@@ -68,13 +68,13 @@ _CHECKS: Final[tuple[_Check, ...]] = (
         lambda form, claim: (
             form.granularity is not None and claim.weight is not None and form.granularity != claim.weight.granularity
         ),
-        "{} with scales of another granularity than config.json declares",
+        "{} with scales of another granularity than {file} declares",
         CONVERT,
     ),
     (
         "granularity-mismatch",
         lambda form, claim: form.input_scale is not None and claim.weight is not None and not _is_static(claim),
-        "{} with a static input scale that config.json does not declare",
+        "{} with a static input scale that {file} does not declare",
         CONVERT,
     ),
     (
@@ -102,12 +102,13 @@ _CHECKS: Final[tuple[_Check, ...]] = (
 """(code, test, message, hint), applied to every int8 module; ``{}`` becomes "3 modules"."""
 
 
-def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str]) -> Iterator[Finding]:
+def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str], file: str) -> Iterator[Finding]:
     """The findings about the tensors of int8 modules.
 
     Args:
         modules: all modules, with the scheme of each.
         in_blocks: modules with a scale for each block of the weight, which need no other scale.
+        file: the file that declares the scheme.
     """
     for code, test, message, hint in _CHECKS:
         found = [
@@ -118,7 +119,7 @@ def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str]) -> Iterato
             if form.scale is not None or name not in in_blocks
         ]
         if found:
-            text = f"{message.format(count_of(found))}: {first_of(found)}"
+            text = f"{message.format(count_of(found), file=file)}: {first_of(found)}"
             yield finding(code, found[0], text, hint=hint, count=len(found))
 
 

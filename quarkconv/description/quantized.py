@@ -23,7 +23,7 @@ from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.options import QUANTIZE, SourceOptions
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT
-from quarkconv.scheme.stored import Form, fused_names, linear_names
+from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
 QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
 
@@ -62,6 +62,7 @@ def quantized_description(description: Description, options: SourceOptions) -> D
         UsageError: an excluded name or pattern matches no module, or only some parts of a merged linear.
         UnsupportedError: no module is left, the layout is not supported, or the scheme needs calibration.
     """
+    _check_dtypes(description, options)
     is_excluded = _exclusion(description, options.exclude)
     modules = dict(_modules(description, options, is_excluded))
     root = str(description.checkpoint.root)
@@ -158,6 +159,22 @@ def _check_merged(description: Description, modules: Collection[str], is_exclude
 
 def _stays_float(description: Description, module: str) -> bool:
     return module.endswith(FLOAT_ENDS) or description.is_float(module)
+
+
+def _check_dtypes(description: Description, options: SourceOptions) -> None:
+    """Refuse weights in another quantized dtype: as float weights they would have to be dequantized first."""
+    kept = {name for group in description.fp8 for name in group.modules} if options.quantize != "all" else set()
+    for module, form in description.stored:
+        if not form.is_float and not form.quantized and module not in kept:
+            in_blocks = f"{module}{BLOCK_SCALE}" in description.stored.plain
+            raise UnsupportedError(
+                "Weights that are quantized already are not quantized again",
+                file=str(description.checkpoint.root),
+                tensor=f"{module}.weight",
+                expected="BF16, F16 or F32",
+                found=form.weight.dtype + (", with a scale for each block (weight_scale_inv)" if in_blocks else ""),
+                hint="dequantize the model to BF16 first, or quantize the one that it was made of",
+            )
 
 
 def _check(description: Description, modules: dict[str, Form]) -> None:

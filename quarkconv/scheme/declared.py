@@ -36,9 +36,13 @@ class DeclaredScheme(ABC):
         kv_cache: how the key-value cache is quantized; None when it is not.
         kv_cache_modules: name patterns of the modules whose outputs go into it.
         names: the INT8 schemes that the format can express, and their names.
+        file: the file that declares it.
+        subject: the part of that file, in findings.
     """
 
     names: ClassVar[Mapping[ModuleScheme, str]] = SCHEME_NAMES
+    file: ClassVar[str] = "config.json"
+    subject: ClassVar[str] = "quantization_config"
 
     def __init__(self, method: str, version: str | None = None) -> None:
         self.method = method

@@ -248,3 +248,13 @@ def test_memory_does_not_hold_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
     convert(REPO, tmp_path / "out")
     assert max(held) <= 2**17  # the guess at a header, and blocks
     assert os.stat(folder / "model-00001-of-00002.safetensors").st_size > remote.CONNECTIONS * 2**16
+
+
+@pytest.mark.usefixtures("small_requests")
+def test_float_weights_are_quantized_on_their_way_from_the_hub(hub: Hub, model: Path, tmp_path: Path) -> None:
+    source = quarkconv.convert_checkpoint(model, "bf16", tmp_path / "bf16").output
+    hub.publish(REPO, source)
+    convert(REPO, tmp_path / "remote", quantize="all")
+    convert(source, tmp_path / "local", quantize="all")
+    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
+    assert downloaded() == []

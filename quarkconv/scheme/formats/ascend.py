@@ -52,6 +52,8 @@ class AscendScheme(DeclaredScheme):
     """
 
     names: ClassVar[Mapping[ModuleScheme, str]] = {_PTPC: "ptpc_int8"}
+    file: ClassVar[str] = DESCRIPTION_NAME
+    subject: ClassVar[str] = DESCRIPTION_NAME
 
     def __init__(self, description: Mapping[str, Any], types: Mapping[str, TensorType]) -> None:
         version = description.get("version")

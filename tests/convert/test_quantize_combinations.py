@@ -1,0 +1,183 @@
+"""--quantize with ranks, parts, kills, a disk that fills, and sources that it does not read."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import Tensors, load, make_checkpoint
+from support.conversions import SMALL_STEPS, assert_unfinished
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
+from support.progress import WhileWriting
+
+import quarkconv
+from quarkconv.errors import UnsupportedError, WriteError
+
+SHARD = 20_000
+
+
+@pytest.fixture(scope="module")
+def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model in BF16, without a quantization config."""
+    folder = tmp_path_factory.mktemp("float")
+    int8 = make_checkpoint(folder / "int8", layers=2, experts=4, hidden=64, intermediate=48)
+    return quarkconv.convert_checkpoint(int8, "bf16", folder / "model").output
+
+
+@pytest.fixture(scope="module")
+def whole(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same, quantized in one go."""
+    return convert(source, tmp_path_factory.mktemp("whole") / "out")
+
+
+def convert(source: Path | str, out: Path, **options: Any) -> Path:
+    options = {"quantize": "all", "max_shard_size": SHARD, "jobs": 1, **options}
+    return quarkconv.convert_checkpoint(source, "fused-int8", out, **options).output
+
+
+def changed(folder: Path, source: Path, change: Callable[[Tensors], object]) -> Path:
+    """A copy of a model in one file, with other tensors."""
+    folder.mkdir()
+    tensors = load(source)
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_bytes((source / "config.json").read_bytes())
+    return folder
+
+
+def test_expert_parallel_ranks_hold_the_experts_of_the_whole_model(source: Path, whole: Path, tmp_path: Path) -> None:
+    out = convert(source, tmp_path / "out", ep=2)
+    name = "model.layers.1.mlp.experts.gate_up_proj"
+    halves = [load(out / f"rank-0{rank}-of-02") for rank in (0, 1)]
+    for leaf in ("", "_scale"):
+        assert torch.equal(torch.cat([half[name + leaf] for half in halves]), load(whole)[name + leaf])
+
+
+def test_tensor_parallel_ranks_are_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """A rank has some columns of down, and a scale is that of the whole row."""
+    arguments = ("convert", source, "--to", "fused-int8", "--quantize", "all", "--tp", "2", "--out", tmp_path / "out")
+    code, _, err = run_cli(capsys, *arguments)
+    assert code == 4
+    assert "down_proj" in err
+    assert not (tmp_path / "out").exists()
+
+
+def test_parts_give_the_same_bytes(
+    source: Path, whole: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ("--quantize", "all", "--max-shard-size", str(SHARD), "--out", tmp_path / "out")
+    for part in ("2/3", "3/3", "1/3"):
+        assert not (tmp_path / "out" / "config.json").exists()
+        code, _, err = run_cli(capsys, "convert", source, "--to", "fused-int8", *options, "--part", part)
+        assert code == 0, err
+    assert snapshot(tmp_path / "out") == snapshot(whole)
+
+
+BAD = "model.layers.1.mlp.experts.3.up_proj.weight"
+
+
+def test_a_part_names_a_row_that_cannot_be_quantized(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = changed(tmp_path / "model", source, lambda tensors: tensors[BAD][7, 3].fill_(float("inf")))
+    options = ("--quantize", "all", "--max-shard-size", str(SHARD), "--out", tmp_path / "out")
+    codes, errors = [], ""
+    for part in ("1/2", "2/2"):
+        code, _, err = run_cli(capsys, "convert", model, "--to", "fused-int8", *options, "--part", part)
+        codes.append(code)
+        errors += err
+    assert 4 in codes
+    assert BAD in errors
+    assert "row 7" in errors
+    assert_unfinished(tmp_path / "out")
+
+
+def test_a_disk_that_fills_loses_nothing(source: Path, whole: Path, tmp_path: Path) -> None:
+    calls = iter(range(1_000))
+
+    def stop(_: int) -> None:
+        if next(calls) == 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with pytest.raises(WriteError):
+        convert(source, tmp_path / "out", progress=WhileWriting(stop))
+    assert list((tmp_path / "out").rglob("files/*.safetensors"))
+    assert_unfinished(tmp_path / "out")
+    assert snapshot(convert(source, tmp_path / "out")) == snapshot(whole)
+
+
+KILLED = (
+    SMALL_STEPS
+    + """
+limit, calls, write = int(sys.argv[1]), 0, os.pwrite
+
+def counted(*args):
+    global calls
+    calls += 1
+    if calls == limit:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*args)
+
+os.pwrite = counted
+main(sys.argv[2:])
+"""
+)
+
+
+@pytest.mark.parametrize("limit", [1, 3, 6])
+def test_killed_it_resumes_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path, limit: int) -> None:
+    options = ["--to", "fused-int8", "--quantize", "all", "--max-shard-size", SHARD, "--out", tmp_path / "out"]
+    process = start(KILLED, limit, "convert", source, *options)
+    process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == -signal.SIGKILL
+    assert_unfinished(tmp_path / "out")
+    assert snapshot(convert(source, tmp_path / "out")) == snapshot(whole)
+
+
+def blocks(tensors: Tensors) -> None:
+    """Weights in FP8 with a scale for each block, as DeepSeek publishes them."""
+    for name in [name for name in tensors if name.endswith("_proj.weight")]:
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+        tensors[f"{name}_scale_inv"] = torch.ones(1, 1)
+
+
+@pytest.mark.parametrize("mode", ["missing", "all"])
+def test_weights_in_fp8_are_refused_by_name(
+    source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], mode: str
+) -> None:
+    model = changed(tmp_path / "model", source, blocks)
+    config = json.loads((model / "config.json").read_text())
+    quantization = {"quant_method": "fp8", "weight_block_size": [128, 128], "activation_scheme": "dynamic"}
+    (model / "config.json").write_text(json.dumps({**config, "quantization_config": quantization}))
+    before = snapshot(tmp_path)
+    arguments = ("convert", model, "--to", "fused-int8", "--quantize", mode, "--out", tmp_path / "out")
+    code, _, err = run_cli(capsys, *arguments)
+    assert code == 4
+    assert "F8_E4M3" in err
+    assert "_proj" in err
+    assert snapshot(tmp_path) == before
+
+
+def test_a_float_expert_beside_int8_ones_of_its_layer_is_quantized(source: Path, whole: Path, tmp_path: Path) -> None:
+    quark = quarkconv.convert_checkpoint(source, "quark", tmp_path / "quark", quantize="all").output
+    module = "model.layers.0.mlp.experts.2.down_proj"
+
+    def restore(tensors: Tensors) -> None:
+        del tensors[f"{module}.weight_scale"]
+        tensors[f"{module}.weight"] = load(source)[f"{module}.weight"]
+
+    model = changed(tmp_path / "model", quark, restore)
+    with pytest.raises(UnsupportedError, match="mixes experts"):
+        quarkconv.plan_conversion(model, "fused-int8")
+    output = convert(model, tmp_path / "out", quantize="missing")
+    found, expected = load(output), load(whole)
+    for name in (name for name in expected if ".experts." in name):
+        assert torch.equal(found[name], expected[name]), name
