@@ -134,8 +134,8 @@ main(sys.argv[2:])
 
 @pytest.mark.parametrize("limit", [1, 3, 6])
 def test_killed_it_resumes_to_the_same_bytes(source: Path, whole: Path, tmp_path: Path, limit: int) -> None:
-    options = ["--to", "fused-int8", "--quantize", "all", "--max-shard-size", SHARD, "--out", tmp_path / "out"]
-    process = start(KILLED, limit, "convert", source, *options)
+    sizes = ("--max-shard-size", SHARD, "--out", tmp_path / "out")
+    process = start(KILLED, limit, "convert", source, "--to", "fused-int8", "--quantize", "all", *sizes)
     process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == -signal.SIGKILL
     assert_unfinished(tmp_path / "out")
