@@ -327,6 +327,17 @@ CASES = (
         deep=True,
     ),
     Case(
+        "a scale with a negative value",
+        (("info", "scale-negative", f"{O_PROJ}.weight_scale", 1),),
+        set_tensor(f"{O_PROJ}.weight_scale", torch.tensor([1.0] * 7 + [-0.5])),
+        deep=True,
+    ),
+    Case(
+        "names of transformers' classes, which engines do not know",
+        (("warning", "expert-names", EXPERTS, 2),),
+        lambda model: model.config.update(model_type="mixtral"),
+    ),
+    Case(
         "a zero point",
         (("info", "zero-point-present", O_PROJ, 1),),
         set_tensor(f"{O_PROJ}.weight_zero_point", torch.zeros(8, dtype=torch.int8)),
