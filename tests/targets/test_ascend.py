@@ -1,7 +1,7 @@
 """Ascend's format: checkpoints as msModelSlim writes them are read, and the target writes an entry for every tensor.
 
-msModelSlim itself does not install here (it needs Ascend's packages); ``ascend_export`` follows its writer,
-``core/quant_service/modelslim_v1/save/ascendv1.py``: names, dtypes, shapes, files, and the fields of the description.
+``ascend_export`` follows msModelSlim's writer, ``core/quant_service/modelslim_v1/save/ascendv1.py``: names, dtypes,
+shapes, files, and the fields of the description. ``convert/test_other_tools.py`` has a checkpoint that it wrote itself.
 """
 
 from __future__ import annotations
