@@ -46,7 +46,7 @@ def engines() -> str:
 
 def targets() -> str:
     """The table of targets."""
-    rows = ["| target | what it is |", "| --- | --- |"]
+    rows = ["| target | description |", "| --- | --- |"]
     rows += [f"| `{name}` | {target.summary} |" for name, target in TARGETS.items()]
     return "\n".join(rows)
 
