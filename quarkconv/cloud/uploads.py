@@ -53,12 +53,14 @@ def list_uploads(url: str) -> list[Upload]:
     try:
         found = [
             Upload(
-                item["Key"].removeprefix(start), item["UploadId"], item["Initiated"].isoformat(),
+                item["Key"].removeprefix(start),
+                item["UploadId"],
+                item["Initiated"].isoformat(),
                 _parts_nbytes(client, bucket, item),
             )
             for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=start)
             for item in page.get("Uploads", ())
-        ]  # fmt: skip
+        ]
     except Exception as error:  # botocore has a class for each error
         raise _refused(url, error) from error
     return sorted(found, key=lambda upload: (upload.name, upload.started, upload.upload_id))

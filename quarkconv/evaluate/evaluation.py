@@ -157,8 +157,11 @@ def _runner(
         require_same_model(quantized.skeleton, unquantized.skeleton)
     known = len(quantized.skeleton.layers)
     if layers is not None and not layers <= set(range(known)):
-        raise UsageError("There is no such decoder layer", expected=f"0 to {known - 1}",
-                         found=", ".join(map(str, sorted(layers - set(range(known))))))  # fmt: skip
+        raise UsageError(
+            "The decoder layer does not exist",
+            expected=f"0 to {known - 1}",
+            found=", ".join(map(str, sorted(layers - set(range(known))))),
+        )
     runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
     for model in (quantized, *([] if unquantized is None else [unquantized])):
         model.skeleton.fill(model.weights.layer(None).floats, None)
@@ -173,9 +176,16 @@ def _model(description: Description, device: torch.device, stack: ExitStack) -> 
 def _key(root: Path, other: Path | None, tokens: Windows, run: Run, layers: set[int] | None) -> str:
     digest = hashlib.sha256(repr(tokens.ids.flatten().tolist()).encode())
     return state_key(
-        root.resolve(), fingerprint(root), other and other.resolve(), other and fingerprint(other),
-        digest.hexdigest(), list(tokens.ids.shape), run.size, run.variants, sorted(layers or ()),
-    )  # fmt: skip
+        root.resolve(),
+        fingerprint(root),
+        other and other.resolve(),
+        other and fingerprint(other),
+        digest.hexdigest(),
+        list(tokens.ids.shape),
+        run.size,
+        run.variants,
+        sorted(layers or ()),
+    )
 
 
 def _layers(runner: LayerRunner, sums: list[LayerSums]) -> tuple[LayerEvaluation, ...]:

@@ -204,8 +204,10 @@ def _shared(
 ) -> tuple[list[LayerCall], list[LayerCall]]:
     """The calls of a batch; those of an earlier batch where they are equal, as masks and positions are."""
     for other in before:
-        if all(_equal(one.kwargs, two.kwargs) and _equal(one.args, two.args)
-               for one, two in zip([*mine, *theirs], [*other[0], *other[1]], strict=True)):  # fmt: skip
+        if all(
+            _equal(one.kwargs, two.kwargs) and _equal(one.args, two.args)
+            for one, two in zip([*mine, *theirs], [*other[0], *other[1]], strict=True)
+        ):
             return other
     return mine, theirs
 

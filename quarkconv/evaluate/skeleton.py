@@ -381,9 +381,11 @@ def _transformers() -> Any:
     version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
     if version < _OLDEST:
         raise UsageError(
-            "transformers is too old", expected="5.0 or later", found=transformers.__version__,
+            "transformers is too old",
+            expected="5.0 or later",
+            found=transformers.__version__,
             hint="pip install -U transformers",
-        )  # fmt: skip
+        )
     return transformers
 
 

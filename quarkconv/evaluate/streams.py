@@ -73,8 +73,17 @@ class LayerSums:
 
     def add(self, other: LayerSums) -> None:
         """Add the sums of other tokens."""
-        for name in ("difference", "norm", "baseline_norm", "product", "own_difference", "own_norm", "tokens",
-                     "changed", "expert_norm"):  # fmt: skip
+        for name in (
+            "difference",
+            "norm",
+            "baseline_norm",
+            "product",
+            "own_difference",
+            "own_norm",
+            "tokens",
+            "changed",
+            "expert_norm",
+        ):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.routed = self.routed or other.routed
         for name in ("load", "expert_errors", "expert_tokens"):

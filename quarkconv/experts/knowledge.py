@@ -103,9 +103,9 @@ class Known:
                 return value
         if zeros is not None and (isinstance(zeros, bool) or not isinstance(zeros, int) or not 0 <= zeros < 2**20):
             return not_known(zeros_key, zeros)
-        renormalize, key = (rule.renormalize, "") if isinstance(rule.renormalize, bool) else first(
-            config, rule.renormalize
-        )  # fmt: skip
+        renormalize, key = (
+            (rule.renormalize, "") if isinstance(rule.renormalize, bool) else first(config, rule.renormalize)
+        )
         if not isinstance(renormalize, bool):
             return not_known(key, renormalize)
         groups = self._groups(count)
@@ -119,13 +119,27 @@ class Known:
             return Unknown(f"config.json says {top_k_key} = {k}, and this routing is of two experts", top_k_key)
         tensors = self.family.tensors
         return Routing(
-            self.model_type, rule.scoring, count, k, renormalize, scaling_factor=number(scale),
-            epsilon=rule.epsilon, n_group=n_group, topk_group=topk_group, group_score=rule.group_score or "top2",
-            bias_name=tensors.correction_bias[0] if tensors.correction_bias else None, by_logits=rule.by_logits,
-            floor=number(floor), norm_order=number(order), softcap=rule.softcap, jitter=number(jitter),
-            zero_experts=zeros or 0, input_norm=number(input_norm) if rule.normalized_input else None,
-            on_input=rule.on_input, tensors=tensors,
-        )  # fmt: skip
+            model_type=self.model_type,
+            scoring=rule.scoring,
+            experts=count,
+            top_k=k,
+            renormalize=renormalize,
+            scaling_factor=number(scale),
+            epsilon=rule.epsilon,
+            n_group=n_group,
+            topk_group=topk_group,
+            group_score=rule.group_score or "top2",
+            bias_name=tensors.correction_bias[0] if tensors.correction_bias else None,
+            by_logits=rule.by_logits,
+            floor=number(floor),
+            norm_order=number(order),
+            softcap=rule.softcap,
+            jitter=number(jitter),
+            zero_experts=zeros or 0,
+            input_norm=number(input_norm) if rule.normalized_input else None,
+            on_input=rule.on_input,
+            tensors=tensors,
+        )
 
     def activation(self, layer: int) -> ExpertActivation | Unknown:
         """The activation function of the experts of a layer."""

@@ -90,15 +90,24 @@ def verification_from_json(value: dict[str, Any]) -> Verification:
     try:
         numbers = value["numbers"]
         return Verification(
-            value["model"], value["source"], value["unquantized"], value["scheme"],
-            StructureResult(**value["structure"]), BytesResult(**value["bytes"]),
-            NumbersResult(
-                numbers["device"], numbers["backend"], tuple(numbers["tokens"]), numbers["seed"],
-                tuple(map(_layer, numbers["layers"])), tuple(map(_experts, numbers["experts"])), numbers["skipped"],
+            model=value["model"],
+            source=value["source"],
+            unquantized=value["unquantized"],
+            scheme=value["scheme"],
+            structure=StructureResult(**value["structure"]),
+            bytes=BytesResult(**value["bytes"]),
+            numbers=NumbersResult(
+                device=numbers["device"],
+                backend=numbers["backend"],
+                tokens=tuple(numbers["tokens"]),
+                seed=numbers["seed"],
+                layers=tuple(map(_layer, numbers["layers"])),
+                experts=tuple(map(_experts, numbers["experts"])),
+                skipped=numbers["skipped"],
             ),
-            tuple(Problem(**item) for item in value["problems"]),
-            tuple(Finding(**{**item, "severity": Severity(item["severity"])}) for item in value["findings"]),
-        )  # fmt: skip
+            problems=tuple(Problem(**item) for item in value["problems"]),
+            findings=tuple(Finding(**{**item, "severity": Severity(item["severity"])}) for item in value["findings"]),
+        )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _invalid("", repr(error)[:100]) from error
 
@@ -183,15 +192,18 @@ def _experts(value: dict[str, Any]) -> LayerExperts:
         return WeightError(known, snr, math.nan if clipped is None else clipped)
 
     return LayerExperts(
-        value["layer"], value["module"], tuple(value["load"]),
-        tuple(map(_number, value["scale_min"])), tuple(map(_number, value["scale_max"])),
-        tuple(value["scale_histogram"]),
-        {
+        layer=value["layer"],
+        module=value["module"],
+        load=tuple(value["load"]),
+        scale_min=tuple(map(_number, value["scale_min"])),
+        scale_max=tuple(map(_number, value["scale_max"])),
+        scale_histogram=tuple(value["scale_histogram"]),
+        weights={
             role: tuple(map(error, columns["relative_error"], columns["clipped"]))
             for role, columns in value["weights"].items()
         },
-        value["rescaled"],
-    )  # fmt: skip
+        rescaled=value["rescaled"],
+    )
 
 
 def _number(value: float | None) -> float:

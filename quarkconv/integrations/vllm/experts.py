@@ -104,8 +104,14 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
     @staticmethod
     def _supports_activation(activation: MoEActivation) -> bool:
         return activation.value in (
-            "silu", "gelu", "gelu_tanh", "swigluoai_uninterleave", "swiglustep", "situ", "relu2_no_mul",
-        )  # fmt: skip
+            "silu",
+            "gelu",
+            "gelu_tanh",
+            "swigluoai_uninterleave",
+            "swiglustep",
+            "situ",
+            "relu2_no_mul",
+        )
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
