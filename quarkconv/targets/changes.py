@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator
-from itertools import chain
 from typing import Final
 
 from quarkconv.description.contradictions import is_linear
@@ -22,8 +21,9 @@ _KINDS: Final = 6
 
 def conversion_findings(description: Description, target: Target) -> tuple[Finding, ...]:
     """Findings about everything that a conversion leaves out, changes, or copies unread."""
-    of_source = (item for item in description.findings if item.code in PASSED_ON)
-    return tuple(bounded(chain(of_source, _changes(description, target))))
+    of_source = [item for item in description.findings if item.code in PASSED_ON]
+    changes = [*of_source, *_changes(description, target)]
+    return tuple(bounded(changes))
 
 
 def target_findings(description: Description, target: Target) -> tuple[Finding, ...]:
