@@ -19,6 +19,7 @@ from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
 from support.checkpoints import Tensors, edit_checkpoint
 from support.checkpoints import load as load_tensors
+from support.exports import OTHER_TOOLS
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors import CompressedTensorsLinearMethod
 from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tensors_moe import (
     compressed_tensors_moe_w8a8_int8 as ct_moe,
@@ -129,6 +130,14 @@ def test_every_parameter_is_what_stacking_gives(forms: Forms, name: str, form: s
         if form != "bf16":
             routed = [value for key, value in model.named_parameters() if key.endswith("w13_weight")]
             assert any(value.dtype == torch.int8 for value in routed)
+
+
+@pytest.mark.parametrize("form", [QUARK, *COMPRESSED_TENSORS])
+@pytest.mark.parametrize("name", [name for name in OTHER_TOOLS if "msmodelslim" not in name])
+def test_exports_of_other_tools_load(forms: Forms, name: str, form: str) -> None:
+    """As they are, which is compressed-tensors, and converted."""
+    model = load(build(forms(name, form)))
+    assert not mismatches(model, forms.stacked(name), WHOLE, "compressed-tensors")
 
 
 @pytest.mark.parametrize("target", [form for form in FORMS if form != QUARK])
