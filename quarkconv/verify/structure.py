@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import Final
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.experts.function import Unknown
+from quarkconv.experts.knowledge import expert_activation, knowledge
+from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import CODES, Finding
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.plan.manifest import Manifest
@@ -43,6 +46,27 @@ def check_structure(description: Description, manifest: Manifest | None) -> tupl
         len(checkpoint.shards), len(checkpoint.types), manifest is not None, not damage and not broken
     )
     return result, problems + damage
+
+
+def function_problems(description: Description, source: Description, layers: Sequence[MoELayer]) -> Iterator[Problem]:
+    """Layers of which the config says another routing or activation than the config of the source."""
+    for layer in layers:
+        for what, function in (("activation", _activation_of), ("routing", _routing_of)):
+            found, expected = (function(each.config.raw, layer) for each in (description, source))
+            if found != expected:
+                message = f"By config.json the {what} is {found}; by that of the source, {expected}"
+                yield Problem("structure", layer.index, layer.prefix, message)
+
+
+def _activation_of(config: Mapping[str, Any], layer: MoELayer) -> str:
+    found = expert_activation(config, layer.index, layer.moe)
+    return f"unknown: {found.reason}" if isinstance(found, Unknown) else found.describe()
+
+
+def _routing_of(config: Mapping[str, Any], layer: MoELayer) -> str:
+    known = knowledge(config, layer.moe)
+    found = known if isinstance(known, Unknown) else known.routing(layer.experts, layer.index)
+    return f"unknown: {found.reason}" if isinstance(found, Unknown) else found.describe()
 
 
 def _unexpected_errors(description: Description, manifest: Manifest | None) -> Iterator[Finding]:

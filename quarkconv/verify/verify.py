@@ -36,7 +36,7 @@ from quarkconv.verify.results import (
     VerifiedPart,
 )
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
-from quarkconv.verify.structure import check_structure
+from quarkconv.verify.structure import check_structure, function_problems
 
 DEFAULT_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**20
@@ -109,6 +109,8 @@ def verify_checkpoint(
         original = _described(unquantized, progress)
 
     structure, problems = check_structure(description, manifest)
+    if compared is not None:
+        problems += function_problems(description, compared, chosen)
     skipped = _why_no_numbers(
         description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
     )
