@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import json
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import pytest
 import torch
@@ -21,6 +21,7 @@ QUANTIZED: Final = tuple(name for name in TARGETS if name != "bf16")
 FP8: Final = {**TENSOR_WEIGHT, "dtype": "fp8_e4m3"}
 GATES: Final = tuple(f"model.layers.{layer}.mlp.gate" for layer in range(2))
 ATTENTION: Final = "model.layers.0.self_attn"
+FP8_ATTENTION: Final = tuple(f"{ATTENTION}.{name}_proj" for name in "qkvo")
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -136,6 +137,37 @@ def with_mtp(layout: str) -> Model:
     if layout == "fp8":
         mtp = {n: t.to(torch.float8_e4m3fn) if ".experts." in n else t for n, t in mtp.items()}
     model.second |= mtp
+    return model
+
+
+def fp8_layer(*, per_channel: bool, static: bool) -> dict[str, Any]:
+    """A Quark layer config in FP8."""
+    layer = copy.deepcopy(layer_config())
+    if not per_channel:
+        layer["weight"] = copy.deepcopy(TENSOR_WEIGHT)
+    if static:
+        layer["input_tensors"] = copy.deepcopy(TENSOR_WEIGHT)
+    for part in ("weight", "input_tensors"):
+        layer[part]["dtype"] = "fp8_e4m3"
+    return layer
+
+
+def with_fp8_attention(*, per_channel: bool = True, static: bool = False) -> Model:
+    """The attention of the first layer in FP8, that of the second in BF16."""
+    model, random = Model(), torch.Generator().manual_seed(1)
+    model.to_float("model.layers.1.self_attn")
+    model.quantization["exclude"].append("model.layers.1.self_attn.o_proj")
+    for module in FP8_ATTENTION:
+        weight = torch.randn(8, 8, generator=random)
+        scale = (weight.abs().amax(1) if per_channel else weight.abs().amax()) / torch.finfo(torch.float8_e4m3fn).max
+        codes = weight / (scale[:, None] if per_channel else scale)
+        model.set(f"{module}.weight", codes.to(torch.float8_e4m3fn))
+        model.set(f"{module}.weight_scale", scale.bfloat16())
+        if static:
+            model.set(f"{module}.input_scale", torch.tensor(0.25))
+    model.quantization["layer_quant_config"] = {
+        "*layers.0.self_attn*": fp8_layer(per_channel=per_channel, static=static)
+    }
     return model
 
 

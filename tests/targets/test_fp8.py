@@ -5,7 +5,6 @@ compressed-tensors' own classes read the config, give each module its scheme, an
 
 from __future__ import annotations
 
-import copy
 import json
 from pathlib import Path
 from typing import Any, Final
@@ -15,45 +14,12 @@ import torch
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
 from compressed_tensors.quantization.lifecycle.forward import dequantize
 from support.checkpoints import Tensors, load
-from support.model import Model
-from support.quark_config import TENSOR_WEIGHT, layer_config
+from support.reported import FP8_ATTENTION, fp8_layer, with_fp8_attention
 
 import quarkconv
 from quarkconv.targets import TARGETS
 
-MODULES: Final = tuple(f"model.layers.0.self_attn.{name}_proj" for name in "qkvo")
 KEEPING: Final = ("compressed-tensors", "fused-int8")
-LARGEST: Final = 448.0
-"""The largest magnitude of float8_e4m3fn."""
-
-
-def spec(per_channel: bool, static: bool) -> dict[str, Any]:
-    """A Quark layer config in FP8."""
-    layer = copy.deepcopy(layer_config())
-    if not per_channel:
-        layer["weight"] = copy.deepcopy(TENSOR_WEIGHT)
-    if static:
-        layer["input_tensors"] = copy.deepcopy(TENSOR_WEIGHT)
-    for part in ("weight", "input_tensors"):
-        layer[part]["dtype"] = "fp8_e4m3"
-    return layer
-
-
-def with_fp8(per_channel: bool = True, static: bool = False) -> Model:
-    """The attention of the first layer in FP8, that of the second in BF16."""
-    model, random = Model(), torch.Generator().manual_seed(1)
-    model.to_float("model.layers.1.self_attn")
-    model.quantization["exclude"].append("model.layers.1.self_attn.o_proj")
-    for module in MODULES:
-        weight = torch.randn(8, 8, generator=random)
-        scale = (weight.abs().amax(1) if per_channel else weight.abs().amax()) / LARGEST
-        codes = weight / (scale[:, None] if per_channel else scale)
-        model.set(f"{module}.weight", codes.to(torch.float8_e4m3fn))
-        model.set(f"{module}.weight_scale", scale.bfloat16())
-        if static:
-            model.set(f"{module}.input_scale", torch.tensor(0.25))
-    model.quantization["layer_quant_config"] = {"*layers.0.self_attn*": spec(per_channel, static)}
-    return model
 
 
 def quantization(folder: Path) -> dict[str, Any]:
@@ -83,11 +49,11 @@ def schemes(folder: Path) -> dict[str, QuantizationScheme | None]:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("per_channel", [False, True])
 def test_compressed_tensors_gives_each_module_its_scheme(per_channel: bool, static: bool, tmp_path: Path) -> None:
-    source = with_fp8(per_channel, static).write(tmp_path / "source")
+    source = with_fp8_attention(per_channel=per_channel, static=static).write(tmp_path / "source")
     out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
     found = schemes(out)
     for name, scheme in found.items():
-        if name in MODULES:
+        if name in FP8_ATTENTION:
             assert scheme is not None, name
             assert scheme.weights is not None
             assert scheme.input_activations is not None
@@ -108,12 +74,12 @@ def test_compressed_tensors_gives_each_module_its_scheme(per_channel: bool, stat
 def test_compressed_tensors_dequantizes_to_the_weights_of_the_source(
     target: str, per_channel: bool, tmp_path: Path
 ) -> None:
-    source = with_fp8(per_channel, static=True).write(tmp_path / "source")
+    source = with_fp8_attention(per_channel=per_channel, static=True).write(tmp_path / "source")
     before: Tensors = load(source)
     after: Tensors = load(quarkconv.convert_checkpoint(source, target, tmp_path / "out").output)
     group = QuantizationConfig.model_validate(quantization(tmp_path / "out")).config_groups["group_1"]
     assert isinstance(group, QuantizationScheme)
-    for module in MODULES:
+    for module in FP8_ATTENTION:
         scale = before[f"{module}.weight_scale"].float().reshape(-1, 1)
         assert after[f"{module}.weight_scale"].shape == ((8, 1) if per_channel else (1,))
         found = dequantize(
@@ -125,7 +91,7 @@ def test_compressed_tensors_dequantizes_to_the_weights_of_the_source(
 
 @pytest.mark.parametrize("target", KEEPING)
 def test_what_was_written_agrees_and_can_be_converted_again(target: str, tmp_path: Path) -> None:
-    source = with_fp8().write(tmp_path / "source")
+    source = with_fp8_attention().write(tmp_path / "source")
     inspection = quarkconv.inspect_checkpoint(source)
     assert inspection.ok
     assert inspection.scheme == "ptpc_int8"
@@ -145,15 +111,15 @@ def test_what_was_written_agrees_and_can_be_converted_again(target: str, tmp_pat
 
 @pytest.mark.parametrize("target", [name for name in TARGETS if name not in KEEPING])
 def test_targets_of_one_scheme_name_the_refused_modules(target: str, tmp_path: Path) -> None:
-    source = with_fp8().write(tmp_path / "source")
+    source = with_fp8_attention().write(tmp_path / "source")
     with pytest.raises(quarkconv.UnsupportedError, match="4 linears in FP8 beside INT8 experts") as caught:
         quarkconv.plan_conversion(source, target)
     assert caught.value.exit_code == 4
-    assert MODULES[1] in str(caught.value)
+    assert FP8_ATTENTION[1] in str(caught.value)
 
 
 def test_engines_have_no_verdict_on_untested_forms(tmp_path: Path) -> None:
-    inspection = quarkconv.inspect_checkpoint(with_fp8().write(tmp_path / "source"))
+    inspection = quarkconv.inspect_checkpoint(with_fp8_attention().write(tmp_path / "source"))
     assert {row.verdict for row in inspection.engines} >= {"not checked"}
     assert not {row.verdict for row in inspection.engines} & {"int8", "w8a16"}
     assert all("FP8" in item.text for item in inspection.advice)
@@ -161,15 +127,15 @@ def test_engines_have_no_verdict_on_untested_forms(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("wrong", ["not declared", "blocks", "experts"])
 def test_fp8_that_no_group_expresses_is_unsupported(wrong: str, tmp_path: Path) -> None:
-    model = with_fp8()
+    model = with_fp8_attention()
     if wrong == "not declared":
         model.quantization["layer_quant_config"] = {}
     if wrong == "blocks":
-        model.set(f"{MODULES[0]}.weight_scale", torch.ones(2, 2))
+        model.set(f"{FP8_ATTENTION[0]}.weight_scale", torch.ones(2, 2))
     if wrong == "experts":
         name = "model.layers.0.mlp.experts.0.up_proj"
         model.set(f"{name}.weight", torch.ones(4, 8).to(torch.float8_e4m3fn))
-        model.quantization["layer_quant_config"][name] = spec(True, False)
+        model.quantization["layer_quant_config"][name] = fp8_layer(per_channel=True, static=False)
     source = model.write(tmp_path / "source")
     with pytest.raises(quarkconv.UnsupportedError, match="scheme-unsupported"):
         quarkconv.plan_conversion(source, "compressed-tensors")
