@@ -14,7 +14,7 @@ separate, for the terminal and for ``--json``.
 
 from __future__ import annotations
 
-from typing import ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, TypedDict, Unpack
 
 
 class Details(TypedDict, total=False):
@@ -54,6 +54,10 @@ class QuarkconvError(Exception):
         self.found = details.get("found")
         self.hint = details.get("hint")
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Whatever the arguments of a subclass, its errors cross processes with all their parts."""
+        return _restored, (type(self), self.args, self.__dict__)
+
     def details(self) -> list[tuple[str, str]]:
         """The parts that are known, as (label, text), in reading order."""
         parts = [(label, getattr(self, label)) for label in Details.__annotations__]
@@ -61,6 +65,12 @@ class QuarkconvError(Exception):
 
     def __str__(self) -> str:
         return "; ".join([self.message, *(f"{label}: {text}" for label, text in self.details())])
+
+
+def _restored(kind: type[QuarkconvError], args: tuple[Any, ...], parts: dict[str, Any]) -> QuarkconvError:
+    error = kind.__new__(kind, *args)
+    error.__dict__.update(parts)
+    return error
 
 
 class UsageError(QuarkconvError):

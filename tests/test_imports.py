@@ -20,7 +20,7 @@ KERNELS = ROOT / "kernels" / "src"
 
 LAYERS = (
     ("errors", "progress", "text", "version"),
-    ("dtypes", "findings", "defects"),
+    ("dtypes", "findings", "defects", "cluster"),
     ("files",),
     ("cloud",),
     ("headers", "hub"),

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.options import Json, Model, Quiet, Ray, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
@@ -86,6 +86,7 @@ def convert(
     join: Annotated[
         bool, typer.Option("--join", help="Write together with others that --join too; start and stop any of them.")
     ] = False,
+    ray: Ray = None,
     finish: Annotated[
         bool, typer.Option("--finish", help="Finish when all parts are written. The last part does it too.")
     ] = False,
@@ -122,15 +123,16 @@ def convert(
     get_target(to)  # a wrong name fails before the model is located
     share = None if part is None else parse_share(part)
     divided = share is not None or join
+    chosen = [share is not None, join, ray is not None, finish]
     if (
-        (divided and (finish or overwrite or push is not None))
-        or (share is not None and join)
+        sum(chosen) > 1
+        or ((divided or ray is not None) and (overwrite or push is not None))
         or (finish and (overwrite or dry_run))
     ):
         raise UsageError(
             "These options exclude one another",
-            expected="one of --part, --join and --finish; --part and --join without --overwrite and --push; --finish "
-            "without --overwrite and --dry-run",
+            expected="one of --part, --join, --ray and --finish; these without --overwrite; --push with --finish only; "
+            "--finish without --dry-run",
             hint="delete the output directory to start a conversion in parts over",
         )
     options = Options(
@@ -155,6 +157,8 @@ def convert(
                 value |= joined.to_json() | {"finished": False}
             elif share is not None:
                 result = conversion.run_share(share, jobs=jobs, progress=meter)
+            elif ray is not None:
+                result = conversion.run_on_ray(ray, jobs=jobs, progress=meter)
             elif finish:
                 result = conversion.finish(jobs=jobs, progress=meter)
             else:

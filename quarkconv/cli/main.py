@@ -15,6 +15,7 @@ from typing import Annotated, Any, Final, NoReturn
 import typer
 
 from quarkconv.cli import convert, engines, evaluate, inspect, merge, tune, uploads, verify
+from quarkconv.cli.options import with_addresses
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
 from quarkconv.version import own_version
@@ -62,7 +63,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     words = sys.argv[1:] if args is None else args
     as_json = "--json" in words
     try:
-        status: Any = app(words or ["--help"], standalone_mode=False)
+        status: Any = app(with_addresses(words) or ["--help"], standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except QuarkconvError as error:

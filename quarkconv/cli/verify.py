@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import re
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.options import Json, Model, Quiet, Ray, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
@@ -75,6 +76,7 @@ def verify(
         str | None,
         typer.Option("--part", metavar="K/N", help="Check part K of N; `quarkconv merge` merges what --json prints."),
     ] = None,
+    ray: Ray = None,
     report: Annotated[
         str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
     ] = None,
@@ -93,12 +95,19 @@ def verify(
     chosen = None if layers is None else parse_layers(layers)
     counts = parse_tokens(tokens)
     share = None if part is None else parse_share(part)
+    if share is not None and ray is not None:
+        raise UsageError("These options exclude one another", expected="--part or --ray", found="both")
     if report is not None:
         require_charts()
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 
-        verification = verify_checkpoint(
+        verify_by = verify_checkpoint
+        if ray is not None:
+            from quarkconv.verify.on_ray import verify_on_ray
+
+            verify_by = partial(verify_on_ray, address=ray)
+        verification = verify_by(
             model,
             source,
             device,

@@ -214,6 +214,42 @@ class Conversion:
                     raise
         return None if manifest is None else self._result(manifest)
 
+    def run_on_ray(
+        self, address: str = "auto", *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT
+    ) -> ConversionResult:
+        """Carry out the plan as tasks of a Ray cluster, one for each shard. The same call resumes.
+
+        All nodes must see the source and the output under the same names.
+
+        Args:
+            address: of the cluster: ``auto``, ``local``, ``HOST:PORT`` or ``ray://HOST:PORT``.
+            jobs: threads of a task.
+            progress: receives how far all tasks have come.
+
+        Raises:
+            UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and Ray is not
+                installed, or the cluster cannot be reached.
+        """
+        from quarkconv.convert.on_ray import execute_on_ray
+        from quarkconv.write.output import finished_output
+
+        plan = self._only_plan()
+        require_jobs(jobs)
+        digest = plan_digest(plan)
+        manifest = finished_output(self.location, digest)
+        progress.step(f"Converting to {plan.target} on Ray", sum(shard.nbytes for shard in plan.shards), "byte")
+        if manifest is None:
+            manifest = execute_on_ray(
+                plan,
+                self.source.files,
+                self.location if isinstance(self.location, str) else self.location.absolute(),
+                digest=digest,
+                jobs=jobs,
+                address=address,
+                progress=progress,
+            )
+        return self._result(manifest)
+
     def join(self, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT) -> tuple[ConversionResult | None, Joined]:
         """Work on the plan together with other processes until it is carried out. Any may begin and end at any time.
 
@@ -269,7 +305,7 @@ class Conversion:
         if self.by_rank:
             raise UsageError(
                 "Conversions by rank are not divided into parts",
-                expected="--part, --join or --finish without --tp and --ep",
+                expected="--part, --join, --ray or --finish without --tp and --ep",
                 found="both",
                 hint="run one conversion by rank on each machine, or convert without --tp and --ep",
             )

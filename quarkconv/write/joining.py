@@ -108,6 +108,22 @@ def execute_joined(
 
 
 @contextmanager
+def open_joined(output: Path | str, state: dict[str, Any], plan_files: list[str]) -> Iterator[Destination]:
+    """Begin or join a conversion whose shards several workers may write; who writes which is the caller's matter.
+
+    Args and errors as of :func:`quarkconv.write.output.open_output`.
+    """
+    if isinstance(output, Path):
+        with open_share(output, state, plan_files, None) as staging:
+            yield staging
+        return
+    from quarkconv.write.object_destination import open_objects
+
+    with open_objects(output, state, plan_files) as destination:
+        yield destination
+
+
+@contextmanager
 def _open(output: Path | str, state: dict[str, Any], plan_files: list[str]) -> Iterator[tuple[Destination, Leases]]:
     """Begin or join a conversion; the destination, and the leases of this worker."""
     if isinstance(output, Path):

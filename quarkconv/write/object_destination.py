@@ -123,7 +123,11 @@ class ObjectDestination:
         if not self._shared:
             self.objects.put(name, data)
             return True
-        if self.objects.create(name, data):
+        try:
+            if self.objects.create(name, data):
+                return True
+        except ConditionsUnsupportedError:  # who writes last, writes the same
+            self.objects.put(name, data)
             return True
         found = self.objects.get(name)
         before = {} if found is None else _parsed(found[0])

@@ -1,0 +1,168 @@
+"""``--ray``: conversions and verifications on several nodes of one machine. Run by ``make test-cloud``."""
+
+from __future__ import annotations
+
+import json
+import os
+import pickle
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support.checkpoints import make_checkpoint
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot
+
+import quarkconv
+from quarkconv.cli.options import with_addresses
+from quarkconv.errors import HubError, QuarkconvError, SourceError, UnsupportedError, UsageError
+
+Capture = pytest.CaptureFixture[str]
+SHARD_SIZE = 100_000
+RUNS = int(os.environ.get("RAY_RUNS", "3"))
+"""Runs with nodes or drivers killed; ``make test-cloud`` runs 20."""
+
+
+@pytest.mark.parametrize(
+    ("words", "filled"),
+    [
+        (["convert", "--ray"], ["convert", "--ray", "auto"]),
+        (["convert", "--ray", "--to", "bf16"], ["convert", "--ray", "auto", "--to", "bf16"]),
+        (["--ray", "10.0.0.1:6379", "m"], ["--ray", "10.0.0.1:6379", "m"]),
+        (["--ray", "ray://head:10001"], ["--ray", "ray://head:10001"]),
+        (["--ray", "local"], ["--ray", "local"]),
+        (["--ray", "./model"], ["--ray", "auto", "./model"]),
+        (["inspect", "m"], ["inspect", "m"]),
+    ],
+)
+def test_the_address_may_be_left_out(words: list[str], filled: list[str]) -> None:
+    assert with_addresses(words) == filled
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        UsageError("m", hint="h"),
+        SourceError("m", code="shard-missing", file="f"),
+        HubError("m", found="x"),
+        UnsupportedError("m", tensor="t"),
+    ],
+)
+def test_errors_cross_processes_with_all_their_parts(error: QuarkconvError) -> None:
+    copy = pickle.loads(pickle.dumps(error))
+    assert type(copy) is type(error)
+    assert (str(copy), vars(copy)) == (str(error), vars(error))
+
+
+def test_without_ray_the_package_is_named(tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    model = make_checkpoint(tmp_path / "model")
+    code, out, _ = run_cli(capsys, "convert", model, "--to", "fused-int8", "--ray", "--json")
+    assert (code, json.loads(out)["hint"]) == (2, "pip install ray")
+    code, out, _ = run_cli(capsys, "verify", model, "--ray", "--json")
+    assert (code, json.loads(out)["hint"]) == (2, "pip install ray")
+    assert run_cli(capsys, "convert", model, "--to", "fused-int8", "--ray", "--join")[0] == 2
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[Any]:
+    """A head without CPUs, and two nodes."""
+    pytest.importorskip("ray", reason="Ray is not installed: make test-cloud installs it")
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    cluster.add_node(num_cpus=1)
+    cluster.add_node(num_cpus=1)
+    yield cluster
+    cluster.shutdown()
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("ray")
+    return make_checkpoint(
+        folder / "model", layers=4, experts=8, hidden=128, intermediate=128, zero_points=True, shards=2
+    )
+
+
+@pytest.fixture(scope="module")
+def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, str]:
+    out = tmp_path_factory.mktemp("whole") / "out"
+    return snapshot(quarkconv.convert_checkpoint(model, "fused-int8", out, max_shard_size=SHARD_SIZE).output)
+
+
+def words(model: Path, out: Path, address: str) -> list[str]:
+    sizes = ["--max-shard-size", str(SHARD_SIZE), "--ray", address]
+    return ["convert", str(model), "--to", "fused-int8", "--out", str(out), *sizes]
+
+
+def start(*arguments: str) -> subprocess.Popen[bytes]:
+    code = "import sys; from quarkconv.cli.main import main; main(sys.argv[1:])"
+    return subprocess.Popen([sys.executable, "-c", code, *arguments], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+
+
+def test_a_conversion_has_the_bytes_of_one_machine(
+    cluster: Any, model: Path, tmp_path: Path, whole: dict[str, str]
+) -> None:
+    process = start(*words(model, tmp_path / "out", cluster.address), "--json")
+    out, errors = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 0, errors.decode()
+    assert json.loads(out)["bytes"] > 0
+    assert snapshot(tmp_path / "out") == whole
+
+
+def test_a_verification_is_that_of_one_machine(cluster: Any, model: Path, tmp_path: Path) -> None:
+    out = quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "out", max_shard_size=SHARD_SIZE).output
+    options = ["verify", str(out), "--source", str(model), "--tokens", "4", "--device", "cpu", "--json"]
+    process = start(*options, "--ray", cluster.address)
+    found, errors = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 0, errors.decode()
+    alone = start(*options)
+    expected = json.loads(alone.communicate(timeout=PROCESS_TIMEOUT)[0])
+    value = json.loads(found)
+    for item in (value, expected):
+        for layer in item["numbers"]["layers"]:
+            del layer["seconds"]
+    for item in (value, expected):
+        del item["model"], item["source"]
+    assert value == expected
+
+
+def test_a_check_that_fails_on_a_node_ends_the_command_with_its_error(cluster: Any, tmp_path: Path) -> None:
+    broken = make_checkpoint(tmp_path / "model", experts=4, zero_points=True)
+    check = quarkconv.plan_conversion(broken, "fused-int8").checks[0].first
+    with open(broken / check.file, "r+b") as file:
+        file.seek(check.start)
+        file.write(b"\x01")
+    process = start(*words(broken, tmp_path / "out", cluster.address), "--json")
+    out, _ = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 4
+    assert json.loads(out)["tensor"] == check.tensor
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("seed", range(RUNS))
+def test_nodes_and_drivers_that_are_killed_cost_time_only(
+    cluster: Any, model: Path, tmp_path: Path, whole: dict[str, str], seed: int
+) -> None:
+    rng, out = random.Random(seed), tmp_path / "out"
+    for attempt in range(6):
+        process = start(*words(model, out, cluster.address))
+        victim = rng.choice(["node", "driver"]) if attempt < 3 else "none"
+        time.sleep(rng.uniform(2, 6) if attempt < 3 else 0)
+        if victim == "driver":
+            process.send_signal(signal.SIGKILL)
+        elif victim == "node" and process.poll() is None:
+            node = rng.choice(list(cluster.worker_nodes))
+            cluster.remove_node(node, allow_graceful=False)
+            cluster.add_node(num_cpus=1)
+        errors = process.communicate(timeout=PROCESS_TIMEOUT)[1].decode()
+        if (out / "config.json").exists():
+            break
+        assert victim == "driver", errors
+    assert snapshot(out) == whole
