@@ -17,6 +17,7 @@ from typing import Any
 from quarkconv.findings import CODES
 from quarkconv.inspection.engines import ENGINE_NAMES, engine_facts
 from quarkconv.targets import TARGETS
+from quarkconv.tune.tables import MEASURED, SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -196,6 +197,17 @@ def forward_grid(name: str) -> str:
     return "\n".join(lines) + f"\n\nGeometric means: {'; '.join(means)}."
 
 
+def tuned_tables() -> str:
+    """What the tables that quarkconv brings for vLLM were measured to gain."""
+    entries = json.loads((SHIPPED / "vllm" / MEASURED).read_text())
+    rows = ["| E, K, H, I | device | tokens: times as fast as vLLM's own choice |", "| --- | --- | --- |"]
+    for entry in entries.values():
+        gains = (f"{n}: {t['default_us'] / t['tuned_us']:.2f}" for n, t in entry["tokens"].items())
+        sizes = ", ".join(str(entry[key]) for key in ("experts", "top_k", "hidden", "intermediate"))
+        rows.append(f"| {sizes} | {entry['device']} | {', '.join(gains)} |")
+    return "\n".join(rows)
+
+
 PARTS = {
     "findings": findings,
     "engines": engines,
@@ -211,9 +223,10 @@ PARTS = {
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
     "forward-h200-grid": lambda: forward_grid("nvidia-h200"),
     "kernel-devices": kernel_devices,
+    "tuned-tables": tuned_tables,
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-NAMES = ("targets", "findings", "engines", "performance", "kernel-benchmarks", "kernel-devices")
+NAMES = ("targets", "findings", "engines", "performance", "kernel-benchmarks", "kernel-devices", "serving")
 DOCUMENTS = [f"docs/{name}.md" for name in NAMES]
 
 

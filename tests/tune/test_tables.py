@@ -13,6 +13,7 @@ from quarkconv.tune.grid import Tile
 from quarkconv.tune.shapes import whole
 from quarkconv.tune.tables import MEASURED, SHIPPED, Timing, dump_table, parse_table, record, shipped_folder
 
+ROOT = Path(__file__).parents[2]
 TIMINGS = {
     64: Timing(Tile(16, 64, 256, 1, 4, 4), 183.4, 170.26),
     1: Timing(Tile(16, 64, 128, 1, 4, 5), 27.0, 26.0),
@@ -71,6 +72,24 @@ def test_a_shipped_table_is_read_and_recorded(path: Path) -> None:
     assert named[3] in entry["device"].replace(" ", "_")
     for times in entry["tokens"].values():
         assert 0 < times["tuned_us"] <= times["default_us"]
+
+
+@pytest.mark.parametrize("device", ["nvidia-h200", "nvidia-h100-80gb-hbm3"])
+def test_shipped_tables_are_what_the_benchmark_measured(device: str) -> None:
+    result = json.loads((ROOT / "benchmarks" / "results" / f"moe-int8-{device}.json").read_text())
+    found = 0
+    for row in result["rows"]:
+        name = f"E={row['experts']},N={row['intermediate']},device_name={result['device'].replace(' ', '_')}.json"
+        path = SHIPPED / "vllm" / name
+        if not path.is_file():
+            continue
+        tile = parse_table(path.read_text())[row["tokens"]]
+        text = f"{tile.block_m}x{tile.block_n}x{tile.block_k} group {tile.group_m} warps {tile.num_warps} "
+        assert row["vllm_tuned"] in ("default", f"{text}stages {tile.num_stages}")
+        times = json.loads((path.parent / MEASURED).read_text())[name]["tokens"][str(row["tokens"])]
+        assert times == {key: round(row[f"vllm_{key}"], 1) for key in ("default_us", "tuned_us")}
+        found += 1
+    assert found == 25
 
 
 def test_every_record_has_its_table() -> None:

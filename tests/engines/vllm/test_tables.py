@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from importlib.metadata import version
 from pathlib import Path
 
@@ -57,6 +59,16 @@ def test_without_a_table_of_ours_int8_gets_one_for_bf16_or_a_rule_of_thumb() -> 
     tiles = parse_table(shipped.read_text())
     assert kernel.default(whole(128, 8, 2048, 768), 64) == tiles[64]
     assert kernel.default(SHAPE, 64) == Tile(32, 64, 128, 1, 4, 3)
+
+
+def test_its_kernel_computes_the_layer_that_is_timed() -> None:
+    """In Triton's interpreter, which cuts float32 to BF16: by at most 2 ** -8."""
+    program = Path(__file__).with_name("interpreted.py")
+    done = subprocess.run([sys.executable, program], capture_output=True, text=True, check=False, timeout=200)
+    assert done.returncode == 0, done.stderr[-2000:]
+    first, second = ([float(word) for word in line.split()] for line in done.stdout.splitlines()[-2:])
+    assert first == second  # of two tiles
+    assert 0 < max(first) < 2**-8
 
 
 def test_the_release_is_named() -> None:
