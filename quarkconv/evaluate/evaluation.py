@@ -164,7 +164,7 @@ def _runner(
         )
     runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
     for model in (quantized, *([] if unquantized is None else [unquantized])):
-        model.skeleton.fill(model.weights.layer(None).floats, None)
+        model.skeleton.fill(model.weights.layer(None).on(device).floats, None)
     return runner
 
 

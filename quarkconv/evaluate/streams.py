@@ -138,10 +138,11 @@ class LayerRunner:
     def fill(self, number: int, quantized: LayerWeights, unquantized: LayerWeights | None) -> None:
         """Fill a layer of both models."""
         skeleton = self.quantized.skeleton
+        quantized = quantized.on(skeleton.device)
         skeleton.fill(quantized.floats, skeleton.layer_prefix(number))
         if self.unquantized is not None and unquantized is not None:
             other = self.unquantized.skeleton
-            other.fill(unquantized.floats, other.layer_prefix(number))
+            other.fill(unquantized.on(other.device).floats, other.layer_prefix(number))
         self._moe = quantized.experts
         self._modules = dict(self._int8_modules(number, quantized))
 
@@ -258,20 +259,19 @@ class LayerRunner:
         """Path -> the module that computes in INT8 in its place."""
         if self._int8_layers is not None and number not in self._int8_layers:
             return
-        skeleton, device = self.quantized.skeleton, self.quantized.skeleton.device
-        for path, parts in weights.linears.items():
+        skeleton = self.quantized.skeleton
+        for path, names in weights.linears.items():
             module = skeleton.module(path)
             if not isinstance(module, nn.Linear):
                 continue  # a router of a class of its own, say: engines keep those in float
-            linear = _joined(parts, module.weight)
+            linear = _joined([weights.matrices[name] for name in names], module.weight)
             if linear is None:
                 raise UnsupportedError(
                     "A linear of the model's class holds other rows than the checkpoint's int8 linears",
                     file=str(skeleton.root),
                     tensor=f"{path}.weight",
                 )
-            static = None if linear.input_scale is None else linear.input_scale.to(device)
-            yield path, Int8Linear(linear.codes.to(device), linear.scale.to(device), module.bias, static)
+            yield path, Int8Linear(linear.codes, linear.scale, module.bias, linear.input_scale)
         for path, (layer, experts) in weights.experts.items():
             activation = expert_activation(self._config, layer.index, layer.moe)
             if isinstance(activation, Unknown):
@@ -289,7 +289,7 @@ class LayerRunner:
                     expected="routed experts in one module",
                     found=type(skeleton.layers[number]).__name__,
                 )
-            yield path, Int8Experts(experts.to(device), activation)
+            yield path, Int8Experts(experts, activation)
 
     @contextmanager
     def _int8(self, number: int) -> Iterator[None]:  # noqa: ARG002
@@ -347,7 +347,7 @@ def _joined(parts: Sequence[Int8Weight], weight: Tensor) -> Int8Weight | None:
         codes, scale = join([part.codes for part in order]), join([part.scale for part in order])
         static = {None if part.input_scale is None else part.input_scale.item() for part in order}
         if codes.shape == weight.shape and len(static) == 1:
-            expected = dequantized(codes.to(weight.device), scale.to(weight.device)).to(weight.dtype)
+            expected = dequantized(codes, scale).to(weight.dtype)
             if torch.equal(expected, weight):
                 return Int8Weight(codes, scale, order[0].input_scale)
     return None

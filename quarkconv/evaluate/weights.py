@@ -5,14 +5,13 @@ Codes become floats as the target ``bf16`` writes them: code times scale in floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from quarkconv.description.description import Description
@@ -34,24 +33,47 @@ class Int8Weight:
     scale: Tensor
     input_scale: Tensor | None
 
+    def to(self, device: torch.device) -> Int8Weight:
+        """The same on a device."""
+        static = None if self.input_scale is None else self.input_scale.to(device)
+        return Int8Weight(self.codes.to(device), self.scale.to(device), static)
+
 
 @dataclass(slots=True)
 class LayerWeights:
     """What a checkpoint holds for one decoder layer, or for the rest of the model.
 
     Attributes:
-        floats: name in the unquantized model -> tensor on the CPU.
-        linears: module of the transformers model -> its int8 weights; more than one where the model joins linears.
+        floats: name in the unquantized model -> tensor.
+        matrices: the same for int8 weights.
+        linears: module of the transformers model -> names of its int8 weights; more than one where it joins linears.
         experts: module of the transformers model -> the MoE layer and its int8 experts.
+        classes: that module, whose flags say how it keeps experts; None where it holds them one by one.
     """
 
     floats: dict[str, Tensor] = field(default_factory=dict)
-    linears: dict[str, list[Int8Weight]] = field(default_factory=dict)
+    matrices: dict[str, Int8Weight] = field(default_factory=dict)
+    linears: dict[str, list[str]] = field(default_factory=dict)
     experts: dict[str, tuple[MoELayer, FusedExperts]] = field(default_factory=dict)
+    classes: dict[str, nn.Module | None] = field(default_factory=dict)
+
+    def on(self, device: torch.device) -> LayerWeights:
+        """The same on a device, with codes as floats beside the codes."""
+        floats = {name: tensor.to(device) for name, tensor in self.floats.items()}
+        matrices = {name: matrix.to(device) for name, matrix in self.matrices.items()}
+        floats |= {name: dequantized(matrix.codes, matrix.scale) for name, matrix in matrices.items()}
+        experts = {path: (layer, item.to(device)) for path, (layer, item) in self.experts.items()}
+        for path, (layer, item) in experts.items():
+            module = self.classes[path]
+            if module is None:
+                floats |= dict(_expert_floats(layer, item))
+            else:
+                floats |= {f"{path}.{leaf}": tensor for leaf, tensor in _stacked(item, module)}
+        return LayerWeights(floats, matrices, self.linears, experts, self.classes)
 
 
 class CheckpointWeights:
-    """Reads a described checkpoint for a skeleton. A context manager: it keeps open the files that it has read from.
+    """Reads a described checkpoint for a skeleton. A context manager: it keeps open the files that it reads from.
 
     Args:
         description: the checkpoint.
@@ -60,11 +82,9 @@ class CheckpointWeights:
 
     def __init__(self, description: Description, skeleton: Skeleton) -> None:
         self.description, self.skeleton = description, skeleton
-        self._places = {name: shard.file for shard in description.checkpoint.shards for name in shard.names}
-        self._files: dict[str, Any] = {}
         self._stack = ExitStack()
-        pool = self._stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
-        self._reader = self._stack.enter_context(LayerReader(description, pool))
+        self._pool = self._stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
+        self._reader = self._stack.enter_context(LayerReader(description, self._pool))
         self._names: dict[int | None, list[str]] = {}
         self._linears: dict[int | None, list[tuple[str, Form]]] = {}
         self._zero_points: dict[int | None, list[str]] = {}
@@ -76,7 +96,6 @@ class CheckpointWeights:
 
     def __exit__(self, *error: Any) -> None:
         self._stack.__exit__(*error)
-        self._files.clear()
 
     @property
     def float_experts(self) -> tuple[str, ...]:
@@ -92,31 +111,30 @@ class CheckpointWeights:
             UnsupportedError: a zero point is not zero.
         """
         found = LayerWeights()
-        for name in self._zero_points.get(number, ()):
-            self._require_zeros(name)
-        for name in self._names.get(number, ()):
-            found.floats[name] = self._tensor(name)
-        for module, form in self._linears.get(number, ()):
-            weight = self._linear(module, form)
+        self._require_zeros(self._zero_points.get(number, ()))
+        linears = self._linears.get(number, ())
+        names = [name for module, form in linears for name in _tensors_of(module, form)]
+        tensors = self._reader.tensors([*self._names.get(number, ()), *names])
+        found.floats = {name: tensors[name] for name in self._names.get(number, ())}
+        for module, form in linears:
             name = f"{module}.weight"
-            found.floats[name] = dequantized(weight.codes, weight.scale)
+            found.matrices[name] = self._linear(module, form, tensors)
             if module not in self.description.topology.members:  # int8 experts beside float ones run in float
-                target = self.skeleton.target(name)
-                found.linears.setdefault(target.removesuffix(".weight"), []).append(weight)
+                path = self.skeleton.target(name).removesuffix(".weight")
+                found.linears.setdefault(path, []).append(name)
         for layer in self._moe.get(number, ()):
             part = LayerPart(layer)
             experts, _ = self._reader.read(part, Arena(part.nbytes))
-            target = self.skeleton.target(_first(layer))
             modules = {} if number is None else self.skeleton.experts_of(number)
-            path = layer.prefix if layer.prefix in modules else next(iter(modules), "")
-            if self.skeleton.has(target):
-                found.floats.update(_expert_floats(layer, experts))
-                path = target.rpartition(".")[0]
-            elif path:
-                found.floats.update({f"{path}.{leaf}": item for leaf, item in _stacked(experts, modules[path])})
-            else:
-                self.skeleton.unmatched.append(_first(layer))
+            target = self.skeleton.target(_first(layer))
+            path = target.rpartition(".")[0] if self.skeleton.has(target) else layer.prefix
+            if path not in modules and not self.skeleton.has(target):
+                if not modules:
+                    self.skeleton.unmatched.append(_first(layer))
+                    continue
+                path = next(iter(modules))
             found.experts[path] = (layer, experts)
+            found.classes[path] = modules.get(path)
         return found
 
     def _sort(self) -> None:
@@ -156,37 +174,20 @@ class CheckpointWeights:
             else:
                 self.skeleton.unmatched.append(name)
 
-    def _require_zeros(self, name: str) -> None:
-        if bool(self._tensor(name).count_nonzero()):
-            raise UnsupportedError(
-                "A zero point is not zero: the weights are not quantized symmetrically",
-                file=self._places[name],
-                tensor=name,
-                expected="zeros",
-                hint="quantize the model again with symmetric weights",
-            )
+    def _require_zeros(self, names: Sequence[str]) -> None:
+        for name, tensor in self._reader.tensors(names).items():
+            if bool(tensor.count_nonzero()):
+                raise UnsupportedError(
+                    "A zero point is not zero: the weights are not quantized symmetrically",
+                    file=self._reader.refs[name].file,
+                    tensor=name,
+                    expected="zeros",
+                    hint="quantize the model again with symmetric weights",
+                )
 
-    def _tensor(self, name: str) -> Tensor:
-        """A tensor of any dtype, on the CPU.
-
-        Raises:
-            SourceError: its file cannot be read.
-        """
-        file = self._places[name]
-        try:
-            if file not in self._files:
-                path = self.description.checkpoint.root / file
-                self._files[file] = self._stack.enter_context(safe_open(path, framework="pt"))
-            tensor: Tensor = self._files[file].get_tensor(name)
-        except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
-            raise SourceError(
-                "A tensor cannot be read", code="shard-truncated", file=file, tensor=name, found=str(error)[:200]
-            ) from error
-        return tensor
-
-    def _linear(self, module: str, form: Form) -> Int8Weight:
+    def _linear(self, module: str, form: Form, tensors: Mapping[str, Tensor]) -> Int8Weight:
         names = linear_names(module)
-        codes = self._tensor(names.weight)
+        codes = tensors[names.weight]
         if codes.dim() != 2:
             raise SourceError(
                 "An int8 linear has more than two dimensions",
@@ -195,9 +196,17 @@ class CheckpointWeights:
                 tensor=names.weight,
                 found=str(list(codes.shape)),
             )
-        scale = self._tensor(names.scale).float().reshape(-1)
-        static = None if form.input_scale is None else self._tensor(names.input_scale).float().reshape(())
+        scale = tensors[names.scale].float().reshape(-1)
+        static = None if form.input_scale is None else tensors[names.input_scale].float().reshape(())
         return Int8Weight(codes, scale.expand(len(codes)).contiguous(), static)
+
+
+def _tensors_of(module: str, form: Form) -> Iterator[str]:
+    """The tensors that an int8 linear is computed with."""
+    names = linear_names(module)
+    yield from (names.weight, names.scale)
+    if form.input_scale is not None:
+        yield names.input_scale
 
 
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
@@ -222,7 +231,9 @@ def _stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Te
         ("gate_up_proj" if module.has_gate else "up_proj", experts.w13, experts.w13_scale, experts.w13_bias),
         ("down_proj", experts.w2, experts.w2_scale, experts.w2_bias),
     ):
-        weight = torch.stack([dequantized(*expert) for expert in zip(codes, scale.squeeze(-1), strict=True)])
+        weight = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+        for expert, out in enumerate(weight):  # one by one: all of them in float32 are four times the codes
+            out.copy_(dequantized(codes[expert], scale[expert].squeeze(-1)))
         if leaf == "gate_up_proj" and interleaved:
             weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
         yield leaf, weight.transpose(1, 2).contiguous() if module.is_transposed else weight

@@ -5,7 +5,7 @@ from __future__ import annotations
 import errno
 import functools
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
@@ -20,7 +20,7 @@ from quarkconv.experts.naming import Role
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Arena
 from quarkconv.load.experts import FusedExperts
-from quarkconv.load.layer_reads import PAGE, LayerPart, LayerRead, layer_reads
+from quarkconv.load.layer_reads import CHUNK_BYTES, PAGE, LayerPart, LayerRead, layer_reads
 from quarkconv.load.open_files import OpenFiles, open_files
 from quarkconv.plan.manifest import WrittenTensor
 
@@ -29,6 +29,13 @@ READERS: Final = min(8, 2 * (os.cpu_count() or 1))
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
+_TORCH_DTYPES: Final = {
+    **_DTYPES,
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}
+_ALIGNED: Final = 64
+"""Bytes that the start of a tensor in memory is a multiple of."""
 
 
 class Mismatch(NamedTuple):
@@ -132,6 +139,33 @@ class LayerReader:
         self._fill(LayerRead(name, ref.file, ref.start + number * len(data), len(data), 0), memoryview(data))
         values = torch.frombuffer(data, dtype=_DTYPES[ref.dtype]) if data else torch.empty(0, dtype=_DTYPES[ref.dtype])
         return values if part is not None else values.reshape(ref.shape)
+
+    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Whole tensors of any dtype that torch has, read by all threads into memory of their own.
+
+        Raises:
+            SourceError: a file cannot be read, or a dtype is not one of torch's.
+        """
+        reads, places, at = [], {}, 0
+        for name in dict.fromkeys(names):
+            ref = self.refs[name]
+            dtype = _TORCH_DTYPES.get(ref.dtype)
+            if dtype is None:
+                raise SourceError("A tensor has a dtype that torch does not have", code="scheme-unsupported",
+                                  file=ref.file, tensor=name, found=ref.dtype)  # fmt: skip
+            places[name] = (at, dtype)
+            for start in range(0, ref.nbytes, CHUNK_BYTES):
+                size = min(CHUNK_BYTES, ref.nbytes - start)
+                reads.append(LayerRead(name, ref.file, ref.start + start, size, at + start))
+            at += -(-ref.nbytes // _ALIGNED) * _ALIGNED
+        buffer = torch.empty(at, dtype=torch.uint8)
+        memory = memoryview(buffer.numpy())
+        for _ in self._pool.map(lambda item: self._fill(item, memory), reads):
+            pass
+        return {
+            name: buffer[at : at + self.refs[name].nbytes].view(dtype).reshape(self.refs[name].shape)
+            for name, (at, dtype) in places.items()
+        }
 
     def _experts(self, part: LayerPart, arena: Arena) -> FusedExperts:
         experts, hidden, inner = len(part.experts), part.layer.hidden, len(part.inner)

@@ -48,10 +48,10 @@ def streamed(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     skeleton = Skeleton(folder, torch.device("cpu"))
     with ExitStack() as stack:
         weights = stack.enter_context(CheckpointWeights(describe(folder), skeleton))
-        skeleton.fill(weights.layer(None).floats, None)
+        skeleton.fill(weights.layer(None).on(skeleton.device).floats, None)
         states, calls = skeleton.embed(ids)
         for number, call in enumerate(calls):
-            skeleton.fill(weights.layer(number).floats, skeleton.layer_prefix(number))
+            skeleton.fill(weights.layer(number).on(skeleton.device).floats, skeleton.layer_prefix(number))
             states = skeleton.run_layer(number, states, call)
             skeleton.empty(number)
             assert all(parameter.is_meta for parameter in skeleton.layers[number].parameters())

@@ -1,0 +1,109 @@
+"""A twin of Qwen3MoeForCausalLM in float64, INT8 or not: numpy and the safetensors file, nothing of quarkconv.
+
+Every operation is in float64. Sums of codes stay below 2^53, so they are exact; codes are rounded half to even, as numpy
+rounds.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import load_file
+
+Array = np.ndarray[Any, np.dtype[np.float64]]
+
+
+@dataclass(frozen=True)
+class Twin:
+    """A checkpoint of one shard by Quark: codes ``weight`` and a scale for each row ``weight_scale``.
+
+    Attributes:
+        config: config.json.
+        tensors: name -> float64.
+        int8: activations are rounded to 8 bits per token before each int8 product; False: the dequantized model.
+    """
+
+    config: dict[str, Any]
+    tensors: dict[str, Array]
+    int8: bool
+
+    @classmethod
+    def of(cls, folder: Path, *, int8: bool) -> Twin:
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        stored: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
+        return cls(config, {name: tensor.double().numpy() for name, tensor in stored.items()}, int8)
+
+    def logits(self, ids: Array) -> Array:
+        """Logits [B, L, V] of tokens [B, L]."""
+        states = self.tensors["model.embed_tokens.weight"][ids]
+        for layer in range(self.config["num_hidden_layers"]):
+            prefix = f"model.layers.{layer}"
+            states = states + self.attention(f"{prefix}.self_attn", self.norm(f"{prefix}.input_layernorm", states))
+            states = states + self.moe(f"{prefix}.mlp", self.norm(f"{prefix}.post_attention_layernorm", states))
+        return self.norm("model.norm", states) @ self.tensors["lm_head.weight"].T
+
+    def norm(self, name: str, states: Array) -> Array:
+        """RMSNorm over the last axis."""
+        mean = np.square(states).mean(-1, keepdims=True)
+        return states / np.sqrt(mean + self.config["rms_norm_eps"]) * self.tensors[f"{name}.weight"]
+
+    def linear(self, name: str, states: Array) -> Array:
+        """W8A8: per-token codes, exact sums, scales."""
+        codes, scale = self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale"].reshape(-1)
+        if not self.int8:
+            return states @ (codes * scale[:, None]).T
+        step = np.abs(states).max(-1, keepdims=True) / 127
+        rounded = np.clip(np.round(states / np.where(step > 0, step, 1)), -127, 127)
+        return (rounded @ codes.T) * step * scale
+
+    def attention(self, name: str, states: Array) -> Array:
+        """Causal attention with grouped keys and values, norms of queries and keys, rotary positions."""
+        size, length = self.config["head_dim"], states.shape[1]
+        q, k, v = (
+            self.linear(f"{name}.{part}_proj", states).reshape(*states.shape[:2], -1, size).swapaxes(1, 2)
+            for part in "qkv"
+        )
+        q, k = self.rotary(self.norm(f"{name}.q_norm", q)), self.rotary(self.norm(f"{name}.k_norm", k))
+        groups = q.shape[1] // k.shape[1]
+        k, v = k.repeat(groups, 1), v.repeat(groups, 1)
+        scores = q @ k.swapaxes(-1, -2) / np.sqrt(size)
+        scores = np.where(np.tri(length, dtype=bool), scores, -np.inf)
+        mixed = softmax(scores) @ v
+        return self.linear(f"{name}.o_proj", mixed.swapaxes(1, 2).reshape(*states.shape[:2], -1))
+
+    def rotary(self, states: Array) -> Array:
+        """Rotary positions on [B, heads, L, size]: halves are the two coordinates."""
+        size, length = states.shape[-1], states.shape[-2]
+        base = self.config["rope_parameters"]["rope_theta"]
+        angles = np.arange(length)[:, None] / base ** (np.arange(0, size, 2) / size)
+        angles = np.concatenate([angles, angles], -1)
+        first, second = np.split(states, 2, -1)
+        return states * np.cos(angles) + np.concatenate([-second, first], -1) * np.sin(angles)
+
+    def moe(self, name: str, states: Array) -> Array:
+        """Softmax, the largest k, renormalised; SwiGLU experts."""
+        tokens = states.reshape(-1, states.shape[-1])
+        weights = softmax(tokens @ self.tensors[f"{name}.gate.weight"].T)
+        chosen = np.argsort(-weights, -1, kind="stable")[:, : self.config["num_experts_per_tok"]]
+        shares = np.take_along_axis(weights, chosen, -1)
+        shares = shares / shares.sum(-1, keepdims=True)
+        output = np.zeros_like(tokens)
+        for expert in range(weights.shape[1]):
+            rows, slots = np.nonzero(chosen == expert)
+            prefix = f"{name}.experts.{expert}"
+            gate = self.linear(f"{prefix}.gate_proj", tokens[rows])
+            inner = gate / (1 + np.exp(-gate)) * self.linear(f"{prefix}.up_proj", tokens[rows])
+            output[rows] += self.linear(f"{prefix}.down_proj", inner) * shares[rows, slots][:, None]
+        return output.reshape(states.shape)
+
+
+def softmax(values: Array) -> Array:
+    """Over the last axis."""
+    powers = np.exp(values - values.max(-1, keepdims=True))
+    result: Array = powers / powers.sum(-1, keepdims=True)
+    return result
