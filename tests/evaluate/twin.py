@@ -1,7 +1,7 @@
 """A twin of Qwen3MoeForCausalLM in float64, INT8 or not: numpy and the safetensors file, nothing of quarkconv.
 
-Every operation is in float64. Sums of codes stay below 2^53, so they are exact; codes are rounded half to even, as numpy
-rounds.
+Every operation is in float64. Sums of codes stay below 2^53, so they are exact; codes are rounded half to even, as
+numpy rounds.
 """
 
 from __future__ import annotations

@@ -1,0 +1,248 @@
+"""Measure ``evaluate`` beside reading both models once: wall time, memory of the host and of the device.
+
+    python benchmarks/evaluate.py [--layers 7] [--shape qwen3] [--windows 4,64] [--device cuda] [--out FILE]
+
+Makes a qwen3_moe of random weights with the sizes of Qwen3-30B-A3B's layers, in BF16 and quantized to ptpc_int8 (15 GB
+in all with 7 layers), and evaluates it. Before each measurement the files are dropped from the page cache, as far as
+the system does that. A first evaluation, of one window, compiles the kernels and is not counted. Memory is counted
+beyond what the process held before.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+
+class Shape(NamedTuple):
+    """Sizes of a model."""
+
+    hidden: int
+    inner: int
+    experts: int
+    heads: int
+    kv_heads: int
+    size: int
+    vocabulary: int
+    top_k: int
+
+
+SHAPES = {
+    "qwen3": Shape(2048, 768, 128, 32, 4, 128, 151936, 8),
+    "tiny": Shape(64, 32, 4, 4, 2, 16, 512, 2),
+}
+
+
+def config(shape: Shape, layers: int) -> dict[str, Any]:
+    """config.json of the unquantized model."""
+    return {
+        "architectures": ["Qwen3MoeForCausalLM"], "model_type": "qwen3_moe", "dtype": "bfloat16",
+        "hidden_size": shape.hidden, "moe_intermediate_size": shape.inner, "intermediate_size": shape.inner,
+        "num_experts": shape.experts, "num_experts_per_tok": shape.top_k, "norm_topk_prob": True,
+        "num_hidden_layers": layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.size, "vocab_size": shape.vocabulary, "decoder_sparse_step": 1, "mlp_only_layers": [],
+        "hidden_act": "silu", "rms_norm_eps": 1e-6, "max_position_embeddings": 8192, "tie_word_embeddings": False,
+        "rope_parameters": {"rope_theta": 1e6, "rope_type": "default"},
+    }  # fmt: skip
+
+
+def quantization() -> dict[str, Any]:
+    """What Quark writes for ptpc_int8."""
+    common = {"dtype": "int8", "symmetric": True, "qscheme": "per_channel"}
+    weight, inputs = {**common, "is_dynamic": False, "ch_axis": 0}, {**common, "is_dynamic": True, "ch_axis": 1}
+    one = {"weight": weight, "input_tensors": inputs, "output_tensors": None, "bias": None}
+    return {"quant_method": "quark", "global_quant_config": one, "exclude": ["lm_head", "*.mlp.gate"],
+            "export": {"pack_method": "order", "weight_format": "real_quantized"}, "version": "0.13"}  # fmt: skip
+
+
+def layer_tensors(shape: Shape, layer: int, device: str) -> Iterator[tuple[str, Tensor, bool]]:
+    """Name, BF16 tensor and whether it is quantized, of one decoder layer."""
+    prefix = f"model.layers.{layer}"
+    wide, narrow = shape.heads * shape.size, shape.kv_heads * shape.size
+    linears = {"self_attn.q_proj": (wide, shape.hidden), "self_attn.k_proj": (narrow, shape.hidden),
+               "self_attn.v_proj": (narrow, shape.hidden), "self_attn.o_proj": (shape.hidden, wide)}  # fmt: skip
+    for expert in range(shape.experts):
+        linears |= {f"mlp.experts.{expert}.{name}_proj": (shape.inner, shape.hidden) for name in ("gate", "up")}
+        linears[f"mlp.experts.{expert}.down_proj"] = (shape.hidden, shape.inner)
+    for name, (rows, columns) in linears.items():
+        weight = torch.randn(rows, columns, device=device) / columns**0.5
+        yield f"{prefix}.{name}.weight", weight.bfloat16(), True
+    gate = torch.randn(shape.experts, shape.hidden, device=device) / shape.hidden**0.5
+    yield f"{prefix}.mlp.gate.weight", gate.bfloat16(), False
+    for name, length in (("input_layernorm", shape.hidden), ("post_attention_layernorm", shape.hidden),
+                         ("self_attn.q_norm", shape.size), ("self_attn.k_norm", shape.size)):  # fmt: skip
+        yield f"{prefix}.{name}.weight", torch.ones(length, dtype=torch.bfloat16, device=device), False
+
+
+def make_models(shape: Shape, layers: int, folder: Path, device: str) -> tuple[Path, Path]:
+    """The quantized model and the one before: a shard for each layer, and one for the rest."""
+    quantized, before = folder / "int8", folder / "bf16"
+    for path in (quantized, before):
+        path.mkdir()
+    torch.manual_seed(0)
+    index: dict[Path, dict[str, str]] = {quantized: {}, before: {}}
+
+    def write(path: Path, shard: str, tensors: dict[str, Tensor]) -> None:
+        save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path / shard, metadata={"format": "pt"})
+        index[path] |= dict.fromkeys(tensors, shard)
+
+    for layer in range(layers):
+        codes: dict[str, Tensor] = {}
+        floats: dict[str, Tensor] = {}
+        for name, tensor, is_quantized in layer_tensors(shape, layer, device):
+            floats[name] = tensor
+            if is_quantized:
+                scale = tensor.float().abs().amax(1) / 127
+                codes[name] = (tensor.float() / scale[:, None]).round().to(torch.int8)
+                codes[f"{name}_scale"] = scale
+            else:
+                codes[name] = tensor
+        write(quantized, f"layer-{layer}.safetensors", codes)
+        write(before, f"layer-{layer}.safetensors", floats)
+    rest = {name: torch.randn(shape.vocabulary, shape.hidden, device=device).mul_(0.02).bfloat16()
+            for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
+    rest["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16, device=device)
+    for path in (quantized, before):
+        write(path, "rest.safetensors", rest)
+        found = config(shape, layers) | ({"quantization_config": quantization()} if path == quantized else {})
+        (path / "config.json").write_text(json.dumps(found))
+        weights = {"metadata": {}, "weight_map": index[path]}
+        (path / "model.safetensors.index.json").write_text(json.dumps(weights))
+    return quantized, before
+
+
+def drop(folders: list[Path]) -> None:
+    """Drop the files from the page cache."""
+    for file in (file for folder in folders for file in folder.iterdir()):
+        descriptor = os.open(file, os.O_RDONLY)
+        os.fsync(descriptor)
+        os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED)
+        os.close(descriptor)
+
+
+def read_once(folders: list[Path]) -> dict[str, float]:
+    """Read every file with as many threads as evaluate has, into memory that is used again."""
+    from concurrent.futures import ThreadPoolExecutor
+
+    from quarkconv.load.layer_reader import READERS
+
+    part, block = 64 * 2**20, 2 * 2**20
+    files = [file for folder in folders for file in folder.iterdir()]
+
+    def read(task: tuple[Path, int]) -> int:
+        file, start = task
+        descriptor, buffer, done = os.open(file, os.O_RDONLY), bytearray(block), 0
+        while done < part and (count := os.preadv(descriptor, [buffer], start + done)):
+            done += count
+        os.close(descriptor)
+        return done
+
+    started = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        tasks = [(file, start) for file in files for start in range(0, file.stat().st_size, part)]
+        size = sum(pool.map(read, tasks))
+    return {"seconds": time.perf_counter() - started, "bytes": size, "threads": READERS}
+
+
+@contextmanager
+def peak_memory(found: dict[str, Any], device: str) -> Iterator[None]:
+    """Note by how much memory of the host and of the device grows, in bytes."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, peak, ended = resident(), [0], threading.Event()
+    held = 0
+    if device == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        held = torch.cuda.memory_allocated()
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peak[0] = max(peak[0], resident())
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()
+    found["host_bytes"] = max(peak[0] - before, 0)
+    found["device_bytes"] = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--shape", default="qwen3", choices=SHAPES)
+    parser.add_argument("--layers", type=int, default=7)
+    parser.add_argument("--windows", default="4,64", help="numbers of windows, each measured")
+    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--out", type=Path)
+    options = parser.parse_args()
+    import transformers
+
+    import quarkconv
+
+    shape = SHAPES[options.shape]
+    folder = Path(tempfile.mkdtemp())
+    try:
+        started = time.perf_counter()
+        quantized, before = make_models(shape, options.layers, folder, options.device)
+        print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        counts = [int(count) for count in options.windows.split(",")]
+        tokens = torch.randint(0, shape.vocabulary, (max(counts), options.window))
+        ids = folder / "ids.safetensors"
+        save_file({"token_ids": tokens}, ids)
+
+        def evaluate(count: int) -> Any:
+            return quarkconv.evaluate_checkpoint(
+                quantized, before, token_ids=ids, windows=count, device=options.device, resume=False
+            )
+
+        evaluate(1)
+        rows: list[dict[str, Any]] = []
+        for count in counts:
+            drop([quantized, before])
+            once = read_once([quantized, before])
+            drop([quantized, before])
+            row: dict[str, Any] = {"windows": count, "tokens": count * options.window, "reading_once": once}
+            with peak_memory(row, options.device):
+                began = time.perf_counter()
+                found = evaluate(count)
+                row["seconds"] = time.perf_counter() - began
+            row["over_reading"] = row["seconds"] / once["seconds"]
+            row["kl"], row["own"] = found.int8.mean, [layer.own for layer in found.layers]
+            rows.append(row)
+            print(json.dumps(row), file=sys.stderr, flush=True)
+        layer = {path.name: (path / "layer-0.safetensors").stat().st_size for path in (quantized, before)}
+        result = {
+            "benchmark": "evaluate", "shape": shape._asdict(), "layers": options.layers, "layer_bytes": layer,
+            "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "rows": rows,
+        }  # fmt: skip
+        print(json.dumps(result, indent=1))
+        if options.out:
+            options.out.write_text(json.dumps(result, indent=1) + "\n")
+    finally:
+        shutil.rmtree(folder)
+
+
+if __name__ == "__main__":
+    main()
