@@ -91,7 +91,7 @@ def evaluate_checkpoint(
     if other is not None:
         require_same_tokenizer(root, other)
     with ExitStack() as stack:
-        runners = [_runner(description, original, place, layers, stack) for place in devices]
+        runners = [layer_runner(description, original, place, layers, stack) for place in devices]
         tokens.check_vocabulary(runners[0].quantized.skeleton.vocabulary)
         run = Run(runners, tokens, batch, progress)
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
@@ -144,13 +144,27 @@ def _require_readable(description: Description) -> None:
         raise error
 
 
-def _runner(
+def layer_runner(
     description: Description,
     original: Description | None,
     device: torch.device,
     layers: set[int] | None,
     stack: ExitStack,
 ) -> LayerRunner:
+    """A runner with everything but the decoder layers filled.
+
+    Args:
+        description: the model that is evaluated.
+        original: the model before quantization; None where there is none.
+        device: where it runs.
+        layers: decoder layers that run in INT8; None for all that are stored so.
+        stack: closes the files.
+
+    Raises:
+        UsageError: no such layer, or another model in ``original``.
+        UnsupportedError: transformers has no class for the model.
+        SourceError: a file cannot be read.
+    """
     quantized = _model(description, device, stack)
     unquantized = None if original is None else _model(original, device, stack)
     if unquantized is not None:

@@ -25,7 +25,8 @@ class Twin:
     Attributes:
         config: config.json.
         tensors: name -> float64.
-        int8: activations are rounded to 8 bits per token before each int8 product; False: the dequantized model.
+        int8: activations are rounded to 8 bits per token before each int8 product, and experts take and give bfloat16,
+            as INT8 kernels do. False: the dequantized model, whose weights are rounded to bfloat16.
     """
 
     config: dict[str, Any]
@@ -56,9 +57,10 @@ class Twin:
         """W8A8: per-token codes, exact sums, scales."""
         codes, scale = self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale"].reshape(-1)
         if not self.int8:
-            return states @ (codes * scale[:, None]).T
-        step = np.abs(states).max(-1, keepdims=True) / 127
-        rounded = np.clip(np.round(states / np.where(step > 0, step, 1)), -127, 127)
+            return states @ bfloat16(codes * scale[:, None]).T
+        single = states.astype(np.float32)  # the format's codes are those of float32: many quotients are ties
+        step = np.abs(single).max(-1, keepdims=True, initial=0) / np.float32(127)
+        rounded = np.clip(np.round(single / np.where(step > 0, step, 1)), -127, 127).astype(np.float64)
         return (rounded @ codes.T) * step * scale
 
     def attention(self, name: str, states: Array) -> Array:
@@ -88,6 +90,7 @@ class Twin:
     def moe(self, name: str, states: Array) -> Array:
         """Softmax, the largest k, renormalised; SwiGLU experts."""
         tokens = states.reshape(-1, states.shape[-1])
+        inputs = self.narrow(tokens)
         weights = softmax(tokens @ self.tensors[f"{name}.gate.weight"].T)
         chosen = np.argsort(-weights, -1, kind="stable")[:, : self.config["num_experts_per_tok"]]
         shares = np.take_along_axis(weights, chosen, -1)
@@ -96,10 +99,21 @@ class Twin:
         for expert in range(weights.shape[1]):
             rows, slots = np.nonzero(chosen == expert)
             prefix = f"{name}.experts.{expert}"
-            gate = self.linear(f"{prefix}.gate_proj", tokens[rows])
-            inner = gate / (1 + np.exp(-gate)) * self.linear(f"{prefix}.up_proj", tokens[rows])
-            output[rows] += self.linear(f"{prefix}.down_proj", inner) * shares[rows, slots][:, None]
-        return output.reshape(states.shape)
+            gate = self.linear(f"{prefix}.gate_proj", inputs[rows])
+            inner = gate / (1 + np.exp(-gate)) * self.linear(f"{prefix}.up_proj", inputs[rows])
+            result = self.narrow(self.linear(f"{prefix}.down_proj", self.narrow(inner)))
+            output[rows] += result * shares[rows, slots][:, None]
+        return self.narrow(output).reshape(states.shape)
+
+    def narrow(self, values: Array) -> Array:
+        """What experts in INT8 take and give: bfloat16."""
+        return bfloat16(values) if self.int8 else values
+
+
+def bfloat16(values: Array) -> Array:
+    """Rounded to 8 bits of mantissa, half to even."""
+    mantissa, exponent = np.frexp(values)
+    return np.ldexp(np.round(mantissa * 256) / 256, exponent)
 
 
 def softmax(values: Array) -> Array:
