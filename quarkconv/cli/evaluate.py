@@ -9,6 +9,7 @@ import typer
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
+from quarkconv.cli.reports import command_line, require_charts, write_report
 from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
 
 if TYPE_CHECKING:
@@ -53,6 +54,9 @@ def evaluate(
         str | None,
         typer.Option("--record", metavar="FILE", help="Keep the inputs of MoE layers for verify --activations."),
     ] = None,
+    report: Annotated[
+        str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep finished layers on disk, and resume from them.")
     ] = True,
@@ -72,6 +76,8 @@ def evaluate(
     require_one_source(text, token_ids)
     from quarkconv.cli.verify import parse_layer_numbers
 
+    if report is not None:
+        require_charts()
     numbers = None if layers is None else parse_layer_numbers(layers)
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
@@ -92,6 +98,11 @@ def evaluate(
             resume=resume,
             progress=meter,
         )
+
+    if report is not None:
+        from quarkconv.report.evaluation import evaluation_report
+
+        write_report(report, evaluation_report(evaluation, command_line()))
 
     def render() -> RenderableType:
         from quarkconv.cli.render.evaluation import render_evaluation

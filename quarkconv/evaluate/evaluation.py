@@ -10,7 +10,7 @@ from typing import Final
 import torch
 
 from quarkconv.description.description import Description, describe
-from quarkconv.errors import UsageError
+from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import Run
@@ -140,8 +140,18 @@ def _require_readable(description: Description) -> None:
         for item in description.findings
         if item.code not in _EVALUATED and (description.schemes or not item.code.startswith("expert"))
     ]
-    if error := refusal(findings, str(description.checkpoint.root), "checkpoint", "evaluated"):
+    root = str(description.checkpoint.root)
+    if error := refusal(findings, root, "checkpoint", "evaluated"):
         raise error
+    for (form, _), modules in description.modules.groups.items():
+        if not form.quantized and not form.is_float:
+            raise UnsupportedError(
+                "The checkpoint has modules that are neither INT8 nor float",
+                file=root,
+                tensor=modules[0],
+                expected="int8 or floats",
+                found=form.weight.dtype,
+            )
 
 
 def layer_runner(

@@ -7,6 +7,7 @@ from typing import Any, Final
 
 from quarkconv.evaluate.request import Limits
 from quarkconv.evaluate.scores import Divergence, Perplexity
+from quarkconv.text import plural
 
 SCHEMA: Final = "quarkconv.evaluate/1"
 WORST: Final = 5
@@ -123,6 +124,23 @@ class Evaluation:
     def ok(self) -> bool:
         """True when every bound of the caller is kept."""
         return not self.exceeded
+
+    @property
+    def verdict(self) -> str:
+        """One line for people."""
+        if self.exceeded:
+            return "; ".join(self.exceeded)
+        if self.int8 is None:
+            return "Evaluated in float: the checkpoint holds no INT8 modules"
+        bounded = self.limits.max_kl is not None or self.limits.min_agreement is not None
+        return "Within the limits" if bounded else "Evaluated"
+
+    @property
+    def remarks(self) -> list[str]:
+        """What of the model did not run in INT8, for people."""
+        if not self.float_experts:
+            return []
+        return [f"{plural(len(self.float_experts), 'MoE layer')} stored in float, evaluated in float"]
 
     @property
     def worst_layers(self) -> list[LayerEvaluation]:

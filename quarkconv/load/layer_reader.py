@@ -31,8 +31,14 @@ _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _TORCH_DTYPES: Final = {
     **_DTYPES,
-    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
-    "I64": torch.int64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "BOOL": torch.bool,
+    "U8": torch.uint8,
+    "I8": torch.int8,
+    "I16": torch.int16,
+    "I32": torch.int32,
+    "I64": torch.int64,
+    "F8_E4M3": torch.float8_e4m3fn,
+    "F8_E5M2": torch.float8_e5m2,
 }
 _ALIGNED: Final = 64
 """Bytes that the start of a tensor in memory is a multiple of."""
@@ -158,12 +164,11 @@ class LayerReader:
                 size = min(CHUNK_BYTES, ref.nbytes - start)
                 reads.append(LayerRead(name, ref.file, ref.start + start, size, at + start))
             at += -(-ref.nbytes // _ALIGNED) * _ALIGNED
-        buffer = torch.empty(at, dtype=torch.uint8)
-        memory = memoryview(buffer.numpy())
-        for _ in self._pool.map(lambda item: self._fill(item, memory), reads):
+        arena = Arena(at)
+        for _ in self._pool.map(lambda item: self._fill(item, arena.memory), reads):
             pass
         return {
-            name: buffer[at : at + self.refs[name].nbytes].view(dtype).reshape(self.refs[name].shape)
+            name: arena.tensor[at : at + self.refs[name].nbytes].view(dtype).reshape(self.refs[name].shape)
             for name, (at, dtype) in places.items()
         }
 

@@ -1,13 +1,16 @@
-"""The data of a verification's charts, shared by page and terminal."""
+"""The data of charts, shared by page and terminal."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 from quarkconv.verify.results import SCALE_EDGES, Distance, LayerExperts, LayerNumbers
+
+if TYPE_CHECKING:
+    from quarkconv.evaluate.results import Evaluation
 
 
 class Extreme(NamedTuple):
@@ -143,18 +146,34 @@ def scale_ranges(layers: Sequence[LayerExperts]) -> ExpertMap:
 
 def expert_load(layers: Sequence[LayerExperts]) -> ExpertMap | None:
     """Tokens routed to each expert; None without routing."""
-    if not any(any(layer.load) for layer in layers):
+    return load_map(_numbers(layers), [layer.load for layer in layers])
+
+
+def load_map(layers: Sequence[int], loads: Sequence[Sequence[int]]) -> ExpertMap | None:
+    """Tokens of each expert of each layer; None where there are none.
+
+    Args:
+        layers: numbers of the layers.
+        loads: tokens of each expert, for each layer.
+    """
+    if not any(map(any, loads)):
         return None
-    busiest = max(max(layer.load) * len(layer.load) / sum(layer.load) for layer in layers if any(layer.load))
+    busiest = max(max(load) * len(load) / sum(load) for load in loads if any(load))
     return ExpertMap(
         "Load of each expert",
         "tokens",
-        _numbers(layers),
-        tuple(tuple(map(float, layer.load)) for layer in layers),
+        tuple(layers),
+        tuple(tuple(map(float, load)) for load in loads),
         form=",.0f",
         floor=0.0,
         note=f"busiest: {busiest:.1f} times its layer's mean",
     )
+
+
+def evaluation_load(evaluation: Evaluation) -> ExpertMap | None:
+    """Tokens of each expert on the text that a model was evaluated on; None without experts."""
+    layers = [layer for layer in evaluation.layers if layer.load]
+    return load_map([layer.index for layer in layers], [layer.load for layer in layers])
 
 
 def scale_distribution(layers: Sequence[LayerExperts]) -> Histogram:

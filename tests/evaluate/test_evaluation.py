@@ -250,7 +250,7 @@ def test_a_text_or_token_ids_but_not_both(quantized: Path, text: str | None, ids
 
 
 def test_the_command_prints_one_object_and_exits_1_beyond_a_limit(
-    capsys: pytest.CaptureFixture[str], quantized: Path, unquantized: Path, token_ids: Path
+    capsys: pytest.CaptureFixture[str], quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
 ) -> None:
     words: list[str | Path] = [
         "evaluate",
@@ -268,7 +268,9 @@ def test_the_command_prints_one_object_and_exits_1_beyond_a_limit(
     assert {"perplexity", "kl", "agreement", "layers"} <= found.keys()
     assert {"value", "standard_error"} == found["perplexity"]["int8"].keys()
     assert {"index", "module", "drift", "own", "routing_changed"} <= found["layers"][0].keys()
-    status, out, _ = run_cli(capsys, *words, "--max-kl", "1e-9", "--no-resume")
+    report = tmp_path / "report.html"
+    status, out, _ = run_cli(capsys, *words, "--max-kl", "1e-9", "--no-resume", "--report", report)
+    assert "exceeds --max-kl" in report.read_text("utf-8")
     assert status == 1
     assert "exceeds --max-kl" in out
     status, out, _ = run_cli(capsys, *words, "--min-agreement", "1", "--max-kl", "0.5", "--no-resume")

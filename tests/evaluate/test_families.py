@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import io
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,8 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.exports import DATA, restore
+from support.model import Model
+from support.quark_config import layer_config
 
 from quarkconv import SourceError, UnsupportedError, evaluate_checkpoint
 from quarkconv.cli.render.evaluation import render_evaluation
@@ -98,6 +101,20 @@ def test_what_is_not_int8_w8a8_is_refused(
 ) -> None:
     with pytest.raises(error, match=words):
         evaluated(checkpoints(name), few_ids)
+
+
+def test_attention_in_fp8_beside_int8_experts_is_refused(few_ids: Path, tmp_path: Path) -> None:
+    model = Model()
+    for name in "qkvo":
+        codes = torch.ones(8, 8).to(torch.float8_e4m3fn)
+        model.set(f"model.layers.0.self_attn.{name}_proj.weight", codes)
+        model.set(f"model.layers.0.self_attn.{name}_proj.weight_scale", torch.ones(8))
+    layer = copy.deepcopy(layer_config())
+    layer["weight"]["dtype"] = layer["input_tensors"]["dtype"] = "fp8_e4m3"
+    model.quantization["layer_quant_config"] = {"*layers.0.self_attn*": layer}
+    with pytest.raises(UnsupportedError, match="neither INT8 nor float") as caught:
+        evaluated(model.write(tmp_path / "model"), few_ids)
+    assert caught.value.found == "F8_E4M3"
 
 
 @pytest.mark.parametrize("module", ["self_attn.q_proj", "mlp.experts.2.up_proj"])

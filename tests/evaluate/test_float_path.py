@@ -25,7 +25,8 @@ from quarkconv.evaluate.weights import CheckpointWeights
 pytestmark = pytest.mark.long(40)
 
 FAMILIES = {path.name: path for path in sorted((DATA / "families").iterdir()) if path.is_dir()}
-KEPT = {**FAMILIES, **EXPORTS, **FIXTURES}
+OTHER_TOOLS = {path.name: path for path in sorted((DATA / "other_tools").iterdir()) if path.is_dir()}
+KEPT = {**FAMILIES, **EXPORTS, **FIXTURES, **OTHER_TOOLS}
 
 REFUSED = {
     # The class fails as a whole too: Quark's config lacks what its rotary embedding needs.
@@ -86,7 +87,7 @@ def fill_experts(model: torch.nn.Module, missing: set[str], folder: Path) -> Non
         parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
         kind = "bias" if bias else "weight"
         for expert in range(parameter.shape[0]):
-            by_end = {end: tensors[key] for key in tensors for end in [key[key.find("layers.") :]]}
+            by_end = {key[key.find("layers.") :].replace("block_sparse_moe", "mlp"): tensors[key] for key in tensors}
             names = [f"{prefix}.{expert}.{part}.{kind}" for part in parts]
             joined = by_end.get(f"{prefix}.{expert}.{leaf}.{kind}")
             value = joined if joined is not None else torch.cat([by_end[key] for key in names])

@@ -79,9 +79,9 @@ def test_the_dequantized_model_in_float32_equals_its_twin(
 def test_the_int8_model_in_float32_equals_its_twin_but_where_a_rounding_falls_the_other_way(
     in_float32: dict[str, Array], twins: dict[str, Array]
 ) -> None:
-    """Errors of float32 decide about one in 10^5 roundings to codes or to bfloat16 of experts, of 10^3 in a token
-    of a layer: most tokens have none, and equal the twin as closely as without codes. In the others, and through attention
-    in those that follow, one code of thousands is off by one: far less than what rounding all of them costs.
+    """Errors of float32 decide about one in 10^5 roundings to codes or to bfloat16 of experts, and a token has 10^3 of
+    them in a layer: most tokens equal the twin as closely as without codes. In the others, and through attention in
+    those that follow, one code of thousands is off by one: far less than what rounding all of them costs.
     """
     found, twin = in_float32["int8"], twins["int8"]
     largest = np.abs(found - twin).max(-1)

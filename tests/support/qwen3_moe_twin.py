@@ -46,22 +46,26 @@ class Twin:
             prefix = f"model.layers.{layer}"
             states = states + self.attention(f"{prefix}.self_attn", self.norm(f"{prefix}.input_layernorm", states))
             states = states + self.moe(f"{prefix}.mlp", self.norm(f"{prefix}.post_attention_layernorm", states))
-        return self.norm("model.norm", states) @ self.tensors["lm_head.weight"].T
+        logits: Array = self.norm("model.norm", states) @ self.tensors["lm_head.weight"].T
+        return logits
 
     def norm(self, name: str, states: Array) -> Array:
         """RMSNorm over the last axis."""
         mean = np.square(states).mean(-1, keepdims=True)
-        return states / np.sqrt(mean + self.config["rms_norm_eps"]) * self.tensors[f"{name}.weight"]
+        normed: Array = states / np.sqrt(mean + self.config["rms_norm_eps"]) * self.tensors[f"{name}.weight"]
+        return normed
 
     def linear(self, name: str, states: Array) -> Array:
         """W8A8: per-token codes, exact sums, scales."""
         codes, scale = self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale"].reshape(-1)
         if not self.int8:
-            return states @ bfloat16(codes * scale[:, None]).T
+            unrounded: Array = states @ bfloat16(codes * scale[:, None]).T
+            return unrounded
         single = states.astype(np.float32)  # the format's codes are those of float32: many quotients are ties
         step = np.abs(single).max(-1, keepdims=True, initial=0) / np.float32(127)
         rounded = np.clip(np.round(single / np.where(step > 0, step, 1)), -127, 127).astype(np.float64)
-        return (rounded @ codes.T) * step * scale
+        product: Array = (rounded @ codes.T) * step * scale
+        return product
 
     def attention(self, name: str, states: Array) -> Array:
         """Causal attention with grouped keys and values, norms of queries and keys, rotary positions."""
@@ -85,7 +89,8 @@ class Twin:
         angles = np.arange(length)[:, None] / base ** (np.arange(0, size, 2) / size)
         angles = np.concatenate([angles, angles], -1)
         first, second = np.split(states, 2, -1)
-        return states * np.cos(angles) + np.concatenate([-second, first], -1) * np.sin(angles)
+        turned: Array = states * np.cos(angles) + np.concatenate([-second, first], -1) * np.sin(angles)
+        return turned
 
     def moe(self, name: str, states: Array) -> Array:
         """Softmax, the largest k, renormalised; SwiGLU experts."""

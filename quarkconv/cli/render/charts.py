@@ -27,7 +27,7 @@ from quarkconv.report.series import (
     weight_errors,
 )
 from quarkconv.text import size
-from quarkconv.verify.results import LayerExperts, NumbersResult
+from quarkconv.verify.results import NumbersResult
 
 _T = TypeVar("_T")
 
@@ -60,7 +60,9 @@ def verification_charts(numbers: NumbersResult, options: ConsoleOptions) -> Rend
         numbers: of at least one layer.
         options: width and encoding of the terminal.
     """
-    return Group(*_lines(numbers, options), "", *_maps(numbers.experts, options), "")
+    found = (weight_errors(numbers.experts) or scale_ranges(numbers.experts), expert_load(numbers.experts))
+    maps = expert_maps([chart for chart in found if chart is not None], options)
+    return Group(*_lines(numbers, options), "", *maps, "")
 
 
 def size_bars(groups: Iterable[Sequence[tuple[str, int]]]) -> RenderableType:
@@ -131,13 +133,17 @@ def _spread(scales: Histogram) -> str:
     return f"{10 ** scales.edges[0]:.1e} to {10 ** scales.edges[-1]:.1e}, peak {10**middle:.1e}"
 
 
-def _maps(experts: tuple[LayerExperts, ...], options: ConsoleOptions) -> Iterator[RenderableType]:
-    """Heat maps, side by side in a wide terminal."""
-    found = (weight_errors(experts) or scale_ranges(experts), expert_load(experts))
-    charts = [chart for chart in found if chart is not None]
+def expert_maps(charts: Sequence[ExpertMap], options: ConsoleOptions) -> Iterator[RenderableType]:
+    """Heat maps of the same layers, side by side in a wide terminal.
+
+    Args:
+        charts: at least one.
+        options: width and encoding of the terminal.
+    """
+    numbers = charts[0].layers
     columns = max(len(row) for chart in charts for row in chart.cells)
-    layers = _step(len(experts), _ROWS)
-    names = ["-".join(dict.fromkeys((str(part[0].layer), str(part[-1].layer)))) for part in _parts(experts, layers)]
+    layers = _step(len(numbers), _ROWS)
+    names = ["-".join(dict.fromkeys((str(part[0]), str(part[-1])))) for part in _parts(numbers, layers)]
     room = options.max_width
     if len(charts) > 1 and len(names) > _FLAT and room >= _WIDE:
         room = (room - _BETWEEN) // len(charts)

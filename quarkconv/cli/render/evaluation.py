@@ -9,8 +9,10 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-from quarkconv.cli.out import indented, printable, title, verdict
+from quarkconv.cli.out import console, indented, printable, title, verdict
+from quarkconv.cli.render.charts import expert_maps
 from quarkconv.evaluate.results import Evaluation, LayerEvaluation
+from quarkconv.report.series import evaluation_load
 from quarkconv.text import plural
 
 _SHOWN_LAYERS: Final = 16
@@ -30,10 +32,11 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
         parts.append(_divergence(evaluation))
     if evaluation.layers:
         parts += [_layers(evaluation), _worst(evaluation)]
-    if evaluation.float_experts:
-        text = f"{plural(len(evaluation.float_experts), 'MoE layer')} stored in float, evaluated in float"
-        parts.append(indented(Text(text, style="yellow"), 2))
-    parts.append(_verdict(evaluation))
+    load = evaluation_load(evaluation)
+    if load is not None:
+        parts += [*expert_maps([load], console().options), ""]
+    parts += [indented(Text(remark, style="yellow"), 2) for remark in evaluation.remarks]
+    parts.append(verdict(printable(evaluation.verdict), good=evaluation.ok))
     return Group(*parts)
 
 
@@ -90,22 +93,15 @@ def _largest(layers: tuple[LayerEvaluation, ...]) -> list[LayerEvaluation]:
 def _worst(evaluation: Evaluation) -> RenderableType:
     lines: list[RenderableType] = []
     for item in evaluation.ablations:
-        text = f"without quantizing layer {item.index}: KL {item.kl:.3g}, {item.share:.0%} less"
-        lines.append(indented(text, 2))
-    for expert in evaluation.experts:
-        text = (
-            f"layer {expert.layer} expert {expert.expert}: squared error {expert.error:.2g} of its layer's output, "
-            f"{plural(expert.tokens, 'token')} of the sample"
-        )
-        lines.append(indented(text, 2, "dim"))
+        change = f"{item.share:.0%} less" if item.share >= 0 else f"{-item.share:.0%} more"
+        lines.append(indented(f"without quantizing layer {item.index}: KL {item.kl:.3g}, {change}", 2))
+    if evaluation.experts:
+        table = Table.grid(padding=(0, 2))
+        for column in ("layer", "expert", "squared error", "tokens"):
+            table.add_column(column, justify="right", no_wrap=True)
+        table.add_row("layer", "expert", "squared error", "tokens", style="dim")
+        for expert in evaluation.experts:
+            table.add_row(str(expert.layer), str(expert.expert), f"{expert.error:.2g}", f"{expert.tokens:,}")
+        note = "worst experts: squared error over that of their layer's output, on a sample of tokens"
+        lines += [indented(table, 2), indented(note, 2, "dim")]  # type: ignore[arg-type]
     return Group(Text("Where it is lost", style="bold"), *lines, "") if lines else Group()
-
-
-def _verdict(evaluation: Evaluation) -> Text:
-    if evaluation.exceeded:
-        return verdict(printable("; ".join(evaluation.exceeded)), good=False)
-    if evaluation.int8 is None:
-        return verdict("Evaluated in float: the checkpoint holds no INT8 modules", good=True)
-    limits = evaluation.limits
-    kept = limits.max_kl is not None or limits.min_agreement is not None
-    return verdict("Within the limits" if kept else "Evaluated", good=True)
