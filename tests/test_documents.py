@@ -101,7 +101,7 @@ def test_what_int8_and_planted_faults_cost_was_measured() -> None:
     assert f"from perplexity {values[0]:.2f} to {values[1]:.2f}" in prose
     assert f"codes shifted by a row it has {codes['perplexity']['int8']['value']:.1f};" in prose
     times = scales["kl"]["mean"] / sound["kl"]["mean"]
-    assert f"{scales['perplexity']['int8']['value']:.1f}, which one might overlook, but {times:.0f} times" in prose
+    assert f"{scales['perplexity']['int8']['value']:.1f}, easy to overlook, but {times:.0f} times" in prose
 
 
 def test_what_serving_with_the_plugin_gives_was_measured() -> None:
