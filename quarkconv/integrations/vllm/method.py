@@ -53,8 +53,8 @@ def unsupported(stock: Any) -> str | None:
 
 
 def backend_name(backend: Any) -> str:
-    """vLLM's name of one of its backends; static activations have none."""
-    return "unmodular" if backend is None else str(backend.value)
+    """vLLM's name of one of its backends, of which static activations have none (fused_experts runs them)."""
+    return "fused_experts" if backend is None else str(backend.value)
 
 
 class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import cache
 from pathlib import Path
 
+import engines.vllm.loading  # noqa: F401  prepares vLLM for a machine without GPU, before any test imports it
 import pytest
 from engines.expected import Stacked
 from engines.vllm.exports import prepare
