@@ -72,6 +72,7 @@ site: $(STAMP)  ## Build the documentation as a site in build/site
 picture: $(STAMP)  ## Make the picture of the terminal in the README
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python docs/picture.py
 
+bench: export PYTHONDONTWRITEBYTECODE =
 bench: $(STAMP)  ## Measure inspect, plan and conversion (10 minutes, 25 GB of disk in TMPDIR)
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,bench]'
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/headers.py
