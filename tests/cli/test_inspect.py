@@ -84,6 +84,7 @@ FINDINGS: dict[str, list[Found]] = {
     "mixtral-quark0.11-eager": eager("model.layers.0.block_sparse_moe.experts.0.w1", 66, 66),
     "mixtral-quark0.13-eager-experts_left_bf16": [
         *(("error", "experts-not-quantized", experts(layer), 6) for layer in range(3)),
+        ("warning", "expert-names", experts(0), 3),
         *eager("model.layers.0.self_attn.k_proj", 12, 12),
     ],
     "qwen3_moe-bf16": [("error", "quant-config-missing", "config.json", 1)],

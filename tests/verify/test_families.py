@@ -48,11 +48,16 @@ def layers(name: str) -> tuple[MoELayer, ...]:
     return describe(FAMILIES / name).moe_layers
 
 
+FOREIGN_NAMES = ("mixtral-0.13-eager", "minimax_m2-0.13-eager")
+"""Exports with the names of transformers' classes, which engines' classes of these model types do not know."""
+
+
 @pytest.mark.parametrize("name", READ)
 def test_the_experts_are_read(name: str) -> None:
     description = describe(FAMILIES / name)
     assert description.scheme == "ptpc_int8"
-    assert [item.code for item in description.findings if item.code.startswith(("expert", "layout", "not"))] == []
+    found_codes = [item.code for item in description.findings if item.code.startswith(("expert", "layout", "not"))]
+    assert found_codes == (["expert-names"] if name in FOREIGN_NAMES else [])
     # Images have experts of another size.
     found = {layer.geometry for layer in description.int8_layers}
     assert found == ({(4, 16, 8), (4, 16, 4)} if name in UNKNOWN else {(4, 16, 8)})
