@@ -18,7 +18,6 @@ from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
-from quarkconv.files.remote import RemoteFiles
 from quarkconv.findings import Finding, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
@@ -93,8 +92,11 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     root = store.root if isinstance(store, LocalFiles) else None
     if root is not None:
         _check_directory(root)
-    elif isinstance(store, RemoteFiles):
-        refuse_unfinished_objects(store)
+    else:
+        from quarkconv.files.remote import RemoteFiles  # imports threads and logging, which local models do not need
+
+        if isinstance(store, RemoteFiles):
+            refuse_unfinished_objects(store)
     findings: list[Finding] = []
     config: dict[str, Any] = {}
     try:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import json
 import shlex
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import read_regular
-from quarkconv.files.remote import RemoteFiles
+
+if TYPE_CHECKING:
+    from quarkconv.files.remote import RemoteFiles
 
 STAGING_NAME: Final = ".quarkconv"
 """Folder in an output directory that a conversion works in. The last step removes it."""

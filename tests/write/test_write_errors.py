@@ -158,8 +158,8 @@ def test_an_output_that_is_a_file_is_refused(small: Path, tmp_path: Path) -> Non
 FULL_DISK = """
 import sys
 from quarkconv.cli.main import main
-import quarkconv.write.executor as executor
-executor.require_space = lambda *args: None  # another program takes the space after the check
+import quarkconv.write.staging as staging
+staging.require_space = lambda *args: None  # another program takes the space after the check
 main(sys.argv[1:])
 """
 
