@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from quarkconv.cloud.stores import failure_of, open_store, prefix_of
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Range
+from quarkconv.files.blocks import BLOCK_BYTES
 from quarkconv.files.remote import Entry, RemoteFiles, is_inside
 
 if TYPE_CHECKING:
@@ -24,6 +25,8 @@ _log: Final = logging.getLogger(__name__)
 
 class Bucket(RemoteFiles):
     """The files below one URL of an object store, as they were listed. Made by :func:`open_bucket`."""
+
+    ahead_bytes = 2 * BLOCK_BYTES  # parts of uploads are in memory as well
 
     def __init__(self, url: str, store: ObjectStore, entries: dict[str, Entry]) -> None:
         super().__init__(entries)

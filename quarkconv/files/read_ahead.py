@@ -32,15 +32,24 @@ class ReadAhead:
         fetch: fetches one block; called from several threads.
         pool: the threads, shared with others.
         stop: an event that ends reading.
+        ahead: bytes that are requested before they are needed; None for :data:`AHEAD_BYTES`.
     """
 
-    def __init__(self, ranges: Iterable[Range], fetch: Fetch, pool: ThreadPoolExecutor, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        ranges: Iterable[Range],
+        fetch: Fetch,
+        pool: ThreadPoolExecutor,
+        stop: threading.Event,
+        ahead: int | None = None,
+    ) -> None:
         self._blocks = blocks(ranges)
         self._fetch = fetch
         self._pool = pool
         self._stop = stop
         self._queue: deque[tuple[Range, Future[bytes]]] = deque()
         self._ahead = 0
+        self._limit = AHEAD_BYTES if ahead is None else ahead
 
     def __enter__(self) -> ReadAhead:
         self._request()
@@ -79,7 +88,7 @@ class ReadAhead:
         raise ValueError(f"byte {position} of {file} was not announced in this order")
 
     def _request(self) -> None:
-        while len(self._queue) < AHEAD_BLOCKS and (self._ahead < AHEAD_BYTES or not self._queue):
+        while len(self._queue) < AHEAD_BLOCKS and (self._ahead < self._limit or not self._queue):
             block = next(self._blocks, None)
             if block is None:
                 return

@@ -36,6 +36,9 @@ class RemoteFiles:
         entries: the files by their relative names.
     """
 
+    ahead_bytes: int | None = None
+    """Bytes that one reader requests before they are needed; None for the default."""
+
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries: Final = dict(entries)
         self._heads: dict[str, bytes] = {}

@@ -67,7 +67,8 @@ class RemoteSource:
     def ahead(self, ranges: Iterable[Copy]) -> Iterator[Reader]:
         """Fetch ranges over several connections; they must be read in this order."""
         requests = (Range(source.file, source.start, source.start + source.nbytes) for source in ranges)
-        with ReadAhead(requests, self._files.fetch, self._files.pool, self._stop) as reader:
+        files = self._files
+        with ReadAhead(requests, files.fetch, files.pool, self._stop, files.ahead_bytes) as reader:
             yield _RangeReader(reader)
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
