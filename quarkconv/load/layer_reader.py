@@ -14,7 +14,7 @@ import xxhash
 from torch import Tensor
 
 from quarkconv.description.description import Description
-from quarkconv.errors import SourceError
+from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
 from quarkconv.files.page_cache import in_page_cache
@@ -150,15 +150,17 @@ class LayerReader:
         """Whole tensors of any dtype that torch has, read by all threads into memory of their own.
 
         Raises:
-            SourceError: a file cannot be read, or a dtype is not one of torch's.
+            SourceError: a file cannot be read.
+            UnsupportedError: a dtype is not one of torch's.
         """
         reads, places, at = [], {}, 0
         for name in dict.fromkeys(names):
             ref = self.refs[name]
             dtype = _TORCH_DTYPES.get(ref.dtype)
             if dtype is None:
-                raise SourceError("A tensor has a dtype that torch does not have", code="scheme-unsupported",
-                                  file=ref.file, tensor=name, found=ref.dtype)  # fmt: skip
+                raise UnsupportedError(
+                    "A tensor has a dtype that torch does not have", file=ref.file, tensor=name, found=ref.dtype
+                )
             places[name] = (at, dtype)
             for start in range(0, ref.nbytes, CHUNK_BYTES):
                 size = min(CHUNK_BYTES, ref.nbytes - start)
