@@ -83,7 +83,7 @@ def fill_experts(model: torch.nn.Module, missing: set[str], folder: Path) -> Non
             continue
         found = re.fullmatch(r".*?(layers\..*\.experts)\.(\w+?)(_bias)?", name)
         assert found, name
-        prefix, leaf, bias = found.groups()
+        prefix, leaf, bias = found[1].replace("block_sparse_moe", "mlp"), found[2], found[3]
         parts = ("gate_proj", "up_proj") if leaf == "gate_up_proj" else (leaf,)
         kind = "bias" if bias else "weight"
         for expert in range(parameter.shape[0]):
