@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from itertools import pairwise
 from typing import Annotated, Final
 
 import typer
@@ -29,7 +30,7 @@ Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]
 def with_addresses(words: list[str]) -> list[str]:
     """The words of a command line, with ``auto`` behind each ``--ray`` that no address follows."""
     filled = []
-    for word, following in zip(words, [*words[1:], ""], strict=True):
+    for word, following in pairwise([*words, ""]):
         filled.append(word)
         if word == "--ray" and not _ADDRESS.fullmatch(following):
             filled.append("auto")
