@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import random
 import signal
-import subprocess
-import sys
 import threading
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
-from support.conversions import SMALL_STEPS, assert_unfinished
-from support.program import PROCESS_TIMEOUT, run_cli, snapshot
+from support.conversions import SLOW, SMALL_STEPS, assert_unfinished
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 
 import quarkconv
 from quarkconv.convert.conversion import Conversion
@@ -204,35 +202,28 @@ def test_parts_and_joining_workers_do_not_mix(model: Path, tmp_path: Path) -> No
         prepare(model, out, 9000).join()
 
 
-def test_workers_that_are_killed_are_replaced(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.2, 0.5])
+def test_workers_that_are_killed_are_replaced(tmp_path: Path, delay_s: float) -> None:
     model = make_checkpoint(tmp_path / "model", layers=2, experts=8, hidden=256, intermediate=256, shards=2)
     size = 300_000
     whole = snapshot(quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=size).output)
     out = tmp_path / "out"
-    script = (
-        SMALL_STEPS
-        + "import quarkconv.write.leases, quarkconv.write.joining\n"
-        + "quarkconv.write.leases.LEASE_SECONDS = 1.0; quarkconv.write.joining.POLL_SECONDS = 0.1\n"
-        + "main(sys.argv[1:])"
+    quick_leases = (
+        "import quarkconv.write.leases, quarkconv.write.joining\n"
+        "quarkconv.write.leases.LEASE_SECONDS = 1.0; quarkconv.write.joining.POLL_SECONDS = 0.1\n"
     )
-    words = ["convert", str(model), "--to", "fused-int8", "--out", str(out), "--max-shard-size", str(size), "--join"]
-    rng, killed = random.Random(5), 0
-    for attempt in range(6):
-        running = [
-            subprocess.Popen([sys.executable, "-c", script, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-            for _ in range(2)
-        ]
-        if attempt < 5:
-            try:
-                running[0].wait(rng.uniform(0.4, 0.9))
-            except subprocess.TimeoutExpired:
-                running[0].send_signal(signal.SIGKILL)
-                killed += 1
-        for process in running:
-            process.communicate(timeout=PROCESS_TIMEOUT)
-        if (out / "config.json").exists():
-            break
-    assert killed > 0
+    words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", out]
+    words += ["--max-shard-size", str(size), "--join"]
+    slow = start(quick_leases + SLOW, "pwrite", *words)
+    assert slow.stderr is not None
+    assert slow.stderr.readline() == "working\n"
+    other = start(quick_leases + SMALL_STEPS + "main(sys.argv[1:])", *words)
+    time.sleep(delay_s)
+    slow.send_signal(signal.SIGKILL)
+    assert slow.wait(PROCESS_TIMEOUT) == -signal.SIGKILL
+    slow.communicate()
+    _, message = other.communicate(timeout=PROCESS_TIMEOUT)
+    assert other.returncode == 0, message
     assert snapshot(out) == whole
 
 
