@@ -81,6 +81,17 @@ def test_the_figures_of_the_readme_were_measured() -> None:
     assert f"mean of {len(goals)} shapes" in README
 
 
+def test_the_time_of_quantize_was_measured() -> None:
+    found = result("convert")["quantize"]
+    rows = {row["command"]: row for row in found["rows"]}
+    fused, other = (rows[f"--quantize all --to {target}"] for target in ("fused-int8", "compressed-tensors"))
+    prose = " ".join((ROOT / "docs" / "performance.md").read_text("utf-8").split())
+    assert f"of {found['bytes'] / 1e9:.1f} GB of BF16 takes {fused['ratio']:.2f} times as long" in prose
+    assert f"to `fused-int8`, {other['ratio']:.2f} times to `compressed-tensors`" in prose
+    assert f"in {max(fused['peak_bytes'], other['peak_bytes']) / 1e6:.0f} MB" in prose
+    assert f"{found['date']}, medians of {found['rounds']} rounds" in prose
+
+
 def test_what_int8_and_planted_faults_cost_was_measured() -> None:
     found = result("evaluate-tiny")
     text = (ROOT / "docs" / "evaluation.md").read_text("utf-8")
