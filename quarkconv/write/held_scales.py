@@ -16,8 +16,9 @@ _PATIENCE: Final = 0.2  # seconds between checks of the stop event
 class HeldScales:
     """F32 scales by the rows that they belong to; used by several threads.
 
-    Codes lie before their scales, and threads take work in order: whoever writes scales finds their codes written or
-    being written, and waits. What is held are the scales of a few tensors: 4 bytes for a row.
+    Codes lie before their scales, and threads take work in order. So the codes of any scales are written, or another
+    thread writes them, and the thread that needs the scales waits. Only the scales of a few tensors are held: 4 bytes
+    for a row.
 
     Args:
         shards: those that will be written, in this order.

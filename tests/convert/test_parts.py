@@ -6,8 +6,7 @@ import json
 import os
 import random
 import signal
-import subprocess
-import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -16,8 +15,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from support.checkpoints import make_checkpoint
-from support.conversions import SMALL_STEPS, assert_unfinished
-from support.program import run_cli, snapshot
+from support.conversions import SHARD_SIZE, SMALL_STEPS, assert_unfinished, start_slow
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 
 import quarkconv
 from quarkconv.convert.conversion import Conversion
@@ -28,20 +27,7 @@ from quarkconv.plan.shares import MAX_SHARES, Share, parse_share
 from quarkconv.write.locks import OutputBusyError
 from quarkconv.write.shares import open_share
 
-SHARD_SIZE = 6000
 Capture = pytest.CaptureFixture[str]
-
-
-@pytest.fixture
-def model(tmp_path: Path) -> Path:
-    return make_checkpoint(tmp_path / "model", layers=3, experts=4, zero_points=True, shards=3)
-
-
-@pytest.fixture
-def whole(model: Path, tmp_path: Path) -> dict[str, str]:
-    return snapshot(
-        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=SHARD_SIZE).output
-    )
 
 
 def prepare(model: Path, out: Path, **options: Any) -> Conversion:
@@ -212,33 +198,25 @@ def test_a_part_is_written_by_one_process_at_a_time(model: Path, tmp_path: Path)
         assert prepare(model, out).run_share(Share(3, 3)) is None
 
 
-def test_parts_that_are_killed_resume(tmp_path: Path) -> None:
+@pytest.mark.parametrize("delay_s", [0.0, 0.1])
+def test_parts_that_are_killed_resume(tmp_path: Path, delay_s: float) -> None:
     model = make_checkpoint(tmp_path / "model", layers=2, experts=8, hidden=256, intermediate=256, shards=2)
     size = 600_000
     whole = snapshot(quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "whole", max_shard_size=size).output)
     out = tmp_path / "out"
-    command = ["convert", str(model), "--to", "fused-int8", "--out", str(out), "--max-shard-size", str(size)]
-    rng = random.Random(3)
-    for attempt in range(6):
-        running = [
-            subprocess.Popen(
-                [sys.executable, "-c", SMALL_STEPS + "main(sys.argv[1:])", *command, "--part", f"{number}/2"],
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-            )
-            for number in (1, 2)
-        ]
-        if attempt < 5:
-            victim = running[attempt % 2]
-            try:
-                victim.wait(rng.uniform(0.3, 0.8))
-            except subprocess.TimeoutExpired:
-                victim.send_signal(signal.SIGKILL)
-        for process in running:
-            process.communicate(timeout=60)
-        if (out / "config.json").exists():
-            break
-        assert_unfinished(out)
+    words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", out, "--max-shard-size", str(size)]
+    slow = start_slow("pwrite", *words, "--part", "1/2")
+    other = start(SMALL_STEPS + "main(sys.argv[1:])", *words, "--part", "2/2")
+    time.sleep(delay_s)
+    slow.send_signal(signal.SIGKILL)
+    slow.communicate()
+    assert slow.returncode == -signal.SIGKILL
+    _, message = other.communicate(timeout=PROCESS_TIMEOUT)
+    assert other.returncode == 0, message
+    assert_unfinished(out)
+    again = start(SMALL_STEPS + "main(sys.argv[1:])", *words, "--part", "1/2")
+    _, message = again.communicate(timeout=PROCESS_TIMEOUT)
+    assert again.returncode == 0, message
     assert snapshot(out) == whole
 
 

@@ -61,6 +61,9 @@ def fill_the_disk_later(source: Path, out: Path, blocks: int = 2) -> None:
     assert list((out / STAGING / "files").glob("*.safetensors"))
 
 
+SHARD_SIZE = 6000
+"""Divides a tiny conversion into several shards."""
+
 SMALL_STEPS = """
 import os, signal, sys, time
 from quarkconv.cli.main import main
@@ -92,9 +95,9 @@ main(sys.argv[2:])
 """Takes its time for one kind of call, and says when it is at work."""
 
 
-def start_slow(name: str, *args: str | Path) -> Any:
-    """Start the command with slow calls of ``os.name``; returns when it is at work."""
-    process = start(SLOW, name, *args)
+def start_slow(name: str, *args: str | Path, setup: str = "") -> Any:
+    """Start the command with slow calls of ``os.name``, after the script ``setup``; returns when it is at work."""
+    process = start(setup + SLOW, name, *args)
     assert process.stderr is not None
     assert process.stderr.readline() == "working\n"
     return process

@@ -39,15 +39,6 @@ EXPORTS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, and lose much where others want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def checked_layers(model: Path) -> Iterator[CheckedLayer]:
     """The layers of a checkpoint, ready to be computed."""
     description = describe(model)

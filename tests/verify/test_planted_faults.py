@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final
@@ -31,15 +31,6 @@ from quarkconv.verify.router import router_of
 FAMILIES: Final = DATA / "families"
 NAMES: Final = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers)
 COMPUTED: Final = ("mixtral-0.13-f2f", "gpt_oss-0.13-eager", "deepseek_v4-0.13-f2f", "gemma4-0.13-f2f")
-
-
-@pytest.fixture(autouse=True)
-def one_thread() -> Iterator[None]:
-    """Small tensors gain nothing from threads, and lose much where others want the cores."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def shifted_scale(experts: FusedExperts, seed: int) -> FusedExperts:
