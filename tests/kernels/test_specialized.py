@@ -5,12 +5,15 @@ such warps get the other kernel on sorted rows.
 """
 
 import math
+import re
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from support.races import delayed_kernel
 
 from quarkconv.kernels.activations import ACTIVATIONS, make_activation
 from quarkconv.kernels.arguments import ExpertWeights, check_arguments
@@ -230,3 +233,45 @@ def test_the_same_bits_a_thousand_times_beside_other_work(
         differing += (out != expected).sum()
     torch.cuda.synchronize()
     assert differing.item() == 0
+
+
+@pytest.mark.parametrize("early", [False, True])
+def test_a_copy_for_races_sleeps_at_every_barrier(early: bool, tmp_path: Path) -> None:
+    """What the test below relies on, checked where there is no GPU: the kernel still has the lines that are changed."""
+    source = Path(str(delayed_kernel(tmp_path, early=early).__file__)).read_text()
+    barriers = re.findall(r"^ +(?:mbarrier\.(?:wait|arrive|expect)|_load)\(.*$", source, re.MULTILINE)
+    assert len(barriers) > 12
+    assert len(re.findall(r"^ +_delay\(\d+\)\n +(?:mbarrier|_load)", source, re.MULTILINE)) == len(barriers)
+
+
+@pytest.mark.gpu
+@needs_specialization
+@pytest.mark.parametrize("tiles", TILES)
+@pytest.mark.parametrize("early", [False, True], ids=["as it is", "operands released early"])
+def test_delays_at_barriers_change_no_bit_unless_a_wait_is_missing(
+    tiles: str,
+    early: bool,
+    tmp_path: Path,
+    make_case: Callable[..., Any],
+    device: torch.device,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """2000 forwards with sleeps at every barrier; where operands are released too early, a hundred show it."""
+    from quarkconv.kernels.jit import specialized
+
+    case = make_case(700, 1024, 384, 12, 4)
+    expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device)
+    arguments = check_arguments(*case.tensors())
+    options = fit_options(
+        LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles]),
+        arguments.hidden,
+        arguments.intermediate,
+        device_traits(device),
+    )
+    kernel = delayed_kernel(tmp_path, early=early).specialized_product_kernel
+    monkeypatch.setattr(specialized, "specialized_product_kernel", kernel)
+    runs = 100 if early else 2000
+    differing = torch.zeros((), dtype=torch.int64, device=device)
+    for _ in range(runs):
+        differing += (run_pipeline(arguments, torch.empty_like(expected), options) != expected).any()
+    assert (differing.item() > 0) == early
