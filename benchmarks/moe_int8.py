@@ -1,6 +1,7 @@
 """The INT8 MoE forward on one GPU: ours, vLLM's, and torch's in bfloat16, beside the floors of the hardware.
 
     python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,2,4,8,16,64,256,1024,4096,16384] [--out FILE.json]
+                                  [--jobs N]
 
 Shapes: four models, slices of large ones as tensor- and expert-parallel ranks have them, and sizes that no table lists.
 
@@ -11,6 +12,7 @@ replays for a twentieth of a second: right after weights were created, a token o
 tokens, and against vLLM's where vLLM runs. vLLM, where it can be imported, runs twice: with the configuration that it
 picks by itself ("default"), and with the best of a few ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1
 over the four shapes at this many tokens. Humming, where it can be imported, runs as in vLLM's backend (`humming_moe`).
+With --jobs, so many processes compile everything before anything is timed.
 
 Floors: the bytes of the touched weights, and of the input and output, at the read bandwidth measured in the same run;
 the products' operations at the rate of a plain dense int8 product, likewise; and the traffic of this design, which adds
@@ -23,11 +25,13 @@ import datetime
 import functools
 import json
 import math
+import multiprocessing
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -44,7 +48,7 @@ from quarkconv.kernels.tune import EXPERTS_IN_ALL, NAMED, SHAPES, Weights, make_
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
 BIASED = {"gpt-oss-120b": {"activation": "swigluoai"}}
-"""Shapes with biases and another activation. vLLM and torch are not timed on these, nor on expert-parallel ranks."""
+"""Shapes with biases and another activation. Humming and torch are not timed on these, nor on expert-parallel ranks."""
 WARM_UP = 0.05  # seconds
 time_graph = functools.partial(time_calls, warm_up=WARM_UP)
 # Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
@@ -186,33 +190,64 @@ def load_vllm() -> Any:
     return fused_experts, override_config, int8_w8a8_moe_quant_config, vllm.__version__
 
 
-def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: int) -> dict[str, Any]:
-    fused_experts, override_config, make_config, _ = vllm
+def vllm_runs(vllm: Any, calls: list[ExpertsArguments]) -> list[Callable[[], torch.Tensor]]:
+    """vLLM's forward of each call; its swigluoai takes rows of gate and up in turn."""
+    fused_experts, _, make_config, *_ = vllm
     gate_up, down = calls[0].gate_up, calls[0].down
+    more: dict[str, Any] = {}
+    if calls[0].activation.name == "swigluoai":
+        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
+
+        more["activation"], gate_up = MoEActivation.SWIGLUOAI, interleaved(gate_up)
+    in_all = EXPERTS_IN_ALL.get((down.codes.shape[0], calls[0].top_k, calls[0].hidden, calls[0].intermediate))
+    if in_all is not None:
+        numbers = torch.arange(in_all, dtype=torch.int32, device=down.codes.device)
+        more |= {"global_num_experts": in_all, "expert_map": numbers.where(numbers < down.codes.shape[0], -1)}
     config = make_config(
-        w1_scale=gate_up.scale, w2_scale=down.scale, a1_scale=None, a2_scale=None, per_act_token_quant=True
-    )
+        w1_scale=gate_up.scale, w2_scale=down.scale, a1_scale=None, a2_scale=None, per_act_token_quant=True,
+        w1_bias=gate_up.bias, w2_bias=down.bias,
+    )  # fmt: skip
 
     def run(call: ExpertsArguments) -> Callable[[], torch.Tensor]:
-        x = call.hidden_states
-        return lambda: fused_experts(
-            x, gate_up.codes, down.codes, call.topk_weights, call.topk_ids, quant_config=config
-        )
+        ids = call.topk_ids.where(call.topk_ids >= 0, down.codes.shape[0])  # any expert of another rank
+        arguments = (call.hidden_states, gate_up.codes, down.codes, call.topk_weights, ids)
+        return lambda: fused_experts(*arguments, quant_config=config, **more)
 
-    runs = [run(call) for call in calls]
+    return [run(call) for call in calls]
+
+
+def interleaved(part: ExpertWeights) -> ExpertWeights:
+    """The same experts with a row of gate and one of up in turn."""
+
+    def mixed(rows: torch.Tensor) -> torch.Tensor:
+        return torch.stack(rows.chunk(2, 1), 2).flatten(1, 2).contiguous()
+
+    bias = None if part.bias is None else mixed(part.bias)
+    return dataclasses.replace(part, codes=mixed(part.codes), scale=mixed(part.scale), bias=bias)
+
+
+def vllm_tiles(tokens: int) -> Iterator[tuple[str, dict[str, int]]]:
+    """Names and tiles of the few that are timed at a number of tokens."""
+    listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
+    for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
+        tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
+        name = f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
+        yield name, tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}
+
+
+def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: int) -> dict[str, Any]:
+    override_config, runs = vllm[1], vllm_runs(vllm, calls)
     ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states)).double()
     difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
     if not difference < 0.02:
         raise SystemExit(f"vLLM and ours differ by {difference:.4f}")
     default = time_graph(runs, repeats)
     best, which = default, "default"
-    listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
-    for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
-        tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
-        with override_config(tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}):
+    for name, tiles in vllm_tiles(tokens):
+        with override_config(tiles):
             taken = time_graph(runs, repeats)
         if taken < best:
-            best, which = taken, f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
+            best, which = taken, name
     return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
 
 
@@ -234,6 +269,50 @@ def time_humming(humming: Any, repacked: Any, calls: list[ExpertsArguments], rep
     if not difference < 0.02:
         raise SystemExit(f"Humming and ours differ by {difference:.4f}")
     return {"humming_us": time_graph(runs, repeats), "humming_difference": difference}
+
+
+def compile_all(name: str, shape: Shape, counts: tuple[int, ...]) -> None:
+    """Run each implementation once for each number of tokens, so that the caches on disk hold what it compiles."""
+    torch.manual_seed(0)
+    vllm, humming = load_vllm(), load_humming()
+    weights = make_weights(shape, torch.device("cuda"))
+    repacked = repack(humming, name, shape, weights)
+    for count in counts:
+        call = make_inputs(name, shape, weights, count)[0]
+        run_pipeline(call, torch.empty_like(call.hidden_states))
+        if vllm is not None:
+            [run] = vllm_runs(vllm, [call])
+            run()
+            for _, tiles in vllm_tiles(count):
+                with vllm[1](tiles):
+                    run()
+        if repacked is not None:
+            humming.make_run(call, *repacked[1], humming.make_locks(call.hidden_states.device))()
+    torch.cuda.synchronize()
+
+
+def compile_first(work: list[tuple[str, Shape, tuple[int, ...]]], jobs: int) -> None:
+    """Compile each shape for its numbers of tokens, in so many processes; what fails here compiles when it is timed."""
+    began = time.monotonic()
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        for (name, *_), future in [(item, pool.submit(compile_all, *item)) for item in work]:
+            if (error := future.exception()) is not None:
+                print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
+    print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
+
+
+def make_inputs(name: str, shape: Shape, weights: Weights, tokens: int) -> list[ExpertsArguments]:
+    """Up to eight inputs and routings."""
+    calls = [make_call(shape, weights, tokens) for _ in range(max(1, min(8, 4096 // tokens)))]
+    return [with_biases(call, **BIASED[name]) for call in calls] if name in BIASED else calls
+
+
+def repack(humming: Any, name: str, shape: Shape, weights: Weights) -> Any:
+    """(the module `humming_moe`, both projections in its layout), or None where it is not timed."""
+    if humming is None or name in BIASED or shape in EXPERTS_IN_ALL:
+        return None
+    call = make_call(shape, weights, 1)
+    return humming, (humming.repack(call.gate_up, 2), humming.repack(call.down, 1))
 
 
 def traffic(arguments: ExpertsArguments, pairs: float, touched_bytes: float) -> float:
@@ -259,11 +338,7 @@ def measure(
 ) -> dict[str, Any]:
     """One row."""
     experts, top_k, hidden, intermediate = shape
-    calls = [make_call(shape, weights, tokens) for _ in range(max(1, min(8, 4096 // tokens)))]
-    if name in BIASED:
-        calls = [with_biases(call, **BIASED[name]) for call in calls]
-    if name in BIASED or shape in EXPERTS_IN_ALL:
-        vllm = humming = bf16 = None
+    calls = make_inputs(name, shape, weights, tokens)
     chosen = [call.topk_ids[call.topk_ids >= 0] for call in calls]
     touched = statistics.mean(ids.unique().numel() for ids in chosen)
     pairs = statistics.mean(ids.numel() for ids in chosen)
@@ -354,12 +429,17 @@ def main() -> int:
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="sizes not in the table")
     parser.add_argument("--repeats", type=int, default=20, help="replays of each graph, of which the median counts")
     parser.add_argument("--budget", type=float, default=240, help="seconds after which only ours is timed")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile everything first")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/moe-int8-<device>.json")
     parser.add_argument("--commit", default=None, help="what to record; default: git's HEAD")
     options = parser.parse_args()
     if not torch.cuda.is_available():
         print("moe_int8: needs a GPU, and torch finds none", file=sys.stderr)
         return 4
+    tokens = tuple(int(text) for text in options.tokens.split(","))
+    work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
+    if options.jobs:
+        compile_first(work, options.jobs)
     began = time.monotonic()
     device = torch.cuda.get_device_name()
     path = options.out or Path(__file__).parent / "results" / f"moe-int8-{table_path(device).name}"
@@ -387,15 +467,10 @@ def main() -> int:
     print(
         f"{'microseconds':15} {'M':>5} " + " ".join(f"{name:>9}" for name in columns) + "  vs d  vs t  vs h over floor"
     )
-    tokens = tuple(int(text) for text in options.tokens.split(","))
-    work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
     for name, shape, counts in work:
         weights = make_weights(shape, torch.device("cuda"))
         group = "other" if counts != tokens else "model" if name in SHAPES else "slice"
-        wide = repacked = None
-        if humming is not None and name not in BIASED and shape not in EXPERTS_IN_ALL:
-            call = make_call(shape, weights, 1)
-            repacked = humming, (humming.repack(call.gate_up, 2), humming.repack(call.down, 1))
+        wide, repacked = None, repack(humming, name, shape, weights)
         if group == "model" and time.monotonic() - began < options.budget:
             wide = weights[0].bfloat16(), weights[1].bfloat16()
         for count in counts:

@@ -125,7 +125,7 @@ def serve(folder: Path, stacked: Stacked, watch: Watch, static: bool, eager: boo
     prompt = [(7 * i + 3) % vocabulary for i in range(TOKENS)]
     llm = LLM(
         model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", seed=0, max_model_len=128, enforce_eager=eager,
-        gpu_memory_utilization=0.1, kv_cache_memory_bytes=1 << 27, max_logprobs=vocabulary, disable_log_stats=True,
+        gpu_memory_utilization=0.02, kv_cache_memory_bytes=1 << 27, max_logprobs=vocabulary, disable_log_stats=True,
     )  # fmt: skip
     try:
         [layers] = llm.apply_model(lambda model: (describe(model, stacked), watch.wrap_layers(model))[0])

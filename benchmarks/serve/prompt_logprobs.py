@@ -56,7 +56,7 @@ def log_probabilities(path: str, windows: torch.Tensor) -> tuple[torch.Tensor, d
     vocabulary = int(json.loads((Path(path) / "config.json").read_text())["vocab_size"])
     engine = vllm.LLM(
         model=path, skip_tokenizer_init=True, dtype="bfloat16", max_model_len=windows.shape[1] + 8, seed=0,
-        enforce_eager=True, gpu_memory_utilization=0.08, kv_cache_memory_bytes=1 << 27, max_logprobs=vocabulary,
+        enforce_eager=True, gpu_memory_utilization=0.02, kv_cache_memory_bytes=1 << 27, max_logprobs=vocabulary,
         enable_prefix_caching=False, disable_log_stats=True,
     )  # fmt: skip
     sampling = vllm.SamplingParams(max_tokens=1, temperature=0, prompt_logprobs=vocabulary, detokenize=False)

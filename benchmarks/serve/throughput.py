@@ -115,7 +115,7 @@ def work(name: str, model: str, results: int, cache_bytes: int) -> None:
     llm = LLM(
         model=model, load_format=LOAD_FORMAT, skip_tokenizer_init=True, dtype="bfloat16", seed=0,
         max_model_len=PROMPT + 64, max_num_batched_tokens=PROMPT, max_num_seqs=max(SEQUENCES),
-        kv_cache_memory_bytes=cache_bytes, gpu_memory_utilization=0.2, enable_prefix_caching=False,
+        kv_cache_memory_bytes=cache_bytes, gpu_memory_utilization=0.05, enable_prefix_caching=False,
         compilation_config={"cudagraph_capture_sizes": list(SEQUENCES)}, disable_log_stats=True, **BACKENDS[name][0],
     )  # fmt: skip
     vocabulary = 100_000
