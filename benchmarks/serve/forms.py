@@ -28,6 +28,7 @@ sys.path[:0] = [str(ROOT / "tests")]
 os.environ.setdefault("VLLM_ENABLE_V1_MULTIPROCESSING", "0")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+os.environ.setdefault("VLLM_MLA_DISABLE", "1")  # deepseek_v3's kernels need flashinfer
 
 import torch
 from engines.expected import WHOLE, Stacked
@@ -48,7 +49,10 @@ EXPORTS = (
     "glm4_moe-0.13-f2f-experts_only",
     "qwen2_moe-0.11-eager-shared_expert",
     "deepseek_v3-quark0.13-f2f",
+    "qwen3_5_moe-0.13-f2f-language_model",
 )
+OPTIONS: dict[str, dict[str, Any]] = {"qwen3_5_moe": {"additional_config": {"gdn_prefill_backend": "triton"}}}
+"""Model type -> options of LLM without which it needs flashinfer."""
 TOKENS = 48
 COMPARED = tuple(f"{half}_weight{scale}" for half in ("w13", "w2") for scale in ("", "_scale"))
 
@@ -121,11 +125,12 @@ def serve(folder: Path, stacked: Stacked, watch: Watch, static: bool, eager: boo
 
     watch.layers.clear()
     watch.kernel.clear()
-    vocabulary = stacked.config["vocab_size"]
+    vocabulary = stacked.config.get("text_config", stacked.config)["vocab_size"]
     prompt = [(7 * i + 3) % vocabulary for i in range(TOKENS)]
     llm = LLM(
         model=str(folder), skip_tokenizer_init=True, dtype="bfloat16", seed=0, max_model_len=128, enforce_eager=eager,
         gpu_memory_utilization=0.02, kv_cache_memory_bytes=1 << 27, max_logprobs=vocabulary, disable_log_stats=True,
+        **OPTIONS.get(stacked.config["model_type"], {}),
     )  # fmt: skip
     try:
         [layers] = llm.apply_model(lambda model: (describe(model, stacked), watch.wrap_layers(model))[0])
