@@ -10,20 +10,20 @@ Source: amd-quark 0.13, ``torch/quantization/observer`` and ``tensor_quantize.py
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, Protocol
+from typing import Final, Protocol
 
+from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import UnsupportedError
 from quarkconv.plan.pieces import Codes, Copy, RowScales
 from quarkconv.write.held_scales import HeldScales
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
 BLOCK_ELEMENTS: Final = 2**17
 """Elements of a weight that are quantized at a time, at least a row: few enough to stay in a CPU's cache as F32."""
+_BLOCKS_KEPT: Final = 4
 _STEPS: Final = 127.5
-_GREATEST_CODE: Final = 127  # the least is reached: a scale may be rounded down, so that |w| / scale exceeds 127.5
+_CODES: Final = (-128, 127)
 
 
 class Reader(Protocol):
@@ -36,25 +36,18 @@ class Reader(Protocol):
 def quantized_codes(piece: Codes, reader: Reader, held: HeldScales) -> Iterator[memoryview]:
     """The I8 codes of the rows of a float weight, a block at a time; their scales are held if they are expected.
 
-    A block is valid until the next one.
+    A block is valid until this thread computes another one.
 
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
-    import torch
-
     expected = held.expects(piece.source)
     rows = _Rows(piece)
-    data = bytearray(rows.step * rows.columns)
-    codes = torch.frombuffer(data, dtype=torch.int8).view(rows.step, rows.columns) if data else None
-    for first, values in rows.blocks(reader):
-        if codes is not None:
-            factors = rows.scales[first : first + len(values)].reciprocal().unsqueeze_(1)
-            codes[: len(values)].copy_(values.mul_(factors).round_().clamp_(max=_GREATEST_CODE))
-            yield memoryview(data)[: values.numel()]
+    for count, block in rows.blocks(reader):
+        yield block.quantized(count)
     rows.check()
     if expected:
-        held.hold(piece.source, rows.scale_bytes())
+        held.hold(piece.source, bytes(rows.scales))
 
 
 def row_scales(piece: RowScales, reader: Reader, held: HeldScales) -> Iterator[bytes]:
@@ -63,7 +56,7 @@ def row_scales(piece: RowScales, reader: Reader, held: HeldScales) -> Iterator[b
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
     """
-    yield held.take(piece.source) if held.expects(piece.source) else _computed(piece, reader).scale_bytes()
+    yield held.take(piece.source) if held.expects(piece.source) else bytes(_computed(piece, reader).scales)
 
 
 def check_rows(piece: RowScales, reader: Reader) -> None:
@@ -85,51 +78,43 @@ def _computed(piece: RowScales, reader: Reader) -> _Rows:
 
 
 class _Rows:
-    """The rows of a float weight, and their scales: 4 bytes for each row are in memory, and one block of values.
+    """The rows of a float weight, and their scales: 4 bytes for each row are in memory, and one block.
 
     Attributes:
-        columns: elements of a row.
-        step: rows of a block.
-        scales: F32 [rows], filled by :meth:`blocks`.
+        scales: F32 of each row, filled by :meth:`blocks`.
     """
 
     def __init__(self, piece: Codes | RowScales) -> None:
-        import torch
+        self._source, self._dtype, self._columns = piece
+        self._row = self._columns * DTYPE_BITS[self._dtype] // 8
+        self._count = self._source.nbytes // self._row
+        self.scales = bytearray(4 * self._count)
 
-        source, dtype, self.columns = piece
-        self._source = source
-        self._kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-        self._row = self.columns * self._kind.itemsize
-        rows = source.nbytes // self._row
-        self.step = min(max(1, BLOCK_ELEMENTS // self.columns), rows)
-        self.scales = torch.empty(rows, dtype=torch.float32)
-
-    def blocks(self, reader: Reader) -> Iterator[tuple[int, Tensor]]:
-        """Number of the first row and F32 values of each block, which are valid until the next one."""
-        import torch
-
-        total = len(self.scales)
-        if not total:
+    def blocks(self, reader: Reader) -> Iterator[tuple[int, _Block]]:
+        """Blocks with their scales computed, and how many of their rows are used; valid until the next one."""
+        if not self._count:
             return
-        data = bytearray(self.step * self._row)
-        view = memoryview(data)
-        stored = torch.frombuffer(data, dtype=self._kind).view(self.step, self.columns)
-        widened = torch.empty((self.step, self.columns), dtype=torch.float32)
-        for first in range(0, total, self.step):
-            count = min(self.step, total - first)
-            reader.fill(self._source, first * self._row, view[: count * self._row])
-            values = widened[:count].copy_(stored[:count])
-            largest = torch.maximum(values.amax(1), values.amin(1).neg_())
-            self.scales[first : first + count] = largest.to(self._kind).div_(_STEPS)  # exact: one of the elements
-            yield first, values
+        most = max(1, BLOCK_ELEMENTS // self._columns)
+        rows = -(-self._count // -(-self._count // most))  # about the same in each: a block is computed whole
+        block = _block(self._dtype, rows, self._columns)
+        for first in range(0, self._count, rows):
+            count = min(rows, self._count - first)
+            reader.fill(self._source, first * self._row, block.stored[: count * self._row])
+            self.scales[4 * first : 4 * (first + count)] = block.computed_scales()[: 4 * count]
+            yield count, block
 
     def check(self) -> None:
         """Refuse rows whose scale is zero or not finite."""
-        bad = ~(self.scales.isfinite() & (self.scales > 0))
+        import torch
+
+        if not self.scales:
+            return
+        scales = torch.frombuffer(self.scales, dtype=torch.float32)
+        bad = ~(scales.isfinite() & (scales > 0))
         if not bool(bad.any()):
             return
         row = int(bad.nonzero()[0])
-        zero = bool(self.scales[row] == 0)
+        zero = bool(scales[row] == 0)
         what = "zeros only, or smaller values than a scale can have" if zero else "NaN or infinity"
         raise UnsupportedError(
             "A row of this weight cannot be quantized",
@@ -140,11 +125,80 @@ class _Rows:
             hint="leave the module in float with --exclude, or fix the weight",
         )
 
-    def scale_bytes(self) -> bytes:
-        """The scales as they are stored."""
+
+class _Block:
+    """Memory for rows of one length, and views of it. All operations write to it, because for a block of this size
+    creating tensors and views takes as long as computing.
+
+    Attributes:
+        stored: the rows as they are stored; fill it first.
+    """
+
+    def __init__(self, dtype: str, rows: int, columns: int) -> None:
         import torch
 
-        data = bytearray(self.scales.nbytes)
-        if data:
-            torch.frombuffer(data, dtype=torch.float32).copy_(self.scales)
-        return bytes(data)
+        kind, integer, self._magnitude = {
+            "BF16": (torch.bfloat16, torch.int16, 0x7FFF),
+            "F16": (torch.float16, torch.int16, 0x7FFF),
+            "F32": (torch.float32, torch.int32, 0x7FFFFFFF),
+        }[dtype]
+        self._columns = columns
+        data = bytearray(rows * columns * kind.itemsize)
+        self.stored = memoryview(data)
+        self._weights = torch.frombuffer(data, dtype=kind).view(rows, columns)
+        self._bits = self._weights.view(integer)
+        self._values = torch.empty((rows, columns), dtype=torch.float32)  # and before that, magnitudes
+        self._magnitudes = self._values.view(-1).view(integer)[: rows * columns].view(rows, columns)
+        self._largest = torch.empty(rows, dtype=integer)
+        self._peaks = self._largest.view(kind)
+        self._narrow = torch.empty(rows, dtype=kind)
+        data = bytearray(4 * rows)
+        self._scale_bytes = memoryview(data)
+        self._scales = torch.frombuffer(data, dtype=torch.float32)
+        self._reciprocals = torch.empty(rows, dtype=torch.float32)
+        self._factors = self._reciprocals.unsqueeze(1)
+        data = bytearray(rows * columns)
+        self._code_bytes = memoryview(data)
+        self._codes = torch.frombuffer(data, dtype=torch.int8).view(rows, columns)
+
+    def computed_scales(self) -> memoryview:
+        """The F32 scales of all rows.
+
+        Floats without a sign are in the order of their bits as integers, with infinity and NaN last.
+        """
+        import torch
+
+        torch.bitwise_and(self._bits, self._magnitude, out=self._magnitudes)
+        torch.amax(self._magnitudes, 1, out=self._largest)
+        torch.div(self._peaks, _STEPS, out=self._narrow)
+        self._scales.copy_(self._narrow)
+        return self._scale_bytes
+
+    def quantized(self, count: int) -> memoryview:
+        """The codes of the first ``count`` rows, whose scales are computed."""
+        import torch
+
+        torch.reciprocal(self._scales, out=self._reciprocals)
+        values = self._values.copy_(self._weights).mul_(self._factors)
+        self._codes.copy_(values.round_().clamp_(*_CODES))
+        return self._code_bytes[: count * self._columns]
+
+
+class _Kept(threading.local):
+    """The blocks of a thread, by dtype, rows and columns; they end with it."""
+
+    def __init__(self) -> None:
+        self.blocks: dict[tuple[str, int, int], _Block] = {}
+
+
+_kept: Final = _Kept()
+
+
+def _block(dtype: str, rows: int, columns: int) -> _Block:
+    """A block of this thread, which all weights of a shape share."""
+    key, blocks = (dtype, rows, columns), _kept.blocks
+    if key not in blocks:
+        if len(blocks) == _BLOCKS_KEPT:
+            blocks.clear()
+        blocks[key] = _Block(*key)
+    return blocks[key]
