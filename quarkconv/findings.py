@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Final
+from typing import Any, Final
 
 from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError
 
@@ -164,6 +164,15 @@ def finding(
 ) -> Finding:
     """A finding with the default severity of its code. Raises ``KeyError`` for an unknown code."""
     return Finding(severity or CODES[code].severity, code, subject, count, message, hint)
+
+
+def finding_from_json(value: dict[str, Any]) -> Finding:
+    """The finding that :func:`dataclasses.asdict` gave.
+
+    Raises:
+        KeyError, TypeError, ValueError: it is malformed.
+    """
+    return Finding(**{**value, "severity": Severity(value["severity"])})
 
 
 def as_finding(error: SourceError) -> Finding:

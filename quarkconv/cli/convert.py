@@ -17,6 +17,7 @@ from quarkconv.errors import UsageError
 from quarkconv.plan.shares import parse_share
 from quarkconv.scheme.options import KEEP
 from quarkconv.targets import TARGETS, get_target
+from quarkconv.write.modes import Finish, Join, Mode, OnRay, Whole
 
 
 class QuantizeMode(StrEnum):
@@ -28,8 +29,6 @@ class QuantizeMode(StrEnum):
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-
-    from quarkconv.convert.results import ConversionResult
 
 
 def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
@@ -121,20 +120,9 @@ def convert(
 
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
-    share = None if part is None else parse_share(part)
-    divided = share is not None or join
-    chosen = [share is not None, join, ray is not None, finish]
-    if (
-        sum(chosen) > 1
-        or ((divided or ray is not None) and (overwrite or push is not None))
-        or (finish and (overwrite or dry_run))
-    ):
-        raise UsageError(
-            "These options exclude one another",
-            expected="one of --part, --join, --ray and --finish; these without --overwrite; --push with --finish only; "
-            "--finish without --dry-run",
-            hint="delete the output directory to start a conversion in parts over",
-        )
+    mode = _mode(part=part, join=join, ray=ray, finish=finish, overwrite=overwrite)
+    if (push is not None and not isinstance(mode, Whole | Finish)) or (dry_run and isinstance(mode, Finish)):
+        raise _excluded()
     options = Options(
         max_shard_size=max_shard_size,
         tp=tp or 1,
@@ -145,33 +133,46 @@ def convert(
         mtp=mtp,
     )
     with progress("Reading", shown=output.shows_progress) as meter:
-        conversion = Conversion.prepare(model, to, out, options, cache=cache, push=push, progress=meter)
-    value, seconds = conversion.to_json(share, dry_run=dry_run), None
+        conversion = Conversion.prepare(
+            model, to, out, options, cache=cache, push=push, private=private, progress=meter
+        )
+    value, seconds = conversion.to_json(mode, dry_run=dry_run), None
     if not dry_run:
         started = time.perf_counter()
         with progress("Converting", shown=output.shows_progress) as meter:
-            conversion.create_repo(private=private, progress=meter)
-            result: ConversionResult | None
-            if join:
-                result, joined = conversion.join(jobs=jobs, progress=meter)
-                value |= joined.to_json() | {"finished": False}
-            elif share is not None:
-                result = conversion.run_share(share, jobs=jobs, progress=meter)
-            elif ray is not None:
-                result = conversion.run_on_ray(ray, jobs=jobs, progress=meter)
-            elif finish:
-                result = conversion.finish(jobs=jobs, progress=meter)
-            else:
-                result = conversion.run(jobs=jobs, overwrite=overwrite, progress=meter)
-        if result is not None:
-            value |= {"finished": True} if divided else {}
-            value |= result.to_json() | conversion.upload(result, bars=output.shows_progress)
+            outcome = conversion.carry_out(mode, jobs=jobs, progress=meter)
+        value |= outcome.to_json() | conversion.upload(outcome, bars=output.shows_progress)
         seconds = time.perf_counter() - started
 
     def render() -> RenderableType:
         from quarkconv.cli.render.conversion import render_conversion
 
-        return render_conversion(value, conversion.losses, seconds)
+        return render_conversion(value, seconds)
 
     output.show(value, render)
     return 0
+
+
+def _mode(*, part: str | None, join: bool, ray: str | None, finish: bool, overwrite: bool) -> Mode:
+    """How this process carries the conversion out."""
+    chosen: list[Mode] = []
+    if part is not None:
+        chosen.append(parse_share(part))
+    if join:
+        chosen.append(Join())
+    if ray is not None:
+        chosen.append(OnRay(ray))
+    if finish:
+        chosen.append(Finish())
+    if len(chosen) > 1 or (chosen and overwrite):
+        raise _excluded()
+    return chosen[0] if chosen else Whole(overwrite)
+
+
+def _excluded() -> UsageError:
+    return UsageError(
+        "These options exclude one another",
+        expected="one of --part, --join, --ray and --finish; these without --overwrite; --push with --finish only; "
+        "--finish without --dry-run",
+        hint="delete the output directory to start a conversion in parts over",
+    )

@@ -1,32 +1,32 @@
 """One conversion: located, described, planned, carried out, uploaded.
 
-The Python functions, the command line and conversions by rank all go through :class:`Conversion`. A whole model is the
-part of rank 0 of 1; several ranks have a folder each, and :mod:`quarkconv.convert.ranks` keeps those together.
+The Python functions and the command line go through :class:`Conversion`. A whole model is the part of rank 0 of 1;
+several ranks have a folder each, which :mod:`quarkconv.write.ranks` writes and indexes.
 """
 
 from __future__ import annotations
 
-from contextlib import closing
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
+from quarkconv.convert.jobs import DEFAULT_JOBS, require_jobs
 from quarkconv.convert.options import Options
 from quarkconv.convert.output import output_location
 from quarkconv.convert.planner import make_plan
-from quarkconv.convert.results import ConversionResult, RankOutput, conversion_json
+from quarkconv.convert.results import ConversionResult, Outcome, RankOutput, conversion_json
 from quarkconv.errors import UsageError
-from quarkconv.findings import Finding
 from quarkconv.hub.locate import Located, check_repo_id, locate
 from quarkconv.plan.manifest import Manifest
-from quarkconv.plan.plan import Plan, plan_digest
-from quarkconv.plan.shares import Share, ShareWork
+from quarkconv.plan.plan import plan_digest
+from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
-
-if TYPE_CHECKING:
-    from quarkconv.write.joining import Joined
+from quarkconv.write.execution import Execution
+from quarkconv.write.modes import Mode, Whole
+from quarkconv.write.output import output_at
+from quarkconv.write.write import write_output
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Conversion:
         outputs: one for each rank; a whole model has a single one.
         experts, intermediate: E and I of the whole model.
         push: Hub repo id that the output is uploaded to; a finished output is then kept, so that an upload resumes.
+        private: whether the repo is created as private.
     """
 
     source: Located
@@ -47,6 +48,7 @@ class Conversion:
     experts: int
     intermediate: int
     push: str | None = None
+    private: bool = False
 
     @classmethod
     def prepare(
@@ -58,6 +60,7 @@ class Conversion:
         *,
         cache: bool = False,
         push: str | None = None,
+        private: bool = False,
         progress: Progress = SILENT,
     ) -> Conversion:
         """Locate and describe a model, check that it can be converted, and plan it. Nothing is written.
@@ -66,6 +69,7 @@ class Conversion:
             model, target, out, cache, progress: as of :func:`quarkconv.convert_checkpoint`.
             options: what to write.
             push: Hub repo id that the output will be uploaded to.
+            private: whether a new repo is private; an existing one is not changed.
 
         Raises:
             UsageError, SourceError, UnsupportedError: as :func:`convert_checkpoint`; an invalid repo id; a conversion
@@ -99,269 +103,107 @@ class Conversion:
             )
             outputs.append(RankOutput(plan, location if rank.is_whole else Path(location) / rank.folder()))
         layer = description.int8_layers[0]
-        return cls(source, location, tuple(outputs), layer.experts, layer.intermediate, push)
+        return cls(source, location, tuple(outputs), layer.experts, layer.intermediate, push, private)
 
     @property
     def by_rank(self) -> bool:
         """Whether the experts are divided among ranks."""
         return not self.outputs[0].plan.rank.is_whole
 
-    @property
-    def output_bytes(self) -> int:
-        """Bytes that all plans write."""
-        return sum(part.plan.output_bytes for part in self.outputs)
-
-    def run(
+    def carry_out(
         self,
+        mode: Mode = Whole(),  # noqa: B008
         *,
         jobs: int = DEFAULT_JOBS,
-        overwrite: bool = False,
         progress: Progress = SILENT,
-    ) -> ConversionResult:
-        """Carry out the plans. The same call resumes after a failure or an interrupt.
+    ) -> Outcome:
+        """Carry out the plans, or this process's part of them. The same call resumes after a failure or an interrupt.
+
+        All modes write the same bytes. Before the first, the repo of an upload is created: a refusal should come before
+        the conversion.
 
         Args:
-            jobs, overwrite, progress: as of :func:`convert_checkpoint`.
-
-        Raises:
-            UsageError: ``jobs`` is out of range, or the output directory holds something else.
-            SourceError: the source changed, or cannot be read.
-            UnsupportedError: the data of the source does not meet a check of the plan.
-            WriteError: writing failed.
-            InterruptedByUser: interrupted.
-        """
-        from quarkconv.write.executor import execute
-        from quarkconv.write.output import finished_output
-
-        require_jobs(jobs)
-        digests = [plan_digest(output.plan) for output in self.outputs]
-        finished: list[Manifest | None] = [None] * len(self.outputs)
-        if (self.by_rank or self.push is not None) and not overwrite:
-            finished = [
-                finished_output(output.location, digest) for output, digest in zip(self.outputs, digests, strict=True)
-            ]
-        if self.by_rank:
-            from quarkconv.convert.ranks import prepare_folders, write_index
-
-            self._check_rows(jobs)
-            prepare_folders(Path(self.location), self.outputs, finished, overwrite=overwrite)
-        progress.step(f"Converting to {self.outputs[0].plan.target}", self.output_bytes, "byte")
-        manifests = []
-        for output, digest, manifest in zip(self.outputs, digests, finished, strict=True):
-            if manifest is not None:
-                progress.advance(output.plan.output_bytes)
-            manifests.append(
-                manifest
-                or execute(
-                    output.plan,
-                    self.source.files,
-                    output.location,
-                    digest=digest,
-                    jobs=jobs,
-                    overwrite=overwrite,
-                    progress=progress,
-                )
-            )
-        if self.by_rank:
-            write_index(Path(self.location), self.outputs, manifests, self.experts, self.intermediate)
-        return self._result(*manifests)
-
-    def _check_rows(self, jobs: int) -> None:
-        """Check the rows that will be quantized for all ranks, before the first is written."""
-        from quarkconv.write.checks import check_float_rows
-        from quarkconv.write.opening import open_source
-
-        for plan in (output.plan for output in self.outputs if output.plan.options.quantizes):
-            with closing(open_source(self.source.files, plan)) as sources:
-                check_float_rows(plan, sources, jobs)
-
-    def run_share(
-        self, share: Share, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT
-    ) -> ConversionResult | None:
-        """Carry out one share of the plan; the last one finishes the conversion. The same call resumes.
-
-        Processes that have the output directory in common, on one machine or several, may each run a share at the same
-        time, without talking to each other. The output equals that of :meth:`run`.
-
-        Args:
-            share: the share.
+            mode: how this process carries them out; by default, it writes everything.
             jobs: threads that read and write.
             progress: receives how far writing has come.
 
-        Returns:
-            The result, if the conversion is finished; None while other shares are missing.
-
         Raises:
-            UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and another
-                process works on the share.
+            UsageError: ``jobs`` is out of range, the output holds something else, or a conversion by rank is divided
+                among processes.
+            SourceError: the source changed, or cannot be read.
+            UnsupportedError: the data of the source does not meet a check of the plan.
+            WriteError: writing failed, another process works on the output, or the Hub refuses.
+            InterruptedByUser: interrupted.
         """
-        from quarkconv.write.output import finished_output
-        from quarkconv.write.shares import execute_share
-
-        plan, work = self._only_plan(), self._work(share)
         require_jobs(jobs)
-        digest = plan_digest(plan)
-        manifest = finished_output(self.location, digest)
-        progress.step(f"Converting part {share} to {plan.target}", work.nbytes, "byte")
-        if manifest is None:
-            try:
-                manifest = execute_share(
-                    plan, self.source.files, self.location, work, digest=digest, jobs=jobs, progress=progress
-                )
-            except UsageError:  # another process may have finished the conversion meanwhile
-                manifest = finished_output(self.location, digest)
-                if manifest is None:
-                    raise
-        return None if manifest is None else self._result(manifest)
-
-    def run_on_ray(
-        self, address: str = "auto", *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT
-    ) -> ConversionResult:
-        """Carry out the plan as tasks of a Ray cluster, one for each shard. The same call resumes.
-
-        All nodes must see the source and the output under the same names.
-
-        Args:
-            address: of the cluster: ``auto``, ``local``, ``HOST:PORT`` or ``ray://HOST:PORT``.
-            jobs: threads of a task.
-            progress: receives how far all tasks have come.
-
-        Raises:
-            UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and Ray is not
-                installed, or the cluster cannot be reached.
-        """
-        from quarkconv.convert.on_ray import execute_on_ray
-        from quarkconv.write.output import finished_output
-
-        plan = self._only_plan()
-        require_jobs(jobs)
-        digest = plan_digest(plan)
-        manifest = finished_output(self.location, digest)
-        progress.step(f"Converting to {plan.target} on Ray", sum(shard.nbytes for shard in plan.shards), "byte")
-        if manifest is None:
-            manifest = execute_on_ray(
-                plan,
-                self.source.files,
-                self.location if isinstance(self.location, str) else self.location.absolute(),
-                digest=digest,
-                jobs=jobs,
-                address=address,
-                progress=progress,
-            )
-        return self._result(manifest)
-
-    def join(self, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT) -> tuple[ConversionResult | None, Joined]:
-        """Work on the plan together with other processes until it is carried out. Any may begin and end at any time.
-
-        Each takes shards by leases. A shard of a process that died is written by another one. The output equals that of
-        :meth:`run`.
-
-        Returns:
-            The result, if this process saw the conversion finished; and what it wrote.
-
-        Raises:
-            UsageError, SourceError, UnsupportedError, WriteError, InterruptedByUser: as :meth:`run`; and the object
-                store has no conditional writes.
-        """
-        from quarkconv.write.joining import Joined, execute_joined
-        from quarkconv.write.output import finished_output
-
-        plan = self._only_plan()
-        require_jobs(jobs)
-        digest = plan_digest(plan)
-        manifest = finished_output(self.location, digest)
-        progress.step(f"Converting to {plan.target} with others", plan.output_bytes, "byte")
-        if manifest is not None:
-            return self._result(manifest), Joined(manifest, 0, 0)
-        joined = execute_joined(plan, self.source.files, self.location, digest=digest, jobs=jobs, progress=progress)
-        return None if joined.manifest is None else self._result(joined.manifest), joined
-
-    def finish(self, *, jobs: int = DEFAULT_JOBS, progress: Progress = SILENT) -> ConversionResult:
-        """Finish a conversion whose shares are all written, where the last :meth:`run_share` could not.
-
-        Raises:
-            UsageError: nothing was begun in the output directory.
-            SourceError, UnsupportedError, InterruptedByUser: as :meth:`run`.
-            WriteError: shares are missing, or writing failed.
-        """
-        from quarkconv.write.output import finished_output
-        from quarkconv.write.shares import finish_shares
-
-        plan = self._only_plan()
-        require_jobs(jobs)
-        digest = plan_digest(plan)
-        manifest = finished_output(self.location, digest)
-        progress.step("Finishing", self.output_bytes, "byte")
-        if manifest is None:
-            manifest = finish_shares(
-                plan, self.source.files, self.location, digest=digest, jobs=jobs, progress=progress
-            )
-        return self._result(manifest)
-
-    def _work(self, share: Share) -> ShareWork:
-        return share.work(self._only_plan())
-
-    def _only_plan(self) -> Plan:
-        if self.by_rank:
-            raise UsageError(
-                "Conversions by rank are not divided into parts",
-                expected="--part, --join, --ray or --finish without --tp and --ep",
-                found="both",
-                hint="run one conversion by rank on each machine, or convert without --tp and --ep",
-            )
-        return self.outputs[0].plan
-
-    def _result(self, *manifests: Manifest) -> ConversionResult:
-        return ConversionResult(self.source.origin, self.location, self.outputs, manifests)
-
-    def create_repo(self, *, private: bool = False, progress: Progress = SILENT) -> None:
-        """Create the repo that the output is uploaded to, if any: a refusal should come before the conversion.
-
-        Args:
-            private: whether a new repo is private; an existing one is not changed.
-            progress: receives that the Hub is contacted.
-
-        Raises:
-            WriteError: the Hub refuses.
-        """
+        self._require_whole(mode)
+        if isinstance(mode, Whole):  # a finished output is not refused where its upload may have failed
+            mode = Whole(mode.overwrite, keep=self.push is not None and not mode.overwrite)
         if self.push is not None:
             from quarkconv.hub.push import create_repo
 
             progress.step("Contacting the Hub")
-            create_repo(self.push, private=private)
+            create_repo(self.push, private=self.private)
+        executions = [self._execution(output, jobs, progress) for output in self.outputs]
+        if self.by_rank:
+            from quarkconv.write.ranks import write_ranks
 
-    def upload(self, result: ConversionResult, *, bars: bool = False) -> dict[str, str]:
-        """Upload the output to the repo that :meth:`create_repo` created, if any.
+            manifests = write_ranks(
+                Path(self.location),
+                executions,
+                experts=self.experts,
+                intermediate=self.intermediate,
+                overwrite=isinstance(mode, Whole) and mode.overwrite,
+                progress=progress,
+            )
+            return Outcome(mode, self._result(manifests))
+        written = write_output(executions[0], mode)
+        result = None if written.manifest is None else self._result([written.manifest])
+        return Outcome(mode, result, written.shards, written.nbytes)
+
+    def _execution(self, output: RankOutput, jobs: int, progress: Progress) -> Execution:
+        return Execution(
+            output.plan, plan_digest(output.plan), self.source.files, output_at(output.location), jobs, progress
+        )
+
+    def _result(self, manifests: Iterable[Manifest]) -> ConversionResult:
+        return ConversionResult(self.source.origin, self.location, self.outputs, tuple(manifests))
+
+    def upload(self, outcome: Outcome, *, bars: bool = False) -> dict[str, str]:
+        """Upload the output, if the conversion is finished and has a repo.
 
         Args:
-            result: the finished conversion.
+            outcome: of :meth:`carry_out`, which created the repo.
             bars: whether huggingface_hub shows progress bars.
 
         Returns:
-            The URL of the repo under ``pushed``; empty without a repo.
+            The URL of the repo under ``pushed``; empty without an upload.
 
         Raises:
             WriteError: the upload failed; the same command resumes.
         """
-        if self.push is None:
+        result = outcome.result
+        if self.push is None or result is None:
             return {}
         from quarkconv.hub.push import upload_folder
 
         message = f"{result.plan.target} by quarkconv, plan {result.manifest.plan[:12]}"
         return {"pushed": upload_folder(result.output, self.push, message, bars=bars)}
 
-    @property
-    def losses(self) -> tuple[Finding, ...]:
-        """Settings and tensors of the source that the target does not keep."""
-        return self.outputs[0].plan.losses
-
-    def to_json(self, share: Share | None = None, *, dry_run: bool = True) -> dict[str, Any]:
+    def to_json(self, mode: Mode = Whole(), *, dry_run: bool = True) -> dict[str, Any]:  # noqa: B008
         """The object that ``convert --json`` prints while the conversion is not finished."""
         value = conversion_json(self.source.origin, self.location, self.outputs, dry_run=dry_run)
-        return value if share is None else value | self._work(share).to_json() | {"finished": False}
+        if not isinstance(mode, Share):
+            return value
+        self._require_whole(mode)
+        return value | mode.work(self.outputs[0].plan).to_json() | {"finished": False}
 
-
-def require_jobs(jobs: int) -> None:
-    """Raise :class:`UsageError` unless a number of threads is in range."""
-    if not 1 <= jobs <= MAX_JOBS:
-        raise UsageError("`jobs` is out of range", expected=f"1 to {MAX_JOBS}", found=str(jobs))
+    def _require_whole(self, mode: Mode) -> None:
+        """Refuse to divide a conversion by rank among processes."""
+        if self.by_rank and not isinstance(mode, Whole):
+            raise UsageError(
+                "Conversions by rank are not divided into parts",
+                expected="--part, --join, --ray or --finish without --tp and --ep",
+                found="both",
+                hint="run one conversion by rank on each machine, or convert without --tp and --ep",
+            )

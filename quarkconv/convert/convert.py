@@ -16,6 +16,7 @@ from quarkconv.plan.plan import Plan
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.options import KEEP, Quantize
 from quarkconv.targets import get_target
+from quarkconv.write.modes import Whole
 
 
 def plan_conversion(
@@ -97,4 +98,4 @@ def convert_checkpoint(
         max_shard_size=max_shard_size, tp=tp, ep=ep, quantize=quantize, exclude=exclude, scheme=scheme, mtp=mtp
     )
     conversion = Conversion.prepare(model, target, out, options, cache=cache, progress=progress)
-    return conversion.run(jobs=jobs, overwrite=overwrite, progress=progress)
+    return conversion.carry_out(Whole(overwrite), jobs=jobs, progress=progress).finished()

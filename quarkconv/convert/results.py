@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING, Any
 from quarkconv.errors import UsageError
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.plan import Plan
+from quarkconv.plan.shares import Share
+from quarkconv.write.modes import Join, Mode
 
 if TYPE_CHECKING:
     from quarkconv.plan.manifest import Manifest
@@ -66,6 +68,37 @@ class ConversionResult:
         """The object that ``convert --json`` prints."""
         value = conversion_json(self.source, self.location, self.outputs, dry_run=False)
         return value if not self.plan.rank.is_whole else {**value, "plan": self.manifest.plan}
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What one call did of a conversion.
+
+    Attributes:
+        mode: how it carried the conversion out.
+        result: the conversion, if this call saw it finished; None while other processes are at work.
+        shards, nbytes: number and bytes of the shards that it wrote, where shards are taken by leases.
+    """
+
+    mode: Mode
+    result: ConversionResult | None
+    shards: int = 0
+    nbytes: int = 0
+
+    def finished(self) -> ConversionResult:
+        """The result of a call that finishes the conversion, or fails."""
+        if self.result is None:
+            raise ValueError("other processes have to finish this conversion")
+        return self.result
+
+    def to_json(self) -> dict[str, Any]:
+        """What ``convert --json`` prints beside the plan."""
+        value: dict[str, Any] = {}
+        if isinstance(self.mode, Join):
+            value["joined"] = {"shards": self.shards, "bytes": self.nbytes}
+        if isinstance(self.mode, Join | Share):
+            value["finished"] = self.result is not None
+        return value if self.result is None else value | self.result.to_json()
 
 
 def conversion_json(

@@ -27,7 +27,6 @@ from quarkconv.files.base import Files
 from quarkconv.files.json_files import read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.headers.checkpoint import MANIFEST_NAME
-from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.fields import checksum, count, file_name, text
 from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
 from quarkconv.plan.pieces import MoEGeometry, Piece, SourceFile
@@ -172,16 +171,6 @@ def read_manifest(model: Path | Files) -> Manifest | None:
             found=repr(error)[:120],
             hint="convert the model again",
         ) from error
-
-
-def finished_manifest(folder: Path, digest: str) -> Manifest | None:
-    """The manifest that an earlier run of the same plan wrote; None without one, and where the run did not finish.
-
-    Raises:
-        SourceError: there is a manifest that cannot be read.
-    """
-    manifest = None if (folder / STAGING_NAME).exists() else read_manifest(folder)
-    return manifest if manifest is not None and manifest.plan == digest else None
 
 
 def _parse(value: dict[str, Any]) -> Manifest:

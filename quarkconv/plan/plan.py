@@ -14,7 +14,8 @@ from typing import Any, Final
 
 from quarkconv.errors import SourceError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank
-from quarkconv.findings import Finding, Severity
+from quarkconv.findings import Finding, finding_from_json
+from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.fields import count, file_name, text
 from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
 from quarkconv.plan.pieces import Check, MoEGeometry, OutputShard, OutputTensor, Piece, SourceFile, TextFile
@@ -120,6 +121,11 @@ class Plan:
         except (KeyError, TypeError, ValueError, IndexError) as error:
             raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error
 
+    def file_names(self) -> list[str]:
+        """Every file that the conversion writes."""
+        names = [*(shard.file for shard in self.shards), *(copy.name for copy in self.copies)]
+        return [*names, *(file.name for file in self.texts), CONFIG_NAME, INDEX_NAME, MANIFEST_NAME]
+
     @property
     def output_bytes(self) -> int:
         """Bytes of shards, copies and texts; index, config and manifest come on top."""
@@ -160,7 +166,7 @@ def _parse(value: dict[str, Any]) -> Plan:
         shards=tuple(map(shard, value["shards"])),
         config=value["config"],
         copies=tuple(SourceFile(file_name(name), count(size)) for name, size in value["copies"]),
-        losses=tuple(Finding(**{**loss, "severity": Severity(loss["severity"])}) for loss in value["losses"]),
+        losses=tuple(map(finding_from_json, value["losses"])),
         texts=tuple(TextFile(file_name(name), text(content)) for name, content in value["texts"]),
         rank=make_rank(**value["rank"]),
         options=SourceOptions.of(**value["options"]),

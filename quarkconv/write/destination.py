@@ -1,15 +1,19 @@
-"""The interface of a destination: a directory, or objects below the URL of a store."""
+"""The interfaces of an output: before it is opened, while a conversion writes there, and of a shard in it.
+
+An output is a directory, or objects below the URL of a store.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
-from quarkconv.plan.manifest import WrittenFile, WrittenShard
+from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import Share
+from quarkconv.write.leases import LeaseStore
 from quarkconv.write.source import Source
 
 
@@ -33,8 +37,65 @@ class ShardFile(Protocol):
         """Give up what is not sealed."""
 
 
+class Output(Protocol):
+    """An output that no conversion of this process has opened."""
+
+    @property
+    def location(self) -> Path | str:
+        """The directory, or the URL."""
+
+    def finished(self, digest: str) -> Manifest | None:
+        """The manifest that an earlier run of the same plan wrote; None without one, and where none has finished.
+
+        Raises:
+            SourceError: there is a manifest that cannot be read.
+        """
+
+    def has_begun(self) -> bool:
+        """Whether it holds an unfinished conversion."""
+
+    def begin(
+        self, state: dict[str, Any], plan_files: list[str], *, needed: int, overwrite: bool
+    ) -> AbstractContextManager[Destination]:
+        """Begin or resume a conversion that one process carries out.
+
+        Args:
+            state: the identity of the conversion, of :func:`quarkconv.write.state.plan_state`.
+            plan_files: the files that the plan will write.
+            needed: bytes that the whole conversion writes.
+            overwrite: whether an earlier output of quarkconv is deleted, finished or not.
+
+        Raises:
+            UsageError: the output holds other files, or another plan's unfinished work.
+            WriteError: another process works there, the output cannot be written to, or the disk is full.
+        """
+
+    def join(
+        self, state: dict[str, Any], plan_files: list[str], share: Share | None
+    ) -> AbstractContextManager[Destination]:
+        """Begin or resume a conversion that several processes carry out.
+
+        Args:
+            state, plan_files: as of :meth:`begin`.
+            share: the share that this process writes; None where several may write any shard.
+
+        Raises:
+            UsageError: the output holds other files, or a conversion that was begun with something else.
+            OutputBusyError: another process works on this share, or on the whole.
+            WriteError: the output cannot be written to.
+        """
+
+
 class Destination(Protocol):
     """Where one conversion writes. Methods for shards are called from several threads."""
+
+    @property
+    def has_locks(self) -> bool:
+        """Whether processes lock the output; the one that finishes it then needs it alone."""
+
+    @property
+    def streams(self) -> bool:
+        """Whether one thread writes a shard from its beginning to its end."""
 
     @property
     def plan_digest(self) -> str:
@@ -72,6 +133,13 @@ class Destination(Protocol):
 
     def shares(self) -> int:
         """The number of shares that the conversion was begun with; 1 for a whole one."""
+
+    def leases(self) -> LeaseStore:
+        """Where workers that write the same shards keep their leases.
+
+        Raises:
+            WriteError: the object store has no conditional writes.
+        """
 
     def copy(self, file: SourceFile, sources: Source) -> WrittenFile:
         """Copy a file of the source as it is."""

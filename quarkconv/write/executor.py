@@ -1,4 +1,4 @@
-"""Carrying out a plan: byte ranges are read, checksummed and written.
+"""A run through the shards of a plan: byte ranges are read, checksummed and written.
 
 Threads take segments of shards in turn, each with its own buffer: while one waits for the disk, another reads and
 computes checksums. Memory does not grow with the model.
@@ -13,25 +13,20 @@ import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
-from pathlib import Path
 from typing import Final
 
 import xxhash
 
-from quarkconv.errors import InterruptedByUser, UnsupportedError
-from quarkconv.files.base import Files
+from quarkconv.errors import InterruptedByUser
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shards import PAGE
-from quarkconv.progress import SILENT, Progress
+from quarkconv.progress import Progress
 from quarkconv.version import own_version
-from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.destination import Destination
 from quarkconv.write.held_scales import HeldScales
-from quarkconv.write.opening import files_of, opened
-from quarkconv.write.output import open_output
 from quarkconv.write.output_file import aligned_buffer
 from quarkconv.write.refusals import interrupted
 from quarkconv.write.segments import Segment
@@ -48,53 +43,8 @@ _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 _log: Final = logging.getLogger(__name__)
 
 
-def execute(
-    plan: Plan,
-    source: Path | Files,
-    output: Path | str,
-    *,
-    digest: str,
-    jobs: int,
-    overwrite: bool = False,
-    progress: Progress = SILENT,
-) -> Manifest:
-    """Carry out a plan.
-
-    Args:
-        plan: what to do.
-        source: directory of the source, or its files wherever they are.
-        output: directory to create, or URL of an object store; unfinished work of the same plan there is resumed.
-        digest: of the plan.
-        jobs: number of threads that read and write.
-        overwrite: whether an earlier conversion in ``output`` is deleted.
-        progress: counts the bytes that were written, or found written; one call at a time, from several threads.
-
-    Raises:
-        SourceError: a source file is not as long as planned, ends early, or changed meanwhile.
-        UnsupportedError: a zero point is not zero, two scales that must be equal are not, or a row cannot be quantized;
-            nothing is left in ``output``.
-        UsageError: ``output`` holds something else.
-        WriteError: writing failed; what was finished is kept.
-        InterruptedByUser: interrupted; what was finished is kept.
-    """
-    needed = plan.output_bytes + records_nbytes(plan.shards)
-    with opened(plan, digest, source, output) as (sources, state):
-        run_checks(plan.checks, sources, jobs)
-        if overwrite:  # before an earlier output is deleted; otherwise rows are checked when they are quantized
-            check_float_rows(plan, sources, jobs)
-        with open_output(output, state, files_of(plan), needed=needed, overwrite=overwrite) as destination:
-            run = Run(plan, sources, destination, progress)
-            try:
-                with run.writing():
-                    run.write_shards(plan.shards, jobs)
-                    return run.finish()
-            except UnsupportedError:  # rows that cannot be quantized: nothing that was written is of use
-                destination.discard()
-                raise
-
-
 class Run:
-    """One execution of a plan."""
+    """One run of a plan, whose source and destination are open."""
 
     def __init__(self, plan: Plan, sources: Source, destination: Destination, progress: Progress) -> None:
         self.plan = plan
@@ -164,7 +114,7 @@ class Run:
             shards=tuple(self._done[shard.file] for shard in self.plan.shards),
             files=tuple(sorted(others)),
         )
-        self.destination.publish(files_of(self.plan), manifest_to_bytes(manifest))
+        self.destination.publish(self.plan.file_names(), manifest_to_bytes(manifest))
         return manifest
 
     def _write_others(self) -> list[WrittenFile]:

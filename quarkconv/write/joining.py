@@ -4,29 +4,19 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 from quarkconv.errors import QuarkconvError, UsageError
-from quarkconv.files.base import Files
-from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.manifest import Manifest, WrittenShard
 from quarkconv.plan.pieces import OutputShard
-from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share
-from quarkconv.progress import SILENT, Progress
 from quarkconv.write.checks import check_float_rows, run_checks
-from quarkconv.write.destination import Destination
+from quarkconv.write.execution import Execution
 from quarkconv.write.executor import Run
-from quarkconv.write.leases import DirectoryLeases, Leases, ObjectLeases
+from quarkconv.write.leases import Leases
 from quarkconv.write.locks import OutputBusyError
-from quarkconv.write.opening import files_of, opened
-from quarkconv.write.output import finished_output
-from quarkconv.write.shares import finish_shares, open_share
-from quarkconv.write.state import JOINED
+from quarkconv.write.modes import Contribution
+from quarkconv.write.shares import finish_shares
 
 POLL_SECONDS: Final = 1.0
 """Seconds between two looks at what others do."""
@@ -37,114 +27,70 @@ _ALL: Final = Share(1, 1)
 _log: Final = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
-class Joined:
-    """What one worker did.
-
-    Attributes:
-        manifest: the manifest, if this worker saw the conversion finished.
-        shards: number of shards that it wrote; those of all workers add up to the number of shards.
-        nbytes: their bytes.
-    """
-
-    manifest: Manifest | None
-    shards: int
-    nbytes: int
-
-    def to_json(self) -> dict[str, Any]:
-        """What ``convert --join --json`` prints of it."""
-        return {"joined": {"shards": self.shards, "bytes": self.nbytes}}
-
-
 class _LeaseLostError(Exception):
     """Another worker took a lease over while this one wrote."""
 
 
-def execute_joined(
-    plan: Plan, source: Path | Files, output: Path | str, *, digest: str, jobs: int, progress: Progress = SILENT
-) -> Joined:
+def write_joined(execution: Execution) -> Contribution:
     """Work on a plan together with others until it is carried out, and finish it.
 
     Any number of workers, on any machines, may begin and end at any time. A shard whose worker died is written by
-    another one. They write the same bytes as :func:`quarkconv.write.executor.execute`.
+    another one.
 
-    Args and errors as of :func:`quarkconv.write.executor.execute`.
+    Errors as of :func:`quarkconv.write.write.write_output`.
 
     Raises:
         WriteError: the object store has no conditional writes.
     """
     written: list[WrittenShard] = []
 
-    def joined(manifest: Manifest | None) -> Joined:
-        return Joined(manifest, len(written), sum(shard.size for shard in written))
+    def contribution(manifest: Manifest | None) -> Contribution:
+        return Contribution(manifest, len(written), sum(shard.size for shard in written))
 
     while True:
         try:
-            with (
-                opened(plan, digest, source, output, shares=JOINED) as (sources, state),
-                _open(output, state, files_of(plan)) as (destination, leases),
-                leases.renewing(),
-            ):
-                run = Run(plan, sources, destination, progress)
-                run.recorded = written
-                worker = _Worker(run, leases, jobs)
-                with run.writing():
-                    worker.work()
-                    if not isinstance(output, Path):
-                        return joined(worker.finish(output, digest))
+            manifest = _work(execution, written)
         except _LeaseLostError:
             continue
         except UsageError:  # another worker may have finished the conversion meanwhile
-            manifest = finished_output(output, digest)
+            manifest = execution.finished()
             if manifest is None:
                 raise
-            return joined(manifest)
+        if manifest is not None:
+            return contribution(manifest)
         try:
-            return joined(finish_shares(plan, source, output, digest=digest, jobs=jobs))
+            return contribution(finish_shares(execution.silent()))
         except OutputBusyError:  # another worker finishes, or will: it still works there
-            return joined(None)
+            return contribution(None)
         except UsageError:  # it has finished
-            return joined(finished_output(output, digest))
+            return contribution(execution.finished())
 
 
-@contextmanager
-def open_joined(output: Path | str, state: dict[str, Any], plan_files: list[str]) -> Iterator[Destination]:
-    """Begin or join a conversion whose shards several workers may write; who writes which is the caller's matter.
+def _work(execution: Execution, written: list[WrittenShard]) -> Manifest | None:
+    """Work until all shards are written; the manifest where no lock keeps this worker from finishing at once.
 
-    Args and errors as of :func:`quarkconv.write.output.open_output`.
+    Args:
+        execution: the plan, its source and its output.
+        written: receives the shards that this worker wrote.
     """
-    if isinstance(output, Path):
-        with open_share(output, state, plan_files, None) as staging:
-            yield staging
-        return
-    from quarkconv.write.object_destination import open_objects
-
-    with open_objects(output, state, plan_files) as destination:
-        yield destination
-
-
-@contextmanager
-def _open(output: Path | str, state: dict[str, Any], plan_files: list[str]) -> Iterator[tuple[Destination, Leases]]:
-    """Begin or join a conversion; the destination, and the leases of this worker."""
-    if isinstance(output, Path):
-        with open_share(output, state, plan_files, None) as staging:
-            yield staging, Leases(DirectoryLeases(staging.folder))
-        return
-    from quarkconv.write.object_destination import open_objects
-
-    with open_objects(output, state, plan_files) as destination:
-        destination.objects.require_conditions(f"{STAGING_NAME}/conditions")
-        yield destination, Leases(ObjectLeases(destination.objects))
+    with execution.opened() as sources, execution.joined(sources) as run:
+        run.recorded = written
+        leases = Leases(run.destination.leases())
+        with leases.renewing(), run.writing():
+            worker = _Worker(execution, run, leases)
+            worker.work()
+            return None if run.destination.has_locks else worker.finish()
 
 
 class _Worker:
     """One worker's way through a plan."""
 
-    def __init__(self, run: Run, leases: Leases, jobs: int) -> None:
+    def __init__(self, execution: Execution, run: Run, leases: Leases) -> None:
+        self._execution = execution
         self._run = run
         self._destination = run.destination
         self._leases = leases
-        self._jobs = jobs
+        self._jobs = execution.jobs
         self._counted: set[str] = set()
 
     def work(self) -> None:
@@ -168,7 +114,7 @@ class _Worker:
             else:
                 time.sleep(POLL_SECONDS)
 
-    def finish(self, url: str, digest: str) -> Manifest:
+    def finish(self) -> Manifest:
         """Finish a conversion in an object store, or wait until another worker has."""
         while True:
             if self._leases.take(_FINISH):
@@ -176,7 +122,7 @@ class _Worker:
                 self._run.write_shards(self._run.plan.shards, self._jobs)
                 return self._run.finish()
             time.sleep(POLL_SECONDS)
-            manifest = finished_output(url, digest)
+            manifest = self._execution.finished()
             if manifest is not None:
                 return manifest
 
@@ -199,8 +145,8 @@ class _Worker:
         return todo
 
     def _take(self, todo: list[OutputShard]) -> tuple[OutputShard, ...]:
-        """Leases of shards that nobody works on: in a store as many as there are threads, each of which streams one."""
-        count = 1 if isinstance(self._destination.location, Path) else self._jobs
+        """Leases of shards that nobody works on: as many as there are threads, where each of these streams one."""
+        count = self._jobs if self._destination.streams else 1
         taken: list[OutputShard] = []
         for shard in todo:
             if len(taken) < count and self._leases.take(shard.file):

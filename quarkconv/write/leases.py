@@ -18,9 +18,6 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final, Protocol
 
-from quarkconv.cloud.objects import Objects
-from quarkconv.headers.unfinished import STAGING_NAME
-
 LEASE_SECONDS: Final = 60.0
 """Seconds without renewal after which a lease can be taken over."""
 _RENEWALS: Final = 4
@@ -87,30 +84,6 @@ class DirectoryLeases:
     def _generations(self, name: str) -> list[int]:
         endings = (path.name.removeprefix(f"{name}.") for path in self._folder.glob(f"{name}.*"))
         return [int(ending) for ending in endings if ending.isdecimal()]
-
-
-class ObjectLeases:
-    """Leases as objects."""
-
-    def __init__(self, objects: Objects) -> None:
-        self._objects = objects
-
-    def read(self, name: str) -> Token | None:
-        """The ETag of the lease."""
-        entry = self._objects.entry(self._name(name))
-        return None if entry is None else (entry.etag,)
-
-    def write(self, name: str, data: bytes, found: Token | None) -> Token | None:
-        """Create the object, or replace it under its ETag."""
-        put = self._objects.create_or_replace(self._name(name), data, None if found is None else found[0])
-        return None if put is None else (put,)
-
-    def delete(self, name: str, found: Token) -> None:  # noqa: ARG002
-        """Delete the object."""
-        self._objects.delete([self._name(name)])
-
-    def _name(self, name: str) -> str:
-        return f"{STAGING_NAME}/{LEASES_NAME}/{name}"
 
 
 class Leases:

@@ -15,30 +15,29 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, Final
 
 import xxhash
 
-from quarkconv.cloud.bucket import Bucket
 from quarkconv.cloud.objects import PART_BYTES, ConditionsUnsupportedError, Objects, ObjectWriter
 from quarkconv.cloud.uploads import clear_uploads
-from quarkconv.errors import SourceError, UsageError, WriteError
+from quarkconv.errors import WriteError
 from quarkconv.files.remote import Entry
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
-from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME
-from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, read_manifest
+from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME
+from quarkconv.plan.manifest import WrittenFile, WrittenShard
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import MAX_SHARES, Share
-from quarkconv.text import shortened
+from quarkconv.write.earlier_objects import STATE, delete_earlier, finished_meanwhile, parsed
 from quarkconv.write.notes import note_of, written_of
+from quarkconv.write.object_leases import ObjectLeases
 from quarkconv.write.refusals import source_changed
 from quarkconv.write.source import Source
-from quarkconv.write.state import JOINED, refuse_difference
+from quarkconv.write.state import JOINED
 
-_STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
 _NOTES: Final = f"{STAGING_NAME}/{NOTES_NAME}/"
 
 _log: Final = logging.getLogger(__name__)
@@ -75,7 +74,10 @@ class ObjectShard:
 
 
 class ObjectDestination:
-    """The output of one conversion in an object store. Use :func:`open_objects` to get one."""
+    """The output of one conversion in an object store. See :mod:`quarkconv.write.output_objects`."""
+
+    has_locks: Final = False
+    streams: Final = True
 
     def __init__(self, objects: Objects, plan_digest: str, *, shared: bool) -> None:
         self.objects = objects
@@ -93,11 +95,11 @@ class ObjectDestination:
             UsageError: another process has finished the conversion.
         """
         before, self._entries = self._entries, self.objects.entries()
-        if _STATE not in self._entries:
-            raise _finished_meanwhile(self.objects.url)
+        if STATE not in self._entries:
+            raise finished_meanwhile(self.objects.url)
         names = [name for name, entry in self._entries.items() if name.startswith(_NOTES) and before.get(name) != entry]
         for name, data in self.objects.get_many(names).items():
-            self._notes[name] = _parsed(data)
+            self._notes[name] = parsed(data)
 
     def open(self, shard: OutputShard) -> ObjectShard:
         """Begin to stream a shard."""
@@ -130,7 +132,7 @@ class ObjectDestination:
             self.objects.put(name, data)
             return True
         found = self.objects.get(name)
-        before = {} if found is None else _parsed(found[0])
+        before = {} if found is None else parsed(found[0])
         if before != note:  # of an object that this one replaced
             self.objects.put(name, data)
         return before.get("plan") != self.plan_digest
@@ -145,7 +147,7 @@ class ObjectDestination:
     def checks_hold(self, share: Share) -> bool:
         """Whether an earlier run recorded that the checks of a share hold."""
         found = self.objects.get(_checked(share))
-        return found is not None and _parsed(found[0]) == {"plan": self.plan_digest}
+        return found is not None and parsed(found[0]) == {"plan": self.plan_digest}
 
     def record_checks(self, share: Share) -> None:
         """Record that the checks of a share hold."""
@@ -153,9 +155,18 @@ class ObjectDestination:
 
     def shares(self) -> int:
         """The number of shares that the conversion was begun with: 1 for a whole one, 0 for one with leases."""
-        found = self.objects.get(_STATE)
-        count = None if found is None else _parsed(found[0]).get("shares")
+        found = self.objects.get(STATE)
+        count = None if found is None else parsed(found[0]).get("shares")
         return count if isinstance(count, int) and JOINED <= count <= MAX_SHARES else 1
+
+    def leases(self) -> ObjectLeases:
+        """Leases as objects.
+
+        Raises:
+            ConditionsUnsupportedError: the store has no conditional writes.
+        """
+        self.objects.require_conditions(f"{STAGING_NAME}/conditions")
+        return ObjectLeases(self.objects)
 
     def copy(self, file: SourceFile, sources: Source) -> WrittenFile:
         """Copy a file of the source as it is."""
@@ -195,12 +206,12 @@ class ObjectDestination:
         """
         self.objects.put(MANIFEST_NAME, manifest)
         self.objects.put(CONFIG_NAME, self._config)
-        self.objects.delete([_STATE])
+        self.objects.delete([STATE])
         self.objects.delete(name for name in self.objects.entries() if name.startswith(f"{STAGING_NAME}/"))
 
     def discard(self) -> None:
         """Delete everything that the conversion wrote."""
-        _delete_earlier(self.objects, self.objects.entries())
+        delete_earlier(self.objects, self.objects.entries())
 
     def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:  # noqa: ARG002
         """Discard parts that a process which died sent of these shards; a store has no end."""
@@ -213,135 +224,9 @@ class ObjectDestination:
         return nullcontext()
 
 
-@contextmanager
-def open_objects(
-    url: str, state: dict[str, Any], plan_files: list[str], *, overwrite: bool = False
-) -> Iterator[ObjectDestination]:
-    """Begin or resume a conversion below a URL.
-
-    Args:
-        url: of the output.
-        state: what identifies the conversion, of :func:`plan_state`.
-        plan_files: the files that the plan will write.
-        overwrite: whether an earlier output of quarkconv is deleted, finished or not.
-
-    Raises:
-        UsageError: there are other objects, or another conversion.
-        WriteError: the store refuses, or cannot be reached.
-    """
-    objects = Objects(url)
-    entries = objects.entries()
-    begun = _STATE in entries
-    if overwrite:
-        _delete_earlier(objects, entries)
-    else:
-        _refuse_others(objects, entries, set(plan_files) if begun else set(), unfinished=begun)
-    recorded = json.dumps({**state, "files": plan_files}).encode()
-    if overwrite or not (begun or _create(objects, recorded)):
-        objects.put(_STATE, recorded)
-    else:
-        found = objects.get(_STATE)
-        if found is None:
-            raise _finished_meanwhile(url)
-        refuse_difference(url, _parsed(found[0]), state)
-    destination = ObjectDestination(objects, state["plan"], shared=state.get("shares") == JOINED)
-    destination.refresh()
-    yield destination
-
-
-def finished_manifest(url: str) -> Manifest | None:
-    """The manifest of a finished conversion below a URL; None without one, or before it is finished.
-
-    Raises:
-        SourceError: there is a manifest that cannot be read.
-        WriteError: the store refuses, or cannot be reached.
-    """
-    objects = Objects(url)
-    entries = objects.entries()
-    return None if _STATE in entries else _manifest(objects, entries)
-
-
-def has_begun(url: str) -> bool:
-    """Whether there is an unfinished conversion below a URL."""
-    return Objects(url).entry(_STATE) is not None
-
-
-def _create(objects: Objects, state: bytes) -> bool:
-    """Write plan.json if it does not exist; False if the store has no conditional writes."""
-    try:
-        objects.create(_STATE, state)
-    except ConditionsUnsupportedError:
-        return False
-    return True
-
-
-def _finished_meanwhile(url: str) -> UsageError:
-    return UsageError(
-        "Another process has finished this conversion",
-        file=url,
-        expected="an unfinished conversion",
-        hint="nothing is left to do; `quarkconv verify` proves the output",
-    )
-
-
-def _refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str], *, unfinished: bool) -> None:
-    """Refuse a URL with objects beside ``expected`` and the notes of conversions."""
-    foreign = sorted(name for name in entries if name not in expected and not name.startswith(f"{STAGING_NAME}/"))
-    if foreign:
-        replaceable = MANIFEST_NAME in entries and not unfinished and not expected
-        raise UsageError(
-            "There are other objects at the output's URL",
-            file=objects.url,
-            expected="no objects below it",
-            found=shortened(foreign[0]) + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
-            hint="replace the earlier conversion with --overwrite" if replaceable else "choose another --out",
-        )
-
-
-def _delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
-    """Delete an earlier conversion, finished or not, and nothing else."""
-    try:
-        manifest = _manifest(objects, entries)
-    except SourceError as error:
-        raise UsageError(
-            "The manifest at the output's URL cannot be read",
-            file=objects.url,
-            found=error.message,
-            hint="delete the objects, or choose another --out",
-        ) from error
-    written = set() if manifest is None else set(manifest.file_names())
-    state = objects.get(_STATE) if _STATE in entries else None
-    if state is not None:  # it was begun where there was nothing, so that these are its own
-        files = _parsed(state[0]).get("files")
-        written.update(name for name in files if isinstance(name, str)) if isinstance(files, list) else None
-    _refuse_others(objects, entries, written, unfinished=False)
-    clear_uploads(objects.url, written)
-    # config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest and
-    # plan.json go last, so that the deletion can be repeated.
-    present = [name for name in entries if name in written or name.startswith(f"{STAGING_NAME}/")]
-    last = [name for name in (MANIFEST_NAME, _STATE) if name in present]
-    objects.delete(name for name in present if name == CONFIG_NAME)
-    objects.delete(name for name in present if name != CONFIG_NAME and name not in last)
-    for name in last:
-        objects.delete([name])
-
-
-def _manifest(objects: Objects, entries: dict[str, Entry]) -> Manifest | None:
-    return read_manifest(Bucket(objects.url, objects.store, entries)) if MANIFEST_NAME in entries else None
-
-
 def _note_name(file: str) -> str:
     return f"{_NOTES}{file}.json"
 
 
 def _checked(share: Share) -> str:
     return f"{STAGING_NAME}/checked-{share.number}-of-{share.count}"
-
-
-def _parsed(data: bytes) -> dict[str, Any]:
-    """A JSON object; an empty one for anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

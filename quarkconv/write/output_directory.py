@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import shutil
+import uuid
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
@@ -14,62 +17,99 @@ from quarkconv.errors import SourceError, UsageError
 from quarkconv.files.regular import walk
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME, read_state
-from quarkconv.plan.manifest import read_manifest
+from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.plan.shares import Share
 from quarkconv.text import shortened
 from quarkconv.write.durable import sync_directory, write_durably, writing
-from quarkconv.write.locks import LOCK_NAME, lock_folder
+from quarkconv.write.locks import LOCK_NAME, hold, lock_folder, waiting_for
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.staging import Staging
 from quarkconv.write.state import refuse_difference
 
 _MAX_DEPTH: Final = 100
+_BEGIN: Final = "begin"
+"""A lock that is held while a process looks at what is there, and writes the state if it is the first."""
 
 
-@contextmanager
-def open_staging(
-    output: Path, state: dict[str, Any], plan_files: list[str], *, needed: int, overwrite: bool
-) -> Iterator[Staging]:
-    """Create or resume the working folder of a conversion, and hold its lock.
+@dataclass(frozen=True, slots=True)
+class OutputDirectory:
+    """A directory as an output; errors of all methods as of :class:`quarkconv.write.destination.Output`.
 
-    Args:
-        output: the output directory; created if it does not exist.
-        state: the identity of the conversion, of :func:`plan_state`.
-        plan_files: the files that the plan will write.
-        needed: bytes that the whole conversion writes.
-        overwrite: whether an earlier output of quarkconv is deleted, finished or not.
-
-    Raises:
-        UsageError: the directory holds other files, or another plan's unfinished work.
-        WriteError: another process works there, the directory cannot be created, or the disk is full.
+    Attributes:
+        location: the directory; created when a conversion begins.
     """
-    staging = Staging(output, state["plan"])
-    with writing(output):
-        create_directory(output)
-        refuse_links(output)
-        if not overwrite:
-            refuse_foreign(staging, plan_files)
-        descriptor, created = lock_folder(staging.folder)
-    try:
+
+    location: Path
+
+    def finished(self, digest: str) -> Manifest | None:
+        """The manifest that an earlier run of the same plan wrote; None without one, and where none has finished."""
+        manifest = None if (self.location / STAGING_NAME).exists() else read_manifest(self.location)
+        return manifest if manifest is not None and manifest.plan == digest else None
+
+    def has_begun(self) -> bool:
+        """Whether there is a working folder."""
+        return (self.location / STAGING_NAME).is_dir()
+
+    @contextmanager
+    def begin(self, state: dict[str, Any], plan_files: list[str], *, needed: int, overwrite: bool) -> Iterator[Staging]:
+        """Create or resume the working folder, and hold its lock alone."""
+        output = self.location
+        staging = Staging(output, state["plan"])
+        with writing(output):
+            create_directory(output)
+            _refuse_links(output)
+            if not overwrite:
+                _refuse_foreign(staging, plan_files)
+            descriptor, created = lock_folder(staging.folder)
         try:
+            try:
+                with writing(output):
+                    if overwrite:
+                        _start_anew(staging, needed)
+                    else:
+                        _refuse_foreign(staging, plan_files)
+                    _resume_or_begin(staging, state)
+            except BaseException:
+                if created:  # nothing has begun, so nothing is unfinished
+                    shutil.rmtree(staging.folder, ignore_errors=True)
+                raise
+            for folder in (staging.folder, output, output.absolute().parent):
+                with suppress(OSError):  # a folder of another owner, who makes its names durable
+                    sync_directory(folder)
+            yield staging
+        finally:
+            os.close(descriptor)
+
+    @contextmanager
+    def join(self, state: dict[str, Any], plan_files: list[str], share: Share | None) -> Iterator[Staging]:
+        """Create or resume the working folder, and hold its lock together with others, and that of the share alone."""
+        output = self.location
+        staging = Staging(output, state["plan"], worker="" if share is not None else f".{uuid.uuid4().hex}")
+        names = {LOCK_NAME: fcntl.LOCK_SH}
+        if share is not None:
+            names[f"share-{share.number}-of-{share.count}"] = fcntl.LOCK_EX
+        with ExitStack() as locks:
             with writing(output):
-                if overwrite:
-                    _start_anew(staging, needed)
-                else:
-                    refuse_foreign(staging, plan_files)
-                resume_or_begin(staging, state)
-        except BaseException:
-            if created:  # nothing has begun, so nothing is unfinished
-                shutil.rmtree(staging.folder, ignore_errors=True)
-            raise
-        for folder in (staging.folder, output, output.absolute().parent):
-            with suppress(OSError):  # a folder of another owner, who makes its names durable
-                sync_directory(folder)
-        yield staging
-    finally:
-        os.close(descriptor)
+                create_directory(output)
+                if not staging.folder.is_dir():  # a finished output must not get a working folder
+                    _refuse_foreign(staging, plan_files)
+                staging.folder.mkdir(exist_ok=True)
+                for name, mode in names.items():
+                    hold(locks, staging.folder / name, mode)
+                # One process writes the state, the others compare theirs with it.
+                with waiting_for(staging.folder / _BEGIN):
+                    try:
+                        _refuse_links(output)
+                        _refuse_foreign(staging, plan_files)
+                        _resume_or_begin(staging, state)
+                    except BaseException:
+                        if not (staging.folder / STATE_NAME).exists():  # nothing was begun, so nothing is unfinished
+                            shutil.rmtree(staging.folder, ignore_errors=True)
+                        raise
+            yield staging
 
 
-def resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
+def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     """Note the identity of the conversion, or refuse to resume another one."""
     path = staging.folder / STATE_NAME
     if not path.is_file():
@@ -94,7 +134,7 @@ def create_directory(output: Path) -> None:
     output.mkdir(parents=True, exist_ok=True)
 
 
-def refuse_links(output: Path) -> None:
+def _refuse_links(output: Path) -> None:
     """Refuse a directory with links: a conversion would overwrite files elsewhere through them.
 
     Raises:
@@ -113,7 +153,7 @@ def refuse_links(output: Path) -> None:
             )
 
 
-def refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
+def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
     """Refuse a directory with files that are not of this unfinished conversion."""
     unfinished = staging.folder.is_dir()
     _refuse_others(staging.output, set(plan_files) if unfinished else set(), unfinished=unfinished)

@@ -25,6 +25,7 @@ import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Final
 
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, read_state
@@ -32,6 +33,7 @@ from quarkconv.plan.manifest import WrittenFile, WrittenShard
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import MAX_SHARES, Share
 from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
+from quarkconv.write.leases import DirectoryLeases
 from quarkconv.write.notes import note_of, written_of
 from quarkconv.write.output_file import DirectWrites, OutputFile
 from quarkconv.write.source import Source
@@ -47,6 +49,9 @@ class Staging:
         plan_digest: digest of the plan.
         worker: name of one of several workers that may write the same shard; empty where only one does.
     """
+
+    has_locks: Final = True
+    streams: Final = False
 
     def __init__(self, output: Path, plan_digest: str, *, worker: str = "") -> None:
         self.output = output
@@ -126,6 +131,10 @@ class Staging:
         """The number of shares that the conversion was begun with: 1 for a whole one, 0 for one with leases."""
         count = (read_state(self.folder / STATE_NAME) or {}).get("shares")
         return count if isinstance(count, int) and JOINED <= count <= MAX_SHARES else 1
+
+    def leases(self) -> DirectoryLeases:
+        """Leases in the working folder."""
+        return DirectoryLeases(self.folder)
 
     def _checked(self, share: Share) -> Path:
         return self.folder / f"checked-{share.number}-of-{share.count}"

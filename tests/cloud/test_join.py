@@ -16,7 +16,9 @@ from quarkconv.cloud.uploads import list_uploads
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
 from quarkconv.write import joining, leases
-from quarkconv.write.leases import Leases, ObjectLeases
+from quarkconv.write.leases import Leases
+from quarkconv.write.modes import Join
+from quarkconv.write.object_leases import ObjectLeases
 
 
 @pytest.fixture(autouse=True)
@@ -65,12 +67,12 @@ def test_workers_give_the_objects_of_one_process_and_count_each_shard_once(
     )
     published.slow = 0.01
     with ThreadPoolExecutor(count) as pool:
-        results = list(pool.map(lambda _: prepare(URL).join(jobs=2), range(count)))
+        results = list(pool.map(lambda _: prepare(URL).carry_out(Join(), jobs=2), range(count)))
     assert objects() == local
     assert list_uploads(OUT) == []
-    assert all(result is not None for result, _ in results)
+    assert all(outcome.result is not None for outcome in results)
     shards = sum(name.endswith(".safetensors") for name in local)
-    assert sum(joined.shards for _, joined in results) == shards
+    assert sum(outcome.shards for outcome in results) == shards
 
 
 @pytest.mark.usefixtures("published")
@@ -84,9 +86,9 @@ def test_shards_and_the_end_of_a_worker_that_vanished_are_taken_over(
     vanished = Leases(ObjectLeases(Objects(OUT)))
     shards = sorted(name for name in local if name.endswith(".safetensors"))
     assert all(vanished.take(name) for name in ("checks", "finish", shards[0], shards[-1]))
-    result, joined = prepare(model).join(jobs=2)
-    assert result is not None
-    assert joined.shards == len(shards)
+    outcome = prepare(model).carry_out(Join(), jobs=2)
+    assert outcome.result is not None
+    assert outcome.shards == len(shards)
     assert objects() == local
 
 
@@ -96,9 +98,9 @@ def test_stores_without_conditional_writes_are_refused_and_parts_are_not(
 ) -> None:
     setattr(published, how, True)
     with pytest.raises(ConditionsUnsupportedError, match="no conditional writes") as caught:
-        prepare(model).join()
+        prepare(model).carry_out(Join())
     assert "--part" in (caught.value.hint or "")
     assert not [name for name in objects() if name.endswith(".safetensors")]
     Objects(OUT).delete(list(objects()))
-    prepare(model).run()
+    prepare(model).carry_out()
     assert "config.json" in objects()

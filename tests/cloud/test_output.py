@@ -27,6 +27,7 @@ from quarkconv.convert.options import Options
 from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.plan.shares import Share
 from quarkconv.write import executor
+from quarkconv.write.modes import Finish
 
 Capture = pytest.CaptureFixture[str]
 OPTIONS: dict[str, Any] = {"max_shard_size": 40_000, "jobs": 2}
@@ -342,7 +343,7 @@ def test_a_source_that_is_replaced_leaves_no_model(model: Path) -> None:
 @pytest.mark.parametrize("at_once", [True, False])
 def test_parts_give_the_objects_of_one_process(model: Path, local: dict[str, str], at_once: bool) -> None:
     def run(number: int) -> object:
-        return prepare(model).run_share(Share(number, 3))
+        return prepare(model).carry_out(Share(number, 3)).result
 
     if at_once:
         with ThreadPoolExecutor(3) as pool:
@@ -351,7 +352,7 @@ def test_parts_give_the_objects_of_one_process(model: Path, local: dict[str, str
     else:
         assert [run(number) is None for number in (3, 1)] == [True, True]
         with pytest.raises(WriteError, match="missing") as caught:
-            prepare(model).finish()
+            prepare(model).carry_out(Finish())
         assert caught.value.hint == "run --part 2/3 again"
         assert run(2) is not None
         assert run(2) is not None  # of a finished conversion
@@ -361,13 +362,13 @@ def test_parts_give_the_objects_of_one_process(model: Path, local: dict[str, str
 @pytest.mark.usefixtures("published")
 def test_finish_without_a_conversion_and_parts_of_another_are_refused(model: Path) -> None:
     with pytest.raises(UsageError, match="no unfinished conversion"):
-        prepare(model).finish()
-    prepare(model).run_share(Share(1, 3))
+        prepare(model).carry_out(Finish())
+    prepare(model).carry_out(Share(1, 3))
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:
-        prepare(model).run_share(Share(1, 4))
+        prepare(model).carry_out(Share(1, 4))
     assert caught.value.found == "number of parts 3, now 4"
     with pytest.raises(UsageError) as caught:
-        prepare(model, max_shard_size=50_000).run_share(Share(2, 3))
+        prepare(model, max_shard_size=50_000).carry_out(Share(2, 3))
     assert caught.value.found == "largest shard size 40000, now 50000"
 
 

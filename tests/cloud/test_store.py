@@ -23,8 +23,10 @@ from quarkconv.cloud.objects import Objects
 from quarkconv.cloud.uploads import list_uploads
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
+from quarkconv.convert.results import Outcome
 from quarkconv.errors import SourceError
 from quarkconv.write import joining
+from quarkconv.write.modes import Join
 
 SERVER = os.environ.get("RADOSGW", "")
 SHARD_SIZE = 24_000_000
@@ -130,8 +132,12 @@ def test_workers_share_a_conversion_by_leases(
 ) -> None:
     monkeypatch.setattr(joining, "POLL_SECONDS", 0.2)
     store.lose_puts = 2
-    options = Options(max_shard_size=SHARD_SIZE)
+
+    def work(_: int) -> Outcome:
+        options = Options(max_shard_size=SHARD_SIZE)
+        return Conversion.prepare(URL, "fused-int8", OUT, options).carry_out(Join(), jobs=1)
+
     with ThreadPoolExecutor(3) as pool:
-        results = list(pool.map(lambda _: Conversion.prepare(URL, "fused-int8", OUT, options).join(jobs=1), range(3)))
+        results = list(pool.map(work, range(3)))
     assert objects() == local
-    assert sum(joined.shards for _, joined in results) == sum(name.endswith(".safetensors") for name in local)
+    assert sum(outcome.shards for outcome in results) == sum(name.endswith(".safetensors") for name in local)

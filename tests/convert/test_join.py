@@ -9,6 +9,7 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 import pytest
 from support.checkpoints import make_checkpoint
@@ -23,6 +24,7 @@ from quarkconv.plan.shares import Share
 from quarkconv.write import joining, leases
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import DirectoryLeases, Leases
+from quarkconv.write.modes import Join
 
 Capture = pytest.CaptureFixture[str]
 
@@ -104,7 +106,10 @@ def test_of_many_workers_one_takes_a_lease(tmp_path: Path) -> None:
         assert sum(worker.holds("shard") for worker in holders) == 1
 
 
-def run_workers(count: int, work: Callable[[int], object]) -> list[object]:
+Result = TypeVar("Result")
+
+
+def run_workers(count: int, work: Callable[[int], Result]) -> list[Result]:
     with ThreadPoolExecutor(count) as pool:
         return list(pool.map(work, range(count)))
 
@@ -114,14 +119,14 @@ def test_workers_give_the_bytes_of_one_machine_and_count_each_shard_once(
     model: Path, tmp_path: Path, whole: dict[str, str], count: int
 ) -> None:
     out = tmp_path / "out"
-    results = run_workers(count, lambda _: prepare(model, out).join(jobs=2))
+    results = run_workers(count, lambda _: prepare(model, out).carry_out(Join(), jobs=2))
     assert snapshot(out) == whole
     shards = sum(name.endswith(".safetensors") for name in whole)
-    assert sum(joined.shards for _, joined in results) == shards  # type: ignore[misc,has-type]
-    assert any(result is not None for result, _ in results)  # type: ignore[misc,has-type]
-    result, joined = prepare(model, out).join()
-    assert result is not None
-    assert joined.shards == 0
+    assert sum(outcome.shards for outcome in results) == shards
+    assert any(outcome.result is not None for outcome in results)
+    outcome = prepare(model, out).carry_out(Join())
+    assert outcome.result is not None
+    assert outcome.shards == 0
 
 
 def test_a_shard_of_a_worker_that_vanished_is_taken_over(
@@ -134,9 +139,9 @@ def test_a_shard_of_a_worker_that_vanished_is_taken_over(
     (out / ".quarkconv").mkdir(parents=True)
     vanished = Leases(DirectoryLeases(out / ".quarkconv"))
     assert all(vanished.take(name) for name in ("checks", plan.shards[0].file, plan.shards[-1].file))
-    result, joined = conversion.join()
-    assert result is not None
-    assert joined.shards == len(plan.shards)
+    outcome = conversion.carry_out(Join())
+    assert outcome.result is not None
+    assert outcome.shards == len(plan.shards)
     assert snapshot(out) == whole
 
 
@@ -155,10 +160,10 @@ def test_a_worker_that_lost_its_lease_does_not_count(
         wrote(run, *args)  # type: ignore[arg-type]
 
     monkeypatch.setattr(Run, "write_shards", write)
-    results = run_workers(3, lambda _: prepare(model, out).join())
+    results = run_workers(3, lambda _: prepare(model, out).carry_out(Join()))
     assert snapshot(out) == whole
     shards = sum(name.endswith(".safetensors") for name in whole)
-    assert sum(joined.shards for _, joined in results) == shards  # type: ignore[misc,has-type]
+    assert sum(outcome.shards for outcome in results) == shards
 
 
 def test_checks_that_fail_stop_every_worker(tmp_path: Path) -> None:
@@ -172,7 +177,7 @@ def test_checks_that_fail_stop_every_worker(tmp_path: Path) -> None:
 
     def work(_: int) -> str:
         with pytest.raises(UnsupportedError, match="zero point is not zero") as caught:
-            prepare(model, out).join()
+            prepare(model, out).carry_out(Join())
         return caught.value.message
 
     assert len(run_workers(2, work)) == 2
@@ -181,12 +186,12 @@ def test_checks_that_fail_stop_every_worker(tmp_path: Path) -> None:
 
 def test_parts_and_joining_workers_do_not_mix(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare(model, out).run_share(Share(1, 2))
+    prepare(model, out).carry_out(Share(1, 2))
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:
-        prepare(model, out).join()
+        prepare(model, out).carry_out(Join())
     assert caught.value.found == "number of parts 2, now chosen by --join"
     with pytest.raises(UsageError, match="unfinished conversion"):
-        prepare(model, out, 9000).join()
+        prepare(model, out, 9000).carry_out(Join())
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.1])

@@ -25,7 +25,8 @@ from quarkconv.errors import UnsupportedError, UsageError, WriteError
 from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor
 from quarkconv.plan.shares import MAX_SHARES, Share, parse_share
 from quarkconv.write.locks import OutputBusyError
-from quarkconv.write.shares import open_share
+from quarkconv.write.modes import Finish
+from quarkconv.write.output_directory import OutputDirectory
 
 Capture = pytest.CaptureFixture[str]
 
@@ -68,7 +69,7 @@ def test_parts_give_the_bytes_of_one_machine(model: Path, tmp_path: Path, whole:
     order = list(range(1, count + 1))
     random.Random(count).shuffle(order)
     for number in order:
-        result = prepare(model, out).run_share(Share(number, count), jobs=2)
+        result = prepare(model, out).carry_out(Share(number, count), jobs=2).result
         if result is None:
             assert_unfinished(out)
         else:  # of more parts than shards, some are empty, and the others need not wait for them
@@ -82,7 +83,7 @@ def test_parts_at_the_same_time_give_the_bytes_of_one_machine(
     model: Path, tmp_path: Path, whole: dict[str, str]
 ) -> None:
     def run(out: Path, number: int) -> object:
-        return prepare(model, out).run_share(Share(number, 4))
+        return prepare(model, out).carry_out(Share(number, 4)).result
 
     for attempt in range(5):
         out = tmp_path / f"out-{attempt}"
@@ -94,13 +95,13 @@ def test_parts_at_the_same_time_give_the_bytes_of_one_machine(
 
 def test_a_finished_part_is_not_written_again(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
     out = tmp_path / "out"
-    prepare(model, out).run_share(Share(1, 2))
+    prepare(model, out).carry_out(Share(1, 2))
     before = {path: path.stat().st_mtime_ns for path in (out / ".quarkconv" / "files").iterdir()}
     assert before
-    prepare(model, out).run_share(Share(1, 2))
+    prepare(model, out).carry_out(Share(1, 2))
     assert {path: path.stat().st_mtime_ns for path in (out / ".quarkconv" / "files").iterdir()} == before
-    assert prepare(model, out).run_share(Share(2, 2)) is not None
-    again = prepare(model, out).run_share(Share(2, 2))  # of a finished conversion
+    assert prepare(model, out).carry_out(Share(2, 2)).result is not None
+    again = prepare(model, out).carry_out(Share(2, 2)).result  # of a finished conversion
     assert again is not None
     assert snapshot(out) == whole
     assert not (out / ".quarkconv").exists()
@@ -109,35 +110,35 @@ def test_a_finished_part_is_not_written_again(model: Path, tmp_path: Path, whole
 def test_finish_names_the_parts_that_are_missing(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
     out = tmp_path / "out"
     with pytest.raises(UsageError, match="no unfinished conversion"):
-        prepare(model, out).finish()
+        prepare(model, out).carry_out(Finish())
     assert not out.exists()
     for number in (1, 3):
-        prepare(model, out).run_share(Share(number, 3))
+        prepare(model, out).carry_out(Share(number, 3))
     with pytest.raises(WriteError, match="missing") as caught:
-        prepare(model, out).finish()
+        prepare(model, out).carry_out(Finish())
     assert caught.value.found == "2 finished"
     assert caught.value.hint == "run --part 2/3 again"
     assert_unfinished(out)
-    prepare(model, out).run_share(Share(2, 3))
-    assert prepare(model, out).finish().manifest
+    prepare(model, out).carry_out(Share(2, 3))
+    assert prepare(model, out).carry_out(Finish()).result is not None
     assert snapshot(out) == whole
 
 
 def test_a_note_that_does_not_fit_its_file_counts_as_missing(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare(model, out).run_share(Share(1, 2))
+    prepare(model, out).carry_out(Share(1, 2))
     file = next((out / ".quarkconv" / "files").glob("*.safetensors"))
     os.truncate(file, file.stat().st_size - 1)
-    assert prepare(model, out).run_share(Share(2, 2)) is None
+    assert prepare(model, out).carry_out(Share(2, 2)).result is None
     with pytest.raises(WriteError) as caught:
-        prepare(model, out).finish()
+        prepare(model, out).carry_out(Finish())
     assert caught.value.hint == "run --part 1/2 again"
 
 
 def test_a_whole_run_completes_what_parts_began(model: Path, tmp_path: Path, whole: dict[str, str]) -> None:
     out = tmp_path / "out"
-    prepare(model, out).run_share(Share(2, 3))
-    prepare(model, out).run()
+    prepare(model, out).carry_out(Share(2, 3))
+    prepare(model, out).carry_out()
     assert snapshot(out) == whole
 
 
@@ -152,10 +153,10 @@ def test_parts_of_another_conversion_are_refused(
     model: Path, tmp_path: Path, share: Share, options: dict[str, Any], found: str
 ) -> None:
     out = tmp_path / "out"
-    prepare(model, out).run_share(Share(2, 3))
+    prepare(model, out).carry_out(Share(2, 3))
     before = snapshot(out)
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:
-        prepare(model, out, **options).run_share(share)
+        prepare(model, out, **options).carry_out(share)
     assert caught.value.found == found
     after = snapshot(out)
     assert {name: after[name] for name in after if "share-" not in name} == {
@@ -168,7 +169,7 @@ def test_a_directory_with_something_else_is_refused_and_left_as_it_is(model: Pat
     out.mkdir()
     (out / "notes.txt").write_text("mine")
     with pytest.raises(UsageError, match="not empty"):
-        prepare(model, out).run_share(Share(1, 2))
+        prepare(model, out).carry_out(Share(1, 2))
     assert sorted(path.name for path in out.iterdir()) == ["notes.txt"]
 
 
@@ -180,22 +181,22 @@ def test_a_check_that_fails_in_one_part_keeps_the_conversion_from_finishing(tmp_
         file.seek(check.start)
         file.write(b"\x01")
     out = tmp_path / "out"
-    assert prepare(model, out).run_share(Share(1, 2)) is None
+    assert prepare(model, out).carry_out(Share(1, 2)).result is None
     with pytest.raises(UnsupportedError, match="zero point is not zero"):
-        prepare(model, out).run_share(Share(2, 2))
+        prepare(model, out).carry_out(Share(2, 2))
     assert_unfinished(out)
 
 
 def test_a_part_is_written_by_one_process_at_a_time(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    prepare(model, out).run_share(Share(1, 3))
+    prepare(model, out).carry_out(Share(1, 3))
     state = json.loads((out / ".quarkconv" / "plan.json").read_text())
-    with open_share(out, state, [], Share(2, 3)):
+    with OutputDirectory(out).join(state, [], Share(2, 3)):
         with pytest.raises(OutputBusyError):
-            prepare(model, out).run_share(Share(2, 3))
+            prepare(model, out).carry_out(Share(2, 3))
         with pytest.raises(WriteError, match="Another process"):
-            prepare(model, out).run()
-        assert prepare(model, out).run_share(Share(3, 3)) is None
+            prepare(model, out).carry_out()
+        assert prepare(model, out).carry_out(Share(3, 3)).result is None
 
 
 @pytest.mark.parametrize("delay_s", [0.0, 0.1])

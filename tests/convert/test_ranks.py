@@ -156,11 +156,11 @@ def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises((KeyboardInterrupt, quarkconv.InterruptedByUser)):
-        conversion.run(jobs=1, progress=WhileWriting(stop))
+        conversion.carry_out(jobs=1, progress=WhileWriting(stop))
     first = tmp_path / "out" / "rank-00-of-02" / "model-00001-of-00001.safetensors"
     written = first.stat().st_mtime_ns
     assert not (tmp_path / "out" / "ranks.json").exists()
-    conversion.run(jobs=1)
+    conversion.carry_out(jobs=1)
     assert first.stat().st_mtime_ns == written
     assert snapshot(tmp_path / "out") == whole
 
@@ -172,7 +172,7 @@ def test_the_space_of_all_ranks_is_checked_before_the_first(tmp_path: Path, monk
     free = first.output_bytes + records_nbytes(first.shards)  # enough for one of them
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
     with pytest.raises(WriteError, match="not enough space"):
-        conversion.run()
+        conversion.carry_out()
     assert list((tmp_path / "out").iterdir()) == []
 
 

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from huggingface_hub import constants, snapshot_download
 from support.checkpoints import make_checkpoint
+from support.conversions import execute
 from support.exports import Checkpoints
 from support.hub_state import Hub
 from support.program import run_cli, snapshot
@@ -21,9 +22,7 @@ from quarkconv.errors import HubError, SourceError, UsageError, WriteError
 from quarkconv.files import blocks, remote
 from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
-from quarkconv.plan.plan import plan_digest
 from quarkconv.write import segments
-from quarkconv.write.executor import execute
 
 pytestmark = pytest.mark.long(15)
 
@@ -163,7 +162,7 @@ def test_wrong_bytes_never_reach_the_output(published: Hub, tmp_path: Path, lie:
     published.faults.lie = lie
     assert isinstance(source, HubRepo)
     with pytest.raises(HubError, match="other bytes"):
-        execute(plan, source, tmp_path / "out", digest=plan_digest(plan), jobs=2)
+        execute(plan, source, tmp_path / "out", jobs=2)
     assert not (tmp_path / "out").exists()
 
 

@@ -11,6 +11,14 @@ import pytest
 
 import quarkconv
 from quarkconv.errors import SourceError, WriteError
+from quarkconv.files.base import Files
+from quarkconv.files.local import LocalFiles
+from quarkconv.plan.plan import plan_digest
+from quarkconv.progress import SILENT, Progress
+from quarkconv.write.execution import Execution
+from quarkconv.write.modes import Whole
+from quarkconv.write.output import output_at
+from quarkconv.write.write import write_output
 from support.program import snapshot, start
 from support.progress import WhileWriting
 
@@ -22,6 +30,12 @@ def convert(source: Path, out: Path, **options: Any) -> Path:
     """Convert in this process; returns the output."""
     options = {"max_shard_size": SHARD, "jobs": 1, **options}
     return quarkconv.convert_checkpoint(source, "fused-int8", out, **options).output
+
+
+def execute(plan: quarkconv.Plan, source: Path | Files, out: Path, *, jobs: int, progress: Progress = SILENT) -> None:
+    """Carry out a plan that was made before."""
+    files = LocalFiles(source) if isinstance(source, Path) else source
+    write_output(Execution(plan, plan_digest(plan), files, output_at(out), jobs, progress), Whole())
 
 
 def assert_converts_alike(repo: str, model: Path, folder: Path) -> None:

@@ -13,16 +13,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.conversions import SHARD, convert
+from support.conversions import SHARD, convert, execute
 from support.program import snapshot
 from support.progress import Bytes
 
 import quarkconv
 from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor
-from quarkconv.plan.plan import plan_digest
 from quarkconv.plan.shards import PAGE
 from quarkconv.write import executor, output_file, segments
-from quarkconv.write.executor import execute
 from quarkconv.write.output_file import BlockStream, DirectWrites, OutputFile, aligned_buffer
 from quarkconv.write.segments import cut
 
@@ -71,7 +69,7 @@ def test_partial_writes_and_reads_are_continued(small: Path, tmp_path: Path, mon
 def test_progress_adds_up_to_what_is_written(source: Path, tmp_path: Path) -> None:
     plan = quarkconv.plan_conversion(source, "fused-int8", max_shard_size=SHARD)
     done: list[int] = []
-    execute(plan, source, tmp_path / "out", digest=plan_digest(plan), jobs=2, progress=Bytes(done.append))
+    execute(plan, source, tmp_path / "out", jobs=2, progress=Bytes(done.append))
     assert sum(done) == plan.output_bytes
     assert min(done) > 0
 

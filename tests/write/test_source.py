@@ -13,14 +13,12 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
-from support.conversions import SHARD, arguments, assert_unfinished, convert
+from support.conversions import SHARD, arguments, assert_unfinished, convert, execute
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 from support.progress import Bytes, WhileWriting
 
 import quarkconv
 from quarkconv.errors import SourceError, UsageError
-from quarkconv.plan.plan import plan_digest
-from quarkconv.write.executor import execute
 
 pytestmark = pytest.mark.long(30)
 
@@ -75,12 +73,12 @@ def test_a_source_that_changed_after_planning_is_refused(small: Path, tmp_path: 
     file = small / "model-00002-of-00002.safetensors"
     os.truncate(file, file.stat().st_size - 1)
     with pytest.raises(SourceError, match="changed during") as caught:
-        execute(plan, small, tmp_path / "out", digest=plan_digest(plan), jobs=4)
+        execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.file == str(file)
     assert not (tmp_path / "out").exists()
     file.unlink()
     with pytest.raises(SourceError) as caught:
-        execute(plan, small, tmp_path / "out", digest=plan_digest(plan), jobs=4)
+        execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.code == "shard-missing"
 
 
@@ -102,12 +100,12 @@ def test_a_plan_that_is_older_than_its_source_is_refused(
         swapped = data.replace(old, b"@" * len(old)).replace(new, old).replace(b"@" * len(old), new)
         file.write_bytes(swapped)
     with pytest.raises(SourceError, match="not the one that was planned") as caught:
-        execute(plan, small, tmp_path / "out", digest=plan_digest(plan), jobs=4)
+        execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.code == "source-changed"
     assert found in (caught.value.found or "")
     assert not (tmp_path / "out").exists()
     unchanged = make_checkpoint(small, layers=2, zero_points=True)
-    execute(quarkconv.Plan.from_json(plan.to_json()), unchanged, tmp_path / "out", digest=plan_digest(plan), jobs=4)
+    execute(quarkconv.Plan.from_json(plan.to_json()), unchanged, tmp_path / "out", jobs=4)
 
 
 @pytest.mark.parametrize("jobs", [1, 4])
@@ -206,7 +204,7 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
             write_same_bytes(mine / other)
 
     with pytest.raises(SourceError, match="changed during"):
-        execute(plan, mine, out, digest=plan_digest(plan), jobs=1, progress=Bytes(touch))
+        execute(plan, mine, out, jobs=1, progress=Bytes(touch))
     finished = {path.name for path in out.rglob("files/*.safetensors")}
     assert plan.shards[one].file in finished
 
@@ -289,7 +287,7 @@ def test_a_source_without_read_permission_is_reported(small: Path, tmp_path: Pat
             folder.chmod(0o755)
     (small / "model-00001-of-00002.safetensors").chmod(0o600)
     as_nobody = (
-        "import os, sys\nfrom quarkconv.cli.main import main\nimport quarkconv.write.executor, rich.text\n"
+        "import os, sys\nfrom quarkconv.cli.main import main\nimport quarkconv.convert.conversion, rich.text\n"
         "os.setgid(65534); os.setuid(65534)\nmain(sys.argv[1:])"
     )
     (tmp_path / "open").mkdir()

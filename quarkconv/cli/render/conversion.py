@@ -12,16 +12,15 @@ from rich.text import Text
 
 from quarkconv.cli.out import printable, verdict
 from quarkconv.cli.render.findings import render_findings
-from quarkconv.findings import Finding
+from quarkconv.findings import finding_from_json
 from quarkconv.text import plural, size
 
 
-def render_conversion(value: dict[str, Any], losses: tuple[Finding, ...], seconds: float | None) -> RenderableType:
+def render_conversion(value: dict[str, Any], seconds: float | None) -> RenderableType:
     """A conversion.
 
     Args:
         value: the conversion as JSON.
-        losses: settings and tensors that the target does not keep.
         seconds: how long it took; None where nothing was written.
     """
     by_rank = "ranks" in value
@@ -49,7 +48,7 @@ def render_conversion(value: dict[str, Any], losses: tuple[Finding, ...], second
         if "pushed" in value:
             url = f"  uploaded: {printable(value['pushed'])}"
             closing.append(Text(url, style="dim", no_wrap=True, overflow="ignore"))
-    return Group(table, *render_findings(losses), *closing)
+    return Group(table, *render_findings(map(finding_from_json, value["findings"])), *closing)
 
 
 def _table(value: dict[str, Any]) -> Table:

@@ -17,41 +17,78 @@ import json
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import closing
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.convert.results import RankOutput
 from quarkconv.errors import UsageError
 from quarkconv.headers.checkpoint import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.plan import Plan
+from quarkconv.progress import Progress
+from quarkconv.write.checks import check_float_rows
 from quarkconv.write.durable import write_durably, writing
+from quarkconv.write.execution import Execution, open_source
 from quarkconv.write.output_directory import create_directory
 from quarkconv.write.space import allocated, records_nbytes, require_space
+from quarkconv.write.whole import write_whole
 
 RANKS_FORMAT: Final = "quarkconv.ranks/1"
 _FOLDER: Final = re.compile(r"rank-\d{2,}-of-\d{2,}")
 
 
-def prepare_folders(
-    output: Path, outputs: Sequence[RankOutput], finished: Sequence[Manifest | None], *, overwrite: bool
-) -> None:
-    """Create the directory of the ranks' folders, or check that it may be used.
+def write_ranks(
+    folder: Path,
+    executions: Sequence[Execution],
+    *,
+    experts: int,
+    intermediate: int,
+    overwrite: bool,
+    progress: Progress,
+) -> list[Manifest]:
+    """Carry out the plans of all ranks, one after the other, and index their folders. The same call resumes.
 
     Args:
-        output: the directory.
-        outputs: those of all ranks.
-        finished: the manifest of each output that is finished.
+        folder: the directory of the ranks' folders.
+        executions: those of all ranks.
+        experts, intermediate: E and I of the whole model.
         overwrite: whether an earlier conversion by rank is deleted.
+        progress: receives how far all of them have come.
 
     Raises:
         UsageError: the directory holds something else.
-        WriteError: there is not enough space for all ranks, or the directory cannot be created.
+        WriteError: there is not enough space for all ranks, or writing failed.
+        SourceError, UnsupportedError, InterruptedByUser: as :func:`quarkconv.write.write.write_output`.
     """
+    plans = [execution.plan for execution in executions]
+    finished = [None if overwrite else execution.finished() for execution in executions]
+    for execution in executions:  # before the first rank is written
+        if execution.plan.options.quantizes:
+            with closing(open_source(execution.source, execution.plan)) as sources:
+                check_float_rows(execution.plan, sources, execution.jobs)
+    _prepare(folder, executions, finished, overwrite=overwrite)
+    progress.step(f"Converting to {plans[0].target}", sum(plan.output_bytes for plan in plans), "byte")
+    manifests = []
+    for execution, manifest in zip(executions, finished, strict=True):
+        if manifest is not None:
+            progress.advance(execution.plan.output_bytes)
+        manifests.append(manifest or write_whole(execution, overwrite=overwrite))
+    with writing(folder):
+        index = _index(plans, manifests, experts, intermediate)
+        write_durably(folder / RANKS_NAME, (json.dumps(index, indent=2) + "\n").encode())
+    return manifests
+
+
+def _prepare(
+    output: Path, executions: Sequence[Execution], finished: Sequence[Manifest | None], *, overwrite: bool
+) -> None:
+    """Create the directory of the ranks' folders, or check that it may be used."""
+    plans = [execution.plan for execution in executions]
     with writing(output):
-        obsolete = _obsolete(output, outputs, overwrite=overwrite)
-        _require_space(output, outputs, finished, obsolete)
+        obsolete = _obsolete(output, plans, overwrite=overwrite)
+        _require_space(output, [plan for plan, manifest in zip(plans, finished, strict=True) if not manifest], obsolete)
         for path in obsolete:
             if path.is_dir():
                 shutil.rmtree(path)
@@ -59,29 +96,10 @@ def prepare_folders(
                 path.unlink()
 
 
-def write_index(
-    output: Path, outputs: Sequence[RankOutput], manifests: Sequence[Manifest], experts: int, intermediate: int
-) -> None:
-    """Write ``ranks.json``, durably.
-
-    Args:
-        output: the directory of the ranks' folders, all of which are finished.
-        outputs: those of all ranks.
-        manifests: theirs.
-        experts, intermediate: E and I of the whole model.
-
-    Raises:
-        WriteError: writing failed.
-    """
-    with writing(output):
-        index = _index(outputs, manifests, experts, intermediate)
-        write_durably(output / RANKS_NAME, (json.dumps(index, indent=2) + "\n").encode())
-
-
-def _obsolete(output: Path, outputs: Sequence[RankOutput], *, overwrite: bool) -> list[Path]:
+def _obsolete(output: Path, plans: Sequence[Plan], *, overwrite: bool) -> list[Path]:
     """The files and folders of an earlier conversion that are in the way and may be deleted."""
     create_directory(output)
-    folders = {item.folder.name for item in outputs}
+    folders = {plan.rank.folder() for plan in plans}
     present = sorted(output.iterdir())
     obsolete = [path for path in present if path.name == RANKS_NAME or _is_rank(path)] if overwrite else []
     for path in present:
@@ -96,11 +114,8 @@ def _obsolete(output: Path, outputs: Sequence[RankOutput], *, overwrite: bool) -
     return obsolete
 
 
-def _require_space(
-    output: Path, outputs: Sequence[RankOutput], finished: Sequence[Manifest | None], obsolete: Sequence[Path]
-) -> None:
+def _require_space(output: Path, plans: Sequence[Plan], obsolete: Sequence[Path]) -> None:
     """Check the space for all ranks before the first is written, and before anything is deleted."""
-    plans = [item.plan for item, manifest in zip(outputs, finished, strict=True) if manifest is None]
     needed = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in plans)
     reclaimed = {path for folder in obsolete for path in folder.rglob("*")}
     reclaimed.update(output.glob(f"rank-*/{STAGING_NAME}/**/*"))
@@ -113,26 +128,24 @@ def _is_rank(path: Path) -> bool:
     return written and _FOLDER.fullmatch(path.name) is not None and not path.is_symlink()
 
 
-def _index(
-    outputs: Sequence[RankOutput], manifests: Sequence[Manifest], experts: int, intermediate: int
-) -> dict[str, Any]:
-    first = outputs[0].plan.rank
+def _index(plans: Sequence[Plan], manifests: Sequence[Manifest], experts: int, intermediate: int) -> dict[str, Any]:
+    first = plans[0].rank
     return {
         "format": RANKS_FORMAT,
-        "target": outputs[0].plan.target,
+        "target": plans[0].target,
         "parallel": first.parallel,
         "world_size": first.world_size,
         "experts": experts,
         "intermediate_size": intermediate,
         "ranks": [
             {
-                "rank": item.plan.rank.rank,
-                "folder": item.folder.name,
-                "experts": _ends(item.plan.rank.experts(experts)),
-                "intermediate": _ends(item.plan.rank.intermediate(intermediate)),
+                "rank": plan.rank.rank,
+                "folder": plan.rank.folder(),
+                "experts": _ends(plan.rank.experts(experts)),
+                "intermediate": _ends(plan.rank.intermediate(intermediate)),
                 "plan": manifest.plan,
             }
-            for item, manifest in zip(outputs, manifests, strict=True)
+            for plan, manifest in zip(plans, manifests, strict=True)
         ],
     }
 

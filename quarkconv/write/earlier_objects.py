@@ -1,0 +1,83 @@
+"""The objects of an earlier conversion below the URL of an output: found, refused or deleted."""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+from quarkconv.cloud.bucket import Bucket
+from quarkconv.cloud.objects import Objects
+from quarkconv.cloud.uploads import clear_uploads
+from quarkconv.errors import SourceError, UsageError
+from quarkconv.files.remote import Entry
+from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME
+from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.text import shortened
+
+STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
+"""The object with the identity of the conversion; without it the output counts as finished."""
+
+
+def finished_meanwhile(url: str) -> UsageError:
+    return UsageError(
+        "Another process has finished this conversion",
+        file=url,
+        expected="an unfinished conversion",
+        hint="nothing is left to do; `quarkconv verify` proves the output",
+    )
+
+
+def refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str], *, unfinished: bool) -> None:
+    """Refuse a URL with objects beside ``expected`` and the notes of conversions."""
+    foreign = sorted(name for name in entries if name not in expected and not name.startswith(f"{STAGING_NAME}/"))
+    if foreign:
+        replaceable = MANIFEST_NAME in entries and not unfinished and not expected
+        raise UsageError(
+            "There are other objects at the output's URL",
+            file=objects.url,
+            expected="no objects below it",
+            found=shortened(foreign[0]) + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
+            hint="replace the earlier conversion with --overwrite" if replaceable else "choose another --out",
+        )
+
+
+def delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
+    """Delete an earlier conversion, finished or not, and nothing else."""
+    try:
+        manifest = manifest_of(objects, entries)
+    except SourceError as error:
+        raise UsageError(
+            "The manifest at the output's URL cannot be read",
+            file=objects.url,
+            found=error.message,
+            hint="delete the objects, or choose another --out",
+        ) from error
+    written = set() if manifest is None else set(manifest.file_names())
+    state = objects.get(STATE) if STATE in entries else None
+    if state is not None:  # it was begun where there was nothing, so that these are its own
+        files = parsed(state[0]).get("files")
+        written.update(name for name in files if isinstance(name, str)) if isinstance(files, list) else None
+    refuse_others(objects, entries, written, unfinished=False)
+    clear_uploads(objects.url, written)
+    # config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest and
+    # plan.json go last, so that the deletion can be repeated.
+    present = [name for name in entries if name in written or name.startswith(f"{STAGING_NAME}/")]
+    last = [name for name in (MANIFEST_NAME, STATE) if name in present]
+    objects.delete(name for name in present if name == CONFIG_NAME)
+    objects.delete(name for name in present if name != CONFIG_NAME and name not in last)
+    for name in last:
+        objects.delete([name])
+
+
+def manifest_of(objects: Objects, entries: dict[str, Entry]) -> Manifest | None:
+    return read_manifest(Bucket(objects.url, objects.store, entries)) if MANIFEST_NAME in entries else None
+
+
+def parsed(data: bytes) -> dict[str, Any]:
+    """A JSON object; an empty one for anything else."""
+    try:
+        value = json.loads(data)
+    except (ValueError, RecursionError):
+        return {}
+    return value if isinstance(value, dict) else {}

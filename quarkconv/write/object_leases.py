@@ -1,0 +1,31 @@
+"""Leases as objects below the URL of an output."""
+
+from __future__ import annotations
+
+from quarkconv.cloud.objects import Objects
+from quarkconv.headers.unfinished import STAGING_NAME
+from quarkconv.write.leases import LEASES_NAME, Token
+
+
+class ObjectLeases:
+    """Leases as objects."""
+
+    def __init__(self, objects: Objects) -> None:
+        self._objects = objects
+
+    def read(self, name: str) -> Token | None:
+        """The ETag of the lease."""
+        entry = self._objects.entry(self._name(name))
+        return None if entry is None else (entry.etag,)
+
+    def write(self, name: str, data: bytes, found: Token | None) -> Token | None:
+        """Create the object, or replace it under its ETag."""
+        put = self._objects.create_or_replace(self._name(name), data, None if found is None else found[0])
+        return None if put is None else (put,)
+
+    def delete(self, name: str, found: Token) -> None:  # noqa: ARG002
+        """Delete the object."""
+        self._objects.delete([self._name(name)])
+
+    def _name(self, name: str) -> str:
+        return f"{STAGING_NAME}/{LEASES_NAME}/{name}"

@@ -1,0 +1,119 @@
+"""A conversion as tasks of a Ray cluster: one for each shard. Ray schedules them, and runs those of a lost node again.
+
+The nodes need quarkconv, the source and the output: a file system that all of them see, or an object store or the Hub
+with credentials on each node. Ray starts no task of ours twice at the same time, except when it takes a node for lost;
+then both write the same bytes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from quarkconv.cluster import ClusterTasks
+from quarkconv.files.local import LocalFiles
+from quarkconv.hub.locate import locate
+from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.pieces import Check, OutputShard
+from quarkconv.plan.plan import Plan
+from quarkconv.plan.shares import Share
+from quarkconv.write.checks import check_float_rows, run_checks
+from quarkconv.write.execution import Execution
+from quarkconv.write.executor import Run
+from quarkconv.write.output import output_at
+from quarkconv.write.shares import finish_shares
+from quarkconv.write.source import Source
+
+TASK_BYTES: Final = 256 * 2**20
+"""Memory that Ray reserves for a task."""
+_CHECKS_OF_A_TASK: Final = 4096
+_ALL: Final = Share(1, 1)
+
+
+@dataclass(frozen=True, slots=True)
+class _Common:
+    """What every task gets: it opens source and output by their names, on its own node."""
+
+    plan: Plan
+    digest: str
+    origin: str
+    location: Path | str
+    jobs: int
+
+    def execution(self) -> Execution:
+        """The execution on this node."""
+        path = Path(self.origin)
+        files = LocalFiles(path) if path.is_dir() else locate(self.origin).files
+        return Execution(self.plan, self.digest, files, output_at(self.location), self.jobs)
+
+
+def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
+    """Carry out a plan on a Ray cluster. The same call resumes, also after the driver was killed.
+
+    All nodes must see the source and the output under the same names.
+
+    Args:
+        execution: the plan, its source and its output; its threads are those of a task.
+        address: of the cluster, as ``ray.init`` takes it.
+
+    Errors as of :func:`quarkconv.write.write.write_output`.
+
+    Raises:
+        UsageError: Ray is not installed, or the cluster cannot be reached.
+    """
+    plan, progress = execution.plan, execution.progress
+    with ClusterTasks(address, TASK_BYTES) as cluster:
+        with _joined(execution) as (_, run):
+            todo = [shard for shard in plan.shards if run.destination.finished(shard) is None]
+            checked = run.destination.checks_hold(_ALL)
+        progress.advance(sum(shard.nbytes for shard in plan.shards) - sum(shard.nbytes for shard in todo))
+        common = cluster.put(_common(execution))
+        if not checked:
+            starts = range(0, len(plan.checks), _CHECKS_OF_A_TASK)
+            checks = [(_check, common, plan.checks[start : start + _CHECKS_OF_A_TASK]) for start in starts]
+            for _ in cluster.run([*checks, (_check_rows, common)]):
+                pass
+        for nbytes in cluster.run([(_write, common, shard.file) for shard in todo]):
+            progress.advance(nbytes)
+    if not checked:
+        with _joined(execution) as (_, run):
+            run.destination.record_checks(_ALL)
+    return execution.finished() or finish_shares(execution.silent())
+
+
+@contextmanager
+def _joined(execution: Execution) -> Iterator[tuple[Source, Run]]:
+    with execution.opened() as sources, execution.joined(sources) as run:
+        yield sources, run
+
+
+def _common(execution: Execution) -> _Common:
+    source, location = execution.source, execution.output.location
+    return _Common(
+        plan=execution.plan,
+        digest=execution.digest,
+        origin=str(source.root.absolute() if isinstance(source, LocalFiles) else source),
+        location=location if isinstance(location, str) else location.absolute(),
+        jobs=execution.jobs,
+    )
+
+
+def _write(common: _Common, file: str) -> int:
+    """The task of a shard: write it, unless it is finished, and return its size in bytes."""
+    shards: tuple[OutputShard, ...] = tuple(shard for shard in common.plan.shards if shard.file == file)
+    with _joined(common.execution()) as (_, run), run.writing():
+        run.write_shards(shards, common.jobs)
+    return sum(shard.nbytes for shard in shards)
+
+
+def _check(common: _Common, checks: tuple[Check, ...]) -> None:
+    with common.execution().opened() as sources:
+        run_checks(checks, sources, common.jobs)
+
+
+def _check_rows(common: _Common) -> None:
+    with common.execution().opened() as sources:
+        check_float_rows(common.plan, sources, common.jobs)
