@@ -3,7 +3,7 @@
     QuarkconvError
     ├── UsageError          2    invalid command line or arguments
     ├── SourceError         3    the source is missing, malformed, truncated or inconsistent
-    │   └── HubError        3    the Hub does not provide it
+    │   └── HubError        3    the Hub, or ModelScope, does not provide it
     ├── UnsupportedError    4    the source is readable, but quarkconv or the target cannot handle it
     ├── WriteError          5    writing failed; finished work is kept, the same command resumes
     └── InterruptedByUser   130  stopped by a signal; finished work is kept, the same command resumes
@@ -95,7 +95,7 @@ class SourceError(QuarkconvError):
 
 
 class HubError(SourceError):
-    """The Hub does not provide the model: no such repo, no access, no network, or an invalid response."""
+    """The Hub, or ModelScope, does not provide the model: no such repo, no access, no network, an invalid response."""
 
     def __init__(self, message: str, **details: Unpack[Details]) -> None:
         super().__init__(message, code="hub-unavailable", **details)

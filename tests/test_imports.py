@@ -22,7 +22,7 @@ LAYERS = (
     ("errors", "progress", "text", "version"),
     ("dtypes", "findings", "defects", "cluster"),
     ("files",),
-    ("cloud",),
+    ("cloud", "modelscope"),
     ("headers", "hub"),
     ("scheme",),
     ("experts",),

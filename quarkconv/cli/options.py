@@ -14,7 +14,8 @@ Model = Annotated[
     str,
     typer.Argument(
         metavar="[MODEL]",
-        help="Model directory, Hub repo id (org/name, org/name@revision), or s3://, gs://, az:// URL.",
+        help="Directory, Hub repo id (org/name, org/name@revision), or s3://, gs://, az://, hf://buckets/, "
+        "modelscope:// URL.",
     ),
 ]
 Ray = Annotated[

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from quarkconv.cloud.urls import is_store_url
 from quarkconv.errors import UsageError
+from quarkconv.files.urls import is_read_only_url, is_store_url
 from quarkconv.hub.locate import Located
 
 
@@ -13,10 +13,18 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
     """The directory of the output, or its URL in an object store.
 
     Raises:
-        UsageError: it would lie inside the source, or the source inside it; or the URL is that of a whole bucket.
+        UsageError: it would lie inside the source, or the source inside it; or the URL is that of a whole bucket, or
+            of a service that is only read.
     """
     if isinstance(out, str) and is_store_url(out):
         return _output_url(source, out.rstrip("/"))
+    if isinstance(out, str) and is_read_only_url(out):
+        raise UsageError(
+            "quarkconv does not write to this service",
+            file=out,
+            expected="a directory, or an s3://, gs:// or az:// URL",
+            hint="convert to a directory, and upload it with `hf buckets sync` or `modelscope upload`",
+        )
     if out is not None:
         output = Path(out)
     elif source.name is not None:  # in the working directory, not inside the Hub's cache

@@ -1,1 +1,1 @@
-"""A model on the Hub: locate, repo, ranges, read_ahead, http, errors, download, push."""
+"""From the name of a model to its files (:mod:`locate`); a repo or bucket of the Hub: ranges, downloads, uploads."""

@@ -7,7 +7,7 @@ from typing import Final
 from urllib.parse import urlsplit
 
 from quarkconv.errors import HubError
-from quarkconv.hub.http import client, proxy_for, url_of
+from quarkconv.files.http import client, proxy_for, url_of
 
 TOKEN_HINT: Final = "for a private or gated repo run `hf auth login`, or set HF_TOKEN"
 _RETRY_HINT: Final = "wait a little, then run the same command again"

@@ -1,4 +1,4 @@
-"""From the name of a model to its files: a directory, an object store, a snapshot in the Hub's cache, or a repo."""
+"""From the name of a model to its files: a directory, a URL, a snapshot in the Hub's cache, or a repo."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-from quarkconv.cloud.urls import is_store_url
 from quarkconv.errors import HubError, UsageError, WriteError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
+from quarkconv.files.urls import BUCKETS, MODELSCOPE, is_store_url, is_url
 from quarkconv.progress import SILENT, Progress
 
 if TYPE_CHECKING:
@@ -64,32 +64,52 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
     Args:
         model: a local directory, or a Hub repo id ``org/name`` or ``org/name@revision``. An existing path is never
             looked up on the Hub. A complete snapshot of the commit in the Hub's cache is used instead of the Hub.
-            Or the URL of an object store: ``s3://``, ``gs://`` or ``az://``.
+            Or a URL: of an object store (``s3://``, ``gs://``, ``az://``), of a bucket of the Hub
+            (``hf://buckets/``), or ``modelscope://org/name``.
         cache: download the model to the Hub's cache instead of reading it from the Hub.
         progress: receives the listing of the repo and the download.
 
     Raises:
-        UsageError: the model is the URL of an object store, and ``cache`` is set.
+        UsageError: the model is a URL, and ``cache`` is set; or the URL is invalid.
         SourceError: the object store cannot be read.
         HubError: the model is a repo id, and the Hub does not have it or cannot be reached.
         WriteError: the cache cannot be written to.
     """
-    if isinstance(model, str) and is_store_url(model):
+    if isinstance(model, str) and is_url(model):
         if cache:
             raise UsageError(
-                "A model in an object store cannot be downloaded",
+                "A model with a URL cannot be downloaded",
                 file=model,
                 expected="`inspect`, or `convert` without --cache",
-                hint="copy it to a directory with the store's own tools",
+                hint="copy it to a directory with the service's own tools",
             )
-        from quarkconv.cloud.bucket import open_bucket
-
-        return Located(open_bucket(model), name=model.rstrip("/").rpartition("/")[2])
+        return Located(_open_url(model), name=model.rstrip("/").rpartition("/")[2].partition("@")[0])
     if not isinstance(model, str) or not _REPO.fullmatch(model) or Path(model).exists():
         return Located(LocalFiles(Path(model)))
     repo, _, revision = model.partition("@")
     find = _download if cache else _remote
     return Located(find(repo, revision or None, progress), repo, repo.rpartition("/")[2])
+
+
+def _open_url(url: str) -> Files:
+    """List the files of a model that has a URL."""
+    if is_store_url(url):
+        from quarkconv.cloud.bucket import open_bucket
+
+        return open_bucket(url)
+    if url.startswith(MODELSCOPE):
+        from quarkconv.modelscope.repo import open_modelscope
+
+        return open_modelscope(url)
+    if url.startswith(BUCKETS):
+        from quarkconv.hub.buckets import open_hub_bucket
+
+        return open_hub_bucket(url)
+    raise UsageError(
+        "Of URLs of the Hub, those of buckets are read",
+        expected="hf://buckets/ORG/NAME/PATH, or a repo id org/name without hf://",
+        found=repr(url)[:300],
+    )
 
 
 def check_repo_id(repo: str) -> None:
@@ -98,6 +118,13 @@ def check_repo_id(repo: str) -> None:
     Raises:
         UsageError: it has not.
     """
+    if is_url(repo):
+        raise UsageError(
+            "Uploads go to repos on the Hub",
+            expected="org/name",
+            found=repr(repo)[:100],
+            hint="convert to a directory or an object store, and upload with the service's own tools",
+        )
     if not _REPO.fullmatch(repo) or "@" in repo:
         raise UsageError("Invalid repo id", expected="org/name", found=repr(repo)[:100])
 
@@ -152,8 +179,8 @@ def _download(repo: str, revision: str | None, progress: Progress) -> LocalFiles
 
 def _listing(repo: str, revision: str | None, progress: Progress) -> HubRepo | LocalFiles:
     """The files of a commit; of its snapshot in the cache where the Hub cannot be reached."""
+    from quarkconv.files.http import retried
     from quarkconv.hub.errors import hub_error
-    from quarkconv.hub.http import retried
     from quarkconv.hub.repo import list_repo
 
     progress.step("Contacting the Hub")
@@ -182,7 +209,7 @@ def _is_response(error: Exception) -> bool:
 
 def _listing_pause(error: Exception, failures: int) -> float | None:
     """Seconds before the listing is requested again; None where another request would fail as well."""
-    from quarkconv.hub.http import LONGEST_REQUESTED, backoff, client, is_transient, requested_pause
+    from quarkconv.files.http import LONGEST_REQUESTED, backoff, client, is_transient, requested_pause
 
     if isinstance(error, HubError) or failures > _LISTING_RETRIES:
         return None

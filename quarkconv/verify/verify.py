@@ -8,12 +8,12 @@ from typing import Final
 
 import torch
 
-from quarkconv.cloud.urls import is_store_url
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
+from quarkconv.files.urls import is_url
 from quarkconv.findings import PASSED_ON, Finding, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
@@ -250,7 +250,7 @@ def _byte_check(
 
 
 def _described(model: str | Path, progress: Progress) -> Description:
-    stream = isinstance(model, str) and is_store_url(model)  # models on the Hub are downloaded
+    stream = isinstance(model, str) and is_url(model)  # models on the Hub are downloaded
     return describe(locate(model, cache=not stream, progress=progress).files, progress)
 
 

@@ -13,7 +13,7 @@ from support.checkpoints import make_checkpoint
 from support.hub_server import start_hub
 from support.hub_state import Hub
 
-from quarkconv.hub import http as http_client
+from quarkconv.files import http as http_client
 
 
 @pytest.fixture

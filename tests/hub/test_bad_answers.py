@@ -19,9 +19,9 @@ from support.program import run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError
+from quarkconv.files import http as http_client
 from quarkconv.files.base import Range
 from quarkconv.headers import remote as remote_headers
-from quarkconv.hub import http as http_client
 from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
 
@@ -141,7 +141,7 @@ def test_a_file_of_another_commit_is_refused(monkeypatch: pytest.MonkeyPatch) ->
 
 def test_the_listing_waits_as_long_as_the_hub_requests(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     waits: list[float] = []
-    monkeypatch.setattr("quarkconv.hub.http.time", SimpleNamespace(sleep=waits.append))
+    monkeypatch.setattr("quarkconv.files.http.time", SimpleNamespace(sleep=waits.append))
     published.faults.too_many, published.faults.retry_after = 2, "7"
     assert locate(REPO).repo == REPO
     assert waits == [7, 7]

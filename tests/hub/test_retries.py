@@ -7,7 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from quarkconv.hub import http
+from quarkconv.files import http
 
 
 class Flaky(Exception):  # noqa: N818

@@ -66,6 +66,10 @@ class HubHandler(Handler):
             self._info(match[1], match[2] or "main")
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/([^/]+)", path):
             self._tree(match[1], match[2])
+        elif match := re.fullmatch(r"/api/buckets/([^/]+/[^/]+)/tree(?:/(.+))?", path):
+            self._bucket_tree(match[1], match[2] or "")
+        elif match := re.fullmatch(r"/buckets/([^/]+/[^/]+)/resolve/(.+)", path):
+            self._bucket_file(match[1], match[2])
         elif match := re.fullmatch(r"/api/models/([^/]+/[^/]+)/xet-read-token/([^/]+)", path):
             read_token(self)
         elif hub.resolve_cache and (match := re.fullmatch(r"/api/resolve-cache/(.+)/([^/]+)/([^/]+)", path)):
@@ -111,6 +115,34 @@ class HubHandler(Handler):
             | ({"xetHash": file.xet_hash} if file.lfs and self.hub.xet else {})
             for name, file in self.hub.commits[repo][commit].items()
         ])  # fmt: skip
+
+    def _bucket_tree(self, bucket: str, prefix: str) -> None:
+        """The files whose paths begin with a prefix, in pages of two."""
+        if bucket not in self.hub.buckets:
+            self._refused(404, "RepoNotFound", "Repository Not Found")
+            return
+        rows = [
+            {"type": "file", "path": name, "size": len(file.data), "xetHash": file.xet_hash, "mtime": None}
+            for name, file in sorted(self.hub.buckets[bucket].items())
+            if name.startswith(prefix)
+        ]
+        first = int(parse_qs(urlsplit(self.path).query).get("cursor", ["0"])[0])
+        following = f"{self.hub.url}{urlsplit(self.path).path}?recursive=true&cursor={first + 2}"
+        more = {"Link": f'<{following}>; rel="next"'} if first + 2 < len(rows) else {}
+        body = json.dumps(rows[first : first + 2]).encode()
+        self._answer(200, body, {"Content-Type": "application/json", **more})
+
+    def _bucket_file(self, bucket: str, name: str) -> None:
+        """Every file of a bucket is in Xet storage: a redirect to a signed address."""
+        file = self.hub.buckets.get(bucket, {}).get(name)
+        if file is None:
+            self._refused(404, "EntryNotFound", "Entry not found")
+            return
+        route = f"{self.hub.url}/api/buckets/{bucket}/xet-read-token"
+        headers = {"X-Linked-Size": str(len(file.data)), "Location": signed(self.hub, file)}
+        if self.hub.states_xet_hash:
+            headers |= {"X-Xet-Hash": file.xet_hash, "X-Xet-Refresh-Route": route}
+        self._answer(302, b"", headers)
 
     def _resolve(self, repo: str, revision: str, name: str) -> None:
         commit = self._commit_of(repo, revision)

@@ -93,6 +93,10 @@ class Hub:
 
     commits: dict[str, dict[str, dict[str, Stored]]] = field(default_factory=dict)
     refs: dict[str, dict[str, str]] = field(default_factory=dict)
+    buckets: dict[str, dict[str, Stored]] = field(default_factory=dict)
+    """Bucket -> path -> contents."""
+    states_xet_hash: bool = True
+    """Responses for files of buckets hold their hashes."""
     faults: Faults = field(default_factory=Faults)
     requests: list[tuple[str, str, str]] = field(default_factory=list)
     """Method, path and Range of every request to the Hub and the store."""
@@ -130,6 +134,14 @@ class Hub:
             if path.is_file()
         }
         return self.commit(repo, files, revision)
+
+    def fill_bucket(self, bucket: str, folder: Path, prefix: str = "") -> None:
+        """Put the files of a folder into a bucket."""
+        self.buckets.setdefault(bucket, {}).update(
+            (prefix + path.relative_to(folder).as_posix(), Stored(path.read_bytes()))
+            for path in sorted(folder.rglob("*"))
+            if path.is_file()
+        )
 
     def commit(self, repo: str, files: dict[str, Stored], revision: str = "main") -> str:
         commit = hashlib.sha1(repr(sorted((name, file.etag) for name, file in files.items())).encode()).hexdigest()

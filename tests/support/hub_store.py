@@ -125,7 +125,8 @@ def _from_xet(handler: Handler, path: str) -> None:
 def _file(hub: Hub, name: str) -> Stored | None:
     """The file that the store knows by one of its hashes."""
     every = (file for commits in hub.commits.values() for files in commits.values() for file in files.values())
-    return next((file for file in every if file.lfs and name == (file.xet_hash if hub.xet else file.sha256)), None)
+    stored = [file for file in every if file.lfs] + [file for files in hub.buckets.values() for file in files.values()]
+    return next((file for file in stored if name == (file.xet_hash if hub.xet else file.sha256)), None)
 
 
 def send_range(handler: Handler, data: bytes, headers: dict[str, str], faults: Faults | None = None) -> None:
