@@ -12,8 +12,8 @@ import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from quarkconv.cloud.urls import SCHEMES
 from quarkconv.errors import UsageError
+from quarkconv.files.urls import SCHEMES
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -30,6 +30,7 @@ _OWN_CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
 """With one of these, obstore needs no help."""
 _STATUS: Final = re.compile(r"status code: (\d{3}[^:<\n]*)|<Code>([A-Za-z]+)</Code>")
 _NO_BUCKET: Final = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
+_NO_CHECKSUM: Final = ("Content-MD5", "required", "Object Lock")
 _REFUSALS: Final = ("401", "403", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
@@ -99,6 +100,10 @@ def failure_of(error: Exception, url: str, doing: str) -> Failure:
     text, found = str(error), _first_line(error)
     if any(code in text for code in _NO_BUCKET):
         return Failure("The bucket does not exist", found, "check its name, and the endpoint")
+    if all(word in text for word in _NO_CHECKSUM):
+        return Failure(
+            "The bucket demands checksums of uploads, as object lock does", found, "set AWS_CHECKSUM_ALGORITHM=SHA256"
+        )
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(code in found for code in _REFUSALS):
         return Failure("The object store refuses access", found, f"check the credentials: {_CREDENTIALS[scheme]}")
     return Failure(f"The object store cannot be {doing}", found, f"check {_CREDENTIALS[scheme]} and the network")
