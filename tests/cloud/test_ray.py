@@ -23,7 +23,8 @@ from quarkconv.cli.options import with_addresses
 from quarkconv.errors import HubError, QuarkconvError, SourceError, UnsupportedError, UsageError
 
 Capture = pytest.CaptureFixture[str]
-SHARD_SIZE = 100_000
+SHARD_SIZE = 30_000
+NOTES = ".quarkconv/notes/*"
 RUNS = int(os.environ.get("RAY_RUNS", "3"))
 """Runs with nodes or drivers killed; ``make test-cloud`` runs 20."""
 
@@ -150,11 +151,15 @@ def test_a_check_that_fails_on_a_node_ends_the_command_with_its_error(cluster: A
 def test_nodes_and_drivers_that_are_killed_cost_time_only(
     cluster: Any, model: Path, tmp_path: Path, whole: dict[str, str], seed: int
 ) -> None:
-    rng, out = random.Random(seed), tmp_path / "out"
+    rng, out, killed = random.Random(seed), tmp_path / "out", 0
     for attempt in range(6):
         process = start(*words(model, out, cluster.address))
         victim = rng.choice(["node", "driver"]) if attempt < 3 else "none"
-        time.sleep(rng.uniform(2, 6) if attempt < 3 else 0)
+        notes = len(list(out.glob(NOTES)))
+        while victim != "none" and process.poll() is None and len(list(out.glob(NOTES))) == notes:
+            time.sleep(0.02)  # until a task has written a shard
+        time.sleep(rng.uniform(0, 0.5) if victim != "none" else 0)
+        killed += victim != "none" and process.poll() is None
         if victim == "driver":
             process.send_signal(signal.SIGKILL)
         elif victim == "node" and process.poll() is None:
@@ -165,4 +170,5 @@ def test_nodes_and_drivers_that_are_killed_cost_time_only(
         if (out / "config.json").exists():
             break
         assert victim == "driver", errors
+    assert killed
     assert snapshot(out) == whole
