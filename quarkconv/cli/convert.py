@@ -117,10 +117,11 @@ def convert(
     """
     from quarkconv.convert.conversion import Conversion
     from quarkconv.convert.options import Options
+    from quarkconv.hub.push import create_repo, upload_folder
 
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
-    mode = _mode(part=part, join=join, ray=ray, finish=finish, overwrite=overwrite)
+    mode = _mode(part=part, join=join, ray=ray, finish=finish, overwrite=overwrite, push=push)
     if (push is not None and not isinstance(mode, Whole | Finish)) or (dry_run and isinstance(mode, Finish)):
         raise _excluded()
     options = Options(
@@ -133,15 +134,17 @@ def convert(
         mtp=mtp,
     )
     with progress("Reading", shown=output.shows_progress) as meter:
-        conversion = Conversion.prepare(
-            model, to, out, options, cache=cache, push=push, private=private, progress=meter
-        )
+        conversion = Conversion.prepare(model, to, out, options, cache=cache, push=push, progress=meter)
     value, seconds = conversion.to_json(mode, dry_run=dry_run), None
     if not dry_run:
         started = time.perf_counter()
         with progress("Converting", shown=output.shows_progress) as meter:
+            if push is not None:  # a refusal should come before the conversion
+                create_repo(push, private=private, progress=meter)
             outcome = conversion.carry_out(mode, jobs=jobs, progress=meter)
-        value |= outcome.to_json() | conversion.upload(outcome, bars=output.shows_progress)
+        value |= outcome.to_json()
+        if push is not None and (result := outcome.result) is not None:
+            value["pushed"] = upload_folder(result.output, push, result.commit_message, bars=output.shows_progress)
         seconds = time.perf_counter() - started
 
     def render() -> RenderableType:
@@ -153,7 +156,7 @@ def convert(
     return 0
 
 
-def _mode(*, part: str | None, join: bool, ray: str | None, finish: bool, overwrite: bool) -> Mode:
+def _mode(*, part: str | None, join: bool, ray: str | None, finish: bool, overwrite: bool, push: str | None) -> Mode:
     """How this process carries the conversion out."""
     chosen: list[Mode] = []
     if part is not None:
@@ -166,7 +169,7 @@ def _mode(*, part: str | None, join: bool, ray: str | None, finish: bool, overwr
         chosen.append(Finish())
     if len(chosen) > 1 or (chosen and overwrite):
         raise _excluded()
-    return chosen[0] if chosen else Whole(overwrite)
+    return chosen[0] if chosen else Whole(overwrite, keep=push is not None)  # the upload may have failed
 
 
 def _excluded() -> UsageError:

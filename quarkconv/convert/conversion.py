@@ -1,4 +1,4 @@
-"""One conversion: located, described, planned, carried out, uploaded.
+"""One conversion: located, described, planned, carried out.
 
 The Python functions and the command line go through :class:`Conversion`. A whole model is the part of rank 0 of 1;
 several ranks have a folder each, which :mod:`quarkconv.write.ranks` writes and indexes.
@@ -6,7 +6,6 @@ several ranks have a folder each, which :mod:`quarkconv.write.ranks` writes and 
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,13 +17,12 @@ from quarkconv.convert.planner import make_plan
 from quarkconv.convert.results import ConversionResult, Outcome, RankOutput, conversion_json
 from quarkconv.errors import UsageError
 from quarkconv.hub.locate import Located, check_repo_id, locate
-from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.plan import plan_digest
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
 from quarkconv.targets import get_target
 from quarkconv.write.execution import Execution
-from quarkconv.write.modes import Mode, Whole
+from quarkconv.write.modes import Contribution, Mode, Whole
 from quarkconv.write.output import output_at
 from quarkconv.write.write import write_output
 
@@ -38,8 +36,6 @@ class Conversion:
         location: directory of the output, or its URL in an object store.
         outputs: one for each rank; a whole model has a single one.
         experts, intermediate: E and I of the whole model.
-        push: Hub repo id that the output is uploaded to; a finished output is then kept, so that an upload resumes.
-        private: whether the repo is created as private.
     """
 
     source: Located
@@ -47,8 +43,6 @@ class Conversion:
     outputs: tuple[RankOutput, ...]
     experts: int
     intermediate: int
-    push: str | None = None
-    private: bool = False
 
     @classmethod
     def prepare(
@@ -60,7 +54,6 @@ class Conversion:
         *,
         cache: bool = False,
         push: str | None = None,
-        private: bool = False,
         progress: Progress = SILENT,
     ) -> Conversion:
         """Locate and describe a model, check that it can be converted, and plan it. Nothing is written.
@@ -69,7 +62,6 @@ class Conversion:
             model, target, out, cache, progress: as of :func:`quarkconv.convert_checkpoint`.
             options: what to write.
             push: Hub repo id that the output will be uploaded to.
-            private: whether a new repo is private; an existing one is not changed.
 
         Raises:
             UsageError, SourceError, UnsupportedError: as :func:`convert_checkpoint`; an invalid repo id; a conversion
@@ -103,7 +95,7 @@ class Conversion:
             )
             outputs.append(RankOutput(plan, location if rank.is_whole else Path(location) / rank.folder()))
         layer = description.int8_layers[0]
-        return cls(source, location, tuple(outputs), layer.experts, layer.intermediate, push, private)
+        return cls(source, location, tuple(outputs), layer.experts, layer.intermediate)
 
     @property
     def by_rank(self) -> bool:
@@ -119,8 +111,7 @@ class Conversion:
     ) -> Outcome:
         """Carry out the plans, or this process's part of them. The same call resumes after a failure or an interrupt.
 
-        All modes write the same bytes. Before the first, the repo of an upload is created: a refusal should come before
-        the conversion.
+        All modes write the same bytes.
 
         Args:
             mode: how this process carries them out; by default, it writes everything.
@@ -132,78 +123,44 @@ class Conversion:
                 among processes.
             SourceError: the source changed, or cannot be read.
             UnsupportedError: the data of the source does not meet a check of the plan.
-            WriteError: writing failed, another process works on the output, or the Hub refuses.
+            WriteError: writing failed, or another process works on the output.
             InterruptedByUser: interrupted.
         """
         require_jobs(jobs)
-        self._require_whole(mode)
-        if isinstance(mode, Whole):  # a finished output is not refused where its upload may have failed
-            mode = Whole(mode.overwrite, keep=self.push is not None and not mode.overwrite)
-        if self.push is not None:
-            from quarkconv.hub.push import create_repo
-
-            progress.step("Contacting the Hub")
-            create_repo(self.push, private=self.private)
         executions = [self._execution(output, jobs, progress) for output in self.outputs]
         if self.by_rank:
             from quarkconv.write.ranks import write_ranks
 
-            manifests = write_ranks(
-                Path(self.location),
-                executions,
-                experts=self.experts,
-                intermediate=self.intermediate,
-                overwrite=isinstance(mode, Whole) and mode.overwrite,
-                progress=progress,
-            )
-            return Outcome(mode, self._result(manifests))
-        written = write_output(executions[0], mode)
-        result = None if written.manifest is None else self._result([written.manifest])
-        return Outcome(mode, result, written.shards, written.nbytes)
+            whole, folder = self._whole(mode), Path(self.location)
+            manifests = write_ranks(folder, executions, self.experts, self.intermediate, overwrite=whole.overwrite)
+            written = Contribution(None)
+        else:
+            written = write_output(executions[0], mode)
+            manifests = [] if written.manifest is None else [written.manifest]
+        result = ConversionResult(self.source.origin, self.location, self.outputs, tuple(manifests))
+        return Outcome(mode, result if manifests else None, written.shards, written.nbytes)
 
     def _execution(self, output: RankOutput, jobs: int, progress: Progress) -> Execution:
         return Execution(
             output.plan, plan_digest(output.plan), self.source.files, output_at(output.location), jobs, progress
         )
 
-    def _result(self, manifests: Iterable[Manifest]) -> ConversionResult:
-        return ConversionResult(self.source.origin, self.location, self.outputs, tuple(manifests))
-
-    def upload(self, outcome: Outcome, *, bars: bool = False) -> dict[str, str]:
-        """Upload the output, if the conversion is finished and has a repo.
-
-        Args:
-            outcome: of :meth:`carry_out`, which created the repo.
-            bars: whether huggingface_hub shows progress bars.
-
-        Returns:
-            The URL of the repo under ``pushed``; empty without an upload.
-
-        Raises:
-            WriteError: the upload failed; the same command resumes.
-        """
-        result = outcome.result
-        if self.push is None or result is None:
-            return {}
-        from quarkconv.hub.push import upload_folder
-
-        message = f"{result.plan.target} by quarkconv, plan {result.manifest.plan[:12]}"
-        return {"pushed": upload_folder(result.output, self.push, message, bars=bars)}
-
     def to_json(self, mode: Mode = Whole(), *, dry_run: bool = True) -> dict[str, Any]:  # noqa: B008
         """The object that ``convert --json`` prints while the conversion is not finished."""
         value = conversion_json(self.source.origin, self.location, self.outputs, dry_run=dry_run)
         if not isinstance(mode, Share):
             return value
-        self._require_whole(mode)
+        if self.by_rank:
+            self._whole(mode)
         return value | mode.work(self.outputs[0].plan).to_json() | {"finished": False}
 
-    def _require_whole(self, mode: Mode) -> None:
-        """Refuse to divide a conversion by rank among processes."""
-        if self.by_rank and not isinstance(mode, Whole):
+    def _whole(self, mode: Mode) -> Whole:
+        """The mode of a conversion by rank, which is not divided among processes."""
+        if not isinstance(mode, Whole):
             raise UsageError(
                 "Conversions by rank are not divided into parts",
                 expected="--part, --join, --ray or --finish without --tp and --ep",
                 found="both",
                 hint="run one conversion by rank on each machine, or convert without --tp and --ep",
             )
+        return mode

@@ -64,6 +64,11 @@ class ConversionResult:
         """The manifest; where there are several ranks, that of the first."""
         return self.manifests[0]
 
+    @property
+    def commit_message(self) -> str:
+        """The message of a commit that holds the output."""
+        return f"{self.plan.target} by quarkconv, plan {self.manifest.plan[:12]}"
+
     def to_json(self) -> dict[str, Any]:
         """The object that ``convert --json`` prints."""
         value = conversion_json(self.source, self.location, self.outputs, dry_run=False)

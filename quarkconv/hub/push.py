@@ -6,20 +6,23 @@ from contextlib import nullcontext
 from pathlib import Path
 
 from quarkconv.errors import WriteError
+from quarkconv.progress import SILENT, Progress
 
 
-def create_repo(repo: str, *, private: bool = False) -> None:
+def create_repo(repo: str, *, private: bool = False, progress: Progress = SILENT) -> None:
     """Create a repo, if it does not exist.
 
     Args:
         repo: ``org/name``.
         private: whether a new repo is private; an existing one is not changed.
+        progress: receives that the Hub is contacted.
 
     Raises:
         WriteError: the Hub refuses.
     """
     from huggingface_hub import HfApi, constants
 
+    progress.step("Contacting the Hub")
     try:
         HfApi(endpoint=constants.ENDPOINT).create_repo(repo, private=private or None, exist_ok=True)
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError

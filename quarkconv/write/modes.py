@@ -18,7 +18,7 @@ class Whole:
 
     Attributes:
         overwrite: whether an earlier conversion in the output is deleted.
-        keep: whether an output that the same plan finished is kept; it is refused otherwise.
+        keep: whether an output that the same plan finished is kept where it is not deleted; otherwise it is refused.
     """
 
     overwrite: bool = False

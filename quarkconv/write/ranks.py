@@ -27,7 +27,6 @@ from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.plan import Plan
-from quarkconv.progress import Progress
 from quarkconv.write.checks import check_float_rows
 from quarkconv.write.durable import write_durably, writing
 from quarkconv.write.execution import Execution, open_source
@@ -42,11 +41,10 @@ _FOLDER: Final = re.compile(r"rank-\d{2,}-of-\d{2,}")
 def write_ranks(
     folder: Path,
     executions: Sequence[Execution],
-    *,
     experts: int,
     intermediate: int,
+    *,
     overwrite: bool,
-    progress: Progress,
 ) -> list[Manifest]:
     """Carry out the plans of all ranks, one after the other, and index their folders. The same call resumes.
 
@@ -55,14 +53,13 @@ def write_ranks(
         executions: those of all ranks.
         experts, intermediate: E and I of the whole model.
         overwrite: whether an earlier conversion by rank is deleted.
-        progress: receives how far all of them have come.
 
     Raises:
         UsageError: the directory holds something else.
         WriteError: there is not enough space for all ranks, or writing failed.
         SourceError, UnsupportedError, InterruptedByUser: as :func:`quarkconv.write.write.write_output`.
     """
-    plans = [execution.plan for execution in executions]
+    plans, progress = [execution.plan for execution in executions], executions[0].progress
     finished = [None if overwrite else execution.finished() for execution in executions]
     for execution in executions:  # before the first rank is written
         if execution.plan.options.quantizes:

@@ -11,13 +11,13 @@ from itertools import chain
 
 from quarkconv.errors import UsageError, WriteError
 from quarkconv.plan.manifest import Manifest
-from quarkconv.plan.shares import Share
+from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.write.checks import run_checks
 from quarkconv.write.execution import Execution
 from quarkconv.write.locks import OutputBusyError
 
 
-def write_share(execution: Execution, share: Share) -> Manifest | None:
+def write_share(execution: Execution, work: ShareWork) -> Manifest | None:
     """Carry out one share of a plan, and finish the conversion if all shares are written.
 
     Several processes, on several machines, may work on the shares of one output at the same time; the file system of a
@@ -25,7 +25,7 @@ def write_share(execution: Execution, share: Share) -> Manifest | None:
 
     Args:
         execution: the plan, its source and its output.
-        share: the share.
+        work: the share, and its part of the plan.
 
     Returns:
         The manifest, if the conversion is finished; None while shares are missing.
@@ -33,7 +33,7 @@ def write_share(execution: Execution, share: Share) -> Manifest | None:
     Errors as of :func:`quarkconv.write.write.write_output`.
     """
     try:
-        return _finish(execution) if _write(execution, share) else None
+        return _finish(execution) if _write(execution, work) else None
     except UsageError:  # another process may have finished the conversion meanwhile
         manifest = execution.finished()
         if manifest is None:
@@ -41,14 +41,13 @@ def write_share(execution: Execution, share: Share) -> Manifest | None:
         return manifest
 
 
-def _write(execution: Execution, share: Share) -> bool:
+def _write(execution: Execution, work: ShareWork) -> bool:
     """Write the shards of a share; True when those of all shares are written."""
-    work = share.work(execution.plan)
-    with execution.opened() as sources, execution.joined(sources, share) as run, run.writing():
+    with execution.opened() as sources, execution.joined(sources, work.share) as run, run.writing():
         destination = run.destination
-        if not destination.checks_hold(share):
+        if not destination.checks_hold(work.share):
             run_checks(work.checks, sources, execution.jobs)
-            destination.record_checks(share)
+            destination.record_checks(work.share)
         run.write_shards(work.shards, execution.jobs)
         destination.refresh()
         return all(destination.finished(shard) for shard in execution.plan.shards)

@@ -23,7 +23,7 @@ def write_output(execution: Execution, mode: Mode) -> Contribution:
             kept.
         InterruptedByUser: interrupted; what was finished is kept.
     """
-    keeps = mode.keep if isinstance(mode, Whole) else True
+    keeps = mode.keep and not mode.overwrite if isinstance(mode, Whole) else True
     finished = execution.finished() if keeps else None
     name, nbytes = step_of(mode, execution.plan)
     execution.progress.step(name, nbytes, "byte")
@@ -47,4 +47,4 @@ def write_output(execution: Execution, mode: Mode) -> Contribution:
             return Contribution(finish_shares(execution))
     from quarkconv.write.shares import write_share
 
-    return Contribution(write_share(execution, mode))
+    return Contribution(write_share(execution, mode.work(execution.plan)))
