@@ -12,7 +12,7 @@ import torch
 
 Platform = Literal["cuda", "hip", "xpu", "interpreter"]
 
-GLUON_TESTED = ("3.6", "3.7")
+GLUON_TESTED = ("3.6", "3.7", "3.9")
 """Releases of Triton whose Gluon ran the kernels on a GPU. Gluon is experimental and changes between releases, and a
 kernel that compiles with an untested one may still be wrong."""
 

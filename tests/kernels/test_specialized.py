@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.races import delayed_kernel
+from support.races import CONSUMERS, PRODUCER, delayed_kernel
 
 from quarkconv.kernels.activations import ACTIVATIONS, make_activation
 from quarkconv.kernels.arguments import ExpertWeights, check_arguments
@@ -235,42 +235,54 @@ def test_the_same_bits_a_thousand_times_beside_other_work(
     assert differing.item() == 0
 
 
-@pytest.mark.parametrize("early", [False, True])
-def test_a_copy_for_races_sleeps_at_every_barrier(early: bool, tmp_path: Path) -> None:
+# Who sleeps, whether operands are released before they are read, and how often the forward runs.
+RACES = [
+    pytest.param(PRODUCER, False, 500, id="slow producer"),
+    pytest.param(CONSUMERS, False, 500, id="slow consumers"),
+    pytest.param(PRODUCER + CONSUMERS, False, 500, id="all slow"),
+    pytest.param(CONSUMERS, True, 50, id="operands released early"),
+]
+
+
+@pytest.mark.parametrize(("slow", "early", "runs"), RACES)
+def test_a_copy_for_races_sleeps_at_every_barrier(
+    slow: tuple[str, ...], early: bool, runs: int, tmp_path: Path
+) -> None:
     """What the test below relies on, checked where there is no GPU: the kernel still has the lines that are changed."""
-    source = Path(str(delayed_kernel(tmp_path, early=early).__file__)).read_text()
-    barriers = re.findall(r"^ +(?:mbarrier\.(?:wait|arrive|expect)|_load)\(.*$", source, re.MULTILINE)
-    assert len(barriers) > 12
-    assert len(re.findall(r"^ +_delay\(\d+\)\n +(?:mbarrier|_load)", source, re.MULTILINE)) == len(barriers)
+    source = Path(str(delayed_kernel(tmp_path, slow, early=early).__file__)).read_text()
+    barrier, sleep = r"^ +(?:mbarrier\.(?:wait|arrive|expect)|_load)\(", r"^ +_delay\(\d+\)\n"
+    for function in re.split(r"(?=^@gluon\.jit\n)", source, flags=re.MULTILINE):
+        name = re.match(r"@gluon\.jit\ndef (\w+)", function)
+        sleeps = len(re.findall(sleep + barrier.replace("^", ""), function, re.MULTILINE))
+        barriers = len(re.findall(barrier, function, re.MULTILINE))
+        assert sleeps == (barriers if name and name[1] in slow else 0)
+    assert source.count("_delay(99)") == early
+    assert runs
 
 
 @pytest.mark.gpu
 @needs_specialization
 @pytest.mark.parametrize("tiles", TILES)
-@pytest.mark.parametrize("early", [False, True], ids=["as it is", "operands released early"])
+@pytest.mark.parametrize(("slow", "early", "runs"), RACES)
 def test_delays_at_barriers_change_no_bit_unless_a_wait_is_missing(
-    tiles: str,
+    slow: tuple[str, ...],
     early: bool,
+    runs: int,
+    tiles: str,
     tmp_path: Path,
     make_case: Callable[..., Any],
     device: torch.device,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """2000 forwards with sleeps at every barrier; where operands are released too early, a hundred show it."""
+    """Hundreds of forwards with sleeps at the barriers of one side; the planted race must show in fifty."""
     from quarkconv.kernels.jit import specialized
 
     case = make_case(700, 1024, 384, 12, 4)
     expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device)
     arguments = check_arguments(*case.tensors())
-    options = fit_options(
-        LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles]),
-        arguments.hidden,
-        arguments.intermediate,
-        device_traits(device),
-    )
-    kernel = delayed_kernel(tmp_path, early=early).specialized_product_kernel
+    options = fit_options(LaunchOptions(RowBlocks(128, 32, 64), *TILES[tiles]), 1024, 384, device_traits(device))
+    kernel = delayed_kernel(tmp_path, slow, early=early).specialized_product_kernel
     monkeypatch.setattr(specialized, "specialized_product_kernel", kernel)
-    runs = 100 if early else 2000
     differing = torch.zeros((), dtype=torch.int64, device=device)
     for _ in range(runs):
         differing += (run_pipeline(arguments, torch.empty_like(expected), options) != expected).any()

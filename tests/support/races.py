@@ -15,8 +15,10 @@ import quarkconv.kernels.jit
 
 SOURCE = Path(next(iter(quarkconv.kernels.jit.__path__)), "specialized.py")
 SLEEPS = re.compile(r"^( +)(?=mbarrier\.(wait|arrive|expect)\(|_load\()", re.MULTILINE)
-DELAY = '''
-@gluon.jit
+FUNCTIONS = re.compile(r"^@gluon\.jit\ndef (\w+)", re.MULTILINE)
+PRODUCER = ("_announce", "_produce")
+CONSUMERS = ("_await_tile", "_sums")
+DELAY = '''@gluon.jit
 def _delay(SITE: gl.constexpr):
     """Sleep for 0 to 4 microseconds: bits of the clock, multiplied by 2^32 over the golden ratio."""
     gl.inline_asm_elementwise(
@@ -24,6 +26,8 @@ def _delay(SITE: gl.constexpr):
         "nanosleep.u32 t; mov.u32 $0, t; }",
         "=r,r", [gl.program_id(0) * 613566757 + SITE * 97531], gl.int32, False, 1,
     )  # fmt: skip
+
+
 '''
 RELEASES = (
     "        mbarrier.arrive(empty.index((step + STAGES - 1) % STAGES), pred=step > first)\n",
@@ -32,10 +36,10 @@ RELEASES = (
 READS = "        w = weights.index(2 * at)\n"
 
 
-def delayed_kernel(folder: Path, *, early: bool) -> ModuleType:
-    """A copy of the kernel's module that sleeps; `early`: with operands that are released before they are read.
+def delayed_kernel(folder: Path, slow: tuple[str, ...], *, early: bool = False) -> ModuleType:
+    """A copy of the kernel's module whose functions `slow` sleep; `early`: operands are released before they are read.
 
-    Both copies arrive at each barrier as often as the kernel does, so that neither can hang.
+    Both arrive at each barrier as often as the kernel does, so that neither can hang.
     """
     source = SOURCE.read_text().replace("from .", "from quarkconv.kernels.jit.")
     if early:
@@ -44,13 +48,15 @@ def delayed_kernel(folder: Path, *, early: bool) -> ModuleType:
             source = source.replace(release, "")
         assert source.count(READS) == 1
         source = source.replace(READS, "        mbarrier.arrive(empty.index(at))\n        _delay(99)\n" + READS)
+    head, *functions = re.split(r"(?=^@gluon\.jit\n)", source, flags=re.MULTILINE)
     sites = itertools.count()
-    source = SLEEPS.sub(lambda found: f"{found[1]}_delay({next(sites)})\n{found[1]}", source)
-    assert next(sites) > 12
-    head, first = source.split("\n\n\n@gluon.jit\n", 1)
-    name = f"specialized_{'early' if early else 'delayed'}"
+    for number, text in enumerate(functions):
+        if (found := FUNCTIONS.match(text)) and found[1] in slow:
+            functions[number] = SLEEPS.sub(lambda found: f"{found[1]}_delay({next(sites)})\n{found[1]}", text)
+    assert next(sites) >= len(slow)
+    name = "_".join(("specialized", *slow, *(["early"] if early else [])))
     path = folder / f"{name}.py"
-    path.write_text(f"{head}\n\n{DELAY}\n\n@gluon.jit\n{first}")
+    path.write_text("".join([head, DELAY, *functions]))
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None
     assert spec.loader is not None
