@@ -92,7 +92,7 @@ def _dense_kernel(a, b, c, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
 
 
 def measure_ceilings() -> dict[str, float]:
-    """Bytes read and int8 operations a second, after the same replays as the forwards: at the power limit both are lower."""
+    """Bytes read and int8 operations a second, replayed as long as the forwards: at the power limit both are lower."""
     source = torch.randint(-(2**31), 2**31 - 1, (1 << 30,), dtype=torch.int32, device="cuda")
     result = torch.zeros(1, dtype=torch.int32, device="cuda")
 
