@@ -11,6 +11,7 @@ from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
+from quarkconv.findings import bounded
 from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.plan.experts import geometry_of
@@ -79,7 +80,7 @@ def make_plan(
             shards=shards,
             config=config,
             copies=tuple(copy for copy in copies if copy.name not in written),
-            losses=losses,
+            losses=tuple(bounded(losses)),
             texts=texts,
             rank=rank,
             options=options,

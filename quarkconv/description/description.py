@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
-from quarkconv.description.contradictions import contradictions, rank_part, scheme_implied
+from quarkconv.description.contradictions import contradictions, is_linear, rank_part, scheme_implied
 from quarkconv.description.expert_names import expert_name_findings
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
@@ -82,6 +82,12 @@ class Description:
     def int8_layers(self) -> tuple[MoELayer, ...]:
         """The layers whose routed experts are all stored in int8."""
         return tuple(layer for layer in self.topology.layers if layer.quantized)
+
+    @property
+    def float_linears(self) -> list[str]:
+        """The linears that are stored in float, routed experts among them."""
+        members = self.topology.members
+        return [name for name, form in self.stored if form.is_float and (name in members or is_linear(name, form))]
 
     @property
     def schemes(self) -> Counter[ModuleScheme]:
@@ -159,7 +165,9 @@ def described(
         )
     with collector_paused():
         config = model_config(checkpoint.config)
+        family = families(config.raw)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
+        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         declared = declared or declared_scheme(config.quantization)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
@@ -167,10 +175,8 @@ def described(
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
-        family = families(config.raw)
-        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
-        is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         others = modules.outside(topology.members)
+        is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(others, is_float)
         fp8 = fp8_groups(modules, topology.members)
         in_fp8 = [name for group in fp8 for name in group.modules]

@@ -15,7 +15,6 @@ from quarkconv.experts.layer import Part as Part
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
 from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, STACKED, ExpertNaming
 from quarkconv.findings import Finding, finding
-from quarkconv.headers.safetensors import distinct
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 
@@ -199,7 +198,8 @@ def _collect(stored: StoredModules) -> _Collected:
     per_expert: _PerExpert = {}
     single: _Single = {}
     members: list[str] = []
-    single_tensors = {id(form) for form in distinct(stored.linears.values()) if len(form.weight.shape) == 3}
+    forms = {id(form): form for form in stored.linears.values()}  # each is the form of many modules
+    single_tensors = {key for key, form in forms.items() if len(form.weight.shape) == 3}
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
         if leaf not in LEAVES:

@@ -93,18 +93,18 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
 
 def _open_url(url: str) -> Files:
     """List the files of a model that has a URL."""
-    if is_store_url(url):
-        from quarkconv.cloud.bucket import open_bucket
-
-        return open_bucket(url)
-    if url.startswith(MODELSCOPE):
-        from quarkconv.modelscope.repo import open_modelscope
-
-        return open_modelscope(url)
     if url.startswith(BUCKETS):
         from quarkconv.hub.buckets import open_hub_bucket
 
         return open_hub_bucket(url)
+    if url.startswith(MODELSCOPE):
+        from quarkconv.modelscope.repo import open_modelscope
+
+        return open_modelscope(url)
+    if is_store_url(url):
+        from quarkconv.cloud.bucket import open_bucket
+
+        return open_bucket(url)
     raise UsageError(
         "Of URLs of the Hub, those of buckets are read",
         expected="hf://buckets/ORG/NAME/PATH, or a repo id org/name without hf://",

@@ -81,7 +81,7 @@ class Target(ABC):
         yield from ()
 
     def renamed(self, name: str) -> str:
-        """The output name of a tensor outside of int8 modules."""
+        """The output name of the scale of a quantized output, such as one of the key-value cache."""
         return name
 
     def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:  # noqa: ARG002

@@ -6,7 +6,6 @@ import re
 from collections.abc import Iterator
 from typing import Final
 
-from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.findings import PASSED_ON, Finding, bounded, finding
@@ -19,11 +18,10 @@ _KINDS: Final = 6
 """Kinds of modules that a finding names."""
 
 
-def conversion_findings(description: Description, target: Target) -> tuple[Finding, ...]:
+def conversion_findings(description: Description, target: Target) -> Iterator[Finding]:
     """Findings about everything that a conversion leaves out, changes, or copies unread."""
-    of_source = [item for item in description.findings if item.code in PASSED_ON]
-    changes = [*of_source, *_changes(description, target)]
-    return tuple(bounded(changes))
+    yield from (item for item in description.findings if item.code in PASSED_ON)
+    yield from _changes(description, target)
 
 
 def target_findings(description: Description, target: Target) -> tuple[Finding, ...]:
@@ -65,8 +63,7 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
 
 def _left_in_float(description: Description) -> Iterator[Finding]:
     """The linears and experts that ``--quantize`` leaves in float: routers, heads, and those that are excluded."""
-    members = description.topology.members
-    names = [name for name, form in description.stored if form.is_float and (name in members or is_linear(name, form))]
+    names = description.float_linears
     if names:
         kinds = list(dict.fromkeys(_NUMBER.sub("*", name) for name in names))
         yield finding(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description
 from quarkconv.experts.naming import NAMINGS
 from quarkconv.scheme.merged import MERGED_WITH
@@ -19,9 +18,7 @@ def _ignored(description: Description) -> Iterator[str]:
     topology = description.topology
     in_float = frozenset(description.float_modules)
     quantized = {module for module, form in description.stored.linears.items() if form.quantized} - in_float
-    for module, form in description.stored.linears.items():
-        if module not in in_float and not (form.is_float and is_linear(module, form)):
-            continue
+    for module in (*description.float_modules, *description.float_linears):
         yield module
         if module in topology.members:
             continue

@@ -22,10 +22,11 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
         target: the format of the output.
         rank: the rank whose part of the experts is written.
     """
+    left_out = set(target.dropped(description))
+    renamed = {scale: target.renamed(scale) for scale in description.stored.output_scales}
     refs = description.checkpoint.refs()
     tensors: list[OutputTensor] = []
-    checks: list[Check] = []
-    left_out = set(target.dropped(description))
+    checks = list(zero_checks(description.modules, description.stored.fused, refs))
     for layer in description.int8_layers:
         source = ExpertSource(layer, refs, description.unfused_layout(layer), rank, description.engine_naming)
         if not rank.is_whole:
@@ -47,11 +48,10 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
     for group in description.fp8:
         for name in group.modules:
             tensors += fp8_tensors(name, description.stored.linears[name], refs)
-    checks = [*zero_checks(description.modules, description.stored.fused, refs), *checks]
     read = (source for tensor in tensors for piece in tensor.pieces for source in piece.reads())
     checked = (source for check in checks for source in check.reads())
     left_out.update(source.tensor for source in chain(read, checked))
     for name, ref in refs.items():
         if name not in left_out:
-            tensors.append(OutputTensor(target.renamed(name), ref.dtype, ref.shape, (Copy.whole(name, ref),)))
+            tensors.append(OutputTensor(renamed.get(name, name), ref.dtype, ref.shape, (Copy.whole(name, ref),)))
     return tensors, checks
