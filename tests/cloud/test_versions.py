@@ -16,6 +16,7 @@ import quarkconv
 from quarkconv.cloud.uploads import list_uploads
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
+from quarkconv.write.modes import Join
 
 OUT = "s3://kept/out/tiny-moe"
 Capture = pytest.CaptureFixture[str]
@@ -98,9 +99,10 @@ def test_overwrite_hides_what_quarkconv_wrote_and_deletes_no_version(
 
 @pytest.mark.usefixtures("kept")
 def test_workers_take_leases_there(model: Path, local: dict[str, str]) -> None:
-    result, joined = Conversion.prepare(model, "fused-int8", OUT, Options(max_shard_size=40_000)).join(jobs=2)
-    assert result is not None
-    assert joined.shards == sum(name.endswith(".safetensors") for name in local)
+    conversion = Conversion.prepare(model, "fused-int8", OUT, Options(max_shard_size=40_000))
+    outcome = conversion.carry_out(Join(), jobs=2)
+    assert outcome.result is not None
+    assert outcome.shards == sum(name.endswith(".safetensors") for name in local)
     assert objects(OUT) == local
 
 
