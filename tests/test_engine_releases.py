@@ -72,3 +72,10 @@ def test_without_changes_the_rows_that_hold_are_listed() -> None:
     text = report("sglang", "0.5.24", {}, ROWS)
     assert text.startswith("sglang 0.5.24: no row changed.")
     assert "sglang 0.5.23, w8a8-int8: int8" in text
+
+
+def test_an_engine_has_the_rows_of_its_package_name() -> None:
+    text = report("vllm_ascend", "0.24.0", {}, ROWS)
+    assert "vllm-ascend 0.23, ascend: int8" in text
+    changed = {"test_loading::test_a[qwen3_moe-quark0.13-f2f]": ("passed", "failed: KeyError")}
+    assert "vllm-ascend 0.23, ascend: int8" in report("vllm_ascend", "0.24.0", changed, ROWS)

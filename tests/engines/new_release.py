@@ -86,7 +86,7 @@ def rows_about(test: str, engine: str, rows: Iterable[Mapping[str, Any]]) -> lis
     return [
         row
         for row in rows
-        if row["engine"] == engine
+        if row["engine"] == canonicalize_name(engine)
         and "loader" in row["evidence"]
         and form in (None, row["as"])
         and any(case.startswith(name) for name in row.get("model_types", [""]))
@@ -103,7 +103,8 @@ def describe(row: Mapping[str, Any]) -> str:
 def report(engine: str, version: str, changed: Mapping[str, tuple[str, str]], rows: list[dict[str, Any]]) -> str:
     """What to do with the table."""
     if not changed:
-        held = [describe(row) for row in rows if row["engine"] == engine and "loader" in row["evidence"]]
+        name = canonicalize_name(engine)
+        held = [describe(row) for row in rows if row["engine"] == name and "loader" in row["evidence"]]
         return "\n".join([f"{engine} {version}: no row changed. These hold for it too:", *(f"  {row}" for row in held)])
     lines = [f"{engine} {version}: {len(changed)} tests end otherwise."]
     touched = {describe(row): None for test in changed for row in rows_about(test, engine, rows)}
