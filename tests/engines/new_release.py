@@ -116,8 +116,10 @@ def report(engine: str, version: str, changed: Mapping[str, tuple[str, str]], ro
 
 def _metadata(engine: str, version: str, scratch: Path) -> list[str]:
     """What a release requires."""
-    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    subprocess.run([*pip, "download", "--quiet", "--no-deps", "-d", str(scratch), f"{engine}=={version}"], check=True)
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "download", "--quiet", "--no-deps"]
+    named = ["--only-binary", ":all:", f"{engine}=={version}"]  # a build from source downloads a torch of its own
+    if subprocess.run([*pip, "-d", str(scratch), *named], check=False).returncode:
+        sys.exit(f"{engine} {version}: expected a wheel for this Python and platform, found none")
     [wheel] = scratch.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         [name] = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
