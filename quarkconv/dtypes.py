@@ -23,6 +23,9 @@ DTYPE_BITS: Final = {dtype: bits for bits, dtypes in _DTYPES_OF_BITS.items() for
 FLOAT_DTYPES: Final = frozenset({"BF16", "F16", "F32", "F64"})
 """Dtypes in which unquantized weights are stored."""
 
+QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
+"""Dtypes of weights that ``convert --quantize`` quantizes."""
+
 MAX_DIMENSIONS: Final = 64
 _MAX_SIZE: Final = 2**64 - 1
 

@@ -9,11 +9,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Final
 
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
-from quarkconv.dtypes import TensorType
+from quarkconv.dtypes import QUANTIZABLE, TensorType
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.families import FLOAT_ENDS
 from quarkconv.headers.checkpoint import Checkpoint
@@ -24,8 +23,6 @@ from quarkconv.scheme.options import QUANTIZE, SourceOptions
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
-
-QUANTIZABLE: Final = frozenset({"BF16", "F16", "F32"})
 
 
 @dataclass(frozen=True, slots=True)

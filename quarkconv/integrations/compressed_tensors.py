@@ -28,6 +28,7 @@ from quarkconv.headers.safetensors import TensorRef
 from quarkconv.hub.locate import locate
 from quarkconv.plan.pieces import (
     Check,
+    CodeColumns,
     Codes,
     Columns,
     Copy,
@@ -205,7 +206,7 @@ def _piece(piece: Piece, tensors: Mapping[str, Tensor], refs: Mapping[str, Tenso
             return (part.reshape(len(scale), -1).float() * scale.unsqueeze(1)).bfloat16().reshape(-1)
         case Columns(_, run, stride):
             return part.as_strided((piece.rows, run), (stride, 1), part.storage_offset()).reshape(-1)
-        case Codes() | RowScales():
+        case Codes() | CodeColumns() | RowScales():
             raise NotImplementedError("a Converter does not quantize")
         case Zeros(_, length):
             return torch.zeros(length // 4, device=tensor.device)

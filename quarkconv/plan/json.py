@@ -8,6 +8,7 @@ large plan has 100,000 pieces.
     ["weights", tensor, number in sources, start, nbytes, SCALE]        SCALE: a row of "copy" or "rows"
     ["columns", tensor, number in sources, start, nbytes, run, stride]
     ["codes", tensor, number in sources, start, nbytes, dtype, columns]
+    ["code-columns", tensor, number in sources, start, nbytes, dtype, columns, first, count]
     ["row-scales", tensor, number in sources, start, nbytes, dtype, columns]
     ["zeros", tensor, number in sources, start, nbytes, length]         nothing is read
 """
@@ -17,9 +18,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Final
 
-from quarkconv.dtypes import DTYPE_BITS
+from quarkconv.dtypes import DTYPE_BITS, QUANTIZABLE
 from quarkconv.plan.fields import count, text
 from quarkconv.plan.pieces import (
+    CodeColumns,
     Codes,
     Columns,
     Copy,
@@ -53,6 +55,8 @@ def piece_to_json(piece: Piece, number: Mapping[str, int]) -> list[Any]:
             return ["columns", tensor, number[file], start, nbytes, run, stride]
         case Codes((tensor, file, start, nbytes), dtype, columns):
             return ["codes", tensor, number[file], start, nbytes, dtype, columns]
+        case CodeColumns(((tensor, file, start, nbytes), dtype, columns), first, some):
+            return ["code-columns", tensor, number[file], start, nbytes, dtype, columns, first, some]
         case RowScales((tensor, file, start, nbytes), dtype, columns):
             return ["row-scales", tensor, number[file], start, nbytes, dtype, columns]
         case Zeros((tensor, file, start, nbytes), length):
@@ -87,13 +91,23 @@ def piece_from_json(row: object, sources: Sequence[SourceFile]) -> Piece:
         case "columns", [run, stride]:
             if 0 < count(run) <= count(stride) and source.nbytes >= run and (source.nbytes - run) % stride == 0:
                 return Columns(source, run, stride)
-        case "codes" | "row-scales", ["BF16" | "F16" | "F32" as dtype, columns]:
-            row = count(columns) * DTYPE_BITS[dtype] // 8
-            if row and source.nbytes % row == 0:
-                return (Codes if kind == "codes" else RowScales)(source, dtype, columns)
+        case "codes" | "row-scales", [dtype, columns]:
+            return (Codes if kind == "codes" else RowScales)(*_float_rows(source, dtype, columns))
+        case "code-columns", [dtype, columns, first, some]:
+            if 0 < count(some) <= count(columns) - count(first):
+                return CodeColumns(Codes(*_float_rows(source, dtype, columns)), first, some)
         case "zeros", [length]:
             return Zeros(source, count(length))
     raise ValueError(f"not a piece, or one whose sizes do not fit together: {kind!r:.40}")
+
+
+def _float_rows(source: Copy, dtype: object, columns: object) -> tuple[Copy, str, int]:
+    """The fields of a piece of rows of a float weight, checked."""
+    number = count(columns)
+    row = number * DTYPE_BITS[text(dtype)] // 8 if dtype in QUANTIZABLE else 0
+    if not row or source.nbytes % row:
+        raise ValueError(f"not rows of a float weight: {dtype!r:.20}, {number} columns, {source.nbytes} bytes")
+    return source, text(dtype), number
 
 
 def _divides(scale_nbytes: int, codes: int) -> bool:

@@ -161,6 +161,34 @@ class RowScales(_FloatRows):
         return 4 * (self.elements // self.columns)
 
 
+class CodeColumns(NamedTuple):
+    """The same columns of the codes of every row. The rows' scales are those of all their columns.
+
+    Attributes:
+        codes: the codes of the whole rows.
+        first: number of the first column.
+        columns: number of columns.
+    """
+
+    codes: Codes
+    first: int
+    columns: int
+
+    @property
+    def source(self) -> Copy:
+        """The rows."""
+        return self.codes.source
+
+    @property
+    def output_nbytes(self) -> int:
+        """Bytes that the piece contributes to its output tensor."""
+        return self.codes.elements // self.codes.columns * self.columns
+
+    def reads(self) -> tuple[Copy, ...]:
+        """The source ranges that are read, in this order."""
+        return self.codes.reads()
+
+
 class Zeros(NamedTuple):
     """Zeros, such as the zero points of symmetric codes.
 
@@ -180,7 +208,7 @@ class Zeros(NamedTuple):
 Scale = Copy | Rows
 """A piece that gives a scale as F32 rows."""
 
-Piece = Copy | Rows | Weights | Columns | Codes | RowScales | Zeros
+Piece = Copy | Rows | Weights | Columns | Codes | CodeColumns | RowScales | Zeros
 """A run of output bytes, computed from one or two ranges of source files."""
 
 

@@ -1,7 +1,8 @@
 """From copies of int8 weights and scales that are not stored to the computation that gives them.
 
 A target plans with a :class:`quarkconv.description.quantized.QuantizedCheckpoint` as with any other. Its pieces of
-tensors that are not stored are copies of rows of codes, or of scales of rows: both become pieces of the float weight.
+tensors that are not stored are rows of codes, columns of codes, or scales of rows. All become pieces of the float
+weight.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from collections.abc import Mapping
 from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import UnsupportedError
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.plan.pieces import Codes, Copy, OutputTensor, Piece, RowScales, Zeros
+from quarkconv.plan.pieces import CodeColumns, Codes, Columns, Copy, OutputTensor, Piece, RowScales, Zeros
 
 _F32 = 4
 
@@ -24,7 +25,7 @@ def computed(tensor: OutputTensor, originals: Mapping[str, TensorRef]) -> Output
         originals: int8 weight or its scale -> the float weight.
 
     Raises:
-        UnsupportedError: the target needs more than rows of codes and scales.
+        UnsupportedError: the target needs more than codes and scales.
     """
     if not any(piece.source.tensor in originals for piece in tensor.pieces):
         return tensor
@@ -36,21 +37,27 @@ def _computed(piece: Piece, originals: Mapping[str, TensorRef]) -> Piece:
     original = originals.get(name)
     if original is None:
         return piece
+    columns = original.shape[-1]
+    row_nbytes = columns * DTYPE_BITS[original.dtype] // 8
+
+    def rows(first: int, count: int) -> Copy:
+        start = original.start + first * row_nbytes
+        return Copy(name.removesuffix("_scale"), original.file, start, count * row_nbytes)
+
     match piece:
         case Copy():
-            columns, size = original.shape[-1], DTYPE_BITS[original.dtype] // 8
             is_scale = name.endswith("_scale")
-            first, count = piece.start, piece.nbytes
-            row, rows = (first // _F32, count // _F32) if is_scale else (first // columns, count // columns)
-            weight = name.removesuffix("_scale")
-            start = original.start + row * columns * size
-            source = Copy(weight, original.file, start, rows * columns * size)
+            element = _F32 if is_scale else columns  # of a row
+            source = rows(piece.start // element, piece.nbytes // element)
             return (RowScales if is_scale else Codes)(source, original.dtype, columns)
+        case Columns(codes, run, _):
+            row, first = divmod(codes.start, columns)
+            return CodeColumns(Codes(rows(row, piece.rows), original.dtype, columns), first, run)
         case Zeros(_, nbytes):
             return Zeros(Copy(name, original.file, original.start, original.nbytes), nbytes)
     raise UnsupportedError(
         "This target cannot be made while modules are quantized",
         tensor=name,
-        expected="a target of int8 codes, for whole models",
+        expected="a target of int8 codes",
         hint="quantize to compressed-tensors first, then convert that",
     )

@@ -21,7 +21,7 @@ from quarkconv.files.base import Files
 from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.load.open_files import BLOCK, FileReads, OpenFile, open_files
 from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import Codes, Columns, Copy, Piece, Rows, RowScales, Scale, Weights, Zeros
+from quarkconv.plan.pieces import CodeColumns, Codes, Columns, Copy, Piece, Rows, RowScales, Scale, Weights, Zeros
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
 
@@ -224,7 +224,10 @@ def _expected(sources: FileReads, piece: Piece) -> Iterator[bytes]:
         case Columns():
             yield from _expected_columns(OpenFile(sources, piece.source.file), piece)
         case Codes() | RowScales():
-            yield from _expected_quantized(OpenFile(sources, piece.source.file), piece)
+            yield from map(_bytes_of, _expected_quantized(OpenFile(sources, piece.source.file), piece))
+        case CodeColumns(codes, first, count):
+            for block in _expected_quantized(OpenFile(sources, piece.source.file), codes):
+                yield _bytes_of(block[:, first : first + count])
         case Zeros(_, nbytes):
             yield from (b"\0" * min(_BLOCK, nbytes - start) for start in range(0, nbytes, _BLOCK))
 
@@ -254,7 +257,7 @@ def _expected_weights(sources: FileReads, codes_range: Copy, scale: Scale) -> It
         yield _bytes_of(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(torch.uint16))
 
 
-def _expected_quantized(file: OpenFile, piece: Codes | RowScales) -> Iterator[bytes]:
+def _expected_quantized(file: OpenFile, piece: Codes | RowScales) -> Iterator[torch.Tensor]:
     """Codes or scales of ptpc_int8: products and quotients in float64, rounded where the writer rounds."""
     source, dtype, columns = piece
     kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
@@ -267,14 +270,14 @@ def _expected_quantized(file: OpenFile, piece: Codes | RowScales) -> Iterator[by
         largest = torch.maximum(weight.max(dim=1).values, -weight.min(dim=1).values)
         scale = (largest / 127.5).float().to(kind).float()
         if isinstance(piece, RowScales):
-            yield _bytes_of(scale)
+            yield scale
             continue
         inverse = (1.0 / scale.double()).float().double()
         products = (weight * inverse.unsqueeze(1)).float().double()
         floor = products.floor()
         above = products - floor
         up = (above > 0.5) | ((above == 0.5) & (floor.remainder(2) == 1))
-        yield _bytes_of((floor + up).clamp(-128, 127).to(torch.int8))
+        yield (floor + up).clamp(-128, 127).to(torch.int8)
 
 
 def _expected_columns(file: OpenFile, piece: Columns) -> Iterator[bytes]:

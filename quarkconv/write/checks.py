@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from itertools import islice
 from typing import Final
@@ -41,19 +42,16 @@ def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> Non
             pool.shutdown(cancel_futures=True)
 
 
-def check_float_rows(plan: Plan, sources: Source, jobs: int) -> None:
+def check_float_rows(plans: Iterable[Plan], sources: Source, jobs: int) -> None:
     """Check the weights that will be quantized, before anything is written or deleted.
+
+    Rows that several plans have in common are read once.
 
     Raises:
         UnsupportedError: a row is all zero, or is not finite.
     """
-    pieces = [
-        piece
-        for shard in plan.shards
-        for tensor in shard.tensors
-        for piece in tensor.pieces
-        if isinstance(piece, RowScales)
-    ]
+    tensors = (tensor for plan in plans for shard in plan.shards for tensor in shard.tensors)
+    pieces = {piece for tensor in tensors for piece in tensor.pieces if isinstance(piece, RowScales)}
     if not pieces:
         return
     from quarkconv.write.quantizing import check_rows
@@ -64,10 +62,14 @@ def check_float_rows(plan: Plan, sources: Source, jobs: int) -> None:
 
     with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-rows") as pool:
         try:
-            for _ in pool.map(check, pieces):
+            for _ in pool.map(check, sorted(pieces, key=_position)):
                 pass
         finally:
             pool.shutdown(cancel_futures=True)
+
+
+def _position(piece: RowScales) -> tuple[str, int]:
+    return piece.source.file, piece.source.start
 
 
 def _check(check: Check, reader: Reader) -> None:

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from quarkconv.plan.pieces import Codes, Copy, OutputShard, Piece, RowScales
+from quarkconv.plan.pieces import CodeColumns, Codes, Copy, OutputShard, Piece, RowScales
 from quarkconv.write.refusals import interrupted
 
 _PATIENCE: Final = 0.2  # seconds between checks of the stop event
@@ -32,7 +32,7 @@ class HeldScales:
         self._takers: Counter[Copy] = Counter()
         computed: set[Copy] = set()
         for piece in (piece for shard in shards for tensor in shard.tensors for piece in tensor.pieces):
-            if isinstance(piece, Codes):
+            if isinstance(piece, Codes | CodeColumns):
                 computed.add(piece.source)
             elif isinstance(piece, RowScales) and piece.source in computed:
                 self._takers[piece.source] += 1

@@ -129,7 +129,7 @@ class _Worker:
     def _check(self) -> None:
         plan = self._run.plan
         run_checks(plan.checks, self._run.sources, self._jobs)
-        check_float_rows(plan, self._run.sources, self._jobs)
+        check_float_rows([plan], self._run.sources, self._jobs)
         self._destination.record_checks(_ALL)
         self._leases.release(_CHECKS)
 

@@ -116,4 +116,4 @@ def _check(common: _Common, checks: tuple[Check, ...]) -> None:
 
 def _check_rows(common: _Common) -> None:
     with common.execution().opened() as sources:
-        check_float_rows(common.plan, sources, common.jobs)
+        check_float_rows([common.plan], sources, common.jobs)

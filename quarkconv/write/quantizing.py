@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import UnsupportedError
-from quarkconv.plan.pieces import Codes, Copy, RowScales
+from quarkconv.plan.pieces import CodeColumns, Codes, Copy, RowScales
 from quarkconv.write.held_scales import HeldScales
 
 BLOCK_ELEMENTS: Final = 2**17
@@ -33,10 +33,10 @@ class Reader(Protocol):
         """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
 
-def quantized_codes(piece: Codes, reader: Reader, held: HeldScales) -> Iterator[memoryview]:
-    """The I8 codes of the rows of a float weight, a block at a time; their scales are held if they are expected.
+def quantized_codes(piece: Codes | CodeColumns, reader: Reader, held: HeldScales) -> Iterator[memoryview]:
+    """The I8 codes of rows of a float weight, or of some of their columns, a block at a time.
 
-    A block is valid until this thread computes another one.
+    The scales of the rows are held if they are expected. A block is valid until this thread computes another one.
 
     Raises:
         UnsupportedError: a row is all zero, or holds NaN or an infinity.
@@ -84,8 +84,14 @@ class _Rows:
         scales: F32 of each row, filled by :meth:`blocks`.
     """
 
-    def __init__(self, piece: Codes | RowScales) -> None:
-        self._source, self._dtype, self._columns = piece
+    def __init__(self, piece: Codes | CodeColumns | RowScales) -> None:
+        match piece:
+            case CodeColumns(codes, first, count):
+                self._source, self._dtype, self._columns = codes
+                self._part = range(first, first + count)
+            case Codes() | RowScales():
+                self._source, self._dtype, self._columns = piece
+                self._part = range(self._columns)
         self._row = self._columns * DTYPE_BITS[self._dtype] // 8
         self._count = self._source.nbytes // self._row
         self.scales = bytearray(4 * self._count)
@@ -96,7 +102,7 @@ class _Rows:
             return
         most = max(1, BLOCK_ELEMENTS // self._columns)
         rows = -(-self._count // -(-self._count // most))  # about the same in each: a block is computed whole
-        block = _block(self._dtype, rows, self._columns)
+        block = _block(_Shape(self._dtype, rows, self._columns, self._part))
         for first in range(0, self._count, rows):
             count = min(rows, self._count - first)
             reader.fill(self._source, first * self._row, block.stored[: count * self._row])
@@ -126,6 +132,15 @@ class _Rows:
         )
 
 
+class _Shape(NamedTuple):
+    """Dtype, rows and columns of a block, and the columns whose codes are needed."""
+
+    dtype: str
+    rows: int
+    columns: int
+    part: range
+
+
 class _Block:
     """Memory for rows of one length, and views of it. All operations write to it, because for a block of this size
     creating tensors and views takes as long as computing.
@@ -134,21 +149,25 @@ class _Block:
         stored: the rows as they are stored; fill it first.
     """
 
-    def __init__(self, dtype: str, rows: int, columns: int) -> None:
+    def __init__(self, shape: _Shape) -> None:
         import torch
+
+        dtype, rows, columns, part = shape
 
         kind, integer, self._magnitude = {
             "BF16": (torch.bfloat16, torch.int16, 0x7FFF),
             "F16": (torch.float16, torch.int16, 0x7FFF),
             "F32": (torch.float32, torch.int32, 0x7FFFFFFF),
         }[dtype]
-        self._columns = columns
+        self._columns = len(part)
         data = bytearray(rows * columns * kind.itemsize)
         self.stored = memoryview(data)
         self._weights = torch.frombuffer(data, dtype=kind).view(rows, columns)
         self._bits = self._weights.view(integer)
-        self._values = torch.empty((rows, columns), dtype=torch.float32)  # and before that, magnitudes
-        self._magnitudes = self._values.view(-1).view(integer)[: rows * columns].view(rows, columns)
+        self._part = self._weights[:, part.start : part.stop]
+        memory = torch.empty(rows * columns, dtype=torch.float32)  # of magnitudes first, then of values
+        self._magnitudes = memory.view(integer)[: rows * columns].view(rows, columns)
+        self._values = memory[: rows * len(part)].view(rows, len(part))
         self._largest = torch.empty(rows, dtype=integer)
         self._peaks = self._largest.view(kind)
         self._narrow = torch.empty(rows, dtype=kind)
@@ -157,9 +176,9 @@ class _Block:
         self._scales = torch.frombuffer(data, dtype=torch.float32)
         self._reciprocals = torch.empty(rows, dtype=torch.float32)
         self._factors = self._reciprocals.unsqueeze(1)
-        data = bytearray(rows * columns)
+        data = bytearray(rows * len(part))
         self._code_bytes = memoryview(data)
-        self._codes = torch.frombuffer(data, dtype=torch.int8).view(rows, columns)
+        self._codes = torch.frombuffer(data, dtype=torch.int8).view(rows, len(part))
 
     def computed_scales(self) -> memoryview:
         """The F32 scales of all rows.
@@ -179,26 +198,26 @@ class _Block:
         import torch
 
         torch.reciprocal(self._scales, out=self._reciprocals)
-        values = self._values.copy_(self._weights).mul_(self._factors)
+        values = self._values.copy_(self._part).mul_(self._factors)
         self._codes.copy_(values.round_().clamp_(*_CODES))
         return self._code_bytes[: count * self._columns]
 
 
 class _Kept(threading.local):
-    """The blocks of a thread, by dtype, rows and columns; they end with it."""
+    """The blocks of a thread; they end with it."""
 
     def __init__(self) -> None:
-        self.blocks: dict[tuple[str, int, int], _Block] = {}
+        self.blocks: dict[_Shape, _Block] = {}
 
 
 _kept: Final = _Kept()
 
 
-def _block(dtype: str, rows: int, columns: int) -> _Block:
+def _block(shape: _Shape) -> _Block:
     """A block of this thread, which all weights of a shape share."""
-    key, blocks = (dtype, rows, columns), _kept.blocks
-    if key not in blocks:
+    blocks = _kept.blocks
+    if shape not in blocks:
         if len(blocks) == _BLOCKS_KEPT:
             blocks.clear()
-        blocks[key] = _Block(*key)
-    return blocks[key]
+        blocks[shape] = _Block(shape)
+    return blocks[shape]

@@ -61,10 +61,10 @@ def write_ranks(
     """
     plans, progress = [execution.plan for execution in executions], executions[0].progress
     finished = [None if overwrite else execution.finished() for execution in executions]
-    for execution in executions:  # before the first rank is written
-        if execution.plan.options.quantizes:
-            with closing(open_source(execution.source, execution.plan)) as sources:
-                check_float_rows(execution.plan, sources, execution.jobs)
+    unfinished = [plan for plan, manifest in zip(plans, finished, strict=True) if manifest is None]
+    if unfinished and plans[0].options.quantizes:  # before the first rank is written
+        with closing(open_source(executions[0].source, plans[0])) as sources:
+            check_float_rows(unfinished, sources, executions[0].jobs)
     _prepare(folder, executions, finished, overwrite=overwrite)
     progress.step(f"Converting to {plans[0].target}", sum(plan.output_bytes for plan in plans), "byte")
     manifests = []

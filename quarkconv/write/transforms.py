@@ -10,7 +10,7 @@ from typing import Final
 
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
-from quarkconv.plan.pieces import Codes, Columns, Copy, Rows, RowScales, Scale, Weights, Zeros
+from quarkconv.plan.pieces import CodeColumns, Codes, Columns, Copy, Rows, RowScales, Scale, Weights, Zeros
 from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.quantizing import Reader, quantized_codes, row_scales
 
@@ -21,7 +21,9 @@ _CODES_AT_ONCE: Final = 96 * 2**10
 
 
 def transformed(
-    piece: Rows | Weights | Columns | Codes | RowScales | Zeros, reader: Reader, held: HeldScales | None = None
+    piece: Rows | Weights | Columns | Codes | CodeColumns | RowScales | Zeros,
+    reader: Reader,
+    held: HeldScales | None = None,
 ) -> Iterator[bytes | bytearray | memoryview]:
     """The output bytes of a piece that is computed, in order.
 
@@ -43,7 +45,7 @@ def transformed(
                 yield from _products(codes, scale, reader)
         case Columns():
             yield from _runs(piece, reader)
-        case Codes():
+        case Codes() | CodeColumns():
             with _alone:
                 yield from quantized_codes(piece, reader, held)
         case RowScales():

@@ -23,7 +23,7 @@ def write_whole(execution: Execution, *, overwrite: bool = False) -> Manifest:
     with execution.opened() as sources:
         run_checks(plan.checks, sources, jobs)
         if overwrite:  # before an earlier output is deleted; otherwise rows are checked when they are quantized
-            check_float_rows(plan, sources, jobs)
+            check_float_rows([plan], sources, jobs)
         with execution.begun(sources, needed=needed, overwrite=overwrite) as run:
             try:
                 with run.writing():

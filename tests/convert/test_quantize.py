@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint
+from support.checkpoints import Tensors, assert_same_tensors, float_experts, load, make_checkpoint
 from support.program import run_cli, snapshot
 
 import quarkconv
@@ -78,26 +78,6 @@ def quantized(weight: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes and scales of rows, by the formula."""
     scale = (weight.abs().amax(-1) / 127.5).float()
     return (weight.float() * (1 / scale).unsqueeze(-1)).round().clamp(-128, 127).to(torch.int8), scale
-
-
-def float_experts(folder: Path, layout: str = "fused", change: Callable[[Tensors], object] = lambda _: None) -> Path:
-    """An export whose config declares everything int8, with its experts in BF16, as Quark 0.13 eager leaves them."""
-    root = make_checkpoint(folder, layout=layout, shards=1)
-    tensors = load(root)
-    generator = torch.Generator().manual_seed(3)
-    for name in [name for name in tensors if ".experts." in name or ".moe." in name]:
-        if name.endswith(("gate.weight", "correction_bias")):
-            continue
-        if name.endswith("_scale"):
-            del tensors[name]
-        else:
-            tensors[name] = (torch.randn(tensors[name].shape, generator=generator) / 8).bfloat16()
-    change(tensors)
-    save_file(tensors, root / "model.safetensors", metadata={"format": "pt"})
-    for path in root.glob("model-*.safetensors"):
-        path.unlink()
-    (root / "model.safetensors.index.json").unlink(missing_ok=True)
-    return root
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])

@@ -6,6 +6,7 @@ import errno
 import json
 import os
 import signal
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,13 +14,17 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
-from support.checkpoints import Tensors, load, make_checkpoint
+from support.checkpoints import Tensors, assert_same_tensors, float_experts, load, make_checkpoint
 from support.conversions import SMALL_STEPS, assert_unfinished
+from support.expected import part_of
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 from support.progress import WhileWriting
 
 import quarkconv
 from quarkconv.errors import UnsupportedError, WriteError
+from quarkconv.plan.pieces import CodeColumns, RowScales
+from quarkconv.write.quantizing import check_rows
+from quarkconv.write.source import Reader
 
 SHARD = 20_000
 
@@ -53,21 +58,65 @@ def changed(folder: Path, source: Path, change: Callable[[Tensors], object]) -> 
     return folder
 
 
-def test_expert_parallel_ranks_hold_the_experts_of_the_whole_model(source: Path, whole: Path, tmp_path: Path) -> None:
-    out = convert(source, tmp_path / "out", ep=2)
-    name = "model.layers.1.mlp.experts.gate_up_proj"
-    halves = [load(out / f"rank-0{rank}-of-02") for rank in (0, 1)]
-    for leaf in ("", "_scale"):
-        assert torch.equal(torch.cat([half[name + leaf] for half in halves]), load(whole)[name + leaf])
+@pytest.mark.parametrize(("parallel", "world_size"), [("tp", 2), ("tp", 3), ("tp", 8), ("ep", 2), ("ep", 3)])
+def test_ranks_have_the_slices_of_the_whole_model(
+    source: Path, whole: Path, tmp_path: Path, parallel: str, world_size: int
+) -> None:
+    out = convert(source, tmp_path / "out", **{parallel: world_size}, jobs=3)
+    for rank in range(world_size):
+        folder = out / f"rank-{rank:02d}-of-{world_size:02d}"
+        assert_same_tensors(load(folder), part_of(load(whole), parallel, rank, world_size))
 
 
-def test_tensor_parallel_ranks_are_refused(source: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """A rank has some columns of down, and a scale is that of the whole row."""
-    arguments = ("convert", source, "--to", "fused-int8", "--quantize", "all", "--tp", "2", "--out", tmp_path / "out")
-    code, _, err = run_cli(capsys, *arguments)
-    assert code == 4
-    assert "down_proj" in err
-    assert not (tmp_path / "out").exists()
+@pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
+def test_columns_of_down_have_the_scale_of_the_whole_row(tmp_path: Path, layout: str) -> None:
+    """The largest value of each row of down lies in the part of another rank."""
+
+    def enlarge(tensors: Tensors) -> None:
+        for name in (name for name in tensors if ("down_proj" in name and "experts" in name) or ".moe.down" in name):
+            tensors[name][..., -1] = 100
+
+    root = float_experts(tmp_path / "model", layout, enlarge)
+    whole = load(convert(root, tmp_path / "whole", quantize="missing"))
+    down = [tensor for name, tensor in whole.items() if name.endswith("experts.down_proj")]
+    assert down
+    assert all((codes[..., :-1].abs() <= 1).all() and (codes[..., -1] == 127).all() for codes in down)
+    out = convert(root, tmp_path / "out", quantize="missing", tp=4)
+    for rank in range(4):
+        assert_same_tensors(load(out / f"rank-{rank:02d}-of-04"), part_of(whole, "tp", rank, 4))
+
+
+@pytest.mark.parametrize("parallel", ["tp", "ep"])
+def test_a_rank_is_verified_against_the_float_source(source: Path, tmp_path: Path, parallel: str) -> None:
+    out = convert(source, tmp_path / "out", **{parallel: 2})
+    folder = out / "rank-01-of-02"
+    assert quarkconv.verify_checkpoint(folder, source, "cpu", tokens=2).ok
+    shard = max(folder.glob("*.safetensors"), key=lambda path: path.stat().st_size)
+    data = bytearray(shard.read_bytes())
+    data[-1] ^= 1
+    shard.write_bytes(data)
+    assert not quarkconv.verify_checkpoint(folder, source, "cpu", tokens=2).ok
+
+
+def test_rows_are_checked_once_for_all_ranks(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checked: Counter[str] = Counter()
+
+    def counted(piece: RowScales, reader: Reader) -> None:
+        checked[piece.source.tensor] += piece.source.nbytes
+        check_rows(piece, reader)
+
+    monkeypatch.setattr("quarkconv.write.quantizing.check_rows", counted)
+    convert(source, tmp_path / "out", tp=4)
+    tensors = load(source)
+    assert {name for name in tensors if ".experts." in name} <= checked.keys()
+    assert {name: tensors[name].nbytes for name in checked} == checked
+
+
+def test_a_plan_of_columns_survives_json(source: Path) -> None:
+    plan = quarkconv.plan_conversion(source, "fused-int8", quantize="all", tp=3, rank=1)
+    pieces = [piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces]
+    assert any(isinstance(piece, CodeColumns) for piece in pieces)
+    assert quarkconv.Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
 
 
 def test_parts_give_the_same_bytes(

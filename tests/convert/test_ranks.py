@@ -9,8 +9,8 @@ from typing import Any
 
 import pytest
 import torch
-from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint
-from support.expected import fused_int8
+from support.checkpoints import assert_same_tensors, load, make_checkpoint
+from support.expected import fused_int8, part_of
 from support.exports import Checkpoints
 from support.program import run_cli, snapshot
 from support.progress import WhileWriting
@@ -25,27 +25,6 @@ from quarkconv.write.space import records_nbytes
 
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 NAMES = ("qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "step3p5-like-3key_fused", STATIC)
-GATE_UP = ("experts.gate_up_proj", "experts.w13")
-DOWN = ("experts.down_proj", "experts.w2")
-
-
-def part_of(whole: Tensors, parallel: str, rank: int, world_size: int) -> Tensors:
-    """The tensors of a rank: gate and up cut each by itself, down by its columns, or whole experts."""
-    expected = {}
-    for name, tensor in whole.items():
-        kind = name.removesuffix("_input_scale").removesuffix("_scale")
-        if not kind.endswith(GATE_UP + DOWN):
-            expected[name] = tensor
-        elif parallel == "ep":
-            expected[name] = torch.tensor_split(tensor, world_size)[rank]
-        elif name.endswith("_input_scale") or (name.endswith("_scale") and kind.endswith(DOWN)):
-            expected[name] = tensor
-        elif kind.endswith(DOWN):
-            expected[name] = tensor.chunk(world_size, dim=2)[rank]
-        else:
-            halves = tensor.chunk(2, dim=1)
-            expected[name] = torch.cat([half.chunk(world_size, dim=1)[rank] for half in halves], dim=1)
-    return expected
 
 
 def convert(source: Path, out: Path, parallel: str, world_size: int, **options: Any) -> Path:

@@ -106,3 +106,26 @@ def expected_tensors(source: Tensors, target: str) -> Tensors:
         else:
             expected[f"{module}.weight_scale"] = scale.unsqueeze(-1)
     return with_engine_names(expected) if target == "compressed-tensors" else expected
+
+
+GATE_UP = ("experts.gate_up_proj", "experts.w13")
+DOWN = ("experts.down_proj", "experts.w2")
+
+
+def part_of(whole: Tensors, parallel: str, rank: int, world_size: int) -> Tensors:
+    """The tensors of a rank: gate and up cut each by itself, down by its columns, or whole experts."""
+    expected = {}
+    for name, tensor in whole.items():
+        kind = name.removesuffix("_input_scale").removesuffix("_scale")
+        if not kind.endswith(GATE_UP + DOWN):
+            expected[name] = tensor
+        elif parallel == "ep":
+            expected[name] = torch.tensor_split(tensor, world_size)[rank]
+        elif name.endswith("_input_scale") or (name.endswith("_scale") and kind.endswith(DOWN)):
+            expected[name] = tensor
+        elif kind.endswith(DOWN):
+            expected[name] = tensor.chunk(world_size, dim=2)[rank]
+        else:
+            halves = tensor.chunk(2, dim=1)
+            expected[name] = torch.cat([half.chunk(world_size, dim=1)[rank] for half in halves], dim=1)
+    return expected
