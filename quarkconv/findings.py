@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from enum import StrEnum
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError
 
@@ -24,8 +24,7 @@ class Severity(StrEnum):
     INFO = "info"
 
 
-@dataclass(frozen=True, slots=True)
-class FindingCode:
+class FindingCode(NamedTuple):
     """A row of the table.
 
     Attributes:

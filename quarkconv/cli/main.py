@@ -9,12 +9,12 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
+from importlib import import_module
 from io import TextIOWrapper
 from typing import Annotated, Any, Final, NoReturn
 
 import typer
 
-from quarkconv.cli import convert, engines, evaluate, inspect, merge, tune, uploads, verify
 from quarkconv.cli.options import with_addresses
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
@@ -25,21 +25,36 @@ _PLAIN: Final = "quarkconv.plain"
 BROKEN_PIPE: Final = 128 + 13
 """Exit code of a program that is ended by SIGPIPE."""
 
-app = typer.Typer(
-    name="quarkconv",
-    help="Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints.",
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-)
-# The list of commands cuts longer texts.
-app.command("inspect", short_help="Show contents, contradictions and engines.")(inspect.inspect)
-app.command("convert", short_help="Rewrite a checkpoint for an engine.")(convert.convert)
-app.command("verify", short_help="Prove structure, bytes and numbers.")(verify.verify)
-app.command("evaluate", short_help="Compare outputs with the unquantized model.")(evaluate.evaluate)
-app.command("tune", short_help="Measure launch options on this GPU.")(tune.tune)
-app.command("merge", short_help="Merge the results of verify --part.")(merge.merge)
-app.command("uploads", short_help="List or discard unfinished uploads.")(uploads.uploads)
-app.command("engines", short_help="List engines and what they support.")(engines.engines)
+COMMANDS: Final = {
+    "inspect": "Show contents, contradictions and engines.",
+    "convert": "Rewrite a checkpoint for an engine.",
+    "verify": "Prove structure, bytes and numbers.",
+    "evaluate": "Compare outputs with the unquantized model.",
+    "tune": "Measure launch options on this GPU.",
+    "merge": "Merge the results of verify --part.",
+    "uploads": "List or discard unfinished uploads.",
+    "engines": "List engines and what they support.",
+}
+"""Command -> its line in the list of commands, which cuts longer texts. Each is a function in a module of its name."""
+
+
+def program(words: list[str]) -> typer.Typer:
+    """The program, with the command that a command line begins with; any other command line needs all of them.
+
+    Importing every command, and building its options, would take more time than a small `inspect`.
+    """
+    app = typer.Typer(
+        name="quarkconv",
+        help="Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints.",
+        rich_markup_mode=None,
+        pretty_exceptions_enable=False,
+    )
+    app.callback()(_root)
+    named = words[0] if words else ""
+    for name in [named] if named in COMMANDS else COMMANDS:
+        module = import_module(f"quarkconv.cli.{name}")
+        app.command(name, short_help=COMMANDS[name])(getattr(module, name))
+    return app
 
 
 def _version(value: bool) -> None:
@@ -48,7 +63,6 @@ def _version(value: bool) -> None:
         raise typer.Exit
 
 
-@app.callback()
 def _root(
     version: Annotated[
         bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
@@ -63,7 +77,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     words = sys.argv[1:] if args is None else args
     as_json = "--json" in words
     try:
-        status: Any = app(with_addresses(words) or ["--help"], standalone_mode=False)
+        status: Any = program(words)(with_addresses(words) or ["--help"], standalone_mode=False)
         if sys.stdout is not None:
             sys.stdout.flush()
     except QuarkconvError as error:

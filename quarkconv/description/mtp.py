@@ -63,8 +63,7 @@ def _without(shard: ShardHeader, names: frozenset[str]) -> ShardHeader:
     if all(kept):
         return shard
     tensors = dict(compress(shard.tensors.items(), kept))
-    return replace(
-        shard,
+    return shard._replace(
         tensors=tensors,
         starts=tuple(compress(shard.starts, kept)),
         ends=tuple(compress(shard.ends, kept)),

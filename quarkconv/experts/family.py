@@ -6,8 +6,7 @@ A row names config keys; :mod:`quarkconv.experts.knowledge` reads a config.json 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 Keys = tuple[str, ...]
 """Config keys of one setting: a model's first code, transformers and engines name some of them differently."""
@@ -20,8 +19,7 @@ ActivationName = Literal["silu", "swiglustep", "gelu", "gelu_tanh", "relu2", "sw
 EXPERT_COUNT: Final[Keys] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
 
-@dataclass(frozen=True, slots=True)
-class RouterRule:
+class RouterRule(NamedTuple):
     """The routing of a family.
 
     Attributes:
@@ -80,8 +78,7 @@ class RouterRule:
             yield (self.grouped_when[0],)
 
 
-@dataclass(frozen=True, slots=True)
-class RouterTensors:
+class RouterTensors(NamedTuple):
     """Names of a router's tensors below the module that holds the experts; several where exports differ, () for none.
 
     Attributes:
@@ -103,8 +100,7 @@ class RouterTensors:
     transposed: bool = False
 
 
-@dataclass(frozen=True, slots=True)
-class ActivationRule:
+class ActivationRule(NamedTuple):
     """The function of a family between the two products of an expert.
 
     Attributes:
@@ -118,7 +114,7 @@ class ActivationRule:
     """
 
     keys: Keys = ("hidden_act",)
-    names: Mapping[str, ActivationName] = field(default_factory=lambda: {"silu": "silu", "swish": "silu"})
+    names: Mapping[str, ActivationName] = {"silu": "silu", "swish": "silu"}
     default: ActivationName | None = "silu"
     limit: Keys = ()
     default_limit: float | None = None
@@ -135,8 +131,7 @@ class ActivationRule:
         yield from (self.keys, self.limit, self.alpha, self.beta, self.linear_beta, self.limit_list)
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
+class Family(NamedTuple):
     """Models whose experts are chosen and computed alike.
 
     Attributes:
@@ -160,11 +155,11 @@ class Family:
     types: tuple[str, ...]
     router: RouterRule
     source: str
-    tensors: RouterTensors = field(default_factory=RouterTensors)
-    activation: ActivationRule = field(default_factory=ActivationRule)
+    tensors: RouterTensors = RouterTensors()
+    activation: ActivationRule = ActivationRule()
     architectures: tuple[str, ...] = ()
     part: str | None = None
-    fixed: Mapping[str, tuple[Setting, ...]] = field(default_factory=dict)
+    fixed: Mapping[str, tuple[Setting, ...]] = {}
     gated: bool = True
     biased: bool = False
     interleaved: bool = False

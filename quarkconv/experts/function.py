@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from quarkconv.experts.family import ActivationName, GroupScore, RouterTensors, Scoring
 
 
-@dataclass(frozen=True, slots=True)
-class Unknown:
+class Unknown(NamedTuple):
     """The reason why routing or function is unknown.
 
     Attributes:
@@ -20,8 +19,7 @@ class Unknown:
     key: str | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Routing:
+class Routing(NamedTuple):
     """The routing of one model's MoE layers.
 
     `n_group` is 1 where the choice is not limited to groups. `group_score` ranks groups by their best expert ("max")
@@ -51,7 +49,7 @@ class Routing:
     input_norm: float | None = None
     """Epsilon of the RMS norm of the router's input; None without one."""
     on_input: bool = False
-    tensors: RouterTensors = field(default_factory=RouterTensors)
+    tensors: RouterTensors = RouterTensors()
 
     @property
     def has_correction_bias(self) -> bool:
@@ -85,8 +83,7 @@ class Routing:
         return ", ".join(parts)
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertActivation:
+class ExpertActivation(NamedTuple):
     """The activation function of an expert: g and u are the outputs of gate and up.
 
     ``silu`` silu(g) u, with a limit l silu(min(g, l)) clamp(u, -l, l); ``swiglustep`` min(silu(g), l) clamp(u, -l, l);

@@ -11,9 +11,8 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
 from functools import cache
-from typing import Final
+from typing import Final, NamedTuple
 
 from quarkconv.experts.config import model_config
 from quarkconv.experts.config_values import (
@@ -57,8 +56,7 @@ _WATCHED: Final = frozenset(key for family in FAMILIES for key in family.underst
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Known:
+class Known(NamedTuple):
     """A model whose family is known.
 
     Attributes:

@@ -7,15 +7,13 @@ of its source.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Final, Literal
+from typing import Final, Literal, NamedTuple
 
 Role = Literal["gate", "up", "down"]
 ROLES: Final[tuple[Role, Role, Role]] = ("gate", "up", "down")
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertNaming:
+class ExpertNaming(NamedTuple):
     """A family of names.
 
     Attributes:

@@ -8,8 +8,7 @@ are those of vLLM's loader (``RoutedExperts.load_weights``, ``determine_expert_m
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from typing import Any, Final, Literal, NamedTuple
 
 from quarkconv.errors import UnsupportedError, UsageError
 
@@ -20,8 +19,7 @@ RANK_KEY: Final = "quarkconv_rank"
 _MAX_RANKS: Final = 1024
 
 
-@dataclass(frozen=True, slots=True)
-class Rank:
+class Rank(NamedTuple):
     """One of the ranks among which the experts of a layer are divided. A whole model is rank 0 of 1: :data:`WHOLE`.
 
     Attributes:

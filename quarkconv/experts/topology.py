@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Final, NamedTuple
 
 from quarkconv.experts.config import STACKS
@@ -26,8 +25,7 @@ _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
 
 
-@dataclass(frozen=True, slots=True)
-class Topology:
+class Topology(NamedTuple):
     """The MoE layers of a model, in order.
 
     Attributes:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import errno
 import re
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from quarkconv.errors import HubError, UsageError, WriteError
 from quarkconv.files.base import Files
@@ -33,8 +32,7 @@ _DISK_ERRORS: Final = frozenset(
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Located:
+class Located(NamedTuple):
     """A model that was found.
 
     Attributes:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import dataclasses
 import re
 import sys
 import tomllib
 from collections.abc import Collection, Iterable
-from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from quarkconv.description.description import Description
 from quarkconv.description.expert_names import foreign_modules, foreign_projections
@@ -52,8 +50,7 @@ _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "h
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
 
-@dataclass(frozen=True, slots=True)
-class EngineFact:
+class EngineFact(NamedTuple):
     """A row of the table. Conditions are empty where the row holds for every checkpoint.
 
     Attributes:
@@ -131,6 +128,7 @@ def checked_model_types() -> dict[str, frozenset[str]]:
     return {engine: frozenset(names) for engine, names in _table()["checked_model_types"].items()}
 
 
+@cache
 def _table() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))
 
@@ -167,14 +165,14 @@ def engines_for(
     found = [fact for fact in found if _names_known(description, fact)]
     tried = checked_model_types()
     found = [
-        dataclasses.replace(fact, verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
+        fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
         if fact.verdict in ("int8", "w8a16") and model_type not in tried.get(fact.engine, (model_type,))
         else fact
         for fact in found
     ]
     if description.fp8:
         found = [
-            dataclasses.replace(fact, verdict=NOT_CHECKED, note=f"{fact.verdict} {_FP8_NOTE}")
+            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {_FP8_NOTE}")
             if fact.verdict in ("int8", "w8a16")
             else fact
             for fact in found
@@ -219,8 +217,7 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     return found
 
 
-@dataclass(frozen=True, slots=True)
-class Advice:
+class Advice(NamedTuple):
     """What to do with a checkpoint for one engine.
 
     Attributes:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, describe
@@ -28,8 +28,7 @@ _NOT_LOADED: Final = frozenset({"quantizer-names"})
 SCHEMA: Final = "quarkconv.inspect/1"
 
 
-@dataclass(frozen=True, slots=True)
-class TargetSupport:
+class TargetSupport(NamedTuple):
     """Whether a checkpoint can be converted to a target.
 
     Attributes:

@@ -238,8 +238,7 @@ class OutputTensor(NamedTuple):
         return sum(piece.output_nbytes for piece in self.pieces)
 
 
-@dataclass(frozen=True, slots=True)
-class OutputShard:
+class OutputShard(NamedTuple):
     """A file of the output: a header of ``header`` bytes (with its length prefix), then the tensors in order."""
 
     file: str

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar, Final
+from typing import Any, ClassVar, Final, NamedTuple
 
 from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
 from quarkconv.text import shown
@@ -14,8 +13,7 @@ _MAX_PROBLEMS: Final = 100
 """Problems of a config that are listed."""
 
 
-@dataclass(frozen=True, slots=True)
-class ConfigProblem:
+class ConfigProblem(NamedTuple):
     """A field of a quantization config that has the wrong type and was ignored."""
 
     field: str

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Final
+from typing import Final, NamedTuple
 
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.spec import (
@@ -27,8 +26,7 @@ Groups = Mapping[tuple[Form, ModuleScheme], Sequence[str]]
 """(form, declared scheme) -> modules, in the order of the files."""
 
 
-@dataclass(frozen=True, slots=True)
-class ResolvedModules:
+class ResolvedModules(NamedTuple):
     """The modules of a checkpoint, grouped by stored form and declared scheme: few groups, many modules.
 
     Attributes:
@@ -89,5 +87,5 @@ def _effective(form: Form, declared: ModuleScheme, default: ModuleScheme) -> Mod
     claim = declared if declared.weight is not None else default
     weight = _WEIGHTS[form.granularity]
     if weight is not None and claim.weight is not None and not claim.weight.symmetric:
-        weight = replace(weight, symmetric=False)
+        weight = weight._replace(symmetric=False)
     return ModuleScheme(weight, INPUT_STATIC if form.input_scale else claim.activation)

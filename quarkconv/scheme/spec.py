@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Final
+from typing import Final, NamedTuple
 
 MIXED: Final = "mixed"
 """The name for a model that holds modules of more than one INT8 scheme."""
 
 
-@dataclass(frozen=True, slots=True)
-class TensorSpec:
+class TensorSpec(NamedTuple):
     """The quantization of one tensor of a linear: its weight or its input.
 
     Attributes:
@@ -37,8 +35,7 @@ class TensorSpec:
         }
 
 
-@dataclass(frozen=True, slots=True)
-class ModuleScheme:
+class ModuleScheme(NamedTuple):
     """The scheme of one linear: its weight and its input; None for a tensor in float."""
 
     weight: TensorSpec | None = None
