@@ -210,7 +210,7 @@ def _outside(root: Path) -> Iterator[Finding]:
 def _shard_names(store: Files, present: list[str], index: Index | None) -> list[str]:
     """The shards of the model: those of the index; without an index model.safetensors, or else every file."""
     if index is not None:
-        return sorted(set(index.files))
+        return index.files
     if SINGLE_NAME in present:
         return [SINGLE_NAME]
     if not present:

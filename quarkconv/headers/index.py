@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Final, NamedTuple
 
 from quarkconv.defects import invalid_index
@@ -12,7 +12,7 @@ from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, parse_json_obj
 from quarkconv.findings import Finding, finding
 from quarkconv.headers.quantizer_names import usual_name
 from quarkconv.headers.safetensors import ShardHeader
-from quarkconv.headers.scan import scan_index
+from quarkconv.headers.scan import Run, runs_of, scan_index
 from quarkconv.text import plural, shortened, shown
 
 INDEX_NAME: Final = "model.safetensors.index.json"
@@ -27,20 +27,28 @@ class Index(NamedTuple):
     """The content of an index.
 
     Attributes:
-        names, files: keys and values of its weight_map: tensors, and the file of each.
+        runs: its weight_map: file by file the tensors, where those of a file follow one another.
         total_size: bytes of all tensors as the index has it, of any type; None where it is absent.
     """
 
-    names: Sequence[str]
-    files: Sequence[str]
+    runs: Sequence[Run]
     total_size: object
 
-    def by_file(self) -> dict[str, list[str]]:
+    @property
+    def files(self) -> list[str]:
+        """The files, sorted."""
+        return sorted({run.file for run in self.runs})
+
+    def by_file(self) -> dict[str, set[str]]:
         """File -> its tensors."""
-        tensors: dict[str, list[str]] = {file: [] for file in dict.fromkeys(self.files)}
-        for name, file in zip(self.names, self.files, strict=True):
-            tensors[file].append(name)
+        tensors: dict[str, set[str]] = {}
+        for file, names in self.runs:
+            tensors.setdefault(file, set()).update(names)
         return tensors
+
+    def weight_map(self) -> dict[str, str]:
+        """Tensor -> its file, in the order of the index."""
+        return {name: file for file, names in self.runs for name in names}
 
 
 def read_index(store: Files) -> Index | None:
@@ -55,8 +63,8 @@ def read_index(store: Files) -> Index | None:
     raw = read_bytes_of(store, name, code="index-invalid", limit=MAX_INDEX_BYTES)
     scanned = scan_index(raw)
     index = parse_json_object(raw if scanned is None else scanned.rest, name, code="index-invalid")
-    names, files = _entries(index.get("weight_map")) if scanned is None else (scanned.names, scanned.files)
-    distinct = _distinct(files)
+    runs = runs_of(_entries(index.get("weight_map"))) if scanned is None else scanned.runs
+    distinct = _distinct([run.file for run in runs])
     for file in distinct:
         if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
             expected = "names of .safetensors files, without folders"
@@ -65,15 +73,15 @@ def read_index(store: Files) -> Index | None:
         expected = f"at most {MAX_SHARDS} files"
         raise invalid_index("The index names too many files", expected=expected, found=str(len(distinct)))
     metadata = index.get("metadata")
-    return Index(names, files, metadata.get("total_size") if isinstance(metadata, dict) else None)
+    return Index(runs, metadata.get("total_size") if isinstance(metadata, dict) else None)
 
 
-def _entries(weight_map: object) -> tuple[list[str], list[str]]:
-    """Keys and values of a weight_map."""
+def _entries(weight_map: object) -> Iterable[tuple[str, str]]:
+    """The entries of a weight_map. Their files are not checked."""
     if not isinstance(weight_map, dict):
         found = type(weight_map).__name__
         raise invalid_index("The index has no weight_map", expected="an object from tensor to file", found=found)
-    return list(weight_map), list(weight_map.values())
+    return weight_map.items()
 
 
 def _distinct(files: list[str]) -> Collection[object]:
@@ -87,10 +95,10 @@ def _distinct(files: list[str]) -> Collection[object]:
 def compare_index(index: Index, shards: list[ShardHeader]) -> Iterator[Finding]:
     """The contradictions between index and headers."""
     if any(shard.renamed for shard in shards):
-        index = index._replace(names=list(map(usual_name, index.names)))
+        index = index._replace(runs=[Run(run.file, list(map(usual_name, run.names))) for run in index.runs])
     listed = index.by_file()
-    if not all(shard.names == set(listed.get(shard.file, ())) for shard in shards):
-        yield from _wrong_places(dict(zip(index.names, index.files, strict=True)), shards)
+    if not all(shard.names == listed.get(shard.file, set()) for shard in shards):
+        yield from _wrong_places(index.weight_map(), shards)
     # A wrong number is common: Quark's file-to-file mode writes the size of the files, other tools that of the model
     # before quantization. Nothing here uses it: sizes come from the headers.
     if not _is_size(index.total_size):

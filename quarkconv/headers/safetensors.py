@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import struct
 from collections.abc import Collection, Iterable, Iterator, KeysView, Sequence
-from dataclasses import dataclass
 from itertools import chain
 from operator import itemgetter
 from typing import Final, NamedTuple, NoReturn, TypeVar
@@ -71,8 +70,7 @@ class TensorRef(NamedTuple):
         return self.end - self.start
 
 
-@dataclass(frozen=True, slots=True)
-class ShardHeader:
+class ShardHeader(NamedTuple):
     """The checked header of one file.
 
     Attributes:
@@ -160,9 +158,11 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         if max(map(len, tensors), default=0) > MAX_NAME:
             _refuse(file, max(tensors, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
         data_size = _check_data(file, tensors, starts, ends) if scanned is None else ends[-1]
-        stored_names = tensors.keys()
+        renamed = False
         if MARK in text:
-            tensors = dict(zip(usual_names(stored_names), tensors.values(), strict=True))
+            names = usual_names(tensors)
+            renamed = is_renamed(tensors, names)
+            tensors = dict(zip(names, tensors.values(), strict=True))
         plain = text.isascii() and not any(char in text for char in _ODD)
         odd = () if plain else tuple(name for name in tensors if not name.isprintable() or "/" in name or "\\" in name)
     if data_start + data_size < size:
@@ -182,7 +182,7 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
         nbytes=data_size,
         truncated=data_start + data_size - size,
         odd_names=odd,
-        renamed=is_renamed(stored_names, tensors.keys()),
+        renamed=renamed,
     )
 
 

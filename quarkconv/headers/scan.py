@@ -15,7 +15,8 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable
 from functools import lru_cache
-from itertools import accumulate
+from itertools import accumulate, groupby
+from operator import itemgetter
 from typing import Final, NamedTuple
 
 from quarkconv.dtypes import TensorType, is_tensor_type
@@ -83,16 +84,22 @@ def scan_header(text: str) -> Scanned | None:
     return Scanned(tensors, ends)
 
 
+class Run(NamedTuple):
+    """Entries of a weight_map that follow one another and are in the same file: its name, and theirs."""
+
+    file: str
+    names: list[str]
+
+
 class ScannedIndex(NamedTuple):
     """An index.
 
     Attributes:
-        names, files: keys and values of the weight_map.
+        runs: the entries of the weight_map, in its order.
         rest: the JSON without the entries of the weight_map, not checked.
     """
 
-    names: list[str]
-    files: list[str]
+    runs: list[Run]
     rest: bytes
 
 
@@ -102,23 +109,50 @@ def scan_index(raw: bytes) -> ScannedIndex | None:
     start, end = _MAP_START.match(raw, before), _MAP_END.fullmatch(raw, last)
     if start is None or end is None or raw.count(_WEIGHT_MAP) != 1 or not raw.isascii():
         return None
-    names: list[str] = []
-    files: list[str] = []
-    distinct: dict[str, str] = {}
+    runs: list[Run] = []
     position = start.end()
     while position < last:  # part by part, since memory that is used again costs the least time
         stop = raw.find(b'",', position + _PART) + 1 or last
-        comma, *texts = raw[position:stop].decode().split('"')
-        keys, colons, values, commas = (texts[column::4] for column in range(4))
-        commas[-1:] = [comma] if names else []
-        if len(texts) % 4 or texts[-1] or not _are_all(_COLON, colons) or not _are_all(_COMMA, commas):
+        comma, _, part = raw[position:stop].decode().partition('"')
+        found = _one_run(part) or _several_runs(part)
+        if found is None or (runs and not _COMMA.fullmatch(comma)):
             return None
-        if not _are_literal(keys):
-            return None
-        names += keys
-        files += map(distinct.setdefault, values, values)
+        runs += found
         position = stop
-    return ScannedIndex(names, files, raw[:before] + b":{" + raw[last:]) if _are_literal(distinct) else None
+    return ScannedIndex(runs, raw[:before] + b":{" + raw[last:])
+
+
+def _one_run(part: str) -> list[Run] | None:
+    """The entries of a part of a weight_map, without its first quote; None where they are of several files.
+
+    Between two names, the text is then always the same. The part is split at that text, one string for each entry.
+    """
+    head = part.split('"', 4)  # a name, a colon, a file, a comma, and all other entries
+    if len(head) < 4:
+        return None
+    _, colon, file, comma = head[:4]
+    end = f'"{colon}"{file}"'
+    names = part.removesuffix(end).split(f'{end}{comma}"')
+    separated = _COLON.fullmatch(colon) and (len(names) == 1 or _COMMA.fullmatch(comma))
+    if not separated or not part.endswith(end) or not _are_literal([file, *names]):
+        return None
+    return [Run(file, names)]
+
+
+def _several_runs(part: str) -> list[Run] | None:
+    """The entries of a part of a weight_map, without its first quote; None where the JSON parser has to read it."""
+    texts = part.split('"')
+    keys, colons, values, commas = (texts[column::4] for column in range(4))
+    if len(texts) % 4 or commas.pop() or not _are_all(_COLON, colons) or not _are_all(_COMMA, commas):
+        return None
+    if not _are_literal(keys) or not _are_literal(dict.fromkeys(values)):
+        return None
+    return runs_of(zip(keys, values, strict=True))
+
+
+def runs_of(entries: Iterable[tuple[str, str]]) -> list[Run]:
+    """The entries (name, file) of a weight_map as runs."""
+    return [Run(file, [name for name, _ in run]) for file, run in groupby(entries, itemgetter(1))]
 
 
 def _are_all(separator: re.Pattern[str], texts: list[str]) -> bool:

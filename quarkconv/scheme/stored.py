@@ -107,8 +107,9 @@ def fused_names(module: str) -> TensorNames:
     )
 
 
-_LEAVES: Final = tuple(name.removeprefix(".") for name in linear_names(""))
-"""Last parts of the names of the tensors of a linear, the weight's first, in the order of the fields of a Form."""
+_ENDS: Final = linear_names("")
+"""Ends of the names of the tensors of a linear, in the order of the fields of a Form."""
+_WEIGHT: Final = _ENDS.weight
 
 
 @dataclass(frozen=True, slots=True)
@@ -147,64 +148,56 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    columns: dict[str, dict[str, TensorType]] = {leaf: {} for leaf in _LEAVES}
-    others: dict[str, TensorType] = {}
-    for name, found in types.items():
-        module, dot, leaf = name.rpartition(".")
-        column = columns.get(leaf)
-        if column is None or not dot:
-            others[name] = found
-        else:
-            column[module] = found
-    weights, *companions = columns.values()
-    for module in [module for module, found in weights.items() if len(found.shape) < 2]:
-        del weights[module]
-    linears = _forms(weights, companions)
+    weights = [name for name, found in types.items() if name.endswith(_WEIGHT) and len(found.shape) >= 2]
+    others = [name for name in types if not name.endswith(_WEIGHT)]
     plain = [name for name in others if not name.endswith(_COMPANIONS)]
+    companions = [name for name in others if name.endswith(_COMPANIONS)]
+    linears, owned = _linears(weights, companions, types)
     fused: dict[str, Form] = {}
     unrecognised: list[str] = []
     for name in plain:
-        found = others[name]
+        found = types[name]
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
-            fused[name] = Form(found, *map(others.get, fused_names(name)[1:]))
+            fused[name] = Form(found, *map(types.get, fused_names(name)[1:]))
         elif found.dtype == "I8" and not name.endswith(ROTATION):
             unrecognised.append(name)
-    owned = sum(sum(map(column.__contains__, weights)) for column in companions if column)
     owned += sum(len(form) - 1 - form.count(None) for form in fused.values())
-    if owned != sum(map(len, companions)) + len(others) - len(plain):
-        unrecognised.extend(_orphans(types, linears, fused))
+    if owned != len(companions):
+        unrecognised.extend(_orphans(companions, linears, fused))
     return StoredModules(
         linears=linears,
         fused=fused,
         unrecognised=tuple(unrecognised),
         tensors=types,
         plain=tuple(plain),
-        output_scales=tuple(name for name in others if name.endswith(OUTPUT_SCALES)),
+        output_scales=tuple(name for name in companions if name.endswith(OUTPUT_SCALES)),
     )
 
 
-def _forms(weights: dict[str, TensorType], companions: list[dict[str, TensorType]]) -> dict[str, Form]:
-    """Module -> form, of columns of module -> type: one of the weights, and one for each field of a Form after it."""
-    fields = [field for field, column in zip(Form._fields[1:], companions, strict=True) if column]
-    rows: list[list[TensorType | None]] = [list(weights.values())]
-    rows += [list(map(column.get, weights)) for column in companions if column]
+def _linears(weights: list[str], companions: list[str], types: Mapping[str, TensorType]) -> tuple[dict[str, Form], int]:
+    """Module -> form of the linears with these weights, and how many of the companions belong to them."""
+    modules = [name.removesuffix(_WEIGHT) for name in weights]
+    rows: dict[str, list[TensorType | None]] = {"weight": list(map(types.__getitem__, weights))}
+    for field, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
+        others = [name for name in companions if not name.endswith(end)]
+        if len(others) < len(companions):  # few checkpoints have all kinds of companions
+            rows[field] = list(map(types.get, [f"{module}{end}" for module in modules]))
+        companions = others
     # Types are shared objects, and slow to hash: the ids of a module's types are its key.
-    keys = list(zip(*(map(id, row) for row in rows), strict=True))
-    distinct = dict(zip(keys, zip(*rows, strict=True), strict=True))
-    forms = {key: Form(types[0], **dict(zip(fields, types[1:], strict=True))) for key, types in distinct.items()}
-    return dict(zip(weights, map(forms.__getitem__, keys), strict=True))
+    keys = list(zip(*(map(id, row) for row in rows.values()), strict=True))
+    distinct = dict(zip(keys, zip(*rows.values(), strict=True), strict=True))
+    forms = {key: Form(**dict(zip(rows, found, strict=True))) for key, found in distinct.items()}
+    missing = sum(row.count(None) for row in rows.values())
+    linears = dict(zip(modules, map(forms.__getitem__, keys), strict=True))
+    return linears, (len(rows) - 1) * len(modules) - missing
 
 
-def _orphans(types: Mapping[str, TensorType], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
-    """Scales and zero points without a weight. The scale of a key-value cache belongs to its projection."""
+def _orphans(companions: list[str], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
+    """Companions without a weight. The scale of a key-value cache belongs to its projection."""
     owned: set[str] = set()
     for module in linears:
         owned.update(linear_names(module))
         owned.update(output_companions(module))
     for module in fused:
         owned.update(fused_names(module))
-    return [
-        name
-        for name in types
-        if name.endswith(_COMPANIONS) and not name.endswith(ATTENTION_SCALES) and name not in owned
-    ]
+    return [name for name in companions if not name.endswith(ATTENTION_SCALES) and name not in owned]

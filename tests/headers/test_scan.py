@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from quarkconv.dtypes import TensorType
 from quarkconv.files.strict_json import load_header_json
-from quarkconv.headers.scan import scan_header, scan_index
+from quarkconv.headers.scan import Run, scan_header, scan_index
 
 ENTRIES: dict[str, Any] = {
     "__metadata__": {"format": "pt"},
@@ -53,6 +53,10 @@ def check_header(text: str) -> None:
     ] == list(entries.items())
 
 
+def weight_map(runs: list[Run]) -> dict[str, str]:
+    return {name: run.file for run in runs for name in run.names}
+
+
 def check_index(text: str) -> None:
     scanned = scan_index(text.encode())
     if scanned is None:
@@ -63,7 +67,7 @@ def check_index(text: str) -> None:
         with pytest.raises(ValueError):  # noqa: PT011
             json.loads(scanned.rest)
         return
-    assert dict(zip(scanned.names, scanned.files, strict=True)) == index["weight_map"]
+    assert weight_map(scanned.runs) == index["weight_map"]
     assert json.loads(scanned.rest) == index | {"weight_map": {}}
 
 
@@ -96,7 +100,7 @@ def test_an_index_of_many_parts_is_scanned() -> None:
     text = json.dumps({"weight_map": names})
     scanned = scan_index(text.encode())
     assert scanned is not None
-    assert dict(zip(scanned.names, scanned.files, strict=True)) == names
+    assert weight_map(scanned.runs) == names
     assert scan_index(text.replace('", "', '","', 1).encode()) is None
     assert scan_index(text[::-1].replace('" :"', '":"', 1)[::-1].encode()) is None
 
