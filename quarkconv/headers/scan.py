@@ -36,7 +36,7 @@ _MAP_START: Final = re.compile(rf"{_SPACE}:{_SPACE}\{{{_SPACE}(?=\")".encode())
 _MAP_END: Final = re.compile(rf"{_SPACE}\}}{_SPACE}\}}{_SPACE}".encode())
 _COLON: Final = re.compile(f"{_SPACE}:{_SPACE}")
 _COMMA: Final = re.compile(f"{_SPACE},{_SPACE}")
-_PART: Final = 2**17
+_PART: Final = 2**14
 """Bytes of an index that are split at a time."""
 
 _NOT_LITERAL: Final = bytes(range(32)) + b'"\\'
