@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import datetime
 import tomllib
 from pathlib import Path
@@ -273,7 +272,7 @@ def test_advice_after_conversion(tmp_path: Path) -> None:
 def test_advice_of_one_row(form: str, verdict: str, expected: tuple[Advice, ...]) -> None:
     fact = EngineFact("other", "3", form, verdict, "", "source")
     assert engines.advice("quark", [fact]) == expected
-    assert engines.advice("quark", [dataclasses.replace(fact, devices="CPUs")]) == ()
+    assert engines.advice("quark", [fact._replace(devices="CPUs")]) == ()
     assert engines.advice("quark", []) == ()
 
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import math
 from collections import Counter
 from pathlib import Path
@@ -94,7 +93,7 @@ def test_every_row_has_a_golden_or_a_loop() -> None:
 )
 def test_goldens_depend_on_every_step(name: str, change: dict[str, Any]) -> None:
     routing = golden_routing(name)
-    right, wrong = routed(name, routing), routed(name, dataclasses.replace(routing, **change))
+    right, wrong = routed(name, routing), routed(name, routing._replace(**change))
     rows = [by_expert(*pair, routing.experts) for pair in (right, wrong)]
     assert (rows[0] - rows[1]).abs().max() > 100 * TOLERANCES.get(name, TOLERANCE)
 
@@ -114,7 +113,7 @@ def test_goldens_depend_on_every_tensor(name: str, field: str) -> None:
 # Otherwise a golden that a missing step also satisfies would prove nothing about that step.
 @pytest.mark.parametrize("name", [name for name in CASES if f"{name}.bias" in TENSORS])
 def test_goldens_depend_on_the_bias(name: str) -> None:
-    routing = dataclasses.replace(golden_routing(name), bias_name=None)
+    routing = golden_routing(name)._replace(bias_name=None)
     _, topk_ids = route(routing, TENSORS[f"{name}.hidden_states"], TENSORS[f"{name}.weight"])
     assert not torch.equal(topk_ids.sort(-1).values, TENSORS[f"{name}.topk_ids"].sort(-1).values)
 
@@ -123,7 +122,7 @@ def test_goldens_depend_on_the_bias(name: str) -> None:
 @pytest.mark.parametrize("name", ["deepseek_v2-groups", "deepseek_v3", "deepseek_v3-not_renormalised", "glm4_moe"])
 def test_goldens_depend_on_the_groups(name: str, change: dict[str, Any]) -> None:
     routing = golden_routing(name)
-    changed = dataclasses.replace(routing, **change)
+    changed = routing._replace(**change)
     same = torch.equal(routed(name, routing)[1].sort(-1).values, routed(name, changed)[1].sort(-1).values)
     assert same == (changed == routing)
 
@@ -216,7 +215,7 @@ def test_epsilon_keeps_vanished_scores_finite() -> None:
     weight = torch.full((4, 1), -200.0)
     with_epsilon = Routing("by_hand", "sigmoid", 4, 2, True, epsilon=1e-20)
     assert route(with_epsilon, torch.ones(1, 1), weight)[0].tolist() == [[0.0, 0.0]]
-    without = dataclasses.replace(with_epsilon, epsilon=0.0)
+    without = with_epsilon._replace(epsilon=0.0)
     assert route(without, torch.ones(1, 1), weight)[0].isnan().all()
 
 
@@ -270,7 +269,7 @@ def test_stays_on_the_device(name: str, device: str) -> None:
 
 def test_refuses_tensors_that_do_not_fit() -> None:
     plain = Routing("mixtral", "softmax", 4, 2, True)
-    biased = dataclasses.replace(plain, bias_name="gate.bias")
+    biased = plain._replace(bias_name="gate.bias")
     hidden_states, weight, bias = torch.zeros(3, 8), torch.zeros(4, 8), torch.zeros(4)
     with pytest.raises(ValueError, match="does not fit 4 experts"):
         route(plain, hidden_states, torch.zeros(5, 8))
