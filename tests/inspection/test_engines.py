@@ -69,8 +69,7 @@ def test_no_row_is_repeated() -> None:
 @pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}])
 def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "quarkconv.inspection.engines.tomllib.loads",
-        lambda _: {"rows": [{**ROWS[0], **change}], "checked_model_types": {}},
+        "quarkconv.inspection.engines._table", lambda: {"rows": [{**ROWS[0], **change}], "checked_model_types": {}}
     )
     with pytest.raises(ValueError, match="malformed"):
         engine_facts.__wrapped__()
