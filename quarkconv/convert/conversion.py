@@ -13,7 +13,7 @@ from typing import Any
 from quarkconv.convert.jobs import DEFAULT_JOBS, require_jobs
 from quarkconv.convert.options import Options
 from quarkconv.convert.output import output_location
-from quarkconv.convert.planner import make_plan
+from quarkconv.convert.planner import plans_of
 from quarkconv.convert.results import ConversionResult, Outcome, RankOutput, conversion_json
 from quarkconv.errors import UsageError
 from quarkconv.hub.locate import Located, check_repo_id, locate
@@ -35,14 +35,11 @@ class Conversion:
         source: the model that is converted.
         location: directory of the output, or its URL in an object store.
         outputs: one for each rank; a whole model has a single one.
-        experts, intermediate: E and I of the whole model.
     """
 
     source: Located
     location: Path | str
     outputs: tuple[RankOutput, ...]
-    experts: int
-    intermediate: int
 
     @classmethod
     def prepare(
@@ -87,15 +84,11 @@ class Conversion:
                 expected="--out DIR with --push, --tp and --ep",
                 hint="convert to a directory, and copy it with the store's own tools",
             )
-        description = options.describe(source.files, progress)
-        outputs = []
-        for rank in ranks:
-            plan = make_plan(
-                description, row, options.shard_bytes, rank=rank, base_model=source.repo, options=options.of_source
-            )
-            outputs.append(RankOutput(plan, location if rank.is_whole else Path(location) / rank.folder()))
-        layer = description.int8_layers[0]
-        return cls(source, location, tuple(outputs), layer.experts, layer.intermediate)
+        outputs = tuple(
+            RankOutput(plan, location if plan.rank.is_whole else Path(location) / plan.rank.folder())
+            for plan in plans_of(source, row, options, ranks, progress)
+        )
+        return cls(source, location, outputs)
 
     @property
     def by_rank(self) -> bool:
@@ -132,7 +125,7 @@ class Conversion:
             from quarkconv.write.ranks import write_ranks
 
             whole, folder = self._whole(mode), Path(self.location)
-            manifests = write_ranks(folder, executions, self.experts, self.intermediate, overwrite=whole.overwrite)
+            manifests = write_ranks(folder, executions, overwrite=whole.overwrite)
             written = Contribution(None)
         else:
             written = write_output(executions[0], mode)

@@ -8,7 +8,7 @@ from pathlib import Path
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.jobs import DEFAULT_JOBS
 from quarkconv.convert.options import Options
-from quarkconv.convert.planner import make_plan
+from quarkconv.convert.planner import plans_of
 from quarkconv.convert.results import ConversionResult
 from quarkconv.convert.shard_size import DEFAULT_SHARD_SIZE
 from quarkconv.hub.locate import locate
@@ -52,10 +52,8 @@ def plan_conversion(
     )
     chosen, row = options.rank(rank), get_target(target)
     source = locate(model, progress=progress)
-    description = options.describe(source.files, progress)
-    return make_plan(
-        description, row, options.shard_bytes, rank=chosen, base_model=source.repo, options=options.of_source
-    )
+    (plan,) = plans_of(source, row, options, [chosen], progress)
+    return plan
 
 
 def convert_checkpoint(

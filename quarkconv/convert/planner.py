@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from quarkconv.convert.model_card import CARD_NAME, MAX_CARD_BYTES, converted_card
+from quarkconv.convert.options import Options
 from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import UnsupportedError, UsageError
@@ -14,11 +15,13 @@ from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import bounded
 from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
+from quarkconv.hub.locate import Located
 from quarkconv.plan.experts import geometry_of
 from quarkconv.plan.pieces import SourceFile, TextFile
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.quantize import computed
 from quarkconv.plan.shards import in_natural_order, pack_shards
+from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.options import DEFAULT, SourceOptions
 from quarkconv.targets.base import Target
 from quarkconv.targets.changes import conversion_findings
@@ -28,6 +31,25 @@ from quarkconv.targets.tensors import output_tensors
 _REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME})
 _OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 _DIGITS: Final = re.compile(r"(\d+)")
+
+
+def plans_of(
+    source: Located, target: Target, options: Options, ranks: Iterable[Rank], progress: Progress = SILENT
+) -> Iterator[Plan]:
+    """Describe a model, and plan its conversion for some ranks. Errors as of :func:`make_plan`.
+
+    Args:
+        source: the model.
+        target: what to convert it to.
+        options: what to write.
+        ranks: the ranks; the whole model is a single one.
+        progress: receives how far reading the headers has come.
+    """
+    description = options.describe(source.files, progress)
+    for rank in ranks:
+        yield make_plan(
+            description, target, options.shard_bytes, rank=rank, base_model=source.repo, options=options.of_source
+        )
 
 
 def make_plan(

@@ -41,8 +41,6 @@ _FOLDER: Final = re.compile(r"rank-\d{2,}-of-\d{2,}")
 def write_ranks(
     folder: Path,
     executions: Sequence[Execution],
-    experts: int,
-    intermediate: int,
     *,
     overwrite: bool,
 ) -> list[Manifest]:
@@ -51,7 +49,6 @@ def write_ranks(
     Args:
         folder: the directory of the ranks' folders.
         executions: those of all ranks.
-        experts, intermediate: E and I of the whole model.
         overwrite: whether an earlier conversion by rank is deleted.
 
     Raises:
@@ -73,7 +70,7 @@ def write_ranks(
             progress.advance(execution.plan.output_bytes)
         manifests.append(manifest or write_whole(execution, overwrite=overwrite))
     with writing(folder):
-        index = _index(plans, manifests, experts, intermediate)
+        index = _index(plans, manifests)
         write_durably(folder / RANKS_NAME, (json.dumps(index, indent=2) + "\n").encode())
     return manifests
 
@@ -125,8 +122,13 @@ def _is_rank(path: Path) -> bool:
     return written and _FOLDER.fullmatch(path.name) is not None and not path.is_symlink()
 
 
-def _index(plans: Sequence[Plan], manifests: Sequence[Manifest], experts: int, intermediate: int) -> dict[str, Any]:
-    first = plans[0].rank
+def _index(plans: Sequence[Plan], manifests: Sequence[Manifest]) -> dict[str, Any]:
+    first, moe = plans[0].rank, plans[0].moe
+    experts, intermediate = moe.experts, moe.intermediate_size  # E and I of the whole model, of which one is divided
+    if first.parallel == "ep":
+        experts = sum(plan.moe.experts for plan in plans)
+    else:
+        intermediate = sum(plan.moe.intermediate_size for plan in plans)
     return {
         "format": RANKS_FORMAT,
         "target": plans[0].target,
