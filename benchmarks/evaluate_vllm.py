@@ -23,6 +23,7 @@ from torch import Tensor
 
 from quarkconv.description.description import describe
 from quarkconv.evaluate.evaluation import layer_runner
+from quarkconv.evaluate.forward import final_logits
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import SILENT
@@ -38,7 +39,7 @@ def streamed(ids: Tensor) -> dict[str, Tensor]:
         states = run.layers_of(run.variants, None).states
         positions = torch.arange(ids.shape[1] - 1)
         return {
-            name: runner.quantized.skeleton.logits(ids, tensor, positions).double().log_softmax(-1)
+            name: final_logits(runner.quantized.skeleton, ids, tensor, positions).double().log_softmax(-1)
             for name, tensor in states.items()
         }
 

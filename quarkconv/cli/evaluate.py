@@ -42,7 +42,10 @@ def evaluate(
         typer.Option("--layers", metavar="0,3-5", help="Layers that run in INT8, the others unquantized."),
     ] = None,
     ablate: Annotated[
-        int, typer.Option("--ablate", min=0, metavar="N", help="Leave each of the N worst layers unquantized in turn.")
+        int,
+        typer.Option(
+            "--ablate", min=0, metavar="N", help="Leave each of the N worst layers and experts unquantized in turn."
+        ),
     ] = 0,
     max_kl: Annotated[
         float | None, typer.Option("--max-kl", metavar="X", help="Exit 1 when the mean KL divergence is larger.")

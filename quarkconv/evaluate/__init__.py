@@ -1,10 +1,11 @@
 """The verb evaluate: what quantization costs the whole model, on real text, one decoder layer in memory at a time.
 
 windows      text or token ids -> windows of equal length
-skeleton     config.json -> the model's transformers class on the meta device, its layers filled one by one
-weights      a checkpoint in any layout -> float tensors under the names of the unquantized model
-int8         linears and routed experts that compute in INT8
-streams      hidden states of several variants of the model, layer by layer
+model_class  config.json -> the model's transformers class on the meta device
+skeleton     that model, its layers filled and emptied one by one; forward: its forward pass, one layer at a time
+weights      a checkpoint in any layout -> float tensors under the names of the unquantized model; read_ahead: in order
+int8         linears and routed experts that compute in INT8; int8_layer: those of one decoder layer
+streams      hidden states of several variants of the model, layer by layer; sums: their errors
 scores       logits -> perplexity, KL divergence, agreement
 request      what the caller asks for; same_model: whether two checkpoints are one model
 run          one evaluation under way

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
@@ -13,16 +14,19 @@ from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
-from quarkconv.evaluate.run import Run
+from quarkconv.evaluate.run import Place, Run
 from quarkconv.evaluate.same_model import require_same_model, require_same_tokenizer
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
-from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, LayerSums, Model, relative
+from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, Model
+from quarkconv.evaluate.sums import LayerSums
 from quarkconv.evaluate.weights import CheckpointWeights
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
 from quarkconv.findings import refusal
 from quarkconv.hub.locate import locate
+from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.devices import pick_devices
+from quarkconv.load.staging import Staging
 from quarkconv.progress import SILENT, Progress
 
 _EVALUATED: Final = frozenset({"quant-config-missing", "not-moe"})
@@ -61,7 +65,8 @@ def evaluate_checkpoint(
         batch: windows that run together; by default about 4096 tokens.
         device: ``cuda`` for all visible GPUs, ``cpu``, or ``auto``.
         layers: decoder layers that run in INT8, the others as in the baseline; None for all that are stored so.
-        ablate: how many of the worst layers are left unquantized, each by itself, to say what they cost.
+        ablate: how many of the worst layers, and of the worst experts, are left unquantized in turn: their share of the
+            divergence.
         record: a file to write the inputs of the MoE layers to, for ``verify --activations``.
         limits: bounds; the result says which are exceeded.
         resume: keep the hidden states on disk after each layer, and resume from those of an interrupted run.
@@ -98,7 +103,8 @@ def evaluate_checkpoint(
         streams = run.layers_of(run.variants, state, record)
         scores = run.scores(streams.states)
         evaluated = _layers(runners[0], streams.sums)
-        ablations = run.ablations(streams, scores, evaluated, ablate)
+        experts = _worst_experts(streams.sums)
+        ablations = run.ablations(streams, scores, _worst_places(evaluated, experts, ablate))
         if state is not None:
             state.remove()
     return Evaluation(
@@ -117,8 +123,8 @@ def evaluate_checkpoint(
         int8=scores[INT8].divergence() if INT8 in scores else None,
         dequantized=scores[DEQUANTIZED].divergence() if DEQUANTIZED in scores else None,
         layers=evaluated,
-        experts=_worst_experts(streams.sums),
-        ablations=ablations,
+        experts=experts[:WORST],
+        ablations=tuple(ablations),
         float_experts=runners[0].quantized.weights.float_experts if run.in_int8 else (),
         limits=limits,
     )
@@ -175,8 +181,9 @@ def layer_runner(
         UnsupportedError: transformers has no class for the model.
         SourceError: a file cannot be read.
     """
-    quantized = _model(description, device, stack)
-    unquantized = None if original is None else _model(original, device, stack)
+    memory = Staging(device).memory if device.type == "cuda" else Arena
+    quantized = _model(description, device, memory, stack)
+    unquantized = None if original is None else _model(original, device, memory, stack)
     if unquantized is not None:
         require_same_model(quantized.skeleton, unquantized.skeleton)
     known = len(quantized.skeleton.layers)
@@ -192,9 +199,9 @@ def layer_runner(
     return runner
 
 
-def _model(description: Description, device: torch.device, stack: ExitStack) -> Model:
+def _model(description: Description, device: torch.device, memory: Callable[[int], Memory], stack: ExitStack) -> Model:
     skeleton = Skeleton(description.checkpoint.root, device)
-    return Model(skeleton, stack.enter_context(CheckpointWeights(description, skeleton)))
+    return Model(skeleton, stack.enter_context(CheckpointWeights(description, skeleton, memory)))
 
 
 def _key(root: Path, other: Path | None, tokens: Windows, run: Run, layers: set[int] | None) -> str:
@@ -217,14 +224,13 @@ def _layers(runner: LayerRunner, sums: list[LayerSums]) -> tuple[LayerEvaluation
     for number, item in enumerate(sums):
         if not item.tokens:
             continue
-        both = (item.norm * item.baseline_norm) ** 0.5
         found.append(
             LayerEvaluation(
                 index=number,
                 module=runner.quantized.skeleton.layer_prefix(number),
-                drift=relative(item.difference, item.baseline_norm),
-                cosine=item.product / both if both else 1.0,
-                own=relative(item.own_difference, item.own_norm),
+                drift=item.drift,
+                cosine=item.cosine,
+                own=item.own,
                 routing_changed=item.changed / item.tokens if item.routed else None,
                 load=() if item.load is None else tuple(item.load.tolist()),
             )
@@ -232,7 +238,14 @@ def _layers(runner: LayerRunner, sums: list[LayerSums]) -> tuple[LayerEvaluation
     return tuple(found)
 
 
+def _worst_places(layers: Sequence[LayerEvaluation], experts: Sequence[ExpertError], count: int) -> list[Place]:
+    """The worst layers, then the worst experts, ``count`` of each."""
+    worst = sorted(layers, key=lambda layer: -layer.own)[:count]
+    return [Place(layer.index) for layer in worst] + [Place(item.layer, item.expert) for item in experts[:count]]
+
+
 def _worst_experts(sums: list[LayerSums]) -> tuple[ExpertError, ...]:
+    """All experts with an error, worst first."""
     found = [
         ExpertError(number, expert, int(item.expert_tokens[expert]), error / item.expert_norm)
         for number, item in enumerate(sums)
@@ -240,4 +253,4 @@ def _worst_experts(sums: list[LayerSums]) -> tuple[ExpertError, ...]:
         for expert, error in enumerate(item.expert_errors.tolist())
         if error > 0
     ]
-    return tuple(sorted(found, key=lambda item: -item.error)[:WORST])
+    return tuple(sorted(found, key=lambda item: -item.error))

@@ -85,3 +85,30 @@ class Int8Experts(nn.Module):
             w2_bias=self.experts.w2_bias,
         )
         return result.to(hidden_states.dtype).reshape(shape)
+
+
+class ExpertLeftOut(nn.Module):
+    """Routed experts in INT8, of which one computes in floats.
+
+    Args:
+        experts: all of them in INT8.
+        floats: all of them in floats, a module of transformers.
+        expert: the one that computes in floats.
+    """
+
+    def __init__(self, experts: Int8Experts, floats: nn.Module, expert: int) -> None:
+        super().__init__()
+        self.experts, self.floats, self.expert = experts, floats, expert
+
+    def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
+        """[M, H], int64 [M, k], floats [M, k] -> [M, H]."""
+        chosen = top_k_index == self.expert
+        result: Tensor = self.experts(hidden_states, top_k_index.masked_fill(chosen, -1), top_k_weights)
+        rows = chosen.any(-1)
+        weights = (top_k_weights * chosen).sum(-1, keepdim=True)[rows]
+        if len(weights):
+            result = result.clone()
+            result[rows] += self.floats(
+                hidden_states[rows], torch.full_like(weights, self.expert, dtype=torch.int64), weights
+            )
+        return result

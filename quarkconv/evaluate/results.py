@@ -56,16 +56,18 @@ class LayerEvaluation:
 
 @dataclass(frozen=True, slots=True)
 class Ablation:
-    """The model with one layer left as in the baseline.
+    """The model with one layer, or one expert of it, left as in the baseline.
 
     Attributes:
         index, module: the layer.
+        expert: the expert; None for the whole layer.
         kl: mean KL divergence then.
         share: by how much of the whole that is less, 0 to 1.
     """
 
     index: int
     module: str
+    expert: int | None
     kl: float
     share: float
 
@@ -86,7 +88,7 @@ class Evaluation:
         dequantized: divergence of the dequantized model from the unquantized one: the cost of rounding the weights.
         layers: layer by layer.
         experts: the worst experts.
-        ablations: the worst layers, each left unquantized.
+        ablations: the worst layers and experts, each left unquantized.
         float_experts: MoE layers whose experts are stored in float, and ran in float.
         limits: bounds of the caller.
     """

@@ -3,22 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quarkconv.errors import WriteError
-from quarkconv.evaluate.results import Ablation, LayerEvaluation
+from quarkconv.evaluate.forward import LayerCall, final_logits
+from quarkconv.evaluate.read_ahead import ReadAhead
+from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
-from quarkconv.evaluate.skeleton import LayerCall
 from quarkconv.evaluate.state import EvaluationState
-from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, LayerSums, Streams
-from quarkconv.evaluate.weights import LayerWeights
+from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, Streams
+from quarkconv.evaluate.sums import LayerSums
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import Progress
 
@@ -26,6 +27,16 @@ BATCH_TOKENS: Final = 4096
 """Tokens of a batch, where ``batch`` is not given."""
 LOGITS: Final = 2**26
 """Logits of one model that are in memory at a time: 256 MB in float32."""
+
+
+class Place(NamedTuple):
+    """A decoder layer, or one routed expert of it."""
+
+    layer: int
+    expert: int | None = None
+
+    def __str__(self) -> str:
+        return f"layer {self.layer}" + ("" if self.expert is None else f", expert {self.expert}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,7 +76,7 @@ class Run:
         variants: Sequence[str],
         state: EvaluationState | None,
         record: str | Path | None = None,
-        ablated: dict[str, int] | None = None,
+        ablated: dict[str, Place] | None = None,
     ) -> Streams:
         """Carry variants through all layers.
 
@@ -73,55 +84,65 @@ class Run:
             variants: names; beside the three known ones those of ``ablated``.
             state: where finished layers are kept.
             record: file for the inputs of MoE layers.
-            ablated: variant -> the layer in which it takes the baseline's weights.
+            ablated: variant -> the layer, or the expert of one, that takes the baseline's weights.
         """
         ablated = ablated or {}
+        # The inputs of finished layers are not in the state: what is recorded starts with the first layer.
+        streams = None if state is None or record is not None else state.load()
+        if streams is not None and set(streams.states) != set(variants):
+            streams = None
+        recorded: dict[str, Tensor] | None = None if record is None else {}
+        first = self.runners[0]
+        numbers = range(0 if streams is None else streams.finished, self.layer_count)
+        with ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool:
+            quantized = ReadAhead(first.quantized.weights, numbers, pool)
+            unquantized = None if first.unquantized is None else ReadAhead(first.unquantized.weights, numbers, pool)
+            start, calls = self._embed()
+            if streams is None:
+                streams = Streams({name: start.clone() for name in variants})
+            self.progress.step("Running layers", len(numbers), "layer")
+            for number in numbers:
+                weights = quantized.take()
+                quantized.start()  # its codes are computed with as they were read: two layers of them are in memory
+                for runner in self.runners:
+                    runner.fill(number, weights)
+                del weights
+                if unquantized is not None:
+                    others = unquantized.take()
+                    for runner in self.runners:
+                        runner.fill_unquantized(number, others)
+                    del others  # the model has its own copy: the next layer may be read
+                    unquantized.start()
+                self._layer(number, streams, calls, ablated, recorded)
+                streams.finished = number + 1
+                if state is not None:
+                    _saved(state, streams)
+                self.progress.advance()
+        if record is not None and recorded is not None:
+            _write_record(record, recorded)
+        return streams
+
+    def _embed(self) -> tuple[Tensor, list[tuple[list[LayerCall], list[LayerCall]]]]:
+        """Hidden states before the first layer, [W, L, H] on the CPU, and the calls of both models for each batch."""
         calls: list[tuple[list[LayerCall], list[LayerCall]]] = []
         embedded = []
         for item in self.batches:
             states, mine, theirs = self.runners[item.device].embed(self.tokens.ids[item.windows])
             calls.append(_shared(mine, theirs, calls))
             embedded.append(states.cpu())
-        start = torch.cat(embedded)
-        # The inputs of finished layers are not in the state: what is recorded starts with the first layer.
-        streams = None if state is None or record is not None else state.load()
-        if streams is None or set(streams.states) != set(variants):
-            streams = Streams({name: start.clone() for name in variants})
-        recorded: dict[str, Tensor] = {}
-        with ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool:
-            ahead: Future[tuple[LayerWeights, LayerWeights | None]] | None = None
-            self.progress.step("Running layers", self.layer_count - streams.finished, "layer")
-            for number in range(streams.finished, self.layer_count):
-                weights = self._read(number) if ahead is None else ahead.result()
-                ahead = pool.submit(self._read, number + 1) if number + 1 < self.layer_count else None
-                self._layer(number, weights, streams, calls, ablated, recorded if record is not None else None)
-                streams.finished = number + 1
-                if state is not None:
-                    _saved(state, streams)
-                self.progress.advance()
-        if record is not None:
-            _write_record(record, recorded)
-        return streams
-
-    def _read(self, number: int) -> tuple[LayerWeights, LayerWeights | None]:
-        first = self.runners[0]
-        other = first.unquantized
-        return first.quantized.weights.layer(number), None if other is None else other.weights.layer(number)
+        return torch.cat(embedded), calls
 
     def _layer(
         self,
         number: int,
-        weights: tuple[LayerWeights, LayerWeights | None],
         streams: Streams,
         calls: list[tuple[list[LayerCall], list[LayerCall]]],
-        ablated: dict[str, int],
+        ablated: dict[str, Place],
         recorded: dict[str, Tensor] | None,
     ) -> None:
-        without = [name for name, layer in ablated.items() if layer == number]
+        without = {name: place.expert for name, place in ablated.items() if place.layer == number}
         parts: dict[tuple[str, int], Tensor] = {}
         total = LayerSums()
-        for runner in self.runners:
-            runner.fill(number, *weights)
 
         def share(device: int) -> LayerSums:
             runner, sums = self.runners[device], LayerSums()
@@ -171,32 +192,36 @@ class Run:
                 for name in states:
                     of_baseline = name == self.baseline
                     skeleton = (runner.baseline if of_baseline else runner.quantized).skeleton
-                    logits[name] = skeleton.logits(ids, states[name][item.windows], places).flatten(0, 1)
+                    logits[name] = final_logits(skeleton, ids, states[name][item.windows], places).flatten(0, 1)
                 baseline = logits[self.baseline]
                 for name, values in logits.items():
                     found[name].add(values, targets.to(values.device), None if name == self.baseline else baseline)
             self.progress.advance()
         return found
 
-    def ablations(
-        self, streams: Streams, scores: dict[str, TokenScores], layers: tuple[LayerEvaluation, ...], count: int
-    ) -> tuple[Ablation, ...]:
-        """The worst layers, each left as in the baseline, in one more pass through the model."""
-        if not count or INT8 not in scores:
-            return ()
+    def ablations(self, streams: Streams, scores: dict[str, TokenScores], places: Sequence[Place]) -> list[Ablation]:
+        """The model with single layers and experts left as in the baseline, all in one more pass.
+
+        Args:
+            streams: hidden states after the last layer.
+            scores: of the same.
+            places: what is left unquantized, one at a time.
+        """
+        if not places or INT8 not in scores:
+            return []
         whole = scores[INT8].divergence()
         assert whole is not None
-        worst = sorted(layers, key=lambda layer: -layer.own)[:count]
-        names = {f"without layer {layer.index}": layer.index for layer in worst}
+        names = {f"without {place}": place for place in places}
         again = self.layers_of(list(names), None, ablated=names)
         found = self.scores({self.baseline: streams.states[self.baseline], **again.states})
         ablations = []
-        for layer, name in zip(worst, names, strict=True):
+        for name, (layer, expert) in names.items():
             divergence = found[name].divergence()
             assert divergence is not None
             share = 1 - divergence.mean / whole.mean if whole.mean else 0.0
-            ablations.append(Ablation(layer.index, layer.module, divergence.mean, share))
-        return tuple(ablations)
+            module = self.runners[0].quantized.skeleton.layer_prefix(layer)
+            ablations.append(Ablation(layer, module, expert, divergence.mean, share))
+        return ablations
 
 
 def _shared(

@@ -1,76 +1,24 @@
 """A transformers model on the meta device, whose decoder layers are filled and emptied one by one.
 
-The class is transformers' own; remote code never runs. Its forward runs unchanged: modules that record their arguments
-replace the decoder layers. Masks, rotary embeddings, scaling of embeddings, the final norm and the head are so the
-model's own code, while the layers run one at a time over all windows.
+Weights are renamed and converted by transformers' own mapping, as it does when it loads a checkpoint.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.evaluate.model_class import meta_model
 
-_OLDEST: Final = (5, 0)
-"""The first release of transformers with one mapping of checkpoint names for loading."""
-_AUTO_CLASSES: Final = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
-"""Where a class with a head is looked for; models of text and images have one of the second only."""
 _LAYERS: Final = ("layers", "blocks")
 """Names of the list of decoder layers."""
-
-
-@dataclass(frozen=True, slots=True)
-class LayerCall:
-    """What the model passes to a decoder layer beside the hidden states; the same for all windows of a batch size."""
-
-    args: tuple[Any, ...]
-    kwargs: dict[str, Any]
-
-
-class _Replacement(nn.Module):
-    """Replaces a decoder layer; has the layer's attributes, which the model may read (``block_type``)."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self._replaced = (layer,)  # in a tuple: not a module of this one
-
-    def __getattr__(self, name: str) -> Any:
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(self.__dict__["_replaced"][0], name)
-
-
-class _Recorder(_Replacement):
-    """Keeps what it is called with, and passes its hidden states on."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__(layer)
-        self.call: LayerCall | None = None
-        self.states: Tensor | None = None
-
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.call, self.states = LayerCall(args, kwargs), hidden_states
-        return hidden_states
-
-
-class _Computed(_Replacement):
-    """Returns hidden states that were computed before."""
-
-    def __init__(self, layer: nn.Module, states: Tensor) -> None:
-        super().__init__(layer)
-        self.states = states
-
-    def forward(self, _: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        return self.states
 
 
 class Skeleton:
@@ -83,6 +31,8 @@ class Skeleton:
     Attributes:
         model: the transformers model, ``...ForCausalLM``.
         dtype: of its floats.
+        layers: the decoder layers.
+        layers_path: the name of their list.
         unmatched: tensors of the checkpoint that are not parameters of the model.
         device: where layers are filled.
 
@@ -92,26 +42,9 @@ class Skeleton:
     """
 
     def __init__(self, root: Path, device: torch.device) -> None:
-        transformers = _transformers()
         self.root, self.device = root, device
-        try:
-            config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
-        except Exception as error:  # transformers raises ValueError, KeyError, OSError and its own
-            raise _no_class(root, error) from error
-        for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
-            if getattr(part, "quantization_config", None) is not None:
-                del part.quantization_config
-        dtype = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
-        self.dtype: torch.dtype = dtype if isinstance(dtype, torch.dtype) else torch.bfloat16
-        known = [item for item in _AUTO_CLASSES if type(config) in getattr(transformers, item)._model_mapping]
-        auto = getattr(transformers, (known or _AUTO_CLASSES)[0])
-        try:
-            with torch.device("meta"):
-                self.model = auto.from_config(config, trust_remote_code=False, dtype=self.dtype)
-        except Exception as error:
-            raise _no_class(root, error) from error
-        self.model.eval()
-        self._layers_path, self.layers = self._find_layers()
+        self.model, self.dtype = meta_model(root)
+        self.layers_path, self.layers = self._find_layers()
         self._renamings, self._converters, self._mapping = self._name_mapping()
         self.unmatched: list[str] = []
         self._meta_state = dict(self.model.state_dict().items())
@@ -135,7 +68,7 @@ class Skeleton:
 
     def layer_of(self, parameter: str) -> int | None:
         """Number of the decoder layer that a parameter belongs to; None for the rest of the model."""
-        match = re.match(rf"{re.escape(self._layers_path)}\.(\d+)\.", parameter)
+        match = re.match(rf"{re.escape(self.layers_path)}\.(\d+)\.", parameter)
         number = int(match[1]) if match else -1
         return number if 0 <= number < len(self.layers) else None
 
@@ -145,7 +78,7 @@ class Skeleton:
 
     def layer_prefix(self, number: int) -> str:
         """Name of a decoder layer, such as ``model.layers.3``."""
-        return f"{self._layers_path}.{number}"
+        return f"{self.layers_path}.{number}"
 
     def fill(self, tensors: Mapping[str, Tensor], prefix: str | None) -> None:
         """Load tensors of a checkpoint into the model, converted as transformers does when it loads.
@@ -175,6 +108,8 @@ class Skeleton:
                 tensor=name,
                 found=" and ".join(map(str, shapes)),
             )
+        if prefix is not None:
+            self._detach(prefix)
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(f"{prefix}.") if prefix is not None else self.layer_of(name) is None
             if inside and parameter.is_meta and not self._tied(name):
@@ -194,6 +129,16 @@ class Skeleton:
                     hint="run `quarkconv inspect`",
                 )
 
+    def _detach(self, prefix: str) -> None:
+        """Copy the tensors that are parts of larger memory, so that it can be freed."""
+        for module in self.module(prefix).modules():
+            for name, parameter in module._parameters.items():
+                if parameter is not None and _is_part(parameter):
+                    module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
+            for name, buffer in module._buffers.items():
+                if buffer is not None and _is_part(buffer):
+                    module._buffers[name] = buffer.clone()
+
     def empty(self, number: int) -> None:
         """Free the parameters of a decoder layer."""
         layer = self.layers[number]
@@ -201,59 +146,6 @@ class Skeleton:
             for name, parameter in list(module._parameters.items()):
                 if parameter is not None and not parameter.is_meta:
                     module._parameters[name] = nn.Parameter(parameter.detach().to("meta"), requires_grad=False)
-
-    def embed(self, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-        """Hidden states before the first layer, [B, L, H], and what each layer is called with.
-
-        Args:
-            ids: int64 [B, L].
-
-        Raises:
-            UnsupportedError: the model passes something between its layers that depends on them.
-        """
-        recorders = [_Recorder(layer) for layer in self.layers]
-        with self._replaced(recorders), self._forward():
-            self.model(input_ids=ids.to(self.device), use_cache=False, logits_to_keep=1)
-        first = recorders[0].states
-        if first is None or any(item.states is None or item.states is not first for item in recorders):
-            raise UnsupportedError(
-                "The layers of this model cannot be run one by one",
-                file=str(self.root),
-                expected="a decoder whose layers take the hidden states of the layer before",
-                found=type(self.model).__name__,
-            )
-        return first, [item.call for item in recorders if item.call is not None]
-
-    def run_layer(self, number: int, states: Tensor, call: LayerCall) -> Tensor:
-        """One decoder layer, filled before: [B, L, H] -> [B, L, H]."""
-        with self._forward():
-            result = self.layers[number](states, *call.args, **call.kwargs)
-        if isinstance(result, tuple):
-            raise UnsupportedError(
-                "The layers of this model pass more than hidden states to one another",
-                file=str(self.root),
-                tensor=self.layer_prefix(number),
-                found=type(self.layers[number]).__name__,
-            )
-        output: Tensor = result
-        return output
-
-    def logits(self, ids: Tensor, states: Tensor, positions: Tensor) -> Tensor:
-        """Logits after the last layer, [B, n, V], at some positions of each window.
-
-        Args:
-            ids: int64 [B, L].
-            states: hidden states after the last layer, [B, L, H].
-            positions: int64 [n].
-        """
-        replaced: list[nn.Module] = [_Recorder(layer) for layer in self.layers]
-        replaced[-1] = _Computed(self.layers[-1], states.to(self.device))
-        with self._replaced(replaced), self._forward():
-            output = self.model(
-                input_ids=ids.to(self.device), use_cache=False, logits_to_keep=positions.to(self.device)
-            )
-        logits: Tensor = output.logits
-        return logits
 
     def module(self, path: str) -> nn.Module:
         """A module by its path.
@@ -278,7 +170,7 @@ class Skeleton:
 
     def _set(self, name: str, tensor: Tensor) -> None:
         """Fill a parameter or buffer that the loader of transformers left out, for all that it renames the tensor."""
-        owner, leaf = self._owner(name)
+        owner, leaf = self.owner(name)
         held = owner._parameters.get(leaf, owner._buffers.get(leaf))
         if held is not None and held.is_meta and held.shape == tensor.shape:
             filled = tensor.to(self.device, held.dtype)
@@ -287,34 +179,8 @@ class Skeleton:
             else:
                 owner._buffers[leaf] = filled
 
-    @contextmanager
-    def _forward(self) -> Iterator[None]:
-        """Code of the model's class: without gradients, and its exceptions as errors of ours."""
-        try:
-            with torch.no_grad():
-                yield
-        except torch.OutOfMemoryError as error:
-            raise UsageError(
-                "The device's memory is too small for a batch", found=str(self.device), hint="give a smaller --batch"
-            ) from error
-        except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
-            raise UnsupportedError(
-                "The model's class in transformers cannot be run layer by layer",
-                file=str(self.root),
-                found=f"{type(self.model).__name__}: {error}"[:200],
-            ) from error
-
-    @contextmanager
-    def _replaced(self, modules: Iterable[nn.Module]) -> Iterator[None]:
-        owner, leaf = self._owner(self._layers_path)
-        before = getattr(owner, leaf)
-        setattr(owner, leaf, nn.ModuleList(modules))
-        try:
-            yield
-        finally:
-            setattr(owner, leaf, before)
-
-    def _owner(self, path: str) -> tuple[nn.Module, str]:
+    def owner(self, path: str) -> tuple[nn.Module, str]:
+        """The module that holds a module, parameter or buffer, and its name there."""
         head, _, leaf = path.rpartition(".")
         return (self.model.get_submodule(head) if head else self.model), leaf
 
@@ -368,34 +234,14 @@ class Skeleton:
         source = self.model.get_parameter(tied[name])
         if source.is_meta:
             return False
-        owner, leaf = self._owner(name)
+        owner, leaf = self.owner(name)
         owner._parameters[leaf] = source
         return True
 
 
-def _transformers() -> Any:
-    try:
-        import transformers
-    except ImportError as error:
-        raise UsageError("evaluate needs transformers", hint="pip install 'transformers>=5' tokenizers") from error
-    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
-    if version < _OLDEST:
-        raise UsageError(
-            "transformers is too old",
-            expected="5.0 or later",
-            found=transformers.__version__,
-            hint="pip install -U transformers",
-        )
-    return transformers
-
-
-def _no_class(root: Path, error: Exception) -> UnsupportedError:
-    return UnsupportedError(
-        "transformers has no class for this model",
-        file=str(root / "config.json"),
-        found=str(error).splitlines()[0][:200],
-        hint="quarkconv never runs code of a checkpoint; `quarkconv verify` checks each layer without a class",
-    )
+def _is_part(tensor: Tensor) -> bool:
+    """Whether a tensor keeps more memory than its own."""
+    return not tensor.is_meta and tensor.untyped_storage().nbytes() > tensor.nbytes
 
 
 @contextmanager

@@ -11,7 +11,8 @@ from typing import Any
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from quarkconv.evaluate.streams import LayerSums, Streams
+from quarkconv.evaluate.streams import Streams
+from quarkconv.evaluate.sums import LayerSums
 
 _TENSORS = ("load", "expert_errors", "expert_tokens")
 

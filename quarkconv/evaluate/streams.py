@@ -7,26 +7,27 @@ that runs and the one that is read ahead. The variants are
     dequantized    codes times scales, activations not rounded
     int8           codes as they are, activations rounded to 8 bits
 
-and an ablation, ``int8`` with one layer of the baseline's.
+and ablations, ``int8`` with one layer or one expert of the baseline's.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from types import MappingProxyType
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
-from quarkconv.evaluate.int8 import Int8Experts, Int8Linear
-from quarkconv.evaluate.skeleton import LayerCall, Skeleton
-from quarkconv.evaluate.weights import CheckpointWeights, Int8Weight, LayerWeights, dequantized
-from quarkconv.experts.function import Unknown
-from quarkconv.experts.knowledge import expert_activation
+from quarkconv.evaluate.forward import LayerCall, embed, run_layer
+from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
+from quarkconv.evaluate.int8_layer import in_place, int8_modules
+from quarkconv.evaluate.skeleton import Skeleton
+from quarkconv.evaluate.sums import DeviceSums, LayerSums, squares
+from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 
 UNQUANTIZED: Final = "unquantized"
 DEQUANTIZED: Final = "dequantized"
@@ -51,44 +52,6 @@ class Routed:
     states: Tensor
     ids: Tensor
     weights: Tensor
-
-
-@dataclass(slots=True)
-class LayerSums:
-    """Sums over tokens of one layer; those of several devices are added."""
-
-    difference: float = 0.0
-    norm: float = 0.0
-    baseline_norm: float = 0.0
-    product: float = 0.0
-    own_difference: float = 0.0
-    own_norm: float = 0.0
-    tokens: int = 0
-    changed: int = 0
-    routed: bool = False
-    load: Tensor | None = None
-    expert_errors: Tensor | None = None
-    expert_tokens: Tensor | None = None
-    expert_norm: float = 0.0
-
-    def add(self, other: LayerSums) -> None:
-        """Add the sums of other tokens."""
-        for name in (
-            "difference",
-            "norm",
-            "baseline_norm",
-            "product",
-            "own_difference",
-            "own_norm",
-            "tokens",
-            "changed",
-            "expert_norm",
-        ):
-            setattr(self, name, getattr(self, name) + getattr(other, name))
-        self.routed = self.routed or other.routed
-        for name in ("load", "expert_errors", "expert_tokens"):
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, theirs if mine is None else mine if theirs is None else mine + theirs)
 
 
 @dataclass(slots=True)
@@ -121,10 +84,10 @@ class LayerRunner:
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[LayerCall], list[LayerCall]]:
         """Hidden states [B, L, H] before the first layer, and the calls of the layers of both models."""
-        states, calls = self.quantized.skeleton.embed(ids)
+        states, calls = embed(self.quantized.skeleton, ids)
         if self.unquantized is None:
             return states, calls, calls
-        own, baseline_calls = self.unquantized.skeleton.embed(ids)
+        own, baseline_calls = embed(self.unquantized.skeleton, ids)
         if not torch.equal(states, own):
             # Embeddings are not quantized: another tokenizer or another model.
             raise UnsupportedError(
@@ -135,20 +98,24 @@ class LayerRunner:
             )
         return states, calls, baseline_calls
 
-    def fill(self, number: int, quantized: LayerWeights, unquantized: LayerWeights | None) -> None:
-        """Fill a layer of both models."""
+    def fill(self, number: int, weights: LayerWeights) -> None:
+        """Fill a layer of the evaluated model."""
         skeleton = self.quantized.skeleton
-        quantized = quantized.on(skeleton.device)
-        skeleton.fill(quantized.floats, skeleton.layer_prefix(number))
-        if self.unquantized is not None and unquantized is not None:
-            other = self.unquantized.skeleton
-            other.fill(unquantized.on(other.device).floats, other.layer_prefix(number))
-        self._moe = quantized.experts
-        self._modules = dict(self._int8_modules(number, quantized))
+        weights = weights.on(skeleton.device)
+        skeleton.fill(weights.floats, skeleton.layer_prefix(number))
+        self._moe = weights.experts
+        in_int8 = self._int8_layers is None or number in self._int8_layers
+        self._modules = dict(int8_modules(skeleton, number, weights, self._config)) if in_int8 else {}
+
+    def fill_unquantized(self, number: int, weights: LayerWeights) -> None:
+        """Fill a layer of the model before quantization."""
+        assert self.unquantized is not None
+        skeleton = self.unquantized.skeleton
+        skeleton.fill(weights.on(skeleton.device).floats, skeleton.layer_prefix(number))
 
     def empty(self, number: int) -> None:
         """Free a layer of both models."""
-        self._modules = {}
+        self._modules, self._moe = {}, {}
         self.quantized.skeleton.empty(number)
         if self.unquantized is not None:
             self.unquantized.skeleton.empty(number)
@@ -159,7 +126,7 @@ class LayerRunner:
         states: Mapping[str, Tensor],
         calls: tuple[LayerCall, LayerCall],
         *,
-        ablated: Sequence[str] = (),
+        ablated: Mapping[str, int | None] = MappingProxyType({}),
         sample: bool = False,
         record: dict[str, Tensor] | None = None,
     ) -> tuple[dict[str, Tensor], LayerSums]:
@@ -169,58 +136,70 @@ class LayerRunner:
             number: the layer.
             states: variant -> hidden states [B, L, H] before the layer.
             calls: of the evaluated model's layer, and of the baseline's.
-            ablated: variants that take the baseline's weights in this layer.
+            ablated: variant -> the expert that takes the baseline's weights in this layer; None for the whole layer.
             sample: also compute the errors of single experts.
             record: MoE layer -> where the inputs [M, H] of its routed experts in the baseline go.
 
         Returns:
             variant -> hidden states after the layer, and the sums of this batch.
         """
-        device = self.quantized.skeleton.device
-        given = {name: tensor.to(device) for name, tensor in states.items()}
+        skeleton = self.quantized.skeleton
+        given = {name: tensor.to(skeleton.device) for name, tensor in states.items()}
         base_name = UNQUANTIZED if self.unquantized is not None else DEQUANTIZED
         after: dict[str, Tensor] = {}
-        sums = LayerSums()
+        sums = DeviceSums()
         base_routed: Routed | None = None
         if base_name in given:
             with self._tap(self.baseline, number) as routed:
-                after[base_name] = self.baseline.skeleton.run_layer(number, given[base_name], calls[1])
+                after[base_name] = run_layer(self.baseline.skeleton, number, given[base_name], calls[1])
             base_routed = routed[-1] if routed else None
             if record is not None and base_routed is not None:
                 record |= {layer.moe: base_routed.states.cpu().contiguous() for layer, _ in self._moe.values()}
             if sample and base_routed is not None:
                 self._sample_experts(base_routed, sums)
         if DEQUANTIZED in given and base_name != DEQUANTIZED:
-            after[DEQUANTIZED] = self.quantized.skeleton.run_layer(number, given[DEQUANTIZED], calls[0])
-        in_int8 = [name for name in given if name not in (UNQUANTIZED, DEQUANTIZED)]
-        for name in in_int8:
-            if name in ablated:
-                after[name] = self.baseline.skeleton.run_layer(number, given[name], calls[1])
-        with self._int8(number):
-            for name in in_int8:
-                if name in ablated:
-                    continue
+            after[DEQUANTIZED] = run_layer(skeleton, number, given[DEQUANTIZED], calls[0])
+        for name in given.keys() - after.keys() - {INT8}:
+            if name in ablated and ablated[name] is None:
+                after[name] = run_layer(self.baseline.skeleton, number, given[name], calls[1])
+                continue
+            with in_place(skeleton, self._without(number, ablated.get(name))):
+                after[name] = run_layer(skeleton, number, given[name], calls[0])
+        if INT8 in given:
+            with in_place(skeleton, self._modules):
                 with self._tap(self.quantized, number) as routed:
-                    after[name] = self.quantized.skeleton.run_layer(number, given[name], calls[0])
-                if name == INT8 and base_name in given:
+                    after[INT8] = run_layer(skeleton, number, given[INT8], calls[0])
+                if base_name in given:
                     self._compare(sums, after[INT8], after[base_name], routed[-1] if routed else None, base_routed)
-            if INT8 in given and base_name in given:
-                own = self.quantized.skeleton.run_layer(number, given[base_name], calls[0])
-                sums.own_difference += _squares(own.double() - after[base_name].double())
-                sums.own_norm += _squares(after[base_name].double())
+                    own = run_layer(skeleton, number, given[base_name], calls[0])
+                    sums.add(own_difference=squares(own.double() - after[base_name].double()))
+                    sums.add(own_norm=squares(after[base_name]))
         for name, tensor in after.items():
-            if not bool(tensor.isfinite().all()):
-                raise SourceError(
-                    "Hidden states are not finite",
-                    code="states-not-finite",
-                    file=str(self.quantized.skeleton.root),
-                    tensor=self.quantized.skeleton.layer_prefix(number),
-                    found=f"NaN or infinity in the {name} model; the layers before are finite",
-                    hint=f"run `quarkconv verify --layers {number}`",
-                )
-        return {name: tensor.cpu() for name, tensor in after.items()}, sums
+            sums.check(name, tensor)
+        tokens = after[base_name].shape[:2].numel() if base_name in after else 0
+        found, infinite = sums.take(tokens)
+        if infinite:
+            raise SourceError(
+                "Hidden states are not finite",
+                code="states-not-finite",
+                file=str(skeleton.root),
+                tensor=skeleton.layer_prefix(number),
+                found=f"NaN or infinity in the {infinite[0]} model; the layers before are finite",
+                hint=f"run `quarkconv verify --layers {number}`",
+            )
+        return {name: tensor.cpu() for name, tensor in after.items()}, found
 
-    def _sample_experts(self, routed: Routed, sums: LayerSums) -> None:
+    def _without(self, number: int, expert: int | None) -> dict[str, nn.Module]:
+        """The INT8 modules of a layer; one routed expert, if any is named, computes as in the baseline."""
+        if expert is None:
+            return self._modules
+        floats = self.baseline.skeleton.experts_of(number)
+        return {
+            path: ExpertLeftOut(module, floats[path], expert) if isinstance(module, Int8Experts) else module
+            for path, module in self._modules.items()
+        }
+
+    def _sample_experts(self, routed: Routed, sums: DeviceSums) -> None:
         """Add the errors of single experts on the first tokens that the baseline routed."""
         mine = next((module for module in self._modules.values() if isinstance(module, Int8Experts)), None)
         if mine is None:
@@ -234,75 +213,27 @@ class LayerRunner:
         errors = (computed - expected).square().sum(-1)
         experts = mine.experts.experts
         total = torch.zeros(experts, dtype=torch.float64, device=errors.device)
-        sums.expert_errors = total.index_add(0, flat_ids.flatten(), errors).cpu()
-        sums.expert_tokens = torch.bincount(flat_ids.flatten(), minlength=experts).cpu()
-        sums.expert_norm = _squares(expected.reshape(*ids.shape, -1).sum(1))
+        sums.add(
+            expert_errors=total.index_add(0, flat_ids.flatten(), errors),
+            expert_tokens=_counts(flat_ids, experts),
+            expert_norm=squares(expected.reshape(*ids.shape, -1).sum(1)),
+        )
 
     def _compare(
-        self, sums: LayerSums, int8: Tensor, base: Tensor, routed: Routed | None, base_routed: Routed | None
+        self, sums: DeviceSums, int8: Tensor, base: Tensor, routed: Routed | None, base_routed: Routed | None
     ) -> None:
         mine, theirs = int8.double(), base.double()
-        sums.difference += _squares(mine - theirs)
-        sums.norm += _squares(mine)
-        sums.baseline_norm += _squares(theirs)
-        sums.product += (mine * theirs).sum().item()
-        sums.tokens += mine.shape[0] * mine.shape[1]
+        sums.add(
+            difference=squares(mine - theirs),
+            norm=squares(mine),
+            baseline_norm=squares(theirs),
+            product=(mine * theirs).sum(),
+        )
         if routed is None or base_routed is None:
             return
-        sums.routed = True
         same = routed.ids.sort(-1).values == base_routed.ids.sort(-1).values
-        sums.changed += int((~same.all(-1)).sum())
         experts = max((m.experts.experts for m in self._modules.values() if isinstance(m, Int8Experts)), default=0)
-        sums.load = torch.bincount(routed.ids.flatten(), minlength=experts).cpu()
-
-    def _int8_modules(self, number: int, weights: LayerWeights) -> Iterator[tuple[str, nn.Module]]:
-        """Path -> the module that computes in INT8 in its place."""
-        if self._int8_layers is not None and number not in self._int8_layers:
-            return
-        skeleton = self.quantized.skeleton
-        for path, names in weights.linears.items():
-            module = skeleton.module(path)
-            if not isinstance(module, nn.Linear):
-                continue  # a router of a class of its own, say: engines keep those in float
-            linear = _joined([weights.matrices[name] for name in names], module.weight)
-            if linear is None:
-                raise UnsupportedError(
-                    "A linear of the model's class holds other rows than the checkpoint's int8 linears",
-                    file=str(skeleton.root),
-                    tensor=f"{path}.weight",
-                )
-            yield path, Int8Linear(linear.codes, linear.scale, module.bias, linear.input_scale)
-        for path, (layer, experts) in weights.experts.items():
-            activation = expert_activation(self._config, layer.index, layer.moe)
-            if isinstance(activation, Unknown):
-                raise UnsupportedError(
-                    "These experts cannot run in INT8: what they compute is not known",
-                    file=str(skeleton.root),
-                    tensor=layer.prefix,
-                    found=activation.reason,
-                )
-            if path not in skeleton.experts_of(number):
-                raise UnsupportedError(
-                    "The class of these experts cannot be replaced",
-                    file=str(skeleton.root),
-                    tensor=layer.prefix,
-                    expected="routed experts in one module",
-                    found=type(skeleton.layers[number]).__name__,
-                )
-            yield path, Int8Experts(experts, activation)
-
-    @contextmanager
-    def _int8(self, number: int) -> Iterator[None]:  # noqa: ARG002
-        """The layer with its INT8 modules in place."""
-        model, before = self.quantized.skeleton.model, {}
-        for path, module in self._modules.items():
-            before[path] = model.get_submodule(path)
-            model.set_submodule(path, module)
-        try:
-            yield
-        finally:
-            for path, module in before.items():
-                model.set_submodule(path, module)
+        sums.add(changed=(~same.all(-1)).sum(), load=_counts(routed.ids, experts))
 
     @contextmanager
     def _tap(self, model: Model, number: int) -> Iterator[list[Routed]]:
@@ -329,34 +260,6 @@ class LayerRunner:
                 handle.remove()
 
 
-def _joined(parts: Sequence[Int8Weight], weight: Tensor) -> Int8Weight | None:
-    """The int8 linears that make up one linear of the model, one after the other or row by row in turn.
-
-    Args:
-        parts: in the order of the checkpoint's names.
-        weight: of the model's linear, [out, in], as it was filled.
-
-    Returns:
-        The linear whose dequantized weight is ``weight``; None where neither order gives it.
-    """
-    orders: list[tuple[Sequence[Int8Weight], bool]] = [(parts, False), (parts[::-1], False)]
-    if len({part.codes.shape for part in parts}) == 1:
-        orders += [(parts, True), (parts[::-1], True)]
-    for order, in_turn in orders:
-        join = (lambda tensors: torch.stack(tensors, 1).flatten(0, 1)) if in_turn else torch.cat
-        codes, scale = join([part.codes for part in order]), join([part.scale for part in order])
-        static = {None if part.input_scale is None else part.input_scale.item() for part in order}
-        if codes.shape == weight.shape and len(static) == 1:
-            expected = dequantized(codes, scale).to(weight.dtype)
-            if torch.equal(expected, weight):
-                return Int8Weight(codes, scale, order[0].input_scale)
-    return None
-
-
-def relative(difference: float, norm: float) -> float:
-    """Relative error from two sums of squares."""
-    return math.sqrt(difference / norm) if norm else (0.0 if difference == 0 else math.inf)
-
-
-def _squares(tensor: Tensor) -> float:
-    return float(tensor.square().sum().item())
+def _counts(ids: Tensor, experts: int) -> Tensor:
+    """How often each expert is chosen, int64 [E]."""
+    return torch.bincount(ids.flatten(), minlength=experts)

@@ -5,7 +5,7 @@ Codes become floats as the target ``bf16`` writes them: code times scale in floa
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.experts.topology import MoELayer
-from quarkconv.load.arenas import Arena
+from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
 from quarkconv.load.layer_reads import LayerPart
@@ -78,10 +78,12 @@ class CheckpointWeights:
     Args:
         description: the checkpoint.
         skeleton: the model that its tensors go to.
+        memory: takes a number of bytes, and returns memory to read them into: of the host, or of a GPU.
     """
 
-    def __init__(self, description: Description, skeleton: Skeleton) -> None:
+    def __init__(self, description: Description, skeleton: Skeleton, memory: Callable[[int], Memory] = Arena) -> None:
         self.description, self.skeleton = description, skeleton
+        self._memory = memory
         self._stack = ExitStack()
         self._pool = self._stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
         self._reader = self._stack.enter_context(LayerReader(description, self._pool))
@@ -114,7 +116,7 @@ class CheckpointWeights:
         self._require_zeros(self._zero_points.get(number, ()))
         linears = self._linears.get(number, ())
         names = [name for module, form in linears for name in _tensors_of(module, form)]
-        tensors = self._reader.tensors([*self._names.get(number, ()), *names])
+        tensors = self._reader.tensors([*self._names.get(number, ()), *names], self._memory)
         found.floats = {name: tensors[name] for name in self._names.get(number, ())}
         for module, form in linears:
             name = f"{module}.weight"
@@ -124,7 +126,7 @@ class CheckpointWeights:
                 found.linears.setdefault(path, []).append(name)
         for layer in self._moe.get(number, ()):
             part = LayerPart(layer)
-            experts, _ = self._reader.read(part, Arena(part.nbytes))
+            experts, _ = self._reader.read(part, self._memory(part.nbytes))
             modules = {} if number is None else self.skeleton.experts_of(number)
             target = self.skeleton.target(_first(layer))
             path = target.rpartition(".")[0] if self.skeleton.has(target) else layer.prefix

@@ -1,4 +1,4 @@
-"""Host memory for the codes of one layer, reused for every layer.
+"""Memory that layers are read into; that for the codes of one layer is reused for every layer.
 
 For a GPU the memory is page-locked, so that the device copies from it while the next layer is read. It is locked after
 the first layer has been read into it: pinning untouched memory faults its pages in serially, readers do it in parallel.
@@ -8,27 +8,67 @@ from __future__ import annotations
 
 import mmap
 import queue
+import sys
+from collections.abc import Callable
 from types import TracebackType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 
-class Arena:
+class Memory(Protocol):
+    """Memory that files are read into.
+
+    Attributes:
+        tensor: the memory as uint8 [nbytes].
+        block: bytes that it takes at a time, at most.
+    """
+
+    tensor: Tensor
+    block: int
+
+    def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
+        """Have bytes from ``at`` on filled by ``read``, and return how many it read; any thread may do so."""
+
+    def finish(self) -> None:
+        """Wait until all that was read is in ``tensor``."""
+
+
+class HostMemory:
+    """Memory of the host.
+
+    Args:
+        memory: the bytes.
+
+    Attributes:
+        memory: the bytes.
+        tensor: the same as uint8 [nbytes].
+    """
+
+    block = sys.maxsize
+
+    def __init__(self, memory: memoryview) -> None:
+        self.memory = memory
+        self.tensor: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
+
+    def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
+        """Have bytes from ``at`` on filled by ``read``, and return how many it read."""
+        return read(self.memory[at : at + nbytes])
+
+    def finish(self) -> None:
+        """Do nothing: what was read is in memory."""
+
+
+class Arena(HostMemory):
     """Memory that starts on a page.
 
     Args:
         nbytes: its size.
-
-    Attributes:
-        memory: the memory as bytes.
-        tensor: the same as uint8 [nbytes].
     """
 
     def __init__(self, nbytes: int) -> None:
-        self.memory = memoryview(mmap.mmap(-1, max(nbytes, 1)))
-        self.tensor: Tensor = torch.frombuffer(self.memory, dtype=torch.uint8)
+        super().__init__(memoryview(mmap.mmap(-1, max(nbytes, 1))))
         self._tried = self._pinned = False
 
     def lock(self) -> None:

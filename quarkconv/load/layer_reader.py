@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import errno
-import functools
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Final, NamedTuple
 
 import torch
-import xxhash
 from torch import Tensor
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
-from quarkconv.files.page_cache import in_page_cache
-from quarkconv.load.arenas import Arena
+from quarkconv.headers.safetensors import TensorRef
+from quarkconv.load.arenas import Arena, HostMemory, Memory
 from quarkconv.load.experts import FusedExperts
-from quarkconv.load.layer_reads import CHUNK_BYTES, PAGE, LayerPart, LayerRead, layer_reads
-from quarkconv.load.open_files import OpenFiles, open_files
+from quarkconv.load.layer_reads import LayerPart, LayerRead, layer_reads, tensor_reads
+from quarkconv.load.ranges import RangeReader
 from quarkconv.plan.manifest import WrittenTensor
 
 READERS: Final = min(8, 2 * (os.cpu_count() or 1))
 """Threads that read: storage is fastest with several requests at once."""
 
-_DIRECT: Final = getattr(os, "O_DIRECT", 0)
 _DTYPES: Final = {"F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "F64": torch.float64}
 _TORCH_DTYPES: Final = {
     **_DTYPES,
@@ -40,8 +36,6 @@ _TORCH_DTYPES: Final = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-_ALIGNED: Final = 64
-"""Bytes that the start of a tensor in memory is a multiple of."""
 
 
 class Mismatch(NamedTuple):
@@ -82,18 +76,13 @@ class LayerReader:
         self._pool = pool
         self._progress = progress
         self.refs = description.checkpoint.refs()
-        store = description.checkpoint.store
-        self._files = open_files(store)
-        self._direct = OpenFiles(store.root, _DIRECT) if isinstance(self._files, OpenFiles) else None
-        self._without_direct: set[str] = set()
+        self._ranges = RangeReader(description.checkpoint.store)
 
     def __enter__(self) -> LayerReader:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._files.close()
-        if self._direct is not None:
-            self._direct.close()
+        self._ranges.close()
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint holds a tensor."""
@@ -107,7 +96,7 @@ class LayerReader:
         """Whether the checkpoint holds a tensor, and of floats."""
         return self.has(name) and self.refs[name].dtype in _DTYPES
 
-    def read(self, part: LayerPart, arena: Arena) -> tuple[FusedExperts, list[Mismatch]]:
+    def read(self, part: LayerPart, arena: Memory) -> tuple[FusedExperts, list[Mismatch]]:
         """Read a layer: its experts, whose codes are views of the arena, and what differs from the manifest.
 
         Raises:
@@ -115,9 +104,12 @@ class LayerReader:
         """
         reads = list(layer_reads(part, self.refs, self._written))
         wrong: dict[str, list[LayerRead]] = {}
-        for item, same in zip(reads, self._pool.map(lambda item: self._read(item, arena), reads), strict=True):
-            if not same:
-                wrong.setdefault(item.tensor, []).append(item)
+        try:
+            for item, same in zip(reads, self._pool.map(lambda item: self._read(item, arena), reads), strict=True):
+                if not same:
+                    wrong.setdefault(item.tensor, []).append(item)
+        finally:
+            arena.finish()
         mismatches = [
             Mismatch(name, items[0].source, len(items), len(self._written[name].pieces))
             for name, items in wrong.items()
@@ -130,6 +122,15 @@ class LayerReader:
         Raises:
             SourceError: its file cannot be read, or its elements are not floats.
         """
+        ref = self._float_ref(name)
+        number, of = part or (0, 1)
+        size = ref.nbytes // of
+        memory = _scratch(size)
+        self._ranges.fill(LayerRead(name, ref.file, ref.start + number * size, size, 0), memory)
+        values = memory.tensor[:size].view(_DTYPES[ref.dtype])
+        return values if part is not None else values.reshape(ref.shape)
+
+    def _float_ref(self, name: str) -> TensorRef:
         ref = self.refs[name]
         if ref.dtype not in _DTYPES:
             raise SourceError(
@@ -140,46 +141,47 @@ class LayerReader:
                 expected="floats",
                 found=ref.dtype,
             )
-        number, of = part or (0, 1)
-        data = bytearray(ref.nbytes // of)
-        self._fill(LayerRead(name, ref.file, ref.start + number * len(data), len(data), 0), memoryview(data))
-        values = torch.frombuffer(data, dtype=_DTYPES[ref.dtype]) if data else torch.empty(0, dtype=_DTYPES[ref.dtype])
-        return values if part is not None else values.reshape(ref.shape)
+        return ref
 
-    def tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Whole tensors of any dtype that torch has, read by all threads into memory of their own.
+    def tensors(self, names: Iterable[str], memory: Callable[[int], Memory] = Arena) -> dict[str, Tensor]:
+        """Whole tensors of any dtype that torch has, read by all threads in the order of the files.
+
+        Args:
+            names: the tensors.
+            memory: takes a number of bytes, and returns the memory that all of them are views of.
 
         Raises:
             SourceError: a file cannot be read.
             UnsupportedError: a dtype is not one of torch's.
         """
-        reads, places, at = [], {}, 0
-        for name in dict.fromkeys(names):
-            ref = self.refs[name]
-            dtype = _TORCH_DTYPES.get(ref.dtype)
-            if dtype is None:
+        refs = {name: self.refs[name] for name in names}
+        for name, ref in refs.items():
+            if ref.dtype not in _TORCH_DTYPES:
                 raise UnsupportedError(
                     "A tensor has a dtype that torch does not have", file=ref.file, tensor=name, found=ref.dtype
                 )
-            places[name] = (at, dtype)
-            for start in range(0, ref.nbytes, CHUNK_BYTES):
-                size = min(CHUNK_BYTES, ref.nbytes - start)
-                reads.append(LayerRead(name, ref.file, ref.start + start, size, at + start))
-            at += -(-ref.nbytes // _ALIGNED) * _ALIGNED
-        arena = Arena(at)
-        for _ in self._pool.map(lambda item: self._fill(item, arena.memory), reads):
-            pass
+        reads, places, nbytes = tensor_reads(refs)
+        arena = memory(nbytes)
+        try:
+            for _ in self._pool.map(lambda item: self._ranges.fill(item, arena), reads):
+                pass
+        finally:
+            arena.finish()
         return {
-            name: arena.tensor[at : at + self.refs[name].nbytes].view(dtype).reshape(self.refs[name].shape)
-            for name, (at, dtype) in places.items()
+            name: arena.tensor[places[name] :][: ref.nbytes].view(_TORCH_DTYPES[ref.dtype]).reshape(ref.shape)
+            for name, ref in refs.items()
         }
 
-    def _experts(self, part: LayerPart, arena: Arena) -> FusedExperts:
+    def _experts(self, part: LayerPart, arena: Memory) -> FusedExperts:
         experts, hidden, inner = len(part.experts), part.layer.hidden, len(part.inner)
         codes = arena.tensor.view(torch.int8)
         w13 = codes[: part.w13_nbytes].view(experts, len(part.ups) * inner, hidden)
         w2 = codes[part.w2_offset :][: experts * part.matrix].view(experts, hidden, inner)
-        read = functools.cache(self.floats)  # a tensor that experts share is read once
+        names = dict.fromkeys(self._float_names(part))
+        for name in names:
+            self._float_ref(name)
+        floats = self.tensors(names)  # a tensor that experts share is read once
+        read = floats.__getitem__
         ups, down = [_scales(part, role, read) for role in part.ups], _scales(part, "down", read)
         w13_bias = w2_bias = None
         if part.layer.biased:
@@ -192,87 +194,47 @@ class LayerReader:
             w13_scale=torch.cat(ups, dim=1).unsqueeze(-1),
             w2=w2,
             w2_scale=down.unsqueeze(-1),
-            w13_input_scale=self._input_scales(part, part.ups[0], read),
-            w2_input_scale=self._input_scales(part, "down", read),
+            w13_input_scale=_input_scales(part, part.ups[0], floats),
+            w2_input_scale=_input_scales(part, "down", floats),
             w13_bias=w13_bias,
             w2_bias=w2_bias,
         )
 
-    def _input_scales(self, part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor | None:
-        """Static input scales, float32 [E]; None where activations are quantized per token."""
-        layer, scales = part.layer, []
-        for expert in part.experts:
-            name = layer.projection(role, expert).names.input_scale
-            if not self.has(name):
-                return None
-            scales.append(read(name).reshape(-1)[0 if layer.layout == "per_expert" else expert])
-        return torch.stack(scales).float()
+    def _float_names(self, part: LayerPart) -> Iterator[str]:
+        """The tensors of a layer beside its codes."""
+        for role in (*part.ups, "down"):
+            for expert in part.experts:
+                names = part.layer.projection(role, expert).names
+                yield names.scale
+                if self.has(names.input_scale):
+                    yield names.input_scale
+                if part.layer.biased:
+                    yield _bias_name(names.weight)
 
-    def _read(self, item: LayerRead, arena: Arena) -> bool:
+    def _read(self, item: LayerRead, arena: Memory) -> bool:
         """Read one range to its place in an arena; False when its checksum differs."""
         if not item.run:
-            return self._fill(item, arena.memory, on_page=True)
-        data = bytearray(item.nbytes)
-        self._fill(item._replace(at=0), memoryview(data))
+            same = self._ranges.fill(item, arena, on_page=True)
+            if item.checksum:
+                self._progress(item.nbytes)
+            return same
+        memory = _scratch(item.nbytes)
+        self._ranges.fill(item._replace(at=0), memory)
         rows = (item.nbytes - item.run) // item.stride + 1
-        columns = torch.frombuffer(data, dtype=torch.uint8).as_strided((rows, item.run), (item.stride, 1))
+        columns = memory.tensor.as_strided((rows, item.run), (item.stride, 1))
         arena.tensor[item.at : item.at + rows * item.run].view(rows, item.run).copy_(columns)
         return True
 
-    def _fill(self, item: LayerRead, memory: memoryview, *, on_page: bool = False) -> bool:
-        """Read one range to its place in memory, which may start on a page; False when its checksum differs."""
-        hasher = xxhash.xxh3_128() if item.checksum else None
-        done = 0
-        while done < item.nbytes:
-            view = memory[item.at + done : item.at + min(done + self._files.block, item.nbytes)]
-            try:
-                count = (
-                    self._read_block(item, view, done)
-                    if on_page
-                    else self._files.read_into(item.file, view, item.start + done)
-                )
-            except OSError as error:
-                raise self._unreadable(item, error.strerror or str(error)) from error
-            if count == 0:
-                raise self._unreadable(item, f"the file ends at {item.start + done}")
-            if hasher is not None:
-                hasher.update(view[:count])
-            done += count
-        if hasher is None:
-            return True
-        self._progress(item.nbytes)
-        return hasher.hexdigest() == item.checksum
 
-    def _read_block(self, item: LayerRead, view: memoryview, done: int) -> int:
-        """Read a block: from the page cache where it is there, else past it where it lies on pages."""
-        start = item.start + done
-        on_pages = not ((item.at + done) % PAGE or start % PAGE or len(view) % PAGE)
-        direct = self._direct_descriptor(item.file) if on_pages else None
-        if direct is not None and not self._is_cached(item.file, start, len(view)):
-            try:
-                return os.preadv(direct, [view], start)
-            except OSError as error:
-                if error.errno not in (errno.EOPNOTSUPP, errno.EINVAL):
-                    raise
-        return self._files.read_into(item.file, view, start)
-
-    def _is_cached(self, file: str, start: int, nbytes: int) -> bool:
-        return isinstance(self._files, OpenFiles) and in_page_cache(self._files[file], start, nbytes)
-
-    def _direct_descriptor(self, file: str) -> int | None:
-        """The file opened for reads past the page cache; None where the system does not do that."""
-        if not _DIRECT or self._direct is None or file in self._without_direct:
+def _input_scales(part: LayerPart, role: Role, floats: Mapping[str, Tensor]) -> Tensor | None:
+    """Static input scales, float32 [E]; None where activations are quantized per token."""
+    layer, scales = part.layer, []
+    for expert in part.experts:
+        name = layer.projection(role, expert).names.input_scale
+        if name not in floats:
             return None
-        try:
-            return self._direct[file]
-        except SourceError:
-            self._without_direct.add(file)
-            return None
-
-    def _unreadable(self, item: LayerRead, found: str) -> SourceError:
-        return SourceError(
-            "A tensor cannot be read", code="shard-truncated", file=item.file, tensor=item.tensor, found=found
-        )
+        scales.append(floats[name].reshape(-1)[0 if layer.layout == "per_expert" else expert])
+    return torch.stack(scales).float()
 
 
 def _scales(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor:
@@ -292,12 +254,18 @@ def _biases(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tenso
     biases = []
     for expert in part.experts:
         stored = part.layer.projection(role, expert)
-        bias = _part(
-            read(f"{stored.names.weight.removesuffix('.weight')}.bias"), stored.weight, alternate=stored.alternate
-        )
+        bias = _part(read(_bias_name(stored.names.weight)), stored.weight, alternate=stored.alternate)
         biases.append(bias[rows.start : rows.stop].float())
     stacked = torch.stack(biases)
     return torch.zeros_like(stacked) if role == "down" and part.rank.parallel == "tp" and part.rank.rank else stacked
+
+
+def _scratch(nbytes: int) -> HostMemory:
+    return HostMemory(memoryview(bytearray(max(nbytes, 1))))
+
+
+def _bias_name(weight: str) -> str:
+    return f"{weight.removesuffix('.weight')}.bias"
 
 
 def _part(values: Tensor, part: Part, *, alternate: bool = False) -> Tensor:

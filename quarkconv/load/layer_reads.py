@@ -19,6 +19,8 @@ from quarkconv.plan.manifest import Manifest, WrittenTensor
 PAGE: Final = 4096
 CHUNK_BYTES: Final = 16 * 2**20
 """Bytes of one read at most, so that several threads read a large tensor."""
+_ALIGNED: Final = 64
+"""Bytes that the start of a whole tensor in memory is a multiple of."""
 
 
 class LayerPart(NamedTuple):
@@ -116,6 +118,33 @@ def layer_reads(
             size = piece.output_nbytes
             yield LayerRead(item.tensor, item.file, start, size, at, checksum, piece.source.tensor)
             start, at = start + size, at + size
+
+
+def tensor_reads(refs: Mapping[str, TensorRef]) -> tuple[list[LayerRead], dict[str, int], int]:
+    """The reads that fill one memory with whole tensors.
+
+    Tensors have the order of the files. Neighbours in a file that stay aligned are neighbours in memory as well, so
+    that one read may go through many of them.
+
+    Args:
+        refs: the tensors, and where they lie.
+
+    Returns:
+        The reads, the first byte of each tensor in memory, and the bytes of the memory.
+    """
+    runs: list[LayerRead] = []
+    places: dict[str, int] = {}
+    at = 0
+    for name, ref in sorted(refs.items(), key=lambda item: (item[1].file, item[1].start)):
+        last = runs[-1] if runs else None
+        if last is not None and (ref.file, ref.start) == (last.file, last.start + last.nbytes) and not at % _ALIGNED:
+            runs[-1] = last._replace(nbytes=last.nbytes + ref.nbytes)
+        else:
+            at = -(-at // _ALIGNED) * _ALIGNED
+            runs.append(LayerRead(name, ref.file, ref.start, ref.nbytes, at))
+        places[name] = at
+        at += ref.nbytes
+    return [chunk for run in runs for chunk in _chunks(run)], places, at
 
 
 def covered(part: LayerPart, refs: Mapping[str, TensorRef], written: Mapping[str, WrittenTensor]) -> set[str]:

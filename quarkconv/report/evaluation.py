@@ -29,9 +29,9 @@ def _parts(evaluation: Evaluation, command: str) -> Iterator[str]:
     if loaded or evaluation.experts:
         yield page.section("Experts", *_experts(evaluation))
     if evaluation.ablations:
-        rows = [(item.index, item.module, item.kl, item.share) for item in evaluation.ablations]
-        head = ("layer", "module", "mean KL divergence", "share of the whole that goes")
-        yield page.table_section("Without quantizing one layer", head, rows, sortable=True)
+        rows = [(item.index, item.expert, item.module, item.kl, item.share) for item in evaluation.ablations]
+        head = ("layer", "expert", "module", "mean KL divergence", "share of the whole that goes")
+        yield page.table_section("Without quantizing one layer or expert", head, rows, sortable=True)
     yield page.about(command)
 
 

@@ -19,6 +19,7 @@ from support.exports import DATA, EXPORTS, FIXTURES, restore
 from quarkconv import UnsupportedError, convert_checkpoint, inspect_checkpoint
 from quarkconv.description.description import describe
 from quarkconv.errors import QuarkconvError
+from quarkconv.evaluate.forward import embed, final_logits, run_layer
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import CheckpointWeights
 
@@ -50,13 +51,13 @@ def streamed(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     with ExitStack() as stack:
         weights = stack.enter_context(CheckpointWeights(describe(folder), skeleton))
         skeleton.fill(weights.layer(None).on(skeleton.device).floats, None)
-        states, calls = skeleton.embed(ids)
+        states, calls = embed(skeleton, ids)
         for number, call in enumerate(calls):
             skeleton.fill(weights.layer(number).on(skeleton.device).floats, skeleton.layer_prefix(number))
-            states = skeleton.run_layer(number, states, call)
+            states = run_layer(skeleton, number, states, call)
             skeleton.empty(number)
             assert all(parameter.is_meta for parameter in skeleton.layers[number].parameters())
-        return skeleton.logits(ids, states, torch.arange(ids.shape[1]))
+        return final_logits(skeleton, ids, states, torch.arange(ids.shape[1]))
 
 
 def whole(folder: Path, ids: torch.Tensor) -> torch.Tensor:

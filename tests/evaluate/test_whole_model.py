@@ -11,10 +11,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support.qwen3_moe_twin import Array, Twin
 
+from quarkconv import evaluate_checkpoint
 from quarkconv.description.description import describe
 from quarkconv.evaluate.evaluation import layer_runner
+from quarkconv.evaluate.forward import final_logits
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.windows import Windows, windows_of_text
 from quarkconv.progress import SILENT
@@ -55,7 +58,8 @@ def streamed(folder: Path, windows: Windows) -> dict[str, Array]:
         states = run.layers_of(run.variants, None).states
         positions = torch.arange(windows.length)
         logits = {
-            name: runner.quantized.skeleton.logits(windows.ids, tensor, positions) for name, tensor in states.items()
+            name: final_logits(runner.quantized.skeleton, windows.ids, tensor, positions)
+            for name, tensor in states.items()
         }
     return {name: log_softmax(values.double().numpy()) for name, values in logits.items()}
 
@@ -90,6 +94,43 @@ def test_the_int8_model_in_float32_equals_its_twin_but_where_a_rounding_falls_th
     cost = divergence(twins["dequantized"], twin).mean()
     assert divergence(twin, found).mean() < cost / 30
     assert divergence(twins["dequantized"], found).mean() == pytest.approx(cost, rel=0.1)
+
+
+def test_ablations_have_the_divergence_of_twins_that_compute_that_expert_or_layer_unquantized(
+    quantized: Path, unquantized: Path, windows: Windows, tmp_path: Path
+) -> None:
+    """Expert 3 of layer 1 is damaged; the twin without it takes that expert, or layer 1, from the unquantized model."""
+    fault = "model.layers.1.mlp.experts.3.down_proj.weight_scale"
+    bad, original = (shutil.copytree(folder, tmp_path / folder.name) for folder in (quantized, unquantized))
+    tensors = load_file(bad / "model.safetensors")
+    save_file({**tensors, fault: tensors[fault] * 4}, bad / "model.safetensors")
+    for folder in (bad, original):
+        config = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), "utf-8")
+    save_file({"token_ids": windows.ids}, tmp_path / "ids.safetensors")
+    found = evaluate_checkpoint(
+        bad, original, token_ids=tmp_path / "ids.safetensors", ablate=1, device="cpu", resume=False
+    )
+    assert [(item.index, item.expert) for item in found.ablations] == [(1, None), (1, 3)]
+
+    base = Twin.of(original, int8=False)
+    log_p = log_softmax(base.logits(windows.ids.numpy()))[:, windows.scored]
+    places: dict[str, list[tuple[int, int | None]]] = {"whole": [], "layer": [(1, None)], "expert": [(1, 3)]}
+    expected = {
+        name: divergence(
+            log_p,
+            log_softmax(Twin.of(bad, int8=True, left_out=dict.fromkeys(left_out, base)).logits(windows.ids.numpy()))[
+                :, windows.scored
+            ],
+        ).mean()
+        for name, left_out in places.items()
+    }
+    assert found.int8 is not None
+    assert found.int8.mean == pytest.approx(expected["whole"], rel=0.02)
+    layer, expert = found.ablations
+    for item, name in ((layer, "layer"), (expert, "expert")):
+        assert item.kl == pytest.approx(expected[name], rel=0.1)
+        assert item.share == pytest.approx(1 - expected[name] / expected["whole"], abs=0.02)
 
 
 def test_the_int8_model_as_it_runs_has_the_perplexity_of_its_twin(

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from support.checkpoints import make_checkpoint
 from support.exports import Checkpoints, Converted
 from support.stacked import stacked_experts
@@ -16,8 +18,9 @@ from support.stacked import stacked_experts
 import quarkconv
 from quarkconv.description.description import describe
 from quarkconv.experts.ranks import Rank
+from quarkconv.headers.safetensors import TensorRef
 from quarkconv.load import layer_reads
-from quarkconv.load.arenas import ArenaPool
+from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
 from quarkconv.plan.manifest import read_manifest
@@ -134,3 +137,86 @@ def test_what_is_not_in_the_page_cache_is_read_from_the_disk_once(tmp_path: Path
     if read == 0:
         pytest.skip("this file system keeps its files in memory, or does not count")
     assert read < 1.05 * part.nbytes  # and the scales, with what is read ahead of them
+
+
+class Blocks(Arena):
+    """Memory that takes a few bytes at a time, as buffers of a device do, from one buffer that is used again."""
+
+    block = 1000
+
+    def __init__(self, nbytes: int) -> None:
+        super().__init__(nbytes)
+        self.sizes: list[int] = []
+        self.finished = 0
+
+    def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
+        buffer = bytearray(nbytes)
+        count = read(memoryview(buffer))
+        self.memory[at : at + count] = buffer[:count]
+        self.sizes.append(nbytes)
+        return count
+
+    def finish(self) -> None:
+        self.finished += 1
+
+
+def test_memory_is_filled_in_blocks_of_its_own(converted: Converted) -> None:
+    """With checksums on the way, and for whole tensors of any dtype as for codes."""
+    folder = converted(NAME)
+    description = describe(folder)
+    written = written_tensors(read_manifest(folder))
+    layer = description.int8_layers[0]
+    stored = {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+    with ThreadPoolExecutor(3) as pool, LayerReader(description, pool, written) as reader:
+        memory = Blocks(LayerPart(layer).nbytes)
+        found, wrong = reader.read(LayerPart(layer), memory)
+        made: list[Blocks] = []
+
+        def new(nbytes: int) -> Blocks:
+            made.append(Blocks(nbytes))
+            return made[-1]
+
+        whole = reader.tensors(stored, new)
+    assert not wrong
+    assert memory.finished == 1
+    assert max(memory.sizes) == 1000
+    for field, expected in stacked_experts(folder, layer).items():
+        assert expected is None or torch.equal(getattr(found, field), expected), field
+    assert [item.finished for item in made] == [1]
+    assert whole.keys() == stored.keys()
+    for name, tensor in stored.items():
+        assert whole[name].dtype == tensor.dtype
+        assert torch.equal(whole[name], tensor), name
+
+
+def test_whole_tensors_are_read_in_the_order_of_the_files_neighbours_at_once() -> None:
+    def ref(start: int, end: int, file: str = "a") -> TensorRef:
+        return TensorRef("I8", (end - start,), file, start, end)
+
+    refs = {"third": ref(192, 202), "fourth": ref(202, 207), "first": ref(0, 128), "second": ref(128, 192),
+            "other": ref(0, 7, "b")}  # fmt: skip
+    reads, places, nbytes = layer_reads.tensor_reads(refs)
+    # "fourth" would begin at 202 in memory, which is not a multiple of 64.
+    assert [(item.file, item.start, item.nbytes, item.at) for item in reads] == [
+        ("a", 0, 202, 0), ("a", 202, 5, 256), ("b", 0, 7, 320)]  # fmt: skip
+    assert places == {"first": 0, "second": 128, "third": 192, "fourth": 256, "other": 320}
+    assert nbytes == 327
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_device_is_filled_through_page_locked_buffers(converted: Converted) -> None:
+    from quarkconv.load.staging import Staging
+
+    folder = converted(NAME)
+    description = describe(folder)
+    layer = description.int8_layers[0]
+    staging = Staging(torch.device("cuda", 0))
+    with ThreadPoolExecutor(8) as pool, LayerReader(description, pool) as reader:
+        for _ in range(3):
+            found, _ = reader.read(LayerPart(layer), staging.memory(LayerPart(layer).nbytes))
+            names = [name for name, ref in reader.refs.items() if ref.nbytes]
+            whole = reader.tensors(names, staging.memory)
+            for field, expected in stacked_experts(folder, layer).items():
+                assert expected is None or torch.equal(getattr(found, field).cpu(), expected), field
+            host = reader.tensors(names)
+            assert all(torch.equal(whole[name].cpu(), host[name]) for name in names)

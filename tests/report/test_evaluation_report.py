@@ -38,7 +38,7 @@ def evaluation() -> Evaluation:
         scored=6, device="cpu",
         perplexity={"int8": Perplexity(10.1, 0.2), "dequantized": None, "unquantized": Perplexity(10.0, 0.2)},
         baseline="unquantized", int8=divergence, dequantized=None, layers=layers,
-        experts=(ExpertError(0, 3, 17, 0.05),), ablations=(Ablation(1, "model.layers.1", 0.002, -0.1),),
+        experts=(ExpertError(0, 3, 17, 0.05),), ablations=(Ablation(1, "model.layers.1", 3, 0.002, -0.1),),
         float_experts=("model.layers.1.mlp.experts",), limits=Limits(max_kl=0.001),
     )  # fmt: skip
 
@@ -104,5 +104,5 @@ def test_the_terminal_shows_the_same(evaluation: Evaluation, width: int) -> None
         console.print(render_evaluation(evaluation))
     text = shown.get()
     assert all(len(line) <= width for line in text.splitlines())
-    assert "without quantizing layer 1: KL 0.002, 10% more" in " ".join(text.split())
+    assert "without quantizing layer 1, expert 3: KL 0.002, 10% more" in " ".join(text.split())
     assert "Load of each expert" in text

@@ -7,7 +7,7 @@ numpy rounds.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -20,32 +20,37 @@ Array = np.ndarray[Any, np.dtype[np.float64]]
 
 @dataclass(frozen=True)
 class Twin:
-    """A checkpoint of one shard by Quark: codes ``weight`` and a scale for each row ``weight_scale``.
+    """A checkpoint by Quark, of codes ``weight`` and a scale for each row ``weight_scale``; or in floats.
 
     Attributes:
         config: config.json.
         tensors: name -> float64.
         int8: activations are rounded to 8 bits per token before each int8 product, and experts take and give bfloat16,
             as INT8 kernels do. False: the dequantized model, whose weights are rounded to bfloat16.
+        left_out: layer and expert, or None for the whole layer -> the twin, in floats, that computes it.
     """
 
     config: dict[str, Any]
     tensors: dict[str, Array]
     int8: bool
+    left_out: dict[tuple[int, int | None], Twin] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, folder: Path, *, int8: bool) -> Twin:
+    def of(cls, folder: Path, *, int8: bool, left_out: dict[tuple[int, int | None], Twin] | None = None) -> Twin:
         config = json.loads((folder / "config.json").read_text("utf-8"))
-        stored: dict[str, torch.Tensor] = load_file(folder / "model.safetensors")
-        return cls(config, {name: tensor.double().numpy() for name, tensor in stored.items()}, int8)
+        stored: dict[str, torch.Tensor] = {}
+        for file in folder.glob("*.safetensors"):
+            stored |= load_file(file)
+        return cls(config, {name: tensor.double().numpy() for name, tensor in stored.items()}, int8, left_out or {})
 
     def logits(self, ids: Array) -> Array:
         """Logits [B, L, V] of tokens [B, L]."""
         states = self.tensors["model.embed_tokens.weight"][ids]
         for layer in range(self.config["num_hidden_layers"]):
             prefix = f"model.layers.{layer}"
-            states = states + self.attention(f"{prefix}.self_attn", self.norm(f"{prefix}.input_layernorm", states))
-            states = states + self.moe(f"{prefix}.mlp", self.norm(f"{prefix}.post_attention_layernorm", states))
+            twin = self.left_out.get((layer, None), self)
+            states = states + twin.attention(f"{prefix}.self_attn", twin.norm(f"{prefix}.input_layernorm", states))
+            states = states + twin.moe(layer, f"{prefix}.mlp", twin.norm(f"{prefix}.post_attention_layernorm", states))
         logits: Array = self.norm("model.norm", states) @ self.tensors["lm_head.weight"].T
         return logits
 
@@ -56,7 +61,10 @@ class Twin:
         return normed
 
     def linear(self, name: str, states: Array) -> Array:
-        """W8A8: per-token codes, exact sums, scales."""
+        """W8A8: per-token codes, exact sums, scales. A weight without scales is multiplied as it is."""
+        if f"{name}.weight_scale" not in self.tensors:
+            plain: Array = states @ self.tensors[f"{name}.weight"].T
+            return plain
         codes, scale = self.tensors[f"{name}.weight"], self.tensors[f"{name}.weight_scale"].reshape(-1)
         if not self.int8:
             unrounded: Array = states @ bfloat16(codes * scale[:, None]).T
@@ -92,7 +100,7 @@ class Twin:
         turned: Array = states * np.cos(angles) + np.concatenate([-second, first], -1) * np.sin(angles)
         return turned
 
-    def moe(self, name: str, states: Array) -> Array:
+    def moe(self, layer: int, name: str, states: Array) -> Array:
         """Softmax, the largest k, renormalised; SwiGLU experts."""
         tokens = states.reshape(-1, states.shape[-1])
         inputs = self.narrow(tokens)
@@ -100,15 +108,21 @@ class Twin:
         chosen = np.argsort(-weights, -1, kind="stable")[:, : self.config["num_experts_per_tok"]]
         shares = np.take_along_axis(weights, chosen, -1)
         shares = shares / shares.sum(-1, keepdims=True)
-        output = np.zeros_like(tokens)
+        output, added = np.zeros_like(tokens), np.zeros_like(tokens)
         for expert in range(weights.shape[1]):
             rows, slots = np.nonzero(chosen == expert)
-            prefix = f"{name}.experts.{expert}"
-            gate = self.linear(f"{prefix}.gate_proj", inputs[rows])
-            inner = gate / (1 + np.exp(-gate)) * self.linear(f"{prefix}.up_proj", inputs[rows])
-            result = self.narrow(self.linear(f"{prefix}.down_proj", self.narrow(inner)))
-            output[rows] += result * shares[rows, slots][:, None]
-        return self.narrow(output).reshape(states.shape)
+            prefix, other = f"{name}.experts.{expert}", self.left_out.get((layer, expert))
+            if other is not None:
+                added[rows] += other.expert(prefix, tokens[rows]) * shares[rows, slots][:, None]
+            else:
+                output[rows] += self.expert(prefix, inputs[rows]) * shares[rows, slots][:, None]
+        return (self.narrow(output) + added).reshape(states.shape)
+
+    def expert(self, name: str, inputs: Array) -> Array:
+        """SwiGLU."""
+        gate = self.linear(f"{name}.gate_proj", inputs)
+        inner = gate / (1 + np.exp(-gate)) * self.linear(f"{name}.up_proj", inputs)
+        return self.narrow(self.linear(f"{name}.down_proj", self.narrow(inner)))
 
     def narrow(self, values: Array) -> Array:
         """What experts in INT8 take and give: bfloat16."""

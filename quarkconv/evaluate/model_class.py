@@ -1,0 +1,71 @@
+"""config.json -> the model's transformers class on the meta device. Code of a checkpoint never runs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+
+from quarkconv.errors import UnsupportedError, UsageError
+
+_OLDEST: Final = (5, 0)
+"""The first release of transformers with one mapping of checkpoint names for loading."""
+_AUTO_CLASSES: Final = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
+"""Where a class with a head is looked for; models of text and images have one of the second only."""
+
+
+def meta_model(root: Path) -> tuple[Any, torch.dtype]:
+    """A transformers model without weights, in evaluation mode, and the dtype of its floats.
+
+    Args:
+        root: directory with config.json.
+
+    Raises:
+        UnsupportedError: transformers has no class for the model type.
+        UsageError: transformers is missing or too old.
+    """
+    transformers = _transformers()
+    try:
+        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+    except Exception as error:  # transformers raises ValueError, KeyError, OSError and its own
+        raise _no_class(root, error) from error
+    for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
+        if getattr(part, "quantization_config", None) is not None:
+            del part.quantization_config
+    stated = getattr(config, "dtype", None) or getattr(config.get_text_config(), "dtype", None)
+    dtype = stated if isinstance(stated, torch.dtype) else torch.bfloat16
+    known = [item for item in _AUTO_CLASSES if type(config) in getattr(transformers, item)._model_mapping]
+    auto = getattr(transformers, (known or _AUTO_CLASSES)[0])
+    try:
+        with torch.device("meta"):
+            model = auto.from_config(config, trust_remote_code=False, dtype=dtype)
+    except Exception as error:
+        raise _no_class(root, error) from error
+    return model.eval(), dtype
+
+
+def _transformers() -> Any:
+    try:
+        import transformers
+    except ImportError as error:
+        raise UsageError("evaluate needs transformers", hint="pip install 'transformers>=5' tokenizers") from error
+    version = tuple(int(part) for part in re.findall(r"\d+", transformers.__version__)[:2])
+    if version < _OLDEST:
+        raise UsageError(
+            "transformers is too old",
+            expected="5.0 or later",
+            found=transformers.__version__,
+            hint="pip install -U transformers",
+        )
+    return transformers
+
+
+def _no_class(root: Path, error: Exception) -> UnsupportedError:
+    return UnsupportedError(
+        "transformers has no class for this model",
+        file=str(root / "config.json"),
+        found=str(error).splitlines()[0][:200],
+        hint="quarkconv never runs code of a checkpoint; `quarkconv verify` checks each layer without a class",
+    )

@@ -1,0 +1,82 @@
+"""Memory of a GPU that files are read into, through small page-locked buffers of the host.
+
+A block is read into a buffer and copied to the device while the next one is read into another buffer. The host so holds
+a few blocks and never a layer: memory that was never touched costs a page fault every 4 kB, more in a virtual machine,
+and is slower to fill than the disk is to read.
+"""
+
+from __future__ import annotations
+
+import queue
+from collections.abc import Callable
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from quarkconv.load.open_files import BLOCK
+
+_BUFFERS: Final = 16
+"""Two for each of the threads that read."""
+
+
+class _Buffer(NamedTuple):
+    """Page-locked memory, and the event after which its last copy is done."""
+
+    memory: memoryview
+    tensor: Tensor
+    copied: torch.cuda.Event
+
+
+class Staging:
+    """The buffers of a device, and the stream that copies from them. Threads share it.
+
+    Args:
+        device: a GPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()
+        self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
+        whole = torch.empty(_BUFFERS * BLOCK, dtype=torch.uint8, pin_memory=True)
+        for tensor in whole.split(BLOCK):
+            self._free.put(_Buffer(memoryview(tensor.numpy()), tensor, torch.cuda.Event()))
+
+    def memory(self, nbytes: int) -> DeviceMemory:
+        """New memory of the device."""
+        return DeviceMemory(self, nbytes)
+
+    def copy(self, out: Tensor, read: Callable[[memoryview], int]) -> int:
+        """Fill a tensor uint8 [n], or its beginning, with what ``read`` reads, and return how many bytes that were."""
+        buffer = self._free.get()
+        try:
+            buffer.copied.synchronize()
+            count = read(buffer.memory[: len(out)])
+            with torch.cuda.stream(self.stream):
+                out[:count].copy_(buffer.tensor[:count], non_blocking=True)
+                buffer.copied.record(self.stream)
+        finally:
+            self._free.put(buffer)
+        return count
+
+
+class DeviceMemory:
+    """Memory of a GPU, filled through the buffers of a :class:`Staging`."""
+
+    block: Final = BLOCK
+
+    def __init__(self, staging: Staging, nbytes: int) -> None:
+        self._staging = staging
+        self.tensor = torch.empty(max(nbytes, 1), dtype=torch.uint8, device=staging.device)
+        # The allocator may give out memory that kernels of the current stream still read.
+        staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
+
+    def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
+        """Have bytes from ``at`` on filled by ``read``, and return how many it read."""
+        return self._staging.copy(self.tensor[at : at + nbytes], read)
+
+    def finish(self) -> None:
+        """Wait until all that was read is on the device."""
+        self._staging.stream.synchronize()
