@@ -3,14 +3,19 @@
     python benchmarks/evaluate_vllm.py FOLDER
 
 FOLDER holds what `benchmarks/serve/prompt_logprobs.py` wrote: NAME.safetensors for checkpoints of examples/tiny_moe, of
-which ``bf16`` is the dequantized model and every other one INT8. ``bf16`` shows the noise: both compute the same model
-in bfloat16 and differ by the order of sums alone. Writes benchmarks/results/evaluate-vllm.json.
+which ``bf16`` is the dequantized model and every other one INT8. Both programs compute in bfloat16, and in other orders
+of sums. How much that matters is measured with a third computation, evaluate's own with everything but codes in
+float32: a program that computes the same model is as far from it as the other one is. In INT8 that distance is larger,
+since a small difference of an activation moves some of its codes by one. Writes benchmarks/results/evaluate-vllm.json.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import shutil
+import tempfile
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
@@ -31,10 +36,19 @@ from quarkconv.progress import SILENT
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "tiny_moe" / "quark-ptpc_int8"
 
 
-def streamed(ids: Tensor) -> dict[str, Tensor]:
-    """Log-probabilities float64 [W, L - 1, V] of the INT8 and the dequantized model, on the CPU."""
+def streamed(ids: Tensor, dtype: str) -> dict[str, Tensor]:
+    """Log-probabilities float64 [W, L - 1, V] of the INT8 and the dequantized model, on the CPU.
+
+    Args:
+        ids: int64 [W, L].
+        dtype: of everything but codes; experts take and give bfloat16.
+    """
     with ExitStack() as stack:
-        runner = layer_runner(describe(EXAMPLE), None, torch.device("cpu"), None, stack)
+        folder = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "model"
+        shutil.copytree(EXAMPLE, folder)
+        stated = json.loads((folder / "config.json").read_text("utf-8"))
+        (folder / "config.json").write_text(json.dumps({**stated, "dtype": dtype}), "utf-8")
+        runner = layer_runner(describe(folder), None, torch.device("cpu"), None, stack)
         run = Run([runner], Windows(ids, "vLLM's prompts"), None, SILENT)
         states = run.layers_of(run.variants, None).states
         positions = torch.arange(ids.shape[1] - 1)
@@ -44,13 +58,18 @@ def streamed(ids: Tensor) -> dict[str, Tensor]:
         }
 
 
+def divergence(log_p: Tensor, log_q: Tensor) -> float:
+    """Mean KL divergence of log-probabilities [W, L - 1, V]."""
+    return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
+
+
 def compared(mine: Tensor, theirs: Tensor, targets: Tensor) -> dict[str, float]:
     """Distance of two models' log-probabilities [W, L - 1, V]; ``theirs`` is P of the KL divergence."""
     at = targets.unsqueeze(-1)
     own, other = mine.gather(-1, at), theirs.gather(-1, at)
     difference = own - other
     return {
-        "kl_mean": (theirs.exp() * (theirs - mine)).sum(-1).mean().item(),
+        "kl_mean": divergence(theirs, mine),
         "top1": (mine.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
         "target_mean_difference": difference.mean().item(),
         "target_standard_error": difference.std().item() / math.sqrt(difference.numel()),
@@ -67,13 +86,19 @@ def main() -> None:
     rows: dict[str, Any] = {}
     served: dict[str, str] = {}
     ours: dict[str, Tensor] = {}
+    exact: dict[str, Tensor] = {}
     for file in sorted(options.folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             served = dict(handle.metadata() or {})
             ids, found = handle.get_tensor("token_ids"), handle.get_tensor("log_probabilities").double()
-        ours = ours or streamed(ids)
+        ours, exact = ours or streamed(ids, "bfloat16"), exact or streamed(ids, "float32")
         variant = "dequantized" if file.stem == "bf16" else "int8"
-        rows[file.stem] = {"variant": variant, **compared(ours[variant], found, ids[:, 1:])}
+        distances = {
+            name: divergence(exact[variant], item) for name, item in (("evaluate", ours[variant]), ("vllm", found))
+        }
+        rows[file.stem] = {
+            "variant": variant, **compared(ours[variant], found, ids[:, 1:]), "kl_from_float32": distances
+        }  # fmt: skip
         print(file.stem, rows[file.stem])
     if not rows:
         raise SystemExit(f"{options.folder} holds no log-probabilities")

@@ -181,7 +181,7 @@ def layer_runner(
         UnsupportedError: transformers has no class for the model.
         SourceError: a file cannot be read.
     """
-    memory = Staging(device).memory if device.type == "cuda" else Arena
+    memory: Callable[[int], Memory] = Staging(device).memory if device.type == "cuda" else Arena
     quantized = _model(description, device, memory, stack)
     unquantized = None if original is None else _model(original, device, memory, stack)
     if unquantized is not None:

@@ -91,7 +91,7 @@ class DeviceSums:
         if not self._values:
             return sums, []
         sizes = [len(value) for value in self._values.values()]
-        found = torch.cat(list(self._values.values())).cpu().split(sizes)
+        found = torch.split(torch.cat(list(self._values.values())).cpu(), sizes)
         infinite = []
         for name, value in zip(self._values, found, strict=True):
             if name.startswith(_FINITE):

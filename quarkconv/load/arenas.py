@@ -22,11 +22,13 @@ class Memory(Protocol):
 
     Attributes:
         tensor: the memory as uint8 [nbytes].
-        block: bytes that it takes at a time, at most.
     """
 
     tensor: Tensor
-    block: int
+
+    @property
+    def block(self) -> int:
+        """Bytes that it takes at a time, at most."""
 
     def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
         """Have bytes from ``at`` on filled by ``read``, and return how many it read; any thread may do so."""
@@ -46,7 +48,7 @@ class HostMemory:
         tensor: the same as uint8 [nbytes].
     """
 
-    block = sys.maxsize
+    block: int = sys.maxsize
 
     def __init__(self, memory: memoryview) -> None:
         self.memory = memory

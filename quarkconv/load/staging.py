@@ -38,11 +38,12 @@ class Staging:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         with torch.cuda.device(device):
-            self.stream = torch.cuda.Stream()
+            self.stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._free: queue.SimpleQueue[_Buffer] = queue.SimpleQueue()
         whole = torch.empty(_BUFFERS * BLOCK, dtype=torch.uint8, pin_memory=True)
-        for tensor in whole.split(BLOCK):
-            self._free.put(_Buffer(memoryview(tensor.numpy()), tensor, torch.cuda.Event()))
+        for start in range(0, len(whole), BLOCK):
+            tensor, event = whole[start : start + BLOCK], torch.cuda.Event()  # type: ignore[no-untyped-call]
+            self._free.put(_Buffer(tensor.numpy().data, tensor, event))
 
     def memory(self, nbytes: int) -> DeviceMemory:
         """New memory of the device."""
@@ -65,7 +66,7 @@ class Staging:
 class DeviceMemory:
     """Memory of a GPU, filled through the buffers of a :class:`Staging`."""
 
-    block: Final = BLOCK
+    block: int = BLOCK
 
     def __init__(self, staging: Staging, nbytes: int) -> None:
         self._staging = staging
