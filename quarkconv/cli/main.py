@@ -1,4 +1,4 @@
-"""The program ``quarkconv``: one command a file, known errors shown once, exit codes of the contract."""
+"""The program ``quarkconv``: known errors shown once, exit codes of the contract."""
 
 from __future__ import annotations
 
@@ -9,66 +9,16 @@ import signal
 import sys
 import warnings
 from contextlib import suppress
-from importlib import import_module
 from io import TextIOWrapper
-from typing import Annotated, Any, Final, NoReturn
+from typing import Final, NoReturn
 
-import typer
-
-from quarkconv.cli.options import with_addresses
 from quarkconv.cli.out import plain, show_error
 from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
-from quarkconv.version import own_version
 
 _PLAIN: Final = "quarkconv.plain"
 """Name of the error handler for characters that a terminal cannot show."""
 BROKEN_PIPE: Final = 128 + 13
 """Exit code of a program that is ended by SIGPIPE."""
-
-COMMANDS: Final = {
-    "inspect": "Show contents, contradictions and engines.",
-    "convert": "Rewrite a checkpoint for an engine.",
-    "verify": "Prove structure, bytes and numbers.",
-    "evaluate": "Compare outputs with the unquantized model.",
-    "tune": "Measure launch options on this GPU.",
-    "merge": "Merge the results of verify --part.",
-    "uploads": "List or discard unfinished uploads.",
-    "engines": "List engines and what they support.",
-}
-"""Command -> its line in the list of commands, which cuts longer texts. Each is a function in a module of its name."""
-
-
-def program(words: list[str]) -> typer.Typer:
-    """The program, with the command that a command line begins with; any other command line needs all of them.
-
-    Importing every command, and building its options, would take more time than a small `inspect`.
-    """
-    app = typer.Typer(
-        name="quarkconv",
-        help="Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints.",
-        rich_markup_mode=None,
-        pretty_exceptions_enable=False,
-    )
-    app.callback()(_root)
-    named = words[0] if words else ""
-    for name in [named] if named in COMMANDS else COMMANDS:
-        module = import_module(f"quarkconv.cli.{name}")
-        app.command(name, short_help=COMMANDS[name])(getattr(module, name))
-    return app
-
-
-def _version(value: bool) -> None:
-    if value:
-        typer.echo(f"quarkconv {own_version()}")
-        raise typer.Exit
-
-
-def _root(
-    version: Annotated[
-        bool, typer.Option("--version", callback=_version, is_eager=True, help="Show the version and exit.")
-    ] = False,
-) -> None:
-    """Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints."""
 
 
 def main(args: list[str] | None = None) -> NoReturn:
@@ -77,7 +27,9 @@ def main(args: list[str] | None = None) -> NoReturn:
     words = sys.argv[1:] if args is None else args
     as_json = "--json" in words
     try:
-        status: Any = program(words)(with_addresses(words) or ["--help"], standalone_mode=False)
+        from quarkconv.cli.program import run_command  # imports Typer, which is faster once run() has called gc.disable
+
+        status = run_command(words)
         if sys.stdout is not None:
             sys.stdout.flush()
     except QuarkconvError as error:

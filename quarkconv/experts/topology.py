@@ -191,40 +191,36 @@ class _Collected(NamedTuple):
 def _collect(stored: StoredModules) -> _Collected:
     """Group the modules that are routed experts by the module that holds them."""
     misspelt: list[str] = []
-    last_head, owner = None, None
-    owners: dict[str, tuple[dict[str, dict[int, Form]], int]] = {}  # module of an expert -> its layer, its number
     per_expert: _PerExpert = {}
     single: _Single = {}
     members: list[str] = []
     forms = {id(form): form for form in stored.linears.values()}  # each is the form of many modules
     single_tensors = {key for key, form in forms.items() if len(form.weight.shape) == 3}
+    last_head, projections, expert, is_misspelt = None, None, 0, False
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
         if leaf not in LEAVES:
             continue
-        if (
-            single_tensors and id(form) in single_tensors
-        ):  # 3-key: the tensors of all experts directly below the MoE module
+        if single_tensors and id(form) in single_tensors:  # 3-key: the tensors of all experts, below the MoE module
             if leaf in STACKED:
                 prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
                 single.setdefault(prefix, {})[STACKED[leaf]] = form
                 members.append(module)
             continue
         if head != last_head:  # the projections of an expert mostly follow one another
-            last_head, owner = head, owners.get(head)
-        if owner is None:
+            last_head, projections, is_misspelt = head, None, False
             prefix, _, number = head.rpartition(".")
-            if not (prefix.endswith(EXPERT_MODULES) and number.isascii() and number.isdecimal()):
-                continue
-            if number[0] == "0" != number or len(number) > _MAX_DIGITS:
-                misspelt.append(module)
-                continue
-            owner = owners[head] = (per_expert.setdefault(prefix, {}), int(number))
-        projections, expert = owner
-        if leaf not in projections:
-            projections[leaf] = {}
-        projections[leaf][expert] = form
-        members.append(module)
+            if prefix.endswith(EXPERT_MODULES) and number.isascii() and number.isdecimal():
+                is_misspelt = number[0] == "0" != number or len(number) > _MAX_DIGITS
+                if not is_misspelt:
+                    projections, expert = per_expert.setdefault(prefix, {}), int(number)
+        if projections is not None:
+            if leaf not in projections:
+                projections[leaf] = {}
+            projections[leaf][expert] = form
+            members.append(module)
+        elif is_misspelt:
+            misspelt.append(module)
     for module, form in stored.fused.items():
         prefix, _, leaf = module.rpartition(".")
         for naming in NAMINGS:

@@ -148,11 +148,20 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    weights = [name for name, found in types.items() if name.endswith(_WEIGHT) and len(found.shape) >= 2]
-    others = [name for name in types if not name.endswith(_WEIGHT)]
-    plain = [name for name in others if not name.endswith(_COMPANIONS)]
-    companions = [name for name in others if name.endswith(_COMPANIONS)]
-    linears, owned = _linears(weights, companions, types)
+    modules: list[str] = []
+    weights: list[TensorType | None] = []
+    companions: list[str] = []
+    plain: list[str] = []
+    for name, found in types.items():
+        if name.endswith(_WEIGHT):
+            if len(found.shape) >= 2:
+                modules.append(name.removesuffix(_WEIGHT))
+                weights.append(found)
+        elif name.endswith(_COMPANIONS):
+            companions.append(name)
+        else:
+            plain.append(name)
+    linears, owned = _linears(modules, weights, companions, types)
     fused: dict[str, Form] = {}
     unrecognised: list[str] = []
     for name in plain:
@@ -174,10 +183,11 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     )
 
 
-def _linears(weights: list[str], companions: list[str], types: Mapping[str, TensorType]) -> tuple[dict[str, Form], int]:
+def _linears(
+    modules: list[str], weights: list[TensorType | None], companions: list[str], types: Mapping[str, TensorType]
+) -> tuple[dict[str, Form], int]:
     """Module -> form of the linears with these weights, and how many of the companions belong to them."""
-    modules = [name.removesuffix(_WEIGHT) for name in weights]
-    rows: dict[str, list[TensorType | None]] = {"weight": list(map(types.__getitem__, weights))}
+    rows = {"weight": weights}
     for field, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
         others = [name for name in companions if not name.endswith(end)]
         if len(others) < len(companions):  # few checkpoints have all kinds of companions
