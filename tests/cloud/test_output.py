@@ -16,7 +16,7 @@ from support.conversions import SMALL_STEPS
 from support.faulty_proxy import FaultyProxy
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
 from support.progress import WhileWriting
-from support.s3 import OUT, URL, objects, put
+from support.s3 import OUT, URL, objects, publish, put
 
 import quarkconv
 from quarkconv.cloud import objects as cloud_objects
@@ -64,6 +64,18 @@ def test_the_objects_have_the_bytes_of_a_directory(model: Path, local: dict[str,
     assert list_uploads(OUT) == []
     with pytest.raises(UsageError, match="not a directory"):
         assert result.output
+
+
+@pytest.mark.usefixtures("proxy", "small_parts")
+@pytest.mark.parametrize("options", [{"quantize": "all"}, {"quantize": "all", "exclude": ["*.self_attn.*"]}])
+def test_float_weights_are_quantized_from_bucket_to_bucket(
+    model: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    source = quarkconv.convert_checkpoint(model, "bf16", tmp_path / "bf16").output
+    publish(source)
+    convert(URL, **options)
+    convert(source, tmp_path / "local", **options)
+    assert objects() == snapshot(tmp_path / "local")
 
 
 @pytest.mark.usefixtures("small_parts")
@@ -321,7 +333,6 @@ def test_credentials_that_expire_meanwhile_end_the_run_which_then_resumes(
 
 @pytest.mark.usefixtures("published")
 def test_a_source_that_is_replaced_leaves_no_model(model: Path) -> None:
-    from support.s3 import publish
 
     calls = iter(range(10**6))
 

@@ -8,6 +8,7 @@ import os
 import signal
 from collections import Counter
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,13 @@ from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 from support.progress import WhileWriting
 
 import quarkconv
+from quarkconv.convert.conversion import Conversion
+from quarkconv.convert.options import Options
+from quarkconv.convert.results import Outcome
 from quarkconv.errors import UnsupportedError, WriteError
 from quarkconv.plan.pieces import CodeColumns, RowScales
+from quarkconv.write import joining
+from quarkconv.write.modes import Join
 from quarkconv.write.quantizing import check_rows
 from quarkconv.write.source import Reader
 
@@ -130,6 +136,30 @@ def test_parts_give_the_same_bytes(
     assert snapshot(tmp_path / "out") == snapshot(whole)
 
 
+def test_joined_workers_give_the_same_bytes(
+    source: Path, whole: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(joining, "POLL_SECONDS", 0.1)
+    options = Options(quantize="all", max_shard_size=SHARD)
+
+    def work(_: int) -> Outcome:
+        return Conversion.prepare(source, "fused-int8", tmp_path / "out", options).carry_out(Join(), jobs=2)
+
+    with ThreadPoolExecutor(3) as pool:
+        outcomes = list(pool.map(work, range(3)))
+    assert sum(outcome.shards for outcome in outcomes) == len(list(whole.glob("*.safetensors")))
+    assert snapshot(tmp_path / "out") == snapshot(whole)
+
+
+def test_joined_workers_name_a_row_that_cannot_be_quantized(source: Path, tmp_path: Path) -> None:
+    model = changed(tmp_path / "model", source, lambda tensors: tensors[BAD][7, 3].fill_(float("nan")))
+    conversion = Conversion.prepare(model, "fused-int8", tmp_path / "out", Options(quantize="all"))
+    with pytest.raises(UnsupportedError, match="cannot be quantized") as caught:
+        conversion.carry_out(Join())
+    assert caught.value.tensor == BAD
+    assert_unfinished(tmp_path / "out")
+
+
 BAD = "model.layers.1.mlp.experts.3.up_proj.weight"
 
 
@@ -189,6 +219,33 @@ def test_killed_it_resumes_to_the_same_bytes(source: Path, whole: Path, tmp_path
     assert process.returncode == -signal.SIGKILL
     assert_unfinished(tmp_path / "out")
     assert snapshot(convert(source, tmp_path / "out")) == snapshot(whole)
+
+
+KILLED_IN_RANK_1 = (
+    SMALL_STEPS
+    + """
+write = os.pwrite
+
+def in_rank_1(descriptor, *args):
+    if "rank-01" in os.readlink(f"/proc/self/fd/{descriptor}"):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(descriptor, *args)
+
+os.pwrite = in_rank_1
+main(sys.argv[1:])
+"""
+)
+
+
+def test_killed_between_ranks_it_resumes_to_the_same_bytes(source: Path, tmp_path: Path) -> None:
+    whole = snapshot(convert(source, tmp_path / "whole", tp=2))
+    options = ("--quantize", "all", "--tp", "2", "--max-shard-size", SHARD, "--out", tmp_path / "out")
+    process = start(KILLED_IN_RANK_1, "convert", source, "--to", "fused-int8", *options)
+    process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / "rank-00-of-02" / "config.json").exists()
+    assert not (tmp_path / "out" / "ranks.json").exists()
+    assert snapshot(convert(source, tmp_path / "out", tp=2)) == whole
 
 
 def blocks(tensors: Tensors) -> None:

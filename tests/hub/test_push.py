@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from pathlib import Path
 
 import pytest
 from huggingface_hub import constants
 from support.hub_state import Hub
-from support.program import run_cli
+from support.program import run_cli, snapshot
+
+import quarkconv
 
 NEW = "user/tiny-moe-fused"
 Capture = pytest.CaptureFixture[str]
@@ -40,6 +43,16 @@ def test_every_file_arrives(hub: Hub, model: Path, tmp_path: Path, capsys: Captu
     arrived = hub.files(NEW)
     assert {name for name in written if not name.startswith(".")} == set(arrived)
     assert all(arrived[name].data == written[name].read_bytes() for name in arrived)
+
+
+def test_what_was_quantized_is_uploaded(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
+    source = quarkconv.convert_checkpoint(model, "bf16", tmp_path / "bf16").output
+    words = ("convert", source, "--to", "fused-int8", "--quantize", "all", "--out", tmp_path / "out", "--push", NEW)
+    code, _, err = run_cli(capsys, *words)
+    assert code == 0, err
+    arrived, expected = hub.files(NEW), snapshot(tmp_path / "out")
+    assert "model-00001-of-00001.safetensors" in arrived
+    assert {name: hashlib.sha256(file.data).hexdigest() for name, file in arrived.items()} == expected
 
 
 def test_a_failed_upload_resumes_without_converting_again(
