@@ -64,6 +64,10 @@ class Share:
         return checks[self.number - 1 :: self.count]
 
 
+ALL: Final = Share(1, 1)
+"""The whole plan as one share."""
+
+
 @dataclass(frozen=True, slots=True)
 class ShareWork:
     """The checks and shards of one share of a plan."""

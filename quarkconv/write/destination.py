@@ -104,10 +104,6 @@ class Destination(Protocol):
     def open(self, shard: OutputShard) -> ShardFile:
         """Begin to write a shard."""
 
-    @property
-    def location(self) -> Path | str:
-        """The directory, or the URL."""
-
     def record(self, shard: WrittenShard) -> bool:
         """Note the checksums of a sealed shard: a later run does not write it again.
 

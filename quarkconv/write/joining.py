@@ -9,7 +9,7 @@ from typing import Final
 from quarkconv.errors import QuarkconvError, UsageError
 from quarkconv.plan.manifest import Manifest, WrittenShard
 from quarkconv.plan.pieces import OutputShard
-from quarkconv.plan.shares import Share
+from quarkconv.plan.shares import ALL
 from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.execution import Execution
 from quarkconv.write.executor import Run
@@ -22,7 +22,6 @@ POLL_SECONDS: Final = 1.0
 """Seconds between two looks at what others do."""
 _CHECKS: Final = "checks"
 _FINISH: Final = "finish"
-_ALL: Final = Share(1, 1)
 
 _log: Final = logging.getLogger(__name__)
 
@@ -101,7 +100,7 @@ class _Worker:
         """
         while True:
             self._destination.refresh()
-            checked = self._destination.checks_hold(_ALL)
+            checked = self._destination.checks_hold(ALL)
             if not checked and self._leases.take(_CHECKS):
                 self._check()
                 continue
@@ -130,7 +129,7 @@ class _Worker:
         plan = self._run.plan
         run_checks(plan.checks, self._run.sources, self._jobs)
         check_float_rows([plan], self._run.sources, self._jobs)
-        self._destination.record_checks(_ALL)
+        self._destination.record_checks(ALL)
         self._leases.release(_CHECKS)
 
     def _unfinished(self) -> list[OutputShard]:

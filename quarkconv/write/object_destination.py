@@ -17,7 +17,6 @@ import json
 import logging
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any, Final
 
 import xxhash
@@ -81,7 +80,6 @@ class ObjectDestination:
 
     def __init__(self, objects: Objects, plan_digest: str, *, shared: bool) -> None:
         self.objects = objects
-        self.location: Path | str = objects.url
         self.plan_digest = plan_digest
         self._shared = shared
         self._entries: dict[str, Entry] = {}

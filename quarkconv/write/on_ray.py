@@ -19,7 +19,7 @@ from quarkconv.hub.locate import locate
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.pieces import Check, OutputShard
 from quarkconv.plan.plan import Plan
-from quarkconv.plan.shares import Share
+from quarkconv.plan.shares import ALL
 from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.execution import Execution
 from quarkconv.write.executor import Run
@@ -30,7 +30,6 @@ from quarkconv.write.source import Source
 TASK_BYTES: Final = 256 * 2**20
 """Memory that Ray reserves for a task."""
 _CHECKS_OF_A_TASK: Final = 4096
-_ALL: Final = Share(1, 1)
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +67,7 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
     with ClusterTasks(address, TASK_BYTES) as cluster:
         with _joined(execution) as (_, run):
             todo = [shard for shard in plan.shards if run.destination.finished(shard) is None]
-            checked = run.destination.checks_hold(_ALL)
+            checked = run.destination.checks_hold(ALL)
         progress.advance(sum(shard.nbytes for shard in plan.shards) - sum(shard.nbytes for shard in todo))
         common = cluster.put(_common(execution))
         if not checked:
@@ -80,7 +79,7 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
             progress.advance(nbytes)
     if not checked:
         with _joined(execution) as (_, run):
-            run.destination.record_checks(_ALL)
+            run.destination.record_checks(ALL)
     return execution.finished() or finish_shares(execution.silent())
 
 

@@ -55,7 +55,6 @@ class Staging:
 
     def __init__(self, output: Path, plan_digest: str, *, worker: str = "") -> None:
         self.output = output
-        self.location: Path | str = output
         self._worker = worker
         self.plan_digest = plan_digest
         self.folder = output / STAGING_NAME
