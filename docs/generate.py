@@ -176,25 +176,55 @@ def kernel_devices() -> str:
     return "\n".join(lines)
 
 
+def floor_of(row: dict[str, Any], *names: str) -> float:
+    """How many times the largest of these floors a forward takes."""
+    over: float = row["ours_us"] / max(row[f"{name}_floor_us"] for name in names)
+    return over
+
+
+OTHERS = {"vLLM's default": "vllm_default_us", "vLLM tuned": "vllm_tuned_us", "Humming": "humming_us"}
+
+
+def best_other(row: dict[str, Any]) -> float | None:
+    """How many times as fast as the fastest of the others ours is; None where no other was timed."""
+    times = [row[key] for key in OTHERS.values() if key in row]
+    return min(times) / row["ours_us"] if times else None
+
+
 def forward_grid(name: str) -> str:
-    """Times of the INT8 forward over models and slices by tokens, each with how many times the larger floor it is."""
+    """Times over models and slices by tokens, each over the larger floor, and beside the fastest other."""
     rows = [row for row in result(f"moe-int8-grid-{name}")["rows"] if row["group"] != "other"]
     tokens = sorted({row["tokens"] for row in rows})
     lines = [f"| | {' | '.join(map(str, tokens))} |", "| --- |" + " ---: |" * len(tokens)]
     for shape in dict.fromkeys(row["shape"] for row in rows):
         cells = []
         for row in (row for row in rows if row["shape"] == shape):
-            floor = max(row["bytes_floor_us"], row["operations_floor_us"])
             time = f"{row['ours_us']:.0f}" if row["ours_us"] >= 100 else f"{row['ours_us']:.1f}"
-            cells.append(f"{time} ({row['ours_us'] / floor:.2f})")
-        lines.append(f"| {shape} | {' | '.join(cells)} |")
-    means = []
-    for group, label in (("model", "models"), ("slice", "slices")):
-        chosen = [row for row in rows if row["group"] == group]
-        for key, floors in (("larger floor", ("bytes", "operations")), ("traffic floor", ("operations", "traffic"))):
-            over = [row["ours_us"] / max(row[f"{each}_floor_us"] for each in floors) for row in chosen]
-            means.append(f"{statistics.geometric_mean(over):.3f} times the {key} over the {len(over)} cells of {label}")
-    return "\n".join(lines) + f"\n\nGeometric means: {'; '.join(means)}."
+            ratio = best_other(row)
+            beside = "" if ratio is None else f", **{ratio:.2f}**"
+            cells.append(f"{time} ({floor_of(row, 'bytes', 'operations'):.2f}{beside})")
+        earlier = "".join(sorted({" (earlier)" for row in rows if row["shape"] == shape and row.get("earlier")}))
+        lines.append(f"| {shape}{earlier} | {' | '.join(cells)} |")
+    lines += ["", "| geometric means | models | slices |", "| --- | ---: | ---: |"]
+    now = [row for row in rows if not row.get("earlier")]
+    groups = [[row for row in now if row["group"] == group] for group in ("model", "slice")]
+    for label, floors in (("larger floor", ("bytes", "operations")), ("traffic floor", ("operations", "traffic"))):
+        means = [statistics.geometric_mean(floor_of(row, *floors) for row in group) for group in groups]
+        lines.append(f"| times the {label} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
+    for label, key in OTHERS.items():
+        cells = []
+        for group in groups:
+            ratios = [row[key] / row["ours_us"] for row in group if key in row]
+            cells.append(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
+        lines.append(f"| times as fast as {label} | {' | '.join(cells)} |")
+    cells = []
+    for group in groups:
+        ratios = [ratio for row in group if (ratio := best_other(row)) is not None]
+        cells.append(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
+    lines.append(f"| times as fast as the fastest of the three | {' | '.join(cells)} |")
+    slower = [f"{row['shape']} at {row['tokens']}" for row in now if (best_other(row) or 1) < 1]
+    counts = f"{len(groups[0])} cells of models, {len(groups[1])} of slices"
+    return "\n".join(lines) + f"\n\n{counts}. Slower than the fastest other: {', '.join(slower) or 'no cell'}."
 
 
 def tuned_tables() -> str:
@@ -205,6 +235,29 @@ def tuned_tables() -> str:
         gains = (f"{n}: {t['default_us'] / t['tuned_us']:.2f}" for n, t in entry["tokens"].items())
         sizes = ", ".join(str(entry[key]) for key in ("experts", "top_k", "hidden", "intermediate"))
         rows.append(f"| {sizes} | {entry['device']} | {', '.join(gains)} |")
+    return "\n".join(rows)
+
+
+def served_form(found: dict[str, Any]) -> str:
+    """How a form ran: the operands of the kernel, and the largest distance of a layer from exact arithmetic."""
+    if "error" in found:
+        return f"**fails**: {found['error'].split(':')[0]}"
+    operands = {"int8 x int8": "int8", "bfloat16 x int8": "w8a16", "bfloat16 x bfloat16": "bf16"}
+    [kernel] = {operands[name] for name in found["kernel"]}
+    layers = found["layers"].values()
+    exact = {"int8": "to_w8a8", "w8a16": "to_w8a16"}.get(kernel)
+    error = "" if exact is None else f", {max(layer[exact] for layer in layers):.1%}"
+    equal = all(all(layer["equal_to_export"].values()) for layer in layers)
+    return f"{kernel}{error}" + ("" if equal else ", requantized")
+
+
+def served_forms(name: str) -> str:
+    """What vLLM served of the exports of the tests, form by form."""
+    exports = result(f"serve-forms-{name}")["exports"]
+    forms = list(next(iter(exports.values()))["forms"])
+    rows = [f"| export | {' | '.join(forms)} |", "| --- |" + " --- |" * len(forms)]
+    for export, found in exports.items():
+        rows.append(f"| {export} | {' | '.join(served_form(found['forms'][form]) for form in forms)} |")
     return "\n".join(rows)
 
 
@@ -223,6 +276,7 @@ PARTS = {
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
     "forward-h200-grid": lambda: forward_grid("nvidia-h200"),
     "kernel-devices": kernel_devices,
+    "served-forms": lambda: served_forms("nvidia-h200"),
     "tuned-tables": tuned_tables,
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }

@@ -12,6 +12,7 @@ QUARKCONV_VLLM=1 serves with our experts; otherwise the dtypes that reach vLLM's
 from __future__ import annotations
 
 import argparse
+import datetime
 import gc
 import json
 import os
@@ -20,6 +21,7 @@ import sys
 import tempfile
 from collections import Counter
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ import torch
 from engines.expected import WHOLE, Stacked
 from engines.forward import exact_experts, relative_error
 from engines.vllm.exports import prepare
+from support.checkpoints import Tensors, edit_checkpoint
 from support.exports import Checkpoints
 
 import quarkconv
@@ -51,8 +54,10 @@ EXPORTS = (
     "deepseek_v3-quark0.13-f2f",
     "qwen3_5_moe-0.13-f2f-language_model",
 )
-OPTIONS: dict[str, dict[str, Any]] = {"qwen3_5_moe": {"additional_config": {"gdn_prefill_backend": "triton"}}}
-"""Model type -> options of LLM without which it needs flashinfer."""
+OPTIONS: dict[str, dict[str, Any]] = {
+    "qwen3_5_moe": {"additional_config": {"gdn_prefill_backend": "triton"}, "language_model_only": True}
+}
+"""Model type -> options of LLM without which it needs flashinfer, or a tokenizer."""
 TOKENS = 48
 COMPARED = tuple(f"{half}_weight{scale}" for half in ("w13", "w2") for scale in ("", "_scale"))
 
@@ -91,6 +96,22 @@ class Watch:
             return out
 
         return wrapped
+
+
+def prepared(folder: Path) -> Path:
+    """A copy of an export with content such that log-probabilities depend on the experts.
+
+    What the fixtures leave out of float linears is restored with values between 0.5 and 1.5. Their products grow from
+    layer to layer until the experts are lost beside them: here their mean is 0, and their deviation 1 / sqrt(columns).
+    """
+
+    def center(tensors: Tensors) -> None:
+        for tensor in tensors.values():
+            if tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[1] > 1 and tensor.min() >= 0.5:
+                tensor.copy_((tensor.float() - 1) * (12 / tensor.shape[1]) ** 0.5)
+
+    edit_checkpoint(prepare(folder), center)
+    return folder
 
 
 def routed(model: torch.nn.Module) -> list[tuple[str, Any]]:
@@ -166,12 +187,19 @@ def main() -> int:
     if not torch.cuda.is_available():
         print("forms: needs a GPU, and torch finds none", file=sys.stderr)
         return 4
-    watch, document = Watch(), {}
+    watch, exports = Watch(), {}
+    head = {
+        "device": torch.cuda.get_device_name(),
+        "date": datetime.date.today().isoformat(),
+        "vllm": version("vllm"),
+        "torch": str(torch.__version__),
+        "eager": options.eager,
+    }
     watch.wrap_kernel()
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = Checkpoints(Path(scratch))
         for name in options.exports:
-            source = prepare(checkpoints.copy(name, Path(scratch) / ORIGINAL / name))
+            source = prepared(checkpoints.copy(name, Path(scratch) / ORIGINAL / name))
             stacked, results = Stacked(source), {}
             for form in options.forms.split(","):
                 folder = Path(scratch) / form / name
@@ -186,8 +214,8 @@ def main() -> int:
             gaps = compare(results)
             for found in results.values():
                 found.pop("logprobs", None)
-            document[name] = {"forms": results, "logprob_differences": gaps}
-            options.out.write_text(json.dumps(document, indent=1) + "\n")
+            exports[name] = {"forms": results, "logprob_differences": gaps}
+            options.out.write_text(json.dumps(head | {"exports": exports}, indent=1) + "\n")
     return 0
 
 
