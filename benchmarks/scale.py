@@ -1,11 +1,12 @@
 """How a conversion scales over several workers, where the network of each worker is the limit.
 
-    python benchmarks/scale.py [--workers 1 2 4 8] [--rate 4] [--experts 64] [--shards 32]
+    python benchmarks/scale.py [--workers 1 2 4 8] [--rate 4] [--experts 16] [--shards 32] [--ray]
 
 A store on loopback gives each client (each access key) a fixed bandwidth in each direction. Workers convert from it to
-it with ``--part k/N``, each in a process of its own. Reported: seconds, the rate over all workers, the ratio to one
-worker, the share of the bandwidth that a worker fills, and the most memory that a worker used. A machine with few cores
-limits how much bandwidth can be simulated: choose a rate at which its processor is not busy.
+it with ``--part k/N``, each in a process of its own; with ``--ray``, as nodes of one CPU of a Ray cluster. Reported:
+seconds from the start of the command (for Ray, with the cluster running), the rate over all workers, the ratio to one
+worker, the share of the bandwidth that a worker fills, and the most memory that a worker of ``--part`` used. A machine
+with few cores limits how much bandwidth can be simulated: choose a rate at which its processor is not busy.
 """
 
 from __future__ import annotations
@@ -205,40 +206,69 @@ finally:
 """
 
 
-def measure(store: Store, url: str, workers: int, shard_bytes: int) -> dict[str, float]:
-    """Convert with some workers at once; the result as numbers."""
-    for name in [name for name in store.objects if name.startswith("out/")]:
-        del store.objects[name]
-    words = ["convert", "s3://bench/model", "--to", "fused-int8", "--out", "s3://bench/out"]
-    words += ["--max-shard-size", str(shard_bytes), "--quiet"]
-    environment = {**os.environ, "AWS_ENDPOINT_URL": url, "AWS_REGION": "us-east-1", "AWS_SECRET_ACCESS_KEY": "x"}
-    before, started = store.requests, time.monotonic()
-    processes = [
-        subprocess.Popen(
-            [sys.executable, "-c", WORKER, *words, "--part", f"{number}/{workers}"],
-            env={**environment, "AWS_ACCESS_KEY_ID": f"worker-{number}"},
+class Process:
+    """One command, as the client of its name."""
+
+    def __init__(self, client: str, url: str, shard_bytes: int, *options: str) -> None:
+        words = ["convert", "s3://bench/model", "--to", "fused-int8", "--out", "s3://bench/out", "--quiet"]
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", WORKER, *words, "--max-shard-size", str(shard_bytes), *options],
+            env={**os.environ, **credentials(client, url)},
             stdout=subprocess.DEVNULL,
             stderr=subprocess.PIPE,
         )
-        for number in range(1, workers + 1)
-    ]
-    memory = 0
-    for process in processes:
-        errors = process.communicate()[1].decode()
-        if process.returncode:
+
+    def memory(self) -> int:
+        """The most memory in bytes, when the process has ended."""
+        errors = self._process.communicate()[1].decode()
+        if self._process.returncode:
             sys.exit(errors)
-        memory = max(memory, json.loads(errors.splitlines()[-1])["memory"])
-    seconds = time.monotonic() - started
-    nbytes = sum(len(data) for name, data in store.objects.items() if name.startswith("out/"))
-    return {"seconds": seconds, "bytes": nbytes, "memory": memory, "requests": store.requests - before}
+        return int(json.loads(errors.splitlines()[-1])["memory"])
+
+
+def credentials(client: str, url: str) -> dict[str, str]:
+    """The environment of a client."""
+    return {
+        "AWS_ENDPOINT_URL": url,
+        "AWS_REGION": "us-east-1",
+        "AWS_ACCESS_KEY_ID": client,
+        "AWS_SECRET_ACCESS_KEY": "x",
+    }
+
+
+def convert_in_parts(url: str, workers: int, shard_bytes: int) -> tuple[float, int]:
+    """Seconds, and the most memory of a worker in bytes."""
+    started = time.monotonic()
+    numbers = range(1, workers + 1)
+    processes = [Process(f"worker-{number}", url, shard_bytes, "--part", f"{number}/{workers}") for number in numbers]
+    memory = max([process.memory() for process in processes])
+    return time.monotonic() - started, memory
+
+
+def convert_on_ray(url: str, workers: int, shard_bytes: int) -> tuple[float, int]:
+    """Seconds, on a cluster of so many nodes of one CPU; memory is not measured."""
+    from ray.cluster_utils import Cluster
+
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+    try:
+        for number in range(1, workers + 1):
+            cluster.add_node(num_cpus=1, env_vars=credentials(f"worker-{number}", url))
+        started = time.monotonic()
+        Process("driver", url, shard_bytes, "--ray", cluster.address).memory()
+        return time.monotonic() - started, 0
+    finally:
+        cluster.shutdown()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
     parser.add_argument("--rate", type=float, default=4, help="MB/s of each client in each direction")
-    parser.add_argument("--experts", type=int, default=64, help="of each of 8 layers; each expert has 1.2 MB")
+    parser.add_argument(
+        "--experts", type=int, default=16, help="of each of 8 layers; an expert has 4.7 MB, as Qwen3-30B-A3B has it"
+    )
     parser.add_argument("--shards", type=int, default=32, help="of the output, about")
+    parser.add_argument("--ray", action="store_true", help="nodes of a Ray cluster instead of parts")
     options = parser.parse_args()
     from support.checkpoints import make_checkpoint
 
@@ -248,7 +278,7 @@ def main() -> None:
     threading.Thread(target=server.serve_forever, daemon=True).start()
     with tempfile.TemporaryDirectory() as folder:
         model = make_checkpoint(
-            Path(folder) / "model", layers=8, experts=options.experts, hidden=1024, intermediate=384, shards=8
+            Path(folder) / "model", layers=8, experts=options.experts, hidden=2048, intermediate=768, shards=8
         )
         for path in model.iterdir():
             store.objects[f"model/{path.name}"] = path.read_bytes()
@@ -256,16 +286,24 @@ def main() -> None:
     shard_bytes = total // options.shards
     url = f"http://127.0.0.1:{server.server_address[1]}"
     print(f"model {total / MB:.0f} MB, shards of {shard_bytes / MB:.0f} MB, {options.rate:g} MB/s for each client")
-    print("workers  seconds    MB/s   ratio  of its bandwidth  memory  requests")
-    one = 0.0
+    print("workers  seconds    MB/s  of its bandwidth  memory  requests")
+    convert = convert_on_ray if options.ray else convert_in_parts
+    rates: dict[int, float] = {}
     for workers in options.workers:
-        found = measure(store, url, workers, shard_bytes)
-        rate = found["bytes"] / MB / found["seconds"]
-        one = one or rate / workers
+        for name in [name for name in store.objects if name.startswith("out/")]:
+            del store.objects[name]
+        before = store.requests
+        seconds, memory = convert(url, workers, shard_bytes)
+        nbytes = sum(len(data) for name, data in store.objects.items() if name.startswith("out/"))
+        rates[workers] = rate = nbytes / MB / seconds
         print(
-            f"{workers:7} {found['seconds']:8.1f} {rate:7.2f} {rate / one:7.2f} {rate / workers / options.rate:17.0%} "
-            f"{found['memory'] / MB:4.0f} MB {found['requests']:9.0f}"
+            f"{workers:7} {seconds:8.1f} {rate:7.2f} {rate / workers / options.rate:17.0%} {memory / MB:4.0f} MB "
+            f"{store.requests - before:9}",
+            flush=True,
         )
+    fewest = min(rates)
+    ratios = (f"{workers}: {rate / rates[fewest] * fewest:.2f}" for workers, rate in sorted(rates.items()))
+    print(f"times one worker's rate: {', '.join(ratios)}")
 
 
 if __name__ == "__main__":

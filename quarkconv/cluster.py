@@ -21,14 +21,15 @@ class ClusterTasks:
             connection of this process is used as it is.
         memory: bytes that are reserved for a task.
         gpus: GPUs that are reserved for a task.
+        cpus: CPUs that are reserved for a task.
 
     Raises:
         UsageError: Ray is not installed, or the cluster cannot be reached.
     """
 
-    def __init__(self, address: str, memory: int, gpus: int = 0) -> None:
+    def __init__(self, address: str, memory: int, gpus: int = 0, cpus: float = 1) -> None:
         self._address = address
-        self._resources = {"num_cpus": 1, "memory": memory, "num_gpus": gpus, "max_retries": RETRIES}
+        self._resources = {"num_cpus": cpus, "memory": memory, "num_gpus": gpus, "max_retries": RETRIES}
         self._owned = False
 
     def __enter__(self) -> ClusterTasks:

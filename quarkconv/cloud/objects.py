@@ -24,9 +24,9 @@ if TYPE_CHECKING:
 MAX_PARTS: Final = 10_000
 MAX_PART_BYTES: Final = 5 * 2**30
 """Limits of S3 for one object: https://docs.aws.amazon.com/AmazonS3/latest/userguide/qfacts.html."""
-PART_BYTES: Final = 8 * 2**20
-"""Least size of a part, except the last: above the 5 MiB that S3 demands, and large enough to fill a connection."""
-_IN_FLIGHT_BYTES: Final = PART_BYTES
+PART_BYTES: Final = 5 * 2**20
+"""Least size of a part, except the last: what S3 demands. Small parts are sent soon, and take little memory."""
+_IN_FLIGHT_BYTES: Final = 2 * PART_BYTES
 """Bytes of one object that are on their way; one part at least."""
 _ATTEMPTS: Final = 6
 _PAUSE: Final = 0.1  # seconds before the second attempt; each further pause is twice as long

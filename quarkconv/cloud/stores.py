@@ -13,6 +13,7 @@ from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
 from quarkconv.errors import UsageError
+from quarkconv.files.arenas import limit_arenas
 from quarkconv.files.urls import SCHEMES
 
 if TYPE_CHECKING:
@@ -61,6 +62,7 @@ def open_store(url: str) -> ObjectStore:
             found="not installed",
             hint="pip install obstore",
         ) from error
+    limit_arenas()
     try:
         return from_url(
             url,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -17,6 +18,10 @@ AHEAD_BYTES: Final = 4 * BLOCK_BYTES
 """Bytes that one reader requests before they are needed."""
 AHEAD_BLOCKS: Final = 16
 """Pending requests of one reader: a small block costs a round trip and little else."""
+SLOW_SECONDS: Final = 1.0
+"""A block that takes longer fills the connection: others beside it would only delay it."""
+_START_BYTES: Final = 2**20
+"""Bytes that are requested at once until the first block has arrived, and while blocks are slow; one block at least."""
 _PATIENCE: Final = 0.2  # seconds between checks of the stop event
 
 Fetch = Callable[[Range], bytes]
@@ -50,6 +55,7 @@ class ReadAhead:
         self._queue: deque[tuple[Range, Future[bytes]]] = deque()
         self._ahead = 0
         self._limit = AHEAD_BYTES if ahead is None else ahead
+        self._fast = False
 
     def __enter__(self) -> ReadAhead:
         self._request()
@@ -80,7 +86,9 @@ class ReadAhead:
         while self._queue:
             block, future = self._queue[0]
             if block.file == file and block.start <= position < block.end:
-                return block, self._result(future)
+                data = self._result(future)
+                self._request()
+                return block, data
             self._queue.popleft()
             future.cancel()
             self._ahead -= block.end - block.start
@@ -89,11 +97,23 @@ class ReadAhead:
 
     def _request(self) -> None:
         while len(self._queue) < AHEAD_BLOCKS and (self._ahead < self._limit or not self._queue):
+            if not self._fast and self._pending() >= _START_BYTES:
+                return
             block = next(self._blocks, None)
             if block is None:
                 return
-            self._queue.append((block, self._pool.submit(self._fetch, block)))
+            self._queue.append((block, self._pool.submit(self._timed, block)))
             self._ahead += block.end - block.start
+
+    def _pending(self) -> int:
+        """Bytes of the requests that are under way."""
+        return sum(block.end - block.start for block, future in self._queue if not future.done())
+
+    def _timed(self, block: Range) -> bytes:
+        started = time.monotonic()
+        data = self._fetch(block)
+        self._fast = time.monotonic() - started < SLOW_SECONDS
+        return data
 
     def _result(self, future: Future[bytes]) -> bytes:
         while True:

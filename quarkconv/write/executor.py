@@ -38,6 +38,9 @@ BUFFER_BYTES: Final = 2 * 2**20
 """Bytes of a write: few enough to be in the CPU's cache when their checksum is computed."""
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
+ALONE_BYTES: Final = 5 * 2**20
+"""Bytes of a first shard that are streamed before others begin, so that its first part is sent as soon as it can be."""
+_PATIENCE: Final = 0.2  # seconds between checks of the stop event
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 _log: Final = logging.getLogger(__name__)
@@ -79,7 +82,7 @@ class Run:
             _log.info("resuming: %d of %d shards are finished", len(self._done) - before, len(shards))
         self.destination.require_space(self._bytes_left(), shards)
         with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv") as pool:
-            claims = _Claims([shard for shard in shards if shard.file not in self._done], self._open)
+            claims = self._claims([shard for shard in shards if shard.file not in self._done], jobs)
             size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // jobs // PAGE * PAGE), PAGE)
             futures = [pool.submit(self._work, claims, size) for _ in range(jobs)]
             try:
@@ -135,7 +138,9 @@ class Run:
                 if claim is None:
                     return
                 writer, segment = claim
-                if writer.write(segment, self.sources, buffer, self._wrote, self._held):
+                complete = writer.write(segment, self.sources, buffer, claims.counted(self._wrote), self._held)
+                claims.written()
+                if complete:
                     self.sources.check_unchanged(writer.source_names())
                     written = writer.seal()
                     if self.destination.record(written):
@@ -144,6 +149,12 @@ class Run:
         except BaseException:
             self._stop.set()
             raise
+
+    def _claims(self, shards: list[OutputShard], jobs: int) -> _Claims:
+        """The segments of some shards. Of shards that are streamed, half the threads read; the others send the rest."""
+        if not self.destination.streams:
+            return _Claims(shards, self._open, self._stop, jobs)
+        return _Claims(shards, self._open, self._stop, -(-jobs // 2), alone=ALONE_BYTES)
 
     def _open(self, shard: OutputShard) -> ShardWriter:
         return ShardWriter(shard, self.destination.open(shard))
@@ -184,9 +195,28 @@ class _Claims:
     """The segments still to be written, dealt out one by one to several threads.
 
     They come shard after shard, so few shards are in progress at any time, and a crash loses little.
+
+    Args:
+        shards: in order.
+        open_writer: begins a shard.
+        stop: an event that ends waiting.
+        reading: the threads that write segments at the same time. They get their places in the order of the shards,
+            since a shard may need scales of an earlier one.
+        alone: bytes that the first thread writes before others begin.
     """
 
-    def __init__(self, shards: list[OutputShard], open_writer: Callable[[OutputShard], ShardWriter]) -> None:
+    def __init__(
+        self,
+        shards: list[OutputShard],
+        open_writer: Callable[[OutputShard], ShardWriter],
+        stop: threading.Event,
+        reading: int,
+        alone: int = 0,
+    ) -> None:
+        self._reading = threading.Semaphore(1 if alone else reading)
+        self._others = reading - 1 if alone else 0
+        self._alone = alone
+        self._stop = stop
         self._lock = threading.Lock()
         self._shards = iter(shards)
         self._open_writer = open_writer
@@ -194,15 +224,35 @@ class _Claims:
         self._segments: Iterator[Segment] = iter(())
 
     def take(self) -> tuple[ShardWriter, Segment] | None:
-        """The next segment and its shard; None after the last."""
+        """The next segment and its shard; None after the last. Call :meth:`written` when it is written."""
         with self._lock:
+            while not self._reading.acquire(timeout=_PATIENCE):
+                if self._stop.is_set():
+                    return None
             while (segment := next(self._segments, None)) is None:
                 shard = next(self._shards, None)
                 if shard is None:
+                    self._reading.release()
                     return None
                 self._writers.append(self._open_writer(shard))
                 self._segments = iter(self._writers[-1].segments)
             return self._writers[-1], segment
+
+    def written(self) -> None:
+        """Let the next thread write."""
+        self._reading.release()
+
+    def counted(self, wrote: Callable[[int], None]) -> Callable[[int], None]:
+        """A callback for bytes that were written, which lets others begin."""
+
+        def count(nbytes: int) -> None:
+            wrote(nbytes)
+            self._alone -= nbytes
+            if self._alone <= 0 and self._others:
+                others, self._others = self._others, 0
+                self._reading.release(others)
+
+        return count if self._others else wrote
 
     def close(self) -> None:
         """Close the shards that were not sealed."""

@@ -29,6 +29,8 @@ from quarkconv.write.source import Source
 
 TASK_BYTES: Final = 256 * 2**20
 """Memory that Ray reserves for a task."""
+STREAM_CPUS: Final = 0.5
+"""CPUs of a task that streams a shard: one task reads while another sends its last part."""
 _CHECKS_OF_A_TASK: Final = 4096
 
 
@@ -64,7 +66,8 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
         UsageError: Ray is not installed, or the cluster cannot be reached.
     """
     plan, progress = execution.plan, execution.progress
-    with ClusterTasks(address, TASK_BYTES) as cluster:
+    cpus = 1 if isinstance(execution.output.location, Path) else STREAM_CPUS
+    with ClusterTasks(address, TASK_BYTES, cpus=cpus) as cluster:
         with _joined(execution) as (_, run):
             todo = [shard for shard in plan.shards if run.destination.finished(shard) is None]
             checked = run.destination.checks_hold(ALL)

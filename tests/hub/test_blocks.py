@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -78,6 +79,33 @@ def test_memory_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
         reader.fill("a", 1000, view)
         time.sleep(0.05)
         assert 11 <= len(fetched) <= 14
+
+
+@pytest.mark.parametrize(("seconds", "beside"), [(0.0, 4), (60.0, 1)])
+def test_blocks_that_take_long_are_requested_one_after_the_other(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, beside: int
+) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock) * seconds))
+    monkeypatch.setattr(module, "_START_BYTES", 100)
+    monkeypatch.setattr(module, "blocks", lambda parts: iter(parts))
+    requested: list[Range] = []
+    released = threading.Semaphore(0)
+
+    def waiting(block: Range) -> bytes:
+        requested.append(block)
+        released.acquire()
+        return bytes(block.end - block.start)
+
+    parts = [Range("a", start, start + 100) for start in range(0, 1000, 100)]
+    with ThreadPoolExecutor(8) as pool, ReadAhead(parts, waiting, pool, threading.Event(), 500) as reader:
+        time.sleep(0.05)
+        assert len(requested) == 1
+        released.release()
+        reader.fill("a", 0, memoryview(bytearray(100)))
+        time.sleep(0.05)
+        assert len(requested) == 1 + beside
+        released.release(20)
 
 
 def test_waiting_ends_when_somebody_wants_it_to() -> None:
