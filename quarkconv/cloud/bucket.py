@@ -18,6 +18,7 @@ from quarkconv.files.blocks import BLOCK_BYTES
 from quarkconv.files.remote import Entry, RemoteFiles, is_inside
 
 if TYPE_CHECKING:
+    from obstore import ObjectMeta
     from obstore.store import ObjectStore
 
 _log: Final = logging.getLogger(__name__)
@@ -90,7 +91,7 @@ class Bucket(RemoteFiles):
             meta = obstore.head(self._store, name)
         except Exception as error:  # of obstore, and OSErrors
             raise self._error(error, name) from error
-        now = Entry(meta["size"], meta["e_tag"] or "")
+        now = entry_of(meta)
         if now != self.entries[name]:
             raise self._changed(name, f"ETag {now.etag}, {now.size} bytes")
 
@@ -157,11 +158,13 @@ def list_entries(store: ObjectStore, url: str) -> dict[str, Entry]:
     import obstore
 
     prefix = prefix_of(url)
-    return {
-        _relative(meta["path"], prefix): Entry(meta["size"], meta["e_tag"] or "")
-        for chunk in obstore.list(store)
-        for meta in chunk
-    }
+    return {_relative(meta["path"], prefix): entry_of(meta) for chunk in obstore.list(store) for meta in chunk}
+
+
+def entry_of(meta: ObjectMeta) -> Entry:
+    """Size and ETag of an object. Azure lists ETags without the quotes that its headers have."""
+    etag = meta["e_tag"] or ""
+    return Entry(meta["size"], etag if not etag or etag.endswith('"') else f'"{etag}"')
 
 
 def _relative(name: str, prefix: str) -> str:

@@ -12,7 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from typing import TYPE_CHECKING, Final
 
-from quarkconv.cloud.bucket import list_entries
+from quarkconv.cloud.bucket import entry_of, list_entries
 from quarkconv.cloud.stores import failure_of, open_store
 from quarkconv.errors import UsageError, WriteError
 from quarkconv.files.remote import CONNECTIONS, Entry
@@ -85,7 +85,7 @@ class Objects:
             return None
         except Exception as error:  # of obstore, and OSErrors
             raise self.error(error, name) from error
-        return Entry(meta["size"], meta["e_tag"] or "")
+        return entry_of(meta)
 
     def get(self, name: str) -> tuple[bytes, str] | None:
         """The bytes of a small object and its ETag; None without the object."""
@@ -93,7 +93,7 @@ class Objects:
 
         try:
             response = obstore.get(self.store, name)
-            return bytes(response.bytes()), response.meta["e_tag"] or ""
+            return bytes(response.bytes()), entry_of(response.meta).etag
         except FileNotFoundError:
             return None
         except Exception as error:  # of obstore, and OSErrors
