@@ -5,7 +5,7 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import dataclass
@@ -84,7 +84,9 @@ def tune_engine(
     jobs: int = 1,
     progress: Progress = SILENT,
 ) -> list[WrittenTable]:
-    """Write a table for each shape, and the record of what was measured; each file as soon as it is known.
+    """Write a table for each shape, and the record of what was measured.
+
+    Both are written again after each number of tokens: an interrupted run leaves a table of those that it reached.
 
     Args:
         engine: ``vllm`` or ``sglang``, which must be installed.
@@ -105,25 +107,22 @@ def tune_engine(
     with pool or nullcontext():
         progress.step(f"Timing {kernel.version()}", len(shapes) * len(tokens), "size")
         for shape in shapes:
-            timings = tune_shape(kernel, engine, shape, tokens, pool, progress)
-            path = kernel.table_path(folder, shape)
-            write_durably(path, dump_table(timings).encode())
-            kept = record(folder, str(path.relative_to(folder)), _head(kernel), shape, timings)
-            write_durably(folder / MEASURED, kept.encode())
+            path, timings = kernel.table_path(folder, shape), dict[int, Timing]()
+            for count, timing in tune_shape(kernel, engine, shape, tokens, pool):
+                timings[count] = timing
+                write_durably(path, dump_table(timings).encode())
+                kept = record(folder, str(path.relative_to(folder)), _head(kernel), shape, timings)
+                write_durably(folder / MEASURED, kept.encode())
+                progress.advance()
             written.append(WrittenTable(path, shape, timings))
             progress.note(f"{shape}: {written[-1].gain:.2f} times as fast as by default")
     return written
 
 
 def tune_shape(
-    kernel: Kernel,
-    engine: str,
-    shape: RankShape,
-    tokens: Sequence[int],
-    pool: Executor | None = None,
-    progress: Progress = SILENT,
-) -> dict[int, Timing]:
-    """The fastest tile for each number of tokens.
+    kernel: Kernel, engine: str, shape: RankShape, tokens: Sequence[int], pool: Executor | None = None
+) -> Iterator[tuple[int, Timing]]:
+    """Each number of tokens with its fastest tile, as soon as it is known.
 
     Args:
         kernel: the engine's kernel.
@@ -131,30 +130,29 @@ def tune_shape(
         shape: the experts of a rank.
         tokens: numbers of tokens.
         pool: processes that compile.
-        progress: counts numbers of tokens.
     """
     import torch
 
+    from quarkconv.kernels.backend import device_traits
     from quarkconv.kernels.tune import make_weights
 
     device = torch.device("cuda", torch.cuda.current_device())
+    shared = device_traits(device).shared_memory
     weights = make_weights(shape.sizes, device)
-    found = {}
+    if pool is not None:  # numbers of tokens share most tiles: all at once keeps every process busy
+        first = {tile: count for count in reversed(tokens) for tile in starts(shape, count, shared)}
+        list(pool.map(partial(_compiles, engine, shape), first.values(), first))
     for count in tokens:
-        found[count] = _search(kernel, engine, shape, count, weights, pool)
-        progress.advance()
+        yield count, _search(kernel, engine, shape, count, weights, shared, pool)
     torch.cuda.empty_cache()
-    return found
 
 
 def _search(
-    kernel: Kernel, engine: str, shape: RankShape, tokens: int, weights: Weights, pool: Executor | None
+    kernel: Kernel, engine: str, shape: RankShape, tokens: int, weights: Weights, shared: int, pool: Executor | None
 ) -> Timing:
     """The fastest tile for a number of tokens, see :func:`fastest`."""
-    from quarkconv.kernels.backend import device_traits
     from quarkconv.kernels.tune import time_calls
 
-    shared = device_traits(weights[0].device).shared_memory
     count = max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // tokens))
     forwards = kernel.forwards(shape, weights, [_routed(shape, tokens) for _ in range(count)])
     compiles = partial(_compiles, engine, shape, tokens)

@@ -1,0 +1,64 @@
+"""The search over shapes and numbers of tokens, with an engine's kernel and a GPU that are pretended."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from quarkconv.tune import tune
+from quarkconv.tune.grid import Tile, starts
+from quarkconv.tune.shapes import whole
+from quarkconv.tune.tables import MEASURED, Timing, parse_table
+
+SHAPE = whole(8, 2, 128, 64)
+TILE = Tile(16, 64, 128, 1, 4, 3)
+
+
+class Kernel(SimpleNamespace):
+    def version(self) -> str:
+        return "engine 1.0"
+
+    def table_path(self, folder: Path, shape: Any) -> Path:
+        return folder / f"E={shape.experts},N={shape.intermediate}.json"
+
+
+def test_an_interrupted_run_leaves_a_table_of_what_it_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> Iterator[tuple[int, Timing]]:
+        yield 1, Timing(TILE, 20.0, 10.0)
+        yield 64, Timing(TILE, 30.0, 20.0)
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune, "require_gpu", lambda: None)
+    monkeypatch.setattr(tune, "engine_kernel", lambda _: Kernel())
+    monkeypatch.setattr(tune, "tune_shape", interrupted)
+    monkeypatch.setattr(tune, "_head", lambda _: {"engine": "engine 1.0"})
+    with pytest.raises(KeyboardInterrupt):
+        tune.tune_engine("engine", [SHAPE], tmp_path, tokens=(1, 64, 512))
+    assert parse_table((tmp_path / "E=8,N=64.json").read_text()) == {1: TILE, 64: TILE}
+    [kept] = json.loads((tmp_path / MEASURED).read_text()).values()
+    assert kept["tokens"] == {"1": {"default_us": 20.0, "tuned_us": 10.0}, "64": {"default_us": 30.0, "tuned_us": 20.0}}
+
+
+def test_what_is_timed_is_compiled_before_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
+    compiled: list[tuple[int, Tile]] = []
+    torch = pytest.importorskip("torch")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("quarkconv.kernels.backend.device_traits", lambda _: SimpleNamespace(shared_memory=227 * 1024))
+    monkeypatch.setattr("quarkconv.kernels.tune.make_weights", lambda *_: ())
+    monkeypatch.setattr(tune, "_compiles", lambda _, __, tokens, tile: compiled.append((tokens, tile)))
+    timed: list[int] = []
+
+    def search(_: object, __: str, shape: Any, tokens: int, *___: object) -> Timing:
+        assert {tile for _, tile in compiled} >= set(starts(shape, tokens, 227 * 1024))
+        timed.append(tokens)
+        return Timing(TILE, 2.0, 1.0)
+
+    monkeypatch.setattr(tune, "_search", search)
+    found = dict(tune.tune_shape(Kernel(), "engine", SHAPE, (1, 64, 4096), SimpleNamespace(map=map)))  # type: ignore[arg-type]
+    assert list(found) == timed == [1, 64, 4096]
+    assert len({tile for _, tile in compiled}) == len(compiled)
