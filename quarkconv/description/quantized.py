@@ -13,8 +13,9 @@ from dataclasses import dataclass, field
 from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
 from quarkconv.dtypes import QUANTIZABLE, TensorType
-from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
 from quarkconv.experts.families import FLOAT_ENDS
+from quarkconv.findings import refusal
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
@@ -64,11 +65,7 @@ def quantized_description(description: Description, options: SourceOptions) -> D
     modules = dict(_modules(description, options, is_excluded))
     root = str(description.checkpoint.root)
     if not modules:
-        raise UnsupportedError(
-            "Nothing is left to quantize",
-            file=root,
-            hint="convert without --quantize; `quarkconv inspect` shows what is float",
-        )
+        raise _nothing_left(description, options, root)
     _check(description, modules)
     _check_merged(description, modules, is_excluded)
     checkpoint = description.checkpoint
@@ -91,6 +88,22 @@ def quantized_description(description: Description, options: SourceOptions) -> D
     if options.quantize == "all":
         return described(virtual, scheme=PTPC_NAME, mtp_dropped=description.mtp_dropped)
     return described(virtual, description.declared, mtp_dropped=description.mtp_dropped)
+
+
+def _nothing_left(description: Description, options: SourceOptions, root: str) -> QuarkconvError:
+    """The reason why no module is quantized."""
+    unread = (item for item in description.findings if item.code == "experts-not-understood")
+    blocked = refusal(unread, root, "source", "quantized")
+    if blocked is not None:
+        return blocked
+    undeclared = options.quantize == "missing" and description.declared is None
+    return UnsupportedError(
+        "The config declares no module quantized" if undeclared else "Nothing is left to quantize",
+        file=root,
+        hint="--quantize all quantizes every linear that engines run in int8"
+        if undeclared
+        else "convert without --quantize; `quarkconv inspect` shows what is float",
+    )
 
 
 def _shared(types: dict[str, TensorType]) -> dict[str, TensorType]:

@@ -15,6 +15,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import Tensors, assert_same_tensors, float_experts, load, make_checkpoint
+from support.exports import restore
 from support.program import run_cli, snapshot
 
 import quarkconv
@@ -26,6 +27,7 @@ from quarkconv.write.transforms import transformed
 
 ROOT = Path(__file__).resolve().parents[2]
 QUARK = ROOT / "examples" / "qwen3_moe-quark0.13-f2f"
+FAMILIES = ROOT / "tests" / "data" / "families"
 LAYER = "model.layers.0."
 
 
@@ -190,6 +192,34 @@ def test_a_transposed_layout_is_refused(tmp_path: Path) -> None:
     root = float_experts(tmp_path / "model", change=transpose)
     with pytest.raises(UnsupportedError, match="transposed"):
         quarkconv.plan_conversion(root, "quark", quantize="missing")
+
+
+def test_missing_needs_a_config_that_declares_modules(bf16: Path) -> None:
+    with pytest.raises(UnsupportedError, match="declares no module quantized") as caught:
+        quarkconv.plan_conversion(bf16, "quark", quantize="missing")
+    assert "--quantize all" in (caught.value.hint or "")
+
+
+@pytest.mark.parametrize("mode", ["missing", "all"])
+@pytest.mark.parametrize(
+    ("export", "tensor", "message"),
+    [
+        ("dbrx-0.13-f2f", "transformer.blocks.0.ffn.experts", "names of the experts are not understood"),
+        ("llama4-0.13-f2f", "model.layers.0.feed_forward.experts.gate_up_proj", "transposed"),
+        ("gpt_oss-0.13-f2f", "model.layers.0.mlp.experts.gate_up_proj", "transposed"),
+    ],
+)
+def test_experts_of_other_layouts_are_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], export: str, tensor: str, message: str, mode: str
+) -> None:
+    root = restore(FAMILIES / export, tmp_path / "model")
+    before = snapshot(tmp_path)
+    arguments = ("convert", root, "--to", "fused-int8", "--quantize", mode, "--out", tmp_path / "out")
+    code, _, err = run_cli(capsys, *arguments)
+    assert code == 4
+    assert tensor in err
+    assert message in " ".join(err.split())
+    assert snapshot(tmp_path) == before
 
 
 def test_a_plan_that_quantizes_survives_json(bf16: Path) -> None:
