@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from quarkconv.files.base import Files
@@ -40,6 +39,11 @@ class Execution:
     output: Output
     jobs: int
     progress: Progress = SILENT
+
+    @property
+    def origin(self) -> str:
+        """The source by the name under which another process opens it: a directory, ``org/name@commit``, or a URL."""
+        return str(self.source.root.absolute() if isinstance(self.source, LocalFiles) else self.source)
 
     def silent(self) -> Execution:
         """The same execution without progress."""
@@ -99,9 +103,8 @@ class Execution:
             yield Run(self.plan, sources, destination, self.progress)
 
     def _state(self, sources: Source, shares: int | None) -> dict[str, Any]:
-        folder = self.source.root if isinstance(self.source, LocalFiles) else self.source
-        name = str(folder.absolute() if isinstance(folder, Path) else folder)
-        return plan_state(self.plan, self.digest, sources.state(), name, self.output.location, shares=shares)
+        location = self.output.location
+        return plan_state(self.plan, self.digest, sources.state(), self.origin, location, shares=shares)
 
 
 def open_source(source: Files, plan: Plan) -> Source:

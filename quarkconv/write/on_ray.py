@@ -93,11 +93,11 @@ def _joined(execution: Execution) -> Iterator[tuple[Source, Run]]:
 
 
 def _common(execution: Execution) -> _Common:
-    source, location = execution.source, execution.output.location
+    location = execution.output.location
     return _Common(
         plan=execution.plan,
         digest=execution.digest,
-        origin=str(source.root.absolute() if isinstance(source, LocalFiles) else source),
+        origin=execution.origin,
         location=location if isinstance(location, str) else location.absolute(),
         jobs=execution.jobs,
     )
