@@ -2,8 +2,8 @@
 
     PYTHONPATH=.venv-engines/vllm python benchmarks/vllm_tables.py
 
-Writes a table for each model that was measured at five numbers of tokens or more. Where vLLM's own choice was the
-fastest, the table holds what vLLM chooses, which is the same in 0.33 as in 0.25.1, where it was measured.
+Writes a table for each shape that was measured at five numbers of tokens or more, from the latest result that has it.
+Where vLLM's own choice was the fastest, the table holds what vLLM chooses, which is the same in 0.33 as in 0.25.1.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from quarkconv.tune.kernels import VLLMKernel
 from quarkconv.tune.shapes import RankShape, whole
 from quarkconv.tune.tables import MEASURED, SHIPPED, Timing, dump_table, record
 
-RESULTS = sorted((Path(__file__).parent / "results").glob("moe-int8-nvidia-*.json"))
+RESULTS = (Path(__file__).parent / "results").glob("moe-int8-*nvidia-*.json")
 FEWEST = 5
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+) group (\d+) warps (\d+) stages (\d+)")
 
@@ -55,5 +55,5 @@ def write_tables(result: dict[str, Any], folder: Path) -> None:
 
 if __name__ == "__main__":
     SHIPPED.joinpath("vllm").mkdir(parents=True, exist_ok=True)
-    for path in RESULTS:
-        write_tables(json.loads(path.read_text()), SHIPPED / "vllm")
+    for result in sorted((json.loads(path.read_text()) for path in RESULTS), key=lambda result: str(result["date"])):
+        write_tables(result, SHIPPED / "vllm")
