@@ -1,8 +1,6 @@
 """Fixtures of the kernel tests: with a GPU the kernels run compiled on it, without one in Triton's interpreter."""
 
-import functools
 import importlib
-import inspect
 import os
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -10,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+from support.interpreter import prepare_interpreter
 
 HAS_GPU = torch.cuda.is_available()
 JIT_MODULES = ("cast", "combine", "dependent", "epilogue", "grouped_gemm", "grouped_gemv", "quantize", "routing")
@@ -28,45 +27,9 @@ def _import_kernels_for_the_interpreter() -> None:
         os.environ["TRITON_INTERPRET"] = before
 
 
-def _list_the_language_once() -> None:
-    """Whenever a jitted function calls another, Triton's interpreter lists the members of its language to replace those
-    that are built in, which they are no longer; and it makes a table of dtypes for each operation. Listing them once,
-    and looking dtypes up once, saves a third of the time of these tests."""
-    from triton.runtime import interpreter  # imported late: see above
-
-    language = interpreter.tl
-    is_built_in = language.core.is_builtin
-    numpy_dtype = interpreter._get_np_dtype
-
-    @functools.cache
-    def built_in(package: Any) -> list[str]:
-        return [name for name, member in inspect.getmembers(package) if is_built_in(member)]
-
-    def replace_built_in(package: Any, builder: Any, scope: Any) -> None:
-        names = built_in(package)
-        if not is_built_in(getattr(package, names[-1])):  # all of them are replaced at the same time
-            return
-        for name in names:
-            member = getattr(package, name)
-            if is_built_in(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
-
-    @functools.cache
-    def dtype_of_elements(element: Any) -> Any:
-        return numpy_dtype(element)
-
-    def cached_numpy_dtype(found: Any) -> Any:
-        return numpy_dtype(found) if found.scalar.is_ptr() else dtype_of_elements(found.scalar)
-
-    for package in (language, language.core, language.math, language.tensor, language.core.tensor_descriptor_base):
-        built_in(package)
-    interpreter._patch_builtin = replace_built_in
-    interpreter._get_np_dtype = cached_numpy_dtype
-
-
 if not HAS_GPU:
     _import_kernels_for_the_interpreter()
-    _list_the_language_once()
+    prepare_interpreter()
 
 
 @pytest.fixture(autouse=True)
