@@ -13,12 +13,12 @@ from support.faulty_proxy import FaultyProxy, faulty_proxy
 from support.s3 import publish
 
 pytest.importorskip("obstore")
-pytest.importorskip("moto")
 
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[str]:
-    """The URL of a moto server."""
+    """The URL of a moto server; moto is imported here, since every worker imports every module of tests."""
+    pytest.importorskip("moto")
     import moto.s3.models
     from moto.server import ThreadedMotoServer
 

@@ -8,13 +8,20 @@ from typing import Any
 
 import pytest
 import torch
-from compressed_tensors.entrypoints import convert
 from support.checkpoints import assert_same_tensors, edit_checkpoint, load, make_checkpoint
 from support.exports import Checkpoints
 
 import quarkconv
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.integrations.compressed_tensors import QuarkInt8Converter
+
+
+def convert_by_pipeline(source: Path, out: Path, converter: QuarkInt8Converter) -> None:
+    """compressed-tensors' own conversion; imported here, since every worker imports every module of tests."""
+    from compressed_tensors.entrypoints import convert
+
+    convert.convert_checkpoint(source, out, converter, device="cpu")
+
 
 NAMES = ("qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "step3p5-like-3key_fused", "deepseek_v3-quark0.13-f2f")
 
@@ -29,7 +36,7 @@ def quantization(root: Path) -> dict[str, Any]:
 def test_their_pipeline_gives_our_tensors(checkpoints: Checkpoints, tmp_path: Path, name: str, target: str) -> None:
     source = checkpoints(name)
     ours = quarkconv.convert_checkpoint(source, target, tmp_path / "ours").output
-    convert.convert_checkpoint(source, tmp_path / "theirs", QuarkInt8Converter(source, target), device="cpu")
+    convert_by_pipeline(source, tmp_path / "theirs", QuarkInt8Converter(source, target))
     assert_same_tensors(load(tmp_path / "theirs"), load(ours))
     mine, theirs = quantization(ours), quantization(tmp_path / "theirs")
     for key in ("quant_method", "format", "quantization_status", "ignore"):
@@ -43,7 +50,7 @@ def test_their_pipeline_gives_our_tensors(checkpoints: Checkpoints, tmp_path: Pa
 def test_from_a_fused_checkpoint_to_experts_one_by_one(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model", layout="fused", granularity="per_tensor", scale_dtype=torch.bfloat16)
     ours = quarkconv.convert_checkpoint(root, "compressed-tensors", tmp_path / "ours").output
-    convert.convert_checkpoint(root, tmp_path / "theirs", QuarkInt8Converter(root), device="cpu")
+    convert_by_pipeline(root, tmp_path / "theirs", QuarkInt8Converter(root))
     assert_same_tensors(load(tmp_path / "theirs"), load(ours))
 
 
@@ -52,7 +59,7 @@ def test_a_zero_point_that_is_not_zero_is_refused(tmp_path: Path) -> None:
     name = "model.layers.0.mlp.experts.1.up_proj.weight_zero_point"
     edit_checkpoint(root, lambda tensors: tensors[name].fill_(1))
     with pytest.raises(UnsupportedError) as caught:
-        convert.convert_checkpoint(root, tmp_path / "out", QuarkInt8Converter(root), device="cpu")
+        convert_by_pipeline(root, tmp_path / "out", QuarkInt8Converter(root))
     assert caught.value.tensor == name
 
 

@@ -7,17 +7,18 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Any, Final
+from typing import TYPE_CHECKING, Any, Final
 
 import pytest
 import torch
-from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme, apply_quantization_config
-from compressed_tensors.quantization.lifecycle.forward import dequantize
 from support.checkpoints import Tensors, load
 from support.reported import FP8_ATTENTION, fp8_layer, with_fp8_attention
 
 import quarkconv
 from quarkconv.targets import TARGETS
+
+if TYPE_CHECKING:  # a late import elsewhere: every worker imports every module of tests, and this takes 4 s
+    from compressed_tensors.quantization import QuantizationScheme
 
 KEEPING: Final = ("compressed-tensors", "fused-int8")
 
@@ -29,6 +30,8 @@ def quantization(folder: Path) -> dict[str, Any]:
 
 def schemes(folder: Path) -> dict[str, QuantizationScheme | None]:
     """Module -> the scheme that compressed-tensors gives it."""
+    from compressed_tensors.quantization import QuantizationConfig, apply_quantization_config
+
     root = torch.nn.Module()
     tensors = load(folder)
     names = [name.removesuffix(".weight") for name, value in tensors.items() if name.endswith(".weight")]
@@ -74,6 +77,9 @@ def test_compressed_tensors_gives_each_module_its_scheme(per_channel: bool, stat
 def test_compressed_tensors_dequantizes_to_the_weights_of_the_source(
     target: str, per_channel: bool, tmp_path: Path
 ) -> None:
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
     source = with_fp8_attention(per_channel=per_channel, static=True).write(tmp_path / "source")
     before: Tensors = load(source)
     after: Tensors = load(quarkconv.convert_checkpoint(source, target, tmp_path / "out").output)
