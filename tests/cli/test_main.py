@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -26,6 +27,19 @@ def test_the_bare_command_shows_help() -> None:
     assert done.returncode == 0
     assert done.stdout.startswith("Usage: ")
     assert "\n" in done.stdout.strip()
+
+
+@pytest.mark.parametrize(("given", "expected"), [({}, "PASSIVE"), ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE")])
+def test_threads_of_torch_sleep_while_they_wait_unless_the_user_decides_otherwise(
+    given: dict[str, str], expected: str
+) -> None:
+    environment = {name: value for name, value in os.environ.items() if name != "OMP_WAIT_POLICY"} | given
+    code = (
+        "import os, sys; from quarkconv.cli import main; "
+        "main.main = lambda: (print(os.environ['OMP_WAIT_POLICY'], 'torch' in sys.modules), sys.exit(0)); main.run()"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, text=True, env=environment)
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"{expected} False\n", "")
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--layers", "1"]])
