@@ -6,16 +6,13 @@ import json
 import math
 import os
 import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.program import PROCESS_TIMEOUT, run_cli
+from support.program import PROCESS_TIMEOUT, run_cli, start
 
 from quarkconv import SourceError, UnsupportedError, UsageError, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
@@ -278,20 +275,34 @@ def test_the_command_prints_one_object_and_exits_1_beyond_a_limit(
     assert "is below --min-agreement" in out
 
 
+KILLED_IN_THE_SECOND_LAYER = """
+import os, signal, sys
+from quarkconv.cli.main import main
+from quarkconv.evaluate.state import EvaluationState
+
+save, calls = EvaluationState.save, 0
+
+def save_once(self, streams):
+    global calls
+    calls += 1
+    if calls == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+    save(self, streams)
+
+EvaluationState.save = save_once
+main(sys.argv[1:])
+"""
+"""Kills itself when the second layer has run, before that is kept."""
+
+
 def test_a_killed_run_resumes_from_its_last_finished_layer(
-    quantized: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    ids = tmp_path / "ids.safetensors"
-    save_file({"token_ids": torch.randint(0, 512, (64, 64), generator=torch.Generator().manual_seed(5))}, ids)
-    options = ("--token-ids", ids, "--batch", "1", "--device", "cpu", "--json")
-    command = [sys.executable, "-m", "quarkconv", "evaluate", *map(str, (quantized, *options))]
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    states = tmp_path / "cache" / "quarkconv" / "evaluate"
-    deadline = time.monotonic() + PROCESS_TIMEOUT
-    while not list(states.glob("*.safetensors")) and process.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
-    process.kill()
-    assert process.wait() == -signal.SIGKILL
+    options = ("--token-ids", token_ids, "--batch", "1", "--device", "cpu", "--json")
+    process = start(KILLED_IN_THE_SECOND_LAYER, "evaluate", quantized, *options)
+    process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == -signal.SIGKILL
+    assert list((tmp_path / "cache" / "quarkconv" / "evaluate").glob("*.safetensors"))
     ran: list[int] = []
     run_layer = Run._layer
 
@@ -301,10 +312,9 @@ def test_a_killed_run_resumes_from_its_last_finished_layer(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_layer", counted)
-        resumed = evaluate_checkpoint(quantized, token_ids=ids, batch=1, device="cpu")
-    assert 1 <= len(ran) <= 3
-    assert ran == list(range(4))[-len(ran) :]
-    whole = evaluate_checkpoint(quantized, token_ids=ids, batch=1, device="cpu", resume=False)
+        resumed = evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu")
+    assert ran == [1, 2, 3]
+    whole = evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu", resume=False)
     assert resumed.to_json() == whole.to_json()
 
 
