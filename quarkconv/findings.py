@@ -70,11 +70,17 @@ CODES: Final[dict[str, FindingCode]] = {
         "Activations are rotated at run time, which engines do not do: they would compute wrong results.",
         _UNSUPPORTED,
     ),
+    "smoothing-online": FindingCode(
+        _E,
+        "Stored factors multiply inputs at run time, which engines do not do: they would compute wrong results.",
+        _UNSUPPORTED,
+    ),
+    "companion-unknown": FindingCode(_W, "Int8 modules have tensors of unknown meaning beside their weights."),
     "mtp-missing": FindingCode(_I, "The config declares layers of multi-token prediction that are not stored."),
     "float-module-quantized": FindingCode(
         _E,
-        "Routers or heads are stored in int8; engines keep them in float, and conversion dequantizes them. A warning "
-        "where all of them are in layers of multi-token prediction.",
+        "Routers, heads or embeddings are stored in int8; engines keep them in float, and conversion dequantizes them. "
+        "A warning where all of them are in layers of multi-token prediction.",
     ),
     "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
     "scheme-unsupported": FindingCode(_E, "The scheme of the tensors or the config is not INT8 W8A8.", _UNSUPPORTED),
@@ -99,7 +105,8 @@ CODES: Final[dict[str, FindingCode]] = {
     "weight-shape": FindingCode(_E, "An int8 weight has no elements, or more matrices than a layer has.", _BROKEN),
     "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
     "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
-    "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _BROKEN),
+    "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _UNSUPPORTED),
+    "dtype-mismatch": FindingCode(_E, "The config declares a module in another dtype, and it is stored in int8."),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(
         _E, "A scale is NaN, infinite or zero, or one of activations is negative (read by --deep)."
@@ -133,7 +140,7 @@ CODES: Final[dict[str, FindingCode]] = {
 }
 """Code -> default severity and meaning. Codes are stable."""
 
-PASSED_ON: Final = frozenset({"file-unused", "tensor-unrecognised"})
+PASSED_ON: Final = frozenset({"file-unused", "tensor-unrecognised", "companion-unknown"})
 """Files that conversion leaves out, and tensors that it copies unread; ``convert`` and ``verify`` report these."""
 
 

@@ -180,7 +180,7 @@ def described(
         float_modules = quantized_float_modules(others, is_float)
         fp8 = fp8_groups(modules, topology.members)
         in_fp8 = [name for group in fp8 for name in group.modules]
-        function = tuple(function_findings(config, stored, checkpoint.types, is_mtp))
+        function = tuple(function_findings(config, stored, checkpoint.types, is_mtp, is_float))
         findings = [
             *checkpoint.findings,
             *topology.findings,

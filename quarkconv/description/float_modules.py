@@ -1,7 +1,8 @@
-"""Linears that engines keep in float, in any checkpoint: routers, gates of shared experts, heads.
+"""Modules that engines keep in float, in any checkpoint: routers, gates of shared experts, heads, embeddings.
 
-Which ones they are, a row of :mod:`quarkconv.experts.families` says, from the engines' own model classes. Heads are the
-same in every class: ``ParallelLMHead`` of vLLM and SGLang is not a linear to a quantization method.
+Which ones they are, a row of :mod:`quarkconv.experts.families` says, from the engines' own model classes. Heads and
+embeddings are the same in every class: ``ParallelLMHead`` and ``VocabParallelEmbedding`` of vLLM and SGLang are no
+linears to a quantization method.
 """
 
 from __future__ import annotations
@@ -16,11 +17,14 @@ from quarkconv.scheme.resolved import Groups
 
 FamilyOf = Callable[[str], Family | None]
 
-_HEADS: Final = ("lm_head", "shared_head.head")
+_ENDS: Final = (
+    "lm_head", "head", "embed_tokens", "embed", "embedding", "word_embeddings", "tok_embeddings", "wte", "wpe",
+)  # fmt: skip
+_DOTTED_ENDS: Final = tuple(f".{end}" for end in _ENDS)
 
 
 def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
-    """A test of module names: True for linears that engines keep in float.
+    """A test of module names: True for modules that engines keep in float.
 
     Args:
         topology: the MoE layers.
@@ -29,7 +33,7 @@ def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
     moe_modules = {layer.moe for layer in topology.layers}
 
     def is_float(module: str) -> bool:
-        if module in _HEADS or module.endswith(tuple(f".{head}" for head in _HEADS)):
+        if module.endswith(_DOTTED_ENDS) or module in _ENDS:
             return True
         known = family(module)
         if known is not None:

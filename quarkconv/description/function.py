@@ -1,21 +1,34 @@
-"""Findings about what a checkpoint computes beside its weights: rotations at run time, layers that are not stored."""
+"""Findings about what a checkpoint computes beside its weights: rotations and factors at run time, missing layers."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from quarkconv.experts.config import ModelConfig
 from quarkconv.findings import Finding, finding
+from quarkconv.scheme.companions import OUTPUT_SCALES
+from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.stored import ROTATION, StoredModules
-from quarkconv.text import plural
+from quarkconv.text import plural, shortened
 
+_AT_RUN_TIME: Final = ("input", "output")
+"""Locations of transforms that are not merged into weights (``TransformLocation`` of compressed-tensors)."""
+_KNOWN: Final = frozenset({"bias", *(scale.removeprefix(".") for scale in OUTPUT_SCALES)})
+"""Last parts of the names of tensors below an int8 module that are no companions of its weight."""
+_FACTORS: Final = re.compile(r"smooth|pre_?quant|awq|^act_scales?$|^input_factors?$")
+"""Names of factors of inputs: SmoothQuant's and AWQ's where they are not merged (``pre_quant_scale`` of ModelOpt)."""
 _ONLINE: Final = ("online_r1_rotation", "r3", "r4")
 """Rotations of Quark that are computed at run time; r1 and r2 are merged into the weights (``RotationConfig``)."""
 
 
 def function_findings(
-    config: ModelConfig, stored: StoredModules, names: Iterable[str], is_mtp: Callable[[str], bool]
+    config: ModelConfig,
+    stored: StoredModules,
+    names: Iterable[str],
+    is_mtp: Callable[[str], bool],
+    is_float: Callable[[str], bool],
 ) -> Iterator[Finding]:
     """The findings about what a checkpoint computes beside its weights.
 
@@ -24,9 +37,10 @@ def function_findings(
         stored: the modules.
         names: all tensors.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
+        is_float: a test of modules, see :func:`quarkconv.description.float_modules.float_test`.
     """
     rotations = [name for name in stored.plain if name.endswith(ROTATION)]
-    settings = list(_online_settings(config.quantization))
+    settings = [*_online_settings(config.quantization), *_online_transforms(config.quantization, stored)]
     if rotations or settings:
         subject = rotations[0] if rotations else f"quantization_config.{settings[0]}"
         rotations_found = (
@@ -42,6 +56,7 @@ def function_findings(
             hint="engines do not rotate: quantize the model again without online rotations",
             count=max(len(rotations), 1),
         )
+    yield from _companions(stored, is_float)
     if config.mtp_layers and not any(map(is_mtp, names)):
         yield finding(
             "mtp-missing",
@@ -52,6 +67,38 @@ def function_findings(
         )
 
 
+def _companions(stored: StoredModules, is_float: Callable[[str], bool]) -> Iterator[Finding]:
+    """Tensors beside int8 weights that engines do not read: factors of inputs, and those of unknown meaning."""
+    beside = [name for name in (*stored.plain, *stored.unrecognised) if _is_beside_codes(name, stored)]
+    factors = [name for name in beside if _FACTORS.search(name.rpartition(".")[2])]
+    others = frozenset(beside).difference(factors, stored.unrecognised)
+    unknown = [name for name in beside if name in others and not is_float(name.rpartition(".")[0])]
+    if factors:
+        yield finding(
+            "smoothing-online",
+            factors[0],
+            f"The inputs of quantized modules are multiplied at run time: {plural(len(factors), 'tensor')} of factors, "
+            f"first {factors[0]}",
+            hint="engines do not multiply: quantize the model again with factors merged into the weights",
+            count=len(factors),
+        )
+    if unknown:
+        yield finding(
+            "companion-unknown",
+            unknown[0],
+            f"Tensors of unknown meaning beside int8 weights: {len(unknown)}, first {unknown[0]}",
+            hint="conversion copies them as they are; engines may drop them, or compute something else",
+            count=len(unknown),
+        )
+
+
+def _is_beside_codes(name: str, stored: StoredModules) -> bool:
+    """Whether a tensor is below an int8 module, and none that such modules are known to have."""
+    module, _, leaf = name.rpartition(".")
+    form = stored.linears.get(module)
+    return form is not None and form.quantized and leaf not in _KNOWN and not leaf.endswith(ROTATION)
+
+
 def _online_settings(quantization: object) -> Iterator[str]:
     """The settings of a quantization_config that rotate activations at run time."""
     if not isinstance(quantization, dict):
@@ -60,6 +107,35 @@ def _online_settings(quantization: object) -> Iterator[str]:
     for number, algorithm in enumerate(algorithms if isinstance(algorithms, list) else [algorithms]):
         if isinstance(algorithm, dict) and _rotates(algorithm):
             yield f"algo_config[{number}]"
+
+
+def _online_transforms(quantization: object, stored: StoredModules) -> Iterator[str]:
+    """The transforms of a compressed-tensors config that are applied at run time to routed experts.
+
+    Engines apply those of other linears (``CompressedTensorsLinearTransformMethod`` of vLLM), none of experts.
+    """
+    transforms = quantization.get("transform_config") if isinstance(quantization, dict) else None
+    groups = transforms.get("config_groups") if isinstance(transforms, dict) else None
+    if not isinstance(groups, dict):
+        return
+    experts = [name for name, form in stored if form.quantized and ".experts." in name]
+    for key, group in groups.items():
+        applied = group.get("apply") if isinstance(group, dict) else None
+        for item in applied if isinstance(applied, list) else ():
+            if isinstance(item, dict) and item.get("location") in _AT_RUN_TIME and _concerns(item, experts):
+                yield f"transform_config.config_groups.{shortened(str(key))}"
+                break
+
+
+def _concerns(item: dict[str, Any], modules: list[str]) -> bool:
+    """Whether a transform is of one of some modules."""
+    targets, ignored = (item.get(key) for key in ("targets", "ignore"))
+    named = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
+    left_out = [name for name in ignored if isinstance(name, str)] if isinstance(ignored, list) else []
+    patience = Patience()
+    is_target = name_filter(named, globs=False, patience=patience)
+    is_left_out = name_filter(left_out, globs=False, patience=patience)
+    return any(("Linear" in named or is_target(module)) and not is_left_out(module) for module in modules)
 
 
 def _rotates(algorithm: dict[str, Any]) -> bool:

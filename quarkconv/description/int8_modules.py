@@ -52,10 +52,22 @@ _CHECKS: Final[tuple[_Check, ...]] = (
         REQUANTIZE,
     ),
     (
+        "scheme-unsupported",
+        lambda form, _: _is_of_parts(form),
+        "{} with scales for parts of rows, or for columns",
+        "quarkconv converts weights with a scale for each row, or one for the tensor",
+    ),
+    (
         "scale-shape",
-        lambda form, _: form.scale is not None and form.granularity is None,
+        lambda form, _: form.scale is not None and form.granularity is None and not _is_of_parts(form),
         "{} with a scale that is neither per channel nor per tensor",
         REQUANTIZE,
+    ),
+    (
+        "dtype-mismatch",
+        lambda _, claim: claim.weight is not None and claim.weight.dtype != "int8",
+        "{} in int8 that {file} declares in another dtype",
+        CONVERT,
     ),
     (
         "scale-shape",
@@ -121,6 +133,17 @@ def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str], file: str)
         if found:
             text = f"{message.format(count_of(found), file=file)}: {first_of(found)}"
             yield finding(code, found[0], text, hint=hint, count=len(found))
+
+
+def _is_of_parts(form: Form) -> bool:
+    """Whether the scales have a shape of other schemes: of groups [out, in / g], blocks, columns, or rows [1, out]."""
+    if form.scale is None or form.granularity is not None or len(form.weight.shape) < 2:
+        return False
+    (*lead, out, columns), shape = form.weight.shape, form.scale.shape
+    if shape in ((columns,), (*lead, 1, out), (*lead, 1, columns), (*lead, columns), (*lead, columns, 1)):
+        return True
+    (*scale_lead, rows, groups) = (0, 0, *shape)[-len(form.weight.shape) :]
+    return scale_lead == lead and 0 < rows <= out and 0 < groups <= columns and not (out % rows or columns % groups)
 
 
 def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:

@@ -1,13 +1,13 @@
 """Layers of multi-token prediction: which tensors they are, and a checkpoint without them.
 
 They are stored in a module of their own, ``mtp.layers.0`` (Qwen), or as layers after the model's last one,
-``model.layers.61`` (DeepSeek, GLM).
+``model.layers.61`` (DeepSeek, GLM). The config may count these in or not; modules that only they have tell them apart.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import replace
 from itertools import compress
 from typing import Final
@@ -18,20 +18,22 @@ from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import ShardHeader
 
 _OWN_MODULE: Final = re.compile(r"(?:^|\.)mtp(?:_\w+)?\.")
+_OWN_TENSORS: Final = ("eh_proj.weight", "enorm.weight")
+"""Tensors that only layers of multi-token prediction have, in vLLM's ``*_mtp.py`` and the published models."""
+_MAX_LAYERS: Final = 1_000
+"""Layers that are searched for these tensors, at most: a config may claim any number."""
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)layers\.)(\d{1,9})\.")
 
 
-def mtp_test(names: Iterable[str], config: ModelConfig) -> Callable[[str], bool]:
+def mtp_test(names: Collection[str], config: ModelConfig) -> Callable[[str], bool]:
     """A test of names of tensors or modules: True inside a layer of multi-token prediction.
 
     Args:
         names: the tensors of the checkpoint; those of routed experts identify the language model's layers.
         config: the config of the model.
     """
-    last = config.hidden_layers
-    expert = next((name for name in names if ".experts." in name and not _OWN_MODULE.search(name)), None)
-    found = None if expert is None else _LAYER.match(expert)
-    root = None if found is None else found[1]
+    last, root = config.hidden_layers, _layers_root(names)
+    counted_in = frozenset(_counted_in(names, config))
 
     def is_mtp(name: str) -> bool:
         if _OWN_MODULE.search(name):
@@ -39,9 +41,26 @@ def mtp_test(names: Iterable[str], config: ModelConfig) -> Callable[[str], bool]
         if root is None or last is None or not name.startswith(root):
             return False
         layer = _LAYER.match(f"{name}.")
-        return layer is not None and layer[1] == root and int(layer[2]) >= last
+        if layer is None or layer[1] != root:
+            return False
+        return int(layer[2]) >= last or int(layer[2]) in counted_in
 
     return is_mtp
+
+
+def _layers_root(names: Collection[str]) -> str | None:
+    """The start of the names of the language model's layers: ``model.layers.``."""
+    expert = next((name for name in names if ".experts." in name and not _OWN_MODULE.search(name)), None)
+    found = None if expert is None else _LAYER.match(expert)
+    return None if found is None else found[1]
+
+
+def _counted_in(names: Collection[str], config: ModelConfig) -> Iterator[int]:
+    """The numbers of layers of multi-token prediction that ``num_hidden_layers`` counts in."""
+    root = _layers_root(names) if config.hidden_layers else None
+    for number in range(min(config.hidden_layers or 0, _MAX_LAYERS)) if root else ():
+        if any(f"{root}{number}.{tensor}" in names for tensor in _OWN_TENSORS):
+            yield number
 
 
 def without_mtp(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
@@ -52,10 +71,13 @@ def without_mtp(checkpoint: Checkpoint) -> tuple[Checkpoint, tuple[str, ...]]:
     names = frozenset(dropped)
     shards = tuple(_without(shard, names) for shard in checkpoint.shards)
     types: dict[str, TensorType] = {name: found for name, found in checkpoint.types.items() if name not in names}
+    counted_in = sum(1 for _ in _counted_in(checkpoint.types, config))
     ascend = checkpoint.ascend
     if ascend is not None:
         ascend = {name: entry for name, entry in ascend.items() if name not in names}
-    return replace(checkpoint, config=config.without_mtp(), shards=shards, types=types, ascend=ascend), tuple(dropped)
+    return replace(checkpoint, config=config.without_mtp(counted_in), shards=shards, types=types, ascend=ascend), tuple(
+        dropped
+    )
 
 
 def _without(shard: ShardHeader, names: frozenset[str]) -> ShardHeader:

@@ -44,7 +44,7 @@ def int8_modules(
             )
         yield path, Int8Linear(linear.codes, linear.scale, module.bias, linear.input_scale)
     for path, (layer, experts) in weights.experts.items():
-        activation = expert_activation(config, layer.index, layer.moe)
+        activation = expert_activation(config, layer)
         if isinstance(activation, Unknown):
             raise UnsupportedError(
                 "These experts cannot run in INT8: what they compute is not known",

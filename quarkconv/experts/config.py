@@ -19,6 +19,17 @@ STACKS: Final[Mapping[str, str]] = {"thinker": "thinker_config", "talker": "talk
 """Models of several stacks of layers: first part of a module's name -> key of the stack's object. The first row is the
 language model."""
 
+_BESIDE: Final[Mapping[str, str]] = {
+    "vision_tower": "vision_config",
+    "vision_model": "vision_config",
+    "vision_encoder": "vision_config",
+    "visual": "vision_config",
+    "audio_tower": "audio_config",
+    "audio_encoder": "audio_config",
+    "encoder": "encoder",
+}
+"""Part of a module's name before its layers -> key of the object that describes them, at the top of config.json."""
+
 _EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K: Final = (
     "num_experts_per_tok",
@@ -82,21 +93,32 @@ class ModelConfig:
         """True when the config gives the language model more than one routed expert."""
         return self.experts is not None and self.experts > 1
 
-    def part_of(self, module: str) -> Part:
-        """The part that describes the stack of layers of a module: ``thinker.model.layers.0`` or any other name."""
-        stack = STACKS.get(module.partition(".")[0])
-        inner = self.raw.get(stack) if stack else None
-        return self.text if not isinstance(inner, dict) else _at(inner, _language_path(inner))
+    def part_of(self, module: str) -> Part | None:
+        """The part that describes the stack of layers of a module: ``thinker.model.layers.0`` or any other name.
+
+        None for a stack beside the language model, such as an encoder, that has no object of its own.
+        """
+        stack = stack_of(module)
+        inner = self.raw.get(STACKS.get(stack) or _BESIDE.get(stack, ""))
+        if isinstance(inner, dict):
+            return _at(inner, _language_path(inner))
+        return None if stack in _BESIDE else self.text
 
     def local_experts_of(self, module: str) -> int | None:
         """Routed experts per layer that the checkpoint itself holds, in the stack of layers of a module."""
         part = self.part_of(module)
+        if part is None:
+            return None
         count = self.experts if part is self.text else _first_count(_with_expert_parts(part), _EXPERTS)
         return None if count is None else len(self.rank.experts(count))
 
-    def without_mtp(self) -> dict[str, Any]:
-        """A copy of config.json that claims no layers of multi-token prediction."""
-        return _without_mtp(self.raw, self.path)
+    def without_mtp(self, counted_in: int = 0) -> dict[str, Any]:
+        """A copy of config.json that claims no layers of multi-token prediction.
+
+        Args:
+            counted_in: how many of them the number of decoder layers counts in.
+        """
+        return _without_mtp(self.raw, self.path, counted_in)
 
     def with_quantization(self, quantization: Mapping[str, Any] | None) -> dict[str, Any]:
         """A copy of config.json with another quantization_config, at the top, or with none anywhere."""
@@ -104,6 +126,18 @@ class ModelConfig:
         if quantization is not None:
             replaced[QUANTIZATION_KEY] = dict(quantization)
         return replaced
+
+
+def stack_of(module: str) -> str:
+    """The part of a module's name that tells its stack of layers from others; empty for that of the language model.
+
+    >>> stack_of("thinker.model.layers.0.mlp"), stack_of("model.visual.blocks.0"), stack_of("model.layers.0.mlp")
+    ('thinker', 'visual', '')
+    """
+    first, *parts = module.partition(".layers.")[0].split(".")
+    if first in STACKS:
+        return first
+    return next((part for part in (first, *parts) if part in _BESIDE), "")
 
 
 def model_config(raw: Part) -> ModelConfig:
@@ -152,6 +186,9 @@ def _part_paths(raw: Part) -> Iterator[tuple[str, ...]]:
         if isinstance(raw.get(key), dict):
             yield (key,)
             yield from ((key, inner) for inner in LANGUAGE_PARTS if isinstance(raw[key].get(inner), dict))
+    for key, part in raw.items():
+        if isinstance(part, dict) and isinstance(part.get(QUANTIZATION_KEY), dict):
+            yield (key,)
 
 
 def _at(raw: Part, path: tuple[str, ...]) -> Part:
@@ -167,10 +204,13 @@ def _without_quantization(raw: Part, paths: list[tuple[str, ...]]) -> dict[str, 
     return copied
 
 
-def _without_mtp(raw: Part, path: tuple[str, ...]) -> dict[str, Any]:
+def _without_mtp(raw: Part, path: tuple[str, ...], counted_in: int) -> dict[str, Any]:
     copied = dict(raw)
     if path:
-        copied[path[0]] = _without_mtp(raw[path[0]], path[1:])
+        copied[path[0]] = _without_mtp(raw[path[0]], path[1:], counted_in)
+    for key in _HIDDEN_LAYERS if not path and counted_in else ():
+        if type(copied.get(key)) is int:
+            copied[key] -= counted_in
     for key in _MTP_LAYERS:
         if key in copied:
             copied[key] = 0

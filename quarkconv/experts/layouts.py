@@ -158,7 +158,11 @@ def _fits(form: Form, shape: tuple[int, int]) -> bool:
 
 
 def single_tensor_layer(
-    prefix: str, index: int, tensors: dict[tuple[ExpertNaming, str], Form], family: Family | None
+    prefix: str,
+    index: int,
+    tensors: dict[tuple[ExpertNaming, str], Form],
+    stored: StoredModules,
+    family: Family | None,
 ) -> MoELayer | Finding:
     """A layer whose experts share tensors: stacked (gate, up, down) or fused (gate_up, down).
 
@@ -166,6 +170,7 @@ def single_tensor_layer(
         prefix: module of the experts.
         index: number of the layer.
         tensors: naming, and gate, up, gate_up or down -> form.
+        stored: all modules, for biases.
         family: the family of the model, where it is known.
     """
     naming = next(naming for naming in NAMINGS if any(owner is naming for owner, _ in tensors))
@@ -201,12 +206,20 @@ def single_tensor_layer(
     else:
         forms = {"gate": (parts["gate"],), "up": (parts["up"],), **forms}
     all_forms = frozenset(parts.values())
-    if transposed and any(form.quantized for form in all_forms):
+    interleaved = layout == "fused" and family is not None and family.interleaved
+    biased = _has_biases(prefix, naming, layout, stored)
+    kinds = {
+        "with transposed matrices": transposed,
+        "with alternating rows of gate and up": interleaved,
+        "with biases": biased,
+    }
+    unread = [kind for kind, found in kinds.items() if found]
+    if unread and any(form.quantized for form in all_forms):
         return finding(
             "experts-not-understood",
             prefix,
-            "The experts are quantized in one tensor of transposed matrices",
-            hint="no tool is known to write them so: quantize the model again",
+            f"The layer stores its int8 experts in one tensor, {' and '.join(unread)}",
+            hint="no engine loads these: quantize the model with its experts one by one",
         )
     return MoELayer(
         index=index,
@@ -220,8 +233,17 @@ def single_tensor_layer(
         forms=forms,
         all_forms=all_forms,
         transposed=transposed,
-        interleaved=False if family is None else family.interleaved,
+        biased=biased,
+        interleaved=interleaved,
     )
+
+
+def _has_biases(prefix: str, naming: ExpertNaming, layout: Layout, stored: StoredModules) -> bool:
+    """Whether experts that share tensors have biases: ``experts.down_proj_bias``, or ``moe.down_proj.bias``."""
+    if layout == "fused":
+        return any(f"{prefix}.{leaf}_bias" in stored.tensors for leaf in (naming.fused_gate_up, naming.fused_down))
+    moe = prefix.removesuffix(f".{EXPERTS}")
+    return any(stored.has_bias(f"{module}.{leaf}") for module in (moe, prefix) for leaf in naming.projections())
 
 
 def _transposed(parts: dict[str, Form]) -> bool:

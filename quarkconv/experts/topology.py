@@ -20,6 +20,8 @@ from quarkconv.text import plural
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
 _INSIDE: Final = f".{EXPERTS}."
+_NUMBERED: Final = re.compile(r"(?:^|\.)(?!shared)\w*experts?(?:\w*[._])?\d+\.")
+"""An expert of a number, under any name: ``local_experts.3.``, ``expert_list.3.``, ``expert_3.``."""
 _STACK_ORDER: Final = tuple(STACKS)
 _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
@@ -96,7 +98,7 @@ def _layers(
     for prefix, tensors in collected.single.items():
         if prefix not in collected.per_expert:
             index = _layer_index(prefix, hidden_layers, position)
-            layer = single_tensor_layer(prefix, index, tensors, family(prefix))
+            layer = single_tensor_layer(prefix, index, tensors, stored, family(prefix))
             position += isinstance(layer, MoELayer)
             yield layer
 
@@ -114,8 +116,7 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
 
 def _not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
     """Experts with unknown names, and experts that config.json declares without stored tensors."""
-    others = [module for module in stored.linears if module not in known]
-    names = [module for module in others if _INSIDE in module]
+    names = [module for module in stored.linears if "expert" in module and module not in known and _is_expert(module)]
     names += [
         name
         for name in stored.plain
@@ -145,6 +146,11 @@ def _not_understood(stored: StoredModules, known: frozenset[str], config_experts
             f"config.json has {config_experts} routed experts per layer, and no tensor has the name of one",
             hint="no conversion knows which tensors are the experts",
         )
+
+
+def _is_expert(module: str) -> bool:
+    """Whether the name of a module is that of a routed expert: inside ``experts``, or numbered."""
+    return _INSIDE in module or _NUMBERED.search(module) is not None
 
 
 def _examples(names: list[str]) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -11,7 +11,7 @@ from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError
 from quarkconv.experts.function import Unknown
-from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.knowledge import knowledge_by_stack, layer_activation, layer_routing
 from quarkconv.findings import Finding, Severity
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
@@ -74,11 +74,20 @@ class Inspection:
     def not_checked(self) -> tuple[str, ...]:
         """Parts that this inspection did not check."""
         missed = [] if self.deep else ["scales and zero points (--deep reads them)"]
-        if self.description.moe_layers:
-            known = knowledge(self.description.checkpoint.config, self.description.moe_layers[0].prefix)
-            if isinstance(known, Unknown):
-                missed.append(f"the function of the experts ({known.reason})")
-        return tuple(missed)
+        return (*missed, *dict.fromkeys(self._unknown()))
+
+    def _unknown(self) -> Iterator[str]:
+        """What is not known of the layers' functions, which no comparison of tensors and config shows."""
+        if not self.description.moe_layers:
+            yield "the function of the model, which has no routed experts"
+        known_of = knowledge_by_stack(self.description.checkpoint.config)
+        for layer in self.description.moe_layers:
+            known = known_of(layer.moe)
+            activation, routing = layer_activation(known, layer), layer_routing(known, layer)
+            if isinstance(activation, Unknown):
+                yield f"the function of the experts ({activation.reason})"
+            elif isinstance(routing, Unknown):
+                yield f"the routing ({routing.reason})"
 
     @property
     def headline(self) -> str:

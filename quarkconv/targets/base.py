@@ -56,7 +56,7 @@ class Target(ABC):
         source = description.config.quantization
         if not self.transforms and isinstance(source, dict) and source.get("transform_config"):
             return "it has transforms that are computed at run time (transform_config)"
-        if len({scheme.activation for scheme in description.schemes}) > 1:
+        if self.quantizes and len({scheme.activation for scheme in description.schemes}) > 1:
             return "it mixes static and dynamic activation scales, and one config group has only one of them"
         return None
 

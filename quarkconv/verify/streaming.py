@@ -34,6 +34,7 @@ from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import LayerNumbers, Problem
 from quarkconv.verify.router import router_of
 from quarkconv.verify.unquantized import UnquantizedModel
+from quarkconv.verify.zero_points import zero_point_problems
 
 Rest = TypeVar("Rest")
 
@@ -238,7 +239,7 @@ class _Run:
         config = job.description.config
         inputs = LayerInputs(
             layer=layer,
-            activation=expert_activation(config.raw, layer.index, layer.moe),
+            activation=expert_activation(config.raw, layer),
             router=router_of(layer, config.raw, self._reader),
             top_k=config.top_k,
             tokens=job.tokens,
@@ -250,7 +251,8 @@ class _Run:
             unquantized_router=None if self._unquantized is None else self._unquantized.router(layer),
         )
         outcome = check_layer(inputs, read.experts, read.source, self._done)
-        outcome = replace(outcome, problems=(*read.problems, *outcome.problems))
+        problems = (*read.problems, *zero_point_problems(layer, self._reader), *outcome.problems)
+        outcome = replace(outcome, problems=problems)
         self._outcomes[read.number] = outcome
         if job.fail_fast and outcome.problems:
             self._stop.set()

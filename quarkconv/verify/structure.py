@@ -8,7 +8,7 @@ from typing import Any, Final
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.experts.function import Unknown
-from quarkconv.experts.knowledge import expert_activation, knowledge
+from quarkconv.experts.knowledge import expert_activation, expert_routing
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import CODES, Finding
 from quarkconv.headers.checkpoint import Checkpoint
@@ -59,13 +59,12 @@ def function_problems(description: Description, source: Description, layers: Seq
 
 
 def _activation_of(config: Mapping[str, Any], layer: MoELayer) -> str:
-    found = expert_activation(config, layer.index, layer.moe)
+    found = expert_activation(config, layer)
     return f"unknown: {found.reason}" if isinstance(found, Unknown) else found.describe()
 
 
 def _routing_of(config: Mapping[str, Any], layer: MoELayer) -> str:
-    known = knowledge(config, layer.moe)
-    found = known if isinstance(known, Unknown) else known.routing(layer.experts, layer.index)
+    found = expert_routing(config, layer)
     return f"unknown: {found.reason}" if isinstance(found, Unknown) else found.describe()
 
 

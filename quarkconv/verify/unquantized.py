@@ -14,7 +14,8 @@ from torch import Tensor
 from quarkconv.description.description import Description
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
-from quarkconv.experts.knowledge import Known, knowledge
+from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.known import Known
 from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer

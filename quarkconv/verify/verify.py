@@ -42,6 +42,9 @@ DEFAULT_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**20
 
 
+_NOT_COMPUTED: Final = frozenset({"scheme-unsupported", "scale-dtype", "experts-not-understood"})
+"""Findings of checkpoints that are not INT8 W8A8, or not in all parts: nothing here computes them."""
+_AT_RUN_TIME: Final = {"rotation-online": "rotated", "smoothing-online": "multiplied by stored factors"}
 _NO_MANIFEST: Final = "no quarkconv.json: quarkconv did not write this checkpoint"
 _NOT_REQUESTED: Final = "not requested"
 _STOPPED: Final = "stopped at the first problem (--fail-fast)"
@@ -259,12 +262,13 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
         return
     layers = description.int8_layers
     scaled = any(form.scale is not None for layer in layers for form in layer.all_forms)
-    if scaled:
-        return
+    findings = [item for item in description.findings if not scaled or item.code in _NOT_COMPUTED]
     root = str(description.checkpoint.root)
-    blocked = refusal(description.findings, root, "checkpoint", "verified")
+    blocked = refusal(findings, root, "checkpoint", "verified")
     if blocked is not None:
         raise blocked
+    if scaled:
+        return
     first = next(iter(description.findings), None)
     raise UnsupportedError(
         "The checkpoint has no INT8 experts",
@@ -277,10 +281,12 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
 
 def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:
     """The reason why the function of these experts is unknown, or unsupported by the INT8 forward."""
-    if any(item.code == "rotation-online" for item in description.findings):
-        return "activations are rotated at run time, which the INT8 forward here does not do"
+    codes = {item.code for item in description.findings}
+    for code, what in _AT_RUN_TIME.items():
+        if code in codes:
+            return f"activations are {what} at run time, which the INT8 forward here does not do"
     for layer in layers:
-        activation = expert_activation(description.config.raw, layer.index, layer.moe)
+        activation = expert_activation(description.config.raw, layer)
         if isinstance(activation, Unknown):
             return f"the function of the experts is unknown: {activation.reason}"
         if (reason := unsupported_activation(activation)) is not None:

@@ -12,7 +12,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from quarkconv.experts.function import ExpertActivation, Unknown
-from quarkconv.experts.knowledge import Known, expert_activation, knowledge
+from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.known import Known
 from quarkconv.experts.naming import Role
 from quarkconv.load.experts import Projection
 from quarkconv.verify.reference import activate, float_forward, reference_forwards
@@ -54,8 +55,13 @@ def projections(name: str) -> tuple[dict[Role, Tensor], dict[Role, Tensor]]:
     )
 
 
+def activation_of(config: dict[str, Any], layer: int) -> ExpertActivation | Unknown:
+    known = knowledge(config)
+    return known if isinstance(known, Unknown) else known.activation(layer)
+
+
 def known_activation(name: str) -> ExpertActivation:
-    activation = expert_activation(CASES[name]["config"], LAYER)
+    activation = activation_of(CASES[name]["config"], LAYER)
     assert isinstance(activation, ExpertActivation)
     return activation
 
@@ -154,7 +160,7 @@ KIMI = {"model_type": "kimi_linear", "hidden_act": "situ", "activation_situ_beta
 def test_activation_of_a_config(config: dict[str, Any], layer: int, expected: ExpertActivation) -> None:
     defaults = {"moe_router_activation": "sigmoid", "use_moe_router_bias": True}
     full = {**defaults, **config} if config["model_type"] == "step3p5" else config
-    assert expert_activation(full, layer) == expected
+    assert activation_of(full, layer) == expected
 
 
 @pytest.mark.parametrize(
@@ -177,7 +183,7 @@ def test_activation_of_a_config(config: dict[str, Any], layer: int, expected: Ex
     ],
 )
 def test_what_is_not_known_is_named_and_never_silu(config: dict[str, Any], key: str | None) -> None:
-    found = expert_activation(config, 0)
+    found = activation_of(config, 0)
     assert isinstance(found, Unknown)
     assert found.key == key
     assert found.reason

@@ -10,7 +10,8 @@ import pytest
 
 from quarkconv.experts.families import FAMILIES
 from quarkconv.experts.function import Routing, Unknown
-from quarkconv.experts.knowledge import Known, knowledge
+from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.known import Known
 from quarkconv.verify.routing import router_tensor_names
 
 DATA = Path(__file__).parents[1] / "data" / "routing"

@@ -50,6 +50,7 @@ class Model:
     weight_map: dict[str, Any] | None = None
 
     def __post_init__(self) -> None:
+        self.config["norm_topk_prob"] = True
         self.quantization["exclude"] = ["lm_head", "model.layers.0.mlp.gate", "model.layers.1.mlp.gate"]
         for name, tensor in fill(_TWO_LAYERS.tensors()).items():
             (self.second if name.startswith("model.layers.1.") else self.first)[name] = tensor

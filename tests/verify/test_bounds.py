@@ -44,7 +44,7 @@ def checked_layers(model: Path) -> Iterator[CheckedLayer]:
     description = describe(model)
     with ThreadPoolExecutor(2) as pool, LayerReader(description, pool) as reader:
         for layer in description.int8_layers:
-            activation = expert_activation(description.config.raw, layer.index, layer.moe)
+            activation = expert_activation(description.config.raw, layer)
             assert isinstance(activation, ExpertActivation)
             experts = quarkconv.load_fused_experts(model, layer.prefix)
             router = router_of(layer, description.config.raw, reader)

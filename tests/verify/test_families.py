@@ -129,7 +129,7 @@ def test_verify_computes_what_the_model_does(name: str) -> None:
         assert "ernie4_5_vl_moe_text is not known" in numbers.skipped
         return
     config, layer = describe(FAMILIES / name).config.raw, layers(name)[0]
-    activation = expert_activation(config, layer.index, layer.moe)
+    activation = expert_activation(config, layer)
     assert isinstance(activation, ExpertActivation)
     assert numbers.skipped == unsupported_activation(activation)
     hashed = "by token id" if name.startswith("deepseek_v4") else None

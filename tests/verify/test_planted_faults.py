@@ -85,7 +85,7 @@ def test_every_fault_of_an_expert_is_found_beside_the_source(name: str, seeds: r
 def checked(name: str) -> CheckedLayer:
     description = describe(FAMILIES / name)
     layer = description.int8_layers[-1]
-    activation = expert_activation(description.config.raw, layer.index, layer.moe)
+    activation = expert_activation(description.config.raw, layer)
     assert isinstance(activation, ExpertActivation)
     with ThreadPoolExecutor(2) as pool, LayerReader(description, pool) as reader:
         router = router_of(layer, description.config.raw, reader)
