@@ -20,7 +20,7 @@ from quarkconv.text import plural
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
 _INSIDE: Final = f".{EXPERTS}."
-_NUMBERED: Final = re.compile(r"(?:^|\.)(?!shared)\w*experts?(?:\w*[._])?\d+\.")
+_NUMBERED: Final = re.compile(r"\.(?!shared)\w*experts?(?:\w*[._])?\d+\.")
 """An expert of a number, under any name: ``local_experts.3.``, ``expert_list.3.``, ``expert_3.``."""
 _STACK_ORDER: Final = tuple(STACKS)
 _MAX_DIGITS: Final = 9

@@ -311,6 +311,24 @@ CASES = (
         set_tensor(f"{O_PROJ}.weight_scale", torch.rand(8).double()),
     ),
     Case(
+        "codes that are declared in another dtype",
+        (("error", "dtype-mismatch", f"{EXPERTS}.0.down_proj", 20),),
+        lambda model: model.quantization["global_quant_config"]["weight"].update(dtype="int4"),
+    ),
+    Case(
+        "factors of inputs beside the weight",
+        (
+            ("error", "smoothing-online", f"{O_PROJ}.pre_quant_scale", 1),
+            ("warning", "tensor-unrecognised", f"{O_PROJ}.pre_quant_scale", 1),
+        ),
+        set_tensor(f"{O_PROJ}.pre_quant_scale", torch.ones(8)),
+    ),
+    Case(
+        "a tensor of unknown meaning beside the weight",
+        (("warning", "companion-unknown", f"{O_PROJ}.permutation", 1),),
+        set_tensor(f"{O_PROJ}.permutation", torch.arange(8)),
+    ),
+    Case(
         "a scale in BF16",
         (("info", "scale-narrow", O_PROJ, 1),),
         set_tensor(f"{O_PROJ}.weight_scale", torch.ones(8).bfloat16()),
