@@ -106,7 +106,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
     "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
     "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _UNSUPPORTED),
-    "dtype-mismatch": FindingCode(_E, "The config declares a module in another dtype, and it is stored in int8."),
+    "dtype-mismatch": FindingCode(_E, "A module is stored in int8 or FP8, and the config declares another dtype."),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(
         _E, "A scale is NaN, infinite or zero, or one of activations is negative (read by --deep)."

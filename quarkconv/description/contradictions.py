@@ -53,6 +53,7 @@ def contradictions(
         yield from _linears(declared, modules, others, is_float)
     yield from _float_modules_quantized(quantized_float_modules(others, is_float), is_mtp)
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
+    in_blocks = in_blocks.difference(fp8)
     yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
     yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]

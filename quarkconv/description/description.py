@@ -56,7 +56,7 @@ class Description:
         is_float: whether engines keep a linear in float.
         float_modules: modules stored in int8 that engines keep in float; conversion dequantizes them.
         mtp_dropped: tensors of layers of multi-token prediction that were left out; None where they are kept.
-        fp8: linears in FP8 beside INT8 modules, which some targets keep.
+        fp8: modules in FP8 beside INT8 modules, which some targets keep.
     """
 
     checkpoint: Checkpoint
@@ -178,7 +178,7 @@ def described(
         others = modules.outside(topology.members)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(others, is_float)
-        fp8 = fp8_groups(modules, topology.members)
+        fp8 = fp8_groups(modules, stored, topology.layers)
         in_fp8 = [name for group in fp8 for name in group.modules]
         function = tuple(function_findings(config, stored, checkpoint.types, is_mtp, is_float))
         findings = [
@@ -188,7 +188,7 @@ def described(
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
             *contradictions(declared, stored, modules, topology, others, family, is_mtp, in_fp8),
-            *fp8_findings(fp8),
+            *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),
             *function,
         ]

@@ -1,57 +1,80 @@
-"""Linears in FP8 beside experts in INT8: those that a group of a compressed-tensors config expresses.
+"""Modules in FP8 beside experts in INT8: those that a group of a compressed-tensors config expresses.
 
-The weight is F8_E4M3 [out, in] with one scale, or with one for each row. Activations are FP8 too: quantized per token,
-or by one stored scale. Source: ``_is_fp8_w8a8`` in vLLM 0.33 (``compressed_tensors.py``).
+The weight is F8_E4M3 [out, in] with one scale, with one for each row, or with one for each block of 128 x 128.
+Activations are FP8 too: quantized per token, by one stored scale, or, with blocks, per token and 128 inputs. Blocks are
+DeepSeek's format: ``weight_scale_inv`` [ceil(out / 128), ceil(in / 128)], which needs no config to be understood.
+Source: ``_is_fp8_w8a8`` in vLLM 0.33 (``compressed_tensors.py``), for linears and experts.
 """
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
 from math import prod
 from typing import Final, NamedTuple
 
+from quarkconv.dtypes import TensorType
+from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import Finding, finding
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.spec import FP8_PER_TOKEN, FP8_STATIC, PER_CHANNEL, ModuleScheme, TensorSpec
-from quarkconv.scheme.stored import SCALE_DTYPES, Form
+from quarkconv.scheme.spec import BLOCK, FP8_PER_TOKEN, FP8_STATIC, PER_CHANNEL, ModuleScheme, TensorSpec
+from quarkconv.scheme.stored import BLOCK_SCALE, SCALE_DTYPES, Form, StoredModules, linear_names
 from quarkconv.text import plural
 
 FP8_DTYPE: Final = "F8_E4M3"
+BLOCK_SIZE: Final = 128
+"""Rows and columns of a block."""
 
 
 class Fp8Group(NamedTuple):
-    """Linears that are quantized to FP8 alike.
+    """Modules that are quantized to FP8 alike.
 
     Attributes:
-        per_channel: a scale for each row of the weight; else one for the weight.
-        static: activations have a stored scale; else one for each token.
+        strategy: what has a scale of its own: each ``channel`` (row of the weight), each ``block``, or the ``tensor``.
+        static: activations have a stored scale; else one for each token, or for each token and block of inputs.
         modules: their names, in the order of the files.
+        declared: whether the config declares them so.
     """
 
-    per_channel: bool
+    strategy: str
     static: bool
     modules: tuple[str, ...]
+    declared: bool = True
 
 
-def fp8_groups(modules: ResolvedModules, experts: Collection[str]) -> tuple[Fp8Group, ...]:
-    """The FP8 linears of a checkpoint with INT8 modules.
+def fp8_groups(modules: ResolvedModules, stored: StoredModules, layers: Collection[MoELayer]) -> tuple[Fp8Group, ...]:
+    """The FP8 modules of a checkpoint with INT8 modules. Of routed experts, those of layers that are FP8 as a whole.
 
     Args:
         modules: every module, stored and declared.
-        experts: names of the routed experts, which are left out.
+        stored: the tensors.
+        layers: the MoE layers.
     """
     if not modules.schemes:
         return ()
-    found: dict[tuple[bool, bool], list[str]] = {}
+    found: dict[tuple[str, bool, bool], list[str]] = {}
     for (form, claim), names in modules.groups.items():
-        if form.weight.dtype == FP8_DTYPE and _is_expressible(form, claim):
-            key = (form.granularity == PER_CHANNEL, form.input_scale is not None)
-            found.setdefault(key, []).extend(name for name in names if name not in experts)
-    return tuple(Fp8Group(*key, tuple(names)) for key, names in found.items() if names)
+        if form.weight.dtype == FP8_DTYPE and len(form.weight.shape) == 2:
+            for name in names:
+                if (kind := _kind(name, form, claim, stored)) is not None:
+                    found.setdefault(kind, []).append(name)
+    kinds = {name: kind for kind, names in found.items() for name in names}
+    broken: set[str] = set()
+    for layer in layers if kinds else ():
+        experts = [name for _, _, name in layer.modules()]
+        if len({kinds.get(name) for name in experts}) > 1:
+            broken.update(experts)
+    groups = ((*kind, tuple(name for name in names if name not in broken)) for kind, names in found.items())
+    return tuple(Fp8Group(strategy, static, names, declared) for strategy, static, declared, names in groups if names)
 
 
-def fp8_findings(groups: tuple[Fp8Group, ...]) -> Iterator[Finding]:
-    """That some linears are in FP8, and which targets keep them."""
+def block_scale(name: str, types: Mapping[str, TensorType]) -> str:
+    """The name of the scales of an FP8 module: ``weight_scale``, or DeepSeek's name for scales of blocks."""
+    inverse = f"{name}{BLOCK_SCALE}"
+    return inverse if inverse in types else linear_names(name).scale
+
+
+def fp8_findings(groups: tuple[Fp8Group, ...], file: str) -> Iterator[Finding]:
+    """That some modules are in FP8, and which targets keep them."""
     names = [name for group in groups for name in group.modules]
     if names:
         yield finding(
@@ -62,16 +85,35 @@ def fp8_findings(groups: tuple[Fp8Group, ...]) -> Iterator[Finding]:
             hint="convert it to compressed-tensors or fused-int8: the other targets have one scheme for all modules",
             count=len(names),
         )
+    undeclared = [name for group in groups if not group.declared for name in group.modules]
+    if undeclared:
+        yield finding(
+            "dtype-mismatch",
+            undeclared[0],
+            f"{plural(len(undeclared), 'linear')} in FP8 that {file} does not declare in FP8: {undeclared[0]}"
+            + (", ..." if len(undeclared) > 1 else ""),
+            hint="convert it to compressed-tensors or fused-int8: quarkconv writes a config that agrees",
+            count=len(undeclared),
+        )
 
 
-def _is_expressible(form: Form, claim: ModuleScheme) -> bool:
-    """Whether the tensors are those of the declared scheme, and a group can say it."""
-    if len(form.weight.shape) != 2 or form.granularity is None or form.scale is None:
-        return False
-    if form.zero_point or form.input_zero_point or form.offset or form.scale.dtype not in SCALE_DTYPES:
-        return False
+def _kind(name: str, form: Form, claim: ModuleScheme, stored: StoredModules) -> tuple[str, bool, bool] | None:
+    """Strategy, whether activations are static, and whether it is declared; None for what no group expresses."""
+    if form.zero_point or form.input_zero_point or form.offset:
+        return None
+    in_blocks = claim.weight is not None and (claim.weight.dtype, claim.weight.granularity) == ("fp8_e4m3", BLOCK)
+    types = stored.tensors
+    scales = types.get(f"{name}{BLOCK_SCALE}") or (form.scale if in_blocks else None)
+    if scales is not None:
+        blocks = tuple(-(-size // BLOCK_SIZE) for size in form.weight.shape)
+        fits = scales.shape == blocks and scales.dtype in SCALE_DTYPES and form.input_scale is None
+        return ("block", False, in_blocks) if fits else None
+    if form.granularity is None or form.scale is None or form.scale.dtype not in SCALE_DTYPES:
+        return None
     static = form.input_scale
     if static is not None and (prod(static.shape) != 1 or static.dtype not in SCALE_DTYPES):
-        return False
+        return None
     weight = TensorSpec("fp8_e4m3", form.granularity, symmetric=True, dynamic=False)
-    return claim == ModuleScheme(weight, FP8_PER_TOKEN if static is None else FP8_STATIC)
+    if claim != ModuleScheme(weight, FP8_PER_TOKEN if static is None else FP8_STATIC):
+        return None
+    return ("channel" if form.granularity == PER_CHANNEL else "tensor"), static is not None, True

@@ -175,7 +175,8 @@ def _check_dtypes(description: Description, options: SourceOptions) -> None:
     """Refuse weights in another quantized dtype: as float weights they would have to be dequantized first."""
     kept = {name for group in description.fp8 for name in group.modules} if options.quantize != "all" else set()
     for module, form in description.stored:
-        if not form.is_float and not form.quantized and module not in kept:
+        concerned = module not in kept or (options.mtp == QUANTIZE and description.is_mtp(module))
+        if not form.is_float and not form.quantized and concerned:
             in_blocks = f"{module}{BLOCK_SCALE}" in description.stored.plain
             raise UnsupportedError(
                 "Weights that are quantized already are not quantized again",

@@ -20,7 +20,7 @@ from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.pieces import Check, Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import Form, fused_names, linear_names
+from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
 
 def part_of(name: str, ref: TensorRef, part: Part) -> Copy:
@@ -57,13 +57,17 @@ def dequantized(module: Int8Module) -> OutputTensor:
     return OutputTensor(linear_names(module.name).weight, "BF16", module.shape, pieces)
 
 
-def fp8_tensors(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Iterator[OutputTensor]:
-    """A linear in FP8, in the form of compressed-tensors: weight_scale F32 [out, 1] or [1], input_scale F32 [1]."""
+def fp8_tensors(name: str, form: Form, strategy: str, refs: Mapping[str, TensorRef]) -> Iterator[OutputTensor]:
+    """A linear in FP8, in the form of compressed-tensors: weight_scale F32 and input_scale F32 [1].
+
+    The scale of the weight is [out, 1], [1], or that of its blocks [ceil(out / 128), ceil(in / 128)].
+    """
     names = linear_names(name)
-    weight, scale = refs[names.weight], refs[names.scale]
+    stored = names.scale if names.scale in refs else f"{name}{BLOCK_SCALE}"
+    weight, scale = refs[names.weight], refs[stored]
     yield OutputTensor(names.weight, weight.dtype, weight.shape, (Copy.whole(names.weight, weight),))
-    shape = (weight.shape[0], 1) if form.granularity == PER_CHANNEL else (1,)
-    yield OutputTensor(names.scale, "F32", shape, (f32_rows(Copy.whole(names.scale, scale), scale.dtype),))
+    shape = {"channel": (weight.shape[0], 1), "tensor": (1,)}.get(strategy, scale.shape)
+    yield OutputTensor(names.scale, "F32", shape, (f32_rows(Copy.whole(stored, scale), scale.dtype),))
     if form.input_scale is not None:
         static = refs[names.input_scale]
         source = Copy.whole(names.input_scale, static)

@@ -48,6 +48,8 @@ FLOAT: Final = ModuleScheme()
 PER_TENSOR: Final = "per_tensor"
 PER_CHANNEL: Final = "per_channel"
 PER_TOKEN: Final = "per_token"
+BLOCK: Final = "block"
+"""A scale for each block of rows and columns."""
 FOREIGN: Final = "foreign"
 """The granularity of a scheme that is known by name alone and not converted."""
 

@@ -16,7 +16,7 @@ compares and groups modules by ``id(form)``, and computes everything that depend
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType
@@ -120,7 +120,7 @@ class StoredModules:
         linears: module -> form, for weights named ``<module>.weight`` of at least two dimensions.
         fused: module -> form, for three-dimensional weights without ``.weight``.
         unrecognised: tensors with codes or scales that belong to no module.
-        tensors: names of all tensors.
+        tensors: dtype and shape of every tensor.
         plain: names of the tensors that are neither weights nor companions of one, such as norms and biases.
         output_scales: tensors that describe quantized outputs, such as scales of the key-value cache.
     """
@@ -128,7 +128,7 @@ class StoredModules:
     linears: dict[str, Form]
     fused: dict[str, Form]
     unrecognised: tuple[str, ...]
-    tensors: Collection[str] = frozenset()
+    tensors: Mapping[str, TensorType] = field(default_factory=dict)
     plain: tuple[str, ...] = ()
     output_scales: tuple[str, ...] = ()
 

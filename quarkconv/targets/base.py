@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 from quarkconv.description.description import Description
+from quarkconv.description.fp8 import block_scale
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource, Int8Module
@@ -23,7 +24,7 @@ class Target(ABC):
         name: as given to ``--to``.
         summary: one line for people.
         by_rank: whether the experts can be divided among ranks.
-        keeps_fp8: True when the config can express linears in FP8 beside INT8 experts.
+        keeps_fp8: True when the config can express modules in FP8 beside INT8 experts.
         transforms: True when the config can express transforms that are computed at run time.
         quantizes: False when the output has no quantized weights.
         facts: one sentence on the weights of the output, for the model card.
@@ -141,7 +142,8 @@ class Target(ABC):
         for group in description.fp8 if self.keeps_fp8 else ():
             for name in group.modules:
                 form = description.stored.linears[name]
-                kinds = [kind for kind in (form.scale, form.input_scale) if kind is not None]
+                scale = description.checkpoint.types[block_scale(name, description.checkpoint.types)]
+                kinds = [kind for kind in (scale, form.input_scale) if kind is not None]
                 size += sum(4 * prod(kind.shape) - kind.nbytes for kind in kinds)
         size -= sum(description.checkpoint.types[name].nbytes for name in self.dropped(description))
         return size + sum(map(self.expert_bytes, description.int8_layers))

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from typing import Any, Final
 
 from quarkconv.description.description import Description
+from quarkconv.description.fp8 import BLOCK_SIZE, Fp8Group
+from quarkconv.experts.naming import NAMINGS
 from quarkconv.findings import Finding
 from quarkconv.scheme.companions import CACHE_SCALES, is_cache_scale
 from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
@@ -27,9 +29,9 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
     """The source's config.json with its quantization_config replaced by the compressed-tensors form."""
     carried = _carried(description)
     static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
-    groups = [_group(["Linear"], "int", per_channel=True, static=static)]
+    groups = [_group(["Linear"], "int", "channel", static=static)]
     for fp8 in description.fp8:
-        groups.append(_group([*fp8.modules], "float", per_channel=fp8.per_channel, static=fp8.static))
+        groups.append(_group(_engines_names(description, fp8), "float", fp8.strategy, static=fp8.static))
     if description.fp8:
         groups = [{**group, "format": _FORMATS[group["weights"]["type"]]} for group in groups]
     quantization = {
@@ -42,16 +44,27 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
     return description.config.with_quantization(quantization | carried)
 
 
-def _group(targets: list[str], kind: str, *, per_channel: bool, static: bool) -> dict[str, Any]:
+def _engines_names(description: Description, fp8: Fp8Group) -> list[str]:
+    """The modules of a group, with the names of the first expert by which engines look up a layer under any naming."""
+    names = set(fp8.modules)
+    layers = [layer for layer in description.moe_layers if any(name in names for _, _, name in layer.modules())]
+    looked_up = [f"{layer.prefix}.0.{leaf}" for layer in layers for leaf in NAMINGS[0].projections()]
+    return [*fp8.modules, *(name for name in looked_up if name not in names)]
+
+
+def _group(targets: list[str], kind: str, strategy: str, *, static: bool) -> dict[str, Any]:
     """A group of 8-bit modules; engines look up the names of ``targets`` before the class ``Linear``."""
+    blocks = {"block_structure": [BLOCK_SIZE, BLOCK_SIZE]} if strategy == "block" else {}
+    of_inputs = {"strategy": "group", "group_size": BLOCK_SIZE} if blocks else {}
     return {
         "targets": targets,
         "weights": {
             "num_bits": 8,
             "type": kind,
-            "strategy": "channel" if per_channel else "tensor",
+            "strategy": strategy,
             "symmetric": True,
             "dynamic": False,
+            **blocks,
         },
         "input_activations": {
             "num_bits": 8,
@@ -59,6 +72,7 @@ def _group(targets: list[str], kind: str, *, per_channel: bool, static: bool) ->
             "strategy": "tensor" if static else "token",
             "symmetric": True,
             "dynamic": not static,
+            **of_inputs,
         },
     }
 

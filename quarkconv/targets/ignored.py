@@ -26,8 +26,9 @@ def _ignored(description: Description) -> Iterator[str]:
         parts, merged = MERGED_WITH.get(leaf, ((), ()))
         if not quantized.intersection(f"{head}.{part}" for part in parts):
             yield from (f"{head}.{name}" for name in merged)
+    in_fp8 = {module for group in description.fp8 for module in group.modules}
     for layer in topology.layers:
-        if not layer.quantized:
+        if not layer.quantized and in_fp8.isdisjoint(module for _, _, module in layer.modules()):
             yield layer.prefix
             yield from (module for _, _, module in layer.modules())
             for leaf in NAMINGS[0].projections():  # vLLM and SGLang look these up under every naming

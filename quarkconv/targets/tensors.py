@@ -47,7 +47,7 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
         checks += target.module_checks(module)
     for group in description.fp8:
         for name in group.modules:
-            tensors += fp8_tensors(name, description.stored.linears[name], refs)
+            tensors += fp8_tensors(name, description.stored.linears[name], group.strategy, refs)
     read = (source for tensor in tensors for piece in tensor.pieces for source in piece.reads())
     checked = (source for check in checks for source in check.reads())
     left_out.update(source.tensor for source in chain(read, checked))

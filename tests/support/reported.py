@@ -22,6 +22,8 @@ FP8: Final = {**TENSOR_WEIGHT, "dtype": "fp8_e4m3"}
 GATES: Final = tuple(f"model.layers.{layer}.mlp.gate" for layer in range(2))
 ATTENTION: Final = "model.layers.0.self_attn"
 FP8_ATTENTION: Final = tuple(f"{ATTENTION}.{name}_proj" for name in "qkvo")
+FP8_BLOCKS: Final = f"{ATTENTION}.q_b_proj"
+PREDICTION: Final = "mtp.layers.0.mlp.experts"
 
 
 def load(folder: Path) -> dict[str, torch.Tensor]:
@@ -168,6 +170,27 @@ def with_fp8_attention(*, per_channel: bool = True, static: bool = False) -> Mod
     model.quantization["layer_quant_config"] = {
         "*layers.0.self_attn*": fp8_layer(per_channel=per_channel, static=static)
     }
+    return model
+
+
+def to_blocks(model: Model, module: str, rows: int, columns: int) -> None:
+    """Store a linear in FP8 with scales of blocks of 128 x 128."""
+    random = torch.Generator().manual_seed(2)
+    blocks = torch.rand(-(-rows // 128), -(-columns // 128), generator=random) + 0.5
+    model.set(f"{module}.weight", torch.randn(rows, columns, generator=random).to(torch.float8_e4m3fn))
+    model.set(f"{module}.weight_scale_inv", blocks)
+
+
+def with_fp8_blocks(*, prediction: bool = False) -> Model:
+    """A linear of the attention in FP8, and, if requested, a layer of multi-token prediction."""
+    model = Model()
+    to_blocks(model, FP8_BLOCKS, 200, 130)
+    if prediction:
+        model.config["mtp_num_hidden_layers"] = 1
+        model.set("mtp.layers.0.mlp.gate.weight", torch.rand(3, 8).bfloat16())
+        for expert in range(3):
+            for leaf, rows, columns in (("gate_proj", 4, 8), ("up_proj", 4, 8), ("down_proj", 8, 4)):
+                to_blocks(model, f"{PREDICTION}.{expert}.{leaf}", rows, columns)
     return model
 
 

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, Final
 import pytest
 import torch
 from support.checkpoints import Tensors, load
-from support.reported import FP8_ATTENTION, fp8_layer, with_fp8_attention
+from support.reported import FP8_ATTENTION, FP8_BLOCKS, PREDICTION, fp8_layer, with_fp8_attention, with_fp8_blocks
 
 import quarkconv
 from quarkconv.targets import TARGETS
@@ -145,3 +145,73 @@ def test_fp8_that_no_group_expresses_is_unsupported(wrong: str, tmp_path: Path) 
     source = model.write(tmp_path / "source")
     with pytest.raises(quarkconv.UnsupportedError, match="scheme-unsupported"):
         quarkconv.plan_conversion(source, "compressed-tensors")
+
+
+# Scales for each block, as DeepSeek stores them: attention, and layers of multi-token prediction
+
+
+def block_group(folder: Path) -> QuantizationScheme:
+    group = QuantizationConfig.model_validate(quantization(folder)).config_groups["group_1"]
+    assert isinstance(group, QuantizationScheme)
+    return group
+
+
+@pytest.mark.parametrize("prediction", [False, True])
+@pytest.mark.parametrize("target", KEEPING)
+def test_blocks_of_fp8_keep_their_codes_and_scales(target: str, prediction: bool, tmp_path: Path) -> None:
+    source = with_fp8_blocks(prediction=prediction).write(tmp_path / "source")
+    before, inspection = load(source), quarkconv.inspect_checkpoint(source)
+    count = 10 if prediction else 1
+    found = {item.code: item.count for item in inspection.findings}
+    assert found == {"mixed-precision": count, "dtype-mismatch": count}
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out").output
+    after, group = load(out), block_group(out)
+    assert inspection.targets[target].nbytes == quarkconv.plan_conversion(source, target).tensor_bytes
+    assert quarkconv.inspect_checkpoint(out).ok
+    assert quarkconv.verify_checkpoint(out, source, device="cpu").ok
+    assert group.weights is not None
+    assert group.input_activations is not None
+    assert (group.weights.strategy, group.weights.block_structure) == ("block", [128, 128])
+    assert (group.input_activations.strategy, group.input_activations.group_size) == ("group", 128)
+    modules = [name.removesuffix("_scale_inv") for name in before if name.endswith("_scale_inv")]
+    assert len(modules) == count
+    for name in modules:
+        assert torch.equal(after[name].view(torch.uint8), before[name].view(torch.uint8))
+        assert torch.equal(after[f"{name}_scale"], before[f"{name}_scale_inv"])
+        assert f"{name}_scale_inv" not in after
+        assert name.removesuffix(".weight") in group.targets
+    assert not set(quantization(out)["ignore"]) & set(group.targets)
+    again = quarkconv.convert_checkpoint(out, "compressed-tensors", tmp_path / "again").output
+    assert all(torch.equal(load(again)[name].view(torch.uint8), after[name].view(torch.uint8)) for name in modules)
+
+
+def test_compressed_tensors_dequantizes_blocks_to_the_weights_of_the_source(tmp_path: Path) -> None:
+    source = with_fp8_blocks().write(tmp_path / "source")
+    out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    before, after = load(source), load(out)
+    scales = before[f"{FP8_BLOCKS}.weight_scale_inv"]
+    wide = scales.repeat_interleave(128, 0)[:200].repeat_interleave(128, 1)[:, :130]
+    found = dequantize(
+        after[f"{FP8_BLOCKS}.weight"],
+        after[f"{FP8_BLOCKS}.weight_scale"],
+        args=block_group(out).weights,
+        dtype=torch.float32,
+    )
+    assert torch.equal(found, before[f"{FP8_BLOCKS}.weight"].float() * wide)
+
+
+def test_a_layer_of_experts_that_is_fp8_in_part_is_unsupported(tmp_path: Path) -> None:
+    model = with_fp8_blocks(prediction=True)
+    name = f"{PREDICTION}.1.up_proj.weight"
+    model.set(name, torch.rand(4, 8).bfloat16())
+    model.remove(f"{name}_scale_inv")
+    with pytest.raises(quarkconv.UnsupportedError, match="F8_E4M3"):
+        quarkconv.plan_conversion(model.write(tmp_path), "compressed-tensors")
+
+
+def test_layers_of_prediction_in_fp8_are_not_quantized_again(tmp_path: Path) -> None:
+    source = with_fp8_blocks(prediction=True).write(tmp_path)
+    with pytest.raises(quarkconv.UnsupportedError, match="not quantized again"):
+        quarkconv.plan_conversion(source, "compressed-tensors", mtp="quantize")
+    plan = quarkconv.plan_conversion(source, "compressed-tensors", mtp="drop")
+    assert not [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.name.startswith("mtp.")]
