@@ -123,13 +123,14 @@ _SOFTMAX_FAMILIES: Final = (
         activation=ActivationRule(keys=("hidden_activation",), names={"gelu_pytorch_tanh": "gelu_tanh"}, default=None),
         own_scales=("per_expert_scale",),
     ),
-    # Divided by no less than moe_norm_min; vLLM divides by the sum itself, which is at least 1 / E.
+    # Text and images have a router and experts each in the model for both, as transformers saves it (text_moe,
+    # vision_moe). Divided by no less than moe_norm_min; vLLM divides by the sum itself, which is at least 1 / E.
     Family(
-        ("ernie4_5_moe",),
+        ("ernie4_5_moe", "ernie4_5_vl_moe"),
         RouterRule(
             "softmax", renormalize=True, top_k=("moe_k", "num_experts_per_tok"), floor=("moe_norm_min",),
         ),
-        "Ernie4_5_MoeTopKRouter",
+        "Ernie4_5_MoeTopKRouter, Ernie4_5_VLMoeMoeTopKRouter",
         tensors=RouterTensors(
             correction_bias=("moe_statics.e_score_correction_bias", "gate.moe_statics.e_score_correction_bias")
         ),

@@ -49,9 +49,9 @@ class Target(ABC):
                 return f"{layer.prefix} mixes experts in int8 and in float"
         if description.fp8 and not self.keeps_fp8:
             names = [name for group in description.fp8 for name in group.modules]
-            return f"it has {plural(len(names), 'linear')} in FP8 beside INT8 experts: {', '.join(names[:3])}" + (
-                ", ..." if len(names) > 3 else ""
-            )
+            reason = f"it has {plural(len(names), 'linear')} in FP8 beside INT8 experts: {', '.join(names[:3])}"
+            reason += ", ..." if len(names) > 3 else ""
+            return reason + ("; --mtp drop leaves them out" if all(map(description.is_mtp, names)) else "")
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"
         source = description.config.quantization

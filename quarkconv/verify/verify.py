@@ -42,6 +42,8 @@ DEFAULT_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**20
 
 
+_NOT_CHECKED: Final = PASSED_ON | {"mixed-precision"}
+"""Findings about files, tensors and linears that no stage checks, or whose numbers are not checked."""
 _NOT_COMPUTED: Final = frozenset({"scheme-unsupported", "scale-dtype", "experts-not-understood"})
 """Findings of checkpoints that are not INT8 W8A8, or not in all parts: nothing here computes them."""
 _AT_RUN_TIME: Final = {"rotation-online": "rotated", "smoothing-online": "multiplied by stored factors"}
@@ -297,7 +299,7 @@ def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> s
 def _passed_on(description: Description, source: Description | None) -> Iterator[Finding]:
     """Files and tensors of the checkpoint, or its source, that are not checked."""
     found = [item for each in (description, source) if each is not None for item in each.findings]
-    yield from dict.fromkeys(item for item in found if item.code in PASSED_ON)
+    yield from dict.fromkeys(item for item in found if item.code in _NOT_CHECKED)
 
 
 def _int8_source(source: Description | None) -> Description | None:

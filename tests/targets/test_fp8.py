@@ -168,7 +168,9 @@ def test_blocks_of_fp8_keep_their_codes_and_scales(target: str, prediction: bool
     after, group = load(out), block_group(out)
     assert inspection.targets[target].nbytes == quarkconv.plan_conversion(source, target).tensor_bytes
     assert quarkconv.inspect_checkpoint(out).ok
-    assert quarkconv.verify_checkpoint(out, source, device="cpu").ok
+    result = quarkconv.verify_checkpoint(out, source, device="cpu")
+    assert result.ok
+    assert {item.code for item in result.findings} == {"mixed-precision"}
     assert group.weights is not None
     assert group.input_activations is not None
     assert (group.weights.strategy, group.weights.block_structure) == ("block", [128, 128])
@@ -213,5 +215,7 @@ def test_layers_of_prediction_in_fp8_are_not_quantized_again(tmp_path: Path) -> 
     source = with_fp8_blocks(prediction=True).write(tmp_path)
     with pytest.raises(quarkconv.UnsupportedError, match="not quantized again"):
         quarkconv.plan_conversion(source, "compressed-tensors", mtp="quantize")
+    with pytest.raises(quarkconv.UnsupportedError, match="in FP8 beside INT8 experts"):
+        quarkconv.plan_conversion(source, "quark")
     plan = quarkconv.plan_conversion(source, "compressed-tensors", mtp="drop")
     assert not [tensor.name for shard in plan.shards for tensor in shard.tensors if tensor.name.startswith("mtp.")]

@@ -10,16 +10,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from support.exports import DATA
+from transformers import AutoConfig
 
 import quarkconv
 from quarkconv.description.description import describe
 from quarkconv.evaluate.weights import _expert_floats
-from quarkconv.experts.function import ExpertActivation
-from quarkconv.experts.knowledge import expert_activation
+from quarkconv.experts.function import ExpertActivation, Routing
+from quarkconv.experts.knowledge import expert_activation, expert_routing
 from quarkconv.experts.ranks import make_rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.numbers import unsupported_activation
+from quarkconv.verify.routing import route
 
 FAMILIES = DATA / "families"
 EVERY = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir())
@@ -33,8 +35,8 @@ REFUSED = {
     "qwen3_vl_moe-0.13-f2f": "experts-not-quantized",
 }
 READ = [name for name in EVERY if name not in REFUSED]
-# No row: text and image tokens have experts of their own.
-UNKNOWN = {"ernie4_5_vl_moe-0.13-eager"}
+TEXT_AND_IMAGES = "ernie4_5_vl_moe-0.13-eager"
+"""Text and image tokens have routers and experts of their own."""
 NOT_FUSED = {
     "dbrx-0.13-eager": "names its experts' projections w1/v1/w2",
     "gpt_oss-0.13-eager": "has experts with biases",
@@ -60,7 +62,7 @@ def test_the_experts_are_read(name: str) -> None:
     assert found_codes == (["expert-names"] if name in FOREIGN_NAMES else [])
     # Images have experts of another size.
     found = {layer.geometry for layer in description.int8_layers}
-    assert found == ({(4, 16, 8), (4, 16, 4)} if name in UNKNOWN else {(4, 16, 8)})
+    assert found == ({(4, 16, 8), (4, 16, 4)} if name == TEXT_AND_IMAGES else {(4, 16, 8)})
 
 
 @pytest.mark.parametrize("name", READ)
@@ -124,10 +126,6 @@ def checked(path: Path, source: Path | None = None) -> quarkconv.Verification:
 @pytest.mark.parametrize("name", READ)
 def test_verify_computes_what_the_model_does(name: str) -> None:
     numbers = checked(FAMILIES / name).numbers
-    if name in UNKNOWN:
-        assert numbers.skipped is not None
-        assert "ernie4_5_vl_moe_text is not known" in numbers.skipped
-        return
     config, layer = describe(FAMILIES / name).config.raw, layers(name)[0]
     activation = expert_activation(config, layer)
     assert isinstance(activation, ExpertActivation)
@@ -299,3 +297,24 @@ def test_an_evaluation_names_the_experts_as_the_model_does(name: str, tmp_path: 
     found = dict(_expert_floats(layer, loaded(name)))
     assert set(found) == {key for key in expected if key.startswith(f"{layer.prefix}.") and key.endswith(".weight")}
     assert all(torch.equal(expected[key], value) for key, value in found.items())
+
+
+@pytest.mark.parametrize("part", ["text_moe", "vision_moe"])
+def test_text_and_images_are_routed_as_transformers_routes_them(part: str) -> None:
+    modeling = pytest.importorskip("transformers.models.ernie4_5_vl_moe.modeling_ernie4_5_vl_moe")
+    config = AutoConfig.from_pretrained(FAMILIES / TEXT_AND_IMAGES).get_text_config()
+    description = describe(FAMILIES / TEXT_AND_IMAGES)
+    layer = next(layer for layer in description.int8_layers if layer.moe.endswith(part))
+    tensors = load_file(FAMILIES / TEXT_AND_IMAGES / "model.safetensors")
+    block = modeling.Ernie4_5_VLMoeMoeTopKRouter(config)
+    start = f"{layer.moe}.gate."
+    state = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+    state["moe_statics.e_score_correction_bias"] += torch.tensor([0.0, 0.3, 0.0, -0.2])  # the export has zeros
+    block.load_state_dict(state)
+    routing = expert_routing(description.config.raw, layer)
+    assert isinstance(routing, Routing)
+    inputs = torch.randn(64, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    _, weights, ids = block(inputs)
+    found = route(routing, inputs, state["weight"], state["moe_statics.e_score_correction_bias"].flatten())
+    assert torch.equal(found[1], ids)
+    torch.testing.assert_close(found[0], weights.float(), rtol=1e-6, atol=1e-7)
