@@ -17,6 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from typing import Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType
@@ -179,7 +180,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         unrecognised=tuple(unrecognised),
         tensors=types,
         plain=tuple(plain),
-        output_scales=tuple(name for name in companions if name.endswith(OUTPUT_SCALES)),
+        output_scales=tuple(name for name in chain(companions, plain) if name.endswith(OUTPUT_SCALES)),
     )
 
 
@@ -188,10 +189,10 @@ def _linears(
 ) -> tuple[dict[str, Form], int]:
     """Module -> form of the linears with these weights, and how many of the companions belong to them."""
     rows = {"weight": weights}
-    for field, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
+    for part, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
         others = [name for name in companions if not name.endswith(end)]
         if len(others) < len(companions):  # few checkpoints have all kinds of companions
-            rows[field] = list(map(types.get, [f"{module}{end}" for module in modules]))
+            rows[part] = list(map(types.get, [f"{module}{end}" for module in modules]))
         companions = others
     # Types are shared objects, and slow to hash: the ids of a module's types are its key.
     keys = list(zip(*(map(id, row) for row in rows.values()), strict=True))

@@ -54,7 +54,7 @@ def test_blocks_of_attention_and_of_experts_get_their_scheme(target: str, tmp_pa
     config.packed_modules_mapping = MERGED
     config._add_fused_moe_to_target_scheme_map()
     linear, experts = QKVParallelLinear(), RoutedExperts()
-    names = [(linear, FP8_BLOCKS)]
+    names: list[tuple[torch.nn.Module, str]] = [(linear, FP8_BLOCKS)]
     names += [(experts, f"{PREDICTION}.0.{leaf}") for leaf in ("gate_proj", "up_proj", "down_proj")]
     for layer, name in names:
         found = config.get_scheme_dict(layer, name)
