@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple
 
-from quarkconv.verify.results import SCALE_EDGES, Distance, LayerExperts, LayerNumbers
+from quarkconv.verify.layer_results import SCALE_EDGES, Distance, LayerExperts, LayerNumbers
 
 if TYPE_CHECKING:
     from quarkconv.evaluate.results import Evaluation

@@ -7,7 +7,8 @@ from collections.abc import Iterator
 from quarkconv.report import charts, page
 from quarkconv.report.series import expert_load, scale_distribution, scale_ranges, signal_to_noise, weight_errors
 from quarkconv.text import plural, size
-from quarkconv.verify.results import RESCALED, Distance, LayerExperts, LayerNumbers, NumbersResult, Verification
+from quarkconv.verify.layer_results import RESCALED, Distance, LayerExperts, LayerNumbers
+from quarkconv.verify.results import NumbersResult, Verification
 
 _WORST = 50
 

@@ -16,8 +16,9 @@ from quarkconv.experts.function import ExpertActivation, Unknown
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.verify.inputs import RecordedInputs
+from quarkconv.verify.layer_results import SCALE_EDGES, LayerExperts, LayerNumbers
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
-from quarkconv.verify.results import SCALE_EDGES, LayerExperts, LayerNumbers, Problem
+from quarkconv.verify.results import Problem
 from quarkconv.verify.router import Router
 from quarkconv.verify.unquantized import Weight, WeightCheck, check_weights
 

@@ -9,18 +9,8 @@ from typing import Any, Final
 from quarkconv.errors import UsageError
 from quarkconv.findings import Finding, Severity
 from quarkconv.text import word
-from quarkconv.verify.results import (
-    SCHEMA,
-    BytesResult,
-    Distance,
-    LayerExperts,
-    LayerNumbers,
-    NumbersResult,
-    Problem,
-    StructureResult,
-    Verification,
-    WeightError,
-)
+from quarkconv.verify.layer_results import Distance, LayerExperts, LayerNumbers, WeightError
+from quarkconv.verify.results import SCHEMA, BytesResult, NumbersResult, Problem, StructureResult, Verification
 
 _WORST: Final = 10
 _LABELS: Final = {

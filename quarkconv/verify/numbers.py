@@ -21,8 +21,8 @@ from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.verify.bounds import NOISE_SAMPLES, exact_bound, noise_bound
 from quarkconv.verify.inputs import RecordedInputs, plain_inputs, random_inputs
+from quarkconv.verify.layer_results import Distance, LayerNumbers
 from quarkconv.verify.reference import float_forward, reference_forwards
-from quarkconv.verify.results import Distance, LayerNumbers
 from quarkconv.verify.router import Router, choose_experts
 from quarkconv.verify.unquantized import Weight
 

@@ -19,17 +19,15 @@ from dataclasses import dataclass
 from typing import Final
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.experts.naming import Role
 from quarkconv.load.experts import Projection
+from quarkconv.verify.activation import FLOAT32_STEP, activate, float32_error
 
 CODE_MAX: Final = 127
 MIN_SCALE: Final = torch.finfo(torch.float32).tiny
-FLOAT32_STEP: Final = 2.0**-24
-"""Largest relative error of one rounding to float32."""
 
 Read = Callable[[Role, int], Projection]
 """(role, expert) -> that projection."""
@@ -157,7 +155,7 @@ def _exact_expert(
     hidden = activate(gate, up, activation)
     rounded = hidden.to(x.dtype)
     output = _integer_product(rounded, None, down)
-    tolerance = _hidden_tolerance(hidden, rounded, _float32_error(gate, up, hidden, activation), down)
+    tolerance = _hidden_tolerance(hidden, rounded, float32_error(gate, up, hidden, activation), down)
     output_error = 4 * FLOAT32_STEP * output.abs()
     tolerance = _rounded_tolerance(output, tolerance, output_error, x.dtype)
     return output.to(x.dtype).double(), tolerance
@@ -171,19 +169,6 @@ def _integer_product(x: Tensor, factor: Tensor | None, projection: Projection) -
     # A product of codes is at most 127^2, so sums of 2^39 of them are exact in float64.
     sums = codes @ projection.codes.to(x.device).double().T
     return _biased(sums * scale * projection.scale.to(x.device).double(), projection.bias)
-
-
-def _float32_error(gate: Tensor | None, up: Tensor, hidden: Tensor, activation: ExpertActivation) -> Tensor:
-    """How far an activation in float32 may be from the exact one.
-
-    Sixteen roundings at most; an exponential whose argument is off by a rounding of g; and, where the function
-    subtracts (1 + tanh of gelu, u + 1 of swigluoai), errors of the size of the products.
-    """
-    size = torch.zeros_like(up) if gate is None else gate.abs()
-    error = hidden.abs() * (16 + 2 * size) * FLOAT32_STEP
-    if activation.name in ("silu", "swiglustep", "relu2"):
-        return error
-    return error + 4 * FLOAT32_STEP * size * up.abs()
 
 
 def _hidden_tolerance(hidden: Tensor, rounded: Tensor, error: Tensor, down: Projection) -> Tensor:
@@ -260,34 +245,6 @@ def _noisy(values: Tensor, static_scale: Tensor | None, noise: Tensor) -> Tensor
         return values + noise * (values.abs().amax(dim=-1, keepdim=True) / CODE_MAX)
     step = static_scale.to(values.device).double()
     return values.clamp(-CODE_MAX * step, CODE_MAX * step) + noise * step
-
-
-def activate(gate: Tensor | None, up: Tensor, activation: ExpertActivation) -> Tensor:
-    """The activation function, in the dtype of its arguments: see :class:`ExpertActivation`.
-
-    ``gate`` is None for experts without a gate.
-    """
-    name, limit = activation.name, activation.limit
-    if gate is None:
-        return up.clamp(min=0).square()
-    if name == "situ":
-        assert activation.beta is not None
-        if activation.linear_beta is not None:
-            up = activation.linear_beta * torch.tanh(up / activation.linear_beta)
-        return activation.beta * torch.tanh(gate / activation.beta) * torch.sigmoid(gate) * up
-    if name in ("gelu", "gelu_tanh"):
-        return F.gelu(gate, approximate="tanh" if name == "gelu_tanh" else "none") * up
-    if limit is not None:
-        up = up.clamp(-limit, limit)
-        if name != "swiglustep":
-            gate = gate.clamp(max=limit)
-    if name == "swigluoai":
-        assert activation.alpha is not None
-        return gate * torch.sigmoid(activation.alpha * gate) * (up + 1)
-    gated = gate * torch.sigmoid(gate)
-    if name == "swiglustep" and limit is not None:
-        gated = gated.clamp(max=limit)
-    return gated * up
 
 
 def _weighted(x: Tensor, factor: Tensor | None) -> Tensor:

@@ -30,8 +30,9 @@ from quarkconv.plan.manifest import Manifest
 from quarkconv.progress import Progress
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerInputs, LayerOutcome, check_layer
+from quarkconv.verify.layer_results import LayerNumbers
 from quarkconv.verify.places import wrong_pieces
-from quarkconv.verify.results import LayerNumbers, Problem
+from quarkconv.verify.results import Problem
 from quarkconv.verify.router import router_of
 from quarkconv.verify.unquantized import UnquantizedModel
 from quarkconv.verify.zero_points import zero_point_problems

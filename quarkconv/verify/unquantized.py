@@ -21,10 +21,11 @@ from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import LayerReader
+from quarkconv.verify.layer_results import WeightError
 from quarkconv.verify.published import PublishedLayer, published_layer, tensors_of
 from quarkconv.verify.reference import CODE_MAX
 from quarkconv.verify.rescaling import estimate_rescaling
-from quarkconv.verify.results import Problem, WeightError
+from quarkconv.verify.results import Problem
 from quarkconv.verify.router import Router, router_of
 
 WEIGHT_BOUND: Final = 0.25

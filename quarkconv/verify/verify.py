@@ -27,14 +27,7 @@ from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.numbers import backend_name, unsupported_activation
 from quarkconv.verify.parts import identity, scope_of
-from quarkconv.verify.results import (
-    BytesResult,
-    NumbersResult,
-    Problem,
-    StructureResult,
-    Verification,
-    VerifiedPart,
-)
+from quarkconv.verify.results import BytesResult, NumbersResult, Problem, StructureResult, Verification, VerifiedPart
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure, function_problems
 

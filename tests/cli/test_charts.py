@@ -22,7 +22,8 @@ from quarkconv.cli.out import console, plain
 from quarkconv.cli.render.charts import size_bars, verification_charts
 from quarkconv.cli.render.verification import render_verification
 from quarkconv.report.series import ExpertMap, scale_ranges, weight_errors
-from quarkconv.verify.results import NumbersResult, Verification, WeightError
+from quarkconv.verify.layer_results import WeightError
+from quarkconv.verify.results import NumbersResult, Verification
 
 pytestmark = pytest.mark.long(15)
 

@@ -16,7 +16,8 @@ from quarkconv.experts.knowledge import knowledge
 from quarkconv.experts.known import Known
 from quarkconv.experts.naming import Role
 from quarkconv.load.experts import Projection
-from quarkconv.verify.reference import activate, float_forward, reference_forwards
+from quarkconv.verify.activation import activate
+from quarkconv.verify.reference import float_forward, reference_forwards
 
 DATA = Path(__file__).parents[1] / "data" / "routing"
 CASES: dict[str, dict[str, Any]] = json.loads((DATA / "experts.json").read_text())["cases"]

@@ -19,7 +19,8 @@ import quarkconv
 from quarkconv.report.inspection import inspection_report
 from quarkconv.report.page import table
 from quarkconv.report.verification import verification_report
-from quarkconv.verify.results import BytesResult, Distance, Problem
+from quarkconv.verify.layer_results import Distance
+from quarkconv.verify.results import BytesResult, Problem
 
 Capture = pytest.CaptureFixture[str]
 

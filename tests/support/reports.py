@@ -10,17 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from quarkconv.verify.results import (
-    BytesResult,
-    Distance,
-    LayerExperts,
-    LayerNumbers,
-    NumbersResult,
-    Problem,
-    StructureResult,
-    Verification,
-    WeightError,
-)
+from quarkconv.verify.layer_results import Distance, LayerExperts, LayerNumbers, WeightError
+from quarkconv.verify.results import BytesResult, NumbersResult, Problem, StructureResult, Verification
 from support.program import PROCESS_TIMEOUT
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

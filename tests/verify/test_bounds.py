@@ -24,8 +24,8 @@ from quarkconv.experts.knowledge import expert_activation
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify import numbers
+from quarkconv.verify.layer_results import LayerNumbers
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
-from quarkconv.verify.results import LayerNumbers
 from quarkconv.verify.router import router_of
 
 EXPORTS = [

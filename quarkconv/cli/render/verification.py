@@ -14,7 +14,8 @@ from quarkconv.cli.out import console, indented, printable, title, verdict
 from quarkconv.cli.render.charts import verification_charts
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.text import plural, size
-from quarkconv.verify.results import RESCALED, Distance, LayerNumbers, NumbersResult, Problem, Verification
+from quarkconv.verify.layer_results import RESCALED, Distance, LayerNumbers
+from quarkconv.verify.results import NumbersResult, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
 _SHOWN_LAYERS: Final = 16
