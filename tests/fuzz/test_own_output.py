@@ -1,7 +1,8 @@
 """What convert wrote, verify accepts: real exports of every family, varied, to every target.
 
-Variants are layers whose experts stay in float, other linears in float, and layers of multi-token prediction, in every
-layout and under every ``--mtp``. A few in the suite, a thousand with ``make fuzz`` (HYPOTHESIS_EXAMPLES).
+Variants are layers whose experts stay in float, other linears in float, layers of multi-token prediction in every
+layout and under every ``--mtp``, linears in FP8, scales of the key-value cache and embeddings in int8. A few in the
+suite, a thousand with ``make fuzz`` (HYPOTHESIS_EXAMPLES).
 """
 
 from __future__ import annotations
@@ -27,7 +28,11 @@ from .test_round_trips import FUZZ, scratch
 
 FAMILIES: Final = DATA / "families"
 NAMES: Final = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers)
-Mtp = Literal["none", "own module", "own module, fused", "last layer", "last layer, int8", "last layer, fused"]
+Mtp = Literal[
+    "none", "own module", "own module, fused", "own module, FP8", "last layer", "last layer, int8", "last layer, fused",
+    "last layer, FP8",
+]  # fmt: skip
+Beside = Literal["nothing", "FP8", "cache scales", "int8 embeddings"]
 _LAYER: Final = re.compile(r"^(.*?(?:layers|blocks)\.)(\d+)\.")
 
 
@@ -40,12 +45,14 @@ class Variant:
         experts_float: a copy of its MoE layer has experts in float; ``declared``: not excluded by the config.
         linears_float: the other linears are in float, and the config does not say so.
         mtp: how a layer of multi-token prediction is stored.
+        beside: what is stored beside the layers' own linears.
     """
 
     export: str
     experts_float: Literal["no", "excluded", "declared"] = "no"
     linears_float: bool = False
     mtp: Mtp = "none"
+    beside: Beside = "nothing"
 
     def write(self, folder: Path) -> Path:
         """Write the checkpoint; returns ``folder``."""
@@ -75,7 +82,10 @@ class Variant:
                 to_float(added, lambda _: True)
             if "fused" in self.mtp:
                 fuse(added)
+            if "FP8" in self.mtp:
+                to_fp8(added)
             tensors |= added
+        add_beside(tensors, f"{stack}{number}.self_attn", self.beside)
         for key in ("num_hidden_layers", "n_layers", "num_layers"):
             if key in config_part(config):
                 config_part(config)[key] = count
@@ -105,6 +115,27 @@ def to_float(tensors: Tensors, concerned: Any) -> None:
             tensors[name] = (tensors[name].float() * scale.reshape(-1, 1)).bfloat16()
 
 
+def to_fp8(tensors: Tensors) -> None:
+    """Store the float experts of a layer in FP8, with scales of blocks."""
+    for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
+        tensors[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensors[name].shape], 0.5)
+        tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def add_beside(tensors: Tensors, attention: str, what: Beside) -> None:
+    """Add a linear in FP8 or scales of the cache to an attention, or store the embeddings in int8."""
+    if what == "FP8":
+        tensors[f"{attention}.added_proj.weight"] = torch.rand(200, 130).to(torch.float8_e4m3fn)
+        tensors[f"{attention}.added_proj.weight_scale_inv"] = torch.rand(2, 2) + 0.5
+    if what == "cache scales":
+        tensors |= {f"{attention}.attn.{part}_scale": torch.tensor(0.5) for part in "kv"}
+    for name in [name for name in tensors if name.endswith("embed_tokens.weight")]:
+        if what == "int8 embeddings" and tensors[name].is_floating_point():
+            scale = tensors[name].float().abs().amax(1).clamp(min=1e-3) / 127
+            tensors[name] = (tensors[name].float() / scale[:, None]).round().to(torch.int8)
+            tensors[f"{name}_scale"] = scale
+
+
 def fuse(tensors: Tensors) -> None:
     """Store the float experts of a layer in two tensors, where they are named as engines fuse them."""
     first = "experts.0.gate_proj.weight"
@@ -125,6 +156,7 @@ VARIANTS: Final = st.builds(
     experts_float=st.sampled_from(["no", "no", "excluded", "declared"]),
     linears_float=st.booleans(),
     mtp=st.sampled_from(get_args(Mtp)),
+    beside=st.sampled_from(get_args(Beside)),
 )
 
 
@@ -132,6 +164,9 @@ VARIANTS: Final = st.builds(
 @given(variant=VARIANTS, to=st.sampled_from(sorted(TARGETS)), mtp=st.sampled_from(["keep", "drop", "quantize"]))
 @example(Variant("qwen3_5_moe-0.13-f2f", mtp="own module, fused"), "w8a8-int8", "keep")
 @example(Variant("qwen3_5_moe-0.13-f2f", mtp="own module, fused"), "quark", "keep")
+@example(Variant("deepseek_v3-0.13-f2f", mtp="last layer, FP8", beside="FP8"), "fused-int8", "keep")
+@example(Variant("minimax_m2-0.13-f2f", mtp="own module, FP8", beside="cache scales"), "compressed-tensors", "keep")
+@example(Variant("gpt_oss-0.13-eager", experts_float="excluded", beside="int8 embeddings"), "ascend", "keep")
 def test_verify_accepts_what_convert_wrote(variant: Variant, to: str, mtp: str) -> None:
     with scratch() as folder:
         source = variant.write(folder / "source")
