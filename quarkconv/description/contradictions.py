@@ -273,7 +273,7 @@ def _scheme(
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:
         subject = "config.json" if declared is None else declared.subject
-        yield finding("mixed-scheme", subject, f"int8 modules are of {' and '.join(names_found)}")
+        yield finding("mixed-scheme", subject, f"The int8 modules use {' and '.join(names_found)}")
     if not topology.members and not any(item.code == "experts-not-understood" for item in topology.findings):
         quantized = bool(schemes)
         yield finding(

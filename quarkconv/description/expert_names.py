@@ -37,6 +37,6 @@ def expert_name_findings(config: ModelConfig, topology: Topology) -> Iterator[Fi
         f"{module}.experts.N.{naming.gate}",
         hint="vLLM refuses them; export the model file to file, which keeps the published names"
         if modules
-        else "vLLM loads them one by one from 0.29 on; convert to fused-int8, which has engines' names",
+        else "vLLM loads them one by one from 0.29 on; convert to fused-int8, which uses the names that engines know",
         count=len(layers),
     )

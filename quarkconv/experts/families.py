@@ -123,7 +123,7 @@ _SOFTMAX_FAMILIES: Final = (
         activation=ActivationRule(keys=("hidden_activation",), names={"gelu_pytorch_tanh": "gelu_tanh"}, default=None),
         own_scales=("per_expert_scale",),
     ),
-    # Text and images have a router and experts each in the model for both, as transformers saves it (text_moe,
+    # Text and images each have a router and experts of their own, as transformers saves the VL model (text_moe,
     # vision_moe). Divided by no less than moe_norm_min; vLLM divides by the sum itself, which is at least 1 / E.
     Family(
         ("ernie4_5_moe", "ernie4_5_vl_moe"),

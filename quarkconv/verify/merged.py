@@ -32,20 +32,20 @@ def merged(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         results: name -> the object that ``verify --part K/N --json`` printed, for each part; names are for messages.
 
     Raises:
-        UsageError: one is not such an object, parts are missing or occur twice, or they are of different verifications.
+        UsageError: one is not such an object, parts are missing or occur twice, or belong to different verifications.
     """
     parts: dict[int, tuple[str, dict[str, Any]]] = {}
     first, expected = next(iter(results.items()), ("", {}))
     for name, value in results.items():
         part = value.get("part")
         if value.get("schema") != SCHEMA or not isinstance(part, dict) or not isinstance(part.get("identity"), dict):
-            raise _invalid(name, "no part of a verification")
+            raise _invalid(name, "not a part of a verification")
         for key in ("count", *_LABELS):
             here, there = _shared(value, key), _shared(expected, key)
             if here != there:
                 label = _LABELS.get(key, "number of parts")
                 raise UsageError(
-                    "The parts are of different verifications",
+                    "The parts belong to different verifications",
                     file=name,
                     expected=f"{label} {word(there)}, as in {first}",
                     found=word(here),

@@ -54,7 +54,7 @@ def function_problems(description: Description, source: Description, layers: Seq
         for what, function in (("activation", _activation_of), ("routing", _routing_of)):
             found, expected = (function(each.config.raw, layer) for each in (description, source))
             if found != expected:
-                message = f"By config.json the {what} is {found}; by that of the source, {expected}"
+                message = f"config.json gives the {what} {found}; the config.json of the source gives {expected}"
                 yield Problem("structure", layer.index, layer.prefix, message)
 
 

@@ -128,4 +128,4 @@ def test_a_config_of_another_function_is_found_beside_the_source(key: str, tmp_p
     if key == "nothing":
         assert problems == ()
     else:
-        assert f"By config.json the {expected[key]} is" in problems[0].message
+        assert f"config.json gives the {expected[key]} " in problems[0].message
