@@ -151,6 +151,8 @@ def test_fp8_that_no_group_expresses_is_unsupported(wrong: str, tmp_path: Path) 
 
 
 def block_group(folder: Path) -> QuantizationScheme:
+    from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
+
     group = QuantizationConfig.model_validate(quantization(folder)).config_groups["group_1"]
     assert isinstance(group, QuantizationScheme)
     return group
@@ -188,6 +190,8 @@ def test_blocks_of_fp8_keep_their_codes_and_scales(target: str, prediction: bool
 
 
 def test_compressed_tensors_dequantizes_blocks_to_the_weights_of_the_source(tmp_path: Path) -> None:
+    from compressed_tensors.quantization.lifecycle.forward import dequantize
+
     source = with_fp8_blocks().write(tmp_path / "source")
     out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
     before, after = load(source), load(out)
