@@ -167,8 +167,8 @@ def described(
         config = model_config(checkpoint.config)
         family = families(config.raw)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
-        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         declared = declared or declared_scheme(config.quantization)
+        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
