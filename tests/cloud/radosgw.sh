@@ -1,12 +1,16 @@
 #!/usr/bin/env bash
 # Run a command with the environment of a one-node Ceph whose S3 gateway listens on loopback:
 #     tests/cloud/radosgw.sh pytest tests/cloud/test_store.py
-# Its data are in memory; it ends with the command. Needs root, and Debian's packages, which are installed if missing.
+# Its data are in memory; it ends with the command. Packages of Debian that are missing are installed, which needs root:
+#     tests/cloud/radosgw.sh --install
+# does only that, and fails with the reason in one line.
 set -euo pipefail
 if ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd && command -v ceph-mgr; } >/dev/null; then
+    [ "$(id -u)" = 0 ] || { echo "no radosgw, and no root to install it"; exit 1; }
     { apt-get -qq update && apt-get -qq -y install radosgw ceph-mon ceph-osd ceph-mgr curl; } >/dev/null 2>&1 ||
-        { echo "no radosgw: its packages cannot be installed"; exit 1; }
+        { echo "no radosgw: apt-get cannot install radosgw, ceph-mon, ceph-osd and ceph-mgr"; exit 1; }
 fi
+[ "$1" != --install ] || exit 0
 dir=$(mktemp -d /tmp/radosgw-XXXXXX)
 port=${RADOSGW_PORT:-8017} monitor=${RADOSGW_MONITOR_PORT:-43317}
 config=(-c "$dir/ceph.conf")
