@@ -96,7 +96,10 @@ class ObjectDestination:
         if STATE not in self._entries:
             raise finished_meanwhile(self.objects.url)
         names = [name for name, entry in self._entries.items() if name.startswith(_NOTES) and before.get(name) != entry]
-        for name, data in self.objects.get_many(names).items():
+        found = self.objects.get_many(names)
+        if len(found) < len(names) and self.objects.entry(STATE) is None:  # notes are deleted at the end
+            raise finished_meanwhile(self.objects.url)
+        for name, data in found.items():
             self._notes[name] = parsed(data)
 
     def open(self, shard: OutputShard) -> ObjectShard:

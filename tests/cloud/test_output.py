@@ -28,6 +28,7 @@ from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.plan.shares import Share
 from quarkconv.write import executor
 from quarkconv.write.modes import Finish
+from quarkconv.write.object_destination import ObjectDestination
 
 Capture = pytest.CaptureFixture[str]
 OPTIONS: dict[str, Any] = {"max_shard_size": 40_000, "jobs": 2}
@@ -367,6 +368,29 @@ def test_parts_give_the_objects_of_one_process(model: Path, local: dict[str, str
         assert caught.value.hint == "run --part 2/3 again"
         assert run(2) is not None
         assert run(2) is not None  # of a finished conversion
+    assert objects() == local
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize(("owner", "method"), [(Objects, "get_many"), (ObjectDestination, "publish")])
+def test_a_last_part_that_another_process_overtakes_sees_the_conversion_finished(
+    model: Path, local: dict[str, str], monkeypatch: pytest.MonkeyPatch, owner: Any, method: str
+) -> None:
+    """The other one finishes before the notes of all shards are read here, or before the manifest is written here."""
+    prepare(model).carry_out(Share(1, 2))
+    shards = {name for name in local if name.endswith(".safetensors")}
+    original = getattr(owner, method)
+    overtaken: list[bool] = []
+
+    def overtake(*arguments: Any) -> Any:
+        if not overtaken and shards <= objects().keys():
+            overtaken.append(True)
+            assert prepare(model).carry_out(Finish()).result is not None
+        return original(*arguments)
+
+    monkeypatch.setattr(owner, method, overtake)
+    assert prepare(model).carry_out(Share(2, 2)).result is not None
+    assert overtaken
     assert objects() == local
 
 
