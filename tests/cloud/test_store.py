@@ -141,3 +141,25 @@ def test_workers_share_a_conversion_by_leases(
         results = list(pool.map(work, range(3)))
     assert objects() == local
     assert sum(outcome.shards for outcome in results) == sum(name.endswith(".safetensors") for name in local)
+
+
+@pytest.mark.parametrize("locked", [False, True])
+def test_buckets_that_keep_versions_hold_the_bytes_of_a_directory(
+    store: FaultyProxy, local: dict[str, str], monkeypatch: pytest.MonkeyPatch, locked: bool
+) -> None:
+    import boto3
+
+    bucket = f"kept-{locked}".lower()
+    client = boto3.client("s3", endpoint_url=store.url, region_name="us-east-1")
+    client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=locked)
+    if locked:
+        rule = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 1}}}
+        client.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=rule)
+        monkeypatch.setenv("AWS_CHECKSUM_ALGORITHM", "SHA256")
+    else:
+        client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    out = f"s3://{bucket}/out"
+    for overwrite in (False, True):
+        quarkconv.convert_checkpoint(URL, "fused-int8", out, max_shard_size=SHARD_SIZE, overwrite=overwrite)
+        assert objects(out) == local
+    assert list_uploads(out) == []
