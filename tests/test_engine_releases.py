@@ -18,11 +18,11 @@ XML = """<testsuites><testsuite>
 </testsuite></testsuites>"""
 
 
-def test_requirements_change_only_where_the_release_asks() -> None:
-    asked = ["transformers<5.20.0,>=5.16", "compressed-tensors==0.17.0", "zentorch==1; extra == 'zen'", "attrs>=1"]
-    assert requirements_of(PINNED, "vllm", "0.32.0", asked) == PINNED.replace("vllm==0.33.0", "vllm==0.32.0").replace(
-        "transformers==5.20.2", "transformers<5.20.0,>=5.16"
-    )
+def test_requirements_change_only_where_the_release_requires_others() -> None:
+    required = ["transformers<5.20.0,>=5.16", "compressed-tensors==0.17.0", "zentorch==1; extra == 'zen'", "attrs>=1"]
+    assert requirements_of(PINNED, "vllm", "0.32.0", required) == PINNED.replace(
+        "vllm==0.33.0", "vllm==0.32.0"
+    ).replace("transformers==5.20.2", "transformers<5.20.0,>=5.16")
 
 
 def test_outcomes_of_a_run() -> None:

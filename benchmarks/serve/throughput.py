@@ -54,7 +54,7 @@ default has 16-bit activations: vLLM 0.33 passes it no scheme for them without t
 
 
 class Server:
-    """A worker process: one LLM that measures when told."""
+    """A worker process: one LLM that measures on request."""
 
     def __init__(self, name: str, model: Path, options: argparse.Namespace, folder: Path) -> None:
         reading, writing = os.pipe()

@@ -3,7 +3,7 @@
     python tests/engines/new_release.py FOLDER ENGINE VERSION
 
 FOLDER/ENGINE must hold the pinned release (install.py); FOLDER/ENGINE-VERSION gets the new one. Of what the tests need,
-it has the packages of the pinned release, or, where the new release asks for others, what it asks for. Exits 1 when a
+it has the packages of the pinned release, or, where the new release requires others, those. Exits 1 when a
 test ends otherwise than with the pinned release.
 """
 
@@ -32,20 +32,20 @@ FORMS: Final = ("fused-int8", "compressed-tensors", "w8a8-int8", "quark", "bf16"
 """Forms in the ids of tests."""
 
 
-def requirements_of(pinned: str, engine: str, version: str, asked: Iterable[str]) -> str:
+def requirements_of(pinned: str, engine: str, version: str, required: Iterable[str]) -> str:
     """The requirements.txt of another release.
 
     Args:
         pinned: that of the pinned release.
         engine: name of its package.
         version: the other release.
-        asked: what the other release requires, as its metadata says.
+        required: requirements of the other release, from its metadata.
     """
-    wanted = {canonicalize_name(need.name): need for need in map(Requirement, asked) if _applies(need)}
+    needs = {canonicalize_name(need.name): need for need in map(Requirement, required) if _applies(need)}
     lines = []
     for line in pinned.splitlines():
         name, _, pin = line.partition("==")
-        need = wanted.get(canonicalize_name(name))
+        need = needs.get(canonicalize_name(name))
         if canonicalize_name(name) == canonicalize_name(engine):
             line = f"{name}=={version}"
         elif pin and need is not None and not need.specifier.contains(pin):
@@ -146,8 +146,8 @@ def main(arguments: list[str]) -> int:
 
     package = {"quark": "amd-quark"}.get(engine, engine)
     with tempfile.TemporaryDirectory() as scratch:
-        asked = _metadata(package, version, Path(scratch))
-        text = requirements_of((HERE / engine / "requirements.txt").read_text(), package, version, asked)
+        required = _metadata(package, version, Path(scratch))
+        text = requirements_of((HERE / engine / "requirements.txt").read_text(), package, version, required)
         listed = Path(scratch) / "requirements.txt"
         listed.write_text(text)
         install(listed, folder / f"{engine}-{version}")

@@ -1,6 +1,6 @@
 """vllm-ascend's config and its linear and MoE methods on the CPU, in vLLM's model classes, loaded by vLLM's own loader.
 
-What is replaced, because it asks for an NPU or for compiled code, and nothing else:
+Replaced, because they need an NPU or compiled code, and nothing else:
 - ``torch_npu`` and ``torch.npu``, which need Ascend's CANN, are mocks: no kernel runs while weights are loaded;
 - the platform is vLLM's CPU platform, and vllm-ascend's plugins, which patch vLLM for its own, are not loaded;
 - the communication group of the MoE method is absent, for which the method has a fallback;
