@@ -46,11 +46,9 @@ def transformed(
         case Columns():
             yield from _runs(piece, reader)
         case Codes() | CodeColumns():
-            with _alone:
-                yield from quantized_codes(piece, reader, held)
+            yield from quantized_codes(piece, reader, held)
         case RowScales():
-            with _alone:
-                yield from row_scales(piece, reader, held)
+            yield from row_scales(piece, reader, held)
         case Zeros(_, nbytes):
             for start in range(0, nbytes, BLOCK_BYTES):
                 yield bytes(min(BLOCK_BYTES, nbytes - start))

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 from support.checkpoints import Tensors, assert_same_tensors, float_experts, load, make_checkpoint
 from support.exports import restore
-from support.program import run_cli, snapshot
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 
 import quarkconv
 from quarkconv.errors import InterruptedByUser, UnsupportedError, UsageError
@@ -220,6 +220,25 @@ def test_experts_of_other_layouts_are_named(
     assert tensor in err
     assert message in " ".join(err.split())
     assert snapshot(tmp_path) == before
+
+
+IMPORTED = """
+import sys
+from quarkconv.cli.main import main
+try:
+    main(sys.argv[1:])
+except SystemExit as end:
+    assert end.code == 0
+sys.exit(any(name in sys.modules for name in ("torch", "triton")))
+"""
+
+
+def test_quantizing_imports_no_torch(tmp_path: Path, bf16: Path) -> None:
+    arguments = ("convert", bf16, "--to", "fused-int8", "--quantize", "all", "--out", tmp_path / "out")
+    process = start(IMPORTED, *arguments)
+    _, err = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 0, err
+    assert (tmp_path / "out" / "config.json").exists()
 
 
 def test_a_plan_that_quantizes_survives_json(bf16: Path) -> None:
