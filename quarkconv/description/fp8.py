@@ -60,7 +60,7 @@ def fp8_groups(modules: ResolvedModules, stored: StoredModules, layers: Collecti
     kinds = {name: kind for kind, names in found.items() for name in names}
     broken: set[str] = set()
     for layer in layers if kinds else ():
-        experts = [name for _, _, name in layer.modules()]
+        experts = layer.module_names
         if len({kinds.get(name) for name in experts}) > 1:
             broken.update(experts)
     groups = ((*kind, tuple(name for name in names if name not in broken)) for kind, names in found.items())

@@ -131,7 +131,7 @@ def _modules(
 ) -> Iterator[tuple[str, Form]]:
     """The modules to quantize and their forms."""
     members, declared = description.topology.members, description.declared
-    layers = {module: layer for layer in description.moe_layers for _, _, module in layer.modules()}
+    layers = {module: layer for layer in description.moe_layers for module in layer.module_names}
     for module, form in description.stored:
         if not form.is_float or form.weight.dtype not in QUANTIZABLE or is_excluded(module):
             continue
@@ -192,7 +192,7 @@ def _check(description: Description, modules: dict[str, Form]) -> None:
     """Refuse modules that need another arithmetic than ptpc_int8."""
     declared, root = description.declared, str(description.checkpoint.root)
     transposed = (layer for layer in description.moe_layers if layer.transposed)
-    fused = next((name for layer in transposed for _, _, name in layer.modules() if name in modules), None)
+    fused = next((name for layer in transposed for name in layer.module_names if name in modules), None)
     if fused is not None:
         raise UnsupportedError(
             "Experts in one tensor are quantized along their rows, and this model stores them transposed",

@@ -147,6 +147,11 @@ class MoELayer:
         half = Part(2 * expert + (role == "up"), 2 * self.experts)
         return StoredProjection(names, form, half, half if form.granularity == PER_CHANNEL else matrix)
 
+    @property
+    def module_names(self) -> list[str]:
+        """The module of every projection, in the order of :meth:`modules`."""
+        return [module for _, _, module in self.modules()]
+
     def modules(self) -> Iterator[tuple[Role, int, str]]:
         """(role, expert, module) of every projection; in the layouts of one tensor for all experts, expert is 0."""
         for name, (role, *_) in self.leaves() if self.layout != "fused" else ():

@@ -47,7 +47,7 @@ def compressed_tensors_config(description: Description) -> dict[str, Any]:
 def _engines_names(description: Description, fp8: Fp8Group) -> list[str]:
     """The modules of a group, with the names of the first expert by which engines look up a layer under any naming."""
     names = set(fp8.modules)
-    layers = [layer for layer in description.moe_layers if any(name in names for _, _, name in layer.modules())]
+    layers = [layer for layer in description.moe_layers if any(name in names for name in layer.module_names)]
     looked_up = [f"{layer.prefix}.0.{leaf}" for layer in layers for leaf in NAMINGS[0].projections()]
     return [*fp8.modules, *(name for name in looked_up if name not in names)]
 

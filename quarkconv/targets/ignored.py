@@ -28,8 +28,8 @@ def _ignored(description: Description) -> Iterator[str]:
             yield from (f"{head}.{name}" for name in merged)
     in_fp8 = {module for group in description.fp8 for module in group.modules}
     for layer in topology.layers:
-        if not layer.quantized and in_fp8.isdisjoint(module for _, _, module in layer.modules()):
+        if not layer.quantized and in_fp8.isdisjoint(layer.module_names):
             yield layer.prefix
-            yield from (module for _, _, module in layer.modules())
+            yield from layer.module_names
             for leaf in NAMINGS[0].projections():  # vLLM and SGLang look these up under every naming
                 yield f"{layer.prefix}.0.{leaf}"
