@@ -10,7 +10,7 @@ from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_charts, write_report
-from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
+from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_folder, require_one_source
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -81,6 +81,8 @@ def evaluate(
 
     if report is not None:
         require_charts()
+        require_folder(report)
+    limits = Limits(max_kl, min_agreement)
     numbers = None if layers is None else parse_layer_numbers(layers)
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
@@ -97,7 +99,7 @@ def evaluate(
             layers=numbers,
             ablate=ablate,
             record=record,
-            limits=Limits(max_kl, min_agreement),
+            limits=limits,
             resume=resume,
             progress=meter,
         )

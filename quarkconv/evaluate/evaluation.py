@@ -12,10 +12,10 @@ import torch
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
+from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_folder, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import Place, Run
-from quarkconv.evaluate.same_model import require_same_model, require_same_tokenizer
+from quarkconv.evaluate.same_model import require_same_model, require_same_tokenizer, require_unquantized
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
 from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, Model
@@ -74,12 +74,13 @@ def evaluate_checkpoint(
 
     Raises:
         UsageError: neither text nor token ids, or both; a text that is too short; tokens outside of the vocabulary;
-            another tokenizer or architecture in ``unquantized``.
+            another tokenizer or architecture in ``unquantized``, or a quantized model.
         SourceError: a checkpoint or the text cannot be read, or hidden states are not finite.
         UnsupportedError: transformers has no class for the model, or its experts cannot run in INT8.
         WriteError: hidden states or ``record`` cannot be written.
     """
     require_one_source(text, token_ids)
+    require_folder(record)
     devices = pick_devices(device)
     root = _directory(model, progress)
     other = None if unquantized is None else _directory(unquantized, progress)
@@ -93,7 +94,8 @@ def evaluate_checkpoint(
     for item in (description, original):
         if item is not None:
             _require_readable(item)
-    if other is not None:
+    if other is not None and original is not None:
+        require_unquantized(original)
         require_same_tokenizer(root, other)
     with ExitStack() as stack:
         runners = [layer_runner(description, original, place, layers, stack) for place in devices]

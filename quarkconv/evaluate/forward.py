@@ -10,21 +10,39 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.evaluate.skeleton import Skeleton
 
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What the model passes to a decoder layer beside the hidden states; the same for all windows of a batch size."""
+    """What the model passes to a decoder layer beside the hidden states; the same for all windows of a batch size.
+
+    Attributes:
+        args, kwargs: arguments.
+        handed_on: the keyword for what the layer before returned beside hidden states, such as chosen positions; None
+            where the layer does not take it.
+    """
 
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
+    handed_on: str | None = None
+
+
+class LayerOutput(NamedTuple):
+    """What a decoder layer returns: hidden states, and what it hands on to the next layer, if anything."""
+
+    states: Tensor
+    handed_on: Tensor | None = None
+
+    def to(self, device: torch.device) -> LayerOutput:
+        """The same on a device."""
+        return LayerOutput(self.states.to(device), None if self.handed_on is None else self.handed_on.to(device))
 
 
 class _Replacement(nn.Module):
@@ -41,28 +59,31 @@ class _Replacement(nn.Module):
             return getattr(self.__dict__["_replaced"][0], name)
 
 
-class _Recorder(_Replacement):
-    """Keeps what it is called with, and passes its hidden states on."""
+class _HandedOn:
+    """Stands for what a layer returns beside hidden states."""
 
-    def __init__(self, layer: nn.Module) -> None:
+
+class _Recorder(_Replacement):
+    """Keeps what it is called with, and passes its hidden states on.
+
+    Args:
+        layer: the decoder layer.
+        pairs: the layer returns a pair.
+        states: returned instead of the hidden states that it is called with.
+    """
+
+    def __init__(self, layer: nn.Module, pairs: bool, states: Tensor | None = None) -> None:
         super().__init__(layer)
         self.call: LayerCall | None = None
         self.states: Tensor | None = None
+        self._pairs, self._returned = pairs, states
 
-    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        self.call, self.states = LayerCall(args, kwargs), hidden_states
-        return hidden_states
-
-
-class _Computed(_Replacement):
-    """Returns hidden states that were computed before."""
-
-    def __init__(self, layer: nn.Module, states: Tensor) -> None:
-        super().__init__(layer)
-        self.states = states
-
-    def forward(self, _: Tensor, *args: Any, **kwargs: Any) -> Tensor:  # noqa: ARG002
-        return self.states
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor | tuple[Tensor, _HandedOn]:
+        name = next((key for key, value in kwargs.items() if isinstance(value, _HandedOn)), None)
+        self.call = LayerCall(args, {key: value for key, value in kwargs.items() if key != name}, name)
+        self.states = hidden_states
+        states = hidden_states if self._returned is None else self._returned
+        return (states, _HandedOn()) if self._pairs else states
 
 
 def embed(skeleton: Skeleton, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
@@ -72,35 +93,58 @@ def embed(skeleton: Skeleton, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         ids: int64 [B, L].
 
     Raises:
-        UnsupportedError: the model passes something between its layers that depends on them.
+        UnsupportedError: the layers cannot be run one by one.
+        SourceError: the hidden states are not finite.
     """
-    recorders = [_Recorder(layer) for layer in skeleton.layers]
-    with _replaced(skeleton, recorders), _forward(skeleton):
-        skeleton.model(input_ids=ids.to(skeleton.device), use_cache=False, logits_to_keep=1)
-    first = recorders[0].states
-    if first is None or any(item.states is None or item.states is not first for item in recorders):
-        raise UnsupportedError(
-            "The layers of this model cannot be run one by one",
-            file=str(skeleton.root),
-            expected="a decoder whose layers take the hidden states of the layer before",
-            found=type(skeleton.model).__name__,
-        )
-    return first, [item.call for item in recorders if item.call is not None]
+    errors: list[UnsupportedError] = []
+    for pairs in (False, True) if skeleton.pairs is None else (skeleton.pairs,):
+        recorders = [_Recorder(layer, pairs) for layer in skeleton.layers]
+        try:
+            with _replaced(skeleton, recorders), _forward(skeleton):
+                skeleton.model(input_ids=ids.to(skeleton.device), use_cache=False, logits_to_keep=1)
+        except UnsupportedError as error:
+            errors.append(error)
+            continue
+        first = recorders[0].states
+        if first is not None and all(item.states is first for item in recorders):
+            skeleton.pairs = pairs
+            if not bool(first.isfinite().all()):
+                raise _not_finite(skeleton, "The embeddings are not finite", "before the first decoder layer")
+            return first, [item.call for item in recorders if item.call is not None]
+    if errors:
+        raise errors[0]
+    raise UnsupportedError(
+        "The layers of this model cannot be run one by one",
+        file=str(skeleton.root),
+        expected="a decoder whose layers take the hidden states of the layer before",
+        found=type(skeleton.model).__name__,
+    )
 
 
-def run_layer(skeleton: Skeleton, number: int, states: Tensor, call: LayerCall) -> Tensor:
-    """One decoder layer, filled before: [B, L, H] -> [B, L, H]."""
+def run_layer(
+    skeleton: Skeleton, number: int, states: Tensor, call: LayerCall, handed_on: Tensor | None = None
+) -> LayerOutput:
+    """One decoder layer, filled before.
+
+    Args:
+        skeleton: the model.
+        number: the layer.
+        states: hidden states, [B, L, H].
+        call: its other arguments.
+        handed_on: what the layer before returned beside hidden states.
+    """
+    more = {} if call.handed_on is None else {call.handed_on: handed_on}
     with _forward(skeleton):
-        result = skeleton.layers[number](states, *call.args, **call.kwargs)
-    if isinstance(result, tuple):
+        result = skeleton.layers[number](states, *call.args, **call.kwargs, **more)
+    output = result if isinstance(result, tuple) else (result,)
+    if len(output) != (2 if skeleton.pairs else 1) or not isinstance(output[-1], Tensor | None):
         raise UnsupportedError(
             "The layers of this model pass more than hidden states to one another",
             file=str(skeleton.root),
             tensor=skeleton.layer_prefix(number),
             found=type(skeleton.layers[number]).__name__,
         )
-    output: Tensor = result
-    return output
+    return LayerOutput(*output)
 
 
 def final_logits(skeleton: Skeleton, ids: Tensor, states: Tensor, positions: Tensor) -> Tensor:
@@ -110,15 +154,31 @@ def final_logits(skeleton: Skeleton, ids: Tensor, states: Tensor, positions: Ten
         ids: int64 [B, L].
         states: hidden states after the last layer, [B, L, H].
         positions: int64 [n].
+
+    Raises:
+        SourceError: a logit is NaN.
     """
-    replaced: list[nn.Module] = [_Recorder(layer) for layer in skeleton.layers]
-    replaced[-1] = _Computed(skeleton.layers[-1], states.to(skeleton.device))
+    pairs = bool(skeleton.pairs)
+    replaced = [_Recorder(layer, pairs) for layer in skeleton.layers]
+    replaced[-1] = _Recorder(skeleton.layers[-1], pairs, states.to(skeleton.device))
     with _replaced(skeleton, replaced), _forward(skeleton):
         output = skeleton.model(
             input_ids=ids.to(skeleton.device), use_cache=False, logits_to_keep=positions.to(skeleton.device)
         )
     logits: Tensor = output.logits
+    if bool(logits.isnan().any()):
+        raise _not_finite(skeleton, "The logits are not finite", "after the last decoder layer")
     return logits
+
+
+def _not_finite(skeleton: Skeleton, what: str, where: str) -> SourceError:
+    return SourceError(
+        what,
+        code="states-not-finite",
+        file=str(skeleton.root),
+        found=f"NaN or infinity {where}",
+        hint="download the checkpoint again",
+    )
 
 
 @contextmanager

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Final
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -28,15 +28,30 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
     return sums[:rows]
 
 
+class DtypeOf(NamedTuple):
+    """What a model may read of the weight of an INT8 linear: casting inputs to its dtype is fine, products are not."""
+
+    dtype: torch.dtype
+
+
 class Int8Linear(nn.Module):
     """A W8A8 linear: codes int8 [out, in], a scale for each row float32 [out], activations quantized per token.
 
     With ``input_scale`` (float32, one element) activations take that static scale instead. Sums are exact; then
-    ``sum * activation scale * weight scale + bias`` in float32, rounded once to the dtype of the input.
+    ``sum * activation scale * weight scale + bias`` in float32, rounded once to the dtype of the input. ``dtype`` is
+    that of the weight in floats.
     """
 
-    def __init__(self, codes: Tensor, scale: Tensor, bias: Tensor | None, input_scale: Tensor | None) -> None:
+    def __init__(
+        self,
+        codes: Tensor,
+        scale: Tensor,
+        bias: Tensor | None,
+        input_scale: Tensor | None,
+        dtype: torch.dtype = torch.bfloat16,
+    ) -> None:
         super().__init__()
+        self.weight = DtypeOf(dtype)
         self.codes = codes
         self.scale = scale
         self.bias = bias

@@ -42,7 +42,7 @@ def int8_modules(
                 file=str(skeleton.root),
                 tensor=f"{path}.weight",
             )
-        yield path, Int8Linear(linear.codes, linear.scale, module.bias, linear.input_scale)
+        yield path, Int8Linear(linear.codes, linear.scale, module.bias, linear.input_scale, module.weight.dtype)
     for path, (layer, experts) in weights.experts.items():
         activation = expert_activation(config, layer)
         if isinstance(activation, Unknown):

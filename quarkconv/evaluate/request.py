@@ -1,12 +1,13 @@
-"""What a caller asks of ``evaluate``; imports neither torch nor transformers."""
+"""The request of ``evaluate`` and its checks; imports neither torch nor transformers."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from quarkconv.errors import UsageError
+from quarkconv.errors import UsageError, WriteError
 
 DEFAULT_WINDOW: Final = 2048
 """Tokens of a window of text."""
@@ -14,10 +15,34 @@ DEFAULT_WINDOW: Final = 2048
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """Bounds that the caller sets; None for no bound."""
+    """Bounds that the caller sets; None for no bound.
+
+    Attributes:
+        max_kl: of the mean KL divergence, in nats.
+        min_agreement: of top-1 agreement, 0 to 1.
+
+    Raises:
+        UsageError: a bound is out of range.
+    """
 
     max_kl: float | None = None
     min_agreement: float | None = None
+
+    def __post_init__(self) -> None:
+        for option, value, largest in (("--max-kl", self.max_kl, math.inf), ("--min-agreement", self.min_agreement, 1)):
+            if value is not None and not 0 <= value <= largest:
+                expected = "0 to 1" if largest == 1 else "0 or more"
+                raise UsageError(f"{option} is out of range", expected=expected, found=f"{value:g}")
+
+
+def require_folder(path: str | Path | None) -> None:
+    """Refuse a file that cannot be created, before anything is computed; None is no file.
+
+    Raises:
+        WriteError: its folder does not exist.
+    """
+    if path is not None and not Path(path).absolute().parent.is_dir():
+        raise WriteError("The folder of a file to write does not exist", file=str(path), hint="create it first")
 
 
 def require_one_source(text: str | Path | None, token_ids: str | Path | None) -> None:

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Final, NamedTuple
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import save_file
 from torch import Tensor
 
 from quarkconv.errors import WriteError
-from quarkconv.evaluate.forward import LayerCall, final_logits
+from quarkconv.evaluate.forward import LayerCall, LayerOutput, final_logits
 from quarkconv.evaluate.read_ahead import ReadAhead
 from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
@@ -149,7 +150,10 @@ class Run:
             for position, item in enumerate(self.batches):
                 if item.device != device:
                     continue
-                before = {name: tensor[item.windows] for name, tensor in streams.states.items()}
+                before = {
+                    name: LayerOutput(tensor[item.windows], streams.handed_on.pop((name, position), None))
+                    for name, tensor in streams.states.items()
+                }
                 inputs: dict[str, Tensor] | None = None if recorded is None else {}
                 after, found = runner.step(
                     number,
@@ -162,8 +166,10 @@ class Run:
                 sums.add(found)
                 for name, tensor in (inputs or {}).items():
                     parts[name, position] = tensor
-                for name, tensor in after.items():
-                    streams.states[name][item.windows] = tensor
+                for name, output in after.items():
+                    streams.states[name][item.windows] = output.states
+                    if output.handed_on is not None:
+                        streams.handed_on[name, position] = output.handed_on
             return sums
 
         with ThreadPoolExecutor(len(self.runners)) as pool:
@@ -250,11 +256,11 @@ def _equal(one: object, two: object) -> bool:
 def _saved(state: EvaluationState, streams: Streams) -> None:
     try:
         state.save(streams)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:
         raise WriteError(
             "The hidden states cannot be written",
             file=str(state.path),
-            found=error.strerror or str(error),
+            found=(getattr(error, "strerror", None) or str(error))[:200],
             hint="free space there, set XDG_CACHE_HOME, or give --no-resume",
         ) from error
 
@@ -262,5 +268,5 @@ def _saved(state: EvaluationState, streams: Streams) -> None:
 def _write_record(path: str | Path, recorded: dict[str, Tensor]) -> None:
     try:
         save_file(recorded, path)
-    except OSError as error:
-        raise WriteError("The recorded inputs cannot be written", file=str(path), found=str(error)) from error
+    except (OSError, SafetensorError) as error:
+        raise WriteError("The recorded inputs cannot be written", file=str(path), found=str(error)[:200]) from error

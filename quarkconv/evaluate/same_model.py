@@ -4,9 +4,26 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.windows import load_tokenizer
+
+
+def require_unquantized(description: Description) -> None:
+    """Refuse a quantized model as the one before quantization.
+
+    Raises:
+        UsageError: the checkpoint holds quantized modules.
+    """
+    if description.schemes:
+        raise UsageError(
+            "The unquantized model is quantized",
+            file=str(description.checkpoint.root),
+            expected="a model in floats",
+            found=description.scheme or "INT8 modules",
+            hint="give --unquantized the model before it was quantized",
+        )
 
 
 def require_same_model(quantized: Skeleton, unquantized: Skeleton) -> None:

@@ -34,6 +34,7 @@ class Skeleton:
         layers: the decoder layers.
         layers_path: the name of their list.
         unmatched: tensors of the checkpoint that are not parameters of the model.
+        pairs: decoder layers return a pair, hidden states and what they hand on; None until they have been called.
         device: where layers are filled.
 
     Raises:
@@ -47,6 +48,7 @@ class Skeleton:
         self.layers_path, self.layers = self._find_layers()
         self._renamings, self._converters, self._mapping = self._name_mapping()
         self.unmatched: list[str] = []
+        self.pairs: bool | None = None
         self._meta_state = dict(self.model.state_dict().items())
         self._compute_buffers()
 
@@ -168,6 +170,12 @@ class Skeleton:
             if hasattr(module, "is_concatenated") and hasattr(module, "has_gate")  # set by use_experts_implementation
         }
 
+    def expert_paths(self, number: int) -> list[str]:
+        """Paths of the routed experts of a decoder layer, also of classes whose experts cannot be replaced."""
+        prefix = self.layer_prefix(number)
+        named = (f"{prefix}.{name}" for name, _ in self.layers[number].named_modules() if name.endswith(".experts"))
+        return list(self.experts_of(number)) or list(named)
+
     def _set(self, name: str, tensor: Tensor) -> None:
         """Fill a parameter or buffer that the loader of transformers left out, for all that it renames the tensor."""
         owner, leaf = self.owner(name)
@@ -186,7 +194,10 @@ class Skeleton:
 
     def _find_layers(self) -> tuple[str, nn.ModuleList]:
         decoder = self.model.get_decoder()
-        layers = next((found for leaf in _LAYERS if (found := getattr(decoder, leaf, None)) is not None), None)
+        owners = (decoder, getattr(decoder, "model", None))  # of Llama4ForCausalLM transformers returns all of it
+        layers = next(
+            (found for owner in owners for leaf in _LAYERS if (found := getattr(owner, leaf, None)) is not None), None
+        )
         names = {id(module): name for name, module in self.model.named_modules()}
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise UnsupportedError(

@@ -49,13 +49,16 @@ class EvaluationState:
             with safe_open(self.path, framework="pt") as handle:
                 about: dict[str, Any] = json.loads(handle.metadata()["streams"])
                 states = {name: handle.get_tensor(f"states.{name}") for name in about["variants"]}
+                handed_on = {
+                    (name, batch): handle.get_tensor(f"handed_on.{name}.{batch}") for name, batch in about["handed_on"]
+                }
                 sums = []
                 for number, values in enumerate(about["sums"]):
                     tensors = {name: handle.get_tensor(f"{name}.{number}") for name in values.pop("tensors")}
                     sums.append(LayerSums(**values, **tensors))
         except Exception:  # missing, cut off or of another version: the evaluation starts over
             return None
-        return Streams(states, about["finished"], sums)
+        return Streams(states, handed_on, about["finished"], sums)
 
     def save(self, streams: Streams) -> None:
         """Replace the state.
@@ -64,13 +67,21 @@ class EvaluationState:
             OSError: it cannot be written.
         """
         tensors = {f"states.{name}": tensor.contiguous() for name, tensor in streams.states.items()}
+        tensors |= {
+            f"handed_on.{name}.{batch}": tensor.contiguous() for (name, batch), tensor in streams.handed_on.items()
+        }
         sums = []
         for number, item in enumerate(streams.sums):
             values = {name: getattr(item, name) for name in LayerSums.__slots__ if name not in _TENSORS}
             held = [name for name in _TENSORS if getattr(item, name) is not None]
             tensors |= {f"{name}.{number}": getattr(item, name) for name in held}
             sums.append({**values, "tensors": held})
-        about = {"variants": list(streams.states), "finished": streams.finished, "sums": sums}
+        about = {
+            "variants": list(streams.states),
+            "handed_on": list(streams.handed_on),
+            "finished": streams.finished,
+            "sums": sums,
+        }
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         try:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
-from quarkconv.evaluate.forward import LayerCall, embed, run_layer
+from quarkconv.evaluate.forward import LayerCall, LayerOutput, embed, run_layer
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
 from quarkconv.evaluate.int8_layer import in_place, int8_modules
 from quarkconv.evaluate.skeleton import Skeleton
@@ -56,9 +56,17 @@ class Routed:
 
 @dataclass(slots=True)
 class Streams:
-    """Hidden states of each variant, [W, L, H] on the CPU, after ``finished`` layers."""
+    """Hidden states of each variant, [W, L, H] on the CPU, after some layers.
+
+    Attributes:
+        states: variant -> hidden states.
+        handed_on: variant and number of a batch -> what the last layer hands on to the next one, on the CPU.
+        finished: number of layers.
+        sums: of each of them.
+    """
 
     states: dict[str, Tensor]
+    handed_on: dict[tuple[str, int], Tensor] = field(default_factory=dict)
     finished: int = 0
     sums: list[LayerSums] = field(default_factory=list)
 
@@ -123,71 +131,75 @@ class LayerRunner:
     def step(
         self,
         number: int,
-        states: Mapping[str, Tensor],
+        states: Mapping[str, LayerOutput],
         calls: tuple[LayerCall, LayerCall],
         *,
         ablated: Mapping[str, int | None] = MappingProxyType({}),
         sample: bool = False,
         record: dict[str, Tensor] | None = None,
-    ) -> tuple[dict[str, Tensor], LayerSums]:
+    ) -> tuple[dict[str, LayerOutput], LayerSums]:
         """One layer for one batch.
 
         Args:
             number: the layer.
-            states: variant -> hidden states [B, L, H] before the layer.
+            states: variant -> hidden states [B, L, H] before the layer, and what the layer before hands on.
             calls: of the evaluated model's layer, and of the baseline's.
             ablated: variant -> the expert that takes the baseline's weights in this layer; None for the whole layer.
             sample: also compute the errors of single experts.
             record: MoE layer -> where the inputs [M, H] of its routed experts in the baseline go.
 
         Returns:
-            variant -> hidden states after the layer, and the sums of this batch.
+            variant -> hidden states after the layer and what it hands on, and the sums of this batch.
         """
         skeleton = self.quantized.skeleton
-        given = {name: tensor.to(skeleton.device) for name, tensor in states.items()}
+        given = {name: item.to(skeleton.device) for name, item in states.items()}
         base_name = UNQUANTIZED if self.unquantized is not None else DEQUANTIZED
-        after: dict[str, Tensor] = {}
+        after: dict[str, LayerOutput] = {}
         sums = DeviceSums()
+
+        def run(model: Skeleton, name: str) -> LayerOutput:
+            return run_layer(model, number, given[name].states, calls[model is not skeleton], given[name].handed_on)
+
         base_routed: Routed | None = None
         if base_name in given:
             with self._tap(self.baseline, number) as routed:
-                after[base_name] = run_layer(self.baseline.skeleton, number, given[base_name], calls[1])
+                after[base_name] = run(self.baseline.skeleton, base_name)
             base_routed = routed[-1] if routed else None
             if record is not None and base_routed is not None:
                 record |= {layer.moe: base_routed.states.cpu().contiguous() for layer, _ in self._moe.values()}
             if sample and base_routed is not None:
                 self._sample_experts(base_routed, sums)
         if DEQUANTIZED in given and base_name != DEQUANTIZED:
-            after[DEQUANTIZED] = run_layer(skeleton, number, given[DEQUANTIZED], calls[0])
+            after[DEQUANTIZED] = run(skeleton, DEQUANTIZED)
         for name in given.keys() - after.keys() - {INT8}:
             if name in ablated and ablated[name] is None:
-                after[name] = run_layer(self.baseline.skeleton, number, given[name], calls[1])
+                after[name] = run(self.baseline.skeleton, name)
                 continue
             with in_place(skeleton, self._without(number, ablated.get(name))):
-                after[name] = run_layer(skeleton, number, given[name], calls[0])
+                after[name] = run(skeleton, name)
         if INT8 in given:
             with in_place(skeleton, self._modules):
                 with self._tap(self.quantized, number) as routed:
-                    after[INT8] = run_layer(skeleton, number, given[INT8], calls[0])
+                    after[INT8] = run(skeleton, INT8)
                 if base_name in given:
-                    self._compare(sums, after[INT8], after[base_name], routed[-1] if routed else None, base_routed)
-                    own = run_layer(skeleton, number, given[base_name], calls[0])
-                    sums.add(own_difference=squares(own.double() - after[base_name].double()))
-                    sums.add(own_norm=squares(after[base_name]))
-        for name, tensor in after.items():
-            sums.check(name, tensor)
-        tokens = after[base_name].shape[:2].numel() if base_name in after else 0
+                    base = after[base_name].states
+                    self._compare(sums, after[INT8].states, base, routed[-1] if routed else None, base_routed)
+                    own = run(skeleton, base_name).states
+                    sums.add(own_difference=squares(own.double() - base.double()), own_norm=squares(base))
+        for name, item in after.items():
+            sums.check(name, item.states)
+        tokens = after[base_name].states.shape[:2].numel() if base_name in after else 0
         found, infinite = sums.take(tokens)
         if infinite:
             raise SourceError(
                 "Hidden states are not finite",
                 code="states-not-finite",
-                file=str(skeleton.root),
+                file=str((self.baseline if infinite[0] == base_name else self.quantized).skeleton.root),
                 tensor=skeleton.layer_prefix(number),
                 found=f"NaN or infinity in the {infinite[0]} model; the layers before are finite",
                 hint=f"run `quarkconv verify --layers {number}`",
             )
-        return {name: tensor.cpu() for name, tensor in after.items()}, found
+        return {name: item.to(torch.device("cpu")) for name, item in after.items()}, found
 
     def _without(self, number: int, expert: int | None) -> dict[str, nn.Module]:
         """The INT8 modules of a layer; one routed expert, if any is named, computes as in the baseline."""

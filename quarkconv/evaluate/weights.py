@@ -103,7 +103,7 @@ class CheckpointWeights:
     def float_experts(self) -> tuple[str, ...]:
         """Modules of the routed experts that run in float, as some or all of them are stored so."""
         layers = (number for number in range(len(self.skeleton.layers)) if not self._moe.get(number))
-        return tuple(path for number in layers for path in self.skeleton.experts_of(number))
+        return tuple(path for number in layers for path in self.skeleton.expert_paths(number))
 
     def layer(self, number: int | None) -> LayerWeights:
         """The weights of a decoder layer; None for the rest of the model.

@@ -119,8 +119,14 @@ def windows_of_text(path: str | Path, tokenizer_file: Path, length: int, count: 
         raise UsageError("The window is too short", expected=f"at least {MIN_WINDOW} tokens", found=str(length))
     try:
         text = Path(path).read_text("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise SourceError("The text cannot be read", code="text-invalid", file=str(path), found=str(error)) from error
+    except OSError as error:
+        raise SourceError(
+            "The text cannot be read", code="text-invalid", file=str(path), found=error.strerror or str(error)
+        ) from error
+    except UnicodeDecodeError as error:
+        raise SourceError(
+            "The text is not UTF-8", code="text-invalid", file=str(path), found=f"{error.reason} at byte {error.start}"
+        ) from error
     ids = load_tokenizer(tokenizer_file).encode(text).ids
     windows = len(ids) // length
     if windows == 0:

@@ -11,11 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from support.program import PROCESS_TIMEOUT, run_cli, start
 
-from quarkconv import SourceError, UnsupportedError, UsageError, evaluate_checkpoint
+from quarkconv import SourceError, UnsupportedError, UsageError, WriteError, convert_checkpoint, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
+from quarkconv.evaluate import state as state_module
+from quarkconv.evaluate.request import Limits
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.state import EvaluationState
@@ -174,6 +177,28 @@ def test_states_that_are_not_finite_name_the_first_layer(quantized: Path, token_
     assert caught.value.tensor == "model.layers.1"
 
 
+@pytest.mark.parametrize(
+    ("tensor", "words"),
+    [("model.embed_tokens.weight", "embeddings are not finite"), ("lm_head.weight", "logits are not finite")],
+)
+def test_what_is_not_finite_outside_of_the_layers_is_named(
+    tensor: str, words: str, quantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    bad = damaged(quantized, tmp_path / "bad", tensor, math.nan)
+    with pytest.raises(SourceError, match=words) as caught:
+        evaluate_checkpoint(bad, token_ids=token_ids, device="cpu", resume=False)
+    assert caught.value.exit_code == 3
+
+
+def test_the_unquantized_model_that_is_not_finite_is_named(
+    quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    bad = damaged(unquantized, tmp_path / "bad", "model.layers.1.input_layernorm.weight", math.nan)
+    with pytest.raises(SourceError, match="not finite") as caught:
+        evaluate_checkpoint(quantized, bad, token_ids=token_ids, device="cpu", resume=False)
+    assert caught.value.file == str(bad)
+
+
 def test_layers_that_are_not_named_run_unquantized(quantized: Path, unquantized: Path, token_ids: Path) -> None:
     found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, layers={1}, device="cpu", resume=False)
     assert found.layers[0].own < found.layers[1].own  # rounding of weights alone
@@ -191,9 +216,47 @@ def test_recorded_inputs_are_taken_by_verify(quantized: Path, token_ids: Path, t
     assert verification.ok
 
 
-def test_another_model_as_the_unquantized_one_is_refused(quantized: Path, checkpoints: Any, token_ids: Path) -> None:
+def test_another_model_as_the_unquantized_one_is_refused(
+    quantized: Path, checkpoints: Any, token_ids: Path, tmp_path: Path
+) -> None:
+    other = convert_checkpoint(checkpoints("mixtral-quark0.11-eager"), "bf16", tmp_path / "other").output
     with pytest.raises(UsageError, match="another class"):
-        evaluate_checkpoint(quantized, checkpoints("mixtral-quark0.11-eager"), token_ids=token_ids, resume=False)
+        evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
+
+
+def test_a_quantized_model_as_the_unquantized_one_is_refused(quantized: Path, token_ids: Path) -> None:
+    with pytest.raises(UsageError, match="is quantized") as caught:
+        evaluate_checkpoint(quantized, quantized, token_ids=token_ids, device="cpu", resume=False)
+    assert caught.value.found == "ptpc_int8"
+
+
+@pytest.mark.parametrize("limits", [{"max_kl": math.nan}, {"max_kl": -1.0}, {"min_agreement": 98.0}])
+def test_a_bound_out_of_range_is_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="is out of range") as caught:
+        Limits(**limits)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["--record", "--report"])
+def test_a_file_that_cannot_be_created_is_refused_before_anything_runs(
+    option: str, capsys: pytest.CaptureFixture[str], quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "layers_of", lambda *_: pytest.fail("it ran"))
+    words = ("evaluate", quantized, "--token-ids", token_ids, "--device", "cpu", option, "/does/not/exist/file")
+    status, _, err = run_cli(capsys, *words)
+    assert status == 5
+    assert "The folder of a file to write does not exist" in err
+
+
+def test_a_full_disk_is_an_error_of_writing(quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(state_module, "save_file", full)
+    with pytest.raises(WriteError, match="hidden states cannot be written") as caught:
+        evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu")
+    assert "No space left" in str(caught.value.found)
+    assert caught.value.exit_code == 5
 
 
 def test_another_tokenizer_in_the_unquantized_model_is_refused(

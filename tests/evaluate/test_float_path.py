@@ -30,14 +30,9 @@ OTHER_TOOLS = {path.name: path for path in sorted((DATA / "other_tools").iterdir
 KEPT = {**FAMILIES, **EXPORTS, **FIXTURES, **OTHER_TOOLS}
 
 REFUSED = {
-    # The class fails as a whole too: Quark's config lacks what its rotary embedding needs.
+    # The class fails as a whole too: head_dim of this config is not that of its rotary embedding.
     "deepseek_v3-0.13-eager": "cannot be run layer by layer",
     "deepseek_v3-0.13-f2f": "cannot be run layer by layer",
-    # Layers return a choice of tokens beside hidden states.
-    "glm5_next-0.13-eager": "cannot be run layer by layer",
-    "glm5_next-0.13-f2f": "cannot be run layer by layer",
-    "glm_moe_dsa-0.13-eager": "cannot be run layer by layer",
-    "glm_moe_dsa-0.13-f2f": "cannot be run layer by layer",
     "dbrx-0.13-eager": "does not load tensors of these names",
     "qwen3_moe-0.13-f2f-wrapped": "no class",
     "step3p5-like-3key_fused": "no class",
@@ -52,9 +47,10 @@ def streamed(folder: Path, ids: torch.Tensor) -> torch.Tensor:
         weights = stack.enter_context(CheckpointWeights(describe(folder), skeleton))
         skeleton.fill(weights.layer(None).on(skeleton.device).floats, None)
         states, calls = embed(skeleton, ids)
+        handed_on = None
         for number, call in enumerate(calls):
             skeleton.fill(weights.layer(number).on(skeleton.device).floats, skeleton.layer_prefix(number))
-            states = run_layer(skeleton, number, states, call)
+            states, handed_on = run_layer(skeleton, number, states, call, handed_on)
             skeleton.empty(number)
             assert all(parameter.is_meta for parameter in skeleton.layers[number].parameters())
         return final_logits(skeleton, ids, states, torch.arange(ids.shape[1]))
