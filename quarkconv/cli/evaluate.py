@@ -39,7 +39,7 @@ def evaluate(
     ] = "auto",
     layers: Annotated[
         str | None,
-        typer.Option("--layers", metavar="0,3-5", help="Layers that run in INT8, the others unquantized."),
+        typer.Option("--layers", metavar="0,3-5", help="Layers that run in INT8; the others run dequantized."),
     ] = None,
     ablate: Annotated[
         int,
@@ -67,9 +67,9 @@ def evaluate(
     quiet: Quiet = False,
     json: Json = False,
 ) -> int:
-    """Say what quantization costs the whole model, on real text.
+    """Measure what quantization costs the whole model on real text.
 
-    One decoder layer is in memory at a time. Exits 1 when --max-kl or --min-agreement is not kept.
+    One decoder layer is in memory at a time. Exits 1 when --max-kl or --min-agreement is exceeded.
 
     \b
     quarkconv evaluate ./model --unquantized ./original --text wiki.txt

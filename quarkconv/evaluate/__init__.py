@@ -1,4 +1,4 @@
-"""The verb evaluate: what quantization costs the whole model, on real text, one decoder layer in memory at a time.
+"""The verb evaluate: the cost of quantization on real text, one decoder layer in memory at a time.
 
 windows      text or token ids -> windows of equal length
 model_class  config.json -> the model's transformers class on the meta device
@@ -7,7 +7,7 @@ weights      a checkpoint in any layout -> float tensors under the names of the 
 int8         linears and routed experts that compute in INT8; int8_layer: those of one decoder layer
 streams      hidden states of several variants of the model, layer by layer; sums: their errors
 scores       logits -> perplexity, KL divergence, agreement
-request      what the caller asks for; same_model: whether two checkpoints are one model
+request      options of the caller and their checks; same_model: whether two checkpoints are one model
 run          one evaluation under way
-evaluation   all of it; results: what comes out; state: finished layers on disk
+evaluation   all of it; results: its figures as data; state: finished layers on disk
 """

@@ -50,10 +50,10 @@ def evaluate_checkpoint(
     resume: bool = True,
     progress: Progress = SILENT,
 ) -> Evaluation:
-    """Say what quantization costs a model, on a text, layer by layer.
+    """Measure what quantization costs a model on a text, layer by layer.
 
-    One decoder layer of each model is in memory, the next one is read meanwhile, and the hidden states of all windows;
-    beside them the embeddings and the head.
+    In memory are one decoder layer of each model, the next one while it is read, the embeddings and heads, and the
+    hidden states of all windows.
 
     Args:
         model: directory or Hub repo id of an INT8 MoE checkpoint in any layout, or of a model in floats.
@@ -64,11 +64,11 @@ def evaluate_checkpoint(
         windows: how many windows to evaluate; None for all.
         batch: windows that run together; by default about 4096 tokens.
         device: ``cuda`` for all visible GPUs, ``cpu``, or ``auto``.
-        layers: decoder layers that run in INT8, the others as in the baseline; None for all that are stored so.
+        layers: decoder layers that run in INT8; the others run dequantized. None for all INT8 layers.
         ablate: how many of the worst layers, and of the worst experts, are left unquantized in turn: their share of the
             divergence.
         record: a file to write the inputs of the MoE layers to, for ``verify --activations``.
-        limits: bounds; the result says which are exceeded.
+        limits: bounds; the result lists those that are exceeded.
         resume: keep the hidden states on disk after each layer, and resume from those of an interrupted run.
         progress: see :class:`quarkconv.progress.Progress`.
 
@@ -138,10 +138,10 @@ def _directory(model: str | Path, progress: Progress) -> Path:
 
 
 def _require_readable(description: Description) -> None:
-    """Refuse a checkpoint whose tensors are not those of an INT8 model or one in floats.
+    """Refuse a checkpoint that is neither an INT8 model nor a model in floats.
 
     Raises:
-        SourceError, UnsupportedError: of the first finding that says so.
+        SourceError, UnsupportedError: with the first finding that prevents an evaluation.
     """
     findings = [
         item
@@ -175,7 +175,7 @@ def layer_runner(
         description: the model that is evaluated.
         original: the model before quantization; None where there is none.
         device: where it runs.
-        layers: decoder layers that run in INT8; None for all that are stored so.
+        layers: decoder layers that run in INT8; None for all INT8 layers.
         stack: closes the files.
 
     Raises:

@@ -21,12 +21,12 @@ from quarkconv.evaluate.skeleton import Skeleton
 
 @dataclass(frozen=True, slots=True)
 class LayerCall:
-    """What the model passes to a decoder layer beside the hidden states; the same for all windows of a batch size.
+    """Arguments of a decoder layer beside the hidden states; the same for all windows of a batch size.
 
     Attributes:
         args, kwargs: arguments.
-        handed_on: the keyword for what the layer before returned beside hidden states, such as chosen positions; None
-            where the layer does not take it.
+        handed_on: the keyword for the second output of the layer before, such as chosen positions; None if the layer
+            does not take it.
     """
 
     args: tuple[Any, ...]
@@ -35,7 +35,7 @@ class LayerCall:
 
 
 class LayerOutput(NamedTuple):
-    """What a decoder layer returns: hidden states, and what it hands on to the next layer, if anything."""
+    """Output of a decoder layer: hidden states, and a second output that the next layer may take."""
 
     states: Tensor
     handed_on: Tensor | None = None
@@ -60,16 +60,16 @@ class _Replacement(nn.Module):
 
 
 class _HandedOn:
-    """Stands for what a layer returns beside hidden states."""
+    """A placeholder for the second output of a layer."""
 
 
 class _Recorder(_Replacement):
-    """Keeps what it is called with, and passes its hidden states on.
+    """Records its arguments and returns its hidden states.
 
     Args:
         layer: the decoder layer.
         pairs: the layer returns a pair.
-        states: returned instead of the hidden states that it is called with.
+        states: returned in place of the hidden states.
     """
 
     def __init__(self, layer: nn.Module, pairs: bool, states: Tensor | None = None) -> None:
@@ -87,7 +87,7 @@ class _Recorder(_Replacement):
 
 
 def embed(skeleton: Skeleton, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
-    """Hidden states before the first layer, [B, L, H], and what each layer is called with.
+    """Hidden states before the first layer, [B, L, H], and the call of each layer.
 
     Args:
         ids: int64 [B, L].
@@ -131,7 +131,7 @@ def run_layer(
         number: the layer.
         states: hidden states, [B, L, H].
         call: its other arguments.
-        handed_on: what the layer before returned beside hidden states.
+        handed_on: the second output of the layer before.
     """
     more = {} if call.handed_on is None else {call.handed_on: handed_on}
     with _forward(skeleton):
@@ -183,7 +183,7 @@ def _not_finite(skeleton: Skeleton, what: str, where: str) -> SourceError:
 
 @contextmanager
 def _forward(skeleton: Skeleton) -> Iterator[None]:
-    """Code of the model's class: without gradients, and its exceptions as errors of ours."""
+    """Run code of the model's class without gradients; its exceptions become UnsupportedError."""
     try:
         with torch.no_grad():
             yield

@@ -1,4 +1,4 @@
-"""Modules that compute in INT8 what a transformers model computes in floats: a linear, and routed experts."""
+"""INT8 modules in place of those of a transformers model: linears and routed experts."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def int8_product(left: Tensor, right: Tensor) -> Tensor:
 
 
 class DtypeOf(NamedTuple):
-    """What a model may read of the weight of an INT8 linear: casting inputs to its dtype is fine, products are not."""
+    """Replaces the weight of an INT8 linear: a model may cast inputs to its dtype, but not multiply with it."""
 
     dtype: torch.dtype
 

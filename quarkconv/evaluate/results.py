@@ -1,4 +1,4 @@
-"""What ``evaluate`` found, as data."""
+"""The results of ``evaluate`` as data."""
 
 from __future__ import annotations
 
@@ -38,9 +38,9 @@ class LayerEvaluation:
     Attributes:
         index: number of the layer.
         module: its name in transformers' class.
-        drift: relative error of the hidden states after it, INT8 model against baseline: what has accumulated.
+        drift: relative error of the hidden states after it, INT8 model against baseline: the accumulated error.
         cosine: cosine similarity of the same.
-        own: relative error of its output when it is given the baseline's hidden states: what it adds by itself.
+        own: relative error of its output on the baseline's hidden states: the layer's own error.
         routing_changed: share of tokens that choose another set of experts than in the baseline; None without experts.
         load: tokens that each expert receives in the INT8 model; empty without experts.
     """
@@ -62,7 +62,7 @@ class Ablation:
         index, module: the layer.
         expert: the expert; None for the whole layer.
         kl: mean KL divergence then.
-        share: by how much of the whole that is less, 0 to 1.
+        share: the part of the model's mean KL divergence that goes, at most 1; negative if it grows.
     """
 
     index: int
@@ -74,7 +74,7 @@ class Ablation:
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """What quantization costs a model.
+    """The cost of quantization.
 
     Attributes:
         model, unquantized: as given; ``unquantized`` may be None.
@@ -83,7 +83,7 @@ class Evaluation:
         windows, window, scored: number of windows, their length, and how many tokens were scored.
         device: where it ran.
         perplexity: ``int8``, ``dequantized`` and ``unquantized``; None for what was not run.
-        baseline: what INT8 is compared with: ``unquantized``, or ``dequantized`` without an unquantized model.
+        baseline: the model that INT8 is compared with: ``unquantized``, or ``dequantized`` if that is not given.
         int8: divergence of the INT8 model from the baseline.
         dequantized: divergence of the dequantized model from the unquantized one: the cost of rounding the weights.
         layers: layer by layer.
@@ -113,7 +113,7 @@ class Evaluation:
 
     @property
     def exceeded(self) -> list[str]:
-        """The bounds that are not kept, for people."""
+        """Messages about the bounds that are exceeded."""
         found = []
         kl, agreement = self.limits.max_kl, self.limits.min_agreement
         if kl is not None and self.int8 is not None and self.int8.mean > kl:
@@ -139,7 +139,7 @@ class Evaluation:
 
     @property
     def remarks(self) -> list[str]:
-        """What of the model did not run in INT8, for people."""
+        """Messages about parts that did not run in INT8."""
         if not self.float_experts:
             return []
         return [f"{plural(len(self.float_experts), 'MoE layer')} stored in float, evaluated in float"]

@@ -88,7 +88,7 @@ class Run:
             ablated: variant -> the layer, or the expert of one, that takes the baseline's weights.
         """
         ablated = ablated or {}
-        # The inputs of finished layers are not in the state: what is recorded starts with the first layer.
+        # The state does not hold the inputs of finished layers: recording starts with the first layer.
         streams = None if state is None or record is not None else state.load()
         if streams is not None and set(streams.states) != set(variants):
             streams = None
@@ -211,7 +211,7 @@ class Run:
         Args:
             streams: hidden states after the last layer.
             scores: of the same.
-            places: what is left unquantized, one at a time.
+            places: the layers and experts, each left unquantized by itself.
         """
         if not places or INT8 not in scores:
             return []

@@ -93,7 +93,7 @@ class TokenScores:
         return Perplexity(value, value * error)
 
     def divergence(self) -> Divergence | None:
-        """Divergence over all blocks; None where there was nothing to compare with."""
+        """Divergence over all blocks; None without a baseline."""
         if not self.kl:
             return None
         kl, dp = torch.cat(self.kl), torch.cat(self.dp)

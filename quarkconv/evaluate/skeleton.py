@@ -177,7 +177,7 @@ class Skeleton:
         return list(self.experts_of(number)) or list(named)
 
     def _set(self, name: str, tensor: Tensor) -> None:
-        """Fill a parameter or buffer that the loader of transformers left out, for all that it renames the tensor."""
+        """Fill a parameter or buffer that transformers' loader skipped because it renames the tensor."""
         owner, leaf = self.owner(name)
         held = owner._parameters.get(leaf, owner._buffers.get(leaf))
         if held is not None and held.is_meta and held.shape == tensor.shape:

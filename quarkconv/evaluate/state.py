@@ -41,7 +41,7 @@ class EvaluationState:
         self.path = (folder or state_folder()) / f"{key}.safetensors"
 
     def load(self) -> Streams | None:
-        """The streams as an earlier run left them; None where there is no state that can be read."""
+        """The streams of an earlier run; None without a readable state."""
         for unfinished in self.path.parent.glob(f"{self.path.stem}.[0-9]*"):
             if not Path(f"/proc/{unfinished.suffix[1:]}").exists():  # its process was killed while it wrote
                 unfinished.unlink(missing_ok=True)
@@ -91,5 +91,5 @@ class EvaluationState:
             unfinished.unlink(missing_ok=True)
 
     def remove(self) -> None:
-        """Forget it."""
+        """Delete the file."""
         self.path.unlink(missing_ok=True)

@@ -60,7 +60,7 @@ class Streams:
 
     Attributes:
         states: variant -> hidden states.
-        handed_on: variant and number of a batch -> what the last layer hands on to the next one, on the CPU.
+        handed_on: variant and number of a batch -> second output of the last layer, on the CPU.
         finished: number of layers.
         sums: of each of them.
     """
@@ -77,7 +77,7 @@ class LayerRunner:
     Args:
         quantized: the model that is evaluated, on the device.
         unquantized: the model before quantization, on the device, if any.
-        int8_layers: decoder layers that run in INT8; None for all that are stored so.
+        int8_layers: decoder layers that run in INT8; None for all INT8 layers.
     """
 
     def __init__(self, quantized: Model, unquantized: Model | None, int8_layers: frozenset[int] | None) -> None:
@@ -142,14 +142,14 @@ class LayerRunner:
 
         Args:
             number: the layer.
-            states: variant -> hidden states [B, L, H] before the layer, and what the layer before hands on.
+            states: variant -> output of the layer before, hidden states [B, L, H].
             calls: of the evaluated model's layer, and of the baseline's.
             ablated: variant -> the expert that takes the baseline's weights in this layer; None for the whole layer.
             sample: also compute the errors of single experts.
             record: MoE layer -> where the inputs [M, H] of its routed experts in the baseline go.
 
         Returns:
-            variant -> hidden states after the layer and what it hands on, and the sums of this batch.
+            variant -> output of the layer, and the sums of this batch.
         """
         skeleton = self.quantized.skeleton
         given = {name: item.to(skeleton.device) for name, item in states.items()}

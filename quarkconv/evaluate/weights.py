@@ -41,7 +41,7 @@ class Int8Weight:
 
 @dataclass(slots=True)
 class LayerWeights:
-    """What a checkpoint holds for one decoder layer, or for the rest of the model.
+    """The tensors of a checkpoint for one decoder layer, or for the rest of the model.
 
     Attributes:
         floats: name in the unquantized model -> tensor.

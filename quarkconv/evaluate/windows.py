@@ -27,7 +27,7 @@ class Windows:
 
     Attributes:
         ids: the tokens.
-        source: file that they come from, for people.
+        source: the file, for messages.
     """
 
     ids: Tensor
@@ -103,7 +103,7 @@ def windows_of_ids(path: str | Path, count: int | None = None) -> Windows:
 def windows_of_text(path: str | Path, tokenizer_file: Path, length: int, count: int | None = None) -> Windows:
     """Windows from a UTF-8 text, by the model's own ``tokenizer.json``.
 
-    The whole text is tokenized once and cut into windows; what is left at the end is not used.
+    The whole text is tokenized once and cut into windows; a shorter rest at the end is not used.
 
     Args:
         path: the text.

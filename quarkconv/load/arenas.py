@@ -34,7 +34,7 @@ class Memory(Protocol):
         """Have bytes from ``at`` on filled by ``read``, and return how many it read; any thread may do so."""
 
     def finish(self) -> None:
-        """Wait until all that was read is in ``tensor``."""
+        """Wait until all reads are in ``tensor``."""
 
 
 class HostMemory:
@@ -59,7 +59,7 @@ class HostMemory:
         return read(self.memory[at : at + nbytes])
 
     def finish(self) -> None:
-        """Do nothing: what was read is in memory."""
+        """Do nothing: reads go to the memory directly."""
 
 
 class Arena(HostMemory):

@@ -1,8 +1,7 @@
 """Memory of a GPU that files are read into, through small page-locked buffers of the host.
 
-A block is read into a buffer and copied to the device while the next one is read into another buffer. The host so holds
-a few blocks and never a layer: memory that was never touched costs a page fault every 4 kB, more in a virtual machine,
-and is slower to fill than the disk is to read.
+A block is read into a buffer and copied to the device while the next one is read into another buffer. The host holds a
+few blocks and never a layer: fresh memory costs a page fault every 4 kB, so that filling it is slower than reading.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ class Staging:
         return DeviceMemory(self, nbytes)
 
     def copy(self, out: Tensor, read: Callable[[memoryview], int]) -> int:
-        """Fill a tensor uint8 [n], or its beginning, with what ``read`` reads, and return how many bytes that were."""
+        """Fill a tensor uint8 [n] from its beginning, and return how many bytes ``read`` read."""
         buffer = self._free.get()
         try:
             buffer.copied.synchronize()
@@ -79,5 +78,5 @@ class DeviceMemory:
         return self._staging.copy(self.tensor[at : at + nbytes], read)
 
     def finish(self) -> None:
-        """Wait until all that was read is on the device."""
+        """Wait until all reads are on the device."""
         self._staging.stream.synchronize()

@@ -63,7 +63,9 @@ def test_a_layer_takes_what_the_layer_before_hands_on(shared: Path, ids: Path, m
     tokens = load_file(ids)["token_ids"]
     with torch.no_grad():
         model = AutoModelForCausalLM.from_pretrained(shared).eval()
-        expected = [model(input_ids=part, use_cache=False).logits[:, 12:-1].flatten(0, 1) for part in tokens.split(2)]
+        expected = [
+            model(input_ids=part, use_cache=False).logits[:, 12:-1].flatten(0, 1) for part in torch.split(tokens, 2)
+        ]
     assert len(scored) == len(expected)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(scored, expected, strict=True))
 
