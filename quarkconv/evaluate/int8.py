@@ -117,13 +117,14 @@ class ExpertLeftOut(nn.Module):
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[M, H], int64 [M, k], floats [M, k] -> [M, H]."""
-        chosen = top_k_index == self.expert
-        result: Tensor = self.experts(hidden_states, top_k_index.masked_fill(chosen, -1), top_k_weights)
+        tokens = hidden_states.reshape(-1, hidden_states.shape[-1])
+        ids, weights = top_k_index.reshape(len(tokens), -1), top_k_weights.reshape(len(tokens), -1)
+        chosen = ids == self.expert
+        result: Tensor = self.experts(tokens, ids.masked_fill(chosen, -1), weights)
         rows = chosen.any(-1)
-        weights = (top_k_weights * chosen).sum(-1, keepdim=True)[rows]
-        if len(weights):
+        if bool(rows.any()):
+            share = (weights * chosen).sum(-1, keepdim=True)[rows]
+            alone = self.floats(tokens[rows], torch.full_like(share, self.expert, dtype=torch.int64), share)
             result = result.clone()
-            result[rows] += self.floats(
-                hidden_states[rows], torch.full_like(weights, self.expert, dtype=torch.int64), weights
-            )
-        return result
+            result[rows] += alone.reshape(-1, tokens.shape[-1])
+        return result.reshape(hidden_states.shape)

@@ -17,6 +17,8 @@ from torch import Tensor, nn
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.model_class import meta_model
 
+FLAT: Final = ("w1", "v1", "w2")
+"""Matrices of gate, up and down, of classes that keep experts below one another."""
 _LAYERS: Final = ("layers", "blocks")
 """Names of the list of decoder layers."""
 
@@ -167,8 +169,8 @@ class Skeleton:
         return {
             f"{prefix}.{name}": module
             for name, module in self.layers[number].named_modules()
-            if hasattr(module, "is_concatenated") and hasattr(module, "has_gate")  # set by use_experts_implementation
-        }
+            if is_flat(module) or (hasattr(module, "is_concatenated") and hasattr(module, "has_gate"))
+        }  # the attributes are set by transformers' use_experts_implementation
 
     def expert_paths(self, number: int) -> list[str]:
         """Paths of the routed experts of a decoder layer, also of classes whose experts cannot be replaced."""
@@ -248,6 +250,11 @@ class Skeleton:
         owner, leaf = self.owner(name)
         owner._parameters[leaf] = source
         return True
+
+
+def is_flat(experts: nn.Module) -> bool:
+    """Whether a class keeps its experts below one another in matrices w1, v1 and w2, [E * I, H]: DbrxExperts."""
+    return all(isinstance(getattr(getattr(experts, "mlp", None), name, None), nn.Parameter) for name in FLAT)
 
 
 def _is_part(tensor: Tensor) -> bool:

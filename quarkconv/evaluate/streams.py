@@ -220,7 +220,7 @@ class LayerRunner:
         pairs = hidden.repeat_interleave(ids.shape[1], dim=0)
         flat_ids, flat_weights = ids.reshape(-1, 1), weights.reshape(-1, 1)
         with torch.no_grad():
-            expected = routed.experts(pairs, flat_ids, flat_weights).double()
+            expected = routed.experts(pairs, flat_ids, flat_weights).double().reshape(pairs.shape)
             computed = mine(pairs, flat_ids, flat_weights).double()
         errors = (computed - expected).square().sum(-1)
         experts = mine.experts.experts

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
-from quarkconv.evaluate.skeleton import Skeleton
+from quarkconv.evaluate.skeleton import FLAT, Skeleton, is_flat
+from quarkconv.experts.naming import ROLES
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.experts import FusedExperts
@@ -226,8 +227,15 @@ def _stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Te
 
     Args:
         experts: int8 experts.
-        module: of a class with transformers' ``use_experts_implementation``, whose flags say how it keeps them.
+        module: of DbrxExperts, or of a class with transformers' ``use_experts_implementation``, whose flags say how it
+            keeps them.
     """
+    if is_flat(module):
+        for name, role in zip(FLAT, ROLES, strict=True):
+            parts = [experts.projection(role, expert) for expert in range(experts.experts)]
+            weights = [dequantized(part.codes, part.scale) for part in parts]
+            yield f"mlp.{name}", torch.cat([weight.T for weight in weights] if role == "down" else weights)
+        return
     interleaved = not module.is_concatenated
     for leaf, codes, scale, bias in (
         ("gate_up_proj" if module.has_gate else "up_proj", experts.w13, experts.w13_scale, experts.w13_bias),

@@ -33,7 +33,6 @@ REFUSED = {
     # The class fails as a whole too: head_dim of this config is not that of its rotary embedding.
     "deepseek_v3-0.13-eager": "cannot be run layer by layer",
     "deepseek_v3-0.13-f2f": "cannot be run layer by layer",
-    "dbrx-0.13-eager": "does not load tensors of these names",
     "qwen3_moe-0.13-f2f-wrapped": "no class",
     "step3p5-like-3key_fused": "no class",
 }
@@ -78,6 +77,10 @@ def fill_experts(model: torch.nn.Module, missing: set[str], folder: Path) -> Non
         if name in tensors:
             parameter.copy_(tensors[name])
             continue
+        if flat := re.fullmatch(r"(.*\.experts\.mlp)\.(w1|v1|w2)", name):  # DbrxExperts: one expert below the other
+            found_here = [tensors[key] for key in by_expert(tensors, *flat.groups())]
+            parameter.copy_(torch.cat([item.T for item in found_here] if flat[2] == "w2" else found_here))
+            continue
         found = re.fullmatch(r".*?(layers\..*\.experts)\.(\w+?)(_bias)?", name)
         assert found, name
         prefix, leaf, bias = found[1].replace("block_sparse_moe", "mlp"), found[2], found[3]
@@ -89,6 +92,12 @@ def fill_experts(model: torch.nn.Module, missing: set[str], folder: Path) -> Non
             joined = by_end.get(f"{prefix}.{expert}.{leaf}.{kind}")
             value = joined if joined is not None else torch.cat([by_end[key] for key in names])
             parameter[expert] = value.T if transposed(model, name) else value
+
+
+def by_expert(tensors: dict[str, torch.Tensor], prefix: str, leaf: str) -> list[str]:
+    """Names of one projection of each expert, in order."""
+    count = sum(key.startswith(f"{prefix}.") and key.endswith(f".{leaf}.weight") for key in tensors)
+    return [f"{prefix}.{expert}.{leaf}.weight" for expert in range(count)]
 
 
 def transposed(model: torch.nn.Module, name: str) -> bool:
