@@ -23,7 +23,7 @@ from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.state import EvaluationState
 
-pytestmark = pytest.mark.long(15)
+pytestmark = pytest.mark.long(10)
 
 
 @pytest.fixture(scope="module")

@@ -23,7 +23,7 @@ from quarkconv.evaluate.forward import embed, final_logits, run_layer
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import CheckpointWeights
 
-pytestmark = pytest.mark.long(40)
+pytestmark = pytest.mark.long(15)
 
 FAMILIES = {path.name: path for path in sorted((DATA / "families").iterdir()) if path.is_dir()}
 OTHER_TOOLS = {path.name: path for path in sorted((DATA / "other_tools").iterdir()) if path.is_dir()}

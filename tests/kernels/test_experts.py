@@ -19,7 +19,7 @@ from quarkconv.kernels.launch.quantize import quantize_rows_reference
 from quarkconv.kernels.pipeline import default_options, empty_workspace, run_pipeline
 from quarkconv.kernels.tables import GemvOptions, LaunchOptions, RowBlocks, TileOptions, VectorTile
 
-pytestmark = pytest.mark.long(70)
+pytestmark = pytest.mark.long(30)
 
 UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 

@@ -10,7 +10,7 @@ from quarkconv.kernels.arguments import RoutingPlan
 from quarkconv.kernels.launch.routing import empty_plan, max_row_blocks, route_pairs, route_pairs_reference
 from quarkconv.kernels.tables import RowBlocks
 
-pytestmark = pytest.mark.long(15)
+pytestmark = pytest.mark.long(10)
 
 POISON = -77
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -15,10 +17,23 @@ from support.program import snapshot
 
 import quarkconv
 
+pytestmark = pytest.mark.long(15)
+
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 INT8 = ("fused-int8", "compressed-tensors", "w8a8-int8", "quark", "ascend")
 DYNAMIC = ("w8a8-int8", "ascend")
 """Targets without static activation scales."""
+
+
+Outward = Callable[[str, str], Path]
+"""Name of an export, target -> the directory of its conversion."""
+
+
+@pytest.fixture(scope="module")
+def outward(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Outward:
+    """Converts an export to a target, once for all tests of this file; they must not write to the result."""
+    folder = tmp_path_factory.mktemp("outward")
+    return cache(lambda name, target: chain(checkpoints(name), folder / name, target))
 
 
 def chain(source: Path, folder: Path, *targets: str) -> Path:
@@ -34,8 +49,8 @@ def quantization(root: Path) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("name", CONVERTIBLE)
-def test_fused_to_quark_and_back_gives_the_same_bytes(checkpoints: Checkpoints, tmp_path: Path, name: str) -> None:
-    fused = chain(checkpoints(name), tmp_path / "there", "fused-int8")
+def test_fused_to_quark_and_back_gives_the_same_bytes(outward: Outward, tmp_path: Path, name: str) -> None:
+    fused = outward(name, "fused-int8")
     again = chain(fused, tmp_path / "back", "quark", "fused-int8")
     first, second = snapshot(fused), snapshot(again)
     assert first.keys() == second.keys()
@@ -45,9 +60,9 @@ def test_fused_to_quark_and_back_gives_the_same_bytes(checkpoints: Checkpoints, 
 @pytest.mark.parametrize("name", CONVERTIBLE)
 @pytest.mark.parametrize("via", ["compressed-tensors", "fused-int8"])
 def test_quark_and_back_gives_the_codes_and_scales_of_the_export(
-    checkpoints: Checkpoints, tmp_path: Path, name: str, via: str
+    checkpoints: Checkpoints, outward: Outward, tmp_path: Path, name: str, via: str
 ) -> None:
-    back = chain(checkpoints(name), tmp_path, via, "quark")
+    back = chain(outward(name, via), tmp_path, "quark")
     assert_same_tensors(load(back), expected_tensors(load(checkpoints(name)), "quark"))
 
 
@@ -59,11 +74,8 @@ def ways() -> list[tuple[str, str, str]]:
 
 
 @pytest.mark.parametrize(("name", "via", "to"), ways())
-def test_every_way_leads_to_the_same_tensors(
-    checkpoints: Checkpoints, tmp_path: Path, name: str, via: str, to: str
-) -> None:
-    straight = chain(checkpoints(name), tmp_path / "straight", to)
-    around = chain(checkpoints(name), tmp_path / "around", via, to)
+def test_every_way_leads_to_the_same_tensors(outward: Outward, tmp_path: Path, name: str, via: str, to: str) -> None:
+    straight, around = outward(name, to), chain(outward(name, via), tmp_path, to)
     assert_same_tensors(load(around), load(straight))
     first, second = json.loads((straight / "config.json").read_text()), json.loads((around / "config.json").read_text())
     assert second == first

@@ -23,7 +23,7 @@ from quarkconv.experts.function import ExpertActivation
 from quarkconv.verify.reference import reference_forwards
 from quarkconv.verify.routing import uniform_routing
 
-pytestmark = pytest.mark.long(30)
+pytestmark = pytest.mark.long(20)
 
 CONVERTIBLE = [
     "qwen3_moe-quark0.13-f2f",

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
 import resource
 import shutil
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import pytest
@@ -209,25 +210,41 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
     assert plan.shards[one].file in finished
 
 
+LIMITED = """
+import json, resource, sys
+from quarkconv.cli.main import main
+
+soft, hard, *commands = map(json.loads, sys.argv[1:])
+for command in commands:
+    resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    try:
+        main(command)
+    except SystemExit as stop:
+        print(json.dumps(stop.code))
+"""
+"""Runs commands in turn, each with this many files to open, which it may raise so far; prints their exit codes."""
+
+
 def test_more_shards_than_a_process_may_open_by_default(tmp_path: Path) -> None:
     model = make_checkpoint(tmp_path / "model", layers=2, experts=12, shards=120)
-    limited = (
-        "import resource, sys; resource.setrlimit(resource.RLIMIT_NOFILE, (int(sys.argv[1]), int(sys.argv[2])));"
-        "from quarkconv.cli.main import main; main(sys.argv[3:])"
-    )
-    words = arguments(model, tmp_path / "out")
-    for command in (words, ["verify", tmp_path / "out", "--source", model], ["verify", model]):
-        process = start(limited, 100, 1000, *command)
-        assert process.communicate(timeout=PROCESS_TIMEOUT)[1] == ""
-        assert process.returncode == 0
-    against_source = ["verify", tmp_path / "out", "--source", model, "--bytes-only"]
-    for command in (arguments(model, tmp_path / "other"), ["verify", model], against_source):
-        process = start(limited, 100, 100, *command)
-        _, err = process.communicate(timeout=PROCESS_TIMEOUT)
-        assert process.returncode == 3
-        assert "Too many open files" in err
-        assert "ulimit -n" in err
+    out, other = tmp_path / "out", tmp_path / "other"
+    verify: list[list[str | Path]] = [["verify", out, "--source", model], ["verify", model]]
+    codes, err = limited(100, 1000, arguments(model, out), *verify)
+    assert (codes, err) == ([0, 0, 0], "")
+    verify[0].append("--bytes-only")
+    codes, err = limited(100, 100, arguments(model, other), *verify)
+    assert codes == [3, 3, 3]
+    assert err.count("Too many open files") == err.count("ulimit -n") == 3
     assert resource.getrlimit(resource.RLIMIT_NOFILE)[0] > 100
+
+
+def limited(soft: int, hard: int, *commands: Sequence[str | Path]) -> tuple[list[int], str]:
+    """Run commands by :data:`LIMITED`: their exit codes, and stderr of all."""
+    words = [json.dumps([str(word) for word in command]) for command in commands]
+    process = start(LIMITED, soft, hard, *words)
+    out, err = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 0, err
+    return [int(line) for line in out.splitlines() if line.isdecimal()], err
 
 
 # Paths
