@@ -30,6 +30,8 @@ from quarkconv.write import executor
 from quarkconv.write.modes import Finish
 from quarkconv.write.object_destination import ObjectDestination
 
+pytestmark = pytest.mark.long(15)
+
 Capture = pytest.CaptureFixture[str]
 OPTIONS: dict[str, Any] = {"max_shard_size": 40_000, "jobs": 2}
 

@@ -22,6 +22,8 @@ from quarkconv.report.verification import verification_report
 from quarkconv.verify.layer_results import Distance
 from quarkconv.verify.results import BytesResult, Problem
 
+pytestmark = pytest.mark.long(15)
+
 Capture = pytest.CaptureFixture[str]
 
 
