@@ -49,6 +49,8 @@ class Routing(NamedTuple):
     input_norm: float | None = None
     """Epsilon of the RMS norm of the router's input; None without one."""
     on_input: bool = False
+    by_token_id: bool = False
+    """The experts of a token are those of its id in a table; the router's scores weigh them."""
     tensors: RouterTensors = RouterTensors()
 
     @property
@@ -62,7 +64,8 @@ class Routing(NamedTuple):
         'sigmoid + correction bias, top 4 of 8 in 2 of 4 groups, renormalised, x2.5'
         """
         scores = f"{self.scoring} of the chosen" if self.by_logits else self.scoring
-        chosen = f"top {self.top_k} of {self.experts}"
+        chosen = f"{self.top_k} by token id" if self.by_token_id else f"top {self.top_k}"
+        chosen += f" of {self.experts}"
         parts = [
             scores + (" + correction bias" if self.has_correction_bias else ""),
             chosen

@@ -48,8 +48,12 @@ class Known(NamedTuple):
             stated = of_layer(config.get(key), layer) if rule.per_layer else config.get(key)
             if stated is not None and positive_int(stated) != count:
                 return Unknown(f"config.json says {key} = {stated!r}, the tensors are of {count} experts", key)
-        if rule.hash_layers and (reason := self._hash_layer(layer)) is not None:
-            return reason
+        hashed = self._hashed_layers()
+        if isinstance(hashed, Unknown):
+            return hashed
+        if hashed and layer is None:
+            return Unknown(f"the first {hashed} layers choose experts by token id", rule.hash_layers[0])
+        by_token_id = layer is not None and layer < hashed
         top_k, top_k_key = first(config, rule.top_k)
         top_k = of_layer(top_k, layer) if rule.per_layer else top_k
         if (k := positive_int(top_k)) is None:
@@ -91,7 +95,7 @@ class Known(NamedTuple):
             n_group=n_group,
             topk_group=topk_group,
             group_score=rule.group_score or "top2",
-            bias_name=tensors.correction_bias[0] if tensors.correction_bias else None,
+            bias_name=tensors.correction_bias[0] if tensors.correction_bias and not by_token_id else None,
             by_logits=rule.by_logits,
             floor=number(floor),
             norm_order=number(order),
@@ -100,6 +104,7 @@ class Known(NamedTuple):
             zero_experts=zeros or 0,
             input_norm=number(input_norm) if rule.normalized_input else None,
             on_input=rule.on_input,
+            by_token_id=by_token_id,
             tensors=tensors,
         )
 
@@ -158,18 +163,14 @@ class Known(NamedTuple):
             return not_known(kept_key, kept)
         return n_group, topk_group
 
-    def _hash_layer(self, layer: int | None) -> Unknown | None:
-        """The reason why a layer's routing is not computed: it uses token ids, or may."""
+    def _hashed_layers(self) -> int | Unknown:
+        """How many first layers choose experts by token id."""
+        keys = self.family.router.hash_layers
+        if not keys:
+            return 0
         kinds = self.experts.get("mlp_layer_types")  # transformers' name for the same
         if isinstance(kinds, list):
             hashed = kinds.count("hash_moe")
-            if any(kind != "hash_moe" for kind in kinds[:hashed]):
-                return not_known("mlp_layer_types", kinds)
-        else:
-            stated, key = first(self.experts, self.family.router.hash_layers)
-            if type(stated) is not int or stated < 0:
-                return not_known(key, stated)
-            hashed = stated
-        if hashed and (layer is None or layer < hashed):
-            return Unknown(f"the first {hashed} layers choose experts by token id", self.family.router.hash_layers[0])
-        return None
+            return not_known("mlp_layer_types", kinds) if any(kind != "hash_moe" for kind in kinds[:hashed]) else hashed
+        stated, key = first(self.experts, keys)
+        return stated if type(stated) is int and stated >= 0 else not_known(key, stated)

@@ -32,12 +32,14 @@ class Router:
         weight: [E, H], of the model's hidden size, which may differ from that of its experts' input.
         bias: the correction bias [E].
         extras: tensors that few routers have.
+        table: int64 [vocabulary, k], the experts of each token id, in layers that choose by it.
     """
 
     routing: Routing
     weight: Tensor
     bias: Tensor | None = None
     extras: RouterExtras = RouterExtras()  # noqa: RUF009 - a tuple of None
+    table: Tensor | None = None
 
     def tensors(self) -> list[Tensor]:
         """All of its tensors."""
@@ -53,7 +55,8 @@ class Router:
             None if tensor is None else tensor.to(device) for tensor in (self.weight, self.bias, *self.extras)
         )
         assert weight is not None
-        return Router(self.routing, weight, bias, RouterExtras(*extras))
+        table = None if self.table is None else self.table.to(device)
+        return Router(self.routing, weight, bias, RouterExtras(*extras), table)
 
 
 def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -> Router | Unknown:
@@ -85,9 +88,24 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -
         found = reader.shape(name)
         if found != shape and (name != names.bias or found != (1, *shape)):
             return Unknown(f"{name} has shape {list(found)}, expected {list(shape)}")
-    weight, bias, *extras = (None if name is None else reader.floats(name) for name in names)
+    table = None if names.token_ids is None else _table(names.token_ids, routing, reader)
+    if isinstance(table, Unknown):
+        return table
+    weight, bias, *extras = (None if name is None else reader.floats(name) for name in names[:-1])
     assert weight is not None
-    return Router(routing, weight, None if bias is None else bias.flatten(), RouterExtras(*extras))
+    return Router(routing, weight, None if bias is None else bias.flatten(), RouterExtras(*extras), table)
+
+
+def _table(name: str, routing: Routing, reader: LayerReader) -> Tensor | Unknown:
+    """The experts of each token id, or why they are not known."""
+    if not reader.has(name):
+        return Unknown(f"{name} is not stored")
+    found = reader.tensors([name])[name]
+    if found.is_floating_point() or found.dim() != 2 or found.shape[1] != routing.top_k or not len(found):
+        return Unknown(f"{name} is {found.dtype} {list(found.shape)}, expected integers [vocabulary, {routing.top_k}]")
+    if not 0 <= int(found.min()) <= int(found.max()) < routing.experts:
+        return Unknown(f"{name} names experts that the layer does not have")
+    return found.long()
 
 
 def choose_experts(
@@ -112,7 +130,11 @@ def choose_experts(
         if width != hidden_states.shape[1]:  # experts of a latent width: the router reads the wider hidden states
             hidden_states = torch.randn(len(hidden_states), width, generator=generator).to(device, hidden_states.dtype)
         router = router.to(device)
-        weights, ids = route(router.routing, hidden_states, router.weight, router.bias, router.extras)
+        chosen = None
+        if router.table is not None:
+            tokens = torch.randint(len(router.table), (len(hidden_states),), generator=generator)
+            chosen = router.table[tokens.to(device)]
+        weights, ids = route(router.routing, hidden_states, router.weight, router.bias, router.extras, chosen=chosen)
         return weights.contiguous(), ids.contiguous(), f"the model's own: {router.routing.describe()}"
     k = min(top_k or 2, layer.experts)
     weights, ids = uniform_routing(len(hidden_states), layer.experts, k, generator)

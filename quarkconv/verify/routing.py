@@ -8,9 +8,9 @@ Shapes: M tokens, H hidden size, E routed experts, Z experts without weights, k 
     ids     = the k largest of choice                  [M, k]
     weights = scores[ids], over their sum, times the scaling factor: the bias affects the choice, not the weights
 
-The additions of families are in :class:`quarkconv.experts.function.Routing`; each family is a row of
-:mod:`quarkconv.experts.families`. Where two implementations of a family disagree about a setting, that setting is
-refused rather than guessed.
+Layers that choose by token id have the ids from a table [vocabulary, k] instead. The additions of families are in
+:class:`quarkconv.experts.function.Routing`; each family is a row of :mod:`quarkconv.experts.families`. Where two
+implementations of a family disagree about a setting, that setting is refused rather than guessed.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class RouterNames(NamedTuple):
     logit_bias: str | None = None
     input_scale: str | None = None
     expert_scale: str | None = None
+    token_ids: str | None = None
 
 
 class RouterExtras(NamedTuple):
@@ -85,12 +86,14 @@ def router_tensor_names(
 
     tensors = routing.tensors
     bias = tensors.correction_bias or ((routing.bias_name,) if routing.bias_name is not None else ())
+    bias = () if routing.by_token_id else bias
     return RouterNames(
         name(tensors.weight) or "",
         name(bias),
         name(tensors.logit_bias),
         name(tensors.input_scale),
         name(tensors.expert_scale),
+        name(tensors.token_ids) if routing.by_token_id else None,
     )
 
 
@@ -100,15 +103,20 @@ def route(
     weight: torch.Tensor,
     bias: torch.Tensor | None = None,
     extras: RouterExtras = RouterExtras(),  # noqa: B008 - a tuple of None
+    *,
+    chosen: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Route tokens: topk_weights float32 [M, k] and topk_ids int64 [M, k], most preferred expert first.
 
     `hidden_states` [M, H], `weight` [E + Z, H] and `bias` [E + Z] are floating point, on one device. All arithmetic is
     float32: models that multiply the router in BF16 differ from it by that rounding. The formula is in the module's
-    docstring, its source per family in the table. An id of -1 is one of the Z experts without weights, whose output is
-    its input. ValueError: shapes that do not fit, or a tensor missing or unexpected.
+    docstring, its source per family in the table. `chosen` int64 [M, k] are the experts where the token ids decide. An
+    id of -1 is one of the Z experts without weights, whose output is its input. ValueError: shapes that do not fit, or
+    a tensor missing or unexpected.
     """
     total = routing.experts + routing.zero_experts
+    if (chosen is not None) != routing.by_token_id:
+        raise ValueError(f"{routing.model_type} routes {'by' if chosen is None else 'without'} token ids here")
     _check(routing, hidden_states, weight, bias, extras, total)
     logits = F.linear(_router_input(routing, hidden_states, extras), weight.float(), _float(extras.logit_bias))
     if routing.softcap is not None:
@@ -123,7 +131,7 @@ def route(
         choice = scores if bias is None else scores + bias.float().reshape(total)
         if routing.n_group > 1:
             choice = _limit_to_groups(routing, choice)
-        topk_ids = choice.topk(routing.top_k, dim=-1).indices
+        topk_ids = choice.topk(routing.top_k, dim=-1).indices if chosen is None else chosen
         topk_weights = scores.gather(-1, topk_ids)
     if routing.renormalize:
         topk_weights = topk_weights / _divisor(routing, topk_weights)

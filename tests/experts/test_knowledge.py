@@ -144,15 +144,16 @@ def test_each_stack_of_experts_has_its_own_part(module: str, top_k: int, renorma
     assert (routing.top_k, routing.renormalize) == (top_k, renormalize)
 
 
-def test_layers_that_route_by_token_id_are_named() -> None:
+def test_the_first_layers_route_by_token_id() -> None:
     config = {key: value for key, value in CASES["deepseek_v4"]["config"].items() if key != "mlp_layer_types"}
     known = knowledge({**config, "num_hash_layers": 2})
     assert isinstance(known, Known)
-    for layer in (None, 0, 1):
+    assert known.routing(8) == Unknown("the first 2 layers choose experts by token id", "num_hash_layers")
+    for layer, by_token_id in enumerate((True, True, False)):
         found = known.routing(8, layer)
-        assert isinstance(found, Unknown)
-        assert found.reason == "the first 2 layers choose experts by token id"
-    assert isinstance(known.routing(8, 2), Routing)
+        assert isinstance(found, Routing)
+        assert found.by_token_id is by_token_id
+        assert found.has_correction_bias is not by_token_id
 
 
 @pytest.mark.parametrize(("layer", "top_k"), [(0, 2), (1, 3), (2, None), (None, None)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,9 @@ from quarkconv.experts.knowledge import expert_activation, expert_routing
 from quarkconv.experts.ranks import make_rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
+from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.numbers import unsupported_activation
+from quarkconv.verify.router import Router, router_of
 from quarkconv.verify.routing import route
 
 FAMILIES = DATA / "families"
@@ -130,11 +133,11 @@ def test_verify_computes_what_the_model_does(name: str) -> None:
     activation = expert_activation(config, layer)
     assert isinstance(activation, ExpertActivation)
     assert numbers.skipped == unsupported_activation(activation)
-    hashed = "by token id" if name.startswith("deepseek_v4") else None
     for item in numbers.layers:
         assert item.exact.ok
         assert item.dequantized.ok
-        assert item.routing.startswith("the model's own: ") or (hashed and hashed in item.routing)
+        assert item.routing.startswith("the model's own: ")
+        assert ("by token id" in item.routing) is (name.startswith("deepseek_v4") and item.layer == 0)
 
 
 @pytest.mark.parametrize("name", READ)
@@ -318,3 +321,25 @@ def test_text_and_images_are_routed_as_transformers_routes_them(part: str) -> No
     found = route(routing, inputs, state["weight"], state["moe_statics.e_score_correction_bias"].flatten())
     assert torch.equal(found[1], ids)
     torch.testing.assert_close(found[0], weights.float(), rtol=1e-6, atol=1e-7)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v4-0.13-f2f", "deepseek_v4-0.13-eager"])
+def test_token_ids_choose_experts_as_in_transformers(name: str) -> None:
+    modeling = pytest.importorskip("transformers.models.deepseek_v4.modeling_deepseek_v4")
+    config = AutoConfig.from_pretrained(FAMILIES / name)
+    description = describe(FAMILIES / name)
+    layer = description.int8_layers[0]
+    tensors = load_file(FAMILIES / name / "model.safetensors")
+    block = modeling.DeepseekV4HashRouter(config).float()
+    state = {leaf: tensors[f"{layer.moe}.gate.{leaf}"] for leaf in ("weight", "tid2eid")}
+    block.load_state_dict(state)
+    with ThreadPoolExecutor(2) as pool, LayerReader(description, pool) as reader:
+        router = router_of(layer, description.config.raw, reader)
+    assert isinstance(router, Router)
+    assert router.table is not None
+    random = torch.Generator().manual_seed(0)
+    inputs, tokens = torch.randn(64, config.hidden_size, generator=random), torch.randint(24, (64,), generator=random)
+    _, weights, ids = block(inputs, tokens)
+    found = route(router.routing, inputs, router.weight, chosen=router.table[tokens])
+    assert torch.equal(found[1], ids)
+    torch.testing.assert_close(found[0], weights, rtol=1e-6, atol=1e-7)
