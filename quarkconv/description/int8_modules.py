@@ -54,8 +54,8 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     (
         "scheme-unsupported",
         lambda form, _: _is_of_parts(form),
-        "{} with scales for parts of rows, or for columns",
-        "quarkconv converts weights with a scale for each row, or one for the tensor",
+        "{} with scales of groups, blocks or columns",
+        "quarkconv converts weights with a scale for each row, [out] or [out, 1], or one for the tensor",
     ),
     (
         "scale-shape",

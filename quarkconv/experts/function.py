@@ -64,8 +64,8 @@ class Routing(NamedTuple):
         'sigmoid + correction bias, top 4 of 8 in 2 of 4 groups, renormalised, x2.5'
         """
         scores = f"{self.scoring} of the chosen" if self.by_logits else self.scoring
-        chosen = f"{self.top_k} by token id" if self.by_token_id else f"top {self.top_k}"
-        chosen += f" of {self.experts}"
+        count = f"{self.top_k} of {self.experts}"
+        chosen = f"{count} by token id" if self.by_token_id else f"top {count}"
         parts = [
             scores + (" + correction bias" if self.has_correction_bias else ""),
             chosen
