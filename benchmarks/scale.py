@@ -4,9 +4,9 @@
 
 A store on loopback gives each client (each access key) a fixed bandwidth in each direction. Workers convert from it to
 it with ``--part k/N``, each in a process of its own; with ``--ray``, as nodes of one CPU of a Ray cluster. Reported:
-seconds from the start of the command (for Ray, with the cluster running), the rate over all workers, the ratio to one
-worker, the share of the bandwidth that a worker fills, and the most memory that a worker of ``--part`` used. A machine
-with few cores limits how much bandwidth can be simulated: choose a rate at which its processor is not busy.
+seconds without the start of the interpreters, which share the processor of one machine here; the rate over all workers;
+the share of the bandwidth that a worker fills; and the most memory that a worker of ``--part`` used. A machine with few
+cores limits how much bandwidth can be simulated: choose a rate at which its processor is not busy.
 """
 
 from __future__ import annotations
@@ -67,11 +67,16 @@ class Store:
 _tags: dict[int, tuple[bytes, str]] = {}
 
 
+def digest(data: bytes) -> str:
+    """The ETag of data."""
+    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
+
+
 def etag(data: bytes) -> str:
     """The ETag of an object, computed once."""
     known = _tags.get(id(data))
     if known is None or known[0] is not data:
-        _tags[id(data)] = known = (data, f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"')
+        _tags[id(data)] = known = (data, digest(data))
     return known[1]
 
 
@@ -154,7 +159,7 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
                 return
             else:
                 store.objects[name] = data
-            self._send(200, ETag=etag(data))
+            self._send(200, ETag=digest(data))
 
         def do_POST(self) -> None:
             name, query = self._target()
@@ -194,7 +199,11 @@ def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
 
 WORKER = """
 import json, sys
+import boto3, obstore.store
+import quarkconv.cloud.objects, quarkconv.convert.conversion, quarkconv.write.shares
 from quarkconv.cli.main import main
+print("ready", flush=True)
+sys.stdin.readline()
 try:
     main(sys.argv[1:])
 except SystemExit as stop:
@@ -214,9 +223,18 @@ class Process:
         self._process = subprocess.Popen(
             [sys.executable, "-c", WORKER, *words, "--max-shard-size", str(shard_bytes), *options],
             env={**os.environ, **credentials(client, url)},
-            stdout=subprocess.DEVNULL,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+        assert self._process.stdout is not None
+        self._process.stdout.readline()
+
+    def start(self) -> None:
+        """Begin; until here the process has only imported its modules."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(b"\n")
+        self._process.stdin.flush()
 
     def memory(self) -> int:
         """The most memory in bytes, when the process has ended."""
@@ -238,9 +256,11 @@ def credentials(client: str, url: str) -> dict[str, str]:
 
 def convert_in_parts(url: str, workers: int, shard_bytes: int) -> tuple[float, int]:
     """Seconds, and the most memory of a worker in bytes."""
-    started = time.monotonic()
     numbers = range(1, workers + 1)
     processes = [Process(f"worker-{number}", url, shard_bytes, "--part", f"{number}/{workers}") for number in numbers]
+    started = time.monotonic()
+    for process in processes:
+        process.start()
     memory = max([process.memory() for process in processes])
     return time.monotonic() - started, memory
 
@@ -253,8 +273,10 @@ def convert_on_ray(url: str, workers: int, shard_bytes: int) -> tuple[float, int
     try:
         for number in range(1, workers + 1):
             cluster.add_node(num_cpus=1, env_vars=credentials(f"worker-{number}", url))
+        driver = Process("driver", url, shard_bytes, "--ray", cluster.address)
         started = time.monotonic()
-        Process("driver", url, shard_bytes, "--ray", cluster.address).memory()
+        driver.start()
+        driver.memory()
         return time.monotonic() - started, 0
     finally:
         cluster.shutdown()
@@ -282,6 +304,8 @@ def main() -> None:
         )
         for path in model.iterdir():
             store.objects[f"model/{path.name}"] = path.read_bytes()
+    for data in store.objects.values():
+        etag(data)
     total = sum(map(len, store.objects.values()))
     shard_bytes = total // options.shards
     url = f"http://127.0.0.1:{server.server_address[1]}"
@@ -291,7 +315,7 @@ def main() -> None:
     rates: dict[int, float] = {}
     for workers in options.workers:
         for name in [name for name in store.objects if name.startswith("out/")]:
-            del store.objects[name]
+            _tags.pop(id(store.objects.pop(name)), None)
         before = store.requests
         seconds, memory = convert(url, workers, shard_bytes)
         nbytes = sum(len(data) for name, data in store.objects.items() if name.startswith("out/"))
