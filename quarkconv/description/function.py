@@ -10,12 +10,14 @@ from quarkconv.experts.config import ModelConfig
 from quarkconv.findings import Finding, finding
 from quarkconv.scheme.companions import OUTPUT_SCALES
 from quarkconv.scheme.patterns import Patience, name_filter
-from quarkconv.scheme.stored import ROTATION, StoredModules
+from quarkconv.scheme.stored import BLOCK_SCALE, ROTATION, StoredModules
 from quarkconv.text import plural, shortened
 
 _AT_RUN_TIME: Final = ("input", "output")
 """Locations of transforms that are not merged into weights (``TransformLocation`` of compressed-tensors)."""
-_KNOWN: Final = frozenset({"bias", *(scale.removeprefix(".") for scale in OUTPUT_SCALES)})
+_KNOWN: Final = frozenset(
+    {"bias", BLOCK_SCALE.removeprefix("."), *(scale.removeprefix(".") for scale in OUTPUT_SCALES)}
+)
 """Last parts of the names of tensors below an int8 module that are no companions of its weight."""
 _FACTORS: Final = re.compile(r"smooth|pre_?quant|awq|^act_scales?$|^input_factors?$")
 """Names of factors of inputs: SmoothQuant's and AWQ's where they are not merged (``pre_quant_scale`` of ModelOpt)."""

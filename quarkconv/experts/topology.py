@@ -116,7 +116,7 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
 
 def _not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
     """Experts with unknown names, and experts that config.json declares without stored tensors."""
-    names = [module for module in stored.linears if "expert" in module and module not in known and _is_expert(module)]
+    names = [module for module in stored.linears if module not in known and "expert" in module and _is_expert(module)]
     names += [
         name
         for name in stored.plain
