@@ -8,12 +8,13 @@ public interface: they are never renamed, and ``docs/findings.md`` is made from 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 from typing import Any, Final, NamedTuple
 
 from quarkconv.errors import QuarkconvError, SourceError, UnsupportedError
+from quarkconv.text import examples, shortened
 
 
 class Severity(StrEnum):
@@ -179,6 +180,21 @@ def finding_from_json(value: dict[str, Any]) -> Finding:
         KeyError, TypeError, ValueError: it is malformed.
     """
     return Finding(**{**value, "severity": Severity(value["severity"])})
+
+
+def findings_about(
+    code: str, subjects: Sequence[str], message: str, *, hint: str = "", severity: Severity | None = None
+) -> Iterator[Finding]:
+    """The finding about several modules, tensors or files: it names the first of them and counts all.
+
+    Args:
+        code: as for :func:`finding`, like ``hint`` and ``severity``.
+        subjects: their names; without any there is no finding.
+        message: what they are, such as ``3 scales with negative values``. The first names follow it.
+    """
+    if subjects:
+        text, first = f"{message}: {examples(subjects)}", shortened(subjects[0])
+        yield finding(code, first, text, hint=hint, count=len(subjects), severity=severity)
 
 
 def as_finding(error: SourceError) -> Finding:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from itertools import islice
 from typing import Final
 
@@ -10,6 +11,7 @@ _LENGTH: Final = 80
 _ITEMS: Final = 5
 _DEPTH: Final = 4
 _MAX_NAME: Final = 200
+_EXAMPLES: Final = 3
 
 
 def size(nbytes: int) -> str:
@@ -36,6 +38,11 @@ def shown(value: object) -> str:
 def shortened(name: str) -> str:
     """A name, cut where it is longer than 200 characters."""
     return name if len(name) <= _MAX_NAME else f"{name[: _MAX_NAME // 2]}... ({len(name)} characters)"
+
+
+def examples(names: Sequence[str]) -> str:
+    """The first three names, shortened, with dots for the others."""
+    return ", ".join([*map(shortened, names[:_EXAMPLES]), *(["..."] if len(names) > _EXAMPLES else [])])
 
 
 def word(value: object) -> str:

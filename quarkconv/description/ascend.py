@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, finding, findings_about
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.scheme.formats.ascend import DESCRIPTION_NAME, AscendScheme
 from quarkconv.scheme.merged import MERGED
@@ -15,12 +15,11 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
     """The findings about an Ascend description, unsupported parts first."""
     for kind in dict.fromkeys(declared.other.values()):
         names = [name for name, found in declared.other.items() if found == kind]
-        yield finding(
+        yield from findings_about(
             "scheme-unsupported",
-            names[0],
-            f"Of type {kind}: {plural(len(names), 'weight')}, such as {names[0]}",
+            names,
+            f"{plural(len(names), 'weight')} of type {kind}",
             hint="quarkconv converts W8A8_DYNAMIC; export with dynamic activations",
-            count=len(names),
         )
     rotated = [path.as_posix() for path in checkpoint.files() if path.parts[0] == "optional" and len(path.parts) > 1]
     for meaning in dict.fromkeys([*declared.unsupported, *(["rotations"] if rotated else [])]):
@@ -30,34 +29,25 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
             f"{DESCRIPTION_NAME} declares {meaning}, which only Ascend's engines compute",
             hint="export the model again without it",
         )
-    if declared.missing:
-        yield finding(
-            "description-mismatch",
-            declared.missing[0],
-            f"Without an entry in {DESCRIPTION_NAME}: {plural(len(declared.missing), 'tensor')}, such as "
-            f"{declared.missing[0]}",
-            hint="vllm-ascend raises KeyError; convert it to ascend: quarkconv writes an entry for every tensor",
-            count=len(declared.missing),
-        )
-    if declared.absent:
-        yield finding(
-            "description-mismatch",
-            declared.absent[0],
-            f"Named by {DESCRIPTION_NAME}, but not stored: {plural(len(declared.absent), 'tensor')}, such as "
-            f"{declared.absent[0]}",
-            hint="download the checkpoint again, if these tensors belong to the model",
-            count=len(declared.absent),
-        )
+    yield from findings_about(
+        "description-mismatch",
+        declared.missing,
+        f"{plural(len(declared.missing), 'tensor')} without an entry in {DESCRIPTION_NAME}",
+        hint="vllm-ascend raises KeyError; convert it to ascend: quarkconv writes an entry for every tensor",
+    )
+    yield from findings_about(
+        "description-mismatch",
+        declared.absent,
+        f"{plural(len(declared.absent), 'tensor')} with an entry in {DESCRIPTION_NAME}, and not stored",
+        hint="download the checkpoint again, if these tensors belong to the model",
+    )
     mixed = list(_mixed(declared, checkpoint))
-    if mixed:
-        yield finding(
-            "description-mismatch",
-            mixed[0],
-            f"Of several types, while engines merge them into one linear: the parts of {plural(len(mixed), 'linear')}, "
-            f"such as {mixed[0]}",
-            hint="vllm-ascend refuses them; quantize all parts or none",
-            count=len(mixed),
-        )
+    yield from findings_about(
+        "description-mismatch",
+        mixed,
+        f"{plural(len(mixed), 'linear')} that engines merge from parts of several types",
+        hint="vllm-ascend refuses them; quantize all parts or none",
+    )
 
 
 def _mixed(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[str]:

@@ -6,11 +6,11 @@ from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
 from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
-from quarkconv.description.int8_modules import CONVERT, count_of, first_of, int8_defects
+from quarkconv.description.int8_modules import CONVERT, int8_defects
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
-from quarkconv.findings import Finding, Severity, finding
+from quarkconv.findings import Finding, Severity, finding, findings_about
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import Groups, ResolvedModules
 from quarkconv.scheme.spec import FLOAT, TensorSpec
@@ -57,14 +57,12 @@ def contradictions(
     yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
     yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
-    if unrecognised:
-        yield finding(
-            "tensor-unrecognised",
-            unrecognised[0],
-            f"Unknown tensors with codes or scales: {len(unrecognised)}, first {unrecognised[0]}",
-            hint="conversion copies them as they are; engines may drop them",
-            count=len(unrecognised),
-        )
+    yield from findings_about(
+        "tensor-unrecognised",
+        unrecognised,
+        f"{plural(len(unrecognised), 'tensor')} with codes or scales of unknown modules",
+        hint="conversion copies them as they are; engines may drop them",
+    )
 
 
 def _of_the_model(name: str, family: Family | None) -> bool:
@@ -128,7 +126,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
             yield finding(
                 "experts-not-quantized",
                 layer.prefix,
-                f"{missing} of {layer.experts} experts are stored in float{part} and the others in int8",
+                f"{missing} of {layer.experts} experts stored in float{part}, the others in int8",
                 hint="quantize all experts of a layer, or leave all in float: engines do not run a mixed layer",
                 count=missing,
             )
@@ -154,15 +152,13 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
 
 def _float_modules_quantized(names: tuple[str, ...], is_mtp: Callable[[str], bool]) -> Iterator[Finding]:
     """Int8 modules that no engine runs in int8; those of multi-token prediction matter for drafting tokens only."""
-    if names:
-        yield finding(
-            "float-module-quantized",
-            names[0],
-            f"{count_of(names)} stored in int8 that engines keep in float: {first_of(names)}",
-            hint="convert it: conversion dequantizes them, with one rounding to BF16",
-            count=len(names),
-            severity=Severity.WARNING if all(map(is_mtp, names)) else None,
-        )
+    yield from findings_about(
+        "float-module-quantized",
+        names,
+        f"{plural(len(names), 'module')} stored in int8 that engines keep in float",
+        hint="convert it: conversion dequantizes them, with one rounding to BF16",
+        severity=Severity.WARNING if all(map(is_mtp, names)) else None,
+    )
 
 
 def _float_modules(layer: MoELayer) -> Iterator[str]:
@@ -186,30 +182,26 @@ def _linears(
             claimed += [name for name in others[form, claim] if is_linear(name, form) and not is_float(name)]
         elif form.quantized and claim.weight is None:
             excluded += names
-    if claimed and declared.stores_codes:
-        yield finding(
+    if declared.stores_codes:
+        yield from findings_about(
             "quantized-but-stored-float",
-            claimed[0],
-            f"{declared.file} declares {count_of(claimed)} quantized, stored in float: {first_of(claimed)}",
+            claimed,
+            f"{plural(len(claimed), 'module')} declared quantized by {declared.file} and stored in float",
             hint=CONVERT,
-            count=len(claimed),
         )
-    elif claimed:
-        yield finding(
+    else:
+        yield from findings_about(
             "scheme-unsupported",
-            claimed[0],
-            "The export keeps float weights, to be quantized at load (weight_format is not real_quantized)",
+            claimed,
+            f"{plural(len(claimed), 'module')} in float, to be quantized at load (weight_format is not real_quantized)",
             hint='export it again with weight_format="real_quantized"',
-            count=len(claimed),
         )
-    if excluded:
-        yield finding(
-            "excluded-but-quantized",
-            excluded[0],
-            f"{declared.file} excludes {count_of(excluded)} stored in int8: {first_of(excluded)}",
-            hint=CONVERT,
-            count=len(excluded),
-        )
+    yield from findings_about(
+        "excluded-but-quantized",
+        excluded,
+        f"{plural(len(excluded), 'module')} excluded by {declared.file} and stored in int8",
+        hint=CONVERT,
+    )
 
 
 def _scheme(
@@ -231,25 +223,21 @@ def _scheme(
     }
     other = sorted(set(foreign.values()))
     if other:
-        names = list(foreign)
-        only_mtp = all(map(is_mtp, names))
-        yield finding(
+        only_mtp = all(map(is_mtp, foreign))
+        yield from findings_about(
             "scheme-unsupported",
-            names[0],
-            f"{count_of(names)} stored in {', '.join(other)}: {first_of(names)}",
+            list(foreign),
+            f"{plural(len(foreign), 'module')} stored in {', '.join(other)}",
             hint="--mtp drop leaves out the layers of multi-token prediction, which hold all of these"
             if only_mtp
             else _INT8_ONLY,
-            count=len(names),
         )
     elif in_blocks:
-        names = sorted(in_blocks)
-        yield finding(
+        yield from findings_about(
             "scheme-unsupported",
-            names[0],
-            f"{count_of(names)} with a scale for each block of the weight (weight_scale_inv): {first_of(names)}",
+            sorted(in_blocks),
+            f"{plural(len(in_blocks), 'module')} with a scale for each block of the weight (weight_scale_inv)",
             hint="quarkconv converts weights with a scale for each row, or one for the tensor",
-            count=len(names),
         )
     elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method

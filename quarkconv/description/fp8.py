@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from quarkconv.dtypes import TensorType
 from quarkconv.experts.layer import MoELayer
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, findings_about
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import BLOCK, FP8_PER_TOKEN, FP8_STATIC, PER_CHANNEL, ModuleScheme, TensorSpec
 from quarkconv.scheme.stored import BLOCK_SCALE, SCALE_DTYPES, Form, StoredModules, linear_names
@@ -76,25 +76,19 @@ def block_scale(name: str, types: Mapping[str, TensorType]) -> str:
 def fp8_findings(groups: tuple[Fp8Group, ...], file: str) -> Iterator[Finding]:
     """That some modules are in FP8, and which targets keep them."""
     names = [name for group in groups for name in group.modules]
-    if names:
-        yield finding(
-            "mixed-precision",
-            names[0],
-            f"{plural(len(names), 'linear')} in FP8 beside the INT8 experts: {', '.join(names[:3])}"
-            + (", ..." if len(names) > 3 else ""),
-            hint="convert it to compressed-tensors or fused-int8: the other targets have one scheme for all modules",
-            count=len(names),
-        )
+    yield from findings_about(
+        "mixed-precision",
+        names,
+        f"{plural(len(names), 'linear')} in FP8 beside the INT8 experts",
+        hint="convert it to compressed-tensors or fused-int8: the other targets have one scheme for all modules",
+    )
     undeclared = [name for group in groups if not group.declared for name in group.modules]
-    if undeclared:
-        yield finding(
-            "dtype-mismatch",
-            undeclared[0],
-            f"{plural(len(undeclared), 'linear')} in FP8 that {file} does not declare in FP8: {undeclared[0]}"
-            + (", ..." if len(undeclared) > 1 else ""),
-            hint="convert it to compressed-tensors or fused-int8: quarkconv writes a config that agrees",
-            count=len(undeclared),
-        )
+    yield from findings_about(
+        "dtype-mismatch",
+        undeclared,
+        f"{plural(len(undeclared), 'linear')} in FP8 that {file} does not declare in FP8",
+        hint="convert it to compressed-tensors or fused-int8: quarkconv writes a config that agrees",
+    )
 
 
 def _kind(name: str, form: Form, claim: ModuleScheme, stored: StoredModules) -> tuple[str, bool, bool] | None:

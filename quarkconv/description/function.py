@@ -63,7 +63,7 @@ def function_findings(
         yield finding(
             "mtp-missing",
             "config.json",
-            f"config.json declares {plural(config.mtp_layers, 'layer')} of multi-token prediction that are not stored",
+            f"{plural(config.mtp_layers, 'layer')} of multi-token prediction declared by config.json and not stored",
             hint="engines cannot draft tokens with this checkpoint; --mtp drop removes them from config.json",
             count=config.mtp_layers,
         )

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from math import prod
 from typing import Final
 
 from quarkconv.experts.layouts import MAX_EXPERTS
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, findings_about
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import FOREIGN, ModuleScheme
 from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form
@@ -15,16 +15,6 @@ from quarkconv.text import plural
 
 CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
 REQUANTIZE: Final = "quantize it again: engines fail on it, or compute wrong results"
-
-
-def count_of(modules: Sequence[str]) -> str:
-    """``1 module``, ``2 modules``."""
-    return plural(len(modules), "module")
-
-
-def first_of(names: Sequence[str]) -> str:
-    """The first of several names, with dots for the others."""
-    return names[0] if len(names) == 1 else f"{names[0]}, ..."
 
 
 _Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
@@ -101,13 +91,13 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     (
         "scale-narrow",
         lambda form, _: form.scale is not None and form.scale.dtype in NARROW_DTYPES,
-        "{} with a scale in 16 bits; conversion widens it to F32, which is exact",
+        "{} with a scale in 16 bits, which conversion widens to F32 exactly",
         "",
     ),
     (
         "zero-point-present",
         lambda form, _: any((form.zero_point, form.input_zero_point, form.offset)),
-        "{} with stored zero points; conversion checks that they are zero and drops them",
+        "{} with stored zero points, which conversion drops after checking that they are zero",
         "",
     ),
 )
@@ -130,9 +120,8 @@ def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str], file: str)
             for name in names
             if form.scale is not None or name not in in_blocks
         ]
-        if found:
-            text = f"{message.format(count_of(found), file=file)}: {first_of(found)}"
-            yield finding(code, found[0], text, hint=hint, count=len(found))
+        text = message.format(plural(len(found), "module"), file=file)
+        yield from findings_about(code, found, text, hint=hint)
 
 
 def _is_of_parts(form: Form) -> bool:

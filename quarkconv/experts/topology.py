@@ -13,7 +13,7 @@ from quarkconv.experts.layer import MoELayer as MoELayer
 from quarkconv.experts.layer import Part as Part
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
 from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, STACKED, ExpertNaming
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, finding, findings_about
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 
@@ -104,14 +104,12 @@ def _layers(
 
 
 def _misspelt(modules: list[str]) -> Iterator[Finding]:
-    if modules:
-        yield finding(
-            "tensor-unrecognised",
-            modules[0],
-            f"Experts with a number that no engine writes, such as 01: {plural(len(modules), 'module')}",
-            hint="conversion treats them as ordinary linears; engines drop them",
-            count=len(modules),
-        )
+    yield from findings_about(
+        "tensor-unrecognised",
+        modules,
+        f"{plural(len(modules), 'module')} with an expert number in a form that no engine writes, such as 01",
+        hint="conversion treats them as ordinary linears; engines drop them",
+    )
 
 
 def _not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
@@ -123,38 +121,25 @@ def _not_understood(stored: StoredModules, known: frozenset[str], config_experts
         if (_INSIDE in name or name.endswith(_EXPERT_SUFFIX))
         and known.isdisjoint((name, name.rpartition(".")[0], name.removesuffix("_bias")))
     ]
-    if known and names:
-        yield finding(
-            "tensor-unrecognised",
-            names[0],
-            f"Experts under names that are not understood: {plural(len(names), 'tensor')}, {_examples(names)}",
-            hint="conversion copies them as they are; engines may drop them",
-            count=len(names),
-        )
-    elif names:
-        yield finding(
-            "experts-not-understood",
-            names[0],
-            f"The names of the experts are not understood: {plural(len(names), 'tensor')}, {_examples(names)}",
-            hint="quarkconv cannot convert tensors of unknown meaning",
-            count=len(names),
-        )
-    elif not known and config_experts is not None and config_experts > 1:
+    message = f"{plural(len(names), 'tensor')} of experts under unknown names"
+    if known:
+        hint = "conversion copies them as they are; engines may drop them"
+        yield from findings_about("tensor-unrecognised", names, message, hint=hint)
+    else:
+        hint = "quarkconv cannot convert tensors of unknown meaning"
+        yield from findings_about("experts-not-understood", names, message, hint=hint)
+    if not names and not known and config_experts is not None and config_experts > 1:
         yield finding(
             "experts-not-understood",
             "config.json",
-            f"config.json has {config_experts} routed experts per layer, and no tensor has the name of one",
-            hint="no conversion knows which tensors are the experts",
+            f"config.json declares {config_experts} routed experts per layer, and no tensor is named like one",
+            hint="quarkconv cannot tell which tensors are the experts, and so converts none",
         )
 
 
 def _is_expert(module: str) -> bool:
     """Whether the name of a module is that of a routed expert: inside ``experts``, or numbered."""
     return _INSIDE in module or _NUMBERED.search(module) is not None
-
-
-def _examples(names: list[str]) -> str:
-    return ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
 
 
 def _wrong_counts(layers: list[MoELayer], experts_of: Callable[[str], int | None]) -> Iterator[Finding]:
@@ -175,7 +160,7 @@ def _mixed_geometry(layers: list[MoELayer]) -> Iterator[Finding]:
         yield finding(
             "layer-geometry",
             odd[0].prefix,
-            f"{len(odd)} of {len(layers)} MoE layers differ from the first in number or size of experts: "
+            f"{len(odd)} of {len(layers)} MoE layers with another number or size of experts than the first: "
             f"{_geometry(odd[0])} instead of {_geometry(layers[0])}",
             count=len(odd),
         )

@@ -18,7 +18,7 @@ from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
-from quarkconv.findings import Finding, Severity, as_finding, finding
+from quarkconv.findings import Finding, Severity, as_finding, finding, findings_about
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import Index, compare_index, read_index
@@ -170,24 +170,20 @@ def _too_many(root: Path) -> SourceError:
 
 def _odd_names(names: list[str]) -> Iterator[Finding]:
     unprintable = [name for name in names if not name.isprintable()]
-    if unprintable:
-        yield finding(
-            "tensor-name",
-            unprintable[0],
-            f"Names that are not printable: {plural(len(unprintable), 'tensor')}, such as {unprintable[0]}",
-            hint="no known tool writes such names; treat this checkpoint as suspicious",
-            count=len(unprintable),
-        )
+    yield from findings_about(
+        "tensor-name",
+        unprintable,
+        f"{plural(len(unprintable), 'tensor')} with a name that is not printable",
+        hint="no known tool writes such names; treat this checkpoint as suspicious",
+    )
     paths = [name for name in names if name.isprintable()]
-    if paths:
-        yield finding(
-            "tensor-name",
-            paths[0],
-            f"Names with slashes: {plural(len(paths), 'tensor')}, such as {paths[0]}",
-            hint="quarkconv never uses them as paths; other tools may",
-            count=len(paths),
-            severity=Severity.INFO,
-        )
+    yield from findings_about(
+        "tensor-name",
+        paths,
+        f"{plural(len(paths), 'tensor')} with slashes in the name",
+        hint="quarkconv never uses them as paths; other tools may",
+        severity=Severity.INFO,
+    )
 
 
 def _outside(root: Path) -> Iterator[Finding]:
@@ -196,14 +192,12 @@ def _outside(root: Path) -> Iterator[Finding]:
     links = [name for name in links if name not in (CONFIG_NAME, INDEX_NAME)]  # reading these reports it
     found = [(name, target) for name in links if (target := leads_outside(root, name)) is not None]
     if found:
-        name, target = found[0]
-        error = link_error(name, target)
-        yield finding(
+        error = link_error(*found[0])
+        yield from findings_about(
             error.code,
-            name,
-            f"{plural(len(found), 'link')} out of the model's directory: {name} leads to {target}",
+            [name for name, _ in found],
+            f"{plural(len(found), 'link')} out of the model's directory, the first to {found[0][1]}",
             hint=error.hint or "",
-            count=len(found),
         )
 
 
@@ -228,14 +222,12 @@ def _shard_names(store: Files, present: list[str], index: Index | None) -> list[
 def _unused(present: list[str], shards: list[str], index: Index | None) -> Iterator[Finding]:
     """Files that the index does not list; few engines load them."""
     unused = sorted(set(present) - set(shards))
-    if index is not None and unused:
-        yield finding(
+    if index is not None:
+        yield from findings_about(
             "file-unused",
-            unused[0],
-            f"{INDEX_NAME} does not list {plural(len(unused), 'safetensors file')}: {', '.join(unused[:3])}"
-            + (", ..." if len(unused) > 3 else ""),
+            unused,
+            f"{plural(len(unused), 'safetensors file')} not listed in {INDEX_NAME}",
             hint="conversion leaves them out: remove them, or add their tensors to the index",
-            count=len(unused),
         )
 
 
@@ -257,12 +249,11 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
             if other != shard.file:
                 twice.setdefault((other, shard.file), []).append(name)
     for (one, other), names in twice.items():
-        yield finding(
+        yield from findings_about(
             "tensor-duplicate",
-            names[0],
-            f"{one} and {other} both hold {plural(len(names), 'tensor')}, such as {names[0]}",
+            names,
+            f"{plural(len(names), 'tensor')} stored in both {one} and {other}",
             hint="keep one of them; engines disagree about which one they load",
-            count=len(names),
         )
 
 
@@ -275,14 +266,12 @@ def _stale(found: Finding, unused: list[str]) -> Finding:
 
 def _renamed(shards: list[ShardHeader]) -> Iterator[Finding]:
     renamed = [shard.file for shard in shards if shard.renamed]
-    if renamed:
-        yield finding(
-            "quantizer-names",
-            renamed[0],
-            f"Scales are named after the quantizer, such as weight_quantizer.scale, in {plural(len(renamed), 'file')}",
-            hint="convert it: engines look for weight_scale and input_scale",
-            count=len(renamed),
-        )
+    yield from findings_about(
+        "quantizer-names",
+        renamed,
+        f"Scales named after the quantizer, such as weight_quantizer.scale, in {plural(len(renamed), 'file')}",
+        hint="convert it: engines look for weight_scale and input_scale",
+    )
 
 
 def _truncated(shard: ShardHeader) -> Finding:

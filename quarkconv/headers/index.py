@@ -9,11 +9,11 @@ from typing import Final, NamedTuple
 from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, parse_json_object, read_bytes_of
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, finding, findings_about
 from quarkconv.headers.quantizer_names import usual_name
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.headers.scan import Run, runs_of, scan_index
-from quarkconv.text import plural, shortened, shown
+from quarkconv.text import plural, shown
 
 INDEX_NAME: Final = "model.safetensors.index.json"
 _INDEX_NAMES: Final = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
@@ -126,20 +126,18 @@ def _wrong_places(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iter
     missing = [name for name, file in weight_map.items() if file in contents and name not in contents[file]]
     extra = [name for name in stored if name not in weight_map]
     if missing:
-        holder, first = stored.get(missing[0]), shortened(missing[0])
-        yield finding(
+        listed, holder = weight_map[missing[0]], stored.get(missing[0], "no file")
+        yield from findings_about(
             "index-mismatch",
-            first,
-            f"The index gives {plural(len(missing), 'tensor')} to the wrong file: {first} to {weight_map[missing[0]]}, "
-            + (f"but {holder} holds it" if holder else "but no file holds it"),
+            missing,
+            f"{plural(len(missing), 'tensor')} in another file than the index lists, the first in {holder} instead of "
+            f"{listed}",
             hint="download the checkpoint again, or rebuild the index",
-            count=len(missing),
         )
     if extra:
-        yield finding(
+        yield from findings_about(
             "index-mismatch",
-            extra[0],
-            f"The index does not list {plural(len(extra), 'stored tensor')}, such as {extra[0]} in {stored[extra[0]]}",
+            extra,
+            f"{plural(len(extra), 'stored tensor')} not listed in the index, the first in {stored[extra[0]]}",
             hint="rebuild the index: loaders that follow it drop these tensors",
-            count=len(extra),
         )

@@ -15,7 +15,7 @@ from quarkconv.description.description import Description
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files, Range
-from quarkconv.findings import Finding, finding
+from quarkconv.findings import Finding, findings_about
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.stored import SCALE_DTYPES
@@ -37,10 +37,10 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
         SourceError: a file cannot be read.
     """
     shards = {shard.file for shard in description.checkpoint.shards if not shard.truncated}
-    bad_scales: list[tuple[str, str]] = []
-    small_scales: list[str] = []
-    negative: list[str] = []
-    nonzero: list[str] = []
+    invalid: dict[str, str] = {}  # scale -> the problem of its first block that has one
+    subnormal: dict[str, None] = {}  # a dict, as a set that keeps the order: a tensor may have several blocks
+    negative: dict[str, None] = {}
+    nonzero: dict[str, None] = {}
     refs = description.checkpoint.refs()
     ranges = [
         (name, block)
@@ -52,52 +52,41 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
     for name, data in _read(description.checkpoint.store, ranges):
         progress.advance(len(data))
         if _is_zero_point(name):
-            if any(data) and nonzero[-1:] != [name]:
-                nonzero.append(name)
+            if any(data):
+                nonzero[name] = None
             continue
         problem, least = _scale_problem(refs[name].dtype, data)
         if problem is None and least < 0 and name.endswith("weight_scale"):
-            if negative[-1:] != [name]:
-                negative.append(name)
+            negative[name] = None
         elif problem or least < 0:
-            problem = problem or f"the value {least}"
-            if not bad_scales or bad_scales[-1][0] != name:
-                bad_scales.append((name, problem))
-        elif least < _LEAST_NORMAL and small_scales[-1:] != [name]:
-            small_scales.append(name)
-    if bad_scales:
-        name, problem = bad_scales[0]
-        yield finding(
-            "scale-invalid",
-            name,
-            f"{plural(len(bad_scales), 'scale')} not finite or not positive: {name} has {problem}",
-            hint="quantize the model again; its outputs would be NaN or zero",
-            count=len(bad_scales),
-        )
-    if negative:
-        yield finding(
-            "scale-negative",
-            negative[0],
-            f"{plural(len(negative), 'scale')} with negative values, as auto-round writes them: {negative[0]}",
-            hint="nothing has to be done where engines multiply by scales, as vLLM and SGLang do",
-            count=len(negative),
-        )
-    if small_scales:
-        yield finding(
-            "scale-subnormal",
-            small_scales[0],
-            f"{plural(len(small_scales), 'scale')} below 2^-126, which GPUs may flush to zero: {small_scales[0]}",
-            hint="quantize the model again with a lower bound on scales",
-            count=len(small_scales),
-        )
-    if nonzero:
-        yield finding(
-            "zero-point-nonzero",
-            nonzero[0],
-            f"{plural(len(nonzero), 'zero point')} not zero: {nonzero[0]}",
-            hint="quantize the model again with symmetric weights",
-            count=len(nonzero),
-        )
+            invalid.setdefault(name, problem or f"the value {least}")
+        elif least < _LEAST_NORMAL:
+            subnormal[name] = None
+    first_problem = next(iter(invalid.values()), "")
+    yield from findings_about(
+        "scale-invalid",
+        list(invalid),
+        f"{plural(len(invalid), 'scale')} not finite or not positive, the first with {first_problem}",
+        hint="quantize the model again; its outputs would be NaN or zero",
+    )
+    yield from findings_about(
+        "scale-negative",
+        list(negative),
+        f"{plural(len(negative), 'scale')} with negative values, as auto-round writes them",
+        hint="no action where engines multiply by scales, as vLLM and SGLang do",
+    )
+    yield from findings_about(
+        "scale-subnormal",
+        list(subnormal),
+        f"{plural(len(subnormal), 'scale')} below 2^-126, which GPUs may flush to zero",
+        hint="quantize the model again with a lower bound on scales",
+    )
+    yield from findings_about(
+        "zero-point-nonzero",
+        list(nonzero),
+        f"{plural(len(nonzero), 'zero point')} not zero",
+        hint="quantize the model again with symmetric weights",
+    )
 
 
 def _is_zero_point(name: str) -> bool:

@@ -14,7 +14,7 @@ from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource, Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, TextFile
 from quarkconv.scheme.stored import Form, linear_names
-from quarkconv.text import plural
+from quarkconv.text import examples, plural
 
 
 class Target(ABC):
@@ -49,8 +49,7 @@ class Target(ABC):
                 return f"{layer.prefix} mixes experts in int8 and in float"
         if description.fp8 and not self.keeps_fp8:
             names = [name for group in description.fp8 for name in group.modules]
-            reason = f"it has {plural(len(names), 'linear')} in FP8 beside INT8 experts: {', '.join(names[:3])}"
-            reason += ", ..." if len(names) > 3 else ""
+            reason = f"it has {plural(len(names), 'linear')} in FP8 beside INT8 experts: {examples(names)}"
             return reason + ("; --mtp drop leaves them out" if all(map(description.is_mtp, names)) else "")
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"

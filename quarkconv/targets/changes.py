@@ -8,7 +8,7 @@ from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
-from quarkconv.findings import PASSED_ON, Finding, bounded, finding
+from quarkconv.findings import PASSED_ON, Finding, bounded, finding, findings_about
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
@@ -32,21 +32,15 @@ def target_findings(description: Description, target: Target) -> tuple[Finding, 
 def _changes(description: Description, target: Target) -> Iterator[Finding]:
     yield from target.losses(description)
     names = target.dropped(description)
-    if names:
-        yield finding(
-            "tensor-dropped",
-            names[0],
-            f"Scales and zero points of activations are left out: {len(names)}, first {names[0]}",
-            count=len(names),
-        )
+    left_out = plural(len(names), "scale or zero point", "scales and zero points")
+    yield from findings_about("tensor-dropped", names, f"{left_out} of activations left out")
     modules = description.float_modules
     if modules and description.declared is not None and target.quantizes:
-        yield finding(
+        yield from findings_about(
             "module-dequantized",
-            modules[0],
+            modules,
             f"{plural(len(modules), 'module')} that engines keep in float, dequantized to {_DEQUANTIZED} with one "
-            f"rounding: {', '.join(modules[:3])}" + (", ..." if len(modules) > 3 else ""),
-            count=len(modules),
+            "rounding",
         )
     if isinstance(description.checkpoint, QuantizedCheckpoint):
         yield from _left_in_float(description)
