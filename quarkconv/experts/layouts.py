@@ -8,7 +8,7 @@ from quarkconv.experts.family import Family
 from quarkconv.experts.layer import Layout, MoELayer
 from quarkconv.experts.naming import EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
 from quarkconv.findings import Finding, finding
-from quarkconv.headers.safetensors import distinct
+from quarkconv.headers.entries import distinct
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 

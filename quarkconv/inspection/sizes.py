@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 
 from quarkconv.description.description import Description
-from quarkconv.headers.safetensors import distinct
+from quarkconv.headers.entries import distinct
 
 Sizes = list[tuple[str, int]]
 """Names and bytes, largest first."""
