@@ -6,6 +6,9 @@ Widening needs no torch, so that conversion does without it.
 from __future__ import annotations
 
 import struct
+from collections.abc import ItemsView, Iterator, Mapping, Sequence, ValuesView
+from functools import cached_property
+from itertools import chain
 from math import prod
 from typing import Final, NamedTuple
 
@@ -45,6 +48,45 @@ class TensorType(NamedTuple):
     def nbytes(self) -> int:
         """Size in bytes."""
         return self.bits // 8
+
+
+class TensorTypes(Mapping[str, TensorType]):
+    """Name -> dtype and shape of every tensor of several files. Of a name that occurs twice, the last type counts.
+
+    A dict of 100,000 names is larger than a processor's caches, and takes as long as a quarter of the headers that the
+    names are from. ``inspect`` looks up few of them, and each in its own file; so the dict is created by the first
+    look-up in all files.
+
+    Attributes:
+        parts: name -> type, file by file; one part where a name occurs twice.
+    """
+
+    def __init__(self, parts: Sequence[Mapping[str, TensorType]]) -> None:
+        self.parts = parts
+        self._length = len(set[str]().union(*parts))
+        if self._length != sum(map(len, parts)):
+            self.parts = (self._all,)
+
+    @cached_property
+    def _all(self) -> dict[str, TensorType]:
+        return dict(chain.from_iterable(part.items() for part in self.parts))
+
+    def __len__(self) -> int:
+        return self._length
+
+    def __iter__(self) -> Iterator[str]:
+        return chain.from_iterable(self.parts)
+
+    def __getitem__(self, name: str) -> TensorType:
+        return self._all[name]
+
+    def items(self) -> ItemsView[str, TensorType]:
+        """As of a dict."""
+        return self._all.items()
+
+    def values(self) -> ValuesView[TensorType]:
+        """As of a dict."""
+        return self._all.values()
 
 
 def is_tensor_type(found: TensorType) -> bool:

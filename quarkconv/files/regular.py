@@ -71,7 +71,7 @@ def leads_outside(root: Path, name: str | os.PathLike[str]) -> str | None:
     path = root / name
     parts = [name, *list(Path(name).parents)[:-1]]
     try:
-        if not path.exists() or not any((root / part).is_symlink() for part in parts):
+        if not any(os.path.islink(os.path.join(root, part)) for part in parts) or not path.exists():
             return None
         real, inside = Path(os.path.realpath(path)), Path(os.path.realpath(root))
     except (OSError, ValueError):  # opening the file reports the error

@@ -6,13 +6,13 @@ describe a damaged checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.defects import COPY_AGAIN, invalid_header
-from quarkconv.dtypes import TensorType
+from quarkconv.dtypes import TensorType, TensorTypes
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
@@ -53,7 +53,7 @@ class Checkpoint:
     store: Files
     config: dict[str, Any]
     shards: tuple[ShardHeader, ...]
-    types: dict[str, TensorType]
+    types: Mapping[str, TensorType]
     findings: tuple[Finding, ...]
     ascend: dict[str, Any] | None = None
 
@@ -115,7 +115,6 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     except SourceError as error:
         findings.append(as_finding(error))
     shards: list[ShardHeader] = []
-    types: dict[str, TensorType] = {}
     if root is not None:
         findings.extend(_outside(root))
     tensors, odd = 0, list[str]()
@@ -141,8 +140,8 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
                 findings.append(_truncated(shard))
             odd += shard.odd_names
             shards.append(shard)
-            types.update(shard.tensors)
         findings.extend(_odd_names(odd))
+        types = TensorTypes([shard.tensors for shard in shards])
         findings.extend(_duplicates(shards, len(types)))
         findings.extend(_renamed(shards))
         if index is not None:

@@ -15,12 +15,12 @@ compares and groups modules by ``id(form)``, and computes everything that depend
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
 from typing import Final, Literal, NamedTuple
 
-from quarkconv.dtypes import FLOAT_DTYPES, TensorType
+from quarkconv.dtypes import FLOAT_DTYPES, TensorType, TensorTypes
 from quarkconv.scheme.companions import ATTENTION_SCALES, OUTPUT_SCALES, output_companions
 from quarkconv.scheme.spec import PER_CHANNEL, PER_TENSOR
 
@@ -111,6 +111,7 @@ def fused_names(module: str) -> TensorNames:
 _ENDS: Final = linear_names("")
 """Ends of the names of the tensors of a linear, in the order of the fields of a Form."""
 _WEIGHT: Final = _ENDS.weight
+_BIAS: Final = ".bias"
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,6 +125,7 @@ class StoredModules:
         tensors: dtype and shape of every tensor.
         plain: names of the tensors that are neither weights nor companions of one, such as norms and biases.
         output_scales: tensors that describe quantized outputs, such as scales of the key-value cache.
+        biases: names of all biases.
     """
 
     linears: dict[str, Form]
@@ -132,6 +134,7 @@ class StoredModules:
     tensors: Mapping[str, TensorType] = field(default_factory=dict)
     plain: tuple[str, ...] = ()
     output_scales: tuple[str, ...] = ()
+    biases: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
         yield from self.linears.items()
@@ -139,7 +142,7 @@ class StoredModules:
 
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""
-        return f"{module}.bias" in self.tensors
+        return f"{module}{_BIAS}" in self.biases
 
 
 def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str]) -> StoredModules:
@@ -149,28 +152,31 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    modules: list[str] = []
+    parts = types.parts if isinstance(types, TensorTypes) else (types,)
+    modules: list[list[str]] = [[] for _ in parts]
     weights: list[TensorType | None] = []
     companions: list[str] = []
-    plain: list[str] = []
-    for name, found in types.items():
-        if name.endswith(_WEIGHT):
-            if len(found.shape) >= 2:
-                modules.append(name.removesuffix(_WEIGHT))
-                weights.append(found)
-        elif name.endswith(_COMPANIONS):
-            companions.append(name)
-        else:
-            plain.append(name)
-    linears, owned = _linears(modules, weights, companions, types)
+    plain: dict[str, TensorType] = {}
+    for part, own in zip(parts, modules, strict=True):
+        for name, found in part.items():
+            if name.endswith(_WEIGHT):
+                if len(found.shape) >= 2:
+                    own.append(name.removesuffix(_WEIGHT))
+                    weights.append(found)
+            elif name.endswith(_COMPANIONS):
+                companions.append(name)
+            else:
+                plain[name] = found
+    rows = {"weight": weights, **dict(_companion_rows(parts, modules, companions, types))}
+    linears = _forms(chain.from_iterable(modules), rows)
     fused: dict[str, Form] = {}
     unrecognised: list[str] = []
-    for name in plain:
-        found = types[name]
+    for name, found in plain.items():
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
             fused[name] = Form(found, *map(types.get, fused_names(name)[1:]))
         elif found.dtype == "I8" and not name.endswith(ROTATION):
             unrecognised.append(name)
+    owned = sum(len(row) - row.count(None) for row in rows.values()) - len(weights)
     owned += sum(len(form) - 1 - form.count(None) for form in fused.values())
     if owned != len(companions):
         unrecognised.extend(_orphans(companions, linears, fused))
@@ -181,26 +187,42 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         tensors=types,
         plain=tuple(plain),
         output_scales=tuple(name for name in chain(companions, plain) if name.endswith(OUTPUT_SCALES)),
+        biases=frozenset(name for name in plain if name.endswith(_BIAS)),
     )
 
 
-def _linears(
-    modules: list[str], weights: list[TensorType | None], companions: list[str], types: Mapping[str, TensorType]
-) -> tuple[dict[str, Form], int]:
-    """Module -> form of the linears with these weights, and how many of the companions belong to them."""
-    rows = {"weight": weights}
-    for part, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
+def _companion_rows(
+    parts: Sequence[Mapping[str, TensorType]],
+    modules: Sequence[Sequence[str]],
+    companions: Sequence[str],
+    types: Mapping[str, TensorType],
+) -> Iterator[tuple[str, list[TensorType | None]]]:
+    """Each kind of companion that is stored: its field of a Form, and the type that each module has of it.
+
+    Args:
+        parts: the tensors, file by file.
+        modules: the modules whose weights are in each part.
+        companions: names of all companions.
+        types: all tensors.
+    """
+    for companion, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
         others = [name for name in companions if not name.endswith(end)]
-        if len(others) < len(companions):  # few checkpoints have all kinds of companions
-            rows[part] = list(map(types.get, [f"{module}{end}" for module in modules]))
+        stored = len(companions) - len(others)
+        if stored:
+            row = [part.get(f"{module}{end}") for part, own in zip(parts, modules, strict=True) for module in own]
+            if len(row) - row.count(None) < stored:  # some are in other files than their weights
+                row = [types.get(f"{module}{end}") for module in chain.from_iterable(modules)]
+            yield companion, row
         companions = others
+
+
+def _forms(modules: Iterable[str], rows: Mapping[str, Sequence[TensorType | None]]) -> dict[str, Form]:
+    """Module -> form, of rows with the type that each module has for a field of a Form."""
     # Types are shared objects, and slow to hash: the ids of a module's types are its key.
     keys = list(zip(*(map(id, row) for row in rows.values()), strict=True))
     distinct = dict(zip(keys, zip(*rows.values(), strict=True), strict=True))
     forms = {key: Form(**dict(zip(rows, found, strict=True))) for key, found in distinct.items()}
-    missing = sum(row.count(None) for row in rows.values())
-    linears = dict(zip(modules, map(forms.__getitem__, keys), strict=True))
-    return linears, (len(rows) - 1) * len(modules) - missing
+    return dict(zip(modules, map(forms.__getitem__, keys), strict=True))
 
 
 def _orphans(companions: list[str], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
