@@ -130,8 +130,8 @@ def _wrong_places(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iter
         yield from findings_about(
             "index-mismatch",
             missing,
-            f"{plural(len(missing), 'tensor')} in another file than the index lists, the first in {holder} instead of "
-            f"{listed}",
+            f"{plural(len(missing), 'tensor')} missing from the listed file; the index has the first in {listed}, but "
+            f"{holder} holds it",
             hint="download the checkpoint again, or rebuild the index",
         )
     if extra:

@@ -137,8 +137,7 @@ class StoredModules:
     biases: frozenset[str] = frozenset()
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
-        yield from self.linears.items()
-        yield from self.fused.items()
+        return chain(self.linears.items(), self.fused.items())
 
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""
