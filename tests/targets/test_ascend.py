@@ -142,7 +142,7 @@ DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
     "no entry": (lambda description: description.pop(Q_PROJ), "without an entry"),
     "an entry of another type": (lambda description: description.update({Q_PROJ: 3}), "without an entry"),
     "a tensor that is not stored": (lambda description: description.update({"a.weight": "FLOAT"}), "not stored"),
-    "two types in qkv": (lambda description: description.update({Q_PROJ: "FLOAT"}), "Of several types"),
+    "two types in qkv": (lambda description: description.update({Q_PROJ: "FLOAT"}), "of several types"),
 }
 
 
