@@ -77,6 +77,9 @@ class TensorTypes(Mapping[str, TensorType]):
     def __iter__(self) -> Iterator[str]:
         return chain.from_iterable(self.parts)
 
+    def __contains__(self, name: object) -> bool:
+        return any(name in part for part in self.parts)
+
     def __getitem__(self, name: str) -> TensorType:
         return self._all[name]
 

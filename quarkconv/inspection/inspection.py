@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
@@ -50,8 +50,7 @@ class TargetSupport(NamedTuple):
         return {"supported": True, "bytes": self.nbytes, **lost}
 
 
-@dataclass(frozen=True, slots=True)
-class Inspection:
+class Inspection(NamedTuple):
     """The result of ``inspect``.
 
     Attributes:

@@ -7,7 +7,6 @@ tensor of all experts (3-key), or the upper half of a fused one.
 from __future__ import annotations
 
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from itertools import starmap
 from math import prod
 from typing import NamedTuple
@@ -30,8 +29,7 @@ def part_of(name: str, ref: TensorRef, part: Part) -> Copy:
     return Copy(name, ref.file, ref.start + number * nbytes, nbytes)
 
 
-@dataclass(frozen=True, slots=True)
-class Int8Module:
+class Int8Module(NamedTuple):
     """An int8 linear of the output, under the name that it has there, as pieces of the source.
 
     Attributes:
@@ -162,8 +160,7 @@ class ProjectionPart(NamedTuple):
     input_scale: Scale | None
 
 
-@dataclass(frozen=True, slots=True)
-class ExpertSource:
+class ExpertSource(NamedTuple):
     """The experts of one layer as pieces of the source, cut to a rank's part.
 
     Under tensor parallelism a rank's rows of gate and up are a byte range; its columns of down are a run of bytes in

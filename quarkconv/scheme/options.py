@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any, Final, Literal, Self, get_args
+from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from quarkconv.errors import UsageError
 
@@ -18,8 +17,7 @@ DROP: Final[Mtp] = "drop"
 QUANTIZE: Final[Mtp] = "quantize"
 
 
-@dataclass(frozen=True, slots=True)
-class SourceOptions:
+class SourceOptions(NamedTuple):
     """The options. Create them with :meth:`of`.
 
     Attributes:

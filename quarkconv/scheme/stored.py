@@ -18,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import chain
-from typing import Final, Literal, NamedTuple
+from typing import Any, Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType, TensorTypes
 from quarkconv.scheme.companions import ATTENTION_SCALES, OUTPUT_SCALES, output_companions
@@ -219,8 +219,8 @@ def _forms(modules: Iterable[str], rows: Mapping[str, Sequence[TensorType | None
     """Module -> form, of rows with the type that each module has for a field of a Form."""
     # Types are shared objects, and slow to hash: the ids of a module's types are its key.
     keys = list(zip(*(map(id, row) for row in rows.values()), strict=True))
-    distinct = dict(zip(keys, zip(*rows.values(), strict=True), strict=True))
-    forms = {key: Form(**dict(zip(rows, found, strict=True))) for key, found in distinct.items()}
+    types: dict[int, Any] = {id(found): found for row in rows.values() for found in row}
+    forms = {key: Form(**dict(zip(rows, map(types.get, key), strict=True))) for key in set(keys)}
     return dict(zip(modules, map(forms.__getitem__, keys), strict=True))
 
 
