@@ -220,7 +220,7 @@ def _forms(modules: Iterable[str], rows: Mapping[str, Sequence[TensorType | None
     # Types are shared objects, and slow to hash: the ids of a module's types are its key.
     keys = list(zip(*(map(id, row) for row in rows.values()), strict=True))
     types: dict[int, Any] = {id(found): found for row in rows.values() for found in row}
-    forms = {key: Form(**dict(zip(rows, map(types.get, key), strict=True))) for key in set(keys)}
+    forms = {key: Form(**dict(zip(rows, map(types.__getitem__, key), strict=True))) for key in set(keys)}
     return dict(zip(modules, map(forms.__getitem__, keys), strict=True))
 
 
