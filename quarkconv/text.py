@@ -11,7 +11,7 @@ _LENGTH: Final = 80
 _ITEMS: Final = 5
 _DEPTH: Final = 4
 _MAX_NAME: Final = 200
-_EXAMPLES: Final = 3
+_EXAMPLES: Final = 2
 
 
 def size(nbytes: int) -> str:
@@ -41,7 +41,7 @@ def shortened(name: str) -> str:
 
 
 def examples(names: Sequence[str]) -> str:
-    """The first three names, shortened, with dots for the others."""
+    """The first two names, shortened, with dots for the others."""
     return ", ".join([*map(shortened, names[:_EXAMPLES]), *(["..."] if len(names) > _EXAMPLES else [])])
 
 

@@ -78,7 +78,7 @@ class Inspection(NamedTuple):
     def _unknown(self) -> Iterator[str]:
         """What is not known of the layers' functions, which no comparison of tensors and config shows."""
         if not self.description.moe_layers:
-            yield "the function of the model (no routed experts were recognised)"
+            yield "the function of the model (no experts were recognised)"
         known_of = knowledge_by_stack(self.description.checkpoint.config)
         for layer in self.description.moe_layers:
             known = known_of(layer.moe)
