@@ -45,6 +45,7 @@ class Target:
 
 MMA = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"
 WGMMA = r"wgmma\.mma_async\.sync\.aligned\.m64n\d+k32\.s32\.s8\.s8"
+BLACKWELL = rf"{MMA}|tcgen05\.mma\.cta_group::\d\.kind::i8"  # the latter from Triton 3.9 on
 WMMA = r"v_wmma_i32_16x16x16_iu8"
 _NVIDIA_REGISTERS = 65536 // 32  # registers of a warp, of an SM
 _CDNA_REGISTERS, _RDNA_REGISTERS = 4 * 512, 2 * 1536  # of a wave, of a CU: SIMDs times registers of a lane
@@ -73,7 +74,7 @@ TARGETS = {
         whole=True,
     ),
     "sm_100": Target(
-        GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * KB, True, True, dot4=True), MMA, 228 * KB,
+        GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * KB, True, True, dot4=True), BLACKWELL, 228 * KB,
         _NVIDIA_REGISTERS, (Device("B200", 8.0, 148),),
     ),
     "sm_120": Target(

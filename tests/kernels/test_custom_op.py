@@ -76,6 +76,7 @@ class Layer(torch.nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
+@pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
 def test_compile_without_a_graph_break_for_any_number_of_tokens(make_case: Callable[..., Any]) -> None:
     case = make_case(*SHAPE)
     layer = Layer(case)
