@@ -47,5 +47,5 @@ def test_a_static_input_scale_in_64_bits_would_shift_what_follows(
     model = Model()
     model.set("model.layers.0.self_attn.o_proj.input_scale", torch.tensor(0.5, dtype=torch.float64))
     verdict = judge(model.write(tmp_path / "model"), capsys)
-    assert (verdict.inspect, verdict.convert) == (1, 3)
+    assert (verdict.inspect, verdict.convert) == (1, 4)
     assert "scale-dtype" in verdict.codes

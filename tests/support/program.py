@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import logging
 import signal
 import subprocess
 import sys
@@ -29,12 +30,15 @@ def run_cli(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int,
     from quarkconv.cli.main import main
 
     capsys.readouterr()
-    handler = signal.getsignal(signal.SIGTERM)
+    handler, log = signal.getsignal(signal.SIGTERM), logging.getLogger("quarkconv")
+    level, handlers = log.level, log.handlers
     try:
         with pytest.raises(SystemExit) as exit_info:
             main([str(arg) for arg in args])
     finally:
         signal.signal(signal.SIGTERM, handler)
+        log.setLevel(level)  # as --verbose found it
+        log.handlers = handlers
     captured = capsys.readouterr()
     code = exit_info.value.code
     assert isinstance(code, int)

@@ -304,7 +304,9 @@ def test_a_source_without_read_permission_is_reported(small: Path, tmp_path: Pat
             folder.chmod(0o755)
     (small / "model-00001-of-00002.safetensors").chmod(0o600)
     as_nobody = (
-        "import os, sys\nfrom quarkconv.cli.main import main\nimport quarkconv.convert.conversion, rich.text\n"
+        "import os, sys\nfrom quarkconv.cli.main import main\nimport rich.text\n"
+        "import concurrent.futures.thread, logging, quarkconv.convert.conversion\n"
+        "import quarkconv.cli.program, quarkconv.cli.convert  # the standard library may lie where only root can read\n"
         "os.setgid(65534); os.setuid(65534)\nmain(sys.argv[1:])"
     )
     (tmp_path / "open").mkdir()

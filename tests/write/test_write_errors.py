@@ -232,7 +232,8 @@ def test_overwrite_keeps_the_earlier_conversion_when_the_new_one_would_not_fit(
 AS_NOBODY = """
 import os, sys
 from quarkconv.cli.main import main
-import quarkconv.convert.conversion, rich.text, rich.console
+import concurrent.futures.thread, logging, quarkconv.convert.conversion, rich.text, rich.console
+import quarkconv.cli.program, quarkconv.cli.convert
 from quarkconv.version import own_version
 own_version()  # the standard library may lie where only root can read
 os.setgid(65534)
