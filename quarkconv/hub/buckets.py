@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
 from typing import Final
 
 from quarkconv.errors import HubError, UsageError
-from quarkconv.files.base import Range
-from quarkconv.files.remote import Entry, RemoteFiles, is_inside
+from quarkconv.files.http_files import HttpFiles
+from quarkconv.files.remote import Entry, is_inside
 from quarkconv.files.urls import BUCKETS
 from quarkconv.hub.errors import TOKEN_HINT, first_line, hub_error
 from quarkconv.hub.ranges import BucketRanges
@@ -23,37 +22,8 @@ _URL: Final = re.compile(r"(?P<bucket>[\w.-]+/[\w.-]+)(?:/(?P<folder>.+))?", re.
 _log: Final = logging.getLogger(__name__)
 
 
-class HubBucket(RemoteFiles):
+class HubBucket(HttpFiles):
     """The files below one URL of a bucket on the Hub, as they were listed. Made by :func:`open_hub_bucket`."""
-
-    def __init__(self, url: str, ranges: BucketRanges, entries: Mapping[str, Entry]) -> None:
-        super().__init__(entries)
-        self._url = url
-        self._ranges = ranges
-
-    def __str__(self) -> str:
-        return self._url
-
-    def fetch(self, requested: Range) -> bytes:
-        """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
-
-        Raises:
-            SourceError: the Hub does not serve them, or serves something else.
-        """
-        return self._ranges.fetch(requested)
-
-    def check_unchanged(self, names: Iterable[str]) -> None:
-        """Check the hashes of some files on the Hub again.
-
-        Raises:
-            SourceError: the hash or size of one has changed, or it is gone.
-        """
-        for _ in self.pool.map(self._ranges.locate, names):
-            pass
-
-    def traffic(self) -> tuple[int, int]:
-        """Bytes read, and requests made."""
-        return self._ranges.nbytes, self._ranges.requests
 
 
 def open_hub_bucket(url: str) -> HubBucket:
@@ -104,7 +74,7 @@ def open_hub_bucket(url: str) -> HubBucket:
             hint="check bucket and path with `hf buckets list`",
         )
     _log.info("%s: %d files, %d bytes", url, len(entries), sum(entry.size for entry in entries.values()))
-    return HubBucket(url, BucketRanges(bucket, url, folder, entries), entries)
+    return HubBucket(BucketRanges(bucket, url, folder, entries), entries)
 
 
 def _listing_error(error: Exception, url: str) -> HubError:

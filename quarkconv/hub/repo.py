@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from quarkconv.errors import HubError
-from quarkconv.files.base import Range
-from quarkconv.files.remote import Entry, RemoteFiles, is_inside
+from quarkconv.files.http_files import HttpFiles
+from quarkconv.files.remote import Entry, is_inside
 from quarkconv.hub.ranges import HubRanges
 
 if TYPE_CHECKING:
@@ -20,7 +20,7 @@ _COMMIT: Final = re.compile(r"[0-9a-f]{40,64}")
 _log: Final = logging.getLogger(__name__)
 
 
-class HubRepo(RemoteFiles):
+class HubRepo(HttpFiles):
     """One commit of a model on the Hub.
 
     Args:
@@ -30,34 +30,9 @@ class HubRepo(RemoteFiles):
     """
 
     def __init__(self, repo: str, commit: str, entries: Mapping[str, Entry]) -> None:
-        super().__init__(entries)
+        super().__init__(HubRanges(repo, commit, entries), entries)
         self.repo = repo
         self.commit = commit
-        self._ranges = HubRanges(repo, commit, self.entries)
-
-    def __str__(self) -> str:
-        return f"{self.repo}@{self.commit}"
-
-    def fetch(self, requested: Range) -> bytes:
-        """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
-
-        Raises:
-            SourceError: the Hub does not serve them, or serves something else.
-        """
-        return self._ranges.fetch(requested)
-
-    def check_unchanged(self, names: Iterable[str]) -> None:
-        """Check the ETags of some files on the Hub again.
-
-        Raises:
-            SourceError: the ETag or size of one has changed, or it is gone.
-        """
-        for _ in self.pool.map(self._ranges.locate, names):
-            pass
-
-    def traffic(self) -> tuple[int, int]:
-        """Bytes read, and requests made."""
-        return self._ranges.nbytes, self._ranges.requests
 
 
 def list_repo(repo: str, revision: str | None) -> HubRepo:

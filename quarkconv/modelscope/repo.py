@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from quarkconv.errors import HubError, SourceError, UsageError
-from quarkconv.files.base import Range
-from quarkconv.files.remote import Entry, RemoteFiles, is_inside
+from quarkconv.files.http_files import HttpFiles
+from quarkconv.files.remote import Entry, is_inside
 from quarkconv.files.urls import MODELSCOPE
 from quarkconv.modelscope.errors import ENDPOINT_HINT, failure, refusal
 from quarkconv.modelscope.ranges import SHA256, ModelScopeRanges, endpoint, request
@@ -27,26 +27,16 @@ _REPO: Final = re.compile(r"(?P<repo>[\w][\w.-]*/[\w][\w.-]*)(?:@(?P<revision>[\
 _log: Final = logging.getLogger(__name__)
 
 
-class ModelScopeRepo(RemoteFiles):
+class ModelScopeRepo(HttpFiles):
     """One revision of a model on ModelScope. Made by :func:`open_modelscope`."""
 
+    _ranges: ModelScopeRanges
+
     def __init__(self, repo: str, revision: str, url: str, entries: Mapping[str, Entry]) -> None:
-        super().__init__(entries)
+        super().__init__(ModelScopeRanges(repo, revision, url, entries), entries)
         self._repo = repo
         self._revision = revision
         self._url = url
-        self._ranges = ModelScopeRanges(repo, revision, url, self.entries)
-
-    def __str__(self) -> str:
-        return self._url
-
-    def fetch(self, requested: Range) -> bytes:
-        """The bytes of a range that lies inside its file; a broken transfer resumes where it broke.
-
-        Raises:
-            SourceError: ModelScope does not serve them, or serves something else.
-        """
-        return self._ranges.fetch(requested)
 
     def check_unchanged(self, names: Iterable[str]) -> None:
         """List the files again, and compare the hashes of some.
@@ -59,10 +49,6 @@ class ModelScopeRepo(RemoteFiles):
         for name in names:
             if now.get(name) != self.entries[name]:
                 raise self._ranges.refuse(name, self.entries[name], now.get(name))
-
-    def traffic(self) -> tuple[int, int]:
-        """Bytes read, and requests made."""
-        return self._ranges.nbytes, self._ranges.requests
 
 
 def open_modelscope(url: str) -> ModelScopeRepo:
