@@ -33,7 +33,7 @@ from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
 from quarkconv.scheme.options import DROP, KEEP, Mtp
 from quarkconv.scheme.resolved import Groups, ResolvedModules, resolve_modules
-from quarkconv.scheme.spec import MIXED, ModuleScheme
+from quarkconv.scheme.spec import INPUT_STATIC, MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
 
 NameTest = Callable[[str], bool]
@@ -105,6 +105,11 @@ class Description:
         if len(names) > 1 and None not in names:
             return MIXED
         return names.pop() if len(names) == 1 else None
+
+    @property
+    def static(self) -> bool:
+        """Whether int8 modules have static activation scales."""
+        return any(scheme.activation == INPUT_STATIC for scheme in self.schemes)
 
     @property
     def engine_naming(self) -> ExpertNaming | None:

@@ -21,7 +21,6 @@ from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, TextFile, Zeros
 from quarkconv.scheme.companions import name_in_engines
 from quarkconv.scheme.formats.ascend import DESCRIPTION_NAME, DYNAMIC, UNQUANTIZED
-from quarkconv.scheme.spec import INPUT_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import dropped_settings
@@ -34,11 +33,7 @@ class Ascend(PerExpertTarget):
 
     name = "ascend"
     summary = "experts one by one, as msModelSlim writes them; for vllm-ascend and SGLang on Ascend NPUs"
-
-    def unsupported(self, description: Description) -> str | None:
-        if any(scheme.activation == INPUT_STATIC for scheme in description.schemes):
-            return "it has static activation scales, and W8A8_DYNAMIC computes them for each token"
-        return super().unsupported(description)
+    static_inputs = False
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
         yield from super().module_tensors(module)

@@ -24,6 +24,7 @@ class Target(ABC):
         name: as given to ``--to``.
         summary: one line for people.
         by_rank: whether the experts can be divided among ranks.
+        static_inputs: False when the scales of activations are always computed for each token.
         keeps_fp8: True when the config can express modules in FP8 beside INT8 experts.
         transforms: True when the config can express transforms that are computed at run time.
         quantizes: False when the output has no quantized weights.
@@ -35,6 +36,7 @@ class Target(ABC):
     by_rank: ClassVar[bool] = False
     quantizes: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
+    static_inputs: ClassVar[bool] = True
     keeps_fp8: ClassVar[bool] = False
     facts: ClassVar[str] = "The int8 codes are those of the source, bit for bit, and so are the values of the scales."
 
@@ -53,6 +55,8 @@ class Target(ABC):
             return reason + ("; --mtp drop leaves them out" if all(map(description.is_mtp, names)) else "")
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"
+        if description.static and not self.static_inputs:
+            return f"it has static activation scales, and {self.name} computes them for each token"
         source = description.config.quantization
         if not self.transforms and isinstance(source, dict) and source.get("transform_config"):
             return "it has transforms that are computed at run time (transform_config)"

@@ -15,33 +15,24 @@ and ``w13``, ``w2`` instead of ``gate_up_proj``, ``down_proj`` where engines nam
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from typing import Any, Final
+from collections.abc import Iterator
+from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource
 from quarkconv.plan.pieces import Check, OutputTensor
-from quarkconv.scheme.companions import name_in_engines
-from quarkconv.targets.base import Target
-from quarkconv.targets.compressed_tensors_config import (
-    compressed_tensors_config,
-    compressed_tensors_keeps,
-    compressed_tensors_losses,
-)
+from quarkconv.targets.compressed_tensors_form import CompressedTensorsForm
 
 _PARTS: Final[tuple[tuple[Role, ...], ...]] = (("gate", "up"), ("down",))
 
 
-class FusedInt8(Target):
+class FusedInt8(CompressedTensorsForm):
     """The target ``fused-int8``."""
 
     name = "fused-int8"
     summary = "experts of a layer in two int8 tensors; loads in vLLM 0.28 and later"
-    transforms = True
-    keeps_fp8 = True
     by_rank = True
 
     def unsupported(self, description: Description) -> str | None:
@@ -76,18 +67,6 @@ class FusedInt8(Target):
         scales = 4 * (2 * layer.intermediate + layer.hidden)
         static = 8 if layer.static else 0
         return layer.experts * (codes + scales + static)
-
-    def config(self, description: Description) -> dict[str, Any]:
-        return compressed_tensors_config(description)
-
-    def renamed(self, name: str) -> str:
-        return name_in_engines(name)
-
-    def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:
-        return compressed_tensors_keeps(description)
-
-    def losses(self, description: Description) -> Iterator[Finding]:
-        return compressed_tensors_losses(description, self.name)
 
 
 def _not_fused(layer: MoELayer) -> str | None:

@@ -21,7 +21,7 @@ from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, Copy, OutputTensor, Rows, Scale, f32_rows
 from quarkconv.scheme.companions import is_cache_scale, name_in_quark
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
+from quarkconv.scheme.spec import FP8_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.per_expert import PerExpertTarget
@@ -60,12 +60,11 @@ class Quark(PerExpertTarget):
                     yield Check("repeats", scale.source, _one(scale).source)
 
     def config(self, description: Description) -> dict[str, Any]:
-        static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
         source = description.config.quantization
         declared = description.declared
         carried = source if isinstance(source, dict) and declared is not None and declared.method == "quark" else {}
         export = carried.get("export")
-        layer = _layer_config(static)
+        layer = _layer_config(description.static)
         kv_layers = _kv_cache_layers(declared, layer)
         output_layers = {key: {**layer, "output_tensors": outputs} for key, outputs in _outputs(description).items()}
         quantization = {

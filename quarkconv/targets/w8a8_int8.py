@@ -10,7 +10,6 @@ from typing import Any
 
 from quarkconv.description.description import Description
 from quarkconv.findings import Finding
-from quarkconv.scheme.spec import INPUT_STATIC
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import dropped_settings
@@ -21,11 +20,7 @@ class W8A8Int8(PerExpertTarget):
 
     name = "w8a8-int8"
     summary = "experts one by one; loads in SGLang on CUDA"
-
-    def unsupported(self, description: Description) -> str | None:
-        if any(scheme.activation == INPUT_STATIC for scheme in description.schemes):
-            return "it has static activation scales, and w8a8_int8 computes them for each token"
-        return super().unsupported(description)
+    static_inputs = False
 
     def config(self, description: Description) -> dict[str, Any]:
         quantization = {"quant_method": "w8a8_int8", "ignore": ignored_modules(description)}

@@ -1,4 +1,4 @@
-"""The config.json of a checkpoint in the compressed-tensors form.
+"""The base of targets in the compressed-tensors form: their config.json, and what it can express.
 
 The fields are those of compressed-tensors' ``QuantizationConfig``; vLLM 0.28 and later raise on unknown keys inside
 ``weights`` and ``input_activations``, so nothing is added.
@@ -13,8 +13,9 @@ from quarkconv.description.description import Description
 from quarkconv.description.fp8 import BLOCK_SIZE, Fp8Group
 from quarkconv.experts.naming import NAMINGS
 from quarkconv.findings import Finding
-from quarkconv.scheme.companions import CACHE_SCALES, is_cache_scale
-from quarkconv.scheme.spec import FP8_STATIC, INPUT_STATIC
+from quarkconv.scheme.companions import CACHE_SCALES, is_cache_scale, name_in_engines
+from quarkconv.scheme.spec import FP8_STATIC
+from quarkconv.targets.base import Target
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.settings import KV_CACHE, dropped_settings
 
@@ -25,23 +26,37 @@ _CARRIED: Final = ("version", "kv_cache_scheme", "sparsity_config", "transform_c
 """Fields of a source in the same form that go over as they are."""
 
 
-def compressed_tensors_config(description: Description) -> dict[str, Any]:
-    """The source's config.json with its quantization_config replaced by the compressed-tensors form."""
-    carried = _carried(description)
-    static = any(scheme.activation == INPUT_STATIC for scheme in description.schemes)
-    groups = [_group(["Linear"], "int", "channel", static=static)]
-    for fp8 in description.fp8:
-        groups.append(_group(_engines_names(description, fp8), "float", fp8.strategy, static=fp8.static))
-    if description.fp8:
-        groups = [{**group, "format": _FORMATS[group["weights"]["type"]]} for group in groups]
-    quantization = {
-        "quant_method": "compressed-tensors",
-        "format": "mixed-precision" if description.fp8 else _FORMATS["int"],
-        "quantization_status": "compressed",
-        "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-        "ignore": ignored_modules(description),
-    }
-    return description.config.with_quantization(quantization | carried)
+class CompressedTensorsForm(Target):
+    """A target whose config.json has a quantization_config of compressed-tensors."""
+
+    transforms = True
+    keeps_fp8 = True
+
+    def config(self, description: Description) -> dict[str, Any]:
+        groups = [_group(["Linear"], "int", "channel", static=description.static)]
+        for fp8 in description.fp8:
+            groups.append(_group(_engines_names(description, fp8), "float", fp8.strategy, static=fp8.static))
+        if description.fp8:
+            groups = [{**group, "format": _FORMATS[group["weights"]["type"]]} for group in groups]
+        quantization = {
+            "quant_method": "compressed-tensors",
+            "format": "mixed-precision" if description.fp8 else _FORMATS["int"],
+            "quantization_status": "compressed",
+            "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
+            "ignore": ignored_modules(description),
+        }
+        return description.config.with_quantization(quantization | _carried(description))
+
+    def renamed(self, name: str) -> str:
+        return name_in_engines(name)
+
+    def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:
+        return is_cache_scale if "kv_cache_scheme" in _carried(description) else lambda _: False
+
+    def losses(self, description: Description) -> Iterator[Finding]:
+        carried = _carried(description)
+        kept = {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
+        yield from dropped_settings(description, self.name, kept=kept)
 
 
 def _engines_names(description: Description, fp8: Fp8Group) -> list[str]:
@@ -75,18 +90,6 @@ def _group(targets: list[str], kind: str, strategy: str, *, static: bool) -> dic
             **of_inputs,
         },
     }
-
-
-def compressed_tensors_keeps(description: Description) -> Callable[[str], bool]:
-    """A test of the scales of outputs: True for those whose setting is in the compressed-tensors form."""
-    return is_cache_scale if "kv_cache_scheme" in _carried(description) else lambda _: False
-
-
-def compressed_tensors_losses(description: Description, target: str) -> Iterator[Finding]:
-    """A finding for each setting of the source that a target in the compressed-tensors form cannot express."""
-    carried = _carried(description)
-    kept = {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
-    yield from dropped_settings(description, target, kept=kept)
 
 
 def _carried(description: Description) -> dict[str, Any]:
