@@ -113,7 +113,10 @@ def run_pipeline(
         return out
     buffers = empty_workspace(arguments, options) if workspace is None else workspace
     with device_guard(out.device):
-        _launch(arguments, out, options, buffers)
+        if isinstance(options, GemvOptions):
+            _launch_for_pairs(arguments, out, options, buffers)
+        else:
+            _launch_sorted(arguments, out, options, buffers)
     return out
 
 
@@ -121,15 +124,33 @@ def _parts(count: int, size: int) -> list[slice]:
     return [slice(first, min(first + size, count)) for first in range(0, count, size)]
 
 
-def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: Options, buffers: Workspace) -> None:
-    ids, plan = arguments.topk_ids, buffers.plan
-    on_input = arguments.topk_weights if arguments.apply_router_weight_on_input else None
-    on_output = None if arguments.apply_router_weight_on_input else arguments.topk_weights
-    static = arguments.gate_up_input_scale is not None
-    # A static scale belongs to an expert, so a token is quantized anew for each of its pairs.
-    pairs_per_row = 1 if static else arguments.top_k
-    if plan is not None and takes_sorted_rows(arguments, options):
-        pairs_per_row = 0
+def _launch_for_pairs(arguments: ExpertsArguments, out: torch.Tensor, options: GemvOptions, buffers: Workspace) -> None:
+    """Each pair reads its weights for itself; the down product sums over experts."""
+    ids = arguments.topk_ids
+    _quantize_inputs(arguments, buffers)
+    grouped_gate_up_gemv(
+        buffers.input_codes,
+        buffers.input_scale,
+        arguments.gate_up,
+        ids,
+        arguments.activation,
+        buffers.activated,
+        options.gate_up,
+        router_weight=_weight_of_inputs(arguments),
+        pairs_per_row=_pairs_per_row(arguments),
+    )
+    _quantize_hidden(arguments, buffers)
+    hidden = (buffers.hidden_codes, buffers.hidden_scale, arguments.down)
+    combined_down_gemv(*hidden, _weight_of_outputs(arguments), ids, out, options.down)
+
+
+def _launch_sorted(arguments: ExpertsArguments, out: torch.Tensor, options: LaunchOptions, buffers: Workspace) -> None:
+    """Pairs are sorted by expert, and each block of rows reads an expert's weights once."""
+    ids, plan, expert_out = arguments.topk_ids, buffers.plan, buffers.expert_out
+    assert plan is not None, "a workspace for other options"
+    assert expert_out is not None, "a workspace for other options"
+    sorted_rows = takes_sorted_rows(arguments, options)
+    if sorted_rows:
         route_pairs(ids, arguments.experts, plan)
         quantize_rows(
             arguments.hidden_states,
@@ -140,46 +161,69 @@ def _launch(arguments: ExpertsArguments, out: torch.Tensor, options: Options, bu
             num_experts=arguments.experts,
             copies=arguments.top_k,
         )
-    elif static or plan is None:
-        quantize_rows(
-            arguments.hidden_states,
-            codes=buffers.input_codes,
-            scales=buffers.input_scale,
-            topk_ids=ids if static else None,
-            num_experts=arguments.experts,
-            expert_scale=arguments.gate_up_input_scale,
-            router_weight=on_input if static else None,
-            pairs_per_row=arguments.top_k if static else 1,
-        )
-        if plan is not None:
-            route_pairs(ids, arguments.experts, plan)
+    elif arguments.gate_up_input_scale is not None:
+        _quantize_inputs(arguments, buffers)
+        route_pairs(ids, arguments.experts, plan)
     else:
         x = arguments.hidden_states
         quantize_and_route(x, buffers.input_codes, buffers.input_scale, ids, arguments.experts, plan)
-    inputs = (buffers.input_codes, buffers.input_scale, arguments.gate_up)
-    result = (arguments.activation, buffers.activated)
-    on_input = None if static else on_input
-    if isinstance(options, GemvOptions):
-        tile = options.gate_up
-        grouped_gate_up_gemv(*inputs, ids, *result, tile, router_weight=on_input, pairs_per_row=pairs_per_row)
-    else:
-        assert plan is not None, "a workspace for other options"
-        grouped_gate_up(*inputs, plan, *result, options.gate_up, router_weight=on_input, pairs_per_row=pairs_per_row)
+    grouped_gate_up(
+        buffers.input_codes,
+        buffers.input_scale,
+        arguments.gate_up,
+        plan,
+        arguments.activation,
+        buffers.activated,
+        options.gate_up,
+        router_weight=_weight_of_inputs(arguments),
+        pairs_per_row=0 if sorted_rows else _pairs_per_row(arguments),
+    )
+    _quantize_hidden(arguments, buffers)
+    grouped_down(buffers.hidden_codes, buffers.hidden_scale, arguments.down, plan, expert_out, options.down)
+    combine_experts(expert_out, _weight_of_outputs(arguments), ids, arguments.experts, out)
+
+
+def _pairs_per_row(arguments: ExpertsArguments) -> int:
+    """Pairs that one row of the input's codes serves.
+
+    A static scale belongs to an expert, so a token is quantized anew for each of its pairs.
+    """
+    return arguments.top_k if arguments.gate_up_input_scale is None else 1
+
+
+def _weight_of_inputs(arguments: ExpertsArguments) -> torch.Tensor | None:
+    """The router weights that multiply the scales of input rows; static scales have them from `_quantize_inputs`."""
+    dynamic = arguments.gate_up_input_scale is None
+    return arguments.topk_weights if arguments.apply_router_weight_on_input and dynamic else None
+
+
+def _weight_of_outputs(arguments: ExpertsArguments) -> torch.Tensor | None:
+    return None if arguments.apply_router_weight_on_input else arguments.topk_weights
+
+
+def _quantize_inputs(arguments: ExpertsArguments, buffers: Workspace) -> None:
+    """A row for each token, or for each pair where activation scales are static."""
+    static = arguments.gate_up_input_scale is not None
+    quantize_rows(
+        arguments.hidden_states,
+        codes=buffers.input_codes,
+        scales=buffers.input_scale,
+        topk_ids=arguments.topk_ids if static else None,
+        num_experts=arguments.experts,
+        expert_scale=arguments.gate_up_input_scale,
+        router_weight=arguments.topk_weights if static and arguments.apply_router_weight_on_input else None,
+        pairs_per_row=arguments.top_k if static else 1,
+    )
+
+
+def _quantize_hidden(arguments: ExpertsArguments, buffers: Workspace) -> None:
     quantize_rows(
         buffers.activated,
         codes=buffers.hidden_codes,
         scales=buffers.hidden_scale,
-        topk_ids=ids,
-        plan=plan,
+        topk_ids=arguments.topk_ids,
+        plan=buffers.plan,
         num_experts=arguments.experts,
         expert_scale=arguments.down_input_scale,
         trigger_first=True,
     )
-    hidden = (buffers.hidden_codes, buffers.hidden_scale, arguments.down)
-    if isinstance(options, GemvOptions):
-        combined_down_gemv(*hidden, on_output, ids, out, options.down)
-    else:
-        assert plan is not None, "a workspace for other options"
-        assert buffers.expert_out is not None, "a workspace for other options"
-        grouped_down(*hidden, plan, buffers.expert_out, options.down)
-        combine_experts(buffers.expert_out, on_output, ids, arguments.experts, out)
