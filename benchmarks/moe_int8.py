@@ -6,13 +6,11 @@
 Shapes: four models, slices of large ones as tensor- and expert-parallel ranks have them, and sizes that no table lists.
 
 Every implementation runs under a CUDA graph that cycles through up to eight inputs and routings, so that weights come
-from memory and not from L2; a time is the median of the replays over its calls, after
-replays for a twentieth of a second: right after weights were created, a token of Mixtral took 95 us on an H200 for some
-20 ms of replays, and 84 from then on. Before ours is timed, its result is checked against the torch twin on a few
-tokens, and against vLLM's where vLLM runs. vLLM, where it can be imported, runs twice: with the configuration that it
-picks by itself ("default"), and with the best of a few ("tuned"): those that won somewhere in a sweep of vLLM 0.25.1
-over the four shapes at this many tokens. Humming, where it can be imported, runs as in vLLM's backend (`humming_moe`).
-With --jobs, so many processes compile everything before anything is timed.
+from memory and not from L2. A time is the median of the replays over its calls, after replays for a twentieth of a
+second: right after weights were created, a token of Mixtral took 95 us on an H200 for some 20 ms of replays, and 84
+from then on. Before ours is timed, its result is checked against the torch twin on a few tokens. The others
+(`moe_others`) run where they can be imported. With --jobs, as many processes compile everything before anything is
+timed.
 
 Floors: the bytes of the touched weights, and of the input and output, at the read bandwidth measured in the same run;
 the products' operations at the rate of a plain dense int8 product, likewise; and the traffic of this design, which adds
@@ -22,7 +20,6 @@ to the bytes what passes between its launches, each value once written and once 
 import argparse
 import dataclasses
 import datetime
-import functools
 import json
 import math
 import multiprocessing
@@ -30,86 +27,33 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
-import triton.language as tl
+from moe_ceilings import measure_ceilings, time_graph
+from moe_others import Bfloat16, Implementation, load_others
 
 from quarkconv.kernels import fused_experts_int8_reference
 from quarkconv.kernels.activations import activate_reference, make_activation
 from quarkconv.kernels.arguments import ExpertsArguments, ExpertWeights
 from quarkconv.kernels.pipeline import default_options, run_pipeline, takes_sorted_rows
 from quarkconv.kernels.tables import GemvOptions, Options, Shape, find_options, table_path
-from quarkconv.kernels.tune import EXPERTS_IN_ALL, NAMED, SHAPES, Weights, make_call, make_weights, time_calls
+from quarkconv.kernels.tune import NAMED, SHAPES, Weights, make_call, make_weights
 
 TOKENS = (1, 2, 4, 8, 16, 64, 256, 1024, 4096, 16384)
 BIASED = {"gpt-oss-120b": {"activation": "swigluoai"}}
 """Shapes with biases and another activation. Humming and torch are not timed on these, nor on expert-parallel ranks."""
-WARM_UP = 0.05  # seconds
-MOST_DIFFERENCE = 0.03
-"""Between ours and another implementation of W8A8, relative: what quantizing the activations costs by itself (0.019 to
-0.030 in the results). Both round to other codes where their 16-bit values differ, and Humming's scales are bfloat16."""
-time_graph = functools.partial(time_calls, warm_up=WARM_UP)
 # Neither the shapes nor these numbers of tokens are in the table of launch options, except through what it says of
 # neighbouring numbers for the last one.
-OTHERS: list[tuple[str, Shape, tuple[int, ...]]] = [
+UNLISTED: list[tuple[str, Shape, tuple[int, ...]]] = [
     ("DeepSeek-V3", (256, 8, 7168, 2048), (1, 33, 1000)),
     ("Qwen1.5-MoE", (60, 4, 2048, 1408), (3, 200, 2000)),
     ("Qwen3-30B-A3B", SHAPES["Qwen3-30B-A3B"], (3, 33, 200, 1000, 2000)),
 ]
-# BLOCK_SIZE_M, _N, _K, GROUP_SIZE_M, num_warps, num_stages
-VLLM_CONFIGS = {
-    64: [(16, 64, 128, 1, 4, 3), (16, 64, 128, 1, 4, 5), *((16, 64, 256, 1, 4, stages) for stages in (3, 4, 5))],
-    512: [(32, 128, 128, 1, 4, 4), (64, 128, 128, 1, 4, 4), (16, 64, 128, 1, 4, 4)],
-    4096: [(64, 128, 128, 16, 4, 4), (64, 128, 128, 16, 4, 3), (64, 256, 128, 1, 8, 4), (128, 128, 128, 16, 8, 4)],
-}
-
-
-@triton.jit
-def _read_kernel(source, result, size, BLOCK: tl.constexpr, STEPS: tl.constexpr):
-    total = tl.zeros([BLOCK], tl.int32)
-    for step in range(STEPS):
-        offsets = (tl.program_id(0).to(tl.int64) * STEPS + step) * BLOCK + tl.arange(0, BLOCK)
-        total += tl.load(source + offsets, mask=offsets < size, other=0)
-    tl.atomic_add(result, tl.sum(total))
-
-
-@triton.jit
-def _dense_kernel(a, b, c, N, BLOCK: tl.constexpr, GROUP: tl.constexpr):
-    across = N // BLOCK
-    group = tl.program_id(0) // (GROUP * across)
-    row = group * GROUP + tl.program_id(0) % GROUP
-    col = (tl.program_id(0) % (GROUP * across)) // GROUP
-    rows, cols, depth = row * BLOCK + tl.arange(0, BLOCK), col * BLOCK + tl.arange(0, BLOCK), tl.arange(0, BLOCK)
-    a_ptrs, b_ptrs = a + rows[:, None] * N + depth[None, :], b + cols[None, :] * N + depth[:, None]
-    sums = tl.zeros([BLOCK, BLOCK], tl.int32)
-    for _ in range(0, N, BLOCK):
-        sums = tl.dot(tl.load(a_ptrs), tl.load(b_ptrs), acc=sums, out_dtype=tl.int32)
-        a_ptrs += BLOCK
-        b_ptrs += BLOCK
-    tl.store(c + rows[:, None] * N + cols[None, :], (sums.to(tl.float32) * 1e-4).to(tl.bfloat16))
-
-
-def measure_ceilings() -> dict[str, float]:
-    """Bytes read and int8 operations a second, replayed as long as the forwards: at the power limit both are lower."""
-    source = torch.randint(-(2**31), 2**31 - 1, (1 << 30,), dtype=torch.int32, device="cuda")
-    result = torch.zeros(1, dtype=torch.int32, device="cuda")
-
-    def read(block: int, steps: int) -> None:
-        grid = (triton.cdiv(source.numel(), block * steps),)
-        _read_kernel[grid](source, result, source.numel(), BLOCK=block, STEPS=steps, num_warps=4 if block < 4096 else 8)
-
-    sizes = ((1024, 8), (2048, 8), (2048, 4), (4096, 4))
-    reads = [time_graph([lambda block=block, steps=steps: read(block, steps)]) for block, steps in sizes]
-    n = 8192
-    a, b = (torch.randint(-127, 128, (n, n), dtype=torch.int8, device="cuda") for _ in range(2))
-    c = torch.empty((n, n), dtype=torch.bfloat16, device="cuda")
-    dense = time_graph([lambda: _dense_kernel[((n // 128) ** 2,)](a, b, c, n, BLOCK=128, GROUP=8, num_warps=4)])
-    return {"read_bytes_per_s": 4 * (1 << 30) / min(reads) * 1e6, "int8_ops_per_s": 2 * n**3 / dense * 1e6}
 
 
 def product(weights: ExpertWeights, expert: int, x: torch.Tensor) -> torch.Tensor:
@@ -162,143 +106,16 @@ def time_ours(calls: list[ExpertsArguments], repeats: int) -> tuple[float, float
     return time_graph(runs, repeats), error
 
 
-def time_torch(calls: list[ExpertsArguments], weights: tuple[torch.Tensor, torch.Tensor], repeats: int) -> float:
-    """bfloat16 experts through torch's grouped product; the sorting by expert is part of it."""
-    w13, w2 = weights
-    experts = w13.shape[0]
-
-    def run(call: ExpertsArguments) -> torch.Tensor:
-        ids = call.topk_ids.flatten()
-        order = ids.argsort(stable=True)
-        ends = torch.zeros(experts, dtype=torch.int32, device=ids.device)
-        ends = ends.scatter_add_(0, ids.long(), torch.ones_like(ids)).cumsum(0, dtype=torch.int32)
-        rows = call.hidden_states[order // call.top_k]
-        gate, up = torch._grouped_mm(rows, w13.transpose(1, 2), offs=ends).chunk(2, -1)
-        y = torch._grouped_mm(torch.nn.functional.silu(gate) * up, w2.transpose(1, 2), offs=ends)
-        y = y * call.topk_weights.flatten()[order].unsqueeze(-1).to(y.dtype)
-        return torch.zeros_like(call.hidden_states).index_add_(0, order // call.top_k, y)
-
-    return time_graph([lambda call=call: run(call) for call in calls], max(repeats // 2, 1))
-
-
-def load_vllm() -> Any:
-    """(fused_experts, override_config, quantization config) of vLLM, its version, or None."""
-    try:
-        import vllm
-        from vllm.model_executor.layers.fused_moe import fused_experts, override_config
-        from vllm.model_executor.layers.fused_moe.config import int8_w8a8_moe_quant_config
-    except ImportError as error:
-        print(f"vLLM cannot be imported: {error}", file=sys.stderr)
-        return None
-    return fused_experts, override_config, int8_w8a8_moe_quant_config, vllm.__version__
-
-
-def vllm_runs(vllm: Any, calls: list[ExpertsArguments]) -> list[Callable[[], torch.Tensor]]:
-    """vLLM's forward of each call; its swigluoai takes rows of gate and up in turn."""
-    fused_experts, _, make_config, *_ = vllm
-    gate_up, down = calls[0].gate_up, calls[0].down
-    more: dict[str, Any] = {}
-    if calls[0].activation.name == "swigluoai":
-        from vllm.model_executor.layers.fused_moe.activation import MoEActivation
-
-        more["activation"], gate_up = MoEActivation.SWIGLUOAI, interleaved(gate_up)
-    in_all = EXPERTS_IN_ALL.get((down.codes.shape[0], calls[0].top_k, calls[0].hidden, calls[0].intermediate))
-    if in_all is not None:
-        numbers = torch.arange(in_all, dtype=torch.int32, device=down.codes.device)
-        more |= {"global_num_experts": in_all, "expert_map": numbers.where(numbers < down.codes.shape[0], -1)}
-    config = make_config(
-        w1_scale=gate_up.scale, w2_scale=down.scale, a1_scale=None, a2_scale=None, per_act_token_quant=True,
-        w1_bias=gate_up.bias, w2_bias=down.bias,
-    )  # fmt: skip
-
-    def run(call: ExpertsArguments) -> Callable[[], torch.Tensor]:
-        ids = call.topk_ids.where(call.topk_ids >= 0, down.codes.shape[0])  # any expert of another rank
-        arguments = (call.hidden_states, gate_up.codes, down.codes, call.topk_weights, ids)
-        return lambda: fused_experts(*arguments, quant_config=config, **more)
-
-    return [run(call) for call in calls]
-
-
-def interleaved(part: ExpertWeights) -> ExpertWeights:
-    """The same experts with a row of gate and one of up in turn."""
-
-    def mixed(rows: torch.Tensor) -> torch.Tensor:
-        return torch.stack(rows.chunk(2, 1), 2).flatten(1, 2).contiguous()
-
-    bias = None if part.bias is None else mixed(part.bias)
-    return dataclasses.replace(part, codes=mixed(part.codes), scale=mixed(part.scale), bias=bias)
-
-
-def vllm_tiles(tokens: int) -> Iterator[tuple[str, dict[str, int]]]:
-    """Names and tiles of the few that are timed at a number of tokens."""
-    listed = min(VLLM_CONFIGS, key=lambda size: max(size / tokens, tokens / size) if tokens > 64 else size)
-    for block_m, block_n, block_k, group, warps, stages in VLLM_CONFIGS[listed]:
-        tiles = {"BLOCK_SIZE_M": block_m, "BLOCK_SIZE_N": block_n, "BLOCK_SIZE_K": block_k, "GROUP_SIZE_M": group}
-        name = f"{block_m}x{block_n}x{block_k} group {group} warps {warps} stages {stages}"
-        yield name, tiles | {"SPLIT_K": 1, "num_warps": warps, "num_stages": stages}
-
-
-def relative_difference(found: torch.Tensor, ours: torch.Tensor) -> float:
-    """||found - ours|| / ||ours||; 0 where both are 0, as on a rank that has no expert of any token."""
-    difference, norm = (part.norm().item() for part in (found.double() - ours.double(), ours.double()))
-    return difference / norm if norm else difference
-
-
-def time_vllm(vllm: Any, calls: list[ExpertsArguments], tokens: int, repeats: int) -> dict[str, Any]:
-    override_config, runs = vllm[1], vllm_runs(vllm, calls)
-    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states))
-    difference = relative_difference(runs[0](), ours)
-    if not difference < MOST_DIFFERENCE:
-        print(f"vLLM and ours differ by {difference:.4f}: not timed", file=sys.stderr)
-        return {"vllm_difference": difference}
-    default = time_graph(runs, repeats)
-    best, which = default, "default"
-    for name, tiles in vllm_tiles(tokens):
-        with override_config(tiles):
-            taken = time_graph(runs, repeats)
-        if taken < best:
-            best, which = taken, name
-    return {"vllm_default_us": default, "vllm_tuned_us": best, "vllm_tuned": which, "vllm_difference": difference}
-
-
-def load_humming() -> Any:
-    """The module `humming_moe`, or None."""
-    try:
-        import humming_moe
-    except ImportError as error:
-        print(f"Humming cannot be imported: {error}", file=sys.stderr)
-        return None
-    return humming_moe
-
-
-def time_humming(humming: Any, repacked: Any, calls: list[ExpertsArguments], repeats: int) -> dict[str, Any]:
-    locks = humming.make_locks(calls[0].hidden_states.device)
-    runs = [humming.make_run(call, *repacked, locks) for call in calls]
-    ours = run_pipeline(calls[0], torch.empty_like(calls[0].hidden_states))
-    difference = relative_difference(runs[0](), ours)
-    if not difference < MOST_DIFFERENCE:
-        print(f"Humming and ours differ by {difference:.4f}: not timed", file=sys.stderr)
-        return {"humming_difference": difference}
-    return {"humming_us": time_graph(runs, repeats), "humming_difference": difference}
-
-
 def compile_all(name: str, shape: Shape, counts: tuple[int, ...]) -> None:
     """Run each implementation once for each number of tokens, so that the caches on disk hold what it compiles."""
     torch.manual_seed(0)
-    vllm, humming = load_vllm(), load_humming()
     weights = make_weights(shape, torch.device("cuda"))
-    repacked = repack(humming, name, shape, weights)
+    others = load_others().of_shape(shape, weights, biased=name in BIASED)
     for count in counts:
         call = make_inputs(name, shape, weights, count)[0]
         run_pipeline(call, torch.empty_like(call.hidden_states))
-        if vllm is not None:
-            [run] = vllm_runs(vllm, [call])
-            run()
-            for _, tiles in vllm_tiles(count):
-                with vllm[1](tiles):
-                    run()
-        if repacked is not None:
-            humming.make_run(call, *repacked[1], humming.make_locks(call.hidden_states.device))()
+        for other in others:
+            other.compile(call)
         torch.cuda.synchronize()
         torch.cuda.empty_cache()  # other processes compile on the same GPU
 
@@ -319,14 +136,6 @@ def make_inputs(name: str, shape: Shape, weights: Weights, tokens: int) -> list[
     return [with_biases(call, **BIASED[name]) for call in calls] if name in BIASED else calls
 
 
-def repack(humming: Any, name: str, shape: Shape, weights: Weights) -> Any:
-    """(the module `humming_moe`, both projections in its layout), or None where it is not timed."""
-    if humming is None or name in BIASED or shape in EXPERTS_IN_ALL:
-        return None
-    call = make_call(shape, weights, 1)
-    return humming, (humming.repack(call.gate_up, 2), humming.repack(call.down, 1))
-
-
 def traffic(arguments: ExpertsArguments, pairs: float, touched_bytes: float) -> float:
     """Bytes of one forward as the design stores its intermediate values, each written once and read once."""
     options, hidden, intermediate = default_options(arguments), arguments.hidden, arguments.intermediate
@@ -343,9 +152,7 @@ def measure(
     weights: Weights,
     tokens: int,
     ceilings: dict[str, float],
-    vllm: Any,
-    humming: Any,
-    bf16: Any,
+    others: list[Implementation],
     repeats: int,
 ) -> dict[str, Any]:
     """One row."""
@@ -373,12 +180,8 @@ def measure(
         is not None,
         "options": summary(default_options(calls[0])),
     }
-    if vllm is not None:
-        row |= time_vllm(vllm, calls, tokens, repeats)
-    if humming is not None:
-        row |= time_humming(*humming, calls, repeats)
-    if bf16 is not None:
-        row["torch_bf16_us"] = time_torch(calls, bf16, repeats)
+    for other in others:
+        row |= other.time(calls, repeats)
     return row
 
 
@@ -434,6 +237,21 @@ def describe(row: dict[str, Any]) -> str:
     )
 
 
+def print_means(rows: list[dict[str, Any]]) -> None:
+    """Geometric means of each group of cells."""
+    for group in ("model", "slice", "other"):
+        cells = [row for row in rows if row["group"] == group]
+        if not cells:
+            continue
+        over = [row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"]) for row in cells]
+        print(f"{group}: {len(cells)} cells, {statistics.geometric_mean(over):.3f} times the larger floor")
+        for key in ("vllm_default_us", "vllm_tuned_us", "humming_us"):
+            ratios = [row[key] / row["ours_us"] for row in cells if key in row]
+            if ratios:
+                mean = statistics.geometric_mean(ratios)
+                print(f"  {mean:.3f} times as fast as {key[:-3]} over {len(ratios)}, worst {min(ratios):.3f}")
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(NAMED))
@@ -449,14 +267,14 @@ def main() -> int:
         print("moe_int8: needs a GPU, and torch finds none", file=sys.stderr)
         return 4
     tokens = tuple(int(text) for text in options.tokens.split(","))
-    work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (OTHERS if options.others else [])
+    work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (UNLISTED if options.others else [])
     if options.jobs:
         compile_first(work, options.jobs)
     began = time.monotonic()
     device = torch.cuda.get_device_name()
     path = options.out or Path(__file__).parent / "results" / f"moe-int8-{table_path(device).name}"
     torch.manual_seed(0)
-    vllm, humming = load_vllm(), load_humming()
+    loaded = load_others()
     ceilings = measure_ceilings()
     commit = options.commit
     if commit is None:
@@ -468,7 +286,7 @@ def main() -> int:
         "commit": commit,
         "torch": torch.__version__,
         "triton": triton.__version__,
-        "vllm": None if vllm is None else vllm[3],
+        "vllm": None if loaded.vllm is None else loaded.vllm.version,
         "command": " ".join(["python benchmarks/moe_int8.py", *sys.argv[1:]]),
         "ceilings": ceilings,
         "rows": [],
@@ -482,29 +300,18 @@ def main() -> int:
     for name, shape, counts in work:
         weights = make_weights(shape, torch.device("cuda"))
         group = "other" if counts != tokens else "model" if name in SHAPES else "slice"
-        wide, repacked = None, repack(humming, name, shape, weights)
+        others = loaded.of_shape(shape, weights, biased=name in BIASED)
         if group == "model" and time.monotonic() - began < options.budget:
-            wide = weights[0].bfloat16(), weights[1].bfloat16()
+            others.append(Bfloat16(weights[0].bfloat16(), weights[1].bfloat16()))
         for count in counts:
             late = time.monotonic() - began > options.budget
-            beside = (None, None, None) if late else (vllm, repacked, wide)
-            row = measure(name, shape, weights, count, ceilings, *beside, options.repeats)
+            row = measure(name, shape, weights, count, ceilings, [] if late else others, options.repeats)
             document["rows"].append(row | {"group": group})
             print(describe(row), flush=True)
             path.write_text(dump(document), encoding="utf-8")
-        del weights, wide, repacked
+        del weights, others
         torch.cuda.empty_cache()
-    for group in ("model", "slice", "other"):
-        rows = [row for row in document["rows"] if row["group"] == group]
-        if not rows:
-            continue
-        over = [row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"]) for row in rows]
-        print(f"{group}: {len(rows)} cells, {statistics.geometric_mean(over):.3f} times the larger floor")
-        for key in ("vllm_default_us", "vllm_tuned_us", "humming_us"):
-            ratios = [row[key] / row["ours_us"] for row in rows if key in row]
-            if ratios:
-                mean = statistics.geometric_mean(ratios)
-                print(f"  {mean:.3f} times as fast as {key[:-3]} over {len(ratios)}, worst {min(ratios):.3f}")
+    print_means(document["rows"])
     return 0
 
 
