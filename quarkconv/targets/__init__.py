@@ -1,7 +1,8 @@
 """The formats to convert to: how each names, shapes and describes the tensors of a model.
 
 To add a target, write one module with a subclass of ``Target`` (``base.py``) and add it to :data:`TARGETS`.
-``PerExpertTarget`` writes experts one by one, ``CompressedTensorsForm`` the config of compressed-tensors. Which engines load it is a row of ``inspection/engines.toml``.
+``PerExpertTarget`` writes experts one by one, ``CompressedTensorsForm`` the config of compressed-tensors. Which engines
+load it is a row of ``inspection/engines.toml``.
 """
 
 from __future__ import annotations
