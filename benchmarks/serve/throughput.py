@@ -3,12 +3,12 @@
     python benchmarks/serve/throughput.py --model Qwen3-30B-A3B --layers 24 [--backends triton,humming,quarkconv]
 
 Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random weights
-(`filled`). All start first; then they are measured in turn, round after round in alternating order, while the others
-wait. Prefill: prompts of 8192 tokens, one new token. Decode: the time that more new tokens take, for prompts of 128
-tokens: the prefill cancels out. Log-probabilities of one prompt are compared between backends.
+(`filled`). All start first. Then each figure is measured in turn, round after round in alternating order, while the
+others wait. Prefill: prompts of 8192 tokens, one new token. Decode: the time that more new tokens take, for prompts of
+128 tokens: the prefill cancels out. Log-probabilities of one prompt are compared between backends.
 
-Writes benchmarks/results/serve-<model>-<device>.json; --out for another file. vLLM, and quarkconv with its entry point,
-must be installed, or lie on PYTHONPATH with their metadata.
+Writes benchmarks/results/serve-<model>-<device>.json, or --out, after each figure: a run that is cut keeps what it
+measured. vLLM, and quarkconv with its entry point, must be installed, or lie on PYTHONPATH with their metadata.
 """
 
 from __future__ import annotations
@@ -18,12 +18,14 @@ import datetime
 import json
 import os
 import re
+import select
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,6 +41,9 @@ SHORT_PROMPT = 128
 NEW = (33, 161)
 """New tokens of a short and of a long run; a step of decode is their difference in time over that in tokens."""
 SEQUENCES = (1, 8, 64, 256)
+PREFILL = "prefill"
+FIGURES = (PREFILL, *map(str, SEQUENCES))
+"""What is measured: prefill in tokens per second, decode in milliseconds a step for each number of sequences."""
 COMPARED = 256
 """Tokens of the prompt whose log-probabilities are compared."""
 
@@ -54,7 +59,7 @@ default has 16-bit activations: vLLM 0.33 passes it no scheme for them without t
 
 
 class Server:
-    """A worker process: one LLM that measures on request."""
+    """A worker process with one LLM. It answers one request at a time: "load", then names of figures."""
 
     def __init__(self, name: str, model: Path, options: argparse.Namespace, folder: Path) -> None:
         reading, writing = os.pipe()
@@ -65,7 +70,8 @@ class Server:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         self.name = name
         self.log = folder / f"{name}.log"
-        command = [sys.executable, __file__, "--worker", name, str(model), str(writing), str(options.cache_bytes)]
+        sizes = [str(options.cache_bytes), str(options.tensor_parallel)]
+        command = [sys.executable, __file__, "--worker", name, str(model), str(writing), *sizes]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writing]
@@ -73,27 +79,39 @@ class Server:
         os.close(writing)
         self.results = os.fdopen(reading)
 
+    def request(self, what: str) -> None:
+        """Send a request; `read` returns the answer."""
+        assert self.process.stdin is not None
+        with suppress(BrokenPipeError):
+            self.process.stdin.write(f"{what}\n".encode())
+            self.process.stdin.flush()
+
+    def read(self) -> Any:
+        """The next answer, or None if the process has ended."""
+        line = self.results.readline()
+        return json.loads(line) if line else None
+
+    def measure(self, figure: str) -> float | None:
+        """Measure a figure once; None if the process has ended."""
+        self.request(figure)
+        value: float | None = self.read()
+        return value
+
+    def wait(self, seconds: float) -> None:
+        """Until there is an answer to read; after so many seconds the process is ended."""
+        if not select.select([self.results], [], [], max(seconds, 0.0))[0]:
+            self.process.kill()
+
     def wait_for_weights(self) -> None:
         """Until the weights are loaded, or the process has ended."""
         while self.process.poll() is None and b"Model loading took" not in self.log.read_bytes():
             time.sleep(0.5)
 
-    def read(self) -> dict[str, Any] | None:
-        """The next result, or None if the process has ended."""
-        line = self.results.readline()
-        return json.loads(line) if line else None
-
-    def measure(self) -> dict[str, Any] | None:
-        """Measure once."""
-        assert self.process.stdin is not None
-        self.process.stdin.write(b"measure\n")
-        self.process.stdin.flush()
-        return self.read()
-
     def stop(self) -> None:
         """End the process."""
         assert self.process.stdin is not None
-        self.process.stdin.close()
+        with suppress(BrokenPipeError):
+            self.process.stdin.close()
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
@@ -106,17 +124,20 @@ class Server:
         return list(dict.fromkeys(lines))
 
 
-def work(name: str, model: str, results: int, cache_bytes: int) -> None:
-    """A worker: build the LLM, compute log-probabilities, then measure once for each line of stdin."""
+def work(name: str, model: str, results: int, cache_bytes: int, tensor_parallel: int) -> None:
+    """A worker: the first line of stdin builds the LLM and computes log-probabilities, each later one measures."""
     from vllm import LLM, SamplingParams
 
     channel = os.fdopen(results, "w")
+    sys.stdin.readline()
     started = time.monotonic()
+    ranks = {"tensor_parallel_size": tensor_parallel, "disable_custom_all_reduce": True} if tensor_parallel > 1 else {}
     llm = LLM(
         model=model, load_format=LOAD_FORMAT, skip_tokenizer_init=True, dtype="bfloat16", seed=0,
         max_model_len=PROMPT + 64, max_num_batched_tokens=PROMPT, max_num_seqs=max(SEQUENCES),
         kv_cache_memory_bytes=cache_bytes, gpu_memory_utilization=0.05, enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": list(SEQUENCES)}, disable_log_stats=True, **BACKENDS[name][0],
+        compilation_config={"cudagraph_capture_sizes": list(SEQUENCES)}, disable_log_stats=True, **ranks,
+        **BACKENDS[name][0],
     )  # fmt: skip
     vocabulary = 100_000
 
@@ -137,14 +158,13 @@ def work(name: str, model: str, results: int, cache_bytes: int) -> None:
             if long > short:
                 return (long - short) / (NEW[1] - NEW[0])
 
-    def measure() -> dict[str, Any]:
+    def measure(figure: str) -> float:
+        if figure != PREFILL:
+            return 1e3 * step(int(figure))
         seconds = generate([prompt(PROMPT, seed) for seed in range(PROMPTS)], max_tokens=1)[0]
-        return {
-            "prefill_tokens_per_s": PROMPT * PROMPTS / seconds,
-            "decode_step_ms": {str(count): 1e3 * step(count) for count in SEQUENCES},
-        }
+        return PROMPT * PROMPTS / seconds
 
-    def send(result: dict[str, Any]) -> None:
+    def send(result: Any) -> None:
         channel.write(json.dumps(result) + "\n")
         channel.flush()
 
@@ -152,10 +172,11 @@ def work(name: str, model: str, results: int, cache_bytes: int) -> None:
     [output] = generate([tokens], max_tokens=1, prompt_logprobs=1)[1]
     rows = zip(output.prompt_logprobs[1:], tokens["prompt_token_ids"][1:], strict=True)
     logprobs = [row[token].logprob for row, token in rows]
-    measure()  # compiles what has not been
+    for figure in FIGURES:
+        measure(figure)  # compiles what has not been
     send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
-    for _ in sys.stdin:
-        send(measure())
+    for line in sys.stdin:
+        send(measure(line.strip()))
 
 
 def compare(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -168,105 +189,128 @@ def compare(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
     return found
 
 
-def medians(rounds: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The medians over rounds, decode also in tokens per second, and each round's values."""
-    steps = {str(n): statistics.median(r["decode_step_ms"][str(n)] for r in rounds) for n in SEQUENCES}
+def medians(values: dict[str, list[float]]) -> dict[str, Any]:
+    """The median of each figure that was measured, decode also in tokens per second, and the values."""
+    found = {figure: statistics.median(each) for figure, each in values.items() if each}
+    steps = {figure: value for figure, value in found.items() if figure != PREFILL}
     return {
-        "prefill_tokens_per_s": statistics.median(r["prefill_tokens_per_s"] for r in rounds),
+        "prefill_tokens_per_s": found.get(PREFILL),
         "decode_step_ms": steps,
-        "decode_tokens_per_s": {n: 1e3 * int(n) / ms for n, ms in steps.items()},
-        "rounds": list(rounds),
+        "decode_tokens_per_s": {count: 1e3 * int(count) / ms for count, ms in steps.items()},
+        "values": values,
     }
 
 
 def show(rows: dict[str, Any]) -> None:
     """Print a table: tokens per second, and the ratio of quarkconv to the best of the others."""
-    columns = ["prefill", *(f"decode {n}" for n in SEQUENCES)]
-    print(f"{'tokens/s':14} " + " ".join(f"{column:>12}" for column in columns))
-    values = {}
+    print(f"{'tokens/s':14} " + " ".join(f"{column:>12}" for column in [PREFILL, *(f"decode {n}" for n in SEQUENCES)]))
+    values: dict[str, dict[str, float]] = {}
     for name, row in rows.items():
         if "error" in row:
             print(f"{name:14} {row['error']}")
             continue
-        values[name] = [row["prefill_tokens_per_s"], *row["decode_tokens_per_s"].values()]
-        print(f"{name:14} " + " ".join(f"{value:12.0f}" for value in values[name]))
-    ours = values.pop("quarkconv", None)
-    if ours and values:
-        best = [max(column) for column in zip(*values.values(), strict=True)]
-        print(f"{'over the best':14} " + " ".join(f"{a / b:12.3f}" for a, b in zip(ours, best, strict=True)))
+        prefill = row["prefill_tokens_per_s"]
+        values[name] = ({} if prefill is None else {PREFILL: prefill}) | row["decode_tokens_per_s"]
+        print(f"{name:14} " + " ".join(f"{values[name].get(figure, float('nan')):12.0f}" for figure in FIGURES))
+    ours = values.pop("quarkconv", {})
+    best = {figure: max((each[figure] for each in values.values() if figure in each), default=0.0) for figure in ours}
+    ratios = [ours[figure] / best[figure] if best.get(figure) else float("nan") for figure in FIGURES]
+    print(f"{'over the best':14} " + " ".join(f"{ratio:12.3f}" for ratio in ratios))
 
 
-def run(options: argparse.Namespace, folder: Path) -> dict[str, Any]:
-    """Start the servers, measure them in turn, stop them."""
+def start(options: argparse.Namespace, folder: Path) -> list[Server]:
+    """Start a server for each backend; all load weights, those that take more memory for it before the others."""
     model = write_model(options.model, options.layers, folder / options.model)
     write_entry_point(folder)
     names = [name for name in options.backends.split(",") if name != "triton-tuned" or options.tables]
-    servers = []
-    for name in sorted(names, key=lambda name: "humming" not in name):
-        servers.append(Server(name, model, options, folder))
-        if "humming" in name:  # repacking takes several times the memory of the weights
-            servers[-1].wait_for_weights()
+    servers = [Server(name, model, options, folder) for name in sorted(names, key=lambda name: "humming" not in name)]
+    for server in servers:
+        server.request("load")
+        if "humming" in server.name:  # repacking takes several times the memory of the weights
+            server.wait_for_weights()
+    return servers
+
+
+def run(options: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Start the servers, measure them in turn, stop them; what was measured is saved after each figure."""
+    began = time.monotonic()
+    servers = start(options, folder)
     rows: dict[str, Any] = {}
-    logprobs, rounds = {}, {server.name: [] for server in servers}  # type: ignore[var-annotated]
+    logprobs: dict[str, list[float]] = {}
     running = []
     for server in servers:
+        server.wait(options.start_within - (time.monotonic() - began))
         ready = server.read()
         if ready is None:
-            tail = server.log.read_text(errors="replace").strip().splitlines()[-1:]
-            rows[server.name] = {"error": "".join(tail)[:300]}
+            last = server.log.read_text(errors="replace").strip().splitlines()[-1:]
+            rows[server.name] = {"error": f"not ready: {''.join(last)[:300]}"}
         else:
             running.append(server)
             logprobs[server.name] = ready["logprobs"]
             rows[server.name] = {"ready_s": ready["ready_s"], "log": server.backend_lines()}
-            print(f"{server.name}: ready after {ready['ready_s']:.0f} s; {rows[server.name]['log']}", flush=True)
+        print(f"{server.name}: {rows[server.name]}", flush=True)
+    found = {"backends": rows, "logprob_differences": compare(logprobs)}
+    save(found)
+    values: dict[str, dict[str, list[float]]] = {server.name: {figure: [] for figure in FIGURES} for server in running}
     for number in range(options.rounds):
-        for server in running if number % 2 == 0 else running[::-1]:
-            result = server.measure()
-            if result is not None:
-                rounds[server.name].append(result)
+        for figure in FIGURES:
+            for server in running if number % 2 == 0 else running[::-1]:
+                value = server.measure(figure)
+                if value is not None:
+                    values[server.name][figure].append(value)
+                    rows[server.name] |= medians(values[server.name])
+                    save(found)
+        print(f"round {number + 1} of {options.rounds}", flush=True)
     for server in running:
         server.stop()
-        rows[server.name] |= medians(rounds[server.name]) if rounds[server.name] else {"error": "stopped"}
-    if options.logs:
-        for server in servers:
-            (options.logs / f"{options.model}-{server.name}.log").write_bytes(server.log.read_bytes()[-1_000_000:])
-    return {"backends": rows, "logprob_differences": compare(logprobs)}
+    for server in servers if options.logs else ():
+        (options.logs / f"{options.model}-{server.name}.log").write_bytes(server.log.read_bytes()[-1_000_000:])
+    return found
 
 
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], sys.argv[3], int(sys.argv[4]), int(sys.argv[5]))
+        work(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:7]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--layers", type=int, required=True, help="layers of the model that are kept")
     parser.add_argument("--backends", default=",".join(BACKENDS))
+    parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of each backend")
     parser.add_argument("--tables", type=Path, help="folder of tuned tables for vLLM's Triton backend")
     parser.add_argument("--rounds", type=int, default=5, help="of which the medians count")
-    parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend")
+    parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend on a GPU")
+    parser.add_argument("--start-within", type=float, default=900.0, metavar="SECONDS", help="else it is left out")
     parser.add_argument("--logs", type=Path, help="folder to keep the processes' logs in")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="what to record; default: git's HEAD")
     options = parser.parse_args()
     import torch
 
-    if not torch.cuda.is_available():
-        print("throughput: needs a GPU, and torch finds none", file=sys.stderr)
+    if torch.cuda.device_count() < options.tensor_parallel:
+        print(
+            f"throughput: needs {options.tensor_parallel} GPU, torch finds {torch.cuda.device_count()}", file=sys.stderr
+        )
         return 4
     device = torch.cuda.get_device_properties(0).name
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    with tempfile.TemporaryDirectory() as folder:
-        result = run(options, Path(folder))
+    chosen = f"--model {options.model} --layers {options.layers} --backends {options.backends}"
     document = {
         "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
-        "date": datetime.date.today().isoformat(), "commit": options.commit or git.stdout.strip(),
-        "torch": torch.__version__, "vllm": version("vllm"),
-        "command": f"python benchmarks/serve/throughput.py --model {options.model} --layers {options.layers}",
+        "tensor_parallel": options.tensor_parallel, "date": datetime.date.today().isoformat(),
+        "commit": options.commit or git.stdout.strip(), "torch": torch.__version__, "vllm": version("vllm"),
+        "command": f"python benchmarks/serve/throughput.py {chosen} --tensor-parallel {options.tensor_parallel}",
         "prefill": f"{PROMPTS} prompts of {PROMPT} tokens", "decode": f"prompts of {SHORT_PROMPT} tokens",
     }  # fmt: skip
-    name = f"serve-{options.model}-{device}".lower().replace(" ", "-")
+    ranks = f"-tp{options.tensor_parallel}" if options.tensor_parallel > 1 else ""
+    name = f"serve-{options.model}{ranks}-{device}".lower().replace(" ", "-")
     path = options.out or HERE.parent / "results" / f"{name}.json"
-    path.write_text(json.dumps(document | result, indent=1) + "\n")
+
+    def save(found: dict[str, Any]) -> None:
+        path.write_text(json.dumps(document | found, indent=1) + "\n")
+
+    with tempfile.TemporaryDirectory() as folder:
+        result = run(options, Path(folder), save)
     show(result["backends"])
     for pair, gap in result["logprob_differences"].items():
         print(f"log-probabilities of {pair}: max {gap['max']:.4f}, mean {gap['mean']:.4f}")
