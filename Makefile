@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm vllm_ascend sglang transformers quark
 
-.PHONY: demo test test-cloud test-ray test-store test-emulators test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
+.PHONY: demo test test-targets test-cloud test-ray test-store test-emulators test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -21,8 +21,11 @@ demo: $(STAMP)  ## Inspect, convert and verify a real Quark export; evaluate a t
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
 test: export PYTHONDONTWRITEBYTECODE =
-test: $(STAMP)  ## Run every test
-	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder $(TESTS)
+test: $(STAMP)  ## Run the tests that need no network
+	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m 'not targets' $(TESTS)
+
+test-targets: $(STAMP)  ## Compile every kernel for the GPU targets that are not part of `make test`
+	$(BIN)/python -m pytest -q -m targets tests/kernels/test_ahead_of_time.py
 
 RAY_RUNS ?= 20
 test-ray: $(STAMP)  ## Run conversions on Ray with nodes and drivers killed (installs Ray beside, 70 MB)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -30,13 +31,18 @@ def pytest_collection() -> Generator[None, object, object]:
     Triton decides when a function is decorated, those of its own library included, so the variable is set while test
     modules are imported, whichever of them comes first. It is unset before the tests run: outside of tests/kernels they
     take the torch path on CPU tensors.
+
+    What is imported and collected stays until the end: the garbage collector need not look at it again and again.
     """
     before = os.environ.get("TRITON_INTERPRET")
     if not _has_gpu():
         os.environ["TRITON_INTERPRET"] = "1"
+    gc.disable()
     try:
         return (yield)
     finally:
+        gc.freeze()
+        gc.enable()
         if before is None:
             os.environ.pop("TRITON_INTERPRET", None)
         else:

@@ -1,4 +1,7 @@
-"""Every kernel compiles for every target, without a GPU: with its shared memory, matrix instruction, and no spills."""
+"""Every kernel compiles for every target, without a GPU: with its shared memory, matrix instruction, and no spills.
+
+`make test` compiles for one target of NVIDIA, one of CDNA and one of RDNA; `make test-targets` for the others.
+"""
 
 import os
 import re
@@ -11,14 +14,15 @@ from pathlib import Path
 import pytest
 
 pytestmark = [pytest.mark.long(80), pytest.mark.timeout(1800)]
-GROUPS = (
-    ("sm_90", "sm_75", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120"),
-    ("gfx942", "gfx90a", "gfx950", "gfx1100", "gfx1201"),
-)
-"""Targets of a vendor, which one process compiles for in turn."""
+FEW = ("sm_90", "gfx942", "gfx1201")
+OTHERS = ("sm_80", "gfx950", "sm_86", "gfx90a", "sm_89", "gfx1100", "sm_100", "sm_75", "sm_120")
+PROCESSES = 2
+"""Each compiles for its targets in turn."""
+
+Run = Future[subprocess.CompletedProcess[str]]
 
 
-def compile_for(targets: tuple[str, ...], cache: Path) -> subprocess.CompletedProcess[str]:
+def compile_for(targets: list[str], cache: Path) -> subprocess.CompletedProcess[str]:
     # A cache of its own, so that what is tested is this compiler and not an earlier result.
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | {"TRITON_CACHE_DIR": str(cache)}
     command = [sys.executable, str(Path(__file__).with_name("compile_ahead.py")), *targets]
@@ -26,19 +30,20 @@ def compile_for(targets: tuple[str, ...], cache: Path) -> subprocess.CompletedPr
 
 
 @pytest.fixture(scope="module")
-def compilations(
-    tmp_path_factory: pytest.TempPathFactory,
-) -> Iterator[dict[str, Future[subprocess.CompletedProcess[str]]]]:
-    """All targets, each vendor's in a process of its own."""
-    with ThreadPoolExecutor(max_workers=len(GROUPS)) as pool:
-        runs: dict[str, Future[subprocess.CompletedProcess[str]]] = {}
-        for group in GROUPS:
-            runs |= dict.fromkeys(group, pool.submit(compile_for, group, tmp_path_factory.mktemp(group[0])))
+def compilations(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Run]]:
+    """The targets whose tests were selected, divided among processes."""
+    items = [item for item in request.session.items if item.path == request.path]
+    selected = [str(item.callspec.params["target"]) for item in items if isinstance(item, pytest.Function)]
+    with ThreadPoolExecutor(max_workers=PROCESSES) as pool:
+        runs: dict[str, Run] = {}
+        for number in range(PROCESSES):
+            if targets := selected[number::PROCESSES]:
+                runs |= dict.fromkeys(targets, pool.submit(compile_for, targets, tmp_path_factory.mktemp(targets[0])))
         yield runs
 
 
-@pytest.mark.parametrize("target", [target for group in GROUPS for target in group])
-def test_compiles(target: str, compilations: dict[str, Future[subprocess.CompletedProcess[str]]]) -> None:
+@pytest.mark.parametrize("target", [*FEW, *(pytest.param(name, marks=pytest.mark.targets) for name in OTHERS)])
+def test_compiles(target: str, compilations: dict[str, Run]) -> None:
     done = compilations[target].result()
     found = re.search(rf"^{target}: (\d+) compilations$", done.stdout, re.MULTILINE)
     assert found, f"{done.stdout}\n{done.stderr}"
