@@ -64,7 +64,7 @@ def _row_blocks(mean_rows: float) -> Iterator[RowBlocks]:
     if mean_rows <= _FEW_ROWS:
         yield RowBlocks(16)
     if 6 < mean_rows <= 80:
-        yield from (RowBlocks(32, 0, 16), RowBlocks(32, 16, 16), RowBlocks(64, 16, 32))
+        yield from (RowBlocks(32, 0, 16), RowBlocks(32, 16, 16), RowBlocks(64, 16, 32), RowBlocks(64, 32, 32))
     if mean_rows > _MANY_ROWS:
         yield from (RowBlocks(128, 32, 64), RowBlocks(128, 32))
 
@@ -82,6 +82,7 @@ def _gate_up_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
     if 6 < mean_rows <= 80:
         for group in (4, 1):
             yield TileOptions(64, even_depth(depth, 128), group, 4, 3)
+        yield specialized_tiles(1)[0][0]
     if mean_rows > _MANY_ROWS:
         for group in (1, 4, 8):
             yield portable_tiles(group)[0]
@@ -93,7 +94,7 @@ def _down_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
         for block_n, block_k, stages in ((256, 64, 3), (128, 64, 4), (128, 128, 4), (256, 128, 3), (64, 256, 3)):
             yield TileOptions(block_n, even_depth(depth, block_k), 1, 4, stages)
     if mean_rows > 6:
-        yield specialized_tiles(4)[0][1]
+        yield from (specialized_tiles(group)[0][1] for group in (1, 4))
     if mean_rows > _MANY_ROWS:
         yield portable_tiles(4)[1]
         yield from (specialized_tiles(group)[1][1] for group in (1, 4, 8))
