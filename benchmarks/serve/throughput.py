@@ -219,15 +219,19 @@ def show(rows: dict[str, Any]) -> None:
 
 
 def start(options: argparse.Namespace, folder: Path) -> list[Server]:
-    """Start a server for each backend; all load weights, those that take more memory for it before the others."""
+    """Start a server for each backend; those that repack weights load before the others."""
     model = write_model(options.model, options.layers, folder / options.model)
     write_entry_point(folder)
     names = [name for name in options.backends.split(",") if name != "triton-tuned" or options.tables]
-    servers = [Server(name, model, options, folder) for name in sorted(names, key=lambda name: "humming" not in name)]
-    for server in servers:
+    servers = [Server(name, model, options, folder) for name in names]
+    repacking = [server for server in servers if "humming" in server.name]  # in several times the memory
+    for server in repacking:
         server.request("load")
-        if "humming" in server.name:  # repacking takes several times the memory of the weights
-            server.wait_for_weights()
+    for server in repacking:
+        server.wait_for_weights()
+    for server in servers:
+        if server not in repacking:
+            server.request("load")
     return servers
 
 
