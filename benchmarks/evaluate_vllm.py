@@ -50,11 +50,11 @@ def streamed(ids: Tensor, dtype: str) -> dict[str, Tensor]:
         (folder / "config.json").write_text(json.dumps({**stated, "dtype": dtype}), "utf-8")
         runner = layer_runner(describe(folder), None, torch.device("cpu"), None, stack)
         run = Run([runner], Windows(ids, "vLLM's prompts"), None, SILENT)
-        states = run.layers_of(run.variants, None).states
+        streams = run.layers_of(run.variants, None)
         positions = torch.arange(ids.shape[1] - 1)
         return {
-            name: final_logits(runner.quantized.skeleton, ids, tensor, positions).double().log_softmax(-1)
-            for name, tensor in states.items()
+            name: final_logits(runner.quantized.skeleton, ids, streams.states(name), positions).double().log_softmax(-1)
+            for name in run.variants
         }
 
 

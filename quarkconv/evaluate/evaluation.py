@@ -103,7 +103,7 @@ def evaluate_checkpoint(
         run = Run(runners, tokens, batch, progress)
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
         streams = run.layers_of(run.variants, state, record)
-        scores = run.scores(streams.states)
+        scores = run.scores(streams)
         evaluated = _layers(runners[0], streams.sums)
         experts = _worst_experts(streams.sums)
         ablations = run.ablations(streams, scores, _worst_places(evaluated, experts, ablate))

@@ -10,12 +10,13 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
+from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.skeleton import Skeleton
 
 
@@ -32,17 +33,6 @@ class LayerCall:
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
     handed_on: str | None = None
-
-
-class LayerOutput(NamedTuple):
-    """Output of a decoder layer: hidden states, and a second output that the next layer may take."""
-
-    states: Tensor
-    handed_on: Tensor | None = None
-
-    def to(self, device: torch.device) -> LayerOutput:
-        """The same on a device."""
-        return LayerOutput(self.states.to(device), None if self.handed_on is None else self.handed_on.to(device))
 
 
 class _Replacement(nn.Module):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final, NamedTuple
@@ -14,20 +14,20 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quarkconv.errors import WriteError
-from quarkconv.evaluate.forward import LayerCall, LayerOutput, final_logits
+from quarkconv.evaluate.calls import Calls, shared_calls
+from quarkconv.evaluate.hidden_states import LayerOutput, Streams, Transfers
 from quarkconv.evaluate.read_ahead import ReadAhead
 from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
+from quarkconv.evaluate.scoring import batch_scores
 from quarkconv.evaluate.state import EvaluationState
-from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, Streams
-from quarkconv.evaluate.sums import LayerSums
+from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner
+from quarkconv.evaluate.sums import DeviceSums, LayerSums
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import Progress
 
 BATCH_TOKENS: Final = 4096
 """Tokens of a batch, where ``batch`` is not given."""
-LOGITS: Final = 2**26
-"""Logits of one model that are in memory at a time: 256 MB in float32."""
 
 
 class Place(NamedTuple):
@@ -66,6 +66,7 @@ class Run:
             _Batch(slice(start, min(start + size, tokens.count)), position % len(runners))
             for position, start in enumerate(starts)
         ]
+        self._transfers = [Transfers(runner.quantized.skeleton.device) for runner in runners]
 
     @property
     def layer_count(self) -> int:
@@ -90,17 +91,23 @@ class Run:
         ablated = ablated or {}
         # The state does not hold the inputs of finished layers: recording starts with the first layer.
         streams = None if state is None or record is not None else state.load()
-        if streams is not None and set(streams.states) != set(variants):
+        if streams is not None and set(streams.outputs) != set(variants):
             streams = None
         recorded: dict[str, Tensor] | None = None if record is None else {}
         first = self.runners[0]
         numbers = range(0 if streams is None else streams.finished, self.layer_count)
-        with ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool:
+        with (
+            ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool,
+            ThreadPoolExecutor(1, thread_name_prefix="quarkconv-save") as saver,
+        ):
             quantized = ReadAhead(first.quantized.weights, numbers, pool)
             unquantized = None if first.unquantized is None else ReadAhead(first.unquantized.weights, numbers, pool)
             start, calls = self._embed()
-            if streams is None:
-                streams = Streams({name: start.clone() for name in variants})
+            outputs = dict.fromkeys(variants, start) if streams is None else streams.outputs
+            finished, sums = (0, []) if streams is None else (streams.finished, streams.sums)
+            streams = Streams({name: self._kept(outputs[name]) for name in variants}, finished, sums)
+            del start, outputs
+            saved: Future[None] | None = None
             self.progress.step("Running layers", len(numbers), "layer")
             for number in numbers:
                 weights = quantized.take()
@@ -117,45 +124,53 @@ class Run:
                 self._layer(number, streams, calls, ablated, recorded)
                 streams.finished = number + 1
                 if state is not None:
-                    _saved(state, streams)
+                    if saved is not None:
+                        saved.result()
+                    saved = saver.submit(_save, state, streams.copy())  # while the next layer runs
                 self.progress.advance()
+            if saved is not None:
+                saved.result()
         if record is not None and recorded is not None:
             _write_record(record, recorded)
         return streams
 
-    def _embed(self) -> tuple[Tensor, list[tuple[list[LayerCall], list[LayerCall]]]]:
-        """Hidden states before the first layer, [W, L, H] on the CPU, and the calls of both models for each batch."""
-        calls: list[tuple[list[LayerCall], list[LayerCall]]] = []
+    def _embed(self) -> tuple[list[LayerOutput], list[Calls]]:
+        """Hidden states before the first layer, and the calls of both models, for each batch."""
+        calls: list[Calls] = []
         embedded = []
         for item in self.batches:
             states, mine, theirs = self.runners[item.device].embed(self.tokens.ids[item.windows])
-            calls.append(_shared(mine, theirs, calls))
-            embedded.append(states.cpu())
-        return torch.cat(embedded), calls
+            calls.append(shared_calls((mine, theirs), calls))
+            embedded.append(LayerOutput(states))
+        return embedded, calls
+
+    def _kept(self, outputs: list[LayerOutput]) -> list[LayerOutput]:
+        """The batches of a variant where they stay between layers."""
+        return [self._transfers[item.device].keep(output) for item, output in zip(self.batches, outputs, strict=True)]
 
     def _layer(
         self,
         number: int,
         streams: Streams,
-        calls: list[tuple[list[LayerCall], list[LayerCall]]],
+        calls: list[Calls],
         ablated: dict[str, Place],
         recorded: dict[str, Tensor] | None,
     ) -> None:
         without = {name: place.expert for name, place in ablated.items() if place.layer == number}
         parts: dict[tuple[str, int], Tensor] = {}
-        total = LayerSums()
 
-        def share(device: int) -> LayerSums:
-            runner, sums = self.runners[device], LayerSums()
-            for position, item in enumerate(self.batches):
-                if item.device != device:
-                    continue
-                before = {
-                    name: LayerOutput(tensor[item.windows], streams.handed_on.pop((name, position), None))
-                    for name, tensor in streams.states.items()
-                }
+        def share(device: int) -> dict[int, LayerSums]:
+            runner, transfers = self.runners[device], self._transfers[device]
+            sums: dict[int, DeviceSums] = {}
+            mine = [position for position, item in enumerate(self.batches) if item.device == device]
+            ahead = transfers.fetch(streams.of(mine[0])) if mine else {}
+            for position, following in zip(mine, [*mine[1:], None], strict=True):
+                before = ahead
+                transfers.wait()
+                if following is not None:
+                    ahead = transfers.fetch(streams.of(following))
                 inputs: dict[str, Tensor] | None = None if recorded is None else {}
-                after, found = runner.step(
+                after, sums[position] = runner.step(
                     number,
                     before,
                     (calls[position][0][number], calls[position][1][number]),
@@ -163,18 +178,19 @@ class Run:
                     sample=position == 0 and INT8 in before,
                     record=inputs,
                 )
-                sums.add(found)
                 for name, tensor in (inputs or {}).items():
                     parts[name, position] = tensor
                 for name, output in after.items():
-                    streams.states[name][item.windows] = output.states
-                    if output.handed_on is not None:
-                        streams.handed_on[name, position] = output.handed_on
-            return sums
+                    batches = streams.outputs[name]
+                    batches[position] = transfers.store(batches[position], output)
+            transfers.finish()
+            return {position: runner.finish(number, found) for position, found in sums.items()}
 
         with ThreadPoolExecutor(len(self.runners)) as pool:
-            for sums in pool.map(share, range(len(self.runners))):
-                total.add(sums)
+            found = [item for sums in pool.map(share, range(len(self.runners))) for item in sums.items()]
+        total = LayerSums()
+        for _, sums in sorted(found, key=lambda item: item[0]):  # in one order, whatever the number of devices
+            total.add(sums)
         if recorded is not None:
             for module in {module for module, _ in parts}:
                 recorded[module] = torch.cat([parts[key] for key in sorted(parts) if key[0] == module])
@@ -182,28 +198,31 @@ class Run:
             runner.empty(number)
         streams.sums.append(total)
 
-    def scores(self, states: dict[str, Tensor]) -> dict[str, TokenScores]:
-        """Score the tokens of the second half of each window."""
-        found = {name: TokenScores() for name in states}
-        scored = torch.tensor(list(self.tokens.scored))
+    def scores(self, streams: Streams) -> dict[str, TokenScores]:
+        """Score the tokens of the second half of each window.
+
+        Args:
+            streams: after the last layer, with the baseline.
+        """
         self.progress.step("Scoring", len(self.batches), "batch")
-        for item in self.batches:
-            runner = self.runners[item.device]
-            ids = self.tokens.ids[item.windows]
-            vocabulary = runner.quantized.skeleton.vocabulary
-            block = max(1, LOGITS // (vocabulary * len(ids)))
-            for places in torch.split(scored, block):
-                targets = ids[:, places + 1].reshape(-1)
-                logits = {}
-                for name in states:
-                    of_baseline = name == self.baseline
-                    skeleton = (runner.baseline if of_baseline else runner.quantized).skeleton
-                    logits[name] = final_logits(skeleton, ids, states[name][item.windows], places).flatten(0, 1)
-                baseline = logits[self.baseline]
-                for name, values in logits.items():
-                    found[name].add(values, targets.to(values.device), None if name == self.baseline else baseline)
-            self.progress.advance()
-        return found
+
+        def share(device: int) -> dict[int, dict[str, TokenScores]]:
+            found = {}
+            for position, item in enumerate(self.batches):
+                if item.device == device:
+                    found[position] = batch_scores(
+                        self.runners[device], self.tokens, item.windows, streams.of(position)
+                    )
+                    self.progress.advance()
+            return found
+
+        with ThreadPoolExecutor(len(self.runners)) as pool:
+            batches = [item for found in pool.map(share, range(len(self.runners))) for item in found.items()]
+        scores = {name: TokenScores() for name in streams.outputs}
+        for _, found in sorted(batches, key=lambda item: item[0]):
+            for name, values in found.items():
+                scores[name].extend(values)
+        return scores
 
     def ablations(self, streams: Streams, scores: dict[str, TokenScores], places: Sequence[Place]) -> list[Ablation]:
         """The model with single layers and experts left as in the baseline, all in one more pass.
@@ -219,7 +238,8 @@ class Run:
         assert whole is not None
         names = {f"without {place}": place for place in places}
         again = self.layers_of(list(names), None, ablated=names)
-        found = self.scores({self.baseline: streams.states[self.baseline], **again.states})
+        again.outputs[self.baseline] = streams.outputs[self.baseline]
+        found = self.scores(again)
         ablations = []
         for name, (layer, expert) in names.items():
             divergence = found[name].divergence()
@@ -230,30 +250,7 @@ class Run:
         return ablations
 
 
-def _shared(
-    mine: list[LayerCall], theirs: list[LayerCall], before: list[tuple[list[LayerCall], list[LayerCall]]]
-) -> tuple[list[LayerCall], list[LayerCall]]:
-    """The calls of a batch; those of an earlier batch where they are equal, as masks and positions are."""
-    for other in before:
-        if all(
-            _equal(one.kwargs, two.kwargs) and _equal(one.args, two.args)
-            for one, two in zip([*mine, *theirs], [*other[0], *other[1]], strict=True)
-        ):
-            return other
-    return mine, theirs
-
-
-def _equal(one: object, two: object) -> bool:
-    if isinstance(one, Tensor) and isinstance(two, Tensor):
-        return one.shape == two.shape and torch.equal(one.cpu(), two.cpu())
-    if isinstance(one, dict) and isinstance(two, dict):
-        return one.keys() == two.keys() and all(_equal(one[key], two[key]) for key in one)
-    if isinstance(one, tuple | list) and isinstance(two, tuple | list):
-        return len(one) == len(two) and all(map(_equal, one, two))
-    return one is two or one == two
-
-
-def _saved(state: EvaluationState, streams: Streams) -> None:
+def _save(state: EvaluationState, streams: Streams) -> None:
     try:
         state.save(streams)
     except (OSError, SafetensorError) as error:

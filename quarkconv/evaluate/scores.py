@@ -13,7 +13,7 @@ logarithms. For scored tokens i = 1..n with the model's log-probabilities log p:
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Final
 
 import torch
@@ -54,36 +54,59 @@ class Divergence:
     rms_dp: float
 
 
+@dataclass(frozen=True, slots=True)
+class Distributions:
+    """Distributions of the unquantized model, computed once for all that are compared with them.
+
+    Attributes:
+        log_p, p: log-probabilities and probabilities, float32 [n, V].
+        top: the most probable token, int64 [n].
+    """
+
+    log_p: Tensor
+    p: Tensor
+    top: Tensor
+
+    @staticmethod
+    def of(logits: Tensor) -> Distributions:
+        """Those of logits, [n, V]."""
+        log_p = logits.float().log_softmax(-1)
+        return Distributions(log_p, log_p.exp(), logits.argmax(-1))
+
+
 @dataclass(slots=True)
 class TokenScores:
-    """Scores of single tokens of one model, collected block by block; float64 in the end."""
+    """Scores of single tokens of one model, collected block by block on its device; float64 in the end."""
 
     nll: list[Tensor] = field(default_factory=list)
     kl: list[Tensor] = field(default_factory=list)
     same_top: list[Tensor] = field(default_factory=list)
     dp: list[Tensor] = field(default_factory=list)
 
-    def add(self, logits: Tensor, targets: Tensor, baseline: Tensor | None = None) -> None:
+    def add(self, logits: Tensor, targets: Tensor, baseline: Distributions | None = None) -> None:
         """Score one block.
 
         Args:
             logits: floats [n, V].
             targets: the tokens that follow, int64 [n].
-            baseline: logits of the unquantized model, [n, V].
+            baseline: of the unquantized model.
         """
         log_q = logits.float().log_softmax(-1)
         own = log_q.gather(-1, targets[:, None]).squeeze(-1)
-        self.nll.append(-own.double().cpu())
+        self.nll.append(-own.double())
         if baseline is None:
             return
-        log_p = baseline.float().log_softmax(-1)
-        probabilities = log_p.exp()
         # p log(p / q) is 0 where p is 0, also where q is.
-        terms = torch.where(probabilities > 0, probabilities * (log_p - log_q), 0.0)
-        self.kl.append(terms.double().sum(-1).cpu())
-        self.same_top.append((logits.argmax(-1) == baseline.argmax(-1)).cpu())
-        right = log_p.gather(-1, targets[:, None]).squeeze(-1)
-        self.dp.append((own.double().exp() - right.double().exp()).cpu())
+        terms = torch.where(baseline.p > 0, baseline.p * (baseline.log_p - log_q), 0.0)
+        self.kl.append(terms.double().sum(-1))
+        self.same_top.append(logits.argmax(-1) == baseline.top)
+        right = baseline.log_p.gather(-1, targets[:, None]).squeeze(-1)
+        self.dp.append(own.double().exp() - right.double().exp())
+
+    def extend(self, other: TokenScores) -> None:
+        """Add the scores of other tokens, on the CPU."""
+        for item in fields(self):
+            getattr(self, item.name).extend(tensor.cpu() for tensor in getattr(other, item.name))
 
     def perplexity(self) -> Perplexity:
         """Perplexity over all blocks."""

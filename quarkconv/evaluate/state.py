@@ -8,10 +8,12 @@ import os
 from pathlib import Path
 from typing import Any
 
+import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
+from torch import Tensor
 
-from quarkconv.evaluate.streams import Streams
+from quarkconv.evaluate.hidden_states import LayerOutput, Streams
 from quarkconv.evaluate.sums import LayerSums
 
 _TENSORS = ("load", "expert_errors", "expert_tokens")
@@ -48,9 +50,12 @@ class EvaluationState:
         try:
             with safe_open(self.path, framework="pt") as handle:
                 about: dict[str, Any] = json.loads(handle.metadata()["streams"])
-                states = {name: handle.get_tensor(f"states.{name}") for name in about["variants"]}
-                handed_on = {
-                    (name, batch): handle.get_tensor(f"handed_on.{name}.{batch}") for name, batch in about["handed_on"]
+                outputs = {
+                    name: [
+                        LayerOutput(*(handle.get_tensor(f"{part}.{name}.{batch}") for part in parts))
+                        for batch, parts in enumerate(batches)
+                    ]
+                    for name, batches in about["outputs"].items()
                 }
                 sums = []
                 for number, values in enumerate(about["sums"]):
@@ -58,7 +63,7 @@ class EvaluationState:
                     sums.append(LayerSums(**values, **tensors))
         except Exception:  # missing, cut off or of another version: the evaluation starts over
             return None
-        return Streams(states, handed_on, about["finished"], sums)
+        return Streams(outputs, about["finished"], sums)
 
     def save(self, streams: Streams) -> None:
         """Replace the state.
@@ -66,22 +71,21 @@ class EvaluationState:
         Raises:
             OSError: it cannot be written.
         """
-        tensors = {f"states.{name}": tensor.contiguous() for name, tensor in streams.states.items()}
-        tensors |= {
-            f"handed_on.{name}.{batch}": tensor.contiguous() for (name, batch), tensor in streams.handed_on.items()
-        }
+        tensors: dict[str, Tensor] = {}
+        outputs: dict[str, list[list[str]]] = {}
+        for name, batches in streams.outputs.items():
+            outputs[name] = []
+            for batch, output in enumerate(batches):
+                parts = {part: value for part, value in output._asdict().items() if value is not None}
+                outputs[name].append(list(parts))
+                tensors |= {f"{part}.{name}.{batch}": _on_host(value) for part, value in parts.items()}
         sums = []
         for number, item in enumerate(streams.sums):
             values = {name: getattr(item, name) for name in LayerSums.__slots__ if name not in _TENSORS}
             held = [name for name in _TENSORS if getattr(item, name) is not None]
             tensors |= {f"{name}.{number}": getattr(item, name) for name in held}
             sums.append({**values, "tensors": held})
-        about = {
-            "variants": list(streams.states),
-            "handed_on": list(streams.handed_on),
-            "finished": streams.finished,
-            "sums": sums,
-        }
+        about = {"outputs": outputs, "finished": streams.finished, "sums": sums}
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         try:
@@ -93,3 +97,11 @@ class EvaluationState:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _on_host(tensor: Tensor) -> Tensor:
+    """A computed tensor on the CPU; kernels of a GPU run on meanwhile."""
+    if tensor.device.type != "cuda":
+        return tensor.contiguous()
+    with torch.cuda.stream(torch.cuda.Stream(tensor.device)):  # type: ignore[no-untyped-call]
+        return tensor.contiguous().cpu()

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -22,11 +22,12 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
-from quarkconv.evaluate.forward import LayerCall, LayerOutput, embed, run_layer
+from quarkconv.evaluate.forward import LayerCall, embed, run_layer
+from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
 from quarkconv.evaluate.int8_layer import in_place, int8_modules
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.evaluate.sums import DeviceSums, LayerSums, squares
+from quarkconv.evaluate.sums import DeviceSums, LayerSums, difference, squares
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 
 UNQUANTIZED: Final = "unquantized"
@@ -54,23 +55,6 @@ class Routed:
     weights: Tensor
 
 
-@dataclass(slots=True)
-class Streams:
-    """Hidden states of each variant, [W, L, H] on the CPU, after some layers.
-
-    Attributes:
-        states: variant -> hidden states.
-        handed_on: variant and number of a batch -> second output of the last layer, on the CPU.
-        finished: number of layers.
-        sums: of each of them.
-    """
-
-    states: dict[str, Tensor]
-    handed_on: dict[tuple[str, int], Tensor] = field(default_factory=dict)
-    finished: int = 0
-    sums: list[LayerSums] = field(default_factory=list)
-
-
 class LayerRunner:
     """Runs one device's share of the windows through the layers.
 
@@ -89,6 +73,11 @@ class LayerRunner:
     def baseline(self) -> Model:
         """The model that INT8 is compared with."""
         return self.unquantized or self.quantized
+
+    @property
+    def base_name(self) -> str:
+        """The variant that INT8 is compared with."""
+        return DEQUANTIZED if self.unquantized is None else UNQUANTIZED
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[LayerCall], list[LayerCall]]:
         """Hidden states [B, L, H] before the first layer, and the calls of the layers of both models."""
@@ -137,31 +126,30 @@ class LayerRunner:
         ablated: Mapping[str, int | None] = MappingProxyType({}),
         sample: bool = False,
         record: dict[str, Tensor] | None = None,
-    ) -> tuple[dict[str, LayerOutput], LayerSums]:
-        """One layer for one batch.
+    ) -> tuple[dict[str, LayerOutput], DeviceSums]:
+        """One layer for one batch. Nothing waits for the device.
 
         Args:
             number: the layer.
-            states: variant -> output of the layer before, hidden states [B, L, H].
+            states: variant -> output of the layer before, on the device.
             calls: of the evaluated model's layer, and of the baseline's.
             ablated: variant -> the expert that takes the baseline's weights in this layer; None for the whole layer.
             sample: also compute the errors of single experts.
             record: MoE layer -> where the inputs [M, H] of its routed experts in the baseline go.
 
         Returns:
-            variant -> output of the layer, and the sums of this batch.
+            variant -> output of the layer, on the device, and the sums of this batch.
         """
         skeleton = self.quantized.skeleton
-        given = {name: item.to(skeleton.device) for name, item in states.items()}
-        base_name = UNQUANTIZED if self.unquantized is not None else DEQUANTIZED
+        base_name = self.base_name
         after: dict[str, LayerOutput] = {}
         sums = DeviceSums()
 
         def run(model: Skeleton, name: str) -> LayerOutput:
-            return run_layer(model, number, given[name].states, calls[model is not skeleton], given[name].handed_on)
+            return run_layer(model, number, states[name].states, calls[model is not skeleton], states[name].handed_on)
 
         base_routed: Routed | None = None
-        if base_name in given:
+        if base_name in states:
             with self._tap(self.baseline, number) as routed:
                 after[base_name] = run(self.baseline.skeleton, base_name)
             base_routed = routed[-1] if routed else None
@@ -169,37 +157,44 @@ class LayerRunner:
                 record |= {layer.moe: base_routed.states.cpu().contiguous() for layer, _ in self._moe.values()}
             if sample and base_routed is not None:
                 self._sample_experts(base_routed, sums)
-        if DEQUANTIZED in given and base_name != DEQUANTIZED:
+        if DEQUANTIZED in states and base_name != DEQUANTIZED:
             after[DEQUANTIZED] = run(skeleton, DEQUANTIZED)
-        for name in given.keys() - after.keys() - {INT8}:
+        for name in states.keys() - after.keys() - {INT8}:
             if name in ablated and ablated[name] is None:
                 after[name] = run(self.baseline.skeleton, name)
                 continue
             with in_place(skeleton, self._without(number, ablated.get(name))):
                 after[name] = run(skeleton, name)
-        if INT8 in given:
+        if INT8 in states:
             with in_place(skeleton, self._modules):
                 with self._tap(self.quantized, number) as routed:
                     after[INT8] = run(skeleton, INT8)
-                if base_name in given:
+                if base_name in states:
                     base = after[base_name].states
                     self._compare(sums, after[INT8].states, base, routed[-1] if routed else None, base_routed)
                     own = run(skeleton, base_name).states
-                    sums.add(own_difference=squares(own.double() - base.double()), own_norm=squares(base))
+                    sums.add(own_difference=difference(own, base), own_norm=squares(base))
         for name, item in after.items():
             sums.check(name, item.states)
-        tokens = after[base_name].states.shape[:2].numel() if base_name in after else 0
-        found, infinite = sums.take(tokens)
+        return after, sums
+
+    def finish(self, number: int, sums: DeviceSums) -> LayerSums:
+        """The sums of a batch, once the device has computed them.
+
+        Raises:
+            SourceError: hidden states are not finite after this layer.
+        """
+        found, infinite = sums.take()
         if infinite:
             raise SourceError(
                 "Hidden states are not finite",
                 code="states-not-finite",
-                file=str((self.baseline if infinite[0] == base_name else self.quantized).skeleton.root),
-                tensor=skeleton.layer_prefix(number),
+                file=str((self.baseline if infinite[0] == self.base_name else self.quantized).skeleton.root),
+                tensor=self.quantized.skeleton.layer_prefix(number),
                 found=f"NaN or infinity in the {infinite[0]} model; the layers before are finite",
                 hint=f"run `quarkconv verify --layers {number}`",
             )
-        return {name: item.to(torch.device("cpu")) for name, item in after.items()}, found
+        return found
 
     def _without(self, number: int, expert: int | None) -> dict[str, nn.Module]:
         """The INT8 modules of a layer; one routed expert, if any is named, computes as in the baseline."""
@@ -224,9 +219,9 @@ class LayerRunner:
             computed = mine(pairs, flat_ids, flat_weights).double()
         errors = (computed - expected).square().sum(-1)
         experts = mine.experts.experts
-        total = torch.zeros(experts, dtype=torch.float64, device=errors.device)
+        chosen = torch.arange(experts, device=errors.device).unsqueeze(1) == flat_ids.flatten()
         sums.add(
-            expert_errors=total.index_add(0, flat_ids.flatten(), errors),
+            expert_errors=chosen.double() @ errors,  # index_add sums in any order on a GPU
             expert_tokens=_counts(flat_ids, experts),
             expert_norm=squares(expected.reshape(*ids.shape, -1).sum(1)),
         )
@@ -234,13 +229,8 @@ class LayerRunner:
     def _compare(
         self, sums: DeviceSums, int8: Tensor, base: Tensor, routed: Routed | None, base_routed: Routed | None
     ) -> None:
-        mine, theirs = int8.double(), base.double()
-        sums.add(
-            difference=squares(mine - theirs),
-            norm=squares(mine),
-            baseline_norm=squares(theirs),
-            product=(mine * theirs).sum(),
-        )
+        sums.add(difference=difference(int8, base), norm=squares(int8), baseline_norm=squares(base))
+        sums.tokens = base.shape[:2].numel()
         if routed is None or base_routed is None:
             return
         same = routed.ids.sort(-1).values == base_routed.ids.sort(-1).values
@@ -273,5 +263,8 @@ class LayerRunner:
 
 
 def _counts(ids: Tensor, experts: int) -> Tensor:
-    """How often each expert is chosen, int64 [E]."""
-    return torch.bincount(ids.flatten(), minlength=experts)
+    """How often each expert is chosen, int64 [E]; 0 for as many experts as are chosen."""
+    flat = ids.flatten().long()
+    if not experts:
+        return torch.bincount(flat)
+    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 _COUNTS: Final = ("tokens", "changed")
-_NUMBERS: Final = ("difference", "norm", "baseline_norm", "product", "own_difference", "own_norm", "expert_norm")
+_NUMBERS: Final = ("difference", "norm", "baseline_norm", "own_difference", "own_norm", "expert_norm")
 _TENSORS: Final = ("load", "expert_errors", "expert_tokens")
 
 
@@ -20,7 +20,7 @@ class LayerSums:
 
     Attributes:
         difference: squared difference of the INT8 model's and the baseline's hidden states after the layer.
-        norm, baseline_norm, product: squared norms of both, and their inner product.
+        norm, baseline_norm: squared norms of both.
         own_difference, own_norm: as ``difference`` and ``baseline_norm``, both given the baseline's hidden states.
         tokens: number of tokens.
         changed: tokens that choose other experts than in the baseline.
@@ -34,7 +34,6 @@ class LayerSums:
     difference: float = 0.0
     norm: float = 0.0
     baseline_norm: float = 0.0
-    product: float = 0.0
     own_difference: float = 0.0
     own_norm: float = 0.0
     tokens: int = 0
@@ -68,13 +67,19 @@ class LayerSums:
     def cosine(self) -> float:
         """Cosine similarity of the INT8 model's and the baseline's hidden states."""
         both = math.sqrt(self.norm * self.baseline_norm)
-        return self.product / both if both else 1.0
+        product = (self.norm + self.baseline_norm - self.difference) / 2
+        return product / both if both else 1.0
 
 
 class DeviceSums:
-    """The sums of one batch, on its device until they are copied all at once: a copy waits for the device."""
+    """The sums of one batch, on its device until they are copied all at once: a copy waits for the device.
+
+    Attributes:
+        tokens: number of tokens that were compared.
+    """
 
     def __init__(self) -> None:
+        self.tokens = 0
         self._values: dict[str, Tensor] = {}
 
     def add(self, **values: Tensor) -> None:
@@ -85,9 +90,9 @@ class DeviceSums:
         """Keep whether hidden states are finite."""
         self._values[f"{_FINITE}{variant}"] = states.isfinite().all().double().reshape(-1)
 
-    def take(self, tokens: int) -> tuple[LayerSums, list[str]]:
-        """The sums over ``tokens`` tokens, and the variants whose hidden states are not finite."""
-        sums = LayerSums()
+    def take(self) -> tuple[LayerSums, list[str]]:
+        """The sums, and the variants whose hidden states are not finite."""
+        sums = LayerSums(tokens=self.tokens)
         if not self._values:
             return sums, []
         sizes = [len(value) for value in self._values.values()]
@@ -102,8 +107,6 @@ class DeviceSums:
             else:
                 setattr(sums, name, int(value) if name in _COUNTS else value.item())
         sums.routed = "changed" in self._values
-        if "difference" in self._values:
-            sums.tokens = tokens
         return sums, infinite
 
 
@@ -116,5 +119,15 @@ def relative(difference: float, norm: float) -> float:
 
 
 def squares(tensor: Tensor) -> Tensor:
-    """The sum of squares in float64, a scalar of the tensor's device."""
-    return tensor.double().square().sum()
+    """The sum of squares, float64, a scalar of the tensor's device: norms of rows in float32, their squares in float64.
+
+    A row is read once; in float64 the tensor would be written and read several times.
+    """
+    wide = torch.promote_types(tensor.dtype, torch.float32)
+    return torch.linalg.vector_norm(tensor, dim=-1, dtype=wide).double().square().sum()
+
+
+def difference(one: Tensor, other: Tensor) -> Tensor:
+    """The sum of squares of a difference, as :func:`squares`."""
+    wide = torch.promote_types(one.dtype, torch.float32)
+    return squares(one.to(wide) - other.to(wide))

@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from quarkconv import evaluate_checkpoint
-from quarkconv.evaluate import run as module
+from quarkconv.evaluate import scoring as module
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.scores import TokenScores
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights

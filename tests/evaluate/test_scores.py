@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from quarkconv.evaluate.scores import TokenScores
+from quarkconv.evaluate.scores import Distributions, TokenScores
 
 N, V = 50, 17
 
@@ -34,7 +34,7 @@ def test_scores_equal_numpy_whatever_the_size_of_a_block(
     scores = TokenScores()
     for start in range(0, N, block):
         part = slice(start, start + block)
-        scores.add(other[part], targets[part], baseline[part])
+        scores.add(other[part], targets[part], Distributions.of(baseline[part]))
     p, q = (log_softmax(tensor.double().numpy()) for tensor in (baseline, other))
     at = (np.arange(N), targets.numpy())
     nll = -q[at]
@@ -55,7 +55,7 @@ def test_scores_equal_numpy_whatever_the_size_of_a_block(
 def test_a_model_does_not_diverge_from_itself(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     baseline, _, targets = logits
     scores = TokenScores()
-    scores.add(baseline, targets, baseline)
+    scores.add(baseline, targets, Distributions.of(baseline))
     found = scores.divergence()
     assert found is not None
     assert (found.mean, found.max, found.top1, found.rms_dp) == (0.0, 0.0, 1.0, 0.0)
@@ -64,7 +64,7 @@ def test_a_model_does_not_diverge_from_itself(logits: tuple[torch.Tensor, torch.
 def test_a_token_of_probability_zero_adds_nothing() -> None:
     scores = TokenScores()
     baseline = torch.tensor([[0.0, 0.0, -math.inf]])
-    scores.add(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([0]), baseline)
+    scores.add(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([0]), Distributions.of(baseline))
     found = scores.divergence()
     assert found is not None
     assert found.mean == pytest.approx(math.log(1.5), rel=1e-6)

@@ -55,11 +55,11 @@ def streamed(folder: Path, windows: Windows) -> dict[str, Array]:
     with ExitStack() as stack:
         runner = layer_runner(describe(folder), None, torch.device("cpu"), None, stack)
         run = Run([runner], windows, None, SILENT)
-        states = run.layers_of(run.variants, None).states
+        streams = run.layers_of(run.variants, None)
         positions = torch.arange(windows.length)
         logits = {
-            name: final_logits(runner.quantized.skeleton, windows.ids, tensor, positions)
-            for name, tensor in states.items()
+            name: final_logits(runner.quantized.skeleton, windows.ids, streams.states(name), positions)
+            for name in run.variants
         }
     return {name: log_softmax(values.double().numpy()) for name, values in logits.items()}
 

@@ -1,0 +1,56 @@
+"""Hidden states after the last layer -> scores of the tokens of the second half of each window."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from quarkconv.evaluate.forward import final_logits
+from quarkconv.evaluate.hidden_states import LayerOutput
+from quarkconv.evaluate.scores import Distributions, TokenScores
+from quarkconv.evaluate.streams import LayerRunner
+from quarkconv.evaluate.windows import Windows
+
+LOGITS: Final = 2**26
+"""Logits of one model that are in memory at a time: 256 MB in float32."""
+
+
+def batch_scores(
+    runner: LayerRunner, tokens: Windows, windows: slice, outputs: Mapping[str, LayerOutput]
+) -> dict[str, TokenScores]:
+    """The scores of a batch on its device, computed in blocks of windows, or of parts of a window.
+
+    Args:
+        runner: both models.
+        tokens: all windows.
+        windows: those of the batch.
+        outputs: variant -> output of the last layer; the baseline is one of them.
+    """
+    device, vocabulary = runner.quantized.skeleton.device, runner.quantized.skeleton.vocabulary
+    found = {name: TokenScores() for name in outputs}
+    scored = torch.tensor(list(tokens.scored))
+    rows = max(1, LOGITS // vocabulary)
+    count = max(1, rows // len(scored))
+    states = {name: output.states.to(device) for name, output in outputs.items()}
+    for ids, *parts in zip(
+        torch.split(tokens.ids[windows], count), *(torch.split(item, count) for item in states.values()), strict=True
+    ):
+        part = dict(zip(states, parts, strict=True))
+        for positions in torch.split(scored, rows):
+            targets = ids[:, positions + 1].reshape(-1).to(device)
+
+            def logits(
+                name: str, ids: Tensor = ids, part: Mapping[str, Tensor] = part, at: Tensor = positions
+            ) -> Tensor:
+                model = runner.baseline if name == runner.base_name else runner.quantized
+                return final_logits(model.skeleton, ids, part[name], at).flatten(0, 1)
+
+            base = logits(runner.base_name)
+            found[runner.base_name].add(base, targets)
+            baseline = Distributions.of(base)
+            for name in outputs.keys() - {runner.base_name}:
+                found[name].add(logits(name), targets, baseline)
+    return found
