@@ -1,12 +1,15 @@
-"""Measure ``evaluate`` beside reading both models once: wall time, memory of the host and of the device.
+"""Measure ``evaluate`` beside reading both models once, and beside its matrix products: time, memory.
 
-    python benchmarks/evaluate.py [--layers 7] [--shape qwen3] [--windows 4,64] [--device cuda] [--out FILE]
+    python benchmarks/evaluate.py [--layers 7] [--shape qwen3] [--rows 4x512,512x2048] [--device cuda] [--out FILE]
 
 Makes a qwen3_moe of random weights with the sizes of Qwen3-30B-A3B's layers, in BF16 and quantized to ptpc_int8 (15 GB
-in all with 7 layers), and evaluates it. Before each measurement the files are dropped from the page cache, as far as
-the system does that. Each number of windows is evaluated twice: the first time kernels are compiled for that number
-of tokens, which takes seconds once on a machine (``first_seconds``); the second time is measured. Memory is counted
-beyond what the process held before.
+in all with 7 layers), and evaluates it on rows of windows x tokens. Before each measurement the files are dropped from
+the page cache, as far as the system does that.
+
+Each row is evaluated twice. The first run, on at most ``--profile`` windows, compiles kernels, which takes seconds once
+on a machine (``first_seconds``); the second one is measured. Between them torch's profiler sums the time of the kernels
+of a run on as many windows as the first. Times as many windows, that is ``products`` and ``others``: what the GPU takes
+for matrix products and for all other kernels of the row. Memory is counted beyond what the process held before.
 """
 
 from __future__ import annotations
@@ -192,12 +195,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=7)
-    parser.add_argument("--windows", default="4,64", help="numbers of windows, each measured")
-    parser.add_argument("--window", type=int, default=512)
+    parser.add_argument("--rows", default="4x512,512x2048", help="windows x tokens of a window, each measured")
+    parser.add_argument("--profile", type=int, default=64, help="windows of the first run and of the profile")
+    parser.add_argument("--batch", type=int, help="windows that run together")
+    parser.add_argument("--resume", action="store_true", help="keep hidden states on disk, as the command does")
     parser.add_argument("--device", default="cuda")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import transformers
+    from kernel_time import kernel_time
 
     import quarkconv
 
@@ -207,31 +213,36 @@ def main() -> None:
         started = time.perf_counter()
         quantized, before = make_models(shape, options.layers, folder, options.device)
         print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
-        counts = [int(count) for count in options.windows.split(",")]
-        tokens = torch.randint(0, shape.vocabulary, (max(counts), options.window))
-        ids = folder / "ids.safetensors"
-        save_file({"token_ids": tokens}, ids)
-
-        def evaluate(count: int) -> Any:
-            return quarkconv.evaluate_checkpoint(
-                quantized, before, token_ids=ids, windows=count, device=options.device, resume=False
-            )
-
         rows: list[dict[str, Any]] = []
-        for count in counts:
+        for windows, length in (tuple(map(int, row.split("x"))) for row in options.rows.split(",")):
+            ids = folder / f"ids-{windows}x{length}.safetensors"
+            save_file({"token_ids": torch.randint(0, shape.vocabulary, (windows, length))}, ids)
+
+            def evaluate(count: int, ids: Path = ids) -> Any:
+                return quarkconv.evaluate_checkpoint(
+                    quantized, before, token_ids=ids, windows=count, batch=options.batch, device=options.device,
+                    resume=options.resume,
+                )  # fmt: skip
+
+            few = min(windows, options.profile)
             began = time.perf_counter()
-            evaluate(count)
-            first = time.perf_counter() - began
+            evaluate(few)
+            row: dict[str, Any] = {"windows": windows, "window": length, "tokens": windows * length,
+                                   "first_seconds": time.perf_counter() - began}  # fmt: skip
+            if options.device == "cuda":
+                row["kernels"] = kernel_time(lambda: evaluate(few)) | {"windows": few}  # noqa: B023
             drop([quantized, before])
-            once = read_once([quantized, before])
+            row["reading_once"] = read_once([quantized, before])
             drop([quantized, before])
-            row: dict[str, Any] = {"windows": count, "tokens": count * options.window, "reading_once": once,
-                                   "first_seconds": first}  # fmt: skip
             with peak_memory(row, options.device):
                 began = time.perf_counter()
-                found = evaluate(count)
+                found = evaluate(windows)
                 row["seconds"] = time.perf_counter() - began
-            row["over_reading"] = row["seconds"] / once["seconds"]
+            row["over_reading"] = row["seconds"] / row["reading_once"]["seconds"]
+            if options.device == "cuda":
+                for kind in ("products", "others"):
+                    row[kind] = row["kernels"][kind] * windows / few
+                row["over_products"] = row["seconds"] / row["products"]
             row["kl"], row["own"] = found.int8.mean, [layer.own for layer in found.layers]
             rows.append(row)
             print(json.dumps(row), file=sys.stderr, flush=True)

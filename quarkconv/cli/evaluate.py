@@ -32,7 +32,12 @@ def evaluate(
     ] = None,
     batch: Annotated[
         int | None,
-        typer.Option("--batch", min=1, metavar="N", help="Windows that run together. [default: about 4096 tokens]"),
+        typer.Option(
+            "--batch",
+            min=1,
+            metavar="N",
+            help="Windows that run together. [default: about 4096 tokens, 16384 on a GPU]",
+        ),
     ] = None,
     device: Annotated[
         str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where it runs; cuda is every GPU.")

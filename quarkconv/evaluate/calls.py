@@ -1,4 +1,4 @@
-"""The calls of the decoder layers for each batch; batches of one length share them, as masks and positions are equal."""
+"""The calls of decoder layers for each batch. Batches of one length share them: masks and positions are equal."""
 
 from __future__ import annotations
 

@@ -26,8 +26,8 @@ from quarkconv.evaluate.sums import DeviceSums, LayerSums
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import Progress
 
-BATCH_TOKENS: Final = 4096
-"""Tokens of a batch, where ``batch`` is not given."""
+BATCH_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
+"""Tokens of a batch, where ``batch`` is not given. A GPU waits for the host between the kernels of small batches."""
 
 
 class Place(NamedTuple):
@@ -59,7 +59,7 @@ class Run:
         self.variants = [self.baseline, *([DEQUANTIZED] if self.baseline != DEQUANTIZED else [])]
         if self.in_int8:
             self.variants.append(INT8)
-        size = batch or max(1, BATCH_TOKENS // tokens.length)
+        size = batch or max(1, BATCH_TOKENS[first.quantized.skeleton.device.type] // tokens.length)
         self.size = size
         starts = range(0, tokens.count, size)
         self.batches = [

@@ -16,6 +16,12 @@ from quarkconv.evaluate.windows import windows_of_text
 TINY = Path(__file__).parents[2] / "examples" / "tiny_moe" / "quark-ptpc_int8"
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        if item.get_closest_marker("gpu") and not torch.cuda.is_available():
+            item.add_marker(pytest.mark.skip(reason="no GPU: torch.cuda.is_available() is false"))
+
+
 @pytest.fixture(autouse=True)
 def _state(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """States go to a folder of the test."""

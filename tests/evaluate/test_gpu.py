@@ -1,0 +1,163 @@
+"""Evaluations on GPUs: the figures of a CPU within rounding, and the same ones however hidden states are kept."""
+
+from __future__ import annotations
+
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.exports import DATA, restore
+from support.glm_moe_dsa import shared_positions
+
+import quarkconv
+from quarkconv import SourceError, evaluate_checkpoint
+from quarkconv.evaluate import evaluation as module
+from quarkconv.evaluate import hidden_states
+from quarkconv.evaluate.results import Evaluation
+from quarkconv.evaluate.run import Run
+
+pytestmark = pytest.mark.gpu
+
+CUDA = "cuda:0"
+
+
+@pytest.fixture(scope="module")
+def plain(quantized: Path, unquantized: Path, token_ids: Path) -> Evaluation:
+    """One undisturbed run in three batches."""
+    return evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
+
+
+def test_a_gpu_has_the_figures_of_a_cpu(plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path) -> None:
+    """Products sum in another order: bfloat16 then rounds some elements the other way, as between sizes of batches."""
+    found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device="cpu", resume=False)
+    assert found.int8 is not None
+    assert plain.int8 is not None
+    assert plain.int8.mean == pytest.approx(found.int8.mean, rel=0.15)
+    for mine, theirs in zip(plain.layers, found.layers, strict=True):
+        assert mine.own == pytest.approx(theirs.own, rel=0.05)
+        assert sum(mine.load) == sum(theirs.load)
+
+
+def test_the_same_run_has_the_same_figures_again(
+    plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path
+) -> None:
+    again = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
+    assert again.to_json() == plain.to_json()
+
+
+@pytest.mark.parametrize("batches_on_the_device", [0, 1, 4])
+def test_hidden_states_in_page_locked_memory_change_nothing(
+    batches_on_the_device: int,
+    plain: Evaluation,
+    quantized: Path,
+    unquantized: Path,
+    token_ids: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Limited(hidden_states.Transfers):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device, limit=batches_on_the_device * 2 * 24 * 128 * 2)
+
+    monkeypatch.setattr("quarkconv.evaluate.run.Transfers", Limited)
+    found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
+    assert found.to_json() == plain.to_json()
+
+
+@pytest.mark.parametrize("limit", [None, 0])
+def test_an_interrupted_run_resumes_to_the_same_figures(
+    limit: int | None,
+    plain: Evaluation,
+    quantized: Path,
+    unquantized: Path,
+    token_ids: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Limited(hidden_states.Transfers):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device, limit)
+
+    monkeypatch.setattr("quarkconv.evaluate.run.Transfers", Limited)
+    run_layer = Run._layer
+    ran: list[int] = []
+
+    def stops(self: Run, number: int, *rest: Any) -> None:
+        ran.append(number)
+        if ran == [0, 1, 2]:
+            raise KeyboardInterrupt
+        run_layer(self, number, *rest)
+
+    monkeypatch.setattr(Run, "_layer", stops)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA)
+    again = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA)
+    assert ran == [0, 1, 2, 2, 3]
+    assert again.to_json() == plain.to_json()
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_have_the_figures_of_one(
+    plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path
+) -> None:
+    two = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device="cuda", resume=False)
+    assert {**two.to_json(), "device": CUDA} == plain.to_json()
+
+
+def test_one_gpu_named_twice_deals_out_the_windows_to_the_same_figures(
+    plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "pick_devices", lambda _: (torch.device(CUDA),) * 2)
+    two = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, resume=False)
+    assert {**two.to_json(), "device": CUDA} == plain.to_json()
+
+
+def test_a_layer_takes_what_the_layer_before_hands_on(tmp_path: Path) -> None:
+    """Two of four layers choose positions, and the layer after each takes the same."""
+    model, ids = tmp_path / "model", tmp_path / "ids.safetensors"
+    shared_positions(model)
+    save_file({"token_ids": torch.randint(0, 48, (3, 24), generator=torch.Generator().manual_seed(3))}, ids)
+    int8 = quarkconv.convert_checkpoint(model, "compressed-tensors", tmp_path / "int8", quantize="all").output
+    found, expected = (
+        evaluate_checkpoint(int8, model, token_ids=ids, batch=2, device=device, resume=False)
+        for device in (CUDA, "cpu")
+    )
+    for name, value in expected.perplexity.items():
+        mine = found.perplexity[name]
+        assert value is not None
+        assert mine is not None
+        assert mine.value == pytest.approx(value.value, rel=0.01)
+    assert found.int8 is not None
+    assert expected.int8 is not None
+    assert found.int8.mean == pytest.approx(expected.int8.mean, rel=0.3)
+
+
+@pytest.mark.parametrize("name", ["dbrx-0.13-eager", "gpt_oss-0.13-f2f", "deepseek_v4-0.13-f2f", "llama4-0.13-f2f"])
+def test_families_have_the_figures_of_a_cpu(name: str, tmp_path: Path) -> None:
+    families = DATA / "families"
+    if not (families / name).is_dir():
+        pytest.fail(f"no such family: {name}")
+    source = restore(families / name, tmp_path / "source")
+    ids = tmp_path / "ids.safetensors"
+    save_file({"token_ids": torch.randint(0, 24, (3, 16), generator=torch.Generator().manual_seed(3))}, ids)
+    found, expected = (
+        evaluate_checkpoint(source, token_ids=ids, batch=2, device=device, resume=False) for device in (CUDA, "cpu")
+    )
+    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        assert mine.own == pytest.approx(theirs.own, rel=0.2)
+    one, other = found.perplexity["dequantized"], expected.perplexity["dequantized"]
+    assert one is not None
+    assert other is not None
+    assert one.value == pytest.approx(other.value, rel=0.01)
+
+
+def test_states_that_are_not_finite_name_the_first_layer(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    bad = shutil.copytree(quantized, tmp_path / "bad")
+    name = "model.layers.1.input_layernorm.weight"
+    tensors = load_file(bad / "model.safetensors")
+    save_file({**tensors, name: tensors[name] * math.nan}, bad / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(SourceError, match="not finite") as caught:
+        evaluate_checkpoint(bad, token_ids=token_ids, device=CUDA, resume=False)
+    assert caught.value.tensor == "model.layers.1"
