@@ -10,6 +10,9 @@ Each row is evaluated twice. The first run, on at most ``--profile`` windows, co
 on a machine (``first_seconds``); the second one is measured. Between them torch's profiler sums the time of the kernels
 of a run on as many windows as the first. Times as many windows, that is ``products`` and ``others``: what the GPU takes
 for matrix products and for all other kernels of the row. Memory is counted beyond what the process held before.
+
+With several ``--device``, such as ``cuda:0,cuda`` for one GPU and for all, each row runs on each of them, and
+``same_figures`` says whether all figures equal those on the first, bit for bit.
 """
 
 from __future__ import annotations
@@ -171,7 +174,7 @@ def peak_memory(found: dict[str, Any], device: str) -> Iterator[None]:
 
     before, peak, ended = resident(), [0], threading.Event()
     held = 0
-    if device == "cuda":
+    if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
@@ -188,7 +191,7 @@ def peak_memory(found: dict[str, Any], device: str) -> Iterator[None]:
         ended.set()
         watcher.join()
     found["host_bytes"] = max(peak[0] - before, 0)
-    found["device_bytes"] = torch.cuda.max_memory_allocated() - held if device == "cuda" else None
+    found["device_bytes"] = torch.cuda.max_memory_allocated() - held if device.startswith("cuda") else None
 
 
 def main() -> None:
@@ -200,6 +203,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="windows that run together")
     parser.add_argument("--resume", action="store_true", help="keep hidden states on disk, as the command does")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--cached", action="store_true", help="leave files in the page cache: computing alone is timed")
+    parser.add_argument("--models", type=Path, help="folder that keeps the models for another run")
+    parser.add_argument("--make", action="store_true", help="make the models, and end")
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     import transformers
@@ -207,56 +213,70 @@ def main() -> None:
 
     import quarkconv
 
-    shape = SHAPES[options.shape]
-    folder = Path(tempfile.mkdtemp())
+    shape, devices = SHAPES[options.shape], options.device.split(",")
+    folder = options.models or Path(tempfile.mkdtemp())
+    folder.mkdir(exist_ok=True)
     try:
         started = time.perf_counter()
-        quantized, before = make_models(shape, options.layers, folder, options.device)
-        print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        quantized, before = folder / "int8", folder / "bf16"
+        if not before.is_dir():
+            make_models(shape, options.layers, folder, devices[0])
+            print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
+        if options.make:
+            return
         rows: list[dict[str, Any]] = []
         for windows, length in (tuple(map(int, row.split("x"))) for row in options.rows.split(",")):
             ids = folder / f"ids-{windows}x{length}.safetensors"
             save_file({"token_ids": torch.randint(0, shape.vocabulary, (windows, length))}, ids)
 
-            def evaluate(count: int, ids: Path = ids) -> Any:
-                return quarkconv.evaluate_checkpoint(
-                    quantized, before, token_ids=ids, windows=count, batch=options.batch, device=options.device,
-                    resume=options.resume,
-                )  # fmt: skip
+            figures: list[Any] = []
+            for device in devices:
+                row: dict[str, Any] = {"device": device, "windows": windows, "window": length,
+                                       "tokens": windows * length}  # fmt: skip
+                few = min(windows, options.profile)
 
-            few = min(windows, options.profile)
-            began = time.perf_counter()
-            evaluate(few)
-            row: dict[str, Any] = {"windows": windows, "window": length, "tokens": windows * length,
-                                   "first_seconds": time.perf_counter() - began}  # fmt: skip
-            if options.device == "cuda":
-                row["kernels"] = kernel_time(lambda: evaluate(few)) | {"windows": few}  # noqa: B023
-            drop([quantized, before])
-            row["reading_once"] = read_once([quantized, before])
-            drop([quantized, before])
-            with peak_memory(row, options.device):
+                def evaluate(count: int, ids: Path = ids, device: str = device) -> Any:
+                    return quarkconv.evaluate_checkpoint(
+                        quantized, before, token_ids=ids, windows=count, batch=options.batch, device=device,
+                        resume=options.resume,
+                    )  # fmt: skip
+
                 began = time.perf_counter()
-                found = evaluate(windows)
-                row["seconds"] = time.perf_counter() - began
-            row["over_reading"] = row["seconds"] / row["reading_once"]["seconds"]
-            if options.device == "cuda":
-                for kind in ("products", "others"):
-                    row[kind] = row["kernels"][kind] * windows / few
-                row["over_products"] = row["seconds"] / row["products"]
-            row["kl"], row["own"] = found.int8.mean, [layer.own for layer in found.layers]
-            rows.append(row)
-            print(json.dumps(row), file=sys.stderr, flush=True)
+                evaluate(few)
+                row["first_seconds"] = time.perf_counter() - began
+                if device.startswith("cuda"):
+                    row["kernels"] = kernel_time(lambda: evaluate(few)) | {"windows": few}  # noqa: B023
+                    for kind in ("products", "others"):
+                        row[kind] = row["kernels"][kind] * windows / few
+                if not options.cached:
+                    drop([quantized, before])
+                    row["reading_once"] = read_once([quantized, before])
+                    drop([quantized, before])
+                with peak_memory(row, device):
+                    began = time.perf_counter()
+                    found = evaluate(windows)
+                    row["seconds"] = time.perf_counter() - began
+                if not options.cached:
+                    row["over_reading"] = row["seconds"] / row["reading_once"]["seconds"]
+                if "products" in row:
+                    row["over_products"] = row["seconds"] / row["products"]
+                row["kl"], row["own"] = found.int8.mean, [layer.own for layer in found.layers]
+                figures.append(found.to_json() | {"device": None})
+                row["same_figures"] = figures[-1] == figures[0]
+                rows.append(row)
+                print(json.dumps(row), file=sys.stderr, flush=True)
         layer = {path.name: (path / "layer-0.safetensors").stat().st_size for path in (quantized, before)}
         result = {
             "benchmark": "evaluate", "shape": shape._asdict(), "layers": options.layers, "layer_bytes": layer,
-            "device": torch.cuda.get_device_name() if options.device == "cuda" else options.device,
+            "device": torch.cuda.get_device_name() if devices[0].startswith("cuda") else devices[0],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "rows": rows,
         }  # fmt: skip
         print(json.dumps(result, indent=1))
         if options.out:
             options.out.write_text(json.dumps(result, indent=1) + "\n")
     finally:
-        shutil.rmtree(folder)
+        if options.models is None:
+            shutil.rmtree(folder)
 
 
 if __name__ == "__main__":
