@@ -5,8 +5,9 @@ model_class  config.json -> the model's transformers class on the meta device
 skeleton     that model, its layers filled and emptied one by one; forward: its forward pass, one layer at a time
 weights      a checkpoint in any layout -> float tensors under the names of the unquantized model; read_ahead: in order
 int8         linears and routed experts that compute in INT8; int8_layer: those of one decoder layer
-streams      hidden states of several variants of the model, layer by layer; sums: their errors
-scores       logits -> perplexity, KL divergence, agreement
+streams      one layer of several variants of the model; sums: their errors
+hidden_states  those between two layers, on a GPU or in page-locked memory; calls: what layers take beside them
+scoring      hidden states after the last layer -> logits; scores: logits -> perplexity, KL divergence, agreement
 request      options of the caller and their checks; same_model: whether two checkpoints are one model
 run          one evaluation under way
 evaluation   all of it; results: its figures as data; state: finished layers on disk

@@ -14,7 +14,7 @@ from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_folder, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
-from quarkconv.evaluate.run import Place, Run
+from quarkconv.evaluate.run import LeftOut, Run
 from quarkconv.evaluate.same_model import require_same_model, require_same_tokenizer, require_unquantized
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
@@ -98,7 +98,7 @@ def evaluate_checkpoint(
         require_unquantized(original)
         require_same_tokenizer(root, other)
     with ExitStack() as stack:
-        runners = [layer_runner(description, original, place, layers, stack) for place in devices]
+        runners = [layer_runner(description, original, item, layers, stack) for item in devices]
         tokens.check_vocabulary(runners[0].quantized.skeleton.vocabulary)
         run = Run(runners, tokens, batch, progress)
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
@@ -106,7 +106,7 @@ def evaluate_checkpoint(
         scores = run.scores(streams)
         evaluated = _layers(runners[0], streams.sums)
         experts = _worst_experts(streams.sums)
-        ablations = run.ablations(streams, scores, _worst_places(evaluated, experts, ablate))
+        ablations = run.ablations(streams, scores, _worst_parts(evaluated, experts, ablate))
         if state is not None:
             state.remove()
     return Evaluation(
@@ -117,7 +117,7 @@ def evaluate_checkpoint(
         windows=tokens.count,
         window=tokens.length,
         scored=tokens.count * len(tokens.scored),
-        device=" + ".join(str(place) for place in devices),
+        device=" + ".join(map(str, devices)),
         perplexity={
             name: scores[name].perplexity() if name in scores else None for name in (INT8, DEQUANTIZED, UNQUANTIZED)
         },
@@ -240,10 +240,10 @@ def _layers(runner: LayerRunner, sums: list[LayerSums]) -> tuple[LayerEvaluation
     return tuple(found)
 
 
-def _worst_places(layers: Sequence[LayerEvaluation], experts: Sequence[ExpertError], count: int) -> list[Place]:
+def _worst_parts(layers: Sequence[LayerEvaluation], experts: Sequence[ExpertError], count: int) -> list[LeftOut]:
     """The worst layers, then the worst experts, ``count`` of each."""
     worst = sorted(layers, key=lambda layer: -layer.own)[:count]
-    return [Place(layer.index) for layer in worst] + [Place(item.layer, item.expert) for item in experts[:count]]
+    return [LeftOut(layer.index) for layer in worst] + [LeftOut(item.layer, item.expert) for item in experts[:count]]
 
 
 def _worst_experts(sums: list[LayerSums]) -> tuple[ExpertError, ...]:

@@ -30,8 +30,8 @@ BATCH_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
 """Tokens of a batch, where ``batch`` is not given. A GPU waits for the host between the kernels of small batches."""
 
 
-class Place(NamedTuple):
-    """A decoder layer, or one routed expert of it."""
+class LeftOut(NamedTuple):
+    """A decoder layer, or one routed expert of it, that is left as in the baseline."""
 
     layer: int
     expert: int | None = None
@@ -78,7 +78,7 @@ class Run:
         variants: Sequence[str],
         state: EvaluationState | None,
         record: str | Path | None = None,
-        ablated: dict[str, Place] | None = None,
+        ablated: dict[str, LeftOut] | None = None,
     ) -> Streams:
         """Carry variants through all layers.
 
@@ -153,10 +153,10 @@ class Run:
         number: int,
         streams: Streams,
         calls: list[Calls],
-        ablated: dict[str, Place],
+        ablated: dict[str, LeftOut],
         recorded: dict[str, Tensor] | None,
     ) -> None:
-        without = {name: place.expert for name, place in ablated.items() if place.layer == number}
+        without = {name: part.expert for name, part in ablated.items() if part.layer == number}
         parts: dict[tuple[str, int], Tensor] = {}
 
         def share(device: int) -> dict[int, LayerSums]:
@@ -224,19 +224,19 @@ class Run:
                 scores[name].extend(values)
         return scores
 
-    def ablations(self, streams: Streams, scores: dict[str, TokenScores], places: Sequence[Place]) -> list[Ablation]:
+    def ablations(self, streams: Streams, scores: dict[str, TokenScores], parts: Sequence[LeftOut]) -> list[Ablation]:
         """The model with single layers and experts left as in the baseline, all in one more pass.
 
         Args:
             streams: hidden states after the last layer.
             scores: of the same.
-            places: the layers and experts, each left unquantized by itself.
+            parts: the layers and experts, each left unquantized by itself.
         """
-        if not places or INT8 not in scores:
+        if not parts or INT8 not in scores:
             return []
         whole = scores[INT8].divergence()
         assert whole is not None
-        names = {f"without {place}": place for place in places}
+        names = {f"without {part}": part for part in parts}
         again = self.layers_of(list(names), None, ablated=names)
         again.outputs[self.baseline] = streams.outputs[self.baseline]
         found = self.scores(again)

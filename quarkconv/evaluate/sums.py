@@ -124,7 +124,8 @@ def squares(tensor: Tensor) -> Tensor:
     A row is read once; in float64 the tensor would be written and read several times.
     """
     wide = torch.promote_types(tensor.dtype, torch.float32)
-    return torch.linalg.vector_norm(tensor, dim=-1, dtype=wide).double().square().sum()
+    norms: Tensor = torch.linalg.vector_norm(tensor, dim=-1, dtype=wide)
+    return norms.double().square().sum()
 
 
 def difference(one: Tensor, other: Tensor) -> Tensor:
