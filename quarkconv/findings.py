@@ -129,7 +129,10 @@ CODES: Final[dict[str, FindingCode]] = {
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
-        _E, "Routed experts have names, or a layout, that quarkconv does not know.", _UNSUPPORTED
+        _E,
+        "Routed experts have names, or a layout, that quarkconv does not know. Targets that write modules one by one "
+        "convert experts whose modules can be read, with a warning.",
+        _UNSUPPORTED,
     ),
     "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
     # Changes by a conversion (reported by convert, for one target)
@@ -141,6 +144,8 @@ CODES: Final[dict[str, FindingCode]] = {
 }
 """Code -> default severity and meaning. Codes are stable."""
 
+NOT_UNDERSTOOD: Final = "experts-not-understood"
+"""The code of experts that targets convert which write every module as it is stored."""
 PASSED_ON: Final = frozenset({"file-unused", "tensor-unrecognised", "companion-unknown"})
 """Files that conversion leaves out, and tensors that it copies unread; ``convert`` and ``verify`` report these."""
 

@@ -132,7 +132,9 @@ def _output_json(source: Path | str, output: RankOutput) -> dict[str, Any]:
         "output": str(output.location),
         "target": plan.target,
         "scheme": plan.scheme,
-        "moe": {
+        "moe": None
+        if plan.moe is None
+        else {
             "layers": list(plan.moe.layers),
             "experts": plan.moe.experts,
             "hidden_size": plan.moe.hidden_size,

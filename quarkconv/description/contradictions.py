@@ -10,7 +10,7 @@ from quarkconv.description.int8_modules import CONVERT, int8_defects
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
-from quarkconv.findings import Finding, Severity, finding, findings_about
+from quarkconv.findings import NOT_UNDERSTOOD, Finding, Severity, finding, findings_about
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import Groups, ResolvedModules
 from quarkconv.scheme.spec import FLOAT, TensorSpec
@@ -262,7 +262,7 @@ def _scheme(
     if len(names_found) > 1:
         subject = "config.json" if declared is None else declared.subject
         yield finding("mixed-scheme", subject, f"The int8 modules use {' and '.join(names_found)}")
-    if not topology.members and not any(item.code == "experts-not-understood" for item in topology.findings):
+    if not topology.members and not any(item.code == NOT_UNDERSTOOD for item in topology.findings):
         quantized = bool(schemes)
         yield finding(
             "not-moe",

@@ -22,6 +22,7 @@ from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
 from quarkconv.experts.naming import ENGINE_NAMES, FUSED_LEAVES, STACKED_MODEL_TYPES, ExpertNaming
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
+from quarkconv.experts.unread import are_modules
 from quarkconv.files.base import Files
 from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
@@ -50,7 +51,7 @@ class Description:
         stored: the modules that have a weight.
         modules: the same, with the scheme of each.
         topology: the routed experts.
-        others: all other modules, grouped as in ``modules``.
+        others: the modules that are in no layer of experts, grouped as in ``modules``.
         findings: everything that is wrong or worth knowing, worst first.
         is_mtp: whether a tensor or module belongs to a layer of multi-token prediction.
         is_float: whether engines keep a linear in float.
@@ -84,10 +85,18 @@ class Description:
         return tuple(layer for layer in self.topology.layers if layer.quantized)
 
     @property
+    def renamed_experts(self) -> list[str]:
+        """Experts that make no layer, where each is a linear that targets can write as it is; else none."""
+        unread = self.topology.unread
+        if not unread or not are_modules(self.stored, unread):
+            return []
+        return [name for name in self.stored.linears if name in unread]
+
+    @property
     def float_linears(self) -> list[str]:
         """The linears that are stored in float, routed experts among them."""
-        members = self.topology.members
-        return [name for name, form in self.stored if form.is_float and (name in members or is_linear(name, form))]
+        experts = self.topology.members | self.topology.unread
+        return [name for name, form in self.stored if form.is_float and (name in experts or is_linear(name, form))]
 
     @property
     def schemes(self) -> Counter[ModuleScheme]:
@@ -180,7 +189,7 @@ def described(
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
-        others = modules.outside(topology.members)
+        others = modules.outside(topology.members - topology.unread)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(others, is_float)
         fp8 = fp8_groups(modules, stored, topology.layers)

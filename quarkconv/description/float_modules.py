@@ -33,6 +33,8 @@ def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
     moe_modules = {layer.moe for layer in topology.layers}
 
     def is_float(module: str) -> bool:
+        if module in topology.unread:
+            return False
         if module.endswith(_DOTTED_ENDS) or module in _ENDS:
             return True
         known = family(module)

@@ -15,7 +15,7 @@ from quarkconv.description.description import Description, described
 from quarkconv.dtypes import QUANTIZABLE, TensorType
 from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
 from quarkconv.experts.families import FLOAT_ENDS
-from quarkconv.findings import refusal
+from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
@@ -61,6 +61,7 @@ def quantized_description(description: Description, options: SourceOptions) -> D
         UnsupportedError: no module is left, the layout is not supported, or the scheme needs calibration.
     """
     _check_dtypes(description, options)
+    _check_experts(description)
     is_excluded = _exclusion(description, options.exclude)
     modules = dict(_modules(description, options, is_excluded))
     root = str(description.checkpoint.root)
@@ -90,12 +91,16 @@ def quantized_description(description: Description, options: SourceOptions) -> D
     return described(virtual, description.declared, mtp_dropped=description.mtp_dropped)
 
 
+def _check_experts(description: Description) -> None:
+    """Refuse experts that are not understood: which of their tensors engines keep in float is unknown."""
+    unread = (item for item in description.findings if item.code == NOT_UNDERSTOOD)
+    blocked = refusal(unread, str(description.checkpoint.root), "source", "quantized")
+    if blocked is not None:
+        raise blocked
+
+
 def _nothing_left(description: Description, options: SourceOptions, root: str) -> QuarkconvError:
     """The reason why no module is quantized."""
-    unread = (item for item in description.findings if item.code == "experts-not-understood")
-    blocked = refusal(unread, root, "source", "quantized")
-    if blocked is not None:
-        return blocked
     undeclared = options.quantize == "missing" and description.declared is None
     return UnsupportedError(
         "The config declares no module quantized" if undeclared else "Nothing is left to quantize",

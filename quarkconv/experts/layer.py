@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from quarkconv.experts.naming import ROLES, ExpertNaming, Role
+from quarkconv.experts.naming import PAIRED, ROLES, ExpertNaming, Role
 from quarkconv.experts.ranks import Rank
 from quarkconv.scheme.spec import PER_CHANNEL
 from quarkconv.scheme.stored import Form, TensorNames, fused_names, linear_names
@@ -62,6 +62,7 @@ class MoELayer:
         interleaved: the rows of gate and up in it alternate; None where that is not known.
         biased: the projections have biases, which are stored in float.
         transposed: the matrices of fused tensors are [in, out]; such experts are float.
+        paired: fused tensors are the weights of linears, ``input_linear.weight`` and ``output_linear.weight``.
     """
 
     index: int
@@ -79,6 +80,7 @@ class MoELayer:
     interleaved: bool | None = False
     biased: bool = False
     transposed: bool = False
+    paired: bool = False
 
     @property
     def roles(self) -> tuple[Role, ...]:
@@ -140,10 +142,11 @@ class MoELayer:
             return StoredProjection(linear_names(f"{self.prefix}.{expert}.{leaf}"), form, whole, whole)
         if self.layout == "stacked":
             return StoredProjection(linear_names(f"{self.moe}.{leaf}"), self.forms[role][0], matrix, matrix)
+        gate_up, down = self._fused_modules
+        names_of = linear_names if self.paired else fused_names
         if role == "down":
-            names = fused_names(f"{self.prefix}.{self.naming.fused_down}")
-            return StoredProjection(names, self.forms["down"][0], matrix, matrix)
-        names, form = fused_names(f"{self.prefix}.{self.naming.fused_gate_up}"), self.forms["gate"][0]
+            return StoredProjection(names_of(down), self.forms["down"][0], matrix, matrix)
+        names, form = names_of(gate_up), self.forms["gate"][0]
         half = Part(2 * expert + (role == "up"), 2 * self.experts)
         return StoredProjection(names, form, half, half if form.granularity == PER_CHANNEL else matrix)
 
@@ -161,5 +164,14 @@ class MoELayer:
             else:
                 yield role, 0, f"{self.moe}.{name}"
         if self.layout == "fused":
-            yield "gate", 0, f"{self.prefix}.{self.naming.fused_gate_up}"
-            yield "down", 0, f"{self.prefix}.{self.naming.fused_down}"
+            gate_up, down = self._fused_modules
+            yield "gate", 0, gate_up
+            yield "down", 0, down
+
+    @property
+    def _fused_modules(self) -> tuple[str, str]:
+        """The modules of gate_up and down that hold all experts of a fused layer."""
+        if self.paired:
+            gate_up, down = (f"{self.moe}.{leaf}" for leaf in PAIRED)
+            return gate_up, down
+        return f"{self.prefix}.{self.naming.fused_gate_up}", f"{self.prefix}.{self.naming.fused_down}"

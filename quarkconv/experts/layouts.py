@@ -6,8 +6,9 @@ from typing import Final
 
 from quarkconv.experts.family import Family
 from quarkconv.experts.layer import Layout, MoELayer
-from quarkconv.experts.naming import EXPERTS, NAMINGS, ROLES, ExpertNaming, Role
-from quarkconv.findings import Finding, finding
+from quarkconv.experts.naming import EXPERTS, NAMINGS, PAIRED, ROLES, ExpertNaming, Role
+from quarkconv.experts.unread import RENAMED_HINT
+from quarkconv.findings import NOT_UNDERSTOOD, Finding, finding
 from quarkconv.headers.entries import distinct
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
@@ -63,10 +64,10 @@ def per_expert_layer(
         biased and not all(stored.has_bias(f"{prefix}.{n}.{name}") for n in range(experts) for name in leaves.values())
     ):
         return finding(
-            "experts-not-understood",
+            NOT_UNDERSTOOD,
             prefix,
             "Only some projections of the experts have a bias",
-            hint="engines expect biases on all of them, or on none",
+            hint=f"engines expect biases on all of them, or on none; {RENAMED_HINT}",
         )
     all_forms = frozenset().union(*kept.values())
     return MoELayer(
@@ -141,10 +142,10 @@ def _two_sizes(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool
     if len(set(sizes)) < 2:
         return None
     return finding(
-        "experts-not-understood",
+        NOT_UNDERSTOOD,
         prefix,
         f"The layer has experts of intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
-        hint="quarkconv reads layers whose experts are of one size",
+        hint=RENAMED_HINT,
         count=len(sizes),
     )
 
@@ -183,6 +184,9 @@ def single_tensor_layer(
     if len(parts) != len(tensors):
         return finding("layout-conflict", prefix, "The layer mixes names of two families")
     moe = prefix.removesuffix(f".{EXPERTS}")
+    paired = layout == "fused" and any(f"{moe}.{leaf}" in stored.linears for leaf in PAIRED)
+    if paired and any(f"{prefix}.{leaf}" in stored.fused for leaf in (naming.fused_gate_up, naming.fused_down)):
+        return finding("layout-conflict", prefix, f"The layer stores its experts as {' and '.join(PAIRED)} and fused")
     experts, rows, hidden = parts[needed[0]].weight.shape
     intermediate = rows // 2 if layout == "fused" else rows
     shapes = {
@@ -207,7 +211,7 @@ def single_tensor_layer(
         forms = {"gate": (parts["gate"],), "up": (parts["up"],), **forms}
     all_forms = frozenset(parts.values())
     interleaved = layout == "fused" and family is not None and family.interleaved
-    biased = _has_biases(prefix, naming, layout, stored)
+    biased = _has_biases(prefix, naming, layout, stored, paired=paired)
     kinds = {
         "with transposed matrices": transposed,
         "with alternating rows of gate and up": interleaved,
@@ -216,7 +220,7 @@ def single_tensor_layer(
     unread = [kind for kind, found in kinds.items() if found]
     if unread and any(form.quantized for form in all_forms):
         return finding(
-            "experts-not-understood",
+            NOT_UNDERSTOOD,
             prefix,
             f"The layer stores its int8 experts in one tensor, {' and '.join(unread)}",
             hint="no engine loads these: quantize the model with its experts one by one",
@@ -235,15 +239,17 @@ def single_tensor_layer(
         transposed=transposed,
         biased=biased,
         interleaved=interleaved,
+        paired=paired,
     )
 
 
-def _has_biases(prefix: str, naming: ExpertNaming, layout: Layout, stored: StoredModules) -> bool:
+def _has_biases(prefix: str, naming: ExpertNaming, layout: Layout, stored: StoredModules, *, paired: bool) -> bool:
     """Whether experts that share tensors have biases: ``experts.down_proj_bias``, or ``moe.down_proj.bias``."""
-    if layout == "fused":
+    if layout == "fused" and not paired:
         return any(f"{prefix}.{leaf}_bias" in stored.tensors for leaf in (naming.fused_gate_up, naming.fused_down))
     moe = prefix.removesuffix(f".{EXPERTS}")
-    return any(stored.has_bias(f"{module}.{leaf}") for module in (moe, prefix) for leaf in naming.projections())
+    leaves = PAIRED if paired else naming.projections()
+    return any(stored.has_bias(f"{module}.{leaf}") for module in (moe, prefix) for leaf in leaves)
 
 
 def _transposed(parts: dict[str, Form]) -> bool:

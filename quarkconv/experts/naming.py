@@ -78,6 +78,11 @@ STACKED: Final[dict[str, tuple[ExpertNaming, Role]]] = {
 }
 """Name of a projection of all experts in one tensor (3-key) -> its family and role."""
 
+PAIRED: Final[dict[str, str]] = {"input_linear": "gate_up", "output_linear": "down"}
+"""Linears of the MoE module that hold all experts as published (granitemoe, granitemoehybrid) -> their part: weights
+[E, 2I, H], gate before up, and [E, H, I]. Their scales have the same names, ``input_linear.weight_scale`` [E, 2I, 1]
+(``load_weights`` of vLLM 0.33's granitemoehybrid.py, for checkpoints of llm-compressor)."""
+
 FUSED_LEAVES: Final = frozenset(
     name for naming in NAMINGS for name in (naming.fused_gate_up, naming.fused_down) if name is not None
 )

@@ -12,16 +12,14 @@ from quarkconv.experts.layer import Layout as Layout
 from quarkconv.experts.layer import MoELayer as MoELayer
 from quarkconv.experts.layer import Part as Part
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
-from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, STACKED, ExpertNaming
+from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, PAIRED, STACKED, ExpertNaming
+from quarkconv.experts.unread import names_not_understood, unread_findings
 from quarkconv.findings import Finding, finding, findings_about
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
-_INSIDE: Final = f".{EXPERTS}."
-_NUMBERED: Final = re.compile(r"\.(?!shared)\w*experts?(?:\w*[._])?\d+\.")
-"""An expert of a number, under any name: ``local_experts.3.``, ``expert_list.3.``, ``expert_3.``."""
 _STACK_ORDER: Final = tuple(STACKS)
 _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
@@ -34,11 +32,13 @@ class Topology(NamedTuple):
         layers: the layers whose experts are complete.
         findings: missing experts, and shapes and names that do not fit.
         members: names of all modules that are routed experts, also of incomplete layers.
+        unread: modules and tensors of experts that make no layer: under unknown names, or in an unknown layout.
     """
 
     layers: tuple[MoELayer, ...]
     findings: tuple[Finding, ...]
     members: frozenset[str]
+    unread: frozenset[str] = frozenset()
 
 
 def expert_topology(
@@ -64,14 +64,16 @@ def expert_topology(
     layers.sort(key=lambda layer: (_stack(layer.prefix), layer.index, layer.prefix))
     members = frozenset(collected.members)
     known = members.union(collected.misspelt) if collected.misspelt else members
+    unknown = names_not_understood(stored, known, config_experts)
     findings = (
         *_misspelt(collected.misspelt),
         *(item for item in built if isinstance(item, Finding)),
         *_wrong_counts(layers, experts_of or (lambda _: config_experts)),
         *_mixed_geometry(layers),
-        *_not_understood(stored, known, config_experts),
+        *unread_findings(stored, unknown, known, config_experts),
     )
-    return Topology(tuple(layers), findings, members)
+    in_layers = {module for layer in layers for module in layer.module_names} if len(layers) < len(built) else members
+    return Topology(tuple(layers), findings, members, members.difference(in_layers).union(unknown))
 
 
 def _layers(
@@ -110,36 +112,6 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
         f"{plural(len(modules), 'module')} with an expert number in a form that no engine writes, such as 01",
         hint="conversion treats them as ordinary linears; engines drop them",
     )
-
-
-def _not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> Iterator[Finding]:
-    """Experts with unknown names, and experts that config.json declares without stored tensors."""
-    names = [module for module in stored.linears if module not in known and "expert" in module and _is_expert(module)]
-    names += [
-        name
-        for name in stored.plain
-        if (_INSIDE in name or name.endswith(_EXPERT_SUFFIX))
-        and known.isdisjoint((name, name.rpartition(".")[0], name.removesuffix("_bias")))
-    ]
-    message = f"{plural(len(names), 'tensor')} of experts under unknown names"
-    if known:
-        hint = "conversion copies them as they are; engines may drop them"
-        yield from findings_about("tensor-unrecognised", names, message, hint=hint)
-    else:
-        hint = "quarkconv cannot convert tensors of unknown meaning"
-        yield from findings_about("experts-not-understood", names, message, hint=hint)
-    if not names and not known and config_experts is not None and config_experts > 1:
-        yield finding(
-            "experts-not-understood",
-            "config.json",
-            f"config.json declares {config_experts} routed experts per layer, and no tensor is named like one",
-            hint="quarkconv cannot tell which tensors are the experts, and so converts none",
-        )
-
-
-def _is_expert(module: str) -> bool:
-    """Whether the name of a module is that of a routed expert: inside ``experts``, or numbered."""
-    return _INSIDE in module or _NUMBERED.search(module) is not None
 
 
 def _wrong_counts(layers: list[MoELayer], experts_of: Callable[[str], int | None]) -> Iterator[Finding]:
@@ -191,6 +163,9 @@ def _collect(stored: StoredModules) -> _Collected:
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
         if leaf not in LEAVES:
+            if leaf in PAIRED and id(form) in single_tensors:
+                single.setdefault(head + _EXPERT_SUFFIX, {})[NAMINGS[0], PAIRED[leaf]] = form
+                members.append(module)
             continue
         if single_tensors and id(form) in single_tensors:  # 3-key: the tensors of all experts, below the MoE module
             if leaf in STACKED:

@@ -274,6 +274,8 @@ def _latest(version: str) -> tuple[int, ...]:
 def stored_form(description: Description) -> str | None:
     """The form of a checkpoint, as the table names it; None for forms outside the table."""
     method = description.declared.method if description.declared else None
+    if any(layer.paired for layer in description.moe_layers):
+        return None
     if method == "compressed-tensors":
         fused = description.moe_layers and description.moe_layers[0].layout == "fused"
         return "fused-int8" if fused else "compressed-tensors"

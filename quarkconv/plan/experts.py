@@ -131,8 +131,10 @@ def zero_checks(resolved: ResolvedModules, fused: Collection[str], refs: Mapping
                     yield Check("zero", Copy.whole(name, refs[name]))
 
 
-def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry:
-    """E, k, H and I of converted layers (at least one), for a rank."""
+def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry | None:
+    """E, k, H and I of converted layers, for a rank; None without any."""
+    if not layers:
+        return None
     return MoEGeometry(
         layers=tuple(layer.index for layer in layers),
         prefixes=tuple(layer.prefix for layer in layers),

@@ -116,12 +116,14 @@ def _divides(scale_nbytes: int, codes: int) -> bool:
     return not rest and (codes % rows == 0 if rows else codes == 0)
 
 
-def moe_from_json(value: dict[str, Any]) -> MoEGeometry:
-    """The geometry of the experts, of which :func:`dataclasses.asdict` gives the JSON.
+def moe_from_json(value: dict[str, Any] | None) -> MoEGeometry | None:
+    """The geometry of the experts, of which :func:`dataclasses.asdict` gives the JSON; None for null.
 
     Raises:
         KeyError, TypeError: it is malformed.
     """
+    if value is None:
+        return None
     top_k, activation = value["top_k"], value["activation_function"]
     return MoEGeometry(
         layers=tuple(map(count, value["layers"])),

@@ -87,7 +87,7 @@ class Manifest:
     target: str
     scheme: str
     producer_version: str | None
-    moe: MoEGeometry
+    moe: MoEGeometry | None
     sources: tuple[SourceFile, ...]
     shards: tuple[WrittenShard, ...]
     files: tuple[WrittenFile, ...]
@@ -112,7 +112,7 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         "target": manifest.target,
         "scheme": manifest.scheme,
         "producer_version": manifest.producer_version,
-        "moe": asdict(manifest.moe),
+        "moe": None if manifest.moe is None else asdict(manifest.moe),
         "sources": manifest.sources,
         "shards": [
             {

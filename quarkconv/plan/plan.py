@@ -33,7 +33,7 @@ class Plan:
         scheme: scheme of the source.
         producer_version: version of the tool that quantized the source, where its config says so.
         max_shard_size: largest size of a shard's data in bytes; a larger tensor has a file of its own.
-        moe: geometry of the experts.
+        moe: geometry of the experts; None where they were not recognised.
         sources: the shards of the source.
         checks: conditions on the source's data, checked before anything is written.
         shards: the safetensors files to write.
@@ -49,7 +49,7 @@ class Plan:
     scheme: str
     producer_version: str | None
     max_shard_size: int
-    moe: MoEGeometry
+    moe: MoEGeometry | None
     sources: tuple[SourceFile, ...]
     checks: tuple[Check, ...]
     shards: tuple[OutputShard, ...]
@@ -73,7 +73,7 @@ class Plan:
             "scheme": self.scheme,
             "producer_version": self.producer_version,
             "max_shard_size": self.max_shard_size,
-            "moe": asdict(self.moe),
+            "moe": None if self.moe is None else asdict(self.moe),
             "sources": self.sources,
             "checks": [
                 [check.kind, *(piece_to_json(source, number) for source in check.reads())] for check in self.checks

@@ -23,6 +23,7 @@ class Target(ABC):
     Attributes:
         name: as given to ``--to``.
         summary: one line for people.
+        stacks: whether experts of a layer share tensors; False for targets that write every module as it is stored.
         by_rank: whether the experts can be divided among ranks.
         static_inputs: False when the scales of activations are always computed for each token.
         keeps_fp8: True when the config can express modules in FP8 beside INT8 experts.
@@ -33,6 +34,7 @@ class Target(ABC):
 
     name: ClassVar[str]
     summary: ClassVar[str]
+    stacks: ClassVar[bool] = True
     by_rank: ClassVar[bool] = False
     quantizes: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
@@ -42,9 +44,10 @@ class Target(ABC):
 
     def unsupported(self, description: Description) -> str | None:
         """The reason why this target cannot represent a valid checkpoint; None if it can."""
-        if not description.moe_layers:
+        unread = description.renamed_experts if not self.stacks else []
+        if not description.moe_layers and not unread:
             return "it has no routed experts"
-        if not description.int8_layers:
+        if not description.int8_layers and not unread:
             return "its experts are stored in float"
         for layer in description.moe_layers:
             if layer.partly_quantized:

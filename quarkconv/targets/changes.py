@@ -8,7 +8,7 @@ from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
-from quarkconv.findings import PASSED_ON, Finding, bounded, finding, findings_about
+from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, Severity, bounded, finding, findings_about
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
@@ -31,6 +31,7 @@ def target_findings(description: Description, target: Target) -> tuple[Finding, 
 
 def _changes(description: Description, target: Target) -> Iterator[Finding]:
     yield from target.losses(description)
+    yield from _renamed_experts(description, target)
     names = target.dropped(description)
     left_out = plural(len(names), "scale or zero point", "scales and zero points")
     yield from findings_about("tensor-dropped", names, f"{left_out} of activations left out")
@@ -53,6 +54,20 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
             f"The layers of multi-token prediction are left out: {held}",
             count=len(dropped),
         )
+
+
+def _renamed_experts(description: Description, target: Target) -> Iterator[Finding]:
+    """The warning about experts that are converted though nothing is known of them but their tensors."""
+    if target.stacks or all(item.code != NOT_UNDERSTOOD for item in description.findings):
+        return
+    names = description.renamed_experts
+    yield from findings_about(
+        NOT_UNDERSTOOD,
+        names,
+        f"{plural(len(names), 'module')} of experts that were not recognised, converted under the names they have",
+        hint="whether an engine loads these names is not checked; verify --source compares every byte, no numbers",
+        severity=Severity.WARNING,
+    )
 
 
 def _left_in_float(description: Description) -> Iterator[Finding]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from quarkconv.description.description import Description
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import WHOLE, Rank
-from quarkconv.findings import refusal
+from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.targets.base import Target
 
 
@@ -23,7 +23,10 @@ def check_convertible(description: Description, target: Target, rank: Rank = WHO
         UnsupportedError: the source is not INT8, the target cannot represent it, or its experts cannot be divided.
     """
     root = str(description.checkpoint.root)
-    blocked = refusal(description.findings, root, "source", "converted")
+    findings = description.findings
+    if not target.stacks and description.renamed_experts:
+        findings = tuple(item for item in findings if item.code != NOT_UNDERSTOOD)
+    blocked = refusal(findings, root, "source", "converted")
     if blocked is not None:
         raise blocked
     if not description.config.rank.is_whole:

@@ -13,8 +13,11 @@ from quarkconv.targets.base import Target
 class PerExpertTarget(Target):
     """A target with an ``experts.N.gate_proj`` for every expert, or ``moe.gate_proj`` in 3-key models.
 
-    Projections of experts are written as any other int8 linear: see :meth:`Target.module_tensors`.
+    Projections of experts are written as any other int8 linear: see :meth:`Target.module_tensors`. So are experts that
+    are not understood, under the names that they have.
     """
+
+    stacks = False
 
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
         for module in expert_modules(source):

@@ -35,7 +35,7 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
         checks += target.expert_checks(source)
     in_float = frozenset(description.float_modules)
     for name, form in description.stored.linears.items():
-        if not form.quantized or name in description.topology.members:
+        if not form.quantized or (name in description.topology.members and name not in description.topology.unread):
             continue
         module = linear_module(name, form, refs)
         if name in in_float:

@@ -6,7 +6,7 @@ import math
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from quarkconv.findings import Finding
+from quarkconv.findings import NOT_UNDERSTOOD, Finding
 from quarkconv.text import plural
 from quarkconv.verify.layer_results import ExpertWeight, LayerExperts, LayerNumbers
 
@@ -154,9 +154,11 @@ class Verification:
         if self.problems:
             outcome = f"Not verified: {plural(len(self.problems), 'problem')}"
             return outcome + (f"; not checked: {' and '.join(skipped)}" if skipped else "")
+        checked = ["structure", *(name for name in ("bytes", "numbers") if name not in skipped)]
+        if "numbers" in checked and any(item.code == NOT_UNDERSTOOD for item in self.findings):
+            skipped.append("numbers of experts that were not recognised")
         if not skipped:
             return "Verified"
-        checked = ["structure", *(name for name in ("bytes", "numbers") if name not in skipped)]
         return f"Verified: {' and '.join(checked)}; not checked: {' and '.join(skipped)}"
 
     def to_json(self) -> dict[str, Any]:

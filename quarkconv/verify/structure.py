@@ -10,7 +10,7 @@ from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation, expert_routing
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import CODES, Finding
+from quarkconv.findings import CODES, NOT_UNDERSTOOD, Finding
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.places import layer_of
@@ -69,11 +69,20 @@ def _routing_of(config: Mapping[str, Any], layer: MoELayer) -> str:
 
 
 def _unexpected_errors(description: Description, manifest: Manifest | None) -> Iterator[Finding]:
-    """The errors of a checkpoint, except that a dequantized one is not quantized."""
+    """The errors that the conversion does not explain: bf16 is not quantized, and unknown names stay unknown."""
     dequantized = manifest is not None and manifest.target == DEQUANTIZED
     for item in description.errors():
-        if not dequantized or CODES[item.code].blocks is not UnsupportedError:
-            yield item
+        if dequantized and CODES[item.code].blocks is UnsupportedError:
+            continue
+        if item.code == NOT_UNDERSTOOD and manifest is not None and not _lost_layers(description, manifest):
+            continue
+        yield item
+
+
+def _lost_layers(description: Description, manifest: Manifest) -> bool:
+    """Whether experts that the conversion understood are not understood now, or not as modules of their own."""
+    understood = set() if manifest.moe is None else set(manifest.moe.prefixes)
+    return not description.renamed_experts or not understood <= {layer.prefix for layer in description.int8_layers}
 
 
 def _truncated(description: Description) -> Iterator[Problem]:

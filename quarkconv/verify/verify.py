@@ -14,7 +14,7 @@ from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
 from quarkconv.files.urls import is_url
-from quarkconv.findings import PASSED_ON, Finding, refusal
+from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
@@ -22,10 +22,12 @@ from quarkconv.load.select import LayerName, select_layers
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
+from quarkconv.text import examples, plural
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.numbers import backend_name, unsupported_activation
+from quarkconv.verify.origins import origin_problems
 from quarkconv.verify.parts import identity, scope_of
 from quarkconv.verify.results import BytesResult, NumbersResult, Problem, StructureResult, Verification, VerifiedPart
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
@@ -35,9 +37,9 @@ DEFAULT_TOKENS: Final = 64
 MAX_TOKENS: Final = 2**20
 
 
-_NOT_CHECKED: Final = PASSED_ON | {"mixed-precision"}
+_NOT_CHECKED: Final = PASSED_ON | {"mixed-precision", NOT_UNDERSTOOD}
 """Findings about files, tensors and linears that no stage checks, or whose numbers are not checked."""
-_NOT_COMPUTED: Final = frozenset({"scheme-unsupported", "scale-dtype", "experts-not-understood"})
+_NOT_COMPUTED: Final = frozenset({"scheme-unsupported", "scale-dtype", NOT_UNDERSTOOD})
 """Findings of checkpoints that are not INT8 W8A8, or not in all parts: nothing here computes them."""
 _AT_RUN_TIME: Final = {"rotation-online": "rotated", "smoothing-online": "multiplied by stored factors"}
 _NO_MANIFEST: Final = "no quarkconv.json: quarkconv did not write this checkpoint"
@@ -109,6 +111,7 @@ def verify_checkpoint(
     structure, problems = check_structure(description, manifest)
     if compared is not None:
         problems += function_problems(description, compared, chosen)
+        problems += origin_problems(description, manifest, compared) if manifest is not None else ()
     skipped = _why_no_numbers(
         description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
     )
@@ -216,6 +219,8 @@ def _why_no_numbers(
         return _NOT_REQUESTED
     if not structure.readable:
         return "the structure is broken"
+    if not layers and (unread := description.renamed_experts):
+        return f"{plural(len(unread), 'module')} of experts were not recognised: {examples(unread)}"
     if not layers:
         return "no experts are stored in int8" + (
             "" if with_source else "; --source compares their bytes with the dequantized codes of the source"

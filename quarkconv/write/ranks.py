@@ -123,12 +123,12 @@ def _is_rank(path: Path) -> bool:
 
 
 def _index(plans: Sequence[Plan], manifests: Sequence[Manifest]) -> dict[str, Any]:
-    first, moe = plans[0].rank, plans[0].moe
-    experts, intermediate = moe.experts, moe.intermediate_size  # E and I of the whole model, of which one is divided
+    first, parts = plans[0].rank, [plan.moe for plan in plans if plan.moe is not None]
+    experts, intermediate = parts[0].experts, parts[0].intermediate_size  # of the whole model, of which one is divided
     if first.parallel == "ep":
-        experts = sum(plan.moe.experts for plan in plans)
+        experts = sum(part.experts for part in parts)
     else:
-        intermediate = sum(plan.moe.intermediate_size for plan in plans)
+        intermediate = sum(part.intermediate_size for part in parts)
     return {
         "format": RANKS_FORMAT,
         "target": plans[0].target,

@@ -153,7 +153,7 @@ def test_int8_rows_of_gate_and_up_that_alternate_are_not_taken_for_halves(biases
 
 def test_a_bias_of_some_projections_is_unsupported(tmp_path: Path) -> None:
     source = with_biases(of=("down_proj",)).write(tmp_path)
-    assert refusal(source, "bf16").exit_code == 4
+    assert refusal(source, "fused-int8").exit_code == 4
 
 
 # Companions of weights

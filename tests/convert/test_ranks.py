@@ -122,6 +122,7 @@ def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
         plan = quarkconv.plan_conversion(root, "fused-int8", tp=2, rank=number)
         assert Plan.from_json(json.loads(json.dumps(plan.to_json()))) == plan
         assert plan.rank == Rank("tp", number, 2)
+        assert plan.moe is not None
         assert plan.moe.intermediate_size == 10
 
 

@@ -7,6 +7,7 @@ transformers has no class of these for Quark to export. Names and router tensors
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -15,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.checkpoints import Tensors, load
+from support.exports import DATA
 from support.model import int8_linear
 from support.quark_config import quark_config
 
@@ -172,23 +174,62 @@ def test_every_target_keeps_the_experts(name: str, target: str, tmp_path: Path) 
         assert all(torch.equal(after[name], before[name]) for name in codes)
 
 
-def test_experts_of_all_layers_in_one_tensor_of_three_dimensions_are_named(tmp_path: Path) -> None:
-    """granitemoehybrid as it is published; Quark 0.13 refuses such weights, and what another tool writes is unknown."""
+GRANITE: Final = DATA / "families" / "granitemoehybrid-0.13-eager"
+
+
+def paired(tensors: Tensors, scale_shape: str) -> Tensors:
+    """The experts of an export as granite publishes them: `input_linear` with gate before up, and `output_linear`."""
+    found = {name: tensor for name, tensor in tensors.items() if ".block_sparse_moe.experts." not in name}
     moe = "model.layers.0.block_sparse_moe"
-    tensors: Tensors = {f"{moe}.router.layer.weight": torch.ones(EXPERTS, HIDDEN).bfloat16()}
+    for name, leaves in (("input_linear", ("gate_proj", "up_proj")), ("output_linear", ("down_proj",))):
+        for end in ("weight", "weight_scale", *(["weight_zero_point"] if scale_shape == "[E, out]" else [])):
+            parts = [
+                torch.cat([tensors[f"{moe}.experts.{expert}.{leaf}.{end}"] for leaf in leaves]) for expert in range(4)
+            ]
+            stacked = torch.stack(parts)
+            found[f"{moe}.{name}.{end}"] = (
+                stacked.unsqueeze(-1) if stacked.ndim == 2 and scale_shape == "[E, out, 1]" else stacked
+            )
+    return found
+
+
+@pytest.mark.parametrize("scale_shape", ["[E, out]", "[E, out, 1]"])
+@pytest.mark.parametrize("target", TARGETS)
+def test_experts_in_two_linears_of_three_dimensions_are_those_of_the_same_model_one_by_one(
+    target: str, scale_shape: str, tmp_path: Path
+) -> None:
+    """granitemoehybrid as it is published, in int8; vLLM's granitemoehybrid.py loads scales of [E, out, 1]."""
+    source = tmp_path / "source"
+    source.mkdir()
+    save_file(paired(load(GRANITE), scale_shape), source / "model.safetensors")
+    shutil.copy(GRANITE / "config.json", source)
+    inspection = quarkconv.inspect_checkpoint(source, deep=True)
+    assert inspection.headline.startswith("Sound")
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out").output
+    found, expected = load(out), load(quarkconv.convert_checkpoint(GRANITE, target, tmp_path / "expected").output)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    verified = quarkconv.verify_checkpoint(out, source, device="cpu", tokens=8)
+    assert verified.problems == ()
+    assert verified.numbers.skipped is None or target == "bf16"
+    assert quarkconv.verify_checkpoint(source, device="cpu", tokens=8).numbers.layers[0].ok
+
+
+def test_float_experts_in_two_linears_of_three_dimensions_are_quantized_along_their_rows(tmp_path: Path) -> None:
+    moe = "model.layers.0.block_sparse_moe"
+    random = torch.Generator().manual_seed(1)
+    tensors: Tensors = {f"{moe}.router.layer.weight": torch.randn(EXPERTS, HIDDEN, generator=random).bfloat16()}
     for leaf, shape in (("input_linear", (EXPERTS, 2 * INNER, HIDDEN)), ("output_linear", (EXPERTS, HIDDEN, INNER))):
-        tensors[f"{moe}.{leaf}.weight"] = torch.ones(shape, dtype=torch.int8)
-        tensors[f"{moe}.{leaf}.weight_scale"] = torch.ones(shape[:-1])
+        tensors[f"{moe}.{leaf}.weight"] = torch.randn(shape, generator=random).bfloat16()
     source = tmp_path / "source"
     source.mkdir()
     save_file(tensors, source / "model.safetensors")
-    config = {
-        "model_type": "granitemoehybrid", **SIZES, "num_local_experts": EXPERTS, "num_experts_per_tok": 2,
-        "quantization_config": quark_config(exclude=[f"{moe}.router.layer"]),
-    }  # fmt: skip
+    config = {"model_type": "granitemoehybrid", **SIZES, "num_local_experts": EXPERTS, "num_experts_per_tok": 2}
     (source / "config.json").write_text(json.dumps(config))
-    assert "experts-not-understood" in {item.code for item in quarkconv.inspect_checkpoint(source).findings}
-    for target in TARGETS:
-        with pytest.raises(quarkconv.UnsupportedError) as caught:
-            quarkconv.plan_conversion(source, target)
-        assert caught.value.exit_code == 4
+    out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out", quantize="all").output
+    found = load(out)
+    for name, part in (("gate_proj", slice(INNER)), ("up_proj", slice(INNER, None))):
+        weight = tensors[f"{moe}.input_linear.weight"][1, part].double()
+        scale = found[f"{moe}.experts.1.{name}.weight_scale"].double()
+        assert (found[f"{moe}.experts.1.{name}.weight"] * scale - weight).abs().max() <= scale.max()
+    assert quarkconv.verify_checkpoint(out, source, unquantized=source, device="cpu", tokens=8).ok

@@ -14,6 +14,7 @@ from quarkconv.cli.out import indented, printable, title, verdict
 from quarkconv.cli.render.charts import size_bars
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.experts.topology import MoELayer
+from quarkconv.findings import NOT_UNDERSTOOD
 from quarkconv.inspection.engines import ENGINE_NAMES, NOT_CHECKED, EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
@@ -161,9 +162,11 @@ def _targets(inspection: Inspection) -> Iterator[RenderableType]:
     losses: dict[str, list[str]] = {}
     for name, support in possible:
         for loss in support.losses:
-            losses.setdefault(printable(loss.subject), []).append(name)
-    for subject, names_of_targets in losses.items():
-        yield indented(f"  {', '.join(names_of_targets)}: without {subject}", 2, "dim")
+            unread = loss.code == NOT_UNDERSTOOD
+            lost = "experts as they are, not recognised" if unread else f"without {printable(loss.subject)}"
+            losses.setdefault(lost, []).append(name)
+    for lost, names_of_targets in losses.items():
+        yield indented(f"  {', '.join(names_of_targets)}: {lost}", 2, "dim")
     reasons: dict[str, list[str]] = {}
     for name, support in inspection.targets.items():
         if not support.supported:

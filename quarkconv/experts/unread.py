@@ -1,0 +1,87 @@
+"""Experts that make no layer: under names that no row of ``NAMINGS`` has, or in a layout that is not read.
+
+Targets that write every module as it is stored need to know nothing of an expert but its own tensors.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Collection, Iterator
+from typing import Final
+
+from quarkconv.experts.naming import EXPERTS
+from quarkconv.findings import NOT_UNDERSTOOD, Finding, finding, findings_about
+from quarkconv.scheme.stored import Form, StoredModules
+from quarkconv.text import plural
+
+RENAMED_HINT: Final = (
+    "targets that write modules one by one convert them; fused-int8 does not, and numbers are not checked"
+)
+"""The next step for experts that are modules of their own."""
+_UNREADABLE_HINT: Final = "quarkconv cannot convert tensors of unknown meaning"
+
+_SUFFIX: Final = f".{EXPERTS}"
+_INSIDE: Final = f".{EXPERTS}."
+_NUMBERED: Final = re.compile(r"\.(?!shared)\w*experts?(?:\w*[._])?\d+\.")
+"""An expert of a number, under any name: ``local_experts.3.``, ``expert_list.3.``, ``expert_3.``."""
+
+
+def names_not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> list[str]:
+    """The modules and tensors of routed experts that have unknown names.
+
+    Args:
+        stored: the modules of the checkpoint.
+        known: those whose names are understood.
+        config_experts: number of routed experts that the config claims, if it does.
+    """
+    names = [module for module in stored.linears if module not in known and "expert" in module and _is_expert(module)]
+    names += [
+        name
+        for name in stored.plain
+        if (_INSIDE in name or name.endswith(_SUFFIX))
+        and known.isdisjoint((name, owner := name.rpartition(".")[0], name.removesuffix("_bias")))
+        and owner not in stored.linears  # the bias of a module that is named itself
+    ]
+    if not names and not known and config_experts is not None and config_experts > 1:
+        # Nothing is named like an expert: int8 weights of all experts of a layer have three dimensions.
+        names = [name for name, form in stored.linears.items() if form.quantized and len(form.weight.shape) == 3]
+    return names
+
+
+def unread_findings(
+    stored: StoredModules, names: list[str], known: frozenset[str], config_experts: int | None
+) -> Iterator[Finding]:
+    """Experts with unknown names, and experts that config.json declares without stored tensors.
+
+    Args:
+        stored, known, config_experts: as for :func:`names_not_understood`.
+        names: what it returns.
+    """
+    message = f"{plural(len(names), 'module or tensor', 'modules or tensors')} of experts under unknown names"
+    if known:
+        hint = "conversion treats int8 modules as ordinary linears and copies the rest; engines may drop them"
+        yield from findings_about("tensor-unrecognised", names, message, hint=hint)
+    elif names:
+        hint = RENAMED_HINT if are_modules(stored, names) else _UNREADABLE_HINT
+        yield from findings_about(NOT_UNDERSTOOD, names, message, hint=hint)
+    elif config_experts is not None and config_experts > 1:
+        yield finding(
+            NOT_UNDERSTOOD,
+            "config.json",
+            f"config.json declares {config_experts} routed experts per layer, and no tensor is named like one",
+            hint="quarkconv cannot tell which tensors are the experts, and so converts none",
+        )
+
+
+def are_modules(stored: StoredModules, names: Collection[str]) -> bool:
+    """Whether experts are linears in int8, or in int8 and in float, beside which only vectors of floats are stored."""
+    forms = [stored.linears.get(name) or Form(stored.tensors[name]) for name in names]
+    return any(form.quantized for form in forms) and all(
+        (form.quantized or form.is_float) if name in stored.linears else form.is_float and len(form.weight.shape) < 2
+        for name, form in zip(names, forms, strict=True)
+    )
+
+
+def _is_expert(module: str) -> bool:
+    """Whether the name of a module is that of a routed expert: inside ``experts``, or numbered."""
+    return _INSIDE in module or _NUMBERED.search(module) is not None
