@@ -19,6 +19,7 @@ from quarkconv import UnsupportedError, convert_checkpoint, inspect_checkpoint, 
 from quarkconv.cli.main import main
 from quarkconv.description.description import describe
 from quarkconv.findings import Severity
+from quarkconv.scheme.options import Quantize
 from quarkconv.targets import TARGETS
 
 ONE_BY_ONE: Final = tuple(name for name in TARGETS if name != "fused-int8")
@@ -141,7 +142,7 @@ def test_the_command_line_says_that_experts_were_not_recognised(
     assert "ascend: experts as they are, not recognised" in " ".join(capsys.readouterr().out.split())
     assert exit_code("convert", source, "--to", "fused-int8", "--out", out) == 4
     assert exit_code("convert", source, "--to", "ascend", "--out", out) == 0
-    assert "18 modules of experts that were not recognised" in " ".join(capsys.readouterr().err.split())
+    assert "18 modules of experts that were not recognised" in " ".join(capsys.readouterr().out.split())
     assert exit_code("verify", out, "--source", source, "--json") == 0
     verified: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert [item["code"] for item in verified["findings"]] == ["experts-not-understood"]
@@ -172,7 +173,7 @@ def test_codes_without_a_module_are_not_converted(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("quantize", ["all", "missing"])
-def test_experts_that_are_not_recognised_are_not_quantized(quantize: str, tmp_path: Path) -> None:
+def test_experts_that_are_not_recognised_are_not_quantized(quantize: Quantize, tmp_path: Path) -> None:
     """A router under an unknown name would be quantized with them."""
     model = renamed("mlp.expert_list.{}")
     model.to_float("model.layers")

@@ -53,9 +53,12 @@ def render_conversion(value: dict[str, Any], seconds: float | None) -> Renderabl
 
 def _table(value: dict[str, Any]) -> Table:
     moe = value["moe"]
-    sizes = f"H {moe['hidden_size']}, I {moe['intermediate_size']}"
     table = _head(value)
-    table.add_row("experts", f"{len(moe['layers'])} layers x {moe['experts']} experts, {sizes}")
+    if moe is None:
+        table.add_row("experts", "not recognised")
+    else:
+        sizes = f"H {moe['hidden_size']}, I {moe['intermediate_size']}"
+        table.add_row("experts", f"{len(moe['layers'])} layers x {moe['experts']} experts, {sizes}")
     table.add_row(
         "tensors", f"{value['tensors']:,} from {value['pieces']:,} pieces, in {plural(value['shards'], 'shard')}"
     )
