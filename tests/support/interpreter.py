@@ -18,6 +18,8 @@ def prepare_interpreter() -> None:
     _list_the_language_once(interpreter)
     _replace_the_language_once(interpreter)
     _share_types(interpreter.tl.core, interpreter.InterpreterBuilder)
+    _take_equal_types_as_they_are(interpreter.tl, type(interpreter.interpreter_semantic))
+    _reduce_and_widen_at_once(interpreter)
     _check_overflow(type(interpreter.interpreter_semantic))
 
 
@@ -27,19 +29,28 @@ def _list_the_language_once(interpreter: Any) -> None:
     language = interpreter.tl
     is_built_in = language.core.is_builtin
     numpy_dtype = interpreter._get_np_dtype
+    semantic = interpreter.interpreter_semantic
 
     @functools.cache
     def built_in(package: Any) -> list[str]:
         return [name for name, member in inspect.getmembers(package) if is_built_in(member)]
 
-    def replace_built_in(package: Any, builder: Any, scope: Any) -> None:
+    def replace_built_in(package: Any, _: Any, scope: Any) -> None:
         names = built_in(package)
         if not is_built_in(getattr(package, names[-1])):  # all of them are replaced at the same time
             return
         for name in names:
             member = getattr(package, name)
             if is_built_in(member):
-                interpreter._patch_attr(package, name, member, builder, scope)
+                scope.set_attr(package, name, interpreted(member))
+
+    @functools.cache
+    def interpreted(member: Any) -> Any:
+        def call(*arguments: Any, **options: Any) -> Any:
+            options["_semantic"] = semantic
+            return member(*arguments, **options)
+
+        return call
 
     @functools.cache
     def dtype_of_elements(element: Any) -> Any:
@@ -104,6 +115,46 @@ def _share_types(core: Any, builder: type[Any]) -> None:
     core.block_type.with_element_ty = lambda self, element: block_type(element, self.shape)
     builder.get_block_ty = lambda _, element, shape: block_type(element, shape)
     core.tensor.__init__ = new_tensor
+
+
+def _take_equal_types_as_they_are(language: Any, semantic: type[Any]) -> None:
+    """Operands of one shape are not broadcast, and those of one type are not cast either."""
+    check, broadcast = semantic.binary_op_type_checking_impl, semantic.broadcast_impl_value
+    settled = (language.int32, language.int64, language.float32)
+
+    def checked(self: Any, left: Any, right: Any, *arguments: Any, **options: Any) -> Any:
+        tensors = isinstance(left, language.tensor) and isinstance(right, language.tensor)
+        if tensors and left.shape is right.shape and left.dtype is right.dtype and left.dtype in settled:
+            return left, right
+        return check(self, left, right, *arguments, **options)
+
+    def broadcasted(self: Any, left: Any, right: Any) -> Any:
+        return (left, right) if left.shape is right.shape else broadcast(self, left, right)
+
+    semantic.binary_op_type_checking_impl = checked
+    semantic.broadcast_impl_value = broadcasted
+
+
+def _reduce_and_widen_at_once(interpreter: Any) -> None:
+    """Reductions by exclusive or, of which sorting consists, and BF16 as float32 take one operation of NumPy."""
+    import numpy as np
+
+    language, reduce, convert = interpreter.tl, interpreter.ReduceOps.apply_impl, interpreter._convert_float
+
+    def reduced(self: Any, operands: Any) -> Any:
+        if self.combine_fn != language.standard._xor_combine:
+            return reduce(self, operands)
+        (operand,) = operands
+        found = np.bitwise_xor.reduce(operand.handle.data, axis=self.axis, keepdims=self.keep_dims)
+        return self.to_tensor(found, operand.dtype)
+
+    def converted(values: Any, source: Any, destination: Any, rounding: Any) -> Any:
+        if (source, destination) != (language.bfloat16, language.float32):
+            return convert(values, source, destination, rounding)
+        return (values.view(np.uint16).astype(np.uint32) << 16).view(np.float32)
+
+    interpreter.ReduceOps.apply_impl = reduced
+    interpreter._convert_float = converted
 
 
 def _check_overflow(semantic: type[Any]) -> None:
