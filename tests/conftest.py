@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Generator
+import tempfile
+from collections.abc import Generator, Iterator
 from pathlib import Path
 
 import pytest
@@ -63,6 +64,20 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 def pytest_xdist_auto_num_workers() -> int:
     """One worker more than processors: tests of disks, networks and terminals mostly wait."""
     return len(os.sched_getaffinity(0)) + 1
+
+
+ON_DISK = ("write", "load", "files")
+"""Packages whose tests write to a disk and read from it. Other files of tests may be in memory: see the Makefile."""
+
+
+@pytest.fixture
+def tmp_path(request: pytest.FixtureRequest) -> Iterator[Path]:
+    """A folder of the test, on the disk for packages that write to one."""
+    if request.path.parent.name not in ON_DISK:
+        yield request.getfixturevalue("tmp_path")
+        return
+    with tempfile.TemporaryDirectory(prefix="quarkconv-tests-", ignore_cleanup_errors=True) as folder:
+        yield Path(folder)
 
 
 @pytest.fixture(scope="session")
