@@ -98,11 +98,13 @@ def families(config: object) -> Callable[[str], Family | None]:
 def layer_activation(known: Known | Unknown, layer: MoELayer) -> ExpertActivation | Unknown:
     """The activation function of the experts of a layer, or why it is unknown.
 
-    The config alone does not decide it: experts may have a gate or biases that models of their type do not have.
+    The config alone does not decide it: experts may have a gate, biases or tensors that models of their type lack.
     """
     activation = known if isinstance(known, Unknown) else known.activation(layer.index)
     if isinstance(known, Unknown) or isinstance(activation, Unknown):
         return activation
+    if layer.beside:
+        return Unknown(f"{layer.beside} is among the experts, and its meaning is not known")
     for what, stored, expected in (
         ("a gate", layer.gated, activation.gated),
         ("biases", layer.biased, known.family.biased),

@@ -62,6 +62,7 @@ class MoELayer:
         interleaved: the rows of gate and up in it alternate; None where that is not known.
         biased: the projections have biases, which are stored in float.
         transposed: the matrices of fused tensors are [in, out]; such experts are float.
+        beside: a module or tensor below ``prefix`` whose meaning is not known; empty without any.
         paired: fused tensors are the weights of linears, ``input_linear.weight`` and ``output_linear.weight``.
     """
 
@@ -81,6 +82,7 @@ class MoELayer:
     biased: bool = False
     transposed: bool = False
     paired: bool = False
+    beside: str = ""
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Final, NamedTuple
 
 from quarkconv.experts.config import STACKS
@@ -72,6 +73,8 @@ def expert_topology(
         *_mixed_geometry(layers),
         *unread_findings(stored, unknown, known, config_experts),
     )
+    if unknown:
+        layers = [replace(layer, beside=_first_inside(layer.prefix, unknown)) for layer in layers]
     in_layers = {module for layer in layers for module in layer.module_names} if len(layers) < len(built) else members
     return Topology(tuple(layers), findings, members, members.difference(in_layers).union(unknown))
 
@@ -103,6 +106,11 @@ def _layers(
             layer = single_tensor_layer(prefix, index, tensors, stored, family(prefix))
             position += isinstance(layer, MoELayer)
             yield layer
+
+
+def _first_inside(prefix: str, names: list[str]) -> str:
+    """The first of some names that is below a module; empty without any."""
+    return next((name for name in names if name.startswith(f"{prefix}.")), "")
 
 
 def _misspelt(modules: list[str]) -> Iterator[Finding]:

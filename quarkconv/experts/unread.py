@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Collection, Iterator
+from itertools import chain
 from typing import Final
 
 from quarkconv.experts.naming import EXPERTS
@@ -37,7 +38,7 @@ def names_not_understood(stored: StoredModules, known: frozenset[str], config_ex
     names = [module for module in stored.linears if module not in known and "expert" in module and _is_expert(module)]
     names += [
         name
-        for name in stored.plain
+        for name in chain(stored.plain, stored.vectors)
         if (_INSIDE in name or name.endswith(_SUFFIX))
         and known.isdisjoint((name, owner := name.rpartition(".")[0], name.removesuffix("_bias")))
         and owner not in stored.linears  # the bias of a module that is named itself

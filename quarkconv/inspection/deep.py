@@ -40,6 +40,7 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
     invalid: dict[str, str] = {}  # scale -> the problem of its first block that has one
     subnormal: dict[str, None] = {}  # a dict, as a set that keeps the order: a tensor may have several blocks
     negative: dict[str, None] = {}
+    zero: dict[str, None] = {}
     nonzero: dict[str, None] = {}
     refs = description.checkpoint.refs()
     ranges = [
@@ -58,7 +59,9 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
         problem, least = _scale_problem(refs[name].dtype, data)
         if problem is None and least < 0 and name.endswith("weight_scale"):
             negative[name] = None
-        elif problem or least < 0:
+        elif problem is None and least == 0 and name.endswith("weight_scale"):
+            zero[name] = None
+        elif problem or least <= 0:
             invalid.setdefault(name, problem or f"the value {least}")
         elif least < _LEAST_NORMAL:
             subnormal[name] = None
@@ -67,7 +70,13 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
         "scale-invalid",
         list(invalid),
         f"{plural(len(invalid), 'scale')} not finite or not positive, the first with {first_problem}",
-        hint="quantize the model again; its outputs would be NaN or zero",
+        hint="quantize the model again; its outputs would be NaN or wrong",
+    )
+    yield from findings_about(
+        "scale-invalid",
+        list(zero),
+        f"{plural(len(zero), 'scale')} of weights with the value 0, which makes rows 0 whatever their codes are",
+        hint="harmless where the codes are 0 too, which verify checks; else quantize the model again",
     )
     yield from findings_about(
         "scale-negative",
@@ -130,11 +139,11 @@ def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, 
 
 
 def _scale_problem(dtype: str, data: bytes) -> tuple[str | None, float]:
-    """The defect of the values of a scale, or None; and its smallest value, or a negative one."""
+    """The defect of the values of a scale, or None; and its smallest value, 0 where one is 0, or a negative one."""
     widened = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(data)
     values = array("f", widened)
     if not all(map(math.isfinite, values)):
         return "NaN or infinite values", 0.0
     if 0.0 in values:
-        return "the value 0.0", 0.0
+        return None, 0.0
     return None, min(values, default=1.0)

@@ -123,9 +123,10 @@ class StoredModules:
         fused: module -> form, for three-dimensional weights without ``.weight``.
         unrecognised: tensors with codes or scales that belong to no module.
         tensors: dtype and shape of every tensor.
-        plain: names of the tensors that are neither weights nor companions of one, such as norms and biases.
+        plain: names of the tensors that are neither weights nor companions of one, such as biases.
         output_scales: tensors that describe quantized outputs, such as scales of the key-value cache.
         biases: names of all biases.
+        vectors: names of the weights of one dimension, such as those of norms.
     """
 
     linears: dict[str, Form]
@@ -135,6 +136,7 @@ class StoredModules:
     plain: tuple[str, ...] = ()
     output_scales: tuple[str, ...] = ()
     biases: frozenset[str] = frozenset()
+    vectors: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
         return chain(self.linears.items(), self.fused.items())
@@ -155,6 +157,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     modules: list[list[str]] = [[] for _ in parts]
     weights: list[TensorType | None] = []
     companions: list[str] = []
+    vectors: list[str] = []
     plain: dict[str, TensorType] = {}
     for part, own in zip(parts, modules, strict=True):
         for name, found in part.items():
@@ -162,6 +165,8 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
                 if len(found.shape) >= 2:
                     own.append(name.removesuffix(_WEIGHT))
                     weights.append(found)
+                else:
+                    vectors.append(name)
             elif name.endswith(_COMPANIONS):
                 companions.append(name)
             else:
@@ -186,6 +191,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         tensors=types,
         plain=tuple(plain),
         output_scales=tuple(name for name in chain(companions, plain) if name.endswith(OUTPUT_SCALES)),
+        vectors=tuple(vectors),
         biases=frozenset(name for name in plain if name.endswith(_BIAS)),
     )
 

@@ -75,6 +75,8 @@ def _not_fused(layer: MoELayer) -> str | None:
         return f"{layer.prefix} has experts without a gate, which no engine loads fused"
     if layer.biased:
         return f"{layer.prefix} has experts with biases, which no engine loads fused"
+    if layer.beside:
+        return f"{layer.beside} is among the experts, and its meaning is not known"
     if layer.joined:
         return f"{layer.prefix} stores gate and up as one projection of each expert, which no engine loads fused"
     if layer.naming.fused_gate_up is None:

@@ -61,6 +61,14 @@ def with_biases(*, of: tuple[str, ...] = ("gate_proj", "up_proj", "down_proj")) 
 
 # Knowledge of the model type is not enough: settings and tensors may say otherwise
 
+
+def with_tensors(**tensors: torch.Tensor) -> Model:
+    """A model with more tensors of its first expert."""
+    model = Model()
+    model.first |= {f"{EXPERTS[0]}.0.{name.replace('__', '.')}": tensor for name, tensor in tensors.items()}
+    return model
+
+
 UNKNOWN: Final[dict[str, Callable[[], Model]]] = {
     "an activation that models of the type do not have": lambda: with_settings(hidden_act="mish"),
     "a limit for each layer": lambda: with_settings(swiglu_limit=[7.0, 7.0]),
@@ -73,7 +81,18 @@ UNKNOWN: Final[dict[str, Callable[[], Model]]] = {
     "a scale on the weights": lambda: with_settings(routed_scaling_factor=2.5),
     "groups of experts": lambda: with_settings(n_group=3),
     "biases": with_biases,
+    "a projection beside the others": lambda: with_tensors(
+        extra_proj__weight=torch.ones(8, 8, dtype=torch.int8), extra_proj__weight_scale=torch.ones(8)
+    ),
+    "a norm of an expert": lambda: with_tensors(norm__weight=torch.ones(4)),
+    "a factor of an expert": lambda: with_tensors(alpha=torch.ones(4)),
 }
+
+
+@pytest.mark.parametrize("variant", ["a projection beside the others", "a norm of an expert", "a factor of an expert"])
+def test_experts_with_tensors_of_unknown_meaning_are_not_fused(variant: str, tmp_path: Path) -> None:
+    error = refusal(UNKNOWN[variant]().write(tmp_path), "fused-int8")
+    assert (error.exit_code, "its meaning is not known" in str(error)) == (4, True)
 
 
 @pytest.mark.parametrize("variant", UNKNOWN)

@@ -35,6 +35,14 @@ def test_deep_finds_an_invalid_scale(value: float, dtype: torch.dtype, tmp_path:
     assert inspect_checkpoint(folder).ok
 
 
+@pytest.mark.parametrize(("value", "is_zero"), [(0.0, True), (-0.0, True), (float("nan"), False)])
+def test_the_hint_about_a_scale_of_zero_says_when_it_is_harmless(value: float, is_zero: bool, tmp_path: Path) -> None:
+    model = Model()
+    model.set(f"{O_PROJ}.weight_scale", torch.tensor([1.0] * 7 + [value]))
+    (error,) = inspect_checkpoint(model.write(tmp_path), deep=True).findings
+    assert ("harmless where the codes are 0 too" in error.hint) is is_zero
+
+
 @pytest.mark.parametrize(
     ("name", "expected"),
     [("weight_scale", ("info", "scale-negative")), ("input_scale", ("error", "scale-invalid"))],
