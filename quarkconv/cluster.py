@@ -36,9 +36,7 @@ class ClusterTasks:
         try:
             import ray
         except ImportError as error:
-            raise UsageError(
-                "Clusters need Ray", expected="ray", found="not installed", hint="pip install ray"
-            ) from error
+            raise UsageError("Ray is not installed", expected="the package ray", hint="pip install ray") from error
         if not ray.is_initialized():
             try:
                 ray.init(address=self._address, log_to_driver=False, logging_level="error")

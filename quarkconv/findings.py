@@ -227,11 +227,13 @@ def refusal(findings: Iterable[Finding], file: str, noun: str, participle: str) 
         if item.severity is Severity.INFO or blocks is None:
             continue
         hint = item.hint or "run `quarkconv inspect` for all findings"
+        is_file = item.subject.endswith((".json", ".safetensors"))
+        path, tensor = (f"{file}/{item.subject}", None) if is_file else (file, item.subject)
         if blocks is SourceError:
             message = f"The {noun} is inconsistent ({item.code}): {item.message}"
-            return SourceError(message, code=item.code, file=file, tensor=item.subject, hint=hint)
+            return SourceError(message, code=item.code, file=path, tensor=tensor, hint=hint)
         message = f"The {noun} cannot be {participle} ({item.code}): {item.message}"
-        return UnsupportedError(message, file=file, tensor=item.subject, hint=hint)
+        return UnsupportedError(message, file=path, tensor=tensor, hint=hint)
     return None
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from itertools import islice
 from typing import Final
 
@@ -43,6 +43,12 @@ def shortened(name: str) -> str:
 def examples(names: Sequence[str]) -> str:
     """The first two names, shortened, with dots for the others."""
     return ", ".join([*map(shortened, names[:_EXAMPLES]), *(["..."] if len(names) > _EXAMPLES else [])])
+
+
+def alternatives(names: Iterable[str]) -> str:
+    """``a, b or c``."""
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def word(value: object) -> str:

@@ -83,11 +83,12 @@ def convert(
         str | None, typer.Option("--part", metavar="K/N", help="Write part K of N; run each part on any machine.")
     ] = None,
     join: Annotated[
-        bool, typer.Option("--join", help="Write together with others that --join too; start and stop any of them.")
+        bool,
+        typer.Option("--join", help="Share the work with all others that run --join; any may start or stop."),
     ] = False,
     ray: Ray = None,
     finish: Annotated[
-        bool, typer.Option("--finish", help="Finish when all parts are written. The last part does it too.")
+        bool, typer.Option("--finish", help="Finish an output whose parts are all written; the last part also does.")
     ] = False,
     mtp: Annotated[
         str, typer.Option("--mtp", metavar="keep|drop|quantize", help="Layers of multi-token prediction.")
@@ -96,7 +97,7 @@ def convert(
         bool, typer.Option("--cache", help="Download a model to the Hub's cache instead of streaming it.")
     ] = False,
     push: Annotated[
-        str | None, typer.Option("--push", metavar="ORG/NAME", help="Then upload the output to this repo on the Hub.")
+        str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload the output to this repo on the Hub.")
     ] = None,
     private: Annotated[bool, typer.Option("--private", help="Create the repo of --push as private.")] = False,
     verbose: Verbose = False,
@@ -121,9 +122,9 @@ def convert(
 
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
-    mode = _mode(part=part, join=join, ray=ray, finish=finish, overwrite=overwrite, push=push)
-    if (push is not None and not isinstance(mode, Whole | Finish)) or (dry_run and isinstance(mode, Finish)):
-        raise _excluded()
+    mode = _mode(
+        part=part, join=join, ray=ray, finish=finish, overwrite=overwrite, push=push, private=private, dry_run=dry_run
+    )
     options = Options(
         max_shard_size=max_shard_size,
         tp=tp or 1,
@@ -156,26 +157,46 @@ def convert(
     return 0
 
 
-def _mode(*, part: str | None, join: bool, ray: str | None, finish: bool, overwrite: bool, push: str | None) -> Mode:
-    """How this process carries the conversion out."""
-    chosen: list[Mode] = []
+def _mode(
+    *,
+    part: str | None,
+    join: bool,
+    ray: str | None,
+    finish: bool,
+    overwrite: bool,
+    push: str | None,
+    private: bool,
+    dry_run: bool,
+) -> Mode:
+    """How this process carries the conversion out.
+
+    Raises:
+        UsageError: options contradict one another.
+    """
+    if private and push is None:
+        raise UsageError("--private has no effect without --push", expected="--push ORG/NAME as well")
+    chosen: dict[str, Mode] = {}
     if part is not None:
-        chosen.append(parse_share(part))
+        chosen["--part"] = parse_share(part)
     if join:
-        chosen.append(Join())
+        chosen["--join"] = Join()
     if ray is not None:
-        chosen.append(OnRay(ray))
+        chosen["--ray"] = OnRay(ray)
     if finish:
-        chosen.append(Finish())
-    if len(chosen) > 1 or (chosen and overwrite):
-        raise _excluded()
-    return chosen[0] if chosen else Whole(overwrite, keep=push is not None)  # the upload may have failed
+        chosen["--finish"] = Finish()
+    if not chosen:
+        return Whole(overwrite, keep=push is not None)  # the upload may have failed
+    if len(chosen) > 1:
+        raise _excluded(*chosen)
+    [(option, mode)] = chosen.items()
+    if overwrite:
+        raise _excluded(option, "--overwrite", hint="delete the output to start a conversion in parts over")
+    if push is not None and not finish:
+        raise _excluded(option, "--push", hint="run --finish --push when all parts are written")
+    if dry_run and finish:
+        raise _excluded(option, "--dry-run")
+    return mode
 
 
-def _excluded() -> UsageError:
-    return UsageError(
-        "These options exclude one another",
-        expected="one of --part, --join, --ray and --finish; these without --overwrite; --push with --finish only; "
-        "--finish without --dry-run",
-        hint="delete the output directory to start a conversion in parts over",
-    )
+def _excluded(*options: str, hint: str | None = None) -> UsageError:
+    return UsageError("Options exclude one another", expected="one of them", found=" and ".join(options), hint=hint)

@@ -9,8 +9,8 @@ import typer
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
-from quarkconv.cli.reports import command_line, require_charts, write_report
-from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_folder, require_one_source
+from quarkconv.cli.reports import command_line, require_report, write_report
+from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -84,9 +84,7 @@ def evaluate(
     require_one_source(text, token_ids)
     from quarkconv.cli.verify import parse_layer_numbers
 
-    if report is not None:
-        require_charts()
-        require_folder(report)
+    require_report(report)
     limits = Limits(max_kl, min_agreement)
     numbers = None if layers is None else parse_layer_numbers(layers)
     with progress("Starting", shown=output.shows_progress) as meter:

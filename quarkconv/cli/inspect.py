@@ -9,7 +9,7 @@ import typer
 from quarkconv.cli.options import Json, Model, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
-from quarkconv.cli.reports import command_line, require_charts, write_report
+from quarkconv.cli.reports import command_line, require_report, write_report
 from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def inspect(
     ] = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also read scales and zero points, never weights.")] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Show every finding and every engine, also those that do not run it.")
+        bool, typer.Option("--all", help="Show every finding and engine, including those that do not run it.")
     ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -41,8 +41,7 @@ def inspect(
     quarkconv inspect org/name@revision --json
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
-    if report is not None:
-        require_charts()
+    require_report(report)
     with progress("Reading", shown=output.shows_progress) as meter:
         inspection = inspect_checkpoint(model, deep=deep, progress=meter)
     _KEPT.append(inspection)

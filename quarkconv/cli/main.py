@@ -43,8 +43,7 @@ def main(args: list[str] | None = None) -> NoReturn:
     except Exception as error:
         # Usage errors of Typer's parser format themselves and carry an exit code.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            hint = "run `quarkconv --help`, or `quarkconv COMMAND --help`"
-            _exit_with(UsageError(error.format_message().rstrip("."), hint=hint), as_json=as_json)
+            _exit_with(UsageError(error.format_message().rstrip("."), hint=_help(words)), as_json=as_json)
         if type(error).__name__ == "Abort":
             _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
         raise
@@ -75,6 +74,13 @@ def run() -> NoReturn:
             with suppress(OSError, AttributeError):  # closed or full: reported already, or there is no reader
                 stream.flush()
         os._exit(stop.code if isinstance(stop.code, int) else 1)
+
+
+def _help(words: list[str]) -> str:
+    from quarkconv.cli.program import COMMANDS
+
+    command = f"quarkconv {words[0]}" if words and words[0] in COMMANDS else "quarkconv"
+    return f"run `{command} --help`"
 
 
 def _exit_with(error: QuarkconvError, *, as_json: bool) -> NoReturn:

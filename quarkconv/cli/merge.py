@@ -9,7 +9,7 @@ import typer
 
 from quarkconv.cli.options import Json
 from quarkconv.cli.out import open_output
-from quarkconv.cli.reports import command_line, require_charts, write_report
+from quarkconv.cli.reports import command_line, require_report, write_report
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.files.json_files import read_json_object
 
@@ -28,7 +28,7 @@ def merge(
 ) -> int:
     """Merge the results of `verify --part`.
 
-    Exit code 1 when anything is wrong in a part. All parts must be there.
+    Exits 1 when anything is wrong in a part. All parts are needed.
 
     \b
     quarkconv verify MODEL --part 1/2 --json > part-1.json
@@ -37,8 +37,7 @@ def merge(
     """
     from quarkconv.verify.merged import merged, verification_from_json
 
-    if report is not None:
-        require_charts()
+    require_report(report)
     value = merged({name: _read(name) for name in files})
     if report is not None:
         from quarkconv.report.verification import verification_report

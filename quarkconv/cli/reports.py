@@ -9,14 +9,19 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from quarkconv.errors import UsageError, WriteError
+from quarkconv.evaluate.request import require_folder
 
 
-def require_charts() -> None:
-    """Refuse ``--report`` before anything is computed if charts cannot be drawn.
+def require_report(name: str | None) -> None:
+    """Refuse a ``--report`` that cannot be written, before anything is computed; None is no report.
 
     Raises:
-        UsageError: matplotlib is not installed.
+        UsageError: matplotlib, which draws its charts, is not installed.
+        WriteError: its folder does not exist.
     """
+    if name is None:
+        return
+    require_folder(name)
     if find_spec("matplotlib") is None:
         raise UsageError(
             "The charts of a report need matplotlib",

@@ -12,6 +12,7 @@ from quarkconv.cli.options import Json, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
+from quarkconv.text import alternatives
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
@@ -52,7 +53,7 @@ def tune(
 ) -> int:
     """Measure the fastest launch options on this GPU.
 
-    For an engine, its own INT8 kernel is timed, and tables are written where it finds them.
+    For an engine, its own INT8 kernel is timed, and the tables are those that it reads.
 
     \b
     quarkconv tune --for vllm --model org/name --tp 4 --out ./tables
@@ -62,7 +63,7 @@ def tune(
     from quarkconv.tune.tables import shipped_folder
 
     if engine not in (_QUARKCONV, *ENGINES):
-        raise UsageError("--for is not an engine", expected=", ".join((_QUARKCONV, *ENGINES)), found=engine)
+        raise UsageError("Unknown engine", expected=alternatives((_QUARKCONV, *ENGINES)), found=engine)
     if print_folder:
         typer.echo(shipped_folder(engine))
         return 0

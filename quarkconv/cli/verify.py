@@ -12,7 +12,7 @@ import typer
 from quarkconv.cli.options import Json, Model, Quiet, Ray, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
-from quarkconv.cli.reports import command_line, require_charts, write_report
+from quarkconv.cli.reports import command_line, require_report, write_report
 from quarkconv.errors import QuarkconvError, UsageError
 from quarkconv.plan.shares import parse_share
 
@@ -86,7 +86,11 @@ def verify(
 ) -> int:
     """Prove a checkpoint: its structure, every byte, and the numbers of the INT8 forward.
 
-    Takes a converted checkpoint or a Quark export as it came. Exit code 1 when anything is wrong.
+    Takes a converted checkpoint or a Quark export as it came. Exits 1 when anything is wrong.
+
+    \b
+    quarkconv verify ./model-fused-int8 --source ./model
+    quarkconv verify ./model --unquantized org/original --layers 0,3-5
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     if bytes_only and numbers_only:
@@ -96,9 +100,8 @@ def verify(
     counts = parse_tokens(tokens)
     share = None if part is None else parse_share(part)
     if share is not None and ray is not None:
-        raise UsageError("These options exclude one another", expected="--part or --ray", found="both")
-    if report is not None:
-        require_charts()
+        raise UsageError("Options exclude one another", expected="--part or --ray", found="both")
+    require_report(report)
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while
 

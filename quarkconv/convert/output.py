@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from quarkconv.errors import UsageError
-from quarkconv.files.urls import is_read_only_url, is_store_url
+from quarkconv.files.urls import is_store_url, is_url
 from quarkconv.hub.locate import Located
 
 
@@ -14,16 +14,16 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
 
     Raises:
         UsageError: it would lie inside the source, or the source inside it; or the URL is that of a whole bucket, or
-            of a service that is only read.
+            of a service that is not written to.
     """
     if isinstance(out, str) and is_store_url(out):
         return _output_url(source, out.rstrip("/"))
-    if isinstance(out, str) and is_read_only_url(out):
+    if isinstance(out, str) and is_url(out):
         raise UsageError(
             "quarkconv does not write to this service",
             file=out,
             expected="a directory, or an s3://, gs:// or az:// URL",
-            hint="convert to a directory, and upload it with `hf buckets sync` or `modelscope upload`",
+            hint="convert to a directory, and upload it with the service's own tools (`hf buckets sync`)",
         )
     if out is not None:
         output = Path(out)

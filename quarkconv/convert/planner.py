@@ -15,6 +15,7 @@ from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import bounded
 from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.shard_files import OTHER_WEIGHTS
 from quarkconv.hub.locate import Located
 from quarkconv.plan.experts import geometry_of
 from quarkconv.plan.pieces import SourceFile, TextFile
@@ -29,7 +30,7 @@ from quarkconv.targets.convertible import check_convertible
 from quarkconv.targets.tensors import output_tensors
 
 _REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME})
-_OTHER_WEIGHTS: Final = (".safetensors", ".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
+_NOT_COPIED: Final = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
 _DIGITS: Final = re.compile(r"(\d+)")
 
 
@@ -129,7 +130,7 @@ def _copies(description: Description) -> Iterator[SourceFile]:
     store = description.checkpoint.store
     for path in description.checkpoint.files():
         name = path.as_posix()
-        if name in _REPLACED or name.endswith((*_OTHER_WEIGHTS, ".index.json")):
+        if name in _REPLACED or name.endswith(_NOT_COPIED):
             continue
         if "\\" in name or any("\ud800" <= char <= "\udfff" for char in name):
             raise UnsupportedError(

@@ -174,9 +174,7 @@ def described(
         UsageError: another ``scheme``.
     """
     if scheme not in (None, PTPC_NAME):
-        raise UsageError(
-            "--scheme is not a scheme that tensors can have without a config", expected=PTPC_NAME, found=scheme
-        )
+        raise UsageError("Invalid --scheme", expected=PTPC_NAME, found=scheme)
     with collector_paused():
         config = model_config(checkpoint.config)
         family = families(config.raw)

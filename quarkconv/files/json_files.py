@@ -61,7 +61,7 @@ def read_bytes_of(files: Files, name: str, *, code: str, limit: int, values: int
         return _read(path, code, limit, values)
     size = files.size(name)
     if size is None:
-        raise SourceError("The file cannot be read", code=code, file=name, found="no such file in the repo")
+        raise _missing(name, code)
     if size > limit:
         raise _too_much(name, code, f"at most {limit} bytes", f"{size} bytes")
     return _bounded(files.read(name, 0, size), name, code, values)
@@ -70,6 +70,8 @@ def read_bytes_of(files: Files, name: str, *, code: str, limit: int, values: int
 def _read(path: Path, code: str, limit: int, values: int) -> bytes:
     try:
         raw = read_regular(path, limit)
+    except FileNotFoundError as error:
+        raise _missing(path.name, code) from error
     except (OSError, ValueError) as error:
         raise SourceError(
             "The file cannot be read",
@@ -134,6 +136,10 @@ def link_error(file: str, target: str) -> SourceError:
         found=f"a link to {target}",
         hint="if you made the link yourself, replace it by the file (`cp` follows links) or by a hard link (`ln`)",
     )
+
+
+def _missing(name: str, code: str) -> SourceError:
+    return SourceError("The file does not exist", code=code, file=name, hint="download or copy the checkpoint again")
 
 
 def _too_much(name: str, code: str, expected: str, found: str) -> SourceError:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from typing import Final
 
 SCHEMES: Final = ("s3://", "gs://", "az://")
 """The object stores, by the start of their URLs. To add one that obstore supports, add its scheme."""
 BUCKETS: Final = "hf://buckets/"
 MODELSCOPE: Final = "modelscope://"
-_READ_ONLY: Final = ("hf://", MODELSCOPE)
+_URL: Final = re.compile(r"[a-z][a-z0-9+.-]*://", re.IGNORECASE)
 
 
 def is_store_url(model: str) -> bool:
@@ -16,11 +17,6 @@ def is_store_url(model: str) -> bool:
     return model.startswith(SCHEMES)
 
 
-def is_read_only_url(model: str) -> bool:
-    """Whether the name of a model is the URL of a service that quarkconv reads from and does not write to."""
-    return model.startswith(_READ_ONLY)
-
-
 def is_url(model: str) -> bool:
-    """Whether the name of a model is a URL, whose files are read where they are."""
-    return is_store_url(model) or is_read_only_url(model)
+    """Whether the name of a model is a URL, of whatever service."""
+    return _URL.match(model) is not None

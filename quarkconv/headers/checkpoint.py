@@ -22,19 +22,20 @@ from quarkconv.findings import Finding, Severity, as_finding, finding, findings_
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import Index, compare_index, read_index
-from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
-from quarkconv.headers.unfinished import refuse_unfinished, refuse_unfinished_objects
+from quarkconv.headers.shard_files import check_directory, safetensors_files, shard_names, unused
+from quarkconv.headers.unfinished import refuse_unfinished_objects
 from quarkconv.progress import SILENT, Progress, counting
 from quarkconv.text import plural
 
 CONFIG_NAME: Final = "config.json"
-SINGLE_NAME: Final = "model.safetensors"
 ASCEND_NAME: Final = "quant_model_description.json"
 """The quantization of each tensor, in the format of Ascend's msModelSlim."""
 MANIFEST_NAME: Final = "quarkconv.json"
 """The manifest of a conversion; see :mod:`quarkconv.plan.manifest`."""
+_ADAPTER_NAME: Final = "adapter_config.json"
+_MERGE_ADAPTER: Final = "this is an adapter: merge it into its base model, and quantize the result"
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +92,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     store = LocalFiles(model) if isinstance(model, Path) else model
     root = store.root if isinstance(store, LocalFiles) else None
     if root is not None:
-        _check_directory(root)
+        check_directory(root)
     else:
         from quarkconv.files.remote import RemoteFiles  # imports threads and logging, which local models do not need
 
@@ -102,7 +103,8 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     try:
         config = read_json_of(store, CONFIG_NAME, code="config-invalid", limit=MAX_CONFIG_BYTES)
     except SourceError as error:
-        findings.append(as_finding(error))
+        found = as_finding(error)
+        findings.append(replace(found, hint=_MERGE_ADAPTER) if has_file(store, _ADAPTER_NAME) else found)
     ascend: dict[str, Any] | None = None
     index: Index | None = None
     try:
@@ -119,9 +121,9 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
         findings.extend(_outside(root))
     tensors, odd = 0, list[str]()
     with collector_paused():
-        present = _present(store)
-        files = _shard_names(store, present, index)
-        findings.extend(_unused(present, files, index))
+        present = safetensors_files(store)
+        files = shard_names(store, present, index)
+        findings.extend(unused(present, files, index))
         expect_headers(store, files, progress)
         if root is not None:  # of remote files, they are all there by now
             progress.step(READING_HEADERS, len(files), "shard")
@@ -147,19 +149,6 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
         if index is not None:
             findings.extend(compare_index(index, shards))
     return Checkpoint(store, config, tuple(shards), types, tuple(findings), ascend)
-
-
-def _check_directory(root: Path) -> None:
-    if not root.is_dir():
-        raise SourceError(
-            "The model directory does not exist",
-            code="shard-missing",
-            file=str(root),
-            expected="a directory with config.json and *.safetensors, or a Hub repo id such as org/name",
-            found="a file" if root.exists() else "nothing",
-        )
-    refuse_unfinished(root)
-    refuse_ranks(root)
 
 
 def _too_many(root: Path) -> SourceError:
@@ -198,43 +187,6 @@ def _outside(root: Path) -> Iterator[Finding]:
             f"{plural(len(found), 'link')} out of the model's directory, the first to {found[0][1]}",
             hint=error.hint or "",
         )
-
-
-def _shard_names(store: Files, present: list[str], index: Index | None) -> list[str]:
-    """The shards of the model: those of the index; without an index model.safetensors, or else every file."""
-    if index is not None:
-        return index.files
-    if SINGLE_NAME in present:
-        return [SINGLE_NAME]
-    if not present:
-        raise SourceError(
-            "The directory holds no safetensors file",
-            code="shard-missing",
-            file=str(store.root),
-            expected=f"{SINGLE_NAME}, or shards with {INDEX_NAME}",
-            found="no *.safetensors",
-            hint="give the directory that holds config.json and the weights",
-        )
-    return present
-
-
-def _unused(present: list[str], shards: list[str], index: Index | None) -> Iterator[Finding]:
-    """Files that the index does not list; few engines load them."""
-    unused = sorted(set(present) - set(shards))
-    if index is not None:
-        yield from findings_about(
-            "file-unused",
-            unused,
-            f"{plural(len(unused), 'safetensors file')} not listed in {INDEX_NAME}",
-            hint="conversion leaves them out: remove them, or add their tensors to the index",
-        )
-
-
-def _present(store: Files) -> list[str]:
-    """The safetensors files beside config.json."""
-    if isinstance(store, LocalFiles):
-        return sorted(path.name for path in store.root.glob("*.safetensors"))
-    return sorted(path.name for path in store.names() if path.suffix == ".safetensors" and len(path.parts) == 1)
 
 
 def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:

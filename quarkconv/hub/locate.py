@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Final, NamedTuple
 from quarkconv.errors import HubError, UsageError, WriteError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
-from quarkconv.files.urls import BUCKETS, MODELSCOPE, is_store_url, is_url
+from quarkconv.files.urls import BUCKETS, MODELSCOPE, SCHEMES, is_store_url, is_url
 from quarkconv.progress import SILENT, Progress
+from quarkconv.text import alternatives
 
 if TYPE_CHECKING:
     from quarkconv.hub.repo import HubRepo
 
 _REPO: Final = re.compile(r"[\w][\w.-]*/[\w][\w.-]*(@[\w][\w./-]*)?", re.ASCII)
+_PAGE: Final = re.compile(
+    r"(https?://(huggingface\.co|hf\.co)|hf:/)/(?!datasets/|spaces/)(models/)?(?P<repo>[^/]+/[^/?#]+)"
+)
 _LISTING_RETRIES: Final = 3
 _DISK_ERRORS: Final = frozenset(
     (
@@ -68,7 +72,7 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
         progress: receives the listing of the repo and the download.
 
     Raises:
-        UsageError: the model is a URL, and ``cache`` is set; or the URL is invalid.
+        UsageError: the model is a URL, and ``cache`` is set; or the URL is invalid, or of a service that is not read.
         SourceError: the object store cannot be read.
         HubError: the model is a repo id, and the Hub does not have it or cannot be reached.
         WriteError: the cache cannot be written to.
@@ -103,10 +107,12 @@ def _open_url(url: str) -> Files:
         from quarkconv.cloud.bucket import open_bucket
 
         return open_bucket(url)
+    page = _PAGE.match(url)
     raise UsageError(
-        "Of URLs of the Hub, those of buckets are read",
-        expected="hf://buckets/ORG/NAME/PATH, or a repo id org/name without hf://",
+        "Models are not read from this URL",
+        expected=f"a directory, a Hub repo id, or a URL: {alternatives((*SCHEMES, BUCKETS, MODELSCOPE))}",
         found=repr(url)[:300],
+        hint=f"give the repo id: {page['repo']}" if page else "download the model, and give its directory",
     )
 
 

@@ -41,6 +41,7 @@ from quarkconv.plan.pieces import (
 )
 from quarkconv.plan.plan import Plan
 from quarkconv.targets import get_target
+from quarkconv.text import alternatives
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig
@@ -65,7 +66,7 @@ class QuarkInt8Converter:
 
     def __init__(self, model: str | Path, target: str = "compressed-tensors") -> None:
         if target not in TARGETS:
-            raise UsageError("A Converter does not support this target", expected=" or ".join(TARGETS), found=target)
+            raise UsageError("A Converter does not support this target", expected=alternatives(TARGETS), found=target)
         description = describe(locate(model, cache=True).files)
         self.plan: Plan = make_plan(description, get_target(target), _NO_LIMIT)
         self._refs = description.checkpoint.refs()

@@ -24,8 +24,8 @@ def pick_device(name: str | torch.device) -> torch.device:
     if device.type == "cuda" and not (torch.cuda.is_available() and (device.index or 0) < torch.cuda.device_count()):
         raise UsageError(
             "torch finds no such GPU",
-            expected="a CUDA or ROCm device",
-            found=str(name),
+            expected=str(name),
+            found=f"{torch.cuda.device_count()} GPUs",
             hint="use --device cpu, or install a torch built for this machine's GPU",
         )
     return device

@@ -56,7 +56,7 @@ def _computed(piece: Piece, originals: Mapping[str, TensorRef]) -> Piece:
         case Zeros(_, nbytes):
             return Zeros(Copy(name, original.file, original.start, original.nbytes), nbytes)
     raise UnsupportedError(
-        "This target cannot be made while modules are quantized",
+        "--quantize does not convert to this target",
         tensor=name,
         expected="a target of int8 codes",
         hint="quantize to compressed-tensors first, then convert that",

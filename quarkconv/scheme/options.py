@@ -6,6 +6,7 @@ from collections.abc import Iterable
 from typing import Any, Final, Literal, NamedTuple, Self, get_args
 
 from quarkconv.errors import UsageError
+from quarkconv.text import alternatives
 
 Quantize = Literal["missing", "all"]
 """``missing``: modules that the config declares quantized. ``all``: every linear that engines run in int8."""
@@ -42,16 +43,16 @@ class SourceOptions(NamedTuple):
             UsageError: one is invalid, or two of them exclude each other.
         """
         if quantize not in (None, *get_args(Quantize)):
-            raise UsageError("--quantize is invalid", expected=_listed(Quantize), found=quantize)
+            raise UsageError("Invalid --quantize", expected=alternatives(get_args(Quantize)), found=quantize)
         if mtp not in get_args(Mtp):
-            raise UsageError("--mtp is invalid", expected=_listed(Mtp), found=mtp)
+            raise UsageError("Invalid --mtp", expected=alternatives(get_args(Mtp)), found=mtp)
         if isinstance(exclude, str):
-            raise UsageError("`exclude` is invalid", expected="a list of names and patterns", found=repr(exclude))
+            raise UsageError("Invalid `exclude`", expected="a list of names and patterns", found=repr(exclude))
         patterns = tuple(dict.fromkeys(exclude))
         options = cls(quantize, patterns, scheme, mtp)  # type: ignore[arg-type]
         if patterns and not options.quantizes:
             raise UsageError(
-                "--exclude needs modules to quantize",
+                "--exclude has no effect without --quantize",
                 expected="--quantize or --mtp quantize as well",
                 hint="add one of them, or remove --exclude",
             )
@@ -77,8 +78,3 @@ class SourceOptions(NamedTuple):
 
 DEFAULT: Final = SourceOptions()
 """A conversion that quantizes nothing and keeps everything."""
-
-
-def _listed(kind: object) -> str:
-    *first, last = get_args(kind)
-    return f"{', '.join(first)} or {last}"

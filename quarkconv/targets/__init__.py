@@ -17,6 +17,7 @@ from quarkconv.targets.compressed_tensors import CompressedTensors
 from quarkconv.targets.fused_int8 import FusedInt8
 from quarkconv.targets.quark import Quark
 from quarkconv.targets.w8a8_int8 import W8A8Int8
+from quarkconv.text import alternatives
 
 TARGETS: Final[dict[str, Target]] = {
     target.name: target for target in (FusedInt8(), CompressedTensors(), W8A8Int8(), Bf16(), Quark(), Ascend())
@@ -31,5 +32,5 @@ def get_target(name: str) -> Target:
         UsageError: the name is unknown.
     """
     if name not in TARGETS:
-        raise UsageError("Unknown target", expected=" or ".join(TARGETS), found=name)
+        raise UsageError("Unknown target", expected=alternatives(TARGETS), found=name)
     return TARGETS[name]

@@ -72,7 +72,10 @@ def finish_shares(execution: Execution) -> Manifest:
     plan, location = execution.plan, str(execution.output.location)
     if not execution.output.has_begun():
         raise UsageError(
-            "The output directory has no unfinished conversion", file=location, expected="parts of a conversion"
+            "The output has no unfinished conversion",
+            file=location,
+            expected="parts of a conversion",
+            hint="write the parts first: --part 1/N, or --join",
         )
     with execution.opened() as sources, execution.begun(sources) as run:
         destination = run.destination

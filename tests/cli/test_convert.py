@@ -134,6 +134,7 @@ def test_refused_exports_write_nothing(
         ["--to", "fused-int8", "--max-shard-size", "0"],
         ["--to", "fused-int8", "--max-shard-size", "big"],
         ["--to", "fused-int8", "--unknown"],
+        ["--to", "fused-int8", "--private"],
         ["--to", "fused-int8", "second-model"],
     ],
 )

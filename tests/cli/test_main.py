@@ -46,8 +46,36 @@ def test_threads_of_torch_sleep_while_they_wait_unless_the_user_decides_otherwis
 def test_wrong_usage(arguments: list[str], command: Run) -> None:
     result = command("inspect", *arguments)
     assert (result.code, result.out) == (2, "")
-    assert "--help" in result.err
+    assert "run `quarkconv inspect --help`" in result.err
     assert command("inspect", *arguments, "--json").json["exit_code"] == 2
+
+
+@pytest.mark.parametrize(
+    ("url", "hint"),
+    [
+        ("https://huggingface.co/org/name/tree/main", "give the repo id: org/name"),
+        ("hf://org/name", "give the repo id: org/name"),
+        ("https://huggingface.co/datasets/org/name", "download the model, and give its directory"),
+        ("https://example.com/model.safetensors", "download the model, and give its directory"),
+    ],
+)
+def test_a_url_that_models_are_not_read_from_is_refused(url: str, hint: str, command: Run) -> None:
+    error = command("inspect", url, "--json").json
+    assert (error["exit_code"], error["hint"]) == (2, hint)
+
+
+def test_an_output_at_a_url_that_is_not_written_to_is_refused(tmp_path: Path, command: Run) -> None:
+    folder = Model().write(tmp_path / "model")
+    error = command("convert", folder, "--to", "fused-int8", "--out", "https://example.com/model", "--json").json
+    assert (error["exit_code"], error["file"]) == (2, "https://example.com/model")
+
+
+@pytest.mark.parametrize("words", [["inspect"], ["verify"], ["evaluate", "--text", "text.txt"], ["merge"]])
+def test_a_report_that_cannot_be_written_is_refused_before_anything_is_read(
+    words: list[str], tmp_path: Path, command: Run
+) -> None:
+    error = command(*words, tmp_path / "nothing", "--report", tmp_path / "none" / "report.html", "--json").json
+    assert (error["exit_code"], error["file"]) == (5, str(tmp_path / "none" / "report.html"))
 
 
 def test_inspecting_imports_neither_torch_nor_triton(tmp_path: Path) -> None:

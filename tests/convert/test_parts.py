@@ -256,3 +256,19 @@ def test_options_that_exclude_one_another(model: Path, tmp_path: Path, capsys: C
     code, _, err = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", tmp_path / "out", *options)
     assert (code, err.count("error:")) == (2, 1), err
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("options", "found"),
+    [
+        (["--part", "1/2", "--join"], "--part and --join"), (["--join", "--overwrite"], "--join and --overwrite"),
+        (["--part", "1/2", "--push", "org/name"], "--part and --push"),
+        (["--finish", "--dry-run"], "--finish and --dry-run"),
+        (["--join", "--ray", "local", "--finish"], "--join and --ray and --finish"),
+    ],
+)  # fmt: skip
+def test_the_options_that_exclude_one_another_are_named(
+    model: Path, capsys: Capture, options: list[str], found: str
+) -> None:
+    code, out, _ = run_cli(capsys, "convert", model, "--to", "fused-int8", *options, "--json")
+    assert (code, json.loads(out)["found"]) == (2, found)

@@ -96,20 +96,38 @@ def test_a_file_that_the_index_does_not_name_is_not_read(folder: Path) -> None:
     assert (checkpoint.findings[0].subject, checkpoint.findings[0].count) == ("a.safetensors", 2)
 
 
-@pytest.mark.parametrize("is_file", [False, True])
-def test_no_such_directory(is_file: bool, tmp_path: Path) -> None:
-    if is_file:
-        (tmp_path / "model").touch()
+def test_no_such_directory(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="model directory does not exist") as caught:
         open_checkpoint(tmp_path / "model")
     assert caught.value.file == str(tmp_path / "model")
 
 
+def test_a_file_is_refused_with_the_directory_that_holds_it(folder: Path) -> None:
+    with pytest.raises(SourceError, match="The model is a file") as caught:
+        open_checkpoint(folder / FIRST)
+    assert (caught.value.file, caught.value.hint) == (str(folder / FIRST), f"give its directory: {folder}")
+
+
 def test_a_directory_without_weights(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
-    (tmp_path / "pytorch_model.bin").touch()
-    with pytest.raises(SourceError, match="no safetensors file"):
+    with pytest.raises(SourceError, match="no safetensors file") as caught:
         open_checkpoint(tmp_path)
+    assert caught.value.found == "no *.safetensors"
+
+
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-Q4_K_M.gguf"])
+def test_weights_in_another_format_are_named(tmp_path: Path, name: str) -> None:
+    (tmp_path / name).touch()
+    with pytest.raises(SourceError, match="no safetensors file") as caught:
+        open_checkpoint(tmp_path)
+    assert caught.value.found == name
+
+
+def test_an_adapter_is_recognised(folder: Path) -> None:
+    (folder / "config.json").rename(folder / "adapter_config.json")
+    message = only_finding(open_checkpoint(folder), "config-invalid")
+    assert "does not exist" in message
+    assert "merge it into its base model" in message
 
 
 def test_an_unfinished_conversion_is_not_a_model(folder: Path) -> None:

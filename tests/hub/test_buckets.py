@@ -96,7 +96,7 @@ def test_a_file_whose_hash_is_not_stated_is_not_read(bucket: Hub) -> None:
         (f"hf://buckets/{BUCKET}/other", 3, "URL has no files"),
         ("hf://buckets/org", 2, "Invalid URL of a bucket"),
         (f"hf://buckets/{BUCKET}/../x", 2, "Invalid URL of a bucket"),
-        ("hf://org/name", 2, "those of buckets are read"),
+        ("hf://org/name", 2, "not read from this URL"),
     ],
 )
 def test_what_is_not_there_is_named(capsys: Capture, url: str, code: int, message: str) -> None:

@@ -1,0 +1,97 @@
+"""Which files of a directory are the shards of a model."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from quarkconv.errors import SourceError
+from quarkconv.files.base import Files
+from quarkconv.files.local import LocalFiles
+from quarkconv.findings import Finding, findings_about
+from quarkconv.headers.index import INDEX_NAME, Index
+from quarkconv.headers.rank_index import refuse_ranks
+from quarkconv.headers.unfinished import refuse_unfinished
+from quarkconv.text import examples, plural
+
+SINGLE_NAME: Final = "model.safetensors"
+OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
+"""Ends of the names of weights in formats that are not read."""
+
+
+def check_directory(root: Path) -> None:
+    """Refuse a missing directory, a file, an unfinished conversion, and the folder of a conversion by rank.
+
+    Raises:
+        SourceError: it is one of these.
+    """
+    if root.is_file():
+        raise SourceError(
+            "The model is a file",
+            code="shard-missing",
+            file=str(root),
+            expected="a directory with config.json and *.safetensors",
+            found="a file",
+            hint=f"give its directory: {root.parent}",
+        )
+    if not root.is_dir():
+        raise SourceError(
+            "The model directory does not exist",
+            code="shard-missing",
+            file=str(root),
+            expected="a directory with config.json and *.safetensors, or a Hub repo id such as org/name",
+            found="nothing",
+        )
+    refuse_unfinished(root)
+    refuse_ranks(root)
+
+
+def shard_names(store: Files, present: list[str], index: Index | None) -> list[str]:
+    """The shards of the model: those of the index; without an index model.safetensors, or else every file.
+
+    Raises:
+        SourceError: there is none.
+    """
+    if index is not None:
+        return index.files
+    if SINGLE_NAME in present:
+        return [SINGLE_NAME]
+    if not present:
+        others = [name for name in _beside_config(store) if name.endswith(OTHER_WEIGHTS)]
+        raise SourceError(
+            "The directory holds no safetensors file",
+            code="shard-missing",
+            file=str(store.root),
+            expected=f"{SINGLE_NAME}, or shards with {INDEX_NAME}",
+            found=examples(others) if others else "no *.safetensors",
+            hint="give the model's safetensors export; other formats are not read"
+            if others
+            else "give the directory that holds config.json and the weights",
+        )
+    return present
+
+
+def unused(present: list[str], shards: list[str], index: Index | None) -> Iterator[Finding]:
+    """Files that the index does not list; few engines load them."""
+    names = sorted(set(present) - set(shards))
+    if index is not None:
+        yield from findings_about(
+            "file-unused",
+            names,
+            f"{plural(len(names), 'safetensors file')} not listed in {INDEX_NAME}",
+            hint="conversion leaves them out: remove them, or add their tensors to the index",
+        )
+
+
+def safetensors_files(store: Files) -> list[str]:
+    """The safetensors files beside config.json."""
+    return [name for name in _beside_config(store) if name.endswith(".safetensors")]
+
+
+def _beside_config(store: Files) -> list[str]:
+    """The files and links of the directory itself, sorted."""
+    if isinstance(store, LocalFiles):
+        return sorted(os.listdir(store.root))
+    return sorted(path.name for path in store.names() if len(path.parts) == 1)
