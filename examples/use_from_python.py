@@ -20,7 +20,7 @@ if not inspection.targets["fused-int8"].supported:
 
 with tempfile.TemporaryDirectory() as folder:
     result = quarkconv.convert_checkpoint(model, "fused-int8", Path(folder) / "fused")
-    print(f"wrote {result.plan.output_bytes:,} bytes in {len(result.plan.shards)} shards")
+    print(f"wrote {result.plan.output_bytes:,} bytes to {result.output}")
 
     verification = quarkconv.verify_checkpoint(result.output, source=model)
     for layer in verification.numbers.layers:
