@@ -187,19 +187,29 @@ def finding_from_json(value: dict[str, Any]) -> Finding:
     return Finding(**{**value, "severity": Severity(value["severity"])})
 
 
-def findings_about(
-    code: str, subjects: Sequence[str], message: str, *, hint: str = "", severity: Severity | None = None
-) -> Iterator[Finding]:
+@dataclass(frozen=True, slots=True)
+class FindingsAbout:
     """The finding about several modules, tensors or files: it names the first of them and counts all.
 
-    Args:
+    Iterating gives it, or nothing where there are no subjects: ``yield from FindingsAbout(...)``.
+
+    Attributes:
         code: as for :func:`finding`, like ``hint`` and ``severity``.
-        subjects: their names; without any there is no finding.
+        subjects: their names.
         message: what they are, such as ``3 scales with negative values``. The first names follow it.
     """
-    if subjects:
-        text, first = f"{message}: {examples(subjects)}", shortened(subjects[0])
-        yield finding(code, first, text, hint=hint, count=len(subjects), severity=severity)
+
+    code: str
+    subjects: Sequence[str]
+    message: str
+    hint: str = ""
+    severity: Severity | None = None
+
+    def __iter__(self) -> Iterator[Finding]:
+        if self.subjects:
+            text, first = f"{self.message}: {examples(self.subjects)}", shortened(self.subjects[0])
+            count = len(self.subjects)
+            yield finding(self.code, first, text, hint=self.hint, count=count, severity=self.severity)
 
 
 def as_finding(error: SourceError) -> Finding:

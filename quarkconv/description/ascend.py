@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quarkconv.findings import Finding, finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.scheme.formats.ascend import DESCRIPTION_NAME, AscendScheme
 from quarkconv.scheme.merged import MERGED
@@ -15,7 +15,7 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
     """The findings about an Ascend description, unsupported parts first."""
     for kind in dict.fromkeys(declared.other.values()):
         names = [name for name, found in declared.other.items() if found == kind]
-        yield from findings_about(
+        yield from FindingsAbout(
             "scheme-unsupported",
             names,
             f"{plural(len(names), 'weight')} of type {kind}",
@@ -29,20 +29,20 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
             f"{DESCRIPTION_NAME} declares {meaning}, which only Ascend's engines compute",
             hint="export the model again without it",
         )
-    yield from findings_about(
+    yield from FindingsAbout(
         "description-mismatch",
         declared.missing,
         f"{plural(len(declared.missing), 'tensor')} without an entry in {DESCRIPTION_NAME}",
         hint="vllm-ascend raises KeyError; convert it to ascend: quarkconv writes an entry for every tensor",
     )
-    yield from findings_about(
+    yield from FindingsAbout(
         "description-mismatch",
         declared.absent,
         f"{plural(len(declared.absent), 'tensor')} with an entry in {DESCRIPTION_NAME}, and not stored",
         hint="download the checkpoint again, if these tensors belong to the model",
     )
     mixed = list(_mixed(declared, checkpoint))
-    yield from findings_about(
+    yield from FindingsAbout(
         "description-mismatch",
         mixed,
         f"{plural(len(mixed), 'linear')} that engines merge from parts of several types",

@@ -10,7 +10,7 @@ from quarkconv.description.int8_modules import CONVERT, int8_defects
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
-from quarkconv.findings import NOT_UNDERSTOOD, Finding, Severity, finding, findings_about
+from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import Groups, ResolvedModules
 from quarkconv.scheme.spec import FLOAT, TensorSpec
@@ -57,7 +57,7 @@ def contradictions(
     yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
     yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
-    yield from findings_about(
+    yield from FindingsAbout(
         "tensor-unrecognised",
         unrecognised,
         f"{plural(len(unrecognised), 'tensor')} with codes or scales of unknown modules",
@@ -152,7 +152,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
 
 def _float_modules_quantized(names: tuple[str, ...], is_mtp: Callable[[str], bool]) -> Iterator[Finding]:
     """Int8 modules that no engine runs in int8; those of multi-token prediction matter for drafting tokens only."""
-    yield from findings_about(
+    yield from FindingsAbout(
         "float-module-quantized",
         names,
         f"{plural(len(names), 'module')} stored in int8 that engines keep in float",
@@ -183,20 +183,20 @@ def _linears(
         elif form.quantized and claim.weight is None:
             excluded += names
     if declared.stores_codes:
-        yield from findings_about(
+        yield from FindingsAbout(
             "quantized-but-stored-float",
             claimed,
             f"{plural(len(claimed), 'module')} declared quantized by {declared.file} and stored in float",
             hint=CONVERT,
         )
     else:
-        yield from findings_about(
+        yield from FindingsAbout(
             "scheme-unsupported",
             claimed,
             f"{plural(len(claimed), 'module')} in float, to be quantized at load (weight_format is not real_quantized)",
             hint='export it again with weight_format="real_quantized"',
         )
-    yield from findings_about(
+    yield from FindingsAbout(
         "excluded-but-quantized",
         excluded,
         f"{plural(len(excluded), 'module')} excluded by {declared.file} and stored in int8",
@@ -224,7 +224,7 @@ def _scheme(
     other = sorted(set(foreign.values()))
     if other:
         only_mtp = all(map(is_mtp, foreign))
-        yield from findings_about(
+        yield from FindingsAbout(
             "scheme-unsupported",
             list(foreign),
             f"{plural(len(foreign), 'module')} stored in {', '.join(other)}",
@@ -233,7 +233,7 @@ def _scheme(
             else _INT8_ONLY,
         )
     elif in_blocks:
-        yield from findings_about(
+        yield from FindingsAbout(
             "scheme-unsupported",
             sorted(in_blocks),
             f"{plural(len(in_blocks), 'module')} with a scale for each block of the weight (weight_scale_inv)",

@@ -14,7 +14,7 @@ from typing import Final, NamedTuple
 
 from quarkconv.dtypes import TensorType
 from quarkconv.experts.layer import MoELayer
-from quarkconv.findings import Finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import BLOCK, FP8_PER_TOKEN, FP8_STATIC, PER_CHANNEL, ModuleScheme, TensorSpec
 from quarkconv.scheme.stored import BLOCK_SCALE, SCALE_DTYPES, Form, StoredModules, linear_names
@@ -76,14 +76,14 @@ def block_scale(name: str, types: Mapping[str, TensorType]) -> str:
 def fp8_findings(groups: tuple[Fp8Group, ...], file: str) -> Iterator[Finding]:
     """That some modules are in FP8, and which targets keep them."""
     names = [name for group in groups for name in group.modules]
-    yield from findings_about(
+    yield from FindingsAbout(
         "mixed-precision",
         names,
         f"{plural(len(names), 'linear')} in FP8 beside the INT8 experts",
         hint="convert it to compressed-tensors or fused-int8: the other targets have one scheme for all modules",
     )
     undeclared = [name for group in groups if not group.declared for name in group.modules]
-    yield from findings_about(
+    yield from FindingsAbout(
         "dtype-mismatch",
         undeclared,
         f"{plural(len(undeclared), 'linear')} in FP8 that {file} does not declare in FP8",

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Final
 
 from quarkconv.experts.config import ModelConfig
-from quarkconv.findings import Finding, finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.companions import OUTPUT_SCALES
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.stored import BLOCK_SCALE, ROTATION, StoredModules
@@ -75,13 +75,13 @@ def _companions(stored: StoredModules, is_float: Callable[[str], bool]) -> Itera
     factors = [name for name in beside if _FACTORS.search(name.rpartition(".")[2])]
     others = frozenset(beside).difference(factors, stored.unrecognised)
     unknown = [name for name in beside if name in others and not is_float(name.rpartition(".")[0])]
-    yield from findings_about(
+    yield from FindingsAbout(
         "smoothing-online",
         factors,
         f"{plural(len(factors), 'tensor')} of factors, by which inputs of quantized modules are multiplied at run time",
         hint="engines do not multiply: quantize the model again with factors merged into the weights",
     )
-    yield from findings_about(
+    yield from FindingsAbout(
         "companion-unknown",
         unknown,
         f"{plural(len(unknown), 'tensor')} of unknown meaning beside int8 weights",

@@ -7,7 +7,7 @@ from math import prod
 from typing import Final
 
 from quarkconv.experts.layouts import MAX_EXPERTS
-from quarkconv.findings import Finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import FOREIGN, ModuleScheme
 from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form
@@ -121,7 +121,7 @@ def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str], file: str)
             if form.scale is not None or name not in in_blocks
         ]
         text = message.format(plural(len(found), "module"), file=file)
-        yield from findings_about(code, found, text, hint=hint)
+        yield from FindingsAbout(code, found, text, hint=hint)
 
 
 def _is_of_parts(form: Form) -> bool:

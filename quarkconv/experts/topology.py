@@ -15,7 +15,7 @@ from quarkconv.experts.layer import Part as Part
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
 from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, PAIRED, STACKED, ExpertNaming
 from quarkconv.experts.unread import names_not_understood, unread_findings
-from quarkconv.findings import Finding, finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 
@@ -114,7 +114,7 @@ def _first_inside(prefix: str, names: list[str]) -> str:
 
 
 def _misspelt(modules: list[str]) -> Iterator[Finding]:
-    yield from findings_about(
+    yield from FindingsAbout(
         "tensor-unrecognised",
         modules,
         f"{plural(len(modules), 'module')} with an expert number in a form that no engine writes, such as 01",

@@ -11,7 +11,7 @@ from itertools import chain
 from typing import Final
 
 from quarkconv.experts.naming import EXPERTS
-from quarkconv.findings import NOT_UNDERSTOOD, Finding, finding, findings_about
+from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, finding
 from quarkconv.scheme.stored import Form, StoredModules
 from quarkconv.text import plural
 
@@ -61,10 +61,10 @@ def unread_findings(
     message = f"{plural(len(names), 'module or tensor', 'modules or tensors')} of experts under unknown names"
     if known:
         hint = "conversion treats int8 modules as ordinary linears and copies the rest; engines may drop them"
-        yield from findings_about("tensor-unrecognised", names, message, hint=hint)
+        yield from FindingsAbout("tensor-unrecognised", names, message, hint=hint)
     elif names:
         hint = RENAMED_HINT if are_modules(stored, names) else _UNREADABLE_HINT
-        yield from findings_about(NOT_UNDERSTOOD, names, message, hint=hint)
+        yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint=hint)
     elif config_experts is not None and config_experts > 1:
         yield finding(
             NOT_UNDERSTOOD,

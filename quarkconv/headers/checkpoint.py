@@ -18,7 +18,7 @@ from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
-from quarkconv.findings import Finding, Severity, as_finding, finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import Index, compare_index, read_index
@@ -158,14 +158,14 @@ def _too_many(root: Path) -> SourceError:
 
 def _odd_names(names: list[str]) -> Iterator[Finding]:
     unprintable = [name for name in names if not name.isprintable()]
-    yield from findings_about(
+    yield from FindingsAbout(
         "tensor-name",
         unprintable,
         f"{plural(len(unprintable), 'tensor')} with a name that is not printable",
         hint="no known tool writes such names; treat this checkpoint as suspicious",
     )
     paths = [name for name in names if name.isprintable()]
-    yield from findings_about(
+    yield from FindingsAbout(
         "tensor-name",
         paths,
         f"{plural(len(paths), 'tensor')} with slashes in the name",
@@ -181,7 +181,7 @@ def _outside(root: Path) -> Iterator[Finding]:
     found = [(name, target) for name in links if (target := leads_outside(root, name)) is not None]
     if found:
         error = link_error(*found[0])
-        yield from findings_about(
+        yield from FindingsAbout(
             error.code,
             [name for name, _ in found],
             f"{plural(len(found), 'link')} out of the model's directory, the first to {found[0][1]}",
@@ -200,7 +200,7 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
             if other != shard.file:
                 twice.setdefault((other, shard.file), []).append(name)
     for (one, other), names in twice.items():
-        yield from findings_about(
+        yield from FindingsAbout(
             "tensor-duplicate",
             names,
             f"{plural(len(names), 'tensor')} stored in both {one} and {other}",
@@ -217,7 +217,7 @@ def _stale(found: Finding, unused: list[str]) -> Finding:
 
 def _renamed(shards: list[ShardHeader]) -> Iterator[Finding]:
     renamed = [shard.file for shard in shards if shard.renamed]
-    yield from findings_about(
+    yield from FindingsAbout(
         "quantizer-names",
         renamed,
         f"Scales named after the quantizer, such as weight_quantizer.scale, in {plural(len(renamed), 'file')}",

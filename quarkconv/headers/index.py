@@ -9,7 +9,7 @@ from typing import Final, NamedTuple
 from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, parse_json_object, read_bytes_of
-from quarkconv.findings import Finding, finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.headers.quantizer_names import usual_name
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.headers.scan import Run, runs_of, scan_index
@@ -127,7 +127,7 @@ def _wrong_places(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iter
     extra = [name for name in stored if name not in weight_map]
     if missing:
         listed, holder = weight_map[missing[0]], stored.get(missing[0], "no file")
-        yield from findings_about(
+        yield from FindingsAbout(
             "index-mismatch",
             missing,
             f"{plural(len(missing), 'tensor')} missing from the listed file; the index has the first in {listed}, but "
@@ -135,7 +135,7 @@ def _wrong_places(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iter
             hint="download the checkpoint again, or rebuild the index",
         )
     if extra:
-        yield from findings_about(
+        yield from FindingsAbout(
             "index-mismatch",
             extra,
             f"{plural(len(extra), 'stored tensor')} not listed in the index, the first in {stored[extra[0]]}",

@@ -10,7 +10,7 @@ from typing import Final
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
-from quarkconv.findings import Finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.headers.index import INDEX_NAME, Index
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.unfinished import refuse_unfinished
@@ -77,7 +77,7 @@ def unused(present: list[str], shards: list[str], index: Index | None) -> Iterat
     """Files that the index does not list; few engines load them."""
     names = sorted(set(present) - set(shards))
     if index is not None:
-        yield from findings_about(
+        yield from FindingsAbout(
             "file-unused",
             names,
             f"{plural(len(names), 'safetensors file')} not listed in {INDEX_NAME}",

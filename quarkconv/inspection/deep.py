@@ -15,7 +15,7 @@ from quarkconv.description.description import Description
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files, Range
-from quarkconv.findings import Finding, findings_about
+from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.stored import SCALE_DTYPES
@@ -66,31 +66,31 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
         elif least < _LEAST_NORMAL:
             subnormal[name] = None
     first_problem = next(iter(invalid.values()), "")
-    yield from findings_about(
+    yield from FindingsAbout(
         "scale-invalid",
         list(invalid),
         f"{plural(len(invalid), 'scale')} not finite or not positive, the first with {first_problem}",
         hint="quantize the model again; its outputs would be NaN or wrong",
     )
-    yield from findings_about(
+    yield from FindingsAbout(
         "scale-invalid",
         list(zero),
         f"{plural(len(zero), 'scale')} of weights with the value 0, which makes rows 0 whatever their codes are",
         hint="harmless where the codes are 0 too, which verify checks; else quantize the model again",
     )
-    yield from findings_about(
+    yield from FindingsAbout(
         "scale-negative",
         list(negative),
         f"{plural(len(negative), 'scale')} with negative values, as auto-round writes them",
         hint="no action where engines multiply by scales, as vLLM and SGLang do",
     )
-    yield from findings_about(
+    yield from FindingsAbout(
         "scale-subnormal",
         list(subnormal),
         f"{plural(len(subnormal), 'scale')} below 2^-126, which GPUs may flush to zero",
         hint="quantize the model again with a lower bound on scales",
     )
-    yield from findings_about(
+    yield from FindingsAbout(
         "zero-point-nonzero",
         list(nonzero),
         f"{plural(len(nonzero), 'zero point')} not zero",

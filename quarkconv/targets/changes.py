@@ -8,7 +8,7 @@ from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
-from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, Severity, bounded, finding, findings_about
+from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, FindingsAbout, Severity, bounded, finding
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
@@ -34,10 +34,10 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
     yield from _renamed_experts(description, target)
     names = target.dropped(description)
     left_out = plural(len(names), "scale or zero point", "scales and zero points")
-    yield from findings_about("tensor-dropped", names, f"{left_out} of activations left out")
+    yield from FindingsAbout("tensor-dropped", names, f"{left_out} of activations left out")
     modules = description.float_modules
     if modules and description.declared is not None and target.quantizes:
-        yield from findings_about(
+        yield from FindingsAbout(
             "module-dequantized",
             modules,
             f"{plural(len(modules), 'module')} that engines keep in float, dequantized to {_DEQUANTIZED} with one "
@@ -61,7 +61,7 @@ def _renamed_experts(description: Description, target: Target) -> Iterator[Findi
     if target.stacks or all(item.code != NOT_UNDERSTOOD for item in description.findings):
         return
     names = description.renamed_experts
-    yield from findings_about(
+    yield from FindingsAbout(
         NOT_UNDERSTOOD,
         names,
         f"{plural(len(names), 'module')} of experts that were not recognised, converted under the names they have",
