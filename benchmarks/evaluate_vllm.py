@@ -1,12 +1,12 @@
 """Compare log-probabilities of vLLM with those that `quarkconv evaluate` computes, token by token.
 
-    python benchmarks/evaluate_vllm.py FOLDER
+    python benchmarks/evaluate_vllm.py FOLDER [--name evaluate-vllm]
 
 FOLDER holds what `benchmarks/serve/prompt_logprobs.py` wrote: NAME.safetensors for checkpoints of examples/tiny_moe, of
 which ``bf16`` is the dequantized model and every other one INT8. Both programs compute in bfloat16, and in other orders
 of sums. How much that matters is measured with a third computation, evaluate's own with everything but codes in
 float32: a program that computes the same model is as far from it as the other one is. In INT8 that distance is larger,
-since a small difference of an activation moves some of its codes by one. Writes benchmarks/results/evaluate-vllm.json.
+since a small difference of an activation moves some of its codes by one. Writes benchmarks/results/NAME.json.
 """
 
 from __future__ import annotations
@@ -82,6 +82,7 @@ def compared(mine: Tensor, theirs: Tensor, targets: Tensor) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path)
+    parser.add_argument("--name", default="evaluate-vllm", help="of the result")
     options = parser.parse_args()
     rows: dict[str, Any] = {}
     served: dict[str, str] = {}
@@ -105,7 +106,7 @@ def main() -> None:
     cost = compared(ours["int8"], ours["dequantized"], ids[:, 1:])["kl_mean"]
     print(f"INT8 against dequantized, both ours: KL {cost:.3g}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
-    save("evaluate-vllm", {"served": served, "versions": versions, "int8_cost_kl": cost, "rows": rows})
+    save(options.name, {"served": served, "versions": versions, "int8_cost_kl": cost, "rows": rows})
 
 
 if __name__ == "__main__":

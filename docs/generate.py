@@ -248,7 +248,8 @@ def served_form(found: dict[str, Any]) -> str:
     [kernel] = {operands[name] for name in found["kernel"]}
     layers = found["layers"].values()
     exact = {"int8": "to_w8a8", "w8a16": "to_w8a16"}.get(kernel)
-    error = "" if exact is None else f", {max(layer[exact] for layer in layers):.1%}"
+    distances = [layer[exact] for layer in layers if exact in layer]
+    error = f", {max(distances):.1%}" if distances else ""
     equal = all(all(layer["equal_to_export"].values()) for layer in layers)
     return f"{kernel}{error}" + ("" if equal else ", requantized")
 
