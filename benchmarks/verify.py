@@ -4,8 +4,9 @@
 
 Without MODEL one is made, by default of 14 layers of Qwen3-30B-A3B (10 GB), and converted to fused-int8. Before each
 measurement the files are dropped from the page cache (posix_fadvise), as far as the system does that; both then read
-from the disk. A first run compiles the kernels and is not counted. Every measurement is a process of its own; its peak
-memory is counted beyond what it held when everything was imported and the devices were ready.
+from the disk. With ``--states cached`` they stay in the page cache. There is one process for each kind of measurement;
+kinds alternate. A first run compiles the kernels and is not counted. Peak memory is counted beyond what the process
+held when everything was imported and the devices were ready.
 
 Without ``--devices`` no numbers are computed: bytes alone are verified, and the layers are read as they are for
 numbers, checksums included, to see what that takes and how much of it comes from the disk.
@@ -20,110 +21,192 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from dataclasses import replace
-from pathlib import Path
-from typing import Any
-
-READ = """
-import json, os, sys, time
-from concurrent.futures import ThreadPoolExecutor
-from quarkconv.verify.streaming import READERS
-files = [os.path.join(folder, name) for folder, _, names in os.walk(sys.argv[1]) for name in names]
-BLOCK, PART = 2 * 2**20, 64 * 2**20
-def drop(path):
-    descriptor = os.open(path, os.O_RDONLY); os.fsync(descriptor)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
-def read(part):
-    path, start = part
-    descriptor = os.open(path, os.O_RDONLY); buffer = bytearray(BLOCK); done = 0
-    while done < PART:
-        count = os.preadv(descriptor, [buffer], start + done)
-        done += count
-        if count == 0: break
-    os.close(descriptor)
-for path in files: drop(path)
-parts = [(path, start) for path in files for start in range(0, os.path.getsize(path), PART)]
-started = time.perf_counter()
-with ThreadPoolExecutor(READERS) as pool: list(pool.map(read, parts))
-seconds = time.perf_counter() - started
-print(json.dumps({"seconds": seconds, "bytes": sum(map(os.path.getsize, files)), "threads": READERS}))
-"""
-
-VERIFY = """
-import json, os, resource, sys, time
-import torch
-from quarkconv.verify.verify import verify_checkpoint
-from quarkconv.load.layer_reads import LayerPart
-from quarkconv.description.description import describe
-from pathlib import Path
-model, device, tokens, stages = sys.argv[1:5]
-tokens, stages = [int(count) for count in tokens.split(",")], stages.split(",")
-cuda = device == "cuda"
-if cuda:
-    for index in range(torch.cuda.device_count()): torch.zeros(1, device=f"cuda:{index}")
-    for index in range(torch.cuda.device_count()):  # kernels compile, the libraries of matrix products load
-        verify_checkpoint(model, device=f"cuda:{index}", tokens=tokens, layers={0}, stages=("numbers",))
-        torch.cuda.empty_cache(); torch.cuda.reset_peak_memory_stats(index)
-def drop(path):
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
-for path in Path(model).rglob("*"):
-    if path.is_file(): drop(path)
-def resident():
-    return int(open("/proc/self/statm").read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 import threading
-before, peak, stop = resident(), [0], threading.Event()
-def watch():
-    while not stop.wait(0.02): peak[0] = max(peak[0], resident())
-watcher = threading.Thread(target=watch); watcher.start()
-started = time.perf_counter()
-result = verify_checkpoint(model, device=device, tokens=tokens, stages=stages)
-seconds = time.perf_counter() - started
-stop.set(); watcher.join()
-layer = max(LayerPart(layer).nbytes for layer in describe(Path(model)).int8_layers)
-print(json.dumps({"seconds": seconds, "ok": result.ok,
-    "problems": [problem.message for problem in result.problems[:5]],
-    "host_bytes": peak[0] - before, "layer_bytes": layer,
-    "device_bytes": [torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count())] if cuda else [],
-    "devices": result.numbers.device, "layer_seconds": [layer.seconds for layer in result.numbers.layers]}))
-"""
-
-
-LAYERS = """
-import json, os, sys, time
+import time
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import replace
+from itertools import product
 from pathlib import Path
-from quarkconv.description.description import describe
-from quarkconv.plan.manifest import read_manifest
-from quarkconv.load.arenas import ArenaPool
-from quarkconv.load.layer_reader import READERS, LayerReader
-from quarkconv.load.layer_reads import LayerPart, written_tensors
-root = Path(sys.argv[1]); description = describe(root); written = written_tensors(read_manifest(root))
-layers = description.int8_layers; size = max(LayerPart(layer).nbytes for layer in layers)
-for path in root.iterdir():
-    descriptor = os.open(path, os.O_RDONLY)
-    os.posix_fadvise(descriptor, 0, 0, os.POSIX_FADV_DONTNEED); os.close(descriptor)
-def from_the_disk():
-    return int(next(line for line in open("/proc/self/io") if line.startswith("read_bytes")).split()[1])
-before = from_the_disk(); started = time.perf_counter()
-with (ThreadPoolExecutor(READERS) as pool, LayerReader(description, pool, written) as reader,
-      ArenaPool(1, size) as arenas):
-    problems = []; arena = arenas.take(1)
-    for layer in layers: reader.read(LayerPart(layer), arena)
-print(json.dumps({"seconds": time.perf_counter() - started, "ok": not problems,
-    "bytes": sum(LayerPart(layer).nbytes for layer in layers), "from_the_disk": from_the_disk() - before}))
-"""
+from typing import Any, Final
+
+BLOCK: Final = 2 * 2**20
+PART: Final = 64 * 2**20
+LAYERS, BYTES, NUMBERS = "layers alone", "verify --bytes-only", "verify"
+
+Found = dict[str, Any]
 
 
-def child(code: str, *words: str, devices: int | None = None) -> dict[str, Any]:
-    env = dict(os.environ)
-    if devices is not None:
-        env["CUDA_VISIBLE_DEVICES"] = ",".join(map(str, range(devices)))
-    done = subprocess.run([sys.executable, "-c", code, *words], capture_output=True, text=True, check=False, env=env)
-    if done.returncode:
-        raise SystemExit(done.stderr[-3000:])
-    found: dict[str, Any] = json.loads(done.stdout.splitlines()[-1])
-    return found
+def read_once(folder: Path, *, cached: bool) -> Found:
+    """Read all files with as many threads as verify has."""
+    from quarkconv.load.layer_reader import READERS
+
+    files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
+    parts = [(path, start) for path in files for start in range(0, path.stat().st_size, PART)]
+    drop(folder, cached=cached)
+    started = time.perf_counter()
+    with ThreadPoolExecutor(READERS) as pool:
+        total = sum(pool.map(read_part, parts))
+    return {"seconds": time.perf_counter() - started, "bytes": total, "threads": READERS}
+
+
+def read_part(part: tuple[Path, int]) -> int:
+    path, start = part
+    buffer, done = bytearray(BLOCK), 0
+    with open(path, "rb", buffering=0) as handle:
+        while done < PART and (count := os.preadv(handle.fileno(), [buffer], start + done)):
+            done += count
+    return done
+
+
+def drop(folder: Path, *, cached: bool) -> None:
+    """Drop the files from the page cache, unless they are to stay there."""
+    for path in folder.rglob("*"):
+        if path.is_file() and not cached:
+            with open(path, "rb") as handle:
+                os.fsync(handle.fileno())
+                os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """A list whose last item is the most memory that this process held, beyond what it held at the beginning."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    def watch() -> None:
+        while not ended.wait(0.02):
+            peaks.append(max(peaks[-1], resident() - before))
+
+    before, peaks, ended = resident(), [0], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
+
+
+def verify(model: Path, device: str, tokens: list[int], stages: tuple[str, ...]) -> Callable[[], Found]:
+    """Prepare the devices; what is returned verifies, and gives seconds and memory."""
+    import torch
+
+    from quarkconv.description.description import describe
+    from quarkconv.load.layer_reads import LayerPart
+    from quarkconv.verify.verify import verify_checkpoint
+
+    devices = [f"cuda:{index}" for index in range(torch.cuda.device_count())] if device == "cuda" else []
+    for name in devices or ["cpu"] * ("numbers" in stages):  # kernels compile, libraries of matrix products load
+        verify_checkpoint(model, device=name, tokens=tokens, layers={0}, stages=("numbers",))
+    layer_bytes = max(LayerPart(layer).nbytes for layer in describe(model).int8_layers)
+
+    def run() -> Found:
+        for index in range(len(devices)):
+            torch.cuda.empty_cache()
+            torch.cuda.reset_peak_memory_stats(index)
+        started = time.perf_counter()
+        with peak_memory() as peaks:
+            result = verify_checkpoint(model, device=device, tokens=tokens, stages=stages)
+        assert result.numbers.skipped is None or "numbers" not in stages, result.numbers.skipped
+        return {
+            "seconds": time.perf_counter() - started,
+            "ok": result.ok,
+            "problems": [problem.message for problem in result.problems[:5]],
+            "host_bytes": peaks[-1],
+            "layer_bytes": layer_bytes,
+            "device_bytes": [torch.cuda.max_memory_allocated(index) for index in range(len(devices))],
+            "devices": result.numbers.device,
+            "layer_seconds": [layer.seconds for layer in result.numbers.layers],
+        }
+
+    return run
+
+
+def read_layers(model: Path) -> Callable[[], Found]:
+    """What is returned reads the layers as they are read for numbers, with checksums."""
+    from quarkconv.description.description import describe
+    from quarkconv.load.arenas import ArenaPool
+    from quarkconv.load.layer_reader import READERS, LayerReader
+    from quarkconv.load.layer_reads import LayerPart, written_tensors
+    from quarkconv.plan.manifest import read_manifest
+
+    def from_the_disk() -> int:
+        return int(Path("/proc/self/io").read_text().partition("\nread_bytes:")[2].split()[0])
+
+    def run() -> Found:
+        description, written = describe(model), written_tensors(read_manifest(model))
+        parts = [LayerPart(layer) for layer in description.int8_layers]
+        before, started = from_the_disk(), time.perf_counter()
+        with (
+            ThreadPoolExecutor(READERS) as pool,
+            LayerReader(description, pool, written) as reader,
+            ArenaPool(1, max(part.nbytes for part in parts)) as arenas,
+        ):
+            arena = arenas.take(1)
+            wrong = [mismatch for part in parts for mismatch in reader.read(part, arena)[1]]
+        return {
+            "seconds": time.perf_counter() - started,
+            "ok": not wrong,
+            "bytes": sum(part.nbytes for part in parts),
+            "from_the_disk": from_the_disk() - before,
+        }
+
+    return run
+
+
+def measure(model: Path, kind: str, device: str, tokens: list[int]) -> None:
+    """One process: prepare, then measure once for each line of the standard input, which is a state."""
+    if kind == LAYERS:
+        run = read_layers(model)
+    else:
+        run = verify(model, device, tokens, ("bytes",) if kind == BYTES else ("bytes", "numbers"))
+    print("ready", flush=True)
+    for state in sys.stdin:
+        cached = state.strip() == "cached"
+        read_once(model, cached=cached)  # so that both find the memory of a virtual machine in the same state
+        once = read_once(model, cached=cached)
+        drop(model, cached=cached)
+        found = run()
+        print(json.dumps(found | {"once": once, "over_reading": found["seconds"] / once["seconds"]}), flush=True)
+
+
+class Kind:
+    """A process that measures one thing, once for each :meth:`run`."""
+
+    def __init__(self, kind: str, devices: int, options: argparse.Namespace, model: Path) -> None:
+        visible = {"CUDA_VISIBLE_DEVICES": ",".join(map(str, range(devices)))} if devices else {}
+        words = (model, "--kind", kind, "--device", "cuda" if devices else "cpu", "--tokens", options.tokens)
+        self._process = subprocess.Popen(
+            [sys.executable, __file__, *map(str, words)],
+            env={**os.environ, **visible},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        self._lines = iter(self._process.stdout or ())
+
+    def ready(self) -> None:
+        """Wait until everything is imported and compiled."""
+        if next(self._lines, None) is None:
+            sys.exit("a process failed")
+
+    def run(self, state: str) -> Found:
+        """Measure once."""
+        assert self._process.stdin is not None
+        self._process.stdin.write(f"{state}\n")
+        self._process.stdin.flush()
+        line = next(self._lines, None)
+        if line is None:
+            sys.exit("a process failed")
+        found: Found = json.loads(line)
+        return found
+
+    def close(self) -> None:
+        """End the process."""
+        self._process.communicate()
 
 
 def make_model(shape: str, layers: int, folder: Path) -> Path:
@@ -134,52 +217,57 @@ def make_model(shape: str, layers: int, folder: Path) -> Path:
 
     source = folder / "source"
     sizes = {"minimax": MINIMAX_M2, "qwen3": QWEN3_30B, "tiny": TINY}[shape]
-    # A router of noise favours a few experts; a model type without a known router has its tokens dealt out evenly.
-    write_streamed(source, replace(sizes, layers=layers, model_type="random"), data=True)
+    write_streamed(source, replace(sizes, layers=layers), data=True)
     return convert_checkpoint(source, "fused-int8", folder / "model").output
+
+
+def median(runs: list[Found]) -> Found:
+    """The medians of some runs."""
+    return {
+        "seconds": statistics.median(run["seconds"] for run in runs),
+        "reading_once": statistics.median(run["once"]["seconds"] for run in runs),
+        "over_reading": statistics.median(run["over_reading"] for run in runs),
+    }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("model", nargs="?")
+    parser.add_argument("model", nargs="?", type=Path)
     parser.add_argument("--shape", default="qwen3", choices=("minimax", "qwen3", "tiny"))
     parser.add_argument("--layers", type=int, default=14)
-    parser.add_argument("--tokens", default="64")
+    parser.add_argument("--tokens", default="64", help="several as 64,1024")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--devices", default="", help="numbers of GPUs to measure; empty for bytes alone, on the CPU")
-    parser.add_argument("--out")
+    parser.add_argument("--devices", default="", help="numbers of GPUs; 0 for the CPU; empty for bytes alone")
+    parser.add_argument("--states", default="cold", help="cold, cached or cached,cold: the page cache")
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--kind", help=argparse.SUPPRESS)
+    parser.add_argument("--device", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.kind:
+        tokens = [int(count) for count in options.tokens.split(",")]
+        measure(options.model, options.kind, options.device, tokens)
+        return
     with tempfile.TemporaryDirectory() as temporary:
-        model = options.model or str(make_model(options.shape, options.layers, Path(temporary)))
-        devices = [int(count) for count in options.devices.split(",") if count]
-        kinds: dict[str, tuple[tuple[str, ...], int | None]] = {
-            f"verify on {count} GPU": ((VERIFY, model, "cuda", options.tokens, "bytes,numbers"), count)
-            for count in devices
-        }
-        if not devices:
-            kinds = {
-                "layers alone": ((LAYERS, model), None),
-                "verify --bytes-only": ((VERIFY, model, "cpu", options.tokens, "bytes"), None),
-            }
-        runs: dict[str, list[dict[str, Any]]] = {kind: [] for kind in kinds}
-        for _ in range(options.rounds):
-            for kind, (words, count) in kinds.items():
-                child(READ, model)  # so that both find the memory of a virtual machine in the same state
-                once = child(READ, model)
-                found = child(*words, devices=count)
-                runs[kind].append(found | {"once": once, "over_reading": found["seconds"] / once["seconds"]})
-    summary = {
-        kind: {
-            "seconds": statistics.median(run["seconds"] for run in found),
-            "reading_once": statistics.median(run["once"]["seconds"] for run in found),
-            "over_reading": statistics.median(run["over_reading"] for run in found),
-        }
-        for kind, found in runs.items()
-    }
-    result = {"tokens": options.tokens, "summary": summary, "runs": runs}
+        model = options.model or make_model(options.shape, options.layers, Path(temporary))
+        counts = [int(count) for count in options.devices.split(",") if count]
+        kinds = {
+            f"verify on {count} GPU" if count else "verify on the CPU": Kind(NUMBERS, count, options, model)
+            for count in counts
+        } or {kind: Kind(kind, 0, options, model) for kind in (LAYERS, BYTES)}
+        for kind in kinds.values():
+            kind.ready()
+        result: Found = {"tokens": options.tokens, "summary": {}, "runs": {}}
+        for state, number in product(options.states.split(","), range(options.rounds)):
+            for name, kind in kinds.items():
+                runs = result["runs"].setdefault(f"{name}, {state}", [])
+                runs.append(kind.run(state))
+                result["summary"][f"{name}, {state}"] = median(runs)
+                if options.out:  # after each, so that a run that is cut short leaves what it measured
+                    options.out.write_text(json.dumps(result) + "\n")
+                print(f"{name}, {state}, round {number + 1}: {runs[-1]['seconds']:.2f} s", flush=True)
+        for kind in kinds.values():
+            kind.close()
     print(json.dumps(result["summary"], indent=1))
-    if options.out:
-        Path(options.out).write_text(json.dumps(result) + "\n")
 
 
 if __name__ == "__main__":
