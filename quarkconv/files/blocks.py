@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Final
 
 from quarkconv.files.base import Range
@@ -13,28 +13,35 @@ GAP_BYTES: Final = 128 * 2**10
 """The largest gap in bytes that is read and dropped: fetching it takes less time than a second request."""
 
 
-def blocks(ranges: Iterable[Range], size: int = BLOCK_BYTES, gap: int = GAP_BYTES) -> Iterator[Range]:
-    """Ranges joined where one follows another in the same file, or nearly, and cut where they are longer than ``size``.
+def blocks(ranges: Iterable[Range], size: Callable[[], int], gap: int = GAP_BYTES) -> Iterator[Range]:
+    """Ranges joined where one follows another in the same file, or nearly, and cut where they are too long.
 
     The blocks are in the order of the ranges, so that a reader of the ranges needs one block after the other.
+
+    Args:
+        ranges: the ranges.
+        size: returns the largest size of the next block in bytes.
+        gap: bytes between two ranges of one block at most.
     """
-    run: Range | None = None
+    run = Range("", 0, 0)
     for item in ranges:
         if item.end <= item.start:
             continue
-        if run is not None and item.file == run.file and 0 <= item.start - run.end <= gap:
+        if item.file == run.file and 0 <= item.start - run.end <= gap:
             run = Range(run.file, run.start, item.end)
         else:
-            if run is not None:
-                yield from _cut(run, size)
+            yield from _cut(run, size)
             run = item
-        while run.end - run.start > size:  # yielded at once: a run may be as long as a file
-            yield Range(run.file, run.start, run.start + size)
-            run = Range(run.file, run.start + size, run.end)
-    if run is not None:
-        yield from _cut(run, size)
+        while run.end - run.start > BLOCK_BYTES:  # yielded at once: a run may be as long as a file
+            end = run.start + size()
+            yield Range(run.file, run.start, end)
+            run = Range(run.file, end, run.end)
+    yield from _cut(run, size)
 
 
-def _cut(run: Range, size: int) -> Iterator[Range]:
-    for start in range(run.start, run.end, size):
-        yield Range(run.file, start, min(start + size, run.end))
+def _cut(run: Range, size: Callable[[], int]) -> Iterator[Range]:
+    start = run.start
+    while start < run.end:
+        end = min(start + size(), run.end)
+        yield Range(run.file, start, end)
+        start = end

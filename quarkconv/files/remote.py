@@ -11,7 +11,7 @@ from pathlib import Path, PurePosixPath
 from typing import Final
 
 from quarkconv.files.base import Range, in_hidden_folder
-from quarkconv.files.read_ahead import read_ahead
+from quarkconv.files.read_ahead import Pace, read_ahead
 
 CONNECTIONS: Final = 16
 """Concurrent requests."""
@@ -42,6 +42,7 @@ class RemoteFiles:
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries: Final = dict(entries)
         self._heads: dict[str, bytes] = {}
+        self.pace = Pace()
         self.pool = ThreadPoolExecutor(max_workers=CONNECTIONS, thread_name_prefix="quarkconv-remote")
 
     @property
@@ -82,7 +83,7 @@ class RemoteFiles:
 
     def read_many(self, ranges: Iterable[Range]) -> Iterator[bytes]:
         """Byte ranges one after the other, fetched ahead over several connections."""
-        return read_ahead(ranges, self.fetch, self.pool)
+        return read_ahead(ranges, self.fetch, self.pool, self.pace)
 
     def expect(self, sizes: Mapping[str, int], arrived: Callable[[str], None]) -> None:
         """Fetch the beginnings of some files concurrently, and keep them for :meth:`read`."""

@@ -5,7 +5,7 @@ An output is a directory, or objects below the URL of a store.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, Protocol
@@ -114,6 +114,16 @@ class Destination(Protocol):
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that was finished; None when it has to be written."""
 
+    def read_records(self, shards: Iterable[OutputShard]) -> None:
+        """Read the records of some shards at once; :meth:`finished` then answers without a request for each."""
+
+    def finished_now(self, shard: OutputShard) -> bool:
+        """Whether a shard is finished, also by another worker since the last look.
+
+        Raises:
+            UsageError: the conversion is finished.
+        """
+
     def refresh(self) -> None:
         """Look again at what others have finished.
 
@@ -161,6 +171,9 @@ class Destination(Protocol):
             nbytes: bytes still to be written.
             shards: the shards that will be written again from their beginning.
         """
+
+    def discard_partial(self, shards: tuple[OutputShard, ...]) -> None:
+        """Discard what a process that died has left of some shards that no process writes now."""
 
     def failures(self, left: Callable[[], int]) -> AbstractContextManager[None]:
         """Turn failures to write into errors with a hint.

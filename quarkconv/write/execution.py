@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 from quarkconv.files.base import Files
@@ -107,8 +108,13 @@ class Execution:
         return plan_state(self.plan, self.digest, sources.state(), self.origin, location, shares=shares)
 
 
-def open_source(source: Files, plan: Plan) -> Source:
+def open_source(source: Files, plan: Plan, turn: Path | None = None) -> Source:
     """Open the shards that a plan reads.
+
+    Args:
+        source: the files of the source.
+        plan: the plan.
+        turn: see :class:`quarkconv.write.remote_source.RemoteSource`.
 
     Raises:
         SourceError: one cannot be opened, or has another size than planned.
@@ -120,4 +126,4 @@ def open_source(source: Files, plan: Plan) -> Source:
 
     if not isinstance(source, RemoteFiles):
         raise TypeError(f"{type(source).__name__} cannot be converted from")
-    return RemoteSource(source, plan)
+    return RemoteSource(source, plan, turn)

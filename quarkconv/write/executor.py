@@ -10,7 +10,7 @@ import json
 import logging
 import re
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import AbstractContextManager
 from typing import Final
@@ -39,7 +39,7 @@ BUFFER_BYTES: Final = 2 * 2**20
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 ALONE_BYTES: Final = 5 * 2**20
-"""Bytes of a first shard that are streamed before others begin, so that its first part is sent as soon as it can be."""
+"""Bytes of the first shard that are streamed before others begin, so that its first part is sent soon."""
 _PATIENCE: Final = 0.2  # seconds between checks of the stop event
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
@@ -60,6 +60,7 @@ class Run:
         self._done: dict[str, WrittenShard] = {}
         self.recorded: list[WrittenShard] = []
         self._held = HeldScales()
+        self._written: Callable[[OutputShard], None] = lambda _: None
 
     def writing(self) -> AbstractContextManager[None]:
         """Turn failures to write into errors with a hint."""
@@ -72,19 +73,47 @@ class Run:
         """
         self._shards = shards
         before = len(self._done)
+        self.destination.read_records(shards)
         for shard in shards:
             written = self.destination.finished(shard)
             if written is not None:
                 self._done[shard.file] = written
                 self._advance(shard.nbytes)
-        self._held = HeldScales([shard for shard in shards if shard.file not in self._done], self._stop)
+        todo = [shard for shard in shards if shard.file not in self._done]
+        self._held = HeldScales(todo, self._stop)
         if len(self._done) > before:
             _log.info("resuming: %d of %d shards are finished", len(self._done) - before, len(shards))
         self.destination.require_space(self._bytes_left(), shards)
-        with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv") as pool:
-            claims = self._claims([shard for shard in shards if shard.file not in self._done], jobs)
-            size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // jobs // PAGE * PAGE), PAGE)
-            futures = [pool.submit(self._work, claims, size) for _ in range(jobs)]
+        self._write(todo, jobs)
+
+    def write_leased(self, shards: Iterator[OutputShard], jobs: int, done: Callable[[OutputShard], None]) -> None:
+        """Write shards that are taken when a thread is free, with ``jobs`` threads; to a destination that streams.
+
+        Args:
+            shards: the shards, none of them finished; one thread at a time asks for the next.
+            jobs: number of threads.
+            done: called with each shard that was written, from several threads.
+        """
+        self._held = HeldScales(stop=self._stop)
+        self._written = done
+
+        def taken() -> Iterator[OutputShard]:
+            for shard in shards:
+                self._held.expect([shard])
+                yield shard
+
+        self._write(taken(), jobs)
+
+    def _write(self, shards: Iterable[OutputShard], jobs: int) -> None:
+        """Write shards. Of those that are streamed, a few are read at a time; other threads send the rest of theirs."""
+        streams = self.destination.streams
+        reading = -(-jobs // 2) if streams else jobs
+        threads = jobs + reading if streams else jobs
+        alone = ALONE_BYTES if streams else 0
+        with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quarkconv") as pool:
+            claims = _Claims(shards, self._open, self._stop, reading, alone, lambda: self.sources.is_slow)
+            size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // threads // PAGE * PAGE), PAGE)
+            futures = [pool.submit(self._work, claims, size) for _ in range(threads)]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
             except KeyboardInterrupt:
@@ -146,15 +175,10 @@ class Run:
                     if self.destination.record(written):
                         self.recorded.append(written)
                     self._done[written.file] = written
+                    self._written(writer.shard)
         except BaseException:
             self._stop.set()
             raise
-
-    def _claims(self, shards: list[OutputShard], jobs: int) -> _Claims:
-        """The segments of some shards. Of shards that are streamed, half the threads read; the others send the rest."""
-        if not self.destination.streams:
-            return _Claims(shards, self._open, self._stop, jobs)
-        return _Claims(shards, self._open, self._stop, -(-jobs // 2), alone=ALONE_BYTES)
 
     def _open(self, shard: OutputShard) -> ShardWriter:
         return ShardWriter(shard, self.destination.open(shard))
@@ -203,19 +227,22 @@ class _Claims:
         reading: the threads that write segments at the same time. They get their places in the order of the shards,
             since a shard may need scales of an earlier one.
         alone: bytes that the first thread writes before others begin.
+        is_slow: while it returns true, the others do not begin either.
     """
 
     def __init__(
         self,
-        shards: list[OutputShard],
+        shards: Iterable[OutputShard],
         open_writer: Callable[[OutputShard], ShardWriter],
         stop: threading.Event,
         reading: int,
         alone: int = 0,
+        is_slow: Callable[[], bool] = lambda: False,
     ) -> None:
         self._reading = threading.Semaphore(1 if alone else reading)
         self._others = reading - 1 if alone else 0
         self._alone = alone
+        self._is_slow = is_slow
         self._stop = stop
         self._lock = threading.Lock()
         self._shards = iter(shards)
@@ -248,7 +275,7 @@ class _Claims:
         def count(nbytes: int) -> None:
             wrote(nbytes)
             self._alone -= nbytes
-            if self._alone <= 0 and self._others:
+            if self._alone <= 0 and self._others and not self._is_slow():
                 others, self._others = self._others, 0
                 self._reading.release(others)
 

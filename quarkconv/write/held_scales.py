@@ -30,6 +30,10 @@ class HeldScales:
         self._stop = stop or threading.Event()
         self._held: dict[Copy, bytes] = {}
         self._takers: Counter[Copy] = Counter()
+        self.expect(shards)
+
+    def expect(self, shards: Iterable[OutputShard]) -> None:
+        """Hold the scales whose codes lie before them in some shards, none of which is being written yet."""
         computed: set[Copy] = set()
         for piece in (piece for shard in shards for tensor in shard.tensors for piece in tensor.pieces):
             if isinstance(piece, Codes | CodeColumns):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import time
+from collections.abc import Iterator
+from itertools import islice
 from typing import Final
 
 from quarkconv.errors import QuarkconvError, UsageError
@@ -19,7 +21,9 @@ from quarkconv.write.modes import Contribution
 from quarkconv.write.shares import finish_shares
 
 POLL_SECONDS: Final = 1.0
-"""Seconds between two looks at what others do."""
+"""Seconds between two looks at what others do, while there is nothing to do."""
+LOOK_SECONDS: Final = 5.0
+"""Seconds between two looks while this worker writes."""
 _CHECKS: Final = "checks"
 _FINISH: Final = "finish"
 
@@ -91,6 +95,7 @@ class _Worker:
         self._leases = leases
         self._jobs = execution.jobs
         self._counted: set[str] = set()
+        self._writing: set[str] = set()
 
     def work(self) -> None:
         """Take shards until all are written and the checks hold.
@@ -107,10 +112,9 @@ class _Worker:
             todo = self._unfinished()
             if not todo and checked:
                 return
-            batch = self._take(todo)
-            if batch:
-                self._write(batch)
-            else:
+            before = len(self._counted)
+            self._write()
+            if len(self._counted) == before:
                 time.sleep(POLL_SECONDS)
 
     def finish(self) -> Manifest:
@@ -118,6 +122,7 @@ class _Worker:
         while True:
             if self._leases.take(_FINISH):
                 self._destination.refresh()
+                self._destination.discard_partial(self._run.plan.shards)
                 self._run.write_shards(self._run.plan.shards, self._jobs)
                 return self._run.finish()
             time.sleep(POLL_SECONDS)
@@ -135,36 +140,48 @@ class _Worker:
     def _unfinished(self) -> list[OutputShard]:
         """The shards that are not written; those that others wrote are counted."""
         todo = []
+        self._destination.read_records(self._run.plan.shards)
         for shard in self._run.plan.shards:
             if self._destination.finished(shard) is None:
                 todo.append(shard)
-            elif shard.file not in self._counted:
+            elif shard.file not in self._counted and shard.file not in self._writing:
                 self._counted.add(shard.file)
                 self._run.count(shard.nbytes)
         return todo
 
-    def _take(self, todo: list[OutputShard]) -> tuple[OutputShard, ...]:
-        """Leases of shards that nobody works on: as many as there are threads, where each of these streams one."""
-        count = self._jobs if self._destination.streams else 1
-        taken: list[OutputShard] = []
-        for shard in todo:
-            if len(taken) < count and self._leases.take(shard.file):
-                taken.append(shard)
-        if taken:  # another worker may have finished one, and given its lease back, since the last look
-            self._destination.refresh()
-        for shard in taken:
-            if self._destination.finished(shard) is not None:
-                self._leases.release(shard.file)
-        return tuple(shard for shard in taken if self._destination.finished(shard) is None)
-
-    def _write(self, batch: tuple[OutputShard, ...]) -> None:
+    def _write(self) -> None:
+        """Write shards that nobody works on: one after the other, or, where they are streamed, several at a time."""
         try:
-            self._run.write_shards(batch, self._jobs)
+            if self._destination.streams:
+                self._run.write_leased(self._taken(), self._jobs, self._wrote)
+            else:
+                for shard in islice(self._taken(), 1):
+                    self._run.write_shards((shard,), self._jobs)
+                    self._wrote(shard)
         except QuarkconvError as error:
-            if all(self._leases.holds(shard.file) for shard in batch):
+            if all(self._leases.holds(name) for name in self._writing):
                 raise
             _log.info("another worker took over what failed here: %s", error.message)
             raise _LeaseLostError from error
-        for shard in batch:
-            self._counted.add(shard.file)
-            self._leases.release(shard.file)
+
+    def _taken(self) -> Iterator[OutputShard]:
+        """Shards whose leases this worker takes one by one, until there is none that nobody works on."""
+        todo, looked = iter(self._unfinished()), time.monotonic()
+        while (shard := next(todo, None)) is not None:
+            if time.monotonic() - looked > LOOK_SECONDS:
+                self._destination.refresh()
+                todo, looked = iter(self._unfinished()), time.monotonic()
+            elif shard.file not in self._writing and self._leases.take(shard.file):
+                # Another worker may have finished it, and given its lease back, since the last look.
+                if self._destination.finished_now(shard):
+                    self._leases.release(shard.file)
+                    continue
+                if self._leases.took_over(shard.file):
+                    self._destination.discard_partial((shard,))
+                self._writing.add(shard.file)
+                yield shard
+
+    def _wrote(self, shard: OutputShard) -> None:
+        self._counted.add(shard.file)
+        self._writing.discard(shard.file)
+        self._leases.release(shard.file)

@@ -101,6 +101,7 @@ class Leases:
         self._writes = 0
         self._held: dict[str, Token] = {}
         self._seen: dict[str, tuple[Token, float]] = {}
+        self._taken_over: set[str] = set()
         self._lock = threading.Lock()
 
     def take(self, name: str) -> bool:
@@ -114,7 +115,12 @@ class Leases:
                     return False
                 if self._clock() - since < LEASE_SECONDS:
                     return False
+                self._taken_over.add(name)
             return self._write(name, found)
+
+    def took_over(self, name: str) -> bool:
+        """Whether another worker that took the lease did not give it back."""
+        return name in self._taken_over
 
     def holds(self, name: str) -> bool:
         """Whether the lease was held at its last renewal."""

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import nullcontext
 from typing import Any, Final
 
@@ -78,16 +78,16 @@ class ObjectDestination:
     has_locks: Final = False
     streams: Final = True
 
-    def __init__(self, objects: Objects, plan_digest: str, *, shared: bool) -> None:
+    def __init__(self, objects: Objects, plan_digest: str, entries: dict[str, Entry], *, shared: bool) -> None:
         self.objects = objects
         self.plan_digest = plan_digest
         self._shared = shared
-        self._entries: dict[str, Entry] = {}
+        self._entries = entries
         self._notes: dict[str, dict[str, Any]] = {}
         self._config = b""
 
     def refresh(self) -> None:
-        """List the objects again, and read the notes that are new.
+        """List the objects again.
 
         Raises:
             UsageError: another process has finished the conversion.
@@ -95,7 +95,17 @@ class ObjectDestination:
         before, self._entries = self._entries, self.objects.entries()
         if STATE not in self._entries:
             raise finished_meanwhile(self.objects.url)
-        names = [name for name, entry in self._entries.items() if name.startswith(_NOTES) and before.get(name) != entry]
+        for name in [name for name in self._notes if before.get(name) != self._entries.get(name)]:
+            del self._notes[name]
+
+    def read_records(self, shards: Iterable[OutputShard]) -> None:
+        """Read the notes of some shards, over several connections.
+
+        Raises:
+            UsageError: another process has finished the conversion.
+        """
+        names = [name for name in map(_note_name, (shard.file for shard in shards)) if name not in self._notes]
+        names = [name for name in names if name in self._entries]
         found = self.objects.get_many(names)
         if len(found) < len(names) and self.objects.entry(STATE) is None:  # notes are deleted at the end
             raise finished_meanwhile(self.objects.url)
@@ -140,10 +150,27 @@ class ObjectDestination:
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that was finished when the objects were last listed."""
-        entry, note = self._entries.get(shard.file), self._notes.get(_note_name(shard.file))
-        if entry is None or note is None or entry != Entry(shard.nbytes, str(note.get("etag"))):
+        entry = self._entries.get(shard.file)
+        if entry is None or entry.size != shard.nbytes:
+            return None
+        self.read_records([shard])
+        note = self._notes.get(_note_name(shard.file))
+        if note is None or entry.etag != str(note.get("etag")):
             return None
         return written_of(shard, note, self.plan_digest)
+
+    def finished_now(self, shard: OutputShard) -> bool:
+        """Whether a shard is finished: its note is looked for again.
+
+        Raises:
+            UsageError: another process has finished the conversion.
+        """
+        if self.objects.entry(_note_name(shard.file)) is None:
+            if self.objects.entry(STATE) is None:  # notes are deleted after it
+                raise finished_meanwhile(self.objects.url)
+            return False
+        self.refresh()
+        return self.finished(shard) is not None
 
     def checks_hold(self, share: Share) -> bool:
         """Whether an earlier run recorded that the checks of a share hold."""
@@ -214,8 +241,11 @@ class ObjectDestination:
         """Delete everything that the conversion wrote."""
         delete_earlier(self.objects, self.objects.entries())
 
-    def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:  # noqa: ARG002
-        """Discard parts that a process which died sent of these shards; a store has no end."""
+    def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:
+        """Do nothing: a store has no end."""
+
+    def discard_partial(self, shards: tuple[OutputShard, ...]) -> None:
+        """Discard the unfinished multipart uploads of some shards."""
         cleared = clear_uploads(self.objects.url, {shard.file for shard in shards})
         if cleared:
             _log.info("%s: %d unfinished uploads of an earlier run discarded", self.objects.url, cleared)

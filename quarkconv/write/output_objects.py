@@ -82,9 +82,9 @@ class OutputObjects:
             if found is None:
                 raise finished_meanwhile(self.location)
             refuse_difference(self.location, parsed(found[0]), state)
-        destination = ObjectDestination(objects, state["plan"], shared=state.get("shares") == JOINED)
-        destination.refresh()
-        return destination
+        if overwrite:
+            entries = {}
+        return ObjectDestination(objects, state["plan"], entries, shared=state.get("shares") == JOINED)
 
 
 def _create(objects: Objects, state: bytes) -> bool:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import threading
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Final
 
@@ -17,6 +17,7 @@ from quarkconv.files.remote import RemoteFiles
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import Copy, SourceFile
 from quarkconv.plan.plan import Plan
+from quarkconv.write.locks import waiting_for
 from quarkconv.write.refusals import not_as_planned
 from quarkconv.write.source import Reader
 from quarkconv.write.source_files import check_layout
@@ -31,13 +32,16 @@ class RemoteSource:
     Args:
         files: the files of the model.
         plan: the plan.
+        turn: a file that processes on one machine lock while they read from a slow network, so that one of them gets
+            all of it while the others send; None without others.
 
     Raises:
         SourceError: a file has another size than planned.
     """
 
-    def __init__(self, files: RemoteFiles, plan: Plan) -> None:
+    def __init__(self, files: RemoteFiles, plan: Plan, turn: Path | None = None) -> None:
         self._files = files
+        self._turn = turn
         self._names = [name for name, _ in plan.sources]
         self._stop = threading.Event()
         for name, size in plan.sources:
@@ -68,7 +72,8 @@ class RemoteSource:
         """Fetch ranges over several connections; they must be read in this order."""
         requests = (Range(source.file, source.start, source.start + source.nbytes) for source in ranges)
         files = self._files
-        with ReadAhead(requests, files.fetch, files.pool, self._stop, files.ahead_bytes) as reader:
+        turn = nullcontext() if self._turn is None or not self.is_slow else waiting_for(self._turn)
+        with turn, ReadAhead(requests, files.fetch, files.pool, self._stop, files.ahead_bytes, files.pace) as reader:
             yield _RangeReader(reader)
 
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
@@ -85,6 +90,11 @@ class RemoteSource:
         """The bytes of a file, in blocks."""
         starts = range(0, file.size, _COPY_BYTES)
         return self._files.read_many(Range(file.name, start, min(start + _COPY_BYTES, file.size)) for start in starts)
+
+    @property
+    def is_slow(self) -> bool:
+        """Whether the network is slow, or its rate is not known yet."""
+        return not self._files.pace.is_fast
 
     def cancel(self) -> None:
         """Make reads that wait for the network fail soon."""

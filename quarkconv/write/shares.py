@@ -48,8 +48,11 @@ def _write(execution: Execution, work: ShareWork) -> bool:
         if not destination.checks_hold(work.share):
             run_checks(work.checks, sources, execution.jobs)
             destination.record_checks(work.share)
+        else:  # an earlier process began the share
+            destination.discard_partial(work.shards)
         run.write_shards(work.shards, execution.jobs)
         destination.refresh()
+        destination.read_records(execution.plan.shards)
         return all(destination.finished(shard) for shard in execution.plan.shards)
 
 
@@ -80,6 +83,7 @@ def finish_shares(execution: Execution) -> Manifest:
     with execution.opened() as sources, execution.begun(sources) as run:
         destination = run.destination
         count = destination.shares()
+        destination.read_records(plan.shards)
         works = [Share(number, max(count, 1)).work(plan) for number in range(1, max(count, 1) + 1)]
         missing = [work.share for work in works if not all(map(destination.finished, work.shards))]
         if missing:
@@ -93,5 +97,6 @@ def finish_shares(execution: Execution) -> Manifest:
         with run.writing():
             unchecked = (work.checks for work in works if not destination.checks_hold(work.share))
             run_checks(tuple(chain.from_iterable(unchecked)), sources, execution.jobs)
+            destination.discard_partial(plan.shards)
             run.write_shards(plan.shards, execution.jobs)
             return run.finish()

@@ -35,6 +35,10 @@ class Source(Protocol):
     def check_unchanged(self, names: Iterable[str]) -> None:
         """Raise if one of these files changed since the conversion began."""
 
+    @property
+    def is_slow(self) -> bool:
+        """Whether one reader receives all that the source can send: a second one would only delay the first."""
+
     def ahead(self, ranges: Iterable[Copy]) -> AbstractContextManager[Reader]:
         """A reader of these ranges, in this order; it may fetch them ahead."""
 

@@ -97,6 +97,11 @@ class SourceFiles:
         """This object: the kernel reads ahead by itself."""
         return nullcontext(self)
 
+    @property
+    def is_slow(self) -> bool:
+        """False: disks are fastest with several readers."""
+        return False
+
     def cancel(self) -> None:
         """Does nothing: reads of a disk are short."""
 

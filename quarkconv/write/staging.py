@@ -22,7 +22,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
@@ -115,6 +115,13 @@ class Staging:
             return None
         return written_of(shard, read_state(self.notes / f"{shard.file}.json"), self.plan_digest)
 
+    def read_records(self, shards: Iterable[OutputShard]) -> None:
+        """Do nothing: files are read when they are needed."""
+
+    def finished_now(self, shard: OutputShard) -> bool:
+        """Whether a shard is finished."""
+        return self.finished(shard) is not None
+
     def refresh(self) -> None:
         """Do nothing: a directory shows what it holds."""
 
@@ -151,6 +158,9 @@ class Staging:
             WriteError: there is less.
         """
         require_space(self.output, nbytes, allocated(self.parts / shard.file for shard in shards))
+
+    def discard_partial(self, shards: tuple[OutputShard, ...]) -> None:
+        """Do nothing: a file that is not finished is written again in its place."""
 
     @contextmanager
     def failures(self, left: Callable[[], int]) -> Iterator[None]:

@@ -27,6 +27,7 @@ def write_whole(execution: Execution, *, overwrite: bool = False) -> Manifest:
         with execution.begun(sources, needed=needed, overwrite=overwrite) as run:
             try:
                 with run.writing():
+                    run.destination.discard_partial(plan.shards)
                     run.write_shards(plan.shards, jobs)
                     return run.finish()
             except UnsupportedError:  # rows that cannot be quantized: nothing that was written is of use

@@ -92,6 +92,28 @@ def test_shards_and_the_end_of_a_worker_that_vanished_are_taken_over(
     assert objects() == local
 
 
+@pytest.mark.usefixtures("published")
+def test_a_worker_that_looked_before_the_others_finished_writes_nothing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    local = snapshot(
+        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local", max_shard_size=40_000).output
+    )
+    take, overtaken = Leases.take, list[bool]()
+
+    def overtake(self: Leases, name: str) -> bool:
+        if name.endswith(".safetensors") and not overtaken:
+            overtaken.append(True)
+            assert prepare(model).carry_out(Join(), jobs=1).result is not None
+        return take(self, name)
+
+    monkeypatch.setattr(Leases, "take", overtake)
+    outcome = prepare(model).carry_out(Join(), jobs=1)
+    assert overtaken
+    assert (outcome.result is not None, outcome.shards) == (True, 0)
+    assert objects() == local
+
+
 @pytest.mark.parametrize("how", ["ignore_conditions", "refuse_conditions"])
 def test_stores_without_conditional_writes_are_refused_and_parts_are_not(
     published: FaultyProxy, model: Path, how: str

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 from quarkconv.errors import InterruptedByUser
 from quarkconv.files import read_ahead as module
 from quarkconv.files.base import Range
-from quarkconv.files.blocks import blocks
-from quarkconv.files.read_ahead import ReadAhead, read_ahead
+from quarkconv.files.blocks import BLOCK_BYTES, blocks
+from quarkconv.files.read_ahead import FAST_RATE, SLOW_BLOCK_BYTES, Pace, ReadAhead, read_ahead
 
 ranges = st.lists(
     st.builds(lambda file, start, size: Range(file, start, start + size), st.sampled_from("ab"),
@@ -26,7 +26,7 @@ ranges = st.lists(
 
 @given(ranges, st.integers(1, 64), st.integers(0, 32))
 def test_blocks_hold_every_byte_in_order(parts: list[Range], size: int, gap: int) -> None:
-    result = list(blocks(parts, size, gap))
+    result = list(blocks(parts, lambda: size, gap))
     assert all(0 < block.end - block.start <= size for block in result)
     position = 0
     for item in parts:
@@ -37,13 +37,13 @@ def test_blocks_hold_every_byte_in_order(parts: list[Range], size: int, gap: int
 
 @given(ranges)
 def test_what_is_read_along_is_only_gaps(parts: list[Range]) -> None:
-    read = sum(block.end - block.start for block in blocks(parts, 64, 0))
+    read = sum(block.end - block.start for block in blocks(parts, lambda: 64, 0))
     assert read == sum(item.end - item.start for item in parts)
 
 
 def test_neighbours_are_one_request() -> None:
     parts = [Range("a", 0, 10), Range("a", 10, 30), Range("a", 32, 40), Range("b", 40, 50), Range("a", 5, 6)]
-    assert list(blocks(parts, 100, 4)) == [Range("a", 0, 40), Range("b", 40, 50), Range("a", 5, 6)]
+    assert list(blocks(parts, lambda: 100, 4)) == [Range("a", 0, 40), Range("b", 40, 50), Range("a", 5, 6)]
 
 
 DATA = {"a": bytes(range(256)) * 4, "b": bytes(reversed(range(256)))}
@@ -63,7 +63,7 @@ def test_reading_ahead_gives_the_bytes(parts: list[Range]) -> None:
 
 def test_memory_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module, "AHEAD_BYTES", 400)
-    monkeypatch.setattr(module, "blocks", lambda parts: iter(parts))
+    monkeypatch.setattr(module, "blocks", lambda parts, _: iter(parts))
     fetched: list[Range] = []
 
     def counting(block: Range) -> bytes:
@@ -82,13 +82,14 @@ def test_memory_ahead_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("seconds", "beside"), [(0.0, 4), (60.0, 1)])
-def test_blocks_that_take_long_are_requested_one_after_the_other(
+def test_on_a_slow_network_few_bytes_are_requested_at_once(
     monkeypatch: pytest.MonkeyPatch, seconds: float, beside: int
 ) -> None:
     clock = iter(range(10**6))
     monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock) * seconds))
-    monkeypatch.setattr(module, "_START_BYTES", 100)
-    monkeypatch.setattr(module, "blocks", lambda parts: iter(parts))
+    monkeypatch.setattr(module, "SLOW_PENDING_BYTES", 100)
+    monkeypatch.setattr(module, "_MEASURED_BYTES", 100)
+    monkeypatch.setattr(module, "blocks", lambda parts, _: iter(parts))
     requested: list[Range] = []
     released = threading.Semaphore(0)
 
@@ -106,6 +107,39 @@ def test_blocks_that_take_long_are_requested_one_after_the_other(
         time.sleep(0.05)
         assert len(requested) == 1 + beside
         released.release(20)
+
+
+@pytest.mark.parametrize(("seconds", "size"), [(0.001, BLOCK_BYTES), (1.0, SLOW_BLOCK_BYTES)])
+def test_requests_are_small_until_the_network_is_known_to_be_fast(
+    monkeypatch: pytest.MonkeyPatch, seconds: float, size: int
+) -> None:
+    clock = iter(range(10**6))
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: next(clock) * seconds))
+    sizes: list[int] = []
+
+    def counting(block: Range) -> bytes:
+        sizes.append(block.end - block.start)
+        return bytes(sizes[-1])
+
+    whole = Range("a", 0, 8 * BLOCK_BYTES)
+    with ThreadPoolExecutor(1) as pool:
+        assert [len(data) for data in read_ahead([whole], counting, pool)] == [whole.end]
+    assert (sizes[0], max(sizes)) == (SLOW_BLOCK_BYTES, size)
+
+
+def test_the_time_between_requests_does_not_make_a_network_slow(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = [0.0]
+    monkeypatch.setattr(module, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    pace = Pace()
+    assert not pace.is_fast
+    for _ in range(2):
+        with pace.fetching(FAST_RATE), pace.fetching(FAST_RATE):  # two at once have twice the rate of one
+            now[0] += 2
+        now[0] += 100
+        assert pace.is_fast
+    with pace.fetching(FAST_RATE):
+        now[0] += 2
+    assert not pace.is_fast
 
 
 def test_waiting_ends_when_somebody_wants_it_to() -> None:

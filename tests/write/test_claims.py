@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
@@ -11,11 +12,18 @@ from typing import Any
 from quarkconv.write.executor import _Claims
 
 
-def claims(shards: int, reading: int, alone: int = 0, stop: threading.Event | None = None) -> _Claims:
+def claims(
+    shards: int,
+    reading: int,
+    alone: int = 0,
+    stop: threading.Event | None = None,
+    is_slow: Callable[[], bool] = lambda: False,
+) -> _Claims:
     def opened(shard: Any) -> Any:
         return SimpleNamespace(shard=shard, segments=[f"{shard} whole"])
 
-    return _Claims([f"shard {number}" for number in range(shards)], opened, stop or threading.Event(), reading, alone)  # type: ignore[misc]
+    names: Any = [f"shard {number}" for number in range(shards)]
+    return _Claims(names, opened, stop or threading.Event(), reading, alone, is_slow)
 
 
 def test_a_shard_begins_when_another_is_read() -> None:
@@ -43,6 +51,21 @@ def test_the_first_shard_is_alone_until_its_first_part_is_read() -> None:
         wrote(60)
         assert second.result(timeout=10) is not None
     assert counted == [60, 60]
+
+
+def test_one_thread_reads_while_the_source_is_slow() -> None:
+    slow = [True]
+    work = claims(4, reading=2, alone=100, is_slow=lambda: slow[0])
+    assert work.take() is not None
+    wrote = work.counted(lambda _: None)
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(work.take)
+        wrote(200)
+        time.sleep(0.05)
+        assert not second.done()
+        slow[0] = False
+        wrote(1)
+        assert second.result(timeout=10) is not None
 
 
 def test_a_first_shard_that_is_smaller_than_a_part_does_not_hold_up_the_others() -> None:
