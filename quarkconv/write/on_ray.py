@@ -7,11 +7,13 @@ then both write the same bytes.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from quarkconv.cluster import ClusterTasks
 from quarkconv.files.local import LocalFiles
@@ -21,7 +23,7 @@ from quarkconv.plan.pieces import Check, OutputShard
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import ALL
 from quarkconv.write.checks import check_float_rows, run_checks
-from quarkconv.write.execution import Execution
+from quarkconv.write.execution import Execution, open_source
 from quarkconv.write.executor import Run
 from quarkconv.write.output import output_at
 from quarkconv.write.shares import finish_shares
@@ -36,7 +38,7 @@ _CHECKS_OF_A_TASK: Final = 4096
 
 @dataclass(frozen=True, slots=True)
 class _Common:
-    """What every task gets: it opens source and output by their names, on its own node."""
+    """What every task uses: it opens source and output by their names, on its own node."""
 
     plan: Plan
     digest: str
@@ -69,16 +71,18 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
     cpus = 1 if isinstance(execution.output.location, Path) else STREAM_CPUS
     with ClusterTasks(address, TASK_BYTES, cpus=cpus) as cluster:
         with _joined(execution) as (_, run):
+            run.destination.read_records(plan.shards)
             todo = [shard for shard in plan.shards if run.destination.finished(shard) is None]
             checked = run.destination.checks_hold(ALL)
         progress.advance(sum(shard.nbytes for shard in plan.shards) - sum(shard.nbytes for shard in todo))
-        common = cluster.put(_common(execution))
+        common = [cluster.put(_common(execution))]  # in a list, a reference stays one
         if not checked:
             starts = range(0, len(plan.checks), _CHECKS_OF_A_TASK)
             checks = [(_check, common, plan.checks[start : start + _CHECKS_OF_A_TASK]) for start in starts]
-            for _ in cluster.run([*checks, (_check_rows, common)]):
+            rows = [(_check_rows, common)] if plan.options.quantizes else []
+            for _ in cluster.run([*checks, *rows]):
                 pass
-        for nbytes in cluster.run([(_write, common, shard.file) for shard in todo]):
+        for nbytes in cluster.run([(_write, common, shard) for shard in todo]):
             progress.advance(nbytes)
     if not checked:
         with _joined(execution) as (_, run):
@@ -103,19 +107,44 @@ def _common(execution: Execution) -> _Common:
     )
 
 
-def _write(common: _Common, file: str) -> int:
+@lru_cache(maxsize=1)
+def _execution(common: Any) -> Execution:
+    """The execution on this node. A process that runs several tasks of a conversion locates the source once.
+
+    The source has been compared with the plan by the process that started the tasks, and the output holds its ETags.
+    """
+    import ray
+
+    found: _Common = ray.get(common)
+    return found.execution()
+
+
+def _write(common: list[Any], shard: OutputShard) -> int:
     """The task of a shard: write it, unless it is finished, and return its size in bytes."""
-    shards: tuple[OutputShard, ...] = tuple(shard for shard in common.plan.shards if shard.file == file)
-    with _joined(common.execution()) as (_, run), run.writing():
-        run.write_shards(shards, common.jobs)
-    return sum(shard.nbytes for shard in shards)
+    execution = _execution(*common)
+    with (
+        closing(open_source(execution.source, execution.plan, _turn())) as sources,
+        execution.joined(sources) as run,
+        run.writing(),
+    ):
+        run.write_shards((shard,), execution.jobs)
+    return shard.nbytes
 
 
-def _check(common: _Common, checks: tuple[Check, ...]) -> None:
-    with common.execution().opened() as sources:
-        run_checks(checks, sources, common.jobs)
+def _turn() -> Path:
+    """A file of this node that a task locks while it reads from a slow network."""
+    import ray
+
+    return Path(tempfile.gettempdir()) / f"quarkconv-reading-{ray.get_runtime_context().get_node_id()}"
 
 
-def _check_rows(common: _Common) -> None:
-    with common.execution().opened() as sources:
-        check_float_rows([common.plan], sources, common.jobs)
+def _check(common: list[Any], checks: tuple[Check, ...]) -> None:
+    execution = _execution(*common)
+    with closing(open_source(execution.source, execution.plan)) as sources:
+        run_checks(checks, sources, execution.jobs)
+
+
+def _check_rows(common: list[Any]) -> None:
+    execution = _execution(*common)
+    with closing(open_source(execution.source, execution.plan)) as sources:
+        check_float_rows([execution.plan], sources, execution.jobs)
