@@ -12,7 +12,7 @@ from typing import Any
 
 from quarkconv.convert.jobs import DEFAULT_JOBS, require_jobs
 from quarkconv.convert.options import Options
-from quarkconv.convert.output import output_location
+from quarkconv.convert.output import folder_in, output_location
 from quarkconv.convert.planner import plans_of
 from quarkconv.convert.results import ConversionResult, Outcome, RankOutput, conversion_json
 from quarkconv.errors import UsageError
@@ -77,15 +77,15 @@ class Conversion:
         row = get_target(target)
         source = locate(model, cache=cache, progress=progress)
         location = output_location(source, f"{target}{ranks[0].suffix()}", out)
-        if isinstance(location, str) and (push is not None or len(ranks) > 1):
+        if isinstance(location, str) and push is not None:
             raise UsageError(
-                "The output must be a directory",
-                file=location,
-                expected="--out DIR with --push, --tp and --ep",
-                hint="convert to a directory, and copy it with the store's own tools",
+                "--push uploads a directory",
+                expected="--out DIR",
+                found=f"--out {location}",
+                hint="convert to a directory with --push, or to the URL without it",
             )
         outputs = tuple(
-            RankOutput(plan, location if plan.rank.is_whole else Path(location) / plan.rank.folder())
+            RankOutput(plan, location if plan.rank.is_whole else folder_in(location, plan.rank.folder()))
             for plan in plans_of(source, row, options, ranks, progress)
         )
         return cls(source, location, outputs)
@@ -124,8 +124,7 @@ class Conversion:
         if self.by_rank:
             from quarkconv.write.ranks import write_ranks
 
-            whole, folder = self._whole(mode), Path(self.location)
-            manifests = write_ranks(folder, executions, overwrite=whole.overwrite)
+            manifests = write_ranks(self.location, executions, overwrite=self._whole(mode).overwrite)
             written = Contribution(None)
         else:
             written = write_output(executions[0], mode)

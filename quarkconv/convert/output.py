@@ -50,6 +50,11 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
     return output
 
 
+def folder_in(location: Path | str, name: str) -> Path | str:
+    """The folder of a name in a directory, or below a URL."""
+    return f"{location}/{name}" if isinstance(location, str) else location / name
+
+
 def _output_url(source: Located, url: str) -> str:
     if not url.partition("://")[2].partition("/")[2]:
         raise UsageError(

@@ -22,6 +22,7 @@ from quarkconv.findings import Finding, FindingsAbout, Severity, as_finding, fin
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
 from quarkconv.headers.index import Index, compare_index, read_index
+from quarkconv.headers.rank_index import refuse_rank_objects
 from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
 from quarkconv.headers.shard_files import check_directory, safetensors_files, shard_names, unused
@@ -98,6 +99,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
 
         if isinstance(store, RemoteFiles):
             refuse_unfinished_objects(store)
+            refuse_rank_objects(store)
     findings: list[Finding] = []
     config: dict[str, Any] = {}
     try:

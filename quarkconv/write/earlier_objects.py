@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from quarkconv.cloud.bucket import Bucket
 from quarkconv.cloud.objects import Objects
@@ -42,8 +42,39 @@ def refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str
         )
 
 
-def delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
-    """Delete an earlier conversion, finished or not, and nothing else."""
+class Earlier(NamedTuple):
+    """The objects of an earlier conversion, finished or not, and nothing else. Made by :func:`earlier_objects`.
+
+    Attributes:
+        objects: where they are.
+        names: those that it wrote, or would have written, without the notes.
+        present: the names of all objects.
+    """
+
+    objects: Objects
+    names: set[str]
+    present: list[str]
+
+    def delete(self) -> None:
+        """Delete them.
+
+        config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest and
+        plan.json go last, so that the deletion can be repeated.
+        """
+        clear_uploads(self.objects.url, self.names)
+        last = [name for name in (MANIFEST_NAME, STATE) if name in self.present]
+        self.objects.delete(name for name in self.present if name == CONFIG_NAME)
+        self.objects.delete(name for name in self.present if name != CONFIG_NAME and name not in last)
+        for name in last:
+            self.objects.delete([name])
+
+
+def earlier_objects(objects: Objects, entries: dict[str, Entry]) -> Earlier:
+    """The objects of an earlier conversion below a URL.
+
+    Raises:
+        UsageError: there are others, or the manifest cannot be read.
+    """
     try:
         manifest = manifest_of(objects, entries)
     except SourceError as error:
@@ -59,15 +90,12 @@ def delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
         files = parsed(state[0]).get("files")
         written.update(name for name in files if isinstance(name, str)) if isinstance(files, list) else None
     refuse_others(objects, entries, written, unfinished=False)
-    clear_uploads(objects.url, written)
-    # config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest and
-    # plan.json go last, so that the deletion can be repeated.
-    present = [name for name in entries if name in written or name.startswith(f"{STAGING_NAME}/")]
-    last = [name for name in (MANIFEST_NAME, STATE) if name in present]
-    objects.delete(name for name in present if name == CONFIG_NAME)
-    objects.delete(name for name in present if name != CONFIG_NAME and name not in last)
-    for name in last:
-        objects.delete([name])
+    return Earlier(objects, written, list(entries))
+
+
+def delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
+    """Delete an earlier conversion, finished or not, and nothing else."""
+    earlier_objects(objects, entries).delete()
 
 
 def manifest_of(objects: Objects, entries: dict[str, Entry]) -> Manifest | None:

@@ -46,7 +46,8 @@ def plan_state(
             that is left.
     """
     whole = plan.rank.is_whole
-    out = output if isinstance(output, str) else str(output.absolute() if whole else output.absolute().parent)
+    absolute = output if isinstance(output, str) else str(output.absolute())
+    out = absolute if whole else absolute.rpartition("/")[0]
     words = ["quarkconv", "convert", source, "--to", plan.target, "--out", out, *plan.options.words()]
     words += [] if whole else [f"--{plan.rank.parallel}", str(plan.rank.world_size)]
     config = json.dumps(plan.config, sort_keys=True)
