@@ -1,207 +1,52 @@
 """How a conversion scales over several workers, where the network of each worker is the limit.
 
-    python benchmarks/scale.py [--workers 1 2 4 8] [--rate 4] [--experts 16] [--shards 32] [--ray]
+    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 26] [--modes part join ray]
 
-A store on loopback gives each client (each access key) a fixed bandwidth in each direction. Workers convert from it to
-it with ``--part k/N``, each in a process of its own; with ``--ray``, as nodes of one CPU of a Ray cluster. Reported:
-seconds without the start of the interpreters, which share the processor of one machine here; the rate over all workers;
-the share of the bandwidth that a worker fills; and the most memory that a worker of ``--part`` used. A machine with few
-cores limits how much bandwidth can be simulated: choose a rate at which its processor is not busy.
+A store on loopback (benchmarks/store.py) gives each client, which is an access key, a fixed bandwidth in each
+direction. Workers convert one model from it to it: with ``--part k/N`` or ``--join`` each in a process of its own, with
+``--ray`` as nodes of a Ray cluster. All outputs must have the same bytes. For each run are reported
+
+- the seconds from the moment when all interpreters have started, which share the processor of one machine here, until
+  config.json is there, and the rate over all workers in that time;
+- the rate of the steady phase: from the moment when a tenth of the bytes has been written until nine tenths have;
+- the share of their bandwidth that the workers filled in both;
+- the most memory that a worker used (with ``--ray`` not measured), and how busy the processor was.
+
+Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
+processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
+network. Medians of the rounds; ``--ray`` with one or two workers runs once. Results are kept after each group of runs.
 """
 
 from __future__ import annotations
 
 import argparse
-import hashlib
 import json
 import os
-import re
+import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
-from xml.sax.saxutils import escape, unescape
+from typing import Any, Final, NamedTuple
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests"))
+from common import save
+from store import Store
 
 MB = 10**6
-BLOCK = 2**16
+MODES: Final = ("part", "join", "ray")
 
-
-class Bandwidth:
-    """A client's bandwidth in one direction: bytes leave no sooner than it allows."""
-
-    def __init__(self, rate: float) -> None:
-        self._rate = rate
-        self._free = 0.0
-        self._lock = threading.Lock()
-
-    def use(self, nbytes: int) -> None:
-        with self._lock:
-            self._free = max(self._free, time.monotonic()) + nbytes / self._rate
-            wait = self._free - time.monotonic()
-        time.sleep(max(wait, 0))
-
-
-class Store:
-    """Objects in memory, with the part of S3 that obstore and boto3 use here."""
-
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
-        self.objects: dict[str, bytes] = {}
-        self.uploads: dict[str, dict[int, bytes]] = {}
-        self.requests = 0
-        self._clients: dict[tuple[str, str], Bandwidth] = {}
-        self._lock = threading.Lock()
-
-    def bandwidth(self, client: str, direction: str) -> Bandwidth:
-        with self._lock:
-            self.requests += 1
-            return self._clients.setdefault((client, direction), Bandwidth(self.rate if client != "free" else 1e12))
-
-
-_tags: dict[int, tuple[bytes, str]] = {}
-
-
-def digest(data: bytes) -> str:
-    """The ETag of data."""
-    return f'"{hashlib.md5(data, usedforsecurity=False).hexdigest()}"'
-
-
-def etag(data: bytes) -> str:
-    """The ETag of an object, computed once."""
-    known = _tags.get(id(data))
-    if known is None or known[0] is not data:
-        _tags[id(data)] = known = (data, digest(data))
-    return known[1]
-
-
-def handler_of(store: Store) -> type[BaseHTTPRequestHandler]:
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None: ...
-
-        def _client(self, direction: str) -> Bandwidth:
-            match = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
-            return store.bandwidth(match[1] if match else "free", direction)
-
-        def _body(self) -> bytes:
-            bandwidth, left, blocks = self._client("in"), int(self.headers.get("Content-Length") or 0), []
-            while left:
-                block = self.rfile.read(min(BLOCK, left))
-                bandwidth.use(len(block))
-                blocks.append(block)
-                left -= len(block)
-            return b"".join(blocks)
-
-        def _send(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
-            self.send_response(status)
-            for name, value in headers.items():
-                self.send_header(name.replace("_", "-"), value)
-            self.send_header("Content-Length", str(len(body) if length is None else length))
-            self.end_headers()
-            bandwidth = self._client("out")
-            for start in range(0, len(body), BLOCK):
-                bandwidth.use(len(body[start : start + BLOCK]))
-                self.wfile.write(body[start : start + BLOCK])
-
-        def _target(self) -> tuple[str, dict[str, list[str]]]:
-            url = urlsplit(self.path)
-            return unquote(url.path).lstrip("/").partition("/")[2], parse_qs(url.query, keep_blank_values=True)
-
-        def do_GET(self) -> None:
-            name, query = self._target()
-            if not name:
-                prefix = query.get("prefix", [""])[0]
-                found = [item for item in sorted(store.objects.items()) if item[0].startswith(prefix)]
-                rows = "".join(
-                    f"<Contents><Key>{escape(key)}</Key><Size>{len(data)}</Size><ETag>{escape(etag(data))}</ETag>"
-                    "<LastModified>2026-01-01T00:00:00.000Z</LastModified></Contents>"
-                    for key, data in found
-                )
-                kind = "ListMultipartUploadsResult" if "uploads" in query else "ListBucketResult"
-                rows = "" if "uploads" in query else rows
-                self._send(200, f"<{kind}><IsTruncated>false</IsTruncated>{rows}</{kind}>".encode())
-                return
-            data = store.objects.get(name)
-            if data is None:
-                self._send(404, b"<Error><Code>NoSuchKey</Code></Error>")
-                return
-            headers = {"ETag": etag(data), "Last_Modified": "Thu, 01 Jan 2026 00:00:00 GMT"}
-            if "Range" not in self.headers:
-                self._send(200, data, **headers)
-                return
-            first, _, last = self.headers["Range"].removeprefix("bytes=").partition("-")
-            part = data[int(first) : int(last) + 1]
-            self._send(206, part, Content_Range=f"bytes {first}-{int(first) + len(part) - 1}/{len(data)}", **headers)
-
-        def do_HEAD(self) -> None:
-            data = store.objects.get(self._target()[0])
-            self._send(
-                200 if data is not None else 404,
-                length=len(data or b""),
-                ETag=etag(data or b""),
-                Last_Modified="Thu, 01 Jan 2026 00:00:00 GMT",
-            )
-
-        def do_PUT(self) -> None:
-            name, query = self._target()
-            data = self._body()
-            if "uploadId" in query:
-                store.uploads[query["uploadId"][0]][int(query["partNumber"][0])] = data
-            elif "If-None-Match" in self.headers and name in store.objects:
-                self._send(412, b"<Error><Code>PreconditionFailed</Code></Error>")
-                return
-            else:
-                store.objects[name] = data
-            self._send(200, ETag=digest(data))
-
-        def do_POST(self) -> None:
-            name, query = self._target()
-            body = self._body()
-            if "uploads" in query:
-                upload = os.urandom(8).hex()
-                store.uploads[upload] = {}
-                self._send(
-                    200,
-                    "<InitiateMultipartUploadResult><Bucket>b</Bucket>"
-                    f"<Key>{escape(name)}</Key><UploadId>{upload}</UploadId></InitiateMultipartUploadResult>".encode(),
-                )
-            elif "uploadId" in query:
-                parts = store.uploads.pop(query["uploadId"][0])
-                store.objects[name] = b"".join(parts[number] for number in sorted(parts))
-                tag = escape(etag(store.objects[name]))
-                self._send(
-                    200,
-                    f"<CompleteMultipartUploadResult><Key>{escape(name)}</Key><ETag>{tag}</ETag>"
-                    "</CompleteMultipartUploadResult>".encode(),
-                )
-            else:  # several objects are deleted
-                keys = re.findall(r"<Key>(.*?)</Key>", body.decode())
-                for key in keys:
-                    store.objects.pop(unescape(key), None)
-                rows = "".join(f"<Deleted><Key>{key}</Key></Deleted>" for key in keys)
-                self._send(200, f"<DeleteResult>{rows}</DeleteResult>".encode())
-
-        def do_DELETE(self) -> None:
-            name, query = self._target()
-            store.uploads.pop(query.get("uploadId", [""])[0], None)
-            store.objects.pop(name, None)
-            self._send(204)
-
-    return Handler
-
-
-WORKER = """
-import json, sys
+_START: Final = """
+import json, sys, time
 import boto3, obstore.store
-import quarkconv.cloud.objects, quarkconv.convert.conversion, quarkconv.write.shares
+import quarkconv.cli.program, quarkconv.cloud.objects, quarkconv.convert.conversion
+import quarkconv.write.joining, quarkconv.write.shares
 from quarkconv.cli.main import main
+"""
+_RUN: Final = """
 print("ready", flush=True)
 sys.stdin.readline()
 try:
@@ -213,25 +58,47 @@ finally:
     status = open("/proc/self/status").read()
     print(json.dumps({"memory": 1024 * int(status.partition("VmHWM:")[2].split()[0])}), file=sys.stderr)
 """
+_ON_RAY: Final = """
+import ray
+def warm():
+    import quarkconv.write.on_ray, quarkconv.cloud.objects, quarkconv.hub.locate, obstore.store
+    time.sleep(4)
+address = sys.argv[sys.argv.index("--ray") + 1]
+ray.init(address=address, log_to_driver=False, logging_level="error")
+task = ray.remote(warm).options(num_cpus=0.5, scheduling_strategy="SPREAD")
+ray.get([task.remote() for _ in range(int(2 * ray.cluster_resources()["CPU"]))])
+"""
+
+
+class Row(NamedTuple):
+    """One run."""
+
+    mode: str
+    workers: int
+    seconds: float
+    rate: float
+    steady: float
+    memory: int
+    busy: float
 
 
 class Process:
-    """One command, as the client of its name."""
+    """One command, as the client of its name. It begins at :meth:`start`; until then it imports its modules."""
 
-    def __init__(self, client: str, url: str, shard_bytes: int, *options: str) -> None:
-        words = ["convert", "s3://bench/model", "--to", "fused-int8", "--out", "s3://bench/out", "--quiet"]
+    def __init__(self, client: str, url: str, prepare: str, *words: str) -> None:
         self._process = subprocess.Popen(
-            [sys.executable, "-c", WORKER, *words, "--max-shard-size", str(shard_bytes), *options],
+            [sys.executable, "-c", _START + prepare + _RUN, *words],
             env={**os.environ, **credentials(client, url)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
         )
+
+    def ready(self) -> None:
         assert self._process.stdout is not None
         self._process.stdout.readline()
 
     def start(self) -> None:
-        """Begin; until here the process has only imported its modules."""
         assert self._process.stdin is not None
         self._process.stdin.write(b"\n")
         self._process.stdin.flush()
@@ -245,89 +112,200 @@ class Process:
 
 
 def credentials(client: str, url: str) -> dict[str, str]:
-    """The environment of a client."""
+    """The environment of a client. Payloads are not hashed, as over TLS."""
     return {
         "AWS_ENDPOINT_URL": url,
         "AWS_REGION": "us-east-1",
         "AWS_ACCESS_KEY_ID": client,
         "AWS_SECRET_ACCESS_KEY": "x",
+        "AWS_UNSIGNED_PAYLOAD": "true",
     }
 
 
-def convert_in_parts(url: str, workers: int, shard_bytes: int) -> tuple[float, int]:
-    """Seconds, and the most memory of a worker in bytes."""
-    numbers = range(1, workers + 1)
-    processes = [Process(f"worker-{number}", url, shard_bytes, "--part", f"{number}/{workers}") for number in numbers]
-    started = time.monotonic()
+class Nodes:
+    """A Ray cluster of nodes of one CPU, each with its own bandwidth. Processes of tasks stay when they are idle."""
+
+    def __init__(self, count: int, url: str) -> None:
+        from ray.cluster_utils import Cluster
+
+        config = {"idle_worker_killing_time_threshold_ms": 10**7, "num_workers_soft_limit": 2}
+        head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
+        self._cluster = Cluster(initialize_head=True, head_node_args=head)
+        self.clients = [f"node-{number}" for number in range(1, count + 1)]
+        self._nodes = [self._cluster.add_node(num_cpus=1, env_vars=credentials(name, url)) for name in self.clients]
+
+    @property
+    def address(self) -> str:
+        return str(self._cluster.address)
+
+    def keep(self, count: int) -> None:
+        """Remove nodes until so many are left."""
+        while len(self._nodes) > count:
+            self._cluster.remove_node(self._nodes.pop())
+
+    def close(self) -> None:
+        self._cluster.shutdown()
+
+
+@dataclass
+class Run:
+    """A conversion by some workers, prepared."""
+
+    mode: str
+    workers: int
+    out: str
+    clients: list[str] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+
+    def prepare(self, store: Store, shard_bytes: int, nodes: Nodes | None) -> None:
+        """Start the processes."""
+        words = ["convert", "s3://bench/model", "--to", "fused-int8", "--out", f"s3://bench/{self.out}", "--quiet"]
+        words += ["--max-shard-size", str(shard_bytes)]
+        if self.mode == "ray":
+            assert nodes is not None
+            nodes.keep(self.workers)
+            self.clients = nodes.clients[: self.workers]
+            self.processes = [Process(f"{self.out}-driver", store.url, _ON_RAY, *words, "--ray", nodes.address)]
+            return
+        self.clients = [f"{self.out}-{number}" for number in range(1, self.workers + 1)]
+        for number, client in enumerate(self.clients, start=1):
+            options = ["--join"] if self.mode == "join" else ["--part", f"{number}/{self.workers}"]
+            self.processes.append(Process(client, store.url, "", *words, *options))
+
+    def row(self, store: Store, started: float, memory: int, busy: float) -> Row:
+        """The result, when the processes have ended."""
+        nbytes = sum(len(item.data) for item in store.below(f"{self.out}/").values())
+        seconds = store.written[f"{self.out}/config.json"] - started
+        return Row(
+            self.mode,
+            self.workers,
+            seconds,
+            nbytes / seconds,
+            steady_rate(store.sent(self.clients, "in", started)),
+            0 if self.mode == "ray" else memory,
+            busy,
+        )
+
+
+def steady_rate(sent: Sequence[tuple[float, int]]) -> float:
+    """Bytes per second between a tenth and nine tenths of all bytes."""
+    total, done = sum(nbytes for _, nbytes in sent), 0
+    times: list[float] = []
+    for moment, nbytes in sent:
+        done += nbytes
+        if len(times) < 2 and done >= total * (0.1, 0.9)[len(times)]:
+            times.append(moment)
+    return 0.8 * total / (times[1] - times[0])
+
+
+def processor() -> tuple[int, int]:
+    """Time that the processors were busy, and all time, in ticks."""
+    with open("/proc/stat") as file:
+        ticks = [int(word) for word in file.readline().split()[1:9]]
+    return sum(ticks) - ticks[3] - ticks[4], sum(ticks)
+
+
+def measure(group: Sequence[Run], store: Store, shard_bytes: int, nodes: Nodes | None) -> Iterator[Row]:
+    """Carry out some runs at the same time."""
+    for run in group:
+        run.prepare(store, shard_bytes, nodes)
+    processes = [process for run in group for process in run.processes]
+    for process in processes:
+        process.ready()
+    before, started = processor(), time.monotonic()
     for process in processes:
         process.start()
-    memory = max([process.memory() for process in processes])
-    return time.monotonic() - started, memory
+    memory = {run.out: max([process.memory() for process in run.processes]) for run in group}
+    after = processor()
+    for run in group:
+        yield run.row(store, started, memory[run.out], (after[0] - before[0]) / (after[1] - before[1]))
 
 
-def convert_on_ray(url: str, workers: int, shard_bytes: int) -> tuple[float, int]:
-    """Seconds, on a cluster of so many nodes of one CPU; memory is not measured."""
-    from ray.cluster_utils import Cluster
+def groups_of(workers: Sequence[int], rounds: int, modes: Sequence[str]) -> Iterator[list[Run]]:
+    """All runs, those of few workers together. One of them at a time is on Ray."""
+    number = 0
+    for count in sorted(workers, reverse=True):
+        pending = [mode for _ in range(rounds) for mode in modes if mode != "ray"]
+        on_ray = (rounds if count > 2 else 1) if "ray" in modes else 0
+        while pending or on_ray:
+            chosen, at_once = ["ray"] * min(on_ray, 1), max(max(workers) // count, 1)
+            on_ray -= len(chosen)
+            while pending and len(chosen) < at_once:
+                chosen.append(pending.pop(0))
+            yield [Run(mode, count, f"out-{number + offset}") for offset, mode in enumerate(chosen)]
+            number += len(chosen)
 
-    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    try:
-        for number in range(1, workers + 1):
-            cluster.add_node(num_cpus=1, env_vars=credentials(f"worker-{number}", url))
-        driver = Process("driver", url, shard_bytes, "--ray", cluster.address)
-        started = time.monotonic()
-        driver.start()
-        driver.memory()
-        return time.monotonic() - started, 0
-    finally:
-        cluster.shutdown()
+
+def summary(rows: Sequence[Row], link: float) -> dict[str, Any]:
+    """Medians for each mode and number of workers, and their ratios to one worker of the mode."""
+    found: dict[str, Any] = {}
+    for mode, count in dict.fromkeys((row.mode, row.workers) for row in rows):
+        runs = [row for row in rows if (row.mode, row.workers) == (mode, count)]
+        rate, steady = (statistics.median(getattr(row, name) for row in runs) for name in ("rate", "steady"))
+        found[f"{mode}, {count}"] = {
+            "runs": len(runs),
+            "seconds": statistics.median(row.seconds for row in runs),
+            "rate": rate,
+            "steady": steady,
+            "filled": rate / count / link,
+            "filled_steady": steady / count / link,
+            "memory": max(row.memory for row in runs),
+            "busy": statistics.median(row.busy for row in runs),
+        }
+    for name, item in found.items():
+        one = found.get(f"{name.partition(',')[0]}, 1")
+        if one is not None:
+            item |= {"times_one": item["rate"] / one["rate"], "times_one_steady": item["steady"] / one["steady"]}
+    return found
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--workers", type=int, nargs="+", default=[1, 2, 4, 8])
-    parser.add_argument("--rate", type=float, default=4, help="MB/s of each client in each direction")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--modes", nargs="+", choices=MODES, default=["part", "join"])
+    parser.add_argument("--rate", type=float, default=8, help="MB/s of each client in each direction")
     parser.add_argument(
-        "--experts", type=int, default=16, help="of each of 8 layers; an expert has 4.7 MB, as Qwen3-30B-A3B has it"
+        "--layers", type=int, default=26, help="each has 36 MB, with 4 experts as Qwen3-30B-A3B has them"
     )
-    parser.add_argument("--shards", type=int, default=32, help="of the output, about")
-    parser.add_argument("--ray", action="store_true", help="nodes of a Ray cluster instead of parts")
+    parser.add_argument("--shard", type=float, default=7, help="MB of a shard at most; a tensor has up to 12.6")
+    parser.add_argument("--name", default="scale", help="of the file in benchmarks/results")
     options = parser.parse_args()
     from support.checkpoints import make_checkpoint
 
-    store = Store(options.rate * MB)
-    server = ThreadingHTTPServer(("127.0.0.1", 0), handler_of(store))
-    server.daemon_threads = True
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    with tempfile.TemporaryDirectory() as folder:
-        model = make_checkpoint(
-            Path(folder) / "model", layers=8, experts=options.experts, hidden=2048, intermediate=768, shards=8
-        )
-        for path in model.iterdir():
-            store.objects[f"model/{path.name}"] = path.read_bytes()
-    for data in store.objects.values():
-        etag(data)
-    total = sum(map(len, store.objects.values()))
-    shard_bytes = total // options.shards
-    url = f"http://127.0.0.1:{server.server_address[1]}"
-    print(f"model {total / MB:.0f} MB, shards of {shard_bytes / MB:.0f} MB, {options.rate:g} MB/s for each client")
-    print("workers  seconds    MB/s  of its bandwidth  memory  requests")
-    convert = convert_on_ray if options.ray else convert_in_parts
-    rates: dict[int, float] = {}
-    for workers in options.workers:
-        for name in [name for name in store.objects if name.startswith("out/")]:
-            _tags.pop(id(store.objects.pop(name)), None)
-        before = store.requests
-        seconds, memory = convert(url, workers, shard_bytes)
-        nbytes = sum(len(data) for name, data in store.objects.items() if name.startswith("out/"))
-        rates[workers] = rate = nbytes / MB / seconds
-        print(
-            f"{workers:7} {seconds:8.1f} {rate:7.2f} {rate / workers / options.rate:17.0%} {memory / MB:4.0f} MB "
-            f"{store.requests - before:9}",
-            flush=True,
-        )
-    fewest = min(rates)
-    ratios = (f"{workers}: {rate / rates[fewest] * fewest:.2f}" for workers, rate in sorted(rates.items()))
-    print(f"times one worker's rate: {', '.join(ratios)}")
+    rows: list[Row] = []
+    with Store(options.rate * MB) as store:
+        with tempfile.TemporaryDirectory() as folder:
+            sizes: dict[str, Any] = {"layers": options.layers, "experts": 4, "hidden": 2048, "intermediate": 768}
+            for path in make_checkpoint(Path(folder) / "model", shards=8, **sizes).iterdir():
+                store.put(f"model/{path.name}", path.read_bytes())
+        total = sum(len(item.data) for item in store.below("model/").values())
+        print(f"model of {total / MB:.0f} MB; {options.rate:g} MB/s for each client in each direction", flush=True)
+        print("mode  workers  seconds    MB/s  filled  steady  filled  memory  processor", flush=True)
+        with ExitStack() as stack:
+            nodes = None
+            if "ray" in options.modes:
+                nodes = Nodes(max(options.workers), store.url)
+                stack.callback(nodes.close)
+            for group in groups_of(options.workers, options.rounds, options.modes):
+                for row in measure(group, store, int(options.shard * MB), nodes):
+                    rows.append(row)
+                    shares = (row.rate / row.workers / options.rate / MB, row.steady / row.workers / options.rate / MB)
+                    print(
+                        f"{row.mode:5} {row.workers:7} {row.seconds:8.1f} {row.rate / MB:7.2f} {shares[0]:7.1%} "
+                        f"{row.steady / MB:7.2f} {shares[1]:7.1%} {row.memory / MB:4.0f} MB {row.busy:10.0%}",
+                        flush=True,
+                    )
+                store.compare_and_delete([f"{run.out}/" for run in group])
+                result = {
+                    "model_bytes": total,
+                    "shards": store.shards,
+                    "rate": options.rate * MB,
+                    "summary": summary(rows, options.rate * MB),
+                    "rows": [row._asdict() for row in rows],
+                }
+                save(options.name, result)
+    print(json.dumps(summary(rows, options.rate * MB), indent=1))
 
 
 if __name__ == "__main__":
