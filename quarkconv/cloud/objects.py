@@ -10,7 +10,7 @@ import uuid
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from typing import TYPE_CHECKING, Final
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from quarkconv.cloud.bucket import entry_of, list_entries
 from quarkconv.cloud.stores import failure_of, open_store
@@ -18,7 +18,7 @@ from quarkconv.errors import UsageError, WriteError
 from quarkconv.files.remote import CONNECTIONS, Entry
 
 if TYPE_CHECKING:
-    from obstore import PutMode, WritableFile
+    from obstore import ObjectMeta, PutMode, PutResult, WritableFile
     from obstore.store import ObjectStore
 
 MAX_PARTS: Final = 10_000
@@ -48,6 +48,17 @@ def part_size(nbytes: int) -> int:
             hint="give a smaller --max-shard-size",
         )
     return size
+
+
+class Version(NamedTuple):
+    """What identifies a state of an object: Google compares the version (its generation), others compare the ETag."""
+
+    etag: str
+    version: str
+
+
+_NO_VERSION: Final = Version('"0"', "1")
+"""A version that no object has."""
 
 
 class Objects:
@@ -87,13 +98,24 @@ class Objects:
             raise self.error(error, name) from error
         return entry_of(meta)
 
-    def get(self, name: str) -> tuple[bytes, str] | None:
-        """The bytes of a small object and its ETag; None without the object."""
+    def version(self, name: str) -> Version | None:
+        """The version of an object; None without the object."""
+        import obstore
+
+        try:
+            return _version_of(obstore.head(self.store, name))
+        except FileNotFoundError:
+            return None
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, name) from error
+
+    def get(self, name: str) -> tuple[bytes, Version] | None:
+        """The bytes of a small object and its version; None without the object."""
         import obstore
 
         try:
             response = obstore.get(self.store, name)
-            return bytes(response.bytes()), entry_of(response.meta).etag
+            return bytes(response.bytes()), _version_of(response.meta)
         except FileNotFoundError:
             return None
         except Exception as error:  # of obstore, and OSErrors
@@ -126,27 +148,16 @@ class Objects:
         """
         return self.create_or_replace(name, data, None) is not None
 
-    def replace(self, name: str, data: bytes, etag: str) -> bool:
-        """Write a small object if the one of this name still has an ETag.
+    def create_or_replace(self, name: str, data: bytes, found: Version | None) -> Version | None:
+        """Write a small object if the one of this name still has a version; for None, if there is none.
 
         Returns:
-            Whether it was written.
+            The new version; None where the condition did not hold.
 
         Raises:
             ConditionsUnsupportedError: the store refuses conditions.
         """
-        return self.create_or_replace(name, data, etag) is not None
-
-    def create_or_replace(self, name: str, data: bytes, etag: str | None) -> str | None:
-        """Write a small object if the one of this name still has an ETag; for None, if there is none.
-
-        Returns:
-            The new ETag; None where the condition did not hold.
-
-        Raises:
-            ConditionsUnsupportedError: the store refuses conditions.
-        """
-        return self._put_if(name, data, "create" if etag is None else {"e_tag": etag})
+        return self._put_if(name, data, "create" if found is None else {"e_tag": found.etag, "version": found.version})
 
     def require_conditions(self, name: str) -> None:
         """Refuse a store that does not write on condition, or ignores conditions; ``name`` is written and deleted.
@@ -156,7 +167,8 @@ class Objects:
         """
         name = f"{name}-{uuid.uuid4().hex}"
         try:
-            honoured = self.create(name, b"1") and not self.create(name, b"2") and not self.replace(name, b"3", '"0"')
+            created = self.create(name, b"1") and not self.create(name, b"2")
+            honoured = created and self.create_or_replace(name, b"3", _NO_VERSION) is None
         finally:
             self.delete([name])
         if not honoured:
@@ -192,13 +204,13 @@ class Objects:
             raise self.error(error, name) from error
         return ObjectWriter(self, name, stream)
 
-    def _put_if(self, name: str, data: bytes, mode: PutMode) -> str | None:
+    def _put_if(self, name: str, data: bytes, mode: PutMode) -> Version | None:
         import obstore
         from obstore.exceptions import AlreadyExistsError, GenericError, NotSupportedError, PreconditionError
 
         for attempt in range(_ATTEMPTS):
             try:
-                return obstore.put(self.store, name, data, mode=mode)["e_tag"] or ""
+                return _version_of(obstore.put(self.store, name, data, mode=mode))
             except (AlreadyExistsError, PreconditionError, FileNotFoundError):
                 # After a response that was lost, the object may be the one that was sent.
                 found = self.get(name) if attempt else None
@@ -219,6 +231,10 @@ class Objects:
         message, found, hint = failure_of(error, self.url, "written to")
         file = self.url if name is None else f"{self.url}/{name}"
         return WriteError(message, file=file, found=found, hint=f"{hint}; then {_RESUMES}")
+
+
+def _version_of(found: ObjectMeta | PutResult) -> Version:
+    return Version(found["e_tag"] or "", found["version"] or "")
 
 
 class ObjectWriter:

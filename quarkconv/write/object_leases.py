@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quarkconv.cloud.objects import Objects
+from quarkconv.cloud.objects import Objects, Version
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.write.leases import LEASES_NAME, Token
 
@@ -14,14 +14,12 @@ class ObjectLeases:
         self._objects = objects
 
     def read(self, name: str) -> Token | None:
-        """The ETag of the lease."""
-        entry = self._objects.entry(self._name(name))
-        return None if entry is None else (entry.etag,)
+        """The version of the lease."""
+        return self._objects.version(self._name(name))
 
     def write(self, name: str, data: bytes, found: Token | None) -> Token | None:
-        """Create the object, or replace it under its ETag."""
-        put = self._objects.create_or_replace(self._name(name), data, None if found is None else found[0])
-        return None if put is None else (put,)
+        """Create the object, or replace it under its version."""
+        return self._objects.create_or_replace(self._name(name), data, None if found is None else Version(*found))
 
     def delete(self, name: str, found: Token) -> None:  # noqa: ARG002
         """Delete the object."""
