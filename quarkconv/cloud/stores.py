@@ -32,6 +32,7 @@ _OWN_CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
 _STATUS: Final = re.compile(r"status code: (\d{3}[^:<\n]*)|<Code>([A-Za-z]+)</Code>")
 _NO_BUCKET: Final = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 _NO_CHECKSUM: Final = ("Content-MD5", "required", "Object Lock")
+_CLOCK: Final = "RequestTimeTooSkewed"
 _REFUSALS: Final = ("401", "403", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
@@ -106,6 +107,8 @@ def failure_of(error: Exception, url: str, doing: str) -> Failure:
         return Failure(
             "The bucket demands checksums of uploads, as object lock does", found, "set AWS_CHECKSUM_ALGORITHM=SHA256"
         )
+    if _CLOCK in text:
+        return Failure("The clock of this machine differs from that of the object store", found, "set the clock")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(code in found for code in _REFUSALS):
         return Failure("The object store refuses access", found, f"check the credentials: {_CREDENTIALS[scheme]}")
     return Failure(f"The object store cannot be {doing}", found, f"check {_CREDENTIALS[scheme]} and the network")

@@ -265,6 +265,15 @@ def test_without_permission_no_byte_of_a_shard_is_sent(published: FaultyProxy, m
     }
 
 
+def test_a_clock_that_is_wrong_is_named(published: FaultyProxy, model: Path, capsys: Capture) -> None:
+    published.deny, published.deny_code = ("PUT", "POST", "GET"), "RequestTimeTooSkewed"
+    for words, expected in ((["convert", model, "--to", "fused-int8", "--out", OUT], 5), (["inspect", URL], 3)):
+        code, out, _ = run_cli(capsys, *words, "--json")
+        error = json.loads(out)
+        assert (code, error["hint"].partition(";")[0]) == (expected, "set the clock")
+        assert "RequestTimeTooSkewed" in error["found"]
+
+
 @pytest.mark.usefixtures("published")
 def test_a_bucket_that_does_not_exist_is_named(model: Path, capsys: Capture) -> None:
     code, out, _ = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", "s3://nothing/here", "--json")
@@ -292,7 +301,7 @@ def test_missing_credentials_are_named_without_waiting(
 
 @pytest.mark.usefixtures("published")
 @pytest.mark.parametrize(
-    ("out", "options"), [("s3://models", {}), (f"{URL}/inside", {}), ("s3://models/org", {}), (OUT, {"tp": 2})]
+    ("out", "options"), [("s3://models", {}), (f"{URL}/inside", {}), ("s3://models/org", {}), (OUT, {"tp": 2, "ep": 2})]
 )
 def test_outputs_that_cannot_be_are_wrong_usage(out: str, options: dict[str, Any]) -> None:
     with pytest.raises(UsageError):

@@ -32,6 +32,7 @@ class FaultyProxy:
         ignore_conditions: drop ``If-Match`` and ``If-None-Match`` of uploads, as old stores do.
         refuse_conditions: answer uploads that have them with 501.
         deny: methods that are refused with 403, such as ``PUT``.
+        deny_code: the code of that refusal.
         slow: seconds before each request is passed on.
         ranges: the requests for ranges.
         requests: method and path of every request.
@@ -49,6 +50,7 @@ class FaultyProxy:
     ignore_conditions: bool = False
     refuse_conditions: bool = False
     deny: tuple[str, ...] = ()
+    deny_code: str = "AccessDenied"
     slow: float = 0
     ranges: list[str] = field(default_factory=list)
     requests: list[tuple[str, str]] = field(default_factory=list)
@@ -87,7 +89,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
                 return
             body = self.rfile.read(length) if length else None
             if self.command in proxy.deny:
-                self._send(403, {}, b"<Error><Code>AccessDenied</Code></Error>")
+                self._send(403, {}, f"<Error><Code>{proxy.deny_code}</Code></Error>".encode())
                 return
             if self.command == "PUT" and proxy.take("refuse_puts"):
                 self._send(proxy.status, {}, b"<Error><Code>SlowDown</Code></Error>")
