@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape
 
@@ -58,7 +59,7 @@ def google_store() -> Iterator[GoogleStore]:
 
         def log_message(self, *_: object) -> None: ...
 
-        def _answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: str) -> None:
+        def _answer(self, status: int, body: bytes = b"", length: int | None = None, **headers: Any) -> None:
             self.send_response(status)
             for name, value in headers.items():
                 self.send_header(name.replace("_", "-"), value)
@@ -85,7 +86,11 @@ def google_store() -> Iterator[GoogleStore]:
                 self._answer(200, listing.encode())
                 return
             generation, data = store.objects.get(path, (0, b""))
-            headers = {"ETag": _etag(data), "x_goog_generation": str(generation), "Last_Modified": _DATE}
+            headers: dict[str, Any] = {
+                "ETag": _etag(data),
+                "x_goog_generation": str(generation),
+                "Last_Modified": _DATE,
+            }
             if generation == 0:
                 self._answer(404)
             elif self.headers.get("If-Match", _etag(data)) != _etag(data):
