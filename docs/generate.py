@@ -120,8 +120,10 @@ def conversion_targets() -> str:
 
 def checksums() -> str:
     """How fast checksums are."""
-    rows = [f"| {item['name']} | {item['gb_per_s']:.2f} GB/s |" for item in result("convert")["checksums"]["rows"]]
-    return "\n".join(["| checksum | one thread |", "| --- | --- |", *rows])
+    found = result("convert")["checksums"]
+    rows = [f"| {item['name']} | {item['gb_per_s']:.2f} GB/s |" for item in found["rows"]]
+    about = f"`make bench`, {found['machine']}, Python {found['python']}, {found['date']}:"
+    return "\n".join([about, "", "| checksum | one thread |", "| --- | --- |", *rows])
 
 
 def headers() -> str:

@@ -100,7 +100,7 @@ def parse_tokens(text: str) -> tuple[int, ...]:
     """
     parts = text.split(",")
     if not all(part.isascii() and part.isdigit() and 0 < int(part) <= 2**20 for part in parts):
-        raise UsageError("--tokens is not a list of numbers of tokens", expected="such as 1,64,4096", found=text)
+        raise UsageError("Invalid --tokens", expected="numbers such as 1,64,4096", found=repr(text))
     return tuple(sorted(set(map(int, parts))))
 
 

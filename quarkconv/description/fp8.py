@@ -74,7 +74,7 @@ def block_scale(name: str, types: Mapping[str, TensorType]) -> str:
 
 
 def fp8_findings(groups: tuple[Fp8Group, ...], file: str) -> Iterator[Finding]:
-    """That some modules are in FP8, and which targets keep them."""
+    """The findings about modules in FP8, with the targets that keep them."""
     names = [name for group in groups for name in group.modules]
     yield from FindingsAbout(
         "mixed-precision",

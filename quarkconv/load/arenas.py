@@ -31,7 +31,7 @@ class Memory(Protocol):
         """Bytes that it takes at a time, at most."""
 
     def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
-        """Have bytes from ``at`` on filled by ``read``, and return how many it read; any thread may do so."""
+        """Fill bytes from ``at`` on with ``read``, and return how many it read; any thread may do so."""
 
     def finish(self) -> None:
         """Wait until all reads are in ``tensor``."""
@@ -55,7 +55,7 @@ class HostMemory:
         self.tensor: Tensor = torch.frombuffer(memory, dtype=torch.uint8)
 
     def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
-        """Have bytes from ``at`` on filled by ``read``, and return how many it read."""
+        """Fill bytes from ``at`` on with ``read``, and return how many it read."""
         return read(self.memory[at : at + nbytes])
 
     def finish(self) -> None:

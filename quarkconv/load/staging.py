@@ -74,7 +74,7 @@ class DeviceMemory:
         staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
 
     def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
-        """Have bytes from ``at`` on filled by ``read``, and return how many it read."""
+        """Fill bytes from ``at`` on with ``read``, and return how many it read."""
         return self._staging.copy(self.tensor[at : at + nbytes], read)
 
     def finish(self) -> None:

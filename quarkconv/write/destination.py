@@ -34,7 +34,7 @@ class ShardFile(Protocol):
         """Make the shard durable when all of it is written."""
 
     def close(self) -> None:
-        """Give up what is not sealed."""
+        """Discard the shard if it is not sealed."""
 
 
 class Output(Protocol):
