@@ -26,7 +26,7 @@ test: export PYTEST_DEBUG_TEMPROOT = $(shell [ "$$(df -m --output=avail /dev/shm
 test: $(STAMP)  ## Run the tests that need no network
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m 'not targets' $(TESTS)
 
-test-targets: $(STAMP)  ## Compile every kernel for the GPU targets that are not part of `make test`
+test-targets: $(STAMP)  ## Compile kernels for the GPU targets, and the variants, that are not part of `make test`
 	$(BIN)/python -m pytest -q -m targets tests/kernels/test_ahead_of_time.py
 
 RAY_RUNS ?= 20

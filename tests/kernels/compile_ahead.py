@@ -1,4 +1,6 @@
-"""Compile every kernel for GPU targets, without a GPU: python compile_ahead.py TARGET...
+"""Compile every kernel for GPU targets, without a GPU: python compile_ahead.py TARGET... TARGET/all...
+
+TARGET compiles one variant of each kernel at least, TARGET/all every variant.
 
 A program of its own: it needs Triton without TRITON_INTERPRET, which the test process may have set. It prints a line a
 compilation: registers, spilled bytes (NVIDIA) or registers (AMD), shared memory. It fails if a kernel does not compile,
@@ -210,8 +212,8 @@ def other_variants(blocks: RowBlocks) -> Variants:
     ]
 
 
-def all_variants(traits: DeviceTraits, *, whole: bool = True) -> list[tuple[bool, Variants]]:
-    """(rich, variants): decode and prefill products, and everything else; not `whole`, one of each kernel at least."""
+def variants_for(traits: DeviceTraits, *, every: bool) -> list[tuple[bool, Variants]]:
+    """(rich, variants): decode and prefill products, and everything else; one of each kernel at least, or `every`."""
     gemv = choose_launch_options(1, 64, 8, 3072, 1536, traits)
     assert isinstance(gemv, GemvOptions)
     common = [(False, gemv_variants(gemv, 3072, 1536, rich=False) + row_variants(rich=False))]
@@ -226,17 +228,15 @@ def all_variants(traits: DeviceTraits, *, whole: bool = True) -> list[tuple[bool
         (False, product_variants(decode, rich=False)),
         (True, other_variants(decode.blocks)),
     ]
-    if not whole:
-        return common
-    specialized: list[tuple[bool, Variants]] = []
     if traits.warp_specialization:
-        specialized = [
-            (True, specialized_variants(decode, 1, rich=True)),
-            (False, specialized_variants(prefill, 1, rich=False)),
-            (True, specialized_variants(prefill, 2, rich=True)[-3:]),
-        ]
+        common.append((False, specialized_variants(prefill, 1, rich=False)))
+    if not every:
+        return common
+    if traits.warp_specialization:
+        common.append((True, specialized_variants(decode, 1, rich=True)))
+        common.append((True, specialized_variants(prefill, 2, rich=True)[-3:]))
     rich_products = product_variants(decode, rich=True) + row_variants(rich=True)
-    return [*specialized, (True, rich_products), *common, (True, gemv_variants(gemv, 2056, 1416, rich=True))]
+    return [*common, (True, rich_products), (True, gemv_variants(gemv, 2056, 1416, rich=True))]
 
 
 def complete(kernel: Any, types: dict[str, str], constants: dict[str, Any], traits: DeviceTraits) -> dict[str, Any]:
@@ -315,12 +315,12 @@ def variant_name(constants: dict[str, Any], *, rich: bool) -> str:
     return " ".join(filter(None, [constants.get("ACTIVATION", ""), block, "rich" if rich else ""]))
 
 
-def compile_all(name: str) -> list[Resources]:
-    """Every compilation for a target."""
+def compile_all(name: str, *, every: bool = False) -> list[Resources]:
+    """Compile for a target: one variant of each kernel at least, or every one."""
     target = TARGETS[name]
     traits, kernels = target.traits, all_kernels(target.traits)
     all_found, problems = [], []
-    for rich, variants in all_variants(traits, whole=target.whole):
+    for rich, variants in variants_for(traits, every=every):
         for kernel, types, constants in variants:
             types = {name: kind for name, kind in types.items() if name in kernels[kernel].arg_names}
             constants = complete(kernels[kernel], types, constants, traits)
@@ -338,14 +338,15 @@ def compile_all(name: str) -> list[Resources]:
     return all_found
 
 
-def main(*names: str) -> int:
+def main(*words: str) -> int:
     failed = []
-    for name in names:
+    for word in words:
+        name, _, extent = word.partition("/")
         try:
-            print(f"{name}: {len(compile_all(name))} compilations", flush=True)
+            print(f"{word}: {len(compile_all(name, every=extent == 'all'))} compilations", flush=True)
         except Exception as error:  # whatever a compiler raises
-            failed.append(name)
-            print(f"{name}: FAILED\n{error}", flush=True)
+            failed.append(word)
+            print(f"{word}: FAILED\n{error}", flush=True)
     return 1 if failed else 0
 
 

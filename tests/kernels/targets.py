@@ -31,7 +31,6 @@ class Target:
     matrix         a pattern of the int8 matrix instruction that the products must contain, or None
     shared         bytes of shared memory of an SM or CU, for all of its programs
     per_processor  registers of an SM or CU, in units of one register of a whole warp (wave)
-    whole          compile every variant, or one of each kernel
     """
 
     gpu: GPUTarget
@@ -40,7 +39,6 @@ class Target:
     shared: int
     per_processor: int
     devices: tuple[Device, ...]
-    whole: bool = False
 
 
 MMA = r"mma\.sync\.aligned\.m16n8k32\.row\.col\.satfinite\.s32\.s8\.s8\.s32"
@@ -71,7 +69,6 @@ TARGETS = {
         GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * KB, True, True, True, 132, dot4=True, wgmma=True), WGMMA,
         228 * KB, _NVIDIA_REGISTERS,
         (Device("H100", 3.35, 132, "2026-11-26", "2026-11-26"), Device("H200", 4.8, 132, "2026-11-28", "2026-11-28")),
-        whole=True,
     ),
     "sm_100": Target(
         GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * KB, True, True, dot4=True), BLACKWELL, 228 * KB,
@@ -87,7 +84,7 @@ TARGETS = {
     ),
     "gfx942": Target(
         GPUTarget("hip", "gfx942", 64), DeviceTraits("hip", 64 * KB, warp_size=64),
-        r"v_mfma_i32_(16x16x32|32x32x16)_i8", 64 * KB, _CDNA_REGISTERS, (Device("MI300X", 5.3, 304),), whole=True,
+        r"v_mfma_i32_(16x16x32|32x32x16)_i8", 64 * KB, _CDNA_REGISTERS, (Device("MI300X", 5.3, 304),),
     ),
     "gfx950": Target(
         GPUTarget("hip", "gfx950", 64), DeviceTraits("hip", 160 * KB, warp_size=64),
