@@ -242,7 +242,7 @@ def test_the_scale_of_the_cache_goes_with_its_setting_under_every_name(name: str
     expected = {"fused-int8": kept, "compressed-tensors": kept, "quark": CACHE[name]}
     for target in TARGETS:
         out = convert_checkpoint(source, target, tmp_path / target).output
-        found = [stored.removeprefix(f"{attention}.") for stored in load(out) if load(out)[stored].ndim == 0]
+        found = [stored.removeprefix(f"{attention}.") for stored, tensor in load(out).items() if tensor.ndim == 0]
         assert found == ([expected[target]] if target in expected else []), target
         assert ("tensor-dropped" in losses(source, target)) is (target not in expected)
 

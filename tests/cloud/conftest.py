@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 from collections.abc import Iterator
 from pathlib import Path
@@ -20,10 +21,13 @@ def server() -> Iterator[str]:
     """The URL of a moto server; moto is imported here, since every worker imports every module of tests."""
     pytest.importorskip("moto")
     import moto.s3.models
+    from moto.moto_server.werkzeug_app import DomainDispatcherApplication as Dispatcher
     from moto.server import ThreadedMotoServer
 
     logging.getLogger("werkzeug").setLevel(logging.CRITICAL)
     moto.s3.models.S3_UPLOAD_PART_MIN_SIZE = 1  # type: ignore[attr-defined]  # so that small shards have several parts
+    # It lists all of moto's folders, and matches all of its patterns, for every request.
+    Dispatcher.get_backend_for_host = functools.cache(Dispatcher.get_backend_for_host)  # type: ignore[method-assign]
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0)
     server.start()
     host, port = server.get_host_and_port()

@@ -12,6 +12,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
+from support.loopback import Loopback
+
 _HOP: tuple[str, ...] = ("connection", "transfer-encoding", "server", "date")
 
 
@@ -69,11 +71,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
     """Run a proxy in front of ``http://HOST:PORT``."""
     proxy = FaultyProxy(upstream.removeprefix("http://"))
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None: ...
-
+    class Handler(Loopback, BaseHTTPRequestHandler):
         def _forward(self) -> None:
             requested = self.headers.get("Range")
             headers = {name: value for name, value in self.headers.items() if name.lower() != "connection"}

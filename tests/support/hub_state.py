@@ -10,7 +10,8 @@ from collections import Counter
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler
 from pathlib import Path
-from typing import Any
+
+from support.loopback import Loopback
 
 LFS_BYTES = 20_000
 """Files of this size and more are in the store; the others are git blobs."""
@@ -164,11 +165,8 @@ class Hub:
         return [stated for method, _, stated in self.requests if method == "GET" and stated]
 
 
-class Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class Handler(Loopback, BaseHTTPRequestHandler):
     hub: Hub
-
-    def log_message(self, *_: Any) -> None: ...
 
     def _json(self, value: object, status: int = 200) -> None:
         self._answer(status, json.dumps(value).encode(), {"Content-Type": "application/json"})

@@ -17,6 +17,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, urlsplit
 
+from support.loopback import Loopback
+
 LFS_BYTES = 20_000
 """Files of at least this size are in the store."""
 
@@ -76,11 +78,7 @@ def modelscope() -> Iterator[ModelScope]:
     """Run the service and its store."""
     service = ModelScope()
 
-    class Handler(BaseHTTPRequestHandler):
-        protocol_version = "HTTP/1.1"
-
-        def log_message(self, *_: object) -> None: ...
-
+    class Handler(Loopback, BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             with service.lock:
                 service.requests.append((self.command, self.path, self.headers.get("Range", "")))

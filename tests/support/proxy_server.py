@@ -12,8 +12,9 @@ import threading
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from typing import Any
 from urllib.parse import urlsplit
+
+from support.loopback import Loopback
 
 
 @dataclass
@@ -58,11 +59,8 @@ class Proxy:
             return cuts_now
 
 
-class _Handler(BaseHTTPRequestHandler):
-    protocol_version = "HTTP/1.1"
+class _Handler(Loopback, BaseHTTPRequestHandler):
     proxy: Proxy
-
-    def log_message(self, *_: Any) -> None: ...
 
     def do_GET(self) -> None:
         self._forward()

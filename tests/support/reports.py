@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 import random
 import shutil
@@ -40,6 +41,7 @@ def distance(error: float, bound: float = 0.2) -> Distance:
     return Distance(error, 1 - error * error / 2, -20 * math.log10(error), 9 * error, bound)
 
 
+@functools.cache
 def verification(layers: int, experts: int, problems: tuple[Problem, ...] = ()) -> Verification:
     """A verification of that size, with every field filled."""
     draw = random.Random(0)
