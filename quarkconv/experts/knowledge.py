@@ -159,9 +159,10 @@ def _not_understood(row: Family, section: Config) -> Iterator[Unknown]:
     for key, value in _experts(row, section).items():
         if not isinstance(key, str) or key in understood or key in _HARMLESS or "loss" in key:
             continue
-        relevant = key in _WATCHED or _LOOKS_RELEVANT.search(key) is not None
+        if key not in _WATCHED and _LOOKS_RELEVANT.search(key) is None:
+            continue
         neutral = value is None or value is divides if key in _RENORMALIZE else _is_neutral(key, value)
-        if relevant and not neutral:
+        if not neutral:
             yield Unknown(f"config.json says {key} = {short(value)}, whose effect is not known", key)
 
 
