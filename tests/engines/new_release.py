@@ -30,6 +30,8 @@ TABLE: Final = ROOT / "quarkconv" / "inspection" / "engines.toml"
 AS_EXPORTED: Final = "as exported"
 FORMS: Final = ("fused-int8", "compressed-tensors", "w8a8-int8", "quark", "bf16")
 """Forms in the ids of tests."""
+_ROWS: Final = {"vllm_cpu": ("vllm", "vllm-cpu")}
+"""Folder of tests -> the engine of its rows, and what their evidence has; others have rows of their own."""
 
 
 def requirements_of(pinned: str, engine: str, version: str, required: Iterable[str]) -> str:
@@ -79,19 +81,24 @@ def changes(before: Mapping[str, str], after: Mapping[str, str]) -> dict[str, tu
 
 
 def rows_about(test: str, engine: str, rows: Iterable[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows of an engine with evidence by its loader, of the form and the model type that a test's id names."""
+    """The rows of an engine with evidence by such tests, of the form and the model type that a test's id names."""
     case = test.partition("[")[2].rstrip("]")
     quark = AS_EXPORTED in case
     form = "quark" if quark else next((form for form in FORMS if case.endswith(form) or f"{form}-" in case), None)
     return [
         row
         for row in rows
-        if row["engine"] == canonicalize_name(engine)
-        and "loader" in row["evidence"]
+        if _tested(row, engine)
         and form in (None, row["as"])
         and any(case.startswith(name) for name in row.get("model_types", [""]))
         and not any(case.startswith(f"{name}-") for name in row.get("not_model_types", []))
     ]
+
+
+def _tested(row: Mapping[str, Any], engine: str) -> bool:
+    """Whether a row's evidence is by the tests of an engine."""
+    name, evidence = _ROWS.get(engine, (canonicalize_name(engine), "loader"))
+    return row["engine"] == name and evidence in row["evidence"]
 
 
 def describe(row: Mapping[str, Any]) -> str:
@@ -103,8 +110,7 @@ def describe(row: Mapping[str, Any]) -> str:
 def report(engine: str, version: str, changed: Mapping[str, tuple[str, str]], rows: list[dict[str, Any]]) -> str:
     """What to do with the table."""
     if not changed:
-        name = canonicalize_name(engine)
-        held = [describe(row) for row in rows if row["engine"] == name and "loader" in row["evidence"]]
+        held = [describe(row) for row in rows if _tested(row, engine)]
         return "\n".join([f"{engine} {version}: no row changed. These hold for it too:", *(f"  {row}" for row in held)])
     lines = [f"{engine} {version}: {len(changed)} tests end otherwise."]
     touched = {describe(row): None for test in changed for row in rows_about(test, engine, rows)}
