@@ -39,6 +39,8 @@ FEATURES: Final = {
 }
 """Conditions of a row beside scheme, layout and model type."""
 
+_RUNS: Final = ("int8", "w8a16")
+"""Verdicts that hold only for model types that were tried."""
 _SILENT_FAULTS: Final = {
     "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
     "wrong": ("computes wrong results", "compute wrong results"),
@@ -129,6 +131,13 @@ def checked_model_types() -> dict[str, frozenset[str]]:
 
 
 @cache
+def checked_in_one_release() -> dict[str, tuple[str, frozenset[str]]]:
+    """Engine -> a release, and the model types that no other release was run with."""
+    rows = _table()["checked_in_one_release"]
+    return {engine: (row["release"], frozenset(row["model_types"])) for engine, row in rows.items()}
+
+
+@cache
 def _table() -> dict[str, Any]:
     return tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))
 
@@ -166,24 +175,42 @@ def engines_for(
     tried = checked_model_types()
     found = [
         fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
-        if fact.verdict in ("int8", "w8a16") and model_type not in tried.get(fact.engine, (model_type,))
+        if fact.verdict in _RUNS and model_type not in tried.get(fact.engine, (model_type,))
         else fact
         for fact in found
     ]
+    found = [_in_one_release(fact, model_type) for fact in found]
     if description.fp8:
         found = [
-            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {_FP8_NOTE}")
-            if fact.verdict in ("int8", "w8a16")
-            else fact
+            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {_FP8_NOTE}") if fact.verdict in _RUNS else fact
             for fact in found
         ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
 
 
+def _in_one_release(fact: EngineFact, model_type: str) -> EngineFact:
+    """A row of several releases for a model type that only one of them was run with."""
+    release, model_types = checked_in_one_release().get(fact.engine, ("", frozenset()))
+    if fact.verdict not in _RUNS or model_type not in model_types or model_type in fact.model_types:
+        return fact
+    if _covers(fact.version, release):
+        return fact._replace(version=release)
+    return fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
+
+
+def _covers(versions: str, release: str) -> bool:
+    """Whether a row's versions, such as ``0.28 - 0.33`` or ``>=0.28``, include a release."""
+    first, *rest = (tuple(map(int, found.split("."))) for found in _RELEASE.findall(versions))
+    number = tuple(map(int, release.split(".")))
+    if versions.startswith("<"):
+        return number < first
+    return first <= number and (versions.startswith(">") or number <= (rest[0] if rest else first))
+
+
 def _names_known(description: Description, fact: EngineFact) -> bool:
     """Whether an engine that runs the other checkpoints of a row knows the names of this one's experts."""
-    if fact.verdict not in ("int8", "w8a16"):
+    if fact.verdict not in _RUNS:
         return True
     config, topology = description.config, description.topology
     if foreign_modules(config, topology):
@@ -193,8 +220,8 @@ def _names_known(description: Description, fact: EngineFact) -> bool:
 
 def model_type_of(description: Description) -> str:
     """The model type that decides which class an engine loads: of a wrapper around a language model, the wrapper's."""
-    own, outer = description.config.model_type or "", description.config.raw.get("model_type")
-    return outer if isinstance(outer, str) and own.removesuffix("_text") != outer else own.removesuffix("_text")
+    outer = description.config.raw.get("model_type")
+    return (outer if isinstance(outer, str) else description.config.model_type or "").removesuffix("_text")
 
 
 def _features(description: Description, as_it_is: bool) -> set[str]:

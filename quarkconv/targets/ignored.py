@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.experts.naming import NAMINGS
 from quarkconv.scheme.merged import MERGED_WITH
+
+_WITHOUT_MLP: Final = (".mlp.fc1", ".mlp.fc2")
+"""Linears of image encoders that vLLM's MiniMax-M3 keeps directly in the layer; it looks them up under that name."""
 
 
 def ignored_modules(description: Description) -> list[str]:
@@ -23,6 +27,8 @@ def _ignored(description: Description) -> Iterator[str]:
         if module in topology.members:
             continue
         head, _, leaf = module.rpartition(".")
+        if module.endswith(_WITHOUT_MLP):
+            yield f"{head.removesuffix('.mlp')}.{leaf}"
         parts, merged = MERGED_WITH.get(leaf, ((), ()))
         if not quantized.intersection(f"{head}.{part}" for part in parts):
             yield from (f"{head}.{name}" for name in merged)

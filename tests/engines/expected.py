@@ -25,8 +25,15 @@ MERGED = {
     "fused_qkv_a_proj_with_mqa": ("q_a_proj", "kv_a_proj_with_mqa"),
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
+    "in_proj_qkvgfab": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"),
+    "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
+    "wk_weights_proj": ("wk", "weights_proj"),
+    "input_mix_weight_down_block_inject": ("input_mix_weight_down", "block_inject_weight"),
 }
 """A linear of an engine -> the linears of the checkpoint that it holds, in order."""
+
+_MERGED_OF = {"qwen4_exp_text": {"qkv_proj": ("q_proj", "k_proj", "v_proj", "indexer.index_qk_proj")}}
+"""The same, for model types that merge more."""
 
 _COLUMN = {
     "q_proj", "k_proj", "v_proj", "q_b_proj", "kv_b_proj", "g_proj", "gate_proj", "up_proj", "embed_tokens", "lm_head",
@@ -75,6 +82,8 @@ class Stacked:
         left = {name: tensor for name, tensor in fused_int8(source).items() if not name.startswith(prefixes)}
         self.tensors = left | float_experts
         self._columns = _COLUMN | _SHARDED_NORMS.get(self.config["model_type"], set())
+        self._merged = MERGED | _MERGED_OF.get(self.config["model_type"], {})
+        self._outer = any(name.startswith("language_model.") for name in self.tensors)
         self.dequantized = dict(self.tensors)
         for name, codes in self.tensors.items():
             if codes.dtype == torch.int8:
@@ -83,14 +92,16 @@ class Stacked:
     def parameter(self, name: str, rank: Rank, *, dequantized: bool = False) -> torch.Tensor:
         """What the parameter ``name`` of an engine's model must hold on a rank."""
         tensors = self.dequantized if dequantized else self.tensors
-        name = re.sub(r"^language_model\.(model\.)?", lambda match: "model.language_model." if match[1] else "", name)
+        if not self._outer:
+            inner = {"language_model.model.": "model.language_model.", "language_model.": ""}
+            name = re.sub(r"^language_model\.(model\.)?", lambda match: inner[match[0]], name)
         name = re.sub(r"^visual\.", "model.visual.", name)
         if match := _ROUTED.fullmatch(name):
             return self._routed(tensors, match, rank)
         module, _, leaf = name.rpartition(".")
         head, _, last = module.rpartition(".")
         head = head.replace(".moe.share_expert", ".share_expert")  # vLLM moves it there
-        parts = [f"{head}.{part}".strip(".") for part in MERGED.get(last, (last,))]
+        parts = [f"{head}.{part}".strip(".") for part in self._merged.get(last, (last,))]
         return torch.cat([_sliced(tensors[f"{part}.{leaf}"], part, leaf, rank, self._columns) for part in parts])
 
     def scale_of_parts(self, name: str, rank: Rank) -> torch.Tensor:

@@ -12,11 +12,14 @@ from pathlib import Path
 from typing import Final
 
 import torch
+from engines.built import BUILT, kimi_k2
 from engines.expected import Rank, Stacked
 from support.exports import DATA
 
 FAMILIES: Final = DATA / "families"
 _PADDED_TO: Final = 64
+_VOCABULARY: Final = ("embed_tokens.weight", "embeddings.weight", "lm_head.weight")
+_FLAT: Final = ("e_score_correction_bias", ".A_log")
 
 RENAMED: Final = {
     "ernie4_5_moe": ((r"\.mlp\.gate\.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),),
@@ -26,14 +29,31 @@ RENAMED: Final = {
         (r"\.feed_forward\.gate\.e_score_correction_bias", ".feed_forward.expert_bias"),
         (r"^lm_head\.", "model.embed_tokens."),  # one tensor serves both
     ),
+    "minimax_m3_vl": (
+        (r"\.layers\.(\d+)\.fc", r".layers.\1.mlp.fc"),
+        (r"^vision_tower\.(multi_modal_projector|patch_merge_mlp)", r"\1"),
+    ),
+    "nemotron_h": (
+        (r"^model\.", "backbone."),
+        (r"\.embed_tokens\.", ".embeddings."),
+        (r"^backbone\.norm\.", "backbone.norm_f."),
+    ),
     "phimoe": ((r"\.mlp\.router\.", ".block_sparse_moe.gate."), (r"\.mlp\.", ".block_sparse_moe.")),
 }  # fmt: skip
 """Model type -> names of an engine's parameters, and the names that they have in the checkpoint."""
 
 
-def copy(name: str, destination: Path) -> Path:
-    """A copy of the export of a family."""
-    shutil.copytree(FAMILIES / name, destination)
+_EAGER: Final = ("qwen3_vl_moe",)
+"""Families whose experts Quark leaves in float file to file."""
+
+
+def copy(family: str, destination: Path, flow: str = "f2f") -> Path:
+    """A copy of the export of a family, or the checkpoint that is built for it here."""
+    if family == "kimi_k2":
+        return kimi_k2(FAMILIES / "deepseek_v3-0.13-f2f", destination)
+    if family in BUILT:
+        return BUILT[family].write(destination)
+    shutil.copytree(FAMILIES / f"{family}-0.13-{'eager' if family in _EAGER else flow}", destination)
     return destination
 
 
@@ -55,7 +75,16 @@ class Family(Stacked):
         for pattern, stored in self._renamed:
             name = re.sub(pattern, stored, name)
         expected = super().parameter(name, rank, dequantized=dequantized)
-        if name.endswith(("embed_tokens.weight", "lm_head.weight")):
+        if self.config["model_type"] == "llama4_text" and ".qkv_proj." in name:
+            return _half_rotary(expected, self.config["head_dim"])
+        if name.endswith(_VOCABULARY):
             rows = -len(expected) % _PADDED_TO
             return torch.cat([expected, expected.new_zeros((rows, expected.shape[1]))])
-        return expected.flatten() if self.flat_bias and name.endswith("e_score_correction_bias") else expected
+        return expected.flatten() if self.flat_bias and name.endswith(_FLAT) else expected
+
+
+def _half_rotary(rows: torch.Tensor, head: int) -> torch.Tensor:
+    """Rows of q, k and v with those of q and k, of which a rotation has two in turn, as halves of each head."""
+    *rotated, values = rows.chunk(3)
+    halves = [part.reshape(-1, head // 2, 2, part.shape[1]).transpose(1, 2).reshape(part.shape) for part in rotated]
+    return torch.cat([*halves, values])

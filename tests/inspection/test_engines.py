@@ -203,6 +203,42 @@ def test_cpus_run_what_is_packed_for_them_and_routed_by_softmax(checkpoints: Any
     assert verdicts(sigmoid, "compressed-tensors", devices="CPUs")["0.32"] == "fails"
 
 
+FAMILIES = Path(__file__).parents[1] / "data" / "families"
+
+
+@pytest.mark.parametrize(
+    ("name", "form", "expected"),
+    [
+        ("deepseek_v32-0.13-f2f", "compressed-tensors", {"0.33": "int8", "0.20 - 0.27": "not checked"}),
+        ("deepseek_v32-0.13-f2f", "fused-int8", {"0.33": "fails", "0.25.1": "fails"}),
+        ("qwen4_exp-0.13-f2f", "fused-int8", {"0.33": "int8", "0.25.1": "fails"}),
+        ("mimo_v2_flash-0.13-f2f", "fused-int8", {"0.33": "wrong", "0.25.1": "fails"}),
+        ("gpt_oss-0.13-eager", "compressed-tensors", {"0.33": "fails", "0.20 - 0.27": "not checked"}),
+        ("glm4_moe-0.13-f2f", "compressed-tensors", {"0.28 - 0.33": "int8", "0.20 - 0.27": "w8a16"}),
+    ],
+)
+def test_a_family_runs_in_the_releases_that_it_was_run_with(name: str, form: str, expected: dict[str, str]) -> None:
+    assert verdicts(FAMILIES / name, form) == expected
+
+
+@pytest.mark.parametrize(
+    ("versions", "release", "covered"),
+    [
+        ("0.28 - 0.33", "0.33", True), ("0.28 - 0.32", "0.33", False), (">=0.28", "0.33", True),
+        (">=0.34", "0.33", False), ("0.33", "0.33", True), ("0.32", "0.33", False),
+        ("<0.20", "0.33", False), ("<0.40", "0.33", True),
+    ],
+)  # fmt: skip
+def test_a_range_covers_a_release(versions: str, release: str, covered: bool) -> None:
+    assert engines._covers(versions, release) is covered
+
+
+def test_a_release_that_model_types_were_run_with_is_one_of_a_row() -> None:
+    for engine, (release, model_types) in engines.checked_in_one_release().items():
+        assert model_types <= engines.checked_model_types()[engine]
+        assert any(engines._covers(row.version, release) for row in engine_facts() if row.engine == engine)
+
+
 def test_routers_that_a_class_names_otherwise_are_wrong() -> None:
     families = Path(__file__).parents[1] / "data" / "families"
     assert verdicts(families / "phimoe-0.13-f2f", "quark")["0.33"] == "wrong"

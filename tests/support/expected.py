@@ -53,16 +53,15 @@ def fused_int8(source: Path) -> Tensors:
     for prefix, members in experts.items():
         by_w = next(iter(members.values())).split(" ")[0].rpartition(".")[2].startswith("w")
         both, last = ("w13", "w2") if by_w else ("gate_up_proj", "down_proj")
-        count = len(members) // 3
+        rows = [role for role in ("gate", "up") if (role, 0) in members]  # some families have no gate
+        count = len(members) // (len(rows) + 1)
         for end in ("", "_scale", "_input_scale"):
-            if members["gate", 0] + end not in pieces:
+            if members["up", 0] + end not in pieces:
                 continue
-            gate, up, down = (
-                [pieces[members[role, expert] + end] for expert in range(count)] for role in ("gate", "up", "down")
-            )
-            halves = [gate[e] if end == "_input_scale" else torch.cat([gate[e], up[e]]) for e in range(count)]
+            parts = [[pieces[members[role, expert] + end] for role in rows] for expert in range(count)]
+            halves = [part[0] if end == "_input_scale" else torch.cat(part) for part in parts]
             expected[f"{prefix}.{both}{end}"] = torch.stack(halves)
-            expected[f"{prefix}.{last}{end}"] = torch.stack(down)
+            expected[f"{prefix}.{last}{end}"] = torch.stack([pieces[members["down", e] + end] for e in range(count)])
     return with_engine_names(expected)
 
 

@@ -10,23 +10,17 @@ from __future__ import annotations
 
 import importlib
 import json
-import sys
 import warnings
-from collections.abc import MutableSequence
 from dataclasses import dataclass
-from importlib.abc import Loader, MetaPathFinder
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType
 from typing import Any, cast
 
 import torch
 from engines.expected import WHOLE, Rank, fill
+from engines.stubs import Stubs
 from transformers.utils.import_utils import is_torchvision_available
 
 assert not is_torchvision_available()  # looked up once: before there is a stub of it
-
-STUBS = {"sgl_kernel", "torchvision"}
 
 
 class _Nothing(type):
@@ -38,27 +32,7 @@ class _Nothing(type):
         return _Nothing(name, (), {})
 
 
-class _Stub(ModuleType):
-    __path__: MutableSequence[str] = []  # noqa: RUF012 - of a package without files
-
-    def __getattr__(self, name: str) -> type:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return _Nothing(name, (), {})
-
-
-class _Finder(MetaPathFinder, Loader):
-    def find_spec(self, name: str, path: object = None, target: object = None) -> ModuleSpec | None:  # noqa: ARG002
-        return ModuleSpec(name, self, is_package=True) if name.partition(".")[0] in STUBS else None
-
-    def create_module(self, spec: ModuleSpec) -> ModuleType:
-        return _Stub(spec.name)
-
-    def exec_module(self, module: ModuleType) -> None:
-        pass
-
-
-sys.meta_path.insert(0, _Finder())
+_STUBS = Stubs({"sgl_kernel", "torchvision"}, lambda name: _Nothing(name, (), {}))
 with warnings.catch_warnings(action="ignore"):
     from sglang.srt import runtime_context
     from sglang.srt.configs.load_config import LoadConfig
@@ -67,7 +41,7 @@ with warnings.catch_warnings(action="ignore"):
     from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
     from sglang.srt.server_args import ServerArgs
 
-STUBS.add("vllm")  # whose compiled rotary embedding is used on a CPU
+_STUBS.packages.add("vllm")  # whose compiled rotary embedding is used on a CPU
 
 CLASSES = {
     "DeepseekV3ForCausalLM": "deepseek_v2",

@@ -27,7 +27,7 @@ LOADED: Final = (
 @pytest.mark.parametrize("target", [target for target in FORMS if target != "bf16"])
 @pytest.mark.parametrize("family", LOADED)
 def test_every_parameter_is_what_stacking_gives(tmp_path: Path, family: str, target: str) -> None:
-    source = prepare(copy(f"{family}-0.13-f2f", tmp_path / "source"))
+    source = prepare(copy(family, tmp_path / "source"))
     folder = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
     model = load(build(folder, WHOLE, FORMS[target]), folder)
     assert mismatches(model, Family(source), WHOLE, target) == []

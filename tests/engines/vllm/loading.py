@@ -2,21 +2,22 @@
 
 Replaced, because they need a machine or compiled code, and nothing else:
 - the platform is vLLM's CPU platform (``VLLM_TARGET_DEVICE``);
-- where vLLM chooses a kernel for INT8 experts, which looks at the device, it sees one of CUDA;
+- where vLLM chooses a kernel for experts, which looks at the device, it sees one of CUDA;
+- sparse attention, of which a CPU has no kernel, is that of DeepSeek V3; FlashAttention exists;
 - the ranks of a parallel group are set by hand: no tensor is exchanged while loading;
 - model classes are inspected in this process instead of in one of their own, which would import vLLM again;
-- torchvision, which is compiled, is an empty module: the classes of models that also take images import it.
+- torchvision, CUTLASS and CUDA's Python packages, which are compiled, are modules that do nothing; so are streams.
 """
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.machinery import ModuleSpec
 from pathlib import Path
-from types import ModuleType, SimpleNamespace
+from types import SimpleNamespace
+from typing import Any
+from unittest.mock import MagicMock
 
 os.environ["VLLM_TARGET_DEVICE"] = "cpu"
 os.environ["VLLM_LOGGING_LEVEL"] = "ERROR"
@@ -24,34 +25,59 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 
 import torch
 from engines.expected import WHOLE, Rank
+from engines.stubs import Stubs
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.engine.arg_utils import EngineArgs
+from vllm.model_executor.layers.fused_moe import config as fused_moe_config
 from vllm.model_executor.layers.fused_moe.experts import triton_moe
+from vllm.model_executor.layers.fused_moe.oracle import unquantized
 from vllm.model_executor.model_loader import get_model_loader
 from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
+from vllm.platforms.cpu import CpuPlatform
+from vllm.v1.attention.backends import fa_utils
+from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
-triton_moe.current_platform = SimpleNamespace(
+_CUDA = SimpleNamespace(
     is_cuda_alike=lambda: True,
     is_cuda=lambda: True,
     is_rocm=lambda: False,
     is_xpu=lambda: False,
+    is_cpu=lambda: False,
+    is_tpu=lambda: False,
+    is_out_of_tree=lambda: False,
     has_device_capability=lambda _: True,
+    is_device_capability_family=lambda _: False,
     supports_fp8=lambda: True,
 )
+triton_moe.current_platform = fused_moe_config.current_platform = unquantized.current_platform = _CUDA
+fa_utils.is_flash_attn_varlen_func_available = lambda: True
+vars(fa_utils)["__getattr__"] = lambda name: MagicMock(name=name)
 registry._run_in_subprocess = lambda function: function()
 registry._LazyRegisteredModel._load_modelinfo_from_cache = lambda *_: None
 registry._LazyRegisteredModel._save_modelinfo_to_cache = lambda *_: None
-for name in (
-    "torchvision",
-    "torchvision.transforms",
-    "torchvision.transforms.v2",
-    "torchvision.transforms.v2.functional",
-):
-    sys.modules.setdefault(name, ModuleType(name))
-    sys.modules[name].__spec__ = ModuleSpec(name, None)
-vars(sys.modules["torchvision.transforms.v2"])["functional"] = sys.modules["torchvision.transforms.v2.functional"]
+Stubs({"torchvision", "cutlass", "cuda"}, lambda name: MagicMock(name=name))
+vars(torch.cuda)["Stream"] = MagicMock()
+
+
+class SparseAttention(CPUMLABackend):  # type: ignore[misc]
+    """The backend of a CPU in place of a sparse one, of which a CPU has none."""
+
+    @staticmethod
+    def get_impl_cls() -> Any:
+        """Creates the part that computes, which loading does not call."""
+        return lambda topk_indices_buffer, **rest: CPUMLABackend.get_impl_cls()(**rest)  # noqa: ARG005
+
+
+def _attention_backend(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
+    if attn_selector_config.use_sparse:
+        return f"{SparseAttention.__module__}.{SparseAttention.__name__}"
+    return str(_choose_attention(selected_backend, attn_selector_config, num_heads))
+
+
+_choose_attention = CpuPlatform.get_attn_backend_cls
+CpuPlatform.get_attn_backend_cls = staticmethod(_attention_backend)
 
 
 def engine_config(folder: Path, rank: Rank = WHOLE) -> VllmConfig:
@@ -87,6 +113,7 @@ def load(model: torch.nn.Module, rank: Rank = WHOLE) -> torch.nn.Module:
 
 @contextmanager
 def _as_rank(config: VllmConfig, rank: Rank) -> Iterator[None]:
+    os.environ.pop("VLLM_MLA_DISABLE", None)  # set for the rest of the process by models of transformers
     with set_current_vllm_config(config):
         if parallel_state._TP is None:
             store = f"file:///tmp/vllm-rendezvous-{os.getpid()}"

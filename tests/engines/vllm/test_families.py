@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import re
 from itertools import product
 from pathlib import Path
 from typing import Final
@@ -26,28 +27,49 @@ import quarkconv
 from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
-    "deepseek_v2", "deepseek_v3", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "hunyuan_v1_moe", "jamba",
-    "lfm2_moe", "minimax_m2", "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+    "bailing_moe", "bailing_moe_v2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "gemma4",
+    "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "jamba", "kimi_k2", "kimi_linear",
+    "lfm2_moe", "llama4", "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h",
+    "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp",
 )  # fmt: skip
-ONE_BY_ONE: Final = ("deepseek_v2", "deepseek_v3", "glm4_moe_lite")
-"""Families whose class takes experts one by one only."""
+ONE_BY_ONE: Final = (KeyError, r"layers\.0\..+\.experts\.(down_proj|w13|w2)")
+TRANSPOSED: Final = (RuntimeError, "must match the size of tensor")
+FUSED_REFUSED: Final = {
+    **dict.fromkeys(
+        ("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm5_next", "glm_moe_dsa",
+         "kimi_k2", "kimi_linear", "longcat_flash"), ONE_BY_ONE
+    ),
+    **dict.fromkeys(("llama4", "qwen3_vl_moe"), TRANSPOSED),
+}  # fmt: skip
+"""Families whose class takes experts one by one only, or fused ones as [E, in, out] only; and the error."""
+FUSED_SKIPPED: Final = ("mimo_v2_flash", "minimax_m3_vl")
+"""Families whose class skips fused experts without an error."""
+NOT_FUSED: Final = ("nemotron_h",)
+"""Families without a gate, which cannot be converted to fused-int8."""
+EXPORTED_WRONG: Final = {
+    "minimax_m3_vl": r"vision_tower\..+\.fc[12]\.weight_scale",
+    "qwen3_vl_moe": r"language_model\..+\.mlp\.gate\.weight_scale",
+}
+"""Families of which vLLM takes float linears of the export for int8: it looks them up under another name than the
+config has, or reads patterns as names."""
 INT8_FORMS: Final = [form for form in FORMS if form != "bf16"]
+_ELSEWHERE: Final = {
+    *((family, "fused-int8") for family in (*FUSED_REFUSED, *FUSED_SKIPPED, *NOT_FUSED)),
+    *((family, QUARK) for family in EXPORTED_WRONG),
+}
 
 
-def converted(name: str, form: str, folder: Path) -> tuple[Path, Path]:
+def converted(name: str, form: str, folder: Path, flow: str = "f2f") -> tuple[Path, Path]:
     """The export of a family, and its conversion; the export itself for the form "as exported"."""
-    source = prepare(copy(name, folder / "source"))
+    source = prepare(copy(name, folder / "source", flow))
     if form == QUARK:
         return source, source
     return source, quarkconv.convert_checkpoint(source, form, folder / "out", jobs=1).output
 
 
-@pytest.mark.parametrize(
-    ("family", "form"),
-    [pair for pair in product(LOADED, INT8_FORMS) if pair not in [(family, "fused-int8") for family in ONE_BY_ONE]],
-)
+@pytest.mark.parametrize(("family", "form"), [pair for pair in product(LOADED, INT8_FORMS) if pair not in _ELSEWHERE])
 def test_every_parameter_is_what_stacking_gives(tmp_path: Path, family: str, form: str) -> None:
-    source, folder = converted(f"{family}-0.13-f2f", form, tmp_path)
+    source, folder = converted(family, form, tmp_path)
     model = load(build(folder))
     assert mismatches(model, Family(source, flat_bias=True), WHOLE, form) == []
     method = QuarkW8A8Int8MoEMethod if form in (QUARK, "quark") else ct_moe.CompressedTensorsW8A8Int8MoEMethod
@@ -56,17 +78,53 @@ def test_every_parameter_is_what_stacking_gives(tmp_path: Path, family: str, for
     assert all(isinstance(module.quant_method, method) for module in routed)
 
 
-@pytest.mark.parametrize("family", ONE_BY_ONE)
-def test_what_vllm_refuses(tmp_path: Path, family: str) -> None:
-    _, folder = converted(f"{family}-0.13-f2f", "fused-int8", tmp_path)
-    with pytest.raises(KeyError, match=r"layers\.0\.mlp\.experts\.down_proj"):
+@pytest.mark.parametrize("family", FUSED_REFUSED)
+def test_fused_experts_that_vllm_refuses(tmp_path: Path, family: str) -> None:
+    error, message = FUSED_REFUSED[family]
+    _, folder = converted(family, "fused-int8", tmp_path)
+    with pytest.raises(error, match=message):
+        load(build(folder))
+
+
+@pytest.mark.parametrize("family", FUSED_SKIPPED)
+def test_fused_experts_that_vllm_skips_silently(tmp_path: Path, family: str) -> None:
+    source, folder = converted(family, "fused-int8", tmp_path)
+    wrong = mismatches(load(build(folder)), Family(source, flat_bias=True), WHOLE, "fused-int8")
+    assert len(wrong) == 4
+    assert all(re.search(r"\.routed_experts\.(w13|w2)_weight(_scale)?$", parameter) for parameter in wrong)
+
+
+@pytest.mark.parametrize("family", EXPORTED_WRONG)
+def test_float_linears_of_exports_that_vllm_takes_for_int8(tmp_path: Path, family: str) -> None:
+    source, folder = converted(family, QUARK, tmp_path)
+    wrong = mismatches(load(build(folder)), Family(source, flat_bias=True), WHOLE, QUARK)
+    assert wrong
+    assert all(re.fullmatch(EXPORTED_WRONG[family], parameter) for parameter in wrong)
+
+
+REFUSED: Final = {
+    "dbrx": (KeyError, r"ffn\.experts\.mlp\.0\.v1\.weight", KeyError, r"ffn\.experts\.mlp\.0\.v1\.weight"),
+    "gpt_oss": (RuntimeError, "must match the size of tensor", RuntimeError, "doesn't match the broadcast shape"),
+    "granitemoehybrid": (
+        KeyError, r"block_sparse_moe\.router\.weight", KeyError, r"block_sparse_moe\.router\.weight"
+    ),
+}  # fmt: skip
+"""Families whose class does not know the names of Quark's experts: how the export fails, and compressed-tensors."""
+
+
+@pytest.mark.parametrize("form", [QUARK, "compressed-tensors"])
+@pytest.mark.parametrize("family", REFUSED)
+def test_experts_whose_names_vllm_does_not_know(tmp_path: Path, family: str, form: str) -> None:
+    error, message = REFUSED[family][:2] if form == QUARK else REFUSED[family][2:]
+    _, folder = converted(family, form, tmp_path, "eager")
+    with pytest.raises(error, match=message):
         load(build(folder))
 
 
 @pytest.mark.parametrize("form", INT8_FORMS)
 def test_the_router_of_phimoe_is_zero(tmp_path: Path, form: str) -> None:
     """Its class calls ``block_sparse_moe.gate`` ``mlp.router``, under which no config excludes it from INT8."""
-    _, folder = converted("phimoe-0.13-f2f", form, tmp_path)
+    _, folder = converted("phimoe", form, tmp_path)
     router = dict(load(build(folder)).get_submodule("model.layers.0.mlp.router").named_parameters())
     assert router["weight"].dtype == torch.int8
     assert not router["weight"].any()

@@ -1,0 +1,162 @@
+"""Small checkpoints of families that no export in tests/data has, under the names that engines' classes load.
+
+Quark cannot export them here: transformers has no class for them, or one that does not save the published names.
+Codes, scales and floats are random.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from safetensors.torch import save_file
+from support.checkpoints import Tensors, load
+from support.model import int8_linear
+from support.quark_config import quark_config
+from transformers import AutoConfig, PretrainedConfig
+
+HIDDEN, INNER, EXPERTS, WORDS = 16, 8, 4, 24
+Shapes = Mapping[str, tuple[int, ...]]
+
+_SIZES: Final = {
+    "vocab_size": WORDS, "hidden_size": HIDDEN, "intermediate_size": INNER, "moe_intermediate_size": INNER,
+    "num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "head_dim": 8, "hidden_act": "silu",
+    "max_position_embeddings": 64, "rms_norm_eps": 1e-6, "rope_theta": 10000.0, "first_k_dense_replace": 0,
+    "num_experts_per_tok": 2, "tie_word_embeddings": False, "torch_dtype": "bfloat16",
+}  # fmt: skip
+_LONGCAT_DERIVES: Final = ("num_hidden_layers", "hidden_act", "num_key_value_heads", "intermediate_size", "head_dim")
+_EXPORT: Final = {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"}
+_MLA_SIZES: Final = {
+    "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
+}  # fmt: skip
+_ATTENTION: Final[Shapes] = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
+_MLA: Final[Shapes] = {
+    "q_a_proj": (8, HIDDEN), "q_b_proj": (16, 8), "kv_a_proj_with_mqa": (12, HIDDEN), "kv_b_proj": (24, 8),
+    "o_proj": (HIDDEN, 16),
+}  # fmt: skip
+_NORMS: Final[Shapes] = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
+
+
+def _mlp(module: str) -> Shapes:
+    wide = dict.fromkeys((f"{module}.gate_proj", f"{module}.up_proj"), (INNER, HIDDEN))
+    return {**wide, f"{module}.down_proj": (HIDDEN, INNER)}
+
+
+@dataclass(frozen=True)
+class Built:
+    """A checkpoint of one layer.
+
+    Attributes:
+        config: config.json.
+        router: name of the router's linear in the layer, and its rows.
+        linears: int8 linears of the layer beside the experts: name -> shape.
+        floats: tensors of the layer in BF16: name -> shape.
+        single: tensors of the layer in F32: name -> shape.
+        embedding: name of the embedding.
+        moe: name of the MoE module in the layer.
+    """
+
+    config: dict[str, Any]
+    router: tuple[str, int]
+    linears: Shapes
+    floats: Shapes = field(default_factory=lambda: dict(_NORMS))
+    single: Shapes = field(default_factory=dict)
+    embedding: str = "embed_tokens"
+    moe: str = "mlp"
+
+    def write(self, folder: Path) -> Path:
+        """Write the checkpoint; returns ``folder``."""
+        router = f"model.layers.0.{self.router[0]}"
+        config = {**self.config, "quantization_config": quark_config(exclude=["lm_head", router], export=_EXPORT)}
+        folder.mkdir(parents=True)
+        save_file(dict(self._tensors()), folder / "model.safetensors")
+        (folder / "config.json").write_text(json.dumps(config))
+        return folder
+
+    def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
+        random = torch.Generator().manual_seed(2)
+        experts = (_mlp(f"{self.moe}.experts.{expert}") for expert in range(EXPERTS))
+        for shapes in (self.linears, *experts):
+            for name, (rows, columns) in shapes.items():
+                yield from int8_linear(f"model.layers.0.{name}", rows, columns).items()
+        name, rows = self.router
+        floats = {f"layers.0.{name}": shape for name, shape in self.floats.items()}
+        floats |= {f"layers.0.{name}.weight": (rows, HIDDEN), "norm.weight": (HIDDEN,)}
+        floats[f"{self.embedding}.weight"] = (WORDS, HIDDEN)
+        for name, shape in floats.items():
+            yield f"model.{name}", torch.randn(shape, generator=random).bfloat16()
+        yield "lm_head.weight", torch.randn(WORDS, HIDDEN, generator=random).bfloat16()
+        for name, shape in self.single.items():
+            yield f"model.layers.0.{name}", torch.randn(shape, generator=random)
+
+
+_BAILING: Final = {
+    "attention.query_key_value": (3 * HIDDEN, HIDDEN), "attention.dense": (HIDDEN, HIDDEN),
+    **_mlp("mlp.shared_experts"),
+}  # fmt: skip
+_BAILING_CONFIG: Final = {
+    **_SIZES, "num_experts": EXPERTS, "num_shared_experts": 1, "norm_topk_prob": True, "use_bias": False,
+    "use_qkv_bias": False, "embedding_dropout": 0.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+}  # fmt: skip
+BUILT: Final = {
+    "deepseek": Built(
+        {**_SIZES, "model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "n_routed_experts": EXPERTS,
+         "n_shared_experts": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
+         "topk_method": "greedy", "routed_scaling_factor": 1.0},
+        ("mlp.gate", EXPERTS), {**_ATTENTION, **_mlp("mlp.shared_experts")},
+    ),
+    "bailing_moe": Built(
+        {**_BAILING_CONFIG, "model_type": "bailing_moe", "architectures": ["BailingMoeForCausalLM"]},
+        ("mlp.gate", EXPERTS), _BAILING, embedding="word_embeddings",
+    ),
+    "bailing_moe_v2": Built(
+        {**_BAILING_CONFIG, "model_type": "bailing_moe_v2", "architectures": ["BailingMoeV2ForCausalLM"],
+         "score_function": "sigmoid", "moe_router_enable_expert_bias": True, "n_group": 2, "topk_group": 1,
+         "routed_scaling_factor": 2.5, "use_qk_norm": True, "use_rmsnorm": True, "partial_rotary_factor": 0.5},
+        ("mlp.gate", EXPERTS), _BAILING, embedding="word_embeddings",
+        floats={**_NORMS, "attention.query_layernorm.weight": (8,), "attention.key_layernorm.weight": (8,)},
+        single={"mlp.gate.expert_bias": (EXPERTS,)},
+    ),
+    "longcat_flash": Built(
+        {**{key: value for key, value in _SIZES.items() if key not in _LONGCAT_DERIVES},
+         **_MLA_SIZES, "model_type": "longcat_flash", "architectures": ["LongcatFlashForCausalLM"], "num_layers": 1,
+         "ffn_hidden_size": INNER, "expert_ffn_hidden_size": INNER, "n_routed_experts": EXPERTS, "zero_expert_num": 2,
+         "zero_expert_type": "identity", "moe_topk": 2, "routed_scaling_factor": 6.0, "mla_scale_q_lora": False,
+         "mla_scale_kv_lora": False},
+        ("mlp.router.classifier", EXPERTS + 2),
+        {**{f"self_attn.{half}.{name}": shape for half in range(2) for name, shape in _MLA.items()},
+         **_mlp("mlps.0"), **_mlp("mlps.1")},
+        floats={
+            **{f"{norm}_layernorm.{half}.weight": (HIDDEN,) for norm in ("input", "post_attention") for half in "01"},
+            **{f"self_attn.{half}.{name}_a_layernorm.weight": (8,) for half in "01" for name in ("q", "kv")},
+        },
+        single={"mlp.router.e_score_correction_bias": (EXPERTS + 2,)},
+    ),
+    "llama4": Built(
+        {**_SIZES, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "intermediate_size_mlp": INNER,
+         "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "moe_layers": [0],
+         "use_qk_norm": False, "no_rope_layers": [1], "attention_chunk_size": 64},
+        ("feed_forward.router", EXPERTS), {**_ATTENTION, **_mlp("feed_forward.shared_expert")}, moe="feed_forward",
+    ),
+}  # fmt: skip
+"""Family -> its checkpoint."""
+
+_REMOTE: Final = ("deepseek", "bailing_moe", "bailing_moe_v2")
+"""Model types whose config class comes with the published model; here a config without defaults stands for it."""
+for _name in _REMOTE:
+    AutoConfig.register(_name, type(f"Remote_{_name}", (PretrainedConfig,), {"model_type": _name}), exist_ok=True)
+
+
+def kimi_k2(source: Path, folder: Path) -> Path:
+    """DeepSeek V3's export under the model type of Kimi K2, which has its architecture."""
+    tensors: Tensors = load(source)
+    config = json.loads((source / "config.json").read_text())
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    published = {"model_type": "kimi_k2", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
+    (folder / "config.json").write_text(json.dumps(config | published))
+    return folder
