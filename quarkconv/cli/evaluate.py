@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.options import Device, Json, Model, Quiet, Report, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_report, write_report
@@ -39,9 +39,7 @@ def evaluate(
             help="Windows that run together. [default: about 4096 tokens, 16384 on a GPU]",
         ),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where it runs; cuda is every GPU.")
-    ] = "auto",
+    device: Device = "auto",
     layers: Annotated[
         str | None,
         typer.Option("--layers", metavar="0,3-5", help="Layers that run in INT8; the others run dequantized."),
@@ -62,9 +60,7 @@ def evaluate(
         str | None,
         typer.Option("--record", metavar="FILE", help="Keep the inputs of MoE layers for verify --activations."),
     ] = None,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
-    ] = None,
+    report: Report = None,
     resume: Annotated[
         bool, typer.Option("--resume/--no-resume", help="Keep finished layers on disk, and resume from them.")
     ] = True,

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.options import Json, Model, Quiet, Verbose
+from quarkconv.cli.options import Json, Model, Quiet, Report, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_report, write_report
@@ -22,9 +22,7 @@ _KEPT: Final[list[Inspection]] = []
 def inspect(
     model: Model = ".",
     json: Json = False,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.html", help="Also write an HTML report.")
-    ] = None,
+    report: Report = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also read scales and zero points, never weights.")] = False,
     everything: Annotated[
         bool, typer.Option("--all", help="Show every finding and engine, including those that do not run it.")

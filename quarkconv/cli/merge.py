@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from quarkconv.cli.options import Json
+from quarkconv.cli.options import Json, Report
 from quarkconv.cli.out import open_output
 from quarkconv.cli.reports import command_line, require_report, write_report
 from quarkconv.errors import SourceError, UsageError
@@ -21,9 +21,7 @@ _MAX_BYTES: Final = 2**30
 
 def merge(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="What `verify --part K/N --json` printed.")],
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
-    ] = None,
+    report: Report = None,
     json: Json = False,
 ) -> int:
     """Merge the results of `verify --part`.

@@ -23,6 +23,12 @@ Ray = Annotated[
     typer.Option("--ray", metavar="[ADDRESS]", help="Run on a Ray cluster: auto, local, HOST:PORT. [default: auto]"),
 ]
 """The parser knows no optional values: :func:`with_addresses` fills in the address that was left out."""
+Device = Annotated[
+    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where numbers are computed; cuda is every GPU.")
+]
+Report = Annotated[
+    str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
+]
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object on stdout.")]
 Verbose = Annotated[bool, typer.Option("--verbose", "-v", help="Show the log on stderr.")]
 Quiet = Annotated[bool, typer.Option("--quiet", "-q", help="Show no progress.")]

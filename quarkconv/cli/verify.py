@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.options import Json, Model, Quiet, Ray, Verbose
+from quarkconv.cli.options import Device, Json, Model, Quiet, Ray, Report, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_report, write_report
@@ -43,15 +43,14 @@ def _complete_layers(context: typer.Context, incomplete: str) -> list[str]:
 def verify(
     model: Model = ".",
     source: Annotated[
-        str | None, typer.Option("--source", metavar="DIR", help="What it was converted from; compared byte by byte.")
+        str | None,
+        typer.Option("--source", metavar="DIR", help="What was converted; compared byte by byte."),
     ] = None,
     unquantized: Annotated[
         str | None,
-        typer.Option("--unquantized", metavar="DIR", help="The model before it was quantized; how much was lost."),
+        typer.Option("--unquantized", metavar="DIR", help="The model before quantization, to measure what was lost."),
     ] = None,
-    device: Annotated[
-        str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where numbers are computed; cuda is every GPU.")
-    ] = "auto",
+    device: Device = "auto",
     layers: Annotated[
         str | None,
         typer.Option(
@@ -77,9 +76,7 @@ def verify(
         typer.Option("--part", metavar="K/N", help="Check part K of N; `quarkconv merge` merges what --json prints."),
     ] = None,
     ray: Ray = None,
-    report: Annotated[
-        str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
-    ] = None,
+    report: Report = None,
     verbose: Verbose = False,
     quiet: Quiet = False,
     json: Json = False,
