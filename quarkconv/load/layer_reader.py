@@ -12,7 +12,7 @@ from torch import Tensor
 
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
-from quarkconv.experts.layer import Part
+from quarkconv.experts.layer import Part, StoredProjection
 from quarkconv.experts.naming import Role
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.load.arenas import Arena, HostMemory, Memory
@@ -239,25 +239,26 @@ def _input_scales(part: LayerPart, role: Role, floats: Mapping[str, Tensor]) -> 
 
 def _scales(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor:
     """Scales of the rows of a projection, float32 [E, rows]; a scale per tensor is repeated."""
-    rows = range(part.layer.hidden) if role == "down" else part.inner
-    scales = []
-    for expert in part.experts:
-        stored = part.layer.projection(role, expert)
-        scale = _part(read(stored.names.scale).reshape(-1), stored.scale, alternate=stored.alternate)
-        scales.append(scale[rows.start : rows.stop] if len(scale) > 1 else scale.expand(len(rows)))
-    return torch.stack(scales).float()
+    return _of_rows(part, role, lambda stored: read(stored.names.scale), lambda stored: stored.scale)
 
 
 def _biases(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tensor:
     """Biases of a projection, float32 [E, rows]. Outputs of tensor-parallel ranks add up, so one of them has down's."""
+    biases = _of_rows(part, role, lambda stored: read(_bias_name(stored.names.weight)), lambda stored: stored.weight)
+    return torch.zeros_like(biases) if role == "down" and part.rank.parallel == "tp" and part.rank.rank else biases
+
+
+def _of_rows(
+    part: LayerPart, role: Role, read: Callable[[StoredProjection], Tensor], place: Callable[[StoredProjection], Part]
+) -> Tensor:
+    """The value of each row of a projection, float32 [E, rows]; a single value of an expert is repeated."""
     rows = range(part.layer.hidden) if role == "down" else part.inner
-    biases = []
+    values = []
     for expert in part.experts:
         stored = part.layer.projection(role, expert)
-        bias = _part(read(_bias_name(stored.names.weight)), stored.weight, alternate=stored.alternate)
-        biases.append(bias[rows.start : rows.stop].float())
-    stacked = torch.stack(biases)
-    return torch.zeros_like(stacked) if role == "down" and part.rank.parallel == "tp" and part.rank.rank else stacked
+        of_expert = _part(read(stored).reshape(-1), place(stored), alternate=stored.alternate)
+        values.append(of_expert[rows.start : rows.stop] if len(of_expert) > 1 else of_expert.expand(len(rows)))
+    return torch.stack(values).float()
 
 
 def _scratch(nbytes: int) -> HostMemory:
