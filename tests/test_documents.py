@@ -205,3 +205,14 @@ def test_the_changelog_knows_the_version() -> None:
     headings = re.findall(r"^## \[?([^\]\n ]+)\]?", (ROOT / "CHANGELOG.md").read_text("utf-8"), re.MULTILINE)
     assert headings[0] == "Unreleased"
     assert version in headings or headings == ["Unreleased"]
+
+
+def test_ci_runs_every_target_of_tests() -> None:
+    """What is too slow for `make test` has a target of its own, and CI runs that too."""
+    depends = dict(re.findall(r"^([a-z-]+):(?! export)([^=#\n]*)##", (ROOT / "Makefile").read_text(), re.MULTILINE))
+    tests = {name for name in depends if name.startswith("test")}
+    assert {"test", "test-targets", "test-engines"} <= tests
+    commands = re.findall(r"^ *(make [^>\n]*)", (ROOT / ".ci" / "run").read_text(), re.MULTILINE)
+    called = {word for command in commands for word in command.split()}
+    called |= {name for word in called & depends.keys() for name in depends[word].split()}
+    assert tests <= called, tests - called
