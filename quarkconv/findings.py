@@ -125,6 +125,11 @@ CODES: Final[dict[str, FindingCode]] = {
     "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
     "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
     "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
+    "config-mismatch": FindingCode(
+        _W, "config.json has other sizes or layers than the tensors; engines build the model by it, and may fail."
+    ),
+    "router-mismatch": FindingCode(_W, "A router is missing, or has another shape than the experts of its layer need."),
+    "merged-mixed": FindingCode(_W, "Engines merge linears of which some are int8 and some float; they refuse these."),
     "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
@@ -146,8 +151,11 @@ CODES: Final[dict[str, FindingCode]] = {
 
 NOT_UNDERSTOOD: Final = "experts-not-understood"
 """The code of experts that targets convert which write every module as it is stored."""
-PASSED_ON: Final = frozenset({"file-unused", "tensor-unrecognised", "companion-unknown"})
-"""Files that conversion leaves out, and tensors that it copies unread; ``convert`` and ``verify`` report these."""
+DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})
+"""Codes of warnings by which config.json is not that of the tensors, though these can be converted."""
+PASSED_ON: Final = DISAGREEING | {"file-unused", "tensor-unrecognised", "companion-unknown"}
+"""Files that conversion leaves out, tensors that it copies unread, and disagreements that go over to the output:
+``convert`` and ``verify`` report these."""
 
 
 @dataclass(frozen=True, slots=True)

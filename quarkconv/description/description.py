@@ -12,6 +12,7 @@ from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
 from quarkconv.description.contradictions import contradictions, is_linear, rank_part, scheme_implied
+from quarkconv.description.disagreements import disagreements, merged_findings
 from quarkconv.description.expert_names import expert_name_findings
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
@@ -203,6 +204,12 @@ def described(
             *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),
             *function,
+            *(
+                ()
+                if any(item.severity is Severity.ERROR for item in checkpoint.findings)  # tensors that cannot be read
+                else disagreements(config, topology.layers, checkpoint.types, stored.vectors, is_mtp)
+            ),
+            *merged_findings(stored, topology.members, float_modules),
         ]
     if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
         findings = list(checkpoint.findings)

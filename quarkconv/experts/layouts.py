@@ -53,22 +53,33 @@ def per_expert_layer(
         wrong = {form for form in kept[role] if not _fits(form, shapes[role])}
         for number, form in enumerate(forms[role] if wrong else ()):
             if form in wrong:
-                return _two_sizes(prefix, forms, joined=joined) or _wrong_shape(
-                    f"{prefix}.{number}.{name}", shapes[role], form.weight.shape
+                return (
+                    _packed(prefix, forms, joined=joined)
+                    or _two_sizes(prefix, forms, joined=joined)
+                    or _wrong_shape(f"{prefix}.{number}.{name}", shapes[role], form.weight.shape)
                 )
     implausible = _implausible(prefix, (experts, hidden, intermediate))
     if implausible is not None:
         return implausible
-    biased = stored.has_bias(f"{prefix}.0.{naming.down}")
-    if biased != any(stored.has_bias(f"{prefix}.0.{name}") for name in leaves.values()) or (
-        biased and not all(stored.has_bias(f"{prefix}.{n}.{name}") for n in range(experts) for name in leaves.values())
-    ):
+    with_bias = [
+        stored.has_bias(f"{prefix}.{number}.{name}")
+        for number in (range(experts) if stored.biases else ())
+        for name in leaves.values()
+    ]
+    biased = bool(with_bias) and all(with_bias)
+    if any(with_bias) and not biased:
         return finding(
             NOT_UNDERSTOOD,
             prefix,
             "Only some projections of the experts have a bias",
             hint=f"engines expect biases on all of them, or on none; {RENAMED_HINT}",
         )
+    if biased:
+        for role, name in leaves.items():
+            for number in range(experts):
+                bias = f"{prefix}.{number}.{name}.bias"
+                if stored.tensors[bias].shape != shapes[role][:1]:
+                    return _wrong_shape(bias, shapes[role][:1], stored.tensors[bias].shape)
     all_forms = frozenset().union(*kept.values())
     return MoELayer(
         index=index,
@@ -126,6 +137,22 @@ def _missing(
         f"The layer has experts up to number {max(numbers)} and lacks {plural(count, noun)}, first {first}",
         hint="download the checkpoint again; if it was published so, quantize it again",
         count=count,
+    )
+
+
+def _packed(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool) -> Finding | None:
+    """The finding for a layer of which each weight has half the columns that the rows of the others ask for."""
+    for up, down in zip(forms["gate" if joined else "up"], forms["down"], strict=True):
+        if len(up.weight.shape) != 2 or len(down.weight.shape) != 2:
+            return None
+        (rows, columns), (out, inner) = up.weight.shape, down.weight.shape
+        if (2 * columns, 2 * inner) != (out, rows // 2 if joined else rows):
+            return None
+    return finding(
+        "scheme-unsupported",
+        prefix,
+        "The experts are stored with two codes in each element, as int4",
+        hint="quarkconv converts INT8 W8A8 only",
     )
 
 

@@ -64,10 +64,11 @@ def expert_topology(
     layers = [item for item in built if isinstance(item, MoELayer)]
     layers.sort(key=lambda layer: (_stack(layer.prefix), layer.index, layer.prefix))
     members = frozenset(collected.members)
-    known = members.union(collected.misspelt) if collected.misspelt else members
+    misspelt = collected.misspelt if members else []
+    known = members.union(misspelt) if misspelt else members
     unknown = names_not_understood(stored, known, config_experts)
     findings = (
-        *_misspelt(collected.misspelt),
+        *_misspelt(misspelt),
         *(item for item in built if isinstance(item, Finding)),
         *_wrong_counts(layers, experts_of or (lambda _: config_experts)),
         *_mixed_geometry(layers),

@@ -18,6 +18,7 @@ from quarkconv.files.base import Files, Range
 from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import SILENT, Progress
+from quarkconv.scheme.companions import describes_activations
 from quarkconv.scheme.stored import SCALE_DTYPES
 from quarkconv.text import plural
 
@@ -57,9 +58,9 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
                 nonzero[name] = None
             continue
         problem, least = _scale_problem(refs[name].dtype, data)
-        if problem is None and least < 0 and name.endswith("weight_scale"):
+        if problem is None and least < 0 and _is_of_weights(name):
             negative[name] = None
-        elif problem is None and least == 0 and name.endswith("weight_scale"):
+        elif problem is None and least == 0 and _is_of_weights(name):
             zero[name] = None
         elif problem or least <= 0:
             invalid.setdefault(name, problem or f"the value {least}")
@@ -104,6 +105,11 @@ def _is_zero_point(name: str) -> bool:
 
 def _is_scale(name: str, ref: TensorRef) -> bool:
     return name.endswith("_scale") and ref.dtype in SCALE_DTYPES
+
+
+def _is_of_weights(name: str) -> bool:
+    """Whether a scale is that of a weight; fused experts have ``gate_up_proj_scale``."""
+    return not describes_activations(name)
 
 
 def _blocks(ref: TensorRef) -> Iterator[Range]:

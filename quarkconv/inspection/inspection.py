@@ -12,7 +12,7 @@ from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_activation, layer_routing
-from quarkconv.findings import Finding, Severity
+from quarkconv.findings import DISAGREEING, Finding, Severity
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
 from quarkconv.progress import SILENT, Progress
@@ -23,8 +23,13 @@ from quarkconv.targets.changes import target_findings
 from quarkconv.targets.convertible import check_convertible
 from quarkconv.text import plural
 
-_NOT_LOADED: Final = frozenset({"quantizer-names"})
+_NOT_LOADED: Final = frozenset({"quantizer-names", "merged-mixed"})
 """Warnings about checkpoints that engines do not load unconverted."""
+_NOT_READ: Final = {
+    "tensors of unknown meaning": {"tensor-unrecognised", "companion-unknown"},
+    "files that the index does not list": {"file-unused"},
+}
+"""Parts of a checkpoint that no comparison covers -> the findings that name them."""
 SCHEMA: Final = "quarkconv.inspect/1"
 
 
@@ -73,6 +78,8 @@ class Inspection(NamedTuple):
     def not_checked(self) -> tuple[str, ...]:
         """Parts that this inspection did not check."""
         missed = [] if self.deep else ["scales and zero points (--deep reads them)"]
+        found = {item.code for item in self.findings}
+        missed += [what for what, codes in _NOT_READ.items() if not found.isdisjoint(codes)]
         return (*missed, *dict.fromkeys(self._unknown()))
 
     def _unknown(self) -> Iterator[str]:
@@ -100,6 +107,9 @@ class Inspection(NamedTuple):
         each = " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
         experts = f"{plural(len(layers), 'MoE layer')} of {each} experts" if layers else "no MoE layers"
         held = f"{self.scheme or 'no INT8 scheme'}, {experts}"
+        disagreeing = dict.fromkeys(item.code for item in self.findings if item.code in DISAGREEING)
+        if disagreeing:
+            return f"Config and tensors disagree ({', '.join(disagreeing)}): {held}"
         if self.not_checked:
             return f"Config and tensors agree: {held}"
         return f"Sound: config, tensors, scales and zero points agree ({held})"
@@ -183,6 +193,8 @@ def make_inspection(
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     possible = {name for name, support in targets.items() if support.supported}
     contradicted = any(item.severity is Severity.ERROR or item.code in _NOT_LOADED for item in findings)
+    if any(item.code in DISAGREEING or item.code == "merged-mixed" for item in findings):
+        possible, contradicted = set(), True  # conversion does not change that
     engines = engines_for(description, possible, contradicted=contradicted)
     return Inspection(model, description, tuple(findings), targets, tuple(engines), deep)
 

@@ -158,6 +158,7 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     weights: list[TensorType | None] = []
     companions: list[str] = []
     vectors: list[str] = []
+    unrecognised: list[str] = []
     plain: dict[str, TensorType] = {}
     for part, own in zip(parts, modules, strict=True):
         for name, found in part.items():
@@ -167,6 +168,8 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
                     weights.append(found)
                 else:
                     vectors.append(name)
+                    if found.dtype == "I8":
+                        unrecognised.append(name)
             elif name.endswith(_COMPANIONS):
                 companions.append(name)
             else:
@@ -174,7 +177,6 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     rows = {"weight": weights, **dict(_companion_rows(parts, modules, companions, types))}
     linears = _forms(chain.from_iterable(modules), rows)
     fused: dict[str, Form] = {}
-    unrecognised: list[str] = []
     for name, found in plain.items():
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
             fused[name] = Form(found, *map(types.get, fused_names(name)[1:]))

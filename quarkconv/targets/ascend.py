@@ -16,6 +16,7 @@ from math import prod
 from typing import Any
 
 from quarkconv.description.description import Description
+from quarkconv.description.disagreements import partly_int8
 from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, TextFile, Zeros
@@ -34,6 +35,12 @@ class Ascend(PerExpertTarget):
     name = "ascend"
     summary = "experts one by one, as msModelSlim writes them; for vllm-ascend and SGLang on Ascend NPUs"
     static_inputs = False
+
+    def unsupported(self, description: Description) -> str | None:
+        partly = partly_int8(description.stored, description.topology.members, frozenset(description.float_modules))
+        if partly:
+            return f"{partly[0]} is float, and engines merge it with linears that are int8"
+        return super().unsupported(description)
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:
         yield from super().module_tensors(module)

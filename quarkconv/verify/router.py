@@ -10,14 +10,13 @@ import torch
 from torch import Tensor
 
 from quarkconv.experts.function import Unknown
+from quarkconv.experts.router_tensors import fits_router, hidden_size_of, router_shapes, router_tensor_names
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.routing import (
     RouterExtras,
     Routing,
-    hidden_size_of,
     route,
-    router_tensor_names,
     routing_of,
     uniform_routing,
 )
@@ -71,22 +70,11 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -
     if isinstance(routing, Unknown):
         return routing
     names = router_tensor_names(routing, layer.moe, reader.has)
-    rows = routing.experts + routing.zero_experts
-    width = layer.hidden if (known := hidden_size_of(config, layer.moe)) is None else known
-    shapes = {
-        names.weight: (rows, width),
-        names.bias: (rows,),
-        names.logit_bias: (rows,),
-        names.input_scale: (width,),
-        names.expert_scale: (rows,),
-    }
-    for name, shape in shapes.items():
-        if name is None:
-            continue
+    for name, shape in router_shapes(routing, names, layer, hidden_size_of(config, layer.moe)):
         if not reader.is_float(name):
             return Unknown(f"{name} is not stored in float" if reader.has(name) else f"{name} is not stored")
         found = reader.shape(name)
-        if found != shape and (name != names.bias or found != (1, *shape)):
+        if not fits_router(name, found, shape, names):
             return Unknown(f"{name} has shape {list(found)}, expected {list(shape)}")
     table = None if names.token_ids is None else _table(names.token_ids, routing, reader)
     if isinstance(table, Unknown):

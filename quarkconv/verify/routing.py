@@ -16,29 +16,16 @@ implementations of a family disagree about a setting, that setting is refused ra
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 
-from quarkconv.experts.config_values import positive_int
-from quarkconv.experts.family import Keys
 from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.router_tensors import RouterNames, router_tensor_names
 
 __all__ = ["RouterNames", "Routing", "route", "router_tensor_names", "routing_of", "uniform_routing"]
-
-
-class RouterNames(NamedTuple):
-    """Names of a router's tensors, None for those that it does not have: see :class:`RouterTensors`."""
-
-    weight: str
-    bias: str | None
-    logit_bias: str | None = None
-    input_scale: str | None = None
-    expert_scale: str | None = None
-    token_ids: str | None = None
 
 
 class RouterExtras(NamedTuple):
@@ -59,42 +46,6 @@ def routing_of(config: object, experts: int, layer: int | None = None, module: s
         return Unknown("the layer has no experts")
     known = knowledge(config, module)
     return known if isinstance(known, Unknown) else known.routing(experts, layer)
-
-
-def hidden_size_of(config: object, module: str = "") -> int | None:
-    """Width of the hidden states that a router sees, where it is not that of the experts' input."""
-    known = knowledge(config, module)
-    if isinstance(known, Unknown) or known.hidden_size() is None:
-        return None
-    return positive_int(known.config.get("hidden_size"))
-
-
-def router_tensor_names(
-    routing: Routing, moe_module: str, stored: Callable[[str], bool] = lambda _: False
-) -> RouterNames:
-    """Names of the router's tensors. Where exports name one differently, the one that is `stored` counts.
-
-    `moe_module` holds the experts: `model.layers.1.mlp`, `model.layers.0.block_sparse_moe`, `model.layers.1.moe`.
-
-    >>> router_tensor_names(Routing("mixtral", "softmax", 8, 2, True), "model.layers.0.block_sparse_moe")[:2]
-    ('model.layers.0.block_sparse_moe.gate.weight', None)
-    """
-
-    def name(keys: Keys) -> str | None:
-        names = [f"{moe_module}.{key}" for key in keys]
-        return next(filter(stored, names), names[0] if names else None)
-
-    tensors = routing.tensors
-    bias = tensors.correction_bias or ((routing.bias_name,) if routing.bias_name is not None else ())
-    bias = () if routing.by_token_id else bias
-    return RouterNames(
-        name(tensors.weight) or "",
-        name(bias),
-        name(tensors.logit_bias),
-        name(tensors.input_scale),
-        name(tensors.expert_scale),
-        name(tensors.token_ids) if routing.by_token_id else None,
-    )
 
 
 def route(

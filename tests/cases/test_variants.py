@@ -170,9 +170,48 @@ def test_int8_rows_of_gate_and_up_that_alternate_are_not_taken_for_halves(biases
         verify_checkpoint(source, device="cpu")
 
 
-def test_a_bias_of_some_projections_is_unsupported(tmp_path: Path) -> None:
-    source = with_biases(of=("down_proj",)).write(tmp_path)
+@pytest.mark.parametrize("of", [("down_proj",), ("0.gate_proj", "0.up_proj", "0.down_proj"), ("1.up_proj",)])
+def test_a_bias_of_some_projections_is_unsupported(of: tuple[str, ...], tmp_path: Path) -> None:
+    source = with_biases(of=of).write(tmp_path)
+    assert "experts-not-understood" in codes(source)
     assert refusal(source, "fused-int8").exit_code == 4
+
+
+def test_a_bias_of_another_size_is_damage(tmp_path: Path) -> None:
+    model = with_biases()
+    bias = f"{EXPERTS[0]}.1.up_proj.bias"
+    model.set(bias, torch.rand(5))
+    source = model.write(tmp_path)
+    assert finding(source, "expert-shape").subject == bias
+    assert refusal(source, "bf16").exit_code == 3
+
+
+def test_two_codes_in_an_element_are_unsupported_and_not_damaged(tmp_path: Path) -> None:
+    source = edited(lambda name, t: {name: t[:, ::2].contiguous() if t.dtype == torch.int8 else t}).write(tmp_path)
+    assert "two codes in each element" in finding(source, "scheme-unsupported").message
+    assert {refusal(source, target).exit_code for target in TARGETS} == {4}
+
+
+def test_a_packed_format_over_plain_int8_weights_is_an_error(tmp_path: Path) -> None:
+    """Engines look for weight_packed; the tensors are those of int-quantized."""
+    source = convert_checkpoint(Model().write(tmp_path / "plain"), "compressed-tensors", tmp_path / "source").output
+    config = json.loads((source / "config.json").read_text())
+    config["quantization_config"]["format"] = "pack-quantized"
+    (source / "config.json").write_text(json.dumps(config))
+    (source / "quarkconv.json").unlink()
+    assert codes(source) == {"dtype-mismatch": "error"}
+    assert inspect_checkpoint(convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output, deep=True).ok
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_negative_scales_stay_sound_in_every_target(target: str, tmp_path: Path) -> None:
+    def negate(scale: torch.Tensor, _: int) -> torch.Tensor:
+        return -scale
+
+    source = with_scales(negate).write(tmp_path / "source")
+    out = convert_checkpoint(source, target, tmp_path / "out").output
+    assert target == "bf16" or inspect_checkpoint(out, deep=True).ok
+    assert verify_checkpoint(out, source, device="cpu").ok
 
 
 # Companions of weights
@@ -341,6 +380,22 @@ def test_experts_under_names_that_nobody_knows_are_named(pattern: str, claimed: 
     assert pattern.format(0) in found.message
     assert "not-moe" not in codes(source)
     assert refusal(source, "fused-int8").exit_code == 4
+
+
+def test_numbers_that_no_tool_writes_are_still_those_of_experts(tmp_path: Path) -> None:
+    source = edited(lambda name, t: {name.replace(".experts.", ".experts.0"): t}).write(tmp_path / "source")
+    assert "experts.00." in finding(source, "experts-not-understood").message
+    assert "not-moe" not in codes(source)
+    out = convert_checkpoint(source, "quark", tmp_path / "out").output
+    assert verify_checkpoint(out, source, device="cpu").ok
+
+
+def test_tensors_of_unknown_meaning_are_not_called_sound(tmp_path: Path) -> None:
+    model = Model()
+    model.first["model.layers.0.input_layernorm.weight"] = torch.ones(8, dtype=torch.int8)
+    inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
+    assert "tensors of unknown meaning" in inspection.not_checked
+    assert not inspection.headline.startswith("Sound")
 
 
 @pytest.mark.parametrize("stack", ["vision_tower", "model.visual", "model.encoder"])

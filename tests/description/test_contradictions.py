@@ -414,6 +414,25 @@ CASES = (
         (("error", "layout-conflict", EXPERTS, 1),),
         lambda model: rename(model, f"{EXPERTS}.2.up_proj", f"{EXPERTS}.2.w3"),
     ),
+    Case(
+        "a config of another hidden size",
+        (("warning", "config-mismatch", "model.layers.0.mlp", 2),),
+        lambda model: model.config.update(hidden_size=16),
+    ),
+    Case(
+        "no router",
+        (("warning", "router-mismatch", "model.layers.0.mlp.gate.weight", 1),),
+        lambda model: model.remove("model.layers.0.mlp.gate."),
+    ),
+    Case(
+        "a part of a merged linear in float",
+        (("warning", "merged-mixed", "model.layers.0.self_attn.k_proj", 1),),
+        lambda model: (
+            model.first.update(int8_linear("model.layers.0.self_attn.q_proj", 8, 8)),
+            model.first.update({"model.layers.0.self_attn.k_proj.weight": torch.ones(8, 8).bfloat16()}),
+            model.quantization["exclude"].append("model.layers.0.self_attn.k_proj"),
+        ),
+    ),
     Case("a layer of other size", (("info", "layer-geometry", LATER, 1),), resize_layer),
     Case(
         "the part of a rank",

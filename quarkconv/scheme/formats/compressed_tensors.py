@@ -28,6 +28,8 @@ from quarkconv.text import shortened, word
 LINEAR_TYPE = "Linear"
 """The class that a group names to mean every linear that no group names."""
 
+_PACKED = ("pack-quantized", "marlin-24")
+"""Formats in which weights are stored as ``weight_packed``, several codes to an int32: engines look for that."""
 _MAX_GROUPS = 1_000
 _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
 
@@ -46,6 +48,7 @@ class CompressedTensorsScheme(DeclaredScheme):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("compressed-tensors", None)
         patience = Patience()
+        packed = config.get("format") in _PACKED
         self._groups: list[tuple[Callable[[str], object], ModuleScheme]] = []
         groups = self._object(config.get("config_groups"), "config_groups")
         if len(groups) > _MAX_GROUPS:
@@ -53,8 +56,11 @@ class CompressedTensorsScheme(DeclaredScheme):
         for key, value in islice(groups.items(), _MAX_GROUPS):
             key = shortened(key)
             group = self._object(value, f"config_groups.{key}")
+            weights = self._spec(group.get("weights"), f"config_groups.{key}.weights")
+            if weights is not None and (group["format"] in _PACKED if group.get("format") else packed):
+                weights = weights._replace(dtype=f"{weights.dtype} packed")
             scheme = ModuleScheme(
-                self._spec(group.get("weights"), f"config_groups.{key}.weights"),
+                weights,
                 self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
             )
             targets = self._strings(group.get("targets"), f"config_groups.{key}.targets")

@@ -1,0 +1,182 @@
+"""Findings where config.json has other sizes, layers or routers than the tensors: engines build the model by it."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Collection, Iterator, Mapping
+from typing import Any, Final
+
+from quarkconv.dtypes import TensorType
+from quarkconv.experts.config import ModelConfig, Part
+from quarkconv.experts.function import Unknown
+from quarkconv.experts.knowledge import knowledge_by_stack, layer_routing
+from quarkconv.experts.layer import MoELayer
+from quarkconv.experts.router_tensors import fits_router, hidden_size_of, router_shapes, router_tensor_names
+from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.scheme.merged import MERGED_WITH
+from quarkconv.scheme.stored import StoredModules
+from quarkconv.text import plural
+
+_HIDDEN: Final = re.compile(r"hidden_size|^(?:d_model|n_embd|dim)$")
+_INNER: Final = re.compile(r"intermediate|ffn|(?:moe|mlp|expert)\w*_dim")
+"""Names of settings with the hidden size, and with the intermediate size of dense layers or of experts."""
+_LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks)\.)(\d{1,9})\.")
+_MAX_LAYERS: Final = 10_000
+_HINT: Final = "use the config.json that belongs to these weights: engines build the model by it"
+
+
+def disagreements(
+    config: ModelConfig,
+    layers: tuple[MoELayer, ...],
+    types: Mapping[str, TensorType],
+    vectors: tuple[str, ...],
+    is_mtp: Callable[[str], bool],
+) -> Iterator[Finding]:
+    """The findings about sizes, layers and routers.
+
+    Args:
+        config: the config of the model.
+        layers: the MoE layers.
+        types: all tensors.
+        vectors: the names of the weights of one dimension, such as those of norms, of which every layer has some.
+        is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
+    """
+    known = [(layer, part) for layer in layers if (part := config.part_of(layer.moe)) is not None]
+    found: dict[str, list[str]] = {}
+    for layer, part in known:
+        for message in (*_sizes(layer, part, config), *_density(layer, part, config, is_mtp)):
+            found.setdefault(message, []).append(layer.moe)
+    for message, modules in found.items():
+        yield from FindingsAbout("config-mismatch", modules, message, hint=_HINT)
+    yield from _layers(config, known, vectors)
+    yield from _routers(config, layers, types)
+
+
+def _sizes(layer: MoELayer, part: Part, config: ModelConfig) -> Iterator[str]:
+    """The sizes of the experts that config.json does not have."""
+    stated = part.get("hidden_size")
+    if type(stated) is int and layer.hidden not in _values(part, _HIDDEN):
+        yield f"config.json has hidden_size {stated}, the experts {layer.hidden}"
+    inner = _values(part, _INNER)
+    if inner and config.rank.is_whole and layer.intermediate not in inner:
+        sizes = ", ".join(map(str, sorted(inner)))
+        yield f"config.json has intermediate sizes {sizes}, the experts {layer.intermediate}"
+
+
+def _values(part: Part, pattern: re.Pattern[str]) -> set[int]:
+    """The numbers under keys of a pattern, those in lists and in parts about experts too."""
+    found: set[int] = set()
+    for key, value in part.items():
+        if isinstance(value, dict) and key.endswith("_config"):
+            found |= _values(value, pattern)
+        elif isinstance(key, str) and pattern.search(key):
+            found.update(item for item in (value if isinstance(value, list) else [value]) if type(item) is int)
+    return found
+
+
+def _density(layer: MoELayer, part: Part, config: ModelConfig, is_mtp: Callable[[str], bool]) -> Iterator[str]:
+    """The setting by which a layer that stores experts has none."""
+    number = layer.index
+    if is_mtp(layer.prefix) or config.hidden_layers is None or number >= config.hidden_layers:
+        return
+    for key, is_dense in _DENSE.items():
+        value = part.get(key)
+        if value is not None and is_dense(value, number):
+            yield f"config.json has {key} = {value!r:.60}, by which layers that store experts have none"
+
+
+def _is_multiple(value: object, number: int) -> bool:
+    return type(value) is int and value > 1 and (number + 1) % value != 0
+
+
+_DENSE: Final[Mapping[str, Callable[[Any, int], bool]]] = {
+    "first_k_dense_replace": lambda value, number: type(value) is int and number < value,
+    "mlp_only_layers": lambda value, number: isinstance(value, list) and number in value,
+    "decoder_sparse_step": _is_multiple,
+    "moe_layer_freq": lambda value, number: (
+        (type(value) is int and value > 1 and number % value != 0)
+        or (isinstance(value, list) and number < len(value) and value[number] in (0, False))
+    ),
+    "moe_layers": lambda value, number: isinstance(value, list) and bool(value) and number not in value,
+    "mlp_layer_types": lambda value, number: (
+        isinstance(value, list) and number < len(value) and value[number] == "dense"
+    ),
+}
+"""Setting -> whether by its value the layer of a number is dense: those of deepseek, qwen, llama4 and transformers."""
+
+
+def _layers(config: ModelConfig, known: list[tuple[MoELayer, Part]], vectors: tuple[str, ...]) -> Iterator[Finding]:
+    """Decoder layers of which nothing is stored, and those beyond the number in config.json."""
+    main = next((layer for layer, part in known if part is config.text), None)
+    root = None if main is None else _LAYER.match(f"{main.moe}.")
+    count = config.hidden_layers
+    if root is None or count is None or count > _MAX_LAYERS:
+        return
+    stored = {int(found[2]) for name in vectors if (found := _LAYER.match(name)) is not None and found[1] == root[1]}
+    if not stored:
+        return
+    missing = [number for number in range(count) if number not in stored]
+    beyond = sorted(number for number in stored if number >= count) if not config.mtp_layers else []
+    yield from FindingsAbout(
+        "config-mismatch",
+        [f"{root[1]}{number}" for number in missing],
+        f"config.json has {plural(count, 'layer')}, of which {len(missing)} have no norm stored",
+        hint=_HINT,
+    )
+    yield from FindingsAbout(
+        "config-mismatch",
+        [f"{root[1]}{number}" for number in beyond],
+        f"config.json has {plural(count, 'layer')}, none of multi-token prediction, and {len(beyond)} more are stored",
+        hint=_HINT,
+    )
+
+
+def _routers(config: ModelConfig, layers: tuple[MoELayer, ...], types: Mapping[str, TensorType]) -> Iterator[Finding]:
+    """Routers that are missing, or of another shape than the experts need."""
+    known_of = knowledge_by_stack(config.raw)
+    wrong: list[str] = []
+    for layer in layers:
+        routing = layer_routing(known_of(layer.moe), layer)
+        if isinstance(routing, Unknown):
+            continue
+        names = router_tensor_names(routing, layer.moe, types.__contains__)
+        for name, shape in router_shapes(routing, names, layer, hidden_size_of(config.raw, layer.moe)):
+            found = types.get(name)
+            if found is None or not fits_router(name, found.shape, shape, names):
+                wrong.append(name)
+    yield from FindingsAbout(
+        "router-mismatch",
+        wrong,
+        f"{plural(len(wrong), 'tensor')} of routers not stored, or of another shape than the experts need",
+        hint="engines leave such a router without weights, or fail: export the model again",
+    )
+
+
+def partly_int8(stored: StoredModules, experts: Collection[str], in_float: Collection[str]) -> list[str]:
+    """The float linears that engines merge with int8 ones, which they refuse.
+
+    Args:
+        stored: the modules.
+        experts: those that are routed experts.
+        in_float: int8 modules that conversion dequantizes.
+    """
+    linears, found = stored.linears, []
+    for module, form in linears.items():
+        parent, _, leaf = module.rpartition(".")
+        if leaf not in MERGED_WITH or not form.is_float or module in experts:
+            continue
+        others = (f"{parent}.{part}" for part in MERGED_WITH[leaf][0])
+        if any(other in linears and linears[other].quantized and other not in in_float for other in others):
+            found.append(module)
+    return found
+
+
+def merged_findings(stored: StoredModules, experts: Collection[str], in_float: Collection[str]) -> Iterator[Finding]:
+    """The finding about linears of :func:`partly_int8`."""
+    names = partly_int8(stored, experts, in_float)
+    yield from FindingsAbout(
+        "merged-mixed",
+        names,
+        f"{plural(len(names), 'linear')} in float that engines merge with int8 ones",
+        hint="vLLM and SGLang refuse such a model: quantize all parts, or none",
+    )
