@@ -15,7 +15,12 @@ from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_folder, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import LeftOut, Run
-from quarkconv.evaluate.same_model import require_same_model, require_same_tokenizer, require_unquantized
+from quarkconv.evaluate.same_model import (
+    config_differences,
+    require_same_model,
+    require_same_tokenizer,
+    require_unquantized,
+)
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
 from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, Model
@@ -76,7 +81,8 @@ def evaluate_checkpoint(
         UsageError: neither text nor token ids, or both; a text that is too short; tokens outside of the vocabulary;
             another tokenizer or architecture in ``unquantized``, or a quantized model.
         SourceError: a checkpoint or the text cannot be read, or hidden states are not finite.
-        UnsupportedError: transformers has no class for the model, or its experts cannot run in INT8.
+        UnsupportedError: transformers has no class for the model, its experts cannot run in INT8, or it holds none and
+            a limit is set.
         WriteError: hidden states or ``record`` cannot be written.
     """
     require_one_source(text, token_ids)
@@ -84,27 +90,35 @@ def evaluate_checkpoint(
     devices = pick_devices(device)
     root = _directory(model, progress)
     other = None if unquantized is None else _directory(unquantized, progress)
-    tokens = (
-        windows_of_ids(token_ids, windows)
-        if token_ids is not None
-        else windows_of_text(text, root / "tokenizer.json", window, windows)  # type: ignore[arg-type]
-    )
     description = describe(root)
     original = None if other is None else describe(other)
     for item in (description, original):
         if item is not None:
             _require_readable(item)
+    tokens = (
+        windows_of_ids(token_ids, windows)
+        if token_ids is not None
+        else windows_of_text(text, root / "tokenizer.json", window, windows)  # type: ignore[arg-type]
+    )
     if other is not None and original is not None:
         require_unquantized(original)
         require_same_tokenizer(root, other)
     with ExitStack() as stack:
         runners = [layer_runner(description, original, item, layers, stack) for item in devices]
-        tokens.check_vocabulary(runners[0].quantized.skeleton.vocabulary)
+        first = runners[0]
+        tokens.check_vocabulary(first.quantized.skeleton.vocabulary)
         run = Run(runners, tokens, batch, progress)
+        if limits != Limits() and not run.in_int8:
+            raise UnsupportedError(
+                "The checkpoint holds no INT8 modules: there is no divergence to compare with a limit",
+                file=str(root),
+                expected="INT8 modules",
+                hint="leave out --max-kl and --min-agreement",
+            )
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
         streams = run.layers_of(run.variants, state, record)
         scores = run.scores(streams)
-        evaluated = _layers(runners[0], streams.sums)
+        evaluated = _layers(first, streams.sums)
         experts = _worst_experts(streams.sums)
         ablations = run.ablations(streams, scores, _worst_parts(evaluated, experts, ablate))
         if state is not None:
@@ -127,7 +141,11 @@ def evaluate_checkpoint(
         layers=evaluated,
         experts=experts[:WORST],
         ablations=tuple(ablations),
-        float_experts=runners[0].quantized.weights.float_experts if run.in_int8 else (),
+        float_experts=first.quantized.weights.float_experts if run.in_int8 else (),
+        positions=first.quantized.skeleton.positions,
+        config_differences=()
+        if first.unquantized is None
+        else config_differences(first.quantized.skeleton, first.unquantized.skeleton),
         limits=limits,
     )
 

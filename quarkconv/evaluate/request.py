@@ -39,10 +39,14 @@ def require_folder(path: str | Path | None) -> None:
     """Refuse a file that cannot be created, before anything is computed; None is no file.
 
     Raises:
-        WriteError: its folder does not exist.
+        WriteError: its folder does not exist, or it is a folder itself.
     """
-    if path is not None and not Path(path).absolute().parent.is_dir():
+    if path is None:
+        return
+    if not Path(path).absolute().parent.is_dir():
         raise WriteError("The folder of a file to write does not exist", file=str(path), hint="create it first")
+    if Path(path).is_dir():
+        raise WriteError("The file to write is a directory", file=str(path))
 
 
 def require_one_source(text: str | Path | None, token_ids: str | Path | None) -> None:

@@ -90,6 +90,8 @@ class Evaluation:
         experts: the worst experts.
         ablations: the worst layers and experts, each left unquantized.
         float_experts: MoE layers whose experts are stored in float, and ran in float.
+        positions: the longest window that the model is built for, by its config; None where that does not say.
+        config_differences: settings that the two models compute with and that differ.
         limits: bounds of the caller.
     """
 
@@ -109,6 +111,8 @@ class Evaluation:
     experts: tuple[ExpertError, ...] = ()
     ablations: tuple[Ablation, ...] = ()
     float_experts: tuple[str, ...] = ()
+    positions: int | None = None
+    config_differences: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
 
     @property
@@ -139,10 +143,15 @@ class Evaluation:
 
     @property
     def remarks(self) -> list[str]:
-        """Messages about parts that did not run in INT8."""
-        if not self.float_experts:
-            return []
-        return [f"{plural(len(self.float_experts), 'MoE layer')} stored in float, evaluated in float"]
+        """Messages about what makes the figures mean less."""
+        found = []
+        if self.float_experts:
+            found.append(f"{plural(len(self.float_experts), 'MoE layer')} stored in float, evaluated in float")
+        if self.positions is not None and self.window > self.positions:
+            found.append(f"windows of {self.window:,} tokens are longer than the model's {self.positions:,} positions")
+        if self.config_differences:
+            found.append(f"the two models have different settings: {'; '.join(self.config_differences)}")
+        return found
 
     @property
     def worst_layers(self) -> list[LayerEvaluation]:
@@ -172,6 +181,8 @@ class Evaluation:
             },
             "ablations": [asdict(item) for item in self.ablations],
             "float_experts": list(self.float_experts),
+            "positions": self.positions,
+            "config_differences": list(self.config_differences),
             "limits": asdict(self.limits),
             "exceeded": self.exceeded,
             "ok": self.ok,

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.windows import load_tokenizer
+
+_NOT_COMPUTED_WITH: Final = frozenset(
+    (
+        "architectures",
+        "bos_token_id",
+        "dtype",
+        "eos_token_id",
+        "id2label",
+        "label2id",
+        "name_or_path",
+        "pad_token_id",
+        "quantization_config",
+        "torch_dtype",
+        "transformers_version",
+        "use_cache",
+    )
+)
+"""Settings of config.json that change no hidden state."""
 
 
 def require_unquantized(description: Description) -> None:
@@ -45,6 +65,26 @@ def require_same_model(quantized: Skeleton, unquantized: Skeleton) -> None:
                 found=str(theirs),
                 hint="give --unquantized the model before it was quantized",
             )
+
+
+def config_differences(quantized: Skeleton, unquantized: Skeleton) -> tuple[str, ...]:
+    """Settings that the two models compute with and that differ, such as ``hidden_act: silu, unquantized gelu``."""
+    mine, theirs = (dict(_settings(item.model.config.to_dict())) for item in (quantized, unquantized))
+    return tuple(
+        f"{name}: {mine.get(name)}, unquantized {theirs.get(name)}"
+        for name in sorted(mine.keys() | theirs.keys())
+        if mine.get(name) != theirs.get(name)
+    )
+
+
+def _settings(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for name, value in config.items():
+        if name in _NOT_COMPUTED_WITH or name.startswith("_"):
+            continue
+        if isinstance(value, dict):
+            yield from _settings(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
 
 
 def require_same_tokenizer(root: Path, other: Path) -> None:

@@ -59,6 +59,12 @@ class Skeleton:
         """Number of tokens."""
         return int(self.model.get_input_embeddings().weight.shape[0])
 
+    @property
+    def positions(self) -> int | None:
+        """The longest window that the model is built for, by its config; None where that does not say."""
+        found = getattr(self.model.config.get_text_config(), "max_position_embeddings", None)
+        return found if isinstance(found, int) else None
+
     def target(self, name: str) -> str:
         """The parameter of the model that a tensor of a checkpoint goes to, or becomes a part of."""
         from transformers.core_model_loading import rename_source_key

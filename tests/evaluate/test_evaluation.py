@@ -37,6 +37,7 @@ def test_int8_costs_a_little_and_its_parts_add_up(plain: Evaluation) -> None:
     assert plain.dequantized is not None
     assert plain.baseline == "unquantized"
     assert plain.scored == 5 * 11
+    assert plain.remarks == []
     assert 0 < plain.dequantized.mean < 0.02
     assert 0 < plain.int8.mean < 0.02
     assert set(plain.perplexity) == {"int8", "dequantized", "unquantized"}
@@ -246,6 +247,49 @@ def test_a_file_that_cannot_be_created_is_refused_before_anything_runs(
     status, _, err = run_cli(capsys, *words)
     assert status == 5
     assert "The folder of a file to write does not exist" in err
+
+
+def test_a_directory_is_refused_as_a_file_to_write(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match="is a directory"):
+        evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=tmp_path)
+
+
+def test_a_model_that_does_not_exist_is_named_before_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        evaluate_checkpoint(tmp_path / "missing", text=tmp_path / "text.txt", device="cpu")
+
+
+def test_a_limit_without_int8_modules_is_refused(unquantized: Path, token_ids: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no divergence to compare") as caught:
+        evaluate_checkpoint(unquantized, token_ids=token_ids, device="cpu", limits=Limits(max_kl=0.1))
+    assert caught.value.exit_code == 4
+
+
+def with_config(source: Path, out: Path, **settings: Any) -> Path:
+    """A copy of a checkpoint with other settings."""
+    import shutil
+
+    shutil.copytree(source, out)
+    config = json.loads((out / "config.json").read_text("utf-8"))
+    (out / "config.json").write_text(json.dumps(config | settings), "utf-8")
+    return out
+
+
+def test_settings_that_differ_are_named(quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    other = with_config(
+        unquantized, tmp_path / "other", num_experts_per_tok=1, transformers_version="0", use_cache=False
+    )
+    found = evaluate_checkpoint(quantized, other, token_ids=token_ids, device="cpu", resume=False)
+    assert found.config_differences == ("num_experts_per_tok: 2, unquantized 1",)
+    assert found.remarks == ["the two models have different settings: num_experts_per_tok: 2, unquantized 1"]
+
+
+def test_windows_longer_than_the_positions_of_a_model_are_named(
+    quantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    model = with_config(quantized, tmp_path / "model", max_position_embeddings=20)
+    found = evaluate_checkpoint(model, token_ids=token_ids, device="cpu", resume=False)
+    assert found.remarks == ["windows of 24 tokens are longer than the model's 20 positions"]
 
 
 def test_a_full_disk_is_an_error_of_writing(quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
