@@ -102,7 +102,7 @@ def table(
 
 def about(command: str) -> str:
     """The command and the environment."""
-    packages = ("quarkconv", "torch", "triton", "safetensors", "huggingface_hub")
+    packages = ("quarkconv", "torch", "triton", "transformers", "safetensors", "huggingface_hub")
     rows: list[tuple[str, str]] = [
         ("command", command),
         ("date", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")),
