@@ -7,9 +7,10 @@ in all with 7 layers), and evaluates it on rows of windows x tokens. Before each
 the page cache, as far as the system does that.
 
 Each row is evaluated twice. The first run, on at most ``--profile`` windows, compiles kernels, which takes seconds once
-on a machine (``first_seconds``); the second one is measured. Between them torch's profiler sums the time of the kernels
-of a run on as many windows as the first. Times as many windows, that is ``products`` and ``others``: what the GPU takes
-for matrix products and for all other kernels of the row. Memory is counted beyond what the process held before.
+on a machine (``first_seconds``); the second one is measured. Between them, in rows of more windows, torch's profiler
+sums the kernels of a run on as many windows as the first. Times as many windows, that is ``products`` and ``others``:
+what a GPU takes for matrix products and for all other kernels of the row. Memory is counted beyond what the process
+held before.
 
 With several ``--device``, such as ``cuda:0,cuda`` for one GPU and for all, each row runs on each of them, and
 ``same_figures`` says whether all figures equal those on the first, bit for bit.
@@ -224,6 +225,12 @@ def main() -> None:
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if options.make:
             return
+        layer = {path.name: (path / "layer-0.safetensors").stat().st_size for path in (quantized, before)}
+        about = {
+            "benchmark": "evaluate", "shape": shape._asdict(), "layers": options.layers, "layer_bytes": layer,
+            "device": torch.cuda.get_device_name() if devices[0].startswith("cuda") else devices[0],
+            "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        }  # fmt: skip
         rows: list[dict[str, Any]] = []
         for windows, length in (tuple(map(int, row.split("x"))) for row in options.rows.split(",")):
             ids = folder / f"ids-{windows}x{length}.safetensors"
@@ -244,14 +251,16 @@ def main() -> None:
                 began = time.perf_counter()
                 evaluate(few)
                 row["first_seconds"] = time.perf_counter() - began
-                if device.startswith("cuda"):
+                if device == devices[0] and device.startswith("cuda") and few < windows:
                     row["kernels"] = kernel_time(lambda: evaluate(few)) | {"windows": few}  # noqa: B023
                     for kind in ("products", "others"):
                         row[kind] = row["kernels"][kind] * windows / few
                 if not options.cached:
                     drop([quantized, before])
-                    row["reading_once"] = read_once([quantized, before])
-                    drop([quantized, before])
+                    if device == devices[0]:
+                        once = read_once([quantized, before])
+                        drop([quantized, before])
+                    row["reading_once"] = once
                 with peak_memory(row, device):
                     began = time.perf_counter()
                     found = evaluate(windows)
@@ -265,15 +274,8 @@ def main() -> None:
                 row["same_figures"] = figures[-1] == figures[0]
                 rows.append(row)
                 print(json.dumps(row), file=sys.stderr, flush=True)
-        layer = {path.name: (path / "layer-0.safetensors").stat().st_size for path in (quantized, before)}
-        result = {
-            "benchmark": "evaluate", "shape": shape._asdict(), "layers": options.layers, "layer_bytes": layer,
-            "device": torch.cuda.get_device_name() if devices[0].startswith("cuda") else devices[0],
-            "versions": {"torch": torch.__version__, "transformers": transformers.__version__}, "rows": rows,
-        }  # fmt: skip
-        print(json.dumps(result, indent=1))
-        if options.out:
-            options.out.write_text(json.dumps(result, indent=1) + "\n")
+                if options.out:
+                    options.out.write_text(json.dumps(about | {"rows": rows}, indent=1) + "\n")
     finally:
         if options.models is None:
             shutil.rmtree(folder)

@@ -7,7 +7,8 @@ weights      a checkpoint in any layout -> float tensors under the names of the 
 int8         linears and routed experts that compute in INT8; int8_layer: those of one decoder layer
 streams      one layer of several variants of the model; sums: their errors
 hidden_states  those between two layers, on a GPU or in page-locked memory; calls: what layers take beside them
-scoring      hidden states after the last layer -> logits; scores: logits -> perplexity, KL divergence, agreement
+scoring      hidden states after the last layer -> logits; scores: logits -> perplexity, KL divergence, agreement;
+             rows: the same on a GPU
 request      options of the caller and their checks; same_model: whether two checkpoints are one model
 run          one evaluation under way
 evaluation   all of it; results: its figures as data; state: finished layers on disk

@@ -54,24 +54,41 @@ class Divergence:
     rms_dp: float
 
 
-@dataclass(frozen=True, slots=True)
 class Distributions:
-    """Distributions of the unquantized model, computed once for all that are compared with them.
+    """Distributions over the vocabulary. On a GPU probabilities are never written.
+
+    Args:
+        logits: floats [n, V].
 
     Attributes:
-        log_p, p: log-probabilities and probabilities, float32 [n, V].
-        top: the most probable token, int64 [n].
+        logits: the same.
+        top: the most probable token, integers [n].
     """
 
-    log_p: Tensor
-    p: Tensor
-    top: Tensor
+    def __init__(self, logits: Tensor) -> None:
+        self.logits = logits
+        if logits.is_cuda:
+            from quarkconv.evaluate.rows import row_statistics
 
-    @staticmethod
-    def of(logits: Tensor) -> Distributions:
-        """Those of logits, [n, V]."""
-        log_p = logits.float().log_softmax(-1)
-        return Distributions(log_p, log_p.exp(), logits.argmax(-1))
+            self._log_sum, self.top = row_statistics(logits)
+        else:
+            self._log_p, self.top = logits.float().log_softmax(-1), logits.argmax(-1)
+
+    def log_probabilities(self, tokens: Tensor) -> Tensor:
+        """Of one token each, int64 [n] -> float64 [n]."""
+        if self.logits.is_cuda:
+            return self.logits.gather(-1, tokens[:, None]).squeeze(-1).double() - self._log_sum
+        return self._log_p.gather(-1, tokens[:, None]).squeeze(-1).double()
+
+    def divergence(self, other: Distributions) -> Tensor:
+        """KL divergence of ``other`` from these, float64 [n]."""
+        if self.logits.is_cuda:
+            from quarkconv.evaluate.rows import row_divergence
+
+            return row_divergence(self.logits, self._log_sum, other.logits, other._log_sum)
+        p = self._log_p.exp()
+        # p log(p / q) is 0 where p is 0, also where q is.
+        return torch.where(p > 0, p * (self._log_p - other._log_p), 0.0).double().sum(-1)
 
 
 @dataclass(slots=True)
@@ -83,25 +100,21 @@ class TokenScores:
     same_top: list[Tensor] = field(default_factory=list)
     dp: list[Tensor] = field(default_factory=list)
 
-    def add(self, logits: Tensor, targets: Tensor, baseline: Distributions | None = None) -> None:
+    def add(self, found: Distributions, targets: Tensor, baseline: Distributions | None = None) -> None:
         """Score one block.
 
         Args:
-            logits: floats [n, V].
+            found: of the model.
             targets: the tokens that follow, int64 [n].
             baseline: of the unquantized model.
         """
-        log_q = logits.float().log_softmax(-1)
-        own = log_q.gather(-1, targets[:, None]).squeeze(-1)
-        self.nll.append(-own.double())
+        own = found.log_probabilities(targets)
+        self.nll.append(-own)
         if baseline is None:
             return
-        # p log(p / q) is 0 where p is 0, also where q is.
-        terms = torch.where(baseline.p > 0, baseline.p * (baseline.log_p - log_q), 0.0)
-        self.kl.append(terms.double().sum(-1))
-        self.same_top.append(logits.argmax(-1) == baseline.top)
-        right = baseline.log_p.gather(-1, targets[:, None]).squeeze(-1)
-        self.dp.append(own.double().exp() - right.double().exp())
+        self.kl.append(baseline.divergence(found))
+        self.same_top.append(found.top == baseline.top)
+        self.dp.append(own.exp() - baseline.log_probabilities(targets).exp())
 
     def extend(self, other: TokenScores) -> None:
         """Add the scores of other tokens, on the CPU."""

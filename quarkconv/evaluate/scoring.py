@@ -42,15 +42,14 @@ def batch_scores(
         for positions in torch.split(scored, rows):
             targets = ids[:, positions + 1].reshape(-1).to(device)
 
-            def logits(
+            def distributions(
                 name: str, ids: Tensor = ids, part: Mapping[str, Tensor] = part, at: Tensor = positions
-            ) -> Tensor:
+            ) -> Distributions:
                 model = runner.baseline if name == runner.base_name else runner.quantized
-                return final_logits(model.skeleton, ids, part[name], at).flatten(0, 1)
+                return Distributions(final_logits(model.skeleton, ids, part[name], at).flatten(0, 1))
 
-            base = logits(runner.base_name)
-            found[runner.base_name].add(base, targets)
-            baseline = Distributions.of(base)
+            baseline = distributions(runner.base_name)
+            found[runner.base_name].add(baseline, targets)
             for name in outputs.keys() - {runner.base_name}:
-                found[name].add(logits(name), targets, baseline)
+                found[name].add(distributions(name), targets, baseline)
     return found

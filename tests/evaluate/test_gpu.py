@@ -9,11 +9,11 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import load_file, save_file
 from support.exports import DATA, restore
 from support.glm_moe_dsa import shared_positions
 
-import quarkconv
 from quarkconv import SourceError, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
 from quarkconv.evaluate import hidden_states
@@ -32,13 +32,15 @@ def plain(quantized: Path, unquantized: Path, token_ids: Path) -> Evaluation:
 
 
 def test_a_gpu_has_the_figures_of_a_cpu(plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path) -> None:
-    """Products sum in another order: bfloat16 then rounds some elements the other way, as between sizes of batches."""
+    """Products sum in another order: bfloat16 then rounds some elements the other way, as between sizes of batches.
+    One of 120 tokens may so choose another expert in a layer: an error of about 0.1, 0.01 of the layer's.
+    """
     found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device="cpu", resume=False)
     assert found.int8 is not None
     assert plain.int8 is not None
     assert plain.int8.mean == pytest.approx(found.int8.mean, rel=0.15)
     for mine, theirs in zip(plain.layers, found.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, rel=0.05)
+        assert mine.own == pytest.approx(theirs.own, abs=0.01)
         assert sum(mine.load) == sum(theirs.load)
 
 
@@ -116,30 +118,27 @@ def test_one_gpu_named_twice_deals_out_the_windows_to_the_same_figures(
 
 def test_a_layer_takes_what_the_layer_before_hands_on(tmp_path: Path) -> None:
     """Two of four layers choose positions, and the layer after each takes the same."""
+    from transformers import AutoModelForCausalLM
+
     model, ids = tmp_path / "model", tmp_path / "ids.safetensors"
     shared_positions(model)
     save_file({"token_ids": torch.randint(0, 48, (3, 24), generator=torch.Generator().manual_seed(3))}, ids)
-    int8 = quarkconv.convert_checkpoint(model, "compressed-tensors", tmp_path / "int8", quantize="all").output
-    found, expected = (
-        evaluate_checkpoint(int8, model, token_ids=ids, batch=2, device=device, resume=False)
-        for device in (CUDA, "cpu")
-    )
-    for name, value in expected.perplexity.items():
-        mine = found.perplexity[name]
-        assert value is not None
-        assert mine is not None
-        assert mine.value == pytest.approx(value.value, rel=0.01)
-    assert found.int8 is not None
-    assert expected.int8 is not None
-    assert found.int8.mean == pytest.approx(expected.int8.mean, rel=0.3)
+    found = evaluate_checkpoint(model, token_ids=ids, batch=3, device=CUDA, resume=False)
+    tokens = load_file(ids)["token_ids"].to(CUDA)
+    with torch.no_grad():
+        whole = AutoModelForCausalLM.from_pretrained(model).eval().to(CUDA)
+        log_p = whole(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)[:, 12:-1]
+    expected = math.exp(-log_p.gather(-1, tokens[:, 13:, None]).mean().item())
+    mine = found.perplexity["dequantized"]
+    assert mine is not None
+    assert mine.value == pytest.approx(expected, rel=1e-5)  # one that chose other positions is off by tens of percent
 
 
 @pytest.mark.parametrize("name", ["dbrx-0.13-eager", "gpt_oss-0.13-f2f", "deepseek_v4-0.13-f2f", "llama4-0.13-f2f"])
 def test_families_have_the_figures_of_a_cpu(name: str, tmp_path: Path) -> None:
-    families = DATA / "families"
-    if not (families / name).is_dir():
-        pytest.fail(f"no such family: {name}")
-    source = restore(families / name, tmp_path / "source")
+    if name.startswith("dbrx") and transformers.__version__.startswith("5.17."):
+        pytest.skip("transformers 5.17 does not read this config.json; 5.24 does")
+    source = restore(DATA / "families" / name, tmp_path / "source")
     ids = tmp_path / "ids.safetensors"
     save_file({"token_ids": torch.randint(0, 24, (3, 16), generator=torch.Generator().manual_seed(3))}, ids)
     found, expected = (

@@ -13,7 +13,7 @@ from support.glm_moe_dsa import shared_positions
 import quarkconv
 from quarkconv import evaluate_checkpoint
 from quarkconv.evaluate.run import Run
-from quarkconv.evaluate.scores import TokenScores
+from quarkconv.evaluate.scores import Distributions, TokenScores
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,9 @@ def test_a_layer_takes_what_the_layer_before_hands_on(shared: Path, ids: Path, m
     scored: list[torch.Tensor] = []
     add = TokenScores.add
 
-    def kept(self: TokenScores, logits: torch.Tensor, *rest: Any) -> None:
-        scored.append(logits)
-        add(self, logits, *rest)
+    def kept(self: TokenScores, found: Distributions, *rest: Any) -> None:
+        scored.append(found.logits)
+        add(self, found, *rest)
 
     monkeypatch.setattr(TokenScores, "add", kept)
     evaluate_checkpoint(shared, token_ids=ids, batch=2, device="cpu", resume=False)

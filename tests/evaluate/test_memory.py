@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from quarkconv import evaluate_checkpoint
 from quarkconv.evaluate import scoring as module
 from quarkconv.evaluate.run import Run
-from quarkconv.evaluate.scores import TokenScores
+from quarkconv.evaluate.scores import Distributions, TokenScores
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 
 
@@ -64,9 +63,9 @@ def test_logits_are_never_whole(
     sizes: list[int] = []
     add = TokenScores.add
 
-    def added(self: TokenScores, logits: torch.Tensor, *rest: Any) -> None:
-        sizes.append(logits.numel())
-        add(self, logits, *rest)
+    def added(self: TokenScores, found: Distributions, *rest: Any) -> None:
+        sizes.append(found.logits.numel())
+        add(self, found, *rest)
 
     monkeypatch.setattr(TokenScores, "add", added)
     monkeypatch.setattr(module, "LOGITS", 5 * 512 * 2)

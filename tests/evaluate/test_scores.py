@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 
+from quarkconv.evaluate import rows
 from quarkconv.evaluate.scores import Distributions, TokenScores
 
 N, V = 50, 17
@@ -34,7 +35,7 @@ def test_scores_equal_numpy_whatever_the_size_of_a_block(
     scores = TokenScores()
     for start in range(0, N, block):
         part = slice(start, start + block)
-        scores.add(other[part], targets[part], Distributions.of(baseline[part]))
+        scores.add(Distributions(other[part]), targets[part], Distributions(baseline[part]))
     p, q = (log_softmax(tensor.double().numpy()) for tensor in (baseline, other))
     at = (np.arange(N), targets.numpy())
     nll = -q[at]
@@ -55,7 +56,7 @@ def test_scores_equal_numpy_whatever_the_size_of_a_block(
 def test_a_model_does_not_diverge_from_itself(logits: tuple[torch.Tensor, torch.Tensor, torch.Tensor]) -> None:
     baseline, _, targets = logits
     scores = TokenScores()
-    scores.add(baseline, targets, Distributions.of(baseline))
+    scores.add(Distributions(baseline), targets, Distributions(baseline))
     found = scores.divergence()
     assert found is not None
     assert (found.mean, found.max, found.top1, found.rms_dp) == (0.0, 0.0, 1.0, 0.0)
@@ -64,7 +65,7 @@ def test_a_model_does_not_diverge_from_itself(logits: tuple[torch.Tensor, torch.
 def test_a_token_of_probability_zero_adds_nothing() -> None:
     scores = TokenScores()
     baseline = torch.tensor([[0.0, 0.0, -math.inf]])
-    scores.add(torch.tensor([[0.0, 0.0, 0.0]]), torch.tensor([0]), Distributions.of(baseline))
+    scores.add(Distributions(torch.zeros(1, 3)), torch.tensor([0]), Distributions(baseline))
     found = scores.divergence()
     assert found is not None
     assert found.mean == pytest.approx(math.log(1.5), rel=1e-6)
@@ -72,6 +73,34 @@ def test_a_token_of_probability_zero_adds_nothing() -> None:
 
 def test_without_a_baseline_there_is_no_divergence() -> None:
     scores = TokenScores()
-    scores.add(torch.zeros(2, 4), torch.tensor([0, 1]))
+    scores.add(Distributions(torch.zeros(2, 4)), torch.tensor([0, 1]))
     assert scores.divergence() is None
     assert scores.perplexity().value == pytest.approx(4.0)
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered")  # numpy's, for lanes that `where` drops
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("device", ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_kernels_of_rows_equal_float64(device: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Sums of exponentials in float32: an ulp of each, 6e-8."""
+    if device == "interpreter":
+        if torch.cuda.is_available():
+            pytest.skip("kernels are compiled where there is a GPU")
+        monkeypatch.setattr(rows, "_BLOCK", 64)
+    generator = torch.Generator().manual_seed(7)
+    p = (torch.randn(5, 333, generator=generator) * 4).to(dtype)
+    q = (p.float() + torch.randn(p.shape, generator=generator) * 0.3).to(dtype)
+    p[:, 7] = -math.inf
+    p[0, 100:110] = p[0].max() + 1  # a tie: the first place counts
+    at = "cpu" if device == "interpreter" else device
+    p, q = p.to(at), q.to(at)
+    (p_sum, p_top), (q_sum, q_top) = rows.row_statistics(p), rows.row_statistics(q)
+    found = rows.row_divergence(p, p_sum, q, q_sum)
+    p, q = p.double(), q.double()
+    log_p, log_q = p.log_softmax(-1), q.log_softmax(-1)
+    assert torch.allclose(p_sum, p.logsumexp(-1), rtol=1e-7, atol=1e-6)
+    assert torch.allclose(q_sum, q.logsumexp(-1), rtol=1e-7, atol=1e-6)
+    assert p_top.tolist() == [row.index(max(row)) for row in p.tolist()]
+    assert q_top.tolist() == [row.index(max(row)) for row in q.tolist()]
+    expected = torch.where(log_p > -math.inf, log_p.exp() * (log_p - log_q), 0.0).sum(-1)
+    assert torch.allclose(found, expected, rtol=1e-5, atol=1e-7)
