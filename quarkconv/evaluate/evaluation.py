@@ -33,6 +33,7 @@ from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.staging import Staging
 from quarkconv.progress import SILENT, Progress
+from quarkconv.version import own_version
 
 _EVALUATED: Final = frozenset({"quant-config-missing", "not-moe"})
 """Findings that keep a checkpoint from being converted, but not from being evaluated."""
@@ -227,6 +228,7 @@ def _model(description: Description, device: torch.device, memory: Callable[[int
 def _key(root: Path, other: Path | None, tokens: Windows, run: Run, layers: set[int] | None) -> str:
     digest = hashlib.sha256(repr(tokens.ids.flatten().tolist()).encode())
     return state_key(
+        own_version(),
         root.resolve(),
         fingerprint(root),
         other and other.resolve(),

@@ -65,10 +65,13 @@ class Int8Linear(nn.Module):
             codes, scales = quantize_int8(rows)
         else:
             codes, scales = quantize_int8(rows, granularity="per_tensor", scale=self.input_scale)
-        result = int8_product(codes, self.codes).float() * scales.reshape(-1, 1) * self.scale
-        if self.bias is not None:
-            result = result + self.bias.float()
-        return result.to(states.dtype).reshape(*states.shape[:-1], -1)
+        result = int8_product(codes, self.codes) * scales.reshape(-1, 1)  # converted to float32 on the way
+        if self.bias is None:
+            out = torch.empty(result.shape, dtype=states.dtype, device=states.device)
+            result = torch.mul(result, self.scale, out=out)  # rounded on the way
+        else:
+            result = (result * self.scale + self.bias.float()).to(states.dtype)
+        return result.reshape(*states.shape[:-1], -1)
 
 
 class Int8Experts(nn.Module):
