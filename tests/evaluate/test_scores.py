@@ -86,6 +86,7 @@ def test_kernels_of_rows_equal_float64(device: str, dtype: torch.dtype, monkeypa
     if device == "interpreter":
         if torch.cuda.is_available():
             pytest.skip("kernels are compiled where there is a GPU")
+        monkeypatch.setenv("TRITON_INTERPRET", "1")
         monkeypatch.setattr(rows, "_BLOCK", 64)
     generator = torch.Generator().manual_seed(7)
     p = (torch.randn(5, 333, generator=generator) * 4).to(dtype)

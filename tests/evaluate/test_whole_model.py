@@ -96,6 +96,37 @@ def test_the_int8_model_in_float32_equals_its_twin_but_where_a_rounding_falls_th
     assert divergence(twins["dequantized"], found).mean() == pytest.approx(cost, rel=0.1)
 
 
+def test_the_figures_of_each_layer_are_those_of_twins(quantized: Path, windows: Windows, tmp_path: Path) -> None:
+    """Drift, own error, experts that change, and their load. In float32 a rounding that falls the other way moves a
+    code by one, and may move a token to another expert: at most 3 of 288 tokens in a layer.
+    """
+    folder = shutil.copytree(quantized, tmp_path / "model")
+    config = json.loads((folder / "config.json").read_text("utf-8"))
+    (folder / "config.json").write_text(json.dumps({**config, "dtype": "float32"}), "utf-8")
+    save_file({"token_ids": windows.ids}, tmp_path / "ids.safetensors")
+    found = evaluate_checkpoint(folder, token_ids=tmp_path / "ids.safetensors", device="cpu", resume=False)
+
+    int8, base = Twin.of(quantized, int8=True), Twin.of(quantized, int8=False)
+    drifting = states = base.embed(windows.ids.numpy())
+    tokens = windows.ids.numel()
+    changes = []
+    for layer in found.layers:
+        own, _ = int8.layer(layer.index, states)
+        drifting, chosen = int8.layer(layer.index, drifting)
+        states, base_chosen = base.layer(layer.index, states)
+        norm = np.linalg.norm(states)
+        assert layer.own == pytest.approx(np.linalg.norm(own - states) / norm, rel=0.03)
+        assert layer.drift == pytest.approx(np.linalg.norm(drifting - states) / norm, rel=0.03)
+        cosine = (drifting * states).sum() / np.linalg.norm(drifting) / norm
+        assert 1 - layer.cosine == pytest.approx(1 - cosine, rel=0.06)
+        changed = (np.sort(chosen, -1) != np.sort(base_chosen, -1)).any(-1).sum()
+        assert layer.routing_changed is not None
+        assert abs(layer.routing_changed * tokens - changed) <= 3
+        assert np.abs(np.array(layer.load) - np.bincount(chosen.ravel(), minlength=len(layer.load))).sum() <= 6
+        changes.append(changed)
+    assert sum(changes) > 3  # or nothing was tested
+
+
 def test_ablations_have_the_divergence_of_twins_that_compute_that_expert_or_layer_unquantized(
     quantized: Path, unquantized: Path, windows: Windows, tmp_path: Path
 ) -> None:

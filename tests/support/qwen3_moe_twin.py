@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 Array = np.ndarray[Any, np.dtype[np.float64]]
+Numbers = np.ndarray[Any, np.dtype[np.integer[Any]]]
 
 
 @dataclass(frozen=True)
@@ -45,14 +46,25 @@ class Twin:
 
     def logits(self, ids: Array) -> Array:
         """Logits [B, L, V] of tokens [B, L]."""
-        states = self.tensors["model.embed_tokens.weight"][ids]
+        states = self.embed(ids)
         for layer in range(self.config["num_hidden_layers"]):
-            prefix = f"model.layers.{layer}"
-            twin = self.left_out.get((layer, None), self)
-            states = states + twin.attention(f"{prefix}.self_attn", twin.norm(f"{prefix}.input_layernorm", states))
-            states = states + twin.moe(layer, f"{prefix}.mlp", twin.norm(f"{prefix}.post_attention_layernorm", states))
+            states = self.layer(layer, states)[0]
         logits: Array = self.norm("model.norm", states) @ self.tensors["lm_head.weight"].T
         return logits
+
+    def embed(self, ids: Array) -> Array:
+        """Hidden states [B, L, H] before the first layer."""
+        states: Array = self.tensors["model.embed_tokens.weight"][ids]
+        return states
+
+    def layer(self, layer: int, states: Array) -> tuple[Array, Numbers]:
+        """Hidden states after a layer, and the experts that each token chooses, [B * L, k]."""
+        prefix = f"model.layers.{layer}"
+        twin = self.left_out.get((layer, None), self)
+        states = states + twin.attention(f"{prefix}.self_attn", twin.norm(f"{prefix}.input_layernorm", states))
+        inputs = twin.norm(f"{prefix}.post_attention_layernorm", states)
+        chosen, shares = twin.route(f"{prefix}.mlp", inputs.reshape(-1, inputs.shape[-1]))
+        return states + twin.moe(layer, f"{prefix}.mlp", inputs, chosen, shares), chosen
 
     def norm(self, name: str, states: Array) -> Array:
         """RMSNorm over the last axis."""
@@ -100,16 +112,19 @@ class Twin:
         turned: Array = states * np.cos(angles) + np.concatenate([-second, first], -1) * np.sin(angles)
         return turned
 
-    def moe(self, layer: int, name: str, states: Array) -> Array:
-        """Softmax, the largest k, renormalised; SwiGLU experts."""
-        tokens = states.reshape(-1, states.shape[-1])
-        inputs = self.narrow(tokens)
+    def route(self, name: str, tokens: Array) -> tuple[Numbers, Array]:
+        """Softmax, the largest k, renormalised: experts and weights, [M, k]."""
         weights = softmax(tokens @ self.tensors[f"{name}.gate.weight"].T)
         chosen = np.argsort(-weights, -1, kind="stable")[:, : self.config["num_experts_per_tok"]]
         shares = np.take_along_axis(weights, chosen, -1)
-        shares = shares / shares.sum(-1, keepdims=True)
+        return chosen, shares / shares.sum(-1, keepdims=True)
+
+    def moe(self, layer: int, name: str, states: Array, chosen: Numbers, shares: Array) -> Array:
+        """SwiGLU experts, weighted."""
+        tokens = states.reshape(-1, states.shape[-1])
+        inputs = self.narrow(tokens)
         output, added = np.zeros_like(tokens), np.zeros_like(tokens)
-        for expert in range(weights.shape[1]):
+        for expert in range(len(self.tensors[f"{name}.gate.weight"])):
             rows, slots = np.nonzero(chosen == expert)
             prefix, other = f"{name}.experts.{expert}", self.left_out.get((layer, expert))
             if other is not None:
