@@ -166,6 +166,8 @@ def test_prefill_beside_tuned_tables_was_measured() -> None:
     assert f"| over the best other | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
     gains = [column["triton-tuned"] / column["triton"] for column in columns[:2]]
     assert "own prefill {:.2f} and {:.2f} times as fast".format(*gains) in text
+    serving = (ROOT / "docs" / "serving.md").read_text("utf-8")
+    assert "Qwen3-30B-A3B and MiniMax-M2 prefill {:.2f} and {:.2f} times as fast".format(*gains) in serving
     ours = found[0]["quarkconv"]["values"]["prefill"]
     assert f"its rounds were {min(ours):,.0f} to {max(ours):,.0f}" in " ".join(text.split())
 
