@@ -122,7 +122,6 @@ class _Worker:
         while True:
             if self._leases.take(_FINISH):
                 self._destination.refresh()
-                self._destination.discard_partial(self._run.plan.shards)
                 self._run.write_shards(self._run.plan.shards, self._jobs)
                 return self._run.finish()
             time.sleep(POLL_SECONDS)

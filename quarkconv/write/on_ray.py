@@ -84,10 +84,13 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
                 pass
         for nbytes in cluster.run([(_write, common, shard) for shard in todo]):
             progress.advance(nbytes)
-    if not checked:
-        with _joined(execution) as (_, run):
-            run.destination.record_checks(ALL)
-    return execution.finished() or finish_shares(execution.silent())
+    manifest = execution.finished()
+    if manifest is not None:
+        return manifest
+    with _joined(execution) as (_, run):
+        run.destination.record_checks(ALL)
+        run.destination.discard_partial(plan.shards)  # of tasks whose node was lost
+    return finish_shares(execution.silent())
 
 
 @contextmanager

@@ -97,6 +97,5 @@ def finish_shares(execution: Execution) -> Manifest:
         with run.writing():
             unchecked = (work.checks for work in works if not destination.checks_hold(work.share))
             run_checks(tuple(chain.from_iterable(unchecked)), sources, execution.jobs)
-            destination.discard_partial(plan.shards)
             run.write_shards(plan.shards, execution.jobs)
             return run.finish()

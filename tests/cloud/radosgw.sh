@@ -12,7 +12,7 @@ if ! { command -v radosgw && command -v ceph-mon && command -v ceph-osd && comma
 fi
 [ "$1" != --install ] || exit 0
 dir=$(mktemp -d /tmp/radosgw-XXXXXX)
-port=${RADOSGW_PORT:-8017} monitor=${RADOSGW_MONITOR_PORT:-43317}
+port=${RADOSGW_PORT:-8017} monitor=${RADOSGW_MONITOR_PORT:-13317}
 config=(-c "$dir/ceph.conf")
 
 stop() {

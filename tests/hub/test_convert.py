@@ -19,7 +19,7 @@ from support.progress import WhileWriting
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError, UsageError, WriteError
-from quarkconv.files import blocks, remote
+from quarkconv.files import blocks, read_ahead, remote
 from quarkconv.hub.locate import locate
 from quarkconv.hub.repo import HubRepo
 from quarkconv.write import segments
@@ -38,10 +38,17 @@ def downloaded() -> list[Path]:
     return [path for path in Path(constants.HF_HUB_CACHE).rglob("*") if path.is_file()]
 
 
+def limit_requests(monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    """Let requests have so many bytes at most, and join what is at most 64 bytes apart."""
+    monkeypatch.setattr(blocks.blocks, "__defaults__", (64,))
+    for module, name in ((blocks, "BLOCK_BYTES"), (read_ahead, "BLOCK_BYTES"), (read_ahead, "SLOW_BLOCK_BYTES")):
+        monkeypatch.setattr(module, name, size)
+
+
 @pytest.fixture
 def small_requests(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many requests even for small models."""
-    monkeypatch.setattr(blocks.blocks, "__defaults__", (4096, 64))
+    limit_requests(monkeypatch, 4096)
     monkeypatch.setattr(segments.cut, "__defaults__", (50_000,))
 
 
@@ -235,7 +242,7 @@ def test_memory_does_not_hold_the_model(hub: Hub, tmp_path: Path, monkeypatch: p
     hub.publish(REPO, folder)
     held: list[int] = []
     fetch = HubRepo.fetch
-    monkeypatch.setattr(blocks.blocks, "__defaults__", (2**16, 64))
+    limit_requests(monkeypatch, 2**16)
     monkeypatch.setattr("quarkconv.files.read_ahead.AHEAD_BYTES", 2**18)
 
     def counting(self: HubRepo, requested: Any) -> bytes:
