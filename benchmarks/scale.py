@@ -1,6 +1,6 @@
 """How a conversion scales over several workers, where the network of each worker is the limit.
 
-    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 26] [--modes part join ray]
+    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 22] [--modes part join ray]
 
 A store on loopback (benchmarks/store.py) gives each client, which is an access key, a fixed bandwidth in each
 direction. Workers convert one model from it to it: with ``--part k/N`` or ``--join`` each in a process of its own, with
@@ -14,7 +14,8 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
-network. Medians of the rounds; ``--ray`` with one or two workers runs once. Results are kept after each group of runs.
+network. Tasks of Ray need more of it, so that their nodes have half of the rate, and a smaller model. Medians of the
+rounds; ``--ray`` with fewer than the most workers runs once. Results are kept after each group of runs.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from common import save
-from store import Store
+from store import Store, Stored
 
 MB = 10**6
 MODES: Final = ("part", "join", "ray")
@@ -76,6 +77,7 @@ class Row(NamedTuple):
     mode: str
     workers: int
     seconds: float
+    link: float
     rate: float
     steady: float
     memory: int
@@ -154,12 +156,26 @@ class Run:
     mode: str
     workers: int
     out: str
+    rate: float
     clients: list[str] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
 
+    @property
+    def model(self) -> str:
+        """Where the model is."""
+        return "model-ray" if self.mode == "ray" else "model"
+
     def prepare(self, store: Store, shard_bytes: int, nodes: Nodes | None) -> None:
         """Start the processes."""
-        words = ["convert", "s3://bench/model", "--to", "fused-int8", "--out", f"s3://bench/{self.out}", "--quiet"]
+        words = [
+            "convert",
+            f"s3://bench/{self.model}",
+            "--to",
+            "fused-int8",
+            "--out",
+            f"s3://bench/{self.out}",
+            "--quiet",
+        ]
         words += ["--max-shard-size", str(shard_bytes)]
         if self.mode == "ray":
             assert nodes is not None
@@ -167,7 +183,7 @@ class Run:
             self.clients = nodes.clients[: self.workers]
             self.processes = [Process(f"{self.out}-driver", store.url, _ON_RAY, *words, "--ray", nodes.address)]
             return
-        self.clients = [f"{self.out}-{number}" for number in range(1, self.workers + 1)]
+        self.clients = [f"worker-{self.out}-{number}" for number in range(1, self.workers + 1)]
         for number, client in enumerate(self.clients, start=1):
             options = ["--join"] if self.mode == "join" else ["--part", f"{number}/{self.workers}"]
             self.processes.append(Process(client, store.url, "", *words, *options))
@@ -180,6 +196,7 @@ class Run:
             self.mode,
             self.workers,
             seconds,
+            self.rate,
             nbytes / seconds,
             steady_rate(store.sent(self.clients, "in", started)),
             0 if self.mode == "ray" else memory,
@@ -221,22 +238,23 @@ def measure(group: Sequence[Run], store: Store, shard_bytes: int, nodes: Nodes |
         yield run.row(store, started, memory[run.out], (after[0] - before[0]) / (after[1] - before[1]))
 
 
-def groups_of(workers: Sequence[int], rounds: int, modes: Sequence[str]) -> Iterator[list[Run]]:
+def groups_of(workers: Sequence[int], rounds: int, modes: Sequence[str], rate: float) -> Iterator[list[Run]]:
     """All runs, those of few workers together. One of them at a time is on Ray."""
     number = 0
     for count in sorted(workers, reverse=True):
         pending = [mode for _ in range(rounds) for mode in modes if mode != "ray"]
-        on_ray = (rounds if count > 2 else 1) if "ray" in modes else 0
+        on_ray = (rounds if count == max(workers) else 1) if "ray" in modes else 0
         while pending or on_ray:
             chosen, at_once = ["ray"] * min(on_ray, 1), max(max(workers) // count, 1)
             on_ray -= len(chosen)
             while pending and len(chosen) < at_once:
                 chosen.append(pending.pop(0))
-            yield [Run(mode, count, f"out-{number + offset}") for offset, mode in enumerate(chosen)]
+            rates = {"ray": rate / 2}
+            yield [Run(mode, count, f"out-{number + i}", rates.get(mode, rate)) for i, mode in enumerate(chosen)]
             number += len(chosen)
 
 
-def summary(rows: Sequence[Row], link: float) -> dict[str, Any]:
+def summary(rows: Sequence[Row]) -> dict[str, Any]:
     """Medians for each mode and number of workers, and their ratios to one worker of the mode."""
     found: dict[str, Any] = {}
     for mode, count in dict.fromkeys((row.mode, row.workers) for row in rows):
@@ -247,8 +265,8 @@ def summary(rows: Sequence[Row], link: float) -> dict[str, Any]:
             "seconds": statistics.median(row.seconds for row in runs),
             "rate": rate,
             "steady": steady,
-            "filled": rate / count / link,
-            "filled_steady": steady / count / link,
+            "filled": rate / count / runs[0].link,
+            "filled_steady": steady / count / runs[0].link,
             "memory": max(row.memory for row in runs),
             "busy": statistics.median(row.busy for row in runs),
         }
@@ -265,47 +283,54 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["part", "join"])
     parser.add_argument("--rate", type=float, default=8, help="MB/s of each client in each direction")
-    parser.add_argument(
-        "--layers", type=int, default=26, help="each has 36 MB, with 4 experts as Qwen3-30B-A3B has them"
-    )
+    parser.add_argument("--layers", type=int, default=22, help="each has 36 MB")
+    parser.add_argument("--ray-layers", type=int, default=18, help="of the model that is converted on Ray")
     parser.add_argument("--shard", type=float, default=7, help="MB of a shard at most; a tensor has up to 12.6")
-    parser.add_argument("--name", default="scale", help="of the file in benchmarks/results")
     options = parser.parse_args()
+    rate = options.rate * MB
+    layers = {"model": options.layers} | ({"model-ray": options.ray_layers} if "ray" in options.modes else {})
+    rows: list[Row] = []
+    with Store({"worker-": rate, "node-": rate / 2}) as store, ExitStack() as stack:
+        for model, count in layers.items():
+            put_model(store, model, count)
+        print("mode  workers  seconds    MB/s  filled  steady  filled  memory  processor", flush=True)
+        nodes = None
+        if "ray" in options.modes:
+            nodes = Nodes(max(options.workers), store.url)
+            stack.callback(nodes.close)
+        for group in groups_of(options.workers, options.rounds, options.modes, rate):
+            for row in measure(group, store, int(options.shard * MB), nodes):
+                rows.append(row)
+                filled, steady = (each / row.workers / row.link for each in (row.rate, row.steady))
+                print(
+                    f"{row.mode:5} {row.workers:7} {row.seconds:8.1f} {row.rate / MB:7.2f} {filled:7.1%} "
+                    f"{row.steady / MB:7.2f} {steady:7.1%} {row.memory / MB:4.0f} MB {row.busy:10.0%}",
+                    flush=True,
+                )
+            for run in group:
+                store.compare_and_delete(f"{run.out}/", run.model)
+            models = {
+                model: {"bytes": sum(map(size_of, store.below(f"{model}/").values())), "shards": store.shards(model)}
+                for model in layers
+            }
+            found = {"models": models, "summary": summary(rows), "rows": [row._asdict() for row in rows]}
+            save("scale", found)
+    print(json.dumps(summary(rows), indent=1))
+
+
+def put_model(store: Store, name: str, layers: int) -> None:
+    """Make a model, with 4 experts in each layer as Qwen3-30B-A3B has them, and put its files into the store."""
     from support.checkpoints import make_checkpoint
 
-    rows: list[Row] = []
-    with Store(options.rate * MB) as store:
-        with tempfile.TemporaryDirectory() as folder:
-            sizes: dict[str, Any] = {"layers": options.layers, "experts": 4, "hidden": 2048, "intermediate": 768}
-            for path in make_checkpoint(Path(folder) / "model", shards=8, **sizes).iterdir():
-                store.put(f"model/{path.name}", path.read_bytes())
-        total = sum(len(item.data) for item in store.below("model/").values())
-        print(f"model of {total / MB:.0f} MB; {options.rate:g} MB/s for each client in each direction", flush=True)
-        print("mode  workers  seconds    MB/s  filled  steady  filled  memory  processor", flush=True)
-        with ExitStack() as stack:
-            nodes = None
-            if "ray" in options.modes:
-                nodes = Nodes(max(options.workers), store.url)
-                stack.callback(nodes.close)
-            for group in groups_of(options.workers, options.rounds, options.modes):
-                for row in measure(group, store, int(options.shard * MB), nodes):
-                    rows.append(row)
-                    shares = (row.rate / row.workers / options.rate / MB, row.steady / row.workers / options.rate / MB)
-                    print(
-                        f"{row.mode:5} {row.workers:7} {row.seconds:8.1f} {row.rate / MB:7.2f} {shares[0]:7.1%} "
-                        f"{row.steady / MB:7.2f} {shares[1]:7.1%} {row.memory / MB:4.0f} MB {row.busy:10.0%}",
-                        flush=True,
-                    )
-                store.compare_and_delete([f"{run.out}/" for run in group])
-                result = {
-                    "model_bytes": total,
-                    "shards": store.shards,
-                    "rate": options.rate * MB,
-                    "summary": summary(rows, options.rate * MB),
-                    "rows": [row._asdict() for row in rows],
-                }
-                save(options.name, result)
-    print(json.dumps(summary(rows, options.rate * MB), indent=1))
+    with tempfile.TemporaryDirectory() as folder:
+        sizes: dict[str, Any] = {"layers": layers, "experts": 4, "hidden": 2048, "intermediate": 768}
+        for path in make_checkpoint(Path(folder) / "model", shards=8, **sizes).iterdir():
+            store.put(f"{name}/{path.name}", path.read_bytes())
+    print(f"{name}: {sum(map(size_of, store.below(f'{name}/').values())) / MB:.0f} MB", flush=True)
+
+
+def size_of(item: Stored) -> int:
+    return len(item.data)
 
 
 if __name__ == "__main__":

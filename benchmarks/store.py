@@ -10,7 +10,7 @@ import re
 import threading
 import time
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
@@ -19,8 +19,6 @@ from xml.sax.saxutils import escape, unescape
 BLOCK: Final = 2**18
 QUEUE_SECONDS: Final = 0.05
 """What a link sends while a thread of the store that feeds it wakes up: links have queues."""
-FREE: Final = "free"
-"""A client without a limit."""
 _DATE: Final = "Thu, 01 Jan 2026 00:00:00 GMT"
 
 
@@ -59,19 +57,19 @@ class Store:
     """The objects and the links. A context manager that serves them.
 
     Args:
-        rate: bytes per second of each client in each direction.
+        rates: beginnings of clients' names -> their bytes per second in each direction; others have no limit.
 
     Attributes:
         written: when each object was last written.
     """
 
-    def __init__(self, rate: float) -> None:
-        self.rate = rate
+    def __init__(self, rates: Mapping[str, float]) -> None:
+        self._rates = rates
         self.objects: dict[str, Stored] = {}
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests = 0
         self.written: dict[str, float] = {}
-        self._first: dict[str, bytes] = {}
+        self._first: dict[str, dict[str, bytes]] = {}
         self._links: dict[tuple[str, str], Link] = {}
         self._lock = threading.Lock()
         self._server = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
@@ -96,7 +94,11 @@ class Store:
         """The link of a client, ``in`` to the store or ``out`` of it."""
         with self._lock:
             self.requests += 1
-            return self._links.setdefault((client, direction), Link(1e12 if client == FREE else self.rate))
+            found = self._links.get((client, direction))
+            if found is None:
+                rate = next((rate for start, rate in self._rates.items() if client.startswith(start)), 1e12)
+                found = self._links[client, direction] = Link(rate)
+            return found
 
     def sent(self, clients: Iterable[str], direction: str, since: float = 0) -> list[tuple[float, int]]:
         """When some clients sent or received bytes, and how many, in the order of time."""
@@ -107,20 +109,18 @@ class Store:
         """The objects below a prefix by their names without it."""
         return {name.removeprefix(prefix): item for name, item in self.objects.items() if name.startswith(prefix)}
 
-    def compare_and_delete(self, prefixes: Iterable[str]) -> None:
-        """Compare the objects below each prefix with the first that were compared, and delete them."""
-        for prefix in prefixes:
-            found = {name: item.data for name, item in self.below(prefix).items()}
-            self._first = self._first or found
-            if found != self._first:
-                raise SystemExit(f"the objects below {prefix} differ from those of the first run")
-            for name in found:
-                del self.objects[prefix + name]
+    def compare_and_delete(self, prefix: str, model: str) -> None:
+        """Compare the objects below a prefix with the first that the model was converted to, and delete them."""
+        found = {name: item.data for name, item in self.below(prefix).items()}
+        if found != self._first.setdefault(model, found):
+            raise SystemExit(f"the objects below {prefix} differ from those of the first run")
+        for name in found:
+            del self.objects[prefix + name]
 
-    @property
-    def shards(self) -> list[int]:
-        """The sizes of the shards that were compared."""
-        return sorted(len(data) for name, data in self._first.items() if name.endswith(".safetensors"))
+    def shards(self, model: str) -> list[int]:
+        """The sizes of the shards that a model was converted to."""
+        first = self._first.get(model, {})
+        return sorted(len(data) for name, data in first.items() if name.endswith(".safetensors"))
 
 
 def busy(sent: Iterable[tuple[float, int]], started: float, rate: float) -> list[float]:
@@ -140,7 +140,7 @@ def _handler(store: Store) -> type[BaseHTTPRequestHandler]:
 
         def _link(self, direction: str) -> Link:
             match = re.search(r"Credential=([^/]+)/", self.headers.get("Authorization", ""))
-            return store.link(match[1] if match else FREE, direction)
+            return store.link(match[1] if match else "", direction)
 
         def _body(self) -> bytes:
             link, data, done = self._link("in"), bytearray(int(self.headers.get("Content-Length") or 0)), 0

@@ -14,6 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import scaling
+
 from quarkconv.findings import CODES
 from quarkconv.inspection.engines import ENGINE_NAMES, engine_facts
 from quarkconv.targets import TARGETS
@@ -267,6 +269,10 @@ def served_forms(name: str) -> str:
 
 
 PARTS = {
+    "scaling": lambda: scaling.measured(result("scale")),
+    "transfer-times": lambda: scaling.times(result("scale")),
+    "requests": scaling.requests,
+    "verify-gpus": lambda: scaling.verification(result("verify-cached-h200")),
     "findings": findings,
     "engines": engines,
     "targets": targets,
@@ -285,7 +291,17 @@ PARTS = {
     "tuned-tables": tuned_tables,
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
-NAMES = ("targets", "findings", "engines", "performance", "kernel-benchmarks", "kernel-devices", "serving")
+NAMES = (
+    "targets",
+    "findings",
+    "engines",
+    "performance",
+    "kernel-benchmarks",
+    "kernel-devices",
+    "serving",
+    "scale",
+    "verification",
+)
 DOCUMENTS = [f"docs/{name}.md" for name in NAMES]
 
 
