@@ -223,7 +223,7 @@ FALLBACKS: dict[str, tuple[Any, str]] = {
 
 
 @pytest.mark.parametrize("case", FALLBACKS)
-def test_other_layers_stay_on_vllm_and_the_log_says_why(turned_on: list[str], forms: Forms, case: str) -> None:
+def test_other_layers_stay_on_vllm_and_the_log_gives_the_reason(turned_on: list[str], forms: Forms, case: str) -> None:
     from quarkconv.integrations.vllm.method import replace_method
 
     change, reason = FALLBACKS[case]
@@ -284,7 +284,7 @@ def test_another_release_of_vllm_is_refused_in_one_line(monkeypatch: pytest.Monk
     assert quantization._CUSTOMIZED_METHOD_TO_QUANT_CONFIG == {}
 
 
-def test_a_missing_module_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_is_reported_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     lines: list[str] = []
     monkeypatch.setattr("vllm.logger.init_logger", lambda _: logger_into(lines))
     monkeypatch.setattr(quantization, "_CUSTOMIZED_METHOD_TO_QUANT_CONFIG", {})
