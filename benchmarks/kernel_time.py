@@ -14,7 +14,7 @@ PRODUCTS: Final = re.compile(r"gemm|nvjet|cutlass|flash|fmha|attention|grouped_p
 COPIES: Final = re.compile(r"^Mem(cpy|set)")
 
 
-def kernel_time(run: Callable[[], object], largest: int = 20) -> dict[str, Any]:
+def kernel_time(run: Callable[[], object], largest: int = 12) -> dict[str, Any]:
     """Run a program and sum its kernels.
 
     Returns:
@@ -34,7 +34,7 @@ def kernel_time(run: Callable[[], object], largest: int = 20) -> dict[str, Any]:
     return {
         **{kind: sum(found.values()) for kind, found in kinds.items()},
         "largest": {
-            kind: [[name[:240], value] for name, value in kinds[kind].most_common(largest)]
+            kind: [[name[:120], value] for name, value in kinds[kind].most_common(largest)]
             for kind in ("products", "others")
         },
     }

@@ -99,7 +99,7 @@ def embed(skeleton: Skeleton, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         if first is not None and all(item.states is first for item in recorders):
             skeleton.pairs = pairs
             if not bool(first.isfinite().all()):
-                raise _not_finite(skeleton, "The embeddings are not finite", "before the first decoder layer")
+                raise not_finite(skeleton, "The embeddings are not finite", "before the first decoder layer")
             return first, [item.call for item in recorders if item.call is not None]
     if errors:
         raise errors[0]
@@ -144,9 +144,6 @@ def final_logits(skeleton: Skeleton, ids: Tensor, states: Tensor, positions: Ten
         ids: int64 [B, L].
         states: hidden states after the last layer, [B, L, H].
         positions: int64 [n].
-
-    Raises:
-        SourceError: a logit is NaN.
     """
     pairs = bool(skeleton.pairs)
     replaced = [_Recorder(layer, pairs) for layer in skeleton.layers]
@@ -156,12 +153,11 @@ def final_logits(skeleton: Skeleton, ids: Tensor, states: Tensor, positions: Ten
             input_ids=ids.to(skeleton.device), use_cache=False, logits_to_keep=positions.to(skeleton.device)
         )
     logits: Tensor = output.logits
-    if bool(logits.isnan().any()):
-        raise _not_finite(skeleton, "The logits are not finite", "after the last decoder layer")
     return logits
 
 
-def _not_finite(skeleton: Skeleton, what: str, where: str) -> SourceError:
+def not_finite(skeleton: Skeleton, what: str, where: str) -> SourceError:
+    """The error about values outside of the decoder layers."""
     return SourceError(
         what,
         code="states-not-finite",

@@ -8,14 +8,15 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quarkconv.evaluate.forward import final_logits
+from quarkconv.evaluate.forward import final_logits, not_finite
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.scores import Distributions, TokenScores
 from quarkconv.evaluate.streams import LayerRunner
 from quarkconv.evaluate.windows import Windows
 
-LOGITS: Final = 2**26
-"""Logits of one model that are in memory at a time: 256 MB in float32."""
+LOGITS: Final = {"cpu": 2**26, "cuda": 2**29}
+"""Logits of one model that are in memory at a time: 256 MB in float32, or 1 GB in bfloat16. Small blocks leave a GPU
+waiting for the host, which runs the model's forward pass around the layers for each of them."""
 
 
 def batch_scores(
@@ -28,12 +29,16 @@ def batch_scores(
         tokens: all windows.
         windows: those of the batch.
         outputs: variant -> output of the last layer; the baseline is one of them.
+
+    Raises:
+        SourceError: logits are not finite.
     """
     device, vocabulary = runner.quantized.skeleton.device, runner.quantized.skeleton.vocabulary
     found = {name: TokenScores() for name in outputs}
     scored = torch.tensor(list(tokens.scored))
-    rows = max(1, LOGITS // vocabulary)
+    rows = max(1, LOGITS[device.type] // vocabulary)
     count = max(1, rows // len(scored))
+    skeletons = {name: (runner.baseline if name == runner.base_name else runner.quantized).skeleton for name in outputs}
     states = {name: output.states.to(device) for name, output in outputs.items()}
     for ids, *parts in zip(
         torch.split(tokens.ids[windows], count), *(torch.split(item, count) for item in states.values()), strict=True
@@ -45,11 +50,13 @@ def batch_scores(
             def distributions(
                 name: str, ids: Tensor = ids, part: Mapping[str, Tensor] = part, at: Tensor = positions
             ) -> Distributions:
-                model = runner.baseline if name == runner.base_name else runner.quantized
-                return Distributions(final_logits(model.skeleton, ids, part[name], at).flatten(0, 1))
+                return Distributions(final_logits(skeletons[name], ids, part[name], at).flatten(0, 1))
 
             baseline = distributions(runner.base_name)
             found[runner.base_name].add(baseline, targets)
             for name in outputs.keys() - {runner.base_name}:
                 found[name].add(distributions(name), targets, baseline)
+    for name, scores in found.items():
+        if bool(torch.cat(scores.nll).isnan().any()):
+            raise not_finite(skeletons[name], "The logits are not finite", "after the last decoder layer")
     return found
