@@ -107,8 +107,8 @@ def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterat
     for problem in declared.problems:
         yield finding(
             "quant-config-invalid",
-            f"quantization_config.{problem.field}",
-            f"expected {problem.expected}, found {problem.found}",
+            ".".join(dict.fromkeys(("quantization_config", problem.field))),
+            f"Expected {problem.expected}, found {problem.found}",
         )
 
 

@@ -9,6 +9,7 @@ from typing import Any, Final
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.regular import leads_outside, read_regular
+from quarkconv.text import shown
 
 MAX_CONFIG_BYTES: Final = 32 * 2**20
 MAX_INDEX_BYTES: Final = 100_000_000
@@ -121,7 +122,7 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
             code=code,
             file=name,
             expected="an object",
-            found=type(value).__name__,
+            found=shown(value),
         )
     return value
 

@@ -38,7 +38,7 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     try:
         mode = os.fstat(descriptor).st_mode
         if not stat.S_ISREG(mode):
-            raise OSError(errno.EINVAL, f"it is {_KINDS.get(stat.S_IFMT(mode), 'not a regular file')}", os.fspath(path))
+            raise OSError(errno.EINVAL, _KINDS.get(stat.S_IFMT(mode), "not a regular file"), os.fspath(path))
     except BaseException:
         os.close(descriptor)
         raise

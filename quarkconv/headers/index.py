@@ -79,7 +79,7 @@ def read_index(store: Files) -> Index | None:
 def _entries(weight_map: object) -> Iterable[tuple[str, str]]:
     """The entries of a weight_map. Their files are not checked."""
     if not isinstance(weight_map, dict):
-        found = type(weight_map).__name__
+        found = shown(weight_map)
         raise invalid_index("The index has no weight_map", expected="an object from tensor to file", found=found)
     return weight_map.items()
 

@@ -25,7 +25,7 @@ def declared_scheme(quantization: object) -> DeclaredScheme | None:
         return None
     if not isinstance(quantization, dict):
         unknown = UnknownScheme("unknown")
-        unknown.problems.append(ConfigProblem("quantization_config", "an object", type(quantization).__name__))
+        unknown.problems.append(ConfigProblem("quantization_config", "an object", shown(quantization)))
         return unknown
     method = quantization.get("quant_method")
     if not isinstance(method, str):
