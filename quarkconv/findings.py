@@ -245,7 +245,7 @@ def refusal(findings: Iterable[Finding], file: str, noun: str, participle: str) 
         if item.severity is Severity.INFO or blocks is None:
             continue
         hint = item.hint or "run `quarkconv inspect` for all findings"
-        is_file = item.subject.endswith((".json", ".safetensors"))
+        is_file = item.code == "file-outside" or item.subject.endswith((".json", ".safetensors"))
         path, tensor = (f"{file}/{item.subject}", None) if is_file else (file, item.subject)
         if blocks is SourceError:
             message = f"The {noun} is inconsistent ({item.code}): {item.message}"

@@ -61,7 +61,11 @@ def test_an_invalid_config_is_refused(name: str, tmp_path: Path, capsys: pytest.
     verdict = judge(corrupted(tmp_path / "model", INVALID[name]), capsys)
     assert verdict.inspect == 1
     assert verdict.codes[:1] == ["config-invalid"]
-    assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, "config-invalid", "config.json")
+    assert (verdict.convert, verdict.error["code"], verdict.error["file"]) == (
+        3,
+        "config-invalid",
+        str(tmp_path / "model/config.json"),
+    )
 
 
 VALUES: list[Any] = [

@@ -90,7 +90,7 @@ def test_a_link_out_of_the_directory_is_not_followed(
     path.symlink_to(os.path.relpath(secret, path.parent) if relative else secret)
     verdict = judge(folder, capsys)
     assert (verdict.inspect, verdict.codes[0]) == (1, "file-outside")
-    assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, "file-outside", name)
+    assert (verdict.convert, verdict.error["code"], verdict.error["file"]) == (3, "file-outside", str(path))
     assert "hard link" in verdict.error["hint"]
 
 

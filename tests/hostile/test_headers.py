@@ -60,7 +60,11 @@ SHORT = ("no bytes", "length beyond the file")
 def test_a_header_that_breaks_a_rule(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = judge(corrupted(tmp_path / "model", REFUSED[name]), capsys)
     assert (verdict.inspect, verdict.codes) == (1, ["shard-truncated" if name in SHORT else "header-invalid"])
-    assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, verdict.codes[0], SECOND)
+    assert (verdict.convert, verdict.error["code"], verdict.error["file"]) == (
+        3,
+        verdict.codes[0],
+        str(tmp_path / "model" / SECOND),
+    )
 
 
 @pytest.mark.parametrize("name", TRUNCATED)

@@ -65,7 +65,11 @@ INVALID = {
 def test_an_invalid_index_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = judge(corrupted(tmp_path / "model", INVALID[name]), capsys)
     assert (verdict.inspect, verdict.codes) == (1, ["index-invalid"])
-    assert (verdict.convert, verdict.error["code"], verdict.error["tensor"]) == (3, "index-invalid", INDEX)
+    assert (verdict.convert, verdict.error["code"], verdict.error["file"]) == (
+        3,
+        "index-invalid",
+        str(tmp_path / "model" / INDEX),
+    )
 
 
 WRONG: dict[str, tuple[Callable[[Path], object], str]] = {
