@@ -1,6 +1,6 @@
 """How a conversion scales over several workers, where the network of each worker is the limit.
 
-    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 22] [--modes part join ray]
+    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 24] [--modes part join ray]
 
 A store on loopback (benchmarks/store.py) gives each client, which is an access key, a fixed bandwidth in each
 direction. Workers convert one model from it to it: with ``--part k/N`` or ``--join`` each in a process of its own, with
@@ -14,8 +14,9 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
-network. Tasks of Ray need more of it, so that their nodes have half of the rate, and a smaller model. Medians of the
-rounds; ``--ray`` with fewer than the most workers runs once. Results are kept after each group of runs.
+network. Tasks of Ray need more of it, so that their nodes have half of the rate, and a smaller model. Medians of
+the rounds of the fewest and the most workers; others, and ``--ray`` with one, run once. Results are kept after each
+group of runs.
 """
 
 from __future__ import annotations
@@ -127,23 +128,28 @@ def credentials(client: str, url: str) -> dict[str, str]:
 class Nodes:
     """A Ray cluster of nodes of one CPU, each with its own bandwidth. Processes of tasks stay when they are idle."""
 
-    def __init__(self, count: int, url: str) -> None:
+    def __init__(self, url: str) -> None:
         from ray.cluster_utils import Cluster
 
         config = {"idle_worker_killing_time_threshold_ms": 10**7, "num_workers_soft_limit": 2}
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
-        self.clients = [f"node-{number}" for number in range(1, count + 1)]
-        self._nodes = [self._cluster.add_node(num_cpus=1, env_vars=credentials(name, url)) for name in self.clients]
+        self._url = url
+        self._nodes: list[Any] = []
+        self.clients: list[str] = []
 
     @property
     def address(self) -> str:
         return str(self._cluster.address)
 
-    def keep(self, count: int) -> None:
-        """Remove nodes until so many are left."""
+    def resize(self, count: int) -> None:
+        """Add or remove nodes until there are so many."""
         while len(self._nodes) > count:
             self._cluster.remove_node(self._nodes.pop())
+            self.clients.pop()
+        while len(self._nodes) < count:
+            self.clients.append(f"node-{len(self._nodes) + 1}")
+            self._nodes.append(self._cluster.add_node(num_cpus=1, env_vars=credentials(self.clients[-1], self._url)))
 
     def close(self) -> None:
         self._cluster.shutdown()
@@ -179,8 +185,8 @@ class Run:
         words += ["--max-shard-size", str(shard_bytes)]
         if self.mode == "ray":
             assert nodes is not None
-            nodes.keep(self.workers)
-            self.clients = nodes.clients[: self.workers]
+            nodes.resize(self.workers)
+            self.clients = list(nodes.clients)
             self.processes = [Process(f"{self.out}-driver", store.url, _ON_RAY, *words, "--ray", nodes.address)]
             return
         self.clients = [f"worker-{self.out}-{number}" for number in range(1, self.workers + 1)]
@@ -239,13 +245,14 @@ def measure(group: Sequence[Run], store: Store, shard_bytes: int, nodes: Nodes |
 
 
 def groups_of(workers: Sequence[int], rounds: int, modes: Sequence[str], rate: float) -> Iterator[list[Run]]:
-    """All runs, those of few workers together. One of them at a time is on Ray."""
-    number = 0
-    for count in sorted(workers, reverse=True):
-        pending = [mode for _ in range(rounds) for mode in modes if mode != "ray"]
-        on_ray = (rounds if count == max(workers) else 1) if "ray" in modes else 0
+    """All runs, those of few workers together; one at a time is on Ray. The fewest and the most workers come first."""
+    fewest, most, number = min(workers), max(workers), 0
+    for count in sorted(workers, key=lambda count: (count != fewest, -count)):
+        repeated = rounds if count in (fewest, most) else 1
+        pending = [mode for _ in range(repeated) for mode in modes if mode != "ray"]
+        on_ray = (repeated if count == most else 1) if "ray" in modes else 0
         while pending or on_ray:
-            chosen, at_once = ["ray"] * min(on_ray, 1), max(max(workers) // count, 1)
+            chosen, at_once = ["ray"] * min(on_ray, 1), max(most // count, 1)
             on_ray -= len(chosen)
             while pending and len(chosen) < at_once:
                 chosen.append(pending.pop(0))
@@ -283,8 +290,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["part", "join"])
     parser.add_argument("--rate", type=float, default=8, help="MB/s of each client in each direction")
-    parser.add_argument("--layers", type=int, default=22, help="each has 36 MB")
-    parser.add_argument("--ray-layers", type=int, default=18, help="of the model that is converted on Ray")
+    parser.add_argument("--layers", type=int, default=24, help="each has 36 MB")
+    parser.add_argument("--ray-layers", type=int, default=20, help="of the model that is converted on Ray")
     parser.add_argument("--shard", type=float, default=7, help="MB of a shard at most; a tensor has up to 12.6")
     options = parser.parse_args()
     rate = options.rate * MB
@@ -296,7 +303,7 @@ def main() -> None:
         print("mode  workers  seconds    MB/s  filled  steady  filled  memory  processor", flush=True)
         nodes = None
         if "ray" in options.modes:
-            nodes = Nodes(max(options.workers), store.url)
+            nodes = Nodes(store.url)
             stack.callback(nodes.close)
         for group in groups_of(options.workers, options.rounds, options.modes, rate):
             for row in measure(group, store, int(options.shard * MB), nodes):
