@@ -26,6 +26,8 @@ MERGED = {
     "in_proj_qkvz": ("in_proj_qkv", "in_proj_z"),
     "in_proj_ba": ("in_proj_b", "in_proj_a"),
     "in_proj_qkvgfab": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"),
+    "fused_qkvbfg_a_proj": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"),
+    "qkv_conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
     "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
     "wk_weights_proj": ("wk", "weights_proj"),
     "input_mix_weight_down_block_inject": ("input_mix_weight_down", "block_inject_weight"),

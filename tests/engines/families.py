@@ -19,11 +19,13 @@ from support.exports import DATA
 FAMILIES: Final = DATA / "families"
 _PADDED_TO: Final = 64
 _VOCABULARY: Final = ("embed_tokens.weight", "embeddings.weight", "lm_head.weight")
+_NOT_PADDED: Final = {"gemma4_text": ("model.embed_tokens.weight",)}
 _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
 RENAMED: Final = {
     "ernie4_5_moe": ((r"\.mlp\.gate\.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),),
     "hunyuan_v1_moe": ((r"\.mlp\.experts\._shared_experts\._layer\.shared_experts\.", ".mlp.shared_mlp."),),
+    "gemma4_text": ((r"\.moe\.per_expert_scale", ".router.per_expert_scale"), (r"\.moe\.", ".")),
     "jamba": ((r"^model\.layers\.(\d+)\.(qkv_proj|o_proj)\.", r"model.layers.\1.self_attn.\2."),),
     "lfm2_moe": (
         (r"\.feed_forward\.gate\.e_score_correction_bias", ".feed_forward.expert_bias"),
@@ -37,6 +39,13 @@ RENAMED: Final = {
         (r"^model\.", "backbone."),
         (r"\.embed_tokens\.", ".embeddings."),
         (r"^backbone\.norm\.", "backbone.norm_f."),
+    ),
+    **dict.fromkeys(
+        ("qwen3_5_moe_text", "qwen3_next"),
+        ((r"^model\.layers\.(\d+)\.(qkv_proj|o_proj|q_norm|k_norm)\.", r"model.layers.\1.self_attn.\2."),),
+    ),
+    "qwen3_vl_moe": (
+        (r"\.attn\.qkv_proj\.", ".attn.qkv."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
     ),
     "phimoe": ((r"\.mlp\.router\.", ".block_sparse_moe.gate."), (r"\.mlp\.", ".block_sparse_moe.")),
 }  # fmt: skip
@@ -60,13 +69,14 @@ def copy(family: str, destination: Path, flow: str = "f2f") -> Path:
 class Family(Stacked):
     """Expected parameters under the engine's names.
 
-    Attributes:
-        flat_bias: whether the engine keeps the bias of a router in one dimension.
+    Args:
+        source: the export.
+        engine: vllm or sglang.
     """
 
-    def __init__(self, source: Path, *, flat_bias: bool = False) -> None:
+    def __init__(self, source: Path, engine: str) -> None:
         super().__init__(source)
-        self.flat_bias = flat_bias
+        self._engine = engine
         config = json.loads((source / "config.json").read_text())
         self._renamed = RENAMED.get(config["model_type"], ())
 
@@ -75,12 +85,14 @@ class Family(Stacked):
         for pattern, stored in self._renamed:
             name = re.sub(pattern, stored, name)
         expected = super().parameter(name, rank, dequantized=dequantized)
-        if self.config["model_type"] == "llama4_text" and ".qkv_proj." in name:
+        if self._engine == "vllm" and self.config["model_type"] == "llama4_text" and ".qkv_proj." in name:
             return _half_rotary(expected, self.config["head_dim"])
-        if name.endswith(_VOCABULARY):
+        if self._engine == "sglang" and name in _NOT_PADDED.get(self.config["model_type"], ()):
+            return expected
+        if name.endswith(_VOCABULARY) or (self._engine == "sglang" and name.endswith("visual.pos_embed.weight")):
             rows = -len(expected) % _PADDED_TO
             return torch.cat([expected, expected.new_zeros((rows, expected.shape[1]))])
-        return expected.flatten() if self.flat_bias and name.endswith(_FLAT) else expected
+        return expected.flatten() if self._engine == "vllm" and name.endswith(_FLAT) else expected
 
 
 def _half_rotary(rows: torch.Tensor, head: int) -> torch.Tensor:

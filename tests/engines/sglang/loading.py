@@ -1,7 +1,8 @@
 """SGLang's model classes on the CPU: built and loaded by SGLang's own code.
 
 Replaced, because they need a GPU or compiled code, and nothing else:
-- packages of compiled kernels (``sgl_kernel``) and torchvision are modules whose names exist and do nothing;
+- compiled packages (``sgl_kernel``, torchvision) and a web server are modules whose names exist and do nothing;
+- rotary embeddings are those of GPUs, and a GPU is named; snapshots of linear attention are not required;
 - the groups of a parallel run are objects with a size and a rank: no tensor is exchanged while loading;
 - the class of a model is imported by itself, not from the registry, which imports every model there is.
 """
@@ -11,12 +12,14 @@ from __future__ import annotations
 import importlib
 import json
 import warnings
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, Final, cast
+from unittest.mock import MagicMock
 
 import torch
 from engines.expected import WHOLE, Rank, fill
+from engines.published import publish
 from engines.stubs import Stubs
 from transformers.utils.import_utils import is_torchvision_available
 
@@ -32,11 +35,13 @@ class _Nothing(type):
         return _Nothing(name, (), {})
 
 
-_STUBS = Stubs({"sgl_kernel", "torchvision"}, lambda name: _Nothing(name, (), {}))
+_STUBS = Stubs({"sgl_kernel", "torchvision", "uvicorn"}, lambda name: _Nothing(name, (), {}))
 with warnings.catch_warnings(action="ignore"):
     from sglang.srt import runtime_context
+    from sglang.srt.arg_groups import mamba_hook
     from sglang.srt.configs.load_config import LoadConfig
     from sglang.srt.configs.model_config import ModelConfig
+    from sglang.srt.layers.rotary_embedding import factory
     from sglang.srt.model_loader import loader
     from sglang.srt.model_loader.weight_utils import safetensors_weights_iterator
     from sglang.srt.server_args import ServerArgs
@@ -44,21 +49,35 @@ with warnings.catch_warnings(action="ignore"):
 _STUBS.packages.add("vllm")  # whose compiled rotary embedding is used on a CPU
 
 CLASSES = {
+    "BailingMoeForCausalLM": "bailing_moe",
+    "BailingMoeV2ForCausalLM": "bailing_moe",
+    "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v2",
+    "DeepseekV32ForCausalLM": "deepseek_v2",
     "Ernie4_5_MoeForCausalLM": "ernie4",
+    "Gemma4ForCausalLM": "gemma4_causal",
     "Glm4MoeForCausalLM": "glm4_moe",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "GlmMoeDsaForCausalLM": "glm4_moe",
+    "GraniteMoeHybridForCausalLM": "granitemoehybrid",
+    "KimiLinearForCausalLM": "kimi_linear",
+    "Llama4ForCausalLM": "llama4",
     "Lfm2MoeForCausalLM": "lfm2_moe",
+    "MiMoV2FlashForCausalLM": "mimo_v2",
     "MiniMaxM2ForCausalLM": "minimax_m2",
     "MixtralForCausalLM": "mixtral",
+    "NemotronHForCausalLM": "nemotron_h",
     "OlmoeForCausalLM": "olmoe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
+    "Qwen3NextForCausalLM": "qwen3_next",
+    "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
+    "Qwen3_5MoeForCausalLM": "qwen3_5_text",
     "Step3p5ForCausalLM": "step3p5",
 }
 """Architecture -> module of SGLang."""
 
-PUBLISHED: dict[str, dict[str, Any]] = {
+PUBLISHED: Final[dict[str, dict[str, Any]]] = {
     "minimax_m2": {"rotary_dim": 16, "scoring_func": "sigmoid", "use_routing_bias": True, "use_qk_norm": True},
     "deepseek_v3": {
         "topk_method": "noaux_tc", "scoring_func": "sigmoid", "moe_layer_freq": 1,
@@ -67,8 +86,22 @@ PUBLISHED: dict[str, dict[str, Any]] = {
             "original_max_position_embeddings": 4096, "mscale": 1.0, "mscale_all_dim": 1.0,
         },
     },
+    "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
+    "nemotron_h": {"layers_block_type": ["attention", "moe"], "layer_types": ["attention", "moe"]},
+    "qwen3_5_moe_text": {"full_attention_interval": 1},
+    "qwen3_next": {"full_attention_interval": 1},
 }  # fmt: skip
-"""Model type -> fields that the published models have in config.json, SGLang reads, and the fixtures lack."""
+"""Beside those that both engines read."""
+
+
+class _One:
+    """A group of one process."""
+
+    def rank(self) -> int:
+        return 0
+
+    def size(self) -> int:
+        return 1
 
 
 @dataclass(frozen=True)
@@ -76,7 +109,7 @@ class _Group:
     world_size: int
     rank_in_group: int
     cpu_group: None = None
-    device_group: None = None
+    device_group: _One = field(default_factory=_One)
     is_first_rank: bool = True
     is_last_rank: bool = True
 
@@ -86,24 +119,43 @@ def _model_class(config: ModelConfig) -> tuple[type, str]:
     return getattr(importlib.import_module(f"sglang.srt.models.{CLASSES[name]}"), name), name
 
 
+def _rope(*arguments: Any) -> torch.nn.Module:
+    """The rotary embedding of GPUs where that of CPUs, which knows one kind of scaling, has none."""
+    make = factory.get_rope if arguments[5] is None else _rope_of_cpus
+    module: torch.nn.Module = make(*arguments[: 8 if arguments[5] is None else 9])
+    return module
+
+
+_rope_of_cpus = factory.get_rope_cpu
 loader.get_model_architecture = _model_class
+factory.get_rope_cpu = _rope
+mamba_hook._platform_supports_mamba_cache_extra_buffer = lambda: True
+for _name in ("Stream", "Event"):
+    vars(torch.cuda)[_name] = MagicMock()
+vars(torch.cuda).update(current_device=lambda: 0, get_device_capability=lambda *_: (9, 0))
 
 
 def prepare(folder: Path) -> Path:
     """Give a copy of an export content, and what the published models have in config.json."""
     fill(folder)
-    path = folder / "config.json"
-    config = json.loads(path.read_text())
-    path.write_text(json.dumps(config | PUBLISHED.get(config["model_type"], {})))
+    publish(folder, PUBLISHED)
     return folder
+
+
+_NO_TORCH_ATTENTION: Final = ("gemma4_text",)
+
+
+def _model_type(folder: Path) -> str:
+    return str(json.loads((folder / "config.json").read_text())["model_type"])
 
 
 def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> torch.nn.Module:
     """The model of a checkpoint with its parameters poisoned: -128 where they are int8, NaN where they are float."""
     experts = rank.size if rank.expert_parallel else 1
+    attention = "triton" if _model_type(folder) in _NO_TORCH_ATTENTION else "torch_native"
     arguments = ServerArgs(
         model_path=str(folder), device="cpu", dtype="bfloat16", tp_size=rank.size, ep_size=experts,
-        quantization=quantization, attention_backend="torch_native", disable_cuda_graph=True, skip_tokenizer_init=True,
+        quantization=quantization, attention_backend=attention, disable_cuda_graph=True, skip_tokenizer_init=True,
     )  # fmt: skip
     ranks = runtime_context.SpawnRanks(world_rank=rank.rank, gpu_id=0)
     parallel = runtime_context.get_parallel()

@@ -71,7 +71,7 @@ def converted(name: str, form: str, folder: Path, flow: str = "f2f") -> tuple[Pa
 def test_every_parameter_is_what_stacking_gives(tmp_path: Path, family: str, form: str) -> None:
     source, folder = converted(family, form, tmp_path)
     model = load(build(folder))
-    assert mismatches(model, Family(source, flat_bias=True), WHOLE, form) == []
+    assert mismatches(model, Family(source, "vllm"), WHOLE, form) == []
     method = QuarkW8A8Int8MoEMethod if form in (QUARK, "quark") else ct_moe.CompressedTensorsW8A8Int8MoEMethod
     routed = [module for module in model.modules() if hasattr(module, "w13_weight")]
     assert routed
@@ -89,7 +89,7 @@ def test_fused_experts_that_vllm_refuses(tmp_path: Path, family: str) -> None:
 @pytest.mark.parametrize("family", FUSED_SKIPPED)
 def test_fused_experts_that_vllm_skips_silently(tmp_path: Path, family: str) -> None:
     source, folder = converted(family, "fused-int8", tmp_path)
-    wrong = mismatches(load(build(folder)), Family(source, flat_bias=True), WHOLE, "fused-int8")
+    wrong = mismatches(load(build(folder)), Family(source, "vllm"), WHOLE, "fused-int8")
     assert len(wrong) == 4
     assert all(re.search(r"\.routed_experts\.(w13|w2)_weight(_scale)?$", parameter) for parameter in wrong)
 
@@ -97,7 +97,7 @@ def test_fused_experts_that_vllm_skips_silently(tmp_path: Path, family: str) -> 
 @pytest.mark.parametrize("family", EXPORTED_WRONG)
 def test_float_linears_of_exports_that_vllm_takes_for_int8(tmp_path: Path, family: str) -> None:
     source, folder = converted(family, QUARK, tmp_path)
-    wrong = mismatches(load(build(folder)), Family(source, flat_bias=True), WHOLE, QUARK)
+    wrong = mismatches(load(build(folder)), Family(source, "vllm"), WHOLE, QUARK)
     assert wrong
     assert all(re.fullmatch(EXPORTED_WRONG[family], parameter) for parameter in wrong)
 
