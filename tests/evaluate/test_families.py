@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import io
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -33,6 +34,39 @@ UNKNOWN_ROUTING = {"llama4-0.13-f2f"}
 """Experts that compute every token, with weights of zero: which ones a token chooses is not seen."""
 
 
+ROUNDING = 0.009
+"""Error of one INT8 product here: a token's largest value is 3 to 4 times its RMS, and rounding to 127 steps of it is
+an error of 0.7 to 0.9 %."""
+ANOTHER_EXPERT = 0.4
+"""Error of a token that chooses another expert, as attention in INT8 moves its router's input: 0.15 to 0.4 in windows
+of three seeds. A missing bias, factor or clamp changes every token by tens of percent."""
+IN_A_ROW = {
+    # gate and up; down
+    **dict.fromkeys(
+        ("deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "glm4_moe", "glm4_moe_lite", "glm5_next",
+         "glm_moe_dsa", "minimax_m2", "minimax_m3_vl", "nemotron_h", "qwen3_5_moe", "qwen4_exp"), 2
+    ),
+    "qwen3_next": 3,  # o of attention before them
+    # Linear attention: q, k (twice, in the delta rule), v, beta, two gates of two linears each, o. Those of
+    # bailing_hybrid have one each, but the error of the decay adds up over the tokens.
+    **dict.fromkeys(("bailing_hybrid", "kimi_linear"), 12),
+}  # fmt: skip
+"""Family -> INT8 products in a row in a layer; in the others four: v and o of attention, gate and up, down."""
+
+
+def own_bound(family: str, changed: float) -> float:
+    """The largest error of a layer on the baseline's hidden states.
+
+    The errors of products in a row are independent, so their squares add; so do those of the tokens.
+
+    Args:
+        family: the model type.
+        changed: share of tokens that choose another expert.
+    """
+    products = IN_A_ROW.get(family, 4)
+    return math.sqrt(products * ROUNDING**2 + changed * ANOTHER_EXPERT**2)
+
+
 @pytest.fixture(scope="module")
 def few_ids(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Three windows of 16 tokens of the smallest vocabulary."""
@@ -47,9 +81,6 @@ def evaluated(model: Path, ids: Path) -> Evaluation:
 
 @pytest.mark.parametrize("name", FAMILIES)
 def test_int8_stays_near_the_dequantized_model_in_every_family(name: str, few_ids: Path, tmp_path: Path) -> None:
-    """A token's largest value is 3 to 4 times its RMS here: rounding to 127 steps of it is an error of 0.7 to 0.9 % of
-    a product. A layer has up to six in a row; a missing bias, factor or clamp would change tens of percent.
-    """
     source = restore(FAMILIES[name], tmp_path / "source")
     if name in NOT_EVALUATED:
         with pytest.raises(UnsupportedError):
@@ -58,7 +89,8 @@ def test_int8_stays_near_the_dequantized_model_in_every_family(name: str, few_id
     found = evaluated(source, few_ids)
     assert found.int8 is not None
     assert 0 < found.int8.mean < 0.001
-    assert all(0 < layer.own < 6 * 0.009 for layer in found.layers)
+    family = name.partition("-")[0]
+    assert all(0 < layer.own < own_bound(family, layer.routing_changed or 0) for layer in found.layers)
     assert (len(found.float_experts) > 0) == (name in FLOAT_EXPERTS)
     assert (len(found.experts) > 0) == (name not in FLOAT_EXPERTS)
     tokens = [sum(layer.load) for layer in found.layers if layer.load]
@@ -76,7 +108,7 @@ def test_deepseek_v3_runs_with_the_config_that_it_is_published_with(name: str, f
     found = evaluated(source, few_ids)
     assert found.int8 is not None
     assert 0 < found.int8.mean < 0.001
-    assert all(0 < layer.own < 0.04 for layer in found.layers)
+    assert all(0 < layer.own < own_bound("deepseek_v3", 0) for layer in found.layers)
 
 
 @pytest.mark.parametrize(
