@@ -174,8 +174,12 @@ def parse_layer_numbers(text: str) -> set[int]:
     Raises:
         UsageError: it is not such a list.
     """
-    layers = parse_layers(text)
+    invalid = UsageError("Invalid --layers", expected="numbers and ranges such as 0,3-5", found=repr(text))
+    try:
+        layers = parse_layers(text)
+    except UsageError:
+        raise invalid from None
     numbers = {layer for layer in layers if isinstance(layer, int)}
-    if any(isinstance(layer, str) for layer in layers):
-        raise UsageError("Invalid --layers", expected="numbers and ranges such as 0,3-5", found=repr(text))
+    if len(numbers) < len(set(layers)):
+        raise invalid
     return numbers

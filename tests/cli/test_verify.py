@@ -31,10 +31,12 @@ def test_invalid_lists_of_layers(text: str) -> None:
         parse_layers(text)
 
 
-def test_layer_numbers_have_no_modules() -> None:
-    assert parse_layer_numbers("3,0-1") == {0, 1, 3}
-    with pytest.raises(quarkconv.UsageError, match="Invalid --layers"):
-        parse_layer_numbers(f"0,{TALKER}")
+@pytest.mark.parametrize("text", [f"0,{TALKER}", "1-"])
+def test_layer_numbers_have_no_modules(text: str) -> None:
+    assert parse_layer_numbers("3,0-1,1") == {0, 1, 3}
+    with pytest.raises(quarkconv.UsageError, match="Invalid --layers") as caught:
+        parse_layer_numbers(text)
+    assert caught.value.expected == "numbers and ranges such as 0,3-5"
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("64", [64]), (" 16 ,1024", [16, 1024])])
