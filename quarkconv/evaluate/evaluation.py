@@ -27,12 +27,13 @@ from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunn
 from quarkconv.evaluate.sums import LayerSums
 from quarkconv.evaluate.weights import CheckpointWeights
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
-from quarkconv.findings import refusal
+from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.staging import Staging
 from quarkconv.progress import SILENT, Progress
+from quarkconv.scheme.stored import Form
 from quarkconv.version import own_version
 
 _EVALUATED: Final = frozenset({"quant-config-missing", "not-moe"})
@@ -165,7 +166,9 @@ def _require_readable(description: Description) -> None:
     findings = [
         item
         for item in description.findings
-        if item.code not in _EVALUATED and (description.schemes or not item.code.startswith("expert"))
+        if item.code not in _EVALUATED
+        and (description.schemes or not item.code.startswith("expert"))
+        and not (item.code == NOT_UNDERSTOOD and _unread_floats(description))
     ]
     root = str(description.checkpoint.root)
     if error := refusal(findings, root, "checkpoint", "evaluated"):
@@ -179,6 +182,13 @@ def _require_readable(description: Description) -> None:
                 expected="int8 or floats",
                 found=form.weight.dtype,
             )
+
+
+def _unread_floats(description: Description) -> bool:
+    """Whether experts whose names are not understood are stored in float: transformers' class loads or refuses them."""
+    stored, unread = description.stored, description.topology.unread
+    forms = (stored.linears.get(name) or Form(stored.tensors[name]) for name in unread)
+    return bool(unread) and all(form.is_float and not form.quantized for form in forms)
 
 
 def layer_runner(

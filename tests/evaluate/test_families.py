@@ -25,11 +25,11 @@ FAMILIES = {path.name: path for path in sorted((DATA / "families").iterdir()) if
 NOT_EVALUATED = {
     # tests/evaluate/test_float_path.py says why.
     "deepseek_v3-0.13-eager", "deepseek_v3-0.13-f2f",
-    # The experts are in one matrix without a known name; two sizes of experts.
-    "dbrx-0.13-f2f", "ernie4_5_vl_moe-0.13-f2f",
+    # Experts of two sizes.
+    "ernie4_5_vl_moe-0.13-f2f",
 }  # fmt: skip
-FLOAT_EXPERTS = {"gpt_oss-0.13-f2f", "qwen3_vl_moe-0.13-f2f", "llama4-0.13-f2f"}
-"""Quark leaves experts of three dimensions in float."""
+FLOAT_EXPERTS = {"dbrx-0.13-f2f", "gpt_oss-0.13-f2f", "qwen3_vl_moe-0.13-f2f", "llama4-0.13-f2f"}
+"""Quark leaves experts of three dimensions in float, and those of a layer in one matrix."""
 UNKNOWN_ROUTING = {"llama4-0.13-f2f"}
 """Experts that compute every token, with weights of zero: which ones a token chooses is not seen."""
 
