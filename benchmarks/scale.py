@@ -10,7 +10,7 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
   config.json is there, and the rate over all workers in that time;
 - the rate of the steady phase: from the moment when a tenth of the bytes has been written until nine tenths have;
 - the share of their bandwidth that the workers filled in both;
-- the most memory that a worker used (with ``--ray`` not measured), and how busy the processor was.
+- the most memory that a process of a worker used, with ``--ray`` including Ray itself, and how busy the processor was.
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
@@ -28,9 +28,10 @@ import statistics
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, nullcontext, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -205,9 +206,31 @@ class Run:
             self.rate,
             nbytes / seconds,
             steady_rate(store.sent(self.clients, "in", started)),
-            0 if self.mode == "ray" else memory,
+            memory,
             busy,
         )
+
+
+@contextmanager
+def memory_of_tasks() -> Iterator[list[int]]:
+    """A list that receives the memory in bytes of the processes of Ray's tasks, Ray included; they end with a run."""
+
+    def watch() -> None:
+        while not ended.wait(1):
+            for path in Path("/proc").glob("[0-9]*/cmdline"):
+                with suppress(OSError):  # it has ended
+                    if path.read_bytes().startswith(b"ray::"):
+                        status = (path.parent / "status").read_text()
+                        peaks.append(1024 * int(status.partition("VmHWM:")[2].split()[0]))
+
+    peaks, ended = [0], threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield peaks
+    finally:
+        ended.set()
+        watcher.join()
 
 
 def steady_rate(sent: Sequence[tuple[float, int]]) -> float:
@@ -238,7 +261,10 @@ def measure(group: Sequence[Run], store: Store, shard_bytes: int, nodes: Nodes |
     before, started = processor(), time.monotonic()
     for process in processes:
         process.start()
-    memory = {run.out: max([process.memory() for process in run.processes]) for run in group}
+    on_ray = any(run.mode == "ray" for run in group)
+    with memory_of_tasks() if on_ray else nullcontext([0]) as peaks:
+        memory = {run.out: max([process.memory() for process in run.processes]) for run in group}
+    memory |= {run.out: max(peaks) for run in group if run.mode == "ray"}
     after = processor()
     for run in group:
         yield run.row(store, started, memory[run.out], (after[0] - before[0]) / (after[1] - before[1]))
