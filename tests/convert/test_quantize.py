@@ -173,7 +173,7 @@ def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     int8 = make_checkpoint(tmp_path / "int8")
     with pytest.raises(UnsupportedError, match="Nothing is left to quantize"):
         quarkconv.plan_conversion(int8, "quark", quantize="missing")
-    with pytest.raises(UnsupportedError, match="while modules are quantized"):
+    with pytest.raises(UnsupportedError, match="--quantize does not convert to this target"):
         quarkconv.plan_conversion(float_experts(tmp_path / "a"), "bf16", quantize="missing")
     static = float_experts(tmp_path / "b")
     config = json.loads((static / "config.json").read_text())
@@ -332,12 +332,12 @@ def test_a_layer_of_experts_can_be_excluded(tmp_path: Path) -> None:
 EXCLUDED_UP = "model.layers.1.mlp.experts.0.up_proj.weight"
 
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
-    "without --quantize": ({"exclude": ["lm_head"]}, "needs modules to quantize"),
+    "without --quantize": ({"exclude": ["lm_head"]}, "--exclude has no effect without --quantize"),
     "a pattern that matches nothing": ({"quantize": "all", "exclude": ["*.q_porj"]}, "matches no module"),
     "an expression that does not compile": ({"quantize": "all", "exclude": ["re:("]}, "matches no module"),
     "a part of a merged linear": ({"quantize": "all", "exclude": ["*.q_proj"]}, "one part of a linear"),
-    "an unknown mode": ({"quantize": "some"}, "--quantize is invalid"),
-    "a string": ({"quantize": "all", "exclude": "lm_head"}, "`exclude` is invalid"),
+    "an unknown mode": ({"quantize": "some"}, "Invalid --quantize"),
+    "a string": ({"quantize": "all", "exclude": "lm_head"}, "Invalid `exclude`"),
 }
 
 
