@@ -169,9 +169,9 @@ _SOFTMAX_FAMILIES: Final = (
             "topk_group": (None, 1), "use_bias": (None, False),
         },
     ),
-    # The port of grok-1 to torch (modeling_grok1.py, MoeBlock, MoeMLP), whose names Quark's template has. Like xai's own
-    # code (model.py, Router) it caps attention logits and not those of the router. The engines' class is for other
-    # names, and caps both at 30: tanh keeps the order, so the same experts are chosen, with other weights.
+    # The port of grok-1 to torch (modeling_grok1.py, MoeBlock, MoeMLP), whose names Quark's template has. As xai's own
+    # code (model.py, Router) it caps the logits of attention, and not those of the router. The engines' class is for
+    # other names, and caps both at 30: tanh keeps the order, so the same experts are chosen, with other weights.
     Family(
         ("grok-1",), RouterRule("softmax", renormalize=False), "modeling_grok1.py, MoeBlock, MoeMLP",
         activation=ActivationRule(names={"gelu": "gelu"}, default="gelu"),

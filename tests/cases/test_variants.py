@@ -426,7 +426,10 @@ def test_a_layer_of_prediction_is_known_by_its_modules(counted_in: bool, tmp_pat
     model.second |= int8_linear("model.layers.2.eh_proj", 8, 16)
     source = model.write(tmp_path / "source")
     assert "mtp-missing" not in [item.code for item in inspect_checkpoint(source).findings]
-    out = convert_checkpoint(source, "fused-int8", tmp_path / "out", mtp="drop").output
+    result = convert_checkpoint(source, "fused-int8", tmp_path / "out", mtp="drop")
+    out = result.output
+    assert "config-mismatch" not in {item.code for item in result.plan.losses}
+    assert "config-mismatch" not in {item.code for item in inspect_checkpoint(out).findings}
     assert not [name for name in load(out) if ".layers.2." in name]
     config = json.loads((out / "config.json").read_text())
     assert (config["num_hidden_layers"], config["num_nextn_predict_layers"]) == (2, 0)
