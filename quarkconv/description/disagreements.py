@@ -41,6 +41,7 @@ def disagreements(
         vectors: the names of the weights of one dimension, such as those of norms, of which every layer has some.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
     """
+    of_routers = tuple(_routers(config, layers, types))
     known = [(layer, part) for layer in layers if (part := config.part_of(layer.moe)) is not None]
     found: dict[str, list[str]] = {}
     for layer, part in known:
@@ -49,7 +50,7 @@ def disagreements(
     for message, modules in found.items():
         yield from FindingsAbout("config-mismatch", modules, message, hint=_HINT)
     yield from _layers(config, known, vectors)
-    yield from _routers(config, layers, types)
+    yield from of_routers
 
 
 def _sizes(layer: MoELayer, part: Part, config: ModelConfig) -> Iterator[str]:
