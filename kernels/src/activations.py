@@ -13,6 +13,7 @@ are also those of transformers 5.24's modeling files. gpt-oss interleaves gate a
 the halves are separate for every activation. A NaN in either half stays a NaN: the clamps keep it.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -69,6 +70,7 @@ class Activation:
         return f"{self.name}_limited" if optional and self.limit else self.name
 
 
+@functools.lru_cache(maxsize=64)
 def make_activation(name: str, limit: float | None = None, alpha: float | None = None) -> Activation:
     """Check an activation's name and parameters and fill in the defaults (limit 7.0, alpha 1.702).
 

@@ -285,5 +285,5 @@ def _check_tensor(
 
 
 def _check_shape(name: str, tensor: torch.Tensor, shape: tuple[int, ...], meaning: str) -> None:
-    if tuple(tensor.shape) != shape:
+    if tensor.shape != shape:
         raise ValueError(f"{name}: expected shape {shape}, {meaning}, found {tuple(tensor.shape)}")

@@ -11,6 +11,7 @@ here, which reasons from the rows that an expert can expect:
   expert's rows joins its last block as a tail, so that its weights pass once.
 """
 
+import functools
 from dataclasses import dataclass, replace
 
 from .backend import DeviceTraits
@@ -27,6 +28,7 @@ from .tables import (
     find_options,
 )
 
+_KEPT = 4096  # choices that are kept, since each forward asks again
 MIN_BLOCK_M = 16  # the smallest row count of the matrix instructions that Triton emits for int8
 MAX_BLOCK_M = 128
 _WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thread, half of what there are
@@ -56,6 +58,7 @@ def next_power_of_2(value: int) -> int:
     return 1 << max(value - 1, 0).bit_length()
 
 
+@functools.lru_cache(maxsize=_KEPT)
 def choose_launch_options(
     tokens: int, experts: int, top_k: int, hidden: int, intermediate: int, traits: DeviceTraits, *, packed: bool = True
 ) -> Options:
@@ -162,6 +165,7 @@ def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:
     return pairs / max(min(experts, pairs), 1)
 
 
+@functools.lru_cache(maxsize=_KEPT)
 def choose_row_options(rows: int, width: int, *, copied: bool = False) -> RowOptions:
     """Options for the row quantization of `rows` rows of `width` elements, of which each is written once or `copied`.
 
@@ -176,6 +180,7 @@ def choose_row_options(rows: int, width: int, *, copied: bool = False) -> RowOpt
     return RowOptions(block, num_warps, at_once)
 
 
+@functools.lru_cache(maxsize=_KEPT)
 def choose_combine_options(hidden: int) -> RowOptions:
     """Options for the reduction over a token's experts: narrow blocks, since each column reads top-k values."""
     block = min(max(next_power_of_2(hidden), 128), 1024)

@@ -1,5 +1,6 @@
 """Launch of the quantization, of rows and of tensors; `quantize` defines the arithmetic."""
 
+import functools
 from typing import Any
 
 import torch
@@ -73,11 +74,15 @@ def quantize_rows(
 
 def row_constants(rows: int, width: int, *, copied: bool = False) -> dict[str, Any]:
     """How the row quantization of `rows` rows of `width` elements is cut into programs, and what else is fixed."""
+    return {"INTERPRETED": interpreting(), **_cut_of_rows(rows, width, copied=copied)}
+
+
+@functools.lru_cache(maxsize=4096)
+def _cut_of_rows(rows: int, width: int, *, copied: bool) -> dict[str, Any]:
     options = choose_row_options(rows, width, copied=copied)
     chunks = -(-width // options.block)
     return {
         "MIN_SCALE": MIN_SCALE,
-        "INTERPRETED": interpreting(),
         "ROWS": options.rows,
         "BLOCK_N": options.block,
         "CHUNKS": chunks if chunks <= _MAX_UNROLLED else 0,

@@ -38,8 +38,8 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torch.device) -> RoutingPlan:
     """Uninitialized buffers for `route_pairs`."""
     most = max_row_blocks(num_pairs, num_experts, blocks.block_m)
-    pairs, rows = _aligned(2, num_pairs, device)
-    block_expert, block_first, block_rows = _aligned(3, most, device)
+    sizes = (num_pairs, num_pairs, most, most, most, 3)
+    pairs, rows, block_expert, block_first, block_rows, totals = _aligned(sizes, device)
     return RoutingPlan(
         blocks=blocks,
         pairs=pairs,
@@ -47,16 +47,18 @@ def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torc
         block_expert=block_expert,
         block_first=block_first,
         block_rows=block_rows,
-        totals=torch.empty(3, dtype=torch.int32, device=device),
+        totals=totals,
     )
 
 
-def _aligned(count: int, size: int, device: torch.device) -> torch.Tensor:
-    """Uninitialized int32 buffers [count, size], each at a multiple of 16 bytes.
+def _aligned(sizes: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
+    """Uninitialized int32 buffers of these sizes in one allocation, each at a multiple of 16 bytes.
 
     Triton compiles a kernel anew for pointers that are not, which would then depend on the number of pairs.
     """
-    return torch.empty((count, -(-size // 4) * 4), dtype=torch.int32, device=device)[:, :size]
+    padded = [-(-size // 4) * 4 for size in sizes]
+    parts = torch.empty(sum(padded), dtype=torch.int32, device=device).split_with_sizes(padded)
+    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
 
 
 def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> RoutingPlan:
