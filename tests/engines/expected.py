@@ -28,13 +28,15 @@ MERGED = {
     "in_proj_qkvgfab": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj"),
     "fused_qkvbfg_a_proj": ("q_proj", "k_proj", "v_proj", "b_proj", "f_a_proj", "g_a_proj"),
     "qkv_conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
-    "conv1d": ("q_conv1d", "k_conv1d", "v_conv1d"),
     "wk_weights_proj": ("wk", "weights_proj"),
     "input_mix_weight_down_block_inject": ("input_mix_weight_down", "block_inject_weight"),
 }
 """A linear of an engine -> the linears of the checkpoint that it holds, in order."""
 
-_MERGED_OF = {"qwen4_exp_text": {"qkv_proj": ("q_proj", "k_proj", "v_proj", "indexer.index_qk_proj")}}
+_MERGED_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "kimi_linear": {"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d")},
+    "qwen4_exp_text": {"qkv_proj": ("q_proj", "k_proj", "v_proj", "indexer.index_qk_proj")},
+}
 """The same, for model types that merge more."""
 
 _COLUMN = {

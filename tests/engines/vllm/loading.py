@@ -50,6 +50,7 @@ _CUDA = SimpleNamespace(
     has_device_capability=lambda _: True,
     is_device_capability_family=lambda _: False,
     supports_fp8=lambda: True,
+    fp8_dtype=lambda: torch.float8_e4m3fn,
 )
 triton_moe.current_platform = fused_moe_config.current_platform = unquantized.current_platform = _CUDA
 fa_utils.is_flash_attn_varlen_func_available = lambda: True
