@@ -209,7 +209,7 @@ def described(
                 if any(item.severity is Severity.ERROR for item in checkpoint.findings)  # tensors that cannot be read
                 else disagreements(config, topology.layers, checkpoint.types, stored.vectors, is_mtp)
             ),
-            *merged_findings(stored, topology.members, float_modules),
+            *merged_findings(others, stored.linears, float_modules),
         ]
     if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
         findings = list(checkpoint.findings)

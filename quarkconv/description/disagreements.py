@@ -14,7 +14,8 @@ from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.router_tensors import fits_router, hidden_size_of, router_shapes, router_tensor_names
 from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.scheme.merged import MERGED_WITH
-from quarkconv.scheme.stored import StoredModules
+from quarkconv.scheme.resolved import Groups
+from quarkconv.scheme.stored import Form
 from quarkconv.text import plural
 
 _HIDDEN: Final = re.compile(r"hidden_size|^(?:d_model|n_embd|dim)$")
@@ -153,28 +154,26 @@ def _routers(config: ModelConfig, layers: tuple[MoELayer, ...], types: Mapping[s
     )
 
 
-def partly_int8(stored: StoredModules, experts: Collection[str], in_float: Collection[str]) -> list[str]:
+def partly_int8(others: Groups, linears: Mapping[str, Form], in_float: Collection[str]) -> list[str]:
     """The float linears that engines merge with int8 ones, which they refuse.
 
     Args:
-        stored: the modules.
-        experts: those that are routed experts.
+        others: the modules that are no routed experts.
+        linears: all linears.
         in_float: int8 modules that conversion dequantizes.
     """
-    linears, found = stored.linears, []
-    for module, form in linears.items():
+    found = []
+    for module in (name for (form, _), names in others.items() if form.is_float for name in names):
         parent, _, leaf = module.rpartition(".")
-        if leaf not in MERGED_WITH or not form.is_float or module in experts:
-            continue
-        others = (f"{parent}.{part}" for part in MERGED_WITH[leaf][0])
-        if any(other in linears and linears[other].quantized and other not in in_float for other in others):
+        parts = (f"{parent}.{part}" for part in MERGED_WITH.get(leaf, ((), ()))[0])
+        if any(part in linears and linears[part].quantized and part not in in_float for part in parts):
             found.append(module)
     return found
 
 
-def merged_findings(stored: StoredModules, experts: Collection[str], in_float: Collection[str]) -> Iterator[Finding]:
+def merged_findings(others: Groups, linears: Mapping[str, Form], in_float: Collection[str]) -> Iterator[Finding]:
     """The finding about linears of :func:`partly_int8`."""
-    names = partly_int8(stored, experts, in_float)
+    names = partly_int8(others, linears, in_float)
     yield from FindingsAbout(
         "merged-mixed",
         names,

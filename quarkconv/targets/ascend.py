@@ -37,7 +37,7 @@ class Ascend(PerExpertTarget):
     static_inputs = False
 
     def unsupported(self, description: Description) -> str | None:
-        partly = partly_int8(description.stored, description.topology.members, frozenset(description.float_modules))
+        partly = partly_int8(description.others, description.stored.linears, description.float_modules)
         if partly:
             return f"{partly[0]} is float, and engines merge it with linears that are int8"
         return super().unsupported(description)
