@@ -20,6 +20,8 @@ from quarkconv.write.leases import Leases
 from quarkconv.write.modes import Join
 from quarkconv.write.object_leases import ObjectLeases
 
+pytestmark = pytest.mark.long(10)
+
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:

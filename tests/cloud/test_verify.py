@@ -14,6 +14,8 @@ from support.s3 import OUT, URL, publish
 
 import quarkconv
 
+pytestmark = pytest.mark.long(10)
+
 Capture = pytest.CaptureFixture[str]
 
 

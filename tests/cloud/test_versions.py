@@ -18,6 +18,8 @@ from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
 from quarkconv.write.modes import Join
 
+pytestmark = pytest.mark.long(10)
+
 OUT = "s3://kept/out/tiny-moe"
 Capture = pytest.CaptureFixture[str]
 

@@ -21,6 +21,8 @@ from quarkconv import SourceError, UnsupportedError, evaluate_checkpoint
 from quarkconv.cli.render.evaluation import render_evaluation
 from quarkconv.evaluate.results import Evaluation
 
+pytestmark = pytest.mark.long(10)
+
 FAMILIES = {path.name: path for path in sorted((DATA / "families").iterdir()) if path.is_dir()}
 NOT_EVALUATED = {
     # tests/evaluate/test_float_path.py says why.

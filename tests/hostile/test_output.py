@@ -17,6 +17,8 @@ from support.program import run_cli, snapshot
 from quarkconv import SourceError, UsageError, convert_checkpoint, inspect_checkpoint
 from quarkconv.plan.manifest import read_manifest
 
+pytestmark = pytest.mark.long(10)
+
 STAGING = ".quarkconv"
 
 

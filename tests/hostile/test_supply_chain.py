@@ -18,6 +18,8 @@ from support.moe_model import INDEX
 from support.program import snapshot
 from support.raw import write_json
 
+pytestmark = pytest.mark.long(10)
+
 ROOT = Path(__file__).resolve().parents[2]
 SOURCES = [*sorted((ROOT / "quarkconv").rglob("*.py")), *sorted((ROOT / "kernels" / "src").rglob("*.py"))]
 

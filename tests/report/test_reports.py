@@ -22,7 +22,7 @@ from quarkconv.report.verification import verification_report
 from quarkconv.verify.layer_results import Distance
 from quarkconv.verify.results import BytesResult, Problem
 
-pytestmark = pytest.mark.long(15)
+pytestmark = pytest.mark.long(25)
 
 Capture = pytest.CaptureFixture[str]
 

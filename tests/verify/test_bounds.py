@@ -1,5 +1,7 @@
 """The bounds of verify: no false alarm for any seed, and every planted fault of a kernel is found.
 
+pytestmark = pytest.mark.long(15)
+
 A dozen seeds here; ``pytest tests/verify/test_bounds.py --seeds 200`` takes as many as you like.
 """
 

@@ -15,6 +15,8 @@ from support.reported import with_mtp
 import quarkconv
 from quarkconv.errors import UsageError, WriteError
 
+pytestmark = pytest.mark.long(10)
+
 SHARD: Final = 200
 """Bytes of a shard: several of them."""
 LATER: Final = (1, 6)

@@ -19,6 +19,8 @@ from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 from quarkconv.errors import QuarkconvError, WriteError
 from quarkconv.write.space import allocated
 
+pytestmark = pytest.mark.long(5)
+
 
 class Failing:
     """os.pwrite that fails after a number of calls."""
