@@ -1,7 +1,5 @@
 """The bounds of verify: no false alarm for any seed, and every planted fault of a kernel is found.
 
-pytestmark = pytest.mark.long(15)
-
 A dozen seeds here; ``pytest tests/verify/test_bounds.py --seeds 200`` takes as many as you like.
 """
 
@@ -29,6 +27,8 @@ from quarkconv.verify import numbers
 from quarkconv.verify.layer_results import LayerNumbers
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
 from quarkconv.verify.router import router_of
+
+pytestmark = pytest.mark.long(15)
 
 EXPORTS = [
     "qwen3_moe-quark0.13-f2f",
