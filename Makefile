@@ -22,7 +22,8 @@ demo: $(STAMP)  ## Inspect, convert and verify a real Quark export; evaluate a t
 
 # Most files of tests lie in memory, if 4 GB of it are free: conversions synchronize each file and folder with the disk.
 test: export PYTHONDONTWRITEBYTECODE =
-test: export PYTEST_DEBUG_TEMPROOT = $(shell [ "$$(df -m --output=avail /dev/shm | tail -n 1)" -gt 4000 ] && echo /dev/shm)
+test: export PYTEST_DEBUG_TEMPROOT = $(shell \
+	[ "$$(df -m --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000 ] 2>/dev/null && echo /dev/shm)
 test: $(STAMP)  ## Run the tests that need no network
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m 'not targets' $(TESTS)
 
