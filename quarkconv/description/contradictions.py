@@ -12,6 +12,7 @@ from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.formats.undeclared import PTPC_NAME
 from quarkconv.scheme.resolved import Groups, ResolvedModules
 from quarkconv.scheme.spec import FLOAT, TensorSpec
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
@@ -250,14 +251,13 @@ def _scheme(
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
     if unnamed and declared is not None and not in_blocks:
         count = sum(schemes[scheme] for scheme in unnamed)
-        yield finding(
-            "scheme-unsupported",
-            declared.subject,
-            f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
-            f"{_shown(unnamed[0].activation)} activations: not an INT8 W8A8 scheme",
-            hint=_INT8_ONLY,
-            count=count,
-        )
+        message = f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
+        message += f"{_shown(unnamed[0].activation)} activations: not an INT8 W8A8 scheme"
+        hint = _INT8_ONLY
+        if isinstance(declared, UnknownScheme):
+            message = f"{plural(count, 'int8 module')} under quant_method {declared.method}, which is not read"
+            hint = f"--scheme {PTPC_NAME} converts it, if scales are per row and activations quantized per token"
+        yield finding("scheme-unsupported", declared.subject, message, hint=hint, count=count)
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
     if len(names_found) > 1:
         subject = "config.json" if declared is None else declared.subject

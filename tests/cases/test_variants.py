@@ -214,6 +214,20 @@ def test_negative_scales_stay_sound_in_every_target(target: str, tmp_path: Path)
     assert verify_checkpoint(out, source, device="cpu").ok
 
 
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "Quark"])
+def test_an_unknown_method_over_int8_weights_is_named(method: str, tmp_path: Path) -> None:
+    model = Model()
+    model.quantization["quant_method"] = method
+    source = model.write(tmp_path / "source")
+    assert (
+        f"20 int8 modules under quant_method {method}, which is not read"
+        in finding(source, "scheme-unsupported").message
+    )
+    assert refusal(source, "fused-int8").exit_code == 4
+    out = convert_checkpoint(source, "fused-int8", tmp_path / "out", scheme="ptpc_int8").output
+    assert verify_checkpoint(out, source, device="cpu").ok
+
+
 # Companions of weights
 
 
