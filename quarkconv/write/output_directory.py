@@ -42,13 +42,23 @@ class OutputDirectory:
     location: Path
 
     def finished(self, digest: str) -> Manifest | None:
-        """The manifest that an earlier run of the same plan wrote; None without one, and where none has finished."""
-        manifest = None if (self.location / STAGING_NAME).exists() else read_manifest(self.location)
-        return manifest if manifest is not None and manifest.plan == digest else None
+        """The manifest that an earlier run of the same plan wrote; None without one, and where none has finished.
+
+        Of a run that was killed as it ended, the rest of the working folder is removed.
+        """
+        folder = self.location / STAGING_NAME
+        if (folder / STATE_NAME).exists():
+            return None
+        manifest = read_manifest(self.location)
+        if manifest is None or manifest.plan != digest:
+            return None
+        if folder.is_dir():
+            shutil.rmtree(folder, ignore_errors=True)
+        return manifest
 
     def has_begun(self) -> bool:
         """Whether there is a working folder."""
-        return (self.location / STAGING_NAME).is_dir()
+        return os.path.isdir(self.location / STAGING_NAME)  # False too where the path is too long
 
     @contextmanager
     def begin(self, state: dict[str, Any], plan_files: list[str], *, needed: int, overwrite: bool) -> Iterator[Staging]:
@@ -70,7 +80,7 @@ class OutputDirectory:
                         _refuse_foreign(staging, plan_files)
                     _resume_or_begin(staging, state)
             except BaseException:
-                if created:  # nothing has begun, so nothing is unfinished
+                if created or not (staging.folder / STATE_NAME).exists():  # nothing has begun, so nothing is unfinished
                     shutil.rmtree(staging.folder, ignore_errors=True)
                 raise
             for folder in (staging.folder, output, output.absolute().parent):
@@ -154,8 +164,13 @@ def _refuse_links(output: Path) -> None:
 
 
 def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
-    """Refuse a directory with files that are not of this unfinished conversion."""
-    unfinished = staging.folder.is_dir()
+    """Refuse a directory with files that are not of this unfinished conversion.
+
+    A working folder without its state beside a manifest is left of a process that has just finished there: the state is
+    written before anything else, and removed after the manifest and config.json have their names.
+    """
+    finished = not (staging.folder / STATE_NAME).exists() and (staging.output / MANIFEST_NAME).is_file()
+    unfinished = staging.folder.is_dir() and not finished
     _refuse_others(staging.output, set(plan_files) if unfinished else set(), unfinished=unfinished)
 
 

@@ -191,7 +191,10 @@ class Staging:
                     os.replace(staged, final)
             for folder in folders_of(stage):
                 sync_directory(self.output / folder)
-        shutil.rmtree(self.folder)
+        # The state goes first: who finds a folder without it knows that the conversion is finished.
+        (self.folder / STATE_NAME).unlink()
+        sync_directory(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # another process may look into it, which then removes it
         sync_directory(self.output)
 
     def discard(self) -> None:

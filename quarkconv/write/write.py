@@ -23,7 +23,8 @@ def write_output(execution: Execution, mode: Mode) -> Contribution:
             kept.
         InterruptedByUser: interrupted; what was finished is kept.
     """
-    keeps = mode.keep and not mode.overwrite if isinstance(mode, Whole) else True
+    # A working folder beside a finished output is the rest of a run that was killed as it ended.
+    keeps = (mode.keep or execution.output.has_begun()) and not mode.overwrite if isinstance(mode, Whole) else True
     finished = execution.finished() if keeps else None
     name, nbytes = step_of(mode, execution.plan)
     execution.progress.step(name, nbytes, "byte")

@@ -24,7 +24,8 @@ from quarkconv.plan.shares import Share
 from quarkconv.write import joining, leases
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import DirectoryLeases, Leases
-from quarkconv.write.modes import Join
+from quarkconv.write.modes import Finish, Join, Mode, Whole
+from quarkconv.write.output_directory import OutputDirectory
 
 Capture = pytest.CaptureFixture[str]
 
@@ -127,6 +128,43 @@ def test_workers_give_the_bytes_of_one_machine_and_count_each_shard_once(
     outcome = prepare(model, out).carry_out(Join())
     assert outcome.result is not None
     assert outcome.shards == 0
+
+
+@pytest.mark.parametrize("mode", [Join(), Finish(), Share(1, 2), Whole()], ids=str)
+@pytest.mark.parametrize("left", [(), ("lock",), ("lock", "notes")], ids=str)
+def test_what_is_left_of_the_working_folder_as_another_worker_ends_is_no_conversion(
+    model: Path, tmp_path: Path, whole: dict[str, str], left: tuple[str, ...], mode: Mode
+) -> None:
+    out = tmp_path / "out"
+    prepare(model, out).carry_out(Join())
+    folder = out / ".quarkconv"
+    folder.mkdir()
+    for name in left:
+        (folder / name).mkdir() if name == "notes" else (folder / name).touch()
+    outcome = prepare(model, out).carry_out(mode)
+    assert outcome.result is not None
+    assert outcome.shards == 0
+    assert not folder.exists()
+    assert snapshot(out) == whole
+
+
+def test_a_worker_that_begins_as_another_one_ends_finds_its_output(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    begun = OutputDirectory.has_begun
+
+    def has_begun(output: OutputDirectory) -> bool:
+        result = begun(output)
+        if threading.current_thread() is threading.main_thread():
+            with ThreadPoolExecutor(1) as other:  # finishes between the look and the beginning
+                other.submit(lambda: prepare(model, out).carry_out(Join())).result()
+        return result
+
+    monkeypatch.setattr(OutputDirectory, "has_begun", has_begun)
+    outcome = prepare(model, out).carry_out(Join())
+    assert outcome.result is not None
+    assert snapshot(out) == whole
 
 
 def test_a_shard_of_a_worker_that_vanished_is_taken_over(
