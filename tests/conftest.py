@@ -62,8 +62,8 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers() -> int:
-    """One worker more than processors: tests of disks, networks and terminals mostly wait."""
-    return len(os.sched_getaffinity(0)) + 1
+    """Two workers more than processors: tests of disks, networks and terminals mostly wait."""
+    return len(os.sched_getaffinity(0)) + 2
 
 
 ON_DISK = ("write", "load", "files")
