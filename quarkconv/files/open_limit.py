@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import resource
 
 _OTHER_FILES = 64
-"""Open files that a process needs beside those that are counted."""
+"""Files that a process opens beside those that are counted."""
 
 
 def allow_open_files(count: int) -> None:
-    """Raise the soft limit on open files, as far as necessary and allowed, for ``count`` more files."""
+    """Raise the soft limit on open files, as far as necessary and allowed, for ``count`` more than are open now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = count + _OTHER_FILES
+    limit = len(os.listdir("/proc/self/fd")) + count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < limit:
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
