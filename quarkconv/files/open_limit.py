@@ -13,7 +13,11 @@ _OTHER_FILES = 64
 def allow_open_files(count: int) -> None:
     """Raise the soft limit on open files, as far as necessary and allowed, for ``count`` more than are open now."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    limit = len(os.listdir("/proc/self/fd")) + count + _OTHER_FILES
+    try:
+        used = len(os.listdir("/proc/self/fd"))
+    except OSError:  # it takes a file itself, and there is none left
+        used = soft
+    limit = used + count + _OTHER_FILES
     if soft != resource.RLIM_INFINITY and soft < limit:
         limit = limit if hard == resource.RLIM_INFINITY else min(limit, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (limit, hard))
