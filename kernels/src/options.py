@@ -165,7 +165,6 @@ def mean_rows_of(tokens: int, experts: int, top_k: int) -> float:
     return pairs / max(min(experts, pairs), 1)
 
 
-@functools.lru_cache(maxsize=_KEPT)
 def choose_row_options(rows: int, width: int, *, copied: bool = False) -> RowOptions:
     """Options for the row quantization of `rows` rows of `width` elements, of which each is written once or `copied`.
 
