@@ -11,8 +11,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterable, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -118,3 +118,21 @@ def save(name: str, result: dict[str, Any], *, merge: bool = False) -> None:
     else:
         whole = {"benchmark": name, **about, **result}
     path.write_text(json.dumps(whole, indent=1) + "\n")
+
+
+@contextmanager
+def sampling(look: Callable[[], None], seconds: float) -> Iterator[None]:
+    """Call a function every so many seconds, in a thread of its own, until the block ends."""
+
+    def watch() -> None:
+        while not ended.wait(seconds):
+            look()
+
+    ended = threading.Event()
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+        yield
+    finally:
+        ended.set()
+        watcher.join()

@@ -28,7 +28,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager, nullcontext, suppress
@@ -36,7 +35,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from common import save
+from common import sampling, save
 from store import Store, Stored
 
 MB = 10**6
@@ -215,22 +214,16 @@ class Run:
 def memory_of_tasks() -> Iterator[list[int]]:
     """A list that receives the memory in bytes of the processes of Ray's tasks, Ray included; they end with a run."""
 
-    def watch() -> None:
-        while not ended.wait(1):
-            for path in Path("/proc").glob("[0-9]*/cmdline"):
-                with suppress(OSError):  # it has ended
-                    if path.read_bytes().startswith(b"ray::"):
-                        status = (path.parent / "status").read_text()
-                        peaks.append(1024 * int(status.partition("VmHWM:")[2].split()[0]))
+    def look() -> None:
+        for path in Path("/proc").glob("[0-9]*/cmdline"):
+            with suppress(OSError):  # it has ended
+                if path.read_bytes().startswith(b"ray::"):
+                    status = (path.parent / "status").read_text()
+                    peaks.append(1024 * int(status.partition("VmHWM:")[2].split()[0]))
 
-    peaks, ended = [0], threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    peaks = [0]
+    with sampling(look, 1):
         yield peaks
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def steady_rate(sent: Sequence[tuple[float, int]]) -> float:

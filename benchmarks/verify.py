@@ -21,7 +21,6 @@ import statistics
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -73,21 +72,14 @@ def drop(folder: Path, *, cached: bool) -> None:
 def peak_memory() -> Iterator[list[int]]:
     """A list whose last item is the most memory that this process held, beyond what it held at the beginning."""
 
+    from common import sampling
+
     def resident() -> int:
         return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
 
-    def watch() -> None:
-        while not ended.wait(0.02):
-            peaks.append(max(peaks[-1], resident() - before))
-
-    before, peaks, ended = resident(), [0], threading.Event()
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    before, peaks = resident(), [0]
+    with sampling(lambda: peaks.append(max(peaks[-1], resident() - before)), 0.02):
         yield peaks
-    finally:
-        ended.set()
-        watcher.join()
 
 
 def verify(model: Path, device: str, tokens: list[int], stages: tuple[str, ...]) -> Callable[[], Found]:

@@ -51,6 +51,16 @@ def test_the_same_run_has_the_same_figures_again(
     assert again.to_json() == plain.to_json()
 
 
+def limit_states_on_the_device(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> None:
+    """Keep at most so many bytes of hidden states on the device; None: as many as by default."""
+
+    class Limited(hidden_states.Transfers):
+        def __init__(self, device: torch.device) -> None:
+            super().__init__(device, limit)
+
+    monkeypatch.setattr("quarkconv.evaluate.run.Transfers", Limited)
+
+
 @pytest.mark.parametrize("batches_on_the_device", [0, 1, 4])
 def test_hidden_states_in_page_locked_memory_change_nothing(
     batches_on_the_device: int,
@@ -60,11 +70,7 @@ def test_hidden_states_in_page_locked_memory_change_nothing(
     token_ids: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Limited(hidden_states.Transfers):
-        def __init__(self, device: torch.device) -> None:
-            super().__init__(device, limit=batches_on_the_device * 2 * 24 * 128 * 2)
-
-    monkeypatch.setattr("quarkconv.evaluate.run.Transfers", Limited)
+    limit_states_on_the_device(monkeypatch, batches_on_the_device * 2 * 24 * 128 * 2)
     found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
     assert found.to_json() == plain.to_json()
 
@@ -78,11 +84,7 @@ def test_an_interrupted_run_resumes_to_the_same_figures(
     token_ids: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    class Limited(hidden_states.Transfers):
-        def __init__(self, device: torch.device) -> None:
-            super().__init__(device, limit)
-
-    monkeypatch.setattr("quarkconv.evaluate.run.Transfers", Limited)
+    limit_states_on_the_device(monkeypatch, limit)
     run_layer = Run._layer
     ran: list[int] = []
 
