@@ -8,18 +8,16 @@ from pathlib import Path
 
 import pytest
 from support.google_store import GoogleStore, google_store
+from support.lease_steps import check_takeover
 from support.program import snapshot
 from support.s3 import objects, publish
 
 import quarkconv
 from quarkconv.cloud import objects as cloud_objects
-from quarkconv.cloud.objects import Objects
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
-from quarkconv.write import executor, joining, leases
-from quarkconv.write.leases import Leases
+from quarkconv.write import executor, joining
 from quarkconv.write.modes import Join
-from quarkconv.write.object_leases import ObjectLeases
 
 URL, OUT = "gs://models/org/tiny-moe", "gs://models/out/tiny-moe"
 SHARD_SIZE = 40_000
@@ -57,16 +55,7 @@ def test_the_objects_have_the_bytes_of_a_directory(google: GoogleStore, local: d
 
 @pytest.mark.usefixtures("google")
 def test_a_lease_is_replaced_under_its_generation() -> None:
-    now = [0.0]
-    first, second = (Leases(ObjectLeases(Objects(OUT)), lambda: now[0]) for _ in range(2))
-    assert (first.take("shard"), second.take("shard")) == (True, False)
-    now[0] += leases.LEASE_SECONDS - 1
-    first.renew()
-    assert not second.take("shard")
-    now[0] += leases.LEASE_SECONDS + 1
-    assert second.take("shard")
-    first.renew()
-    assert (first.holds("shard"), second.holds("shard")) == (False, True)
+    check_takeover(OUT)
 
 
 @pytest.mark.usefixtures("google")

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 from support.faulty_proxy import FaultyProxy
+from support.lease_steps import check_takeover
 from support.program import snapshot
 from support.s3 import OUT, URL, objects
 
@@ -34,18 +35,7 @@ def prepare(model: str | Path) -> Conversion:
 
 @pytest.mark.usefixtures("proxy")
 def test_a_lease_is_taken_once_and_taken_over_when_it_is_not_renewed() -> None:
-    now = [0.0]
-    first, second = (Leases(ObjectLeases(Objects(OUT)), lambda: now[0]) for _ in range(2))
-    assert first.take("shard")
-    assert not second.take("shard")
-    now[0] += leases.LEASE_SECONDS - 1
-    first.renew()
-    assert not second.take("shard")
-    now[0] += leases.LEASE_SECONDS + 1
-    assert second.take("shard")
-    first.renew()
-    assert (first.holds("shard"), second.holds("shard")) == (False, True)
-    second.release("shard")
+    check_takeover(OUT).release("shard")
     assert objects() == {}
 
 
