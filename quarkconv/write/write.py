@@ -24,7 +24,7 @@ def write_output(execution: Execution, mode: Mode) -> Contribution:
         InterruptedByUser: interrupted; what was finished is kept.
     """
     # A working folder beside a finished output is the rest of a run that was killed as it ended.
-    keeps = (mode.keep or execution.output.has_begun()) and not mode.overwrite if isinstance(mode, Whole) else True
+    keeps = not mode.overwrite and (mode.keep or execution.output.has_begun()) if isinstance(mode, Whole) else True
     finished = execution.finished() if keeps else None
     name, nbytes = step_of(mode, execution.plan)
     execution.progress.step(name, nbytes, "byte")
