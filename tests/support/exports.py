@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import shutil
 import struct
 from collections.abc import Callable
@@ -68,8 +69,11 @@ REFUSED = {
 
 
 def restore(kept: Path, destination: Path) -> Path:
-    """Copy an export, giving shards of which only the header is kept their size back, with zeros for data."""
+    """Copy an export: decompressed, with zeros as the data of shards of which only the header is kept."""
     shutil.copytree(kept, destination)
+    for packed in destination.glob("*.safetensors.xz"):
+        packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
+        packed.unlink()
     for header in destination.glob("*.safetensors.header"):
         raw = header.read_bytes()
         entries = json.loads(raw[8 : 8 + struct.unpack("<Q", raw[:8])[0]])
