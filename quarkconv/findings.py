@@ -64,7 +64,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
     "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
     "quantizer-names": FindingCode(
-        _W, "Scales are named after the quantizer (weight_quantizer.scale); engines look for weight_scale."
+        _W,
+        "Scales are named after the quantizer (weight_quantizer.scale), or as those of blocks (weight_scale_inv); "
+        "engines look for weight_scale.",
     ),
     "rotation-online": FindingCode(
         _E,

@@ -56,7 +56,7 @@ def contradictions(
     in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
     in_blocks = in_blocks.difference(fp8)
     yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
-    yield from _scheme(declared, modules, topology, is_mtp, in_blocks, frozenset(fp8))
+    yield from _scheme(declared, modules, topology, is_mtp, frozenset(fp8), _in_blocks(stored, in_blocks))
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     yield from FindingsAbout(
         "tensor-unrecognised",
@@ -205,13 +205,27 @@ def _linears(
     )
 
 
+def _in_blocks(stored: StoredModules, modules: frozenset[str]) -> FindingsAbout:
+    """The finding about modules whose scales are named weight_scale_inv, with the shapes of the first."""
+    names, shapes = sorted(modules), ""
+    if names and (form := stored.linears.get(names[0])) is not None:
+        scale = stored.tensors[f"{names[0]}{BLOCK_SCALE}"]
+        shapes = f"; the first is {list(scale.shape)} for a weight {list(form.weight.shape)}"
+    return FindingsAbout(
+        "scheme-unsupported",
+        names,
+        f"{plural(len(names), 'module')} with scales named weight_scale_inv, as those of blocks are{shapes}",
+        hint="quarkconv converts weights with a scale for each row, or one for the tensor, named weight_scale",
+    )
+
+
 def _scheme(
     declared: DeclaredScheme | None,
     modules: ResolvedModules,
     topology: Topology,
     is_mtp: Callable[[str], bool],
-    in_blocks: frozenset[str],
     fp8: frozenset[str],
+    in_blocks: FindingsAbout,
 ) -> Iterator[Finding]:
     """Findings where the checkpoint is not of one INT8 scheme, or not a mixture of experts."""
     schemes = modules.schemes
@@ -233,13 +247,8 @@ def _scheme(
             if only_mtp
             else _INT8_ONLY,
         )
-    elif in_blocks:
-        yield from FindingsAbout(
-            "scheme-unsupported",
-            sorted(in_blocks),
-            f"{plural(len(in_blocks), 'module')} with a scale for each block of the weight (weight_scale_inv)",
-            hint="quarkconv converts weights with a scale for each row, or one for the tensor",
-        )
+    elif in_blocks.subjects:
+        yield from in_blocks
     elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
@@ -249,7 +258,7 @@ def _scheme(
             hint=_INT8_ONLY,
         )
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
-    if unnamed and declared is not None and not in_blocks:
+    if unnamed and declared is not None and not in_blocks.subjects:
         count = sum(schemes[scheme] for scheme in unnamed)
         message = f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
         message += f"{_shown(unnamed[0].activation)} activations: not an INT8 W8A8 scheme"

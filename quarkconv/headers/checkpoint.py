@@ -26,6 +26,7 @@ from quarkconv.headers.rank_index import refuse_rank_objects
 from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
 from quarkconv.headers.shard_files import check_directory, safetensors_files, shard_names, unused
+from quarkconv.headers.unfinished import MANIFEST_NAME as MANIFEST_NAME
 from quarkconv.headers.unfinished import refuse_unfinished_objects
 from quarkconv.progress import SILENT, Progress, counting
 from quarkconv.text import plural
@@ -33,8 +34,6 @@ from quarkconv.text import plural
 CONFIG_NAME: Final = "config.json"
 ASCEND_NAME: Final = "quant_model_description.json"
 """The quantization of each tensor, in the format of Ascend's msModelSlim."""
-MANIFEST_NAME: Final = "quarkconv.json"
-"""The manifest of a conversion; see :mod:`quarkconv.plan.manifest`."""
 _ADAPTER_NAME: Final = "adapter_config.json"
 _MERGE_ADAPTER: Final = "this is an adapter: merge it into its base model, and quantize the result"
 
@@ -222,8 +221,9 @@ def _renamed(shards: list[ShardHeader]) -> Iterator[Finding]:
     yield from FindingsAbout(
         "quantizer-names",
         renamed,
-        f"Scales named after the quantizer, such as weight_quantizer.scale, in {plural(len(renamed), 'file')}",
-        hint="convert it: engines look for weight_scale and input_scale",
+        "Scales named after the quantizer, such as weight_quantizer.scale, or scales of rows named weight_scale_inv, "
+        f"in {plural(len(renamed), 'file')}",
+        hint="convert it: engines look for weight_scale and input_scale, and take weight_scale_inv for blocks",
     )
 
 

@@ -10,7 +10,7 @@ from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, parse_json_object, read_bytes_of
 from quarkconv.findings import Finding, FindingsAbout, finding
-from quarkconv.headers.quantizer_names import usual_name
+from quarkconv.headers.quantizer_names import names_in_index
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.headers.scan import Run, runs_of, scan_index
 from quarkconv.text import plural, shown
@@ -94,8 +94,10 @@ def _distinct(files: list[str]) -> Collection[object]:
 
 def compare_index(index: Index, shards: list[ShardHeader]) -> Iterator[Finding]:
     """The contradictions between index and headers."""
-    if any(shard.renamed for shard in shards):
-        index = index._replace(runs=[Run(run.file, list(map(usual_name, run.names))) for run in index.runs])
+    renamed = {shard.file: shard.names for shard in shards if shard.renamed}
+    if renamed:
+        runs = [Run(file, names_in_index(names, renamed.get(file, ()))) for file, names in index.runs]
+        index = index._replace(runs=runs)
     listed = index.by_file()
     # Names are mostly sorted already, so that sorting them takes less time than hashing them.
     if not all(sorted(shard.names) == sorted(listed.get(shard.file, ())) for shard in shards):

@@ -24,7 +24,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.entries import MAX_FREE_BYTES, check_data, not_json, over_limit, parse_entries, refuse_entry
-from quarkconv.headers.quantizer_names import has_quantizer_names, is_renamed, usual_names
+from quarkconv.headers.quantizer_names import is_renamed, may_be_renamed, usual_names
 from quarkconv.headers.scan import scan_header
 
 MAX_HEADER_BYTES: Final = 100_000_000
@@ -150,7 +150,7 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
             refuse_entry(file, max(tensors, key=len), f"a name of at most {MAX_NAME} characters", "a longer one")
         data_size = check_data(file, tensors, starts, ends) if scanned is None else ends[-1]
         renamed = False
-        if has_quantizer_names(text):
+        if may_be_renamed(text, tensors):
             names = usual_names(tensors)
             renamed = is_renamed(tensors, names)
             tensors = dict(zip(names, tensors.values(), strict=True))

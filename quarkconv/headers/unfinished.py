@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shlex
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -17,6 +18,8 @@ STAGING_NAME: Final = ".quarkconv"
 """Folder in an output directory that a conversion works in. The last step removes it."""
 STATE_NAME: Final = "plan.json"
 """File in that folder: the conversion and its command."""
+MANIFEST_NAME: Final = "quarkconv.json"
+"""The manifest of a conversion; see :mod:`quarkconv.plan.manifest`. A finished output has it."""
 NOTES_NAME: Final = "notes"
 """Folder in that folder: a note for each finished shard."""
 _STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
@@ -31,11 +34,13 @@ _OPTIONS: Final = frozenset(
 def refuse_unfinished(root: Path) -> None:
     """Refuse a directory that is an unfinished conversion, with its progress and the command that resumes it.
 
+    A working folder without plan.json beside a manifest is the rest of one that finished.
+
     Raises:
-        SourceError: it has a working folder.
+        SourceError: it has a working folder with a plan.json, or without a manifest beside it.
     """
     folder = root / STAGING_NAME
-    if folder.is_dir():
+    if folder.is_dir() and (os.path.lexists(folder / STATE_NAME) or not (root / MANIFEST_NAME).is_file()):
         finished = sum(1 for _ in folder.glob(f"{NOTES_NAME}/*.json"))
         raise _unfinished("This directory is", str(root), read_state(folder / STATE_NAME), finished)
 

@@ -29,6 +29,7 @@ from support.reported import (
     two_stacks,
     with_mtp,
     with_probabilities,
+    with_scales_named_inv,
 )
 
 from quarkconv import QuarkconvError, convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
@@ -185,6 +186,35 @@ def test_scales_of_blocks_are_unsupported_and_not_missing(declared: bool, tmp_pa
     with pytest.raises(QuarkconvError, match="cannot be verified") as caught:
         verify_checkpoint(source, device="cpu")
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("shape", [(-1,), (-1, 1)])
+@pytest.mark.parametrize("target", TARGETS)
+def test_scales_of_rows_are_read_under_the_name_of_scales_of_blocks(
+    target: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    usual = Model().write(tmp_path / "usual")
+    other = with_scales_named_inv(Model(), shape).write(tmp_path / "other")
+    assert codes(other) == {"quantizer-names": "warning"}
+    assert not [row for row in inspect_checkpoint(other).engines if row.form == "quark"]
+    expected = load(convert_checkpoint(usual, target, tmp_path / "a").output)
+    out = convert_checkpoint(other, target, tmp_path / "b").output
+    found = load(out)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert verify_checkpoint(out, other, device="cpu").ok
+
+
+@pytest.mark.parametrize("scale", [(1, 1), (1, 8), (4, 2)])
+def test_scales_named_as_those_of_blocks_in_other_shapes_are_unsupported(
+    scale: tuple[int, ...], tmp_path: Path
+) -> None:
+    model = Model()
+    model.set(f"{ATTENTION}.o_proj.weight_scale_inv", torch.ones(scale))
+    del model.first[f"{ATTENTION}.o_proj.weight_scale"]
+    source = model.write(tmp_path)
+    assert f"the first is {list(scale)} for a weight [8, 8]" in finding(source, "scheme-unsupported").message
+    assert refusal(source, "fused-int8").exit_code == 4
 
 
 # Rotations that are computed at run time

@@ -141,6 +141,17 @@ def test_an_unfinished_conversion_is_not_a_model(folder: Path) -> None:
 # Damaged files: the rest is still described
 
 
+def test_the_rest_of_a_working_folder_beside_a_finished_conversion_is_no_obstacle(folder: Path) -> None:
+    (folder / ".quarkconv" / "notes").mkdir(parents=True)
+    with pytest.raises(SourceError, match="unfinished conversion"):
+        open_checkpoint(folder)
+    (folder / "quarkconv.json").write_text("{}")
+    assert open_checkpoint(folder).findings == ()
+    (folder / ".quarkconv" / "plan.json").write_text("{")
+    with pytest.raises(SourceError, match="unfinished conversion"):
+        open_checkpoint(folder)
+
+
 def test_a_missing_shard(folder: Path) -> None:
     (folder / SECOND).unlink()
     checkpoint = open_checkpoint(folder)

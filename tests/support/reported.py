@@ -108,6 +108,14 @@ def named_after_the_quantizer(model: Model) -> Model:
     return model
 
 
+def with_scales_named_inv(model: Model, shape: tuple[int, ...]) -> Model:
+    """Scales of rows in a shape, under the name of scales of blocks."""
+    for shard in model.shards:
+        for name in [name for name in shard if name.endswith("weight_scale")]:
+            shard[f"{name}_inv"] = shard.pop(name).reshape(shape)
+    return model
+
+
 def bare() -> Model:
     model = Model()
     del model.config["quantization_config"]

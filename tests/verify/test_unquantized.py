@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -125,3 +127,21 @@ def test_stacked_experts_are_read_as_well(converted: Converted, checkpoints: Che
 def test_an_unquantized_model_that_does_not_fit(converted: Converted, checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UsageError, match="in float and in this shape"):
         quarkconv.verify_checkpoint(converted(NAME), device="cpu", unquantized=checkpoints(NAME))
+
+
+@pytest.mark.parametrize("option", ["unquantized", "source"])
+@pytest.mark.parametrize("damage", ["cut", "cut in its header", "missing"])
+def test_a_model_to_compare_with_whose_files_are_damaged_is_named(
+    option: str, damage: str, converted: Converted, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    other = shutil.copytree(checkpoints("qwen3_moe-bf16" if option == "unquantized" else NAME), tmp_path / "other")
+    shard = sorted(other.glob("*.safetensors"))[0]
+    if damage == "missing":
+        (other / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "a.safetensors"}}))
+        shard = other / "a.safetensors"
+    else:
+        os.truncate(shard, 100 if "header" in damage else shard.stat().st_size - 1)
+    given: dict[str, Any] = {option: other}
+    with pytest.raises(quarkconv.SourceError) as caught:
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", layers={0}, **given)
+    assert (caught.value.file, caught.value.tensor) == (str(shard), None)

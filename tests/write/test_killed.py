@@ -104,6 +104,8 @@ while True:
         now = {name: digest for name, digest in snapshot(out).items() if not name.startswith(".quarkconv")}
         if now != expected:
             failures.append([moment, "config.json was there before the rest"])
+        if not (out / ".quarkconv" / "plan.json").exists():
+            quarkconv.inspect_checkpoint(out)
     else:
         kind = "unfinished" if (out / ".quarkconv").exists() else "nothing"
         try:
