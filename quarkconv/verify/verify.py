@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from quarkconv.description.description import Description, describe
-from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
@@ -26,6 +26,7 @@ from quarkconv.text import examples, plural
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
+from quarkconv.verify.linears import linear_problems
 from quarkconv.verify.numbers import backend_name, unsupported_activation
 from quarkconv.verify.origins import origin_problems
 from quarkconv.verify.parts import identity, scope_of
@@ -107,11 +108,16 @@ def verify_checkpoint(
     original = None
     if unquantized is not None and "numbers" in stages:
         original = _described(unquantized, progress)
+    for noun, other in (("source", compared), ("unquantized model", original)):
+        if other is not None and (broken := _damage(other, noun)) is not None:
+            raise broken
 
     structure, problems = check_structure(description, manifest)
     if compared is not None:
         problems += function_problems(description, compared, chosen)
         problems += origin_problems(description, manifest, compared) if manifest is not None else ()
+    if "numbers" in stages and structure.readable and (share is None or share.number == 1):
+        problems += linear_problems(description, _experts_of(description))
     skipped = _why_no_numbers(
         description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
     )
@@ -257,6 +263,11 @@ def _described(model: str | Path, progress: Progress) -> Description:
     return describe(locate(model, cache=not stream, progress=progress).files, progress)
 
 
+def _damage(description: Description, noun: str) -> QuarkconvError | None:
+    """The error for a checkpoint to compare with whose files cannot be read; None where they can."""
+    return refusal(description.checkpoint.findings, str(description.checkpoint.root), noun, "compared with")
+
+
 def _check_verifiable(description: Description, manifest: Manifest | None) -> None:
     if manifest is not None:
         return
@@ -292,6 +303,11 @@ def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> s
         if (reason := unsupported_activation(activation)) is not None:
             return reason
     return None
+
+
+def _experts_of(description: Description) -> frozenset[str]:
+    """The modules of the layers of int8 experts."""
+    return frozenset(module for layer in description.int8_layers for module in layer.module_names)
 
 
 def _passed_on(description: Description, source: Description | None) -> Iterator[Finding]:

@@ -9,6 +9,7 @@ from quarkconv.experts.topology import MoELayer
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.results import Problem
 
+NONZERO: Final = "The zero point is not zero: engines compute other weights than it means"
 _FIELDS: Final = ("zero_point", "input_zero_point", "offset")
 """Fields of a form, and of its names, that hold zero points."""
 
@@ -26,5 +27,4 @@ def zero_point_problems(layer: MoELayer, reader: LayerReader) -> Iterator[Proble
     names = {getattr(found.names, field) for found in projections for field in _FIELDS if getattr(found.form, field)}
     wrong = [name for name, values in reader.tensors(sorted(names)).items() if bool(values.any())]
     if wrong:
-        message = "The zero point is not zero: engines compute other weights than it means"
-        yield Problem("numbers", layer.index, wrong[0], message, len(wrong))
+        yield Problem("numbers", layer.index, wrong[0], NONZERO, len(wrong))

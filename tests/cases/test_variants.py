@@ -257,6 +257,37 @@ def test_tensors_of_unknown_meaning_beside_weights_are_named_by_every_command(tm
     assert [item.code for item in verify_checkpoint(result.output, device="cpu").findings] == ["companion-unknown"]
 
 
+O_PROJ: Final = "model.layers.0.self_attn.o_proj"
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("weight_zero_point", torch.full((8,), 3, dtype=torch.int8)),
+        ("input_zero_point", torch.tensor(1, dtype=torch.int8)),
+        ("weight_offset", torch.full((8,), 0.5)),
+        ("weight_scale", torch.tensor([0.0, *[1.0] * 7])),
+        ("weight_scale", torch.full((8,), torch.nan)),
+        ("input_scale", torch.tensor(-1.0)),
+    ],
+)
+def test_scales_and_zero_points_outside_of_experts_are_checked(name: str, value: torch.Tensor, tmp_path: Path) -> None:
+    model = Model()
+    if name == "input_scale":
+        model.set(f"{O_PROJ}.weight_scale", torch.tensor(0.5))  # static activations go with one scale for the tensor
+    model.set(f"{O_PROJ}.{name}", value)
+    problems = verify_checkpoint(model.write(tmp_path), device="cpu").problems
+    found = [(problem.tensor, problem.layer) for problem in problems if problem.stage == "numbers"]
+    assert found == [(f"{O_PROJ}.{name}", 0)]
+
+
+def test_a_scale_of_zero_over_codes_of_zero_is_harmless_outside_of_experts_too(tmp_path: Path) -> None:
+    model = Model()
+    model.first[f"{O_PROJ}.weight_scale"][2] = 0
+    model.first[f"{O_PROJ}.weight"][2] = 0
+    assert verify_checkpoint(model.write(tmp_path), device="cpu").ok
+
+
 def test_zero_points_that_are_not_zero_are_not_proven(tmp_path: Path) -> None:
     model = Model()
     model.set(f"{DOWN}.weight_zero_point", torch.full((8,), 3, dtype=torch.int8))
