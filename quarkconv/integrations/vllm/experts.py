@@ -65,6 +65,8 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
     Tokens come in bfloat16 or float16. Shared experts, the dispatch to ranks and the reduction over them stay vLLM's.
     """
 
+    _kept: dict[str, Any] | None = None
+
     @staticmethod
     def is_supported_config(
         cls: Any, moe_config: Any, weight_key: Any, activation_key: Any, activation_format: Any
@@ -115,8 +117,12 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
 
     @staticmethod
     def _supports_parallel_config(moe_parallel_config: Any) -> bool:
-        """Tensor and expert parallel; not data parallel, whose dispatch of unquantized tokens was not run."""
-        return moe_parallel_config.dp_size == 1 and not moe_parallel_config.use_all2all_kernels
+        """Tensor and expert parallel; not data parallel, whose dispatch of unquantized tokens was not run.
+
+        Nor `--all2all-backend passthrough` (0.32 on), whose experts reduce over the ranks themselves.
+        """
+        passthrough = getattr(moe_parallel_config, "use_passthrough_all2all", False)
+        return moe_parallel_config.dp_size == 1 and not moe_parallel_config.use_all2all_kernels and not passthrough
 
     @staticmethod
     def _supports_batch_invariance() -> bool:
@@ -158,21 +164,49 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         """
         assert a1q_scale is None  # expects_unquantized_inputs
         weights = torch.ones_like(topk_weights) if apply_router_weight_on_input else topk_weights
-        fused_experts_int8(
+        self.forward(hidden_states, w1, w2, weights, topk_ids, activation, expert_map, out=output)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        topk_weights: torch.Tensor,
+        topk_ids: torch.Tensor,
+        activation: MoEActivation,
+        expert_map: torch.Tensor | None,
+        *,
+        apply_router_weight_on_input: bool = False,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """The weighted sum over each token's experts on this rank, [M, H], written to `out` where given.
+
+        The arguments are those of `apply`; here the router weight is still to be applied to the input.
+        """
+        return fused_experts_int8(
             hidden_states,
             w1,
             w2,
             self.w1_scale,
             self.w2_scale,
-            weights.float(),
+            topk_weights.float(),
             local_ids(topk_ids, expert_map),
-            out=output,
+            apply_router_weight_on_input=apply_router_weight_on_input,
+            out=out,
             **self._options(activation),
         )
 
-    def warm_up(self, w1: torch.Tensor, w2: torch.Tensor, activation: MoEActivation, most_tokens: int) -> None:
+    def warm_up(
+        self,
+        w1: torch.Tensor,
+        w2: torch.Tensor,
+        activation: MoEActivation,
+        most_tokens: int,
+        *,
+        apply_router_weight_on_input: bool = False,
+    ) -> None:
         """Compile what layers with such weights launch for up to so many tokens, once in a process."""
-        shape = (w1.device, *w1.shape, activation, self.moe_config.in_dtype, most_tokens)
+        shape = (w1.device, *w1.shape, activation, self.moe_config.in_dtype, most_tokens, apply_router_weight_on_input)
         scales = (self.a1_scale, self.w1_bias)
         key = (*shape, self.moe_config.experts_per_token, *(scale is None for scale in scales))
         if key in _WARM:
@@ -180,12 +214,14 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         _WARM.add(key)
         x = w1.new_zeros((1, w1.shape[2]), dtype=self.moe_config.in_dtype)
         ids = w1.new_zeros((1, self.moe_config.experts_per_token), dtype=torch.int32)
-        options = self._options(activation)
+        options = self._options(activation) | {"apply_router_weight_on_input": apply_router_weight_on_input}
         warm_up(check_arguments(x, w1, w2, self.w1_scale, self.w2_scale, ids.float(), ids, **options), most_tokens)
 
     def _options(self, activation: MoEActivation) -> dict[str, Any]:
-        """The arguments of the forward that every call of a layer has."""
-        options = activation_arguments(activation, self.moe_config)
-        assert options is not None  # is_supported_config
-        static = {"w13_input_scale": self.a1_scale, "w2_input_scale": self.a2_scale}
-        return {**options, **static, "w13_bias": self.w1_bias, "w2_bias": self.w2_bias}
+        """The arguments of the forward that every call of a layer has, which has one activation."""
+        if self._kept is None:
+            options = activation_arguments(activation, self.moe_config)
+            assert options is not None  # is_supported_config
+            static = {"w13_input_scale": self.a1_scale, "w2_input_scale": self.a2_scale}
+            self._kept = {**options, **static, "w13_bias": self.w1_bias, "w2_bias": self.w2_bias}
+        return self._kept

@@ -128,6 +128,34 @@ def test_experts_compute_what_the_export_says(turned_on: list[str], forms: Forms
 
 
 @pytest.mark.usefixtures("turned_on")
+@pytest.mark.parametrize("rank", [WHOLE, RANKS[4]], ids=str)
+def test_a_modular_kernel_gives_the_same_bits(forms: Forms, rank: Rank) -> None:
+    """The method calls the experts directly; vLLM may call them by its interface of modular experts."""
+    name = "qwen3_moe-quark0.13-f2f"
+    layer = ready(forms(name, QUARK), name, rank)
+    x, weights, ids = inputs(layer, layer.global_num_experts)
+    modular = layer.quant_method.moe_kernel.apply(
+        x, layer.w13_weight, layer.w2_weight, weights, ids, layer.activation, layer.global_num_experts,
+        layer.expert_map, False,
+    )  # fmt: skip
+    assert modular.any()
+    assert torch.equal(modular, layer.quant_method.apply(layer, x, weights, ids, None, None))
+
+
+@pytest.mark.usefixtures("turned_on")
+def test_router_weights_on_the_input_multiply_the_tokens(forms: Forms) -> None:
+    name = "qwen3_moe-quark0.13-f2f"
+    layer = ready(forms(name, QUARK), name)
+    x, weights, ids = inputs(layer, layer.global_num_experts)
+    weights, ids = 2 ** (4 * weights[:, :1] - 2).round(), ids[:, :1].contiguous()  # powers of 2 leave the codes as they are
+    layer.apply_router_weight_on_input = True
+    out = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    expected = exact(forms.stacked(name), name, x.double() * weights, torch.ones_like(weights), ids)
+    assert relative_error(out, expected) < BOUND
+    assert relative_error(out, exact(forms.stacked(name), name, x, weights, ids)) > BOUND
+
+
+@pytest.mark.usefixtures("turned_on")
 @pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "qwen3_moe-quark0.11-eager-int8_static"])
 @pytest.mark.parametrize("parallel", [RANKS[1:3], RANKS[3:]], ids=["tensor", "expert"])
 def test_results_of_the_ranks_add_up(forms: Forms, name: str, parallel: tuple[Rank, ...]) -> None:
@@ -212,9 +240,14 @@ def _data_parallel(moe: Any) -> None:
     moe.moe_parallel_config.dp_size = 2
 
 
+def _passthrough(moe: Any) -> None:
+    moe.moe_parallel_config.all2all_backend = "passthrough"
+
+
 FALLBACKS: dict[str, tuple[Any, str]] = {
     "LoRA": (_moe(is_lora_enabled=True), "LoRA"),
     "data parallel": (_data_parallel, "parallel config"),
+    "experts that reduce over the ranks": (_passthrough, "parallel config"),
     "a requested backend": (_moe(moe_backend="triton"), "--moe-backend triton was requested"),
     "interleaved gate and up": (_moe(activation=MoEActivation.SWIGLUOAI), "activation"),
     "gelu with a limit": (_moe(activation=MoEActivation.GELU, swiglu_limit=7.0), "parameters of gelu"),
