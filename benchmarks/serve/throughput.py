@@ -4,8 +4,10 @@
 
 Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random weights
 (`filled`). All start first. Then each figure is measured in turn, round after round in alternating order, while the
-others wait. Prefill: prompts of 8192 tokens, one new token. Decode: the time that more new tokens take, for prompts of
-128 tokens: the prefill cancels out. Log-probabilities of one prompt are compared between backends.
+others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with --capture-prefill. Decode:
+the time that more new tokens take, for prompts of 128 tokens: the prefill cancels out. Log-probabilities of one prompt
+are compared between backends. With --profile, one prefill of each follows under torch's profiler: how long its kernels
+took, and for which part of the time the GPU was busy; for the rest it waited for the host.
 
 Writes benchmarks/results/serve-<model>-<device>.json, or --out, after each figure: a run that is cut keeps what it
 measured. vLLM, and quarkconv with its entry point, must be installed, or lie on PYTHONPATH with their metadata.
@@ -15,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import datetime
+import gzip
 import json
 import os
 import re
@@ -44,6 +47,8 @@ SEQUENCES = (1, 8, 64, 256)
 PREFILL = "prefill"
 FIGURES = (PREFILL, *map(str, SEQUENCES))
 """What is measured: prefill in tokens per second, decode in milliseconds a step for each number of sequences."""
+PROFILE = "profile"
+_LARGEST = 12  # kernels of a profile that are named
 COMPARED = 256
 """Tokens of the prompt whose log-probabilities are compared."""
 
@@ -70,8 +75,9 @@ class Server:
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         self.name = name
         self.log = folder / f"{name}.log"
-        sizes = [str(options.cache_bytes), str(options.tensor_parallel)]
-        command = [sys.executable, __file__, "--worker", name, str(model), str(writing), *sizes]
+        given = {key: getattr(options, key) for key in ("cache_bytes", "tensor_parallel", "capture_prefill")}
+        given["traces"] = str(folder / f"traces-{name}") if options.profile else ""
+        command = [sys.executable, __file__, "--worker", name, str(model), str(writing), json.dumps(given)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writing]
@@ -91,11 +97,10 @@ class Server:
         line = self.results.readline()
         return json.loads(line) if line else None
 
-    def measure(self, figure: str) -> float | None:
-        """Measure a figure once; None if the process has ended."""
+    def measure(self, figure: str) -> Any:
+        """Measure a figure once, or `PROFILE`; None if the process has ended."""
         self.request(figure)
-        value: float | None = self.read()
-        return value
+        return self.read()
 
     def wait(self, seconds: float) -> None:
         """Until there is an answer to read; after so many seconds the process is ended."""
@@ -107,11 +112,15 @@ class Server:
         while self.process.poll() is None and b"Model loading took" not in self.log.read_bytes():
             time.sleep(0.5)
 
-    def stop(self) -> None:
-        """End the process."""
+    def end(self) -> None:
+        """Let the process end, without waiting for it."""
         assert self.process.stdin is not None
         with suppress(BrokenPipeError):
             self.process.stdin.close()
+
+    def stop(self) -> None:
+        """End the process."""
+        self.end()
         try:
             self.process.wait(60)
         except subprocess.TimeoutExpired:
@@ -124,20 +133,23 @@ class Server:
         return list(dict.fromkeys(lines))
 
 
-def work(name: str, model: str, results: int, cache_bytes: int, tensor_parallel: int) -> None:
+def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
     """A worker: the first line of stdin builds the LLM and computes log-probabilities, each later one measures."""
     from vllm import LLM, SamplingParams
 
     channel = os.fdopen(results, "w")
     sys.stdin.readline()
     started = time.monotonic()
-    ranks = {"tensor_parallel_size": tensor_parallel, "disable_custom_all_reduce": True} if tensor_parallel > 1 else {}
+    count, traces = options["tensor_parallel"], options["traces"]
+    ranks = {"tensor_parallel_size": count, "disable_custom_all_reduce": True} if count > 1 else {}
+    captured = [*SEQUENCES, PROMPT] if options["capture_prefill"] else list(SEQUENCES)
+    profiled = {"profiler_config": profiler_config(traces)} if traces else {}
     llm = LLM(
         model=model, load_format=LOAD_FORMAT, skip_tokenizer_init=True, dtype="bfloat16", seed=0,
         max_model_len=PROMPT + 64, max_num_batched_tokens=PROMPT, max_num_seqs=max(SEQUENCES),
-        kv_cache_memory_bytes=cache_bytes, gpu_memory_utilization=0.05, enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": list(SEQUENCES)}, disable_log_stats=True, **ranks,
-        **BACKENDS[name][0],
+        kv_cache_memory_bytes=options["cache_bytes"], gpu_memory_utilization=0.05, enable_prefix_caching=False,
+        compilation_config={"cudagraph_capture_sizes": captured}, disable_log_stats=True, **ranks,
+        **profiled, **BACKENDS[name][0],
     )  # fmt: skip
     vocabulary = 100_000
 
@@ -158,11 +170,18 @@ def work(name: str, model: str, results: int, cache_bytes: int, tensor_parallel:
             if long > short:
                 return (long - short) / (NEW[1] - NEW[0])
 
-    def measure(figure: str) -> float:
-        if figure != PREFILL:
+    def prefill() -> float:
+        return generate([prompt(PROMPT, seed) for seed in range(PROMPTS)], max_tokens=1)[0]
+
+    def measure(figure: str) -> Any:
+        if figure == PREFILL:
+            return PROMPT * PROMPTS / prefill()
+        if figure != PROFILE:
             return 1e3 * step(int(figure))
-        seconds = generate([prompt(PROMPT, seed) for seed in range(PROMPTS)], max_tokens=1)[0]
-        return PROMPT * PROMPTS / seconds
+        llm.start_profile()
+        prefill()
+        llm.stop_profile()
+        return summarize(Path(traces))
 
     def send(result: Any) -> None:
         channel.write(json.dumps(result) + "\n")
@@ -177,6 +196,43 @@ def work(name: str, model: str, results: int, cache_bytes: int, tensor_parallel:
     send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
     for line in sys.stdin:
         send(measure(line.strip()))
+
+
+def profiler_config(folder: str) -> dict[str, Any]:
+    """Of vLLM's: kernels alone are recorded, which slows the host least."""
+    return {
+        "profiler": "torch",
+        "torch_profiler_dir": folder,
+        "torch_profiler_activities": ["CUDA"],
+        "torch_profiler_with_stack": False,
+        "torch_profiler_dump_cuda_time_total": False,
+    }
+
+
+def summarize(folder: Path) -> dict[str, Any]:
+    """What the newest trace in a folder says about the GPU; times in milliseconds, of all prompts.
+
+    span: from the first kernel to the end of the last; busy: part of it in which a kernel ran; largest: by time.
+    """
+    path = max(folder.rglob("*.json*"), key=lambda each: each.stat().st_mtime)
+    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
+    kernels = [event for event in json.loads(text)["traceEvents"] if event.get("cat") == "kernel"]
+    kernels.sort(key=lambda kernel: kernel["ts"])
+    busy = end = 0.0
+    by_name: dict[str, float] = {}
+    for kernel in kernels:
+        last = kernel["ts"] + kernel["dur"]
+        busy += max(last - max(kernel["ts"], end), 0.0)
+        end = max(end, last)
+        by_name[kernel["name"][:100]] = by_name.get(kernel["name"][:100], 0.0) + kernel["dur"] / 1e3
+    span = end - kernels[0]["ts"]
+    largest = sorted(by_name.items(), key=lambda item: -item[1])[:_LARGEST]
+    return {
+        "span_ms": round(span / 1e3, 3),
+        "busy": round(busy / span, 4),
+        "kernels": len(kernels),
+        "largest_ms": {name: round(ms, 3) for name, ms in largest},
+    }
 
 
 def compare(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -256,15 +312,22 @@ def run(options: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any
     found = {"backends": rows, "logprob_differences": compare(logprobs)}
     save(found)
     values: dict[str, dict[str, list[float]]] = {server.name: {figure: [] for figure in FIGURES} for server in running}
-    for number in range(options.rounds):
+    for number in range(max(options.rounds, options.decode_rounds)):
         for figure in FIGURES:
+            if number >= (options.rounds if figure == PREFILL else options.decode_rounds):
+                continue
             for server in running if number % 2 == 0 else running[::-1]:
                 value = server.measure(figure)
                 if value is not None:
                     values[server.name][figure].append(value)
                     rows[server.name] |= medians(values[server.name])
                     save(found)
-        print(f"round {number + 1} of {options.rounds}", flush=True)
+        print(f"round {number + 1}", flush=True)
+    for server in running if options.profile else ():
+        rows[server.name][PROFILE] = server.measure(PROFILE)
+        save(found)
+    for server in running:
+        server.end()
     for server in running:
         server.stop()
     for server in servers if options.logs else ():
@@ -274,7 +337,7 @@ def run(options: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any
 
 def main() -> int:
     if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], sys.argv[3], *map(int, sys.argv[4:7]))
+        work(sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5]))
         return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
@@ -282,7 +345,14 @@ def main() -> int:
     parser.add_argument("--backends", default=",".join(BACKENDS))
     parser.add_argument("--tensor-parallel", type=int, default=1, metavar="N", help="GPUs of each backend")
     parser.add_argument("--tables", type=Path, help="folder of tuned tables for vLLM's Triton backend")
-    parser.add_argument("--rounds", type=int, default=5, help="of which the medians count")
+    parser.add_argument("--rounds", type=int, default=5, help="of prefill, of which the medians count")
+    parser.add_argument("--decode-rounds", type=int, default=5, help="of decode")
+    parser.add_argument(
+        "--capture-prefill",
+        action="store_true",
+        help=f"CUDA graphs of {PROMPT} tokens too, so that prefill runs in them",
+    )
+    parser.add_argument("--profile", action="store_true", help="one prefill of each backend under torch's profiler")
     parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend on a GPU")
     parser.add_argument("--start-within", type=float, default=900.0, metavar="SECONDS", help="else it is left out")
     parser.add_argument("--logs", type=Path, help="folder to keep the processes' logs in")
@@ -299,6 +369,7 @@ def main() -> int:
     device = torch.cuda.get_device_properties(0).name
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     chosen = f"--model {options.model} --layers {options.layers} --backends {options.backends}"
+    chosen += " --capture-prefill" * options.capture_prefill + " --profile" * options.profile
     document = {
         "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
         "tensor_parallel": options.tensor_parallel, "date": datetime.date.today().isoformat(),

@@ -147,7 +147,10 @@ def test_router_weights_on_the_input_multiply_the_tokens(forms: Forms) -> None:
     name = "qwen3_moe-quark0.13-f2f"
     layer = ready(forms(name, QUARK), name)
     x, weights, ids = inputs(layer, layer.global_num_experts)
-    weights, ids = 2 ** (4 * weights[:, :1] - 2).round(), ids[:, :1].contiguous()  # powers of 2 leave the codes as they are
+    weights, ids = (
+        2 ** (4 * weights[:, :1] - 2).round(),
+        ids[:, :1].contiguous(),
+    )  # powers of 2 leave the codes as they are
     layer.apply_router_weight_on_input = True
     out = layer.quant_method.apply(layer, x, weights, ids, None, None)
     expected = exact(forms.stacked(name), name, x.double() * weights, torch.ones_like(weights), ids)
