@@ -76,7 +76,8 @@ class ClusterTasks:
         """
         import ray
 
-        pending = [ray.remote(task).options(**self._resources).remote(*arguments) for task, *arguments in tasks]
+        functions = {task: ray.remote(task).options(**self._resources) for task, *_ in tasks}  # each is sent once
+        pending = [functions[task].remote(*arguments) for task, *arguments in tasks]
         try:
             while pending:
                 done, pending = ray.wait(pending, timeout=_POLL_SECONDS)

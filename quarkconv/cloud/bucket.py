@@ -1,7 +1,7 @@
 """The files of a model in an object store, read by ranges; nothing is stored on disk.
 
-Added to what obstore does: each request demands the ETag that was listed, and each response must have the requested
-length.
+Added to what obstore does: each request demands the ETag that was listed, and each response must have it and the
+requested length.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ class Bucket(RemoteFiles):
     """The files below one URL of an object store, as they were listed. Made by :func:`open_bucket`."""
 
     ahead_bytes = 2 * BLOCK_BYTES  # parts of uploads are in memory as well
+    pins_etags = True
 
     def __init__(self, url: str, store: ObjectStore, entries: dict[str, Entry]) -> None:
         super().__init__(entries)
@@ -55,12 +56,14 @@ class Bucket(RemoteFiles):
                 self._store, name, options={"range": (start, end), "if_match": self.entries[name].etag}
             )
             data = bytes(response.bytes())
-            found, size = tuple(response.range), response.meta["size"]
+            found, size, etag = tuple(response.range), response.meta["size"], entry_of(response.meta).etag
         except Exception as error:  # of obstore, and OSErrors
             raise self._error(error, name) from error
         with self._lock:
             self._nbytes += len(data)
             self._requests += 1
+        if etag != self.entries[name].etag:  # of a store that ignores If-Match
+            raise self._changed(name, f"ETag {etag}" if etag else "no ETag")
         if (*found, len(data), size) != (start, end, end - start, self.entries[name].size):
             raise _unavailable(
                 "The object store sent other bytes than requested",

@@ -38,6 +38,8 @@ class RemoteFiles:
 
     ahead_bytes: int | None = None
     """Bytes that one reader requests before they are needed; None for the default."""
+    pins_etags: bool = False
+    """Whether each response is compared with the listed ETag: a file that was read need not be checked again."""
 
     def __init__(self, entries: Mapping[str, Entry]) -> None:
         self.entries: Final = dict(entries)

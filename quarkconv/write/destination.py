@@ -85,6 +85,18 @@ class Output(Protocol):
             WriteError: the output cannot be written to.
         """
 
+    def rejoin(
+        self, state: dict[str, Any], plan_files: list[str], shard: OutputShard
+    ) -> AbstractContextManager[Destination]:
+        """Go on with a conversion that was begun for processes that may write any shard, to write one.
+
+        Args:
+            state, plan_files: as of :meth:`begin`.
+            shard: the only shard whose record is looked for.
+
+        Errors as of :meth:`join`.
+        """
+
 
 class Destination(Protocol):
     """Where one conversion writes. Methods for shards are called from several threads."""
@@ -113,6 +125,15 @@ class Destination(Protocol):
 
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that was finished; None when it has to be written."""
+
+    def is_listed(self, shard: OutputShard) -> bool:
+        """Whether a shard seems finished, by the last look at the output; its record is not read.
+
+        A record may be of an object that was replaced: :meth:`finished` decides.
+        """
+
+    def is_leased(self, shard: OutputShard) -> bool:
+        """Whether another worker seems to write a shard; false where asking costs as much as taking the lease."""
 
     def read_records(self, shards: Iterable[OutputShard]) -> None:
         """Read the records of some shards at once; :meth:`finished` then answers without a request for each."""

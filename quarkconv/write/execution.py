@@ -11,6 +11,7 @@ from typing import Any
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
 from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.pieces import OutputShard
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
@@ -101,6 +102,13 @@ class Execution:
         """
         state, names = self._state(sources, JOINED if share is None else share.count), self.plan.file_names()
         with self.output.join(state, names, share) as destination:
+            yield Run(self.plan, sources, destination, self.progress)
+
+    @contextmanager
+    def rejoined(self, sources: Source, shard: OutputShard) -> Iterator[Run]:
+        """Go on as one of several processes that may write any shard, to write one; errors as of :meth:`joined`."""
+        state, names = self._state(sources, JOINED), self.plan.file_names()
+        with self.output.rejoin(state, names, shard) as destination:
             yield Run(self.plan, sources, destination, self.progress)
 
     def _state(self, sources: Source, shares: int | None) -> dict[str, Any]:

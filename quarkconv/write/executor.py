@@ -23,7 +23,7 @@ from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifes
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shards import PAGE
-from quarkconv.progress import Progress
+from quarkconv.progress import SILENT, Progress
 from quarkconv.version import own_version
 from quarkconv.write.destination import Destination
 from quarkconv.write.held_scales import HeldScales
@@ -127,6 +127,10 @@ class Run:
         errors = [error for future in futures if (error := future.exception())]
         if errors:  # the first cause, not the threads that stopped because of it
             raise next((error for error in errors if not isinstance(error, InterruptedByUser)), errors[0])
+
+    def end_progress(self) -> None:
+        """Report no more progress: all bytes of this process were counted, and finishing counts none."""
+        self._progress = SILENT
 
     def count(self, nbytes: int) -> None:
         """Count bytes that another worker wrote."""

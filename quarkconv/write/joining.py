@@ -6,6 +6,8 @@ import logging
 import time
 from collections.abc import Iterator
 from itertools import islice
+from math import log2
+from random import Random
 from typing import Final
 
 from quarkconv.errors import QuarkconvError, UsageError
@@ -96,6 +98,7 @@ class _Worker:
         self._jobs = execution.jobs
         self._counted: set[str] = set()
         self._writing: set[str] = set()
+        self._random = Random()
 
     def work(self) -> None:
         """Take shards until all are written and the checks hold.
@@ -122,6 +125,7 @@ class _Worker:
         while True:
             if self._leases.take(_FINISH):
                 self._destination.refresh()
+                self._run.end_progress()
                 self._run.write_shards(self._run.plan.shards, self._jobs)
                 return self._run.finish()
             time.sleep(POLL_SECONDS)
@@ -139,14 +143,22 @@ class _Worker:
     def _unfinished(self) -> list[OutputShard]:
         """The shards that are not written; those that others wrote are counted."""
         todo = []
-        self._destination.read_records(self._run.plan.shards)
         for shard in self._run.plan.shards:
-            if self._destination.finished(shard) is None:
+            if not self._destination.is_listed(shard):
                 todo.append(shard)
             elif shard.file not in self._counted and shard.file not in self._writing:
                 self._counted.add(shard.file)
                 self._run.count(shard.nbytes)
         return todo
+
+    def _in_order(self) -> list[OutputShard]:
+        """The shards to take, in an order of this worker's own: those that others write come last.
+
+        Large ones come first, so that all workers end at about the same time.
+        """
+        todo = self._unfinished()
+        self._random.shuffle(todo)
+        return sorted(todo, key=lambda shard: (self._destination.is_leased(shard), -int(4 * log2(shard.nbytes))))
 
     def _write(self) -> None:
         """Write shards that nobody works on: one after the other, or, where they are streamed, several at a time."""
@@ -165,15 +177,16 @@ class _Worker:
 
     def _taken(self) -> Iterator[OutputShard]:
         """Shards whose leases this worker takes one by one, until there is none that nobody works on."""
-        todo, looked = iter(self._unfinished()), time.monotonic()
+        todo, looked = iter(self._in_order()), time.monotonic()
         while (shard := next(todo, None)) is not None:
             if time.monotonic() - looked > LOOK_SECONDS:
                 self._destination.refresh()
-                todo, looked = iter(self._unfinished()), time.monotonic()
+                todo, looked = iter(self._in_order()), time.monotonic()
             elif shard.file not in self._writing and self._leases.take(shard.file):
                 # Another worker may have finished it, and given its lease back, since the last look.
                 if self._destination.finished_now(shard):
                     self._leases.release(shard.file)
+                    todo, looked = iter(self._in_order()), time.monotonic()
                     continue
                 if self._leases.took_over(shard.file):
                     self._destination.discard_partial((shard,))

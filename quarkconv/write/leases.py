@@ -107,6 +107,8 @@ class Leases:
     def take(self, name: str) -> bool:
         """Take a lease, or take over one that has not been renewed; False where another worker holds it."""
         with self._lock:
+            if name not in self._seen and self._write(name, None):
+                return True
             found = self._store.read(name)
             if found is not None:
                 before, since = self._seen.setdefault(name, (found, self._clock()))
@@ -136,8 +138,8 @@ class Leases:
         """Give a lease back, if it is held."""
         with self._lock:
             token = self._held.pop(name, None)
-            if token is not None and self._store.read(name) == token:
-                self._store.delete(name, token)
+        if token is not None and self._store.read(name) == token:
+            self._store.delete(name, token)
 
     @contextmanager
     def renewing(self) -> Iterator[None]:

@@ -32,7 +32,7 @@ from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import MAX_SHARES, Share
 from quarkconv.write.earlier_objects import STATE, delete_earlier, finished_meanwhile, parsed
 from quarkconv.write.notes import note_of, written_of
-from quarkconv.write.object_leases import ObjectLeases
+from quarkconv.write.object_leases import ObjectLeases, lease_name
 from quarkconv.write.refusals import source_changed
 from quarkconv.write.source import Source
 from quarkconv.write.state import JOINED
@@ -104,7 +104,7 @@ class ObjectDestination:
         Raises:
             UsageError: another process has finished the conversion.
         """
-        names = [name for name in map(_note_name, (shard.file for shard in shards)) if name not in self._notes]
+        names = [name for name in map(note_name, (shard.file for shard in shards)) if name not in self._notes]
         names = [name for name in names if name in self._entries]
         found = self.objects.get_many(names)
         if len(found) < len(names) and self.objects.entry(STATE) is None:  # notes are deleted at the end
@@ -132,7 +132,7 @@ class ObjectDestination:
                 hint="run the same command again, and check that nothing else writes there",
             )
         note = {**note_of(shard, self.plan_digest), "etag": entry.etag}
-        name, data = _note_name(shard.file), json.dumps(note).encode()
+        name, data = note_name(shard.file), json.dumps(note).encode()
         if not self._shared:
             self.objects.put(name, data)
             return True
@@ -148,13 +148,22 @@ class ObjectDestination:
             self.objects.put(name, data)
         return before.get("plan") != self.plan_digest
 
+    def is_listed(self, shard: OutputShard) -> bool:
+        """Whether a shard and its note were there when the objects were last listed."""
+        entry = self._entries.get(shard.file)
+        return entry is not None and entry.size == shard.nbytes and note_name(shard.file) in self._entries
+
+    def is_leased(self, shard: OutputShard) -> bool:
+        """Whether a shard had a lease when the objects were last listed."""
+        return lease_name(shard.file) in self._entries
+
     def finished(self, shard: OutputShard) -> WrittenShard | None:
         """The record of a shard that was finished when the objects were last listed."""
         entry = self._entries.get(shard.file)
         if entry is None or entry.size != shard.nbytes:
             return None
         self.read_records([shard])
-        note = self._notes.get(_note_name(shard.file))
+        note = self._notes.get(note_name(shard.file))
         if note is None or entry.etag != str(note.get("etag")):
             return None
         return written_of(shard, note, self.plan_digest)
@@ -165,7 +174,7 @@ class ObjectDestination:
         Raises:
             UsageError: another process has finished the conversion.
         """
-        if self.objects.entry(_note_name(shard.file)) is None:
+        if self.objects.entry(note_name(shard.file)) is None:
             if self.objects.entry(STATE) is None:  # notes are deleted after it
                 raise finished_meanwhile(self.objects.url)
             return False
@@ -255,7 +264,8 @@ class ObjectDestination:
         return nullcontext()
 
 
-def _note_name(file: str) -> str:
+def note_name(file: str) -> str:
+    """The name of the note of a shard."""
     return f"{_NOTES}{file}.json"
 
 

@@ -15,15 +15,17 @@ class ObjectLeases:
 
     def read(self, name: str) -> Token | None:
         """The version of the lease."""
-        return self._objects.version(self._name(name))
+        return self._objects.version(lease_name(name))
 
     def write(self, name: str, data: bytes, found: Token | None) -> Token | None:
         """Create the object, or replace it under its version."""
-        return self._objects.create_or_replace(self._name(name), data, None if found is None else Version(*found))
+        return self._objects.create_or_replace(lease_name(name), data, None if found is None else Version(*found))
 
     def delete(self, name: str, found: Token) -> None:  # noqa: ARG002
         """Delete the object."""
-        self._objects.delete([self._name(name)])
+        self._objects.delete([lease_name(name)])
 
-    def _name(self, name: str) -> str:
-        return f"{STAGING_NAME}/{LEASES_NAME}/{name}"
+
+def lease_name(name: str) -> str:
+    """The name of the object of a lease."""
+    return f"{STAGING_NAME}/{LEASES_NAME}/{name}"

@@ -31,8 +31,8 @@ from quarkconv.write.source import Source
 
 TASK_BYTES: Final = 256 * 2**20
 """Memory that Ray reserves for a task."""
-STREAM_CPUS: Final = 0.5
-"""CPUs of a task that streams a shard: one task reads while another sends its last part."""
+STREAM_CPUS: Final = 0.3
+"""CPUs of a task that streams a shard: one task reads while others send their last parts, or begin and end."""
 _CHECKS_OF_A_TASK: Final = 4096
 
 
@@ -112,7 +112,7 @@ def _common(execution: Execution) -> _Common:
 
 @lru_cache(maxsize=1)
 def _execution(common: Any) -> Execution:
-    """The execution on this node. A process that runs several tasks of a conversion locates the source once.
+    """The execution on this node. A process that runs several tasks of a conversion locates source and output once.
 
     The source has been compared with the plan by the process that started the tasks, and the output holds its ETags.
     """
@@ -127,7 +127,7 @@ def _write(common: list[Any], shard: OutputShard) -> int:
     execution = _execution(*common)
     with (
         closing(open_source(execution.source, execution.plan, _turn())) as sources,
-        execution.joined(sources) as run,
+        execution.rejoined(sources, shard) as run,
         run.writing(),
     ):
         run.write_shards((shard,), execution.jobs)

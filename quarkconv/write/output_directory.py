@@ -8,7 +8,7 @@ import os
 import shutil
 import uuid
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -18,6 +18,7 @@ from quarkconv.files.regular import walk
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME, read_state
 from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.plan.pieces import OutputShard
 from quarkconv.plan.shares import Share
 from quarkconv.text import shortened
 from quarkconv.write.durable import sync_directory, write_durably, writing
@@ -117,6 +118,15 @@ class OutputDirectory:
                             shutil.rmtree(staging.folder, ignore_errors=True)
                         raise
             yield staging
+
+    def rejoin(
+        self,
+        state: dict[str, Any],
+        plan_files: list[str],
+        shard: OutputShard,  # noqa: ARG002 - looking at a directory costs little
+    ) -> AbstractContextManager[Staging]:
+        """Go on with a conversion, as :meth:`join`."""
+        return self.join(state, plan_files, None)
 
 
 def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:

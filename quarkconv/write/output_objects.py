@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import json
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, Final
 
 from quarkconv.cloud.objects import ConditionsUnsupportedError, Objects
+from quarkconv.files.remote import Entry
 from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.pieces import OutputShard
 from quarkconv.plan.shares import Share
 from quarkconv.write.earlier_objects import (
     STATE,
@@ -21,30 +23,34 @@ from quarkconv.write.earlier_objects import (
     parsed,
     refuse_others,
 )
-from quarkconv.write.object_destination import ObjectDestination
+from quarkconv.write.object_destination import ObjectDestination, note_name
 from quarkconv.write.state import JOINED, refuse_difference
 
 
-@dataclass(frozen=True, slots=True)
 class OutputObjects:
     """The objects below a URL as an output; errors of all methods as of :class:`quarkconv.write.destination.Output`.
 
-    Attributes:
+    Args:
         location: the URL.
     """
 
-    location: str
+    def __init__(self, location: str) -> None:
+        self.location: Final = location
+
+    @cached_property
+    def _objects(self) -> Objects:
+        """The objects, over connections that all methods share."""
+        return Objects(self.location)
 
     def finished(self, digest: str) -> Manifest | None:
         """The manifest of a finished conversion by the same plan; None without one, or before it is finished."""
-        objects = Objects(self.location)
-        entries = objects.entries()
-        manifest = None if STATE in entries else manifest_of(objects, entries)
+        entries = self._objects.entries()
+        manifest = None if STATE in entries else manifest_of(self._objects, entries)
         return manifest if manifest is not None and manifest.plan == digest else None
 
     def has_begun(self) -> bool:
         """Whether there is an unfinished conversion below the URL."""
-        return Objects(self.location).entry(STATE) is not None
+        return self._objects.entry(STATE) is not None
 
     def begin(
         self,
@@ -66,8 +72,24 @@ class OutputObjects:
         """Begin or resume a conversion of several processes."""
         return nullcontext(self._opened(state, plan_files))
 
+    def rejoin(
+        self,
+        state: dict[str, Any],
+        plan_files: list[str],  # noqa: ARG002 - compared when the conversion was begun
+        shard: OutputShard,
+    ) -> AbstractContextManager[ObjectDestination]:
+        """Go on with a conversion: what there is of one shard is looked up, and nothing is listed."""
+        self._compare(state)
+        entries = {}
+        for name in (note_name(shard.file), shard.file):
+            entry = self._objects.entry(name)
+            if entry is None:
+                break
+            entries[name] = entry
+        return nullcontext(self._destination(state, entries))
+
     def _opened(self, state: dict[str, Any], plan_files: list[str], *, overwrite: bool = False) -> ObjectDestination:
-        objects = Objects(self.location)
+        objects = self._objects
         entries = objects.entries()
         begun = STATE in entries
         if overwrite:
@@ -78,13 +100,18 @@ class OutputObjects:
         if overwrite or not (begun or _create(objects, recorded)):
             objects.put(STATE, recorded)
         else:
-            found = objects.get(STATE)
-            if found is None:
-                raise finished_meanwhile(self.location)
-            refuse_difference(self.location, parsed(found[0]), state)
-        if overwrite:
-            entries = {}
-        return ObjectDestination(objects, state["plan"], entries, shared=state.get("shares") == JOINED)
+            self._compare(state)
+        return self._destination(state, {} if overwrite else entries)
+
+    def _compare(self, state: dict[str, Any]) -> None:
+        """Refuse a conversion that is not the one that was begun."""
+        found = self._objects.get(STATE)
+        if found is None:
+            raise finished_meanwhile(self.location)
+        refuse_difference(self.location, parsed(found[0]), state)
+
+    def _destination(self, state: dict[str, Any], entries: dict[str, Entry]) -> ObjectDestination:
+        return ObjectDestination(self._objects, state["plan"], entries, shared=state.get("shares") == JOINED)
 
 
 def _create(objects: Objects, state: bytes) -> bool:

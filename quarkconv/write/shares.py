@@ -7,13 +7,16 @@ those end.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import chain
 
 from quarkconv.errors import UsageError, WriteError
 from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share, ShareWork
 from quarkconv.write.checks import run_checks
 from quarkconv.write.execution import Execution
+from quarkconv.write.executor import Run
 from quarkconv.write.locks import OutputBusyError
 
 
@@ -33,7 +36,8 @@ def write_share(execution: Execution, work: ShareWork) -> Manifest | None:
     Errors as of :func:`quarkconv.write.write.write_output`.
     """
     try:
-        return _finish(execution) if _write(execution, work) else None
+        manifest, complete = _write(execution, work)
+        return _finish(execution) if complete and manifest is None else manifest
     except UsageError:  # another process may have finished the conversion meanwhile
         manifest = execution.finished()
         if manifest is None:
@@ -41,8 +45,13 @@ def write_share(execution: Execution, work: ShareWork) -> Manifest | None:
         return manifest
 
 
-def _write(execution: Execution, work: ShareWork) -> bool:
-    """Write the shards of a share; True when those of all shares are written."""
+def _write(execution: Execution, work: ShareWork) -> tuple[Manifest | None, bool]:
+    """Write the shards of a share.
+
+    Returns:
+        The manifest, where the conversion could be finished at once, and whether the shards of all shares are written.
+    """
+    plan = execution.plan
     with execution.opened() as sources, execution.joined(sources, work.share) as run, run.writing():
         destination = run.destination
         if not destination.checks_hold(work.share):
@@ -52,8 +61,15 @@ def _write(execution: Execution, work: ShareWork) -> bool:
             destination.discard_partial(work.shards)
         run.write_shards(work.shards, execution.jobs)
         destination.refresh()
-        destination.read_records(execution.plan.shards)
-        return all(destination.finished(shard) for shard in execution.plan.shards)
+        if not all(map(destination.is_listed, plan.shards)):
+            return None, False
+        destination.read_records(plan.shards)
+        if not all(map(destination.finished, plan.shards)):
+            return None, False
+        if destination.has_locks:  # it has to be locked alone
+            return None, True
+        run.end_progress()
+        return _complete(run, _works(plan, work.share.count), execution.jobs), True
 
 
 def _finish(execution: Execution) -> Manifest | None:
@@ -84,7 +100,7 @@ def finish_shares(execution: Execution) -> Manifest:
         destination = run.destination
         count = destination.shares()
         destination.read_records(plan.shards)
-        works = [Share(number, max(count, 1)).work(plan) for number in range(1, max(count, 1) + 1)]
+        works = _works(plan, max(count, 1))
         missing = [work.share for work in works if not all(map(destination.finished, work.shards))]
         if missing:
             raise WriteError(
@@ -95,7 +111,17 @@ def finish_shares(execution: Execution) -> Manifest:
                 hint="run " + (", ".join(f"--part {share}" for share in missing[:5]) if count else "--join") + " again",
             )
         with run.writing():
-            unchecked = (work.checks for work in works if not destination.checks_hold(work.share))
-            run_checks(tuple(chain.from_iterable(unchecked)), sources, execution.jobs)
-            run.write_shards(plan.shards, execution.jobs)
-            return run.finish()
+            return _complete(run, works, execution.jobs)
+
+
+def _works(plan: Plan, count: int) -> list[ShareWork]:
+    """The work of each of some number of shares."""
+    return [Share(number, count).work(plan) for number in range(1, count + 1)]
+
+
+def _complete(run: Run, works: Iterable[ShareWork], jobs: int) -> Manifest:
+    """Run the checks that no share has recorded, and write everything that is missing."""
+    unchecked = (work.checks for work in works if not run.destination.checks_hold(work.share))
+    run_checks(tuple(chain.from_iterable(unchecked)), run.sources, jobs)
+    run.write_shards(run.plan.shards, jobs)
+    return run.finish()

@@ -115,6 +115,14 @@ class Staging:
             return None
         return written_of(shard, read_state(self.notes / f"{shard.file}.json"), self.plan_digest)
 
+    def is_listed(self, shard: OutputShard) -> bool:
+        """Whether a shard is finished."""
+        return self.finished(shard) is not None
+
+    def is_leased(self, shard: OutputShard) -> bool:  # noqa: ARG002
+        """False: a lease is a file that is looked at when it is taken."""
+        return False
+
     def read_records(self, shards: Iterable[OutputShard]) -> None:
         """Do nothing: files are read when they are needed."""
 
