@@ -44,6 +44,7 @@ class RoutingPlan:
     block_first   int32 [max_blocks]: its first row
     block_rows    int32 [max_blocks]: its rows, 1 .. BM + TM
     totals        int32 [3]: blocks in use, rows in use, and a counter that is 0 between launches (`jit.specialized`)
+    run_counts    int32 [runs, E]: how often each run of pairs has each expert; no run where pairs are few
     """
 
     blocks: RowBlocks
@@ -53,6 +54,7 @@ class RoutingPlan:
     block_first: torch.Tensor
     block_rows: torch.Tensor
     totals: torch.Tensor
+    run_counts: torch.Tensor
 
     @property
     def max_blocks(self) -> int:

@@ -16,6 +16,10 @@ GLUON_TESTED = ("3.6", "3.7", "3.9")
 """Releases of Triton whose Gluon ran the kernels on a GPU. Gluon is experimental and changes between releases, and a
 kernel that compiles with an untested one may still be wrong."""
 
+LAUNCHER_KNOWN = ("3.6", "3.7", "3.8", "3.9")
+"""Releases of Triton whose launcher of compiled kernels takes what `launch.prepared` gives it on NVIDIA, by its source.
+On AMD and Intel, and with other releases, Triton binds the arguments of every launch."""
+
 _TRITON_DEVICES = ("cuda", "xpu")  # torch calls AMD devices "cuda" too
 _TRUE_STRINGS = ("1", "true", "on", "y", "yes")  # the spellings that Triton takes for TRITON_INTERPRET
 
@@ -34,6 +38,7 @@ class DeviceTraits:
     wgmma               whether matrix instructions read their operands from shared memory, not from registers
     int8_matrix         whether Triton has int8 matrix instructions for it: not for NVIDIA before sm_80
     warp_size           threads of a warp (of a wave on AMD)
+    direct_launch       whether compiled kernels can be launched without Triton's binding; see `launch.prepared`
     """
 
     platform: Platform
@@ -47,6 +52,7 @@ class DeviceTraits:
     wgmma: bool = False
     int8_matrix: bool = True
     warp_size: int = 32
+    direct_launch: bool = False
 
     @property
     def mma_sync(self) -> bool:
@@ -128,6 +134,7 @@ def device_traits(device: torch.device) -> DeviceTraits:
             name=properties.name,
             wgmma=properties.major == 9,
             int8_matrix=properties.major >= 8,
+            direct_launch=_triton_is(LAUNCHER_KNOWN),
         )
     if device.type == "xpu":
         return DeviceTraits("xpu", 128 * 1024)

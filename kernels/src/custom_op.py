@@ -8,9 +8,8 @@ import inspect
 
 import torch
 
-from .arguments import ExpertsArguments, check_arguments
-from .backend import uses_triton
-from .reference import run_reference
+from .arguments import check_arguments
+from .forward import empty_result, run_forward
 
 _PARAMETERS = inspect.signature(check_arguments).parameters
 # Operators of torch take no tensors by keyword alone.
@@ -20,30 +19,12 @@ _SIGNATURE = inspect.Signature(
 )
 
 
-def run_checked(arguments: ExpertsArguments) -> torch.Tensor:
-    """The forward of checked arguments by the Triton kernels or the torch twin, as the device has it."""
-    if not uses_triton(arguments.hidden_states.device) or arguments.pairs == 0:
-        result = run_reference(arguments)
-        return result if arguments.out is None else arguments.out.copy_(result)
-    from .pipeline import run_pipeline
-
-    return run_pipeline(arguments, _empty(arguments) if arguments.out is None else arguments.out)
-
-
-def _empty(arguments: ExpertsArguments) -> torch.Tensor:
-    return torch.empty_like(arguments.hidden_states, memory_format=torch.contiguous_format)
-
-
-def _checked(*args: object, **kwargs: object) -> ExpertsArguments:
-    return check_arguments(**_SIGNATURE.bind(*args, **kwargs).arguments)
-
-
 def _forward(*args: object, **kwargs: object) -> torch.Tensor:
-    return run_checked(_checked(*args, **kwargs))
+    return run_forward(**_SIGNATURE.bind(*args, **kwargs).arguments)
 
 
 def _fake(*args: object, **kwargs: object) -> torch.Tensor:
-    return _empty(_checked(*args, **kwargs))
+    return empty_result(check_arguments(**_SIGNATURE.bind(*args, **kwargs).arguments).hidden_states)
 
 
 _forward.__signature__ = _SIGNATURE  # type: ignore[attr-defined]

@@ -1,36 +1,25 @@
 """The public forward of the INT8 experts, and its torch twin: one signature, that of `check_arguments`."""
 
-import functools
 import inspect
 from collections.abc import Callable
-from typing import ParamSpec
+from typing import Any, ParamSpec
 
 import torch
 
 from .arguments import ExpertsArguments, check_arguments
-from .custom_op import fused_experts_int8_op, run_checked
+from .custom_op import fused_experts_int8_op
+from .forward import run_forward
 from .reference import run_reference
 
 P = ParamSpec("P")
 
 
-def _with_arguments(
-    check: Callable[P, ExpertsArguments], compiled: Callable[..., torch.Tensor] | None = None
-) -> Callable[[Callable[[ExpertsArguments], torch.Tensor]], Callable[P, torch.Tensor]]:
-    """Give an implementation that takes checked arguments the signature of their check.
+def _with_signature_of(
+    check: Callable[P, ExpertsArguments],
+) -> Callable[[Callable[..., torch.Tensor]], Callable[P, torch.Tensor]]:
+    """Give an operation the signature of the check of its arguments."""
 
-    `compiled` replaces it while torch.compile or torch.export traces.
-    """
-
-    def decorate(implementation: Callable[[ExpertsArguments], torch.Tensor]) -> Callable[P, torch.Tensor]:
-        @functools.wraps(implementation)
-        def operation(*args: P.args, **kwargs: P.kwargs) -> torch.Tensor:
-            if compiled is not None and torch.compiler.is_compiling():
-                out = kwargs.pop("out", None)
-                result = compiled(*args, **kwargs)
-                return out.copy_(result) if isinstance(out, torch.Tensor) else result
-            return implementation(check(*args, **kwargs))
-
+    def decorate(operation: Callable[..., torch.Tensor]) -> Callable[P, torch.Tensor]:
         signature = inspect.signature(check).replace(return_annotation=torch.Tensor)
         operation.__signature__ = signature  # type: ignore[attr-defined]
         operation.__annotations__ = {**check.__annotations__, "return": torch.Tensor}
@@ -39,8 +28,8 @@ def _with_arguments(
     return decorate
 
 
-@_with_arguments(check_arguments, compiled=fused_experts_int8_op)
-def fused_experts_int8(arguments: ExpertsArguments) -> torch.Tensor:
+@_with_signature_of(check_arguments)
+def fused_experts_int8(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Mixture-of-experts forward with int8 weights and int8 activations; `check_arguments` describes the arguments.
 
     For token t with experts e_j = topk_ids[t, j] and router weights r_j = topk_weights[t, j]:
@@ -60,16 +49,22 @@ def fused_experts_int8(arguments: ExpertsArguments) -> torch.Tensor:
     gets 0.
 
     CUDA, ROCm and XPU tensors run the Triton kernels, without synchronization and with allocations that depend on
-    shapes only (capture in a CUDA graph after one warm-up call). CPU tensors run the torch twin, or the kernels in
-    Triton's interpreter under TRITON_INTERPRET=1. torch.compile and torch.export see one operator (`custom_op`).
+    shapes only (capture in a CUDA graph after one warm-up call). On NVIDIA a call with the shapes of an earlier one
+    repeats its launches (`forward`). CPU tensors run the torch twin, or the kernels in Triton's interpreter under
+    TRITON_INTERPRET=1. torch.compile and torch.export see one operator (`custom_op`).
 
     Raises TypeError for a wrong dtype and ValueError for a wrong shape, device, layout or activation.
     """
-    return run_checked(arguments)
+    if torch.compiler.is_compiling():
+        out = kwargs.pop("out", None)
+        result = fused_experts_int8_op(*args, **kwargs)
+        return out.copy_(result) if isinstance(out, torch.Tensor) else result
+    return run_forward(*args, **kwargs)
 
 
-@_with_arguments(check_arguments)
-def fused_experts_int8_reference(arguments: ExpertsArguments) -> torch.Tensor:
+@_with_signature_of(check_arguments)
+def fused_experts_int8_reference(*args: Any, **kwargs: Any) -> torch.Tensor:
     """Torch twin of `fused_experts_int8`, with its arguments, result and errors, on any device."""
+    arguments = check_arguments(*args, **kwargs)
     result = run_reference(arguments)
     return result if arguments.out is None else arguments.out.copy_(result)

@@ -20,8 +20,9 @@ from .launch.combine import combine_experts
 from .launch.descriptors import can_describe
 from .launch.grouped_gemm import grouped_down, grouped_gate_up
 from .launch.grouped_gemv import can_pack, combined_down_gemv, grouped_gate_up_gemv
+from .launch.prepared import Buffer, allocate
 from .launch.quantize import quantize_rows
-from .launch.routing import empty_plan, quantize_and_route, route_pairs
+from .launch.routing import plan_buffers, quantize_and_route, route_pairs
 from .options import choose_launch_options
 from .tables import GemvOptions, LaunchOptions, Options
 
@@ -36,19 +37,19 @@ class Workspace:
     The rows of `activated`, `hidden_codes` and `hidden_scale` are in the plan's order, all others in that of pairs.
 
     plan          the routing, None where pairs are not sorted
+    expert_out    [P, H], dtype of the hidden states; None where the down product sums over experts itself
     input_codes   int8 [R, H];  input_scale   float32 [R]
     activated     [P, I], dtype of the hidden states
     hidden_codes  int8 [P, I];  hidden_scale  float32 [P]
-    expert_out    [P, H], dtype of the hidden states; None where the down product sums over experts itself
     """
 
     plan: RoutingPlan | None
+    expert_out: torch.Tensor | None
     input_codes: torch.Tensor
     input_scale: torch.Tensor
     activated: torch.Tensor
     hidden_codes: torch.Tensor
     hidden_scale: torch.Tensor
-    expert_out: torch.Tensor | None
 
 
 def default_options(arguments: ExpertsArguments) -> Options:
@@ -78,21 +79,21 @@ def empty_workspace(arguments: ExpertsArguments, options: Options) -> Workspace:
     """Uninitialized buffers for one forward."""
     device, dtype = arguments.hidden_states.device, arguments.hidden_states.dtype
     pairs, hidden, intermediate = arguments.pairs, arguments.hidden, arguments.intermediate
-    plan, expert_out = None, None
-    if isinstance(options, LaunchOptions):
-        plan = empty_plan(pairs, arguments.experts, options.blocks, device)
-        expert_out = torch.empty((pairs, hidden), dtype=dtype, device=device)
     by_token = arguments.gate_up_input_scale is None and not takes_sorted_rows(arguments, options)
     input_rows = arguments.tokens if by_token else pairs
-    return Workspace(
-        plan=plan,
-        input_codes=torch.empty((input_rows, hidden), dtype=torch.int8, device=device),
-        input_scale=torch.empty(input_rows, dtype=torch.float32, device=device),
-        activated=torch.empty((pairs, intermediate), dtype=dtype, device=device),
-        hidden_codes=torch.empty((pairs, intermediate), dtype=torch.int8, device=device),
-        hidden_scale=torch.empty(pairs, dtype=torch.float32, device=device),
-        expert_out=expert_out,
-    )
+    rows: list[Buffer] = [
+        ((input_rows, hidden), torch.int8),
+        ((input_rows,), torch.float32),
+        ((pairs, intermediate), dtype),
+        ((pairs, intermediate), torch.int8),
+        ((pairs,), torch.float32),
+    ]
+    if not isinstance(options, LaunchOptions):
+        return Workspace(None, None, *allocate(rows, device))
+    of_plan = [((pairs, hidden), dtype), *plan_buffers(pairs, arguments.experts, options.blocks)]
+    buffers = allocate([*rows, *of_plan], device)
+    expert_out, *plan = buffers[len(rows) :]
+    return Workspace(RoutingPlan(options.blocks, *plan), expert_out, *buffers[: len(rows)])
 
 
 def run_pipeline(

@@ -11,7 +11,7 @@ import torch
 
 from .arguments import ExpertsArguments
 from .backend import device_traits, uses_triton
-from .custom_op import run_checked
+from .forward import run_checked
 from .launch.grouped_gemv import can_pack
 from .launch.quantize import row_constants
 from .launch.routing import route_constants

@@ -20,6 +20,7 @@ LAYERS = (
     ("jit",),
     ("launch",),
     ("quantize", "reference", "pipeline"),
+    ("forward",),
     ("custom_op",),
     ("experts", "warm_up"),
     ("__init__", "tune"),

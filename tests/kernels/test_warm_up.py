@@ -8,7 +8,7 @@ import torch
 from quarkconv.kernels import warm_up as module
 from quarkconv.kernels.arguments import ExpertsArguments, check_arguments
 from quarkconv.kernels.backend import DeviceTraits, device_traits
-from quarkconv.kernels.custom_op import run_checked
+from quarkconv.kernels.forward import run_checked
 from quarkconv.kernels.warm_up import launch_key, token_counts, warm_up
 
 HOPPER = DeviceTraits("cuda", 227 * 1024, True, True, True, 132, dot4=True, name="NVIDIA H200", wgmma=True)

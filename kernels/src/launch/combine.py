@@ -8,6 +8,7 @@ import torch
 
 from ..backend import dependence, interpreting
 from ..options import choose_combine_options
+from .prepared import launch
 
 
 def combine_experts(
@@ -22,7 +23,9 @@ def combine_experts(
 
     tokens, hidden = out.shape
     options = choose_combine_options(hidden)
-    combine_kernel[(tokens, -(-hidden // options.block))](
+    launch(
+        combine_kernel,
+        (tokens, -(-hidden // options.block)),
         expert_out,
         topk_weights,
         topk_ids,

@@ -23,6 +23,7 @@ from ..arguments import ExpertWeights, GroupedProduct, RoutingPlan
 from ..backend import dependence, device_traits, interpreting
 from ..tables import TileOptions
 from .descriptors import can_describe, describe
+from .prepared import launch
 from .specialized import launch_specialized
 
 # The sum of this many products of codes of magnitude at most 128 is at most 2^24, so that every partial sum, in any
@@ -74,7 +75,9 @@ def _launch(product: GroupedProduct, options: TileOptions) -> None:
     from ..jit.grouped_gemm import grouped_product_kernel
 
     options = options.without_specialization()
-    grouped_product_kernel[(plan.max_blocks * -(-product.columns // options.block_n),)](
+    launch(
+        grouped_product_kernel,
+        (plan.max_blocks * -(-product.columns // options.block_n),),
         codes,
         _descriptor(codes, plan.blocks.block_m, options) if in_order else None,
         product.row_scale,

@@ -13,6 +13,7 @@ from ..arguments import ExpertWeights
 from ..backend import dependence, device_traits, interpreting
 from ..options import next_power_of_2
 from ..tables import VectorTile
+from .prepared import launch
 
 _MAX_BLOCK_D = 128  # int32 of a row that one warp loads at once, 16 bytes a thread
 
@@ -44,7 +45,9 @@ def grouped_gate_up_gemv(
 
     experts, rows, depth = weights.codes.shape
     columns = rows // 2 if activation.gated else rows
-    grouped_gate_up_gemv_kernel[(-(-columns // tile.block_n), topk_ids.numel())](
+    launch(
+        grouped_gate_up_gemv_kernel,
+        (-(-columns // tile.block_n), topk_ids.numel()),
         codes.view(torch.int32),
         row_scale,
         weights.codes.view(torch.int32),
@@ -83,7 +86,9 @@ def combined_down_gemv(
 
     experts, hidden, depth = weights.codes.shape
     tokens, top_k = topk_ids.shape
-    combined_down_gemv_kernel[(-(-hidden // tile.block_n), tokens)](
+    launch(
+        combined_down_gemv_kernel,
+        (-(-hidden // tile.block_n), tokens),
         codes.view(torch.int32),
         row_scale,
         weights.codes.view(torch.int32),

@@ -8,6 +8,7 @@ import torch
 from ..arguments import RoutingPlan
 from ..backend import dependence, interpreting
 from ..options import choose_row_options
+from .prepared import launch
 
 CODE_MAX = 127.0
 MIN_SCALE = 2.0**-100
@@ -49,7 +50,9 @@ def quantize_rows(
     scales = torch.empty(written, dtype=torch.float32, device=x.device) if scales is None else scales
     in_order = plan if not copies else None
     cut = row_constants(rows, width, copied=copies > 0)
-    quantize_rows_kernel[(-(-rows // cut["ROWS"]),)](
+    launch(
+        quantize_rows_kernel,
+        (-(-rows // cut["ROWS"]),),
         x,
         codes,
         scales,

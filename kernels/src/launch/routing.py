@@ -20,6 +20,7 @@ from ..arguments import RoutingPlan
 from ..backend import dependence
 from ..options import next_power_of_2
 from ..tables import RowBlocks
+from .prepared import Buffer, allocate, launch
 from .quantize import quantize_rows, row_constants
 
 _AT_ONCE = 1024  # as many pairs are routed in one launch
@@ -37,28 +38,15 @@ def max_row_blocks(num_pairs: int, num_experts: int, block_m: int) -> int:
 
 def empty_plan(num_pairs: int, num_experts: int, blocks: RowBlocks, device: torch.device) -> RoutingPlan:
     """Uninitialized buffers for `route_pairs`."""
+    return RoutingPlan(blocks, *allocate(plan_buffers(num_pairs, num_experts, blocks), device))
+
+
+def plan_buffers(num_pairs: int, num_experts: int, blocks: RowBlocks) -> list[Buffer]:
+    """(shape, dtype) of the buffers of a plan, in the order of its fields."""
     most = max_row_blocks(num_pairs, num_experts, blocks.block_m)
-    sizes = (num_pairs, num_pairs, most, most, most, 3)
-    pairs, rows, block_expert, block_first, block_rows, totals = _aligned(sizes, device)
-    return RoutingPlan(
-        blocks=blocks,
-        pairs=pairs,
-        rows=rows,
-        block_expert=block_expert,
-        block_first=block_first,
-        block_rows=block_rows,
-        totals=totals,
-    )
-
-
-def _aligned(sizes: tuple[int, ...], device: torch.device) -> list[torch.Tensor]:
-    """Uninitialized int32 buffers of these sizes in one allocation, each at a multiple of 16 bytes.
-
-    Triton compiles a kernel anew for pointers that are not, which would then depend on the number of pairs.
-    """
-    padded = [-(-size // 4) * 4 for size in sizes]
-    parts = torch.empty(sum(padded), dtype=torch.int32, device=device).split_with_sizes(padded)
-    return [part[:size] for part, size in zip(parts, sizes, strict=True)]
+    runs = 0 if num_pairs <= _AT_ONCE else -(-num_pairs // _run_length(num_pairs))
+    shapes = ((num_pairs,), (num_pairs,), (most,), (most,), (most,), (3,), (runs, num_experts))
+    return [(shape, torch.int32) for shape in shapes]
 
 
 def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> RoutingPlan:
@@ -76,7 +64,9 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
     blocks = (plan.block_expert, plan.block_first, plan.block_rows, plan.totals)
     if num_pairs <= _AT_ONCE:
         scan = _scan(num_pairs)
-        route_at_once_kernel[(num_experts,)](
+        launch(
+            route_at_once_kernel,
+            (num_experts,),
             topk_ids,
             plan.pairs,
             plan.rows,
@@ -89,12 +79,12 @@ def route_pairs(topk_ids: torch.Tensor, num_experts: int, plan: RoutingPlan) -> 
             **dependent,
         )
         return plan
-    run_length = _run_length(num_pairs)
-    runs = -(-num_pairs // run_length)
-    counts = torch.empty((runs, num_experts), dtype=torch.int32, device=device)
-    run = {"BLOCK_P": run_length, **dependent}
-    count_run_kernel[(runs,)](topk_ids, counts, num_pairs, num_experts, BLOCK_E=block_e, num_warps=4, **run)
-    place_runs_kernel[(runs + num_experts,)](
+    counts, runs = plan.run_counts, plan.run_counts.shape[0]
+    run = {"BLOCK_P": _run_length(num_pairs), **dependent}
+    launch(count_run_kernel, (runs,), topk_ids, counts, num_pairs, num_experts, BLOCK_E=block_e, num_warps=4, **run)
+    launch(
+        place_runs_kernel,
+        (runs + num_experts,),
         topk_ids,
         counts,
         plan.pairs,
@@ -127,7 +117,9 @@ def quantize_and_route(
         quantize_rows(x, codes=codes, scales=scales)
         return route_pairs(topk_ids, num_experts, plan)
     cut = row_constants(rows, width)
-    quantize_and_route_kernel[(num_experts + -(-rows // cut["ROWS"]),)](
+    launch(
+        quantize_and_route_kernel,
+        (num_experts + -(-rows // cut["ROWS"]),),
         x,
         codes,
         scales,

@@ -6,6 +6,7 @@ from ..arguments import GroupedProduct
 from ..backend import dependence, device_traits
 from ..tables import GROUP_WARPS, HALF, RowBlocks, TileOptions
 from .descriptors import describe
+from .prepared import launch
 
 _MOST_ROWS = 32  # of a tile that the epilogue takes at a time
 _REGISTERS = 168  # a thread of twelve warps, of the 65536 of an SM
@@ -20,7 +21,9 @@ def launch_specialized(product: GroupedProduct, options: TileOptions) -> None:
     tiles = plan.max_blocks * -(-product.columns // (HALF * options.sharing * (1 if product.gated else 2)))
     # 32-bit results, used by tests only, need more shared memory for the store.
     stages = options.num_stages - (out.element_size() == 4)
-    specialized_product_kernel[(min(processors, tiles),)](
+    launch(
+        specialized_product_kernel,
+        (min(processors, tiles),),
         describe(codes, blocks.block_m, options.block_k, swizzled=True),
         describe(codes, blocks.tail_m, options.block_k, swizzled=True) if blocks.tail_m else None,
         product.row_scale,
