@@ -11,11 +11,26 @@ from quarkconv.scheme.merged import MERGED_WITH
 
 _WITHOUT_MLP: Final = (".mlp.fc1", ".mlp.fc2")
 """Linears of image encoders that vLLM's MiniMax-M3 keeps directly in the layer; it looks them up under that name."""
+_IN_SGLANG: Final = (("model.language_model.", "model."), ("model.visual.", "visual."))
+"""Prefix of modules -> the one under which SGLang 0.5.23 looks them up: its w8a8_int8 config maps no names."""
+_MERGED_IN_SGLANG: Final = (".attn.qkv", ".attn.qkv_proj")
+"""A linear of image encoders, and its name there."""
 
 
 def ignored_modules(description: Description) -> list[str]:
-    """Every module that is not quantized, by its exact name, with the linear that engines merge it into."""
-    return sorted(set(_ignored(description)))
+    """Every module that is not quantized, by its exact names in engines, with the linear that they merge it into."""
+    names = set(_ignored(description))
+    quantized = {module for module, form in description.stored.linears.items() if form.quantized}
+    return sorted(names.union(*map(_names_in_sglang, names)) - (quantized - names))
+
+
+def _names_in_sglang(module: str) -> set[str]:
+    stored, name = _MERGED_IN_SGLANG
+    return {
+        prefix + (f"{rest.removesuffix(stored)}{name}" if rest.endswith(stored) else rest)
+        for outer, prefix in _IN_SGLANG
+        if (rest := module.removeprefix(outer)) != module
+    }
 
 
 def _ignored(description: Description) -> Iterator[str]:

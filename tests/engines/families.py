@@ -18,13 +18,17 @@ from support.exports import DATA
 
 FAMILIES: Final = DATA / "families"
 _PADDED_TO: Final = 64
-_VOCABULARY: Final = ("embed_tokens.weight", "embeddings.weight", "lm_head.weight")
+_VOCABULARY: Final = ("embed_tokens.weight", "embeddings.weight", "lm_head.weight", "lm_head.bias")
 _NOT_PADDED: Final = {"gemma4_text": ("model.embed_tokens.weight",)}
 _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
+_BELOW_LANGUAGE_MODEL: Final = (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
 RENAMED: Final = {
     "ernie4_5_moe": ((r"\.mlp\.gate\.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),),
-    "hunyuan_v1_moe": ((r"\.mlp\.experts\._shared_experts\._layer\.shared_experts\.", ".mlp.shared_mlp."),),
+    "hunyuan_v1_moe": (
+        (r"\.mlp\.experts\._shared_experts\._layer\.shared_experts\.", ".mlp.shared_mlp."),
+        (r"\.mlp\.gate\.(?!wg\.)", ".mlp.gate.wg."),
+    ),
     "gemma4_text": ((r"\.moe\.per_expert_scale", ".router.per_expert_scale"), (r"\.moe\.", ".")),
     "jamba": ((r"^model\.layers\.(\d+)\.(qkv_proj|o_proj)\.", r"model.layers.\1.self_attn.\2."),),
     "lfm2_moe": (
@@ -33,6 +37,9 @@ RENAMED: Final = {
     ),
     "minimax_m3_vl": (
         (r"\.layers\.(\d+)\.fc", r".layers.\1.mlp.fc"),
+        (r"^(vision_tower\..+\.self_attn)\.proj\.", r"\1.out_proj."),
+        (r"^(model|lm_head)\.", r"language_model.\1."),
+        (r"^(language_model\..+)\.mlp\.", r"\1.block_sparse_moe."),
         (r"^vision_tower\.(multi_modal_projector|patch_merge_mlp)", r"\1"),
     ),
     "nemotron_h": (
@@ -44,9 +51,13 @@ RENAMED: Final = {
         ("qwen3_5_moe_text", "qwen3_next"),
         ((r"^model\.layers\.(\d+)\.(qkv_proj|o_proj|q_norm|k_norm)\.", r"model.layers.\1.self_attn.\2."),),
     ),
-    "qwen3_vl_moe": (
-        (r"\.attn\.qkv_proj\.", ".attn.qkv."), (r"^model\.(?!language_model\.|visual\.)", "model.language_model."),
+    "glm5_next": ((r"\.attn\.qkv_proj\.", ".attn.qkv."), _BELOW_LANGUAGE_MODEL),
+    "qwen3_5_moe": (
+        (r"\.attn\.qkv_proj\.", ".attn.qkv."),
+        (r"^model\.layers\.(\d+)\.(qkv_proj|o_proj|q_norm|k_norm)\.", r"model.layers.\1.self_attn.\2."),
+        _BELOW_LANGUAGE_MODEL,
     ),
+    "qwen3_vl_moe": ((r"\.attn\.qkv_proj\.", ".attn.qkv."), _BELOW_LANGUAGE_MODEL),
     "phimoe": ((r"\.mlp\.router\.", ".block_sparse_moe.gate."), (r"\.mlp\.", ".block_sparse_moe.")),
 }  # fmt: skip
 """Model type -> names of an engine's parameters, and the names that they have in the checkpoint."""
@@ -91,7 +102,7 @@ class Family(Stacked):
             return expected
         if name.endswith(_VOCABULARY) or (self._engine == "sglang" and name.endswith("visual.pos_embed.weight")):
             rows = -len(expected) % _PADDED_TO
-            return torch.cat([expected, expected.new_zeros((rows, expected.shape[1]))])
+            return torch.cat([expected, expected.new_zeros((rows, *expected.shape[1:]))])
         return expected.flatten() if self._engine == "vllm" and name.endswith(_FLAT) else expected
 
 

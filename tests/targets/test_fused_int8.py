@@ -22,7 +22,7 @@ from support.checkpoints import (
     write_checkpoint,
 )
 from support.expected import FLOAT_IN_ENGINES, fused_int8
-from support.exports import CONVERTIBLE, Checkpoints
+from support.exports import CONVERTIBLE, DATA, Checkpoints
 from support.program import run_cli
 
 import quarkconv
@@ -228,6 +228,15 @@ def test_a_linear_in_float_beside_one_in_int8_is_ignored_alone(tmp_path: Path) -
     out = quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out").output
     ignore = json.loads((out / "config.json").read_text())["quantization_config"]["ignore"]
     assert ignore == ["lm_head", "model.layers.0.mlp.gate", module]
+
+
+def test_float_linears_of_a_wrapped_model_have_their_names_in_sglang_too(tmp_path: Path) -> None:
+    out = quarkconv.convert_checkpoint(DATA / "families" / "glm5_next-0.13-f2f", "w8a8-int8", tmp_path / "out").output
+    ignore = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
+    attention, image = "layers.0.self_attn.o_proj", "blocks.0.attn.qkv"
+    assert {f"model.language_model.{attention}", f"model.{attention}", f"model.visual.{image}"} <= ignore
+    assert f"visual.{image}_proj" in ignore
+    assert not [module for module in ignore if ".mlp.experts" in module or ".shared_experts." in module]
 
 
 def test_experts_in_float_named_w_are_ignored_as_engines_expect(tmp_path: Path) -> None:

@@ -19,8 +19,11 @@ from unittest.mock import MagicMock
 
 import torch
 from engines.expected import WHOLE, Rank, fill
+from engines.published import PUBLISHED as PUBLISHED_EVERYWHERE
 from engines.published import publish
 from engines.stubs import Stubs
+from support.checkpoints import edit_checkpoint
+from torch.overrides import TorchFunctionMode
 from transformers.utils.import_utils import is_torchvision_available
 
 assert not is_torchvision_available()  # looked up once: before there is a stub of it
@@ -51,6 +54,8 @@ _STUBS.packages.add("vllm")  # whose compiled rotary embedding is used on a CPU
 CLASSES = {
     "BailingMoeForCausalLM": "bailing_moe",
     "BailingMoeV2ForCausalLM": "bailing_moe",
+    "DbrxForCausalLM": "dbrx",
+    "DeepseekForCausalLM": "deepseek",
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v2",
     "DeepseekV32ForCausalLM": "deepseek_v2",
@@ -58,21 +63,28 @@ CLASSES = {
     "Gemma4ForCausalLM": "gemma4_causal",
     "Glm4MoeForCausalLM": "glm4_moe",
     "Glm4MoeLiteForCausalLM": "glm4_moe_lite",
+    "Glm5NextForConditionalGeneration": "glm5_next",
     "GlmMoeDsaForCausalLM": "glm4_moe",
+    "GptOssForCausalLM": "gpt_oss",
     "GraniteMoeHybridForCausalLM": "granitemoehybrid",
+    "HunYuanMoEV1ForCausalLM": "hunyuan",
     "KimiLinearForCausalLM": "kimi_linear",
-    "Llama4ForCausalLM": "llama4",
     "Lfm2MoeForCausalLM": "lfm2_moe",
+    "Llama4ForCausalLM": "llama4",
+    "LongcatFlashForCausalLM": "longcat_flash",
     "MiMoV2FlashForCausalLM": "mimo_v2",
     "MiniMaxM2ForCausalLM": "minimax_m2",
+    "MiniMaxM3SparseForConditionalGeneration": "minimax_m3_vl",
     "MixtralForCausalLM": "mixtral",
     "NemotronHForCausalLM": "nemotron_h",
     "OlmoeForCausalLM": "olmoe",
+    "PhiMoEForCausalLM": "phimoe",
     "Qwen2MoeForCausalLM": "qwen2_moe",
     "Qwen3MoeForCausalLM": "qwen3_moe",
     "Qwen3NextForCausalLM": "qwen3_next",
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
     "Qwen3_5MoeForCausalLM": "qwen3_5_text",
+    "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
     "Step3p5ForCausalLM": "step3p5",
 }
 """Architecture -> module of SGLang."""
@@ -87,11 +99,41 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
         },
     },
     "deepseek_v2": {"moe_layer_freq": 1, "scoring_func": "softmax"},
+    "deepseek": {"pad_token_id": None},
+    "glm5_next": {"text_config": {
+        **PUBLISHED_EVERYWHERE["glm5_next"]["text_config"], "index_kpool_compress": True,
+    }},
+    "hunyuan_v1_moe": {
+        "moe_intermediate_size": [8], "use_mixed_mlp_moe": True, "num_shared_expert": [1], "use_qk_norm": True,
+        "use_cla": False, "attention_head_dim": 8,
+    },
+    "longcat_flash": {"rope_scaling": {"rope_type": "default", "rope_theta": 10000.0}},
+    "minimax_m3_vl": {
+        "vision_config": {
+            "img_token_compression_config": {"spatial_merge_size": 2, "temporal_patch_size": 2},
+            "position_embedding_type": "rope", "rope_mode": "3d", "vision_segment_max_frames": 4,
+        },
+        "text_config": {
+            "use_routing_bias": True, "scoring_func": "sigmoid", "hidden_act": "swigluoai", "moe_layer_freq": [1],
+            "qk_norm_type": "per_head", "use_gemma_norm": True,
+        },
+    },
+    "phimoe": {"architectures": ["PhiMoEForCausalLM"], "attention_bias": False, "lm_head_bias": True},
     "nemotron_h": {"layers_block_type": ["attention", "moe"], "layer_types": ["attention", "moe"]},
+    "qwen3_5_moe": {
+        "text_config": {"full_attention_interval": 2}, "vision_config": {"deepstack_visual_indexes": []},
+    },
     "qwen3_5_moe_text": {"full_attention_interval": 1},
     "qwen3_next": {"full_attention_interval": 1},
 }  # fmt: skip
 """Beside those that both engines read."""
+
+
+_NOT_EXPORTED: Final[dict[str, dict[str, tuple[int, ...]]]] = {
+    "minimax_m3_vl": {f"vision_tower.vision_model.post_layernorm.{leaf}": (16,) for leaf in ("weight", "bias")},
+    "phimoe": {"lm_head.bias": (24,)},
+}
+"""Model type -> tensors of the published models, or that SGLang expects, that the exports lack."""
 
 
 class _One:
@@ -136,13 +178,44 @@ vars(torch.cuda).update(current_device=lambda: 0, get_device_capability=lambda *
 
 
 def prepare(folder: Path) -> Path:
-    """Give a copy of an export content, and what the published models have in config.json."""
+    """Give a copy of an export content, and what the published models have beside it."""
     fill(folder)
     publish(folder, PUBLISHED)
+    shapes = _NOT_EXPORTED.get(_model_type(folder), {})
+    _drop_unpublished(folder / "config.json")
+    added = {name: torch.rand(shape).bfloat16() for name, shape in shapes.items()}
+    edit_checkpoint(folder, lambda tensors: tensors.update(added))
     return folder
 
 
-_NO_TORCH_ATTENTION: Final = ("gemma4_text",)
+def _drop_unpublished(config: Path) -> None:
+    """Remove from the parts of DBRX's config what transformers 5.24 writes there and 5.19 refuses to read."""
+    content = json.loads(config.read_text())
+    for part, names in _DBRX.items():
+        if part in content:
+            content[part] = {name: value for name, value in content[part].items() if name in names}
+    config.write_text(json.dumps(content))
+
+
+class _OnCPU(TorchFunctionMode):
+    """Makes on the CPU what a class asks a GPU for by name."""
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        return func(*args, **kwargs | ({"device": "cpu"} if kwargs.get("device") == "cuda" else {}))
+
+
+_DBRX: Final = {
+    "attn_config": ("clip_qkv", "kv_n_heads", "rope_theta"),
+    "ffn_config": ("ffn_hidden_size", "moe_num_experts", "moe_top_k"),
+}
+_TRITON: Final = {"attention_backend": "triton"}
+_ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
+    "gemma4_text": _TRITON,
+    "glm5_next": {"mamba_track_interval": 1024},  # a multiple of the page size that a GPU has
+    "gpt_oss": _TRITON,
+}
+"""Model type -> what it is served with."""
 
 
 def _model_type(folder: Path) -> str:
@@ -152,10 +225,10 @@ def _model_type(folder: Path) -> str:
 def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> torch.nn.Module:
     """The model of a checkpoint with its parameters poisoned: -128 where they are int8, NaN where they are float."""
     experts = rank.size if rank.expert_parallel else 1
-    attention = "triton" if _model_type(folder) in _NO_TORCH_ATTENTION else "torch_native"
+    chosen = {"attention_backend": "torch_native", **_ARGUMENTS.get(_model_type(folder), {})}
     arguments = ServerArgs(
         model_path=str(folder), device="cpu", dtype="bfloat16", tp_size=rank.size, ep_size=experts,
-        quantization=quantization, attention_backend=attention, disable_cuda_graph=True, skip_tokenizer_init=True,
+        quantization=quantization, disable_cuda_graph=True, skip_tokenizer_init=True, **chosen,
     )  # fmt: skip
     ranks = runtime_context.SpawnRanks(world_rank=rank.rank, gpu_id=0)
     parallel = runtime_context.get_parallel()
@@ -174,9 +247,10 @@ def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        model: torch.nn.Module = loader._initialize_model(
-            config, load_config, loader._get_quantization_config(config, load_config)
-        )
+        with _OnCPU():
+            model: torch.nn.Module = loader._initialize_model(
+                config, load_config, loader._get_quantization_config(config, load_config)
+            )
     finally:
         torch.set_default_dtype(default)
     for parameter in model.parameters():

@@ -5,9 +5,12 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
 from pathlib import Path
 from typing import Final
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -16,14 +19,17 @@ from engines.families import Family, copy
 from engines.sglang.loading import build, load, prepare
 from engines.sglang.test_loading import FORMS, mismatches
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8MoEMethod
+from sglang.srt.models import deepseek
+from support.exports import DATA
 
 import quarkconv
 from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
     "bailing_moe", "bailing_moe_v2", "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "gemma4", "glm4_moe",
-    "glm4_moe_lite", "glm_moe_dsa", "kimi_k2", "kimi_linear", "lfm2_moe", "mimo_v2_flash", "minimax_m2",
-    "mixtral", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe",
+    "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "kimi_k2", "kimi_linear", "lfm2_moe",
+    "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe",
 )  # fmt: skip
 TARGETS: Final = [target for target in FORMS if target != "bf16"]
 
@@ -62,9 +68,64 @@ def test_experts_that_sglang_loads_wrongly_without_an_error(tmp_path: Path, fami
 
 
 @pytest.mark.parametrize("target", TARGETS)
-def test_granitemoehybrid_is_refused(tmp_path: Path, target: str) -> None:
-    with pytest.raises(AttributeError, match="'W8A8Int8Config' object has no attribute 'get_cache_scale'"):
-        loaded("granitemoehybrid", target, tmp_path, "eager")
+def test_experts_of_gpt_oss_one_by_one_are_skipped_silently(tmp_path: Path, target: str) -> None:
+    source = prepare(copy("gpt_oss", tmp_path / "source", "eager"))
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
+    experts = load(build(out, WHOLE, FORMS[target]), out).get_submodule("model.layers.0.mlp.experts")
+    assert (experts.get_parameter("w13_weight") == -128).all()  # the poison: nothing was loaded
+    assert (experts.get_parameter("w2_weight") == -128).all()
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_experts_of_deepseek_are_computed_without_their_scales(tmp_path: Path, target: str) -> None:
+    """Its class gives the codes to the kernel for BF16, whose product Triton refuses to compile: "same dtype"."""
+    source = prepare(copy("deepseek", tmp_path / "source"))
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
+    moe = load(build(out, WHOLE, FORMS[target]), out).get_submodule("model.layers.0.mlp")
+    vars(moe)["config"].n_shared_experts = None
+    with (
+        patch.object(deepseek, "fused_moe", side_effect=lambda x, **_: x) as kernel,
+        patch.object(deepseek, "tensor_model_parallel_all_reduce", lambda x: x),
+    ):
+        moe(torch.ones(1, 16).bfloat16())
+    (x,), arguments = kernel.call_args
+    assert (x.dtype, arguments["w1"].dtype, arguments["w2"].dtype) == (torch.bfloat16, torch.int8, torch.int8)
+    assert set(arguments) == {"w1", "w2", "topk_output", "moe_runner_config"}
+
+
+REFUSED: Final = {
+    "dbrx": (KeyError, r"ffn\.experts\.mlp\.0\.v1\.weight"),
+    "granitemoehybrid": (AttributeError, "'W8A8Int8Config' object has no attribute 'get_cache_scale'"),
+}
+
+
+@pytest.mark.parametrize("target", TARGETS)
+@pytest.mark.parametrize("family", REFUSED)
+def test_families_that_sglang_refuses(tmp_path: Path, family: str, target: str) -> None:
+    error, message = REFUSED[family]
+    with pytest.raises(error, match=message):
+        loaded(family, target, tmp_path, "eager")
+
+
+def test_longcat_needs_rope_scaling_in_its_config(tmp_path: Path) -> None:
+    """Without it its config has no frequencies, so that the published config fails too."""
+    source = prepare(copy("longcat_flash", tmp_path / "source"))
+    config = json.loads((source / "config.json").read_text())
+    del config["rope_scaling"]
+    (source / "config.json").write_text(json.dumps(config))
+    out = quarkconv.convert_checkpoint(source, "w8a8-int8", tmp_path / "out", jobs=1).output
+    with pytest.raises(TypeError, match="'NoneType' is not iterable"):
+        build(out)
+
+
+@pytest.mark.parametrize("target", FORMS)
+def test_a_whole_model_with_its_image_encoder(tmp_path: Path, target: str) -> None:
+    export = DATA / "exports" / "qwen3_5_moe-0.13-f2f-language_model"
+    source = prepare(shutil.copytree(export, tmp_path / "source"))
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
+    model = load(build(out, WHOLE, FORMS[target]), out)
+    assert any(name.startswith("visual.blocks.0.") for name, _ in model.named_parameters())
+    assert mismatches(model, Family(source, "sglang"), WHOLE, target) == []
 
 
 def test_verdicts_are_given_for_what_was_loaded() -> None:
