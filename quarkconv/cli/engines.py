@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from quarkconv.cli.options import Json
+from quarkconv.cli.options import Json, Quiet, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.inspection.engines import engine_facts
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 
-def engines(json: Json = False) -> int:
+def engines(verbose: Verbose = False, quiet: Quiet = False, json: Json = False) -> int:
     """Show what engines do with each form, with evidence."""
     facts = engine_facts()
     rows = [{**fact.to_json(), "evidence": fact.evidence, "checked": fact.checked} for fact in facts]
@@ -22,5 +22,7 @@ def engines(json: Json = False) -> int:
 
         return engine_table(facts, evidence=True)
 
-    open_output(json=json).show({"schema": "quarkconv.engines/1", "engines": rows}, render)
+    open_output(json=json, verbose=verbose, quiet=quiet).show(
+        {"schema": "quarkconv.engines/1", "engines": rows}, render
+    )
     return 0

@@ -38,8 +38,12 @@ def main(args: list[str] | None = None) -> NoReturn:
         _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
     except BrokenPipeError:  # the reader, such as `head`, has exited
         sys.exit(BROKEN_PIPE)
-    except OSError as error:  # errors of files are QuarkconvErrors: this is standard output
-        _exit_with(WriteError("Standard output cannot be written", found=error.strerror), as_json=False)
+    except SystemExit as stop:
+        if isinstance(stop.__context__, BrokenPipeError):  # Typer's parser, which prints the text of --help
+            sys.exit(BROKEN_PIPE)
+        raise
+    except OSError as error:
+        _exit_with(_explained(error), as_json=False)
     except Exception as error:
         # Usage errors of Typer's parser format themselves and carry an exit code.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
@@ -81,6 +85,17 @@ def _help(words: list[str]) -> str:
 
     command = f"quarkconv {words[0]}" if words and words[0] in COMMANDS else "quarkconv"
     return f"run `{command} --help`"
+
+
+def _explained(error: OSError) -> QuarkconvError:
+    """The error of a file that no command explained: mostly of standard output, which has no name."""
+    if error.filename is not None:
+        return WriteError("A file cannot be read or written", file=str(error.filename), found=error.strerror)
+    try:
+        os.getcwd()
+    except OSError:
+        return UsageError("The current directory does not exist", hint="change to a directory that exists")
+    return WriteError("Standard output cannot be written", found=error.strerror)
 
 
 def _exit_with(error: QuarkconvError, *, as_json: bool) -> NoReturn:

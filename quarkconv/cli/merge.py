@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Final
 
 import typer
 
-from quarkconv.cli.options import Json, Report
+from quarkconv.cli.options import Json, Quiet, Report, Verbose
 from quarkconv.cli.out import open_output
 from quarkconv.cli.reports import command_line, require_report, write_report
 from quarkconv.errors import SourceError, UsageError
@@ -22,6 +22,8 @@ _MAX_BYTES: Final = 2**30
 def merge(
     files: Annotated[list[str], typer.Argument(metavar="FILE...", help="What `verify --part K/N --json` printed.")],
     report: Report = None,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """Merge the results of `verify --part`.
@@ -47,7 +49,7 @@ def merge(
 
         return render_verification(verification_from_json(value))
 
-    open_output(json=json).show(value, render)
+    open_output(json=json, verbose=verbose, quiet=quiet).show(value, render)
     return 0 if value["ok"] else 1
 
 

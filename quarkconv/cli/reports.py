@@ -7,21 +7,25 @@ import shlex
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Final
 
 from quarkconv.errors import UsageError, WriteError
-from quarkconv.evaluate.request import require_folder
+from quarkconv.files.written_file import require_writable
+
+_MARK: Final = b"<title>quarkconv "
+"""In the head of every report."""
 
 
 def require_report(name: str | None) -> None:
     """Refuse a ``--report`` that cannot be written, before anything is computed; None is no report.
 
     Raises:
-        UsageError: matplotlib, which draws its charts, is not installed.
+        UsageError: it would replace another file, or matplotlib is not installed, which draws its charts.
         WriteError: its folder does not exist.
     """
     if name is None:
         return
-    require_folder(name)
+    require_writable("--report", name, _MARK)
     if find_spec("matplotlib") is None:
         raise UsageError(
             "The charts of a report need matplotlib",
@@ -42,7 +46,7 @@ def write_report(name: str, html: str) -> None:
     Raises:
         WriteError: it cannot be written.
     """
-    part = Path(f"{name}.part")
+    part = Path(f"{name}.{os.getpid()}.part")
     try:
         part.write_text(html, encoding="utf-8")
         os.replace(part, name)

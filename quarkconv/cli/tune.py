@@ -116,7 +116,4 @@ def _shapes(model: str | None, names: list[str] | None, tp: int, ep: int, meter:
         raise UsageError("--tp and --ep divide the experts of a model", expected="--model", found="no model")
     from quarkconv.tune.tune import named_shapes
 
-    try:
-        return named_shapes(names)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+    return named_shapes(names)

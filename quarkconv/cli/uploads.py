@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quarkconv.cli.options import Json
+from quarkconv.cli.options import Json, Quiet, Verbose
 from quarkconv.cli.out import open_output
 
 if TYPE_CHECKING:
@@ -18,6 +18,8 @@ def uploads(
     abort: Annotated[
         bool, typer.Option("--abort", help="Discard them. Stop conversions that write there first.")
     ] = False,
+    verbose: Verbose = False,
+    quiet: Quiet = False,
     json: Json = False,
 ) -> int:
     """List unfinished multipart uploads, which take space in a bucket and appear in no listing.
@@ -30,6 +32,7 @@ def uploads(
     """
     from quarkconv.cloud.uploads import abort_uploads, list_uploads
 
+    output = open_output(json=json, verbose=verbose, quiet=quiet)
     found = list_uploads(url)
     if abort:
         abort_uploads(url, found)
@@ -45,5 +48,5 @@ def uploads(
         "uploads": [upload.to_json() for upload in found],
         "aborted": abort,
     }
-    open_output(json=json).show(value, render)
+    output.show(value, render)
     return 0

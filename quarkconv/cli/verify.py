@@ -92,6 +92,13 @@ def verify(
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     if bytes_only and numbers_only:
         raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
+    of_numbers = {"--unquantized": unquantized, "--activations": activations}
+    if bytes_only and (given := next((option for option, value in of_numbers.items() if value is not None), None)):
+        raise UsageError(
+            f"{given} has no effect with --bytes-only",
+            expected="one of them",
+            hint=f"leave out --bytes-only or {given}",
+        )
     stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
     chosen = None if layers is None else parse_layers(layers)
     counts = parse_tokens(tokens)

@@ -16,6 +16,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Range
 from quarkconv.files.blocks import BLOCK_BYTES
 from quarkconv.files.remote import Entry, RemoteFiles, is_inside
+from quarkconv.files.urls import without_slash
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -127,7 +128,7 @@ def open_bucket(url: str) -> Bucket:
         UsageError: obstore is not installed, the URL is invalid, or there are no credentials.
         SourceError: the store cannot be reached, refuses, or has no files there.
     """
-    url = url.rstrip("/")
+    url = without_slash(url)
     store = open_store(url)
     try:
         entries = list_entries(store, url)

@@ -16,6 +16,7 @@ from quarkconv.cloud.bucket import entry_of, list_entries
 from quarkconv.cloud.stores import failure_of, open_store
 from quarkconv.errors import UsageError, WriteError
 from quarkconv.files.remote import CONNECTIONS, Entry
+from quarkconv.files.urls import without_slash
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta, PutMode, PutResult, WritableFile
@@ -72,7 +73,7 @@ class Objects:
     """
 
     def __init__(self, url: str) -> None:
-        self.url: Final = url.rstrip("/")
+        self.url: Final = without_slash(url)
         self.store: Final[ObjectStore] = open_store(self.url)
 
     def entries(self) -> dict[str, Entry]:

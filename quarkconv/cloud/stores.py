@@ -64,6 +64,8 @@ def open_store(url: str) -> ObjectStore:
             hint="pip install obstore",
         ) from error
     limit_arenas()
+    if not bucket_of(url):
+        raise _invalid(url)
     try:
         return from_url(
             url,
@@ -74,9 +76,13 @@ def open_store(url: str) -> ObjectStore:
     except UsageError:
         raise
     except Exception as error:  # obstore has no common class for these
-        raise UsageError(
-            "Invalid URL of an object store", expected="s3://bucket/path, gs:// or az://", found=repr(url)[:300]
-        ) from error
+        raise _invalid(url) from error
+
+
+def _invalid(url: str) -> UsageError:
+    return UsageError(
+        "Invalid URL of an object store", expected="s3://bucket/path, gs:// or az://", found=repr(url)[:300]
+    )
 
 
 def prefix_of(url: str) -> str:

@@ -14,6 +14,7 @@ from typing import Any, Final
 
 from quarkconv.cloud.stores import bucket_of, prefix_of
 from quarkconv.errors import UnsupportedError, UsageError, WriteError
+from quarkconv.files.urls import is_store_url, without_slash
 
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _log: Final = logging.getLogger(__name__)
@@ -44,11 +45,11 @@ def list_uploads(url: str) -> list[Upload]:
     """The unfinished multipart uploads below a URL, by name and time.
 
     Raises:
-        UsageError: boto3 is not installed.
+        UsageError: the URL is not that of a bucket, or boto3 is not installed.
         UnsupportedError: the store is not S3.
         WriteError: the store refuses, or cannot be reached.
     """
-    client, bucket, prefix = _client(url), bucket_of(url), prefix_of(url.rstrip("/"))
+    client, bucket, prefix = _client(url), bucket_of(url), prefix_of(without_slash(url))
     start = f"{prefix}/" if prefix else ""
     try:
         found = [
@@ -72,7 +73,7 @@ def abort_uploads(url: str, uploads: Collection[Upload]) -> None:
     Raises:
         WriteError: the store refuses, or cannot be reached.
     """
-    client, bucket, prefix = _client(url), bucket_of(url), prefix_of(url.rstrip("/"))
+    client, bucket, prefix = _client(url), bucket_of(url), prefix_of(without_slash(url))
     start = f"{prefix}/" if prefix else ""
     for upload in uploads:
         try:
@@ -98,6 +99,8 @@ def clear_uploads(url: str, names: Collection[str]) -> int:
 
 def _client(url: str) -> Any:
     """The client of boto3, with the endpoint and region that obstore reads."""
+    if not is_store_url(url) or not bucket_of(url):
+        raise UsageError("Invalid URL", expected="s3://bucket or s3://bucket/path", found=repr(url)[:300])
     if not url.startswith("s3://"):
         raise UnsupportedError(
             "Unfinished uploads are listed for S3 only",

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from quarkconv.errors import UsageError
-from quarkconv.files.urls import is_store_url, is_url
+from quarkconv.files.urls import is_store_url, is_url, without_slash
 from quarkconv.hub.locate import Located
 
 
@@ -13,11 +14,11 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
     """The directory of the output, or its URL in an object store.
 
     Raises:
-        UsageError: it would lie inside the source, or the source inside it; or the URL is that of a whole bucket, or
-            of a service that is not written to.
+        UsageError: it is empty; it would lie inside the source, or the source inside it; or the URL is that of a whole
+            bucket, or of a service that is not written to.
     """
     if isinstance(out, str) and is_store_url(out):
-        return _output_url(source, out.rstrip("/"))
+        return _output_url(source, without_slash(out))
     if isinstance(out, str) and is_url(out):
         raise UsageError(
             "quarkconv does not write to this service",
@@ -25,13 +26,15 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
             expected="a directory, or an s3://, gs:// or az:// URL",
             hint="convert to a directory, and upload it with the service's own tools (`hf buckets sync`)",
         )
+    if out == "":
+        raise UsageError("--out is empty", expected="a directory, or an s3://, gs:// or az:// URL")
     if out is not None:
         output = Path(out)
     elif source.name is not None:  # in the working directory, not inside the Hub's cache
         output = Path(f"{source.name}-{suffix}")
     else:
         directory = source.files.root
-        named = directory if directory.name not in ("", "..") else directory.resolve()
+        named = directory if directory.name not in ("", "..") else Path(os.path.realpath(directory))
         if not named.name:
             raise UsageError(
                 "The output cannot lie beside this model", file=str(directory), hint="give a directory with --out"
@@ -39,7 +42,7 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
         output = named.with_name(f"{named.name}-{suffix}")
     if source.directory is None:
         return output
-    inner, outer = output.resolve(), source.directory.resolve()
+    inner, outer = (Path(os.path.realpath(path)) for path in (output, source.directory))
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UsageError(
             "Source and output must not lie inside one another",

@@ -29,7 +29,7 @@ from quarkconv.findings import Finding, Severity, bounded
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
 from quarkconv.progress import SILENT, Progress
-from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
@@ -168,11 +168,11 @@ def described(
     Args:
         checkpoint: the headers.
         declared: the scheme, instead of the one in the files.
-        scheme: name of the scheme of all int8 modules, instead of the one in the files: ``ptpc_int8``.
+        scheme: name of the scheme of all int8 modules, where the files declare none that is read: ``ptpc_int8``.
         mtp_dropped: tensors of layers of multi-token prediction that were left out of it; None where they are kept.
 
     Raises:
-        UsageError: another ``scheme``.
+        UsageError: another ``scheme``, or the files declare one.
     """
     if scheme not in (None, PTPC_NAME):
         raise UsageError("Invalid --scheme", expected=PTPC_NAME, found=scheme)
@@ -184,6 +184,14 @@ def described(
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
+        if scheme is not None and declared is not None and not isinstance(declared, UnknownScheme):
+            raise UsageError(
+                "--scheme is for int8 weights whose scheme is not declared",
+                file=f"{checkpoint.root}/{declared.file}",
+                expected="no scheme, or one that is not read",
+                found=f"a scheme, by {declared.method}",
+                hint="leave --scheme out",
+            )
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -12,7 +13,7 @@ import torch
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_folder, require_one_source
+from quarkconv.evaluate.request import DEFAULT_WINDOW, RECORD_CONTENT, Limits, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import LeftOut, Run
 from quarkconv.evaluate.same_model import (
@@ -27,6 +28,7 @@ from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunn
 from quarkconv.evaluate.sums import LayerSums
 from quarkconv.evaluate.weights import CheckpointWeights
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
+from quarkconv.files.written_file import require_writable
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.arenas import Arena, Memory
@@ -81,14 +83,15 @@ def evaluate_checkpoint(
 
     Raises:
         UsageError: neither text nor token ids, or both; a text that is too short; tokens outside of the vocabulary;
-            another tokenizer or architecture in ``unquantized``, or a quantized model.
+            another tokenizer or architecture in ``unquantized``, or a quantized model; ``record`` is a file of another
+            kind.
         SourceError: a checkpoint or the text cannot be read, or hidden states are not finite.
         UnsupportedError: transformers has no class for the model, its experts cannot run in INT8, or it holds none and
             a limit is set.
         WriteError: hidden states or ``record`` cannot be written.
     """
     require_one_source(text, token_ids)
-    require_folder(record)
+    require_writable("--record", record, RECORD_CONTENT.encode())
     devices = pick_devices(device)
     root = _directory(model, progress)
     other = None if unquantized is None else _directory(unquantized, progress)
@@ -239,9 +242,9 @@ def _key(root: Path, other: Path | None, tokens: Windows, run: Run, layers: set[
     digest = hashlib.sha256(repr(tokens.ids.flatten().tolist()).encode())
     return state_key(
         own_version(),
-        root.resolve(),
+        os.path.realpath(root),
         fingerprint(root),
-        other and other.resolve(),
+        other and os.path.realpath(other),
         other and fingerprint(other),
         digest.hexdigest(),
         list(tokens.ids.shape),

@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from quarkconv.errors import UsageError, WriteError
+from quarkconv.errors import UsageError
 
 DEFAULT_WINDOW: Final = 2048
 """Tokens of a window of text."""
+RECORD_CONTENT: Final = "quarkconv evaluate --record"
+"""``content`` in the metadata of a file of recorded inputs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -33,20 +35,6 @@ class Limits:
             if value is not None and not 0 <= value <= largest:
                 expected = "0 to 1" if largest == 1 else "0 or more"
                 raise UsageError(f"{option} is out of range", expected=expected, found=f"{value:g}")
-
-
-def require_folder(path: str | Path | None) -> None:
-    """Refuse a file that cannot be created, before anything is computed; None is no file.
-
-    Raises:
-        WriteError: its folder does not exist, or it is a folder itself.
-    """
-    if path is None:
-        return
-    if not Path(path).absolute().parent.is_dir():
-        raise WriteError("The folder of a file to write does not exist", file=str(path), hint="create it first")
-    if Path(path).is_dir():
-        raise WriteError("The file to write is a directory", file=str(path))
 
 
 def require_one_source(text: str | Path | None, token_ids: str | Path | None) -> None:

@@ -17,6 +17,7 @@ from quarkconv.errors import WriteError
 from quarkconv.evaluate.calls import Calls, shared_calls
 from quarkconv.evaluate.hidden_states import LayerOutput, Streams, Transfers
 from quarkconv.evaluate.read_ahead import ReadAhead
+from quarkconv.evaluate.request import RECORD_CONTENT
 from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
 from quarkconv.evaluate.scoring import batch_scores
@@ -264,6 +265,6 @@ def _save(state: EvaluationState, streams: Streams) -> None:
 
 def _write_record(path: str | Path, recorded: dict[str, Tensor]) -> None:
     try:
-        save_file(recorded, path)
+        save_file(recorded, path, metadata={"content": RECORD_CONTENT})
     except (OSError, SafetensorError) as error:
         raise WriteError("The recorded inputs cannot be written", file=str(path), found=str(error)[:200]) from error

@@ -86,7 +86,7 @@ class ModelConfig:
     @property
     def local_experts(self) -> int | None:
         """Routed experts per layer that the checkpoint itself holds."""
-        return None if self.experts is None else len(self.rank.experts(self.experts))
+        return None if self.experts is None else _length(self.rank.experts(self.experts))
 
     @property
     def claims_experts(self) -> bool:
@@ -110,7 +110,7 @@ class ModelConfig:
         if part is None:
             return None
         count = self.experts if part is self.text else _first_count(_with_expert_parts(part), _EXPERTS)
-        return None if count is None else len(self.rank.experts(count))
+        return None if count is None else _length(self.rank.experts(count))
 
     def without_mtp(self, counted_in: int = 0) -> dict[str, Any]:
         """A copy of config.json that claims no layers of multi-token prediction.
@@ -163,6 +163,11 @@ def model_config(raw: Part) -> ModelConfig:
         quantization_path=where,
         rank=rank_of_config(raw),
     )
+
+
+def _length(numbers: range) -> int:
+    """The length of a range, also beyond the largest that ``len`` returns: config.json may claim any number."""
+    return numbers.stop - numbers.start
 
 
 def _with_expert_parts(text: Part) -> tuple[Part, ...]:

@@ -17,6 +17,16 @@ def is_store_url(model: str) -> bool:
     return model.startswith(SCHEMES)
 
 
+def without_slash(url: str) -> str:
+    """The URL without slashes at its end, except those of its scheme.
+
+    >>> without_slash("s3://bucket/path/"), without_slash("s3://")
+    ('s3://bucket/path', 's3://')
+    """
+    scheme, separator, path = url.partition("://")
+    return f"{scheme}{separator}{path.rstrip('/')}"
+
+
 def is_url(model: str) -> bool:
     """Whether the name of a model is a URL, of whatever service."""
     return _URL.match(model) is not None

@@ -25,8 +25,21 @@ def check_directory(root: Path) -> None:
     """Refuse a missing directory, a file, an unfinished conversion, and the folder of a conversion by rank.
 
     Raises:
-        SourceError: it is one of these.
+        SourceError: it is one of these, or cannot be read.
     """
+    try:
+        _check_directory(root)
+        os.scandir(os.path.abspath(root)).close()
+    except OSError as error:
+        raise SourceError(
+            "The model directory cannot be read",
+            code="shard-missing",
+            file=str(root),
+            found=error.strerror,
+        ) from error
+
+
+def _check_directory(root: Path) -> None:
     if root.is_file():
         raise SourceError(
             "The model is a file",

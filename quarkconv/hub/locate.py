@@ -72,11 +72,18 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
         progress: receives the listing of the repo and the download.
 
     Raises:
-        UsageError: the model is a URL, and ``cache`` is set; or the URL is invalid, or of a service that is not read.
+        UsageError: the name is empty; the model is a URL, and ``cache`` is set; or the URL is invalid, or of a service
+            that is not read.
         SourceError: the object store cannot be read.
         HubError: the model is a repo id, and the Hub does not have it or cannot be reached.
         WriteError: the cache cannot be written to.
     """
+    if model == "":
+        raise UsageError(
+            "The name of a model is empty",
+            expected="a directory, a Hub repo id, or a URL",
+            hint="give . for the current directory",
+        )
     if isinstance(model, str) and is_url(model):
         if cache:
             raise UsageError(
@@ -86,11 +93,18 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
                 hint="copy it to a directory with the service's own tools",
             )
         return Located(_open_url(model), name=model.rstrip("/").rpartition("/")[2].partition("@")[0])
-    if not isinstance(model, str) or not _REPO.fullmatch(model) or Path(model).exists():
+    if not isinstance(model, str) or not _REPO.fullmatch(model) or _exists(model):
         return Located(LocalFiles(Path(model)))
     repo, _, revision = model.partition("@")
     find = _download if cache else _remote
     return Located(find(repo, revision or None, progress), repo, repo.rpartition("/")[2])
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).exists()
+    except OSError:  # it lies in a folder that may not be searched
+        return True
 
 
 def _open_url(url: str) -> Files:

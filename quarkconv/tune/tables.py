@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.text import alternatives
 from quarkconv.tune.grid import Tile, tile_of
 from quarkconv.tune.shapes import RankShape
 
@@ -103,10 +104,10 @@ def shipped_folder(engine: str) -> Path:
     """
     folder = SHIPPED / engine
     if not folder.is_dir():
-        brought = ", ".join(sorted(path.name for path in SHIPPED.glob("*") if path.is_dir())) or "none"
+        brought = sorted(path.name for path in SHIPPED.glob("*") if path.is_dir())
         raise UnsupportedError(
             f"quarkconv brings no tables for {engine}",
-            expected=f"one of: {brought}",
+            expected=alternatives(brought),
             found=engine,
             hint="run `quarkconv tune` on the GPU",
         )

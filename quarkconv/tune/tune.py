@@ -13,8 +13,9 @@ from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
 
-from quarkconv.errors import UnsupportedError
+from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.progress import SILENT, Progress
+from quarkconv.text import alternatives
 from quarkconv.tune.grid import Tile, starts, variations
 from quarkconv.tune.kernels import Kernel, Routed, engine_kernel
 from quarkconv.tune.search import fastest
@@ -241,9 +242,17 @@ def named_shapes(names: Iterable[str] | None) -> tuple[RankShape, ...]:
     """Shapes by name, or as ``E,K,H,I``; None for those that quarkconv's own tables have.
 
     Raises:
-        ValueError: there is no such name.
+        UsageError: there is no such name.
     """
-    from quarkconv.kernels.tune import EXPERTS_IN_ALL, SHAPES, parse_shape
+    from quarkconv.kernels.tune import EXPERTS_IN_ALL, NAMED, SHAPES, parse_shape
 
-    sizes = [parse_shape(name) for name in (SHAPES if names is None else names)]
+    chosen = list(SHAPES if names is None else names)
+    try:
+        sizes = [parse_shape(name) for name in chosen]
+    except ValueError as error:
+        raise UsageError(
+            "Invalid --shape",
+            expected=f"positive sizes E,K,H,I with K at most E, or {alternatives(NAMED)}",
+            found=" and ".join(chosen),
+        ) from error
     return tuple(RankShape(*size, EXPERTS_IN_ALL.get(size, size[0])) for size in sizes)

@@ -21,6 +21,7 @@ from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
+from quarkconv.findings import refusal
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
@@ -268,9 +269,10 @@ class _Run:
         for layer in self.job.layers:
             found = self._source_layers.get(layer.prefix)
             if found is None or found.geometry_of(self._rank) != layer.geometry:
-                raise UsageError(
+                checkpoint = source.checkpoint
+                raise refusal(checkpoint.findings, str(checkpoint.root), "source", "compared") or UsageError(
                     "The source does not have this layer, or has it in another shape",
-                    file=str(source.checkpoint.root),
+                    file=str(checkpoint.root),
                     tensor=layer.prefix,
                     hint="give --source the checkpoint that was converted, or leave it out",
                 )

@@ -10,6 +10,7 @@ from typing import Final
 
 from quarkconv.errors import WriteError
 from quarkconv.plan.pieces import OutputShard
+from quarkconv.text import size
 from quarkconv.write.durable import FULL, as_write_error
 
 _BYTES_OF_A_PIECE: Final = 160  # its rows in the manifest and in the notes, without the names of the tensors
@@ -49,8 +50,8 @@ def require_space(output: Path, needed: int, reclaimed: int) -> None:
         raise WriteError(
             "There is not enough space for the output",
             file=str(output),
-            expected=f"{needed / 1e9:.2f} GB for the rest of the output",
-            found=f"{free / 1e9:.2f} GB free",
+            expected=f"{size(needed)} for the rest of the output",
+            found=f"{size(free)} free",
             hint=f"free {_rounded_up(missing)} more and run the same command again, or choose --out on another disk",
         )
 
@@ -72,8 +73,8 @@ def disk_full_explained(output: Path, parts: Path, left: Callable[[], int]) -> I
         failure = as_write_error(error, output)
         free, needed = shutil.disk_usage(output).free + allocated(parts.rglob("*")), left()
         failure.file = str(output)
-        failure.expected = f"{needed / 1e9:.2f} GB for the rest of the output"
-        failure.found = f"{free / 1e9:.2f} GB usable"
+        failure.expected = f"{size(needed)} for the rest of the output"
+        failure.found = f"{size(free)} usable"
         failure.hint = (
             f"nothing is lost: free {_rounded_up(needed - free)}, then run the same command again; "
             "it resumes where it stopped"
@@ -82,5 +83,6 @@ def disk_full_explained(output: Path, parts: Path, left: Callable[[], int]) -> I
 
 
 def _rounded_up(nbytes: int) -> str:
-    """A size in GB, rounded up."""
-    return f"{max(-(-nbytes // 10**7), 1) / 100:.2f} GB"
+    """A size in MB, or from 1 GB on in GB, rounded up."""
+    megabytes = max(-(-nbytes // 10**6), 1)
+    return f"{megabytes} MB" if megabytes < 1000 else f"{-(-megabytes // 10) / 100:.2f} GB"

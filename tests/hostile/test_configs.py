@@ -273,3 +273,15 @@ def test_a_refused_pattern_does_not_affect_the_next_inspection(tmp_path: Path) -
     with pytest.raises(SourceError):
         inspect_checkpoint(model.write(tmp_path / "one"))
     assert inspect_checkpoint(Model().write(tmp_path / "two")).ok
+
+
+COUNTS = ("num_experts", "num_experts_per_tok", "num_hidden_layers", "hidden_size", "moe_intermediate_size")
+
+
+@pytest.mark.parametrize("value", [2**63, 10**25, -(10**25), float("inf"), float("nan"), [10**25], {"a": 1}, "8", None])
+@pytest.mark.parametrize("key", COUNTS)
+def test_a_count_of_any_size_and_type_is_handled(key: str, value: object, tmp_path: Path) -> None:
+    folder = Model().write(tmp_path / "model")
+    config(lambda raw: raw.update({key: value}))(folder)
+    codes = {item.code for item in inspect_checkpoint(folder).findings}
+    assert ("expert-count" in codes) == (key == "num_experts" and type(value) is int and value > 0)

@@ -48,7 +48,7 @@ def test_an_engine_that_is_not_installed_is_named_in_one_line(
     ("arguments", "message"),
     [
         (["--for", "llama.cpp"], "Unknown engine"),
-        (["--shape", "8,2,64"], "expected one of MiniMax-M2"),
+        (["--shape", "8,2,64"], "E,K,H,I with K at most E, or MiniMax-M2"),
         (["--shape", "8,2,64,64", "--model", "."], "Give either a model or shapes"),
         (["--tp", "2"], "--tp and --ep divide the experts of a model"),
         (["--tokens", "1,0"], "Invalid --tokens"),

@@ -123,8 +123,8 @@ def test_space_is_checked_before_the_first_byte(
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
         with pytest.raises(WriteError, match="not enough space") as caught:
             convert(source, out)
-    assert caught.value.found == "0.00 GB free"
-    assert "free 0.03 GB more" in (caught.value.hint or "")
+    assert caught.value.found == "1 MB free"
+    assert "free 30 MB more" in (caught.value.hint or "")
     assert not list(out.rglob("*.safetensors*"))
     assert_unfinished(out)
     assert snapshot(convert(source, out)) == reference
@@ -197,7 +197,7 @@ def test_a_disk_that_gets_full_is_one_message_and_nothing_is_lost(
     finished = {path.name: path.stat().st_ino for path in (out / ".quarkconv" / "files").glob("*.safetensors")}
     assert finished
     assert_unfinished(out)
-    missing = float(err.partition("free ")[2].partition(" GB")[0]) * 1e9
+    missing = float(err.partition("free ")[2].partition(" MB")[0]) * 1e6
     assert 0 < missing < 25e6
 
     process = start(SMALL_STEPS + "main(sys.argv[1:])", *arguments(source, out, jobs=2))  # now it is checked

@@ -43,8 +43,10 @@ def render_conversion(value: dict[str, Any], seconds: float | None) -> Renderabl
         ranks = f" for {len(value['ranks'])} ranks" if by_rank else ""
         closing = [verdict(f"Converted to {value['target']}{ranks} in {seconds:.1f} s", good=True)]
         if not by_rank:
-            output = printable(shlex.quote(value["output"]))
-            closing.append(Text.assemble(("  prove it: ", "dim"), (f"quarkconv verify {output}", "cyan")))
+            command = shlex.join(["quarkconv", "verify", value["output"], "--source", value["source"]])
+            proof = Text.assemble(("  prove it: ", "dim"), (printable(command), "cyan"))
+            proof.no_wrap, proof.overflow = True, "ignore"
+            closing.append(proof)
         if "pushed" in value:
             url = f"  uploaded: {printable(value['pushed'])}"
             closing.append(Text(url, style="dim", no_wrap=True, overflow="ignore"))
