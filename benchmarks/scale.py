@@ -1,6 +1,6 @@
 """How a conversion scales over several workers, where the network of each worker is the limit.
 
-    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 24] [--modes part join ray]
+    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 48] [--modes part join ray]
 
 A store on loopback (benchmarks/store.py) gives each client, which is an access key, a fixed bandwidth in each
 direction. Workers convert one model from it to it: with ``--part k/N`` or ``--join`` each in a process of its own, with
@@ -11,6 +11,10 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
 - the rate of the steady phase: from the moment when a tenth of the bytes has been written until nine tenths have;
 - the share of their bandwidth that the workers filled in both;
 - the most memory that a process of a worker used, with ``--ray`` including Ray itself, and how busy the processor was.
+
+A run begins and ends with about as many seconds for one worker as for eight, in which the network is not busy: headers
+are read, and the first part of a shard, before anything is sent. Conversions of real checkpoints take minutes to hours.
+The model is therefore so large that eight workers need half a minute, and all modes together 13 minutes.
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
@@ -64,11 +68,12 @@ _ON_RAY: Final = """
 import ray
 def warm():
     import quarkconv.write.on_ray, quarkconv.cloud.objects, quarkconv.hub.locate, obstore.store
-    time.sleep(4)
+    time.sleep(6)
 address = sys.argv[sys.argv.index("--ray") + 1]
 ray.init(address=address, log_to_driver=False, logging_level="error")
-task = ray.remote(warm).options(num_cpus=0.5, scheduling_strategy="SPREAD")
-ray.get([task.remote() for _ in range(int(2 * ray.cluster_resources()["CPU"]))])
+from quarkconv.write.on_ray import STREAM_CPUS
+task = ray.remote(warm).options(num_cpus=STREAM_CPUS, scheduling_strategy="SPREAD")
+ray.get([task.remote() for _ in range(int(ray.cluster_resources()["CPU"]) * int(1 / STREAM_CPUS))])
 """
 
 
@@ -131,7 +136,9 @@ class Nodes:
     def __init__(self, url: str) -> None:
         from ray.cluster_utils import Cluster
 
-        config = {"idle_worker_killing_time_threshold_ms": 10**7, "num_workers_soft_limit": 2}
+        from quarkconv.write.on_ray import STREAM_CPUS
+
+        config = {"idle_worker_killing_time_threshold_ms": 10**7, "num_workers_soft_limit": int(1 / STREAM_CPUS)}
         head = {"num_cpus": 0, "include_dashboard": False, "_system_config": config}
         self._cluster = Cluster(initialize_head=True, head_node_args=head)
         self._url = url
@@ -309,8 +316,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["part", "join"])
     parser.add_argument("--rate", type=float, default=8, help="MB/s of each client in each direction")
-    parser.add_argument("--layers", type=int, default=24, help="each has 36 MB")
-    parser.add_argument("--ray-layers", type=int, default=20, help="of the model that is converted on Ray")
+    parser.add_argument("--layers", type=int, default=48, help="each has 36 MB")
+    parser.add_argument("--ray-layers", type=int, default=24, help="of the model that is converted on Ray")
     parser.add_argument("--shard", type=float, default=7, help="MB of a shard at most; a tensor has up to 12.6")
     options = parser.parse_args()
     rate = options.rate * MB

@@ -1,6 +1,7 @@
 """An object store on loopback that gives each client a fixed bandwidth in each direction, for benchmarks/scale.py.
 
-It has the part of S3 that obstore and boto3 use here, and keeps objects in memory. A client is an access key.
+It has the part of S3 that obstore and boto3 use here, and keeps objects in memory, equal ones once. A client is an
+access key.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Final, NamedTuple
 from urllib.parse import parse_qs, unquote, urlsplit
 from xml.sax.saxutils import escape, unescape
+
+import xxhash
 
 BLOCK: Final = 2**18
 QUEUE_SECONDS: Final = 0.05
@@ -69,6 +72,7 @@ class Store:
         self.uploads: dict[str, dict[int, bytes]] = {}
         self.requests = 0
         self.written: dict[str, float] = {}
+        self._contents: dict[bytes, bytes] = {}
         self._first: dict[str, dict[str, bytes]] = {}
         self._links: dict[tuple[str, str], Link] = {}
         self._lock = threading.Lock()
@@ -85,6 +89,7 @@ class Store:
 
     def put(self, name: str, data: bytes) -> str:
         """Write an object, and return its ETag."""
+        data = self._contents.setdefault(xxhash.xxh3_128_digest(data), data)
         stored = Stored(data, f'"{os.urandom(16).hex()}"')
         self.objects[name] = stored
         self.written[name] = time.monotonic()
