@@ -33,6 +33,7 @@ MIN_BLOCK_M = 16  # the smallest row count of the matrix instructions that Trito
 MAX_BLOCK_M = 128
 _WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thread, half of what there are
 _NARROW = 384  # columns of gate-up in a slice of an expert
+_NARROW_FOR_FEW_ROWS = 512  # the same at up to 45 mean rows, for specialized warps
 _FEW_ROWS = 128  # about the number of SMs of a large GPU
 _SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
@@ -119,6 +120,10 @@ def heuristic_options(tokens: int, shape: Shape, *, specialized: bool) -> Launch
     16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which is fastest when
     neighbouring programs read neighbouring rows of weights: group_m 1, so that they have the same expert. Experts of at
     most 384 columns, slices of Qwen3-235B, MiniMax-M2, DeepSeek-V3 and Qwen3-Next, were tuned on an H200.
+
+    With specialized warps and 10 to 90 mean rows, a row block is about as high as the mean: a higher one multiplies
+    rows that are not there, a lower one reads an expert's weights again. That was timed on an H200 over ten shapes
+    (docs/kernel-experiments.md).
     """
     experts, top_k, _, intermediate = shape
     mean_rows = mean_rows_of(tokens, experts, top_k)
@@ -128,10 +133,12 @@ def heuristic_options(tokens: int, shape: Shape, *, specialized: bool) -> Launch
         return LaunchOptions(RowBlocks(16), tile, narrow if is_narrow else tile)
     tall, (ping_pong, cooperative) = RowBlocks(128, tail_m=32, small_m=64), specialized_tiles(group_m=4)
     gate_up, down = portable_tiles(group_m=4 if mean_rows <= 90 else 8)
+    # Narrow experts multiply too little for each row that the specialized kernel's sorted codes cost.
+    if specialized and intermediate > (_NARROW if mean_rows > 45 else _NARROW_FOR_FEW_ROWS):
+        low = RowBlocks(32, small_m=16) if mean_rows <= 45 else RowBlocks(64, tail_m=32, small_m=32)
+        wide = cooperative[0] if mean_rows > 400 else replace(ping_pong[0], group_m=1)
+        return LaunchOptions(low if mean_rows <= 90 else tall, wide, ping_pong[1])
     if specialized and mean_rows > 45:
-        # Narrow experts multiply too little for each row that the specialized kernel's sorted codes cost.
-        if not is_narrow:
-            gate_up = replace(ping_pong[0], group_m=1) if mean_rows <= 400 else cooperative[0]
         return LaunchOptions(tall, gate_up, ping_pong[1])
     if mean_rows <= 45:
         down = narrow if is_narrow and mean_rows <= 24 else ping_pong[1] if specialized else down

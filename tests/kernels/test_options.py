@@ -117,7 +117,9 @@ def test_warps_are_specialized_for_many_rows_where_they_can_be() -> None:
         (2048, (64, 8, 2048, 1024), 4, 4),
         (4096, (16, 2, 2048, 64), 0, 0),  # narrow experts; and for down less than a step of sums
         (4096, (16, 2, 2048, 192), 0, 4),
-        (256, (64, 8, 2048, 1024), 0, 4),  # down has its rows in order already
+        (512, (64, 8, 2048, 1024), 4, 4),
+        (256, (64, 8, 2048, 1024), 4, 4),
+        (256, (64, 8, 2048, 512), 0, 4),  # few rows of narrow experts; down has its rows in order already
         (64, (64, 8, 2048, 1024), 0, 0),
     ):
         options = choose_launch_options(tokens, *shape, hopper)
