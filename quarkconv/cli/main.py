@@ -48,7 +48,7 @@ def main(args: list[str] | None = None) -> NoReturn:
         # Usage errors of Typer's parser format themselves and carry an exit code.
         if hasattr(error, "format_message") and hasattr(error, "exit_code"):
             _exit_with(UsageError(error.format_message().rstrip("."), hint=_help(words)), as_json=as_json)
-        if type(error).__name__ == "Abort":
+        if type(error).__name__ == "Abort" or _follows_interrupt(error):
             _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
         raise
     if status == InterruptedByUser.exit_code:  # Typer turns a KeyboardInterrupt into this code, or into an Abort
@@ -85,6 +85,14 @@ def _help(words: list[str]) -> str:
 
     command = f"quarkconv {words[0]}" if words and words[0] in COMMANDS else "quarkconv"
     return f"run `{command} --help`"
+
+
+def _follows_interrupt(error: BaseException) -> bool:
+    """Whether an interrupt led to an error: Python wraps one that hits a class statement, such as those of torch."""
+    chain: BaseException | None = error
+    while chain is not None and not isinstance(chain, KeyboardInterrupt):
+        chain = chain.__cause__ or chain.__context__
+    return chain is not None
 
 
 def _explained(error: OSError) -> QuarkconvError:

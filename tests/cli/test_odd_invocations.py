@@ -141,3 +141,21 @@ def test_a_damaged_model_to_compare_with_cannot_be_read(
     assert result.json["code"] == "header-invalid"
     assert result.json["file"] == str(shard)
     assert "tensor" not in result.json
+
+
+def test_an_interrupt_that_python_wraps_in_another_error_is_an_interrupt(
+    command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An interrupt in ``__set_name__`` of a class becomes a RuntimeError: torch was being imported."""
+
+    class Field:
+        def __set_name__(self, owner: type, name: str) -> None:
+            raise KeyboardInterrupt
+
+    def interrupted(_: list[str]) -> None:
+        type("Owner", (), {"field": Field()})
+
+    monkeypatch.setattr("quarkconv.cli.program.run_command", interrupted)
+    result = command("inspect", "--json")
+    assert (result.code, result.err) == (130, "error: Interrupted\n")
+    assert result.json["exit_code"] == 130
