@@ -36,7 +36,7 @@ def evaluate(
             "--batch",
             min=1,
             metavar="N",
-            help="Windows that run together. [default: about 4096 tokens, 16384 on a GPU]",
+            help="Windows that run together. [default: 4096 tokens, up to 32768 on a GPU]",
         ),
     ] = None,
     device: Device = "auto",

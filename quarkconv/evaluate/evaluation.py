@@ -71,7 +71,7 @@ def evaluate_checkpoint(
         token_ids: a safetensors file with ``token_ids`` int64 [windows, window], instead of a text.
         window: tokens of a window of text.
         windows: how many windows to evaluate; None for all.
-        batch: windows that run together; by default about 16384 tokens on a GPU, 4096 on a CPU.
+        batch: windows that run together; by default 4096 tokens on a CPU, and up to 32768 on a GPU, by its memory.
         device: ``cuda`` for all visible GPUs, ``cpu``, or ``auto``.
         layers: decoder layers that run in INT8; the others run dequantized. None for all INT8 layers.
         ablate: how many of the worst layers, and of the worst experts, are left unquantized in turn: their share of the

@@ -14,10 +14,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from quarkconv.evaluate.memory import states_bytes
 from quarkconv.evaluate.sums import LayerSums
 
-SHARE: Final = 8
-"""Hidden states take one of so many parts of a GPU's memory."""
 _IN_FLIGHT: Final = 2
 """Batches whose outputs are being copied to the host: the device holds no more of them."""
 
@@ -81,8 +80,7 @@ class Transfers:
         self._device = device
         self._is_gpu = device.type == "cuda"
         if self._is_gpu:
-            total = torch.cuda.get_device_properties(device).total_memory
-            self._left = total // SHARE if limit is None else limit
+            self._left = states_bytes(device) if limit is None else limit
             self._inward, self._outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
             self._fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._leaving: deque[torch.cuda.Event] = deque()

@@ -7,6 +7,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quarkconv.evaluate.layer_ops import on_kernels, scale_sums
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.kernels import fused_experts_int8, quantize_int8
 from quarkconv.load.experts import FusedExperts
@@ -65,7 +66,11 @@ class Int8Linear(nn.Module):
             codes, scales = quantize_int8(rows)
         else:
             codes, scales = quantize_int8(rows, granularity="per_tensor", scale=self.input_scale)
-        result = int8_product(codes, self.codes) * scales.reshape(-1, 1)  # converted to float32 on the way
+        sums = int8_product(codes, self.codes)
+        if on_kernels(sums):
+            each = scales.reshape(-1).expand(len(sums)).contiguous()
+            return scale_sums(sums, each, self.scale, self.bias, states.dtype).reshape(*states.shape[:-1], -1)
+        result = sums * scales.reshape(-1, 1)  # converted to float32 on the way
         if self.bias is None:
             out = torch.empty(result.shape, dtype=states.dtype, device=states.device)
             result = torch.mul(result, self.scale, out=out)  # rounded on the way

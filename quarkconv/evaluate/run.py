@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from safetensors import SafetensorError
@@ -26,9 +26,6 @@ from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunn
 from quarkconv.evaluate.sums import DeviceSums, LayerSums
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import Progress
-
-BATCH_TOKENS: Final = {"cpu": 4096, "cuda": 16384}
-"""Tokens of a batch, where ``batch`` is not given. A GPU waits for the host between the kernels of small batches."""
 
 
 class LeftOut(NamedTuple):
@@ -60,7 +57,7 @@ class Run:
         self.variants = [self.baseline, *([DEQUANTIZED] if self.baseline != DEQUANTIZED else [])]
         if self.in_int8:
             self.variants.append(INT8)
-        size = batch or max(1, BATCH_TOKENS[first.quantized.skeleton.device.type] // tokens.length)
+        size = batch or max(1, min(runner.batch_tokens for runner in runners) // tokens.length)
         self.size = size
         starts = range(0, tokens.count, size)
         self.batches = [

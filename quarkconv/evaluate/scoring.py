@@ -3,20 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Final
 
 import torch
 from torch import Tensor
 
 from quarkconv.evaluate.forward import final_logits, not_finite
 from quarkconv.evaluate.hidden_states import LayerOutput
+from quarkconv.evaluate.memory import block_logits
 from quarkconv.evaluate.scores import Distributions, TokenScores
 from quarkconv.evaluate.streams import LayerRunner
 from quarkconv.evaluate.windows import Windows
-
-LOGITS: Final = {"cpu": 2**26, "cuda": 2**29}
-"""Logits of one model that are in memory at a time: 256 MB in float32, or 1 GB in bfloat16. Small blocks leave a GPU
-waiting for the host, which runs the model's forward pass around the layers for each of them."""
 
 
 def batch_scores(
@@ -35,17 +31,17 @@ def batch_scores(
     """
     device, vocabulary = runner.quantized.skeleton.device, runner.quantized.skeleton.vocabulary
     found = {name: TokenScores() for name in outputs}
-    scored = torch.tensor(list(tokens.scored))
-    rows = max(1, LOGITS[device.type] // vocabulary)
+    scored, own = torch.tensor(list(tokens.scored), device=device), tokens.ids[windows].to(device)
+    rows = max(1, block_logits(device) // vocabulary)
     count = max(1, rows // len(scored))
     skeletons = {name: (runner.baseline if name == runner.base_name else runner.quantized).skeleton for name in outputs}
     states = {name: output.states.to(device) for name, output in outputs.items()}
     for ids, *parts in zip(
-        torch.split(tokens.ids[windows], count), *(torch.split(item, count) for item in states.values()), strict=True
+        torch.split(own, count), *(torch.split(item, count) for item in states.values()), strict=True
     ):
         part = dict(zip(states, parts, strict=True))
         for positions in torch.split(scored, rows):
-            targets = ids[:, positions + 1].reshape(-1).to(device)
+            targets = ids[:, positions + 1].reshape(-1)
 
             def distributions(
                 name: str, ids: Tensor = ids, part: Mapping[str, Tensor] = part, at: Tensor = positions

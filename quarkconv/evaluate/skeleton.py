@@ -15,7 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.evaluate.float_experts import FloatExperts, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
+from quarkconv.evaluate.norms import fuse_norms
 
 FLAT: Final = ("w1", "v1", "w2")
 """Matrices of gate, up and down, of classes that keep experts below one another."""
@@ -53,11 +55,18 @@ class Skeleton:
         self.pairs: bool | None = None
         self._meta_state = dict(self.model.state_dict().items())
         self._compute_buffers()
+        if device.type == "cuda":
+            self.fuse()
 
     @property
     def vocabulary(self) -> int:
         """Number of tokens."""
         return int(self.model.get_input_embeddings().weight.shape[0])
+
+    @property
+    def hidden(self) -> int:
+        """Hidden size."""
+        return int(self.model.get_input_embeddings().weight.shape[-1])
 
     @property
     def positions(self) -> int | None:
@@ -183,6 +192,14 @@ class Skeleton:
         prefix = self.layer_prefix(number)
         named = (f"{prefix}.{name}" for name, _ in self.layers[number].named_modules() if name.endswith(".experts"))
         return list(self.experts_of(number)) or list(named)
+
+    def fuse(self) -> None:
+        """Have norms and experts in floats run in fewer kernels."""
+        fuse_norms(self.model)
+        for number in range(len(self.layers)):
+            for module in self.experts_of(number).values():
+                if computes_grouped(module):
+                    module.forward = FloatExperts(module)
 
     def _set(self, name: str, tensor: Tensor) -> None:
         """Fill a parameter or buffer that transformers' loader skipped because it renames the tensor."""

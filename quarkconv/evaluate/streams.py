@@ -26,8 +26,9 @@ from quarkconv.evaluate.forward import LayerCall, embed, run_layer
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
 from quarkconv.evaluate.int8_layer import in_place, int8_modules
+from quarkconv.evaluate.memory import batch_tokens
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.evaluate.sums import DeviceSums, LayerSums, difference, squares
+from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared, squares
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 
 UNQUANTIZED: Final = "unquantized"
@@ -78,6 +79,12 @@ class LayerRunner:
     def base_name(self) -> str:
         """The variant that INT8 is compared with."""
         return DEQUANTIZED if self.unquantized is None else UNQUANTIZED
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens of a batch, where the caller does not say."""
+        skeleton, config = self.quantized.skeleton, self.quantized.weights.description.config
+        return batch_tokens(skeleton.device, skeleton.hidden, config.top_k or 1)
 
     def embed(self, ids: Tensor) -> tuple[Tensor, list[LayerCall], list[LayerCall]]:
         """Hidden states [B, L, H] before the first layer, and the calls of the layers of both models."""
@@ -172,8 +179,8 @@ class LayerRunner:
                 if base_name in states:
                     base = after[base_name].states
                     self._compare(sums, after[INT8].states, base, routed[-1] if routed else None, base_routed)
-                    own = run(skeleton, base_name).states
-                    sums.add(own_difference=difference(own, base), own_norm=squares(base))
+                    own_difference, _, own_norm = compared(run(skeleton, base_name).states, base)
+                    sums.add(own_difference=own_difference, own_norm=own_norm)
         for name, item in after.items():
             sums.check(name, item.states)
         return after, sums
@@ -229,7 +236,8 @@ class LayerRunner:
     def _compare(
         self, sums: DeviceSums, int8: Tensor, base: Tensor, routed: Routed | None, base_routed: Routed | None
     ) -> None:
-        sums.add(difference=difference(int8, base), norm=squares(int8), baseline_norm=squares(base))
+        difference, norm, baseline_norm = compared(int8, base)
+        sums.add(difference=difference, norm=norm, baseline_norm=baseline_norm)
         sums.tokens = base.shape[:2].numel()
         if routed is None or base_routed is None:
             return

@@ -9,6 +9,8 @@ from typing import Final
 import torch
 from torch import Tensor
 
+from quarkconv.evaluate.layer_ops import compare_rows, on_kernels
+
 _COUNTS: Final = ("tokens", "changed")
 _NUMBERS: Final = ("difference", "norm", "baseline_norm", "own_difference", "own_norm", "expert_norm")
 _TENSORS: Final = ("load", "expert_errors", "expert_tokens")
@@ -128,7 +130,10 @@ def squares(tensor: Tensor) -> Tensor:
     return norms.double().square().sum()
 
 
-def difference(one: Tensor, other: Tensor) -> Tensor:
-    """The sum of squares of a difference, as :func:`squares`."""
+def compared(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The sums of squares of ``one - other``, of ``one`` and of ``other``, as :func:`squares`."""
+    if on_kernels(one):
+        difference, mine, theirs = compare_rows(one, other).unbind()
+        return difference, mine, theirs
     wide = torch.promote_types(one.dtype, torch.float32)
-    return squares(one.to(wide) - other.to(wide))
+    return squares(one.to(wide) - other.to(wide)), squares(one), squares(other)

@@ -68,7 +68,7 @@ def test_logits_are_never_whole(
         add(self, found, *rest)
 
     monkeypatch.setattr(TokenScores, "add", added)
-    monkeypatch.setitem(module.LOGITS, "cpu", 5 * 512 * 2)
+    monkeypatch.setattr(module, "block_logits", lambda _: 5 * 512 * 2)
     parts = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu", resume=False)
     assert max(sizes) <= 5 * 512 * 2
     assert sum(sizes) == 3 * whole.scored * 512

@@ -1,0 +1,96 @@
+# mypy: ignore-errors
+"""Triton kernels of a decoder layer that torch runs as several; ``layer_ops`` launches them and defines the results."""
+
+import triton
+import triton.language as tl
+
+from quarkconv.kernels.jit.cast import _to_dtype
+
+
+@triton.jit
+def scale_sums_kernel(
+    sums_ptr, row_scale_ptr, scale_ptr, bias_ptr, out_ptr, N, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid [M, column blocks]: a program scales BLOCK sums of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    sums = tl.load(sums_ptr + row * N + columns, inside, 0).to(tl.float32)
+    result = (sums * tl.load(row_scale_ptr + row)) * tl.load(scale_ptr + columns, inside, 0.0)
+    if bias_ptr is not None:
+        result += tl.load(bias_ptr + columns, inside, 0.0).to(tl.float32)
+    tl.store(out_ptr + row * N + columns, _to_dtype(result, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, N, eps, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid [M]: a program normalizes one row, which BLOCK holds."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.arange(0, BLOCK)
+    inside = columns < N
+    x = tl.load(x_ptr + row * N + columns, inside, 0.0).to(tl.float32)
+    scaled = x * (1 / tl.sqrt_rn(tl.sum(x * x, 0) / N + eps))
+    scaled = _to_dtype(scaled, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+    result = tl.load(weight_ptr + columns, inside, 0.0).to(tl.float32) * scaled
+    tl.store(out_ptr + row * N + columns, _to_dtype(result, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def sum_experts_kernel(
+    rows_ptr,
+    places_ptr,
+    weights_ptr,
+    out_ptr,
+    N,
+    K: tl.constexpr,
+    ROUNDED: tl.constexpr,
+    INTERPRETED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid [M, column blocks]: a program sums a token's K experts in BLOCK columns.
+
+    In the order of torch's sum over a dimension that is not the last: expert j to partial sum j mod 4.
+    """
+    token = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    first = tl.zeros([BLOCK], tl.float32)
+    second = tl.zeros([BLOCK], tl.float32)
+    third = tl.zeros([BLOCK], tl.float32)
+    fourth = tl.zeros([BLOCK], tl.float32)
+    for slot in tl.static_range(K):
+        row = tl.load(places_ptr + token * K + slot)
+        value = tl.load(rows_ptr + row * N + columns, inside, 0.0).to(tl.float32)
+        value = value * tl.load(weights_ptr + token * K + slot).to(tl.float32)
+        if ROUNDED:
+            value = _to_dtype(value, rows_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+        if slot % 4 == 0:
+            first += value
+        elif slot % 4 == 1:
+            second += value
+        elif slot % 4 == 2:
+            third += value
+        else:
+            fourth += value
+    total = ((first + second) + third) + fourth
+    tl.store(out_ptr + token * N + columns, _to_dtype(total, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def compare_rows_kernel(one_ptr, other_ptr, out_ptr, M, N, BLOCK: tl.constexpr):
+    """Grid [M]: a program reads one row of each. Sums of squares of the difference, of one and of the other."""
+    row = tl.program_id(0).to(tl.int64)
+    lanes = tl.arange(0, BLOCK)
+    difference = tl.zeros([BLOCK], tl.float32)
+    ones = tl.zeros([BLOCK], tl.float32)
+    others = tl.zeros([BLOCK], tl.float32)
+    for start in range(0, N, BLOCK):
+        at = start + lanes
+        one = tl.load(one_ptr + row * N + at, at < N, 0.0).to(tl.float32)
+        other = tl.load(other_ptr + row * N + at, at < N, 0.0).to(tl.float32)
+        difference += (one - other) * (one - other)
+        ones += one * one
+        others += other * other
+    tl.store(out_ptr + row, tl.sum(difference, 0))
+    tl.store(out_ptr + M + row, tl.sum(ones, 0))
+    tl.store(out_ptr + 2 * M + row, tl.sum(others, 0))

@@ -1,0 +1,121 @@
+"""Element-wise parts of a decoder layer, each in one kernel on a GPU.
+
+torch runs them as several kernels, each of which reads and writes a whole tensor: together they take longer than the
+products of the layer.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+
+from quarkconv.kernels.backend import device_guard, interpreting
+
+_BLOCK: Final = 1024
+LONGEST_NORM: Final = 16384
+"""Elements of a row that :func:`rms_norm` takes: a program holds all of them."""
+
+
+def on_kernels(tensor: Tensor) -> bool:
+    """Whether the functions below replace torch's."""
+    return tensor.is_cuda
+
+
+def scale_sums(sums: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """``sum * row scale * column scale + bias`` in float32, rounded once.
+
+    Args:
+        sums: int32 [M, N].
+        row_scale: float32 [M].
+        scale: float32 [N].
+        bias: floats [N], or None.
+        dtype: of the result.
+    """
+    from quarkconv.evaluate.layer_kernels import scale_sums_kernel
+
+    rows, columns = sums.shape
+    out = torch.empty(sums.shape, dtype=dtype, device=sums.device)
+    with device_guard(sums.device):
+        scale_sums_kernel[rows, -(-columns // _BLOCK)](
+            sums.contiguous(), row_scale, scale, bias, out, columns, BLOCK=_BLOCK, **_options(sums)
+        )
+    return out
+
+
+def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
+    """``weight * (x / sqrt(mean(x^2) + eps))``, the quotient in float32, rounded before the product and after it.
+
+    Args:
+        states: floats [..., N], N at most ``LONGEST_NORM``.
+        weight: [N], in the same dtype.
+        eps: added to the mean.
+
+    Returns:
+        The shape and dtype of ``states``. The mean sums in another order than torch's: a rounding may go the other way.
+    """
+    from quarkconv.evaluate.layer_kernels import rms_norm_kernel
+
+    states = states.contiguous()
+    out, length = torch.empty_like(states), states.shape[-1]
+    block = 1 << (length - 1).bit_length()
+    with device_guard(states.device):
+        rms_norm_kernel[(states.numel() // length,)](
+            states, weight, out, length, eps, BLOCK=block, num_warps=min(max(block // 1024, 1), 8), **_options(states)
+        )
+    return out
+
+
+def sum_experts(rows: Tensor, places: Tensor, weights: Tensor, dtype: torch.dtype) -> Tensor:
+    """The weighted sum of each token's experts, with the roundings and in the order of transformers' ``grouped_mm``.
+
+    Args:
+        rows: outputs of experts, floats [M * k, H], in any order.
+        places: the row of each token's j-th expert, int64 [M * k].
+        weights: floats [M, k]. In the dtype of ``rows`` a product is rounded to it, as in torch.
+        dtype: of the result.
+
+    Returns:
+        floats [M, H].
+    """
+    from quarkconv.evaluate.layer_kernels import sum_experts_kernel
+
+    tokens, top_k = weights.shape
+    hidden = rows.shape[1]
+    out = torch.empty((tokens, hidden), dtype=dtype, device=rows.device)
+    with device_guard(rows.device):
+        sum_experts_kernel[tokens, -(-hidden // _BLOCK)](
+            rows.contiguous(),  # torch pads the rows of some products
+            places,
+            weights.contiguous(),
+            out,
+            hidden,
+            K=top_k,
+            ROUNDED=torch.result_type(rows, weights) == rows.dtype,
+            BLOCK=_BLOCK,
+            **_options(rows),
+        )
+    return out
+
+
+def compare_rows(one: Tensor, other: Tensor) -> Tensor:
+    """Sums of squares of ``one - other``, of ``one`` and of ``other``, float64 [3]; of each row in float32.
+
+    Args:
+        one, other: floats [..., N].
+    """
+    from quarkconv.evaluate.layer_kernels import compare_rows_kernel
+
+    length = one.shape[-1]
+    rows = one.numel() // length
+    out = torch.empty((3, rows), dtype=torch.float32, device=one.device)
+    with device_guard(one.device):
+        compare_rows_kernel[(rows,)](one.contiguous(), other.contiguous(), out, rows, length, BLOCK=_BLOCK)
+    return out.double().sum(1)
+
+
+def _options(tensor: Tensor) -> dict[str, Any]:
+    """Rounding as torch's: products and sums apart, where compiled."""
+    interpreted = interpreting()
+    return {"INTERPRETED": interpreted} | ({} if interpreted or not tensor.is_cuda else {"enable_fp_fusion": False})

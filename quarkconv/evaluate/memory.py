@@ -1,0 +1,54 @@
+"""How much of a device's memory each part of an evaluation takes: by its size, so that a run repeats to the bit."""
+
+from __future__ import annotations
+
+from typing import Final
+
+import torch
+
+CPU_BATCH: Final = 4096
+"""Tokens of a batch on a CPU, where ``batch`` is not given."""
+GPU_BATCH: Final = 32768
+"""The same on a GPU with enough memory: it waits for the host between the kernels of small batches."""
+_BATCH_SHARE: Final = 16
+"""The inputs, products and outputs of a batch's experts take one of so many parts of a GPU's memory."""
+_STATES_SHARE: Final = 8
+"""Hidden states between two layers take one of so many parts."""
+_LOGITS_SHARE: Final = 32
+"""Logits of one model take one of so many parts."""
+_CPU_LOGITS: Final = 2**26
+_MOST_LOGITS: Final = 2**31 - 1
+"""Elements of a tensor that every kernel can count."""
+_WIDE: Final = 2
+"""Bytes of an element of states and logits."""
+
+
+def device_bytes(device: torch.device) -> int:
+    """The memory of a GPU that this process may take."""
+    total = torch.cuda.get_device_properties(device).total_memory
+    return int(total * torch.cuda.get_per_process_memory_fraction(device))
+
+
+def batch_tokens(device: torch.device, hidden: int, top_k: int) -> int:
+    """Tokens of a batch.
+
+    Args:
+        device: where it runs.
+        hidden: H.
+        top_k: experts per token: four tensors [tokens * top_k, H] are held at a time.
+    """
+    if device.type != "cuda":
+        return CPU_BATCH
+    token = 4 * top_k * hidden * _WIDE
+    return min(GPU_BATCH, device_bytes(device) // _BATCH_SHARE // token)
+
+
+def states_bytes(device: torch.device) -> int:
+    """Hidden states that stay on a GPU."""
+    return device_bytes(device) // _STATES_SHARE
+
+
+def block_logits(device: torch.device) -> int:
+    """Logits of one model that are in memory at a time. Small blocks leave a GPU waiting for the host, which runs the
+    model's forward pass around the layers for each of them."""
+    return min(_MOST_LOGITS, device_bytes(device) // _LOGITS_SHARE // _WIDE) if device.type == "cuda" else _CPU_LOGITS

@@ -1,0 +1,128 @@
+"""Kernels for the element-wise parts of a decoder layer, against what torch and transformers run in their place."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from quarkconv import evaluate_checkpoint
+from quarkconv.evaluate import evaluation, float_experts, int8, layer_ops, norms, sums
+from quarkconv.evaluate.skeleton import Skeleton
+
+DEVICES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
+DTYPES = [torch.bfloat16, torch.float32]
+
+
+@pytest.fixture
+def at(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Where tensors go: to a GPU, or to Triton's interpreter."""
+    if request.param != "interpreter":
+        return str(request.param)
+    if torch.cuda.is_available():
+        pytest.skip("kernels are compiled where there is a GPU")
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(layer_ops, "_BLOCK", 64)
+    return "cpu"
+
+
+def floats(*shape: int, seed: int = 1) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("biased", [False, True])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_scaled_sums_have_torchs_bits(at: str, biased: bool, dtype: torch.dtype) -> None:
+    sums = torch.randint(-(2**24), 2**24, (5, 133), generator=torch.Generator().manual_seed(2), dtype=torch.int32)
+    rows, columns = floats(5).exp() * 1e-3, floats(133, seed=3).exp() * 1e-3
+    bias = floats(133, seed=4).to(torch.bfloat16) if biased else None
+    expected = sums * rows[:, None] * columns
+    expected = (expected if bias is None else expected + bias.float()).to(dtype)
+    moved = [None if item is None else item.to(at) for item in (sums, rows, columns, bias)]
+    assert torch.equal(layer_ops.scale_sums(*moved, dtype).cpu(), expected)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_a_norm_is_that_of_transformers_up_to_the_order_of_its_sum(at: str, dtype: torch.dtype) -> None:
+    from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeRMSNorm
+
+    states = (floats(4, 7, 200) * floats(4, 7, 1, seed=5).exp()).to(dtype)
+    norm = Qwen3MoeRMSNorm(200, eps=1e-6)
+    norm.weight.data = floats(200, seed=6).to(dtype)
+    expected = norm(states).detach()
+    found = layer_ops.rms_norm(states.to(at), norm.weight.data.to(at), 1e-6).cpu()
+    step = torch.finfo(dtype).eps  # of the quotient; its product with the weight may round the other way as well
+    assert torch.allclose(found.float(), expected.float(), rtol=2 * step, atol=0)
+    assert (found != expected).float().mean() < 0.005
+
+
+@pytest.mark.parametrize("weights_dtype", DTYPES)
+@pytest.mark.parametrize("top_k", [1, 2, 6, 8, 11])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_the_sum_of_experts_has_the_bits_of_transformers(at: str, top_k: int, weights_dtype: torch.dtype) -> None:
+    """Of a GPU: torch sums in another order on CPUs, so there the order is written out."""
+    tokens, hidden = 6, 130
+    rows = floats(tokens * top_k, hidden).bfloat16()
+    weights = floats(tokens, top_k, seed=7).softmax(-1).to(weights_dtype)
+    places = torch.randperm(tokens * top_k, generator=torch.Generator().manual_seed(8))
+    rows, weights, places = rows.to(at), weights.to(at), places.to(at)
+    weighted = rows[places].view(tokens, top_k, hidden) * weights.unsqueeze(-1)
+    if at == "cpu":
+        parts = torch.zeros(4, tokens, hidden)
+        for slot in range(top_k):
+            parts[slot % 4] += weighted[:, slot]
+        expected = (((parts[0] + parts[1]) + parts[2]) + parts[3]).bfloat16()
+    else:
+        expected = weighted.sum(1).bfloat16()
+    assert torch.equal(layer_ops.sum_experts(rows, places, weights, torch.bfloat16), expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_compared_rows_have_the_sums_of_float64(at: str, dtype: torch.dtype) -> None:
+    one, other = floats(2, 9, 150).to(dtype), floats(2, 9, 150, seed=9).to(dtype)
+    wide = one.double(), other.double()
+    expected = torch.stack([item.square().sum() for item in (wide[0] - wide[1], *wide)])
+    assert torch.allclose(layer_ops.compare_rows(one.to(at), other.to(at)).cpu(), expected, rtol=1e-6)
+    assert layer_ops.compare_rows(one.to(at), (other * torch.nan).to(at)).cpu().isnan().tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("at", ["interpreter"], indirect=True)
+def test_a_model_on_these_kernels_has_the_figures_of_torch(
+    at: str, quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Norms may round the other way, as between sizes of batches."""
+    few = tmp_path / "ids.safetensors"
+    save_file({"token_ids": load_file(token_ids)["token_ids"][:1, :12].contiguous()}, few)
+    monkeypatch.setenv("TRITON_INTERPRET", "")
+    expected = evaluate_checkpoint(quantized, unquantized, token_ids=few, device=at, resume=False)
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(layer_ops, "_BLOCK", 1024)
+    used: set[str] = set()
+    for module in (float_experts, int8, norms, sums):
+
+        def here(_: Tensor, name: str = module.__name__) -> bool:
+            used.add(name)
+            return True
+
+        monkeypatch.setattr(module, "on_kernels", here)
+
+    class Fused(Skeleton):
+        def __init__(self, root: Path, device: torch.device) -> None:
+            super().__init__(root, device)
+            self.fuse()
+
+    monkeypatch.setattr(evaluation, "Skeleton", Fused)
+    found = evaluate_checkpoint(quantized, unquantized, token_ids=few, device=at, resume=False)
+    assert len(used) == 4
+    assert found.int8 is not None
+    assert expected.int8 is not None
+    assert found.int8.mean == pytest.approx(expected.int8.mean, rel=0.15)
+    for mine, theirs in zip(found.layers, expected.layers, strict=True):
+        assert mine.own == pytest.approx(theirs.own, rel=0.1)
+        assert mine.load == theirs.load
