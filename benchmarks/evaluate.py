@@ -9,8 +9,9 @@ the page cache, as far as the system does that.
 Each row is evaluated twice. The first run, on at most ``--profile`` windows, compiles kernels, which takes seconds once
 on a machine (``first_seconds``); the second one is measured. Between them, in rows of more windows, torch's profiler
 sums the kernels of a run on as many windows as the first. Times as many windows, that is ``products`` and ``others``:
-what a GPU takes for matrix products and for all other kernels of the row. Memory is counted beyond what the process
-held before.
+what a GPU takes for matrix products and for all other kernels of the row. ``timeline`` are the seconds before the first
+layer, of each layer with the wait for its reading, and of the scores. Memory is counted beyond what the process held
+before.
 
 With several ``--device``, such as ``cuda:0,cuda`` for one GPU and for all, those rows run on each of them, and
 ``same_figures`` says whether all figures equal those on the first, bit for bit.
@@ -28,12 +29,15 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
 from safetensors.torch import save_file
 from torch import Tensor
+
+from quarkconv.progress import SILENT, Progress, Silent
 
 
 class Shape(NamedTuple):
@@ -195,6 +199,29 @@ def peak_memory(found: dict[str, Any], device: str) -> Iterator[None]:
     found["device_bytes"] = torch.cuda.max_memory_allocated() - held if device.startswith("cuda") else None
 
 
+class Timeline(Silent):
+    """Notes when each step of an evaluation begins, and when each of its layers ends."""
+
+    def __init__(self) -> None:
+        self._began = time.perf_counter()
+        self._steps: dict[str, list[float]] = {}
+        self._last: list[float] = self._steps.setdefault("before", [self._began])
+
+    def step(self, name: str, *_: object) -> None:
+        now = time.perf_counter()
+        self._last.append(now)
+        self._last = self._steps.setdefault(name, [now])
+
+    def advance(self, *_: object) -> None:
+        self._last.append(time.perf_counter())
+
+    def seconds(self) -> dict[str, Any]:
+        """Seconds before the layers, of each, and from then to the end."""
+        layers = self._steps["Running layers"]
+        each = [after - before for before, after in pairwise(layers)][: len(layers) - 2]
+        return {"before": layers[0] - self._began, "layers": each, "scores": time.perf_counter() - layers[-1]}
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3", choices=SHAPES)
@@ -242,10 +269,10 @@ def main() -> None:
                 row: dict[str, Any] = {"device": device, "windows": windows, "window": length,
                                        "tokens": windows * length}  # fmt: skip
 
-                def evaluate(count: int, ids: Path = ids, device: str = device) -> Any:
+                def evaluate(count: int, ids: Path = ids, device: str = device, progress: Progress = SILENT) -> Any:
                     return quarkconv.evaluate_checkpoint(
                         quantized, before, token_ids=ids, windows=count, batch=options.batch, device=device,
-                        resume=options.resume,
+                        resume=options.resume, progress=progress,
                     )  # fmt: skip
 
                 began = time.perf_counter()
@@ -262,9 +289,10 @@ def main() -> None:
                         drop([quantized, before])
                     row["reading_once"] = once
                 with peak_memory(row, device):
-                    began = time.perf_counter()
-                    found = evaluate(windows)
+                    began, timeline = time.perf_counter(), Timeline()
+                    found = evaluate(windows, progress=timeline)
                     row["seconds"] = time.perf_counter() - began
+                    row["timeline"] = timeline.seconds()
                 if not options.cached:
                     row["over_reading"] = row["seconds"] / row["reading_once"]["seconds"]
                 if "products" in row:
