@@ -13,6 +13,7 @@ import torch
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError, UsageError
+from quarkconv.evaluate.memory import experts_at_once
 from quarkconv.evaluate.request import DEFAULT_WINDOW, RECORD_CONTENT, Limits, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import LeftOut, Run
@@ -33,6 +34,7 @@ from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.devices import pick_devices
+from quarkconv.load.layer_reads import LayerPart
 from quarkconv.load.staging import Staging
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.stored import Form
@@ -216,8 +218,10 @@ def layer_runner(
         SourceError: a file cannot be read.
     """
     memory: Callable[[int], Memory] = Staging(device).memory if device.type == "cuda" else Arena
-    quantized = _model(description, device, memory, stack)
-    unquantized = None if original is None else _model(original, device, memory, stack)
+    sizes = [(LayerPart(layer).nbytes, layer.experts) for layer in description.moe_layers]
+    group = experts_at_once(device, *max(sizes), original is not None) if sizes else None
+    quantized = _model(description, device, group, memory, stack)
+    unquantized = None if original is None else _model(original, device, group, memory, stack)
     if unquantized is not None:
         require_same_model(quantized.skeleton, unquantized.skeleton)
     known = len(quantized.skeleton.layers)
@@ -233,8 +237,14 @@ def layer_runner(
     return runner
 
 
-def _model(description: Description, device: torch.device, memory: Callable[[int], Memory], stack: ExitStack) -> Model:
-    skeleton = Skeleton(description.checkpoint.root, device)
+def _model(
+    description: Description,
+    device: torch.device,
+    group: int | None,
+    memory: Callable[[int], Memory],
+    stack: ExitStack,
+) -> Model:
+    skeleton = Skeleton(description.checkpoint.root, device, group)
     return Model(skeleton, stack.enter_context(CheckpointWeights(description, skeleton, memory)))
 
 

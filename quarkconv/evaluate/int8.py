@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from typing import Final, NamedTuple
 
 import torch
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from quarkconv.evaluate.layer_ops import on_kernels, scale_sums
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.kernels import fused_experts_int8, quantize_int8
+from quarkconv.kernels.launch.combine import combine_experts, combine_experts_reference
 from quarkconv.load.experts import FusedExperts
 
 _INT_MM_ROWS: Final = 32
@@ -80,34 +82,67 @@ class Int8Linear(nn.Module):
 
 
 class Int8Experts(nn.Module):
-    """Routed experts that run on :func:`quarkconv.kernels.fused_experts_int8`, in the place of transformers' own."""
+    """Routed experts that run on :func:`quarkconv.kernels.fused_experts_int8`, in the place of transformers' own.
 
-    def __init__(self, experts: FusedExperts, activation: ExpertActivation) -> None:
+    Args:
+        experts: the experts.
+        activation: what they compute.
+        group: how many of them are on the device of the inputs at a time, for those on the CPU; None for all.
+    """
+
+    def __init__(self, experts: FusedExperts, activation: ExpertActivation, group: int | None = None) -> None:
         super().__init__()
         self.experts = experts
         self.activation = activation
+        self.group = group
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[M, H], int64 [M, k], floats [M, k] -> [M, H]."""
         shape = hidden_states.shape
         states = hidden_states.reshape(-1, shape[-1])
         wide = states if states.dtype in (torch.bfloat16, torch.float16) else states.to(torch.bfloat16)
-        result = fused_experts_int8(
-            wide.contiguous(),
-            self.experts.w13,
-            self.experts.w2,
-            self.experts.w13_scale,
-            self.experts.w2_scale,
-            top_k_weights.reshape(len(states), -1).float().contiguous(),
-            top_k_index.reshape(len(states), -1).contiguous(),
+        weights = top_k_weights.reshape(len(states), -1).float().contiguous()
+        ids = top_k_index.reshape(len(states), -1).contiguous()
+        if self.group is None:
+            result = self._run(self.experts, wide.contiguous(), ids, weights)
+        else:
+            result = self._in_groups(self.group, wide, ids, weights)
+        return result.to(hidden_states.dtype).reshape(shape)
+
+    def _run(self, experts: FusedExperts, states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        return fused_experts_int8(
+            states,
+            experts.w13,
+            experts.w2,
+            experts.w13_scale,
+            experts.w2_scale,
+            weights,
+            ids,
             activation=self.activation.name,
             activation_limit=self.activation.limit,
-            w13_input_scale=self.experts.w13_input_scale,
-            w2_input_scale=self.experts.w2_input_scale,
-            w13_bias=self.experts.w13_bias,
-            w2_bias=self.experts.w2_bias,
+            w13_input_scale=experts.w13_input_scale,
+            w2_input_scale=experts.w2_input_scale,
+            w13_bias=experts.w13_bias,
+            w2_bias=experts.w2_bias,
         )
-        return result.to(hidden_states.dtype).reshape(shape)
+
+    def _in_groups(self, group: int, states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
+        """The same sums, in the same order: outputs of experts are rounded before they are weighted and added."""
+        top_k, count = ids.shape[1], self.experts.experts
+        ordered, order = ids.flatten().sort()
+        starts = range(0, count, group)
+        limits = torch.searchsorted(ordered, torch.tensor([*starts, count], device=ids.device, dtype=ids.dtype))
+        rows = torch.zeros((ids.numel(), states.shape[1]), dtype=states.dtype, device=states.device)
+        for first, (start, end) in zip(starts, pairwise(limits.tolist()), strict=True):
+            if start < end:
+                pairs = order[start:end]
+                part = self.experts.part(first, min(first + group, count)).to(states.device)
+                alone = (ordered[start:end] - first).unsqueeze(1)
+                ones = torch.ones(alone.shape, dtype=torch.float32, device=states.device)
+                rows[pairs] = self._run(part, states[pairs // top_k], alone, ones)
+        if not on_kernels(states):
+            return combine_experts_reference(rows, weights, ids, count, states.dtype)
+        return combine_experts(rows, weights, ids, count, torch.empty_like(states))
 
 
 class ExpertLeftOut(nn.Module):

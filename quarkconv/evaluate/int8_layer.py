@@ -60,7 +60,7 @@ def int8_modules(
                 expected="routed experts in one module",
                 found=type(skeleton.layers[number]).__name__,
             )
-        yield path, Int8Experts(experts, activation)
+        yield path, Int8Experts(experts, activation, skeleton.group if path in weights.divided else None)
 
 
 @contextmanager

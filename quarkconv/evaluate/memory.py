@@ -19,6 +19,10 @@ _LOGITS_SHARE: Final = 32
 _CPU_LOGITS: Final = 2**26
 _MOST_LOGITS: Final = 2**31 - 1
 """Elements of a tensor that every kernel can count."""
+_LAYERS_SHARE: Final = 0.6
+"""Layers may take this part of a GPU's memory; else experts stay in the host's, and a group of them is on the GPU."""
+_GROUP_SHARE: Final = 8
+"""A group of experts takes one of so many parts."""
 _WIDE: Final = 2
 """Bytes of an element of states and logits."""
 
@@ -41,6 +45,28 @@ def batch_tokens(device: torch.device, hidden: int, top_k: int) -> int:
         return CPU_BATCH
     token = 4 * top_k * hidden * _WIDE
     return min(GPU_BATCH, device_bytes(device) // _BATCH_SHARE // token)
+
+
+def experts_at_once(device: torch.device, elements: int, experts: int, unquantized: bool) -> int | None:
+    """How many experts of a layer are on the device at a time; None for all.
+
+    Args:
+        device: where they run.
+        elements: weights of all routed experts of the largest layer.
+        experts: how many experts the layer has.
+        unquantized: there is a model before quantization.
+
+    Whole layers of the evaluated model take its codes, those of the layer that is read meanwhile, and both as 16-bit
+    floats: while they are filled, 5 bytes for each weight. Layers of the unquantized model take 6: the layer, its copy
+    while it is filled, and the next one.
+    """
+    if device.type != "cuda":
+        return None
+    needed = elements * (11 if unquantized else 5)
+    if needed <= device_bytes(device) * _LAYERS_SHARE:
+        return None
+    one = elements // experts * 3  # as codes and as floats
+    return max(1, min(experts, device_bytes(device) // _GROUP_SHARE // one))
 
 
 def states_bytes(device: torch.device) -> int:

@@ -6,7 +6,7 @@ Weights are renamed and converted by transformers' own mapping, as it does when 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
-from quarkconv.evaluate.float_experts import FloatExperts, computes_grouped
+from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
 from quarkconv.evaluate.norms import fuse_norms
 
@@ -31,6 +31,7 @@ class Skeleton:
     Args:
         root: directory with config.json.
         device: where layers are filled.
+        group: routed experts of a layer that are on the device at a time; None for all. The others stay on the CPU.
 
     Attributes:
         model: the transformers model, ``...ForCausalLM``.
@@ -40,14 +41,16 @@ class Skeleton:
         unmatched: tensors of the checkpoint that are not parameters of the model.
         pairs: decoder layers return a pair, hidden states and what they hand on; None until they have been called.
         device: where layers are filled.
+        group: as above.
+        divided: path -> forward of routed experts in floats that run in groups.
 
     Raises:
         UnsupportedError: transformers has no class for the model type, or its layers cannot be run one by one.
         UsageError: transformers is missing or too old.
     """
 
-    def __init__(self, root: Path, device: torch.device) -> None:
-        self.root, self.device = root, device
+    def __init__(self, root: Path, device: torch.device, group: int | None = None) -> None:
+        self.root, self.device, self.group = root, device, group
         self.model, self.dtype = meta_model(root)
         self.layers_path, self.layers = self._find_layers()
         self._renamings, self._converters, self._mapping = self._name_mapping()
@@ -55,8 +58,11 @@ class Skeleton:
         self.pairs: bool | None = None
         self._meta_state = dict(self.model.state_dict().items())
         self._compute_buffers()
+        self.divided: dict[str, FloatExperts] = {}
         if device.type == "cuda":
             self.fuse()
+        if group is not None:
+            self.divided = self._replace_experts(group)
 
     @property
     def vocabulary(self) -> int:
@@ -99,12 +105,13 @@ class Skeleton:
         """Name of a decoder layer, such as ``model.layers.3``."""
         return f"{self.layers_path}.{number}"
 
-    def fill(self, tensors: Mapping[str, Tensor], prefix: str | None) -> None:
+    def fill(self, tensors: Mapping[str, Tensor], prefix: str | None, elsewhere: Container[str] = ()) -> None:
         """Load tensors of a checkpoint into the model, converted as transformers does when it loads.
 
         Args:
-            tensors: name in the checkpoint -> tensor on the CPU.
+            tensors: name in the checkpoint -> tensor.
             prefix: every parameter below this name has to be filled; None for every one outside of the decoder layers.
+            elsewhere: modules whose parameters stay empty.
 
         Raises:
             SourceError: a parameter has no tensor, or one of another shape.
@@ -113,7 +120,8 @@ class Skeleton:
         from transformers.modeling_utils import LoadStateDictConfig
 
         own = {name for name in tensors if self.has(name) and self.target(name) == name}
-        config = LoadStateDictConfig(dtype=self.dtype, device_map={"": self.device}, weight_mapping=list(self._mapping))
+        devices = {"": self.device} | {path: torch.device("cpu") for path in self.divided}
+        config = LoadStateDictConfig(dtype=self.dtype, device_map=devices, weight_mapping=list(self._mapping))
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
         for name in own:
@@ -131,7 +139,7 @@ class Skeleton:
             self._detach(prefix)
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(f"{prefix}.") if prefix is not None else self.layer_of(name) is None
-            if inside and parameter.is_meta and not self._tied(name):
+            if inside and parameter.is_meta and name.rpartition(".")[0] not in elsewhere and not self._tied(name):
                 leaf = ".".join(name.split(".")[-2:])
                 if other := next((item for item in self.unmatched if item.endswith(leaf) or ".experts." in item), None):
                     raise UnsupportedError(
@@ -150,7 +158,9 @@ class Skeleton:
 
     def _detach(self, prefix: str) -> None:
         """Copy the tensors that are parts of larger memory, so that it can be freed."""
-        for module in self.module(prefix).modules():
+        for path, module in self.module(prefix).named_modules():
+            if f"{prefix}.{path}" in self.divided:
+                continue  # read into memory of their own
             for name, parameter in module._parameters.items():
                 if parameter is not None and _is_part(parameter):
                     module._parameters[name] = nn.Parameter(parameter.detach().clone(), requires_grad=False)
@@ -160,6 +170,9 @@ class Skeleton:
 
     def empty(self, number: int) -> None:
         """Free the parameters of a decoder layer."""
+        for path, module in self.experts_of(number).items():
+            if path in self.divided:
+                self.divided[path].weights = OwnWeights(module)
         layer = self.layers[number]
         for module in layer.modules():
             for name, parameter in list(module._parameters.items()):
@@ -196,17 +209,28 @@ class Skeleton:
     def fuse(self) -> None:
         """Have norms and experts in floats run in fewer kernels."""
         fuse_norms(self.model)
+        self._replace_experts(None)
+
+    def _replace_experts(self, group: int | None) -> dict[str, FloatExperts]:
+        replaced = {}
         for number in range(len(self.layers)):
-            for module in self.experts_of(number).values():
+            for path, module in self.experts_of(number).items():
                 if computes_grouped(module):
-                    module.forward = FloatExperts(module)
+                    module.forward = replaced[path] = FloatExperts(module, group)
+        return replaced
+
+    def divided_owner(self, parameter: str) -> str | None:
+        """The routed experts that a parameter belongs to, if they run in groups."""
+        path = parameter.rpartition(".")[0]
+        return path if path in self.divided else None
 
     def _set(self, name: str, tensor: Tensor) -> None:
         """Fill a parameter or buffer that transformers' loader skipped because it renames the tensor."""
         owner, leaf = self.owner(name)
         held = owner._parameters.get(leaf, owner._buffers.get(leaf))
         if held is not None and held.is_meta and held.shape == tensor.shape:
-            filled = tensor.to(self.device, held.dtype)
+            device = torch.device("cpu") if self.divided_owner(name) else self.device
+            filled = tensor.to(device, held.dtype)
             if leaf in owner._parameters:
                 owner._parameters[leaf] = nn.Parameter(filled, requires_grad=False)
             else:

@@ -29,7 +29,7 @@ from quarkconv.evaluate.int8_layer import in_place, int8_modules
 from quarkconv.evaluate.memory import batch_tokens
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared, squares
-from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
+from quarkconv.evaluate.weights import CheckpointWeights, CodeWeights, LayerWeights
 
 UNQUANTIZED: Final = "unquantized"
 DEQUANTIZED: Final = "dequantized"
@@ -106,7 +106,9 @@ class LayerRunner:
         """Fill a layer of the evaluated model."""
         skeleton = self.quantized.skeleton
         weights = weights.on(skeleton.device)
-        skeleton.fill(weights.floats, skeleton.layer_prefix(number))
+        skeleton.fill(weights.floats, skeleton.layer_prefix(number), weights.divided)
+        for path in weights.divided:
+            skeleton.divided[path].weights = CodeWeights(weights.experts[path][1], skeleton.module(path))
         self._moe = weights.experts
         in_int8 = self._int8_layers is None or number in self._int8_layers
         self._modules = dict(int8_modules(skeleton, number, weights, self._config)) if in_int8 else {}

@@ -50,6 +50,8 @@ class LayerWeights:
         linears: module of the transformers model -> names of its int8 weights; more than one where it joins linears.
         experts: module of the transformers model -> the MoE layer and its int8 experts.
         classes: that module, whose flags say how it keeps experts; None where it holds them one by one.
+        divided: modules of ``experts`` that stay where they were read, and run in groups.
+        resting: names of ``floats`` that stay where they were read.
     """
 
     floats: dict[str, Tensor] = field(default_factory=dict)
@@ -57,20 +59,27 @@ class LayerWeights:
     linears: dict[str, list[str]] = field(default_factory=dict)
     experts: dict[str, tuple[MoELayer, FusedExperts]] = field(default_factory=dict)
     classes: dict[str, nn.Module | None] = field(default_factory=dict)
+    divided: set[str] = field(default_factory=set)
+    resting: frozenset[str] = frozenset()
 
     def on(self, device: torch.device) -> LayerWeights:
         """The same on a device, with codes as floats beside the codes."""
-        floats = {name: tensor.to(device) for name, tensor in self.floats.items()}
+        floats = {name: tensor if name in self.resting else tensor.to(device) for name, tensor in self.floats.items()}
         matrices = {name: matrix.to(device) for name, matrix in self.matrices.items()}
         floats |= {name: dequantized(matrix.codes, matrix.scale) for name, matrix in matrices.items()}
-        experts = {path: (layer, item.to(device)) for path, (layer, item) in self.experts.items()}
+        experts = {
+            path: (layer, item if path in self.divided else item.to(device))
+            for path, (layer, item) in self.experts.items()
+        }
         for path, (layer, item) in experts.items():
             module = self.classes[path]
+            if path in self.divided:
+                continue
             if module is None:
                 floats |= dict(_expert_floats(layer, item))
             else:
                 floats |= {f"{path}.{leaf}": tensor for leaf, tensor in _stacked(item, module)}
-        return LayerWeights(floats, matrices, self.linears, experts, self.classes)
+        return LayerWeights(floats, matrices, self.linears, experts, self.classes, self.divided, self.resting)
 
 
 class CheckpointWeights:
@@ -89,6 +98,7 @@ class CheckpointWeights:
         self._pool = self._stack.enter_context(ThreadPoolExecutor(READERS, thread_name_prefix="quarkconv-read"))
         self._reader = self._stack.enter_context(LayerReader(description, self._pool))
         self._names: dict[int | None, list[str]] = {}
+        self._resting: dict[int | None, list[str]] = {}
         self._linears: dict[int | None, list[tuple[str, Form]]] = {}
         self._zero_points: dict[int | None, list[str]] = {}
         self._moe: dict[int | None, list[MoELayer]] = {}
@@ -118,7 +128,9 @@ class CheckpointWeights:
         linears = self._linears.get(number, ())
         names = [name for module, form in linears for name in _tensors_of(module, form)]
         tensors = self._reader.tensors([*self._names.get(number, ()), *names], self._memory)
-        found.floats = {name: tensors[name] for name in self._names.get(number, ())}
+        resting = self._reader.tensors(self._resting.get(number, ()))
+        found.floats = {name: tensors[name] for name in self._names.get(number, ())} | resting
+        found.resting = frozenset(resting)
         for module, form in linears:
             name = f"{module}.weight"
             found.matrices[name] = self._linear(module, form, tensors)
@@ -126,8 +138,6 @@ class CheckpointWeights:
                 path = self.skeleton.target(name).removesuffix(".weight")
                 found.linears.setdefault(path, []).append(name)
         for layer in self._moe.get(number, ()):
-            part = LayerPart(layer)
-            experts, _ = self._reader.read(part, self._memory(part.nbytes))
             modules = {} if number is None else self.skeleton.experts_of(number)
             target = self.skeleton.target(_first(layer))
             path = target.rpartition(".")[0] if self.skeleton.has(target) else layer.prefix
@@ -136,6 +146,12 @@ class CheckpointWeights:
                     self.skeleton.unmatched.append(_first(layer))
                     continue
                 path = next(iter(modules))
+            part = LayerPart(layer)
+            memory = self._memory
+            if path in self.skeleton.divided:
+                found.divided.add(path)
+                memory = Arena
+            experts, _ = self._reader.read(part, memory(part.nbytes))
             found.experts[path] = (layer, experts)
             found.classes[path] = modules.get(path)
         return found
@@ -173,7 +189,8 @@ class CheckpointWeights:
                 continue
             parameter = self.skeleton.target(name)
             if self.skeleton.has(parameter):  # MTP layers, cache scales and the like do not go into the model
-                self._names.setdefault(self.skeleton.layer_of(parameter), []).append(name)
+                mine = self._resting if self.skeleton.divided_owner(parameter) else self._names
+                mine.setdefault(self.skeleton.layer_of(parameter), []).append(name)
             else:
                 self.skeleton.unmatched.append(name)
 
@@ -249,6 +266,23 @@ def _stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Te
         yield leaf, weight.transpose(1, 2).contiguous() if module.is_transposed else weight
         if bias is not None:
             yield f"{leaf}_bias", bias.to(torch.bfloat16)
+
+
+class CodeWeights:
+    """Experts in int8 as the floats of transformers' class, a part at a time.
+
+    Args:
+        experts: int8 experts.
+        module: of the class.
+    """
+
+    def __init__(self, experts: FusedExperts, module: nn.Module) -> None:
+        self._experts, self._module = experts, module
+
+    def part(self, first: int, last: int, device: torch.device) -> Mapping[str, Tensor]:
+        """Parameter of the class -> its experts ``first`` to ``last - 1``, on a device."""
+        found = _stacked(self._experts.part(first, last).to(device), self._module)
+        return {name: tensor.to(self._module.get_parameter(name).dtype) for name, tensor in found}
 
 
 def _interleaved(rows: Tensor) -> Tensor:

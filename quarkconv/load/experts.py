@@ -63,6 +63,11 @@ class FusedExperts:
         """Size of all tensors in bytes."""
         return sum(tensor.nbytes for tensor in self._tensors() if tensor is not None)
 
+    def part(self, first: int, last: int) -> FusedExperts:
+        """Experts ``first`` to ``last - 1``, as views."""
+        parts = [None if tensor is None else tensor[first:last] for tensor in self._tensors()]
+        return FusedExperts(self.layer, self.module, *parts)  # type: ignore[arg-type]
+
     def projection(self, role: Role, expert: int) -> Projection:
         """One projection of one expert, as views."""
         inner = self.intermediate_size

@@ -42,8 +42,8 @@ def test_scaled_sums_have_torchs_bits(at: str, biased: bool, dtype: torch.dtype)
     bias = floats(133, seed=4).to(torch.bfloat16) if biased else None
     expected = sums * rows[:, None] * columns
     expected = (expected if bias is None else expected + bias.float()).to(dtype)
-    moved = [None if item is None else item.to(at) for item in (sums, rows, columns, bias)]
-    assert torch.equal(layer_ops.scale_sums(*moved, dtype).cpu(), expected)  # type: ignore[arg-type]
+    found = layer_ops.scale_sums(sums.to(at), rows.to(at), columns.to(at), None if bias is None else bias.to(at), dtype)
+    assert torch.equal(found.cpu(), expected)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -113,8 +113,8 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
         monkeypatch.setattr(module, "on_kernels", here)
 
     class Fused(Skeleton):
-        def __init__(self, root: Path, device: torch.device) -> None:
-            super().__init__(root, device)
+        def __init__(self, root: Path, device: torch.device, group: int | None) -> None:
+            super().__init__(root, device, group)
             self.fuse()
 
     monkeypatch.setattr(evaluation, "Skeleton", Fused)

@@ -8,12 +8,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from safetensors.torch import save_file
+from support.exports import DATA, restore
 
-from quarkconv import evaluate_checkpoint
+from quarkconv import UnsupportedError, evaluate_checkpoint
+from quarkconv.evaluate import evaluation
 from quarkconv.evaluate import scoring as module
+from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.scores import Distributions, TokenScores
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
+from quarkconv.load.experts import FusedExperts
 
 
 def test_at_most_two_layers_of_each_model_are_in_memory(
@@ -78,3 +84,48 @@ def test_logits_are_never_whole(
         assert value is not None
         assert found is not None
         assert found.value == pytest.approx(value.value, rel=1e-3)
+
+
+def in_groups(monkeypatch: pytest.MonkeyPatch, group: int) -> list[int]:
+    """Have experts run in groups; returns how many of a layer were on the device at a time."""
+    sizes: list[int] = []
+    monkeypatch.setattr(evaluation, "experts_at_once", lambda *_: group)
+    part = FusedExperts.part
+
+    def taken(self: FusedExperts, first: int, last: int) -> FusedExperts:
+        sizes.append(last - first)
+        return part(self, first, last)
+
+    monkeypatch.setattr(FusedExperts, "part", taken)
+    return sizes
+
+
+@pytest.mark.parametrize("ablate", [0, 1])
+@pytest.mark.parametrize("group", [1, 3])
+def test_experts_in_groups_change_nothing(
+    group: int, ablate: int, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated() -> Evaluation:
+        return evaluate_checkpoint(
+            quantized, unquantized, token_ids=token_ids, device="cpu", batch=2, ablate=ablate, resume=False
+        )
+
+    whole = evaluated()
+    sizes = in_groups(monkeypatch, group)
+    assert evaluated().to_json() == whole.to_json()
+    assert max(sizes) == group
+
+
+@pytest.mark.parametrize("name", [path.name for path in sorted((DATA / "families").iterdir()) if path.is_dir()])
+def test_experts_of_every_family_in_groups_change_nothing(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = restore(DATA / "families" / name, tmp_path / "source")
+    ids = tmp_path / "ids.safetensors"
+    save_file({"token_ids": torch.randint(0, 24, (2, 12), generator=torch.Generator().manual_seed(3))}, ids)
+    try:
+        whole = evaluate_checkpoint(source, token_ids=ids, device="cpu", resume=False)
+    except UnsupportedError:
+        return
+    in_groups(monkeypatch, 2)
+    assert evaluate_checkpoint(source, token_ids=ids, device="cpu", resume=False).to_json() == whole.to_json()

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 
-from quarkconv.evaluate.sums import DeviceSums, LayerSums, difference, squares
+from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
@@ -17,7 +17,8 @@ def test_errors_of_hidden_states_are_those_of_float64(dtype: torch.dtype) -> Non
     base = (torch.randn(2, 30, 64, generator=generator) * 3).to(dtype)
     int8 = (base.double() + 0.01 * torch.randn(base.shape, generator=generator)).to(dtype)
     sums = DeviceSums()
-    sums.add(difference=difference(int8, base), norm=squares(int8), baseline_norm=squares(base))
+    difference, norm, baseline_norm = compared(int8, base)
+    sums.add(difference=difference, norm=norm, baseline_norm=baseline_norm)
     sums.tokens = 60
     found, infinite = sums.take()
     mine, theirs = int8.double().flatten(), base.double().flatten()
