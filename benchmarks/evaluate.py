@@ -3,8 +3,8 @@
     python benchmarks/evaluate.py [--layers 7] [--shape qwen3] [--rows 4x512,512x2048] [--device cuda] [--out FILE]
 
 Makes a qwen3_moe of random weights with the sizes of Qwen3-30B-A3B's layers, in BF16 and quantized to ptpc_int8 (15 GB
-in all with 7 layers), and evaluates it on rows of windows x tokens. Before each measurement the files are dropped from
-the page cache, as far as the system does that.
+in all with 7 layers), or of MiniMax-Text-01's (26 GB with one layer), and evaluates it on rows of windows x tokens.
+Before each measurement the files are dropped from the page cache, as far as the system does that.
 
 Each row is evaluated twice. The first run, on at most ``--profile`` windows, compiles kernels, which takes seconds once
 on a machine (``first_seconds``); the second one is measured. Between them, in rows of more windows, torch's profiler
@@ -55,6 +55,7 @@ class Shape(NamedTuple):
 
 SHAPES = {
     "qwen3": Shape(2048, 768, 128, 32, 4, 128, 151936, 8),
+    "minimax": Shape(6144, 9216, 32, 64, 8, 128, 200064, 2),
     "tiny": Shape(64, 32, 4, 4, 2, 16, 512, 2),
 }
 
@@ -231,6 +232,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, help="windows that run together")
     parser.add_argument("--resume", action="store_true", help="keep hidden states on disk, as the command does")
     parser.add_argument("--device", default="cuda")
+    parser.add_argument("--memory", type=float, help="GB of the device's memory that may be taken")
     parser.add_argument("--cached", action="store_true", help="leave files in the page cache: computing alone is timed")
     parser.add_argument("--models", type=Path, help="folder that keeps the models for another run")
     parser.add_argument("--make", action="store_true", help="make the models, and end")
@@ -242,6 +244,9 @@ def main() -> None:
     import quarkconv
 
     shape, devices = SHAPES[options.shape], options.device.split(",")
+    if options.memory is not None:
+        fraction = options.memory * 1e9 / torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(fraction)
     folder = options.models or Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
     try:
@@ -255,6 +260,7 @@ def main() -> None:
         layer = {path.name: (path / "layer-0.safetensors").stat().st_size for path in (quantized, before)}
         about = {
             "benchmark": "evaluate", "shape": shape._asdict(), "layers": options.layers, "layer_bytes": layer,
+            "memory": options.memory,
             "device": torch.cuda.get_device_name() if devices[0].startswith("cuda") else devices[0],
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip

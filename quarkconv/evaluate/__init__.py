@@ -10,6 +10,9 @@ hidden_states  those between two layers, on a GPU or in page-locked memory; call
 scoring      hidden states after the last layer -> logits; scores: logits -> perplexity, KL divergence, agreement;
              rows: the same on a GPU
 request      options of the caller and their checks; same_model: whether two checkpoints are one model
+record       the inputs of MoE layers as a file
+layer_ops    element-wise parts of a layer on a GPU; norms, float_experts: modules of transformers that run on them
+memory       what takes how much of a device's memory
 run          one evaluation under way
 evaluation   all of it; results: its figures as data; state: finished layers on disk
 """

@@ -234,6 +234,8 @@ def layer_runner(
     runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
     for model in (quantized, *([] if unquantized is None else [unquantized])):
         model.skeleton.fill(model.weights.layer(None).on(device).floats, None)
+    if unquantized is not None:
+        unquantized.skeleton.share(quantized.skeleton)
     return runner
 
 

@@ -4,20 +4,19 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
 from safetensors import SafetensorError
-from safetensors.torch import save_file
 from torch import Tensor
 
 from quarkconv.errors import WriteError
 from quarkconv.evaluate.calls import Calls, shared_calls
 from quarkconv.evaluate.hidden_states import LayerOutput, Streams, Transfers
 from quarkconv.evaluate.read_ahead import ReadAhead
-from quarkconv.evaluate.request import RECORD_CONTENT
+from quarkconv.evaluate.record import Record
 from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
 from quarkconv.evaluate.scoring import batch_scores
@@ -91,12 +90,12 @@ class Run:
         streams = None if state is None or record is not None else state.load()
         if streams is not None and set(streams.outputs) != set(variants):
             streams = None
-        recorded: dict[str, Tensor] | None = None if record is None else {}
         first = self.runners[0]
         numbers = range(0 if streams is None else streams.finished, self.layer_count)
         with (
             ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool,
             ThreadPoolExecutor(1, thread_name_prefix="quarkconv-save") as saver,
+            nullcontext() if record is None else Record(record, self.tokens.ids.numel()) as recorded,
         ):
             quantized = ReadAhead(first.quantized.weights, numbers, pool)
             unquantized = None if first.unquantized is None else ReadAhead(first.unquantized.weights, numbers, pool)
@@ -128,8 +127,6 @@ class Run:
                 self.progress.advance()
             if saved is not None:
                 saved.result()
-        if record is not None and recorded is not None:
-            _write_record(record, recorded)
         return streams
 
     def _embed(self) -> tuple[list[LayerOutput], list[Calls]]:
@@ -152,10 +149,9 @@ class Run:
         streams: Streams,
         calls: list[Calls],
         ablated: dict[str, LeftOut],
-        recorded: dict[str, Tensor] | None,
+        recorded: Record | None,
     ) -> None:
         without = {name: part.expert for name, part in ablated.items() if part.layer == number}
-        parts: dict[tuple[str, int], Tensor] = {}
 
         def share(device: int) -> dict[int, LayerSums]:
             runner, transfers = self.runners[device], self._transfers[device]
@@ -177,7 +173,8 @@ class Run:
                     record=inputs,
                 )
                 for name, tensor in (inputs or {}).items():
-                    parts[name, position] = tensor
+                    assert recorded is not None
+                    recorded.add(name, self.batches[position].windows.start * self.tokens.length, tensor)
                 for name, output in after.items():
                     batches = streams.outputs[name]
                     batches[position] = transfers.store(batches[position], output)
@@ -189,9 +186,6 @@ class Run:
         total = LayerSums()
         for _, sums in sorted(found, key=lambda item: item[0]):  # in one order, whatever the number of devices
             total.add(sums)
-        if recorded is not None:
-            for module in {module for module, _ in parts}:
-                recorded[module] = torch.cat([parts[key] for key in sorted(parts) if key[0] == module])
         for runner in self.runners:
             runner.empty(number)
         streams.sums.append(total)
@@ -258,10 +252,3 @@ def _save(state: EvaluationState, streams: Streams) -> None:
             found=(getattr(error, "strerror", None) or str(error))[:200],
             hint="free space there, set XDG_CACHE_HOME, or give --no-resume",
         ) from error
-
-
-def _write_record(path: str | Path, recorded: dict[str, Tensor]) -> None:
-    try:
-        save_file(recorded, path, metadata={"content": RECORD_CONTENT})
-    except (OSError, SafetensorError) as error:
-        raise WriteError("The recorded inputs cannot be written", file=str(path), found=str(error)[:200]) from error

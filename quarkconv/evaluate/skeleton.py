@@ -156,6 +156,17 @@ class Skeleton:
                     hint="run `quarkconv inspect`",
                 )
 
+    def share(self, other: Skeleton) -> None:
+        """Take what lies outside of the decoder layers from another model where it is equal, such as embeddings."""
+        theirs = dict(other.model.named_parameters())
+        for name, parameter in list(self.model.named_parameters()):
+            found = theirs.get(name)
+            if self.layer_of(name) is not None or found is None or found.is_meta or parameter.is_meta:
+                continue
+            if found.shape == parameter.shape and found.dtype == parameter.dtype and torch.equal(found, parameter):
+                owner, leaf = self.owner(name)
+                owner._parameters[leaf] = found
+
     def _detach(self, prefix: str) -> None:
         """Copy the tensors that are parts of larger memory, so that it can be freed."""
         for path, module in self.module(prefix).named_modules():

@@ -238,6 +238,21 @@ def test_a_bound_out_of_range_is_refused(limits: dict[str, float]) -> None:
     assert caught.value.exit_code == 2
 
 
+def test_recorded_inputs_do_not_depend_on_the_number_of_devices(
+    quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recorded = []
+    for count in (1, 2):
+        monkeypatch.setattr(module, "pick_devices", lambda _, count=count: (torch.device("cpu"),) * count)
+        evaluate_checkpoint(quantized, token_ids=token_ids, batch=2, record=tmp_path / f"{count}", resume=False)
+        recorded.append(load_file(tmp_path / f"{count}"))
+    assert sorted(path.name for path in tmp_path.iterdir() if path.is_file()) == ["1", "2"]
+    assert recorded[0].keys() == recorded[1].keys()
+    for name, inputs in recorded[0].items():
+        assert inputs.count_nonzero() > 0.9 * inputs.numel()
+        assert torch.equal(inputs, recorded[1][name])
+
+
 @pytest.mark.parametrize("option", ["--record", "--report"])
 def test_a_file_that_cannot_be_created_is_refused_before_anything_runs(
     option: str, capsys: pytest.CaptureFixture[str], quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from safetensors.torch import save_file
 from support.exports import DATA, restore
 
 from quarkconv import UnsupportedError, evaluate_checkpoint
+from quarkconv.description.description import describe
 from quarkconv.evaluate import evaluation
 from quarkconv.evaluate import scoring as module
 from quarkconv.evaluate.results import Evaluation
@@ -129,3 +131,14 @@ def test_experts_of_every_family_in_groups_change_nothing(
         return
     in_groups(monkeypatch, 2)
     assert evaluate_checkpoint(source, token_ids=ids, device="cpu", resume=False).to_json() == whole.to_json()
+
+
+def test_embeddings_and_head_of_both_models_are_in_memory_once(quantized: Path, unquantized: Path) -> None:
+    with ExitStack() as stack:
+        runner = evaluation.layer_runner(describe(quantized), describe(unquantized), torch.device("cpu"), None, stack)
+        assert runner.unquantized is not None
+        mine, theirs = (
+            dict(model.skeleton.model.named_parameters()) for model in (runner.quantized, runner.unquantized)
+        )
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert mine[name].data_ptr() == theirs[name].data_ptr()
