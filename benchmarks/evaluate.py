@@ -244,9 +244,6 @@ def main() -> None:
     import quarkconv
 
     shape, devices = SHAPES[options.shape], options.device.split(",")
-    if options.memory is not None:
-        fraction = options.memory * 1e9 / torch.cuda.get_device_properties(0).total_memory
-        torch.cuda.set_per_process_memory_fraction(fraction)
     folder = options.models or Path(tempfile.mkdtemp())
     folder.mkdir(exist_ok=True)
     try:
@@ -257,6 +254,10 @@ def main() -> None:
             print(f"made in {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
         if options.make:
             return
+        if options.memory is not None:
+            fraction = options.memory * 1e9 / torch.cuda.get_device_properties(0).total_memory
+            torch.cuda.set_per_process_memory_fraction(fraction)
+            torch.cuda.empty_cache()
         layer = {path.name: (path / "layer-0.safetensors").stat().st_size for path in (quantized, before)}
         about = {
             "benchmark": "evaluate", "shape": shape._asdict(), "layers": options.layers, "layer_bytes": layer,

@@ -23,16 +23,19 @@ def scale_sums_kernel(
 
 
 @triton.jit
-def rms_norm_kernel(x_ptr, weight_ptr, out_ptr, N, eps, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
-    """Grid [M]: a program normalizes one row, which BLOCK holds."""
-    row = tl.program_id(0).to(tl.int64)
-    columns = tl.arange(0, BLOCK)
-    inside = columns < N
-    x = tl.load(x_ptr + row * N + columns, inside, 0.0).to(tl.float32)
-    scaled = x * (1 / tl.sqrt_rn(tl.sum(x * x, 0) / N + eps))
+def rms_norm_kernel(
+    x_ptr, weight_ptr, out_ptr, M, N, eps, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
+):
+    """Grid [blocks of ROWS rows]: a program normalizes its rows, each of which BLOCK holds."""
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < M) & (columns < N)
+    x = tl.load(x_ptr + rows * N + columns, inside, 0.0).to(tl.float32)
+    mean = tl.sum(x * x, 1)[:, None] / N
+    scaled = x * (1 / tl.sqrt_rn(mean + eps))
     scaled = _to_dtype(scaled, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
-    result = tl.load(weight_ptr + columns, inside, 0.0).to(tl.float32) * scaled
-    tl.store(out_ptr + row * N + columns, _to_dtype(result, out_ptr.dtype.element_ty, INTERPRETED), inside)
+    result = tl.load(weight_ptr + columns, columns < N, 0.0).to(tl.float32) * scaled
+    tl.store(out_ptr + rows * N + columns, _to_dtype(result, out_ptr.dtype.element_ty, INTERPRETED), inside)
 
 
 @triton.jit

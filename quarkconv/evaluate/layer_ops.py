@@ -14,6 +14,8 @@ from torch import Tensor
 from quarkconv.kernels.backend import device_guard, interpreting
 
 _BLOCK: Final = 1024
+_NORM_BLOCK: Final = 2048
+"""Elements of the rows that a program normalizes: several short ones, or one."""
 LONGEST_NORM: Final = 16384
 """Elements of a row that :func:`rms_norm` takes: a program holds all of them."""
 
@@ -59,10 +61,20 @@ def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
 
     states = states.contiguous()
     out, length = torch.empty_like(states), states.shape[-1]
-    block = 1 << (length - 1).bit_length()
+    count, block = states.numel() // length, 1 << (length - 1).bit_length()
+    rows = max(1, _NORM_BLOCK // block)
     with device_guard(states.device):
-        rms_norm_kernel[(states.numel() // length,)](
-            states, weight, out, length, eps, BLOCK=block, num_warps=min(max(block // 1024, 1), 8), **_options(states)
+        rms_norm_kernel[(-(-count // rows),)](
+            states,
+            weight,
+            out,
+            count,
+            length,
+            eps,
+            ROWS=rows,
+            BLOCK=block,
+            num_warps=4 if block <= _NORM_BLOCK else 8,
+            **_options(states),
         )
     return out
 

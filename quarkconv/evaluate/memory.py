@@ -30,7 +30,8 @@ _WIDE: Final = 2
 def device_bytes(device: torch.device) -> int:
     """The memory of a GPU that this process may take."""
     total = torch.cuda.get_device_properties(device).total_memory
-    return int(total * torch.cuda.get_per_process_memory_fraction(device))
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda _: 1.0)  # not in every release of torch
+    return int(total * fraction(device))
 
 
 def batch_tokens(device: torch.device, hidden: int, top_k: int) -> int:

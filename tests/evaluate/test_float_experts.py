@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 import torch
+import transformers
 from support.exports import DATA, restore
 from torch import Tensor, nn
 
@@ -22,6 +23,8 @@ DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 @pytest.fixture(params=[name for name in FAMILIES if not name.startswith(NO_CLASS)])
 def skeleton(request: pytest.FixtureRequest, tmp_path: Path) -> Skeleton:
+    if request.param.startswith("dbrx") and transformers.__version__.startswith("5.17."):
+        pytest.skip("transformers 5.17 does not read this config.json; 5.24 does")
     return Skeleton(restore(FAMILIES[request.param], tmp_path / "model"), torch.device("cpu"))
 
 

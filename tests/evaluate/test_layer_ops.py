@@ -10,7 +10,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from quarkconv import evaluate_checkpoint
-from quarkconv.evaluate import evaluation, float_experts, int8, layer_ops, norms, sums
+from quarkconv.evaluate import (
+    evaluation,
+    float_experts,
+    int8,
+    layer_kernels,  # noqa: F401 - while tests are collected, Triton is imported for its interpreter
+    layer_ops,
+    norms,
+    sums,
+)
 from quarkconv.evaluate.skeleton import Skeleton
 
 DEVICES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
