@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from typing import Final
 
@@ -11,7 +12,11 @@ from quarkconv.scheme.merged import MERGED_WITH
 
 _WITHOUT_MLP: Final = (".mlp.fc1", ".mlp.fc2")
 """Linears of image encoders that vLLM's MiniMax-M3 keeps directly in the layer; it looks them up under that name."""
-_IN_SGLANG: Final = (("model.language_model.", "model."), ("model.visual.", "visual."))
+_BY_PATTERN: Final = "language."
+"""Prefix of modules that vLLM 0.33's DeepSeek-VL2 looks up by it, while it gives names in the config another one."""
+_IN_SGLANG: Final = (
+    ("model.language_model.", "model."), ("language_model.model.", "model."), ("model.visual.", "visual."),
+)  # fmt: skip
 """Prefix of modules -> the one under which SGLang 0.5.23 looks them up: its w8a8_int8 config maps no names."""
 _MERGED_IN_SGLANG: Final = (".attn.qkv", ".attn.qkv_proj")
 """A linear of image encoders, and its name there."""
@@ -20,6 +25,7 @@ _MERGED_IN_SGLANG: Final = (".attn.qkv", ".attn.qkv_proj")
 def ignored_modules(description: Description) -> list[str]:
     """Every module that is not quantized, by its exact names in engines, with the linear that they merge it into."""
     names = set(_ignored(description))
+    names |= {f"re:{re.escape(module)}$" for module in names if module.startswith(_BY_PATTERN)}
     quantized = {module for module, form in description.stored.linears.items() if form.quantized}
     return sorted(names.union(*map(_names_in_sglang, names)) - (quantized - names))
 

@@ -46,6 +46,8 @@ _ROW = {"o_proj", "down_proj"}
 _SHARDED_NORMS = {"minimax_m2": {"q_norm", "k_norm"}}
 """Model type -> norms over all heads at once, of which a rank has those of its heads."""
 
+_ENCODERS = ("visual", "vision_model", "vision_tower", "resampler_model", "mm_projector")
+"""Modules of models that the checkpoints in wrapped.py leave out."""
 _ROUTED = re.compile(r"(?P<experts>.+\.experts)\.(?:routed_experts\.)?(?P<half>w13|w2)_(?P<leaf>weight|weight_scale)")
 _ROUTED_INPUT = re.compile(r"(?P<experts>.+\.experts)\.(?:routed_experts\.)?(?P<half>w13|w2)_input_scale")
 
@@ -107,6 +109,11 @@ class Stacked:
         head = head.replace(".moe.share_expert", ".share_expert")  # vLLM moves it there
         parts = [f"{head}.{part}".strip(".") for part in self._merged.get(last, (last,))]
         return torch.cat([_sliced(tensors[f"{part}.{leaf}"], part, leaf, rank, self._columns) for part in parts])
+
+    def left_out(self, name: str) -> bool:
+        """Whether a parameter is of an image encoder that this checkpoint has not."""
+        module = name.partition(".")[0]
+        return module in _ENCODERS and not any(f".{module}." in f".{stored}" for stored in self.tensors)
 
     def scale_of_parts(self, name: str, rank: Rank) -> torch.Tensor:
         """What a ``weight_scale`` must hold where an engine keeps one scale for each linear it merged or stacked."""

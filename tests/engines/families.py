@@ -14,6 +14,7 @@ from typing import Final
 import torch
 from engines.built import BUILT, kimi_k2
 from engines.expected import Rank, Stacked
+from engines.wrapped import WRAPPED
 from support.exports import DATA
 
 FAMILIES: Final = DATA / "families"
@@ -24,6 +25,7 @@ _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
 _BELOW_LANGUAGE_MODEL: Final = (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
 RENAMED: Final = {
+    "deepseek_vl_v2": ((r"^language_model\.", "language."),),
     "ernie4_5_moe": ((r"\.mlp\.gate\.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),),
     "hunyuan_v1_moe": (
         (r"\.mlp\.experts\._shared_experts\._layer\.shared_experts\.", ".mlp.shared_mlp."),
@@ -57,6 +59,10 @@ RENAMED: Final = {
         (r"^model\.layers\.(\d+)\.(qkv_proj|o_proj|q_norm|k_norm)\.", r"model.layers.\1.self_attn.\2."),
         _BELOW_LANGUAGE_MODEL,
     ),
+    "qwen4_exp": (
+        (r"^model\.layers\.(\d+)\.(qkv_proj|o_proj|q_norm|k_norm|indexer)\.", r"model.layers.\1.self_attn.\2."),
+        _BELOW_LANGUAGE_MODEL,
+    ),
     "qwen3_vl_moe": ((r"\.attn\.qkv_proj\.", ".attn.qkv."), _BELOW_LANGUAGE_MODEL),
     "phimoe": ((r"\.mlp\.router\.", ".block_sparse_moe.gate."), (r"\.mlp\.", ".block_sparse_moe.")),
 }  # fmt: skip
@@ -71,6 +77,8 @@ def copy(family: str, destination: Path, flow: str = "f2f") -> Path:
     """A copy of the export of a family, or the checkpoint that is built for it here."""
     if family == "kimi_k2":
         return kimi_k2(FAMILIES / "deepseek_v3-0.13-f2f", destination)
+    if family in WRAPPED:
+        return WRAPPED[family].write(destination)
     if family in BUILT:
         return BUILT[family].write(destination)
     shutil.copytree(FAMILIES / f"{family}-0.13-{'eager' if family in _EAGER else flow}", destination)

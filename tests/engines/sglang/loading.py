@@ -68,6 +68,7 @@ CLASSES = {
     "GptOssForCausalLM": "gpt_oss",
     "GraniteMoeHybridForCausalLM": "granitemoehybrid",
     "HunYuanMoEV1ForCausalLM": "hunyuan",
+    "KimiK25ForConditionalGeneration": "kimi_k25",
     "KimiLinearForCausalLM": "kimi_linear",
     "Lfm2MoeForCausalLM": "lfm2_moe",
     "Llama4ForCausalLM": "llama4",
@@ -85,6 +86,7 @@ CLASSES = {
     "Qwen3VLMoeForConditionalGeneration": "qwen3_vl_moe",
     "Qwen3_5MoeForCausalLM": "qwen3_5_text",
     "Qwen3_5MoeForConditionalGeneration": "qwen3_5",
+    "Qwen4ExpForConditionalGeneration": "qwen4_exp",
     "Step3p5ForCausalLM": "step3p5",
 }
 """Architecture -> module of SGLang."""
@@ -124,6 +126,7 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
         "text_config": {"full_attention_interval": 2}, "vision_config": {"deepstack_visual_indexes": []},
     },
     "qwen3_5_moe_text": {"full_attention_interval": 1},
+    "qwen4_exp": {"text_config": {"full_attention_interval": 1}},
     "qwen3_next": {"full_attention_interval": 1},
 }  # fmt: skip
 """Beside those that both engines read."""

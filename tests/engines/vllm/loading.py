@@ -6,11 +6,12 @@ Replaced, because they need a machine or compiled code, and nothing else:
 - sparse attention, of which a CPU has no kernel, is that of DeepSeek V3; FlashAttention exists;
 - the ranks of a parallel group are set by hand: no tensor is exchanged while loading;
 - model classes are inspected in this process instead of in one of their own, which would import vLLM again;
-- torchvision, CUTLASS and CUDA's Python packages, which are compiled, are modules that do nothing; so are streams.
+- torchvision, timm, CUTLASS and CUDA's Python packages are modules that do nothing; so are streams and tokenizers.
 """
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -26,6 +27,8 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 import torch
 from engines.expected import WHOLE, Rank
 from engines.stubs import Stubs
+from engines.wrapped import WRAPPED
+from vllm import tokenizers
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -58,8 +61,9 @@ vars(fa_utils)["__getattr__"] = lambda name: MagicMock(name=name)
 registry._run_in_subprocess = lambda function: function()
 registry._LazyRegisteredModel._load_modelinfo_from_cache = lambda *_: None
 registry._LazyRegisteredModel._save_modelinfo_to_cache = lambda *_: None
-Stubs({"torchvision", "cutlass", "cuda"}, lambda name: MagicMock(name=name))
+Stubs({"torchvision", "cutlass", "cuda", "timm"}, lambda name: MagicMock(name=name))
 vars(torch.cuda)["Stream"] = MagicMock()
+tokenizers.cached_tokenizer_from_config = MagicMock()
 
 
 class SparseAttention(CPUMLABackend):  # type: ignore[misc]
@@ -83,9 +87,10 @@ CpuPlatform.get_attn_backend_cls = staticmethod(_attention_backend)
 
 def engine_config(folder: Path, rank: Rank = WHOLE) -> VllmConfig:
     """vLLM's configuration for a checkpoint."""
+    model_type = json.loads((folder / "config.json").read_text())["model_type"]
     arguments = EngineArgs(
         str(folder), dtype="bfloat16", load_format="safetensors", max_model_len=64, enforce_eager=True,
-        skip_tokenizer_init=True, use_tqdm_on_load=False,
+        skip_tokenizer_init=True, use_tqdm_on_load=False, language_model_only=model_type in WRAPPED,
     )  # fmt: skip
     config = arguments.create_engine_config()
     config.parallel_config.tensor_parallel_size = rank.size

@@ -27,17 +27,18 @@ import quarkconv
 from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
-    "bailing_moe", "bailing_moe_v2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "ernie4_5_moe", "gemma4",
-    "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "jamba", "kimi_k2", "kimi_linear",
-    "lfm2_moe", "llama4", "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h",
-    "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp",
+    "bailing_moe", "bailing_moe_v2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_vl_v2",
+    "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "jamba",
+    "kimi_k2", "kimi_k25", "kimi_linear", "lfm2_moe", "llama4", "longcat_flash", "mimo_v2_flash", "minimax_m2",
+    "minimax_m3_vl", "mixtral", "nemotron_h", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
+    "qwen3_vl_moe", "qwen4_exp",
 )  # fmt: skip
 ONE_BY_ONE: Final = (KeyError, r"layers\.0\..+\.experts\.(down_proj|w13|w2)")
 TRANSPOSED: Final = (RuntimeError, "must match the size of tensor")
 FUSED_REFUSED: Final = {
     **dict.fromkeys(
-        ("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "glm4_moe_lite", "glm5_next", "glm_moe_dsa",
-         "kimi_k2", "kimi_linear", "longcat_flash"), ONE_BY_ONE
+        ("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_vl_v2", "glm4_moe_lite", "glm5_next",
+         "glm_moe_dsa", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash"), ONE_BY_ONE
     ),
     **dict.fromkeys(("llama4", "qwen3_vl_moe"), TRANSPOSED),
 }  # fmt: skip
@@ -47,6 +48,7 @@ FUSED_SKIPPED: Final = ("mimo_v2_flash", "minimax_m3_vl")
 NOT_FUSED: Final = ("nemotron_h",)
 """Families without a gate, which cannot be converted to fused-int8."""
 EXPORTED_WRONG: Final = {
+    "deepseek_vl_v2": r"language_model\..+\.self_attn\..+\.weight_scale",
     "minimax_m3_vl": r"vision_tower\..+\.fc[12]\.weight_scale",
     "qwen3_vl_moe": r"language_model\..+\.mlp\.gate\.weight_scale",
 }
