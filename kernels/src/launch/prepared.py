@@ -182,8 +182,9 @@ class PreparedLaunches:
 
     def _current_modes(self) -> tuple[Any, ...]:
         """What else decides which code Triton compiles."""
-        runtime = self._knobs.runtime
-        return runtime.debug, self._knobs.compilation.instrumentation_mode, runtime.add_stages_inspection_hook
+        runtime, compilation = self._knobs.runtime, self._knobs.compilation
+        casts = getattr(compilation, "fpsan_homomorphic_casts", None)  # since Triton 3.9
+        return runtime.debug, compilation.instrumentation_mode, casts, runtime.add_stages_inspection_hook
 
     def _observed(self) -> bool:
         """Whether somebody is to be called at each launch, a profiler for instance."""
