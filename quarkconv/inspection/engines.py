@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 import tomllib
-from collections.abc import Collection, Iterable
+from collections.abc import Collection
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -13,6 +13,7 @@ from typing import Any, Final, NamedTuple
 from quarkconv.description.description import Description
 from quarkconv.description.expert_names import foreign_modules, foreign_projections
 from quarkconv.scheme.patterns import is_pattern
+from quarkconv.text import alternatives
 
 NOT_CHECKED: Final = "not checked"
 """The verdict of a row that was never tried with the model type."""
@@ -41,12 +42,8 @@ FEATURES: Final = {
 
 _RUNS: Final = ("int8", "w8a16")
 """Verdicts that hold only for model types that were tried."""
-_SILENT_FAULTS: Final = {
-    "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
-    "wrong": ("computes wrong results", "compute wrong results"),
-}
-"""Verdict -> what one release, or several, do without an error."""
-_FP8_NOTE: Final = "without linears in FP8"
+FP8_NOTE: Final = "without linears in FP8"
+"""End of the note of a row that was never tried with them."""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
@@ -93,7 +90,7 @@ class EngineFact(NamedTuple):
         """The conditions, for people; empty for every checkpoint."""
         required = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
         excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
-        return required + ([f"not {' or '.join(excluded)}"] if excluded else [])
+        return required + ([f"not {alternatives(excluded)}"] if excluded else [])
 
     @property
     def proof(self) -> str:
@@ -182,7 +179,7 @@ def engines_for(
     found = [_in_one_release(fact, model_type) for fact in found]
     if description.fp8:
         found = [
-            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {_FP8_NOTE}") if fact.verdict in _RUNS else fact
+            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {FP8_NOTE}") if fact.verdict in _RUNS else fact
             for fact in found
         ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
@@ -242,53 +239,6 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
         if any(is_pattern(entry) and not entry.startswith("re:") for entry in entries):
             found.add("exclude-patterns")
     return found
-
-
-class Advice(NamedTuple):
-    """What to do with a checkpoint for one engine.
-
-    Attributes:
-        text: one line.
-        target: what to convert the checkpoint to; None when it stays as it is.
-    """
-
-    text: str
-    target: str | None = None
-
-
-def advice(stored: str | None, facts: Iterable[EngineFact]) -> tuple[Advice, ...]:
-    """Advice for each engine that runs the checkpoint on NVIDIA GPUs, or runs it wrongly without an error.
-
-    Args:
-        stored: the form of the checkpoint, see :func:`stored_form`.
-        facts: the rows that apply, best first, see :func:`engines_for`.
-    """
-    by_engine: dict[str, list[EngineFact]] = {}
-    for fact in facts:
-        if not fact.devices:
-            by_engine.setdefault(fact.engine, []).append(fact)
-    found = (_advice(ENGINE_NAMES.get(engine, engine), rows, stored) for engine, rows in by_engine.items())
-    return tuple(item for item in found if item is not None)
-
-
-def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | None:
-    """Advice for one engine: use it, convert, or beware."""
-    best = facts[0]
-    faults = []
-    for verdict, (one, several) in _SILENT_FAULTS.items():
-        versions = [fact.version for fact in facts if (fact.form, fact.verdict) == (stored, verdict)]
-        if versions:
-            faults.append(f"{' and '.join(versions)} {one if len(versions) == 1 else several}")
-    beware = ", ".join(faults)
-    if best.verdict == NOT_CHECKED:
-        why = "with linears in FP8 beside INT8 experts" if best.note.endswith(_FP8_NOTE) else "with this model type"
-        return Advice(f"{name} was not checked {why}" + (f"; as it is, {beware}" if faults else ""))
-    if best.verdict != "int8":
-        return Advice(f"{name} {beware}") if faults else None
-    runs = f"{name} {best.version} runs it in int8"
-    if best.form == stored:
-        return Advice(f"{runs} as it is" + (f"; {beware}" if faults else ""))
-    return Advice(f"{runs} after convert --to {best.form}" + (f"; as it is, {beware}" if faults else ""), best.form)
 
 
 def _latest(version: str) -> tuple[int, ...]:

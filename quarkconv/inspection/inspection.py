@@ -14,7 +14,8 @@ from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_activation, layer_routing
 from quarkconv.findings import DISAGREEING, Finding, Severity
 from quarkconv.hub.locate import locate
-from quarkconv.inspection.engines import Advice, EngineFact, advice, engines_for, stored_form
+from quarkconv.inspection.advice import Advice, advice
+from quarkconv.inspection.engines import EngineFact, engines_for, stored_form
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS

@@ -15,7 +15,8 @@ from support.program import run_cli
 import quarkconv
 from quarkconv import inspect_checkpoint
 from quarkconv.inspection import engines
-from quarkconv.inspection.engines import Advice, EngineFact, engine_facts, stored_form
+from quarkconv.inspection.advice import Advice, advice
+from quarkconv.inspection.engines import EngineFact, engine_facts, stored_form
 from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
@@ -306,9 +307,9 @@ def test_advice_after_conversion(tmp_path: Path) -> None:
 )
 def test_advice_of_one_row(form: str, verdict: str, expected: tuple[Advice, ...]) -> None:
     fact = EngineFact("other", "3", form, verdict, "", "source")
-    assert engines.advice("quark", [fact]) == expected
-    assert engines.advice("quark", [fact._replace(devices="CPUs")]) == ()
-    assert engines.advice("quark", []) == ()
+    assert advice("quark", [fact]) == expected
+    assert advice("quark", [fact._replace(devices="CPUs")]) == ()
+    assert advice("quark", []) == ()
 
 
 def test_engines_are_not_checked_with_an_untested_model_type(tmp_path: Path) -> None:

@@ -1,0 +1,61 @@
+"""What to do with a checkpoint for each engine, from the rows that apply to it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Final, NamedTuple
+
+from quarkconv.inspection.engines import ENGINE_NAMES, FP8_NOTE, NOT_CHECKED, EngineFact
+
+_SILENT_FAULTS: Final = {
+    "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
+    "wrong": ("computes wrong results", "compute wrong results"),
+}
+"""Verdict -> what one release, or several, do without an error."""
+
+
+class Advice(NamedTuple):
+    """What to do with a checkpoint for one engine.
+
+    Attributes:
+        text: one line.
+        target: what to convert the checkpoint to; None when it stays as it is.
+    """
+
+    text: str
+    target: str | None = None
+
+
+def advice(stored: str | None, facts: Iterable[EngineFact]) -> tuple[Advice, ...]:
+    """Advice for each engine that runs the checkpoint on NVIDIA GPUs, or runs it wrongly without an error.
+
+    Args:
+        stored: the form of the checkpoint, see :func:`quarkconv.inspection.engines.stored_form`.
+        facts: the rows that apply, best first, see :func:`quarkconv.inspection.engines.engines_for`.
+    """
+    by_engine: dict[str, list[EngineFact]] = {}
+    for fact in facts:
+        if not fact.devices:
+            by_engine.setdefault(fact.engine, []).append(fact)
+    found = (_advice(ENGINE_NAMES.get(engine, engine), rows, stored) for engine, rows in by_engine.items())
+    return tuple(item for item in found if item is not None)
+
+
+def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | None:
+    """Advice for one engine: use it, convert, or beware."""
+    best = facts[0]
+    faults = []
+    for verdict, (one, several) in _SILENT_FAULTS.items():
+        versions = [fact.version for fact in facts if (fact.form, fact.verdict) == (stored, verdict)]
+        if versions:
+            faults.append(f"{' and '.join(versions)} {one if len(versions) == 1 else several}")
+    beware = ", ".join(faults)
+    if best.verdict == NOT_CHECKED:
+        why = "with linears in FP8 beside INT8 experts" if best.note.endswith(FP8_NOTE) else "with this model type"
+        return Advice(f"{name} was not checked {why}" + (f"; as it is, {beware}" if faults else ""))
+    if best.verdict != "int8":
+        return Advice(f"{name} {beware}") if faults else None
+    runs = f"{name} {best.version} runs it in int8"
+    if best.form == stored:
+        return Advice(f"{runs} as it is" + (f"; {beware}" if faults else ""))
+    return Advice(f"{runs} after convert --to {best.form}" + (f"; as it is, {beware}" if faults else ""), best.form)
