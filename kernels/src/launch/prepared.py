@@ -12,6 +12,7 @@ strides, dtypes, options. Addresses are passed as integers, which spares Triton'
 
 import contextlib
 import copy
+import itertools
 import math
 import threading
 from collections.abc import Iterator, Sequence
@@ -114,14 +115,14 @@ class _Pool:
     """What the arguments of all launches are picked from, in this order.
 
     addresses    of the inputs; None for those that are not there
-    offsets      of buffers in the workspace, in bytes
+    offsets      of buffers in the workspace, in bytes, each with its number
     descriptors  tensor descriptors without their tensor, and the place of its address among the two above
     constants    everything else
     """
 
     addresses: list[int | None]
     workspace: torch.Tensor
-    offsets: list[int] = field(default_factory=list)
+    offsets: dict[int, int] = field(default_factory=dict)
     descriptors: list[tuple[Any, tuple[int, int]]] = field(default_factory=list)
     constants: list[Any] = field(default_factory=list)
 
@@ -143,13 +144,11 @@ class _Pool:
         offset = address - self.workspace.data_ptr()
         if not 0 <= offset < self.workspace.numel():
             raise ValueError("expected addresses of inputs or in the workspace")
-        self.offsets.append(offset)
-        return 1, len(self.offsets) - 1
+        return 1, self.offsets.setdefault(offset, len(self.offsets))
 
-    def index(self, found: tuple[int, int]) -> int:
-        """The place in the whole pool."""
-        sizes = (len(self.addresses), len(self.offsets), len(self.descriptors))
-        return sum(sizes[: found[0]]) + found[1]
+    def starts(self) -> list[int]:
+        """Where each of the four begins."""
+        return list(itertools.accumulate((len(self.addresses), len(self.offsets), len(self.descriptors)), initial=0))
 
 
 class PreparedLaunches:
@@ -168,14 +167,15 @@ class PreparedLaunches:
             raise ValueError("expected compiled launches with one workspace")
         pool = _Pool([None if each is None else each.data_ptr() for each in inputs], recording.workspaces[0])
         found = [[pool.add(value) for value in each.values()] for each in launches]
+        starts = pool.starts()
         self._steps = [
-            (each.compiled.run, each.head(), itemgetter(*map(pool.index, values)))
+            (each.compiled.run, each.head(), itemgetter(*(starts[part] + place for part, place in values)))
             for each, values in zip(launches, found, strict=True)
         ]
         self._kernels = [each.compiled for each in launches]  # their code is unloaded when they are collected
         self._bytes, self._device = pool.workspace.numel(), pool.workspace.device
-        self._offsets, self._constants = pool.offsets, pool.constants
-        self._descriptors = [(descriptor, pool.index(address)) for descriptor, address in pool.descriptors]
+        self._offsets, self._constants = list(pool.offsets), pool.constants
+        self._descriptors = [(descriptor, starts[part] + place) for descriptor, (part, place) in pool.descriptors]
         self._knobs, self._driver = knobs, driver.active
         self._modes = self._current_modes()
         self._pre_run_hooks = [each.jitted.pre_run_hooks for each in launches]
