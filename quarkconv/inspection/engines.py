@@ -44,6 +44,8 @@ _RUNS: Final = ("int8", "w8a16")
 """Verdicts that hold only for model types that were tried."""
 FP8_NOTE: Final = "without linears in FP8"
 """End of the note of a row that was never tried with them."""
+_TRIED: Final = ("served", "loader")
+"""Kinds of evidence for which something ran."""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
@@ -53,6 +55,7 @@ class EngineFact(NamedTuple):
     """A row of the table. Conditions are empty where the row holds for every checkpoint.
 
     Attributes:
+        verdict: one of :data:`VERDICTS`; ``not checked`` where none of its devices ran it.
         form: the form of the checkpoint: a target's name, or ``quark``.
         devices: where it was checked or read to run; empty for NVIDIA GPUs.
         checked: date of the evidence; empty where it was not recorded.
@@ -93,6 +96,11 @@ class EngineFact(NamedTuple):
         return required + ([f"not {alternatives(excluded)}"] if excluded else [])
 
     @property
+    def tried(self) -> bool:
+        """Whether something ran, by the evidence: else it was read."""
+        return any(kind in self.evidence for kind in _TRIED)
+
+    @property
     def proof(self) -> str:
         """Evidence and date, for people."""
         return f"{self.evidence}, {self.checked}" if self.checked else self.evidence
@@ -101,7 +109,7 @@ class EngineFact(NamedTuple):
     def remark(self) -> str:
         """Devices and note, for people."""
         devices = f"on {self.devices}" if self.devices else ""
-        reading = "by its source" if self.devices and self.evidence.startswith("source") else ""
+        reading = "by its source" if self.devices and self.verdict != NOT_CHECKED and not self.tried else ""
         return "; ".join(filter(None, (devices, self.note, reading)))
 
     def to_json(self) -> dict[str, str]:
@@ -266,4 +274,7 @@ def _fact(row: dict[str, Any]) -> EngineFact:
     conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
     engine, version, form, verdict, note, evidence = (str(row[key]) for key in _FIELDS)
     checked, devices = str(row.get("checked", "")), str(row.get("devices", ""))
-    return EngineFact(engine, version, form, verdict, note, evidence, checked, devices, **conditions)
+    fact = EngineFact(engine, version, form, verdict, note, evidence, checked, devices, **conditions)
+    if devices and verdict in _RUNS and not fact.tried:
+        return fact._replace(verdict=NOT_CHECKED, note="; ".join(filter(None, (f"{verdict} as read, not run", note))))
+    return fact

@@ -21,6 +21,7 @@ from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
 ROWS: list[dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))["rows"]
+FAMILIES = Path(__file__).parents[1] / "data" / "families"
 FORMS = {"quark", "compressed-tensors", "fused-int8", "w8a8-int8", "ascend", "bf16"}
 
 
@@ -95,6 +96,23 @@ def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.
 )
 def test_holds_for(row: EngineFact, arguments: tuple[str, str | None, str | None], holds: bool) -> None:
     assert row.holds_for(*arguments) is holds
+
+
+def test_what_was_only_read_is_not_checked_on_any_device() -> None:
+    on_others = [row for row in engine_facts() if row.devices]
+    tried = {row.evidence for row in on_others if row.verdict in {"int8", "w8a16"}}
+    assert tried
+    assert all("served" in evidence or "loader" in evidence for evidence in tried)
+    read = [row for row in on_others if row.verdict == "not checked"]
+    assert {row.engine for row in read} == {"vllm", "vllm-ascend", "sglang", "ktransformers"}
+    assert all(row.note.startswith(("int8 as read, not run", "w8a16 as read, not run")) for row in read)
+
+
+@pytest.mark.parametrize("name", ["deepseek_v32-0.13-f2f", "qwen4_exp-0.13-f2f"])
+def test_a_family_that_ran_on_gpus_is_not_checked_elsewhere(name: str) -> None:
+    engines_found = inspect_checkpoint(FAMILIES / name).engines
+    assert any(row.verdict == "int8" and not row.devices for row in engines_found)
+    assert {row.verdict for row in engines_found if row.devices} <= {"not checked", "fails"}
 
 
 def test_json_of_a_row() -> None:
@@ -202,9 +220,6 @@ def test_cpus_run_what_is_packed_for_them_and_routed_by_softmax(checkpoints: Any
     assert verdicts(softmax, "compressed-tensors", devices="CPUs with AMX") == {"0.32": "int8"}
     assert verdicts(sigmoid, "compressed-tensors", devices="CPUs with AMX") == {}
     assert verdicts(sigmoid, "compressed-tensors", devices="CPUs")["0.32"] == "fails"
-
-
-FAMILIES = Path(__file__).parents[1] / "data" / "families"
 
 
 @pytest.mark.parametrize(
