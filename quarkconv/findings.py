@@ -78,7 +78,9 @@ CODES: Final[dict[str, FindingCode]] = {
         "Stored factors multiply inputs at run time, which engines do not do: they would compute wrong results.",
         _UNSUPPORTED,
     ),
-    "companion-unknown": FindingCode(_W, "Int8 modules have tensors of unknown meaning beside their weights."),
+    "companion-unknown": FindingCode(
+        _W, "Tensors of unknown meaning lie beside int8 weights, or scales beside float ones."
+    ),
     "mtp-missing": FindingCode(_I, "The config declares layers of multi-token prediction that are not stored."),
     "float-module-quantized": FindingCode(
         _E,

@@ -13,7 +13,7 @@ from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import bounded
-from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, MODELOPT_NAME
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.shard_files import OTHER_WEIGHTS
 from quarkconv.hub.locate import Located
@@ -29,7 +29,7 @@ from quarkconv.targets.changes import conversion_findings
 from quarkconv.targets.convertible import check_convertible
 from quarkconv.targets.tensors import output_tensors
 
-_REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME})
+_REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME, MODELOPT_NAME})
 _NOT_COPIED: Final = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
 _DIGITS: Final = re.compile(r"(\d+)")
 

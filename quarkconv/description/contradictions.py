@@ -7,6 +7,7 @@ from typing import Final
 
 from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
 from quarkconv.description.int8_modules import CONVERT, int8_defects
+from quarkconv.experts.config import QUANTIZATION_KEY, ModelConfig
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
@@ -57,12 +58,25 @@ def contradictions(
     in_blocks = in_blocks.difference(fp8)
     yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
     yield from _scheme(declared, modules, topology, is_mtp, frozenset(fp8), _in_blocks(stored, in_blocks))
+    if declared is None or declared.stores_codes:
+        yield from _simulated(modules)
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
     yield from FindingsAbout(
         "tensor-unrecognised",
         unrecognised,
         f"{plural(len(unrecognised), 'tensor')} with codes or scales of unknown modules",
         hint="conversion copies them as they are; engines may drop them",
+    )
+
+
+def _simulated(modules: ResolvedModules) -> Iterator[Finding]:
+    """Float weights with scales beside them, as tools store them that quantize in simulation only."""
+    names = [name for (form, _), group in modules.groups.items() if form.is_float and any(form[1:]) for name in group]
+    yield from FindingsAbout(
+        "companion-unknown",
+        names,
+        f"{plural(len(names), 'float weight')} with scales or zero points beside them: codes in float, or values",
+        hint="export the model again with int8 weights; engines look for these scales beside int8 weights only",
     )
 
 
@@ -78,6 +92,17 @@ def scheme_implied() -> Finding:
         "config.json",
         "config.json has no quantization_config; every int8 weight has an F32 scale for each row, as in ptpc_int8",
         hint="convert it: quarkconv writes a config; activations are then quantized per token",
+    )
+
+
+def other_quantizations(config: ModelConfig) -> Iterator[Finding]:
+    """The finding about further quantization configs, which differ from the one that is read."""
+    yield from FindingsAbout(
+        "quant-config-invalid",
+        [f"{part}.{QUANTIZATION_KEY}".lstrip(".") for part in config.other_quantizations],
+        f"config.json has {plural(len(config.other_quantizations), 'more quantization config')} that differ",
+        hint="engines read the one at the top; conversion writes a single one",
+        severity=Severity.WARNING,
     )
 
 

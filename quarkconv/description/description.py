@@ -11,7 +11,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from quarkconv.description.ascend import ascend_findings
-from quarkconv.description.contradictions import contradictions, is_linear, rank_part, scheme_implied
+from quarkconv.description.contradictions import (
+    contradictions,
+    is_linear,
+    other_quantizations,
+    rank_part,
+    scheme_implied,
+)
 from quarkconv.description.disagreements import disagreements, merged_findings
 from quarkconv.description.expert_names import expert_name_findings
 from quarkconv.description.float_modules import float_test, quantized_float_modules
@@ -25,16 +31,18 @@ from quarkconv.experts.naming import ENGINE_NAMES, FUSED_LEAVES, STACKED_MODEL_T
 from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
 from quarkconv.experts.unread import are_modules
 from quarkconv.files.base import Files
+from quarkconv.files.json_files import has_file
 from quarkconv.findings import Finding, Severity, bounded
-from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
+from quarkconv.headers.checkpoint import MODELOPT_NAME, Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
 from quarkconv.progress import SILENT, Progress
-from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.declared import DeclaredScheme, ModelOptScheme, UnknownScheme
 from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
 from quarkconv.scheme.options import DROP, KEEP, Mtp
 from quarkconv.scheme.resolved import Groups, ResolvedModules, resolve_modules
+from quarkconv.scheme.settings import unknown_settings
 from quarkconv.scheme.spec import INPUT_STATIC, MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
 
@@ -98,6 +106,11 @@ class Description:
         """The linears that are stored in float, routed experts among them."""
         experts = self.topology.members | self.topology.unread
         return [name for name, form in self.stored if form.is_float and (name in experts or is_linear(name, form))]
+
+    @property
+    def unknown_settings(self) -> list[str]:
+        """The fields of quantization_config that are set, with an unknown meaning."""
+        return [] if self.declared is None else list(unknown_settings(self.declared.method, self.config.quantization))
 
     @property
     def schemes(self) -> Counter[ModuleScheme]:
@@ -184,6 +197,8 @@ def described(
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
         if declared is None and checkpoint.ascend is not None:
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
+        if declared is None and has_file(checkpoint.store, MODELOPT_NAME):
+            declared = ModelOptScheme()
         if scheme is not None and declared is not None and not isinstance(declared, UnknownScheme):
             raise UsageError(
                 "--scheme is for int8 weights whose scheme is not declared",
@@ -209,6 +224,7 @@ def described(
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
             *contradictions(declared, stored, modules, topology, others, family, is_mtp, in_fp8),
+            *other_quantizations(config),
             *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),
             *function,

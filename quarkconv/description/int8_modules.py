@@ -9,7 +9,7 @@ from typing import Final
 from quarkconv.experts.layouts import MAX_EXPERTS
 from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.spec import FOREIGN, ModuleScheme
+from quarkconv.scheme.spec import FOREIGN, INPUT_STATIC, ModuleScheme
 from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form
 from quarkconv.text import plural
 
@@ -144,4 +144,4 @@ def _is_foreign(scheme: ModuleScheme) -> bool:
 
 
 def _is_static(scheme: ModuleScheme) -> bool:
-    return scheme.activation is not None and not scheme.activation.dynamic and scheme.activation.dtype == "int8"
+    return scheme.activation == INPUT_STATIC

@@ -180,6 +180,15 @@ def _check_dtypes(description: Description, options: SourceOptions) -> None:
     """Refuse weights in another quantized dtype: as float weights they would have to be dequantized first."""
     kept = {name for group in description.fp8 for name in group.modules} if options.quantize != "all" else set()
     for module, form in description.stored:
+        if form.is_float and any(form[1:]):
+            raise UnsupportedError(
+                "A float weight with a scale beside it is not quantized: it may hold codes, or values",
+                file=str(description.checkpoint.root),
+                tensor=f"{module}.weight",
+                expected="float weights without scales",
+                found="weights quantized in simulation, or int8 codes stored in float",
+                hint="export the model again with int8 weights, or quantize the one that it was made of",
+            )
         concerned = module not in kept or (options.mtp == QUANTIZE and description.is_mtp(module))
         if not form.is_float and not form.quantized and concerned:
             in_blocks = f"{module}{BLOCK_SCALE}" in description.stored.plain

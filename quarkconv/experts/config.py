@@ -13,6 +13,8 @@ from typing import Any, Final
 from quarkconv.experts.ranks import WHOLE, Rank, rank_of_config
 
 QUANTIZATION_KEY: Final = "quantization_config"
+_COMPRESSION_KEY: Final = "compression_config"
+"""Key of a compressed-tensors config in older exports, which vLLM and SGLang read where the other one is absent."""
 LANGUAGE_PARTS: Final = ("text_config", "llm_config", "language_config")
 """Keys of the object that describes the language model of a multimodal model."""
 STACKS: Final[Mapping[str, str]] = {"thinker": "thinker_config", "talker": "talker_config"}
@@ -63,6 +65,7 @@ class ModelConfig:
         activation: name of the activation function of the experts.
         quantization: the quantization_config, of any type.
         quantization_path: keys from config.json to the part that holds it.
+        other_quantizations: parts of config.json that hold another one, which is not read.
         rank: the rank whose part of the experts the checkpoint holds.
     """
 
@@ -76,6 +79,7 @@ class ModelConfig:
     activation: str | None = None
     quantization: object = None
     quantization_path: tuple[str, ...] = ()
+    other_quantizations: tuple[str, ...] = ()
     rank: Rank = WHOLE
 
     @property
@@ -146,10 +150,11 @@ def model_config(raw: Part) -> ModelConfig:
     text = _at(raw, path)
     parts = _with_expert_parts(text)
     model_type = text.get("model_type", raw.get("model_type"))
-    quantization, where = next(
-        ((found, path) for path in _part_paths(raw) if (found := _at(raw, path).get(QUANTIZATION_KEY)) is not None),
-        (None, ()),
-    )
+    quantizations = [
+        (found, path) for path in _part_paths(raw) if (found := _at(raw, path).get(QUANTIZATION_KEY)) is not None
+    ]
+    quantizations += [(found, ()) for found in (raw.get(_COMPRESSION_KEY),) if found is not None]
+    quantization, where = next(iter(quantizations), (None, ()))
     return ModelConfig(
         raw=raw,
         path=path,
@@ -161,6 +166,9 @@ def model_config(raw: Part) -> ModelConfig:
         activation=_activation(parts),
         quantization=quantization,
         quantization_path=where,
+        other_quantizations=tuple(
+            dict.fromkeys(".".join(path) for found, path in quantizations[1:] if found != quantization)
+        ),
         rank=rank_of_config(raw),
     )
 
@@ -203,7 +211,7 @@ def _at(raw: Part, path: tuple[str, ...]) -> Part:
 
 
 def _without_quantization(raw: Part, paths: list[tuple[str, ...]]) -> dict[str, Any]:
-    copied = {key: value for key, value in raw.items() if key != QUANTIZATION_KEY}
+    copied = {key: value for key, value in raw.items() if key not in (QUANTIZATION_KEY, _COMPRESSION_KEY)}
     for key in dict.fromkeys(path[0] for path in paths):
         copied[key] = _without_quantization(copied[key], [path[1:] for path in paths if path[0] == key and path[1:]])
     return copied

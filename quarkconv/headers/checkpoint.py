@@ -34,6 +34,8 @@ from quarkconv.text import plural
 CONFIG_NAME: Final = "config.json"
 ASCEND_NAME: Final = "quant_model_description.json"
 """The quantization of each tensor, in the format of Ascend's msModelSlim."""
+MODELOPT_NAME: Final = "hf_quant_config.json"
+"""The quantization of the model, in the format of NVIDIA's ModelOpt."""
 _ADAPTER_NAME: Final = "adapter_config.json"
 _MERGE_ADAPTER: Final = "this is an adapter: merge it into its base model, and quantize the result"
 

@@ -81,6 +81,8 @@ class Inspection(NamedTuple):
         missed = [] if self.deep else ["scales and zero points (--deep reads them)"]
         found = {item.code for item in self.findings}
         missed += [what for what, codes in _NOT_READ.items() if not found.isdisjoint(codes)]
+        if settings := self.description.unknown_settings:
+            missed.append(f"settings of unknown meaning ({', '.join(settings)})")
         return (*missed, *dict.fromkeys(self._unknown()))
 
     def _unknown(self) -> Iterator[str]:
@@ -194,6 +196,7 @@ def make_inspection(
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     possible = {name for name, support in targets.items() if support.supported}
     contradicted = any(item.severity is Severity.ERROR or item.code in _NOT_LOADED for item in findings)
+    contradicted = contradicted or bool(description.unknown_settings)
     if any(item.code in DISAGREEING or item.code == "merged-mixed" for item in findings):
         possible, contradicted = set(), True  # conversion does not change that
     engines = engines_for(description, possible, contradicted=contradicted)

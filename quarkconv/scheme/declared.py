@@ -6,6 +6,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, ClassVar, Final, NamedTuple
 
+from quarkconv.headers.checkpoint import MODELOPT_NAME
 from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
 from quarkconv.text import shown
 
@@ -86,3 +87,13 @@ class UnknownScheme(DeclaredScheme):
 
     def resolve(self, module: str) -> ModuleScheme:  # noqa: ARG002
         return FLOAT
+
+
+class ModelOptScheme(UnknownScheme):
+    """The config of NVIDIA's ModelOpt in a file of its own, which engines read where config.json has none."""
+
+    file = MODELOPT_NAME
+    subject = MODELOPT_NAME
+
+    def __init__(self) -> None:
+        super().__init__("modelopt")

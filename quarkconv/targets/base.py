@@ -47,11 +47,11 @@ class Target(ABC):
         unread = description.renamed_experts if not self.stacks else []
         if not description.moe_layers and not unread:
             return "it has no routed experts"
-        if not description.int8_layers and not unread:
-            return "its experts are stored in float"
         for layer in description.moe_layers:
             if layer.partly_quantized:
                 return f"{layer.prefix} mixes experts in int8 and in float"
+        if not description.int8_layers and not unread:
+            return "its experts are stored in float"
         if description.fp8 and not self.keeps_fp8:
             names = [name for group in description.fp8 for name in group.modules]
             reason = f"it has {plural(len(names), 'linear')} in FP8 beside INT8 experts: {examples(names)}"

@@ -8,7 +8,9 @@ from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
+from quarkconv.files.json_files import has_file
 from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, FindingsAbout, Severity, bounded, finding
+from quarkconv.headers.checkpoint import MODELOPT_NAME
 from quarkconv.targets.base import Target
 from quarkconv.text import plural
 
@@ -31,6 +33,13 @@ def target_findings(description: Description, target: Target) -> tuple[Finding, 
 
 def _changes(description: Description, target: Target) -> Iterator[Finding]:
     yield from target.losses(description)
+    if has_file(description.checkpoint.store, MODELOPT_NAME):
+        yield finding(
+            "setting-dropped",
+            MODELOPT_NAME,
+            f"{MODELOPT_NAME} is left out: engines would read it where config.json declares nothing",
+            hint="the output's own files declare how it is quantized",
+        )
     yield from _renamed_experts(description, target)
     names = target.dropped(description)
     left_out = plural(len(names), "scale or zero point", "scales and zero points")

@@ -22,7 +22,7 @@ from quarkconv.targets.settings import KV_CACHE, dropped_settings
 _KV_CACHE_FP8: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _FORMATS: Final = {"int": "int-quantized", "float": "float-quantized"}
 """Type of the codes -> the format of a group, as compressed-tensors names it (``CompressionFormat``)."""
-_CARRIED: Final = ("version", "kv_cache_scheme", "sparsity_config", "transform_config")
+_CARRIED: Final = ("version", "kv_cache_scheme", "transform_config")
 """Fields of a source in the same form that go over as they are."""
 
 

@@ -6,26 +6,17 @@ quantized key-value cache, a rotation or quantized biases, is either carried ove
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.experts.config import QUANTIZATION_KEY
 from quarkconv.findings import Finding, finding
+from quarkconv.scheme.settings import OF_WEIGHTS, is_dense, is_set
 from quarkconv.text import shortened
 
 KV_CACHE: Final = "kv_cache"
 """The quantization of the key-value cache, under whatever name a config has it."""
-
-_OF_WEIGHTS: Final[Mapping[str, str]] = {
-    "quark": "quant_method quant_mode version global_quant_config layer_quant_config layer_type_quant_config exclude "
-    "export kv_cache_quant_config",
-    "compressed-tensors": "quant_method version format quantization_status config_groups ignore kv_cache_scheme "
-    "global_compression_ratio",
-    "w8a8_int8": "quant_method ignore activation_scheme bits group_size",
-}
-"""Fields on weights and activations, which the stored tensors show; fields without a meaning for the computation; and
-those of the key-value cache, which are compared separately; divided by spaces."""
 
 _EXPORT_HISTORY: Final = frozenset(
     {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
@@ -60,9 +51,9 @@ def _settings(description: Description) -> Iterator[tuple[str, Any]]:
     declared = description.declared
     if not isinstance(quantization, dict) or declared is None:
         return
-    of_weights = frozenset(_OF_WEIGHTS.get(declared.method, "").split())
+    of_weights = OF_WEIGHTS.get(declared.method, frozenset())
     for key, value in quantization.items():
-        if key not in of_weights and _is_set(value):
+        if key not in of_weights and is_set(value) and not is_dense(value):
             yield key, value
     if declared.kv_cache is not None:
         yield KV_CACHE, declared.kv_cache.to_json()
@@ -70,7 +61,7 @@ def _settings(description: Description) -> Iterator[tuple[str, Any]]:
         yield from _quark_settings(quantization, declared.kv_cache_modules)
     if declared.method == "compressed-tensors":
         for key, group in _items(quantization.get("config_groups")):
-            if isinstance(group, dict) and _is_set(group.get("output_activations")):
+            if isinstance(group, dict) and is_set(group.get("output_activations")):
                 yield f"config_groups.{key}.output_activations", group["output_activations"]
 
 
@@ -82,16 +73,12 @@ def _quark_settings(quantization: dict[str, Any], kv_modules: Collection[str]) -
     for field, layer in layers:
         for key in ("bias", "output_tensors"):
             of_kv_cache = key == "output_tensors" and field.partition(".")[2] in kv_modules
-            if isinstance(layer, dict) and _is_set(layer.get(key)) and not of_kv_cache:
+            if isinstance(layer, dict) and is_set(layer.get(key)) and not of_kv_cache:
                 yield f"{field}.{key}", layer[key]
     for key, value in _items(quantization.get("export")):
-        if key not in _EXPORT_HISTORY and _is_set(value):
+        if key not in _EXPORT_HISTORY and is_set(value):
             yield f"export.{key}", value
 
 
 def _items(value: object) -> Iterator[tuple[str, Any]]:
     yield from value.items() if isinstance(value, dict) else ()
-
-
-def _is_set(value: object) -> bool:
-    return value not in (None, False, "", [], {})

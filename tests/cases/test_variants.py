@@ -214,7 +214,7 @@ def test_negative_scales_stay_sound_in_every_target(target: str, tmp_path: Path)
     assert verify_checkpoint(out, source, device="cpu").ok
 
 
-@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "Quark"])
+@pytest.mark.parametrize("method", ["awq", "bitsandbytes", "fbgemm_fp8"])
 def test_an_unknown_method_over_int8_weights_is_named(method: str, tmp_path: Path) -> None:
     model = Model()
     model.quantization["quant_method"] = method

@@ -99,5 +99,5 @@ class CompressedTensorsScheme(DeclaredScheme):
             "fp8_e4m3" if dtype == "float8" else dtype,
             _GRANULARITY.get(word(strategy), word(strategy)),
             symmetric=spec.get("symmetric", True) is True,
-            dynamic=dynamic is True,
+            dynamic=dynamic in (True, "local"),  # local: of each group, beside a static scale of the tensor
         )

@@ -19,6 +19,11 @@ READERS: Final[dict[str, Callable[[dict[str, Any]], DeclaredScheme]]] = {
 """``quant_method`` -> reader. A new config format is one row."""
 
 
+def _usual(method: str) -> str:
+    """A method as engines compare it: in small letters, and without the underscore of ``compressed_tensors``."""
+    return method.lower().replace("compressed_tensors", "compressed-tensors")
+
+
 def declared_scheme(quantization: object) -> DeclaredScheme | None:
     """The scheme that a quantization_config declares; None for None. An unknown ``quant_method`` declares nothing."""
     if quantization is None:
@@ -32,5 +37,5 @@ def declared_scheme(quantization: object) -> DeclaredScheme | None:
         unknown = UnknownScheme("unknown")
         unknown.problems.append(ConfigProblem("quant_method", "a string", shown(method)))
         return unknown
-    reader = READERS.get(method)
+    reader = READERS.get(_usual(method))
     return reader(quantization) if reader else UnknownScheme(shortened(method))

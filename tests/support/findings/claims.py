@@ -30,6 +30,11 @@ def keep_float_to_quantize_at_load(model: Model) -> None:
         model.set(f"model.layers.{layer}.self_attn.o_proj.weight", torch.rand(8, 8).bfloat16())
 
 
+def zero_points_undeclared(model: Model) -> None:
+    del model.config["quantization_config"]
+    model.set(f"{O_PROJ}.weight_zero_point", torch.zeros(8, dtype=torch.int8))
+
+
 def nothing_quantized(model: Model) -> None:
     model.to_float("model.")
     model.quantization["exclude"] = ["*"]
@@ -54,10 +59,7 @@ CASES: Final = (
     Case(
         "int8 with zero points, without quantization_config",
         (("error", "quant-config-missing", "config.json", 1), ("info", "zero-point-present", O_PROJ, 1)),
-        lambda model: (
-            model.config.pop("quantization_config"),
-            model.set(f"{O_PROJ}.weight_zero_point", torch.zeros(8, dtype=torch.int8)),
-        ),
+        zero_points_undeclared,
     ),
     Case(
         "scales named after the quantizer",

@@ -32,6 +32,11 @@ def resize_layer(model: Model) -> None:
     model.second |= experts(LATER, range(3), intermediate=6)
 
 
+def shorten_names(model: Model) -> None:
+    for old in ("up_proj", "gate_proj", "down_proj"):
+        rename(model, f".{old}.", f".{old[0]}_proj.")
+
+
 def widen_expert(model: Model) -> None:
     model.first |= int8_linear(f"{EXPERTS}.2.up_proj", 5, 8)
 
@@ -87,7 +92,7 @@ CASES: Final = (
     Case(
         "experts under other names",
         (("error", "experts-not-understood", f"{EXPERTS}.0.d_proj", 18),),
-        lambda model: [rename(model, f".{old}.", f".{old[0]}_proj.") for old in ("up_proj", "gate_proj", "down_proj")],
+        shorten_names,
     ),
     Case("dense", (("warning", "not-moe", "config.json", 1),), lambda model: dense(model, quantized=True)),
     Case(
