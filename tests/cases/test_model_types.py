@@ -31,7 +31,7 @@ def test_the_language_model_comes_first_and_layers_have_the_names_of_modules(tmp
 # Model types that no engine was run with
 
 
-@pytest.mark.parametrize("model_type", ["dbrx", "kimi_k25", "a_type_of_tomorrow", None])
+@pytest.mark.parametrize("model_type", ["dbrx", "kimi_k3", "a_type_of_tomorrow", None])
 def test_an_engine_has_no_verdict_on_a_model_type_it_did_not_run(model_type: str | None, tmp_path: Path) -> None:
     model = Model()
     model.config |= {"model_type": model_type}
