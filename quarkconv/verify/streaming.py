@@ -21,7 +21,6 @@ from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import refusal
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
@@ -269,10 +268,9 @@ class _Run:
         for layer in self.job.layers:
             found = self._source_layers.get(layer.prefix)
             if found is None or found.geometry_of(self._rank) != layer.geometry:
-                checkpoint = source.checkpoint
-                raise refusal(checkpoint.findings, str(checkpoint.root), "source", "compared") or UsageError(
+                raise UsageError(
                     "The source does not have this layer, or has it in another shape",
-                    file=str(checkpoint.root),
+                    file=str(source.checkpoint.root),
                     tensor=layer.prefix,
                     hint="give --source the checkpoint that was converted, or leave it out",
                 )

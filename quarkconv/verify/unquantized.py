@@ -19,7 +19,6 @@ from quarkconv.experts.known import Known
 from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import refusal
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.layer_results import WeightError
@@ -64,17 +63,13 @@ class UnquantizedModel:
         """Refuse a model that does not have these layers in these shapes, stored in float.
 
         Raises:
-            SourceError: it lacks a layer, and files of it are missing or damaged.
             UsageError: it lacks a layer, or has it in another shape or quantized.
             UnsupportedError: it stores a layer's experts in a layout that is not read.
         """
         for layer in layers:
             found = self._layer(layer)
             if found is None and self._published(layer) is None:
-                checkpoint = self.description.checkpoint
-                root, stored = str(checkpoint.root), tensors_of(self._reader.refs, layer)
-                if (damage := refusal(checkpoint.findings, root, "unquantized model", "compared")) is not None:
-                    raise damage
+                root, stored = str(self.description.checkpoint.root), tensors_of(self._reader.refs, layer)
                 if stored:
                     raise UnsupportedError(
                         "The unquantized model stores these experts in a layout that is not read",

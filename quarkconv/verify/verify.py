@@ -9,7 +9,7 @@ from typing import Final
 import torch
 
 from quarkconv.description.description import Description, describe
-from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
+from quarkconv.errors import QuarkconvError, UnsupportedError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 from quarkconv.experts.topology import MoELayer
@@ -30,13 +30,10 @@ from quarkconv.verify.linears import linear_problems
 from quarkconv.verify.numbers import backend_name, unsupported_activation
 from quarkconv.verify.origins import origin_problems
 from quarkconv.verify.parts import identity, scope_of
+from quarkconv.verify.request import DEFAULT_TOKENS, STAGES, require_valid, token_counts
 from quarkconv.verify.results import BytesResult, NumbersResult, Problem, StructureResult, Verification, VerifiedPart
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure, function_problems
-
-DEFAULT_TOKENS: Final = 64
-MAX_TOKENS: Final = 2**20
-
 
 _NOT_CHECKED: Final = PASSED_ON | {"mixed-precision", NOT_UNDERSTOOD}
 """Findings about files, tensors and linears that no stage checks, or whose numbers are not checked."""
@@ -58,7 +55,7 @@ def verify_checkpoint(
     seed: int = 0,
     unquantized: str | Path | None = None,
     activations: str | Path | None = None,
-    stages: Collection[str] = ("bytes", "numbers"),
+    stages: Collection[str] = STAGES,
     fail_fast: bool = False,
     share: Share | None = None,
     progress: Progress = SILENT,
@@ -86,13 +83,12 @@ def verify_checkpoint(
         progress: receives downloads, the reading of headers, the bytes checked, and a note on each layer.
 
     Raises:
-        UsageError: an unknown device or layer, an invalid number of tokens, or another model to compare with.
+        UsageError: an unknown device, layer or stage, an invalid number of tokens, or another model to compare with.
         SourceError: the checkpoint, its source or the unquantized model cannot be read.
         UnsupportedError: the checkpoint is not an INT8 mixture of experts.
     """
-    counts = _token_counts(tokens)
-    if not 0 <= seed < 2**32:
-        raise UsageError("--seed is out of range", expected="a number from 0 to 2^32 - 1", found=str(seed))
+    counts = token_counts(tokens)
+    require_valid(stages, layers, seed)
     devices = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
 
@@ -194,17 +190,6 @@ def verify_checkpoint(
             ),
         ),
     )
-
-
-def _token_counts(tokens: int | Sequence[int]) -> tuple[int, ...]:
-    counts = tuple(dict.fromkeys((tokens,) if isinstance(tokens, int) else tokens))
-    if not counts or min(counts) < 1 or max(counts) > MAX_TOKENS:
-        raise UsageError(
-            "--tokens is out of range",
-            expected=f"numbers from 1 to {MAX_TOKENS}",
-            found=", ".join(map(str, counts)) or "none",
-        )
-    return counts
 
 
 def _shown(devices: Sequence[torch.device]) -> str:

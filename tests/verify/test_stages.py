@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -206,3 +207,15 @@ def test_a_router_that_is_not_finite_is_named_and_experts_are_checked(tmp_path: 
     assert "not finite" in problem.message
     assert all(layer.ok for layer in result.numbers.layers)
     assert "uniform random" in result.numbers.layers[1].routing
+
+
+@pytest.mark.parametrize("stages", [["byte"], ["bytes", "number"], "bytes", "numbers"])
+def test_an_unknown_stage_is_refused(stages: Any, converted: Converted) -> None:
+    """It was left out silently, and the checkpoint counted as verified."""
+    with pytest.raises(quarkconv.UsageError, match="Invalid `stages`"):
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", stages=stages)
+
+
+def test_an_empty_list_of_layers_is_refused(converted: Converted) -> None:
+    with pytest.raises(quarkconv.UsageError, match="`layers` is empty"):
+        quarkconv.verify_checkpoint(converted(NAME), device="cpu", layers=[])
