@@ -11,6 +11,7 @@ import os
 import re
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
+from urllib.parse import quote
 
 from quarkconv.errors import UsageError
 from quarkconv.files.arenas import limit_arenas
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
 RETRIES: Final = 8
 _PATIENCE: Final = timedelta(minutes=3)
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
+_PREFIXES: Final = {"s3://": "AWS_", "gs://": "GOOGLE_", "az://": "AZURE_"}
 _CREDENTIALS: Final = {
     "s3://": "AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY or AWS_PROFILE, AWS_REGION, AWS_ENDPOINT_URL",
     "gs://": "GOOGLE_APPLICATION_CREDENTIALS",
@@ -29,10 +31,19 @@ _CREDENTIALS: Final = {
 }
 _OWN_CREDENTIALS: Final = ("AWS_ACCESS_KEY_ID", "AWS_SKIP_SIGNATURE")
 """With one of these, obstore needs no help."""
+_VARIABLES: Final = {
+    "s3://": ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_SESSION_TOKEN", "AWS_REGION", "AWS_DEFAULT_REGION"),
+    "gs://": (),
+    "az://": ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_SAS_TOKEN"),
+}
+"""What goes into the headers of requests."""
+_ENDPOINT: Final = re.compile(r"https?://[^\s/?#]+[^\s?#]*", re.IGNORECASE)
+_BUCKET: Final = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 _STATUS: Final = re.compile(r"status code: (\d{3}[^:<\n]*)|<Code>([A-Za-z]+)</Code>")
 _NO_BUCKET: Final = ("NoSuchBucket", "ContainerNotFound", "The specified bucket does not exist")
 _NO_CHECKSUM: Final = ("Content-MD5", "required", "Object Lock")
 _CLOCK: Final = "RequestTimeTooSkewed"
+_OTHER_REGION: Final = ("AuthorizationHeaderMalformed", "PermanentRedirect", "incorrectly configured region")
 _REFUSALS: Final = ("401", "403", "AccessDenied", "ExpiredToken", "InvalidAccessKeyId", "SignatureDoesNotMatch")
 
 
@@ -48,10 +59,12 @@ def open_store(url: str) -> ObjectStore:
     """Open the object store of a URL, without a request to it.
 
     Args:
-        url: ``s3://bucket/path``, ``gs://bucket/path`` or ``az://container/path``, without a slash at the end.
+        url: ``s3://bucket/path``, ``gs://bucket/path`` or ``az://container/path``, without a slash at the end. The path
+            is taken as it is, without percent escapes.
 
     Raises:
-        UsageError: obstore is not installed, the URL is invalid, or there are no credentials.
+        UsageError: obstore is not installed, the URL is invalid, there are no credentials, or a variable of the
+            environment is invalid.
     """
     try:
         import obstore  # noqa: F401
@@ -64,11 +77,13 @@ def open_store(url: str) -> ObjectStore:
             hint="pip install obstore",
         ) from error
     limit_arenas()
-    if not bucket_of(url):
+    scheme, bucket, path = scheme_of(url), bucket_of(url), prefix_of(url)
+    if not (_BUCKET.fullmatch(bucket) and url.isprintable() and all(map(_is_name, path.split("/") if path else ()))):
         raise _invalid(url)
+    _check_environment(scheme)
     try:
         return from_url(
-            url,
+            f"{scheme}{bucket}/{quote(path)}",
             retry_config={"max_retries": RETRIES, "retry_timeout": _PATIENCE},
             client_options={"allow_http": True} if _plain_http() else None,
             **_credentials(url),
@@ -76,7 +91,49 @@ def open_store(url: str) -> ObjectStore:
     except UsageError:
         raise
     except Exception as error:  # obstore has no common class for these
+        if "Account must be specified" in str(error):
+            raise UsageError(
+                "There is no account for the object store",
+                file=url,
+                expected=_CREDENTIALS[scheme],
+                found="none",
+                hint="set them",
+            ) from error
         raise _invalid(url) from error
+
+
+def _is_name(part: str) -> bool:
+    return part not in ("", ".", "..")
+
+
+def _check_environment(scheme: str) -> None:
+    """Refuse endpoints and credentials with which no request can be made; a value that may be secret is not shown.
+
+    Raises:
+        UsageError: a variable of the environment is invalid.
+    """
+    for name in _ENDPOINTS:
+        value = os.environ.get(name)
+        if value is not None and name.startswith(_PREFIXES[scheme]) and not _ENDPOINT.fullmatch(value):
+            raise UsageError(
+                "The endpoint of the object store is not a URL",
+                expected="http://HOST:PORT or https://HOST",
+                found=f"{name}={value!r}"[:300],
+                hint=f"set or unset {name}",
+            )
+    for name in _VARIABLES[scheme]:
+        value = os.environ.get(name, "")
+        if not (value.isascii() and value.isprintable()):
+            raise UsageError(
+                f"{name} has a line break or another character that no request can hold",
+                expected="printable ASCII characters",
+                hint=f"set {name} again; a file may have a line break at its end",
+            )
+
+
+def scheme_of(url: str) -> str:
+    """The scheme of a URL, such as ``s3://``."""
+    return next(scheme for scheme in SCHEMES if url.startswith(scheme))
 
 
 def _invalid(url: str) -> UsageError:
@@ -105,7 +162,7 @@ def failure_of(error: Exception, url: str, doing: str) -> Failure:
     """
     from obstore.exceptions import PermissionDeniedError, UnauthenticatedError
 
-    scheme = next(scheme for scheme in SCHEMES if url.startswith(scheme))
+    scheme = scheme_of(url)
     text, found = str(error), _first_line(error)
     if any(code in text for code in _NO_BUCKET):
         return Failure("The bucket does not exist", found, "check its name, and the endpoint")
@@ -113,6 +170,8 @@ def failure_of(error: Exception, url: str, doing: str) -> Failure:
         return Failure(
             "The bucket demands checksums of uploads, as object lock does", found, "set AWS_CHECKSUM_ALGORITHM=SHA256"
         )
+    if any(code in text for code in _OTHER_REGION):
+        return Failure("The bucket is in another region", found, "set AWS_REGION to its region")
     if _CLOCK in text:
         return Failure("The clock of this machine differs from that of the object store", found, "set the clock")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(code in found for code in _REFUSALS):

@@ -131,6 +131,10 @@ def _parts_nbytes(client: Any, bucket: str, upload: dict[str, Any]) -> int:
 
 
 def _refused(url: str, error: Exception) -> WriteError:
+    if "NoSuchBucket" in str(error):
+        return WriteError(
+            "The bucket does not exist", file=url, found=str(error)[:300], hint="check its name, and the endpoint"
+        )
     return WriteError(
         "The object store does not list or discard unfinished uploads",
         file=url,

@@ -7,7 +7,7 @@ from abc import abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PosixPath, PurePosixPath
 from typing import Final
 
 from quarkconv.files.base import Range, in_hidden_folder
@@ -25,6 +25,13 @@ class Entry:
 
     size: int
     etag: str
+
+
+class _Origin(PosixPath):
+    """The name of a remote model as a path: a path would make one slash of the two of its scheme."""
+
+    def __str__(self) -> str:
+        return super().__str__().replace(":/", "://", 1)
 
 
 class RemoteFiles:
@@ -50,7 +57,7 @@ class RemoteFiles:
     @property
     def root(self) -> Path:
         """The name of the model, for messages."""
-        return Path(str(self))
+        return _Origin(str(self))
 
     def path(self, name: str) -> None:  # noqa: ARG002
         """None: nothing is on disk."""

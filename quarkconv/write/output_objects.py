@@ -92,6 +92,8 @@ class OutputObjects:
         objects = self._objects
         entries = objects.entries()
         begun = STATE in entries
+        if begun and not overwrite:  # before objects are compared: another plan has other names
+            self._compare(state)
         if overwrite:
             delete_earlier(objects, entries)
         else:
@@ -99,7 +101,7 @@ class OutputObjects:
         recorded = json.dumps({**state, "files": plan_files}).encode()
         if overwrite or not (begun or _create(objects, recorded)):
             objects.put(STATE, recorded)
-        else:
+        elif not begun:  # another process may have been faster
             self._compare(state)
         return self._destination(state, {} if overwrite else entries)
 

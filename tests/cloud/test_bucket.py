@@ -115,6 +115,18 @@ def test_a_file_that_is_replaced_is_noticed(model: Path, tmp_path: Path) -> None
     assert_unfinished(out)
 
 
+def test_a_file_that_is_replaced_is_noticed_by_the_etag_of_the_response(published: FaultyProxy, model: Path) -> None:
+    files = open_bucket(URL)
+    published.ignore_conditions = True
+    assert files.fetch(Range("config.json", 0, 9)) == (model / "config.json").read_bytes()[:9]
+    text = (model / "config.json").read_text()
+    (model / "config.json").write_text(text.replace("4", "5"))
+    publish(model)
+    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+        files.fetch(Range("config.json", 0, 9))
+    assert caught.value.code == "source-changed"
+
+
 @pytest.mark.parametrize("fault", ["refuse", "cut"])
 def test_responses_that_fail_are_requested_again(
     published: FaultyProxy, model: Path, tmp_path: Path, fault: str
@@ -143,6 +155,17 @@ def test_refused_access_names_the_credentials(published: FaultyProxy, capsys: Ca
     assert (code, error["code"]) == (3, "store-unavailable")
     assert "AWS_ACCESS_KEY_ID" in error["hint"]
     assert "secret" not in out
+
+
+@pytest.mark.parametrize(("status", "code"), [(301, ""), (403, "AuthorizationHeaderMalformed")])
+def test_a_bucket_in_another_region_is_named(published: FaultyProxy, capsys: Capture, status: int, code: str) -> None:
+    if code:
+        published.deny, published.deny_code = ("GET",), code
+    else:
+        published.refuse, published.status = 10**6, status
+    found, out, _ = run_cli(capsys, "inspect", URL, "--json")
+    assert (found, json.loads(out)["error"]) == (3, "The bucket is in another region")
+    assert "AWS_REGION" in json.loads(out)["hint"]
 
 
 @pytest.mark.usefixtures("published")

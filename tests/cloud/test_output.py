@@ -26,6 +26,7 @@ from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
 from quarkconv.errors import SourceError, UsageError, WriteError
 from quarkconv.plan.shares import Share
+from quarkconv.progress import SILENT
 from quarkconv.write import executor
 from quarkconv.write.modes import Finish
 from quarkconv.write.object_destination import ObjectDestination
@@ -159,6 +160,36 @@ def test_another_conversion_does_not_resume(model: Path) -> None:
         convert(model, max_shard_size=50_000)
     assert caught.value.found == "largest shard size 40000, now 50000"
     assert objects() == before
+    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+        quarkconv.convert_checkpoint(model, "bf16", OUT, **OPTIONS)  # its shards have other names
+    assert caught.value.found == "target fused-int8, now bf16"
+    assert objects() == before
+
+
+@pytest.mark.usefixtures("small_parts")
+def test_a_process_goes_on_with_one_shard_without_a_listing(published: FaultyProxy, local: dict[str, str]) -> None:
+    conversion = prepare(URL)
+    execution = conversion._execution(conversion.outputs[0], 2, SILENT)
+    shard = execution.plan.shards[-1]
+
+    def written() -> int:
+        published.requests.clear()
+        with execution.opened() as sources, execution.rejoined(sources, shard) as run, run.writing():
+            run.write_shards((shard,), 2)
+        assert not [path for method, path in published.requests if method == "GET" and "list-type" in path]
+        return sum(method == "PUT" and shard.file in path for method, path in published.requests)
+
+    with pytest.raises(UsageError, match="Another process has finished"):
+        written()
+    with execution.opened() as sources, execution.joined(sources):
+        pass
+    assert written() > 2
+    assert written() == 0
+    put(f"{OUT}/{shard.file}", b"another object")
+    assert written() > 2
+    assert shard.file in objects()
+    conversion.carry_out()
+    assert objects() == local
 
 
 KILLED = (

@@ -31,7 +31,7 @@ class FaultyProxy:
         refuse_puts: uploads of objects and parts whose response becomes ``status``.
         reset_puts: uploads whose connection is reset in the middle of the body.
         lose_puts: uploads that succeed and whose connection is reset before the response.
-        ignore_conditions: drop ``If-Match`` and ``If-None-Match`` of uploads, as old stores do.
+        ignore_conditions: drop ``If-Match`` and ``If-None-Match``, as old stores do.
         refuse_conditions: answer uploads that have them with 501.
         deny: methods that are refused with 403, such as ``PUT``.
         deny_code: the code of that refusal.
@@ -96,7 +96,7 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
             if self.command == "PUT" and conditions and proxy.refuse_conditions:
                 self._send(501, {}, b"<Error><Code>NotImplemented</Code></Error>")
                 return
-            if self.command == "PUT" and proxy.ignore_conditions:
+            if proxy.ignore_conditions:
                 headers = {name: value for name, value in headers.items() if name not in conditions}
             if requested is not None:
                 with proxy.lock:
