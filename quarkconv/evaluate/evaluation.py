@@ -225,11 +225,11 @@ def layer_runner(
     if unquantized is not None:
         require_same_model(quantized.skeleton, unquantized.skeleton)
     known = len(quantized.skeleton.layers)
-    if layers is not None and not layers <= set(range(known)):
+    if layers is not None and not set() < layers <= set(range(known)):
         raise UsageError(
             "The decoder layer does not exist",
             expected=f"0 to {known - 1}",
-            found=", ".join(map(str, sorted(layers - set(range(known))))),
+            found=", ".join(map(str, sorted(layers - set(range(known))))) or "none",
         )
     runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
     for model in (quantized, *([] if unquantized is None else [unquantized])):

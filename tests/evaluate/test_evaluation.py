@@ -205,11 +205,29 @@ def test_layers_that_are_not_named_run_unquantized(quantized: Path, unquantized:
     assert found.layers[0].own < found.layers[1].own  # rounding of weights alone
 
 
+@pytest.mark.parametrize(("layers", "found"), [(set(), "none"), ({1, 4, 9}, "4, 9")])
+def test_layers_that_do_not_exist_are_refused(layers: set[int], found: str, quantized: Path, token_ids: Path) -> None:
+    """Without any layer in INT8 there would be no divergence, and every limit would hold."""
+    with pytest.raises(UsageError, match="The decoder layer does not exist") as caught:
+        evaluate_checkpoint(quantized, token_ids=token_ids, layers=layers, device="cpu", resume=False)
+    assert (caught.value.expected, caught.value.found) == ("0 to 3", found)
+
+
+@pytest.mark.parametrize("name", ["text", "token_ids"])
+def test_a_record_replaces_an_earlier_one_and_no_other_file(name: str, quantized: Path, token_ids: Path) -> None:
+    """``--record`` with the file that is evaluated on took its place."""
+    before, options = token_ids.read_bytes(), dict[str, Any]({name: token_ids})
+    with pytest.raises(UsageError, match="--record would replace another file"):
+        evaluate_checkpoint(quantized, **options, record=token_ids, device="cpu", resume=False)
+    assert token_ids.read_bytes() == before
+
+
 def test_recorded_inputs_are_taken_by_verify(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
     import quarkconv
 
     record = tmp_path / "inputs.safetensors"
-    evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record, resume=False)
+    for _ in range(2):  # an earlier recording is replaced
+        evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=record, resume=False)
     assert {name: list(tensor.shape) for name, tensor in load_file(record).items()} == {
         f"model.layers.{number}.mlp": [5 * 24, 128] for number in range(4)
     }
