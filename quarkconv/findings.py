@@ -114,7 +114,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "dtype-mismatch": FindingCode(_E, "A module is stored in int8 or FP8, and the config declares another dtype."),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(
-        _E, "A scale is NaN, infinite or zero, or one of activations is negative (read by --deep)."
+        _E,
+        "A scale is NaN or infinite, or one of activations is not positive (read by --deep). A warning where one of "
+        "weights is zero, which is harmless over codes of zero.",
     ),
     "scale-negative": FindingCode(_I, "Scales of weights are negative, as auto-round writes them (read by --deep)."),
     "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
@@ -135,6 +137,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "router-mismatch": FindingCode(_W, "A router is missing, or has another shape than the experts of its layer need."),
     "merged-mixed": FindingCode(_W, "Engines merge linears of which some are int8 and some float; they refuse these."),
     "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
+    "wrapped-names": FindingCode(_W, "Names begin with those of a wrapper, such as module.; engines do not know them."),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
@@ -157,7 +160,7 @@ NOT_UNDERSTOOD: Final = "experts-not-understood"
 """The code of experts that targets convert which write every module as it is stored."""
 DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})
 """Codes of warnings by which config.json is not that of the tensors, though these can be converted."""
-PASSED_ON: Final = DISAGREEING | {"file-unused", "tensor-unrecognised", "companion-unknown"}
+PASSED_ON: Final = DISAGREEING | {"wrapped-names", "file-unused", "tensor-unrecognised", "companion-unknown"}
 """Files that conversion leaves out, tensors that it copies unread, and disagreements that go over to the output:
 ``convert`` and ``verify`` report these."""
 

@@ -19,10 +19,11 @@ from quarkconv.description.contradictions import (
     scheme_implied,
 )
 from quarkconv.description.disagreements import disagreements, merged_findings
-from quarkconv.description.expert_names import expert_name_findings
+from quarkconv.description.expert_names import expert_name_findings, wrapped_names
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings
+from quarkconv.description.missing import missing_parts
 from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
@@ -227,11 +228,15 @@ def described(
             *other_quantizations(config),
             *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),
+            *wrapped_names(topology),
             *function,
             *(
                 ()
                 if any(item.severity is Severity.ERROR for item in checkpoint.findings)  # tensors that cannot be read
-                else disagreements(config, topology.layers, checkpoint.types, stored.vectors, is_mtp)
+                else (
+                    *disagreements(config, topology.layers, checkpoint.types, stored.vectors, is_mtp),
+                    *missing_parts(config, topology.layers, others, is_mtp),
+                )
             ),
             *merged_findings(others, stored.linears, float_modules),
         ]

@@ -75,6 +75,7 @@ def _companions(stored: StoredModules, is_float: Callable[[str], bool]) -> Itera
     factors = [name for name in beside if _FACTORS.search(name.rpartition(".")[2])]
     others = frozenset(beside).difference(factors, stored.unrecognised)
     unknown = [name for name in beside if name in others and not is_float(name.rpartition(".")[0])]
+    unknown += [name for name in stored.integer_biases if name not in stored.unrecognised]
     yield from FindingsAbout(
         "smoothing-online",
         factors,

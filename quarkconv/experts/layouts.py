@@ -206,6 +206,14 @@ def single_tensor_layer(
     layout: Layout = "fused" if "gate_up" in parts else "stacked"
     needed = ("gate_up", "down") if layout == "fused" else ROLES
     lost = [part for part in needed if part not in parts]
+    joined = f"{prefix}.{naming.joined}"
+    if lost and joined in stored.linears:
+        return finding(
+            NOT_UNDERSTOOD,
+            prefix,
+            f"The layer stores the experts' gate and up as one linear of three dimensions, {joined}",
+            hint=RENAMED_HINT,
+        )
     if lost:
         return finding("expert-missing", prefix, f"The layer has no {lost[0]} tensor")
     if len(parts) != len(tensors):

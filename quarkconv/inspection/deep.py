@@ -15,7 +15,7 @@ from quarkconv.description.description import Description
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files, Range
-from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.findings import Finding, FindingsAbout, Severity
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.companions import describes_activations
@@ -78,6 +78,7 @@ def deep_findings(description: Description, progress: Progress = SILENT) -> Iter
         list(zero),
         f"{plural(len(zero), 'scale')} of weights with the value 0, which makes rows 0 whatever their codes are",
         hint="harmless where the codes are 0 too, which verify checks; else quantize the model again",
+        severity=Severity.WARNING,
     )
     yield from FindingsAbout(
         "scale-negative",

@@ -24,8 +24,10 @@ from quarkconv.targets.changes import target_findings
 from quarkconv.targets.convertible import check_convertible
 from quarkconv.text import plural
 
-_NOT_LOADED: Final = frozenset({"quantizer-names", "merged-mixed"})
+_NOT_LOADED: Final = frozenset({"quantizer-names"})
 """Warnings about checkpoints that engines do not load unconverted."""
+_NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names"}
+"""Warnings about checkpoints that engines do not load, converted or not."""
 _NOT_READ: Final = {
     "tensors of unknown meaning": {"tensor-unrecognised", "companion-unknown"},
     "files that the index does not list": {"file-unused"},
@@ -81,6 +83,8 @@ class Inspection(NamedTuple):
         missed = [] if self.deep else ["scales and zero points (--deep reads them)"]
         found = {item.code for item in self.findings}
         missed += [what for what, codes in _NOT_READ.items() if not found.isdisjoint(codes)]
+        if any(item.code == "scale-invalid" and item.severity is Severity.WARNING for item in self.findings):
+            missed.append("codes of rows whose scale is 0 (verify reads them)")
         if settings := self.description.unknown_settings:
             missed.append(f"settings of unknown meaning ({', '.join(settings)})")
         return (*missed, *dict.fromkeys(self._unknown()))
@@ -113,7 +117,7 @@ class Inspection(NamedTuple):
         disagreeing = dict.fromkeys(item.code for item in self.findings if item.code in DISAGREEING)
         if disagreeing:
             return f"Config and tensors disagree ({', '.join(disagreeing)}): {held}"
-        if self.not_checked:
+        if self.not_checked or any(item.code in _NEVER_LOADED for item in self.findings):
             return f"Config and tensors agree: {held}"
         return f"Sound: config, tensors, scales and zero points agree ({held})"
 
@@ -197,8 +201,8 @@ def make_inspection(
     possible = {name for name, support in targets.items() if support.supported}
     contradicted = any(item.severity is Severity.ERROR or item.code in _NOT_LOADED for item in findings)
     contradicted = contradicted or bool(description.unknown_settings)
-    if any(item.code in DISAGREEING or item.code == "merged-mixed" for item in findings):
-        possible, contradicted = set(), True  # conversion does not change that
+    if any(item.code in _NEVER_LOADED for item in findings):
+        possible, contradicted = set(), True
     engines = engines_for(description, possible, contradicted=contradicted)
     return Inspection(model, description, tuple(findings), targets, tuple(engines), deep)
 

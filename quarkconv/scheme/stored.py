@@ -126,6 +126,7 @@ class StoredModules:
         plain: names of the tensors that are neither weights nor companions of one, such as biases.
         output_scales: tensors that describe quantized outputs, such as scales of the key-value cache.
         biases: names of all biases.
+        integer_biases: names of those that are not stored in float.
         vectors: names of the weights of one dimension, such as those of norms.
     """
 
@@ -136,6 +137,7 @@ class StoredModules:
     plain: tuple[str, ...] = ()
     output_scales: tuple[str, ...] = ()
     biases: frozenset[str] = frozenset()
+    integer_biases: tuple[str, ...] = ()
     vectors: tuple[str, ...] = ()
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
@@ -195,6 +197,9 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         output_scales=tuple(name for name in chain(companions, plain) if name.endswith(OUTPUT_SCALES)),
         vectors=tuple(vectors),
         biases=frozenset(name for name in plain if name.endswith(_BIAS)),
+        integer_biases=tuple(
+            name for name, found in plain.items() if name.endswith(_BIAS) and found.dtype not in FLOAT_DTYPES
+        ),
     )
 
 

@@ -32,6 +32,13 @@ def resize_layer(model: Model) -> None:
     model.second |= experts(LATER, range(3), intermediate=6)
 
 
+def wrap(model: Model) -> None:
+    for shard in model.shards:
+        for name in list(shard):
+            shard[f"module.{name}"] = shard.pop(name)
+    model.quantization["exclude"] = ["*lm_head", "*mlp.gate"]
+
+
 def shorten_names(model: Model) -> None:
     for old in ("up_proj", "gate_proj", "down_proj"):
         rename(model, f".{old}.", f".{old[0]}_proj.")
@@ -87,6 +94,11 @@ CASES: Final = (
         "no router",
         (("warning", "router-mismatch", "model.layers.0.mlp.gate.weight", 1),),
         lambda model: model.remove("model.layers.0.mlp.gate."),
+    ),
+    Case(
+        "names below a wrapper",
+        (("warning", "wrapped-names", f"module.{EXPERTS}", 2),),
+        wrap,
     ),
     Case("a layer of other size", (("info", "layer-geometry", LATER, 1),), resize_layer),
     Case(

@@ -1,0 +1,89 @@
+"""Findings where parts of the model that config.json declares are not stored, or have another size."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from typing import Final
+
+from quarkconv.experts.config import ModelConfig, stack_of
+from quarkconv.experts.layer import MoELayer
+from quarkconv.findings import Finding, FindingsAbout, finding
+from quarkconv.scheme.resolved import Groups
+from quarkconv.scheme.stored import Form
+from quarkconv.text import plural
+
+_EMBEDDINGS: Final = ("embed_tokens", "word_embeddings", "tok_embeddings", "wte", "embed", "embeddings")
+_HEADS: Final = frozenset({"lm_head", "head", "output", "output_layer", "embed_out", "proj_out"})
+"""Last parts of the names of the embeddings, and of the head, of a language model."""
+_SHARED: Final = (
+    "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
+    "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
+)  # fmt: skip
+_HINT: Final = "engines build the model by config.json and leave what is not stored without weights: export it again"
+
+
+def missing_parts(
+    config: ModelConfig, layers: tuple[MoELayer, ...], others: Groups, is_mtp: Callable[[str], bool]
+) -> Iterator[Finding]:
+    """The findings about embeddings, head, attention and shared experts of the language model.
+
+    Args:
+        config: the config of the model.
+        layers: the MoE layers.
+        others: the modules that are no routed experts.
+        is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
+    """
+    own = [layer for layer in layers if config.part_of(layer.moe) is config.text and not is_mtp(layer.moe)]
+    if not own:
+        return
+    modules = {name: form for (form, _), names in others.items() for name in names if not stack_of(name)}
+    yield from _embeddings(config, {name: form for name, form in modules.items() if not is_mtp(name)})
+    blocks = {layer.moe: f"{layer.moe.rpartition('.')[0]}." for layer in own}
+    inside: dict[str, list[str]] = {block: [] for block in blocks.values()}
+    depth = {block.count(".") for block in inside}
+    for name in modules:
+        parts = name.split(".")
+        for dots in depth:
+            block = "".join(f"{part}." for part in parts[:dots])
+            if block in inside:
+                inside[block].append(name)
+    beside = {moe: [name for name in inside[block] if not name.startswith(f"{moe}.")] for moe, block in blocks.items()}
+    bare = [moe for moe, names in beside.items() if not any("share" not in name for name in names)]
+    if len(bare) < len(own):
+        yield from FindingsAbout(
+            "config-mismatch",
+            bare,
+            f"{plural(len(bare), 'MoE layer')} without any linear of attention, which the others have",
+            hint=_HINT,
+        )
+    shared = [key for key in _SHARED if type(value := config.text.get(key)) is int and value > 0]
+    if shared:
+        without = [moe for moe, block in blocks.items() if not any("share" in name for name in inside[block])]
+        yield from FindingsAbout(
+            "config-mismatch",
+            without,
+            f"config.json declares shared experts ({shared[0]}), and {plural(len(without), 'MoE layer')} store none",
+            hint=_HINT,
+        )
+
+
+def _embeddings(config: ModelConfig, modules: dict[str, Form]) -> Iterator[Finding]:
+    """The findings about embeddings and head."""
+    rows = config.text.get("vocab_size", config.raw.get("vocab_size"))
+    embeddings = [name for name in modules if name.rpartition(".")[2] in _EMBEDDINGS]
+    if not embeddings and type(rows) is int:
+        yield finding("config-mismatch", "config.json", "No embeddings of the language model are stored", hint=_HINT)
+    other = [name for name in embeddings if type(rows) is int and modules[name].weight.shape[0] != rows]
+    if other:
+        found = modules[other[0]].weight.shape[0]
+        yield from FindingsAbout(
+            "config-mismatch", other, f"config.json has vocab_size {rows}, the embeddings {found} rows", hint=_HINT
+        )
+    tied = [part["tie_word_embeddings"] for part in (config.raw, config.text) if "tie_word_embeddings" in part]
+    if tied and not any(tied) and not any(name.rpartition(".")[2] in _HEADS for name in modules):
+        yield finding(
+            "config-mismatch",
+            "config.json",
+            "config.json has tie_word_embeddings = false, and no head of the language model is stored",
+            hint=_HINT,
+        )

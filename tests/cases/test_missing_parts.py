@@ -1,0 +1,116 @@
+"""Parts of a model that config.json declares and nothing stores, names that engines do not know, integer biases."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from support.model import Model
+from support.reported import codes, finding, load, refusal
+
+from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+
+O_PROJ: Final = "model.layers.0.self_attn.o_proj"
+EXPERTS: Final = tuple(f"model.layers.{layer}.mlp.experts" for layer in range(2))
+
+
+def changed(change: Callable[[Model], object], **settings: Any) -> Model:
+    model = Model()
+    change(model)
+    model.config |= settings
+    return model
+
+
+@pytest.mark.parametrize(
+    ("model", "subject", "words"),
+    [
+        (changed(lambda model: model.remove("lm_head"), tie_word_embeddings=False), "config.json", "no head of"),
+        (changed(lambda model: model.remove("model.embed_tokens"), vocab_size=16), "config.json", "No embeddings"),
+        (changed(lambda _: None, vocab_size=100), "model.embed_tokens", "vocab_size 100, the embeddings"),
+        (changed(lambda _: None, n_shared_experts=1), "model.layers.0.mlp", "2 MoE layers store none"),
+        (
+            changed(lambda model: model.remove("model.layers.1.self_attn")),
+            "model.layers.1.mlp",
+            "1 MoE layer without any linear of attention",
+        ),
+    ],
+)
+def test_what_is_declared_and_not_stored_is_named(model: Model, subject: str, words: str, tmp_path: Path) -> None:
+    source = model.write(tmp_path)
+    assert codes(source) == {"config-mismatch": "warning"}
+    found = finding(source, "config-mismatch")
+    assert (found.subject, words in found.message) == (subject, True)
+    assert not [row for row in inspect_checkpoint(source).engines if row.verdict == "int8"]
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        changed(lambda model: model.remove("lm_head"), tie_word_embeddings=True),
+        changed(lambda model: model.remove("lm_head")),
+        changed(
+            lambda model: model.set("model.layers.0.mlp.shared_expert.up_proj.weight", torch.ones(4, 8).bfloat16())
+        ),
+        changed(lambda _: None, n_shared_experts=0),
+    ],
+)
+def test_what_config_json_does_not_declare_may_be_missing(model: Model, tmp_path: Path) -> None:
+    assert "config-mismatch" not in codes(model.write(tmp_path))
+
+
+@pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])
+def test_names_below_a_wrapper_are_named_and_no_engine_is_said_to_run_them(wrapper: str, tmp_path: Path) -> None:
+    model = Model()
+    for shard in model.shards:
+        for name in list(shard):
+            shard[f"{wrapper}{name}"] = shard.pop(name)
+    source = model.write(tmp_path / "source")
+    inspection = inspect_checkpoint(source, deep=True)
+    assert (finding(source, "wrapped-names").subject, inspection.engines) == (f"{wrapper}{EXPERTS[0]}", ())
+    assert not inspection.headline.startswith("Sound")
+    out = convert_checkpoint(source, "fused-int8", tmp_path / "out")
+    assert "wrapped-names" in {item.code for item in out.plan.losses}
+    assert "wrapped-names" in {item.code for item in verify_checkpoint(out.output, device="cpu").findings}
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8])
+def test_an_integer_bias_is_of_unknown_meaning(dtype: torch.dtype, tmp_path: Path) -> None:
+    """It may be that of a scale that is not stored: engines would take it as it is."""
+    model = Model()
+    model.set(f"{O_PROJ}.bias", torch.ones(8, dtype=dtype))
+    inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
+    assert f"{O_PROJ}.bias" in {item.subject for item in inspection.findings}
+    assert "tensors of unknown meaning" in inspection.not_checked
+
+
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int8])
+def test_integer_biases_of_experts_are_unsupported_and_not_corrupt(dtype: torch.dtype, tmp_path: Path) -> None:
+    model = Model()
+    for shard in model.shards:
+        for name in [name for name in shard if ".experts." in name and name.endswith(".weight")]:
+            shard[name.replace("weight", "bias")] = torch.ones(len(shard[name]), dtype=dtype)
+    error = refusal(model.write(tmp_path), "fused-int8")
+    assert (error.exit_code, "bias" in str(error)) == (4, True)
+
+
+def test_experts_joined_in_linears_of_three_dimensions_are_converted_by_name_only(tmp_path: Path) -> None:
+    model = Model()
+    for shard, prefix in zip(model.shards, EXPERTS, strict=True):
+        for end in ("weight", "weight_scale"):
+            gate, up, down = (
+                torch.stack([shard.pop(f"{prefix}.{number}.{leaf}_proj.{end}") for number in range(3)])
+                for leaf in ("gate", "up", "down")
+            )
+            shard[f"{prefix}.gate_up_proj.{end}"] = torch.cat([gate, up], dim=1)
+            shard[f"{prefix}.down_proj.{end}"] = down
+    source = model.write(tmp_path / "source")
+    assert f"{EXPERTS[0]}.gate_up_proj" in finding(source, "experts-not-understood").message
+    assert refusal(source, "fused-int8").exit_code == 4
+    out = convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    assert torch.equal(
+        load(out)[f"{EXPERTS[0]}.gate_up_proj.weight"], load(source)[f"{EXPERTS[0]}.gate_up_proj.weight"]
+    )
+    assert verify_checkpoint(out, source, device="cpu").ok
