@@ -19,7 +19,11 @@ from quarkconv.scheme.spec import FLOAT, TensorSpec
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
 from quarkconv.text import plural
 
-_INT8_ONLY: Final = "quarkconv converts INT8 W8A8 only"
+_INT8_ONLY: Final = "quarkconv converts symmetric INT8 W8A8 only"
+_SUPPORTED: Final = (
+    "supported: symmetric int8 weights per channel or per tensor with int8 activations per token, or both per tensor "
+    "and static"
+)
 
 
 def is_linear(module: str, form: Form) -> bool:
@@ -286,8 +290,8 @@ def _scheme(
     if unnamed and declared is not None and not in_blocks.subjects:
         count = sum(schemes[scheme] for scheme in unnamed)
         message = f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
-        message += f"{_shown(unnamed[0].activation)} activations: not an INT8 W8A8 scheme"
-        hint = _INT8_ONLY
+        message += f"{_shown(unnamed[0].activation)} activations: an unsupported scheme"
+        hint = _SUPPORTED
         if isinstance(declared, UnknownScheme):
             message = f"{plural(count, 'int8 module')} under quant_method {declared.method}, which is not read"
             hint = f"--scheme {PTPC_NAME} converts it, if scales are per row and activations quantized per token"

@@ -152,7 +152,7 @@ def _packed(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool) -
         "scheme-unsupported",
         prefix,
         "The experts are stored with two codes in each element, as int4",
-        hint="quarkconv converts INT8 W8A8 only",
+        hint="quarkconv converts symmetric INT8 W8A8 only",
     )
 
 

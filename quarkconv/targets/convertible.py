@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from typing import Final
+
 from quarkconv.description.description import Description
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.targets.base import Target
+
+_TARGETS: Final = "run `quarkconv inspect` for the targets that can"
 
 
 def check_convertible(description: Description, target: Target, rank: Rank = WHOLE) -> None:
@@ -42,7 +46,7 @@ def check_convertible(description: Description, target: Target, rank: Rank = WHO
         raise UnsupportedError(
             f"The target {target.name} cannot represent this checkpoint: {reason}",
             file=root,
-            hint="run `quarkconv inspect` for the targets that can",
+            hint=next((item.hint for item in description.errors() if item.hint), _TARGETS),
         )
     if not rank.is_whole and not target.by_rank:
         raise UsageError(

@@ -147,6 +147,20 @@ def test_refused_exports_give_a_reason(checkpoints: Checkpoints, name: str, exit
     assert caught.value.hint
 
 
+@pytest.mark.parametrize(
+    ("name", "advice"),
+    [
+        ("mixtral-quark0.13-eager-experts_left_bf16", "convert with --quantize missing"),
+        ("qwen3_moe-0.13-f2f-some_experts_excluded", "quantize all experts of a layer"),
+        ("qwen3_moe-0.11-eager-asymmetric", "supported: symmetric int8 weights"),
+    ],
+)
+def test_a_refusal_names_the_way_out_that_inspect_names(checkpoints: Checkpoints, name: str, advice: str) -> None:
+    with pytest.raises(UnsupportedError) as caught:
+        plan(checkpoints(name))
+    assert (caught.value.hint or "").startswith(advice)
+
+
 def remove_scale(root: Path) -> None:
     edit_checkpoint(root, lambda tensors: tensors.pop("model.layers.0.mlp.experts.1.up_proj.weight_scale"))
 
