@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from quarkconv.evaluate.layer_ops import on_kernels, scale_sums
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.kernels import fused_experts_int8, quantize_int8
+from quarkconv.kernels.backend import device_guard
 from quarkconv.kernels.launch.combine import combine_experts, combine_experts_reference
 from quarkconv.load.experts import FusedExperts
 
@@ -142,7 +143,8 @@ class Int8Experts(nn.Module):
                 rows[pairs] = self._run(part, states[pairs // top_k], alone, ones)
         if not on_kernels(states):
             return combine_experts_reference(rows, weights, ids, count, states.dtype)
-        return combine_experts(rows, weights, ids, count, torch.empty_like(states))
+        with device_guard(states.device):
+            return combine_experts(rows, weights, ids, count, torch.empty_like(states))
 
 
 class ExpertLeftOut(nn.Module):

@@ -195,13 +195,17 @@ class LayerRunner:
         """
         found, infinite = sums.take()
         if infinite:
+            model = self.baseline if infinite[0] == self.base_name else self.quantized
+            in_int8 = bool(model.weights.description.schemes)
             raise SourceError(
                 "Hidden states are not finite",
                 code="states-not-finite",
-                file=str((self.baseline if infinite[0] == self.base_name else self.quantized).skeleton.root),
+                file=str(model.skeleton.root),
                 tensor=self.quantized.skeleton.layer_prefix(number),
                 found=f"NaN or infinity in the {infinite[0]} model; the layers before are finite",
-                hint=f"run `quarkconv verify --layers {number}`",
+                hint=f"run `quarkconv verify {model.skeleton.root} --layers {number}`"
+                if in_int8
+                else "download the checkpoint again",
             )
         return found
 
