@@ -118,6 +118,20 @@ def test_one_gpu_named_twice_deals_out_the_windows_to_the_same_figures(
     assert {**two.to_json(), "device": CUDA} == plain.to_json()
 
 
+def test_experts_in_groups_have_the_figures_of_whole_layers(
+    plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows of a group are fewer, and a product of fewer rows may sum in another order."""
+    monkeypatch.setattr(module, "experts_at_once", lambda *_: 3)
+    found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
+    assert found.int8 is not None
+    assert plain.int8 is not None
+    assert found.int8.mean == pytest.approx(plain.int8.mean, rel=0.15)
+    for mine, theirs in zip(found.layers, plain.layers, strict=True):
+        assert mine.own == pytest.approx(theirs.own, abs=0.01)
+        assert sum(mine.load) == sum(theirs.load)
+
+
 def test_a_layer_takes_what_the_layer_before_hands_on(tmp_path: Path) -> None:
     """Two of four layers choose positions, and the layer after each takes the same."""
     from transformers import AutoModelForCausalLM
