@@ -34,22 +34,21 @@ def run_forward(*args: object, **kwargs: object) -> torch.Tensor:
     assert hidden_states is not None
     if not device_traits(hidden_states.device).direct_launch:
         return run_checked(check_arguments(*args, **kwargs))  # type: ignore[arg-type]
+    out = tensors[-1]
+    if out is None:
+        out = kwargs["out"] = empty_result(hidden_states)
+        tensors = (*tensors[:-1], out)
     key, addresses = _key_of(tensors, others)
     prepared = _PREPARED.get(key, _UNKNOWN)
-    if isinstance(prepared, PreparedLaunches):
-        out = tensors[-1]
-        if out is None:
-            out = empty_result(hidden_states)
-            addresses[-1] = out.data_ptr()
-        if prepared.run(addresses):
-            return out
+    if isinstance(prepared, PreparedLaunches) and prepared.run(addresses):
+        return out
     arguments = check_arguments(*args, **kwargs)  # type: ignore[arg-type]
     if prepared is not _UNKNOWN:
         return run_checked(arguments)
     with record() as recording:
-        out = run_checked(arguments)
+        run_checked(arguments)
     try:
-        prepared = PreparedLaunches(recording, (*tensors[:-1], out))
+        prepared = PreparedLaunches(recording, tensors)
     except ValueError:
         prepared = None
     with _LOCK:

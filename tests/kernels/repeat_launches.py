@@ -46,6 +46,7 @@ class Log:
     launches: list[tuple[Any, ...]] = field(default_factory=list)
     workspaces: list[torch.Tensor] = field(default_factory=list)
     hooks: int = 0
+    shift: int = 0  # bytes from a multiple of 16 to where workspaces begin
 
     def normal(self, out: torch.Tensor) -> list[tuple[Any, ...]]:
         """The launches with addresses as places: in the workspace, in the result, or absolute."""
@@ -202,7 +203,7 @@ def neighbours(call: dict[str, Any]) -> Iterator[dict[str, Any]]:
 def launches_of(run: Any) -> tuple[list[tuple[Any, ...]], int]:
     """(the launches of a forward, how often launch hooks were called)"""
     global LOG
-    LOG = Log()
+    LOG = Log(shift=LOG.shift)
     out = run()
     return LOG.normal(out), LOG.hooks
 
@@ -213,10 +214,10 @@ def listed_workspaces() -> Iterator[None]:
     empty = torch.empty
 
     def listing(*args: Any, **kwargs: Any) -> torch.Tensor:
-        made = empty(*args, **kwargs)
-        if made.dtype == torch.uint8:
-            LOG.workspaces.append(made)
-        return made
+        if kwargs.get("dtype") != torch.uint8:
+            return empty(*args, **kwargs)
+        LOG.workspaces.append(empty(args[0] + LOG.shift, dtype=torch.uint8)[LOG.shift :])
+        return LOG.workspaces[-1]
 
     torch.empty = listing
     try:
@@ -279,6 +280,9 @@ def others(choose: random.Random) -> Iterator[tuple[str, bool]]:
         yield "an unknown address is not repeated", False
     except ValueError:
         yield "an unknown address is not repeated", True
+    LOG.shift = 4
+    yield "a workspace at 4 bytes from a multiple of 16 is not repeated", compare(call) == (True, False)
+    LOG.shift = 0
     kept = len(forward._PREPARED)
     forward._MOST = kept
     while compare(random_call(choose))[1]:

@@ -27,8 +27,7 @@ from ..backend import device_guard
 _THREAD = threading.local()
 _ALIGNMENT = 256  # of buffers in a workspace, as in allocations of their own
 _MOST_BYTES = 2**31 - 1  # of a workspace: AMD's buffer instructions reach so far into an allocation
-_SPECIALIZED = 16  # bytes: what Triton compiles a kernel anew for is whether an address is a multiple
-
+_SPECIALIZED = 16  # bytes: Triton compiles other kernels for addresses that are not multiples of it
 
 Buffer = tuple[tuple[int, ...], torch.dtype]
 """shape and dtype"""
@@ -155,7 +154,7 @@ class PreparedLaunches:
     """The launches of a recorded forward, to be repeated; threads may share it.
 
     Raises ValueError for a recording that cannot be repeated: nothing was compiled (in the interpreter), an address is
-    neither an input's nor in the workspace, or there is more than one workspace.
+    neither an input's nor in the workspace, or there is more than one workspace or one of odd alignment.
     """
 
     def __init__(self, recording: Recording, inputs: Sequence[torch.Tensor | None]) -> None:
@@ -165,6 +164,8 @@ class PreparedLaunches:
         launches = recording.launches
         if not launches or len(recording.workspaces) != 1 or any(each.compiled is None for each in launches):
             raise ValueError("expected compiled launches with one workspace")
+        if recording.workspaces[0].data_ptr() % _SPECIALIZED:
+            raise ValueError(f"expected a workspace at a multiple of {_SPECIALIZED} bytes")
         pool = _Pool([None if each is None else each.data_ptr() for each in inputs], recording.workspaces[0])
         found = [[pool.add(value) for value in each.values()] for each in launches]
         starts = pool.starts()
