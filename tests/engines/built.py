@@ -7,8 +7,8 @@ Codes, scales and floats are random.
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -19,7 +19,9 @@ from support.model import int8_linear
 from support.quark_config import quark_config
 from transformers import AutoConfig, PretrainedConfig
 
-HIDDEN, INNER, EXPERTS, WORDS = 16, 8, 4, 24
+HIDDEN, INNER, EXPERTS, WORDS, LATENT = 16, 8, 4, 24, 12
+GATE_UP_DOWN: Final = ("gate_proj", "up_proj", "down_proj")
+W1_W3_W2: Final = ("w1", "w3", "w2")
 Shapes = Mapping[str, tuple[int, ...]]
 
 _SIZES: Final = {
@@ -33,6 +35,10 @@ _EXPORT: Final = {"kv_cache_group": [], "pack_method": "reorder", "weight_format
 _MLA_SIZES: Final = {
     "q_lora_rank": 8, "kv_lora_rank": 8, "qk_rope_head_dim": 4, "qk_nope_head_dim": 4, "v_head_dim": 8, "head_dim": 4,
 }  # fmt: skip
+_VISION: Final = {
+    "vt_num_attention_heads": 2, "vt_num_hidden_layers": 1, "vt_hidden_size": 16, "vt_intermediate_size": 16,
+    "patch_size": 4, "init_pos_emb_height": 2, "init_pos_emb_width": 2, "merge_kernel_size": [2, 2],
+}  # fmt: skip
 _ATTENTION: Final[Shapes] = {f"self_attn.{name}_proj": (HIDDEN, HIDDEN) for name in "qkvo"}
 _MLA: Final[Shapes] = {
     "q_a_proj": (8, HIDDEN), "q_b_proj": (16, 8), "kv_a_proj_with_mqa": (12, HIDDEN), "kv_b_proj": (24, 8),
@@ -41,9 +47,9 @@ _MLA: Final[Shapes] = {
 _NORMS: Final[Shapes] = {"input_layernorm.weight": (HIDDEN,), "post_attention_layernorm.weight": (HIDDEN,)}
 
 
-def _mlp(module: str) -> Shapes:
-    wide = dict.fromkeys((f"{module}.gate_proj", f"{module}.up_proj"), (INNER, HIDDEN))
-    return {**wide, f"{module}.down_proj": (HIDDEN, INNER)}
+def _mlp(module: str, names: Iterable[str] = GATE_UP_DOWN, width: int = HIDDEN) -> Shapes:
+    gate, up, down = (f"{module}.{name}" for name in names)
+    return {gate: (INNER, width), up: (INNER, width), down: (width, INNER)}
 
 
 @dataclass(frozen=True)
@@ -54,37 +60,49 @@ class Built:
         config: config.json.
         router: name of the router's linear in the layer, and its rows.
         linears: int8 linears of the layer beside the experts: name -> shape.
+        excluded: linears of the layer in BF16: name -> shape.
         floats: tensors of the layer in BF16: name -> shape.
         single: tensors of the layer in F32: name -> shape.
         embedding: name of the embedding.
         moe: name of the MoE module in the layer.
+        projections: names of gate, up and down of an expert.
+        width: columns of gate and up of an expert.
+        outer: what the names of all tensors begin with.
     """
 
     config: dict[str, Any]
     router: tuple[str, int]
     linears: Shapes
+    excluded: Shapes = field(default_factory=dict)
     floats: Shapes = field(default_factory=lambda: dict(_NORMS))
     single: Shapes = field(default_factory=dict)
     embedding: str = "embed_tokens"
     moe: str = "mlp"
+    projections: tuple[str, str, str] = GATE_UP_DOWN
+    width: int = HIDDEN
+    outer: str = ""
 
     def write(self, folder: Path) -> Path:
         """Write the checkpoint; returns ``folder``."""
-        router = f"model.layers.0.{self.router[0]}"
-        config = {**self.config, "quantization_config": quark_config(exclude=["lm_head", router], export=_EXPORT)}
+        linears = (f"model.layers.0.{name}" for name in (self.router[0], *self.excluded))
+        floats = [f"{self.outer}{name}" for name in ("lm_head", *linears)]
+        config = {**self.config, "quantization_config": quark_config(exclude=floats, export=_EXPORT)}
         folder.mkdir(parents=True)
-        save_file(dict(self._tensors()), folder / "model.safetensors")
+        tensors = {f"{self.outer}{name}": tensor for name, tensor in self._tensors()}
+        save_file(tensors, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
         return folder
 
     def _tensors(self) -> Iterator[tuple[str, torch.Tensor]]:
         random = torch.Generator().manual_seed(2)
-        experts = (_mlp(f"{self.moe}.experts.{expert}") for expert in range(EXPERTS))
+        names = (f"{self.moe}.experts.{expert}" for expert in range(EXPERTS))
+        experts = (_mlp(name, self.projections, self.width) for name in names)
         for shapes in (self.linears, *experts):
             for name, (rows, columns) in shapes.items():
                 yield from int8_linear(f"model.layers.0.{name}", rows, columns).items()
         name, rows = self.router
         floats = {f"layers.0.{name}": shape for name, shape in self.floats.items()}
+        floats |= {f"layers.0.{name}.weight": shape for name, shape in self.excluded.items()}
         floats |= {f"layers.0.{name}.weight": (rows, HIDDEN), "norm.weight": (HIDDEN,)}
         floats[f"{self.embedding}.weight"] = (WORDS, HIDDEN)
         for name, shape in floats.items():
@@ -103,6 +121,18 @@ _BAILING_CONFIG: Final = {
     "use_qkv_bias": False, "embedding_dropout": 0.0, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
 }  # fmt: skip
 BUILT: Final = {
+    "bailing_hybrid": Built(
+        {**_SIZES, **_MLA_SIZES, "model_type": "bailing_hybrid", "architectures": ["BailingMoeV3ForCausalLM"],
+         "num_experts": EXPERTS, "num_shared_experts": 1, "moe_shared_expert_intermediate_size": INNER, "n_group": 2,
+         "topk_group": 1, "routed_scaling_factor": 2.5, "score_function": "sigmoid", "layer_group_size": 1,
+         "moe_router_enable_expert_bias": True, "no_kda_lora": True, "short_conv_kernel_size": 4, "use_bias": False,
+         "use_qk_norm": False, "use_qkv_bias": False},
+        ("mlp.gate", EXPERTS),
+        {**{f"attention.{name}": shape for name, shape in _MLA.items() if name != "o_proj"},
+         "attention.dense": (HIDDEN, 16), **_mlp("mlp.shared_experts")},
+        floats={**_NORMS, "attention.q_a_layernorm.weight": (8,), "attention.kv_a_layernorm.weight": (8,)},
+        single={"mlp.gate.expert_bias": (EXPERTS,)}, embedding="word_embeddings",
+    ),
     "deepseek": Built(
         {**_SIZES, "model_type": "deepseek", "architectures": ["DeepseekForCausalLM"], "n_routed_experts": EXPERTS,
          "n_shared_experts": 1, "moe_layer_freq": 1, "norm_topk_prob": False, "scoring_func": "softmax",
@@ -136,6 +166,25 @@ BUILT: Final = {
         },
         single={"mlp.router.e_score_correction_bias": (EXPERTS + 2,)},
     ),
+    "kimi_k3": Built(
+        {"model_type": "kimi_k3", "architectures": ["KimiK3ForConditionalGeneration"], "torch_dtype": "bfloat16",
+         "vision_config": {**_VISION, "qkv_hidden_size": 16},
+         "text_config": {
+             **_SIZES, **_MLA_SIZES, "model_type": "kimi_linear", "num_experts": EXPERTS, "num_experts_per_token": 2,
+             "num_shared_experts": 1, "hidden_act": "situ", "activation_situ_beta": 4.0, "mla_use_nope": True,
+             "activation_situ_linear_beta": 25.0, "routed_expert_hidden_size": LATENT, "latent_moe_use_norm": True,
+             "linear_attn_config": {"kda_layers": [], "full_attn_layers": [1], "num_heads": 2, "head_dim": 8,
+                                    "short_conv_kernel_size": 4},
+         }},
+        ("block_sparse_moe.gate", EXPERTS),
+        {**{f"self_attn.{name}": shape for name, shape in _MLA.items()}, **_mlp("block_sparse_moe.shared_experts")},
+        excluded={"block_sparse_moe.routed_expert_down_proj": (LATENT, HIDDEN),
+                  "block_sparse_moe.routed_expert_up_proj": (HIDDEN, LATENT)},
+        floats={**_NORMS, "self_attn.q_a_layernorm.weight": (8,), "self_attn.kv_a_layernorm.weight": (8,),
+                "block_sparse_moe.routed_expert_norm.weight": (LATENT,)},
+        single={"block_sparse_moe.gate.e_score_correction_bias": (EXPERTS,)},
+        moe="block_sparse_moe", projections=W1_W3_W2, width=LATENT, outer="language_model.",
+    ),
     "llama4": Built(
         {**_SIZES, "model_type": "llama4_text", "architectures": ["Llama4ForCausalLM"], "intermediate_size_mlp": INNER,
          "num_local_experts": EXPERTS, "num_experts_per_tok": 1, "interleave_moe_layer_step": 1, "moe_layers": [0],
@@ -144,6 +193,9 @@ BUILT: Final = {
     ),
 }  # fmt: skip
 """Family -> its checkpoint."""
+BUILT["bailing_hybrid_v2.5"] = replace(
+    BUILT["bailing_hybrid"], config=BUILT["bailing_hybrid"].config | {"architectures": ["BailingMoeV2_5ForCausalLM"]}
+)
 
 _REMOTE: Final = ("deepseek", "bailing_moe", "bailing_moe_v2")
 """Model types whose config class comes with the published model; here a config without defaults stands for it."""

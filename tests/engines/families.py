@@ -25,6 +25,10 @@ _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
 _BELOW_LANGUAGE_MODEL: Final = (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
 RENAMED: Final = {
+    "bailing_hybrid": (
+        (r"\.(self_attn|attention)\.o_proj\.", ".attention.dense."), (r"\.self_attn\.", ".attention."),
+        (r"\.embed_tokens\.", ".word_embeddings."),
+    ),
     "deepseek_vl_v2": ((r"^language_model\.", "language."),),
     "ernie4_5_moe": ((r"\.mlp\.gate\.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),),
     "hunyuan_v1_moe": (
@@ -33,6 +37,7 @@ RENAMED: Final = {
     ),
     "gemma4_text": ((r"\.moe\.per_expert_scale", ".router.per_expert_scale"), (r"\.moe\.", ".")),
     "jamba": ((r"^model\.layers\.(\d+)\.(qkv_proj|o_proj)\.", r"model.layers.\1.self_attn.\2."),),
+    "kimi_k3": ((r"^(language_model\..+)\.mlp\.", r"\1.block_sparse_moe."),),
     "lfm2_moe": (
         (r"\.feed_forward\.gate\.e_score_correction_bias", ".feed_forward.expert_bias"),
         (r"^lm_head\.", "model.embed_tokens."),  # one tensor serves both
@@ -71,6 +76,11 @@ RENAMED: Final = {
 
 _EAGER: Final = ("qwen3_vl_moe",)
 """Families whose experts Quark leaves in float file to file."""
+
+
+def model_type(family: str) -> str:
+    """Under which a verdict is given for a family; two of them share one where engines have a class for each."""
+    return {"bailing_hybrid_v2.5": "bailing_hybrid", "qwen4_exp_vl": "qwen4_exp"}.get(family, family)
 
 
 def copy(family: str, destination: Path, flow: str = "f2f") -> Path:

@@ -54,6 +54,8 @@ _STUBS.packages.add("vllm")  # whose compiled rotary embedding is used on a CPU
 CLASSES = {
     "BailingMoeForCausalLM": "bailing_moe",
     "BailingMoeV2ForCausalLM": "bailing_moe",
+    "BailingMoeV2_5ForCausalLM": "bailing_moe_linear",
+    "BailingMoeV3ForCausalLM": "bailing_moe_v3",
     "DbrxForCausalLM": "dbrx",
     "DeepseekForCausalLM": "deepseek",
     "DeepseekV2ForCausalLM": "deepseek_v2",
@@ -69,6 +71,7 @@ CLASSES = {
     "GraniteMoeHybridForCausalLM": "granitemoehybrid",
     "HunYuanMoEV1ForCausalLM": "hunyuan",
     "KimiK25ForConditionalGeneration": "kimi_k25",
+    "KimiK3ForConditionalGeneration": "kimi_k3",
     "KimiLinearForCausalLM": "kimi_linear",
     "Lfm2MoeForCausalLM": "lfm2_moe",
     "Llama4ForCausalLM": "llama4",
@@ -155,6 +158,7 @@ class _Group:
     rank_in_group: int
     cpu_group: None = None
     device_group: _One = field(default_factory=_One)
+    ca_comm: None = None
     is_first_rank: bool = True
     is_last_rank: bool = True
 

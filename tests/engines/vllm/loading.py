@@ -27,7 +27,6 @@ os.environ["VLLM_NO_USAGE_STATS"] = "1"
 import torch
 from engines.expected import WHOLE, Rank
 from engines.stubs import Stubs
-from engines.wrapped import WRAPPED
 from vllm import tokenizers
 from vllm.config import VllmConfig, set_current_vllm_config
 from vllm.distributed import init_distributed_environment, initialize_model_parallel, parallel_state
@@ -62,8 +61,12 @@ registry._run_in_subprocess = lambda function: function()
 registry._LazyRegisteredModel._load_modelinfo_from_cache = lambda *_: None
 registry._LazyRegisteredModel._save_modelinfo_to_cache = lambda *_: None
 Stubs({"torchvision", "cutlass", "cuda", "timm"}, lambda name: MagicMock(name=name))
-vars(torch.cuda)["Stream"] = MagicMock()
+vars(torch.cuda).update(Stream=MagicMock(), Event=MagicMock())
 tokenizers.cached_tokenizer_from_config = MagicMock()
+
+
+LANGUAGE_MODEL_ONLY = ("deepseek_vl_v2", "kimi_k25", "kimi_k3")
+"""Model types of checkpoints that have no image encoder here."""
 
 
 class SparseAttention(CPUMLABackend):  # type: ignore[misc]
@@ -90,7 +93,7 @@ def engine_config(folder: Path, rank: Rank = WHOLE) -> VllmConfig:
     model_type = json.loads((folder / "config.json").read_text())["model_type"]
     arguments = EngineArgs(
         str(folder), dtype="bfloat16", load_format="safetensors", max_model_len=64, enforce_eager=True,
-        skip_tokenizer_init=True, use_tqdm_on_load=False, language_model_only=model_type in WRAPPED,
+        skip_tokenizer_init=True, use_tqdm_on_load=False, language_model_only=model_type in LANGUAGE_MODEL_ONLY,
     )  # fmt: skip
     config = arguments.create_engine_config()
     config.parallel_config.tensor_parallel_size = rank.size

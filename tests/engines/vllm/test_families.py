@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 import torch
 from engines.expected import WHOLE
-from engines.families import Family, copy
+from engines.families import Family, copy, model_type
 from engines.vllm.conftest import QUARK
 from engines.vllm.exports import prepare
 from engines.vllm.loading import build, load
@@ -27,23 +27,23 @@ import quarkconv
 from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
-    "bailing_moe", "bailing_moe_v2", "deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_vl_v2",
-    "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "jamba",
-    "kimi_k2", "kimi_k25", "kimi_linear", "lfm2_moe", "llama4", "longcat_flash", "mimo_v2_flash", "minimax_m2",
-    "minimax_m3_vl", "mixtral", "nemotron_h", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
-    "qwen3_vl_moe", "qwen4_exp",
+    "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "deepseek", "deepseek_v2", "deepseek_v3",
+    "deepseek_v32", "deepseek_vl_v2", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next",
+    "glm_moe_dsa", "hunyuan_v1_moe", "jamba", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "lfm2_moe", "llama4",
+    "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "olmoe", "qwen2_moe",
+    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp",
 )  # fmt: skip
 ONE_BY_ONE: Final = (KeyError, r"layers\.0\..+\.experts\.(down_proj|w13|w2)")
 TRANSPOSED: Final = (RuntimeError, "must match the size of tensor")
 FUSED_REFUSED: Final = {
     **dict.fromkeys(
         ("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_vl_v2", "glm4_moe_lite", "glm5_next",
-         "glm_moe_dsa", "kimi_k2", "kimi_k25", "kimi_linear", "longcat_flash"), ONE_BY_ONE
+         "glm_moe_dsa", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "longcat_flash"), ONE_BY_ONE
     ),
     **dict.fromkeys(("llama4", "qwen3_vl_moe"), TRANSPOSED),
 }  # fmt: skip
 """Families whose class takes experts one by one only, or fused ones as [E, in, out] only; and the error."""
-FUSED_SKIPPED: Final = ("mimo_v2_flash", "minimax_m3_vl")
+FUSED_SKIPPED: Final = ("bailing_hybrid", "bailing_hybrid_v2.5", "mimo_v2_flash", "minimax_m3_vl")
 """Families whose class skips fused experts without an error."""
 NOT_FUSED: Final = ("nemotron_h",)
 """Families without a gate, which cannot be converted to fused-int8."""
@@ -134,4 +134,4 @@ def test_the_router_of_phimoe_is_zero(tmp_path: Path, form: str) -> None:
 
 
 def test_verdicts_are_given_for_what_was_loaded() -> None:
-    assert checked_model_types()["vllm"] == {*LOADED, "step3p5"}  # step3p5: test_loading
+    assert checked_model_types()["vllm"] == {*map(model_type, LOADED), "step3p5"}  # step3p5: test_loading
