@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NamedTuple
+from typing import Final, NamedTuple
 
 from safetensors import SafetensorError
 from torch import Tensor
@@ -25,6 +26,9 @@ from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunn
 from quarkconv.evaluate.sums import DeviceSums, LayerSums
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import Progress
+
+_PATIENCE: Final = 1.0
+"""Seconds that the state of a layer may take, before the next layers run on without a state of their own."""
 
 
 class LeftOut(NamedTuple):
@@ -105,6 +109,7 @@ class Run:
             streams = Streams({name: self._kept(outputs[name]) for name in variants}, finished, sums)
             del start, outputs
             saved: Future[None] | None = None
+            began = 0.0
             self.progress.step("Running layers", len(numbers), "layer")
             for number in numbers:
                 weights = quantized.take()
@@ -120,10 +125,12 @@ class Run:
                     unquantized.start()
                 self._layer(number, streams, calls, ablated, recorded)
                 streams.finished = number + 1
-                if state is not None:
+                # Written while the next layers run. Where the disk is slower than they are, some are left out.
+                if state is not None and (saved is None or saved.done() or time.monotonic() - began < _PATIENCE):
                     if saved is not None:
                         saved.result()
-                    saved = saver.submit(_save, state, streams.copy())  # while the next layer runs
+                    began = time.monotonic()
+                    saved = saver.submit(_save, state, streams.copy())
                 self.progress.advance()
             if saved is not None:
                 saved.result()

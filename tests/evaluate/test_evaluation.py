@@ -6,6 +6,7 @@ import json
 import math
 import os
 import signal
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from support.program import PROCESS_TIMEOUT, run_cli, start
 
 from quarkconv import SourceError, UnsupportedError, UsageError, WriteError, convert_checkpoint, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
+from quarkconv.evaluate import run
 from quarkconv.evaluate import state as state_module
+from quarkconv.evaluate.hidden_states import Streams
 from quarkconv.evaluate.request import Limits
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
@@ -254,6 +257,29 @@ def test_a_bound_out_of_range_is_refused(limits: dict[str, float]) -> None:
     with pytest.raises(UsageError, match="is out of range") as caught:
         Limits(**limits)
     assert caught.value.exit_code == 2
+
+
+def test_layers_do_not_wait_for_a_slow_disk(quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    saved: list[int] = []
+    save, run_layer, last = EvaluationState.save, Run._layer, threading.Event()
+
+    def slow(self: EvaluationState, streams: Streams) -> None:
+        assert last.wait(60)
+        saved.append(streams.finished)
+        save(self, streams)
+
+    def running(self: Run, number: int, *rest: Any) -> None:
+        run_layer(self, number, *rest)
+        if number == 3:
+            last.set()
+
+    monkeypatch.setattr(run, "_PATIENCE", 0.0)
+    monkeypatch.setattr(EvaluationState, "save", slow)
+    monkeypatch.setattr(Run, "_layer", running)
+    found = evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu")
+    assert saved in ([1], [1, 4])
+    monkeypatch.undo()
+    assert found.to_json() == evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", resume=False).to_json()
 
 
 def test_recorded_inputs_do_not_depend_on_the_number_of_devices(

@@ -17,6 +17,7 @@ from quarkconv import UnsupportedError, evaluate_checkpoint
 from quarkconv.description.description import describe
 from quarkconv.evaluate import evaluation
 from quarkconv.evaluate import scoring as module
+from quarkconv.evaluate.float_experts import OwnWeights
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.scores import Distributions, TokenScores
@@ -92,13 +93,13 @@ def in_groups(monkeypatch: pytest.MonkeyPatch, group: int) -> list[int]:
     """Have experts run in groups; returns how many of a layer were on the device at a time."""
     sizes: list[int] = []
     monkeypatch.setattr(evaluation, "experts_at_once", lambda *_: group)
-    part = FusedExperts.part
+    for kind in (FusedExperts, OwnWeights):  # in int8, and in floats
 
-    def taken(self: FusedExperts, first: int, last: int) -> FusedExperts:
-        sizes.append(last - first)
-        return part(self, first, last)
+        def taken(self: Any, first: int, last: int, *rest: Any, part: Any = kind.part) -> Any:
+            sizes.append(last - first)
+            return part(self, first, last, *rest)
 
-    monkeypatch.setattr(FusedExperts, "part", taken)
+        monkeypatch.setattr(kind, "part", taken)
     return sizes
 
 
