@@ -265,6 +265,8 @@ def test_other_layers_stay_on_vllm_and_the_log_gives_the_reason(turned_on: list[
     change, reason = FALLBACKS[case]
     name = "qwen3_moe-quark0.13-f2f"
     stock = experts_of(build(forms(name, "fused-int8")), name).quant_method.stock
+    if change is _passthrough and not hasattr(stock.moe.moe_parallel_config, "use_passthrough_all2all"):
+        pytest.skip(f"vLLM {vllm.__version__} has no such backend")
     turned_on.clear()
     change(stock.moe)
     assert replace_method(stock) is stock
