@@ -369,6 +369,8 @@ def main() -> int:
     device = torch.cuda.get_device_properties(0).name
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
     chosen = f"--model {options.model} --layers {options.layers} --backends {options.backends}"
+    chosen += f" --tables {options.tables}" if options.tables else ""
+    chosen += f" --rounds {options.rounds} --decode-rounds {options.decode_rounds}"
     chosen += " --capture-prefill" * options.capture_prefill + " --profile" * options.profile
     document = {
         "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
