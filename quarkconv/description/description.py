@@ -43,7 +43,7 @@ from quarkconv.scheme.formats.readers import declared_scheme
 from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
 from quarkconv.scheme.options import DROP, KEEP, Mtp
 from quarkconv.scheme.resolved import Groups, ResolvedModules, resolve_modules
-from quarkconv.scheme.settings import unknown_settings
+from quarkconv.scheme.settings import unchecked_settings
 from quarkconv.scheme.spec import INPUT_STATIC, MIXED, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
 
@@ -109,9 +109,12 @@ class Description:
         return [name for name, form in self.stored if form.is_float and (name in experts or is_linear(name, form))]
 
     @property
-    def unknown_settings(self) -> list[str]:
-        """The fields of quantization_config that are set, with an unknown meaning."""
-        return [] if self.declared is None else list(unknown_settings(self.declared.method, self.config.quantization))
+    def unchecked_settings(self) -> list[str]:
+        """The settings of quantization_config that may change the computation, and that nothing checks."""
+        declared, quantization = self.declared, self.config.quantization
+        if declared is None or isinstance(declared, UnknownScheme):
+            return []
+        return list(unchecked_settings(declared.method, quantization, declared.kv_cache_modules))
 
     @property
     def schemes(self) -> Counter[ModuleScheme]:
@@ -196,7 +199,7 @@ def described(
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         declared = declared or declared_scheme(config.quantization)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
-        if declared is None and checkpoint.ascend is not None:
+        if checkpoint.ascend is not None and (declared is None or isinstance(declared, UnknownScheme)):
             declared = AscendScheme(checkpoint.ascend, checkpoint.types)
         if declared is None and has_file(checkpoint.store, MODELOPT_NAME):
             declared = ModelOptScheme()

@@ -11,7 +11,13 @@ from quarkconv.experts.config import ModelConfig, Part
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_routing
 from quarkconv.experts.layer import MoELayer
-from quarkconv.experts.router_tensors import fits_router, hidden_size_of, router_shapes, router_tensor_names
+from quarkconv.experts.router_tensors import (
+    fits_router,
+    hidden_size_of,
+    latent_size_of,
+    router_shapes,
+    router_tensor_names,
+)
 from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.resolved import Groups
@@ -59,6 +65,9 @@ def _sizes(layer: MoELayer, part: Part, config: ModelConfig) -> Iterator[str]:
     stated = part.get("hidden_size")
     if type(stated) is int and layer.hidden not in _values(part, _HIDDEN):
         yield f"config.json has hidden_size {stated}, the experts {layer.hidden}"
+    latent = latent_size_of(config.raw, layer.moe)
+    if latent is not None and layer.hidden != latent:
+        yield f"config.json has experts of the latent width {latent}, the tensors {layer.hidden}"
     inner = _values(part, _INNER)
     if inner and config.rank.is_whole and layer.intermediate not in inner:
         sizes = ", ".join(map(str, sorted(inner)))

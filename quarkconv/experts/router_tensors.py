@@ -31,6 +31,12 @@ def hidden_size_of(config: object, module: str = "") -> int | None:
     return positive_int(known.config.get("hidden_size"))
 
 
+def latent_size_of(config: object, module: str = "") -> int | None:
+    """Width of the experts' input, where config.json sets it apart from that of the hidden states."""
+    known = knowledge(config, module)
+    return None if isinstance(known, Unknown) else known.hidden_size()
+
+
 def router_tensor_names(
     routing: Routing, moe_module: str, stored: Callable[[str], bool] = lambda _: False
 ) -> RouterNames:

@@ -85,8 +85,8 @@ class Inspection(NamedTuple):
         missed += [what for what, codes in _NOT_READ.items() if not found.isdisjoint(codes)]
         if any(item.code == "scale-invalid" and item.severity is Severity.WARNING for item in self.findings):
             missed.append("codes of rows whose scale is 0 (verify reads them)")
-        if settings := self.description.unknown_settings:
-            missed.append(f"settings of unknown meaning ({', '.join(settings)})")
+        if settings := self.description.unchecked_settings:
+            missed.append(f"other settings of the quantization ({', '.join(settings)})")
         return (*missed, *dict.fromkeys(self._unknown()))
 
     def _unknown(self) -> Iterator[str]:
@@ -200,7 +200,7 @@ def make_inspection(
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     possible = {name for name, support in targets.items() if support.supported}
     contradicted = any(item.severity is Severity.ERROR or item.code in _NOT_LOADED for item in findings)
-    contradicted = contradicted or bool(description.unknown_settings)
+    contradicted = contradicted or bool(description.unchecked_settings)
     if any(item.code in _NEVER_LOADED for item in findings):
         possible, contradicted = set(), True
     engines = engines_for(description, possible, contradicted=contradicted)

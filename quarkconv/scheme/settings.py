@@ -1,8 +1,8 @@
-"""The fields of a quantization_config: those on weights and activations, others that are understood, and the rest."""
+"""The settings of a quantization_config: those of weights and activations, others that are checked, and the rest."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator
 from typing import Any, Final
 
 from quarkconv.text import shortened
@@ -18,48 +18,82 @@ OF_WEIGHTS: Final = {method: frozenset(fields.split()) for method, fields in _OF
 """Method -> fields on weights and activations, which the stored tensors show; fields without a meaning for the
 computation; and those of the key-value cache, which are compared separately."""
 
-_UNDERSTOOD: Final[Mapping[str, frozenset[str]]] = {
-    "quark": frozenset({"algo_config", "softmax_quant_spec", "kv_cache_post_rope"}),
-    "compressed-tensors": frozenset({"transform_config"}),
-}
-"""Method -> fields that change the computation, each with checks of its own."""
 _ALGORITHMS: Final = frozenset(
     {"smooth", "smoothquant", "autosmoothquant", "awq", "gptq", "gptaq", "qronos", "rotation", "quarot"}
 )
 """Algorithms of Quark that only choose weights, or rotate: rotations at run time are found by their settings."""
+_TRANSFORMS: Final = "transform_config"
+"""Field of compressed-tensors with rotations, which have checks of their own."""
+_EXPORT_HISTORY: Final = frozenset(
+    {"kv_cache_group", "min_kv_scale", "pack_method", "weight_format", "weight_merge_groups"}
+)
+"""Fields of Quark's ``export`` that record how the export was made. ``pack_method`` is about codes below 8 bits."""
 _DENSE: Final = "dense"
 
 
-def is_set(value: object) -> bool:
-    """Whether a setting has a value that may change something."""
-    return value not in (None, False, "", [], {})
-
-
-def is_dense(value: object) -> bool:
-    """Whether a ``sparsity_config`` is that of dense weights."""
-    return isinstance(value, dict) and value.get("format") == _DENSE
-
-
-def unknown_settings(method: str, quantization: object) -> Iterator[str]:
-    """The fields that are set and that may change the computation in an unknown way.
+def other_settings(method: str, quantization: object, cached: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Name and value of every setting that is set, beside those of weights, activations and the key-value cache.
 
     Args:
         method: of a reader of this project.
         quantization: the quantization_config.
+        cached: name patterns of the modules whose outputs go into the key-value cache.
     """
-    if not isinstance(quantization, dict) or method not in OF_WEIGHTS:
+    if not isinstance(quantization, dict):
         return
-    known = OF_WEIGHTS[method] | _UNDERSTOOD.get(method, frozenset())
+    of_weights = OF_WEIGHTS.get(method, frozenset())
     for key, value in quantization.items():
-        if key not in known and is_set(value) and not is_dense(value):
-            yield shortened(key)
+        if key not in of_weights and _is_set(value) and not _is_dense(value):
+            yield key, value
     if method == "quark":
-        yield from (f"algo_config {shortened(str(name))}" for name in _unknown_algorithms(quantization))
+        yield from _quark_settings(quantization, cached)
+    if method == "compressed-tensors":
+        for key, group in _items(quantization.get("config_groups")):
+            if isinstance(group, dict) and _is_set(group.get("output_activations")):
+                yield f"config_groups.{key}.output_activations", group["output_activations"]
 
 
-def _unknown_algorithms(quantization: Mapping[str, Any]) -> Iterator[object]:
-    algorithms = quantization.get("algo_config")
+def unchecked_settings(method: str, quantization: object, cached: Collection[str]) -> Iterator[str]:
+    """The names of the settings of :func:`other_settings` that may change the computation, and that nothing checks."""
+    for name, value in other_settings(method, quantization, cached):
+        if name == "algo_config":
+            yield from (f"{name} {shortened(str(found))}" for found in _unknown_algorithms(value))
+        elif name != _TRANSFORMS:
+            yield shortened(name)
+
+
+def _quark_settings(quantization: dict[str, Any], cached: Collection[str]) -> Iterator[tuple[str, Any]]:
+    """Settings inside the fields of a Quark config: quantized outputs and biases, and ``export``."""
+    layers = [("global_quant_config", quantization.get("global_quant_config"))]
+    for field in ("layer_quant_config", "layer_type_quant_config"):
+        layers += [(f"{field}.{key}", layer) for key, layer in _items(quantization.get(field))]
+    for field, layer in layers:
+        for key in ("bias", "output_tensors"):
+            is_cached = key == "output_tensors" and field.partition(".")[2] in cached
+            if isinstance(layer, dict) and _is_set(layer.get(key)) and not is_cached:
+                yield f"{field}.{key}", layer[key]
+    for key, value in _items(quantization.get("export")):
+        if key not in _EXPORT_HISTORY and _is_set(value):
+            yield f"export.{key}", value
+
+
+def _unknown_algorithms(algorithms: object) -> Iterator[object]:
+    """The names of the algorithms that are not known."""
     for algorithm in algorithms if isinstance(algorithms, list) else [algorithms]:
         name = algorithm.get("name") if isinstance(algorithm, dict) else algorithm
-        if is_set(algorithm) and name not in _ALGORITHMS:
+        if not isinstance(name, str) or name not in _ALGORITHMS:
             yield name
+
+
+def _items(value: object) -> Iterator[tuple[str, Any]]:
+    yield from value.items() if isinstance(value, dict) else ()
+
+
+def _is_set(value: object) -> bool:
+    """Whether a setting has a value that may change something."""
+    return value not in (None, False, "", [], {})
+
+
+def _is_dense(value: object) -> bool:
+    """Whether a ``sparsity_config`` is that of dense weights."""
+    return isinstance(value, dict) and value.get("format") == _DENSE

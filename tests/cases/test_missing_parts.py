@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
 
 import pytest
 import torch
+from support.exports import DATA, restore
 from support.model import Model
 from support.reported import codes, finding, load, refusal
 
@@ -59,6 +61,14 @@ def test_what_is_declared_and_not_stored_is_named(model: Model, subject: str, wo
 )
 def test_what_config_json_does_not_declare_may_be_missing(model: Model, tmp_path: Path) -> None:
     assert "config-mismatch" not in codes(model.write(tmp_path))
+
+
+def test_a_latent_width_that_the_experts_do_not_have_is_named(tmp_path: Path) -> None:
+    source = restore(DATA / "families" / "nemotron_h-0.13-f2f", tmp_path / "source")
+    config = json.loads((source / "config.json").read_text())
+    assert "config-mismatch" not in codes(source)
+    (source / "config.json").write_text(json.dumps(config | {"moe_latent_size": config["hidden_size"] // 2}))
+    assert "latent width 8, the tensors 16" in finding(source, "config-mismatch").message
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])

@@ -9,6 +9,7 @@ from typing import Any, Final
 import pytest
 import torch
 from support.model import Model
+from support.quark_config import WEIGHT, layer_config
 from support.reported import bare, codes, finding, losses, refusal
 
 from quarkconv import UnsupportedError, convert_checkpoint, inspect_checkpoint, plan_conversion, verify_checkpoint
@@ -144,6 +145,33 @@ def test_an_algorithm_of_unknown_meaning_is_not_sound(name: str, known: bool, tm
     inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
     assert inspection.headline.startswith("Sound") is known
     assert (f"algo_config {name}" in str(inspection.not_checked)) is not known
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [
+        ({"softmax_quant_spec": {"dtype": "fp8_e4m3", "qscheme": "per_tensor"}}, "softmax_quant_spec"),
+        ({"layer_quant_config": {"*o_proj": {**layer_config(), "output_tensors": WEIGHT}}}, "*o_proj.output_tensors"),
+        ({"layer_quant_config": {"*o_proj": {**layer_config(), "bias": WEIGHT}}}, "layer_quant_config.*o_proj.bias"),
+    ],
+)
+def test_what_quark_quantizes_beside_weights_and_inputs_is_not_sound(
+    settings: dict[str, Any], named: str, tmp_path: Path
+) -> None:
+    model = Model()
+    model.quantization.update(settings)
+    inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
+    assert (inspection.ok, inspection.headline.startswith("Sound")) == (True, False)
+    assert named in str(inspection.not_checked)
+    assert not [row for row in inspection.engines if row.form == "quark"]
+
+
+def test_a_description_of_ascend_is_read_beside_a_method_that_is_not(tmp_path: Path) -> None:
+    source = convert_checkpoint(Model().write(tmp_path / "source"), "ascend", tmp_path / "ascend").output
+    config = config_of(source) | {"quantization_config": {"quant_method": "ascend"}}
+    (source / "config.json").write_text(json.dumps(config))
+    assert codes(source) == {}
+    assert inspect_checkpoint(source).scheme == "ptpc_int8"
 
 
 def simulated() -> Model:
