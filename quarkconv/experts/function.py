@@ -13,10 +13,12 @@ class Unknown(NamedTuple):
     Attributes:
         reason: a sentence without its full stop, for people.
         key: the config key that decides it; None where it is the model type.
+        missing: config.json lacks the key, and engines take the default of their class.
     """
 
     reason: str
     key: str | None = None
+    missing: bool = False
 
 
 class Routing(NamedTuple):

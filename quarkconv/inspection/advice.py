@@ -5,13 +5,18 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from quarkconv.inspection.engines import ENGINE_NAMES, FP8_NOTE, NOT_CHECKED, EngineFact
+from quarkconv.inspection.engines import ENGINE_NAMES, FP8_NOTE, FUNCTION_NOTE, NOT_CHECKED, EngineFact
 
 _SILENT_FAULTS: Final = {
     "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
     "wrong": ("computes wrong results", "compute wrong results"),
 }
 """Verdict -> what one release, or several, do without an error."""
+_NOT_CHECKED_WITH: Final = {
+    FP8_NOTE: "linears in FP8 beside INT8 experts",
+    FUNCTION_NOTE: "these settings of the layers",
+}
+"""End of a row's note -> what its engine was not checked with."""
 
 
 class Advice(NamedTuple):
@@ -51,8 +56,8 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
             faults.append(f"{' and '.join(versions)} {one if len(versions) == 1 else several}")
     beware = ", ".join(faults)
     if best.verdict == NOT_CHECKED:
-        why = "with linears in FP8 beside INT8 experts" if best.note.endswith(FP8_NOTE) else "with this model type"
-        return Advice(f"{name} was not checked {why}" + (f"; as it is, {beware}" if faults else ""))
+        why = next((text for note, text in _NOT_CHECKED_WITH.items() if best.note.endswith(note)), "this model type")
+        return Advice(f"{name} was not checked with {why}" + (f"; as it is, {beware}" if faults else ""))
     if best.verdict != "int8":
         return Advice(f"{name} {beware}") if faults else None
     runs = f"{name} {best.version} runs it in int8"

@@ -42,6 +42,8 @@ FEATURES: Final = {
 
 _RUNS: Final = ("int8", "w8a16")
 """Verdicts that hold only for model types that were tried."""
+FUNCTION_NOTE: Final = "where the function of the layers is known"
+"""End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
 """End of the note of a row that was never tried with them."""
 _TRIED: Final = ("served", "loader")
@@ -148,7 +150,7 @@ def _table() -> dict[str, Any]:
 
 
 def engines_for(
-    description: Description, converted_to: Collection[str], *, contradicted: bool = False
+    description: Description, converted_to: Collection[str], *, contradicted: bool = False, known: bool = True
 ) -> list[EngineFact]:
     """The rows that apply to a checkpoint as it is and after each conversion.
 
@@ -157,6 +159,7 @@ def engines_for(
     Args:
         description: the checkpoint.
         converted_to: the targets that it can be converted to.
+        known: whether the function of all layers is known.
         contradicted: whether it has errors; what engines do with it as it is, is then unknown.
     """
     scheme = description.scheme
@@ -185,9 +188,9 @@ def engines_for(
         for fact in found
     ]
     found = [_in_one_release(fact, model_type) for fact in found]
-    if description.fp8:
+    for note in (*([FP8_NOTE] if description.fp8 else []), *([] if known else [FUNCTION_NOTE])):
         found = [
-            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {FP8_NOTE}") if fact.verdict in _RUNS else fact
+            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {note}") if fact.verdict in _RUNS else fact
             for fact in found
         ]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)

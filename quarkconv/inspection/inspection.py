@@ -87,20 +87,10 @@ class Inspection(NamedTuple):
             missed.append("codes of rows whose scale is 0 (verify reads them)")
         if settings := self.description.unchecked_settings:
             missed.append(f"other settings of the quantization ({', '.join(settings)})")
-        return (*missed, *dict.fromkeys(self._unknown()))
-
-    def _unknown(self) -> Iterator[str]:
-        """What is not known of the layers' functions, which no comparison of tensors and config shows."""
         if not self.description.moe_layers:
-            yield "the function of the model (no experts were recognised)"
-        known_of = knowledge_by_stack(self.description.checkpoint.config)
-        for layer in self.description.moe_layers:
-            known = known_of(layer.moe)
-            activation, routing = layer_activation(known, layer), layer_routing(known, layer)
-            if isinstance(activation, Unknown):
-                yield f"the function of the experts ({activation.reason})"
-            elif isinstance(routing, Unknown):
-                yield f"the routing ({routing.reason})"
+            missed.append("the function of the model (no experts were recognised)")
+        unknown = unknown_functions(self.description)
+        return (*missed, *dict.fromkeys(f"{what} ({found.reason})" for what, found in unknown))
 
     @property
     def headline(self) -> str:
@@ -203,8 +193,22 @@ def make_inspection(
     contradicted = contradicted or bool(description.unchecked_settings)
     if any(item.code in _NEVER_LOADED for item in findings):
         possible, contradicted = set(), True
-    engines = engines_for(description, possible, contradicted=contradicted)
+    unusual = (unknown for _, unknown in unknown_functions(description) if not unknown.missing)
+    known = next(unusual, None) is None
+    engines = engines_for(description, possible, contradicted=contradicted, known=known)
     return Inspection(model, description, tuple(findings), targets, tuple(engines), deep)
+
+
+def unknown_functions(description: Description) -> Iterator[tuple[str, Unknown]]:
+    """What is not known of the layers' functions, which no comparison of tensors and config shows, and why."""
+    known_of = knowledge_by_stack(description.checkpoint.config)
+    for layer in description.moe_layers:
+        known = known_of(layer.moe)
+        activation, routing = layer_activation(known, layer), layer_routing(known, layer)
+        if isinstance(activation, Unknown):
+            yield "the function of the experts", activation
+        elif isinstance(routing, Unknown):
+            yield "the routing", routing
 
 
 def main_scheme(description: Description) -> ModuleScheme:

@@ -11,7 +11,7 @@ from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation, expert_routing
 from quarkconv.experts.topology import MoELayer
 from quarkconv.findings import CODES, NOT_UNDERSTOOD, Finding
-from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.headers.checkpoint import ASCEND_NAME, MODELOPT_NAME, Checkpoint
 from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem, StructureResult
@@ -21,6 +21,8 @@ DEQUANTIZED: Final = "bf16"
 
 _LOADED: Final = frozenset({".safetensors", ".py", ".bin", ".pt", ".gguf"})
 """Suffixes of files that loaders open by default."""
+_DECLARING: Final = frozenset({MODELOPT_NAME, ASCEND_NAME})
+"""Files by which engines take a model for quantized."""
 
 
 def check_structure(description: Description, manifest: Manifest | None) -> tuple[StructureResult, list[Problem]]:
@@ -122,10 +124,9 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
         yield Problem("structure", layer_of(description, name), name, "The manifest does not list this tensor")
     known = set(manifest.file_names())
     for path in checkpoint.files():
-        if path.suffix in _LOADED and path.as_posix() not in known:
-            yield Problem(
-                "structure", None, path.as_posix(), "The manifest does not list this file, which loaders may use"
-            )
+        name = path.as_posix()
+        if (path.suffix in _LOADED or name in _DECLARING) and name not in known:
+            yield Problem("structure", None, name, "The manifest does not list this file, which loaders may use")
     for file in manifest.files:
         size = checkpoint.store.size(file.name)
         if size is None:

@@ -503,3 +503,29 @@ def test_a_quantization_config_is_found_in_any_part(part: str, tmp_path: Path) -
     assert config["quantization_config"]["quant_method"] == "w8a8_int8"
     assert set(GATES) <= set(config["quantization_config"]["ignore"])
     assert plan_conversion(out, "quark").tensor_bytes > 0
+
+
+@pytest.mark.parametrize(
+    ("settings", "runs"),
+    [
+        ({}, True),
+        ({"hidden_act": "mish"}, False),
+        ({"swiglu_limit": [7.0, 7.0]}, False),
+        ({"moe_latent_size": 4}, False),
+        ({"num_experts_per_tok": 9}, False),
+        ({"norm_topk_prob": None}, True),  # engines take the default of their class
+    ],
+)
+def test_an_engine_has_no_verdict_on_a_function_that_is_not_known(
+    settings: dict[str, Any], runs: bool, tmp_path: Path
+) -> None:
+    inspection = inspect_checkpoint(with_settings(**settings).write(tmp_path))
+    assert any(row.verdict == "int8" for row in inspection.engines) is runs
+    assert any("in int8" in item.text for item in inspection.advice) is runs
+    assert ("not checked with these settings of the layers" in str(inspection.advice)) is not runs
+
+
+@pytest.mark.parametrize("variant", ["biases", "a projection beside the others", "a norm of an expert"])
+def test_an_engine_has_no_verdict_on_experts_that_its_class_does_not_have(variant: str, tmp_path: Path) -> None:
+    inspection = inspect_checkpoint(UNKNOWN[variant]().write(tmp_path))
+    assert not [row for row in inspection.engines if row.verdict in ("int8", "w8a16")]
