@@ -10,16 +10,19 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from support.checkpoints import make_checkpoint
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
+from support.s3 import objects, publish
 
 import quarkconv
 from quarkconv.cli.options import with_addresses
+from quarkconv.cloud.objects import PART_BYTES
+from quarkconv.cloud.uploads import list_uploads
 from quarkconv.errors import HubError, QuarkconvError, SourceError, UnsupportedError, UsageError
 
 Capture = pytest.CaptureFixture[str]
@@ -71,14 +74,18 @@ def test_without_ray_the_package_is_named(tmp_path: Path, capsys: Capture, monke
 
 
 @pytest.fixture(scope="module")
-def cluster() -> Iterator[Any]:
-    """A head without CPUs, and two nodes."""
+def cluster(request: pytest.FixtureRequest) -> Iterator[Any]:
+    """A head without CPUs, and two nodes with access to the S3 server."""
     pytest.importorskip("ray", reason="Ray is not installed: make test-cloud installs it")
     from ray.cluster_utils import Cluster
 
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
-    cluster.add_node(num_cpus=1)
-    cluster.add_node(num_cpus=1)
+    cluster.access = {
+        "AWS_ACCESS_KEY_ID": "key", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
+        "AWS_ENDPOINT_URL": request.getfixturevalue("server"), "AWS_EC2_METADATA_DISABLED": "true",
+    }  # fmt: skip
+    for _ in range(2):
+        cluster.add_node(num_cpus=1, env_vars=cluster.access)
     yield cluster
     cluster.shutdown()
 
@@ -97,8 +104,8 @@ def whole(model: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, st
     return snapshot(quarkconv.convert_checkpoint(model, "fused-int8", out, max_shard_size=SHARD_SIZE).output)
 
 
-def words(model: Path, out: Path, address: str) -> list[str]:
-    sizes = ["--max-shard-size", str(SHARD_SIZE), "--ray", address]
+def words(model: Path | str, out: Path | str, address: str, shard_size: int = SHARD_SIZE) -> list[str]:
+    sizes = ["--max-shard-size", str(shard_size), "--ray", address]
     return ["convert", str(model), "--to", "fused-int8", "--out", str(out), *sizes]
 
 
@@ -151,12 +158,35 @@ def test_a_check_that_fails_on_a_node_ends_the_command_with_its_error(cluster: A
 def test_nodes_and_drivers_that_are_killed_cost_time_only(
     cluster: Any, model: Path, tmp_path: Path, whole: dict[str, str], seed: int
 ) -> None:
-    rng, out, killed = random.Random(seed), tmp_path / "out", 0
+    out = tmp_path / "out"
+    convert_with_kills(
+        cluster,
+        random.Random(seed),
+        words(model, out, cluster.address),
+        notes=lambda: len(list(out.glob(NOTES))),
+        is_finished=lambda: (out / "config.json").exists(),
+    )
+    assert snapshot(out) == whole
+
+
+def convert_with_kills(
+    cluster: Any, rng: random.Random, command: list[str], notes: Callable[[], int], is_finished: Callable[[], bool]
+) -> None:
+    """Run a conversion until it is finished, and kill a node or the driver while tasks work, three times at most.
+
+    Args:
+        cluster: the cluster.
+        rng: decides what is killed, and when.
+        command: the conversion.
+        notes: returns the number of finished shards.
+        is_finished: whether the conversion is.
+    """
+    killed = 0
     for attempt in range(6):
-        process = start(*words(model, out, cluster.address))
+        process = start(*command)
         victim = rng.choice(["node", "driver"]) if attempt < 3 else "none"
-        notes = len(list(out.glob(NOTES)))
-        while victim != "none" and process.poll() is None and len(list(out.glob(NOTES))) == notes:
+        before = notes()
+        while victim != "none" and process.poll() is None and notes() == before:
             time.sleep(0.02)  # until a task has written a shard
         time.sleep(rng.uniform(0, 0.5) if victim != "none" else 0)
         killed += victim != "none" and process.poll() is None
@@ -165,10 +195,31 @@ def test_nodes_and_drivers_that_are_killed_cost_time_only(
         elif victim == "node" and process.poll() is None:
             node = rng.choice(list(cluster.worker_nodes))
             cluster.remove_node(node, allow_graceful=False)
-            cluster.add_node(num_cpus=1)
+            cluster.add_node(num_cpus=1, env_vars=cluster.access)
         errors = process.communicate(timeout=PROCESS_TIMEOUT)[1].decode()
-        if (out / "config.json").exists():
+        if is_finished():
             break
         assert victim == "driver", errors
     assert killed
-    assert snapshot(out) == whole
+
+
+@pytest.mark.usefixtures("proxy")
+@pytest.mark.parametrize("seed", range(100, 100 + RUNS))
+def test_nodes_and_drivers_that_are_killed_leave_no_upload_in_an_object_store(
+    cluster: Any, tmp_path: Path, seed: int
+) -> None:
+    """Shards have several parts of 5 MiB, so that a task is killed between two of them."""
+    big = make_checkpoint(tmp_path / "model", layers=3, experts=8, hidden=512, intermediate=1024, shards=2)
+    source, out, size = "s3://models/org/big", f"s3://models/out/{seed}", 8_000_000
+    publish(big, source)
+    local = snapshot(quarkconv.convert_checkpoint(big, "fused-int8", tmp_path / "out", max_shard_size=size).output)
+    assert max(path.stat().st_size for path in (tmp_path / "out").iterdir()) > PART_BYTES
+    convert_with_kills(
+        cluster,
+        random.Random(seed),
+        words(source, out, cluster.address, size),
+        notes=lambda: sum(name.startswith(".quarkconv/notes/") for name in objects(out)),
+        is_finished=lambda: {"config.json"} <= objects(out).keys() and ".quarkconv/plan.json" not in objects(out),
+    )
+    assert {name: found for name, found in objects(out).items() if not name.startswith(".quarkconv/")} == local
+    assert list_uploads(out) == []
