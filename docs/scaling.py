@@ -98,7 +98,8 @@ def requests() -> str:
     lines = ["| requests | at least | | list price of S3, us-east-1 |", "| --- | ---: | --- | ---: |"]
     lines += [f"| {method} | {thousands(count)} | {what} | ${price:.2f} |" for method, count, what, price in rows]
     prices = f"${PRICES['GET']} for 1,000 GET, ${PRICES['PUT']} for 1,000 PUT"
-    return "\n".join([*lines, "", f"Prices: {prices}. About 10 more requests for each of the 200 shards."])
+    more = "4 more requests for each of the 200 shards, about 10 with `--join`"
+    return "\n".join([*lines, "", f"Prices: {prices}. {more}."])
 
 
 def verification(found: dict[str, Any]) -> str:
