@@ -82,6 +82,7 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
             rows = [(_check_rows, common)] if plan.options.quantizes else []
             for _ in cluster.run([*checks, *rows]):
                 pass
+        todo.sort(key=lambda shard: -shard.nbytes)  # so that all nodes end at about the same time
         for nbytes in cluster.run([(_write, common, shard) for shard in todo]):
             progress.advance(nbytes)
     manifest = execution.finished()

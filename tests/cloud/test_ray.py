@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 from support.checkpoints import make_checkpoint
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
-from support.s3 import objects, publish
+from support.s3 import names, objects, publish
 
 import quarkconv
 from quarkconv.cli.options import with_addresses
@@ -218,8 +218,8 @@ def test_nodes_and_drivers_that_are_killed_leave_no_upload_in_an_object_store(
         cluster,
         random.Random(seed),
         words(source, out, cluster.address, size),
-        notes=lambda: sum(name.startswith(".quarkconv/notes/") for name in objects(out)),
-        is_finished=lambda: {"config.json"} <= objects(out).keys() and ".quarkconv/plan.json" not in objects(out),
+        notes=lambda: sum(name.startswith(".quarkconv/notes/") for name in names(out)),
+        is_finished=lambda: "config.json" in (found := names(out)) and ".quarkconv/plan.json" not in found,
     )
     assert {name: found for name, found in objects(out).items() if not name.startswith(".quarkconv/")} == local
     assert list_uploads(out) == []

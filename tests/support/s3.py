@@ -26,8 +26,15 @@ def objects(url: str = OUT) -> dict[str, str]:
     from obstore.store import from_url
 
     store = from_url(url)
-    names = sorted(meta["path"] for chunk in obstore.list(store) for meta in chunk)
-    return {name: hashlib.sha256(bytes(obstore.get(store, name).bytes())).hexdigest() for name in names}
+    return {name: hashlib.sha256(bytes(obstore.get(store, name).bytes())).hexdigest() for name in names(url)}
+
+
+def names(url: str = OUT) -> list[str]:
+    """The names of the objects below a URL; another process may delete them meanwhile."""
+    import obstore
+    from obstore.store import from_url
+
+    return sorted(meta["path"] for chunk in obstore.list(from_url(url)) for meta in chunk)
 
 
 def put(url: str, data: bytes) -> None:
