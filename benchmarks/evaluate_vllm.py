@@ -27,9 +27,9 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quarkconv.description.description import describe
-from quarkconv.evaluate.evaluation import layer_runner
 from quarkconv.evaluate.forward import final_logits
 from quarkconv.evaluate.run import Run
+from quarkconv.evaluate.runners import layer_runner
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import SILENT
 

@@ -13,6 +13,8 @@ request      options of the caller and their checks; same_model: whether two che
 record       the inputs of MoE layers as a file
 layer_ops    element-wise parts of a layer on a GPU; norms, float_experts: modules of transformers that run on them
 memory       what takes how much of a device's memory
+runners      everything of both models but their layers, on each device
+dequantize   int8 weights as floats; buffers: what no checkpoint holds
 run          one evaluation under way
 evaluation   all of it; results: its figures as data; state: finished layers on disk
 """

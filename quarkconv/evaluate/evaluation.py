@@ -4,38 +4,30 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Final
 
-import torch
-
 from quarkconv.description.description import Description, describe
-from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.evaluate.memory import experts_at_once
+from quarkconv.errors import UnsupportedError
 from quarkconv.evaluate.request import DEFAULT_WINDOW, RECORD_CONTENT, Limits, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import LeftOut, Run
+from quarkconv.evaluate.runners import layer_runners
 from quarkconv.evaluate.same_model import (
     config_differences,
-    require_same_model,
     require_same_tokenizer,
     require_unquantized,
 )
-from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
-from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner, Model
+from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner
 from quarkconv.evaluate.sums import LayerSums
-from quarkconv.evaluate.weights import CheckpointWeights
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
 from quarkconv.files.written_file import require_writable
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
-from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.devices import pick_devices
-from quarkconv.load.layer_reads import LayerPart
-from quarkconv.load.staging import Staging
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.stored import Form
 from quarkconv.version import own_version
@@ -111,7 +103,7 @@ def evaluate_checkpoint(
         require_unquantized(original)
         require_same_tokenizer(root, other)
     with ExitStack() as stack:
-        runners = [layer_runner(description, original, item, layers, stack) for item in devices]
+        runners = layer_runners(description, original, devices, layers, stack)
         first = runners[0]
         tokens.check_vocabulary(first.quantized.skeleton.vocabulary)
         run = Run(runners, tokens, batch, progress)
@@ -194,60 +186,6 @@ def _unread_floats(description: Description) -> bool:
     stored, unread = description.stored, description.topology.unread
     forms = (stored.linears.get(name) or Form(stored.tensors[name]) for name in unread)
     return bool(unread) and all(form.is_float and not form.quantized for form in forms)
-
-
-def layer_runner(
-    description: Description,
-    original: Description | None,
-    device: torch.device,
-    layers: set[int] | None,
-    stack: ExitStack,
-) -> LayerRunner:
-    """A runner with everything but the decoder layers filled.
-
-    Args:
-        description: the model that is evaluated.
-        original: the model before quantization; None where there is none.
-        device: where it runs.
-        layers: decoder layers that run in INT8; None for all INT8 layers.
-        stack: closes the files.
-
-    Raises:
-        UsageError: no such layer, or another model in ``original``.
-        UnsupportedError: transformers has no class for the model.
-        SourceError: a file cannot be read.
-    """
-    memory: Callable[[int], Memory] = Staging(device).memory if device.type == "cuda" else Arena
-    sizes = [(LayerPart(layer).nbytes, layer.experts) for layer in description.moe_layers]
-    group = experts_at_once(device, *max(sizes), original is not None) if sizes else None
-    quantized = _model(description, device, group, memory, stack)
-    unquantized = None if original is None else _model(original, device, group, memory, stack)
-    if unquantized is not None:
-        require_same_model(quantized.skeleton, unquantized.skeleton)
-    known = len(quantized.skeleton.layers)
-    if layers is not None and not set() < layers <= set(range(known)):
-        raise UsageError(
-            "The decoder layer does not exist",
-            expected=f"0 to {known - 1}",
-            found=", ".join(map(str, sorted(layers - set(range(known))))) or "none",
-        )
-    runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
-    for model in (quantized, *([] if unquantized is None else [unquantized])):
-        model.skeleton.fill(model.weights.layer(None).on(device).floats, None)
-    if unquantized is not None:
-        unquantized.skeleton.share(quantized.skeleton)
-    return runner
-
-
-def _model(
-    description: Description,
-    device: torch.device,
-    group: int | None,
-    memory: Callable[[int], Memory],
-    stack: ExitStack,
-) -> Model:
-    skeleton = Skeleton(description.checkpoint.root, device, group)
-    return Model(skeleton, stack.enter_context(CheckpointWeights(description, skeleton, memory)))
 
 
 def _key(root: Path, other: Path | None, tokens: Windows, run: Run, layers: set[int] | None) -> str:

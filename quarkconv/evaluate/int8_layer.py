@@ -10,9 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import UnsupportedError
+from quarkconv.evaluate.dequantize import dequantized
 from quarkconv.evaluate.int8 import Int8Experts, Int8Linear
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.evaluate.weights import Int8Weight, LayerWeights, dequantized
+from quarkconv.evaluate.weights import Int8Weight, LayerWeights
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
 

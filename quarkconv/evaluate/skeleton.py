@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.evaluate.buffers import compute_buffers
 from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
 from quarkconv.evaluate.norms import fuse_norms
@@ -57,7 +58,7 @@ class Skeleton:
         self.unmatched: list[str] = []
         self.pairs: bool | None = None
         self._meta_state = dict(self.model.state_dict().items())
-        self._compute_buffers()
+        compute_buffers(self.model, self._meta_state, root, device)
         self.divided: dict[str, FloatExperts] = {}
         if device.type == "cuda":
             self.fuse()
@@ -272,30 +273,6 @@ class Skeleton:
         mapping = get_model_conversion_mapping(self.model)
         renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
         return renamings, [item for item in mapping if isinstance(item, WeightConverter)], mapping
-
-    def _compute_buffers(self) -> None:
-        """Compute the buffers that no checkpoint holds, such as rotary frequencies, as transformers does."""
-        for name, module in self.model.named_modules():
-            names = [key for key, buffer in module._buffers.items() if buffer is not None and buffer.is_meta]
-            if not names:
-                continue
-            for key in names:
-                buffer = module._buffers[key]
-                assert buffer is not None
-                fill = float("nan") if buffer.is_floating_point() else 0
-                module._buffers[key] = torch.full(buffer.shape, fill, dtype=buffer.dtype, device=self.device)
-            if name not in ("",) and any(f"{name}.{key}" in self._meta_state for key in names):
-                continue  # a buffer that checkpoints hold
-            with torch.no_grad():
-                self.model._init_weights(module)
-            for key in names:
-                buffer = module._buffers[key]
-                if buffer is not None and buffer.is_floating_point() and bool(buffer.isnan().any()):
-                    raise UnsupportedError(
-                        "A buffer of this model cannot be computed without its weights",
-                        file=str(self.root),
-                        tensor=f"{name}.{key}",
-                    )
 
     def _tied(self, name: str) -> bool:
         """Whether a parameter shares its data with another one that is filled."""

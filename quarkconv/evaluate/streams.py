@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.evaluate.dequantize import CodeWeights
 from quarkconv.evaluate.forward import LayerCall, embed, run_layer
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
@@ -29,7 +30,7 @@ from quarkconv.evaluate.int8_layer import in_place, int8_modules
 from quarkconv.evaluate.memory import batch_tokens
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared, squares
-from quarkconv.evaluate.weights import CheckpointWeights, CodeWeights, LayerWeights
+from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 
 UNQUANTIZED: Final = "unquantized"
 DEQUANTIZED: Final = "dequantized"

@@ -16,7 +16,7 @@ from support.glm_moe_dsa import shared_positions
 
 from quarkconv import SourceError, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
-from quarkconv.evaluate import hidden_states
+from quarkconv.evaluate import hidden_states, runners
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 
@@ -122,7 +122,7 @@ def test_experts_in_groups_have_the_figures_of_whole_layers(
     plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Rows of a group are fewer, and a product of fewer rows may sum in another order."""
-    monkeypatch.setattr(module, "experts_at_once", lambda *_: 3)
+    monkeypatch.setattr(runners, "experts_at_once", lambda *_: 3)
     found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
     assert found.int8 is not None
     assert plain.int8 is not None

@@ -11,12 +11,12 @@ from torch import Tensor
 
 from quarkconv import evaluate_checkpoint
 from quarkconv.evaluate import (
-    evaluation,
     float_experts,
     int8,
     layer_kernels,  # noqa: F401 - while tests are collected, Triton is imported for its interpreter
     layer_ops,
     norms,
+    runners,
     sums,
 )
 from quarkconv.evaluate.skeleton import Skeleton
@@ -125,7 +125,7 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
             super().__init__(root, device, group)
             self.fuse()
 
-    monkeypatch.setattr(evaluation, "Skeleton", Fused)
+    monkeypatch.setattr(runners, "Skeleton", Fused)
     found = evaluate_checkpoint(quantized, unquantized, token_ids=few, device=at, resume=False)
     assert len(used) == 4
     assert found.int8 is not None

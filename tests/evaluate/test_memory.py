@@ -15,7 +15,7 @@ from support.exports import DATA, restore
 
 from quarkconv import UnsupportedError, evaluate_checkpoint
 from quarkconv.description.description import describe
-from quarkconv.evaluate import evaluation
+from quarkconv.evaluate import evaluation, runners
 from quarkconv.evaluate import scoring as module
 from quarkconv.evaluate.float_experts import OwnWeights
 from quarkconv.evaluate.results import Evaluation
@@ -92,7 +92,7 @@ def test_logits_are_never_whole(
 def in_groups(monkeypatch: pytest.MonkeyPatch, group: int) -> list[int]:
     """Have experts run in groups; returns how many of a layer were on the device at a time."""
     sizes: list[int] = []
-    monkeypatch.setattr(evaluation, "experts_at_once", lambda *_: group)
+    monkeypatch.setattr(runners, "experts_at_once", lambda *_: group)
     for kind in (FusedExperts, OwnWeights):  # in int8, and in floats
 
         def taken(self: Any, first: int, last: int, *rest: Any, part: Any = kind.part) -> Any:
@@ -119,6 +119,19 @@ def test_experts_in_groups_change_nothing(
     assert max(sizes) == group
 
 
+def test_several_devices_run_experts_in_groups_to_the_same_figures(
+    quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of devices with less and with more memory, the group is that of the first kind."""
+    found = []
+    for groups in ([None], [3, None]):
+        left, devices = iter(groups), tuple(torch.device("cpu") for _ in groups)
+        monkeypatch.setattr(evaluation, "pick_devices", lambda _, devices=devices: devices)
+        monkeypatch.setattr(runners, "experts_at_once", lambda *_, left=left: next(left))
+        found.append(evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, resume=False).to_json())
+    assert {**found[1], "device": "cpu"} == found[0]
+
+
 @pytest.mark.parametrize("name", [path.name for path in sorted((DATA / "families").iterdir()) if path.is_dir()])
 def test_experts_of_every_family_in_groups_change_nothing(
     name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -136,7 +149,7 @@ def test_experts_of_every_family_in_groups_change_nothing(
 
 def test_embeddings_and_head_of_both_models_are_in_memory_once(quantized: Path, unquantized: Path) -> None:
     with ExitStack() as stack:
-        runner = evaluation.layer_runner(describe(quantized), describe(unquantized), torch.device("cpu"), None, stack)
+        runner = runners.layer_runner(describe(quantized), describe(unquantized), torch.device("cpu"), None, stack)
         assert runner.unquantized is not None
         mine, theirs = (
             dict(model.skeleton.model.named_parameters()) for model in (runner.quantized, runner.unquantized)

@@ -16,9 +16,9 @@ from support.qwen3_moe_twin import Array, Twin
 
 from quarkconv import evaluate_checkpoint
 from quarkconv.description.description import describe
-from quarkconv.evaluate.evaluation import layer_runner
 from quarkconv.evaluate.forward import final_logits
 from quarkconv.evaluate.run import Run
+from quarkconv.evaluate.runners import layer_runner
 from quarkconv.evaluate.windows import Windows, windows_of_text
 from quarkconv.progress import SILENT
 

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 import quarkconv
 from quarkconv.description.description import describe
-from quarkconv.evaluate.weights import _expert_floats
+from quarkconv.evaluate.dequantize import expert_floats
 from quarkconv.experts.function import ExpertActivation, Routing
 from quarkconv.experts.knowledge import expert_activation, expert_routing
 from quarkconv.experts.ranks import make_rank
@@ -301,7 +301,7 @@ def test_an_evaluation_names_the_experts_as_the_model_does(name: str, tmp_path: 
     quarkconv.convert_checkpoint(FAMILIES / name, "bf16", tmp_path / "out")
     expected = load_file(next((tmp_path / "out").glob("*.safetensors")))
     layer = layers(name)[0]
-    found = dict(_expert_floats(layer, loaded(name)))
+    found = dict(expert_floats(layer, loaded(name)))
     assert set(found) == {key for key in expected if key.startswith(f"{layer.prefix}.") and key.endswith(".weight")}
     assert all(torch.equal(expected[key], value) for key, value in found.items())
 
