@@ -59,6 +59,19 @@ def local_ids(topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.
     return torch.cat([expert_map, expert_map.new_full((1,), -1)])[topk_ids]  # -1 finds the last
 
 
+def first_expert(expert_map: torch.Tensor | None) -> int | None:
+    """The first of this rank's experts where they follow each other; None where they do not, or it has all or none.
+
+    Their ids on this rank are then those of all ranks less that of the first. Reads the map from the device.
+    """
+    if expert_map is None:
+        return None
+    ids = expert_map.tolist()
+    first = ids.index(0) if 0 in ids else 0
+    own = [expert - first for expert, local in enumerate(ids) if local >= 0]
+    return first if own and own == [local for local in ids if local >= 0] == list(range(len(own))) else None
+
+
 class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
     """Quantizes, sorts by expert, multiplies, activates and reduces in `fused_experts_int8`.
 
@@ -66,6 +79,7 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
     """
 
     _kept: dict[str, Any] | None = None
+    _placed: tuple[torch.Tensor | None, int | None] = (None, None)
 
     @staticmethod
     def is_supported_config(
@@ -190,7 +204,7 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
             self.w1_scale,
             self.w2_scale,
             topk_weights.float(),
-            local_ids(topk_ids, expert_map),
+            self._local_ids(topk_ids, expert_map),
             apply_router_weight_on_input=apply_router_weight_on_input,
             out=out,
             **self._options(activation),
@@ -216,6 +230,17 @@ class QuarkconvExperts(mk.FusedMoEExpertsModular):  # type: ignore[misc]
         ids = w1.new_zeros((1, self.moe_config.experts_per_token), dtype=torch.int32)
         options = self._options(activation) | {"apply_router_weight_on_input": apply_router_weight_on_input}
         warm_up(check_arguments(x, w1, w2, self.w1_scale, self.w2_scale, ids.float(), ids, **options), most_tokens)
+
+    def place(self, expert_map: torch.Tensor | None) -> None:
+        """Read which experts this rank has from the map that calls of `forward` will have."""
+        self._placed = (expert_map, first_expert(expert_map))
+
+    def _local_ids(self, topk_ids: torch.Tensor, expert_map: torch.Tensor | None) -> torch.Tensor:
+        """Ids of this rank's experts; of all others, ids that are negative or too large: the kernels skip both."""
+        placed, first = self._placed
+        if first is None or placed is not expert_map:
+            return local_ids(topk_ids, expert_map)
+        return topk_ids - first if first else topk_ids
 
     def _options(self, activation: MoEActivation) -> dict[str, Any]:
         """The arguments of the forward that every call of a layer has, which has one activation."""

@@ -196,6 +196,40 @@ def test_experts_of_no_rank_are_skipped() -> None:
     assert local_ids(ids, None) is ids
 
 
+@pytest.mark.parametrize(
+    ("expert_map", "first"),
+    [
+        (None, None),
+        ([0, 1, -1, -1], 0),
+        ([-1, -1, 0, 1], 2),
+        ([-1, 0, 1, -1], 1),
+        ([0, -1, 1, -1], None),
+        ([-1, 0, -1, 1], None),
+        ([1, 0, -1, -1], None),
+        ([-1, -1, -1, -1], None),
+    ],
+)
+def test_experts_that_follow_each_other_are_found(expert_map: list[int] | None, first: int | None) -> None:
+    from quarkconv.integrations.vllm.experts import first_expert
+
+    assert first_expert(None if expert_map is None else torch.tensor(expert_map, dtype=torch.int32)) == first
+
+
+@pytest.mark.usefixtures("turned_on")
+@pytest.mark.parametrize("rank", RANKS[3:], ids=str)
+def test_ids_of_other_ranks_are_outside_of_this_one(forms: Forms, rank: Rank) -> None:
+    """By a subtraction as vLLM places experts, and by the map where another map is passed."""
+    name = "qwen3_moe-quark0.13-f2f"
+    layer = ready(forms(name, QUARK), name, rank)
+    experts, own = layer.quant_method.moe_kernel.fused_experts, layer.local_num_experts
+    ids = torch.tensor([[*range(-1, layer.global_num_experts)]], dtype=torch.int32)
+    for expert_map in (layer.expert_map, layer.expert_map.flip(0)):
+        found = experts._local_ids(ids, expert_map)
+        assert found.dtype == torch.int32
+        expected = [-1, *expert_map.tolist()]
+        assert [local if 0 <= local < own else -1 for local in found[0].tolist()] == expected
+
+
 MAPPED: dict[str, tuple[dict[str, float], Any]] = {
     "silu": ({}, None),
     "silu, limited": ({"swiglu_limit": 0.5}, lambda: activations.SiluAndMulWithClamp(0.5, compile_native=False)),
