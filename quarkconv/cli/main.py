@@ -12,8 +12,9 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final, NoReturn
 
+from quarkconv.cli.failures import explained
 from quarkconv.cli.out import plain, show_error
-from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
+from quarkconv.errors import InterruptedByUser, QuarkconvError
 
 _PLAIN: Final = "quarkconv.plain"
 """Name of the error handler for characters that a terminal cannot show."""
@@ -34,23 +35,17 @@ def main(args: list[str] | None = None) -> NoReturn:
             sys.stdout.flush()
     except QuarkconvError as error:
         _exit_with(error, as_json=as_json)
-    except KeyboardInterrupt:
-        _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
     except BrokenPipeError:  # the reader, such as `head`, has exited
         sys.exit(BROKEN_PIPE)
     except SystemExit as stop:
         if isinstance(stop.__context__, BrokenPipeError):  # Typer's parser, which prints the text of --help
             sys.exit(BROKEN_PIPE)
         raise
-    except OSError as error:
-        _exit_with(_explained(error), as_json=False)
-    except Exception as error:
-        # Usage errors of Typer's parser format themselves and carry an exit code.
-        if hasattr(error, "format_message") and hasattr(error, "exit_code"):
-            _exit_with(UsageError(error.format_message().rstrip("."), hint=_help(words)), as_json=as_json)
-        if type(error).__name__ == "Abort" or _follows_interrupt(error):
-            _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
-        raise
+    except (Exception, KeyboardInterrupt) as error:
+        failure = explained(error, _command(words))
+        if failure is None:
+            raise
+        _exit_with(failure, as_json=as_json and not isinstance(error, OSError))  # of standard output itself
     if status == InterruptedByUser.exit_code:  # Typer turns a KeyboardInterrupt into this code, or into an Abort
         _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
     sys.exit(status if isinstance(status, int) else 0)
@@ -80,30 +75,11 @@ def run() -> NoReturn:
         os._exit(stop.code if isinstance(stop.code, int) else 1)
 
 
-def _help(words: list[str]) -> str:
+def _command(words: list[str]) -> str:
+    """The program and its command, where the command line begins with one."""
     from quarkconv.cli.program import COMMANDS
 
-    command = f"quarkconv {words[0]}" if words and words[0] in COMMANDS else "quarkconv"
-    return f"run `{command} --help`"
-
-
-def _follows_interrupt(error: BaseException) -> bool:
-    """Whether an interrupt led to an error: Python wraps one that hits a class statement, such as those of torch."""
-    chain: BaseException | None = error
-    while chain is not None and not isinstance(chain, KeyboardInterrupt):
-        chain = chain.__cause__ or chain.__context__
-    return chain is not None
-
-
-def _explained(error: OSError) -> QuarkconvError:
-    """The error of a file that no command explained: mostly of standard output, which has no name."""
-    if error.filename is not None:
-        return WriteError("A file cannot be read or written", file=str(error.filename), found=error.strerror)
-    try:
-        os.getcwd()
-    except OSError:
-        return UsageError("The current directory does not exist", hint="change to a directory that exists")
-    return WriteError("Standard output cannot be written", found=error.strerror)
+    return f"quarkconv {words[0]}" if words and words[0] in COMMANDS else "quarkconv"
 
 
 def _exit_with(error: QuarkconvError, *, as_json: bool) -> NoReturn:

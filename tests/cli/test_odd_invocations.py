@@ -159,3 +159,44 @@ def test_an_interrupt_that_python_wraps_in_another_error_is_an_interrupt(
     result = command("inspect", "--json")
     assert (result.code, result.err) == (130, "error: Interrupted\n")
     assert result.json["exit_code"] == 130
+
+
+class OutOfMemoryError(RuntimeError):
+    """As torch names that of a GPU."""
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (MemoryError(), "There is not enough memory"),
+        (OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee"), "Tried to allocate 20 GiB.\n"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "There is not enough memory"),
+        (ImportError("libtorch_cpu.so: failed to map", name="_C", path="torch/_C.so"), "torch/_C.so"),
+        (ModuleNotFoundError("No module named 'xxhash'", name="xxhash"), "No module named 'xxhash'"),
+    ],
+)
+def test_too_little_memory_and_a_broken_installation_are_named(
+    error: Exception, message: str, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("quarkconv.cli.program.run_command", failing)
+    result = command("verify")
+    assert (result.code, result.out) == (2, "")
+    assert message in result.err
+
+
+FAULTS = [RuntimeError("a fault"), ImportError("a circle", name="quarkconv.plan"), KeyError(1)]
+
+
+@pytest.mark.parametrize("error", FAULTS)
+def test_a_fault_of_the_program_keeps_its_traceback(
+    error: Exception, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def failing(_: list[str]) -> None:
+        raise error
+
+    monkeypatch.setattr("quarkconv.cli.program.run_command", failing)
+    with pytest.raises(type(error)):
+        command("verify")
