@@ -166,6 +166,14 @@ BUILT: Final = {
         },
         single={"mlp.router.e_score_correction_bias": (EXPERTS + 2,)},
     ),
+    "grok-2": Built(
+        {**_SIZES, "model_type": "git", "architectures": ["Grok1ForCausalLM"], "num_local_experts": EXPERTS,
+         "hidden_act": "gelu", "router_logit_softcapping": 30.0, "residual_moe": True, "output_multiplier_scale": 1.0,
+         "embedding_multiplier_scale": 1.0, "pad_token_id": 0},
+        ("block_sparse_moe.gate", EXPERTS), {**_ATTENTION, **_mlp("mlp")},
+        floats={f"{name}_norm.weight": (HIDDEN,) for name in ("pre_attn", "post_attn", "pre_moe", "post_moe")},
+        moe="block_sparse_moe", projections=W1_W3_W2,
+    ),
     "kimi_k3": Built(
         {"model_type": "kimi_k3", "architectures": ["KimiK3ForConditionalGeneration"], "torch_dtype": "bfloat16",
          "vision_config": {**_VISION, "qkv_hidden_size": 16},
@@ -203,6 +211,19 @@ for _name in _REMOTE:
     AutoConfig.register(_name, type(f"Remote_{_name}", (PretrainedConfig,), {"model_type": _name}), exist_ok=True)
 
 
+class _ErnieVL(PretrainedConfig):
+    """The same for the one with a part for images."""
+
+    model_type = "ernie4_5_moe_vl"
+
+    def __init__(self, vision_config: Mapping[str, Any] | None = None, **fields: Any) -> None:
+        self.vision_config = PretrainedConfig(**(vision_config or {}))
+        super().__init__(**fields)
+
+
+AutoConfig.register(_ErnieVL.model_type, _ErnieVL, exist_ok=True)
+
+
 def kimi_k2(source: Path, folder: Path) -> Path:
     """DeepSeek V3's export under the model type of Kimi K2, which has its architecture."""
     tensors: Tensors = load(source)
@@ -211,4 +232,29 @@ def kimi_k2(source: Path, folder: Path) -> Path:
     save_file(tensors, folder / "model.safetensors")
     published = {"model_type": "kimi_k2", "topk_method": "noaux_tc", "scoring_func": "sigmoid"}
     (folder / "config.json").write_text(json.dumps(config | published))
+    return folder
+
+
+def ernie_vl(source: Path, folder: Path) -> Path:
+    """The export of ERNIE 4.5 VL file to file, with the flat config of the published models, and no image encoder."""
+    tensors = {name: tensor for name, tensor in load(source).items() if name.startswith("model.layers.0.")}
+    random = torch.Generator().manual_seed(2)
+    for name, shape in {"embed_tokens": (WORDS, HIDDEN), "norm": (HIDDEN,)}.items():
+        tensors[f"model.{name}.weight"] = torch.randn(shape, generator=random).bfloat16()
+    exported = json.loads((source / "config.json").read_text())
+    config = {
+        **exported["text_config"], "model_type": "ernie4_5_moe_vl", "architectures": exported["architectures"],
+        "torch_dtype": "bfloat16", "quantization_config": exported["quantization_config"], "moe_layer_interval": 1,
+        "moe_num_experts": [EXPERTS, EXPERTS], "moe_layer_start_index": [0, 0], "moe_layer_end_index": [0, 0],
+        "freq_allocation": 2, "rope_theta": 10000.0, "rope_scaling": {"type": "default", "mrope_section": [1, 1, 2]},
+        "pixel_hidden_size": 16, "spatial_conv_size": 2, "temporal_conv_size": 2, "im_patch_id": 20, "use_moe": True,
+        "use_temporal_conv": True,
+        "vision_config": {
+            "depth": 1, "embed_dim": 16, "hidden_size": 16, "in_channels": 3, "in_chans": 3, "mlp_ratio": 1,
+            "num_heads": 2, "patch_size": 4, "spatial_merge_size": 2, "hidden_act": "quick_gelu",
+        },
+    }  # fmt: skip
+    folder.mkdir(parents=True)
+    save_file(tensors, folder / "model.safetensors")
+    (folder / "config.json").write_text(json.dumps(config))
     return folder

@@ -12,9 +12,10 @@ from pathlib import Path
 from typing import Final
 
 import torch
-from engines.built import BUILT, kimi_k2
+from engines.built import BUILT, EXPERTS, ernie_vl, kimi_k2
 from engines.expected import Rank, Stacked
 from engines.wrapped import WRAPPED
+from support.checkpoints import load
 from support.exports import DATA
 
 FAMILIES: Final = DATA / "families"
@@ -25,6 +26,10 @@ _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
 _BELOW_LANGUAGE_MODEL: Final = (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
 RENAMED: Final = {
+    "aria": (
+        (r"^(language_model|vision_tower|multi_modal_projector)\.", r"model.\1."),
+        (r"\.router_weight$", ".router.weight"),
+    ),
     "bailing_hybrid": (
         (r"\.(self_attn|attention)\.o_proj\.", ".attention.dense."), (r"\.self_attn\.", ".attention."),
         (r"\.embed_tokens\.", ".word_embeddings."),
@@ -80,19 +85,44 @@ _EAGER: Final = ("qwen3_vl_moe",)
 
 def model_type(family: str) -> str:
     """Under which a verdict is given for a family; two of them share one where engines have a class for each."""
-    return {"bailing_hybrid_v2.5": "bailing_hybrid", "qwen4_exp_vl": "qwen4_exp"}.get(family, family)
+    names = {"bailing_hybrid_v2.5": "bailing_hybrid", "grok-2": "git", "qwen4_exp_vl": "qwen4_exp"}
+    return names.get(family, family)
 
 
 def copy(family: str, destination: Path, flow: str = "f2f") -> Path:
     """A copy of the export of a family, or the checkpoint that is built for it here."""
     if family == "kimi_k2":
         return kimi_k2(FAMILIES / "deepseek_v3-0.13-f2f", destination)
+    if family == "ernie4_5_moe_vl":
+        return ernie_vl(FAMILIES / "ernie4_5_vl_moe-0.13-f2f", destination)
     if family in WRAPPED:
         return WRAPPED[family].write(destination)
     if family in BUILT:
         return BUILT[family].write(destination)
     shutil.copytree(FAMILIES / f"{family}-0.13-{'eager' if family in _EAGER else flow}", destination)
     return destination
+
+
+_ERNIE: Final = re.compile(
+    r".*\.layers\.0\.mlp\.(?P<kind>text|vision)_experts\.(routed_experts\.)?(?P<half>w13|w2)_(?P<leaf>weight(_scale)?)"
+)
+
+
+def ernie_mismatches(model: torch.nn.Module, source: Path) -> list[str]:
+    """Names of the parameters of ERNIE 4.5 VL's experts for text, and of those for images, that are not as stored."""
+    tensors, wrong, seen = load(source), [], 0
+    for name, parameter in model.named_parameters():
+        if match := _ERNIE.fullmatch(name):
+            seen += 1
+            projections = ("gate_proj", "up_proj") if match["half"] == "w13" else ("down_proj",)
+            first = {"text": 0, "vision": EXPERTS}[match["kind"]]
+            prefixes = [f"model.layers.0.mlp.experts.{first + expert}" for expert in range(EXPERTS)]
+            leaf = match["leaf"]
+            experts = [torch.cat([tensors[f"{prefix}.{key}.{leaf}"] for key in projections]) for prefix in prefixes]
+            if not torch.equal(torch.stack(experts).reshape(parameter.shape), parameter.data):
+                wrong.append(name)
+    assert seen == 8
+    return wrong
 
 
 class Family(Stacked):

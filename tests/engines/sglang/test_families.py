@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from engines.expected import WHOLE
-from engines.families import Family, copy, model_type
+from engines.families import Family, copy, ernie_mismatches, model_type
 from engines.sglang.loading import build, load, prepare
 from engines.sglang.test_loading import FORMS, mismatches
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8MoEMethod
@@ -27,7 +27,7 @@ from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
     "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "deepseek_v2", "deepseek_v3",
-    "deepseek_v32", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa",
+    "deepseek_v32", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "grok-2",
     "hunyuan_v1_moe", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "lfm2_moe", "longcat_flash", "mimo_v2_flash",
     "minimax_m2", "minimax_m3_vl", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next",
     "qwen3_vl_moe", "qwen4_exp_vl",
@@ -94,6 +94,13 @@ def test_experts_of_deepseek_are_computed_without_their_scales(tmp_path: Path, t
     assert set(arguments) == {"w1", "w2", "topk_output", "moe_runner_config"}
 
 
+@pytest.mark.parametrize("target", TARGETS)
+def test_experts_for_text_and_for_images_are_as_stored(tmp_path: Path, target: str) -> None:
+    source = prepare(copy("ernie4_5_moe_vl", tmp_path / "source"))
+    out = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
+    assert ernie_mismatches(load(build(out, WHOLE, FORMS[target]), out), source) == []
+
+
 REFUSED: Final = {
     "dbrx": (KeyError, r"ffn\.experts\.mlp\.0\.v1\.weight"),
     "granitemoehybrid": (AttributeError, "'W8A8Int8Config' object has no attribute 'get_cache_scale'"),
@@ -130,4 +137,4 @@ def test_a_whole_model_with_its_image_encoder(tmp_path: Path, target: str) -> No
 
 
 def test_verdicts_are_given_for_what_was_loaded() -> None:
-    assert checked_model_types()["sglang"] == set(map(model_type, LOADED))
+    assert checked_model_types()["sglang"] == {*map(model_type, LOADED), "ernie4_5_moe_vl"}

@@ -61,12 +61,14 @@ registry._run_in_subprocess = lambda function: function()
 registry._LazyRegisteredModel._load_modelinfo_from_cache = lambda *_: None
 registry._LazyRegisteredModel._save_modelinfo_to_cache = lambda *_: None
 Stubs({"torchvision", "cutlass", "cuda", "timm"}, lambda name: MagicMock(name=name))
+for _name in ("gelu_new", "gelu_quick"):  # of image encoders
+    torch.library.define(f"_C::{_name}", "(Tensor! out, Tensor input) -> ()")
 vars(torch.cuda).update(Stream=MagicMock(), Event=MagicMock())
 tokenizers.cached_tokenizer_from_config = MagicMock()
 
 
-LANGUAGE_MODEL_ONLY = ("deepseek_vl_v2", "kimi_k25", "kimi_k3")
-"""Model types of checkpoints that have no image encoder here."""
+LANGUAGE_MODEL_ONLY = ("aria", "deepseek_vl_v2", "ernie4_5_moe_vl", "kimi_k25", "kimi_k3")
+"""Model types whose image encoder the checkpoints have not here, or whose experts are looked at only."""
 
 
 class SparseAttention(CPUMLABackend):  # type: ignore[misc]

@@ -13,7 +13,7 @@ from typing import Final
 import pytest
 import torch
 from engines.expected import WHOLE
-from engines.families import Family, copy, model_type
+from engines.families import Family, copy, ernie_mismatches, model_type
 from engines.vllm.conftest import QUARK
 from engines.vllm.exports import prepare
 from engines.vllm.loading import build, load
@@ -40,7 +40,7 @@ FUSED_REFUSED: Final = {
         ("deepseek", "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_vl_v2", "glm4_moe_lite", "glm5_next",
          "glm_moe_dsa", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "longcat_flash"), ONE_BY_ONE
     ),
-    **dict.fromkeys(("llama4", "qwen3_vl_moe"), TRANSPOSED),
+    **dict.fromkeys(("aria", "llama4", "qwen3_vl_moe"), TRANSPOSED),
 }  # fmt: skip
 """Families whose class takes experts one by one only, or fused ones as [E, in, out] only; and the error."""
 FUSED_SKIPPED: Final = ("bailing_hybrid", "bailing_hybrid_v2.5", "mimo_v2_flash", "minimax_m3_vl")
@@ -83,7 +83,7 @@ def test_every_parameter_is_what_stacking_gives(tmp_path: Path, family: str, for
 @pytest.mark.parametrize("family", FUSED_REFUSED)
 def test_fused_experts_that_vllm_refuses(tmp_path: Path, family: str) -> None:
     error, message = FUSED_REFUSED[family]
-    _, folder = converted(family, "fused-int8", tmp_path)
+    _, folder = converted(family, "fused-int8", tmp_path, "eager" if family == "aria" else "f2f")
     with pytest.raises(error, match=message):
         load(build(folder))
 
@@ -102,6 +102,24 @@ def test_float_linears_of_exports_that_vllm_takes_for_int8(tmp_path: Path, famil
     wrong = mismatches(load(build(folder)), Family(source, "vllm"), WHOLE, QUARK)
     assert wrong
     assert all(re.fullmatch(EXPORTED_WRONG[family], parameter) for parameter in wrong)
+
+
+@pytest.mark.parametrize("form", [form for form in INT8_FORMS if form != "fused-int8"])
+def test_experts_for_text_and_for_images_are_as_stored(tmp_path: Path, form: str) -> None:
+    source, folder = converted("ernie4_5_moe_vl", form, tmp_path)
+    assert ernie_mismatches(load(build(folder)), source) == []
+
+
+ARIA_WRONG: Final = r"language_model\.layers\.0\.mlp\.experts\.routed_experts\.w13_weight(_scale)?"
+
+
+@pytest.mark.parametrize("form", [QUARK, "compressed-tensors", "quark"])
+def test_gate_and_up_of_aria_are_loaded_wrongly(tmp_path: Path, form: str) -> None:
+    """Its class takes them for parts of one linear. Its image encoder and projector are left out here."""
+    source, folder = converted("aria", form, tmp_path, "eager")
+    wrong = mismatches(load(build(folder)), Family(source, "vllm"), WHOLE, form)
+    assert len(wrong) == 2
+    assert all(re.fullmatch(ARIA_WRONG, parameter) for parameter in wrong)
 
 
 REFUSED: Final = {
@@ -134,4 +152,5 @@ def test_the_router_of_phimoe_is_zero(tmp_path: Path, form: str) -> None:
 
 
 def test_verdicts_are_given_for_what_was_loaded() -> None:
-    assert checked_model_types()["vllm"] == {*map(model_type, LOADED), "step3p5"}  # step3p5: test_loading
+    assert checked_model_types()["vllm"] == {*map(model_type, LOADED), "ernie4_5_moe_vl", "step3p5"}
+    # step3p5: test_loading
