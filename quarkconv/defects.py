@@ -20,7 +20,7 @@ def unreadable_file(
 
 
 def unreadable_tensor(
-    file: str, tensor: str, found: str | None, *, code: str = "shard-truncated", hint: str | None = None
+    file: str, tensor: str | None, found: str | None, *, code: str = "shard-truncated", hint: str | None = None
 ) -> SourceError:
     """The system refuses to read the bytes of a tensor, or the file ends before them."""
     return SourceError("A tensor cannot be read", code=code, file=file, tensor=tensor, found=found, hint=hint)

@@ -11,6 +11,7 @@ from array import array
 from collections.abc import Iterator
 from typing import Final
 
+from quarkconv.defects import unreadable_tensor
 from quarkconv.description.description import Description
 from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
@@ -125,14 +126,8 @@ def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, 
         try:
             found = next(data)
         except OSError as error:
-            raise SourceError(
-                "A tensor cannot be read",
-                code="shard-truncated",
-                file=block.file,
-                tensor=name,
-                found=error.strerror,
-                hint="check the disk, then run the command again",
-            ) from error
+            hint = "check the disk, then run the command again"
+            raise unreadable_tensor(block.file, name, error.strerror, hint=hint) from error
         if len(found) < block.end - block.start:
             raise SourceError(
                 "The file ended while it was read",

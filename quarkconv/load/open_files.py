@@ -7,7 +7,7 @@ import threading
 from pathlib import Path
 from typing import Final, NamedTuple, Protocol
 
-from quarkconv.errors import SourceError
+from quarkconv.defects import unreadable_file
 from quarkconv.files.base import Files, Range
 from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
 from quarkconv.files.remote import RemoteFiles
@@ -138,13 +138,8 @@ class OpenFiles:
                 try:
                     descriptor = os.open(self._root / file, self._flags)
                 except OSError as error:
-                    raise SourceError(
-                        "A tensor cannot be read",
-                        code="shard-missing",
-                        file=str(self._root / file),
-                        found=error.strerror,
-                        hint=hint_about_open_files(error),
-                    ) from error
+                    path, hint = str(self._root / file), hint_about_open_files(error)
+                    raise unreadable_file(path, error.strerror, hint=hint) from error
                 self._descriptors[file] = descriptor
                 allow_open_files(descriptor)  # the lowest number that was free: so many are open
             return self._descriptors[file]

@@ -8,6 +8,7 @@ from typing import Final
 
 import xxhash
 
+from quarkconv.defects import unreadable_tensor
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.page_cache import in_page_cache
@@ -56,9 +57,9 @@ class RangeReader:
                     else self._files.read_into(item.file, view, item.start + done)
                 )
             except OSError as error:
-                raise _unreadable(item, error.strerror or str(error)) from error
+                raise unreadable_tensor(item.file, item.tensor, error.strerror or str(error)) from error
             if count == 0:
-                raise _unreadable(item, f"the file ends at {item.start + done}")
+                raise unreadable_tensor(item.file, item.tensor, f"the file ends at {item.start + done}")
             if hasher is not None:
                 hasher.update(view[:count])
             return count
@@ -92,9 +93,3 @@ class RangeReader:
         except SourceError:
             self._without_direct.add(file)
             return None
-
-
-def _unreadable(item: LayerRead, found: str) -> SourceError:
-    return SourceError(
-        "A tensor cannot be read", code="shard-truncated", file=item.file, tensor=item.tensor, found=found
-    )

@@ -15,6 +15,7 @@ from typing import Final, NamedTuple
 import torch
 import xxhash
 
+from quarkconv.defects import unreadable_tensor
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
@@ -76,12 +77,10 @@ def check_bytes(
                     output = OpenFile(own, part.shard.file)
                     found = list(_part_problems(description, part, output, sources, progress))
             except OSError as error:
-                raise SourceError(
-                    "A tensor cannot be read",
-                    code="shard-truncated",
-                    file=str(store.root / part.shard.file),
-                    tensor=part.tensor and part.tensor.name,
-                    found=error.strerror,
+                raise unreadable_tensor(
+                    str(store.root / part.shard.file),
+                    part.tensor and part.tensor.name,
+                    error.strerror,
                     hint=hint_about_open_files(error),
                 ) from error
             if found and fail_fast:
