@@ -96,6 +96,7 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
             experts_cls=self.experts_cls,
             routing_tables=layer._expert_routing_tables(),
         )
+        assert not self.moe_kernel.can_overlap_shared_experts, "only vLLM's modular kernel would run shared experts"
         self.moe_kernel.fused_experts.place(layer.expert_map)
         tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         self.moe_kernel.fused_experts.warm_up(
