@@ -10,11 +10,11 @@ from quarkconv.dtypes import TensorType
 from quarkconv.experts.config import ModelConfig, Part
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_routing
+from quarkconv.experts.known import Known
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.router_tensors import (
     fits_router,
-    hidden_size_of,
-    latent_size_of,
+    hidden_size,
     router_shapes,
     router_tensor_names,
 )
@@ -48,24 +48,25 @@ def disagreements(
         vectors: the names of the weights of one dimension, such as those of norms, of which every layer has some.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
     """
-    of_routers = tuple(_routers(config, layers, types))
-    known = [(layer, part) for layer in layers if (part := config.part_of(layer.moe)) is not None]
+    known_of = knowledge_by_stack(config.raw)
+    of_routers = tuple(_routers(known_of, layers, types))
+    parts = [(layer, part) for layer in layers if (part := config.part_of(layer.moe)) is not None]
     found: dict[str, list[str]] = {}
-    for layer, part in known:
-        for message in (*_sizes(layer, part, config), *_density(layer, part, config, is_mtp)):
+    for layer, part in parts:
+        for message in (*_sizes(layer, part, config, known_of(layer.moe)), *_density(layer, part, config, is_mtp)):
             found.setdefault(message, []).append(layer.moe)
     for message, modules in found.items():
         yield from FindingsAbout("config-mismatch", modules, message, hint=_HINT)
-    yield from _layers(config, known, vectors)
+    yield from _layers(config, parts, vectors)
     yield from of_routers
 
 
-def _sizes(layer: MoELayer, part: Part, config: ModelConfig) -> Iterator[str]:
+def _sizes(layer: MoELayer, part: Part, config: ModelConfig, known: Known | Unknown) -> Iterator[str]:
     """The sizes of the experts that config.json does not have."""
     stated = part.get("hidden_size")
     if type(stated) is int and layer.hidden not in _values(part, _HIDDEN):
         yield f"config.json has hidden_size {stated}, the experts {layer.hidden}"
-    latent = latent_size_of(config.raw, layer.moe)
+    latent = None if isinstance(known, Unknown) else known.hidden_size()
     if latent is not None and layer.hidden != latent:
         yield f"config.json has experts of the latent width {latent}, the tensors {layer.hidden}"
     inner = _values(part, _INNER)
@@ -142,16 +143,18 @@ def _layers(config: ModelConfig, known: list[tuple[MoELayer, Part]], vectors: tu
     )
 
 
-def _routers(config: ModelConfig, layers: tuple[MoELayer, ...], types: Mapping[str, TensorType]) -> Iterator[Finding]:
+def _routers(
+    known_of: Callable[[str], Known | Unknown], layers: tuple[MoELayer, ...], types: Mapping[str, TensorType]
+) -> Iterator[Finding]:
     """Routers that are missing, or of another shape than the experts need."""
-    known_of = knowledge_by_stack(config.raw)
     wrong: list[str] = []
     for layer in layers:
-        routing = layer_routing(known_of(layer.moe), layer)
+        known = known_of(layer.moe)
+        routing = layer_routing(known, layer)
         if isinstance(routing, Unknown):
             continue
         names = router_tensor_names(routing, layer.moe, types.__contains__)
-        for name, shape in router_shapes(routing, names, layer, hidden_size_of(config.raw, layer.moe)):
+        for name, shape in router_shapes(routing, names, layer, hidden_size(known)):
             found = types.get(name)
             if found is None or not fits_router(name, found.shape, shape, names):
                 wrong.append(name)

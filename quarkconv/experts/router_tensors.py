@@ -9,6 +9,7 @@ from quarkconv.experts.config_values import positive_int
 from quarkconv.experts.family import Keys
 from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.known import Known
 from quarkconv.experts.layer import MoELayer
 
 
@@ -25,16 +26,14 @@ class RouterNames(NamedTuple):
 
 def hidden_size_of(config: object, module: str = "") -> int | None:
     """Width of the hidden states that a router sees, where it is not that of the experts' input."""
-    known = knowledge(config, module)
+    return hidden_size(knowledge(config, module))
+
+
+def hidden_size(known: Known | Unknown) -> int | None:
+    """As :func:`hidden_size_of`, for a stack of layers of which this is known."""
     if isinstance(known, Unknown) or known.hidden_size() is None:
         return None
     return positive_int(known.config.get("hidden_size"))
-
-
-def latent_size_of(config: object, module: str = "") -> int | None:
-    """Width of the experts' input, where config.json sets it apart from that of the hidden states."""
-    known = knowledge(config, module)
-    return None if isinstance(known, Unknown) else known.hidden_size()
 
 
 def router_tensor_names(
