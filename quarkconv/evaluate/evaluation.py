@@ -81,7 +81,7 @@ def evaluate_checkpoint(
             kind.
         SourceError: a checkpoint or the text cannot be read, or hidden states are not finite.
         UnsupportedError: transformers has no class for the model, its experts cannot run in INT8, or it holds none and
-            a limit is set.
+            a limit is set, or layers are chosen.
         WriteError: hidden states or ``record`` cannot be written.
     """
     require_one_source(text, token_ids)
@@ -107,12 +107,12 @@ def evaluate_checkpoint(
         first = runners[0]
         tokens.check_vocabulary(first.quantized.skeleton.vocabulary)
         run = Run(runners, tokens, batch, progress)
-        if limits != Limits() and not run.in_int8:
+        if not run.in_int8 and (limits != Limits() or layers is not None or ablate):
             raise UnsupportedError(
-                "The checkpoint holds no INT8 modules: there is no divergence to compare with a limit",
+                "The checkpoint holds no INT8 modules: there is no divergence, and no layer to leave unquantized",
                 file=str(root),
                 expected="INT8 modules",
-                hint="leave out --max-kl and --min-agreement",
+                hint="leave out --max-kl, --min-agreement, --layers and --ablate",
             )
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
         streams = run.layers_of(run.variants, state, record)

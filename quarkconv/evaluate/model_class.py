@@ -66,6 +66,6 @@ def _no_class(root: Path, error: Exception) -> UnsupportedError:
     return UnsupportedError(
         "transformers has no class for this model",
         file=str(root / "config.json"),
-        found=str(error).splitlines()[0][:200],
+        found=str(error).splitlines()[0].split(". ")[0][:200],
         hint="quarkconv never runs code of a checkpoint; `quarkconv verify` checks each layer without a class",
     )

@@ -41,7 +41,7 @@ def require_one_source(text: str | Path | None, token_ids: str | Path | None) ->
     """Refuse a request with no tokens, or with two sources of them.
 
     Raises:
-        UsageError: neither text nor token ids are given, or both.
+        UsageError: neither text nor token ids are given, or both; or the name of the file is empty.
     """
     if (text is None) == (token_ids is None):
         raise UsageError(
@@ -49,3 +49,6 @@ def require_one_source(text: str | Path | None, token_ids: str | Path | None) ->
             expected="--text or --token-ids",
             found="neither" if text is None else "both",
         )
+    for option, value in (("--text", text), ("--token-ids", token_ids)):
+        if value is not None and not str(value):
+            raise UsageError(f"{option} is empty", expected="a file to read")

@@ -128,13 +128,15 @@ class Skeleton:
         for name in own:
             self._set(name, tensors[name])
         if info.mismatched_keys or info.conversion_errors:
-            name, *shapes = (sorted(info.mismatched_keys) or [(next(iter(info.conversion_errors)), "", "")])[0]
+            name, *shapes = (sorted(info.mismatched_keys) or [(next(iter(info.conversion_errors)), (), ())])[0]
+            stored, expected = (str(list(shape)) if shape else None for shape in shapes)
             raise SourceError(
                 "A tensor does not fit the model's class",
                 code="shape-unexpected",
                 file=str(self.root),
                 tensor=name,
-                found=" and ".join(map(str, shapes)),
+                expected=expected,
+                found=stored,
             )
         if prefix is not None:
             self._detach(prefix)

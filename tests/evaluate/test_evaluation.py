@@ -318,10 +318,22 @@ def test_a_model_that_does_not_exist_is_named_before_its_tokenizer(tmp_path: Pat
         evaluate_checkpoint(tmp_path / "missing", text=tmp_path / "text.txt", device="cpu")
 
 
-def test_a_limit_without_int8_modules_is_refused(unquantized: Path, token_ids: Path) -> None:
-    with pytest.raises(UnsupportedError, match="no divergence to compare") as caught:
-        evaluate_checkpoint(unquantized, token_ids=token_ids, device="cpu", limits=Limits(max_kl=0.1))
+@pytest.mark.parametrize("options", [{"limits": Limits(max_kl=0.1)}, {"layers": {1}}, {"ablate": 1}])
+def test_limits_and_layers_without_int8_modules_are_refused(
+    options: dict[str, Any], unquantized: Path, token_ids: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="there is no divergence") as caught:
+        evaluate_checkpoint(unquantized, token_ids=token_ids, device="cpu", **options)
     assert caught.value.exit_code == 4
+
+
+def test_tensors_of_another_size_than_the_config_are_named_with_both_shapes(
+    quantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    other = with_config(quantized, tmp_path / "other", vocab_size=500)
+    with pytest.raises(SourceError, match="does not fit") as caught:
+        evaluate_checkpoint(other, token_ids=token_ids, device="cpu", resume=False)
+    assert (caught.value.expected, caught.value.found) == ("[500, 128]", "[512, 128]")
 
 
 def with_config(source: Path, out: Path, **settings: Any) -> Path:
@@ -404,6 +416,11 @@ def test_a_model_type_without_a_class_is_unsupported(checkpoints: Any, token_ids
     with pytest.raises(UnsupportedError, match="no class") as caught:
         evaluate_checkpoint(checkpoints("step3p5-like-3key_fused"), token_ids=token_ids, resume=False)
     assert caught.value.exit_code == 4
+
+
+def test_an_empty_name_of_a_text_is_refused(quantized: Path) -> None:
+    with pytest.raises(UsageError, match="--text is empty"):
+        evaluate_checkpoint(quantized, text="", device="cpu")
 
 
 @pytest.mark.parametrize(("text", "ids"), [(None, None), ("a", "b")])
