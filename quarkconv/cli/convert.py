@@ -65,6 +65,7 @@ def convert(
         QuantizeMode | None,
         typer.Option(
             "--quantize",
+            metavar="missing|all",
             help="Quantize float modules to ptpc_int8: those that the config declares, or every linear.",
         ),
     ] = None,

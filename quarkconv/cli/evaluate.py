@@ -51,10 +51,12 @@ def evaluate(
         ),
     ] = 0,
     max_kl: Annotated[
-        float | None, typer.Option("--max-kl", metavar="X", help="Exit 1 when the mean KL divergence is larger.")
+        float | None,
+        typer.Option("--max-kl", metavar="X", help="Exit 1 when the mean KL divergence is larger, in nats."),
     ] = None,
     min_agreement: Annotated[
-        float | None, typer.Option("--min-agreement", metavar="X", help="Exit 1 when top-1 agreement is smaller.")
+        float | None,
+        typer.Option("--min-agreement", metavar="X", help="Exit 1 when top-1 agreement, 0 to 1, is smaller."),
     ] = None,
     record: Annotated[
         str | None,

@@ -116,7 +116,7 @@ def ranks_of(tp: int, ep: int) -> list[Rank]:
         UsageError: both sizes are given, or one is out of range.
     """
     if tp != 1 and ep != 1:
-        raise UsageError("Experts are divided in one way", expected="--tp or --ep", found="both")
+        raise UsageError("--tp and --ep exclude one another", expected="one of them", found="both")
     parallel, world_size = ("tp", tp) if tp != 1 else ("ep", ep)
     if world_size == 1:
         return [WHOLE]

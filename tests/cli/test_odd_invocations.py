@@ -102,6 +102,26 @@ def test_a_directory_that_cannot_be_searched_is_a_source_that_cannot_be_read(
         assert "found:    Permission denied" in result.err
 
 
+@pytest.mark.parametrize(
+    ("error", "hint"),
+    [
+        (PermissionError(13, "Permission denied"), "check who may read"),
+        (OSError(5, "I/O error"), "copy the checkpoint"),
+    ],
+)
+def test_a_config_without_permission_is_not_to_be_downloaded_again(
+    error: OSError, hint: str, model: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refusing(*_: object) -> bytes:
+        raise error
+
+    monkeypatch.setattr("quarkconv.files.json_files.read_regular", refusing)
+    result = command("inspect", model, "--json")
+    assert result.code == 1
+    (found,) = [item for item in result.json["findings"] if item["code"] == "config-invalid"]
+    assert hint in found["hint"]
+
+
 def test_a_current_directory_that_was_deleted_is_named(model: Path, tmp_path: Path) -> None:
     gone = tmp_path / "gone"
 

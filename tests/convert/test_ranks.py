@@ -192,7 +192,7 @@ def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["--to", "fused-int8", "--tp", "2", "--ep", "2"], 2, "one way"),
+        (["--to", "fused-int8", "--tp", "2", "--ep", "2"], 2, "exclude one another"),
         (["--to", "fused-int8", "--tp", "2", "--push", "org/name"], 2, "not uploaded"),
         (["--to", "fused-int8", "--tp", "3"], 4, "cannot be divided among 3 ranks"),
         (["--to", "fused-int8", "--ep", "4"], 4, "more ranks than experts"),
