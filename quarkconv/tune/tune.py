@@ -18,7 +18,7 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.text import alternatives
 from quarkconv.tune.grid import Tile, starts, variations
 from quarkconv.tune.kernels import Kernel, Routed, engine_kernel
-from quarkconv.tune.search import fastest
+from quarkconv.tune.search import Search, run_together, search
 from quarkconv.tune.shapes import RankShape, whole
 from quarkconv.tune.tables import MEASURED, Timing, dump_table, record
 from quarkconv.write.durable import write_durably
@@ -87,7 +87,7 @@ def tune_engine(
 ) -> list[WrittenTable]:
     """Write a table for each shape, and the record of what was measured.
 
-    Both are written again after each number of tokens: an interrupted run leaves a table of those that it reached.
+    Both are written again with each tile that was found: an interrupted run leaves a table of the fastest so far.
 
     Args:
         engine: ``vllm`` or ``sglang``, which must be installed.
@@ -95,7 +95,7 @@ def tune_engine(
         folder: the folder that the engine's variable is to name.
         tokens: numbers of tokens to tune for.
         jobs: processes that compile.
-        progress: counts pairs of shape and number of tokens.
+        progress: counts pairs of shape and number of tokens, twice each.
 
     Raises:
         UnsupportedError: there is no GPU, or the engine is not installed.
@@ -106,7 +106,7 @@ def tune_engine(
     written = []
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else None
     with pool or nullcontext():
-        progress.step(f"Timing {kernel.version()}", len(shapes) * len(tokens), "size")
+        progress.step(f"Timing {kernel.version()}", 2 * len(shapes) * len(tokens), "size")
         for shape in shapes:
             path, timings = kernel.table_path(folder, shape), dict[int, Timing]()
             for count, timing in tune_shape(kernel, engine, shape, tokens, pool):
@@ -123,7 +123,9 @@ def tune_engine(
 def tune_shape(
     kernel: Kernel, engine: str, shape: RankShape, tokens: Sequence[int], pool: Executor | None = None
 ) -> Iterator[tuple[int, Timing]]:
-    """Each number of tokens with its fastest tile, as soon as it is known.
+    """Each number of tokens twice: with the fastest tile so far, and with the fastest.
+
+    All numbers are searched together: they share most tiles, and few compile at a time for one.
 
     Args:
         kernel: the engine's kernel.
@@ -140,35 +142,32 @@ def tune_shape(
     device = torch.device("cuda", torch.cuda.current_device())
     shared = device_traits(device).shared_memory
     weights = make_weights(shape.sizes, device)
-    if pool is not None:  # numbers of tokens share most tiles: all at once keeps every process busy
-        first = {tile: count for count in reversed(tokens) for tile in starts(shape, count, shared)}
-        list(pool.map(partial(_compiles, engine, shape), first.values(), first))
-    for count in tokens:
-        yield count, _search(kernel, engine, shape, count, weights, shared, pool)
+    run = map if pool is None else pool.map
+
+    def launches(wanted: Sequence[tuple[int, Tile]]) -> list[bool]:
+        once = {tile: count for count, tile in reversed(wanted)}
+        list(run(partial(_compiles, engine, shape), once.values(), once))  # no tile by two processes at a time
+        counts, tiles = [count for count, _ in wanted], [tile for _, tile in wanted]
+        return list(run(partial(_compiles, engine, shape), counts, tiles))
+
+    searches = {count: _search(kernel, shape, count, weights, shared) for count in tokens}
+    yield from run_together(searches, launches)
     torch.cuda.empty_cache()
 
 
-def _search(
-    kernel: Kernel, engine: str, shape: RankShape, tokens: int, weights: Weights, shared: int, pool: Executor | None
-) -> Timing:
-    """The fastest tile for a number of tokens, see :func:`fastest`."""
+def _search(kernel: Kernel, shape: RankShape, tokens: int, weights: Weights, shared: int) -> Search:
+    """The search for a number of tokens."""
     from quarkconv.kernels.tune import time_calls
 
     count = max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // tokens))
     forwards = kernel.forwards(shape, weights, [_routed(shape, tokens) for _ in range(count)])
-    compiles = partial(_compiles, engine, shape, tokens)
 
     def time(tile: Tile, repeats: int) -> float:
         with kernel.using(tile):
             return time_calls(forwards, repeats)
 
-    return fastest(
-        kernel.default(shape, tokens),
-        starts(shape, tokens, shared),
-        lambda tile: variations(tile, shape, tokens, shared),
-        time,
-        lambda tiles: map(compiles, tiles) if pool is None else pool.map(compiles, tiles),
-    )
+    first = starts(shape, tokens, shared)
+    return search(kernel.default(shape, tokens), first, lambda tile: variations(tile, shape, tokens, shared), time)
 
 
 def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from quarkconv.tune.grid import Tile, starts, variations
-from quarkconv.tune.search import fastest
+from quarkconv.tune.search import run_together, search
 from quarkconv.tune.shapes import whole
 from quarkconv.tune.tables import Timing
 
@@ -26,37 +26,39 @@ def cost(tile: Tile) -> float:
     return 100.0 + 10 * sum(max(a / b, b / a) - 1 for a, b in pairs)
 
 
-def search(
+def run(
     time: Callable[[Tile], float], launches: Callable[[Tile], bool] = lambda _: True
 ) -> tuple[Timing, Counter[Tile]]:
+    """What one search finds, and how often it measured each tile."""
     measured: Counter[Tile] = Counter()
 
     def timed(tile: Tile, repeats: int) -> float:
         measured[tile] += repeats
         return time(tile)
 
-    def each(tiles: Sequence[Tile]) -> list[bool]:
-        return [launches(tile) for tile in tiles]
+    def each(wanted: Sequence[tuple[int, Tile]]) -> list[bool]:
+        return [launches(tile) for _, tile in wanted]
 
     first = starts(SHAPE, TOKENS, SHARED)
-    found = fastest(DEFAULT, first, lambda tile: variations(tile, SHAPE, TOKENS, SHARED), timed, each)
+    one = search(DEFAULT, first, lambda tile: variations(tile, SHAPE, TOKENS, SHARED), timed)
+    *_, (_, found) = run_together({TOKENS: one}, each)
     return found, measured
 
 
 def test_the_fastest_tile_is_found_by_few_measurements() -> None:
-    found, measured = search(cost)
+    found, measured = run(cost)
     assert found == Timing(BEST, cost(DEFAULT), 100.0)
     assert len(measured) <= 1 + 22 + 8
     assert measured[BEST] == measured[DEFAULT] == 4 + 3 * 10  # once, then thrice in turns
 
 
 def test_the_default_stays_where_nothing_is_faster() -> None:
-    found, _ = search(lambda tile: 50.0 if tile == DEFAULT else cost(tile))
+    found, _ = run(lambda tile: 50.0 if tile == DEFAULT else cost(tile))
     assert found == Timing(DEFAULT, 50.0, 50.0)
 
 
 def test_what_cannot_be_launched_is_never_measured() -> None:
-    found, measured = search(cost, lambda tile: tile.num_stages != 4)
+    found, measured = run(cost, lambda tile: tile.num_stages != 4)
     assert {tile.num_stages for tile in measured} == {3, 5}
     assert found.tile.num_stages != 4
     assert found.tuned_us == cost(found.tile)
@@ -70,4 +72,35 @@ def test_a_lucky_first_measurement_does_not_win() -> None:
         calls[tile] += 1
         return 1.0 if tile == lucky and calls[tile] == 1 else cost(tile)
 
-    assert search(time)[0].tile == BEST
+    assert run(time)[0].tile == BEST
+
+
+def test_searches_in_step_compile_together_and_show_what_they_have() -> None:
+    """Each asks twice, for its starts and for variations; what each found so far is known before the second."""
+    compiled: list[list[tuple[int, Tile]]] = []
+
+    def launches(wanted: Sequence[tuple[int, Tile]]) -> list[bool]:
+        compiled.append(list(wanted))
+        return [True] * len(wanted)
+
+    def time(tile: Tile, _: int) -> float:
+        return cost(tile)
+
+    searches = {
+        tokens: search(
+            DEFAULT,
+            starts(SHAPE, tokens, SHARED),
+            lambda tile, tokens=tokens: variations(tile, SHAPE, tokens, SHARED),  # type: ignore[misc]
+            time,
+        )
+        for tokens in (64, TOKENS)
+    }
+    found = list(run_together(searches, launches))
+    assert [tokens for tokens, _ in found] == [64, TOKENS, 64, TOKENS]
+    assert [{tokens for tokens, _ in wanted} for wanted in compiled] == [{64, TOKENS}] * 2
+    assert {tile for tokens, tile in compiled[0] if tokens == TOKENS} == {DEFAULT, *starts(SHAPE, TOKENS, SHARED)}
+    assert not set(compiled[0]) & set(compiled[1])
+    for tokens in (64, TOKENS):
+        early, last = (timing for each, timing in found if each == tokens)
+        assert early.default_us == last.default_us == cost(DEFAULT)
+        assert last.tuned_us <= early.tuned_us < early.default_us

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -45,20 +46,45 @@ def test_an_interrupted_run_leaves_a_table_of_what_it_reached(tmp_path: Path, mo
 
 
 def test_what_is_timed_is_compiled_before_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    compiled: list[tuple[int, Tile]] = []
+    """Each tile for its number of tokens; no tile twice at a time, since both would compile it."""
     torch = pytest.importorskip("torch")
+    batches: list[list[tuple[int, Tile]]] = []
+    in_use: list[Tile] = []
+    timed: dict[int, set[Tile]] = {1: set(), 64: set(), 4096: set()}
+
+    class Pretended(Kernel):
+        def default(self, _: Any, tokens: int) -> Tile:  # noqa: ARG002
+            return TILE
+
+        def forwards(self, _: Any, __: Any, inputs: Any) -> Any:
+            return inputs
+
+        @contextmanager
+        def using(self, tile: Tile) -> Iterator[None]:
+            in_use.append(tile)
+            yield
+
+    def together(function: Any, counts: Any, tiles: Any) -> Iterator[bool]:
+        batches.append(list(zip(counts, tiles, strict=True)))
+        return (function(tokens, tile) for tokens, tile in batches[-1])
+
+    def time(inputs: list[int], _: int) -> float:
+        tokens, tile = inputs[0], in_use[-1]
+        assert (tokens, tile) in {pair for batch in batches for pair in batch}
+        timed[tokens].add(tile)
+        return 10.0 if tile == TILE else 5.0 + tile.block_k / 128
+
     monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
     monkeypatch.setattr("quarkconv.kernels.backend.device_traits", lambda _: SimpleNamespace(shared_memory=227 * 1024))
     monkeypatch.setattr("quarkconv.kernels.tune.make_weights", lambda *_: ())
-    monkeypatch.setattr(tune, "_compiles", lambda _, __, tokens, tile: compiled.append((tokens, tile)))
-    timed: list[int] = []
-
-    def search(_: object, __: str, shape: Any, tokens: int, *___: object) -> Timing:
-        assert {tile for _, tile in compiled} >= set(starts(shape, tokens, 227 * 1024))
-        timed.append(tokens)
-        return Timing(TILE, 2.0, 1.0)
-
-    monkeypatch.setattr(tune, "_search", search)
-    found = dict(tune.tune_shape(Kernel(), "engine", SHAPE, (1, 64, 4096), SimpleNamespace(map=map)))  # type: ignore[arg-type]
-    assert list(found) == timed == [1, 64, 4096]
-    assert len({tile for _, tile in compiled}) == len(compiled)
+    monkeypatch.setattr("quarkconv.kernels.tune.time_calls", time)
+    monkeypatch.setattr(tune, "_routed", lambda _, tokens: tokens)
+    monkeypatch.setattr(tune, "_compiles", lambda *_: True)
+    pool: Any = SimpleNamespace(map=together)
+    found = list(tune.tune_shape(Pretended(), "engine", SHAPE, (1, 64, 4096), pool))
+    assert [tokens for tokens, _ in found] == [1, 64, 4096] * 2
+    assert len(batches) == 4  # unlike tiles, then all: of the starts, and of the variations
+    for batch in batches[::2]:
+        assert len({tile for _, tile in batch}) == len(batch)
+    for tokens, tiles in timed.items():
+        assert tiles >= {TILE, *starts(SHAPE, tokens, 227 * 1024)}
