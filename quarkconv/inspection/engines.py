@@ -111,7 +111,9 @@ class EngineFact(NamedTuple):
     def remark(self) -> str:
         """Devices and note, for people."""
         devices = f"on {self.devices}" if self.devices else ""
-        reading = "by its source" if self.devices and self.verdict != NOT_CHECKED and not self.tried else ""
+        reading = (
+            "read in its source, not run" if self.devices and self.verdict != NOT_CHECKED and not self.tried else ""
+        )
         return "; ".join(filter(None, (devices, self.note, reading)))
 
     def to_json(self) -> dict[str, str]:
