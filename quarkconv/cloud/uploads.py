@@ -9,6 +9,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Collection
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
@@ -49,21 +50,17 @@ def list_uploads(url: str) -> list[Upload]:
         UnsupportedError: the store is not S3.
         WriteError: the store refuses, or cannot be reached.
     """
-    client, bucket, prefix = _client(url), bucket_of(url), prefix_of(without_slash(url))
-    start = f"{prefix}/" if prefix else ""
-    try:
-        found = [
-            Upload(
-                item["Key"].removeprefix(start),
-                item["UploadId"],
-                item["Initiated"].isoformat(),
-                _parts_nbytes(client, bucket, item),
-            )
-            for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=start)
-            for item in page.get("Uploads", ())
-        ]
-    except Exception as error:  # botocore has a class for each error
-        raise _refused(url, error) from error
+    bucket, start = bucket_of(url), _start(url)
+    with closing(_client(url)) as client:
+        try:
+            found = [
+                Upload(item["Key"].removeprefix(start), item["UploadId"], item["Initiated"].isoformat(), nbytes)
+                for page in client.get_paginator("list_multipart_uploads").paginate(Bucket=bucket, Prefix=start)
+                for item in page.get("Uploads", ())
+                if (nbytes := _parts_nbytes(client, bucket, item)) is not None
+            ]
+        except Exception as error:  # botocore has a class for each error
+            raise _refused(url, error) from error
     return sorted(found, key=lambda upload: (upload.name, upload.started, upload.upload_id))
 
 
@@ -73,15 +70,15 @@ def abort_uploads(url: str, uploads: Collection[Upload]) -> None:
     Raises:
         WriteError: the store refuses, or cannot be reached.
     """
-    client, bucket, prefix = _client(url), bucket_of(url), prefix_of(without_slash(url))
-    start = f"{prefix}/" if prefix else ""
-    for upload in uploads:
-        try:
-            client.abort_multipart_upload(Bucket=bucket, Key=start + upload.name, UploadId=upload.upload_id)
-        except client.exceptions.NoSuchUpload:
-            pass
-        except Exception as error:  # botocore has a class for each error
-            raise _refused(url, error) from error
+    bucket, start = bucket_of(url), _start(url)
+    with closing(_client(url)) as client:
+        for upload in uploads:
+            try:
+                client.abort_multipart_upload(Bucket=bucket, Key=start + upload.name, UploadId=upload.upload_id)
+            except client.exceptions.NoSuchUpload:
+                pass
+            except Exception as error:  # botocore has a class for each error
+                raise _refused(url, error) from error
 
 
 def clear_uploads(url: str, names: Collection[str]) -> int:
@@ -95,6 +92,12 @@ def clear_uploads(url: str, names: Collection[str]) -> int:
         _log.info("unfinished uploads are not cleared: %s", error.message)
         return 0
     return len(uploads)
+
+
+def _start(url: str) -> str:
+    """What the keys of the objects below a URL begin with."""
+    prefix = prefix_of(without_slash(url))
+    return f"{prefix}/" if prefix else ""
 
 
 def _client(url: str) -> Any:
@@ -125,9 +128,13 @@ def _client(url: str) -> Any:
         raise _refused(url, error) from error
 
 
-def _parts_nbytes(client: Any, bucket: str, upload: dict[str, Any]) -> int:
+def _parts_nbytes(client: Any, bucket: str, upload: dict[str, Any]) -> int | None:
+    """Bytes of the parts that were sent; None where the upload has ended meanwhile."""
     pages = client.get_paginator("list_parts").paginate(Bucket=bucket, Key=upload["Key"], UploadId=upload["UploadId"])
-    return sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+    try:
+        return sum(int(part["Size"]) for page in pages for part in page.get("Parts", ()))
+    except client.exceptions.NoSuchUpload:
+        return None
 
 
 def _refused(url: str, error: Exception) -> WriteError:

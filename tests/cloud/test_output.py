@@ -20,6 +20,7 @@ from support.s3 import OUT, URL, objects, publish, put
 
 import quarkconv
 from quarkconv.cloud import objects as cloud_objects
+from quarkconv.cloud import uploads
 from quarkconv.cloud.objects import MAX_PART_BYTES, MAX_PARTS, PART_BYTES, Objects, part_size
 from quarkconv.cloud.uploads import list_uploads
 from quarkconv.convert.conversion import Conversion
@@ -251,6 +252,24 @@ def test_uploads_of_a_dead_run_are_listed_and_discarded(
     code, out, _ = run_cli(capsys, "uploads", OUT, "--json")
     assert (code, "ListBucketMultipartUploads" in json.loads(out)["hint"]) == (5, True)
     assert run_cli(capsys, "uploads", "gs://bucket/path")[0] == 4
+
+
+@pytest.mark.usefixtures("published")
+def test_an_upload_that_ends_while_uploads_are_listed_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    import boto3
+
+    client = boto3.client("s3")
+    keys = [f"out/tiny-moe/{name}" for name in ("first", "second")]
+    started = [client.create_multipart_upload(Bucket="models", Key=key)["UploadId"] for key in keys]
+    original = uploads._parts_nbytes
+
+    def end_first(client: Any, bucket: str, upload: dict[str, Any]) -> int | None:
+        if upload["UploadId"] == started[0]:
+            client.abort_multipart_upload(Bucket=bucket, Key=upload["Key"], UploadId=started[0])
+        return original(client, bucket, upload)
+
+    monkeypatch.setattr(uploads, "_parts_nbytes", end_first)
+    assert [(upload.name, upload.nbytes) for upload in list_uploads(OUT)] == [("second", 0)]
 
 
 @pytest.mark.usefixtures("published")

@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -52,8 +53,8 @@ def store(big_model: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FaultyPr
     """The server behind a proxy, with the model and without an output."""
     import boto3
 
-    client = boto3.client("s3", endpoint_url=SERVER, region_name="us-east-1")
-    client.create_bucket(Bucket="models")
+    with closing(boto3.client("s3", endpoint_url=SERVER, region_name="us-east-1")) as client:
+        client.create_bucket(Bucket="models")
     with faulty_proxy(SERVER) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.url)
         if not Objects(URL).entries():
@@ -150,14 +151,14 @@ def test_buckets_that_keep_versions_hold_the_bytes_of_a_directory(
     import boto3
 
     bucket = f"kept-{locked}".lower()
-    client = boto3.client("s3", endpoint_url=store.url, region_name="us-east-1")
-    client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=locked)
-    if locked:
-        rule = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 1}}}
-        client.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=rule)
-        monkeypatch.setenv("AWS_CHECKSUM_ALGORITHM", "SHA256")
-    else:
-        client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
+    with closing(boto3.client("s3", endpoint_url=store.url, region_name="us-east-1")) as client:
+        client.create_bucket(Bucket=bucket, ObjectLockEnabledForBucket=locked)
+        if locked:
+            rule = {"ObjectLockEnabled": "Enabled", "Rule": {"DefaultRetention": {"Mode": "GOVERNANCE", "Days": 1}}}
+            client.put_object_lock_configuration(Bucket=bucket, ObjectLockConfiguration=rule)
+            monkeypatch.setenv("AWS_CHECKSUM_ALGORITHM", "SHA256")
+        else:
+            client.put_bucket_versioning(Bucket=bucket, VersioningConfiguration={"Status": "Enabled"})
     out = f"s3://{bucket}/out"
     for overwrite in (False, True):
         quarkconv.convert_checkpoint(URL, "fused-int8", out, max_shard_size=SHARD_SIZE, overwrite=overwrite)
