@@ -13,7 +13,7 @@ from typing import Final
 from quarkconv.errors import HubError, UsageError
 from quarkconv.files.http_files import HttpFiles
 from quarkconv.files.remote import Entry, is_inside
-from quarkconv.files.urls import BUCKETS
+from quarkconv.files.urls import BUCKETS, without_slash
 from quarkconv.hub.errors import TOKEN_HINT, first_line, hub_error
 from quarkconv.hub.ranges import BucketRanges
 
@@ -38,7 +38,7 @@ def open_hub_bucket(url: str) -> HubBucket:
     """
     from huggingface_hub import HfApi, constants
 
-    url = url.rstrip("/")
+    url = without_slash(url)
     match = _URL.fullmatch(url.removeprefix(BUCKETS))
     if match is None or not is_inside(url.removeprefix(BUCKETS)):
         raise UsageError("Invalid URL of a bucket", expected=f"{BUCKETS}ORG/NAME/PATH", found=repr(url)[:300])

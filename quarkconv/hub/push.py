@@ -26,7 +26,7 @@ def create_repo(repo: str, *, private: bool = False, progress: Progress = SILENT
     try:
         HfApi(endpoint=constants.ENDPOINT).create_repo(repo, private=private or None, exist_ok=True)
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
-        raise _refused(repo, error) from error
+        raise _refused("The repo of --push cannot be created", repo, error) from error
 
 
 def upload_folder(folder: Path, repo: str, message: str, *, bars: bool = False) -> str:
@@ -55,16 +55,16 @@ def upload_folder(folder: Path, repo: str, message: str, *, bars: bool = False) 
             else:
                 api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
-        raise _refused(repo, error) from error
+        raise _refused("The upload to the Hub failed; the converted files are kept", repo, error) from error
     return f"{constants.ENDPOINT}/{repo}"
 
 
-def _refused(repo: str, error: Exception) -> WriteError:
+def _refused(message: str, repo: str, error: Exception) -> WriteError:
     from quarkconv.hub.errors import first_line, network_hint
 
-    hint = "run `hf auth login` with a token that may write there, then run the same command again: it resumes"
+    hint = "run `hf auth login` with a token that may write there, then run the same command again"
     return WriteError(
-        "The upload to the Hub failed; the converted files are kept",
+        message,
         file=repo,
         found=first_line(error),
         hint=network_hint(error) or hint,

@@ -15,7 +15,7 @@ from typing import Any, Final
 from quarkconv.errors import HubError, SourceError, UsageError
 from quarkconv.files.http_files import HttpFiles
 from quarkconv.files.remote import Entry, is_inside
-from quarkconv.files.urls import MODELSCOPE
+from quarkconv.files.urls import MODELSCOPE, without_slash
 from quarkconv.modelscope.errors import ENDPOINT_HINT, failure, refusal
 from quarkconv.modelscope.ranges import SHA256, ModelScopeRanges, endpoint, request
 
@@ -61,7 +61,7 @@ def open_modelscope(url: str) -> ModelScopeRepo:
         UsageError: the URL is invalid.
         HubError: ModelScope cannot be reached, refuses, or has no such model.
     """
-    url = url.rstrip("/")
+    url = without_slash(url)
     match = _REPO.fullmatch(url.removeprefix(MODELSCOPE))
     if match is None:
         raise UsageError(

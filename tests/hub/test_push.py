@@ -65,6 +65,7 @@ def test_a_failed_upload_resumes_without_converting_again(
         patch.setattr("huggingface_hub.HfApi.upload_folder", fail)
         code, output, _ = push(capsys, model, tmp_path / "out")
     assert code == 5
+    assert output["error"] == "The upload to the Hub failed; the converted files are kept"
     assert output["found"] == "connection lost"
     before = (tmp_path / "out" / "config.json").stat().st_mtime_ns
     code, output, _ = push(capsys, model, tmp_path / "out")
@@ -78,6 +79,7 @@ def test_a_wrong_name_or_token_is_reported_first(hub: Hub, model: Path, tmp_path
     hub.faults.token = "hf_other"
     code, output, _ = push(capsys, model, tmp_path / "out")
     assert code == 5
+    assert output["error"] == "The repo of --push cannot be created"  # nothing was converted that could be kept
     assert "hf auth login" in output["hint"]
     assert not (tmp_path / "out").exists()
 
