@@ -121,7 +121,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "scale-negative": FindingCode(_I, "Scales of weights are negative, as auto-round writes them (read by --deep)."),
     "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
     "zero-point-present": FindingCode(_I, "Zero points are stored, which engines do not read; conversion drops zeros."),
-    "zero-point-shape": FindingCode(_E, "A zero point has another shape than its scale.", _BROKEN),
+    "zero-point-shape": FindingCode(_E, "Zero points are more or fewer than scales, as packed ones are.", _UNSUPPORTED),
     "zero-point-nonzero": FindingCode(_E, "A zero point is not zero: the weights are not symmetric (read by --deep)."),
     "tensor-unrecognised": FindingCode(
         _W, "A tensor with codes or scales belongs to an unknown module; engines may drop it."

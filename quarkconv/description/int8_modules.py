@@ -60,8 +60,18 @@ _CHECKS: Final[tuple[_Check, ...]] = (
         CONVERT,
     ),
     (
+        "scheme-unsupported",
+        lambda form, _: form.input_scale is not None and _is_of_channels(form.input_scale.shape, form.weight.shape),
+        "{} with a static input scale for each channel",
+        "quarkconv converts static activations with one scale, and dynamic ones",
+    ),
+    (
         "scale-shape",
-        lambda form, _: form.input_scale is not None and not _is_input_scale(form.input_scale.shape, form.weight.shape),
+        lambda form, _: (
+            form.input_scale is not None
+            and not _is_input_scale(form.input_scale.shape, form.weight.shape)
+            and not _is_of_channels(form.input_scale.shape, form.weight.shape)
+        ),
         "{} with a static input scale that is neither one value nor one for each matrix",
         REQUANTIZE,
     ),
@@ -82,7 +92,7 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     (
         "zero-point-shape",
         lambda form, _: any(
-            point is not None and form.scale is not None and point.shape != form.scale.shape
+            point is not None and form.scale is not None and prod(point.shape) != prod(form.scale.shape)
             for point in (form.zero_point, form.offset)
         ),
         "{} with a zero point of another shape than the scale",
@@ -137,6 +147,11 @@ def _is_of_parts(form: Form) -> bool:
 
 def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     return prod(shape) in (1, prod(weight[:-2]))
+
+
+def _is_of_channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
+    """Whether a static input scale has a value for each input of the weight, of which there are several."""
+    return len(weight) > 1 and weight[-1] > 1 and prod(shape) in (weight[-1], prod(weight[:-2]) * weight[-1])
 
 
 def _is_foreign(scheme: ModuleScheme) -> bool:

@@ -529,3 +529,27 @@ def test_an_engine_has_no_verdict_on_a_function_that_is_not_known(
 def test_an_engine_has_no_verdict_on_experts_that_its_class_does_not_have(variant: str, tmp_path: Path) -> None:
     inspection = inspect_checkpoint(UNKNOWN[variant]().write(tmp_path))
     assert not [row for row in inspection.engines if row.verdict in ("int8", "w8a16")]
+
+
+@pytest.mark.parametrize(
+    ("name", "shape"), [("weight_zero_point", (2,)), ("input_scale", (8,)), ("input_scale", (1, 8))]
+)
+def test_zero_points_and_input_scales_of_other_schemes_are_unsupported(
+    name: str, shape: tuple[int, ...], tmp_path: Path
+) -> None:
+    """Zero points four to an integer, as formats of packed codes have them, and a scale for each input channel."""
+    model = Model()
+    model.set(f"{O_PROJ}.{name}", torch.ones(shape) if name == "input_scale" else torch.zeros(shape, dtype=torch.int32))
+    source = model.write(tmp_path)
+    for target in TARGETS:
+        assert refusal(source, target).exit_code == 4
+
+
+def test_zero_points_in_another_shape_of_as_many_values_are_read(tmp_path: Path) -> None:
+    model = Model()
+    model.set(f"{O_PROJ}.weight_zero_point", torch.zeros(8, 1))
+    out = convert_checkpoint(model.write(tmp_path / "source"), "fused-int8", tmp_path / "out").output
+    assert verify_checkpoint(out, tmp_path / "source", device="cpu").ok
+    model.set(f"{O_PROJ}.weight_zero_point", torch.full((8, 1), 2.0))
+    with pytest.raises(UnsupportedError, match="zero point is not zero"):
+        convert_checkpoint(model.write(tmp_path / "other"), "fused-int8", tmp_path / "never")

@@ -33,6 +33,7 @@ Mtp = Literal[
     "last layer, FP8",
 ]  # fmt: skip
 Beside = Literal["nothing", "FP8", "cache scales", "int8 embeddings"]
+Names = Literal["usual", "quantizer", "blocks"]
 _LAYER: Final = re.compile(r"^(.*?(?:layers|blocks)\.)(\d+)\.")
 
 
@@ -46,6 +47,7 @@ class Variant:
         linears_float: the other linears are in float, and the config does not say so.
         mtp: how a layer of multi-token prediction is stored.
         beside: what is stored beside the layers' own linears.
+        names: whether scales are named after the quantizer, or as those of blocks are.
     """
 
     export: str
@@ -53,6 +55,7 @@ class Variant:
     linears_float: bool = False
     mtp: Mtp = "none"
     beside: Beside = "nothing"
+    names: Names = "usual"
 
     def write(self, folder: Path) -> Path:
         """Write the checkpoint; returns ``folder``."""
@@ -89,6 +92,7 @@ class Variant:
         for key in ("num_hidden_layers", "n_layers", "num_layers"):
             if key in config_part(config):
                 config_part(config)[key] = count
+        rename_scales(tensors, self.names)
         folder.mkdir()
         save_file({name: value.contiguous() for name, value in tensors.items()}, folder / "model.safetensors")
         (folder / "config.json").write_text(json.dumps(config))
@@ -120,6 +124,17 @@ def to_fp8(tensors: Tensors) -> None:
     for name in [name for name in tensors if ".experts." in name and name.endswith(".weight")]:
         tensors[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensors[name].shape], 0.5)
         tensors[name] = tensors[name].to(torch.float8_e4m3fn)
+
+
+def rename_scales(tensors: Tensors, names: Names) -> None:
+    """Give the scales of int8 weights the names that some tools write."""
+    for name in [name for name in tensors if name.endswith(".weight_scale")]:
+        weight = tensors[name.removesuffix("_scale")]
+        if names == "quantizer":
+            tensors[name.replace(".weight_scale", ".weight_quantizer.scale")] = tensors.pop(name)
+        elif names == "blocks" and weight.dtype == torch.int8 and tensors[name].numel() in (1, len(weight)):
+            scale = tensors.pop(name)
+            tensors[f"{name}_inv"] = scale.reshape(-1, 1) if scale.numel() > 1 else scale.reshape(())
 
 
 def add_beside(tensors: Tensors, attention: str, what: Beside) -> None:
@@ -157,6 +172,7 @@ VARIANTS: Final = st.builds(
     linears_float=st.booleans(),
     mtp=st.sampled_from(get_args(Mtp)),
     beside=st.sampled_from(get_args(Beside)),
+    names=st.sampled_from(["usual", "usual", "usual", "quantizer", "blocks"]),
 )
 
 
