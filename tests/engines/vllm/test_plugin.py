@@ -251,6 +251,8 @@ MAPPED: dict[str, tuple[dict[str, float], Any]] = {
 def test_activations_are_those_of_vllm(forms: Forms, name: str) -> None:
     from quarkconv.integrations.vllm.experts import activation_arguments
 
+    if name.split(",")[0] not in [each.value for each in MoEActivation]:
+        pytest.skip(f"vLLM {vllm.__version__} has no such activation")
     fields, own = MAPPED[name]
     arguments = activation_arguments(MoEActivation(name.split(",")[0]), SimpleNamespace(**fields))
     assert arguments is not None
@@ -294,7 +296,7 @@ FALLBACKS: dict[str, tuple[Any, str]] = {
 
 @pytest.mark.parametrize("case", FALLBACKS)
 def test_other_layers_stay_on_vllm_and_the_log_gives_the_reason(turned_on: list[str], forms: Forms, case: str) -> None:
-    from quarkconv.integrations.vllm.method import replace_method
+    from quarkconv.integrations.vllm.method import backend_name, replace_method
 
     change, reason = FALLBACKS[case]
     name = "qwen3_moe-quark0.13-f2f"
@@ -305,7 +307,9 @@ def test_other_layers_stay_on_vllm_and_the_log_gives_the_reason(turned_on: list[
     change(stock.moe)
     assert replace_method(stock) is stock
     [line] = turned_on
-    assert line.startswith("quarkconv: INT8 MoE layers stay on vLLM's own TRITON backend: ")
+    own = backend_name(stock.int8_backend)
+    assert own in ("TRITON", "CPU")  # 0.26 chooses by the real platform here
+    assert line.startswith(f"quarkconv: INT8 MoE layers stay on vLLM's own {own} backend: ")
     assert reason in line
 
 
