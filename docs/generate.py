@@ -42,7 +42,7 @@ def engines() -> str:
         lines += ["", f"### {ENGINE_NAMES.get(engine, engine)}", ""]
         lines += ["| version | checkpoint as | runs as | only for | note | evidence |", "|" + " --- |" * 6]
         for fact in facts:
-            cells = [fact.version, fact.form, f"**{fact.verdict}**", ", ".join(fact.only_for), fact.remark, fact.proof]
+            cells = [fact.version, fact.form, f"**{fact.verdict}**", fact.only_for, fact.remark, fact.proof]
             lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines).strip()
 

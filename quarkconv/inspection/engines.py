@@ -91,11 +91,11 @@ class EngineFact(NamedTuple):
         )
 
     @property
-    def only_for(self) -> list[str]:
-        """The conditions, for people; empty for every checkpoint."""
+    def only_for(self) -> str:
+        """The conditions, for people: ``ptpc_int8, mixed; not dbrx or step3``; empty for every checkpoint."""
         required = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
         excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
-        return required + ([f"not {alternatives(excluded)}"] if excluded else [])
+        return "; ".join(filter(None, (", ".join(required), f"not {alternatives(excluded)}" if excluded else "")))
 
     @property
     def tried(self) -> bool:

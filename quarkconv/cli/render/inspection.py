@@ -219,7 +219,7 @@ def engine_table(facts: Iterable[EngineFact], *, evidence: bool, stored: str | N
         for number, fact in enumerate(rows):
             notes = [fact.remark] if fact.remark else []
             if evidence:
-                notes += [f"only: {', '.join(fact.only_for)}"] if fact.only_for else []
+                notes += [f"only: {fact.only_for}"] if fact.only_for else []
                 notes.append(f"evidence: {fact.proof}")
             name = "" if number else f"  {ENGINE_NAMES.get(engine, engine)}"
             form = "as it is" if fact.form == stored else fact.form
