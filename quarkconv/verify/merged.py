@@ -124,6 +124,9 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
     problems = [problem for part in parts for problem in part["problems"]]
     structure = [problem for problem in problems if problem["stage"] == "structure"]
     checked = [part["bytes"] for part in parts]
+    complete = all(part["ok"] for part in parts) and all(item["skipped"] is None for item in numbers)
+    if complete and len(layers) != len(order) * len(tokens):
+        raise ValueError(f"numbers of {len(layers)} layers, expected {len(order) * len(tokens)}")
     return {
         **{key: first[key] for key in first if key != "part"},
         "ok": all(part["ok"] for part in parts),

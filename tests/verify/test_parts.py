@@ -144,6 +144,15 @@ def test_parts_that_do_not_belong_together_are_refused(model: Path, checkpoints:
         merged({"a": damaged, "b": two["part-2.json"]})
 
 
+def test_a_part_that_lacks_a_layer_is_refused(model: Path) -> None:
+    """Its file was cut: merged, the rest would count as the whole."""
+    found = parts(model, 2, tokens=(4,))
+    del found["part-2.json"]["numbers"]["layers"][0]
+    with pytest.raises(UsageError, match="not the result of a part") as caught:
+        merged(found)
+    assert "numbers of 2 layers, expected 3" in (caught.value.found or "")
+
+
 def test_the_commands(model: Path, tmp_path: Path, capsys: Capture) -> None:
     files = []
     for number in (1, 2):
