@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Final
 
@@ -10,11 +10,8 @@ import torch
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import QuarkconvError, UnsupportedError
-from quarkconv.experts.function import Unknown
-from quarkconv.experts.knowledge import expert_activation
-from quarkconv.experts.topology import MoELayer
 from quarkconv.files.urls import is_url
-from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, refusal
+from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
@@ -22,27 +19,21 @@ from quarkconv.load.select import LayerName, select_layers
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
-from quarkconv.text import examples, plural
 from quarkconv.verify.checksums import check_bytes, check_source
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.linears import linear_problems
-from quarkconv.verify.numbers import backend_name, unsupported_activation
+from quarkconv.verify.not_checked import NO_MANIFEST, NOT_REQUESTED, STOPPED, passed_on, why_no_numbers
+from quarkconv.verify.numbers import backend_name
 from quarkconv.verify.origins import origin_problems
 from quarkconv.verify.parts import identity, scope_of
 from quarkconv.verify.request import DEFAULT_TOKENS, STAGES, require_valid, token_counts
-from quarkconv.verify.results import BytesResult, NumbersResult, Problem, StructureResult, Verification, VerifiedPart
+from quarkconv.verify.results import BytesResult, NumbersResult, Problem, Verification, VerifiedPart
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure, function_problems
 
-_NOT_CHECKED: Final = PASSED_ON | {"mixed-precision", NOT_UNDERSTOOD}
-"""Findings about files, tensors and linears that no stage checks, or whose numbers are not checked."""
 _NOT_COMPUTED: Final = frozenset({"scheme-unsupported", "scale-dtype", NOT_UNDERSTOOD})
 """Findings of checkpoints that are not INT8 W8A8, or not in all parts: nothing here computes them."""
-_AT_RUN_TIME: Final = {"rotation-online": "rotated", "smoothing-online": "multiplied by stored factors"}
-_NO_MANIFEST: Final = "no quarkconv.json: quarkconv did not write this checkpoint"
-_NOT_REQUESTED: Final = "not requested"
-_STOPPED: Final = "stopped at the first problem (--fail-fast)"
 
 
 def verify_checkpoint(
@@ -114,7 +105,7 @@ def verify_checkpoint(
         problems += origin_problems(description, manifest, compared) if manifest is not None else ()
     if "numbers" in stages and structure.readable and (share is None or share.number == 1):
         problems += linear_problems(description, _experts_of(description))
-    skipped = _why_no_numbers(
+    skipped = why_no_numbers(
         description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
     )
     scope = scope_of(description, manifest, chosen, share)
@@ -142,7 +133,7 @@ def verify_checkpoint(
         outcomes, rest = stream_numbers(job, progress, lambda: check_rest(job.covered()))
     else:
         rest = check_rest(())
-    checked, wrong = rest or (BytesResult(skipped=_STOPPED), [])
+    checked, wrong = rest or (BytesResult(skipped=STOPPED), [])
 
     found = [problem for outcome in outcomes for problem in outcome.problems]
     problems += [problem for problem in found if problem.stage == "bytes"] + wrong
@@ -165,7 +156,7 @@ def verify_checkpoint(
         bytes=checked,
         numbers=numbers,
         problems=tuple(problems),
-        findings=tuple(_passed_on(description, compared)),
+        findings=tuple(passed_on(description, compared)),
         part=None
         if share is None
         else VerifiedPart(
@@ -196,32 +187,6 @@ def _shown(devices: Sequence[torch.device]) -> str:
     return devices[0].type if len(devices) == 1 else f"{len(devices)} x {devices[0].type}"
 
 
-def _why_no_numbers(
-    description: Description,
-    layers: Sequence[MoELayer],
-    structure: StructureResult,
-    stages: Collection[str],
-    *,
-    with_source: bool,
-    stopped: bool,
-) -> str | None:
-    """The reason why the numbers of these layers are not checked; None where they are."""
-    if "numbers" not in stages:
-        return _NOT_REQUESTED
-    if not structure.readable:
-        return "the structure is broken"
-    if not layers and (unread := description.renamed_experts):
-        return f"{plural(len(unread), 'module')} of experts were not recognised: {examples(unread)}"
-    if not layers:
-        return "no experts are stored in int8" + (
-            "" if with_source else "; --source compares their bytes with the dequantized codes of the source"
-        )
-    unknown = _unknown_function(description, layers)
-    if unknown is not None:
-        return unknown
-    return _STOPPED if stopped else None
-
-
 def _byte_check(
     description: Description,
     manifest: Manifest | None,
@@ -234,9 +199,9 @@ def _byte_check(
 ) -> Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]:
     """The stage of bytes, for the tensors to leave out; where it cannot run, its result says why."""
     if "bytes" not in stages:
-        return lambda _: (BytesResult(skipped=_NOT_REQUESTED), [])
+        return lambda _: (BytesResult(skipped=NOT_REQUESTED), [])
     if manifest is None:
-        return lambda _: (BytesResult(skipped=_NO_MANIFEST), [])
+        return lambda _: (BytesResult(skipped=NO_MANIFEST), [])
     files = None if source is None else source.checkpoint.store
     return lambda skip: check_bytes(
         description, manifest, files, progress.advance, READERS, skip, only=only, fail_fast=fail_fast
@@ -275,30 +240,9 @@ def _check_verifiable(description: Description, manifest: Manifest | None) -> No
     )
 
 
-def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:
-    """The reason why the function of these experts is unknown, or unsupported by the INT8 forward."""
-    codes = {item.code for item in description.findings}
-    for code, what in _AT_RUN_TIME.items():
-        if code in codes:
-            return f"activations are {what} at run time, which the INT8 forward here does not do"
-    for layer in layers:
-        activation = expert_activation(description.config.raw, layer)
-        if isinstance(activation, Unknown):
-            return f"the function of the experts is unknown: {activation.reason}"
-        if (reason := unsupported_activation(activation)) is not None:
-            return reason
-    return None
-
-
 def _experts_of(description: Description) -> frozenset[str]:
     """The modules of the layers of int8 experts."""
     return frozenset(module for layer in description.int8_layers for module in layer.module_names)
-
-
-def _passed_on(description: Description, source: Description | None) -> Iterator[Finding]:
-    """Files and tensors of the checkpoint, or its source, that are not checked."""
-    found = [item for each in (description, source) if each is not None for item in each.findings]
-    yield from dict.fromkeys(item for item in found if item.code in _NOT_CHECKED)
 
 
 def _int8_source(source: Description | None) -> Description | None:
