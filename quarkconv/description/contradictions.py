@@ -146,9 +146,13 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
     """Layers whose experts, all or some, are stored in float."""
     if declared is None or isinstance(declared, UnknownScheme):
         return
+    excluded = []
     for layer in topology.layers:
         missing = layer.float_experts()
         if not missing:
+            module = next(module for _, _, module in layer.modules())
+            if declared.resolve_expert(layer.prefix, module) == FLOAT != declared.resolve(module):
+                excluded.append(layer.prefix)
             continue
         claims = {declared.resolve_expert(layer.prefix, module) for module in _float_modules(layer)}
         if missing < layer.experts or layer.partly_quantized:
@@ -178,6 +182,12 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
                 else "convert with --quantize missing; Quark 0.13 skips 3-D experts in eager mode on transformers 5",
                 count=missing,
             )
+    yield from FindingsAbout(
+        "excluded-but-quantized",
+        excluded,
+        f"{plural(len(excluded), 'layer')} whose experts are excluded as a whole by {declared.file} and stored in int8",
+        hint=CONVERT,
+    )
 
 
 def _float_modules_quantized(names: tuple[str, ...], is_mtp: Callable[[str], bool]) -> Iterator[Finding]:

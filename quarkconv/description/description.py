@@ -114,7 +114,8 @@ class Description:
         declared, quantization = self.declared, self.config.quantization
         if declared is None or isinstance(declared, UnknownScheme):
             return []
-        return list(unchecked_settings(declared.method, quantization, declared.kv_cache_modules))
+        cache = [] if declared.runs_cache else ["the key-value cache"]
+        return [*unchecked_settings(declared.method, quantization, declared.kv_cache_modules), *cache]
 
     @property
     def schemes(self) -> Counter[ModuleScheme]:

@@ -7,9 +7,11 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final, NamedTuple
 
 from quarkconv.headers.checkpoint import MODELOPT_NAME
-from quarkconv.scheme.spec import FLOAT, SCHEME_NAMES, ModuleScheme, TensorSpec
+from quarkconv.scheme.spec import FLOAT, PER_TENSOR, SCHEME_NAMES, ModuleScheme, TensorSpec
 from quarkconv.text import shown
 
+_CACHE_DTYPE: Final = "fp8_e4m3"
+_CACHE_GRANULARITIES: Final = frozenset({PER_TENSOR, "attn_head"})
 _MAX_PROBLEMS: Final = 100
 """Problems of a config that are listed."""
 
@@ -52,6 +54,14 @@ class DeclaredScheme(ABC):
         self.lists_float = True
         self.kv_cache: TensorSpec | None = None
         self.kv_cache_modules: tuple[str, ...] = ()
+
+    @property
+    def runs_cache(self) -> bool:
+        """Whether engines run the key-value cache as declared: in symmetric FP8 (vLLM 0.33), or not quantized."""
+        spec = self.kv_cache
+        return spec is None or (
+            spec.dtype == _CACHE_DTYPE and spec.symmetric and spec.granularity in _CACHE_GRANULARITIES
+        )
 
     @abstractmethod
     def resolve(self, module: str) -> ModuleScheme:

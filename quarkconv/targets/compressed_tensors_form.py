@@ -99,7 +99,8 @@ def _carried(description: Description) -> dict[str, Any]:
         return {}
     if declared.method == "compressed-tensors":
         source = description.config.quantization
-        return {key: source[key] for key in _CARRIED if isinstance(source, dict) and source.get(key) is not None}
+        fields = (key for key in _CARRIED if key != "kv_cache_scheme" or declared.runs_cache)
+        return {key: source[key] for key in fields if isinstance(source, dict) and source.get(key) is not None}
     # engines have names for scales of keys and of values; that of a latent (kv_b_proj) they refuse
     named = all(pattern.endswith(tuple(CACHE_SCALES)) for pattern in declared.kv_cache_modules)
     return {"kv_cache_scheme": dict(_KV_CACHE_FP8)} if declared.kv_cache == FP8_STATIC and named else {}

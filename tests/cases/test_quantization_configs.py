@@ -198,3 +198,22 @@ def test_experts_of_which_some_are_float_are_named_as_mixed(tmp_path: Path) -> N
     model.to_float(*(f"model.layers.{layer}.mlp.experts.{number}." for layer in range(2) for number in (0, 2)))
     error = refusal(model.write(tmp_path), "compressed-tensors")
     assert (error.exit_code, "mixes experts in int8 and in float" in error.message) == (4, True)
+
+
+def test_experts_that_are_ignored_as_a_whole_and_stored_in_int8_are_an_error(tmp_path: Path) -> None:
+    """Engines look up the module of all experts, and leave them in float."""
+    source = compressed_tensors(ignore=["lm_head", "re:.*mlp.gate$", "model.layers.0.mlp.experts"]).write(tmp_path)
+    found = finding(source, "excluded-but-quantized")
+    assert (found.severity, found.subject, found.count) == ("error", "model.layers.0.mlp.experts", 1)
+
+
+@pytest.mark.parametrize(("kind", "runs"), [("float", True), ("int", False)])
+def test_a_cache_that_engines_refuse_is_neither_sound_nor_carried_over(kind: str, runs: bool, tmp_path: Path) -> None:
+    scheme = {"num_bits": 8, "type": kind, "strategy": "tensor", "symmetric": True, "dynamic": False}
+    source = compressed_tensors(kv_cache_scheme=scheme).write(tmp_path / "source")
+    inspection = inspect_checkpoint(source, deep=True)
+    assert inspection.headline.startswith("Sound") is runs
+    assert ("the key-value cache" in str(inspection.not_checked)) is not runs
+    out = convert_checkpoint(source, "fused-int8", tmp_path / "out").output
+    assert ("kv_cache_scheme" in config_of(out)["quantization_config"]) is runs
+    assert losses(source, "fused-int8") == ({} if runs else {"setting-dropped": ["quantization_config.kv_cache"]})
