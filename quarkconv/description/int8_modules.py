@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator
 from math import prod
 from typing import Final
 
-from quarkconv.experts.layouts import MAX_EXPERTS
+from quarkconv.experts.layer_defects import MAX_EXPERTS
 from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import FOREIGN, INPUT_STATIC, ModuleScheme

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Final
-
 from quarkconv.experts.family import Family
 from quarkconv.experts.layer import Layout, MoELayer
+from quarkconv.experts.layer_defects import (
+    experts_of_two_sizes,
+    implausible_geometry,
+    missing_experts,
+    packed_experts,
+    wrong_shape,
+)
 from quarkconv.experts.naming import EXPERTS, NAMINGS, PAIRED, ROLES, ExpertNaming, Role
 from quarkconv.experts.unread import RENAMED_HINT
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, finding
 from quarkconv.headers.entries import distinct
 from quarkconv.scheme.stored import Form, StoredModules
-from quarkconv.text import plural
-
-MAX_EXPERTS: Final = 2**16
-"""Experts of a layer, at most: tensors without bytes can claim any number."""
 
 
 def per_expert_layer(
@@ -41,7 +42,7 @@ def per_expert_layer(
         del leaves["gate"]
     numbers = set().union(*projections.values())
     experts = len(numbers)
-    missing = _missing(prefix, numbers, projections, leaves)
+    missing = missing_experts(prefix, numbers, projections, leaves)
     if missing is not None:
         return missing
     forms = {role: tuple(map(projections[name].__getitem__, range(experts))) for role, name in leaves.items()}
@@ -54,11 +55,11 @@ def per_expert_layer(
         for number, form in enumerate(forms[role] if wrong else ()):
             if form in wrong:
                 return (
-                    _packed(prefix, forms, joined=joined)
-                    or _two_sizes(prefix, forms, joined=joined)
-                    or _wrong_shape(f"{prefix}.{number}.{name}", shapes[role], form.weight.shape)
+                    packed_experts(prefix, forms, joined=joined)
+                    or experts_of_two_sizes(prefix, forms, joined=joined)
+                    or wrong_shape(f"{prefix}.{number}.{name}", shapes[role], form.weight.shape)
                 )
-    implausible = _implausible(prefix, (experts, hidden, intermediate))
+    implausible = implausible_geometry(prefix, (experts, hidden, intermediate))
     if implausible is not None:
         return implausible
     with_bias = [
@@ -79,7 +80,7 @@ def per_expert_layer(
             for number in range(experts):
                 bias = f"{prefix}.{number}.{name}.bias"
                 if stored.tensors[bias].shape != shapes[role][:1]:
-                    return _wrong_shape(bias, shapes[role][:1], stored.tensors[bias].shape)
+                    return wrong_shape(bias, shapes[role][:1], stored.tensors[bias].shape)
     all_forms = frozenset().union(*kept.values())
     return MoELayer(
         index=index,
@@ -112,69 +113,6 @@ def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:
             "layout-conflict", prefix, f"The layer stores {naming.gate} and {naming.up} alone and as {naming.joined}"
         )
     return naming
-
-
-def _missing(
-    prefix: str, numbers: set[int], projections: dict[str, dict[int, Form]], leaves: dict[Role, str]
-) -> Finding | None:
-    """The finding for a layer that lacks experts, or projections of some."""
-    experts = set(range(len(numbers)))
-    if experts == numbers and all(projections.get(name, {}).keys() == numbers for name in leaves.values()):
-        return None
-    gaps = [number for number in range(len(numbers)) if number not in numbers]
-    lost = [
-        f"{number}.{name}"
-        for name in leaves.values()
-        for number in sorted(numbers)
-        if number not in projections.get(name, {})
-    ]
-    count = max(numbers) + 1 - len(numbers) if gaps else len(lost)
-    noun = "expert" if gaps else "projection"
-    first = f"expert {gaps[0]}" if gaps else lost[0]
-    return finding(
-        "expert-missing",
-        prefix,
-        f"The layer has experts up to number {max(numbers)} and lacks {plural(count, noun)}, first {first}",
-        hint="download the checkpoint again; if it was published so, quantize it again",
-        count=count,
-    )
-
-
-def _packed(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool) -> Finding | None:
-    """The finding for a layer of which each weight has half the columns that the rows of the others ask for."""
-    for up, down in zip(forms["gate" if joined else "up"], forms["down"], strict=True):
-        if len(up.weight.shape) != 2 or len(down.weight.shape) != 2:
-            return None
-        (rows, columns), (out, inner) = up.weight.shape, down.weight.shape
-        if (2 * columns, 2 * inner) != (out, rows // 2 if joined else rows):
-            return None
-    return finding(
-        "scheme-unsupported",
-        prefix,
-        "The experts are stored with two codes in each element, as int4",
-        hint="quarkconv converts symmetric INT8 W8A8 only",
-    )
-
-
-def _two_sizes(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool) -> Finding | None:
-    """The finding for a layer whose experts each fit together and differ in size, as those of text and of images do."""
-    sizes: list[int] = []
-    for up, down in zip(forms["gate" if joined else "up"], forms["down"], strict=True):
-        if len(up.weight.shape) != 2 or len(down.weight.shape) != 2:
-            return None
-        (rows, hidden), (out, inner) = up.weight.shape, down.weight.shape
-        if (rows // 2 if joined else rows, hidden) != (inner, out):
-            return None
-        sizes.append(inner)
-    if len(set(sizes)) < 2:
-        return None
-    return finding(
-        NOT_UNDERSTOOD,
-        prefix,
-        f"The layer has experts of intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
-        hint=RENAMED_HINT,
-        count=len(sizes),
-    )
 
 
 def _fits(form: Form, shape: tuple[int, int]) -> bool:
@@ -235,8 +173,8 @@ def single_tensor_layer(
         hidden, intermediate = parts["gate_up"].weight.shape[1], parts["gate_up"].weight.shape[2] // 2
     for part, form in parts.items() if not transposed else ():
         if form.weight.shape != shapes[part]:
-            return _wrong_shape(f"{prefix} ({part})", shapes[part], form.weight.shape)
-    implausible = _implausible(prefix, (experts, hidden, intermediate))
+            return wrong_shape(f"{prefix} ({part})", shapes[part], form.weight.shape)
+    implausible = implausible_geometry(prefix, (experts, hidden, intermediate))
     if implausible is not None:
         return implausible
     forms: dict[Role, tuple[Form, ...]] = {"down": (parts["down"],)}
@@ -291,26 +229,3 @@ def _transposed(parts: dict[str, Form]) -> bool:
     """Whether gate_up is [E, H, 2I] and down [E, I, H]: no shapes are that and [E, 2I, H] and [E, H, I] too."""
     experts, hidden, both = parts["gate_up"].weight.shape
     return parts["down"].weight.shape == (experts, both // 2, hidden) and both % 2 == 0
-
-
-def _implausible(prefix: str, geometry: tuple[int, int, int]) -> Finding | None:
-    """The finding for a layer without experts, with empty ones, or with more than any model has."""
-    experts, hidden, intermediate = geometry
-    if 0 < experts <= MAX_EXPERTS and hidden and intermediate:
-        return None
-    return finding(
-        "expert-shape",
-        prefix,
-        f"The layer has {experts} experts, hidden {hidden}, intermediate {intermediate}; expected 1 to "
-        f"{MAX_EXPERTS} experts, and sizes above 0",
-        hint="the file is corrupt or crafted: export the model again",
-    )
-
-
-def _wrong_shape(subject: str, expected: tuple[int, ...], found: tuple[int, ...]) -> Finding:
-    return finding(
-        "expert-shape",
-        subject,
-        f"The projection has shape {list(found)}, the others of its layer need {list(expected)}",
-        hint="download the checkpoint again; if it was published so, quantize it again",
-    )
