@@ -9,6 +9,7 @@ MERGED: Final[dict[tuple[str, ...], tuple[str, ...]]] = {
     ("gate_proj", "up_proj"): ("gate_up_proj",),
     ("w1", "w3"): ("gate_up_proj",),
     ("q_a_proj", "kv_a_proj_with_mqa"): ("fused_qkv_a_proj", "fused_qkv_a_proj_with_mqa"),
+    ("wq_a", "wkv"): ("fused_wqa_wkv", "wqkv_a"),
     ("in_proj_qkv", "in_proj_z"): ("in_proj_qkvz",),
     ("in_proj_b", "in_proj_a"): ("in_proj_ba",),
 }

@@ -20,6 +20,8 @@ _IN_SGLANG: Final = (
 """Prefix of modules -> the one under which SGLang 0.5.23 looks them up: its w8a8_int8 config maps no names."""
 _MERGED_IN_SGLANG: Final = (".attn.qkv", ".attn.qkv_proj")
 """A linear of image encoders, and its name there."""
+_LAYER_IN_SGLANG: Final = (re.compile(r"(?:model\.)?(layers\.\d+)\.(attn|ffn)\."), {"attn": "self_attn", "ffn": "mlp"})
+"""Modules of DeepSeek V4's layers, whose parts have other names there."""
 
 
 def ignored_modules(description: Description) -> list[str]:
@@ -30,13 +32,15 @@ def ignored_modules(description: Description) -> list[str]:
     return sorted(names.union(*map(_names_in_sglang, names)) - (quantized - names))
 
 
-def _names_in_sglang(module: str) -> set[str]:
+def _names_in_sglang(module: str) -> Iterator[str]:
     stored, name = _MERGED_IN_SGLANG
-    return {
-        prefix + (f"{rest.removesuffix(stored)}{name}" if rest.endswith(stored) else rest)
-        for outer, prefix in _IN_SGLANG
-        if (rest := module.removeprefix(outer)) != module
-    }
+    for outer, prefix in _IN_SGLANG:
+        if module.startswith(outer):
+            rest = module.removeprefix(outer)
+            yield prefix + (f"{rest.removesuffix(stored)}{name}" if rest.endswith(stored) else rest)
+    pattern, parts = _LAYER_IN_SGLANG
+    if match := pattern.match(module):
+        yield f"model.{match[1]}.{parts[match[2]]}.{module[match.end() :]}"
 
 
 def _ignored(description: Description) -> Iterator[str]:

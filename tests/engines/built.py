@@ -68,6 +68,9 @@ class Built:
         projections: names of gate, up and down of an expert.
         width: columns of gate and up of an expert.
         outer: what the names of all tensors begin with.
+        body: what the names of all tensors but the head begin with.
+        head: name of the head.
+        last: tensors beside the layers in F32: name -> shape.
     """
 
     config: dict[str, Any]
@@ -81,11 +84,14 @@ class Built:
     projections: tuple[str, str, str] = GATE_UP_DOWN
     width: int = HIDDEN
     outer: str = ""
+    body: str = "model."
+    head: str = "lm_head"
+    last: Shapes = field(default_factory=dict)
 
     def write(self, folder: Path) -> Path:
         """Write the checkpoint; returns ``folder``."""
-        linears = (f"model.layers.0.{name}" for name in (self.router[0], *self.excluded))
-        floats = [f"{self.outer}{name}" for name in ("lm_head", *linears)]
+        linears = (f"{self.body}layers.0.{name}" for name in (self.router[0], *self.excluded))
+        floats = [f"{self.outer}{name}" for name in (self.head, *linears)]
         config = {**self.config, "quantization_config": quark_config(exclude=floats, export=_EXPORT)}
         folder.mkdir(parents=True)
         tensors = {f"{self.outer}{name}": tensor for name, tensor in self._tensors()}
@@ -99,17 +105,18 @@ class Built:
         experts = (_mlp(name, self.projections, self.width) for name in names)
         for shapes in (self.linears, *experts):
             for name, (rows, columns) in shapes.items():
-                yield from int8_linear(f"model.layers.0.{name}", rows, columns).items()
+                yield from int8_linear(f"{self.body}layers.0.{name}", rows, columns).items()
         name, rows = self.router
         floats = {f"layers.0.{name}": shape for name, shape in self.floats.items()}
         floats |= {f"layers.0.{name}.weight": shape for name, shape in self.excluded.items()}
         floats |= {f"layers.0.{name}.weight": (rows, HIDDEN), "norm.weight": (HIDDEN,)}
         floats[f"{self.embedding}.weight"] = (WORDS, HIDDEN)
         for name, shape in floats.items():
-            yield f"model.{name}", torch.randn(shape, generator=random).bfloat16()
-        yield "lm_head.weight", torch.randn(WORDS, HIDDEN, generator=random).bfloat16()
-        for name, shape in self.single.items():
-            yield f"model.layers.0.{name}", torch.randn(shape, generator=random)
+            yield f"{self.body}{name}", torch.randn(shape, generator=random).bfloat16()
+        yield f"{self.head}.weight", torch.randn(WORDS, HIDDEN, generator=random).bfloat16()
+        single = {**{f"layers.0.{name}": shape for name, shape in self.single.items()}, **self.last}
+        for name, shape in single.items():
+            yield f"{self.body}{name}", torch.randn(shape, generator=random)
 
 
 _BAILING: Final = {
@@ -165,6 +172,25 @@ BUILT: Final = {
             **{f"self_attn.{half}.{name}_a_layernorm.weight": (8,) for half in "01" for name in ("q", "kv")},
         },
         single={"mlp.router.e_score_correction_bias": (EXPERTS + 2,)},
+    ),
+    "deepseek_v4": Built(
+        {**_SIZES, "model_type": "deepseek_v4", "architectures": ["DeepseekV4ForCausalLM"], "num_key_value_heads": 1,
+         "head_dim": 16, "qk_rope_head_dim": 8, "q_lora_rank": 8, "o_lora_rank": 8, "o_groups": 2, "sliding_window": 8,
+         "layer_types": ["sliding_attention"], "mlp_layer_types": ["moe"], "compress_ratios": [0],
+         "n_routed_experts": EXPERTS, "n_shared_experts": 1, "norm_topk_prob": True, "topk_method": "noaux_tc",
+         "scoring_func": "sqrtsoftplus", "routed_scaling_factor": 1.5, "swiglu_limit": 10.0, "hc_mult": 2,
+         "hc_eps": 1e-6, "hc_sinkhorn_iters": 20, "index_head_dim": 8, "index_n_heads": 2, "index_topk": 4,
+         "num_hash_layers": 0, "n_hash_layers": 0},
+        ("ffn.gate", EXPERTS), _mlp("ffn.shared_experts", W1_W3_W2),
+        excluded={"attn.wq_a": (8, HIDDEN), "attn.wq_b": (32, 8), "attn.wkv": (16, HIDDEN), "attn.wo_a": (16, 16),
+                  "attn.wo_b": (HIDDEN, 16)},
+        floats={"attn_norm.weight": (HIDDEN,), "ffn_norm.weight": (HIDDEN,), "attn.q_norm.weight": (8,),
+                "attn.kv_norm.weight": (16,)},
+        single={"attn.attn_sink": (2,), "ffn.gate.bias": (EXPERTS,),
+                **{f"hc_{part}_{name}": shape for part in ("attn", "ffn")
+                   for name, shape in (("fn", (8, 32)), ("base", (8,)), ("scale", (3,)))}},
+        embedding="embed", moe="ffn", projections=W1_W3_W2, body="", head="head",
+        last={"hc_head_fn": (2, 32), "hc_head_base": (2,), "hc_head_scale": (1,)},
     ),
     "grok-2": Built(
         {**_SIZES, "model_type": "git", "architectures": ["Grok1ForCausalLM"], "num_local_experts": EXPERTS,

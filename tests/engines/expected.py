@@ -34,6 +34,7 @@ MERGED = {
 """A linear of an engine -> the linears of the checkpoint that it holds, in order."""
 
 _MERGED_OF: dict[str, dict[str, tuple[str, ...]]] = {
+    "deepseek_v4": {"gate_up_proj": ("w1", "w3"), "fused_wqa_wkv": ("wq_a", "wkv"), "wqkv_a": ("wq_a", "wkv")},
     "kimi_linear": {"conv1d": ("q_conv1d", "k_conv1d", "v_conv1d")},
     "qwen4_exp_text": {"qkv_proj": ("q_proj", "k_proj", "v_proj", "indexer.index_qk_proj")},
 }
@@ -108,7 +109,9 @@ class Stacked:
         head, _, last = module.rpartition(".")
         head = head.replace(".moe.share_expert", ".share_expert")  # vLLM moves it there
         parts = [f"{head}.{part}".strip(".") for part in self._merged.get(last, (last,))]
-        return torch.cat([_sliced(tensors[f"{part}.{leaf}"], part, leaf, rank, self._columns) for part in parts])
+        return torch.cat(
+            [_sliced(tensors[f"{part}.{leaf}".lstrip(".")], part, leaf, rank, self._columns) for part in parts]
+        )
 
     def left_out(self, name: str) -> bool:
         """Whether a parameter is of an image encoder that this checkpoint has not."""

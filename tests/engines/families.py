@@ -20,7 +20,9 @@ from support.exports import DATA
 
 FAMILIES: Final = DATA / "families"
 _PADDED_TO: Final = 64
-_VOCABULARY: Final = ("embed_tokens.weight", "embeddings.weight", "lm_head.weight", "lm_head.bias")
+_VOCABULARY: Final = (
+    ".embed.weight", ".embed_tokens.weight", "embeddings.weight", ".head.weight", ".lm_head.weight", ".lm_head.bias",
+)  # fmt: skip
 _NOT_PADDED: Final = {"gemma4_text": ("model.embed_tokens.weight",)}
 _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
@@ -33,6 +35,13 @@ RENAMED: Final = {
     "bailing_hybrid": (
         (r"\.(self_attn|attention)\.o_proj\.", ".attention.dense."), (r"\.self_attn\.", ".attention."),
         (r"\.embed_tokens\.", ".word_embeddings."),
+    ),
+    "deepseek_v4": (
+        (r"^model\.", ""), (r"^lm_head\.", "head."), (r"^embed_tokens\.", "embed."),
+        (r"\.self_attn\.", ".attn."), (r"\.mlp\.", ".ffn."), (r"\.input_layernorm\.", ".attn_norm."),
+        (r"\.post_attention_layernorm\.", ".ffn_norm."),
+        (r"\.ffn\.gate\.e_score_correction_bias", ".ffn.gate.bias"),
+        (r"\.shared_experts\.down_proj\.", ".shared_experts.w2."),
     ),
     "deepseek_vl_v2": ((r"^language_model\.", "language."),),
     "ernie4_5_moe": ((r"\.mlp\.gate\.e_score_correction_bias", ".mlp.moe_statics.e_score_correction_bias"),),
@@ -148,7 +157,7 @@ class Family(Stacked):
             return _half_rotary(expected, self.config["head_dim"])
         if self._engine == "sglang" and name in _NOT_PADDED.get(self.config["model_type"], ()):
             return expected
-        if name.endswith(_VOCABULARY) or (self._engine == "sglang" and name.endswith("visual.pos_embed.weight")):
+        if f".{name}".endswith(_VOCABULARY) or (self._engine == "sglang" and name.endswith("visual.pos_embed.weight")):
             rows = -len(expected) % _PADDED_TO
             return torch.cat([expected, expected.new_zeros((rows, *expected.shape[1:]))])
         return expected.flatten() if self._engine == "vllm" and name.endswith(_FLAT) else expected

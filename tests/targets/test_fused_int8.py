@@ -239,6 +239,13 @@ def test_float_linears_of_a_wrapped_model_have_their_names_in_sglang_too(tmp_pat
     assert not [module for module in ignore if ".mlp.experts" in module or ".shared_experts." in module]
 
 
+def test_float_linears_of_deepseek_v4_have_their_names_in_sglang_too(tmp_path: Path) -> None:
+    out = quarkconv.convert_checkpoint(DATA / "families" / "deepseek_v4-0.13-f2f", "w8a8-int8", tmp_path / "out").output
+    ignore = set(json.loads((out / "config.json").read_text())["quantization_config"]["ignore"])
+    layer = "model.layers.0"
+    assert {f"{layer}.attn.wq_b", f"{layer}.self_attn.wq_b", f"{layer}.self_attn.wqkv_a", f"{layer}.mlp.gate"} <= ignore
+
+
 def test_experts_in_float_named_w_are_ignored_as_engines_expect(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model", layers=2, family="w1")
     config = json.loads((root / "config.json").read_text())

@@ -61,6 +61,7 @@ CLASSES = {
     "DeepseekV2ForCausalLM": "deepseek_v2",
     "DeepseekV3ForCausalLM": "deepseek_v2",
     "DeepseekV32ForCausalLM": "deepseek_v2",
+    "DeepseekV4ForCausalLM": "deepseek_v4",
     "Ernie4_5_MoeForCausalLM": "ernie4",
     "Ernie4_5_VLMoeForConditionalGeneration": "ernie45_vl",
     "Gemma4ForCausalLM": "gemma4_causal",
@@ -269,6 +270,7 @@ def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> 
 
 def load(model: torch.nn.Module, folder: Path) -> torch.nn.Module:
     """Load a checkpoint."""
+    vars(model)["_mhc_prewarmed_at_load"] = True  # DeepSeek V4 would compile kernels for a GPU
     weights = safetensors_weights_iterator(sorted(map(str, folder.glob("*.safetensors"))))
     cast("Any", model).load_weights(weights)
     return model

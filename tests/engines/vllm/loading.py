@@ -6,6 +6,7 @@ Replaced, because they need a machine or compiled code, and nothing else:
 - sparse attention, of which a CPU has no kernel, is that of DeepSeek V3; FlashAttention exists;
 - the ranks of a parallel group are set by hand: no tensor is exchanged while loading;
 - model classes are inspected in this process instead of in one of their own, which would import vLLM again;
+- DeepSeek V4 has the class of NVIDIA GPUs, for compute capability 9.0, not that of CPUs;
 - torchvision, timm, CUTLASS and CUDA's Python packages are modules that do nothing; so are streams and tokenizers.
 """
 
@@ -15,6 +16,7 @@ import json
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
+from importlib import import_module
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -69,6 +71,11 @@ tokenizers.cached_tokenizer_from_config = MagicMock()
 
 LANGUAGE_MODEL_ONLY = ("aria", "deepseek_vl_v2", "ernie4_5_moe_vl", "kimi_k25", "kimi_k3")
 """Model types whose image encoder the checkpoints have not here, or whose experts are looked at only."""
+
+
+_v4 = "vllm.models.deepseek_v4"
+vars(import_module(_v4))["DeepseekV4ForCausalLM"] = import_module(f"{_v4}.nvidia.model").DeepseekV4ForCausalLM
+vars(import_module(f"{_v4}.nvidia.flashmla"))["compute_fp8_einsum_recipe"] = lambda: ((1, 128, 128), False)
 
 
 class SparseAttention(CPUMLABackend):  # type: ignore[misc]

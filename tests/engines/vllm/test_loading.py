@@ -86,8 +86,8 @@ COMPRESSED_TENSORS = ("fused-int8", "compressed-tensors")
 NOT_STORED = re.compile(r".+\.attn\.((k|v|q|prob)_scale|(k|v|q)_zero_point)|.+_zero_point")
 """Parameters that checkpoints need not have: scales of a key-value cache in BF16, zero points that are zero."""
 
-PADDED = "input_mix_weight_down_block_inject.weight"
-"""The end of the name of a linear with rows that no checkpoint has and no layer reads."""
+PADDED = ("input_mix_weight_down_block_inject.weight", ".attn.attn_sink")
+"""Ends of the names of parameters with rows that no checkpoint has and no layer reads."""
 
 FLOAT_ONLY = re.compile(r"(.+\.)?(visual|linear_attn)\..+")
 """Parts that Quark leaves in float and that ranks share out by rules of their own."""
