@@ -1,6 +1,6 @@
 """How a conversion scales over several workers, where the network of each worker is the limit.
 
-    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 48] [--modes part join ray]
+    python benchmarks/scale.py [--workers 1 2 4 8] [--rounds 3] [--rate 8] [--layers 40] [--modes part join ray]
 
 A store on loopback (benchmarks/store.py) gives each client, which is an access key, a fixed bandwidth in each
 direction. Workers convert one model from it to it: with ``--part k/N`` or ``--join`` each in a process of its own, with
@@ -14,7 +14,7 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
 
 A run begins and ends with about as many seconds for one worker as for eight, in which the network is not busy: headers
 are read, and the first part of a shard, before anything is sent. Conversions of real checkpoints take minutes to hours.
-The model is therefore so large that eight workers need half a minute, and all modes together 13 minutes.
+The models are therefore so large that eight workers need half a minute; all modes together take 15 minutes.
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
@@ -72,8 +72,8 @@ def warm():
 address = sys.argv[sys.argv.index("--ray") + 1]
 ray.init(address=address, log_to_driver=False, logging_level="error")
 from quarkconv.write.on_ray import STREAM_CPUS
-task = ray.remote(warm).options(num_cpus=STREAM_CPUS, scheduling_strategy="SPREAD")
-ray.get([task.remote() for _ in range(int(ray.cluster_resources()["CPU"]) * int(1 / STREAM_CPUS))])
+task, slots = ray.remote(warm), int(ray.cluster_resources()["CPU"]) * int(1 / STREAM_CPUS)
+ray.get([task.options(num_cpus=STREAM_CPUS, scheduling_strategy="SPREAD").remote() for _ in range(slots)])
 """
 
 
@@ -316,8 +316,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["part", "join"])
     parser.add_argument("--rate", type=float, default=8, help="MB/s of each client in each direction")
-    parser.add_argument("--layers", type=int, default=48, help="each has 36 MB")
-    parser.add_argument("--ray-layers", type=int, default=24, help="of the model that is converted on Ray")
+    parser.add_argument("--layers", type=int, default=40, help="each has 36 MB")
+    parser.add_argument("--ray-layers", type=int, default=30, help="of the model that is converted on Ray")
     parser.add_argument("--shard", type=float, default=7, help="MB of a shard at most; a tensor has up to 12.6")
     options = parser.parse_args()
     rate = options.rate * MB
