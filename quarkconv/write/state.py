@@ -83,12 +83,13 @@ def refuse_difference(output: str, begun: object, now: dict[str, Any]) -> None:
     """
     found = difference(begun, now)
     if found is not None:
+        start_over = "start over with --overwrite" if now.get("shares") is None else "delete the output to start over"
         raise UsageError(
             "The output holds another unfinished conversion",
             file=output,
             expected="the same source, unchanged, and the same options",
             found=found,
-            hint="run the command that began it, or start over with --overwrite",
+            hint=f"run the command that began it, or {start_over}",
         )
 
 

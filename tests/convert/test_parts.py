@@ -158,6 +158,7 @@ def test_parts_of_another_conversion_are_refused(
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:
         prepare(model, out, **options).carry_out(share)
     assert caught.value.found == found
+    assert (caught.value.hint or "").endswith("delete the output to start over")  # --part excludes --overwrite
     after = snapshot(out)
     assert {name: after[name] for name in after if "share-" not in name} == {
         name: before[name] for name in before if "share-" not in name
