@@ -195,6 +195,7 @@ BUILT: Final = {
     "grok-2": Built(
         {**_SIZES, "model_type": "git", "architectures": ["Grok1ForCausalLM"], "num_local_experts": EXPERTS,
          "hidden_act": "gelu", "router_logit_softcapping": 30.0, "residual_moe": True, "output_multiplier_scale": 1.0,
+         "load_presharded_moe": False,
          "embedding_multiplier_scale": 1.0, "pad_token_id": 0},
         ("block_sparse_moe.gate", EXPERTS), {**_ATTENTION, **_mlp("mlp")},
         floats={f"{name}_norm.weight": (HIDDEN,) for name in ("pre_attn", "post_attn", "pre_moe", "post_moe")},
@@ -207,6 +208,7 @@ BUILT: Final = {
              **_SIZES, **_MLA_SIZES, "model_type": "kimi_linear", "num_experts": EXPERTS, "num_experts_per_token": 2,
              "num_shared_experts": 1, "hidden_act": "situ", "activation_situ_beta": 4.0, "mla_use_nope": True,
              "activation_situ_linear_beta": 25.0, "routed_expert_hidden_size": LATENT, "latent_moe_use_norm": True,
+             "min_moe_intermediate_per_partition": 1,
              "linear_attn_config": {"kda_layers": [], "full_attn_layers": [1], "num_heads": 2, "head_dim": 8,
                                     "short_conv_kernel_size": 4},
          }},

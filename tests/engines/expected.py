@@ -153,7 +153,11 @@ class Stacked:
         if rank.expert_parallel:
             return torch.tensor_split(tensor, rank.size)[rank.rank]  # the first get one more
         if half == "w13":
-            return torch.cat([rank.part(part, 1) for part in tensor.chunk(2, 1)], 1)
+            [down] = [
+                tensors[name] for leaf in ("down_proj", "w2") if (name := f"{match['experts']}.{leaf}") in tensors
+            ]
+            halves = tensor.chunk(tensor.shape[1] // down.shape[2], 1)  # one without a gate
+            return torch.cat([rank.part(part, 1) for part in halves], 1)
         return tensor if scale else rank.part(tensor, 2)
 
 

@@ -19,7 +19,7 @@ PUBLISHED: Final[Fields] = {
         **_V3, "mhc": True, "mla_use_nope": True, "indexer_rope_interleave": True, "num_nextn_predict_layers": 0,
     }},
     "kimi_linear": {
-        "mla_use_nope": True, "q_lora_rank": None,
+        "mla_use_nope": True, "q_lora_rank": None, "min_moe_intermediate_per_partition": 1,
         "linear_attn_config": {
             "kda_layers": [1], "full_attn_layers": [], "num_heads": 2, "head_dim": 8, "short_conv_kernel_size": 4,
         },

@@ -14,7 +14,7 @@ from unittest.mock import patch
 
 import pytest
 import torch
-from engines.expected import WHOLE
+from engines.expected import RANKS, WHOLE
 from engines.families import Family, copy, ernie_mismatches, model_type
 from engines.sglang.loading import build, load, prepare
 from engines.sglang.test_loading import FORMS, mismatches
@@ -32,6 +32,7 @@ LOADED: Final = (
     "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
     "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp_vl",
 )  # fmt: skip
+ROUTED: Final = re.compile(r"\.(w13|w2)_weight(_scale)?$")
 TARGETS: Final = [target for target in FORMS if target != "bf16"]
 
 
@@ -51,6 +52,19 @@ def test_every_parameter_is_what_stacking_gives(tmp_path: Path, family: str, tar
     routed = [module for module in model.modules() if hasattr(module, "w13_weight")]
     assert routed
     assert all(isinstance(module.quant_method, W8A8Int8MoEMethod) for module in routed)
+
+
+@pytest.mark.parametrize("family", LOADED)
+def test_ranks_keep_their_part_of_the_experts(tmp_path: Path, family: str) -> None:
+    source = prepare(copy(family, tmp_path / "source"))
+    out = quarkconv.convert_checkpoint(source, "w8a8-int8", tmp_path / "out", jobs=1).output
+    expected = Family(source, "sglang")
+    for rank in RANKS[1:]:
+        model = load(build(out, rank), out)
+        experts = {name: value for name, value in model.named_parameters() if ROUTED.search(name)}
+        assert experts
+        wrong = [name for name, value in experts.items() if not torch.equal(expected.parameter(name, rank), value)]
+        assert wrong == [], rank
 
 
 WRONG: Final = {
