@@ -113,7 +113,7 @@ def conversion_json(
     plans = [_output_json(source, output) for output in outputs]
     if outputs[0].plan.rank.is_whole:
         return {**plans[0], "dry_run": dry_run}
-    shared = ("schema", "source", "target", "scheme", "findings")
+    shared = ("schema", "source", "target", "scheme", "quantized", "findings")
     return {
         **{key: plans[0][key] for key in shared},
         "output": str(output),
@@ -132,6 +132,7 @@ def _output_json(source: Path | str, output: RankOutput) -> dict[str, Any]:
         "output": str(output.location),
         "target": plan.target,
         "scheme": plan.scheme,
+        "quantized": plan.options.quantizes,  # the source has another scheme, or none, in some modules
         "moe": None
         if plan.moe is None
         else {

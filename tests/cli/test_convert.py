@@ -107,6 +107,23 @@ def test_dry_run_writes_nothing(model: Path, tmp_path: Path, capsys: Capture, as
     assert summary["bytes"] == sum((result.output / file).stat().st_size for file in files if file not in generated)
 
 
+@pytest.mark.parametrize("ranks", [(), ("--tp", "2")])
+def test_the_scheme_is_that_of_the_source_unless_it_is_quantized(
+    ranks: tuple[str, ...], checkpoints: Checkpoints, capsys: Capture
+) -> None:
+    int8, floats = checkpoints("qwen3_moe-quark0.13-f2f"), checkpoints("qwen3_moe-bf16")
+    words = ("--to", "fused-int8", "--dry-run", *ranks)
+    for source, more, shown in (
+        (int8, (), "f2f(ptpc_int8)"),
+        (floats, ("--quantize", "all"), "bf16,quantizedtoptpc_int8"),
+    ):
+        code, out, err = run_cli(capsys, "convert", source, *words, *more)
+        assert (code, err) == (0, "")
+        assert shown in "".join(out.partition("\noutput")[0].split())
+        summary = json.loads(run_cli(capsys, "convert", source, *words, *more, "--json")[1])
+        assert summary["quantized"] is bool(more)
+
+
 def test_dry_run_reports_what_is_impossible(checkpoints: Checkpoints, capsys: Capture) -> None:
     assert run_cli(capsys, "convert", checkpoints("qwen3_moe-bf16"), "--to", "fused-int8", "--dry-run")[0] == 4
 

@@ -85,6 +85,7 @@ def _head(value: dict[str, Any]) -> Table:
     table = Table.grid(padding=(0, 2))
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    table.add_row("source", Text(f"{printable(value['source'])} ({value['scheme']})"))
+    scheme = f", quantized to {value['scheme']}" if value["quantized"] else f" ({value['scheme']})"
+    table.add_row("source", Text(printable(value["source"]) + scheme))
     table.add_row("output", Text(printable(value["output"])))
     return table
