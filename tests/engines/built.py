@@ -232,6 +232,20 @@ BUILT: Final = {
 BUILT["bailing_hybrid_v2.5"] = replace(
     BUILT["bailing_hybrid"], config=BUILT["bailing_hybrid"].config | {"architectures": ["BailingMoeV2_5ForCausalLM"]}
 )
+_V3: Final = BUILT["bailing_hybrid"]
+BUILT["bailing_moe_v3_vl"] = replace(
+    _V3,
+    config={
+        "model_type": "bailing_moe_v3_vl", "architectures": ["BailingMoeV3VLForConditionalGeneration"],
+        "torch_dtype": "bfloat16", "text_config": _V3.config, "mrope_section": [0, 1, 1],
+        "vision_config": {
+            "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "patch_size": 4,
+            "spatial_merge_size": 2, "temporal_patch_size": 2, "out_hidden_size": 16, "num_position_embeddings": 4,
+            "deepstack_visual_indexes": [],
+        },
+    },
+    outer="language_model.",
+)  # fmt: skip
 
 _REMOTE: Final = ("deepseek", "bailing_moe", "bailing_moe_v2")
 """Model types whose config class comes with the published model; here a config without defaults stands for it."""

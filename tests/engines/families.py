@@ -27,15 +27,17 @@ _NOT_PADDED: Final = {"gemma4_text": ("model.embed_tokens.weight",)}
 _FLAT: Final = ("e_score_correction_bias", ".A_log")
 
 _BELOW_LANGUAGE_MODEL: Final = (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
+_BAILING: Final = (
+    (r"\.(self_attn|attention)\.o_proj\.", ".attention.dense."), (r"\.self_attn\.", ".attention."),
+    (r"\.embed_tokens\.", ".word_embeddings."),
+)  # fmt: skip
 RENAMED: Final = {
     "aria": (
         (r"^(language_model|vision_tower|multi_modal_projector)\.", r"model.\1."),
         (r"\.router_weight$", ".router.weight"),
     ),
-    "bailing_hybrid": (
-        (r"\.(self_attn|attention)\.o_proj\.", ".attention.dense."), (r"\.self_attn\.", ".attention."),
-        (r"\.embed_tokens\.", ".word_embeddings."),
-    ),
+    "bailing_hybrid": _BAILING,
+    "bailing_moe_v3_vl": _BAILING,
     "deepseek_v4": (
         (r"^model\.", ""), (r"^lm_head\.", "head."), (r"^embed_tokens\.", "embed."),
         (r"\.self_attn\.", ".attn."), (r"\.mlp\.", ".ffn."), (r"\.input_layernorm\.", ".attn_norm."),

@@ -1,4 +1,4 @@
-"""Fields that published models have in config.json, engines read, and the exports lack, which transformers wrote."""
+"""What published models have, engines read, and exports lack: fields of config.json, and tensors."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
+
+import torch
+from support.checkpoints import edit_checkpoint
 
 Fields = Mapping[str, Mapping[str, Any]]
 """Model type -> fields; those of a part of the model are added to what the export has."""
@@ -30,13 +33,26 @@ PUBLISHED: Final[Fields] = {
         "rope_theta": 10000.0, "swa_rope_theta": 10000.0,
     },
     "qwen3_vl_moe": {"text_config": {"norm_topk_prob": True}},
+    "step3p5": {
+        "need_fp32_gate": True, "num_attention_heads": 4, "num_attention_groups": 2, "head_dim": 32,
+        "use_head_wise_attn_gate": True, "max_position_embeddings": 256, "rms_norm_eps": 1e-6, "rope_theta": 10000.0,
+        "layer_types": ["full_attention"] * 3, "yarn_only_types": [], "sliding_window": None,
+        "swiglu_limits": [0.0] * 3, "swiglu_limits_shared": [0.0] * 3,
+    },
 }  # fmt: skip
+ADDED: Final = {
+    "step3p5": {f"model.layers.{layer}.self_attn.{part}_norm.weight": (32,) for layer in range(3) for part in "qk"},
+}
+"""Model type -> tensors of the published models that exports, or checkpoints made like one, lack."""
 
 
 def publish(folder: Path, fields: Fields) -> None:
-    """Give a checkpoint the fields of its model type."""
+    """Give a checkpoint the fields and tensors of its model type."""
     path = folder / "config.json"
     config = json.loads(path.read_text())
     for key, value in {**PUBLISHED, **fields}.get(config["model_type"], {}).items():
         config[key] = {**config[key], **value} if key.endswith("_config") and key in config else value
     path.write_text(json.dumps(config))
+    added = {name: torch.rand(shape).bfloat16() for name, shape in ADDED.get(config["model_type"], {}).items()}
+    if added:
+        edit_checkpoint(folder, lambda tensors: tensors.update(added))

@@ -56,6 +56,7 @@ CLASSES = {
     "BailingMoeV2ForCausalLM": "bailing_moe",
     "BailingMoeV2_5ForCausalLM": "bailing_moe_linear",
     "BailingMoeV3ForCausalLM": "bailing_moe_v3",
+    "BailingMoeV3VLForConditionalGeneration": "bailing_mm_v3",
     "DbrxForCausalLM": "dbrx",
     "DeepseekForCausalLM": "deepseek",
     "DeepseekV2ForCausalLM": "deepseek_v2",
@@ -125,6 +126,9 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
             "use_routing_bias": True, "scoring_func": "sigmoid", "hidden_act": "swigluoai", "moe_layer_freq": [1],
             "qk_norm_type": "per_head", "use_gemma_norm": True,
         },
+    },
+    "step3p5": {
+        **PUBLISHED_EVERYWHERE["step3p5"], "rope_theta": [10000.0] * 3, "partial_rotary_factors": [1.0] * 3,
     },
     "phimoe": {"architectures": ["PhiMoEForCausalLM"], "attention_bias": False, "lm_head_bias": True},
     "nemotron_h": {"layers_block_type": ["attention", "moe"], "layer_types": ["attention", "moe"]},

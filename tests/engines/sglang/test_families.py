@@ -151,4 +151,4 @@ def test_a_whole_model_with_its_image_encoder(tmp_path: Path, target: str) -> No
 
 
 def test_verdicts_are_given_for_what_was_loaded() -> None:
-    assert checked_model_types()["sglang"] == {*map(model_type, LOADED), "ernie4_5_moe_vl"}
+    assert checked_model_types()["sglang"] == {*map(model_type, LOADED), "ernie4_5_moe_vl", "step3p5"}

@@ -26,6 +26,7 @@ EXPORTS = (
     "minimax_m2-quark0.13-f2f",
     "deepseek_v3-quark0.13-f2f",
     "deepseek_v3-0.13-f2f-mtp",
+    "step3p5-like-3key_fused",
     "glm4_moe-0.13-f2f-experts_only",
     "glm4_moe-0.13-f2f-mtp_bf16",
     "qwen2_moe-0.11-eager-shared_expert",

@@ -69,7 +69,7 @@ vars(torch.cuda).update(Stream=MagicMock(), Event=MagicMock())
 tokenizers.cached_tokenizer_from_config = MagicMock()
 
 
-LANGUAGE_MODEL_ONLY = ("aria", "deepseek_vl_v2", "ernie4_5_moe_vl", "kimi_k25", "kimi_k3")
+LANGUAGE_MODEL_ONLY = ("aria", "bailing_moe_v3_vl", "deepseek_vl_v2", "ernie4_5_moe_vl", "kimi_k25", "kimi_k3")
 """Model types whose image encoder the checkpoints have not here, or whose experts are looked at only."""
 
 

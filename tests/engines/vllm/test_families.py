@@ -27,11 +27,12 @@ import quarkconv
 from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
-    "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "deepseek", "deepseek_v2", "deepseek_v3",
-    "deepseek_v32", "deepseek_v4", "deepseek_vl_v2", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite",
-    "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "jamba", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "lfm2_moe",
-    "llama4", "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "nemotron_h", "olmoe",
-    "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp",
+    "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "bailing_moe_v3_vl", "deepseek",
+    "deepseek_v2", "deepseek_v3", "deepseek_v32", "deepseek_v4", "deepseek_vl_v2", "ernie4_5_moe", "gemma4",
+    "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa", "hunyuan_v1_moe", "jamba", "kimi_k2", "kimi_k25",
+    "kimi_k3", "kimi_linear", "lfm2_moe", "llama4", "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl",
+    "mixtral", "nemotron_h", "olmoe", "qwen2_moe", "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe",
+    "qwen4_exp",
 )  # fmt: skip
 ONE_BY_ONE: Final = (KeyError, r"layers\.0\..+\.experts\.(down_proj|w13|w2)")
 TRANSPOSED: Final = (RuntimeError, "must match the size of tensor")
@@ -44,7 +45,9 @@ FUSED_REFUSED: Final = {
     **dict.fromkeys(("aria", "llama4", "qwen3_vl_moe"), TRANSPOSED),
 }  # fmt: skip
 """Families whose class takes experts one by one only, or fused ones as [E, in, out] only; and the error."""
-FUSED_SKIPPED: Final = ("bailing_hybrid", "bailing_hybrid_v2.5", "mimo_v2_flash", "minimax_m3_vl")
+FUSED_SKIPPED: Final = (
+    "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe_v3_vl", "mimo_v2_flash", "minimax_m3_vl",
+)  # fmt: skip
 """Families whose class skips fused experts without an error."""
 NOT_FUSED: Final = ("nemotron_h",)
 """Families without a gate, which cannot be converted to fused-int8."""
