@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import os
 import tempfile
@@ -14,6 +15,14 @@ from support.exports import Checkpoints, Converted
 # Set before torch is imported, and for every process that a test starts. The threads of OpenMP spin while they wait,
 # which costs other workers their processors: on two busy ones, the tests of verify take a sixth of the time.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+# A draw may take any time: processors are shared with other tests, and speed is checked by the benchmarks.
+# Environments of engines do not have hypothesis.
+with contextlib.suppress(ImportError):
+    from hypothesis import settings
+
+    settings.register_profile("untimed", deadline=None)
+    settings.load_profile("untimed")
 
 
 def _has_gpu() -> bool:

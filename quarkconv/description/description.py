@@ -167,11 +167,39 @@ def describe(
 
     Raises:
         SourceError: the checkpoint cannot be read.
+        UsageError: another ``scheme``, or the files declare one.
     """
     checkpoint, dropped = open_checkpoint(model, progress), None
     if mtp == DROP:
         checkpoint, dropped = without_mtp(checkpoint)
+    if scheme is not None:
+        _check_scheme(scheme, checkpoint)
     return described(checkpoint, scheme=scheme, mtp_dropped=dropped)
+
+
+def _check_scheme(scheme: str, checkpoint: Checkpoint) -> None:
+    """Refuse a scheme of an unknown name, or beside one that the files declare."""
+    if scheme != PTPC_NAME:
+        raise UsageError("Invalid --scheme", expected=PTPC_NAME, found=scheme)
+    declared = _declared(checkpoint, model_config(checkpoint.config))
+    if declared is not None and not isinstance(declared, UnknownScheme):
+        raise UsageError(
+            "--scheme is for int8 weights whose scheme is not declared",
+            file=f"{checkpoint.root}/{declared.file}",
+            expected="no scheme, or one that is not read",
+            found=f"a scheme, by {declared.method}",
+            hint="leave --scheme out",
+        )
+
+
+def _declared(checkpoint: Checkpoint, config: ModelConfig) -> DeclaredScheme | None:
+    """The scheme that the files declare."""
+    declared = declared_scheme(config.quantization)
+    if checkpoint.ascend is not None and (declared is None or isinstance(declared, UnknownScheme)):
+        return AscendScheme(checkpoint.ascend, checkpoint.types)
+    if declared is None and has_file(checkpoint.store, MODELOPT_NAME):
+        return ModelOptScheme()
+    return declared
 
 
 def described(
@@ -186,32 +214,15 @@ def described(
     Args:
         checkpoint: the headers.
         declared: the scheme, instead of the one in the files.
-        scheme: name of the scheme of all int8 modules, where the files declare none that is read: ``ptpc_int8``.
+        scheme: name of the scheme of all int8 modules, instead of what the files declare: ``ptpc_int8``.
         mtp_dropped: tensors of layers of multi-token prediction that were left out of it; None where they are kept.
-
-    Raises:
-        UsageError: another ``scheme``, or the files declare one.
     """
-    if scheme not in (None, PTPC_NAME):
-        raise UsageError("Invalid --scheme", expected=PTPC_NAME, found=scheme)
     with collector_paused():
         config = model_config(checkpoint.config)
         family = families(config.raw)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
-        declared = declared or declared_scheme(config.quantization)
+        declared = declared or _declared(checkpoint, config)
         topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
-        if checkpoint.ascend is not None and (declared is None or isinstance(declared, UnknownScheme)):
-            declared = AscendScheme(checkpoint.ascend, checkpoint.types)
-        if declared is None and has_file(checkpoint.store, MODELOPT_NAME):
-            declared = ModelOptScheme()
-        if scheme is not None and declared is not None and not isinstance(declared, UnknownScheme):
-            raise UsageError(
-                "--scheme is for int8 weights whose scheme is not declared",
-                file=f"{checkpoint.root}/{declared.file}",
-                expected="no scheme, or one that is not read",
-                found=f"a scheme, by {declared.method}",
-                hint="leave --scheme out",
-            )
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
