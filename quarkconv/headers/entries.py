@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from itertools import chain
 from operator import itemgetter
 from typing import Final, NoReturn, TypeVar
 
-from quarkconv.defects import invalid_header
+from quarkconv.defects import COPY_AGAIN, invalid_header
 from quarkconv.dtypes import DTYPE_BITS, MAX_DIMENSIONS, TensorType, is_tensor_type, overflows
 from quarkconv.errors import SourceError
 from quarkconv.files.strict_json import load_header_json
@@ -17,6 +18,9 @@ MAX_FREE_BYTES: Final = 32 * 2**20
 _MAX_FREE_TENSORS: Final = 100_000
 _MAX_FREE_VALUES: Final = 2_000_000
 """Limits of a header that needs the JSON parser, which takes several times the memory."""
+
+_DTYPE: Final = re.compile(r"[A-Z]{1,4}\d{1,3}(?:_\w{1,12})?")
+_NEWER: Final = "a newer version of the format may have this dtype, which this version of quarkconv does not read"
 
 _T = TypeVar("_T")
 
@@ -104,7 +108,13 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
             refuse_entry(file, name, "an object of dtype, shape and data_offsets", shown(entry))
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
-            refuse_entry(file, name, "a dtype of the safetensors format", shown(dtype))
+            raise invalid_header(
+                file,
+                tensor=shortened(name),
+                expected="a dtype of the safetensors format",
+                found=shown(dtype),
+                hint=_NEWER if isinstance(dtype, str) and _DTYPE.fullmatch(dtype) else COPY_AGAIN,
+            )
         if not isinstance(shape, list) or not sizes(shape):
             refuse_entry(file, name, "a shape of whole numbers that are not negative", shown(shape))
         if len(shape) > MAX_DIMENSIONS:

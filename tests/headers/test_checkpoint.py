@@ -186,6 +186,16 @@ def test_a_header_that_is_not_valid_names_file_and_tensor(folder: Path) -> None:
     assert checkpoint.findings[0].subject == SECOND
 
 
+@pytest.mark.parametrize(("dtype", "plausible"), [("F8_E3M4", True), ("I2", True), ("i8", False), ("?", False)])
+def test_a_dtype_that_is_not_read_may_be_of_a_newer_format(dtype: str, plausible: bool, tmp_path: Path) -> None:
+    header = json.dumps({"a": {"dtype": dtype, "shape": [1], "data_offsets": [0, 1]}}).encode()
+    (tmp_path / "config.json").write_text("{}")
+    (tmp_path / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + b"0")
+    (found,) = [item for item in open_checkpoint(tmp_path).findings if item.code == "header-invalid"]
+    assert ("newer version of the format" in found.hint) is plausible
+    assert ("again" in found.hint) is not plausible
+
+
 def test_a_shard_that_is_a_directory(folder: Path) -> None:
     (folder / SECOND).unlink()
     (folder / SECOND).mkdir()
