@@ -41,7 +41,7 @@ class Bucket(RemoteFiles):
     def __str__(self) -> str:
         return self._url
 
-    def fetch(self, requested: Range) -> bytes:
+    def fetch(self, requested: Range) -> memoryview:
         """The bytes of a range that lies inside its file.
 
         Raises:
@@ -51,12 +51,12 @@ class Bucket(RemoteFiles):
 
         name, start, end = requested
         if start == end:
-            return b""
+            return memoryview(b"")
         try:
             response = obstore.get(
                 self._store, name, options={"range": (start, end), "if_match": self.entries[name].etag}
             )
-            data = bytes(response.bytes())
+            data = memoryview(response.bytes())  # without a copy
             found, size, etag = tuple(response.range), response.meta["size"], entry_of(response.meta).etag
         except Exception as error:  # of obstore, and OSErrors
             raise self._error(error, name) from error

@@ -29,7 +29,7 @@ _MEASURED_BYTES: Final = 2 * 2**20
 """Bytes that a rate is measured with."""
 _PATIENCE: Final = 0.2  # seconds between checks of the stop event
 
-Fetch = Callable[[Range], bytes]
+Fetch = Callable[[Range], bytes | memoryview]
 
 
 class Pace:
@@ -101,7 +101,7 @@ class ReadAhead:
         self._fetch = fetch
         self._pool = pool
         self._stop = stop
-        self._queue: deque[tuple[Range, Future[bytes]]] = deque()
+        self._queue: deque[tuple[Range, Future[bytes | memoryview]]] = deque()
         self._ahead = 0
         self._limit = AHEAD_BYTES if ahead is None else ahead
 
@@ -129,7 +129,7 @@ class ReadAhead:
             view[done : done + len(part)] = part
             done += len(part)
 
-    def _block(self, file: str, position: int) -> tuple[Range, bytes]:
+    def _block(self, file: str, position: int) -> tuple[Range, bytes | memoryview]:
         """The block that holds a byte; earlier ones are dropped."""
         while self._queue:
             block, future = self._queue[0]
@@ -157,14 +157,14 @@ class ReadAhead:
         """Bytes of the requests that are under way."""
         return sum(block.end - block.start for block, future in self._queue if not future.done())
 
-    def _counted(self, block: Range) -> bytes:
+    def _counted(self, block: Range) -> bytes | memoryview:
         with self._pace.fetching(block.end - block.start):
             return self._fetch(block)
 
     def _block_bytes(self) -> int:
         return BLOCK_BYTES if self._pace.is_fast else SLOW_BLOCK_BYTES
 
-    def _result(self, future: Future[bytes]) -> bytes:
+    def _result(self, future: Future[bytes | memoryview]) -> bytes | memoryview:
         while True:
             if self._stop.is_set():
                 raise InterruptedByUser(

@@ -88,7 +88,7 @@ class RemoteFiles:
         head = self._heads.get(name, b"")
         if end <= len(head):
             return head[start:end]
-        return self.fetch(Range(name, start, end))
+        return bytes(self.fetch(Range(name, start, end)))
 
     def read_many(self, ranges: Iterable[Range]) -> Iterator[bytes]:
         """Byte ranges one after the other, fetched ahead over several connections."""
@@ -119,8 +119,12 @@ class RemoteFiles:
             nbytes, requests = self.traffic()
             _log.info("%s: %d bytes read in %d requests", self, nbytes, requests)
 
+    def forget(self) -> None:
+        """Free the beginnings that are kept; they are fetched again when they are read."""
+        self._heads.clear()
+
     @abstractmethod
-    def fetch(self, requested: Range) -> bytes:
+    def fetch(self, requested: Range) -> bytes | memoryview:
         """The bytes of a range that lies inside its file.
 
         Raises:

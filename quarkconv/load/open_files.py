@@ -82,7 +82,7 @@ class RemoteReads:
     def read(self, file: str, start: int, nbytes: int) -> bytes:
         """A byte range; shorter where the file ends."""
         end = min(start + nbytes, self._files.size(file) or 0)
-        return self._files.fetch(Range(file, start, end)) if start < end else b""
+        return bytes(self._files.fetch(Range(file, start, end))) if start < end else b""
 
     def read_into(self, file: str, view: memoryview, start: int) -> int:
         """Fill memory with the bytes from an offset on, and return how many were read."""

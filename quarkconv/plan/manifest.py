@@ -103,8 +103,17 @@ class Manifest:
 
 def manifest_to_bytes(manifest: Manifest) -> bytes:
     """The manifest as the bytes of its file."""
+    try:
+        return b"".join(_encoded(manifest, ensure_ascii=False))
+    except UnicodeEncodeError:  # half a surrogate pair in a string of the config: JSON can only hold it escaped
+        return b"".join(_encoded(manifest, ensure_ascii=True))
+
+
+def _encoded(manifest: Manifest, *, ensure_ascii: bool) -> Iterator[bytes]:
+    """The manifest tensor by tensor: 142,000 pieces as one Python value take 50 MB, and their bytes 14."""
+    encode = json.JSONEncoder(ensure_ascii=ensure_ascii, separators=(",", ":")).encode
     number = {source.name: position for position, source in enumerate(manifest.sources)}
-    value = {
+    about = {
         "format": MANIFEST_FORMAT,
         "quarkconv": manifest.quarkconv,
         "plan": manifest.plan,
@@ -114,29 +123,21 @@ def manifest_to_bytes(manifest: Manifest) -> bytes:
         "producer_version": manifest.producer_version,
         "moe": None if manifest.moe is None else asdict(manifest.moe),
         "sources": manifest.sources,
-        "shards": [
-            {
-                "file": shard.file,
-                "size": shard.size,
-                "header": [shard.header, shard.header_checksum],
-                "tensors": [
-                    {
-                        "name": tensor.name,
-                        "dtype": tensor.dtype,
-                        "shape": tensor.shape,
-                        "pieces": [[piece_to_json(piece, number), found] for piece, found in tensor.pieces],
-                    }
-                    for tensor in shard.tensors
-                ],
-            }
-            for shard in manifest.shards
-        ],
-        "files": manifest.files,
     }
-    try:
-        return (json.dumps(value, ensure_ascii=False, separators=(",", ":")) + "\n").encode()
-    except UnicodeEncodeError:  # half a surrogate pair in a string of the config: JSON can only hold it escaped
-        return (json.dumps(value, separators=(",", ":")) + "\n").encode()
+    yield f'{encode(about)[:-1]},"shards":['.encode()
+    for index, shard in enumerate(manifest.shards):
+        header = {"file": shard.file, "size": shard.size, "header": [shard.header, shard.header_checksum]}
+        yield f'{"," if index else ""}{encode(header)[:-1]},"tensors":['.encode()
+        for position, tensor in enumerate(shard.tensors):
+            value = {
+                "name": tensor.name,
+                "dtype": tensor.dtype,
+                "shape": tensor.shape,
+                "pieces": [[piece_to_json(piece, number), found] for piece, found in tensor.pieces],
+            }
+            yield f"{',' if position else ''}{encode(value)}".encode()
+        yield b"]}"
+    yield f'],"files":{encode(manifest.files)}}}\n'.encode()
 
 
 def read_manifest(model: Path | Files) -> Manifest | None:

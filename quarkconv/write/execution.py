@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from quarkconv.files.arenas import trim_heaps
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
 from quarkconv.plan.manifest import Manifest
@@ -68,6 +69,7 @@ class Execution:
         """
         with closing(open_source(self.source, self.plan)) as sources:
             sources.check_layout(self.plan)
+            trim_heaps()
             yield sources
 
     @contextmanager

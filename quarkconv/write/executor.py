@@ -18,6 +18,7 @@ from typing import Final
 import xxhash
 
 from quarkconv.errors import InterruptedByUser
+from quarkconv.files.arenas import trim_heaps
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.pieces import OutputShard, SourceFile
@@ -36,6 +37,8 @@ from quarkconv.write.space import records_nbytes
 
 BUFFER_BYTES: Final = 2 * 2**20
 """Bytes of a write: few enough to be in the CPU's cache when their checksum is computed."""
+STREAM_BUFFER_BYTES: Final = 2**20
+"""The same for a stream, which copies them: more would only take memory."""
 ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 ALONE_BYTES: Final = 5 * 2**20
@@ -112,7 +115,8 @@ class Run:
         alone = ALONE_BYTES if streams else 0
         with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quarkconv") as pool:
             claims = _Claims(shards, self._open, self._stop, reading, alone, lambda: self.sources.is_slow)
-            size = max(min(BUFFER_BYTES, ALL_BUFFERS_BYTES // threads // PAGE * PAGE), PAGE)
+            largest = min(BUFFER_BYTES, STREAM_BUFFER_BYTES) if streams else BUFFER_BYTES
+            size = max(min(largest, ALL_BUFFERS_BYTES // threads // PAGE * PAGE), PAGE)
             futures = [pool.submit(self._work, claims, size) for _ in range(threads)]
             try:
                 wait(futures, return_when=FIRST_EXCEPTION)
@@ -139,6 +143,7 @@ class Run:
     def finish(self) -> Manifest:
         """Write the other files when all shards are written, the manifest after them, and move all to their places."""
         others = self._write_others()
+        trim_heaps()  # of the buffers
         manifest = Manifest(
             quarkconv=own_version(),
             plan=self.destination.plan_digest,

@@ -54,6 +54,8 @@ class RemoteSource:
     def check_layout(self, plan: Plan) -> None:
         """Raise if a planned range is not in its tensor any more."""
         check_layout(plan, self._files)
+        if plan.rank.is_whole:  # other ranks read the same headers
+            self._files.forget()
 
     def state(self) -> list[FileState]:
         """Name, size and ETag of each file, in order."""
