@@ -9,6 +9,7 @@ import pytest
 from support.faulty_proxy import FaultyProxy
 from support.lease_steps import check_takeover
 from support.program import snapshot
+from support.progress import Recorder, WhileWriting
 from support.s3 import OUT, URL, objects
 
 import quarkconv
@@ -81,6 +82,34 @@ def test_shards_and_the_end_of_a_worker_that_vanished_are_taken_over(
     outcome = prepare(model).carry_out(Join(), jobs=2)
     assert outcome.result is not None
     assert outcome.shards == len(shards)
+    assert objects() == local
+
+
+def test_shards_of_others_are_counted_once_and_their_notes_read_once(
+    published: FaultyProxy, model: Path, tmp_path: Path
+) -> None:
+    calls = iter(range(10**6))
+
+    def fail(_: int) -> None:
+        if next(calls) == 9:
+            raise RuntimeError("stop")
+
+    with pytest.raises(RuntimeError, match="stop"):
+        prepare(URL).carry_out(Join(), jobs=1, progress=WhileWriting(fail))
+    written = [name for name in objects() if name.startswith(".quarkconv/notes/")]
+    assert written
+    published.requests.clear()
+    progress = Recorder()
+    outcome = prepare(URL).carry_out(Join(), jobs=2, progress=progress)
+    [step] = progress.named("Converting to fused-int8 with others")
+    local = snapshot(
+        quarkconv.convert_checkpoint(model, "fused-int8", tmp_path / "local", max_shard_size=40_000).output
+    )
+    shards = [name for name in local if name.endswith(".safetensors")]
+    assert outcome.shards == len(shards) - len(written)
+    assert sum(step.advances) <= (step.total or 0)
+    notes = [path for method, path in published.requests if method == "GET" and "/notes/" in path]
+    assert len(notes) == len(set(notes)) == len(shards)
     assert objects() == local
 
 

@@ -15,7 +15,7 @@ import pytest
 from support.conversions import SMALL_STEPS
 from support.faulty_proxy import FaultyProxy
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
-from support.progress import WhileWriting
+from support.progress import Recorder, WhileWriting
 from support.s3 import OUT, URL, objects, publish, put
 
 import quarkconv
@@ -429,6 +429,21 @@ def test_parts_give_the_objects_of_one_process(model: Path, local: dict[str, str
         assert caught.value.hint == "run --part 2/3 again"
         assert run(2) is not None
         assert run(2) is not None  # of a finished conversion
+    assert objects() == local
+
+
+def test_only_the_part_that_finishes_reads_notes_and_no_source_is_checked_twice(
+    published: FaultyProxy, local: dict[str, str]
+) -> None:
+    shards = sum(name.endswith(".safetensors") for name in local)
+    for number, expected in ((1, 0), (2, 0), (3, shards)):
+        published.requests.clear()
+        progress = Recorder()
+        prepare(URL).carry_out(Share(number, 3), jobs=2, progress=progress)
+        assert sum(method == "GET" and "/notes/" in path for method, path in published.requests) == expected
+        assert not [path for method, path in published.requests if method == "HEAD" and "/org/tiny-moe/" in path]
+        [step] = progress.named(f"Converting part {number}/3 to fused-int8")
+        assert sum(step.advances) == step.total
     assert objects() == local
 
 
