@@ -244,7 +244,6 @@ BUILT["bailing_moe_v3_vl"] = replace(
             "deepstack_visual_indexes": [],
         },
     },
-    outer="language_model.",
 )  # fmt: skip
 
 _REMOTE: Final = ("deepseek", "bailing_moe", "bailing_moe_v2")

@@ -37,7 +37,9 @@ RENAMED: Final = {
         (r"\.router_weight$", ".router.weight"),
     ),
     "bailing_hybrid": _BAILING,
-    "bailing_moe_v3_vl": _BAILING,
+    "bailing_moe_v3_vl": (
+        *_BAILING, (r"\.attn\.qkv_proj\.", ".attn.qkv."), (r"^(language_model|model)\.(model|lm_head)\.", r"\2."),
+    ),
     "deepseek_v4": (
         (r"^model\.", ""), (r"^lm_head\.", "head."), (r"^embed_tokens\.", "embed."),
         (r"\.self_attn\.", ".attn."), (r"\.mlp\.", ".ffn."), (r"\.input_layernorm\.", ".attn_norm."),

@@ -142,7 +142,20 @@ PUBLISHED: Final[dict[str, dict[str, Any]]] = {
 """Beside those that both engines read."""
 
 
+_LINEARS: Final[dict[str, tuple[int, ...]]] = {
+    "model.visual.patch_embed.proj": (16, 3, 2, 4, 4), "model.visual.blocks.0.attn.qkv": (48, 16),
+    "model.visual.blocks.0.attn.proj": (16, 16), "model.visual.blocks.0.mlp.linear_fc1": (16, 16),
+    "model.visual.blocks.0.mlp.linear_fc2": (16, 16), "model.visual.merger.linear_fc1": (64, 64),
+    "model.visual.merger.linear_fc2": (16, 64), "linear_proj.0": (16, 16), "linear_proj.2": (16, 16),
+    **dict.fromkeys(("model.visual.blocks.0.norm1", "model.visual.blocks.0.norm2", "model.visual.merger.norm"), (16,)),
+}  # fmt: skip
+"""Layers of bailing's image encoder: name -> shape of the weight; each has a bias."""
 _NOT_EXPORTED: Final[dict[str, dict[str, tuple[int, ...]]]] = {
+    "bailing_moe_v3_vl": {
+        **{f"{name}.weight": shape for name, shape in _LINEARS.items()},
+        "model.visual.pos_embed.weight": (4, 16),
+        **{f"{name}.bias": shape[:1] for name, shape in _LINEARS.items()},
+    },
     "minimax_m3_vl": {f"vision_tower.vision_model.post_layernorm.{leaf}": (16,) for leaf in ("weight", "bias")},
     "phimoe": {"lm_head.bias": (24,)},
 }

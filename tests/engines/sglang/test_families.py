@@ -26,11 +26,11 @@ import quarkconv
 from quarkconv.inspection.engines import checked_model_types
 
 LOADED: Final = (
-    "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "deepseek_v2", "deepseek_v3",
-    "deepseek_v32", "deepseek_v4", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next", "glm_moe_dsa",
-    "grok-2", "hunyuan_v1_moe", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "lfm2_moe", "longcat_flash",
-    "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "olmoe", "phimoe", "qwen2_moe", "qwen3_5_moe",
-    "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp_vl",
+    "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "bailing_moe_v3_vl", "deepseek_v2",
+    "deepseek_v3", "deepseek_v32", "deepseek_v4", "ernie4_5_moe", "gemma4", "glm4_moe", "glm4_moe_lite", "glm5_next",
+    "glm_moe_dsa", "grok-2", "hunyuan_v1_moe", "kimi_k2", "kimi_k25", "kimi_k3", "kimi_linear", "lfm2_moe",
+    "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "olmoe", "phimoe", "qwen2_moe",
+    "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp_vl",
 )  # fmt: skip
 ROUTED: Final = re.compile(r"\.(w13|w2)_weight(_scale)?$")
 TARGETS: Final = [target for target in FORMS if target != "bf16"]
