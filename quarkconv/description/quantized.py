@@ -15,16 +15,15 @@ from quarkconv.description.description import Description, described
 from quarkconv.dtypes import QUANTIZABLE, TensorType
 from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
 from quarkconv.experts.families import FLOAT_ENDS
-from quarkconv.experts.naming import FUSED_LEAVES
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.scheme.formats.undeclared import PTPC, UndeclaredScheme
+from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.options import QUANTIZE, SourceOptions
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT
-from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names, stored_modules
+from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,8 +87,7 @@ def quantized_description(description: Description, options: SourceOptions) -> D
         originals=originals,
     )
     if options.quantize == "all":
-        declared = UndeclaredScheme(stored_modules(virtual.types, FUSED_LEAVES))
-        return described(virtual, declared, mtp_dropped=description.mtp_dropped)
+        return described(virtual, scheme=PTPC_NAME, mtp_dropped=description.mtp_dropped)
     return described(virtual, description.declared, mtp_dropped=description.mtp_dropped)
 
 
