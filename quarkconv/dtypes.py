@@ -54,8 +54,8 @@ class TensorTypes(Mapping[str, TensorType]):
     """Name -> dtype and shape of every tensor of several files. Of a name that occurs twice, the last type counts.
 
     A dict of 100,000 names is larger than a processor's caches, and takes as long as a quarter of the headers that the
-    names are from. ``inspect`` looks up few of them, and each in its own file; so the dict is created by the first
-    look-up in all files.
+    names are from. ``inspect`` looks up few of them, most in their own file; so the dict is created after some look-ups
+    in all files.
 
     Attributes:
         parts: name -> type, file by file; one part where a name occurs twice.
@@ -63,6 +63,7 @@ class TensorTypes(Mapping[str, TensorType]):
 
     def __init__(self, parts: Sequence[Mapping[str, TensorType]]) -> None:
         self.parts = parts
+        self._few = 1000  # look-ups in all files that are left until the dict is worth its time
         self._length = len(set[str]().union(*parts))
         if self._length != sum(map(len, parts)):
             self.parts = (self._all,)
@@ -81,6 +82,12 @@ class TensorTypes(Mapping[str, TensorType]):
         return any(name in part for part in self.parts)
 
     def __getitem__(self, name: str) -> TensorType:
+        if self._few > 0:
+            self._few -= 1
+            for part in self.parts:
+                if name in part:
+                    return part[name]
+            raise KeyError(name)
         return self._all[name]
 
     def items(self) -> ItemsView[str, TensorType]:
