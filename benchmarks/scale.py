@@ -14,7 +14,7 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
 
 A run begins and ends with about as many seconds for one worker as for eight, in which the network is not busy: headers
 are read, and the first part of a shard, before anything is sent. Conversions of real checkpoints take minutes to hours.
-The models are therefore so large that eight workers need half a minute; all modes together take 15 minutes.
+The models are therefore so large that eight workers need half a minute, and a whole one on Ray; all modes together take 19 minutes.
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
@@ -317,7 +317,7 @@ def main() -> None:
     parser.add_argument("--modes", nargs="+", choices=MODES, default=["part", "join"])
     parser.add_argument("--rate", type=float, default=8, help="MB/s of each client in each direction")
     parser.add_argument("--layers", type=int, default=40, help="each has 36 MB")
-    parser.add_argument("--ray-layers", type=int, default=30, help="of the model that is converted on Ray")
+    parser.add_argument("--ray-layers", type=int, default=40, help="of the model that is converted on Ray")
     parser.add_argument("--shard", type=float, default=7, help="MB of a shard at most; a tensor has up to 12.6")
     options = parser.parse_args()
     rate = options.rate * MB
