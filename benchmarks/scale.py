@@ -14,11 +14,12 @@ direction. Workers convert one model from it to it: with ``--part k/N`` or ``--j
 
 A run begins and ends with about as many seconds for one worker as for eight, in which the network is not busy: headers
 are read, and the first part of a shard, before anything is sent. Conversions of real checkpoints take minutes to hours.
-The models are therefore so large that eight workers need half a minute, and a whole one on Ray; all modes together take 19 minutes.
+The model is therefore so large that eight workers need half a minute, and a whole one on Ray; all modes together take
+19 minutes.
 
 Runs of few workers take place at the same time, as many as fit into the number of clients of the largest run: the
 processor is then about as busy in all of them. A rate at which it is busy half of the time, or less, measures the
-network. Tasks of Ray need more of it, so that their nodes have half of the rate, and a smaller model. Medians of
+network. Tasks of Ray need more of it, so that their nodes have half of the rate. Medians of
 the rounds of the fewest and the most workers; others, and ``--ray`` with one, run once. Results are kept after each
 group of runs.
 """
