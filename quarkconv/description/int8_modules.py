@@ -150,8 +150,9 @@ def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
 
 
 def _is_of_channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
-    """Whether a static input scale has a value for each input of the weight, of which there are several."""
-    return len(weight) > 1 and weight[-1] > 1 and prod(shape) in (weight[-1], prod(weight[:-2]) * weight[-1])
+    """Whether a static input scale has a value for each input of the weight, and these are not its matrices."""
+    several = len(weight) > 1 and not _is_input_scale(shape, weight)
+    return several and prod(shape) in (weight[-1], prod(weight[:-2]) * weight[-1])
 
 
 def _is_foreign(scheme: ModuleScheme) -> bool:

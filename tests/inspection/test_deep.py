@@ -5,9 +5,11 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from support.checkpoints import make_checkpoint
 from support.exports import Checkpoints
 from support.model import FIRST, Model
 from support.program import run_cli
@@ -127,3 +129,12 @@ def test_deep_leaves_truncated_files_alone(tmp_path: Path) -> None:
     raw = (folder / FIRST).read_bytes()
     (folder / FIRST).write_bytes(raw[:-1])
     assert {item[1] for item in found(inspect_checkpoint(folder, deep=True))} == {"shard-truncated"}
+
+
+@pytest.mark.parametrize("layout", ["stacked", "fused"])
+def test_a_static_input_scale_for_each_expert_is_not_one_for_each_channel(tmp_path: Path, layout: Any) -> None:
+    """As many experts as inputs, like Qwen3-Next's down_proj: 512 of both."""
+    sizes: dict[str, Any] = {"experts": 16, "hidden": 16, "intermediate": 16}
+    options: dict[str, Any] = {"granularity": "per_tensor", "input_scales": True}
+    root = make_checkpoint(tmp_path / "model", layout=layout, **sizes, **options)
+    assert found(inspect_checkpoint(root, deep=True)) == []
