@@ -136,3 +136,15 @@ def sampling(look: Callable[[], None], seconds: float) -> Iterator[None]:
     finally:
         ended.set()
         watcher.join()
+
+
+@contextmanager
+def peak_memory() -> Iterator[list[int]]:
+    """A list whose last item is the most memory that this process held, beyond what it held at the beginning."""
+
+    def resident() -> int:
+        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
+
+    before, peaks = resident(), [0]
+    with sampling(lambda: peaks.append(max(peaks[-1], resident() - before)), 0.02):
+        yield peaks

@@ -25,7 +25,6 @@ import os
 import shutil
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -34,6 +33,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from common import peak_memory
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -172,31 +172,17 @@ def read_once(folders: list[Path]) -> dict[str, float]:
 
 
 @contextmanager
-def peak_memory(found: dict[str, Any], device: str) -> Iterator[None]:
+def peak_memories(found: dict[str, Any], device: str) -> Iterator[None]:
     """Note by how much memory of the host and of the device grows, in bytes."""
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before, peak, ended = resident(), [0], threading.Event()
     held = 0
     if device.startswith("cuda"):
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         held = torch.cuda.memory_allocated()
 
-    def watch() -> None:
-        while not ended.wait(0.02):
-            peak[0] = max(peak[0], resident())
-
-    watcher = threading.Thread(target=watch)
-    watcher.start()
-    try:
+    with peak_memory() as peaks:
         yield
-    finally:
-        ended.set()
-        watcher.join()
-    found["host_bytes"] = max(peak[0] - before, 0)
+    found["host_bytes"] = peaks[-1]
     found["device_bytes"] = torch.cuda.max_memory_allocated() - held if device.startswith("cuda") else None
 
 
@@ -295,7 +281,7 @@ def main() -> None:
                         once = read_once([quantized, before])
                         drop([quantized, before])
                     row["reading_once"] = once
-                with peak_memory(row, device):
+                with peak_memories(row, device):
                     began, timeline = time.perf_counter(), Timeline()
                     found = evaluate(windows, progress=timeline)
                     row["seconds"] = time.perf_counter() - began

@@ -22,9 +22,8 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
@@ -68,23 +67,10 @@ def drop(folder: Path, *, cached: bool) -> None:
                 os.posix_fadvise(handle.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
-@contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """A list whose last item is the most memory that this process held, beyond what it held at the beginning."""
-
-    from common import sampling
-
-    def resident() -> int:
-        return int(Path("/proc/self/statm").read_text().split()[1]) * os.sysconf("SC_PAGE_SIZE")
-
-    before, peaks = resident(), [0]
-    with sampling(lambda: peaks.append(max(peaks[-1], resident() - before)), 0.02):
-        yield peaks
-
-
 def verify(model: Path, device: str, tokens: list[int], stages: tuple[str, ...]) -> Callable[[], Found]:
     """Prepare the devices; what is returned verifies, and gives seconds and memory."""
     import torch
+    from common import peak_memory
 
     from quarkconv.description.description import describe
     from quarkconv.load.layer_reads import LayerPart

@@ -31,17 +31,22 @@ def plain(quantized: Path, unquantized: Path, token_ids: Path) -> Evaluation:
     return evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
 
 
+def assert_alike(one: Evaluation, other: Evaluation) -> None:
+    """The figures differ by no more than products that sum in another order."""
+    assert one.int8 is not None
+    assert other.int8 is not None
+    assert one.int8.mean == pytest.approx(other.int8.mean, rel=0.15)
+    for mine, theirs in zip(one.layers, other.layers, strict=True):
+        assert mine.own == pytest.approx(theirs.own, abs=0.01)
+        assert sum(mine.load) == sum(theirs.load)
+
+
 def test_a_gpu_has_the_figures_of_a_cpu(plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path) -> None:
     """Products sum in another order: bfloat16 then rounds some elements the other way, as between sizes of batches.
     One of 120 tokens may so choose another expert in a layer: an error of about 0.1, 0.01 of the layer's.
     """
     found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device="cpu", resume=False)
-    assert found.int8 is not None
-    assert plain.int8 is not None
-    assert plain.int8.mean == pytest.approx(found.int8.mean, rel=0.15)
-    for mine, theirs in zip(plain.layers, found.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, abs=0.01)
-        assert sum(mine.load) == sum(theirs.load)
+    assert_alike(plain, found)
 
 
 def test_the_same_run_has_the_same_figures_again(
@@ -124,12 +129,7 @@ def test_experts_in_groups_have_the_figures_of_whole_layers(
     """Rows of a group are fewer, and a product of fewer rows may sum in another order."""
     monkeypatch.setattr(runners, "experts_at_once", lambda *_: 3)
     found = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, device=CUDA, resume=False)
-    assert found.int8 is not None
-    assert plain.int8 is not None
-    assert found.int8.mean == pytest.approx(plain.int8.mean, rel=0.15)
-    for mine, theirs in zip(found.layers, plain.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, abs=0.01)
-        assert sum(mine.load) == sum(theirs.load)
+    assert_alike(found, plain)
 
 
 def test_a_layer_takes_what_the_layer_before_hands_on(tmp_path: Path) -> None:
