@@ -2,10 +2,15 @@
 
 Every backend then computes with the same weights, whatever it repacks them to. They are random, since kernels run
 faster on zeros, and scaled so that activations keep their size from layer to layer.
+
+Models of several processes fit into one GPU where they share their parameters: see `share`.
 """
 
 from __future__ import annotations
 
+import os
+import pickle
+import time
 import zlib
 from pathlib import Path
 from typing import Any
@@ -13,6 +18,11 @@ from typing import Any
 import torch
 
 LOAD_FORMAT = "filled"
+TURN = "FILLED_TURN"
+"""Environment variable: a file. A model is built once it exists, since building takes more memory than the model."""
+SHARED = "FILLED_SHARED"
+"""Environment variable: a file by which models of the same layouts share their parameters; unset, they share none."""
+_LEAST_SHARED = 1 << 20  # bytes
 _DEVIATION = 73.6  # of uniform codes in -127..127
 _LOGITS = 3.0  # deviation of the logits, so that log-probabilities differ from token to token
 
@@ -26,17 +36,29 @@ def register() -> None:
         def download_model(self, model_config: Any) -> None:
             pass
 
+        def load_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+            while TURN in os.environ and not Path(os.environ[TURN]).exists():
+                time.sleep(0.05)
+            loaded: torch.nn.Module = super().load_model(*args, **kwargs)
+            return loaded
+
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
-            fill(model)
+            path = Path(os.environ[SHARED]) if SHARED in os.environ else None
+            if path is None or not path.exists():
+                fill(model)
+            if path is not None:
+                share(model, path)
 
     register_model_loader(LOAD_FORMAT)(FilledLoader)
 
 
-def fill(model: torch.nn.Module) -> None:
-    """Fill every parameter of a model that vLLM has built and not processed yet."""
+def fill(model: torch.nn.Module, below: int | None = None) -> None:
+    """Fill every parameter of a model that vLLM has built and not processed yet, or those below so many bytes."""
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, parameter in own.items():
+            if below is not None and parameter.nbytes >= below:
+                continue
             random = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{prefix}.{name}".encode()))
             weight = own.get(name.removesuffix("_scale"))
             if parameter.dtype == torch.int8:
@@ -52,6 +74,33 @@ def fill(model: torch.nn.Module) -> None:
             else:
                 gain = _LOGITS if "lm_head" in prefix else 1.0
                 parameter.data.normal_(0, gain / parameter.shape[-1] ** 0.5, generator=random)
+
+
+def share(model: torch.nn.Module, path: Path) -> None:
+    """Let models of several processes have the same memory, through CUDA's handles for other processes.
+
+    The first model writes its handles to `path`, and must outlive the others. Those replace their large parameters with
+    its ones, and fill the others. No process may write to a parameter after that.
+    """
+    from torch.multiprocessing.reductions import reduce_tensor
+
+    large = {name: each for name, each in model.named_parameters() if each.nbytes >= _LEAST_SHARED}
+    if not path.exists():
+        torch.cuda.synchronize()
+        handles = {name: reduce_tensor(each.data) for name, each in large.items()}
+        scratch = path.with_suffix(".part")
+        scratch.write_bytes(pickle.dumps(handles))
+        scratch.rename(path)
+        return
+    for name, (rebuild, arguments) in pickle.loads(path.read_bytes()).items():
+        tensor = rebuild(*arguments)
+        parameter = large.pop(name)
+        if (tensor.shape, tensor.dtype) != (parameter.shape, parameter.dtype):
+            raise ValueError(f"{name}: expected {tensor.dtype} {list(tensor.shape)}, found {parameter.shape}")
+        parameter.data = tensor
+    if large:
+        raise ValueError(f"not shared: {', '.join(large)}")
+    fill(model, _LEAST_SHARED)
 
 
 def write_entry_point(folder: Path) -> Path:

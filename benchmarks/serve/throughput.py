@@ -2,12 +2,13 @@
 
     python benchmarks/serve/throughput.py --model Qwen3-30B-A3B --layers 24 [--backends triton,humming,quarkconv]
 
-Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random weights
-(`filled`). All start first. Then each figure is measured in turn, round after round in alternating order, while the
-others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with --capture-prefill. Decode:
-the time that more new tokens take, for prompts of 128 tokens: the prefill cancels out. Log-probabilities of one prompt
-are compared between backends. With --profile, one prefill of each follows under torch's profiler: how long its kernels
-took, and for which part of the time the GPU was busy; for the rest it waited for the host.
+Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random
+weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's layouts
+have one copy of the weights. Then each figure is measured in turn, round after round in alternating order, while the
+others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with --capture-prefill.
+Decode: the time that more new tokens take, for prompts of 128 tokens: the prefill cancels out. Log-probabilities of
+one prompt are compared between backends. With --profile, one prefill of each follows under torch's profiler: how long
+its kernels took, and for which part of the time the GPU was busy; for the rest it waited for the host.
 
 Writes benchmarks/results/serve-<model>-<device>.json, or --out, after each figure: a run that is cut keeps what it
 measured. vLLM, and quarkconv with its entry point, must be installed, or lie on PYTHONPATH with their metadata.
@@ -36,12 +37,12 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from filled import LOAD_FORMAT, write_entry_point
+from filled import LOAD_FORMAT, SHARED, TURN, write_entry_point
 from models import MODELS, write_model
 
 PROMPT, PROMPTS = 8192, 4
 SHORT_PROMPT = 128
-NEW = (33, 161)
+NEW = (17, 81)
 """New tokens of a short and of a long run; a step of decode is their difference in time over that in tokens."""
 SEQUENCES = (1, 8, 64, 256)
 PREFILL = "prefill"
@@ -62,6 +63,10 @@ BACKENDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 """Backend -> arguments of LLM, and environment. Triton is vLLM's default; tuned: with the tables of --tables. Humming's
 default has 16-bit activations: vLLM 0.33 passes it no scheme for them without the variable (read in its source)."""
 
+REPACKED = ("humming", "humming-int8")
+"""Backends with layouts of their own; the others can share the parameters of one. They load first, since repacking
+takes more memory than the model."""
+
 
 class Server:
     """A worker process with one LLM. It answers one request at a time: "load", then names of figures."""
@@ -71,6 +76,10 @@ class Server:
         environment = os.environ | BACKENDS[name][1] | {"VLLM_CACHE_ROOT": str(folder / f"cache-{name}")}
         if "VLLM_TUNED_CONFIG_FOLDER" in BACKENDS[name][1]:
             environment["VLLM_TUNED_CONFIG_FOLDER"] = str(options.tables.resolve())
+        self.turn = folder / f"turn-{name}"
+        environment[TURN] = str(self.turn)
+        if options.share and name not in REPACKED:
+            environment[SHARED] = str(folder / "shared")
         paths = [str(folder), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         self.name = name
@@ -107,8 +116,9 @@ class Server:
         if not select.select([self.results], [], [], max(seconds, 0.0))[0]:
             self.process.kill()
 
-    def wait_for_weights(self) -> None:
-        """Until the weights are loaded, or the process has ended."""
+    def load(self) -> None:
+        """Let it build its model; returns when the weights are loaded, or the process has ended."""
+        self.turn.touch()
         while self.process.poll() is None and b"Model loading took" not in self.log.read_bytes():
             time.sleep(0.5)
 
@@ -191,8 +201,9 @@ def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
     [output] = generate([tokens], max_tokens=1, prompt_logprobs=1)[1]
     rows = zip(output.prompt_logprobs[1:], tokens["prompt_token_ids"][1:], strict=True)
     logprobs = [row[token].logprob for row, token in rows]
-    for figure in FIGURES:
-        measure(figure)  # compiles what has not been
+    prefill()
+    for count in SEQUENCES:
+        generate([prompt(SHORT_PROMPT, seed) for seed in range(count)], max_tokens=NEW[0])  # compiles what has not been
     send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
     for line in sys.stdin:
         send(measure(line.strip()))
@@ -275,19 +286,15 @@ def show(rows: dict[str, Any]) -> None:
 
 
 def start(options: argparse.Namespace, folder: Path) -> list[Server]:
-    """Start a server for each backend; those that repack weights load before the others."""
+    """Start a server for each backend; their models are loaded one after the other."""
     model = write_model(options.model, options.layers, folder / options.model)
     write_entry_point(folder)
     names = [name for name in options.backends.split(",") if name != "triton-tuned" or options.tables]
     servers = [Server(name, model, options, folder) for name in names]
-    repacking = [server for server in servers if "humming" in server.name]  # in several times the memory
-    for server in repacking:
-        server.request("load")
-    for server in repacking:
-        server.wait_for_weights()
     for server in servers:
-        if server not in repacking:
-            server.request("load")
+        server.request("load")
+    for server in sorted(servers, key=lambda server: server.name not in REPACKED):
+        server.load()
     return servers
 
 
@@ -353,12 +360,15 @@ def main() -> int:
         help=f"CUDA graphs of {PROMPT} tokens too, so that prefill runs in them",
     )
     parser.add_argument("--profile", action="store_true", help="one prefill of each backend under torch's profiler")
+    parser.add_argument("--share", action="store_true", help="one copy of the weights for backends of the same layouts")
     parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend on a GPU")
     parser.add_argument("--start-within", type=float, default=900.0, metavar="SECONDS", help="else it is left out")
     parser.add_argument("--logs", type=Path, help="folder to keep the processes' logs in")
     parser.add_argument("--out", type=Path)
     parser.add_argument("--commit", help="what to record; default: git's HEAD")
     options = parser.parse_args()
+    if options.share and options.tensor_parallel > 1:
+        parser.error("--share is for one GPU")
     import torch
 
     if torch.cuda.device_count() < options.tensor_parallel:
@@ -371,7 +381,9 @@ def main() -> int:
     chosen = f"--model {options.model} --layers {options.layers} --backends {options.backends}"
     chosen += f" --tables {options.tables}" if options.tables else ""
     chosen += f" --rounds {options.rounds} --decode-rounds {options.decode_rounds}"
-    chosen += " --capture-prefill" * options.capture_prefill + " --profile" * options.profile
+    chosen += (
+        " --capture-prefill" * options.capture_prefill + " --profile" * options.profile + " --share" * options.share
+    )
     document = {
         "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
         "tensor_parallel": options.tensor_parallel, "date": datetime.date.today().isoformat(),
