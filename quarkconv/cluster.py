@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import suppress
 from typing import Any, Final
 
-from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError, WriteError
+from quarkconv.errors import QuarkconvError, UsageError, WriteError, interrupted
 
 RETRIES: Final = 20
 """Times that a task is run again whose process or node died."""
@@ -84,9 +84,7 @@ class ClusterTasks:
                 for reference in done:
                     yield ray.get(reference)
         except KeyboardInterrupt:
-            raise InterruptedByUser(
-                "Interrupted; finished work is kept", hint="run the same command again: it resumes where it stopped"
-            ) from None
+            raise interrupted() from None
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, QuarkconvError):
                 raise error.cause from None

@@ -12,18 +12,15 @@ from quarkconv.errors import SourceError
 COPY_AGAIN: Final = "download or copy the file again"
 
 
-def unreadable_file(
-    file: str, found: str | None, *, code: str = "shard-missing", hint: str | None = None
-) -> SourceError:
+def unreadable_file(file: str, found: str | None, *, hint: str | None = None) -> SourceError:
     """A file does not exist, or the system refuses to read it."""
-    return SourceError("The file cannot be read", code=code, file=file, found=found, hint=hint)
+    return SourceError("The file cannot be read", code="shard-missing", file=file, found=found, hint=hint)
 
 
-def unreadable_tensor(
-    file: str, tensor: str | None, found: str | None, *, code: str = "shard-truncated", hint: str | None = None
-) -> SourceError:
+def unreadable_tensor(file: str, tensor: str | None, found: str | None, *, hint: str | None = None) -> SourceError:
     """The system refuses to read the bytes of a tensor, or the file ends before them."""
-    return SourceError("A tensor cannot be read", code=code, file=file, tensor=tensor, found=found, hint=hint)
+    message = "A tensor cannot be read"
+    return SourceError(message, code="shard-truncated", file=file, tensor=tensor, found=found, hint=hint)
 
 
 def short_file(message: str, file: str, *, expected: str, found: str) -> SourceError:

@@ -117,3 +117,10 @@ class InterruptedByUser(QuarkconvError):  # noqa: N818 - an interrupt is not an 
     """Stopped by SIGINT or SIGTERM. Finished work is kept; the same command resumes."""
 
     exit_code = 130
+
+
+def interrupted() -> InterruptedByUser:
+    """The error of work that was stopped; what it finished is kept."""
+    return InterruptedByUser(
+        "Interrupted; finished work is kept", hint="run the same command again: it resumes where it stopped"
+    )

@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Final
 
 from quarkconv.cloud.stores import failure_of, open_store, prefix_of
 from quarkconv.errors import SourceError
-from quarkconv.files.base import Range
+from quarkconv.files.base import Range, is_inside
 from quarkconv.files.blocks import BLOCK_BYTES
-from quarkconv.files.remote import Entry, RemoteFiles, is_inside
+from quarkconv.files.remote import Entry, RemoteFiles
 from quarkconv.files.urls import without_slash
 
 if TYPE_CHECKING:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Iterator
 from typing import Final
 
@@ -31,7 +30,6 @@ from quarkconv.targets.tensors import output_tensors
 
 _REPLACED: Final = frozenset({CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, ASCEND_NAME, MODELOPT_NAME})
 _NOT_COPIED: Final = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
-_DIGITS: Final = re.compile(r"(\d+)")
 
 
 def plans_of(

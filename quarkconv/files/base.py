@@ -49,3 +49,8 @@ class Files(Protocol):
 def in_hidden_folder(relative: Path) -> bool:
     """Whether a file lies in a folder whose name starts with a dot, such as ``.git`` or ``.cache``."""
     return any(part.startswith(".") for part in relative.parts[:-1])
+
+
+def is_inside(name: str) -> bool:
+    """Whether a name is a plain relative path: a conversion creates files of the same names."""
+    return all(part not in ("", ".", "..") for part in name.split("/")) and "\0" not in name and "\\" not in name

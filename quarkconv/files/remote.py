@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ class _Origin(PosixPath):
         return super().__str__().replace(":/", "://", 1)
 
 
-class RemoteFiles:
+class RemoteFiles(ABC):
     """The files of one remote model, as :class:`quarkconv.files.base.Files`. Nothing is stored on disk.
 
     Subclasses fetch ranges, check ETags, and name the model with ``__str__``.
@@ -146,8 +146,3 @@ class RemoteFiles:
     def close(self) -> None:
         """Cancel pending requests."""
         self.pool.shutdown(wait=False, cancel_futures=True)
-
-
-def is_inside(name: str) -> bool:
-    """Whether a name is a plain relative path: a conversion creates files of the same names."""
-    return all(part not in ("", ".", "..") for part in name.split("/")) and "\0" not in name and "\\" not in name

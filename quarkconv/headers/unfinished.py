@@ -22,7 +22,8 @@ MANIFEST_NAME: Final = "quarkconv.json"
 """The manifest of a conversion; see :mod:`quarkconv.plan.manifest`. A finished output has it."""
 NOTES_NAME: Final = "notes"
 """Folder in that folder: a note for each finished shard."""
-_STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
+STATE_PATH: Final = f"{STAGING_NAME}/{STATE_NAME}"
+"""The same file, from the output directory or URL."""
 MAX_STATE_BYTES: Final = 2**24
 _COMMAND: Final = ["quarkconv", "convert"]
 _OPTIONS: Final = frozenset(
@@ -51,9 +52,9 @@ def refuse_unfinished_objects(files: RemoteFiles) -> None:
     Raises:
         SourceError: they have a plan.json.
     """
-    size = files.size(_STATE)
+    size = files.size(STATE_PATH)
     if size is not None:
-        state = None if size > MAX_STATE_BYTES else _parsed(files.read(_STATE, 0, size))
+        state = None if size > MAX_STATE_BYTES else parse_state(files.read(STATE_PATH, 0, size))
         finished = sum(1 for name in files.entries if name.startswith(f"{STAGING_NAME}/{NOTES_NAME}/"))
         raise _unfinished("These objects are", str(files), state, finished)
 
@@ -81,10 +82,11 @@ def read_state(path: Path) -> dict[str, Any] | None:
         data = read_regular(path, MAX_STATE_BYTES)
     except (OSError, ValueError):
         return None
-    return None if isinstance(data, int) else _parsed(data)
+    return None if isinstance(data, int) else parse_state(data)
 
 
-def _parsed(data: bytes) -> dict[str, Any] | None:
+def parse_state(data: bytes) -> dict[str, Any] | None:
+    """A JSON object that a conversion recorded; None for anything else."""
     try:
         state = json.loads(data)
     except (ValueError, RecursionError):

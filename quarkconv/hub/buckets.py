@@ -11,8 +11,9 @@ import re
 from typing import Final
 
 from quarkconv.errors import HubError, UsageError
+from quarkconv.files.base import is_inside
 from quarkconv.files.http_files import HttpFiles
-from quarkconv.files.remote import Entry, is_inside
+from quarkconv.files.remote import Entry
 from quarkconv.files.urls import BUCKETS, without_slash
 from quarkconv.hub.errors import TOKEN_HINT, first_line, hub_error
 from quarkconv.hub.ranges import BucketRanges

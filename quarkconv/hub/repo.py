@@ -8,8 +8,9 @@ from collections.abc import Mapping
 from typing import TYPE_CHECKING, Final
 
 from quarkconv.errors import HubError
+from quarkconv.files.base import is_inside
 from quarkconv.files.http_files import HttpFiles
-from quarkconv.files.remote import Entry, is_inside
+from quarkconv.files.remote import Entry
 from quarkconv.hub.ranges import HubRanges
 
 if TYPE_CHECKING:

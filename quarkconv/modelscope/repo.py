@@ -13,8 +13,9 @@ from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
 from quarkconv.errors import HubError, SourceError, UsageError
+from quarkconv.files.base import is_inside
 from quarkconv.files.http_files import HttpFiles
-from quarkconv.files.remote import Entry, is_inside
+from quarkconv.files.remote import Entry
 from quarkconv.files.urls import MODELSCOPE, without_slash
 from quarkconv.modelscope.errors import ENDPOINT_HINT, failure, refusal
 from quarkconv.modelscope.ranges import SHA256, ModelScopeRanges, endpoint, request

@@ -5,6 +5,8 @@ from __future__ import annotations
 import re
 from typing import Final
 
+from quarkconv.files.base import is_inside
+
 _CHECKSUM: Final = re.compile("[0-9a-f]{32}")
 
 
@@ -39,13 +41,7 @@ def file_name(value: object) -> str:
     """
     name = text(value)
     name.encode()  # raises for half a surrogate pair, which no file name contains
-    if (
-        "\0" in name
-        or name.startswith("/")
-        or "\\" in name
-        or not name
-        or any(part in ("", ".", "..") for part in name.split("/"))
-    ):
+    if not is_inside(name):
         raise ValueError(f"not a path inside the checkpoint: {name!r:.80}")
     return name
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
@@ -244,6 +245,10 @@ class OutputShard(NamedTuple):
     file: str
     header: int
     tensors: tuple[OutputTensor, ...]
+
+    def pieces(self) -> Iterator[Piece]:
+        """The pieces of all tensors, in order."""
+        return (piece for tensor in self.tensors for piece in tensor.pieces)
 
     @property
     def nbytes(self) -> int:

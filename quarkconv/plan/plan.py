@@ -75,21 +75,13 @@ class Plan:
             "max_shard_size": self.max_shard_size,
             "moe": None if self.moe is None else asdict(self.moe),
             "sources": self.sources,
-            "checks": [
-                [check.kind, *(piece_to_json(source, number) for source in check.reads())] for check in self.checks
-            ],
+            "checks": [[check.kind, *rows(check.reads())] for check in self.checks],
             "shards": [
                 {
                     "file": shard.file,
                     "header": shard.header,
                     "tensors": [
-                        [
-                            tensor.name,
-                            tensor.dtype,
-                            tensor.shape,
-                            [piece_to_json(piece, number) for piece in tensor.pieces],
-                        ]
-                        for tensor in shard.tensors
+                        [tensor.name, tensor.dtype, tensor.shape, rows(tensor.pieces)] for tensor in shard.tensors
                     ],
                 }
                 for shard in self.shards

@@ -20,7 +20,6 @@ from quarkconv.errors import UnsupportedError
 from quarkconv.plan.pieces import OutputShard, OutputTensor
 
 PAGE: Final = 4096
-DATA_ALIGNMENT: Final = PAGE
 _DIGITS: Final = re.compile(r"(\d+)")
 
 
@@ -75,7 +74,7 @@ def encode_header(tensors: Sequence[OutputTensor]) -> bytes:
         entries[tensor.name] = {"dtype": tensor.dtype, "shape": tensor.shape, "data_offsets": (position, end)}
         position = end
     text = json.dumps(entries, separators=(",", ":"), ensure_ascii=False).encode()
-    padded = text + b" " * (-(8 + len(text)) % DATA_ALIGNMENT)
+    padded = text + b" " * (-(8 + len(text)) % PAGE)
     return struct.pack("<Q", len(padded)) + padded
 
 

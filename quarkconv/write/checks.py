@@ -3,28 +3,28 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from itertools import islice
-from typing import Final
+from itertools import islice, repeat
+from typing import Final, TypeVar
 
 from quarkconv.errors import UnsupportedError
 from quarkconv.plan.pieces import Check, RowScales
 from quarkconv.plan.plan import Plan
-from quarkconv.write.source import Reader, Source
+from quarkconv.write.source import Reader, Source, read
 
 _CHECKS_AT_ONCE: Final = 256
+_Item = TypeVar("_Item")
 
 
-def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> None:
+def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int) -> None:
     """Check the conditions of a plan on the source's data, before anything is written.
 
     Raises:
         UnsupportedError: one does not hold.
     """
-    stop = threading.Event()
 
-    def check(batch: list[Check]) -> None:
+    def check(batch: list[Check], stop: threading.Event) -> None:
         with sources.ahead(source for item in batch for source in item.reads()) as reader:
             for item in batch:
                 if stop.is_set():
@@ -32,14 +32,7 @@ def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int = 1) -> Non
                 _check(item, reader)
 
     remaining = iter(checks)
-    batches = iter(lambda: list(islice(remaining, _CHECKS_AT_ONCE)), [])
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-check") as pool:
-        try:
-            for _ in pool.map(check, batches):
-                pass
-        finally:  # the others stop at their next check
-            stop.set()
-            pool.shutdown(cancel_futures=True)
+    _run(check, iter(lambda: list(islice(remaining, _CHECKS_AT_ONCE)), []), jobs)
 
 
 def check_float_rows(plans: Iterable[Plan], sources: Source, jobs: int) -> None:
@@ -50,31 +43,35 @@ def check_float_rows(plans: Iterable[Plan], sources: Source, jobs: int) -> None:
     Raises:
         UnsupportedError: a row is all zero, or is not finite.
     """
-    tensors = (tensor for plan in plans for shard in plan.shards for tensor in shard.tensors)
-    pieces = {piece for tensor in tensors for piece in tensor.pieces if isinstance(piece, RowScales)}
+    pieces = {
+        piece for plan in plans for shard in plan.shards for piece in shard.pieces() if isinstance(piece, RowScales)
+    }
     if not pieces:
         return
     from quarkconv.write.quantizing import check_rows
 
-    def check(piece: RowScales) -> None:
+    def check(piece: RowScales, _: threading.Event) -> None:
         with sources.ahead(piece.reads()) as reader:
             check_rows(piece, reader)
 
-    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-rows") as pool:
+    _run(check, sorted(pieces, key=lambda piece: (piece.source.file, piece.source.start)), jobs)
+
+
+def _run(check: Callable[[_Item, threading.Event], None], items: Iterable[_Item], jobs: int) -> None:
+    """Check items with some threads. After a failure, none begins another, and the event that each has is set."""
+    stop = threading.Event()
+    with ThreadPoolExecutor(max_workers=jobs, thread_name_prefix="quarkconv-check") as pool:
         try:
-            for _ in pool.map(check, sorted(pieces, key=_position)):
+            for _ in pool.map(check, items, repeat(stop)):
                 pass
         finally:
+            stop.set()
             pool.shutdown(cancel_futures=True)
 
 
-def _position(piece: RowScales) -> tuple[str, int]:
-    return piece.source.file, piece.source.start
-
-
 def _check(check: Check, reader: Reader) -> None:
-    first = reader.read(check.first)
-    second = None if check.second is None else reader.read(check.second)
+    first = read(reader, check.first)
+    second = None if check.second is None else read(reader, check.second)
     if check.kind == "zero" and first.strip(b"\0"):
         raise UnsupportedError(
             "A zero point is not zero: the weights are not quantized symmetrically",

@@ -36,7 +36,7 @@ def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
     except OSError as error:
         raise _unreadable(path, error) from error
     try:
-        with open(part, "w+b", buffering=0) as handle:
+        with open(part, "w+b") as handle:
             cloned = _clone(original, handle.fileno())
             hasher = xxhash.xxh3_128()
             size = 0
@@ -45,6 +45,7 @@ def copy_file(root: Path, source: SourceFile, part: Path) -> WrittenFile:
                 if not cloned:
                     handle.write(block)
                 size += len(block)
+            handle.flush()
             os.fsync(handle.fileno())
     finally:
         os.close(original)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-from typing import Any, Final, NamedTuple
+from typing import NamedTuple
 
 from quarkconv.cloud.bucket import Bucket
 from quarkconv.cloud.objects import Objects
@@ -11,15 +10,13 @@ from quarkconv.cloud.uploads import clear_uploads
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.files.remote import Entry
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
-from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME
+from quarkconv.headers.unfinished import STAGING_NAME, STATE_PATH, parse_state
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.text import shortened
 
-STATE: Final = f"{STAGING_NAME}/{STATE_NAME}"
-"""The object with the identity of the conversion; without it the output counts as finished."""
-
 
 def finished_meanwhile(url: str) -> UsageError:
+    """The error of a process that still worked on a conversion when another one finished it."""
     return UsageError(
         "Another process has finished this conversion",
         file=url,
@@ -28,11 +25,11 @@ def finished_meanwhile(url: str) -> UsageError:
     )
 
 
-def refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str], *, unfinished: bool) -> None:
+def refuse_others(objects: Objects, entries: dict[str, Entry], expected: set[str]) -> None:
     """Refuse a URL with objects beside ``expected`` and the notes of conversions."""
     foreign = sorted(name for name in entries if name not in expected and not name.startswith(f"{STAGING_NAME}/"))
     if foreign:
-        replaceable = MANIFEST_NAME in entries and not unfinished and not expected
+        replaceable = MANIFEST_NAME in entries and not expected
         raise UsageError(
             "There are other objects at the output's URL",
             file=objects.url,
@@ -62,7 +59,7 @@ class Earlier(NamedTuple):
         plan.json go last, so that the deletion can be repeated.
         """
         clear_uploads(self.objects.url, self.names)
-        last = [name for name in (MANIFEST_NAME, STATE) if name in self.present]
+        last = [name for name in (MANIFEST_NAME, STATE_PATH) if name in self.present]
         self.objects.delete(name for name in self.present if name == CONFIG_NAME)
         self.objects.delete(name for name in self.present if name != CONFIG_NAME and name not in last)
         for name in last:
@@ -85,27 +82,18 @@ def earlier_objects(objects: Objects, entries: dict[str, Entry]) -> Earlier:
             hint="delete the objects, or choose another --out",
         ) from error
     written = set() if manifest is None else set(manifest.file_names())
-    state = objects.get(STATE) if STATE in entries else None
-    if state is not None:  # it was begun where there was nothing, so that these are its own
-        files = parsed(state[0]).get("files")
-        written.update(name for name in files if isinstance(name, str)) if isinstance(files, list) else None
-    refuse_others(objects, entries, written, unfinished=False)
+    state = objects.get(STATE_PATH) if STATE_PATH in entries else None
+    files = (parse_state(state[0]) or {}).get("files") if state is not None else None
+    if isinstance(files, list):  # it was begun where there was nothing, so that these are its own
+        written.update(name for name in files if isinstance(name, str))
+    refuse_others(objects, entries, written)
     return Earlier(objects, written, list(entries))
 
 
-def delete_earlier(objects: Objects, entries: dict[str, Entry]) -> None:
-    """Delete an earlier conversion, finished or not, and nothing else."""
-    earlier_objects(objects, entries).delete()
-
-
 def manifest_of(objects: Objects, entries: dict[str, Entry]) -> Manifest | None:
+    """The manifest among the objects below a URL; None without one.
+
+    Raises:
+        SourceError: it cannot be read.
+    """
     return read_manifest(Bucket(objects.url, objects.store, entries)) if MANIFEST_NAME in entries else None
-
-
-def parsed(data: bytes) -> dict[str, Any]:
-    """A JSON object; an empty one for anything else."""
-    try:
-        value = json.loads(data)
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}

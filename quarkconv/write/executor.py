@@ -17,7 +17,7 @@ from typing import Final
 
 import xxhash
 
-from quarkconv.errors import InterruptedByUser
+from quarkconv.errors import InterruptedByUser, interrupted
 from quarkconv.files.arenas import trim_heaps
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
@@ -26,11 +26,10 @@ from quarkconv.plan.plan import Plan
 from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
 from quarkconv.version import own_version
+from quarkconv.write.claims import Claims
 from quarkconv.write.destination import Destination
 from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.output_file import aligned_buffer
-from quarkconv.write.refusals import interrupted
-from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
 from quarkconv.write.source import Source
 from quarkconv.write.space import records_nbytes
@@ -43,7 +42,6 @@ ALL_BUFFERS_BYTES: Final = 32 * 2**20
 """Bytes of the buffers of all threads, however many there are."""
 ALONE_BYTES: Final = 5 * 2**20
 """Bytes of the first shard that are streamed before others begin, so that its first part is sent soon."""
-_PATIENCE: Final = 0.2  # seconds between checks of the stop event
 _SURROGATE: Final = re.compile("[\ud800-\udfff]")
 
 _log: Final = logging.getLogger(__name__)
@@ -81,7 +79,7 @@ class Run:
             written = self.destination.finished(shard)
             if written is not None:
                 self._done[shard.file] = written
-                self._advance(shard.nbytes)
+                self.count(shard.nbytes)
         todo = [shard for shard in shards if shard.file not in self._done]
         self._held = HeldScales(todo, self._stop)
         if len(self._done) > before:
@@ -114,7 +112,7 @@ class Run:
         threads = jobs + reading if streams else jobs
         alone = ALONE_BYTES if streams else 0
         with ThreadPoolExecutor(max_workers=threads, thread_name_prefix="quarkconv") as pool:
-            claims = _Claims(shards, self._open, self._stop, reading, alone, lambda: self.sources.is_slow)
+            claims = Claims(shards, self._open, self._stop, reading, alone, lambda: self.sources.is_slow)
             largest = min(BUFFER_BYTES, STREAM_BUFFER_BYTES) if streams else BUFFER_BYTES
             size = max(min(largest, ALL_BUFFERS_BYTES // threads // PAGE * PAGE), PAGE)
             futures = [pool.submit(self._work, claims, size) for _ in range(threads)]
@@ -137,8 +135,9 @@ class Run:
         self._progress = SILENT
 
     def count(self, nbytes: int) -> None:
-        """Count bytes that another worker wrote."""
-        self._advance(nbytes)
+        """Count bytes that are written, by this process or another worker."""
+        with self._progress_lock:
+            self._progress.advance(nbytes)
 
     def finish(self) -> Manifest:
         """Write the other files when all shards are written, the manifest after them, and move all to their places."""
@@ -167,7 +166,7 @@ class Run:
             self._write_json(INDEX_NAME, _index(self.plan)),
         ]
 
-    def _work(self, claims: _Claims, buffer_size: int) -> None:
+    def _work(self, claims: Claims, buffer_size: int) -> None:
         """A thread's loop: write segment after segment, and seal the shard after its last."""
         buffer = aligned_buffer(buffer_size)
         try:
@@ -193,17 +192,13 @@ class Run:
         return ShardWriter(shard, self.destination.open(shard))
 
     def _wrote(self, nbytes: int) -> None:
-        self._advance(nbytes)
+        self.count(nbytes)
         if self._stop.is_set():
             raise interrupted()
 
-    def _advance(self, nbytes: int) -> None:
-        with self._progress_lock:
-            self._progress.advance(nbytes)
-
     def _copy(self, copy: SourceFile) -> WrittenFile:
         written = self.destination.copy(copy, self.sources)
-        self._advance(written.size)
+        self.count(written.size)
         return written
 
     def _write_json(self, name: str, value: object) -> WrittenFile:
@@ -222,78 +217,6 @@ class Run:
         todo = [shard for shard in self._shards if shard.file not in self._done]
         copies = sum(copy.size for copy in self.plan.copies) if len(self._shards) == len(self.plan.shards) else 0
         return sum(shard.nbytes for shard in todo) + copies + records_nbytes(todo)
-
-
-class _Claims:
-    """The segments still to be written, dealt out one by one to several threads.
-
-    They come shard after shard, so few shards are in progress at any time, and a crash loses little.
-
-    Args:
-        shards: in order.
-        open_writer: begins a shard.
-        stop: an event that ends waiting.
-        reading: the threads that write segments at the same time. They get their places in the order of the shards,
-            since a shard may need scales of an earlier one.
-        alone: bytes that the first thread writes before others begin.
-        is_slow: while it returns true, the others do not begin either.
-    """
-
-    def __init__(
-        self,
-        shards: Iterable[OutputShard],
-        open_writer: Callable[[OutputShard], ShardWriter],
-        stop: threading.Event,
-        reading: int,
-        alone: int = 0,
-        is_slow: Callable[[], bool] = lambda: False,
-    ) -> None:
-        self._reading = threading.Semaphore(1 if alone else reading)
-        self._others = reading - 1 if alone else 0
-        self._alone = alone
-        self._is_slow = is_slow
-        self._stop = stop
-        self._lock = threading.Lock()
-        self._shards = iter(shards)
-        self._open_writer = open_writer
-        self._writers: list[ShardWriter] = []
-        self._segments: Iterator[Segment] = iter(())
-
-    def take(self) -> tuple[ShardWriter, Segment] | None:
-        """The next segment and its shard; None after the last. Call :meth:`written` when it is written."""
-        with self._lock:
-            while not self._reading.acquire(timeout=_PATIENCE):
-                if self._stop.is_set():
-                    return None
-            while (segment := next(self._segments, None)) is None:
-                shard = next(self._shards, None)
-                if shard is None:
-                    self._reading.release()
-                    return None
-                self._writers.append(self._open_writer(shard))
-                self._segments = iter(self._writers[-1].segments)
-            return self._writers[-1], segment
-
-    def written(self) -> None:
-        """Let the next thread write."""
-        self._reading.release()
-
-    def counted(self, wrote: Callable[[int], None]) -> Callable[[int], None]:
-        """A callback for bytes that were written, which lets others begin."""
-
-        def count(nbytes: int) -> None:
-            wrote(nbytes)
-            self._alone -= nbytes
-            if self._alone <= 0 and self._others and not self._is_slow():
-                others, self._others = self._others, 0
-                self._reading.release(others)
-
-        return count if self._others else wrote
-
-    def close(self) -> None:
-        """Close the shards that were not sealed."""
-        for writer in self._writers:
-            writer.close()
 
 
 def _index(plan: Plan) -> dict[str, object]:

@@ -7,8 +7,8 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
+from quarkconv.errors import interrupted
 from quarkconv.plan.pieces import CodeColumns, Codes, Copy, OutputShard, Piece, RowScales
-from quarkconv.write.refusals import interrupted
 
 _PATIENCE: Final = 0.2  # seconds between checks of the stop event
 
@@ -35,7 +35,7 @@ class HeldScales:
     def expect(self, shards: Iterable[OutputShard]) -> None:
         """Hold the scales whose codes lie before them in some shards, none of which is being written yet."""
         computed: set[Copy] = set()
-        for piece in (piece for shard in shards for tensor in shard.tensors for piece in tensor.pieces):
+        for piece in (piece for shard in shards for piece in shard.pieces()):
             if isinstance(piece, Codes | CodeColumns):
                 computed.add(piece.source)
             elif isinstance(piece, RowScales) and piece.source in computed:

@@ -56,7 +56,7 @@ class DirectoryLeases:
     def write(self, name: str, data: bytes, found: Token | None) -> Token | None:
         """Create the next generation."""
         generation = 0 if found is None else int(found[0]) + 1
-        path = self._folder / f"{name}.{generation}"
+        path = self._path(name, generation)
         new = self._folder / f".{uuid.uuid4().hex}"
         new.write_bytes(data)
         try:

@@ -26,11 +26,11 @@ from quarkconv.cloud.uploads import clear_uploads
 from quarkconv.errors import WriteError
 from quarkconv.files.remote import Entry
 from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
-from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME
+from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_PATH, parse_state
 from quarkconv.plan.manifest import WrittenFile, WrittenShard
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import MAX_SHARES, Share
-from quarkconv.write.earlier_objects import STATE, delete_earlier, finished_meanwhile, parsed
+from quarkconv.write.earlier_objects import earlier_objects, finished_meanwhile
 from quarkconv.write.notes import note_of, written_of
 from quarkconv.write.object_leases import ObjectLeases, lease_name
 from quarkconv.write.refusals import source_changed
@@ -93,7 +93,7 @@ class ObjectDestination:
             UsageError: another process has finished the conversion.
         """
         before, self._entries = self._entries, self.objects.entries()
-        if STATE not in self._entries:
+        if STATE_PATH not in self._entries:
             raise finished_meanwhile(self.objects.url)
         for name in [name for name in self._notes if before.get(name) != self._entries.get(name)]:
             del self._notes[name]
@@ -107,10 +107,10 @@ class ObjectDestination:
         names = [name for name in map(note_name, (shard.file for shard in shards)) if name not in self._notes]
         names = [name for name in names if name in self._entries]
         found = self.objects.get_many(names)
-        if len(found) < len(names) and self.objects.entry(STATE) is None:  # notes are deleted at the end
+        if len(found) < len(names) and self.objects.entry(STATE_PATH) is None:  # notes are deleted at the end
             raise finished_meanwhile(self.objects.url)
         for name, data in found.items():
-            self._notes[name] = parsed(data)
+            self._notes[name] = parse_state(data) or {}
 
     def open(self, shard: OutputShard) -> ObjectShard:
         """Begin to stream a shard."""
@@ -143,7 +143,7 @@ class ObjectDestination:
             self.objects.put(name, data)
             return True
         found = self.objects.get(name)
-        before = {} if found is None else parsed(found[0])
+        before = {} if found is None else parse_state(found[0]) or {}
         if before != note:  # of an object that this one replaced
             self.objects.put(name, data)
         return before.get("plan") != self.plan_digest
@@ -175,7 +175,7 @@ class ObjectDestination:
             UsageError: another process has finished the conversion.
         """
         if self.objects.entry(note_name(shard.file)) is None:
-            if self.objects.entry(STATE) is None:  # notes are deleted after it
+            if self.objects.entry(STATE_PATH) is None:  # notes are deleted after it
                 raise finished_meanwhile(self.objects.url)
             return False
         self.refresh()
@@ -184,7 +184,7 @@ class ObjectDestination:
     def checks_hold(self, share: Share) -> bool:
         """Whether an earlier run recorded that the checks of a share hold."""
         found = self.objects.get(_checked(share))
-        return found is not None and parsed(found[0]) == {"plan": self.plan_digest}
+        return found is not None and parse_state(found[0]) == {"plan": self.plan_digest}
 
     def record_checks(self, share: Share) -> None:
         """Record that the checks of a share hold."""
@@ -192,8 +192,8 @@ class ObjectDestination:
 
     def shares(self) -> int:
         """The number of shares that the conversion was begun with: 1 for a whole one, 0 for one with leases."""
-        found = self.objects.get(STATE)
-        count = None if found is None else parsed(found[0]).get("shares")
+        found = self.objects.get(STATE_PATH)
+        count = None if found is None else (parse_state(found[0]) or {}).get("shares")
         return count if isinstance(count, int) and JOINED <= count <= MAX_SHARES else 1
 
     def leases(self) -> ObjectLeases:
@@ -243,12 +243,12 @@ class ObjectDestination:
         """
         self.objects.put(MANIFEST_NAME, manifest)
         self.objects.put(CONFIG_NAME, self._config)
-        self.objects.delete([STATE])
+        self.objects.delete([STATE_PATH])
         self.objects.delete(name for name in self.objects.entries() if name.startswith(f"{STAGING_NAME}/"))
 
     def discard(self) -> None:
         """Delete everything that the conversion wrote."""
-        delete_earlier(self.objects, self.objects.entries())
+        earlier_objects(self.objects, self.objects.entries()).delete()
 
     def require_space(self, nbytes: int, shards: tuple[OutputShard, ...]) -> None:
         """Do nothing: a store has no end."""

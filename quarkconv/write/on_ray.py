@@ -27,7 +27,6 @@ from quarkconv.write.execution import Execution, open_source
 from quarkconv.write.executor import Run
 from quarkconv.write.output import output_at
 from quarkconv.write.shares import finish_shares
-from quarkconv.write.source import Source
 
 TASK_BYTES: Final = 256 * 2**20
 """Memory that Ray reserves for a task."""
@@ -53,7 +52,7 @@ class _Common:
         return Execution(self.plan, self.digest, files, output_at(self.location), self.jobs)
 
 
-def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
+def write_on_ray(execution: Execution, address: str) -> Manifest:
     """Carry out a plan on a Ray cluster. The same call resumes, also after the driver was killed.
 
     All nodes must see the source and the output under the same names.
@@ -70,7 +69,7 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
     plan, progress = execution.plan, execution.progress
     cpus = 1 if isinstance(execution.output.location, Path) else STREAM_CPUS
     with ClusterTasks(address, TASK_BYTES, cpus=cpus) as cluster:
-        with _joined(execution) as (_, run):
+        with _joined(execution) as run:
             run.destination.read_records(plan.shards)
             todo = [shard for shard in plan.shards if run.destination.finished(shard) is None]
             checked = run.destination.checks_hold(ALL)
@@ -88,16 +87,16 @@ def write_on_ray(execution: Execution, address: str = "auto") -> Manifest:
     manifest = execution.finished()
     if manifest is not None:
         return manifest
-    with _joined(execution) as (_, run):
+    with _joined(execution) as run:
         run.destination.record_checks(ALL)
         run.destination.discard_partial(plan.shards)  # of tasks whose node was lost
     return finish_shares(execution.silent())
 
 
 @contextmanager
-def _joined(execution: Execution) -> Iterator[tuple[Source, Run]]:
+def _joined(execution: Execution) -> Iterator[Run]:
     with execution.opened() as sources, execution.joined(sources) as run:
-        yield sources, run
+        yield run
 
 
 def _common(execution: Execution) -> _Common:

@@ -181,10 +181,10 @@ def _refuse_foreign(staging: Staging, plan_files: list[str]) -> None:
     """
     finished = not (staging.folder / STATE_NAME).exists() and (staging.output / MANIFEST_NAME).is_file()
     unfinished = staging.folder.is_dir() and not finished
-    _refuse_others(staging.output, set(plan_files) if unfinished else set(), unfinished=unfinished)
+    _refuse_others(staging.output, set(plan_files) if unfinished else set())
 
 
-def _refuse_others(output: Path, expected: set[str], *, unfinished: bool) -> None:
+def _refuse_others(output: Path, expected: set[str]) -> None:
     """Refuse a directory with files beside ``expected``, the files of a conversion, and its working folder."""
     found = {name for name, entry in walk(output) if not entry.is_dir()}
     foreign = sorted(name for name in found - expected if not name.startswith(f"{STAGING_NAME}/"))
@@ -196,7 +196,7 @@ def _refuse_others(output: Path, expected: set[str], *, unfinished: bool) -> Non
             expected="an empty or new directory",
             found=f"{foreign[0]}" + (f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""),
             hint="replace the earlier conversion with --overwrite"
-            if is_ours and not unfinished and not expected
+            if is_ours and not expected
             else "move the other files away, or choose another --out",
         )
 
@@ -214,7 +214,7 @@ def _start_anew(staging: Staging, needed: int) -> None:
             hint="delete the directory, or choose another --out",
         ) from error
     names = list(manifest.file_names()) if manifest is not None else []
-    _refuse_others(staging.output, set(names), unfinished=False)
+    _refuse_others(staging.output, set(names))
     written = [*(staging.output / name for name in names), *staging.folder.rglob("*")]
     require_space(staging.output, needed, allocated(written))
     # config.json goes first, so that no engine takes the rest for a model if this is interrupted; the manifest goes

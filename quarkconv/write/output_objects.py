@@ -12,15 +12,14 @@ from typing import Any, Final
 
 from quarkconv.cloud.objects import ConditionsUnsupportedError, Objects
 from quarkconv.files.remote import Entry
+from quarkconv.headers.unfinished import STATE_PATH, parse_state
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.pieces import OutputShard
 from quarkconv.plan.shares import Share
 from quarkconv.write.earlier_objects import (
-    STATE,
-    delete_earlier,
+    earlier_objects,
     finished_meanwhile,
     manifest_of,
-    parsed,
     refuse_others,
 )
 from quarkconv.write.object_destination import ObjectDestination, note_name
@@ -45,12 +44,12 @@ class OutputObjects:
     def finished(self, digest: str) -> Manifest | None:
         """The manifest of a finished conversion by the same plan; None without one, or before it is finished."""
         entries = self._objects.entries()
-        manifest = None if STATE in entries else manifest_of(self._objects, entries)
+        manifest = None if STATE_PATH in entries else manifest_of(self._objects, entries)
         return manifest if manifest is not None and manifest.plan == digest else None
 
     def has_begun(self) -> bool:
         """Whether there is an unfinished conversion below the URL."""
-        return self._objects.entry(STATE) is not None
+        return self._objects.entry(STATE_PATH) is not None
 
     def begin(
         self,
@@ -91,26 +90,26 @@ class OutputObjects:
     def _opened(self, state: dict[str, Any], plan_files: list[str], *, overwrite: bool = False) -> ObjectDestination:
         objects = self._objects
         entries = objects.entries()
-        begun = STATE in entries
+        begun = STATE_PATH in entries
         if begun and not overwrite:  # before objects are compared: another plan has other names
             self._compare(state)
         if overwrite:
-            delete_earlier(objects, entries)
+            earlier_objects(objects, entries).delete()
         else:
-            refuse_others(objects, entries, set(plan_files) if begun else set(), unfinished=begun)
+            refuse_others(objects, entries, set(plan_files) if begun else set())
         recorded = json.dumps({**state, "files": plan_files}).encode()
         if overwrite or not (begun or _create(objects, recorded)):
-            objects.put(STATE, recorded)
+            objects.put(STATE_PATH, recorded)
         elif not begun:  # another process may have been faster
             self._compare(state)
         return self._destination(state, {} if overwrite else entries)
 
     def _compare(self, state: dict[str, Any]) -> None:
         """Refuse a conversion that is not the one that was begun."""
-        found = self._objects.get(STATE)
+        found = self._objects.get(STATE_PATH)
         if found is None:
             raise finished_meanwhile(self.location)
-        refuse_difference(self.location, parsed(found[0]), state)
+        refuse_difference(self.location, parse_state(found[0]) or {}, state)
 
     def _destination(self, state: dict[str, Any], entries: dict[str, Entry]) -> ObjectDestination:
         return ObjectDestination(self._objects, state["plan"], entries, shared=state.get("shares") == JOINED)
@@ -119,7 +118,7 @@ class OutputObjects:
 def _create(objects: Objects, state: bytes) -> bool:
     """Write plan.json if it does not exist; False if the store has no conditional writes."""
     try:
-        objects.create(STATE, state)
+        objects.create(STATE_PATH, state)
     except ConditionsUnsupportedError:
         return False
     return True

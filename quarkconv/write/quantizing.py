@@ -14,12 +14,13 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
-from typing import TYPE_CHECKING, Final, NamedTuple, Protocol
+from typing import TYPE_CHECKING, Final, NamedTuple
 
 from quarkconv.dtypes import DTYPE_BITS
 from quarkconv.errors import UnsupportedError
-from quarkconv.plan.pieces import CodeColumns, Codes, Copy, RowScales
+from quarkconv.plan.pieces import CodeColumns, Codes, RowScales
 from quarkconv.write.held_scales import HeldScales
+from quarkconv.write.source import Reader
 
 if TYPE_CHECKING:
     import numpy as np
@@ -33,13 +34,6 @@ _CODES: Final = (-128, 127)
 _FLOATS: Final = {"F16": "f2", "F32": "f4"}
 _INNER_LOOP: Final = 512
 """NumPy's buffer in elements. With the default, 8192, it multiplies rows of up to 4096 at a third of the speed."""
-
-
-class Reader(Protocol):
-    """Reads byte ranges of a source."""
-
-    def fill(self, source: Copy, offset: int, view: memoryview) -> None:
-        """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
 
 def quantized_codes(piece: Codes | CodeColumns, reader: Reader, held: HeldScales) -> Iterator[memoryview]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quarkconv.errors import InterruptedByUser, SourceError
+from quarkconv.errors import SourceError
 
 START_OVER = "when nothing writes to the source any more, start over with --overwrite"
 
@@ -23,11 +23,4 @@ def not_as_planned(file: str, expected: str, found: str, tensor: str | None = No
         expected=expected,
         found=found,
         hint="plan the conversion again",
-    )
-
-
-def interrupted() -> InterruptedByUser:
-    """The error of a conversion that was stopped; what it finished is kept."""
-    return InterruptedByUser(
-        "Interrupted; finished work is kept", hint="run the same command again: it resumes where it stopped"
     )

@@ -82,10 +82,11 @@ class RemoteSource:
     def copy(self, file: SourceFile, part: Path) -> WrittenFile:
         """Fetch a file as it is, durably."""
         hasher = xxhash.xxh3_128()
-        with open(part, "wb", buffering=0) as handle:
+        with open(part, "wb") as handle:
             for data in self.blocks(file):
                 hasher.update(data)
-                _write_all(handle.fileno(), data)
+                handle.write(data)
+            handle.flush()
             os.fsync(handle.fileno())
         return WrittenFile(file.name, file.size, hasher.hexdigest())
 
@@ -114,18 +115,6 @@ class _RangeReader:
     def __init__(self, reader: ReadAhead) -> None:
         self._reader = reader
 
-    def read(self, source: Copy) -> bytes:
-        """The bytes of a small range."""
-        data = bytearray(source.nbytes)
-        self.fill(source, 0, memoryview(data))
-        return bytes(data)
-
     def fill(self, source: Copy, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of a range from ``offset`` on."""
         self._reader.fill(source.file, source.start + offset, view)
-
-
-def _write_all(descriptor: int, data: bytes) -> None:
-    view = memoryview(data)
-    while view:
-        view = view[os.write(descriptor, view) :]

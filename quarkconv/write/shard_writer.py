@@ -89,8 +89,7 @@ class ShardWriter:
 
     def source_names(self) -> set[str]:
         """The source files that the shard reads."""
-        pieces = (piece for tensor in self.shard.tensors for piece in tensor.pieces)
-        return {source.file for piece in pieces for source in piece.reads()}
+        return {source.file for piece in self.shard.pieces() for source in piece.reads()}
 
     def close(self) -> None:
         """Close the file, complete or not."""

@@ -16,9 +16,6 @@ from quarkconv.write.state import FileState
 class Reader(Protocol):
     """Reads byte ranges of a source."""
 
-    def read(self, source: Copy) -> bytes:
-        """The bytes of a small range."""
-
     def fill(self, source: Copy, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of a range from ``offset`` on."""
 
@@ -53,3 +50,10 @@ class Source(Protocol):
 
     def close(self) -> None:
         """Close all files and connections."""
+
+
+def read(reader: Reader, source: Copy, offset: int = 0, nbytes: int | None = None) -> bytearray:
+    """The bytes of a small range, or of a part of one: ``nbytes`` from ``offset`` on."""
+    data = bytearray(source.nbytes if nbytes is None else nbytes)
+    reader.fill(source, offset, memoryview(data))
+    return data

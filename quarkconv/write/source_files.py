@@ -113,12 +113,6 @@ class SourceFiles:
         """The bytes of a file of the source, in blocks."""
         return read_blocks(self.root / file.name)
 
-    def read(self, source: Copy) -> bytes:
-        """The bytes of a small range."""
-        data = bytearray(source.nbytes)
-        self.fill(source, 0, memoryview(data))
-        return bytes(data)
-
     def fill(self, source: Copy, offset: int, view: memoryview) -> None:
         """Fill ``view`` with the bytes of a range from ``offset`` on."""
         position = 0
@@ -157,8 +151,7 @@ def check_layout(plan: Plan, files: Files) -> None:
     with collector_paused():
         expect_headers(files, [source.name for source in plan.sources])
         refs = {name: ref for source in plan.sources for name, ref in read_header_of(files, source.name).refs()}
-    pieces = (piece for shard in plan.shards for tensor in shard.tensors for piece in tensor.pieces)
-    read = (source for piece in pieces for source in piece.reads())
+    read = (source for shard in plan.shards for piece in shard.pieces() for source in piece.reads())
     checked = (source for check in plan.checks for source in check.reads())
     for source in chain(read, checked):
         ref = refs.get(source.tensor)

@@ -12,7 +12,8 @@ from quarkconv.dtypes import widen_bf16, widen_f16
 from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import CodeColumns, Codes, Columns, Copy, Rows, RowScales, Scale, Weights, Zeros
 from quarkconv.write.held_scales import HeldScales
-from quarkconv.write.quantizing import Reader, quantized_codes, row_scales
+from quarkconv.write.quantizing import quantized_codes, row_scales
+from quarkconv.write.source import Reader, read
 
 BLOCK_BYTES: Final = 2**20
 """Source bytes that are read at a time, at least a row."""
@@ -56,7 +57,7 @@ def transformed(
 
 def _f32(scale: Scale, reader: Reader) -> bytes:
     """A scale as F32 rows. Exact: F32 has every value of BF16 and F16."""
-    data = bytes(_read(scale.source, 0, scale.source.nbytes, reader))
+    data = bytes(read(reader, scale.source))
     match scale:
         case Copy():
             return data
@@ -87,7 +88,7 @@ def _products(source: Copy, scale: Scale, reader: Reader) -> Iterator[memoryview
     few = max(1, _CODES_AT_ONCE // max(1, columns))
     for first in range(0, count if columns else 0, rows):
         block = min(rows, count - first)
-        codes = torch.frombuffer(_read(source, first * columns, block * columns, reader), dtype=torch.int8)
+        codes = torch.frombuffer(read(reader, source, first * columns, block * columns), dtype=torch.int8)
         codes = codes.view(block, columns)
         scales = torch.frombuffer(factors, dtype=torch.float32, count=block, offset=4 * first).unsqueeze(1)
         result = bytearray(2 * block * columns)
@@ -133,11 +134,5 @@ def _runs(piece: Columns, reader: Reader) -> Iterator[bytearray]:
     rows = max(1, BLOCK_BYTES // stride)
     for first in range(0, piece.rows, rows):
         block = min(rows, piece.rows - first)
-        data = _read(source, first * stride, (block - 1) * stride + run, reader)
+        data = read(reader, source, first * stride, (block - 1) * stride + run)
         yield bytearray().join(memoryview(data)[row * stride : row * stride + run] for row in range(block))
-
-
-def _read(source: Copy, offset: int, nbytes: int, reader: Reader) -> bytearray:
-    data = bytearray(nbytes)
-    reader.fill(source, offset, memoryview(data))
-    return data

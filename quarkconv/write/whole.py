@@ -9,7 +9,7 @@ from quarkconv.write.execution import Execution
 from quarkconv.write.space import records_nbytes
 
 
-def write_whole(execution: Execution, *, overwrite: bool = False) -> Manifest:
+def write_whole(execution: Execution, *, overwrite: bool) -> Manifest:
     """Write everything that an earlier run did not finish.
 
     Args:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from types import SimpleNamespace
 from typing import Any
 
-from quarkconv.write.executor import _Claims
+from quarkconv.write.claims import Claims
 
 
 def claims(
@@ -18,12 +18,12 @@ def claims(
     alone: int = 0,
     stop: threading.Event | None = None,
     is_slow: Callable[[], bool] = lambda: False,
-) -> _Claims:
+) -> Claims:
     def opened(shard: Any) -> Any:
         return SimpleNamespace(shard=shard, segments=[f"{shard} whole"])
 
     names: Any = [f"shard {number}" for number in range(shards)]
-    return _Claims(names, opened, stop or threading.Event(), reading, alone, is_slow)
+    return Claims(names, opened, stop or threading.Event(), reading, alone, is_slow)
 
 
 def test_a_shard_begins_when_another_is_read() -> None:

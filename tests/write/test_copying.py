@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import resource
 import shutil
 import subprocess
 from collections.abc import Iterator
@@ -74,6 +75,18 @@ def test_a_clone_is_read_back(small: Path, tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setattr(copying, "_clone", clone)
     assert copy_file(small, SourceFile("notes.txt", 5), tmp_path / "clone") == copied
     assert (tmp_path / "clone").read_text() == "12345"
+
+
+def test_a_copy_that_does_not_fit_fails_also_where_only_the_end_of_its_last_block_is_missing(tmp_path: Path) -> None:
+    nbytes = 2**20 + 200
+    (tmp_path / "notes.txt").write_bytes(bytes(nbytes))
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (nbytes - 100, limits[1]))  # write(2) then writes less than it was given
+    try:
+        with pytest.raises(OSError, match="File too large"):
+            copy_file(tmp_path, SourceFile("notes.txt", nbytes), tmp_path / "part")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
 
 
 @pytest.fixture
