@@ -11,12 +11,12 @@ import threading
 from collections.abc import Iterable
 from typing import TYPE_CHECKING, Final
 
-from quarkconv.cloud.stores import failure_of, open_store, prefix_of
+from quarkconv.cloud.stores import failure_of, open_store
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Range, is_inside
 from quarkconv.files.blocks import BLOCK_BYTES
 from quarkconv.files.remote import Entry, RemoteFiles
-from quarkconv.files.urls import without_slash
+from quarkconv.files.urls import prefix_of, without_slash
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta

@@ -7,9 +7,9 @@ from __future__ import annotations
 
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Final, NamedTuple
 
 from quarkconv.cloud.bucket import entry_of, list_entries
@@ -82,45 +82,33 @@ class Objects:
         Raises:
             WriteError: the store refuses, or cannot be reached; so do all other methods.
         """
-        try:
+        with self._request(None):
             return list_entries(self.store, self.url)
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, None) from error
 
     def entry(self, name: str) -> Entry | None:
         """Size and ETag of an object; None without the object."""
         import obstore
 
-        try:
-            meta = obstore.head(self.store, name)
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, name) from error
-        return entry_of(meta)
+        with self._request(name), suppress(FileNotFoundError):
+            return entry_of(obstore.head(self.store, name))
+        return None
 
     def version(self, name: str) -> Version | None:
         """The version of an object; None without the object."""
         import obstore
 
-        try:
+        with self._request(name), suppress(FileNotFoundError):
             return _version_of(obstore.head(self.store, name))
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, name) from error
+        return None
 
     def get(self, name: str) -> tuple[bytes, Version] | None:
         """The bytes of a small object and its version; None without the object."""
         import obstore
 
-        try:
+        with self._request(name), suppress(FileNotFoundError):
             response = obstore.get(self.store, name)
             return bytes(response.bytes()), _version_of(response.meta)
-        except FileNotFoundError:
-            return None
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, name) from error
+        return None
 
     def get_many(self, names: Iterable[str]) -> dict[str, bytes]:
         """The bytes of small objects by their names, without those that are gone."""
@@ -133,10 +121,8 @@ class Objects:
         """Write a small object."""
         import obstore
 
-        try:
+        with self._request(name):
             obstore.put(self.store, name, data, use_multipart=False)
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, name) from error
 
     def create(self, name: str, data: bytes) -> bool:
         """Write a small object unless there is one of this name.
@@ -179,14 +165,9 @@ class Objects:
         """Delete objects; those that are gone already do not matter."""
         import obstore
 
-        chosen = list(names)
-        try:
-            if chosen:
+        if chosen := list(names):
+            with self._request(chosen[0]), suppress(FileNotFoundError):
                 obstore.delete(self.store, chosen)
-        except FileNotFoundError:
-            pass
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, chosen[0]) from error
 
     def writer(self, name: str, nbytes: int) -> ObjectWriter:
         """Begin an object of a known size.
@@ -197,12 +178,10 @@ class Objects:
         import obstore
 
         size = part_size(nbytes)
-        try:
+        with self._request(name):
             stream = obstore.open_writer(
                 self.store, name, buffer_size=size, max_concurrency=max(1, _IN_FLIGHT_BYTES // size)
             )
-        except Exception as error:  # of obstore, and OSErrors
-            raise self.error(error, name) from error
         return ObjectWriter(self, name, stream)
 
     def _put_if(self, name: str, data: bytes, mode: PutMode) -> Version | None:
@@ -226,6 +205,14 @@ class Objects:
                     raise self.error(error, name) from error
                 time.sleep(_PAUSE * 2**attempt)
         raise AssertionError
+
+    @contextmanager
+    def _request(self, name: str | None) -> Iterator[None]:
+        """Turn the failure of a request about an object, or about all of them, into a WriteError."""
+        try:
+            yield
+        except Exception as error:  # of obstore, and OSErrors
+            raise self.error(error, name) from error
 
     def error(self, error: Exception, name: str | None) -> WriteError:
         """The error for a failed request about an object, or about all of them."""

@@ -15,7 +15,7 @@ from urllib.parse import quote
 
 from quarkconv.errors import UsageError
 from quarkconv.files.arenas import limit_arenas
-from quarkconv.files.urls import SCHEMES
+from quarkconv.files.urls import bucket_of, prefix_of, scheme_of
 
 if TYPE_CHECKING:
     from obstore.store import ObjectStore
@@ -131,25 +131,10 @@ def _check_environment(scheme: str) -> None:
             )
 
 
-def scheme_of(url: str) -> str:
-    """The scheme of a URL, such as ``s3://``."""
-    return next(scheme for scheme in SCHEMES if url.startswith(scheme))
-
-
 def _invalid(url: str) -> UsageError:
     return UsageError(
         "Invalid URL of an object store", expected="s3://bucket/path, gs:// or az://", found=repr(url)[:300]
     )
-
-
-def prefix_of(url: str) -> str:
-    """The path of a URL inside its bucket; empty for a whole bucket."""
-    return url.partition("://")[2].partition("/")[2]
-
-
-def bucket_of(url: str) -> str:
-    """The bucket of a URL."""
-    return url.partition("://")[2].partition("/")[0]
 
 
 def failure_of(error: Exception, url: str, doing: str) -> Failure:

@@ -13,9 +13,8 @@ from contextlib import closing
 from dataclasses import asdict, dataclass
 from typing import Any, Final
 
-from quarkconv.cloud.stores import bucket_of, prefix_of
 from quarkconv.errors import UnsupportedError, UsageError, WriteError
-from quarkconv.files.urls import is_store_url, without_slash
+from quarkconv.files.urls import bucket_of, is_store_url, prefix_of, without_slash
 
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL", "AWS_ENDPOINT")
 _log: Final = logging.getLogger(__name__)

@@ -6,7 +6,7 @@ import os
 from pathlib import Path
 
 from quarkconv.errors import UsageError
-from quarkconv.files.urls import is_store_url, is_url, without_slash
+from quarkconv.files.urls import is_store_url, is_url, prefix_of, without_slash
 from quarkconv.hub.locate import Located
 
 
@@ -59,7 +59,7 @@ def folder_in(location: Path | str, name: str) -> Path | str:
 
 
 def _output_url(source: Located, url: str) -> str:
-    if not url.partition("://")[2].partition("/")[2]:
+    if not prefix_of(url):
         raise UsageError(
             "The output needs a path in the bucket",
             expected="a URL such as s3://bucket/path",

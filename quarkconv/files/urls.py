@@ -17,6 +17,21 @@ def is_store_url(model: str) -> bool:
     return model.startswith(SCHEMES)
 
 
+def scheme_of(url: str) -> str:
+    """The scheme of the URL of an object store, such as ``s3://``."""
+    return next(scheme for scheme in SCHEMES if url.startswith(scheme))
+
+
+def bucket_of(url: str) -> str:
+    """The bucket of a URL."""
+    return url.partition("://")[2].partition("/")[0]
+
+
+def prefix_of(url: str) -> str:
+    """The path of a URL inside its bucket; empty for a whole bucket."""
+    return url.partition("://")[2].partition("/")[2]
+
+
 def without_slash(url: str) -> str:
     """The URL without slashes at its end, except those of its scheme.
 

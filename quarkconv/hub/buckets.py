@@ -23,11 +23,7 @@ _URL: Final = re.compile(r"(?P<bucket>[\w.-]+/[\w.-]+)(?:/(?P<folder>.+))?", re.
 _log: Final = logging.getLogger(__name__)
 
 
-class HubBucket(HttpFiles):
-    """The files below one URL of a bucket on the Hub, as they were listed. Made by :func:`open_hub_bucket`."""
-
-
-def open_hub_bucket(url: str) -> HubBucket:
+def open_hub_bucket(url: str) -> HttpFiles:
     """List the files of a model in a bucket of the Hub.
 
     Args:
@@ -75,7 +71,7 @@ def open_hub_bucket(url: str) -> HubBucket:
             hint="check bucket and path with `hf buckets list`",
         )
     _log.info("%s: %d files, %d bytes", url, len(entries), sum(entry.size for entry in entries.values()))
-    return HubBucket(BucketRanges(bucket, url, folder, entries), entries)
+    return HttpFiles(BucketRanges(bucket, url, folder, entries), entries)
 
 
 def _listing_error(error: Exception, url: str) -> HubError:

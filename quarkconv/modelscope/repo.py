@@ -12,7 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any, Final
 
-from quarkconv.errors import HubError, SourceError, UsageError
+from quarkconv.errors import HubError, UsageError
 from quarkconv.files.base import is_inside
 from quarkconv.files.http_files import HttpFiles
 from quarkconv.files.remote import Entry
@@ -92,8 +92,6 @@ def _list(repo: str, revision: str, url: str) -> dict[str, Entry]:
         )
         response.raise_for_status()
         body = response.json()
-    except SourceError:
-        raise
     except Exception as error:  # of the HTTP client, OSError, ValueError
         raise failure(error, url) from error
     files = _files(body, url)
