@@ -19,16 +19,15 @@ from quarkconv.scheme.options import KEEP
 from quarkconv.targets import TARGETS, get_target
 from quarkconv.write.modes import Finish, Join, Mode, OnRay, Whole
 
+if TYPE_CHECKING:
+    from rich.console import RenderableType
+
 
 class QuantizeMode(StrEnum):
     """Which float modules ``--quantize`` takes."""
 
     MISSING = "missing"
     ALL = "all"
-
-
-if TYPE_CHECKING:
-    from rich.console import RenderableType
 
 
 def _complete_targets(incomplete: str) -> list[tuple[str, str]]:

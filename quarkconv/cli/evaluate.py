@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quarkconv.cli.options import Device, Json, Model, Quiet, Report, Verbose
+from quarkconv.cli.options import Device, Json, Model, Quiet, Report, Verbose, parse_layer_numbers
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_report, write_report
@@ -80,8 +80,6 @@ def evaluate(
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     require_one_source(text, token_ids)
-    from quarkconv.cli.verify import parse_layer_numbers
-
     require_report(report)
     limits = Limits(max_kl, min_agreement)
     numbers = None if layers is None else parse_layer_numbers(layers)

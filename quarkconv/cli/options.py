@@ -8,7 +8,10 @@ from typing import Annotated, Final
 
 import typer
 
+from quarkconv.errors import UsageError
+
 _ADDRESS: Final = re.compile(r"auto|local|(ray://)?[\w.-]+:\d+|ray://.+")
+_MAX_LAYER: Final = 100_000
 
 Model = Annotated[
     str,
@@ -42,3 +45,41 @@ def with_addresses(words: list[str]) -> list[str]:
         if word == "--ray" and not _ADDRESS.fullmatch(following):
             filled.append("auto")
     return filled
+
+
+def parse_layers(text: str) -> list[int | str]:
+    """Layers from ``0,3-5`` or ``thinker.model.layers.0.mlp,7``: numbers, ranges of numbers, and modules.
+
+    Raises:
+        UsageError: it is not such a list.
+    """
+    layers: list[int | str] = []
+    for part in text.split(","):
+        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
+        if match is None and re.fullmatch(r"\s*[A-Za-z_][\w.]*\s*", part):
+            layers.append(part.strip())
+            continue
+        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
+        if first > last or last > _MAX_LAYER:
+            raise UsageError(
+                "Invalid --layers", expected="numbers, ranges such as 0,3-5, and modules", found=repr(text)
+            )
+        layers.extend(range(first, last + 1))
+    return layers
+
+
+def parse_layer_numbers(text: str) -> set[int]:
+    """Layer numbers from ``0,3-5``.
+
+    Raises:
+        UsageError: it is not such a list.
+    """
+    invalid = UsageError("Invalid --layers", expected="numbers and ranges such as 0,3-5", found=repr(text))
+    try:
+        layers = parse_layers(text)
+    except UsageError:
+        raise invalid from None
+    numbers = {layer for layer in layers if isinstance(layer, int)}
+    if len(numbers) < len(set(layers)):
+        raise invalid
+    return numbers

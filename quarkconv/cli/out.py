@@ -9,7 +9,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING, Any, Final, NamedTuple
 
-from quarkconv.errors import QuarkconvError
+from quarkconv.errors import QuarkconvError, SourceError
 
 if TYPE_CHECKING:
     from rich.console import Console, RenderableType
@@ -111,7 +111,11 @@ def show_error(error: QuarkconvError, *, as_json: bool) -> None:
     """Print a known error and its details on stderr; with ``--json`` also as an object on stdout."""
     if as_json:
         details = dict(error.details())
-        about = {"error": error.message, "exit_code": error.exit_code, "code": getattr(error, "code", None)}
+        about = {
+            "error": error.message,
+            "exit_code": error.exit_code,
+            "code": error.code if isinstance(error, SourceError) else None,
+        }
         print_json({"schema": "quarkconv.error/1", **about, **details})
     from rich.text import Text
 
@@ -127,8 +131,8 @@ def printable(text: str) -> str:
     return "".join(char if char.isprintable() else char.encode("unicode_escape").decode() for char in text)
 
 
-def indented(text: str | Text, by: int, style: str = "") -> Padding:
-    """Text indented by a number of columns, including lines that are wrapped."""
+def indented(text: RenderableType, by: int, style: str = "") -> Padding:
+    """Text or a table, indented by a number of columns, including lines that are wrapped."""
     from rich.padding import Padding
     from rich.text import Text
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.options import Device, Json, Model, Quiet, Ray, Report, Verbose
+from quarkconv.cli.options import Device, Json, Model, Quiet, Ray, Report, Verbose, parse_layers
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_report, write_report
@@ -18,7 +17,7 @@ from quarkconv.plan.shares import parse_share
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
-_MAX_LAYER = 100_000
+
 _MAX_DIGITS: Final = 9
 
 
@@ -152,41 +151,3 @@ def parse_tokens(text: str) -> list[int]:
     if not all(part.isdecimal() and len(part) <= _MAX_DIGITS for part in parts):
         raise UsageError("Invalid --tokens", expected="numbers such as 64 or 16,1024", found=repr(text))
     return [int(part) for part in parts]
-
-
-def parse_layers(text: str) -> list[int | str]:
-    """Layers from ``0,3-5`` or ``thinker.model.layers.0.mlp,7``: numbers, ranges of numbers, and modules.
-
-    Raises:
-        UsageError: it is not such a list.
-    """
-    layers: list[int | str] = []
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:\s*-\s*(\d+))?\s*", part)
-        if match is None and re.fullmatch(r"\s*[A-Za-z_][\w.]*\s*", part):
-            layers.append(part.strip())
-            continue
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if first > last or last > _MAX_LAYER:
-            raise UsageError(
-                "Invalid --layers", expected="numbers, ranges such as 0,3-5, and modules", found=repr(text)
-            )
-        layers.extend(range(first, last + 1))
-    return layers
-
-
-def parse_layer_numbers(text: str) -> set[int]:
-    """Layer numbers from ``0,3-5``.
-
-    Raises:
-        UsageError: it is not such a list.
-    """
-    invalid = UsageError("Invalid --layers", expected="numbers and ranges such as 0,3-5", found=repr(text))
-    try:
-        layers = parse_layers(text)
-    except UsageError:
-        raise invalid from None
-    numbers = {layer for layer in layers if isinstance(layer, int)}
-    if len(numbers) < len(set(layers)):
-        raise invalid
-    return numbers

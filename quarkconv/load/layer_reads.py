@@ -15,8 +15,8 @@ from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.experts.topology import MoELayer
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.manifest import Manifest, WrittenTensor
+from quarkconv.plan.shards import PAGE
 
-PAGE: Final = 4096
 CHUNK_BYTES: Final = 16 * 2**20
 """Bytes of one read at most, so that several threads read a large tensor."""
 _ALIGNED: Final = 64

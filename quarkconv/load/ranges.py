@@ -13,8 +13,9 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.page_cache import in_page_cache
 from quarkconv.load.arenas import Memory
-from quarkconv.load.layer_reads import PAGE, LayerRead
+from quarkconv.load.layer_reads import LayerRead
 from quarkconv.load.open_files import OpenFiles, open_files
+from quarkconv.plan.shards import PAGE
 
 _DIRECT: Final = getattr(os, "O_DIRECT", 0)
 

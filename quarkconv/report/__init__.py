@@ -1,1 +1,1 @@
-"""The results of inspect and verify as one HTML file."""
+"""The results of inspect, verify and evaluate as one HTML file; the series that charts on a terminal share."""

@@ -48,22 +48,21 @@ _numbers = itertools.count(1)
 
 def line_chart(
     title: str,
-    x: Sequence[int],
+    layers: Sequence[int],
     series: Mapping[str, Sequence[float | None]],
     *,
-    x_label: str,
     y_label: str,
     log: bool = False,
     bound: float | None = None,
     described: str,
 ) -> str:
-    """Lines with a mark at each point; None is a gap.
+    """Lines over the layers with a mark at each; None is a gap.
 
     Args:
         title: of the chart.
-        x: positions, such as layers.
-        series: name -> values.
-        x_label, y_label: of the axes.
+        layers: their numbers.
+        series: name -> a value for each layer.
+        y_label: of the y axis.
         log: whether the y axis is logarithmic; zeros are gaps then.
         bound: drawn as a dashed line.
         described: the chart in words, for screen readers.
@@ -71,14 +70,14 @@ def line_chart(
     with _axes(title, described, height=2.6) as (axes, out):
         for colour, mark, (name, values) in zip(_SERIES, "osD^", series.items(), strict=False):
             shown = [float("nan") if value is None or (log and value <= 0) else value for value in values]
-            axes.plot(x, shown, marker=mark, markersize=3.5, linewidth=1.2, color=colour, label=name)
+            axes.plot(layers, shown, marker=mark, markersize=3.5, linewidth=1.2, color=colour, label=name)
         if bound is not None:
             axes.axhline(bound, color=_INK, linestyle="--", linewidth=1, label=f"bound {bound:.3g}")
         if log:
             axes.set_yscale("log", nonpositive="mask")
-        axes.set_xlim(min(x, default=0) - 0.5, max(x, default=0) + 0.5)
+        axes.set_xlim(min(layers, default=0) - 0.5, max(layers, default=0) + 0.5)
         _whole_numbers(axes)
-        axes.set_xlabel(x_label)
+        axes.set_xlabel("layer")
         axes.set_ylabel(y_label)
         axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0))
     return out[0]

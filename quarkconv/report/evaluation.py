@@ -76,7 +76,7 @@ def _layers(evaluation: Evaluation) -> Iterator[str]:
     yield charts.line_chart(
         f"Error of each layer; the largest of its own: {worst.own:.3g} in layer {worst.index}", numbers,
         {"own": [layer.own for layer in layers], "drift": [layer.drift for layer in layers]},
-        x_label="layer", y_label="relative error", log=True,
+        y_label="relative error", log=True,
         described=f"Relative error by layer. Own errors: {min(layer.own for layer in layers):.3g} to {worst.own:.3g}, "
         f"the largest in layer {worst.index}. Drift after the last layer: {layers[-1].drift:.3g}.",
     )  # fmt: skip
@@ -85,7 +85,7 @@ def _layers(evaluation: Evaluation) -> Iterator[str]:
         most = max(changed, key=lambda layer: layer.routing_changed or 0.0)
         yield charts.line_chart(
             "Tokens that choose other experts", [layer.index for layer in changed],
-            {"share of tokens": [layer.routing_changed for layer in changed]}, x_label="layer", y_label="share",
+            {"share of tokens": [layer.routing_changed for layer in changed]}, y_label="share",
             described=f"Share of tokens by layer, at most {most.routing_changed:.2%} in layer {most.index}.",
         )  # fmt: skip
     head = ("layer", "module", "own error", "drift", "cosine", "experts changed")

@@ -44,10 +44,6 @@ def _parts(verification: Verification, command: str) -> Iterator[str]:
     yield page.about(command)
 
 
-def _skipped(verification: Verification) -> list[tuple[str, str | None]]:
-    return [("bytes", verification.bytes.skipped), ("numbers", verification.numbers.skipped)]
-
-
 def _stages(verification: Verification) -> list[tuple[str, str, str]]:
     structure, checked, numbers = verification.structure, verification.bytes, verification.numbers
     wrong = {problem.stage for problem in verification.problems}
@@ -60,9 +56,9 @@ def _stages(verification: Verification) -> list[tuple[str, str, str]]:
         "numbers": numbers.skipped
         or f"{plural(layers, 'layer')}, {tokens} tokens each, on {numbers.device} ({numbers.backend})",
     }
-    missing = {stage for stage, why in _skipped(verification) if why}
+    skipped = {"bytes": checked.skipped, "numbers": numbers.skipped}
     return [
-        (stage, scope, "✗ wrong" if stage in wrong else "not checked" if stage in missing else "✓ right")
+        (stage, scope, "✗ wrong" if stage in wrong else "not checked" if skipped.get(stage) else "✓ right")
         for stage, scope in what.items()
     ]
 
@@ -80,7 +76,6 @@ def _numbers(numbers: NumbersResult) -> Iterator[str]:
             f"Signal to noise of each layer's output{suffix}",
             noise.layers,
             noise.lines,
-            x_label="layer",
             y_label="dB",
             described=f"Signal to noise ratio by layer: {'; '.join(lowest) or 'equal'}.",
         )
@@ -129,7 +124,6 @@ def _exact(layers: list[LayerNumbers], suffix: str) -> str:
         f"Distance from exact integer arithmetic{suffix}",
         [layer.layer for layer in layers],
         {"relative error": errors},
-        x_label="layer",
         y_label="relative error",
         log=True,
         bound=bound,

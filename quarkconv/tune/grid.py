@@ -37,6 +37,8 @@ _COLUMNS: Final = {16: (64, 128), 32: (64, 128), 64: (128, 256), 128: (128, 256)
 """Rows of a tile -> its columns."""
 _DEPTHS: Final = {16: (128, 256), 32: (128, 256), 64: (64, 128), 128: (64, 128)}
 """Rows of a tile -> codes of the summed dimension that it loads at a time."""
+_WARP: Final = 32
+"""Threads of a warp of an NVIDIA GPU."""
 _MOST_SUMS: Final = 128
 _FEWEST_SUMS_OF_EIGHT_WARPS: Final = 32
 
@@ -66,9 +68,9 @@ class Tile:
         """Bytes of shared memory that its loads take at once."""
         return self.num_stages * (self.block_m + self.block_n) * self.block_k
 
-    def sums_of_a_thread(self, warp_size: int = 32) -> float:
+    def sums_of_a_thread(self) -> float:
         """int32 sums that each thread holds."""
-        return self.block_m * self.block_n / (self.num_warps * warp_size)
+        return self.block_m * self.block_n / (self.num_warps * _WARP)
 
 
 def tile_of(entry: Mapping[str, Any]) -> Tile:

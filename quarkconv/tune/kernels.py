@@ -185,8 +185,6 @@ class SGLangKernel:
 
 ENGINES: Final[dict[str, Callable[[], Kernel]]] = {"vllm": VLLMKernel, "sglang": SGLangKernel}
 """Name -> its kernel."""
-
-
 _NAMES: Final = {"vllm": "vLLM", "sglang": "SGLang"}
 """Engine, and its package -> its name for people."""
 

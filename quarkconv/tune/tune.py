@@ -5,10 +5,10 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import statistics
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import lru_cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Final
@@ -26,7 +26,6 @@ from quarkconv.write.durable import write_durably
 if TYPE_CHECKING:
     from quarkconv.tune.kernels import Weights
 
-QUARKCONV: Final = "quarkconv"
 TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens to tune for: engines take the nearest, so that the last serves all larger ones."""
 _MAX_INPUTS: Final = 8
@@ -56,12 +55,11 @@ class WrittenTable:
 
     def to_json(self) -> dict[str, Any]:
         """An entry of ``tables`` of quarkconv.tune/1."""
-        sizes = {name: getattr(self.shape, name) for name in RankShape.__slots__}
         rows = {
             str(tokens): {"default_us": each.default_us, "tuned_us": each.tuned_us, **each.tile.to_json()}
             for tokens, each in sorted(self.timings.items())
         }
-        return {"path": str(self.path), **sizes, "tokens": rows}
+        return {"path": str(self.path), **asdict(self.shape), "tokens": rows}
 
 
 def require_gpu() -> None:
@@ -172,10 +170,8 @@ def _search(kernel: Kernel, shape: RankShape, tokens: int, weights: Weights, sha
 
 def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:
     """Compile a tile into Triton's cache by a forward over few experts; False where the GPU cannot launch it."""
-    from quarkconv.kernels.tune import make_weights
-
     few = whole(max(shape.top_k, _FEW_EXPERTS), shape.top_k, shape.hidden, shape.intermediate)
-    kernel, weights = _few(engine, few, make_weights)
+    kernel, weights = _few(engine, few)
     [forward] = kernel.forwards(few, weights, [_routed(few, tokens)])
     with suppress(_out_of_resources()), kernel.using(tile):
         forward()
@@ -184,11 +180,14 @@ def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _few(engine: str, shape: RankShape, make: Callable[..., Weights]) -> tuple[Kernel, Weights]:
+def _few(engine: str, shape: RankShape) -> tuple[Kernel, Weights]:
+    """The kernel of an engine, and random weights: each process of a pool has those of one shape."""
     import torch
 
+    from quarkconv.kernels.tune import make_weights
+
     device = torch.device("cuda", torch.cuda.current_device())
-    return engine_kernel(engine), make(shape.sizes, device)
+    return engine_kernel(engine), make_weights(shape.sizes, device)
 
 
 def _out_of_resources() -> type[Exception]:

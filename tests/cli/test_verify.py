@@ -12,7 +12,8 @@ from support.commands import Run
 from support.exports import Converted
 
 import quarkconv
-from quarkconv.cli.verify import _complete_layers, parse_layer_numbers, parse_layers, parse_tokens
+from quarkconv.cli.options import parse_layer_numbers, parse_layers
+from quarkconv.cli.verify import _complete_layers, parse_tokens
 
 NAME = "qwen3_moe-quark0.13-f2f"
 TALKER = "talker.model.layers.0.mlp"

@@ -12,6 +12,7 @@ from rich.text import Text
 from quarkconv.cli.out import console, indented, printable, title, verdict
 from quarkconv.cli.render.charts import expert_maps
 from quarkconv.evaluate.results import Evaluation, LayerEvaluation
+from quarkconv.evaluate.scores import Divergence
 from quarkconv.report.series import evaluation_load
 from quarkconv.text import plural
 
@@ -29,7 +30,7 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     ]
     parts: list[RenderableType] = [title(evaluation.model, facts), _perplexity(evaluation)]
     if evaluation.int8 is not None:
-        parts.append(_divergence(evaluation))
+        parts.append(_divergence(evaluation, evaluation.int8))
     if evaluation.layers:
         parts += [_layers(evaluation), _worst(evaluation)]
     load = evaluation_load(evaluation)
@@ -47,12 +48,10 @@ def _perplexity(evaluation: Evaluation) -> RenderableType:
             table.add_row(_NAMES[name], Text("not run", style="dim"), "")
         else:
             table.add_row(_NAMES[name], f"{value.value:.4f}", Text(f"± {value.standard_error:.4f}", style="dim"))
-    return Group(Text("Perplexity", style="bold"), indented(table, 2), "")  # type: ignore[arg-type]
+    return Group(Text("Perplexity", style="bold"), indented(table, 2), "")
 
 
-def _divergence(evaluation: Evaluation) -> RenderableType:
-    found = evaluation.int8
-    assert found is not None
+def _divergence(evaluation: Evaluation, found: Divergence) -> RenderableType:
     lines = [
         f"KL divergence  mean {found.mean:.3g} ± {found.standard_error:.1g}, median {found.median:.3g}, "
         f"99 % {found.p99:.3g}, max {found.max:.3g}",
@@ -104,5 +103,5 @@ def _worst(evaluation: Evaluation) -> RenderableType:
         for expert in evaluation.experts:
             table.add_row(str(expert.layer), str(expert.expert), f"{expert.error:.2g}", f"{expert.tokens:,}")
         note = "worst experts: squared error over that of their layer's output, on a sample of tokens"
-        lines += [indented(table, 2), indented(note, 2, "dim")]  # type: ignore[arg-type]
+        lines += [indented(table, 2), indented(note, 2, "dim")]
     return Group(Text("Where it is lost", style="bold"), *lines, "") if lines else Group()

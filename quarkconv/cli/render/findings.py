@@ -14,8 +14,6 @@ from quarkconv.cli.out import STYLES, indented, printable
 from quarkconv.findings import Finding, Severity
 
 _MARKS: Final = {Severity.ERROR: "✗", Severity.WARNING: "!", Severity.INFO: "·"}
-
-
 _NAMED: Final = 4
 """Most subjects named when findings that differ only in their subject are shown as one."""
 

@@ -1,4 +1,4 @@
-"""How ``uploads`` looks in a terminal."""
+"""The output of ``uploads`` in a terminal."""
 
 from __future__ import annotations
 
