@@ -60,6 +60,11 @@ CODES: Final[dict[str, FindingCode]] = {
         _E, "A tensor has a name that cannot be printed, or (info) with slashes in it.", _BROKEN
     ),
     "file-unused": FindingCode(_W, "The index does not list a safetensors file; engines may or may not load it."),
+    "file-conflict": FindingCode(
+        _W,
+        "A safetensors file is no shard of the model, and engines load it all the same: every file where no index "
+        "exists, and vLLM only consolidated*.safetensors where there is one.",
+    ),
     # Claims of the config
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
     "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
@@ -137,7 +142,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "router-mismatch": FindingCode(_W, "A router is missing, or has another shape than the experts of its layer need."),
     "merged-mixed": FindingCode(_W, "Engines merge linears of which some are int8 and some float; they refuse these."),
     "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
-    "wrapped-names": FindingCode(_W, "Names begin with those of a wrapper, such as module.; engines do not know them."),
+    "wrapped-names": FindingCode(
+        _W, "Names are those of a wrapper, such as module., or of adapters inside the model; engines do not know them."
+    ),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
@@ -160,7 +167,9 @@ NOT_UNDERSTOOD: Final = "experts-not-understood"
 """The code of experts that targets convert which write every module as it is stored."""
 DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})
 """Codes of warnings by which config.json is not that of the tensors, though these can be converted."""
-PASSED_ON: Final = DISAGREEING | {"wrapped-names", "file-unused", "tensor-unrecognised", "companion-unknown"}
+PASSED_ON: Final = DISAGREEING | {
+    "wrapped-names", "file-unused", "file-conflict", "tensor-unrecognised", "companion-unknown"
+}  # fmt: skip
 """Files that conversion leaves out, tensors that it copies unread, and disagreements that go over to the output:
 ``convert`` and ``verify`` report these."""
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 from typing import Final
 
+from quarkconv.description.expert_names import is_of_adapter
 from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
 from quarkconv.description.int8_modules import CONVERT, int8_defects
+from quarkconv.description.other_scales import in_blocks, scales_under_other_names, under_other_names
 from quarkconv.experts.config import QUANTIZATION_KEY, ModelConfig
 from quarkconv.experts.family import Family
 from quarkconv.experts.ranks import Rank
@@ -27,9 +29,10 @@ _SUPPORTED: Final = (
 
 
 def is_linear(module: str, form: Form) -> bool:
-    """True for a float weight that Quark would quantize: two dimensions, and not an embedding."""
+    """True for a float weight that Quark would quantize: two dimensions, and neither an embedding nor an adapter."""
     leaf = module.rpartition(".")[2]
-    return len(form.weight.shape) == 2 and "embed" not in leaf and leaf not in ("wte", "wpe")
+    is_matrix = len(form.weight.shape) == 2 and "embed" not in leaf and leaf not in ("wte", "wpe")
+    return is_matrix and not is_of_adapter(module)
 
 
 def contradictions(
@@ -58,10 +61,12 @@ def contradictions(
     if declared is not None and not isinstance(declared, UnknownScheme):
         yield from _linears(declared, modules, others, is_float)
     yield from _float_modules_quantized(quantized_float_modules(others, is_float), is_mtp)
-    in_blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
-    in_blocks = in_blocks.difference(fp8)
-    yield from int8_defects(modules, in_blocks, "config.json" if declared is None else declared.file)
-    yield from _scheme(declared, modules, topology, is_mtp, frozenset(fp8), _in_blocks(stored, in_blocks))
+    blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
+    blocks = blocks.difference(fp8)
+    renamed = scales_under_other_names(modules, stored)
+    yield from int8_defects(modules, blocks.union(renamed), "config.json" if declared is None else declared.file)
+    yield from under_other_names(renamed, declared)
+    yield from _scheme(declared, modules, topology, is_mtp, frozenset(fp8), in_blocks(stored, blocks))
     if declared is None or declared.stores_codes:
         yield from _simulated(modules)
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
@@ -244,27 +249,13 @@ def _linears(
     )
 
 
-def _in_blocks(stored: StoredModules, modules: frozenset[str]) -> FindingsAbout:
-    """The finding about modules whose scales are named weight_scale_inv, with the shapes of the first."""
-    names, shapes = sorted(modules), ""
-    if names and (form := stored.linears.get(names[0])) is not None:
-        scale = stored.tensors[f"{names[0]}{BLOCK_SCALE}"]
-        shapes = f"; the first is {list(scale.shape)} for a weight {list(form.weight.shape)}"
-    return FindingsAbout(
-        "scheme-unsupported",
-        names,
-        f"{plural(len(names), 'module')} with scales named weight_scale_inv, as those of blocks are{shapes}",
-        hint="quarkconv converts weights with a scale for each row, or one for the tensor, named weight_scale",
-    )
-
-
 def _scheme(
     declared: DeclaredScheme | None,
     modules: ResolvedModules,
     topology: Topology,
     is_mtp: Callable[[str], bool],
     fp8: frozenset[str],
-    in_blocks: FindingsAbout,
+    blocks: FindingsAbout,
 ) -> Iterator[Finding]:
     """Findings where the checkpoint is not of one INT8 scheme, or not a mixture of experts."""
     schemes = modules.schemes
@@ -286,8 +277,8 @@ def _scheme(
             if only_mtp
             else _INT8_ONLY,
         )
-    elif in_blocks.subjects:
-        yield from in_blocks
+    elif blocks.subjects:
+        yield from blocks
     elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
         yield finding(
@@ -297,7 +288,7 @@ def _scheme(
             hint=_INT8_ONLY,
         )
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
-    if unnamed and declared is not None and not in_blocks.subjects:
+    if unnamed and declared is not None and not blocks.subjects:
         count = sum(schemes[scheme] for scheme in unnamed)
         message = f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
         message += f"{_shown(unnamed[0].activation)} activations: an unsupported scheme"

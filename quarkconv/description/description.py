@@ -23,6 +23,7 @@ from quarkconv.description.expert_names import expert_name_findings, wrapped_nam
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings
+from quarkconv.description.int8_modules import shapes_explained
 from quarkconv.description.missing import missing_parts
 from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.errors import UsageError
@@ -235,7 +236,7 @@ def described(
         function = tuple(function_findings(config, stored, checkpoint.types, is_mtp, is_float))
         findings = [
             *checkpoint.findings,
-            *topology.findings,
+            *shapes_explained(topology.findings, declared),
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
@@ -243,7 +244,7 @@ def described(
             *other_quantizations(config),
             *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),
-            *wrapped_names(topology),
+            *wrapped_names(topology, others),
             *function,
             *(
                 ()

@@ -9,6 +9,8 @@ from quarkconv.experts.config import ModelConfig
 from quarkconv.experts.naming import ENGINE_NAMES
 from quarkconv.experts.topology import MoELayer, Topology
 from quarkconv.findings import Finding, FindingsAbout, finding
+from quarkconv.scheme.resolved import Groups
+from quarkconv.text import plural
 
 
 def foreign_modules(config: ModelConfig, topology: Topology) -> list[MoELayer]:
@@ -27,8 +29,22 @@ _WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_mode
 """What wrappers put before every name: data parallelism, torch.compile, FSDP, adapters, a model within a model."""
 
 
-def wrapped_names(topology: Topology) -> Iterator[Finding]:
-    """The finding about names below a wrapper that was saved with the model."""
+_ADAPTERS: Final = (".lora_A", ".lora_B", ".lora_embedding_A", ".lora_embedding_B", ".lora_magnitude_vector")
+"""Parts of the names of adapters that PEFT stores inside a model, beside ``<module>.base_layer``."""
+
+
+def is_of_adapter(module: str) -> bool:
+    """Whether a module is a matrix of a low-rank adapter inside the model."""
+    return ".lora_" in module and any(part in module for part in _ADAPTERS)
+
+
+def wrapped_names(topology: Topology, others: Groups) -> Iterator[Finding]:
+    """The findings about names below a wrapper, and about adapters, that were saved with the model.
+
+    Args:
+        topology: the MoE layers.
+        others: the modules that are no routed experts.
+    """
     layers = [layer.prefix for layer in topology.layers if layer.prefix.startswith(_WRAPPERS)]
     if layers:
         wrapper = next(wrapper for wrapper in _WRAPPERS if layers[0].startswith(wrapper))
@@ -38,6 +54,13 @@ def wrapped_names(topology: Topology) -> Iterator[Finding]:
             f"Names begin with {wrapper}, as those of a wrapper around the model do",
             hint="engines know the names without it, and conversion keeps names: save the model without its wrapper",
         )
+    adapters = [name for (form, _), names in others.items() if form.is_float for name in filter(is_of_adapter, names)]
+    yield from FindingsAbout(
+        "wrapped-names",
+        adapters,
+        f"{plural(len(adapters), 'matrix', 'matrices')} of adapters inside the model, which change what it computes",
+        hint="engines know neither these nor .base_layer names: merge the adapter, and quantize the merged model",
+    )
 
 
 def expert_name_findings(config: ModelConfig, topology: Topology) -> Iterator[Finding]:

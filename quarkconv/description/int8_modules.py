@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from math import prod
 from typing import Final
 
 from quarkconv.experts.layer_defects import MAX_EXPERTS
-from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.findings import Finding, FindingsAbout, finding
+from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.spec import FOREIGN, INPUT_STATIC, ModuleScheme
+from quarkconv.scheme.spec import FOREIGN, INPUT_STATIC, PER_CHANNEL, ModuleScheme
 from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form
 from quarkconv.text import plural
 
@@ -76,9 +77,18 @@ _CHECKS: Final[tuple[_Check, ...]] = (
         REQUANTIZE,
     ),
     (
+        "scheme-unsupported",
+        lambda form, claim: _is_of_columns(form, claim),
+        "{} with as many scales as rows and as columns, which {file} declares to be of columns",
+        "quarkconv converts weights with a scale for each row, [out] or [out, 1], or one for the tensor",
+    ),
+    (
         "granularity-mismatch",
         lambda form, claim: (
-            form.granularity is not None and claim.weight is not None and form.granularity != claim.weight.granularity
+            form.granularity is not None
+            and claim.weight is not None
+            and form.granularity != claim.weight.granularity
+            and not _is_of_columns(form, claim)
         ),
         "{} with scales of another granularity than {file} declares",
         CONVERT,
@@ -114,12 +124,12 @@ _CHECKS: Final[tuple[_Check, ...]] = (
 """(code, test, message, hint), applied to every int8 module; ``{}`` becomes "3 modules"."""
 
 
-def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str], file: str) -> Iterator[Finding]:
+def int8_defects(modules: ResolvedModules, other_scales: Collection[str], file: str) -> Iterator[Finding]:
     """The findings about the tensors of int8 modules.
 
     Args:
         modules: all modules, with the scheme of each.
-        in_blocks: modules with a scale for each block of the weight, which need no other scale.
+        other_scales: modules without ``weight_scale`` and with scales of another kind or name, reported elsewhere.
         file: the file that declares the scheme.
     """
     for code, test, message, hint in _CHECKS:
@@ -128,10 +138,29 @@ def int8_defects(modules: ResolvedModules, in_blocks: frozenset[str], file: str)
             for (form, claim), names in modules.groups.items()
             if form.quantized and not _is_foreign(claim) and test(form, claim)
             for name in names
-            if form.scale is not None or name not in in_blocks
+            if form.scale is not None or name not in other_scales
         ]
         text = message.format(plural(len(found), "module"), file=file)
         yield from FindingsAbout(code, found, text, hint=hint)
+
+
+def shapes_explained(findings: Iterable[Finding], declared: DeclaredScheme | None) -> Iterator[Finding]:
+    """The findings about experts; shapes that do not fit are unsupported where another dtype than int8 is declared.
+
+    Codes of fewer bits are packed along rows or columns, so their weights have other shapes: W4A8 of Ascend has half
+    the rows (``w4a8.py`` of vllm-ascend).
+    """
+    for item in findings:
+        claim = declared.resolve(item.subject).weight if declared and item.code == "expert-shape" else None
+        if claim is None or claim.dtype == "int8" or declared is None:
+            yield item
+            continue
+        yield finding(
+            "scheme-unsupported",
+            item.subject,
+            f"The experts are declared {claim.dtype} by {declared.file}, and have no shapes of int8 weights",
+            hint="quarkconv converts symmetric INT8 W8A8 only",
+        )
 
 
 def _is_of_parts(form: Form) -> bool:
@@ -143,6 +172,15 @@ def _is_of_parts(form: Form) -> bool:
         return True
     (*scale_lead, rows, groups) = (0, 0, *shape)[-len(form.weight.shape) :]
     return scale_lead == lead and 0 < rows <= out and 0 < groups <= columns and not (out % rows or columns % groups)
+
+
+def _is_of_columns(form: Form, claim: ModuleScheme) -> bool:
+    """Whether the scales [n] of a weight [n, n] are declared along another axis than its rows."""
+    if form.scale is None or form.granularity != PER_CHANNEL or claim.weight is None:
+        return False
+    *lead, rows, columns = form.weight.shape
+    other_axis = claim.weight.granularity.startswith(f"{PER_CHANNEL}(")
+    return other_axis and rows == columns and form.scale.shape == (*lead, rows)
 
 
 def _is_input_scale(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:

@@ -19,6 +19,9 @@ from quarkconv.text import examples, plural
 SINGLE_NAME: Final = "model.safetensors"
 OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Ends of the names of weights in formats that are not read."""
+_PREFERRED: Final = "consolidated"
+"""Start of the names of files in Mistral's format. Where one exists, vLLM loads these alone (``load_format="auto"`` in
+``default_loader.py`` of 0.28 to 0.33)."""
 
 
 def check_directory(root: Path) -> None:
@@ -87,13 +90,22 @@ def shard_names(store: Files, present: list[str], index: Index | None) -> list[s
 
 
 def unused(present: list[str], shards: list[str], index: Index | None) -> Iterator[Finding]:
-    """Files that the index does not list; few engines load them."""
+    """Files that are not shards of the model: those that engines load all the same, and others."""
     names = sorted(set(present) - set(shards))
+    loaded = [name for name in names if index is None or name.startswith(_PREFERRED)]
+    yield from FindingsAbout(
+        "file-conflict",
+        loaded,
+        f"{plural(len(loaded), 'safetensors file')} beside the shards, and "
+        + ("no index: engines load every file" if index is None else f"vLLM loads {_PREFERRED}*.safetensors instead"),
+        hint="remove them, or convert: conversion leaves them out",
+    )
     if index is not None:
+        others = [name for name in names if name not in loaded]
         yield from FindingsAbout(
             "file-unused",
-            names,
-            f"{plural(len(names), 'safetensors file')} not listed in {INDEX_NAME}",
+            others,
+            f"{plural(len(others), 'safetensors file')} not listed in {INDEX_NAME}",
             hint="conversion leaves them out: remove them, or add their tensors to the index",
         )
 

@@ -24,13 +24,14 @@ from quarkconv.targets.changes import target_findings
 from quarkconv.targets.convertible import check_convertible
 from quarkconv.text import plural
 
-_NOT_LOADED: Final = frozenset({"quantizer-names"})
+_NOT_LOADED: Final = frozenset({"quantizer-names", "file-conflict"})
 """Warnings about checkpoints that engines do not load unconverted."""
 _NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names"}
 """Warnings about checkpoints that engines do not load, converted or not."""
 _NOT_READ: Final = {
     "tensors of unknown meaning": {"tensor-unrecognised", "companion-unknown"},
     "files that the index does not list": {"file-unused"},
+    "files that are no shards of the model": {"file-conflict"},
 }
 """Parts of a checkpoint that no comparison covers -> the findings that name them."""
 SCHEMA: Final = "quarkconv.inspect/1"

@@ -78,4 +78,9 @@ CASES: Final = (
         (("warning", "file-unused", "extra.safetensors", 1),),
         damage=lambda folder: save_file({"model.extra": torch.ones(1)}, folder / "extra.safetensors"),
     ),
+    Case(
+        "a file in Mistral's format",
+        (("warning", "file-conflict", "consolidated.safetensors", 1),),
+        damage=lambda folder: save_file({"model.extra": torch.ones(1)}, folder / "consolidated.safetensors"),
+    ),
 )

@@ -1,0 +1,174 @@
+"""INT8 of other tools, and files beside the model: unsupported and named, not called damaged or run."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Final
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.model import Model, int8_linear
+from support.moe_model import INDEX
+from support.quark_config import layer_config
+from support.raw import write_json
+from support.reported import codes, finding, load, losses, refusal
+
+from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+from quarkconv.targets import TARGETS
+
+EXPERTS: Final = tuple(f"model.layers.{layer}.mlp.experts" for layer in range(2))
+
+
+def with_scales_named(name: Callable[[str], str], factor: float = 1.0, **quantization: Any) -> Model:
+    """A model whose scales have other names, times a factor."""
+    model = Model()
+    for shard in model.shards:
+        for scale in [scale for scale in shard if scale.endswith(".weight_scale")]:
+            shard[name(scale.removesuffix(".weight_scale"))] = shard.pop(scale) * factor
+    if quantization:
+        model.config["quantization_config"] = quantization
+    return model
+
+
+def fused_with_scales_named(leaf: str) -> Model:
+    """A model whose experts are fused, [E, 2I, H] and [E, H, I], with the scales under ``leaf``."""
+    model = Model()
+    tensors = model.first | model.second
+    for prefix in EXPERTS:
+        shard = model.shard(f"{prefix}.0.up_proj.weight")
+        for kind, suffix in (("weight", ""), ("weight_scale", leaf)):
+            of = {name: [tensors[f"{prefix}.{e}.{name}.{kind}"] for e in range(3)] for name in ("gate_proj", "up_proj")}
+            gate_up = [torch.cat(pair) for pair in zip(of["gate_proj"], of["up_proj"], strict=True)]
+            down = [tensors[f"{prefix}.{e}.down_proj.{kind}"] for e in range(3)]
+            shard[f"{prefix}.gate_up_proj{suffix}"], shard[f"{prefix}.down_proj{suffix}"] = map(
+                torch.stack, (gate_up, down)
+            )
+        for expert in range(3):
+            model.remove(f"{prefix}.{expert}.")
+    return model
+
+
+RENAMED: Final[dict[str, Callable[[], Model]]] = {
+    "bitsandbytes": lambda: with_scales_named("{}.SCB".format, 127.0, quant_method="bitsandbytes", load_in_8bit=True),
+    "DeepSeek's inference code": lambda: with_scales_named("{}.scale".format),
+    "a scale below the weight": lambda: with_scales_named("{}.weight.scale".format),
+    "Mistral's format": lambda: with_scales_named("{}.qscale_weight".format),
+    "fused experts": lambda: fused_with_scales_named("_weight_scale"),
+}
+
+
+@pytest.mark.parametrize("variant", RENAMED)
+def test_scales_under_unknown_names_are_unsupported_and_not_missing(variant: str, tmp_path: Path) -> None:
+    source = RENAMED[variant]().write(tmp_path)
+    assert codes(source)["scheme-unsupported"] == "error"
+    assert "scale-missing" not in codes(source)
+    for target in TARGETS:
+        error = refusal(source, target)
+        assert (error.exit_code, "may have another name" in str(error)) == (4, True)
+
+
+def test_an_unknown_method_is_named_beside_scales_of_unknown_names(tmp_path: Path) -> None:
+    assert (
+        "quant_method bitsandbytes" in finding(RENAMED["bitsandbytes"]().write(tmp_path), "scheme-unsupported").message
+    )
+
+
+def test_a_weight_with_a_bias_alone_lacks_its_scale(tmp_path: Path) -> None:
+    model = Model()
+    module = f"{EXPERTS[0]}.0.down_proj"
+    model.remove(f"{module}.weight_scale")
+    model.first |= {f"{module}.bias": torch.zeros(8), f"{module}.input_scale": torch.ones(())}
+    assert finding(model.write(tmp_path), "scale-missing").subject == module
+
+
+def square(axis: int) -> Model:
+    """A model whose weights all have as many rows as columns, with scales declared along an axis."""
+    model = Model()
+    for module in [name.removesuffix(".weight") for s in model.shards for name in s if s[name].dtype == torch.int8]:
+        shard = model.shard(f"{module}.weight")
+        shard |= int8_linear(module, 8, 8)
+    model.config["moe_intermediate_size"] = 8
+    model.quantization["global_quant_config"] = copy.deepcopy(layer_config())
+    model.quantization["global_quant_config"]["weight"]["ch_axis"] = axis
+    return model
+
+
+@pytest.mark.parametrize("target", TARGETS)
+def test_scales_of_columns_are_not_taken_for_scales_of_rows(target: str, tmp_path: Path) -> None:
+    error = refusal(square(1).write(tmp_path / "columns"), target)
+    assert (error.exit_code, "declares to be of columns" in str(error)) == (4, True)
+    convert_checkpoint(square(0).write(tmp_path / "rows"), target, tmp_path / "out")
+
+
+def test_experts_that_are_declared_in_fewer_bits_are_unsupported_and_not_damaged(tmp_path: Path) -> None:
+    """W4A8 of Ascend: half the rows of each weight."""
+    model = Model()
+    del model.config["quantization_config"]
+    description = {"model_quant_type": "W4A8_DYNAMIC", "version": "1.0.0"}
+    for shard in model.shards:
+        for name, tensor in shard.items():
+            packed = ".experts." in name and name.endswith(".weight")
+            shard[name] = tensor[: len(tensor) // 2].clone() if packed else tensor
+            int8 = name.removesuffix("_scale").removesuffix(".weight") + ".weight_scale" in shard
+            description[name] = "FLOAT" if not int8 else "W4A8_DYNAMIC" if ".experts." in name else "W8A8_DYNAMIC"
+    write_json(model.write(tmp_path) / "quant_model_description.json", description)
+    assert set(codes(tmp_path)) == {"scheme-unsupported"}
+    for target in TARGETS:
+        error = refusal(tmp_path, target)
+        assert (error.exit_code, "W4A8_DYNAMIC" in str(error)) == (4, True)
+
+
+def single(folder: Path) -> Path:
+    """The model in one file, without an index."""
+    model = Model()
+    model.write(folder)
+    for path in (*folder.glob("model-*"), folder / INDEX):
+        path.unlink()
+    save_file(model.first | model.second, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize(
+    ("write", "extra"),
+    [
+        (lambda folder: Model().write(folder), "consolidated.safetensors"),
+        (single, "consolidated.safetensors"),
+        (single, "mtp.safetensors"),
+    ],
+    ids=["Mistral's format beside shards", "Mistral's format beside one file", "another file beside one"],
+)
+def test_no_engine_is_said_to_load_shards_beside_files_that_it_loads_instead(
+    write: Callable[[Path], Path], extra: str, tmp_path: Path
+) -> None:
+    source = write(tmp_path / "source")
+    assert any(fact.form == "quark" and fact.verdict == "int8" for fact in inspect_checkpoint(source).engines)
+    save_file({"layers.0.wq.weight": torch.ones(2, 2)}, source / extra)
+    inspection = inspect_checkpoint(source, deep=True)
+    assert codes(source) == {"file-conflict": "warning"}
+    assert not inspection.headline.startswith("Sound")
+    assert not any(fact.form == "quark" and fact.verdict == "int8" for fact in inspection.engines)
+    assert losses(source, "fused-int8")["file-conflict"] == [extra]
+    out = convert_checkpoint(source, "fused-int8", tmp_path / "out").output
+    assert not (out / extra).exists()
+    assert verify_checkpoint(out, source, device="cpu").verdict() == "Verified"
+
+
+def test_adapters_inside_the_model_are_named_and_no_engine_is_said_to_run_them(tmp_path: Path) -> None:
+    model = Model()
+    linear = "model.layers.0.self_attn.o_proj"
+    for name in [name for name in model.first if name.startswith(f"{linear}.")]:
+        model.first[name.replace("o_proj", "o_proj.base_layer")] = model.first.pop(name)
+    model.first |= {
+        f"{linear}.lora_A.default.weight": torch.ones(2, 8),
+        f"{linear}.lora_B.default.weight": torch.ones(8, 2),
+    }
+    source = model.write(tmp_path)
+    assert codes(source) == {"wrapped-names": "warning"}
+    inspection = inspect_checkpoint(source, deep=True)
+    assert not inspection.headline.startswith("Sound")
+    assert not any(fact.verdict == "int8" for fact in inspection.engines)
+    assert "wrapped-names" in losses(source, "compressed-tensors")
+    assert sorted(load(source)) == sorted(model.first | model.second)
