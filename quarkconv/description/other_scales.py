@@ -19,7 +19,8 @@ from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules, fused_names, linear_names
 from quarkconv.text import plural
 
-_OTHERS: Final = tuple(f"{part}bias" for part in (".", "_"))
+_OTHERS: Final = (".bias", "_bias", BLOCK_SCALE)
+"""Ends of the names of tensors beside a weight that are no scales of rows."""
 
 
 def in_blocks(stored: StoredModules, modules: frozenset[str]) -> FindingsAbout:

@@ -78,7 +78,7 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     checkpoint = open_checkpoint(tmp_path)
     assert [shard.file for shard in checkpoint.shards] == ["model.safetensors"]
-    assert checkpoint.findings == ()
+    assert [(item.code, item.subject) for item in checkpoint.findings] == [("file-conflict", "adapter.safetensors")]
 
 
 def test_shards_without_an_index(folder: Path) -> None:
