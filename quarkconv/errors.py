@@ -83,8 +83,8 @@ class SourceError(QuarkconvError):
     """The source cannot be read: missing, malformed, truncated or inconsistent.
 
     ``code`` is the finding code (see :mod:`quarkconv.findings`) under which ``inspect`` reports the same defect;
-    ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid``, ``source-changed`` and
-    ``store-unavailable`` are codes of errors alone.
+    ``conversion-unfinished``, ``hub-unavailable``, ``manifest-invalid``, ``plan-invalid``, ``source-changed``,
+    ``store-unavailable`` and ``tensor-not-finite`` are codes of errors alone.
     """
 
     exit_code = 3

@@ -6,7 +6,6 @@ Scales of weights may be negative: auto-round chooses the sign with which the la
 
 from __future__ import annotations
 
-import math
 from array import array
 from collections.abc import Iterator
 from typing import Final
@@ -20,6 +19,7 @@ from quarkconv.findings import Finding, FindingsAbout, Severity
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.companions import describes_activations
+from quarkconv.scheme.scale_values import are_finite
 from quarkconv.scheme.stored import SCALE_DTYPES
 from quarkconv.text import plural
 
@@ -144,7 +144,7 @@ def _scale_problem(dtype: str, data: bytes) -> tuple[str | None, float]:
     """The defect of the values of a scale, or None; and its smallest value, 0 where one is 0, or a negative one."""
     widened = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(data)
     values = array("f", widened)
-    if not all(map(math.isfinite, values)):
+    if not are_finite(widened):
         return "NaN or infinite values", 0.0
     if 0.0 in values:
         return None, 0.0

@@ -42,6 +42,7 @@ from quarkconv.plan.pieces import (
 from quarkconv.plan.plan import Plan
 from quarkconv.targets import get_target
 from quarkconv.text import alternatives
+from quarkconv.write.checked_scales import is_scale
 
 if TYPE_CHECKING:
     from compressed_tensors.quantization import QuantizationConfig
@@ -90,7 +91,8 @@ class QuarkInt8Converter:
         """Convert whole groups of tensors.
 
         Raises:
-            SourceError: a tensor is not one of the checkpoint, or one that it needs is missing.
+            SourceError: a tensor is not one of the checkpoint, or one that it needs is missing; a scale, a router or a
+                bias of experts is NaN or infinite.
             UnsupportedError: a zero point is not zero, or two scales that must be equal are not.
         """
         self._check_complete(tensors)
@@ -101,6 +103,8 @@ class QuarkInt8Converter:
             for output in self._outputs.get(primary, ()):
                 parts = [_piece(piece, tensors, self._refs) for piece in output.pieces]
                 whole = parts[0] if len(parts) == 1 else torch.cat(parts)
+                if is_scale(output):
+                    _check_finite(output.name, whole)
                 converted[output.name] = whole.reshape(output.shape)
         return converted
 
@@ -217,6 +221,9 @@ def _check(check: Check, tensors: Mapping[str, Tensor], refs: Mapping[str, Tenso
     first = _piece(check.first, tensors, refs)
     if first.is_meta:
         return
+    if check.kind == "finite":
+        _check_finite(check.first.tensor, first)
+        return
     if check.kind == "zero":
         held, expected = not first.any(), "zeros"
     else:
@@ -230,4 +237,16 @@ def _check(check: Check, tensors: Mapping[str, Tensor], refs: Mapping[str, Tenso
             expected=expected,
             found="other values",
             hint="run `quarkconv convert` on the checkpoint for the reason",
+        )
+
+
+def _check_finite(name: str, values: Tensor) -> None:
+    if not values.is_meta and not bool(values.isfinite().all()):
+        raise SourceError(
+            "A scale, a router or a bias of experts is NaN or infinite",
+            code="scale-invalid",
+            tensor=name,
+            expected="finite values",
+            found="NaN or infinite values",
+            hint="run `quarkconv inspect --deep` on the checkpoint",
         )

@@ -260,12 +260,14 @@ class Check(NamedTuple):
     """A condition on the source's data, checked before the first byte is written.
 
     ``zero``: the bytes of ``first`` are all zero. ``equal``: the bytes of ``first`` and ``second`` are the same.
-    ``repeats``: the bytes of ``first`` are those of ``second``, again and again.
+    ``repeats``: the bytes of ``first`` are those of ``second``, again and again. ``finite``: ``first`` has no NaN and
+    no infinity; ``dtype`` is its dtype: ``F32``, ``BF16`` or ``F16``.
     """
 
-    kind: Literal["zero", "equal", "repeats"]
+    kind: Literal["zero", "equal", "repeats", "finite"]
     first: Copy
     second: Copy | None = None
+    dtype: str = ""
 
     def reads(self) -> tuple[Copy, ...]:
         """The source ranges that are read, in this order."""

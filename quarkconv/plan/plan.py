@@ -75,7 +75,7 @@ class Plan:
             "max_shard_size": self.max_shard_size,
             "moe": None if self.moe is None else asdict(self.moe),
             "sources": self.sources,
-            "checks": [[check.kind, *rows(check.reads())] for check in self.checks],
+            "checks": [[check.kind, *rows(check.reads()), *filter(None, [check.dtype])] for check in self.checks],
             "shards": [
                 {
                     "file": shard.file,
@@ -135,6 +135,9 @@ def _parse(value: dict[str, Any]) -> Plan:
     version = value["producer_version"]
 
     def check(kind: object, *rows: object) -> Check:
+        match kind, rows:
+            case "finite", [row, "F32" | "BF16" | "F16" as dtype]:
+                return Check("finite", piece_from_json(row, sources).source, dtype=dtype)
         if kind not in ("zero", "equal", "repeats") or len(rows) != (1 if kind == "zero" else 2):
             raise ValueError(f"not a check: {kind!r:.40}")
         return Check(kind, *(piece_from_json(row, sources).source for row in rows))

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from itertools import islice, repeat
 from typing import Final, TypeVar
 
-from quarkconv.errors import UnsupportedError
-from quarkconv.plan.pieces import Check, RowScales
+from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.plan.pieces import Check, Copy, RowScales
 from quarkconv.plan.plan import Plan
+from quarkconv.scheme.scale_values import are_finite
 from quarkconv.write.source import Reader, Source, read
 
 _CHECKS_AT_ONCE: Final = 256
+_BLOCK_BYTES: Final = 2**20
 _Item = TypeVar("_Item")
 
 
@@ -22,6 +24,7 @@ def run_checks(checks: tuple[Check, ...], sources: Source, jobs: int) -> None:
 
     Raises:
         UnsupportedError: one does not hold.
+        SourceError: a tensor that must be finite is not, or reading failed.
     """
 
     def check(batch: list[Check], stop: threading.Event) -> None:
@@ -70,6 +73,9 @@ def _run(check: Callable[[_Item, threading.Event], None], items: Iterable[_Item]
 
 
 def _check(check: Check, reader: Reader) -> None:
+    if check.kind == "finite":
+        _check_finite(check.first, check.dtype, reader)
+        return
     first = read(reader, check.first)
     second = None if check.second is None else read(reader, check.second)
     if check.kind == "zero" and first.strip(b"\0"):
@@ -97,3 +103,20 @@ def _check(check: Check, reader: Reader) -> None:
             expected=f"the value of {check.second.tensor}",
             hint="quantize the model again with dynamic activation scales (ptpc_int8)",
         )
+
+
+def _check_finite(source: Copy, dtype: str, reader: Reader) -> None:
+    block = memoryview(bytearray(min(_BLOCK_BYTES, source.nbytes)))
+    for start in range(0, source.nbytes, _BLOCK_BYTES):
+        data = block[: min(_BLOCK_BYTES, source.nbytes - start)]
+        reader.fill(source, start, data)
+        if not are_finite(bytes(data), dtype):
+            raise SourceError(
+                "A tensor of a router, or a bias of experts, is NaN or infinite",
+                code="tensor-not-finite",
+                file=source.file,
+                tensor=source.tensor,
+                expected="finite values",
+                found="NaN or infinite values",
+                hint="download or copy the file again; if the values are the same there, export the model again",
+            )

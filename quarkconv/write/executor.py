@@ -26,6 +26,7 @@ from quarkconv.plan.plan import Plan
 from quarkconv.plan.shards import PAGE
 from quarkconv.progress import SILENT, Progress
 from quarkconv.version import own_version
+from quarkconv.write.checked_scales import CodesOfScales
 from quarkconv.write.claims import Claims
 from quarkconv.write.destination import Destination
 from quarkconv.write.held_scales import HeldScales
@@ -61,6 +62,7 @@ class Run:
         self._done: dict[str, WrittenShard] = {}
         self.recorded: list[WrittenShard] = []
         self._held = HeldScales()
+        self._codes = CodesOfScales(plan.shards)
         self._written: Callable[[OutputShard], None] = lambda _: None
 
     def writing(self) -> AbstractContextManager[None]:
@@ -175,7 +177,9 @@ class Run:
                 if claim is None:
                     return
                 writer, segment = claim
-                complete = writer.write(segment, self.sources, buffer, claims.counted(self._wrote), self._held)
+                complete = writer.write(
+                    segment, self.sources, buffer, claims.counted(self._wrote), self._held, self._codes
+                )
                 claims.written()
                 if complete:
                     self.sources.check_unchanged(writer.source_names())

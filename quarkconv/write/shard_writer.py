@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from itertools import islice
 
 import xxhash
 
 from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import Copy, OutputShard, Piece
+from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor, Piece, Rows
 from quarkconv.plan.shards import encode_header
+from quarkconv.scheme.scale_values import zeros
+from quarkconv.write.checked_scales import CodesOfScales, ZeroScales, check_scale, is_scale
 from quarkconv.write.destination import ShardFile
 from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.output_file import BlockStream
 from quarkconv.write.segments import Segment, cut
 from quarkconv.write.source import Reader, Source
-from quarkconv.write.transforms import transformed
+from quarkconv.write.transforms import scale_elements, transformed
 
 
 class ShardWriter:
@@ -46,6 +49,7 @@ class ShardWriter:
         buffer: memoryview,
         wrote: Callable[[int], None],
         held: HeldScales,
+        codes: CodesOfScales,
     ) -> bool:
         """Write one segment; True when all segments are written.
 
@@ -55,17 +59,29 @@ class ShardWriter:
             buffer: page-aligned memory of whole pages that no other thread uses.
             wrote: called with the number of bytes after each block; what it raises ends the writing.
             held: scales that were computed together with codes.
+            codes: those of the scales.
 
         Raises:
             OSError: writing failed.
-            SourceError: reading failed.
+            SourceError: reading failed, or a scale has an invalid value.
             UnsupportedError: a row of a float weight cannot be quantized.
         """
         stream = BlockStream(self._file, buffer, segment.start, wrote)
         if segment.start == 0:
             stream.put(memoryview(self._header))
+        checksums: list[str] = []
+        of_zero: list[ZeroScales] = []
         with sources.ahead(held.reads(segment.pieces)) as reader:
-            checksums = [_put_piece(stream, piece, reader, held) for piece in segment.pieces]
+            for (tensor, number), piece in zip(self._places(segment), segment.pieces, strict=True):
+                if isinstance(piece, Copy | Rows) and is_scale(tensor):
+                    checksum, positions = _put_scale(stream, piece, reader)
+                    if positions:
+                        of_zero.append(ZeroScales(tensor, number, positions))
+                else:
+                    checksum = _put_piece(stream, piece, reader, held)
+                checksums.append(checksum)
+        for found in of_zero:
+            codes.check_zeros(found, sources)
         stream.finish()
         with self._lock:
             self._checksums[segment.first] = checksums
@@ -91,6 +107,11 @@ class ShardWriter:
         """The source files that the shard reads."""
         return {source.file for piece in self.shard.pieces() for source in piece.reads()}
 
+    def _places(self, segment: Segment) -> Iterator[tuple[OutputTensor, int]]:
+        """The tensor of each piece of a segment, and the piece's number in it."""
+        places = ((tensor, number) for tensor in self.shard.tensors for number in range(len(tensor.pieces)))
+        return islice(places, segment.first, segment.first + len(segment.pieces))
+
     def close(self) -> None:
         """Close the file, complete or not."""
         self._file.close()
@@ -112,3 +133,18 @@ def _put_piece(stream: BlockStream, piece: Piece, reader: Reader, held: HeldScal
         stream.filled(len(room))
         done += len(room)
     return hasher.hexdigest()
+
+
+def _put_scale(stream: BlockStream, piece: Copy | Rows, reader: Reader) -> tuple[str, list[int]]:
+    """Append a scale, and check its values; returns the checksum of its bytes, and the positions of its zeros."""
+    hasher = xxhash.xxh3_128()
+    of_zero: list[int] = []
+    count = 0
+    for elements in scale_elements(piece, reader):
+        check_scale(piece.source, elements)
+        of_zero += [count + position for position in zeros(elements)]
+        count += len(elements) // 4
+        data = elements * piece.repeat if isinstance(piece, Rows) else elements
+        hasher.update(data)
+        stream.put(memoryview(data))
+    return hasher.hexdigest(), of_zero

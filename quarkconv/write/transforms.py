@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import math
-import struct
 import threading
 from collections.abc import Iterator
 from typing import Final
 
 from quarkconv.dtypes import widen_bf16, widen_f16
-from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import CodeColumns, Codes, Columns, Copy, Rows, RowScales, Scale, Weights, Zeros
+from quarkconv.scheme.scale_values import zeros
+from quarkconv.write.checked_scales import check_scale, zero_scale
 from quarkconv.write.held_scales import HeldScales
 from quarkconv.write.quantizing import quantized_codes, row_scales
 from quarkconv.write.source import Reader, read
@@ -34,7 +33,7 @@ def transformed(
         held: scales that are computed together with codes; by default none is held.
 
     Raises:
-        SourceError: reading failed, or a scale by which codes are multiplied is not finite.
+        SourceError: reading failed, or a scale by which codes are multiplied is not finite, or zero where they are not.
         UnsupportedError: a row of a float weight cannot be quantized.
     """
     held = held or HeldScales()
@@ -53,6 +52,20 @@ def transformed(
         case Zeros(_, nbytes):
             for start in range(0, nbytes, BLOCK_BYTES):
                 yield bytes(min(BLOCK_BYTES, nbytes - start))
+
+
+def scale_elements(piece: Scale, reader: Reader) -> Iterator[bytes | bytearray]:
+    """The elements of a scale as F32, in order and a block at a time; each once, however often it is written.
+
+    Raises:
+        SourceError: reading failed.
+    """
+    match piece:
+        case Rows(source, widen, _):
+            yield _f32(Rows(source, widen, 1), reader)
+        case Copy(_, _, _, nbytes):
+            for start in range(0, nbytes, BLOCK_BYTES):
+                yield _read(piece, start, min(BLOCK_BYTES, nbytes - start), reader)
 
 
 def _f32(scale: Scale, reader: Reader) -> bytes:
@@ -75,14 +88,8 @@ def _products(source: Copy, scale: Scale, reader: Reader) -> Iterator[memoryview
 
     factors = bytearray(_f32(scale, reader))
     count = len(factors) // 4
-    if not all(map(math.isfinite, struct.unpack(f"<{count}f", factors))):
-        raise SourceError(
-            "A scale is NaN or infinite",
-            code="scale-invalid",
-            file=scale.source.file,
-            tensor=scale.source.tensor,
-            hint="quantize the model again: its outputs would be NaN",
-        )
+    check_scale(scale.source, factors)
+    has_zeros = bool(zeros(factors))
     columns = source.nbytes // count if count else 0
     rows = max(1, BLOCK_BYTES // max(1, columns))
     few = max(1, _CODES_AT_ONCE // max(1, columns))
@@ -91,6 +98,8 @@ def _products(source: Copy, scale: Scale, reader: Reader) -> Iterator[memoryview
         codes = torch.frombuffer(read(reader, source, first * columns, block * columns), dtype=torch.int8)
         codes = codes.view(block, columns)
         scales = torch.frombuffer(factors, dtype=torch.float32, count=block, offset=4 * first).unsqueeze(1)
+        if has_zeros and bool(codes[(scales == 0).flatten()].any()):
+            raise zero_scale(scale.source, source)
         result = bytearray(2 * block * columns)
         weights = torch.frombuffer(result, dtype=torch.bfloat16).view(block, columns)
         for row in range(0, block, few):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from quarkconv.errors import UnsupportedError
+from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.plan.manifest import Manifest
 from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.execution import Execution
@@ -30,6 +30,7 @@ def write_whole(execution: Execution, *, overwrite: bool) -> Manifest:
                     run.destination.discard_partial(plan.shards)
                     run.write_shards(plan.shards, jobs)
                     return run.finish()
-            except UnsupportedError:  # rows that cannot be quantized: nothing that was written is of use
-                run.destination.discard()
+            except (UnsupportedError, SourceError) as error:
+                if isinstance(error, UnsupportedError) or error.code == "scale-invalid":
+                    run.destination.discard()  # the same source never converts: nothing that was written is of use
                 raise

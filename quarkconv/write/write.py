@@ -16,7 +16,8 @@ def write_output(execution: Execution, mode: Mode) -> Contribution:
 
     Raises:
         UsageError: the output holds something else, or a conversion that was begun with something else.
-        SourceError: a source file is not as long as planned, ends early, or changed meanwhile.
+        SourceError: a source file is not as long as planned, ends early, or changed meanwhile; or a scale has an
+            invalid value, and then nothing is left in the output of one process.
         UnsupportedError: a zero point is not zero, two scales that must be equal are not, or a row cannot be quantized;
             nothing is left in the output.
         WriteError: writing failed, another process works on the output, or shares are missing; what was finished is

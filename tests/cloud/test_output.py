@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.checkpoints import edit_checkpoint
 from support.conversions import SMALL_STEPS
 from support.faulty_proxy import FaultyProxy
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
@@ -273,6 +274,16 @@ def test_an_upload_that_ends_while_uploads_are_listed_is_left_out(monkeypatch: p
 
 
 @pytest.mark.usefixtures("published")
+def test_a_scale_that_is_nan_leaves_no_model(model: Path) -> None:
+    name = "model.layers.0.mlp.experts.2.up_proj.weight_scale"
+    edit_checkpoint(model, lambda tensors: tensors[name][5:6].fill_(float("nan")))
+    publish(model)
+    with pytest.raises(SourceError, match="A scale is NaN or infinite") as caught:
+        convert(URL)
+    assert caught.value.tensor == name
+    assert objects() == {}
+
+
 def test_other_objects_are_refused_and_left_alone(model: Path, local: dict[str, str]) -> None:
     put(f"{OUT}/notes.txt", b"mine")
     for overwrite in (False, True):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support.checkpoints import make_checkpoint
+from support.checkpoints import edit_checkpoint, make_checkpoint
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
 from support.s3 import names, objects, publish
 
@@ -151,6 +151,17 @@ def test_a_check_that_fails_on_a_node_ends_the_command_with_its_error(cluster: A
     out, _ = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 4
     assert json.loads(out)["tensor"] == check.tensor
+    assert not (tmp_path / "out" / "config.json").exists()
+
+
+def test_a_scale_that_is_nan_ends_the_command_with_its_error(cluster: Any, tmp_path: Path) -> None:
+    name = "model.layers.0.mlp.experts.2.up_proj.weight_scale"
+    broken = make_checkpoint(tmp_path / "model", experts=4)
+    edit_checkpoint(broken, lambda tensors: tensors[name][1:2].fill_(float("nan")))
+    process = start(*words(broken, tmp_path / "out", cluster.address), "--json")
+    out, _ = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 3
+    assert json.loads(out)["tensor"] == name
     assert not (tmp_path / "out" / "config.json").exists()
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants, snapshot_download
-from support.checkpoints import make_checkpoint
+from support.checkpoints import edit_checkpoint, make_checkpoint
 from support.conversions import execute
 from support.exports import Checkpoints
 from support.hub_state import Hub
@@ -182,6 +182,24 @@ def test_a_file_that_changes_underneath(published: Hub, tmp_path: Path, fault: s
         convert(REPO, tmp_path / "out")
     assert caught.value.code == "source-changed"
     assert not (tmp_path / "out" / "config.json").exists()
+
+
+@pytest.mark.parametrize("value", [float("nan"), 0.0])
+def test_a_scale_with_a_wrong_value_ends_the_conversion(hub: Hub, model: Path, tmp_path: Path, value: float) -> None:
+    name = "model.layers.1.mlp.experts.2.up_proj.weight_scale"
+    edit_checkpoint(model, lambda tensors: tensors[name][5:6].fill_(value))
+    hub.publish(REPO, model)
+    with pytest.raises(SourceError) as caught:
+        convert(REPO, tmp_path / "out")
+    assert (caught.value.code, caught.value.tensor) == ("scale-invalid", name)
+    assert not (tmp_path / "out").exists()
+    edit_checkpoint(model, lambda tensors: tensors[name].fill_(1.0))
+    edit_checkpoint(model, lambda tensors: tensors[name][5:6].fill_(0.0))
+    edit_checkpoint(model, lambda tensors: tensors[name.removesuffix("_scale")][5].fill_(0))
+    hub.publish(REPO, model)
+    convert(REPO, tmp_path / "remote")
+    convert(model, tmp_path / "local")
+    assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
 
 
 def test_a_snapshot_in_the_cache_is_used(published: Hub, model: Path, tmp_path: Path) -> None:

@@ -1,0 +1,42 @@
+"""Values of scales and other small tensors, in bytes.
+
+Where their upper bytes are usual, as nearly always, no value is decoded.
+"""
+
+from __future__ import annotations
+
+import math
+from array import array
+from typing import Final
+
+from quarkconv.dtypes import DTYPE_BITS, widen_bf16, widen_f16
+
+_F32: Final = 4
+_LARGE: Final = (0x7F, 0xFF)
+"""Upper bytes of values of 2^127 and more in F32 or BF16, infinities and NaN among them."""
+_SMALL: Final = (0x00, 0x80)
+"""Upper bytes of F32 values below 2^-125, zeros among them."""
+
+
+def are_finite(values: bytes | bytearray, dtype: str = "F32") -> bool:
+    """Whether all of these floats are finite; of F32, BF16 or F16."""
+    size = DTYPE_BITS[dtype] // 8
+    upper = values[size - 1 :: size]
+    if dtype != "F16" and not any(byte in upper for byte in _LARGE):
+        return True
+    wide = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(bytes(values))
+    return all(map(math.isfinite, array("f", wide)))
+
+
+def are_positive(values: bytes | bytearray) -> bool:
+    """Whether all of these finite F32 values are positive."""
+    upper = values[_F32 - 1 :: _F32]
+    return (upper.isascii() and 0 not in upper) or min(array("f", bytes(values))) > 0
+
+
+def zeros(values: bytes | bytearray) -> list[int]:
+    """Positions of the zeros among F32 values."""
+    upper = values[_F32 - 1 :: _F32]
+    if not any(byte in upper for byte in _SMALL):
+        return []
+    return [position for position, value in enumerate(array("f", bytes(values))) if value == 0]
