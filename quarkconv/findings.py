@@ -120,8 +120,8 @@ CODES: Final[dict[str, FindingCode]] = {
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(
         _E,
-        "A scale is NaN or infinite, or one of activations is not positive (read by --deep). A warning where one of "
-        "weights is zero, which is harmless over codes of zero.",
+        "A scale is NaN or infinite, or one of activations is not positive (read by --deep, and by convert, which "
+        "stops). A warning where one of weights is zero, which is harmless over codes of zero.",
     ),
     "scale-negative": FindingCode(_I, "Scales of weights are negative, as auto-round writes them (read by --deep)."),
     "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),

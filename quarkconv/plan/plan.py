@@ -18,7 +18,7 @@ from quarkconv.findings import Finding, finding_from_json
 from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.fields import count, file_name, text
 from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
-from quarkconv.plan.pieces import Check, MoEGeometry, OutputShard, OutputTensor, Piece, SourceFile, TextFile
+from quarkconv.plan.pieces import Check, Copy, MoEGeometry, OutputShard, OutputTensor, Piece, SourceFile, TextFile
 from quarkconv.scheme.options import DEFAULT, SourceOptions
 
 PLAN_FORMAT: Final = 1
@@ -136,11 +136,16 @@ def _parse(value: dict[str, Any]) -> Plan:
 
     def check(kind: object, *rows: object) -> Check:
         match kind, rows:
-            case "finite", [row, "F32" | "BF16" | "F16" as dtype]:
-                return Check("finite", piece_from_json(row, sources).source, dtype=dtype)
-        if kind not in ("zero", "equal", "repeats") or len(rows) != (1 if kind == "zero" else 2):
-            raise ValueError(f"not a check: {kind!r:.40}")
-        return Check(kind, *(piece_from_json(row, sources).source for row in rows))
+            case "finite", [first, "F32" | "BF16" | "F16" as dtype]:
+                return Check("finite", source(first), dtype=dtype)
+            case "zero", [first]:
+                return Check("zero", source(first))
+            case "equal" | "repeats" as of_two, [first, second]:
+                return Check(of_two, source(first), source(second))
+        raise ValueError(f"not a check: {kind!r:.40}")
+
+    def source(row: object) -> Copy:
+        return piece_from_json(row, sources).source
 
     def tensor(name: object, dtype: object, shape: list[object], rows: list[object]) -> OutputTensor:
         pieces = tuple(piece_from_json(row, sources) for row in rows)

@@ -18,6 +18,12 @@ _SMALL: Final = (0x00, 0x80)
 """Upper bytes of F32 values below 2^-125, zeros among them."""
 
 
+def are_usual(values: bytes | bytearray) -> bool:
+    """Whether all of these F32 values are positive, and neither tiny nor huge, so that they need no other test."""
+    upper = values[_F32 - 1 :: _F32]
+    return upper.isascii() and 0 not in upper and 0x7F not in upper
+
+
 def are_finite(values: bytes | bytearray, dtype: str = "F32") -> bool:
     """Whether all of these floats are finite; of F32, BF16 or F16."""
     size = DTYPE_BITS[dtype] // 8

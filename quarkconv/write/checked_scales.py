@@ -12,7 +12,7 @@ from typing import Final, NamedTuple
 from quarkconv.errors import SourceError
 from quarkconv.plan.pieces import Columns, Copy, OutputShard, OutputTensor, Rows
 from quarkconv.scheme.scale_values import are_finite, are_positive
-from quarkconv.write.source import Source
+from quarkconv.write.source import Source, read
 
 _SUFFIX: Final = "_scale"
 _OF_INPUTS: Final = "input_scale"
@@ -81,9 +81,7 @@ class CodesOfScales:
         with sources.ahead(rows) as reader:
             for row in rows:
                 for start in range(0, row.nbytes, _BLOCK_BYTES):
-                    codes = bytearray(min(_BLOCK_BYTES, row.nbytes - start))
-                    reader.fill(row, start, memoryview(codes))
-                    if any(codes):
+                    if any(read(reader, row, start, min(_BLOCK_BYTES, row.nbytes - start))):
                         raise zero_scale(found.scale.source, row)
 
     def _rows(self, found: ZeroScales) -> Iterator[Copy]:

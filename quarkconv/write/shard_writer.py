@@ -11,7 +11,7 @@ import xxhash
 from quarkconv.plan.manifest import WrittenPiece, WrittenShard, WrittenTensor
 from quarkconv.plan.pieces import Copy, OutputShard, OutputTensor, Piece, Rows
 from quarkconv.plan.shards import encode_header
-from quarkconv.scheme.scale_values import zeros
+from quarkconv.scheme.scale_values import are_usual, zeros
 from quarkconv.write.checked_scales import CodesOfScales, ZeroScales, check_scale, is_scale
 from quarkconv.write.destination import ShardFile
 from quarkconv.write.held_scales import HeldScales
@@ -72,8 +72,8 @@ class ShardWriter:
         checksums: list[str] = []
         of_zero: list[ZeroScales] = []
         with sources.ahead(held.reads(segment.pieces)) as reader:
-            for (tensor, number), piece in zip(self._places(segment), segment.pieces, strict=True):
-                if isinstance(piece, Copy | Rows) and is_scale(tensor):
+            for (tensor, number, of_scale), piece in zip(self._places(segment), segment.pieces, strict=True):
+                if of_scale and isinstance(piece, Copy | Rows):
                     checksum, positions = _put_scale(stream, piece, reader)
                     if positions:
                         of_zero.append(ZeroScales(tensor, number, positions))
@@ -107,9 +107,10 @@ class ShardWriter:
         """The source files that the shard reads."""
         return {source.file for piece in self.shard.pieces() for source in piece.reads()}
 
-    def _places(self, segment: Segment) -> Iterator[tuple[OutputTensor, int]]:
-        """The tensor of each piece of a segment, and the piece's number in it."""
-        places = ((tensor, number) for tensor in self.shard.tensors for number in range(len(tensor.pieces)))
+    def _places(self, segment: Segment) -> Iterator[tuple[OutputTensor, int, bool]]:
+        """The tensor of each piece of a segment, the piece's number in it, and whether it is a scale."""
+        tensors = ((tensor, is_scale(tensor)) for tensor in self.shard.tensors)
+        places = ((tensor, number, scale) for tensor, scale in tensors for number in range(len(tensor.pieces)))
         return islice(places, segment.first, segment.first + len(segment.pieces))
 
     def close(self) -> None:
@@ -137,14 +138,28 @@ def _put_piece(stream: BlockStream, piece: Piece, reader: Reader, held: HeldScal
 
 def _put_scale(stream: BlockStream, piece: Copy | Rows, reader: Reader) -> tuple[str, list[int]]:
     """Append a scale, and check its values; returns the checksum of its bytes, and the positions of its zeros."""
+    room = stream.room()
+    if isinstance(piece, Copy) and piece.nbytes <= len(room):  # as nearly always: half of all pieces are scales
+        room = room[: piece.nbytes]
+        reader.fill(piece, 0, room)
+        elements = room.tobytes()
+        of_zero = _zeros(piece, elements)
+        stream.filled(piece.nbytes)
+        return xxhash.xxh3_128_hexdigest(elements), of_zero
     hasher = xxhash.xxh3_128()
-    of_zero: list[int] = []
-    count = 0
-    for elements in scale_elements(piece, reader):
-        check_scale(piece.source, elements)
-        of_zero += [count + position for position in zeros(elements)]
-        count += len(elements) // 4
-        data = elements * piece.repeat if isinstance(piece, Rows) else elements
+    of_zero, count = [], 0
+    for block in scale_elements(piece, reader):
+        of_zero += [count + position for position in _zeros(piece, block)]
+        count += len(block) // 4
+        data = block if isinstance(piece, Copy) else block * piece.repeat
         hasher.update(data)
         stream.put(memoryview(data))
     return hasher.hexdigest(), of_zero
+
+
+def _zeros(piece: Copy | Rows, elements: bytes | bytearray) -> list[int]:
+    """The positions of zeros among some elements of a scale, which are checked."""
+    if are_usual(elements):
+        return []
+    check_scale(piece.source, elements)
+    return zeros(elements)

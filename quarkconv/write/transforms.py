@@ -65,7 +65,7 @@ def scale_elements(piece: Scale, reader: Reader) -> Iterator[bytes | bytearray]:
             yield _f32(Rows(source, widen, 1), reader)
         case Copy(_, _, _, nbytes):
             for start in range(0, nbytes, BLOCK_BYTES):
-                yield _read(piece, start, min(BLOCK_BYTES, nbytes - start), reader)
+                yield read(reader, piece, start, min(BLOCK_BYTES, nbytes - start))
 
 
 def _f32(scale: Scale, reader: Reader) -> bytes:

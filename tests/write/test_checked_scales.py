@@ -95,14 +95,15 @@ def test_a_scale_of_0_passes_only_with_codes_of_0(layout: str, to: str, tmp_path
 def test_ranks_check_the_scales_of_their_rows_and_columns(
     parallel: str, size: int, value: float, tmp_path: Path
 ) -> None:
+    ranks: dict[str, Any] = {parallel: size}
     root = with_value(tmp_path / "model", f"{EXPERT}.weight_scale", value, experts=6, intermediate=32)
     with pytest.raises(SourceError) as caught:
-        quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", **{parallel: size})
+        quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", **ranks)
     assert caught.value.code == "scale-invalid"
     assert not (tmp_path / "out" / "ranks.json").exists()
     if value == 0:
         edit_checkpoint(root, lambda tensors: tensors[f"{EXPERT}.weight"][-1].fill_(0))
-        quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", **{parallel: size})
+        quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "out", **ranks)
         assert (tmp_path / "out" / "ranks.json").exists()
 
 
