@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quarkconv.findings import Finding, FindingsAbout, finding
-from quarkconv.headers.checkpoint import Checkpoint
-from quarkconv.scheme.formats.ascend import DESCRIPTION_NAME, AscendScheme
+from quarkconv.headers.checkpoint import ASCEND_NAME, Checkpoint
+from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.merged import MERGED
 from quarkconv.text import plural
 
@@ -25,20 +25,20 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
     for meaning in dict.fromkeys([*declared.unsupported, *(["rotations"] if rotated else [])]):
         yield finding(
             "scheme-unsupported",
-            rotated[0] if meaning == "rotations" and rotated else DESCRIPTION_NAME,
-            f"{DESCRIPTION_NAME} declares {meaning}, which only Ascend's engines compute",
+            rotated[0] if meaning == "rotations" and rotated else ASCEND_NAME,
+            f"{ASCEND_NAME} declares {meaning}, which only Ascend's engines compute",
             hint="export the model again without it",
         )
     yield from FindingsAbout(
         "description-mismatch",
         declared.missing,
-        f"{plural(len(declared.missing), 'tensor')} without an entry in {DESCRIPTION_NAME}",
+        f"{plural(len(declared.missing), 'tensor')} without an entry in {ASCEND_NAME}",
         hint="vllm-ascend raises KeyError; convert it to ascend: quarkconv writes an entry for every tensor",
     )
     yield from FindingsAbout(
         "description-mismatch",
         declared.absent,
-        f"{plural(len(declared.absent), 'tensor')} with an entry in {DESCRIPTION_NAME}, and not stored",
+        f"{plural(len(declared.absent), 'tensor')} with an entry in {ASCEND_NAME}, and not stored",
         hint="download the checkpoint again, if these tensors belong to the model",
     )
     mixed = list(_mixed(declared, checkpoint))

@@ -15,9 +15,8 @@ from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
-from quarkconv.scheme.formats.undeclared import PTPC_NAME
 from quarkconv.scheme.resolved import Groups, ResolvedModules
-from quarkconv.scheme.spec import FLOAT, TensorSpec
+from quarkconv.scheme.spec import FLOAT, PTPC_NAME, TensorSpec
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
 from quarkconv.text import plural
 

@@ -41,11 +41,11 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.declared import DeclaredScheme, ModelOptScheme, UnknownScheme
 from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.formats.readers import declared_scheme
-from quarkconv.scheme.formats.undeclared import PTPC_NAME, UndeclaredScheme, leaves_no_doubt
+from quarkconv.scheme.formats.undeclared import UndeclaredScheme, leaves_no_doubt
 from quarkconv.scheme.options import DROP, KEEP, Mtp
 from quarkconv.scheme.resolved import Groups, ResolvedModules, resolve_modules
 from quarkconv.scheme.settings import unchecked_settings
-from quarkconv.scheme.spec import INPUT_STATIC, MIXED, ModuleScheme
+from quarkconv.scheme.spec import INPUT_STATIC, MIXED, PTPC_NAME, ModuleScheme
 from quarkconv.scheme.stored import StoredModules, stored_modules
 
 NameTest = Callable[[str], bool]

@@ -93,7 +93,7 @@ def fp8_findings(groups: tuple[Fp8Group, ...], file: str) -> Iterator[Finding]:
 
 def _kind(name: str, form: Form, claim: ModuleScheme, stored: StoredModules) -> tuple[str, bool, bool] | None:
     """Strategy, whether activations are static, and whether it is declared; None for what no group expresses."""
-    if form.zero_point or form.input_zero_point or form.offset:
+    if any(form.zero_points):
         return None
     in_blocks = claim.weight is not None and (claim.weight.dtype, claim.weight.granularity) == ("fp8_e4m3", BLOCK)
     types = stored.tensors

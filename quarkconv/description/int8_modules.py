@@ -116,7 +116,7 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     ),
     (
         "zero-point-present",
-        lambda form, _: any((form.zero_point, form.input_zero_point, form.offset)),
+        lambda form, _: any(form.zero_points),
         "{} with stored zero points, which conversion drops after checking that they are zero",
         "",
     ),

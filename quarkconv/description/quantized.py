@@ -18,11 +18,10 @@ from quarkconv.experts.families import FLOAT_ENDS
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.scheme.formats.undeclared import PTPC, PTPC_NAME
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.options import QUANTIZE, SourceOptions
 from quarkconv.scheme.patterns import Patience, name_filter
-from quarkconv.scheme.spec import FLOAT
+from quarkconv.scheme.spec import FLOAT, PTPC, PTPC_NAME
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
 

@@ -176,12 +176,7 @@ class CheckpointWeights:
                 names = names_of(module)
                 used.update(names)
                 number = self.skeleton.layer_of(self.skeleton.target(f"{module}.weight"))
-                zeros = (
-                    (form.zero_point, names.zero_point),
-                    (form.input_zero_point, names.input_zero_point),
-                    (form.offset, names.offset),
-                )
-                self._zero_points.setdefault(number, []).extend(name for kind, name in zeros if kind is not None)
+                self._zero_points.setdefault(number, []).extend(names.zero_points(form))
                 if module not in fused:
                     self._linears.setdefault(number, []).append((module, form))
         for name in self.description.checkpoint.types:

@@ -122,13 +122,12 @@ def zero_checks(resolved: ResolvedModules, fused: Collection[str], refs: Mapping
         refs: byte range of every tensor of the source.
     """
     for form, _, modules in resolved.quantized():
-        if form.zero_point is None and form.input_zero_point is None and form.offset is None:
+        if not any(form.zero_points):
             continue
         for module in modules:
             names = fused_names(module) if module in fused else linear_names(module)
-            for name in (names.zero_point, names.input_zero_point, names.offset):
-                if name in refs:
-                    yield Check("zero", Copy.whole(name, refs[name]))
+            for name in names.zero_points(form):
+                yield Check("zero", Copy.whole(name, refs[name]))
 
 
 def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry | None:

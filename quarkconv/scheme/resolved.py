@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.spec import (
-    FLOAT,
     INPUT_STATIC,
     PER_CHANNEL,
     PER_TENSOR,
-    SCHEME_NAMES,
     WEIGHT_PER_CHANNEL,
     WEIGHT_PER_TENSOR,
     ModuleScheme,
@@ -54,14 +52,11 @@ class ResolvedModules(NamedTuple):
 
 def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> ResolvedModules:
     """Look up the declared scheme of every stored module. Without a config, or with an unknown one, all are float."""
-    default = FLOAT
-    resolve: Callable[[str], ModuleScheme] = lambda _: FLOAT  # noqa: E731
-    if declared is not None and not isinstance(declared, UnknownScheme):
-        default, resolve = declared.default, declared.resolve
+    declared = declared or UnknownScheme("none")
     # Forms and schemes are shared objects. Grouping by identity first hashes two integers a module, not their contents.
     alike: dict[tuple[int, int], tuple[Form, ModuleScheme, list[str]]] = {}
     for module, form in stored:
-        scheme = resolve(module)
+        scheme = declared.resolve(module)
         key = (id(form), id(scheme))
         group = alike.get(key)
         if group is None:
@@ -74,8 +69,8 @@ def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> R
     schemes: Counter[ModuleScheme] = Counter()
     for (form, scheme), names in groups.items():
         if form.quantized:
-            schemes[_effective(form, scheme, default)] += len(names)
-    return ResolvedModules(groups, default, SCHEME_NAMES if declared is None else declared.names, schemes)
+            schemes[_effective(form, scheme, declared.default)] += len(names)
+    return ResolvedModules(groups, declared.default, declared.names, schemes)
 
 
 def _effective(form: Form, declared: ModuleScheme, default: ModuleScheme) -> ModuleScheme:

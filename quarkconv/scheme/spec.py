@@ -61,8 +61,12 @@ FP8_STATIC: Final = TensorSpec("fp8_e4m3", PER_TENSOR, symmetric=True, dynamic=F
 """How engines store a quantized key-value cache, and how activations under a stored scale are quantized."""
 FP8_PER_TOKEN: Final = TensorSpec("fp8_e4m3", PER_TOKEN, symmetric=True, dynamic=True)
 
+PTPC: Final = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
+"""Per token and per channel: the one scheme that formats without fields for it have."""
+PTPC_NAME: Final = "ptpc_int8"
+
 SCHEME_NAMES: Final[Mapping[ModuleScheme, str]] = {
-    ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN): "ptpc_int8",
+    PTPC: PTPC_NAME,
     ModuleScheme(WEIGHT_PER_TENSOR, INPUT_PER_TOKEN): "int8_per_tensor_weight",
     ModuleScheme(WEIGHT_PER_TENSOR, INPUT_STATIC): "int8_static",
 }

@@ -49,6 +49,11 @@ class Form(NamedTuple):
     offset: TensorType | None = None
 
     @property
+    def zero_points(self) -> tuple[TensorType | None, TensorType | None, TensorType | None]:
+        """Those of the weight, of the input, and of the weight under Ascend's name."""
+        return self.zero_point, self.input_zero_point, self.offset
+
+    @property
     def quantized(self) -> bool:
         """True when the weight is stored as int8 codes."""
         return self.weight.dtype == "I8"
@@ -81,6 +86,11 @@ class TensorNames(NamedTuple):
     input_scale: str
     input_zero_point: str
     offset: str
+
+    def zero_points(self, form: Form) -> list[str]:
+        """Names of the zero points that a module of this form has."""
+        names = (self.zero_point, self.input_zero_point, self.offset)
+        return [name for name, found in zip(names, form.zero_points, strict=True) if found is not None]
 
 
 def linear_names(module: str) -> TensorNames:

@@ -17,14 +17,13 @@ from typing import Any
 
 from quarkconv.description.description import Description
 from quarkconv.description.disagreements import partly_int8
-from quarkconv.findings import Finding
+from quarkconv.headers.checkpoint import ASCEND_NAME
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, TextFile, Zeros
 from quarkconv.scheme.companions import name_in_engines
-from quarkconv.scheme.formats.ascend import DESCRIPTION_NAME, DYNAMIC, UNQUANTIZED
+from quarkconv.scheme.formats.ascend import DYNAMIC, UNQUANTIZED
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import dropped_settings
 
 _F32 = 4
 
@@ -69,10 +68,7 @@ class Ascend(PerExpertTarget):
             "optional": {},
             **{tensor.name: DYNAMIC if tensor.name in dynamic else UNQUANTIZED for tensor in tensors},
         }
-        yield TextFile(DESCRIPTION_NAME, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
+        yield TextFile(ASCEND_NAME, json.dumps(description, indent=2, ensure_ascii=False) + "\n")
 
     def renamed(self, name: str) -> str:
         return name_in_engines(name)
-
-    def losses(self, description: Description) -> Iterator[Finding]:
-        return dropped_settings(description, self.name, kept=())

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 from quarkconv.description.description import Description
 from quarkconv.description.fp8 import block_scale
 from quarkconv.experts.topology import MoELayer
-from quarkconv.findings import Finding
 from quarkconv.plan.experts import ExpertSource, Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, TextFile
 from quarkconv.scheme.stored import Form, linear_names
@@ -83,9 +82,9 @@ class Target(ABC):
         """Files beside config.json, made of all output tensors."""
         yield from ()
 
-    def losses(self, description: Description) -> Iterator[Finding]:  # noqa: ARG002
-        """A finding for each setting and each kind of tensor of the source that the output does not have."""
-        yield from ()
+    def kept_settings(self, description: Description) -> Collection[str]:  # noqa: ARG002
+        """The settings of the source that the output has; see :func:`quarkconv.targets.settings.dropped_settings`."""
+        return ()
 
     def renamed(self, name: str) -> str:
         """The output name of the scale of a quantized output, such as one of the key-value cache."""
@@ -139,12 +138,10 @@ class Target(ABC):
         for form, count, linears in modules:
             size -= count * sum(kind.nbytes for kind in form if kind is not None)
             if linears:
-                static = 0 if form.input_scale is None else prod(form.input_scale.shape)
-                size += linears * self.module_bytes(form.weight.shape, static)
+                size += linears * self._linear_bytes(form)
         for name in description.float_modules:
             form = description.stored.linears[name]
-            static = 0 if form.input_scale is None else prod(form.input_scale.shape)
-            size += 2 * prod(form.weight.shape) - self.module_bytes(form.weight.shape, static)
+            size += 2 * prod(form.weight.shape) - self._linear_bytes(form)
         for group in description.fp8 if self.keeps_fp8 else ():
             for name in group.modules:
                 form = description.stored.linears[name]
@@ -153,6 +150,10 @@ class Target(ABC):
                 size += sum(4 * prod(kind.shape) - kind.nbytes for kind in kinds)
         size -= sum(description.checkpoint.types[name].nbytes for name in self.dropped(description))
         return size + sum(map(self.expert_bytes, description.int8_layers))
+
+    def _linear_bytes(self, form: Form) -> int:
+        """Size of :meth:`module_tensors` of a linear of this form, in bytes."""
+        return self.module_bytes(form.weight.shape, 0 if form.input_scale is None else prod(form.input_scale.shape))
 
 
 class Int8Count(NamedTuple):

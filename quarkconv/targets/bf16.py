@@ -11,13 +11,11 @@ from math import prod
 from typing import Any
 
 from quarkconv.description.description import Description
-from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module, dequantized
 from quarkconv.plan.pieces import OutputTensor
 from quarkconv.scheme.companions import describes_activations
 from quarkconv.targets.base import Int8Count
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import dropped_settings
 
 
 class Bf16(PerExpertTarget):
@@ -53,6 +51,3 @@ class Bf16(PerExpertTarget):
     def config(self, description: Description) -> dict[str, Any]:
         config = description.config.with_quantization(None)
         return {key: "bfloat16" if key in ("dtype", "torch_dtype") else value for key, value in config.items()}
-
-    def losses(self, description: Description) -> Iterator[Finding]:
-        return dropped_settings(description, self.name, kept=())

@@ -12,6 +12,7 @@ from quarkconv.files.json_files import has_file
 from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, FindingsAbout, Severity, bounded, finding
 from quarkconv.headers.checkpoint import MODELOPT_NAME
 from quarkconv.targets.base import Target
+from quarkconv.targets.settings import dropped_settings
 from quarkconv.text import plural
 
 _DEQUANTIZED: Final = "BF16"
@@ -32,7 +33,7 @@ def target_findings(description: Description, target: Target) -> tuple[Finding, 
 
 
 def _changes(description: Description, target: Target) -> Iterator[Finding]:
-    yield from target.losses(description)
+    yield from dropped_settings(description, target.name, kept=target.kept_settings(description))
     if has_file(description.checkpoint.store, MODELOPT_NAME):
         yield finding(
             "setting-dropped",

@@ -6,18 +6,17 @@ The fields are those of compressed-tensors' ``QuantizationConfig``; vLLM 0.28 an
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection
 from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.description.fp8 import BLOCK_SIZE, Fp8Group
 from quarkconv.experts.naming import NAMINGS
-from quarkconv.findings import Finding
 from quarkconv.scheme.companions import CACHE_SCALES, is_cache_scale, name_in_engines
 from quarkconv.scheme.spec import FP8_STATIC
 from quarkconv.targets.base import Target
 from quarkconv.targets.ignored import ignored_modules
-from quarkconv.targets.settings import KV_CACHE, dropped_settings
+from quarkconv.targets.settings import KV_CACHE
 
 _KV_CACHE_FP8: Final = {"num_bits": 8, "type": "float", "strategy": "tensor", "symmetric": True, "dynamic": False}
 _FORMATS: Final = {"int": "int-quantized", "float": "float-quantized"}
@@ -53,10 +52,9 @@ class CompressedTensorsForm(Target):
     def keeps_output_scale(self, description: Description) -> Callable[[str], bool]:
         return is_cache_scale if "kv_cache_scheme" in _carried(description) else lambda _: False
 
-    def losses(self, description: Description) -> Iterator[Finding]:
+    def kept_settings(self, description: Description) -> Collection[str]:
         carried = _carried(description)
-        kept = {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
-        yield from dropped_settings(description, self.name, kept=kept)
+        return {*carried, KV_CACHE} if "kv_cache_scheme" in carried else set(carried)
 
 
 def _engines_names(description: Description, fp8: Fp8Group) -> list[str]:

@@ -10,13 +10,12 @@ The scheme is ``ptpc_int8``; a scale per tensor is repeated over the rows. With 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from math import prod
 from typing import Any, Final
 
 from quarkconv.description.description import Description
 from quarkconv.dtypes import DTYPE_BITS
-from quarkconv.findings import Finding
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, Copy, OutputTensor, Rows, Scale, f32_rows
 from quarkconv.scheme.companions import is_cache_scale, name_in_quark
@@ -25,7 +24,7 @@ from quarkconv.scheme.spec import FP8_STATIC
 from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import KV_CACHE, dropped_settings
+from quarkconv.targets.settings import KV_CACHE
 
 QUARK_VERSION: Final = "0.13"
 """The version of Quark whose format is written."""
@@ -100,7 +99,7 @@ class Quark(PerExpertTarget):
             return lambda _: True
         return is_cache_scale if _kv_cache_layers(declared, {}) else lambda _: False
 
-    def losses(self, description: Description) -> Iterator[Finding]:
+    def kept_settings(self, description: Description) -> Collection[str]:
         declared = description.declared
         kept = {KV_CACHE} if _kv_cache_layers(declared, {}) else set()
         source = description.config.quantization
@@ -108,7 +107,7 @@ class Quark(PerExpertTarget):
             kept.update(source, ("export",))  # carried over, unlike the settings of single layers
             kept -= {"global_quant_config", "layer_quant_config", "layer_type_quant_config"}
             kept |= {f"layer_quant_config.{key}.output_tensors" for key in _outputs(description)}
-        yield from dropped_settings(description, self.name, kept=kept)
+        return kept
 
 
 def _one(scale: Scale) -> Scale:

@@ -5,14 +5,11 @@ SGLang: ``srt/layers/quantization/w8a8_int8.py``, class ``W8A8Int8Config``. Acti
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from typing import Any
 
 from quarkconv.description.description import Description
-from quarkconv.findings import Finding
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.per_expert import PerExpertTarget
-from quarkconv.targets.settings import dropped_settings
 
 
 class W8A8Int8(PerExpertTarget):
@@ -25,6 +22,3 @@ class W8A8Int8(PerExpertTarget):
     def config(self, description: Description) -> dict[str, Any]:
         quantization = {"quant_method": "w8a8_int8", "ignore": ignored_modules(description)}
         return description.config.with_quantization(quantization)
-
-    def losses(self, description: Description) -> Iterator[Finding]:
-        return dropped_settings(description, self.name, kept=())

@@ -73,10 +73,6 @@ def _wrong(linear: _Linear, values: dict[str, Tensor], reader: LayerReader) -> I
         static = values[names.input_scale].float()
         if not bool((torch.isfinite(static) & (static > 0)).all()):
             yield names.input_scale, "The scale of the activations is not finite and positive"
-    for name, kind in (
-        (names.zero_point, form.zero_point),
-        (names.input_zero_point, form.input_zero_point),
-        (names.offset, form.offset),
-    ):
-        if kind is not None and bool(values[name].any()):
+    for name in names.zero_points(form):
+        if bool(values[name].any()):
             yield name, NONZERO

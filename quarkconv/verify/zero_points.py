@@ -10,8 +10,6 @@ from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.results import Problem
 
 NONZERO: Final = "The zero point is not zero: engines compute other weights than it means"
-_FIELDS: Final = ("zero_point", "input_zero_point", "offset")
-"""Fields of a form, and of its names, that hold zero points."""
 
 
 def zero_point_problems(layer: MoELayer, reader: LayerReader) -> Iterator[Problem]:
@@ -21,10 +19,10 @@ def zero_point_problems(layer: MoELayer, reader: LayerReader) -> Iterator[Proble
         SourceError: a file cannot be read.
         UnsupportedError: a zero point has a dtype that torch does not have.
     """
-    if not any(getattr(form, field) for form in layer.all_forms for field in _FIELDS):
+    if not any(any(form.zero_points) for form in layer.all_forms):
         return
-    projections = [layer.projection(role, expert) for role in layer.roles for expert in range(layer.experts)]
-    names = {getattr(found.names, field) for found in projections for field in _FIELDS if getattr(found.form, field)}
+    projections = (layer.projection(role, expert) for role in layer.roles for expert in range(layer.experts))
+    names = {name for found in projections for name in found.names.zero_points(found.form)}
     wrong = [name for name, values in reader.tensors(sorted(names)).items() if bool(values.any())]
     if wrong:
         yield Problem("numbers", layer.index, wrong[0], NONZERO, len(wrong))

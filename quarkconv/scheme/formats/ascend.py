@@ -20,15 +20,13 @@ from typing import Any, ClassVar, Final
 from quarkconv.dtypes import TensorType
 from quarkconv.headers.checkpoint import ASCEND_NAME
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.spec import FLOAT, FOREIGN, INPUT_PER_TOKEN, WEIGHT_PER_CHANNEL, ModuleScheme, TensorSpec
+from quarkconv.scheme.spec import FLOAT, FOREIGN, PTPC, PTPC_NAME, ModuleScheme, TensorSpec
 from quarkconv.text import shortened, word
 
-DESCRIPTION_NAME: Final = ASCEND_NAME
 DYNAMIC: Final = "W8A8_DYNAMIC"
 UNQUANTIZED: Final = "FLOAT"
 ASCEND: Final = "ascend"
 """The method of :class:`AscendScheme`; vllm-ascend's name for it."""
-_PTPC: Final = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
 _UNSUPPORTED: Final = {
     "fa_quant_type": "a quantized attention",
     "kv_quant_type": "a quantized key-value cache",
@@ -51,14 +49,14 @@ class AscendScheme(DeclaredScheme):
         unsupported: other parts of the file that change the computation, in words.
     """
 
-    names: ClassVar[Mapping[ModuleScheme, str]] = {_PTPC: "ptpc_int8"}
-    file: ClassVar[str] = DESCRIPTION_NAME
-    subject: ClassVar[str] = DESCRIPTION_NAME
+    names: ClassVar[Mapping[ModuleScheme, str]] = {PTPC: PTPC_NAME}
+    file: ClassVar[str] = ASCEND_NAME
+    subject: ClassVar[str] = ASCEND_NAME
 
     def __init__(self, description: Mapping[str, Any], types: Mapping[str, TensorType]) -> None:
         version = description.get("version")
         super().__init__(ASCEND, shortened(version) if isinstance(version, str) else None)
-        self.default = _PTPC
+        self.default = PTPC
         self.missing = [name for name in types if not isinstance(description.get(name), str)]
         entries = {name: word(value) for name, value in description.items() if isinstance(value, str) and "." in name}
         self.absent = [name for name in entries if name not in types]
@@ -80,7 +78,7 @@ class AscendScheme(DeclaredScheme):
         kind = self._types.get(f"{module}.weight")
         if kind is None or kind == UNQUANTIZED:
             return FLOAT
-        return _PTPC if kind == DYNAMIC else self._foreign[kind]
+        return PTPC if kind == DYNAMIC else self._foreign[kind]
 
 
 def _foreign(kind: str) -> ModuleScheme:

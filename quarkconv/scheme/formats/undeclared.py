@@ -8,14 +8,11 @@ then given ``--quantization w8a8_int8`` by hand, which quantizes activations per
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import ClassVar, Final
+from typing import ClassVar
 
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.spec import FLOAT, INPUT_PER_TOKEN, PER_CHANNEL, WEIGHT_PER_CHANNEL, ModuleScheme
+from quarkconv.scheme.spec import FLOAT, PER_CHANNEL, PTPC, PTPC_NAME, ModuleScheme
 from quarkconv.scheme.stored import StoredModules
-
-PTPC: Final = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
-PTPC_NAME: Final = "ptpc_int8"
 
 
 class UndeclaredScheme(DeclaredScheme):
@@ -39,6 +36,7 @@ def leaves_no_doubt(stored: StoredModules) -> bool:
         form.granularity == PER_CHANNEL
         and form.scale is not None
         and form.scale.dtype == "F32"
-        and (form.zero_point, form.input_scale, form.input_zero_point, form.offset) == (None, None, None, None)
+        and form.input_scale is None
+        and not any(form.zero_points)
         for form in forms
     )

@@ -9,7 +9,7 @@ from typing import Any
 
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.patterns import Patience, name_filter
-from quarkconv.scheme.spec import FLOAT, INPUT_PER_TOKEN, WEIGHT_PER_CHANNEL, ModuleScheme
+from quarkconv.scheme.spec import FLOAT, PTPC, ModuleScheme
 
 
 class W8A8Int8Scheme(DeclaredScheme):
@@ -17,7 +17,7 @@ class W8A8Int8Scheme(DeclaredScheme):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("w8a8_int8", None)
-        self.default = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
+        self.default = PTPC
         self.lists_float = "ignore" in config
         ignored = self._strings(config.get("ignore"), "ignore")
         self._ignored = name_filter(ignored, globs=False, patience=Patience())
