@@ -3,28 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Iterator
-from typing import Final
 
 from quarkconv.description.expert_names import is_of_adapter
-from quarkconv.description.float_modules import FamilyOf, float_test, quantized_float_modules
+from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.int8_modules import CONVERT, int8_defects
+from quarkconv.description.one_scheme import scheme_findings
 from quarkconv.description.other_scales import in_blocks, scales_under_other_names, under_other_names
 from quarkconv.experts.config import QUANTIZATION_KEY, ModelConfig
-from quarkconv.experts.family import Family
+from quarkconv.experts.family import Family, FamilyOf
 from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import MoELayer, Topology
-from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, Severity, finding
+from quarkconv.findings import Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import Groups, ResolvedModules
-from quarkconv.scheme.spec import FLOAT, PTPC_NAME, TensorSpec
+from quarkconv.scheme.spec import FLOAT
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
 from quarkconv.text import plural
-
-_INT8_ONLY: Final = "quarkconv converts symmetric INT8 W8A8 only"
-_SUPPORTED: Final = (
-    "supported: symmetric int8 weights per channel or per tensor with int8 activations per token, or both per tensor "
-    "and static"
-)
 
 
 def is_linear(module: str, form: Form) -> bool:
@@ -40,9 +34,9 @@ def contradictions(
     modules: ResolvedModules,
     topology: Topology,
     others: Groups,
-    family: FamilyOf = lambda _: None,
-    is_mtp: Callable[[str], bool] = lambda _: False,
-    fp8: Collection[str] = (),
+    family: FamilyOf,
+    is_mtp: Callable[[str], bool],
+    fp8: Collection[str],
 ) -> Iterator[Finding]:
     """The findings about the scheme of a checkpoint.
 
@@ -65,7 +59,7 @@ def contradictions(
     renamed = scales_under_other_names(modules, stored)
     yield from int8_defects(modules, blocks.union(renamed), "config.json" if declared is None else declared.file)
     yield from under_other_names(renamed, declared)
-    yield from _scheme(declared, modules, topology, is_mtp, frozenset(fp8), in_blocks(stored, blocks))
+    yield from scheme_findings(declared, modules, topology, is_mtp, frozenset(fp8), in_blocks(stored, blocks))
     if declared is None or declared.stores_codes:
         yield from _simulated(modules)
     unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
@@ -246,73 +240,3 @@ def _linears(
         f"{plural(len(excluded), 'module')} excluded by {declared.file} and stored in int8",
         hint=CONVERT,
     )
-
-
-def _scheme(
-    declared: DeclaredScheme | None,
-    modules: ResolvedModules,
-    topology: Topology,
-    is_mtp: Callable[[str], bool],
-    fp8: frozenset[str],
-    blocks: FindingsAbout,
-) -> Iterator[Finding]:
-    """Findings where the checkpoint is not of one INT8 scheme, or not a mixture of experts."""
-    schemes = modules.schemes
-    foreign = {
-        name: form.weight.dtype
-        for (form, _), group in modules.groups.items()
-        if not form.quantized and not form.is_float
-        for name in group
-        if name not in fp8
-    }
-    other = sorted(set(foreign.values()))
-    if other:
-        only_mtp = all(map(is_mtp, foreign))
-        yield from FindingsAbout(
-            "scheme-unsupported",
-            list(foreign),
-            f"{plural(len(foreign), 'module')} stored in {', '.join(other)}",
-            hint="--mtp drop leaves out the layers of multi-token prediction, which hold all of these"
-            if only_mtp
-            else _INT8_ONLY,
-        )
-    elif blocks.subjects:
-        yield from blocks
-    elif not schemes and declared is not None:
-        kind = declared.default.weight.dtype if declared.default.weight else declared.method
-        yield finding(
-            "scheme-unsupported",
-            declared.subject,
-            f"{declared.file} declares {kind}, and nothing is stored in int8",
-            hint=_INT8_ONLY,
-        )
-    unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
-    if unnamed and declared is not None and not blocks.subjects:
-        count = sum(schemes[scheme] for scheme in unnamed)
-        message = f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "
-        message += f"{_shown(unnamed[0].activation)} activations: an unsupported scheme"
-        hint = _SUPPORTED
-        if isinstance(declared, UnknownScheme):
-            message = f"{plural(count, 'int8 module')} under quant_method {declared.method}, which is not read"
-            hint = f"--scheme {PTPC_NAME} converts it, if scales are per row and activations quantized per token"
-        yield finding("scheme-unsupported", declared.subject, message, hint=hint, count=count)
-    names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
-    if len(names_found) > 1:
-        subject = "config.json" if declared is None else declared.subject
-        yield finding("mixed-scheme", subject, f"The int8 modules use {' and '.join(names_found)}")
-    if not topology.members and not any(item.code == NOT_UNDERSTOOD for item in topology.findings):
-        quantized = bool(schemes)
-        yield finding(
-            "not-moe",
-            "config.json",
-            "The checkpoint has no routed experts",
-            hint="" if quantized else "quarkconv is for mixtures of experts in INT8",
-            severity=Severity.WARNING if quantized else Severity.ERROR,
-        )
-
-
-def _shown(spec: TensorSpec | None) -> str:
-    if spec is None:
-        return "float"
-    words = ("dynamic" if spec.dynamic else "static", "" if spec.symmetric else "asymmetric", spec.granularity)
-    return " ".join([spec.dtype, *filter(None, words)])

@@ -11,11 +11,9 @@ from collections.abc import Callable
 from typing import Final
 
 from quarkconv.experts.families import FLOAT_ENDS
-from quarkconv.experts.family import Family
+from quarkconv.experts.family import FamilyOf
 from quarkconv.experts.topology import Topology
 from quarkconv.scheme.resolved import Groups
-
-FamilyOf = Callable[[str], Family | None]
 
 _ENDS: Final = (
     "lm_head", "head", "embed_tokens", "embed", "embedding", "word_embeddings", "tok_embeddings", "wte", "wpe",

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
+from quarkconv.experts.family import EXPERT_COUNT
 from quarkconv.experts.ranks import WHOLE, Rank, rank_of_config
 
 QUANTIZATION_KEY: Final = "quantization_config"
@@ -32,7 +33,6 @@ _BESIDE: Final[Mapping[str, str]] = {
 }
 """Part of a module's name before its layers -> key of the object that describes them, at the top of config.json."""
 
-_EXPERTS: Final = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 _TOP_K: Final = (
     "num_experts_per_tok",
     "num_experts_per_token",
@@ -64,7 +64,6 @@ class ModelConfig:
         mtp_layers: layers of multi-token prediction.
         activation: name of the activation function of the experts.
         quantization: the quantization_config, of any type.
-        quantization_path: keys from config.json to the part that holds it.
         other_quantizations: parts of config.json that hold another one, which is not read.
         rank: the rank whose part of the experts the checkpoint holds.
     """
@@ -78,7 +77,6 @@ class ModelConfig:
     mtp_layers: int | None = None
     activation: str | None = None
     quantization: object = None
-    quantization_path: tuple[str, ...] = ()
     other_quantizations: tuple[str, ...] = ()
     rank: Rank = WHOLE
 
@@ -91,11 +89,6 @@ class ModelConfig:
     def local_experts(self) -> int | None:
         """Routed experts per layer that the checkpoint itself holds."""
         return None if self.experts is None else _length(self.rank.experts(self.experts))
-
-    @property
-    def claims_experts(self) -> bool:
-        """True when the config gives the language model more than one routed expert."""
-        return self.experts is not None and self.experts > 1
 
     def part_of(self, module: str) -> Part | None:
         """The part that describes the stack of layers of a module: ``thinker.model.layers.0`` or any other name.
@@ -113,7 +106,7 @@ class ModelConfig:
         part = self.part_of(module)
         if part is None:
             return None
-        count = self.experts if part is self.text else _first_count(_with_expert_parts(part), _EXPERTS)
+        count = self.experts if part is self.text else _first_count(_with_expert_parts(part), EXPERT_COUNT)
         return None if count is None else _length(self.rank.experts(count))
 
     def without_mtp(self, counted_in: int = 0) -> dict[str, Any]:
@@ -154,18 +147,17 @@ def model_config(raw: Part) -> ModelConfig:
         (found, path) for path in _part_paths(raw) if (found := _at(raw, path).get(QUANTIZATION_KEY)) is not None
     ]
     quantizations += [(found, ()) for found in (raw.get(_COMPRESSION_KEY),) if found is not None]
-    quantization, where = next(iter(quantizations), (None, ()))
+    quantization = quantizations[0][0] if quantizations else None
     return ModelConfig(
         raw=raw,
         path=path,
         model_type=model_type if isinstance(model_type, str) else None,
-        experts=_first_count(parts, _EXPERTS),
+        experts=_first_count(parts, EXPERT_COUNT),
         top_k=_first_count(parts, _TOP_K),
         hidden_layers=_first_count(parts, _HIDDEN_LAYERS),
         mtp_layers=_first_count(parts, _MTP_LAYERS),
         activation=_activation(parts),
         quantization=quantization,
-        quantization_path=where,
         other_quantizations=tuple(
             dict.fromkeys(".".join(path) for found, path in quantizations[1:] if found != quantization)
         ),

@@ -5,7 +5,7 @@ A row names config keys; :mod:`quarkconv.experts.knowledge` reads a config.json 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
 Keys = tuple[str, ...]
@@ -185,3 +185,7 @@ class Family(NamedTuple):
     def in_float_names(self) -> tuple[str, ...]:
         """Ends of the names of these modules."""
         return (*(name.removesuffix(".weight") for name in self.tensors.weight), *self.float_modules)
+
+
+FamilyOf = Callable[[str], Family | None]
+"""Gives the family of models that a module belongs to; None where it is not known."""

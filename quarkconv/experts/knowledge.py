@@ -17,7 +17,7 @@ from typing import Final
 from quarkconv.experts.config import model_config, stack_of
 from quarkconv.experts.config_values import Config, is_one_of, not_known, short
 from quarkconv.experts.families import FAMILIES
-from quarkconv.experts.family import Family, Setting
+from quarkconv.experts.family import Family, FamilyOf, Setting
 from quarkconv.experts.function import ExpertActivation, Routing, Unknown
 from quarkconv.experts.known import Known
 from quarkconv.experts.layer import MoELayer
@@ -84,7 +84,7 @@ def knowledge_by_stack(config: object) -> Callable[[str], Known | Unknown]:
     return lambda module: of_stack(".".join(module.partition(".layers.")[0].split(".", 2)[:2]))
 
 
-def families(config: object) -> Callable[[str], Family | None]:
+def families(config: object) -> FamilyOf:
     """Gives the family of the stack of layers that a module belongs to; None where it is not known."""
     known_of = knowledge_by_stack(config)
 

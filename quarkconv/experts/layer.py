@@ -96,7 +96,7 @@ class MoELayer:
             yield self.naming.down, ("down",)
             return
         for role in self.roles:
-            yield getattr(self.naming, role), (role,)
+            yield self.naming.projection(role), (role,)
 
     @property
     def geometry(self) -> tuple[int, int, int]:
@@ -133,7 +133,7 @@ class MoELayer:
     def projection(self, role: Role, expert: int) -> StoredProjection:
         """The tensors that hold a projection of an expert, and where in them it lies, whatever the layout."""
         whole, matrix = Part(0, 1), Part(expert, self.experts)
-        leaf = getattr(self.naming, role)
+        leaf = self.naming.projection(role)
         if self.joined and role != "down":
             names, form = linear_names(f"{self.prefix}.{expert}.{self.naming.joined}"), self.forms["gate"][expert]
             half = Part(int(role == "up"), 2)

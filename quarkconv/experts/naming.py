@@ -37,6 +37,10 @@ class ExpertNaming(NamedTuple):
         """The names in the order of :data:`ROLES`."""
         return self.gate, self.up, self.down
 
+    def projection(self, role: Role) -> str:
+        """The name of one of them."""
+        return self.projections()[ROLES.index(role)]
+
     def leaves(self) -> frozenset[str]:
         """Every name that a projection of one expert may have."""
         return frozenset({*self.projections(), *([] if self.joined is None else [self.joined])})

@@ -8,7 +8,7 @@ from dataclasses import replace
 from typing import Final, NamedTuple
 
 from quarkconv.experts.config import STACKS
-from quarkconv.experts.family import Family
+from quarkconv.experts.family import FamilyOf
 from quarkconv.experts.layer import Layout as Layout
 from quarkconv.experts.layer import MoELayer as MoELayer
 from quarkconv.experts.layer import Part as Part
@@ -46,7 +46,7 @@ def expert_topology(
     stored: StoredModules,
     config_experts: int | None,
     hidden_layers: int | None,
-    family: Callable[[str], Family | None] = lambda _: None,
+    family: FamilyOf = lambda _: None,
     experts_of: Callable[[str], int | None] | None = None,
 ) -> Topology:
     """Find the routed experts among the stored modules.
@@ -84,7 +84,7 @@ def _layers(
     collected: _Collected,
     stored: StoredModules,
     hidden_layers: int | None,
-    family: Callable[[str], Family | None],
+    family: FamilyOf,
 ) -> Iterator[MoELayer | Finding]:
     """Each layer, or the reason why its experts do not make one."""
     position = 0

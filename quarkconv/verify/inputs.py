@@ -149,16 +149,3 @@ class RecordedInputs:
             states: Tensor = handle.get_tensor(name)
         states = states.reshape(-1, layer.hidden)[:tokens]
         return Inputs(states.to(device, DTYPE), len(states), f"recorded: {self.path.name}, {name}")
-
-
-def rounding_noise(states: Tensor, input_scales: Tensor | None) -> float:
-    """Relative noise of 8-bit hidden states [M, H]: step / sqrt(12) / root mean square.
-
-    Args:
-        states: the hidden states.
-        input_scales: static scales, or None for one per token: its largest magnitude over 127.
-    """
-    wide = states.double()
-    rms = wide.square().mean(dim=1).sqrt().clamp(min=torch.finfo(torch.float32).tiny)
-    step = wide.abs().amax(dim=1) / CODE_MAX if input_scales is None else input_scales.max().double()
-    return ((step / rms).square().mean() / 12).sqrt().item()

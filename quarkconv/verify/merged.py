@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from typing import Any, Final
 
 from quarkconv.errors import UsageError
-from quarkconv.findings import Finding, Severity
+from quarkconv.findings import finding_from_json
 from quarkconv.text import word
 from quarkconv.verify.layer_results import Distance, LayerExperts, LayerNumbers, WeightError
 from quarkconv.verify.results import SCHEMA, BytesResult, NumbersResult, Problem, StructureResult, Verification
@@ -96,7 +96,7 @@ def verification_from_json(value: dict[str, Any]) -> Verification:
                 skipped=numbers["skipped"],
             ),
             problems=tuple(Problem(**item) for item in value["problems"]),
-            findings=tuple(Finding(**{**item, "severity": Severity(item["severity"])}) for item in value["findings"]),
+            findings=tuple(map(finding_from_json, value["findings"])),
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise _invalid("", repr(error)[:100]) from error

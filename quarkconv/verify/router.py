@@ -9,17 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from quarkconv.experts.function import Unknown
+from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.router_tensors import fits_router, hidden_size_of, router_shapes, router_tensor_names
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.layer_reader import LayerReader
-from quarkconv.verify.routing import (
-    RouterExtras,
-    Routing,
-    route,
-    routing_of,
-    uniform_routing,
-)
+from quarkconv.verify.routing import RouterExtras, route, routing_of, uniform_routing
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,6 @@ import torch.nn.functional as F
 
 from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.knowledge import knowledge
-from quarkconv.experts.router_tensors import RouterNames, router_tensor_names
-
-__all__ = ["RouterNames", "Routing", "route", "router_tensor_names", "routing_of", "uniform_routing"]
 
 
 class RouterExtras(NamedTuple):

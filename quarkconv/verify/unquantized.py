@@ -153,14 +153,13 @@ def check_weights(experts: FusedExperts, weight: Weight) -> WeightCheck:
     """
     errors = weight_errors(experts, weight)
     problems = tuple(weight_problems(experts, errors))
-    if not problems:
-        return WeightCheck(errors, rescaled=False, outputs=weight, problems=())
-    if "gate" not in experts.roles:
-        return WeightCheck(errors, rescaled=False, outputs=weight, problems=problems)
+    as_stored = WeightCheck(errors, rescaled=False, outputs=weight, problems=problems)
+    if not problems or "gate" not in experts.roles:
+        return as_stored
     rescaling = estimate_rescaling(experts, weight)
     remaining = weight_errors(experts, rescaling.apply(weight))
     if any(weight_problems(experts, remaining)):
-        return WeightCheck(errors, rescaled=False, outputs=weight, problems=problems)
+        return as_stored
     problems = ()
     if not rescaling.cancels:
         message = "Factors of up's rows and down's columns do not cancel: the layer computes something else"

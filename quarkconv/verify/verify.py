@@ -144,7 +144,7 @@ def verify_checkpoint(
         tokens=counts,
         seed=seed,
         layers=tuple(item for outcome in outcomes for item in outcome.numbers),
-        experts=tuple(outcome.experts for outcome in outcomes if outcome.experts is not None),
+        experts=tuple(outcome.experts for outcome in outcomes),
         skipped=skipped,
     )
     return Verification(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from quarkconv.experts.config import ModelConfig, model_config
+from quarkconv.experts.config import model_config
 
 QUANTIZATION = {"quant_method": "quark"}
 FIELDS = ("model_type", "experts", "top_k", "hidden_layers", "mtp_layers", "activation")
@@ -70,7 +70,7 @@ def test_the_language_model_of_a_multimodal_model_is_read_under_each_name(part: 
     config = model_config({"model_type": "outer", part: nested})
     assert (config.path, config.text) == ((part,), nested)
     assert (config.model_type, config.experts) == ("inner", 4)
-    assert (config.quantization, config.quantization_path) == (QUANTIZATION, (part,))
+    assert config.quantization == QUANTIZATION
 
 
 def test_a_part_that_is_not_an_object_is_not_the_language_model() -> None:
@@ -91,8 +91,7 @@ def test_the_stack_of_a_module_has_its_own_part() -> None:
 
 def test_a_quantization_config_at_the_top_comes_first() -> None:
     raw = {"quantization_config": {"a": 1}, "text_config": {"quantization_config": {"b": 1}}}
-    config = model_config(raw)
-    assert (config.quantization, config.quantization_path) == ({"a": 1}, ())
+    assert model_config(raw).quantization == {"a": 1}
     assert model_config({"quantization_config": None}).quantization is None
     assert model_config({"text_config": {}}).quantization is None
 
@@ -117,12 +116,6 @@ def test_another_quantization_config_replaces_every_one(raw: dict[str, Any]) -> 
     assert model_config(none).quantization is None
     assert {key for key in none if key != "quantization_config"} == raw.keys() - {"quantization_config"}
     assert raw == before
-
-
-def test_one_expert_is_not_a_mixture() -> None:
-    assert not model_config({"num_experts": 1}).claims_experts
-    assert not ModelConfig({}).claims_experts
-    assert model_config({"num_experts": 2}).claims_experts
 
 
 @pytest.mark.parametrize("layers", [[8], [1], [], [2, 2], "2", None, 2.5])

@@ -12,7 +12,7 @@ from quarkconv.experts.families import FAMILIES
 from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.knowledge import knowledge
 from quarkconv.experts.known import Known
-from quarkconv.verify.routing import router_tensor_names
+from quarkconv.experts.router_tensors import router_tensor_names
 
 DATA = Path(__file__).parents[1] / "data" / "routing"
 CASES: dict[str, dict[str, Any]] = json.loads((DATA / "goldens.json").read_text())["cases"]

@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.experts.function import Unknown
-from quarkconv.verify.routing import Routing, routing_of
+from quarkconv.experts.function import Routing, Unknown
+from quarkconv.verify.routing import routing_of
 
 DATA: Final = Path(__file__).parents[1] / "data" / "routing"
 CASES: Final[dict[str, dict[str, Any]]] = json.loads((DATA / "goldens.json").read_text())["cases"]

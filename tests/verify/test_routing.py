@@ -13,8 +13,10 @@ from safetensors.torch import load_file
 from support.routing import CASES, EXPORTED, golden_routing, routing_from_config
 
 from quarkconv.experts.families import FAMILIES
+from quarkconv.experts.function import Routing
 from quarkconv.experts.knowledge import knowledge
-from quarkconv.verify.routing import RouterExtras, Routing, route, router_tensor_names, uniform_routing
+from quarkconv.experts.router_tensors import router_tensor_names
+from quarkconv.verify.routing import RouterExtras, route, uniform_routing
 
 DATA = Path(__file__).parents[1] / "data" / "routing"
 TENSORS = load_file(DATA / "goldens.safetensors")
