@@ -11,7 +11,8 @@ scoring      hidden states after the last layer -> logits; scores: logits -> per
              rows: the same on a GPU
 request      options of the caller and their checks; same_model: whether two checkpoints are one model
 record       the inputs of MoE layers as a file
-layer_ops    element-wise parts of a layer on a GPU; norms, float_experts: modules of transformers that run on them
+layer_ops    element-wise parts of a layer on a GPU; norms, rotary, float_experts: parts of transformers'
+             models that run on them
 memory       what takes how much of a device's memory
 runners      everything of both models but their layers, on each device
 dequantize   int8 weights as floats; buffers: what no checkpoint holds

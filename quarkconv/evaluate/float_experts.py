@@ -1,7 +1,7 @@
 """Routed experts in floats: those of a class of transformers, as its ``grouped_mm`` computes them, with less traffic.
 
-The products and activations are transformers' own functions. On a GPU what follows them, weights, order and sum, is one
-kernel with the same roundings. Experts may be computed in groups whose weights are on the device one after the other:
+The products are transformers' own functions. On a GPU ``silu(gate) * up`` is one kernel, and weights, order and sum are
+another, with the same roundings. Experts may be computed in groups whose weights are on the device one after the other:
 rows are sorted by expert, so each row is multiplied as before.
 """
 
@@ -13,7 +13,7 @@ from typing import Any, Final, Protocol
 import torch
 from torch import Tensor, nn
 
-from quarkconv.evaluate.layer_ops import on_kernels, sum_experts
+from quarkconv.evaluate.layer_ops import on_kernels, silu_gate, sum_experts
 
 _IMPLEMENTATION: Final = "grouped_mm"
 """The name of this computation in transformers, which takes it by default where torch has the product."""
@@ -51,6 +51,7 @@ class FloatExperts:
     def __init__(self, module: nn.Module, group: int | None = None) -> None:
         self._module: Any = module
         self._group = group
+        self._gate_is_silu = _gate_is_silu(module)
         self.weights: ExpertWeights = OwnWeights(module)
 
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
@@ -91,13 +92,25 @@ class FloatExperts:
             return result
 
         if module.has_gate:
-            inner = module._apply_gate(product("gate_up_proj", rows))
+            joined = product("gate_up_proj", rows)
+            inner = silu_gate(joined) if self._gate_is_silu and on_kernels(joined) else module._apply_gate(joined)
         else:
             inner = module.act_fn(product("up_proj", rows))
         found = product("down_proj", inner)
         if getattr(module, "has_post_expert_norm", False):
             found = module.post_expert_norm(found)
         return found
+
+
+def _gate_is_silu(module: Any) -> bool:
+    """Whether these experts compute ``silu(gate) * up`` of gates before ups."""
+    try:
+        from transformers.integrations.moe import _default_apply_gate
+    except ImportError:
+        return False
+    function = getattr(module, "act_fn", None)
+    silu = isinstance(function, nn.SiLU) or type(function).__name__ == "SiLUActivation"
+    return silu and type(module)._apply_gate is _default_apply_gate
 
 
 def computes_grouped(module: nn.Module) -> bool:

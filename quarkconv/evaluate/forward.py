@@ -147,11 +147,11 @@ def final_logits(skeleton: Skeleton, ids: Tensor, states: Tensor, positions: Ten
     """
     pairs = bool(skeleton.pairs)
     replaced = [_Recorder(layer, pairs) for layer in skeleton.layers]
-    replaced[-1] = _Recorder(skeleton.layers[-1], pairs, states.to(skeleton.device))
+    kept = states.to(skeleton.device)[:, positions.to(skeleton.device)]
+    replaced[-1] = _Recorder(skeleton.layers[-1], pairs, kept)
     with _replaced(skeleton, replaced), _forward(skeleton):
-        output = skeleton.model(
-            input_ids=ids.to(skeleton.device), use_cache=False, logits_to_keep=positions.to(skeleton.device)
-        )
+        # What comes before the layers does not count: one token is enough for it.
+        output = skeleton.model(input_ids=ids[:, :1].to(skeleton.device), use_cache=False)
     logits: Tensor = output.logits
     return logits
 

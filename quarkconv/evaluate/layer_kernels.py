@@ -3,6 +3,7 @@
 
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
 from quarkconv.kernels.jit.cast import _to_dtype
 
@@ -97,3 +98,65 @@ def compare_rows_kernel(one_ptr, other_ptr, out_ptr, M, N, BLOCK: tl.constexpr):
     tl.store(out_ptr + row, tl.sum(difference, 0))
     tl.store(out_ptr + M + row, tl.sum(ones, 0))
     tl.store(out_ptr + 2 * M + row, tl.sum(others, 0))
+
+
+@triton.jit
+def rotate_kernel(
+    x_ptr,
+    cos_ptr,
+    sin_ptr,
+    out_ptr,
+    L,
+    HEADS,
+    SIZE,
+    ROTATED,
+    x_batch,
+    x_head,
+    x_position,
+    out_batch,
+    out_head,
+    out_position,
+    angle_batch,
+    angle_position,
+    INTERPRETED: tl.constexpr,
+    ROWS: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """Grid [B * L, blocks of ROWS heads]: a program rotates heads of one token; BLOCK holds a head."""
+    token = tl.program_id(0).to(tl.int64)
+    batch, position = token // L, token % L
+    heads = tl.program_id(1) * ROWS + tl.arange(0, ROWS)[:, None]
+    lanes = tl.arange(0, BLOCK)[None, :]
+    inside = (heads < HEADS) & (lanes < SIZE)
+    turned = lanes < ROTATED
+    half = ROTATED // 2
+    row = x_ptr + batch * x_batch + position * x_position + heads * x_head
+    x = tl.load(row + lanes, inside, 0.0).to(tl.float32)
+    y = tl.load(row + tl.where(lanes < half, lanes + half, lanes - half), inside & turned, 0.0).to(tl.float32)
+    angle = batch * angle_batch + position * angle_position + lanes
+    cos = tl.load(cos_ptr + angle, turned, 0.0).to(tl.float32)
+    sin = tl.load(sin_ptr + angle, turned, 0.0).to(tl.float32)
+    first = _to_dtype(x * cos, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+    second = _to_dtype(tl.where(lanes < half, -y, y) * sin, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+    result = tl.where(turned, first + second, x)
+    out = out_ptr + batch * out_batch + position * out_position + heads * out_head + lanes
+    tl.store(out, _to_dtype(result, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def silu_gate_kernel(x_ptr, out_ptr, x_row, N, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid [M, column blocks]: a program computes BLOCK columns of one row, whose gates lie before its ups.
+
+    ``libdevice.exp`` and ``div_rn`` are what torch's kernel computes with; Triton's own exponential is another one.
+    """
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    gate = tl.load(x_ptr + row * x_row + columns, inside, 0.0).to(tl.float32)
+    up = tl.load(x_ptr + row * x_row + N + columns, inside, 0.0).to(tl.float32)
+    if INTERPRETED:  # noqa: SIM108 - a choice between both would compile both
+        silu = gate / (1.0 + tl.exp(-gate))
+    else:
+        silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate))
+    silu = _to_dtype(silu, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
+    tl.store(out_ptr + row * N + columns, _to_dtype(silu * up, out_ptr.dtype.element_ty, INTERPRETED), inside)

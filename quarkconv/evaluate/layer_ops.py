@@ -111,6 +111,66 @@ def sum_experts(rows: Tensor, places: Tensor, weights: Tensor, dtype: torch.dtyp
     return out
 
 
+def rotate(states: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """``x * cos + rotated x * sin`` on the first R elements of each head, with the roundings of torch's three kernels.
+
+    Args:
+        states: floats [B, heads, L, D], elements of a head in a row.
+        cos, sin: the same dtype, [B or 1, L, R], R even and at most D; elements in a row.
+
+    Returns:
+        The shape and dtype of ``states``.
+    """
+    from quarkconv.evaluate.layer_kernels import rotate_kernel
+
+    batch, heads, length, size = states.shape
+    sin = sin if sin.stride() == cos.stride() else sin.expand_as(cos).contiguous()
+    cos = cos if sin.stride() == cos.stride() else cos.contiguous()
+    out = torch.empty_like(states)
+    block = max(2, 1 << (size - 1).bit_length())
+    rows = max(1, min(_NORM_BLOCK // block, 1 << (heads - 1).bit_length()))
+    with device_guard(states.device):
+        rotate_kernel[batch * length, -(-heads // rows)](
+            states,
+            cos,
+            sin,
+            out,
+            length,
+            heads,
+            size,
+            cos.shape[-1],
+            *(tensor.stride(at) for tensor in (states, out) for at in (0, 1, 2)),
+            cos.stride(0) if len(cos) > 1 else 0,
+            cos.stride(1),
+            ROWS=rows,
+            BLOCK=block,
+            **_options(states),
+        )
+    return out
+
+
+def silu_gate(joined: Tensor) -> Tensor:
+    """``silu(gate) * up``, each rounded, as torch's two kernels.
+
+    Args:
+        joined: floats [M, 2 N], gates before ups.
+
+    Returns:
+        [M, N] in the same dtype.
+    """
+    from quarkconv.evaluate.layer_kernels import silu_gate_kernel
+
+    rows, columns = joined.shape[0], joined.shape[1] // 2
+    joined = joined if joined.stride(1) == 1 else joined.contiguous()  # torch pads the rows of some products
+    out = torch.empty((rows, columns), dtype=joined.dtype, device=joined.device)
+    if rows:
+        with device_guard(joined.device):
+            silu_gate_kernel[rows, -(-columns // _BLOCK)](
+                joined, out, joined.stride(0), columns, BLOCK=_BLOCK, **_options(joined)
+            )
+    return out
+
+
 def compare_rows(one: Tensor, other: Tensor) -> Tensor:
     """Sums of squares of ``one - other``, of ``one`` and of ``other``, float64 [3]; of each row in float32.
 

@@ -19,6 +19,7 @@ from quarkconv.evaluate.buffers import compute_buffers
 from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
 from quarkconv.evaluate.norms import fuse_norms
+from quarkconv.evaluate.rotary import fuse_rotary
 
 FLAT: Final = ("w1", "v1", "w2")
 """Matrices of gate, up and down, of classes that keep experts below one another."""
@@ -221,8 +222,9 @@ class Skeleton:
         return list(self.experts_of(number)) or list(named)
 
     def fuse(self) -> None:
-        """Have norms and experts in floats run in fewer kernels."""
+        """Have norms, rotary embeddings and experts in floats run in fewer kernels."""
         fuse_norms(self.model)
+        fuse_rotary(self.model)
         self._replace_experts(None)
 
     def _replace_experts(self, group: int | None) -> dict[str, FloatExperts]:

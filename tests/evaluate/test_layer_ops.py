@@ -16,6 +16,7 @@ from quarkconv.evaluate import (
     layer_kernels,  # noqa: F401 - while tests are collected, Triton is imported for its interpreter
     layer_ops,
     norms,
+    rotary,
     runners,
     sums,
 )
@@ -91,6 +92,56 @@ def test_the_sum_of_experts_has_the_bits_of_transformers(at: str, top_k: int, we
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("heads", "size", "rotated", "batches"), [(5, 16, 16, 2), (1, 24, 8, 1), (40, 128, 128, 1)])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_rotated_states_have_torchs_bits(
+    at: str, heads: int, size: int, rotated: int, batches: int, dtype: torch.dtype
+) -> None:
+    from transformers.models.glm4_moe.modeling_glm4_moe import apply_rotary_pos_emb
+
+    rows = floats(2, 7, heads, size).to(dtype)  # as a projection writes them: tokens before heads
+    cos, sin = floats(batches, 7, rotated, seed=10).cos().to(dtype), floats(batches, 7, rotated, seed=11).to(dtype)
+    for states in (rows.transpose(1, 2), rows.transpose(1, 2).contiguous()):
+        expected, _ = apply_rotary_pos_emb(states, states, cos, sin)
+        assert torch.equal(layer_ops.rotate(states.to(at), cos.to(at), sin.to(at)).cpu(), expected)
+
+
+@pytest.mark.filterwarnings("ignore:overflow encountered")  # numpy's, of the largest gates
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_gated_experts_have_torchs_bits(at: str) -> None:
+    """For every bfloat16 that is a number; Triton's interpreter loses those that are not normal."""
+    gates = torch.arange(2**16).to(torch.int16).view(torch.bfloat16)
+    gates = gates[gates.isfinite()].reshape(-1, 255)
+    ups = floats(*gates.shape, seed=12).bfloat16()
+    compared = ((gates.abs() > 1e-30) & (gates.abs() < 80)) if at == "cpu" else torch.ones_like(gates, dtype=torch.bool)
+    assert compared.sum() > 2**14
+    gates, ups = gates.to(at), ups.to(at)
+    found = layer_ops.silu_gate(torch.cat([gates, ups], 1)).cpu()
+    expected = (torch.nn.functional.silu(gates) * ups).cpu()
+    assert torch.equal(found[compared], expected[compared])
+
+
+@pytest.mark.parametrize(
+    ("kind", "fused"),
+    [("qwen3_moe", True), ("glm4_moe", True), ("mixtral", True), ("ernie4_5_moe", False), ("gpt_oss", False)],
+)
+def test_the_rotation_is_replaced_where_it_has_these_bits_and_in_one_model_alone(kind: str, fused: bool) -> None:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        kind, hidden_size=32, num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=1, head_dim=16,
+        intermediate_size=16, moe_intermediate_size=16, vocab_size=16, pad_token_id=0, eos_token_id=1, bos_token_id=1
+    )  # fmt: skip
+    model, other = (AutoModelForCausalLM.from_config(config) for _ in range(2))
+    rotary.fuse_rotary(model)
+    names = {name for name, module in model.named_modules() if "forward" in module.__dict__}
+    assert names == ({"model.layers.0.self_attn"} if fused else set())
+    assert not any("forward" in module.__dict__ for module in other.modules())
+    attention = other.model.layers[0].self_attn
+    assert not isinstance(attention.forward.__globals__["apply_rotary_pos_emb"], rotary._Rotation)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("at", DEVICES, indirect=True)
 def test_compared_rows_have_the_sums_of_float64(at: str, dtype: torch.dtype) -> None:
     one, other = floats(2, 9, 150).to(dtype), floats(2, 9, 150, seed=9).to(dtype)
@@ -112,7 +163,7 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(layer_ops, "_BLOCK", 1024)
     used: set[str] = set()
-    for module in (float_experts, int8, norms, sums):
+    for module in (float_experts, int8, norms, rotary, sums):
 
         def here(_: Tensor, name: str = module.__name__) -> bool:
             used.add(name)
@@ -127,7 +178,7 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
 
     monkeypatch.setattr(runners, "Skeleton", Fused)
     found = evaluate_checkpoint(quantized, unquantized, token_ids=few, device=at, resume=False)
-    assert len(used) == 4
+    assert len(used) == 5
     assert found.int8 is not None
     assert expected.int8 is not None
     assert found.int8.mean == pytest.approx(expected.int8.mean, rel=0.15)
