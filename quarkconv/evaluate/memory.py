@@ -57,13 +57,13 @@ def experts_at_once(device: torch.device, elements: int, experts: int, unquantiz
         experts: how many experts the layer has.
         unquantized: there is a model before quantization.
 
-    Whole layers of the evaluated model take its codes, those of the layer that is read meanwhile, and both as 16-bit
-    floats: while they are filled, 5 bytes for each weight. Layers of the unquantized model take 6: the layer, its copy
-    while it is filled, and the next one.
+    The layer that runs takes a byte for each weight as codes, two as 16-bit floats, and two in the unquantized model.
+    The next one is filled meanwhile: that of the unquantized model takes two bytes as it is read, and up to three while
+    matrices of experts are joined, beside the codes that are read then. Floats of the codes follow when it is done.
     """
     if device.type != "cuda":
         return None
-    needed = elements * (11 if unquantized else 5)
+    needed = elements * (11 if unquantized else 6)
     if needed <= device_bytes(device) * _LAYERS_SHARE:
         return None
     one = elements // experts * 3  # as codes and as floats

@@ -16,7 +16,7 @@ from torch import Tensor
 from quarkconv.errors import WriteError
 from quarkconv.evaluate.calls import Calls, shared_calls
 from quarkconv.evaluate.hidden_states import LayerOutput, Streams, Transfers
-from quarkconv.evaluate.read_ahead import ReadAhead
+from quarkconv.evaluate.read_ahead import LayersAhead, SideStreams
 from quarkconv.evaluate.record import Record
 from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
@@ -67,7 +67,9 @@ class Run:
             _Batch(slice(start, min(start + size, tokens.count)), position % len(runners))
             for position, start in enumerate(starts)
         ]
-        self._transfers = [Transfers(runner.quantized.skeleton.device) for runner in runners]
+        devices = [runner.quantized.skeleton.device for runner in runners]
+        self._transfers = [Transfers(device) for device in devices]
+        self._side = SideStreams(devices) if all(runner.fills_ahead for runner in runners) else None
 
     @property
     def layer_count(self) -> int:
@@ -94,15 +96,12 @@ class Run:
         streams = None if state is None or record is not None else state.load()
         if streams is not None and set(streams.outputs) != set(variants):
             streams = None
-        first = self.runners[0]
         numbers = range(0 if streams is None else streams.finished, self.layer_count)
         with (
-            ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as pool,
+            LayersAhead(self.runners, numbers, self._side) as layers,
             ThreadPoolExecutor(1, thread_name_prefix="quarkconv-save") as saver,
             nullcontext() if record is None else Record(record, self.tokens.ids.numel()) as recorded,
         ):
-            quantized = ReadAhead(first.quantized.weights, numbers, pool)
-            unquantized = None if first.unquantized is None else ReadAhead(first.unquantized.weights, numbers, pool)
             start, calls = self._embed()
             outputs = dict.fromkeys(variants, start) if streams is None else streams.outputs
             finished, sums = (0, []) if streams is None else (streams.finished, streams.sums)
@@ -111,18 +110,9 @@ class Run:
             saved: Future[None] | None = None
             began = 0.0
             self.progress.step("Running layers", len(numbers), "layer")
+            layers.begin()
             for number in numbers:
-                weights = quantized.take()
-                quantized.start()  # its codes are computed with as they were read: two layers of them are in memory
-                for runner in self.runners:
-                    runner.fill(number, weights)
-                del weights
-                if unquantized is not None:
-                    others = unquantized.take()
-                    for runner in self.runners:
-                        runner.fill_unquantized(number, others)
-                    del others  # the model has its own copy: the next layer may be read
-                    unquantized.start()
+                layers.take()
                 self._layer(number, streams, calls, ablated, recorded)
                 streams.finished = number + 1
                 # Written while the next layers run. Where the disk is slower than they are, some are left out.

@@ -67,10 +67,7 @@ def layer_runner(
             found=", ".join(map(str, sorted(layers - set(range(known))))) or "none",
         )
     runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
-    for model in (quantized, *([] if unquantized is None else [unquantized])):
-        model.skeleton.fill(model.weights.layer(None).on(device).floats, None)
-    if unquantized is not None:
-        unquantized.skeleton.share(quantized.skeleton)
+    runner.fill_rest()
     return runner
 
 

@@ -59,6 +59,7 @@ class Skeleton:
         self.unmatched: list[str] = []
         self.pairs: bool | None = None
         self._meta_state = dict(self.model.state_dict().items())
+        self._targets: dict[str, str] = {}
         compute_buffers(self.model, self._meta_state, root, device)
         self.divided: dict[str, FloatExperts] = {}
         if device.type == "cuda":
@@ -84,6 +85,11 @@ class Skeleton:
 
     def target(self, name: str) -> str:
         """The parameter of the model that a tensor of a checkpoint goes to, or becomes a part of."""
+        if name not in self._targets:
+            self._targets[name] = self._find_target(name)
+        return self._targets[name]
+
+    def _find_target(self, name: str) -> str:
         from transformers.core_model_loading import rename_source_key
 
         renamed, _ = rename_source_key(
@@ -121,11 +127,13 @@ class Skeleton:
         from transformers.core_model_loading import convert_and_load_state_dict_in_model
         from transformers.modeling_utils import LoadStateDictConfig
 
+        # Here, not by transformers: its threads would convert on a stream of their own.
+        tensors = {name: self._converted(name, tensor) for name, tensor in tensors.items()}
         own = {name for name in tensors if self.has(name) and self.target(name) == name}
         devices = {"": self.device} | {path: torch.device("cpu") for path in self.divided}
         config = LoadStateDictConfig(dtype=self.dtype, device_map=devices, weight_mapping=list(self._mapping))
         with _no_bars():
-            info, _ = convert_and_load_state_dict_in_model(self.model, dict(tensors), config)
+            info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         for name in own:
             self._set(name, tensors[name])
         if info.mismatched_keys or info.conversion_errors:
@@ -159,6 +167,11 @@ class Skeleton:
                     tensor=name,
                     hint="run `quarkconv inspect`",
                 )
+
+    def _converted(self, name: str, tensor: Tensor) -> Tensor:
+        """A tensor of a checkpoint in the dtype of its parameter."""
+        parameter = self._meta_state.get(self.target(name))
+        return tensor if parameter is None else tensor.to(parameter.dtype)
 
     def share(self, other: Skeleton) -> None:
         """Take what lies outside of the decoder layers from another model where it is equal, such as embeddings."""

@@ -1,7 +1,7 @@
 """Hidden states of several variants of a model, carried through its decoder layers one layer at a time.
 
-All windows go through a layer before the next one is read, so each layer is read once, and two are in memory: the one
-that runs and the one that is read ahead. The variants are
+All windows go through a layer before the next one runs, so each layer is read once, and two are in memory: the one
+that runs and the one that is read, and filled, ahead. The variants are
 
     unquantized    the model before quantization
     dequantized    codes times scales, activations not rounded
@@ -16,7 +16,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -57,6 +57,13 @@ class Routed:
     weights: Tensor
 
 
+class _Filled(NamedTuple):
+    """A filled layer of the evaluated model: names of its MoE layers, and path -> module that computes in INT8."""
+
+    moe: list[str]
+    modules: dict[str, nn.Module]
+
+
 class LayerRunner:
     """Runs one device's share of the windows through the layers.
 
@@ -69,6 +76,7 @@ class LayerRunner:
     def __init__(self, quantized: Model, unquantized: Model | None, int8_layers: frozenset[int] | None) -> None:
         self.quantized, self.unquantized = quantized, unquantized
         self._int8_layers = int8_layers
+        self._filled: dict[int, _Filled] = {}
         self._config = quantized.weights.description.checkpoint.config
 
     @property
@@ -103,6 +111,22 @@ class LayerRunner:
             )
         return states, calls, baseline_calls
 
+    @property
+    def fills_ahead(self) -> bool:
+        """Whether a layer may be filled while the one before runs: both are whole on a GPU."""
+        skeleton = self.quantized.skeleton
+        return skeleton.device.type == "cuda" and skeleton.group is None
+
+    def fill_rest(self) -> None:
+        """Fill what lies outside of the decoder layers, of both models."""
+        for model in (self.quantized, *([] if self.unquantized is None else [self.unquantized])):
+            skeleton, rest = model.skeleton, model.weights.layer(None)
+            skeleton.fill(rest.on(skeleton.device).floats, None)
+            if skeleton.device.type == "cuda":
+                torch.cuda.synchronize(skeleton.device)  # before its memory is read into again
+        if self.unquantized is not None:
+            self.unquantized.skeleton.share(self.quantized.skeleton)
+
     def fill(self, number: int, weights: LayerWeights) -> None:
         """Fill a layer of the evaluated model."""
         skeleton = self.quantized.skeleton
@@ -110,9 +134,9 @@ class LayerRunner:
         skeleton.fill(weights.floats, skeleton.layer_prefix(number), weights.divided)
         for path in weights.divided:
             skeleton.divided[path].weights = CodeWeights(weights.experts[path][1], skeleton.module(path))
-        self._moe = weights.experts
         in_int8 = self._int8_layers is None or number in self._int8_layers
-        self._modules = dict(int8_modules(skeleton, number, weights, self._config)) if in_int8 else {}
+        modules = dict(int8_modules(skeleton, number, weights, self._config)) if in_int8 else {}
+        self._filled[number] = _Filled([layer.moe for layer, _ in weights.experts.values()], modules)
 
     def fill_unquantized(self, number: int, weights: LayerWeights) -> None:
         """Fill a layer of the model before quantization."""
@@ -122,7 +146,7 @@ class LayerRunner:
 
     def empty(self, number: int) -> None:
         """Free a layer of both models."""
-        self._modules, self._moe = {}, {}
+        del self._filled[number]
         self.quantized.skeleton.empty(number)
         if self.unquantized is not None:
             self.unquantized.skeleton.empty(number)
@@ -152,6 +176,7 @@ class LayerRunner:
         """
         skeleton = self.quantized.skeleton
         base_name = self.base_name
+        moe, modules = self._filled[number]
         after: dict[str, LayerOutput] = {}
         sums = DeviceSums()
 
@@ -164,9 +189,9 @@ class LayerRunner:
                 after[base_name] = run(self.baseline.skeleton, base_name)
             base_routed = routed[-1] if routed else None
             if record is not None and base_routed is not None:
-                record |= {layer.moe: base_routed.states.cpu().contiguous() for layer, _ in self._moe.values()}
+                record |= {name: base_routed.states.cpu().contiguous() for name in moe}
             if sample and base_routed is not None:
-                self._sample_experts(base_routed, sums)
+                self._sample_experts(modules, base_routed, sums)
         if DEQUANTIZED in states and base_name != DEQUANTIZED:
             after[DEQUANTIZED] = run(skeleton, DEQUANTIZED)
         for name in states.keys() - after.keys() - {INT8}:
@@ -176,12 +201,12 @@ class LayerRunner:
             with in_place(skeleton, self._without(number, ablated.get(name))):
                 after[name] = run(skeleton, name)
         if INT8 in states:
-            with in_place(skeleton, self._modules):
+            with in_place(skeleton, modules):
                 with self._tap(self.quantized, number) as routed:
                     after[INT8] = run(skeleton, INT8)
                 if base_name in states:
                     base = after[base_name].states
-                    self._compare(sums, after[INT8].states, base, routed[-1] if routed else None, base_routed)
+                    self._compare(sums, modules, after[INT8].states, base, routed[-1] if routed else None, base_routed)
                     own_difference, _, own_norm = compared(run(skeleton, base_name).states, base)
                     sums.add(own_difference=own_difference, own_norm=own_norm)
         for name, item in after.items():
@@ -212,17 +237,18 @@ class LayerRunner:
 
     def _without(self, number: int, expert: int | None) -> dict[str, nn.Module]:
         """The INT8 modules of a layer; one routed expert, if any is named, computes as in the baseline."""
+        modules = self._filled[number].modules
         if expert is None:
-            return self._modules
+            return modules
         floats = self.baseline.skeleton.experts_of(number)
         return {
             path: ExpertLeftOut(module, floats[path], expert) if isinstance(module, Int8Experts) else module
-            for path, module in self._modules.items()
+            for path, module in modules.items()
         }
 
-    def _sample_experts(self, routed: Routed, sums: DeviceSums) -> None:
+    def _sample_experts(self, modules: Mapping[str, nn.Module], routed: Routed, sums: DeviceSums) -> None:
         """Add the errors of single experts on the first tokens that the baseline routed."""
-        mine = next((module for module in self._modules.values() if isinstance(module, Int8Experts)), None)
+        mine = next((module for module in modules.values() if isinstance(module, Int8Experts)), None)
         if mine is None:
             return
         hidden, ids, weights = (part[:SAMPLE_TOKENS] for part in (routed.states, routed.ids, routed.weights))
@@ -241,7 +267,13 @@ class LayerRunner:
         )
 
     def _compare(
-        self, sums: DeviceSums, int8: Tensor, base: Tensor, routed: Routed | None, base_routed: Routed | None
+        self,
+        sums: DeviceSums,
+        modules: Mapping[str, nn.Module],
+        int8: Tensor,
+        base: Tensor,
+        routed: Routed | None,
+        base_routed: Routed | None,
     ) -> None:
         difference, norm, baseline_norm = compared(int8, base)
         sums.add(difference=difference, norm=norm, baseline_norm=baseline_norm)
@@ -249,7 +281,7 @@ class LayerRunner:
         if routed is None or base_routed is None:
             return
         same = routed.ids.sort(-1).values == base_routed.ids.sort(-1).values
-        experts = max((m.experts.experts for m in self._modules.values() if isinstance(m, Int8Experts)), default=0)
+        experts = max((m.experts.experts for m in modules.values() if isinstance(m, Int8Experts)), default=0)
         sums.add(changed=(~same.all(-1)).sum(), load=_counts(routed.ids, experts))
 
     @contextmanager
@@ -258,7 +290,7 @@ class LayerRunner:
         found: list[Routed] = []
         prefix = model.skeleton.layer_prefix(number)
         experts = model.skeleton.experts_of(number)
-        replaced = [module for path, module in self._modules.items() if path.startswith(f"{prefix}.")]
+        replaced = [module for path, module in self._filled[number].modules.items() if path.startswith(f"{prefix}.")]
         modules: list[nn.Module] = [module for module in replaced if isinstance(module, Int8Experts)]
         modules += experts.values()
 

@@ -63,15 +63,18 @@ class Staging:
 
 
 class DeviceMemory:
-    """Memory of a GPU, filled through the buffers of a :class:`Staging`."""
+    """Memory of a GPU, filled through the buffers of a :class:`Staging`.
+
+    The allocator gives it out again in the order of the stream that copies: only free it when the kernels that read it
+    are done. Were it that of the kernels, copies would wait for all that are queued.
+    """
 
     block: int = BLOCK
 
     def __init__(self, staging: Staging, nbytes: int) -> None:
         self._staging = staging
-        self.tensor = torch.empty(max(nbytes, 1), dtype=torch.uint8, device=staging.device)
-        # The allocator may give out memory that kernels of the current stream still read.
-        staging.stream.wait_stream(torch.cuda.current_stream(staging.device))
+        with torch.cuda.stream(staging.stream):
+            self.tensor = torch.empty(max(nbytes, 1), dtype=torch.uint8, device=staging.device)
 
     def fill(self, at: int, nbytes: int, read: Callable[[memoryview], int]) -> int:
         """Fill bytes from ``at`` on with ``read``, and return how many it read."""

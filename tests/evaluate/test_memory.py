@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import shutil
+import time
 import weakref
 from contextlib import ExitStack
 from pathlib import Path
@@ -10,10 +12,10 @@ from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from support.exports import DATA, restore
 
-from quarkconv import UnsupportedError, evaluate_checkpoint
+from quarkconv import SourceError, UnsupportedError, evaluate_checkpoint
 from quarkconv.description.description import describe
 from quarkconv.evaluate import evaluation, runners
 from quarkconv.evaluate import scoring as module
@@ -21,17 +23,38 @@ from quarkconv.evaluate.float_experts import OwnWeights
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
 from quarkconv.evaluate.scores import Distributions, TokenScores
+from quarkconv.evaluate.streams import LayerRunner
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 from quarkconv.load.experts import FusedExperts
 
 
+def fill_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have a layer filled while the one before runs, as on a GPU."""
+    monkeypatch.setattr(LayerRunner, "fills_ahead", True)
+
+
+def filled_layers(run: Run) -> list[int]:
+    """How many layers hold weights, of each model."""
+    runner = run.runners[0]
+    return [
+        sum(
+            any(not parameter.is_meta for parameter in decoder_layer.parameters())
+            for decoder_layer in model.skeleton.layers
+        )
+        for model in (runner.quantized, runner.unquantized)
+        if model is not None
+    ]
+
+
+@pytest.mark.parametrize("ahead", [False, True])
 def test_at_most_two_layers_of_each_model_are_in_memory(
-    monkeypatch: pytest.MonkeyPatch, quantized: Path, unquantized: Path, token_ids: Path
+    ahead: bool, monkeypatch: pytest.MonkeyPatch, quantized: Path, unquantized: Path, token_ids: Path
 ) -> None:
-    """The one that runs, and the one that is read meanwhile."""
+    """The one that runs, and the one that is read, or filled, meanwhile."""
     held: list[weakref.ref[LayerWeights]] = []
     counts: list[int] = []
-    filled: list[int] = []
+    filled: list[list[int]] = []
+    after: list[list[int]] = []
     read, run_layer = CheckpointWeights.layer, Run._layer
 
     class Held(LayerWeights):
@@ -44,25 +67,54 @@ def test_at_most_two_layers_of_each_model_are_in_memory(
         return kept
 
     def running(self: Run, number: int, *rest: Any) -> None:
+        last = number == 3
+        until = time.monotonic() + 20
+        while ahead and not last and number + 1 not in self.runners[0]._filled and time.monotonic() < until:
+            time.sleep(0.01)
+        filled.append(filled_layers(self))
         run_layer(self, number, *rest)
         gc.collect()
+        after.append(filled_layers(self))
         counts.append(sum(reference() is not None for reference in held))
-        models = (self.runners[0].quantized, self.runners[0].unquantized)
-        filled.append(
-            sum(
-                any(not parameter.is_meta for parameter in decoder_layer.parameters())
-                for model in models
-                if model is not None
-                for decoder_layer in model.skeleton.layers
-            )
-        )
 
+    if ahead:
+        fill_ahead(monkeypatch)
     monkeypatch.setattr(CheckpointWeights, "layer", layer)
     monkeypatch.setattr(Run, "_layer", running)
     evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu", resume=False)
     assert len(counts) == 4
     assert max(counts) <= 2 * 2
-    assert filled == [0] * 4  # emptied after each layer
+    ahead_of_each = int(ahead)
+    assert filled == [[1 + ahead_of_each] * 2] * 3 + [[1, 1]]
+    assert after == [[ahead_of_each] * 2] * 3 + [[0, 0]]  # emptied after each layer
+
+
+@pytest.mark.parametrize("ablate", [0, 1])
+def test_layers_that_are_filled_while_others_run_change_nothing(
+    ablate: int, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def evaluated() -> Evaluation:
+        return evaluate_checkpoint(
+            quantized, unquantized, token_ids=token_ids, device="cpu", batch=2, ablate=ablate, resume=False
+        )
+
+    plain = evaluated()
+    fill_ahead(monkeypatch)
+    assert evaluated().to_json() == plain.to_json()
+
+
+def test_an_error_of_a_layer_that_is_filled_ahead_is_reported(
+    quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bad = shutil.copytree(quantized, tmp_path / "bad")
+    file = bad / "model.safetensors"
+    tensors = load_file(file)
+    name = "model.layers.2.mlp.gate.weight"
+    save_file({**tensors, name: tensors[name][:-1].contiguous()}, file, metadata={"format": "pt"})
+    fill_ahead(monkeypatch)
+    with pytest.raises(SourceError) as caught:
+        evaluate_checkpoint(bad, token_ids=token_ids, device="cpu", resume=False)
+    assert caught.value.tensor == name
 
 
 def test_logits_are_never_whole(
