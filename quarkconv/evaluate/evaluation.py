@@ -141,6 +141,7 @@ def evaluate_checkpoint(
         experts=experts[:WORST],
         ablations=tuple(ablations),
         float_experts=first.quantized.weights.float_experts if run.in_int8 else (),
+        float_linears=first.quantized.weights.float_linears,
         positions=first.quantized.skeleton.positions,
         config_differences=()
         if first.unquantized is None

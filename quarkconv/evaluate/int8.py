@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from itertools import pairwise
 from typing import Final, NamedTuple
 
@@ -19,6 +20,9 @@ _INT_MM_ROWS: Final = 32
 """``torch._int_mm`` on CUDA wants more than 16 rows; shorter inputs are padded to this."""
 _INT_MM_MULTIPLE: Final = 8
 """... and inner and outer sizes that are multiples of 8; others are multiplied in float64, which is exact as well."""
+
+_GROUPED: Final = "GroupedLinear"
+"""Classes with ``n_groups`` that multiply the inputs of each group with its own rows: DeepseekV4GroupedLinear."""
 
 
 def int8_product(left: Tensor, right: Tensor) -> Tensor:
@@ -80,6 +84,33 @@ class Int8Linear(nn.Module):
         else:
             result = (result * self.scale + self.bias.float()).to(states.dtype)
         return result.reshape(*states.shape[:-1], -1)
+
+
+class Int8GroupedLinear(nn.Module):
+    """Linears side by side, each with its own inputs: [..., groups, in] -> [..., groups, out].
+
+    Args:
+        parts: one for each group.
+    """
+
+    def __init__(self, parts: Iterable[Int8Linear]) -> None:
+        super().__init__()
+        self.parts = list(parts)
+        self.n_groups = len(self.parts)
+
+    def forward(self, states: Tensor) -> Tensor:
+        """Each group of a token is quantized by itself."""
+        return torch.stack([part(inputs) for part, inputs in zip(self.parts, states.unbind(-2), strict=True)], dim=-2)
+
+
+def linear_groups(module: nn.Module) -> int:
+    """How many linears a module holds below one another: 0 for classes that compute something else, such as routers."""
+    if not isinstance(module, nn.Linear):
+        return 0
+    if type(module).forward is nn.Linear.forward:
+        return 1
+    groups = getattr(module, "n_groups", None)
+    return groups if isinstance(groups, int) and type(module).__name__.endswith(_GROUPED) else 0
 
 
 class Int8Experts(nn.Module):

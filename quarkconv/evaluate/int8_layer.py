@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from quarkconv.errors import UnsupportedError
 from quarkconv.evaluate.dequantize import dequantized
-from quarkconv.evaluate.int8 import Int8Experts, Int8Linear
+from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, linear_groups
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import Int8Weight, LayerWeights
 from quarkconv.experts.function import Unknown
@@ -34,8 +34,9 @@ def int8_modules(
     """
     for path, names in weights.linears.items():
         module = skeleton.module(path)
-        if not isinstance(module, nn.Linear):
-            continue  # a router of a class of its own, say: engines keep those in float
+        groups = linear_groups(module)
+        if not groups or not isinstance(module, nn.Linear):
+            continue
         linear = _joined([weights.matrices[name] for name in names], module.weight)
         if linear is None:
             raise UnsupportedError(
@@ -43,7 +44,12 @@ def int8_modules(
                 file=str(skeleton.root),
                 tensor=f"{path}.weight",
             )
-        yield path, Int8Linear(linear.codes, linear.scale, module.bias, linear.input_scale, module.weight.dtype)
+        bias = [None] * groups if module.bias is None else module.bias.chunk(groups)
+        parts = [
+            Int8Linear(codes, scale, shift, linear.input_scale, module.weight.dtype)
+            for codes, scale, shift in zip(linear.codes.chunk(groups), linear.scale.chunk(groups), bias, strict=True)
+        ]
+        yield path, parts[0] if type(module).forward is nn.Linear.forward else Int8GroupedLinear(parts)
     for path, (layer, experts) in weights.experts.items():
         activation = expert_activation(config, layer)
         if isinstance(activation, Unknown):

@@ -90,6 +90,7 @@ class Evaluation:
         experts: the worst experts.
         ablations: the worst layers and experts, each left unquantized.
         float_experts: MoE layers whose experts are stored in float, and ran in float.
+        float_linears: int8 linears that ran in float: the head, and modules of classes that are not linears.
         positions: the longest window that the model is built for, by its config; None where that does not say.
         config_differences: settings that the two models compute with and that differ.
         limits: bounds of the caller.
@@ -111,6 +112,7 @@ class Evaluation:
     experts: tuple[ExpertError, ...] = ()
     ablations: tuple[Ablation, ...] = ()
     float_experts: tuple[str, ...] = ()
+    float_linears: tuple[str, ...] = ()
     positions: int | None = None
     config_differences: tuple[str, ...] = ()
     limits: Limits = field(default_factory=Limits)
@@ -147,6 +149,10 @@ class Evaluation:
         found = []
         if self.float_experts:
             found.append(f"{plural(len(self.float_experts), 'MoE layer')} stored in float, evaluated in float")
+        if self.float_linears:
+            found.append(
+                f"{plural(len(self.float_linears), 'int8 linear')} evaluated in float: {self.float_linears[0]}"
+            )
         if self.positions is not None and self.window > self.positions:
             found.append(f"windows of {self.window:,} tokens are longer than the model's {self.positions:,} positions")
         if self.config_differences:
@@ -181,6 +187,7 @@ class Evaluation:
             },
             "ablations": [asdict(item) for item in self.ablations],
             "float_experts": list(self.float_experts),
+            "float_linears": list(self.float_linears),
             "positions": self.positions,
             "config_differences": list(self.config_differences),
             "limits": asdict(self.limits),

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.dequantize import dequantized, expert_floats, stacked
+from quarkconv.evaluate.int8 import linear_groups
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.arenas import Arena, Memory
@@ -115,6 +116,22 @@ class CheckpointWeights:
         """Modules of the routed experts that run in float, as some or all of them are stored so."""
         layers = (number for number in range(len(self.skeleton.layers)) if not self._moe.get(number))
         return tuple(path for number in layers for path in self.skeleton.expert_paths(number))
+
+    @property
+    def float_linears(self) -> tuple[str, ...]:
+        """Int8 linears that run in float: the head, and modules of classes that are not linears."""
+        model = self.skeleton.model
+        found = []
+        for number, linears in self._linears.items():
+            for module, _ in linears:
+                path = self.skeleton.target(f"{module}.weight").removesuffix(".weight")
+                if module in self.description.topology.members or not self.skeleton.has(f"{path}.weight"):
+                    continue
+                here = self.skeleton.module(path)
+                runs = linear_groups(here) > 0 if number is not None else here is not model.get_output_embeddings()
+                if not runs:
+                    found.append(path)
+        return tuple(dict.fromkeys(found))
 
     def layer(self, number: int | None) -> LayerWeights:
         """The weights of a decoder layer; None for the rest of the model.

@@ -108,3 +108,6 @@ def _experts(evaluation: Evaluation) -> Iterator[str]:
     if evaluation.float_experts:
         text = f"{plural(len(evaluation.float_experts), 'module')} of experts stored in float, evaluated in float: "
         yield page.paragraph(text + ", ".join(evaluation.float_experts))
+    if evaluation.float_linears:
+        text = f"{plural(len(evaluation.float_linears), 'int8 linear')} evaluated in float: "
+        yield page.paragraph(text + ", ".join(evaluation.float_linears))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quarkconv.evaluate.int8 import Int8Experts, Int8Linear, int8_product
+from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, int8_product, linear_groups
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.reference import reference_forwards
@@ -43,6 +43,33 @@ def test_a_linear_equals_float64(static: bool, bias: bool) -> None:
     error = (found.double() - expected).abs()
     assert found.dtype == torch.bfloat16
     assert bool((error <= expected.abs() * 2.0**-8 + terms * 2.0**-21).all())
+
+
+def test_grouped_linears_are_linears_of_their_own_inputs() -> None:
+    from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4GroupedLinear
+
+    weight, scale = codes(3 * 16, 64), torch.rand(3 * 16) * 0.01
+    parts = [Int8Linear(*part, None, None) for part in zip(weight.chunk(3), scale.chunk(3), strict=True)]
+    states = torch.randn(2, 9, 3, 64).bfloat16()
+    found = Int8GroupedLinear(parts)(states)
+    assert all(torch.equal(found[:, :, group], part(states[:, :, group])) for group, part in enumerate(parts))
+    module = DeepseekV4GroupedLinear(64, 48, 3)
+    module.weight.data = (weight.double() * scale.double()[:, None]).bfloat16()
+    expected = module.bfloat16()(states)
+    assert linear_groups(module) == 3
+    assert found.shape == expected.shape
+    assert (found.double() - expected.double()).norm() / expected.double().norm() < 0.02  # rounding to 8 bits: 0.9 %
+
+
+def test_a_router_is_not_taken_for_a_linear() -> None:
+    """It is a subclass of one, and returns weights and experts."""
+    from transformers import PhimoeConfig
+    from transformers.models.phimoe.modeling_phimoe import PhimoeTopKRouter
+
+    router = PhimoeTopKRouter(PhimoeConfig(hidden_size=8, intermediate_size=8, num_local_experts=4))
+    assert isinstance(router, torch.nn.Linear)
+    assert linear_groups(router) == 0
+    assert linear_groups(torch.nn.Linear(8, 8)) == 1
 
 
 def test_experts_equal_the_exact_reference() -> None:
