@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final
@@ -98,3 +98,12 @@ class Model:
         write_json(folder / INDEX, {"weight_map": self.weight_map or weight_map})
         write_json(folder / "config.json", self.config)
         return folder
+
+
+def edited(edit: Callable[[str, torch.Tensor], dict[str, torch.Tensor]]) -> Model:
+    """A model with each tensor replaced by others."""
+    model = Model()
+    for shard in model.shards:
+        for name in list(shard):
+            shard |= edit(name, shard.pop(name))
+    return model

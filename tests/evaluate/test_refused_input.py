@@ -1,0 +1,151 @@
+"""Models, texts, options and files that an evaluation refuses."""
+
+from __future__ import annotations
+
+import json
+import math
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from support.changed import damaged, with_config
+from support.program import run_cli
+
+from quarkconv import SourceError, UnsupportedError, UsageError, WriteError, convert_checkpoint, evaluate_checkpoint
+from quarkconv.evaluate.request import Limits
+from quarkconv.evaluate.run import Run
+
+pytestmark = pytest.mark.long(10)
+
+
+@pytest.mark.parametrize(("layers", "found"), [(set(), "none"), ({1, 4, 9}, "4, 9")])
+def test_layers_that_do_not_exist_are_refused(layers: set[int], found: str, quantized: Path, token_ids: Path) -> None:
+    """Without any layer in INT8 there would be no divergence, and every limit would hold."""
+    with pytest.raises(UsageError, match="The decoder layer does not exist") as caught:
+        evaluate_checkpoint(quantized, token_ids=token_ids, layers=layers, device="cpu", resume=False)
+    assert (caught.value.expected, caught.value.found) == ("0 to 3", found)
+
+
+@pytest.mark.parametrize("name", ["text", "token_ids"])
+def test_a_record_replaces_an_earlier_one_and_no_other_file(name: str, quantized: Path, token_ids: Path) -> None:
+    """``--record`` with the file that is evaluated on took its place."""
+    before, options = token_ids.read_bytes(), dict[str, Any]({name: token_ids})
+    with pytest.raises(UsageError, match="--record would replace another file"):
+        evaluate_checkpoint(quantized, **options, record=token_ids, device="cpu", resume=False)
+    assert token_ids.read_bytes() == before
+
+
+def test_another_model_as_the_unquantized_one_is_refused(
+    quantized: Path, checkpoints: Any, token_ids: Path, tmp_path: Path
+) -> None:
+    other = convert_checkpoint(checkpoints("mixtral-quark0.11-eager"), "bf16", tmp_path / "other").output
+    with pytest.raises(UsageError, match="another class"):
+        evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
+
+
+def test_a_quantized_model_as_the_unquantized_one_is_refused(quantized: Path, token_ids: Path) -> None:
+    with pytest.raises(UsageError, match="is quantized") as caught:
+        evaluate_checkpoint(quantized, quantized, token_ids=token_ids, device="cpu", resume=False)
+    assert caught.value.found == "ptpc_int8"
+
+
+@pytest.mark.parametrize("limits", [{"max_kl": math.nan}, {"max_kl": -1.0}, {"min_agreement": 98.0}])
+def test_a_bound_out_of_range_is_refused(limits: dict[str, float]) -> None:
+    with pytest.raises(UsageError, match="is out of range") as caught:
+        Limits(**limits)
+    assert caught.value.exit_code == 2
+
+
+@pytest.mark.parametrize("option", ["--record", "--report"])
+def test_a_file_that_cannot_be_created_is_refused_before_anything_runs(
+    option: str, capsys: pytest.CaptureFixture[str], quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Run, "layers_of", lambda *_: pytest.fail("it ran"))
+    words = ("evaluate", quantized, "--token-ids", token_ids, "--device", "cpu", option, "/does/not/exist/file")
+    status, _, err = run_cli(capsys, *words)
+    assert status == 5
+    assert "The folder of a file to write does not exist" in err
+
+
+def test_a_directory_is_refused_as_a_file_to_write(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    with pytest.raises(WriteError, match="is a directory"):
+        evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu", record=tmp_path)
+
+
+def test_a_model_that_does_not_exist_is_named_before_its_tokenizer(tmp_path: Path) -> None:
+    with pytest.raises(SourceError, match="does not exist"):
+        evaluate_checkpoint(tmp_path / "missing", text=tmp_path / "text.txt", device="cpu")
+
+
+@pytest.mark.parametrize("options", [{"limits": Limits(max_kl=0.1)}, {"layers": {1}}, {"ablate": 1}])
+def test_limits_and_layers_without_int8_modules_are_refused(
+    options: dict[str, Any], unquantized: Path, token_ids: Path
+) -> None:
+    with pytest.raises(UnsupportedError, match="there is no divergence") as caught:
+        evaluate_checkpoint(unquantized, token_ids=token_ids, device="cpu", **options)
+    assert caught.value.exit_code == 4
+
+
+def test_tensors_of_another_size_than_the_config_are_named_with_both_shapes(
+    quantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    other = with_config(quantized, tmp_path / "other", vocab_size=500)
+    with pytest.raises(SourceError, match="does not fit") as caught:
+        evaluate_checkpoint(other, token_ids=token_ids, device="cpu", resume=False)
+    assert (caught.value.expected, caught.value.found) == ("[500, 128]", "[512, 128]")
+
+
+def test_another_tokenizer_in_the_unquantized_model_is_refused(
+    quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    other = shutil.copytree(unquantized, tmp_path / "other")
+    tokenizer = json.loads((other / "tokenizer.json").read_text("utf-8"))
+    vocabulary = tokenizer["model"]["vocab"]
+    first, second = list(vocabulary)[300:302]
+    vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
+    (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
+    with pytest.raises(UsageError, match="another tokenizer") as caught:
+        evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
+    assert caught.value.exit_code == 2
+
+
+def test_other_embeddings_in_the_unquantized_model_are_refused(
+    quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    other = damaged(unquantized, tmp_path / "other", "model.embed_tokens.weight", 2.0)
+    with pytest.raises(UnsupportedError, match="embeddings of the two models differ"):
+        evaluate_checkpoint(quantized, other, token_ids=token_ids, device="cpu", resume=False)
+
+
+def test_a_token_outside_of_the_vocabulary_is_refused(quantized: Path, tmp_path: Path) -> None:
+    ids = tmp_path / "ids.safetensors"
+    save_file({"token_ids": torch.full((2, 8), 512)}, ids)
+    with pytest.raises(UsageError, match="outside of the vocabulary"):
+        evaluate_checkpoint(quantized, token_ids=ids, device="cpu", resume=False)
+
+
+def test_a_text_shorter_than_a_window_is_refused(quantized: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"
+    text.write_text("In the beginning")
+    with pytest.raises(UsageError, match="shorter than a window"):
+        evaluate_checkpoint(quantized, text=text, device="cpu", resume=False)
+
+
+def test_a_model_type_without_a_class_is_unsupported(checkpoints: Any, token_ids: Path) -> None:
+    with pytest.raises(UnsupportedError, match="no class") as caught:
+        evaluate_checkpoint(checkpoints("step3p5-like-3key_fused"), token_ids=token_ids, resume=False)
+    assert caught.value.exit_code == 4
+
+
+def test_an_empty_name_of_a_text_is_refused(quantized: Path) -> None:
+    with pytest.raises(UsageError, match="--text is empty"):
+        evaluate_checkpoint(quantized, text="", device="cpu")
+
+
+@pytest.mark.parametrize(("text", "ids"), [(None, None), ("a", "b")])
+def test_a_text_or_token_ids_but_not_both(quantized: Path, text: str | None, ids: str | None) -> None:
+    with pytest.raises(UsageError, match="either a text or token ids"):
+        evaluate_checkpoint(quantized, text=text, token_ids=ids)
