@@ -92,7 +92,9 @@ CODES: Final[dict[str, FindingCode]] = {
         "Routers, heads or embeddings are stored in int8; engines keep them in float, and conversion dequantizes them. "
         "A warning where all of them are in layers of multi-token prediction.",
     ),
-    "quant-config-invalid": FindingCode(_E, "quantization_config has fields of the wrong type; they were ignored."),
+    "quant-config-invalid": FindingCode(
+        _E, "quantization_config has fields of the wrong type, or invalid ones; ignored."
+    ),
     "scheme-unsupported": FindingCode(_E, "The scheme of the tensors or the config is not INT8 W8A8.", _UNSUPPORTED),
     "description-mismatch": FindingCode(
         _E, "Ascend's quant_model_description.json and the stored tensors disagree, or merged linears differ in type."
@@ -127,7 +129,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
     "zero-point-present": FindingCode(_I, "Zero points are stored, which engines do not read; conversion drops zeros."),
     "zero-point-shape": FindingCode(_E, "Zero points are more or fewer than scales, as packed ones are.", _UNSUPPORTED),
-    "zero-point-nonzero": FindingCode(_E, "A zero point is not zero: the weights are not symmetric (read by --deep)."),
+    "zero-point-nonzero": FindingCode(
+        _E, "A zero point is not zero: the quantization is not symmetric (read by --deep)."
+    ),
     "tensor-unrecognised": FindingCode(
         _W, "A tensor with codes or scales belongs to an unknown module; engines may drop it."
     ),

@@ -198,4 +198,5 @@ def _is_foreign(scheme: ModuleScheme) -> bool:
 
 
 def _is_static(scheme: ModuleScheme) -> bool:
-    return scheme.activation == INPUT_STATIC
+    activation = scheme.activation
+    return activation is not None and activation._replace(symmetric=True) == INPUT_STATIC

@@ -210,7 +210,7 @@ class CheckpointWeights:
         for name, tensor in self._reader.tensors(names).items():
             if bool(tensor.count_nonzero()):
                 raise UnsupportedError(
-                    "A zero point is not zero: the weights are not quantized symmetrically",
+                    "A zero point is not zero: the quantization is not symmetric",
                     file=self._reader.refs[name].file,
                     tensor=name,
                     expected="zeros",

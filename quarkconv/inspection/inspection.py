@@ -102,8 +102,10 @@ class Inspection(NamedTuple):
             return f"{plural(count, 'error')}: {', '.join(codes)}"
         layers = self.description.moe_layers
         sizes = sorted({layer.experts for layer in layers})
-        each = " to ".join(map(str, dict.fromkeys((*sizes[:1], *sizes[-1:]))))
-        experts = f"{plural(len(layers), 'MoE layer')} of {each} experts" if layers else "no MoE layers"
+        least = f"{sizes[0]} to " if len(sizes) > 1 else ""
+        experts = (
+            f"{plural(len(layers), 'MoE layer')} of {least}{plural(sizes[-1], 'expert')}" if layers else "no MoE layers"
+        )
         held = f"{self.scheme or 'no INT8 scheme'}, {experts}"
         disagreeing = dict.fromkeys(item.code for item in self.findings if item.code in DISAGREEING)
         if disagreeing:

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any, ClassVar, Final, NamedTuple
 
 from quarkconv.headers.checkpoint import MODELOPT_NAME
+from quarkconv.scheme.merged import with_parts
+from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT, PER_TENSOR, SCHEME_NAMES, ModuleScheme, TensorSpec
 from quarkconv.text import shown
 
@@ -74,6 +77,22 @@ class DeclaredScheme(ABC):
     def _problem(self, where: str, expected: str, found: object) -> None:
         if len(self.problems) < _MAX_PROBLEMS:
             self.problems.append(ConfigProblem(where, expected, shown(found)))
+
+    def _filter(
+        self, value: object, where: str, *, patience: Patience, globs: bool = False, merged: bool = False
+    ) -> Callable[[str], object]:
+        """A test of module names against a list of the config.
+
+        Args:
+            value: the list.
+            where: its field.
+            patience: see :func:`quarkconv.scheme.patterns.name_filter`, as for ``globs``.
+            merged: whether the name of a merged linear means its parts.
+        """
+        names = self._strings(value, where)
+        entries = with_parts(names) if merged else names
+        invalid = partial(self._problem, where, "a regular expression after re:")
+        return name_filter(entries, globs=globs, patience=patience, on_invalid=invalid)
 
     def _object(self, value: object, where: str) -> dict[str, Any]:
         if value is None:

@@ -92,7 +92,9 @@ def regex_matcher(pattern: str) -> Test | None:
     return lambda name: match(name, timeout=_SECONDS)
 
 
-def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> Callable[[str], object]:
+def name_filter(
+    entries: Iterable[str], *, globs: bool, patience: Patience, on_invalid: Callable[[str], object] = lambda _: None
+) -> Callable[[str], object]:
     """A test of module names against a list of names and patterns.
 
     Args:
@@ -100,6 +102,7 @@ def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> C
             patterns where ``globs`` is true. A ``re:`` pattern that does not compile matches nothing.
         globs: True where ``*``, ``?`` and ``[`` are wildcards outside of ``re:`` patterns.
         patience: the time left.
+        on_invalid: is called with each ``re:`` pattern that does not compile.
 
     Raises:
         SourceError: the patterns are too many, or too long.
@@ -119,7 +122,13 @@ def name_filter(entries: Iterable[str], *, globs: bool, patience: Patience) -> C
             patterns.append(entry)
     check_number(expressions)
     check_number(patterns)
-    tests = [*map(glob_matcher, patterns), *filter(None, map(regex_matcher, expressions))]
+    tests = [*map(glob_matcher, patterns)]
+    for expression in expressions:
+        matcher = regex_matcher(expression)
+        if matcher is None:
+            on_invalid(f"re:{expression}")
+        else:
+            tests.append(matcher)
     if not tests and not ends:
         return exact.__contains__
     suffixes = tuple(ends)

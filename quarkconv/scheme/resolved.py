@@ -77,10 +77,15 @@ def _effective(form: Form, declared: ModuleScheme, default: ModuleScheme) -> Mod
     """The scheme of a module that is stored quantized.
 
     The weight's follows from its scale. The activation's is static when an input scale is stored, and otherwise the
-    one that the config declares for the module or, where it excludes the module, for the rest.
+    one that the config declares for the module or, where it excludes the module, for the rest. Neither is symmetric
+    where the config declares otherwise.
     """
     claim = declared if declared.weight is not None else default
     weight = _WEIGHTS[form.granularity]
     if weight is not None and claim.weight is not None and not claim.weight.symmetric:
         weight = weight._replace(symmetric=False)
-    return ModuleScheme(weight, INPUT_STATIC if form.input_scale else claim.activation)
+    activation = claim.activation
+    if form.input_scale:
+        asymmetric = activation is not None and not activation.dynamic and not activation.symmetric
+        activation = INPUT_STATIC._replace(symmetric=not asymmetric)
+    return ModuleScheme(weight, activation)

@@ -80,7 +80,7 @@ def _check(check: Check, reader: Reader) -> None:
     second = None if check.second is None else read(reader, check.second)
     if check.kind == "zero" and first.strip(b"\0"):
         raise UnsupportedError(
-            "A zero point is not zero: the weights are not quantized symmetrically",
+            "A zero point is not zero: the quantization is not symmetric",
             tensor=check.first.tensor,
             file=check.first.file,
             expected="zeros",

@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import save_file
 from support.model import Model, int8_linear
 from support.moe_model import INDEX
-from support.quark_config import layer_config
+from support.quark_config import TENSOR_WEIGHT, layer_config
 from support.raw import write_json
 from support.reported import codes, finding, load, losses, refusal
 
@@ -172,3 +172,23 @@ def test_adapters_inside_the_model_are_named_and_no_engine_is_said_to_run_them(t
     assert not any(fact.verdict == "int8" for fact in inspection.engines)
     assert "wrapped-names" in losses(source, "compressed-tensors")
     assert sorted(load(source)) == sorted(model.first | model.second)
+
+
+@pytest.mark.parametrize("zero_point", [0, 5])
+def test_static_activations_that_are_declared_asymmetric_are_unsupported(zero_point: int, tmp_path: Path) -> None:
+    """As asymmetric weights are: nothing says what a missing zero point would be, and engines read none."""
+    model = Model()
+    layer = copy.deepcopy(layer_config())
+    layer["weight"] = copy.deepcopy(TENSOR_WEIGHT)
+    layer["input_tensors"] = {**copy.deepcopy(TENSOR_WEIGHT), "symmetric": False}
+    model.quantization["global_quant_config"] = layer
+    for shard in model.shards:
+        for scale in [name for name in shard if name.endswith(".weight_scale")]:
+            module = scale.removesuffix(".weight_scale")
+            shard[scale] = torch.tensor(0.01)
+            shard[f"{module}.input_scale"] = torch.tensor(0.02)
+            shard[f"{module}.input_zero_point"] = torch.tensor(zero_point, dtype=torch.int8)
+    source = model.write(tmp_path)
+    assert codes(source) == {"scheme-unsupported": "error"}
+    error = refusal(source, "fused-int8")
+    assert (error.exit_code, "int8 static asymmetric per_tensor activations" in str(error)) == (4, True)

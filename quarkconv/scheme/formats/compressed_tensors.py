@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from quarkconv.scheme.companions import CACHE_MODULES
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.patterns import Patience
 from quarkconv.scheme.spec import (
     FLOAT,
     INPUT_STATIC,
@@ -63,12 +63,11 @@ class CompressedTensorsScheme(DeclaredScheme):
                 weights,
                 self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
             )
-            targets = self._strings(group.get("targets"), f"config_groups.{key}.targets")
-            self._groups.append((name_filter(targets, globs=False, patience=patience), scheme))
-            if LINEAR_TYPE in targets and self.default == FLOAT:
+            where, targets = f"config_groups.{key}.targets", group.get("targets")
+            self._groups.append((self._filter(targets, where, patience=patience, merged=True), scheme))
+            if isinstance(targets, list) and LINEAR_TYPE in targets and self.default == FLOAT:
                 self.default = scheme
-        ignored = self._strings(config.get("ignore"), "ignore")
-        self._ignored = name_filter(ignored, globs=False, patience=patience)
+        self._ignored = self._filter(config.get("ignore"), "ignore", patience=patience, merged=True)
         kv_cache = self._spec(config.get("kv_cache_scheme"), "kv_cache_scheme")
         if kv_cache is not None:
             self.kv_cache = kv_cache

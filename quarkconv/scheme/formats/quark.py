@@ -14,7 +14,7 @@ from typing import Any
 
 from quarkconv.defects import invalid_quantization
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.patterns import Patience, first_match, name_filter
+from quarkconv.scheme.patterns import Patience, first_match
 from quarkconv.scheme.spec import FLOAT, PER_CHANNEL, PER_TOKEN, ModuleScheme, TensorSpec
 from quarkconv.text import shortened, word
 
@@ -45,8 +45,7 @@ class QuarkScheme(DeclaredScheme):
             )
         self._key = first_match(by_name, patience)
         self._layers = [self._layer(value, f"layer_quant_config.{shortened(key)}") for key, value in by_name.items()]
-        excluded = self._strings(config.get("exclude"), "exclude")
-        self._excluded = name_filter(excluded, globs=True, patience=patience)
+        self._excluded = self._filter(config.get("exclude"), "exclude", patience=patience, globs=True)
         export = self._object(config.get("export"), "export")
         self.stores_codes = export.get("weight_format", "real_quantized") == "real_quantized"
         group = self._strings(export.get("kv_cache_group"), "export.kv_cache_group")
