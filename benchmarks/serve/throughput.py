@@ -6,9 +6,9 @@ Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and to
 weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's layouts
 have one copy of the weights. Then each figure is measured in turn, round after round in alternating order, while the
 others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with --capture-prefill.
-Decode: the time that more new tokens take, for prompts of 128 tokens: the prefill cancels out. Log-probabilities of
-one prompt are compared between backends. With --profile, one prefill of each follows under torch's profiler: how long
-its kernels took, and for which part of the time the GPU was busy; for the rest it waited for the host.
+Decode: the median time of a step in which all sequences decode, after prompts of 128 tokens. Log-probabilities of one
+prompt are compared between backends. With --profile, one prefill of each follows under torch's profiler: how long its
+kernels took, and for which part of the time the GPU was busy; for the rest it waited for the host.
 
 Writes benchmarks/results/serve-<model>-<device>.json, or --out, after each figure: a run that is cut keeps what it
 measured. vLLM, and quarkconv with its entry point, must be installed, or lie on PYTHONPATH with their metadata.
@@ -31,6 +31,7 @@ import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from importlib.metadata import version
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -42,8 +43,8 @@ from models import MODELS, write_model
 
 PROMPT, PROMPTS = 8192, 4
 SHORT_PROMPT = 128
-NEW = (17, 81)
-"""New tokens of a short and of a long run; a step of decode is their difference in time over that in tokens."""
+NEW = 65
+"""New tokens of each sequence of decode."""
 SEQUENCES = (1, 8, 64, 256)
 PREFILL = "prefill"
 FIGURES = (PREFILL, *map(str, SEQUENCES))
@@ -146,6 +147,7 @@ class Server:
 def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
     """A worker: the first line of stdin builds the LLM and computes log-probabilities, each later one measures."""
     from vllm import LLM, SamplingParams
+    from vllm.sampling_params import RequestOutputKind
 
     channel = os.fdopen(results, "w")
     sys.stdin.readline()
@@ -173,12 +175,18 @@ def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
         return time.perf_counter() - began, outputs
 
     def step(count: int) -> float:
-        """Seconds of a step; measured again where a compiler or anything else made the short run the longer one."""
-        prompts = [prompt(SHORT_PROMPT, seed) for seed in range(count)]
-        while True:
-            short, long = (generate(prompts, max_tokens=new)[0] for new in NEW)
-            if long > short:
-                return (long - short) / (NEW[1] - NEW[0])
+        """Median seconds between two steps that each gave every sequence a token."""
+        sampling = SamplingParams(
+            temperature=0, ignore_eos=True, detokenize=False, max_tokens=NEW, output_kind=RequestOutputKind.DELTA
+        )
+        for seed in range(count):
+            llm.llm_engine.add_request(str(seed), prompt(SHORT_PROMPT, seed), sampling)
+        given = []
+        while llm.llm_engine.has_unfinished_requests():
+            outputs = llm.llm_engine.step()
+            given.append((time.perf_counter(), len(outputs)))
+        pairs = [(before, after) for before, after in pairwise(given) if before[1] == after[1] == count]
+        return statistics.median(after[0] - before[0] for before, after in pairs)
 
     def prefill() -> float:
         return generate([prompt(PROMPT, seed) for seed in range(PROMPTS)], max_tokens=1)[0]
@@ -203,7 +211,7 @@ def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
     logprobs = [row[token].logprob for row, token in rows]
     prefill()
     for count in SEQUENCES:
-        generate([prompt(SHORT_PROMPT, seed) for seed in range(count)], max_tokens=NEW[0])  # compiles what has not been
+        step(count)  # compiles what has not been
     send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
     for line in sys.stdin:
         send(measure(line.strip()))
