@@ -46,8 +46,13 @@ FUNCTION_NOTE: Final = "where the function of the layers is known"
 """End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
 """End of the note of a row that was never tried with them."""
+ENCODERS_NOTE: Final = "with encoders in float"
+"""End of the note of a row that was never tried with int8 linears of encoders. SGLang 0.5.23 gives the encoder of
+qwen3_vl_moe no quantization (``qwen3_vl.py``), and reads its codes as weights; vLLM's class quantizes it."""
 _TRIED: Final = ("served", "loader")
 """Kinds of evidence for which something ran."""
+_STACK: Final = re.compile(r".*?\.(?=\d+\.)")
+"""The start of the names of a stack of layers, up to the number: ``model.language_model.layers.``"""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
@@ -190,7 +195,8 @@ def engines_for(
         for fact in found
     ]
     found = [_in_one_release(fact, model_type) for fact in found]
-    for note in (*([FP8_NOTE] if description.fp8 else []), *([] if known else [FUNCTION_NOTE])):
+    conditions = {FP8_NOTE: description.fp8, ENCODERS_NOTE: _has_int8_encoders(description), FUNCTION_NOTE: not known}
+    for note in (note for note, found_here in conditions.items() if found_here):
         found = [
             fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {note}") if fact.verdict in _RUNS else fact
             for fact in found
@@ -252,6 +258,18 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
         if any(is_pattern(entry) and not entry.startswith("re:") for entry in entries):
             found.add("exclude-patterns")
     return found
+
+
+def _has_int8_encoders(description: Description) -> bool:
+    """Whether linears outside of the language model, such as those of an encoder of images, are int8."""
+    found = (_STACK.match(layer.moe) for layer in description.moe_layers)
+    stacks = tuple({match[0] for match in found if match is not None})
+    dequantized = frozenset(description.float_modules)
+    return bool(stacks) and any(
+        not name.startswith(stacks) and name not in dequantized and not description.is_mtp(name)
+        for (form, _), names in description.others.items()
+        for name in (names if form.quantized else ())
+    )
 
 
 def _latest(version: str) -> tuple[int, ...]:

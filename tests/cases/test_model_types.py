@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-from support.model import Model
+from support.model import Model, int8_linear
 from support.reported import codes, finding, two_stacks
 
 from quarkconv import inspect_checkpoint
@@ -64,3 +64,22 @@ def test_sound_needs_a_known_model_type(tmp_path: Path) -> None:
     assert known.headline.startswith("Sound")
     assert not unknown.headline.startswith("Sound")
     assert "a_type_of_tomorrow" in str(unknown.not_checked)
+
+
+def test_engines_are_checked_with_encoders_in_float_only(tmp_path: Path) -> None:
+    """SGLang 0.5.23 gives the encoder of qwen3_vl_moe no quantization, and so takes its codes for weights."""
+    model = Model()
+    for shard in model.shards:
+        for name in [name for name in shard if name.startswith("model.")]:
+            shard[name.replace("model.", "model.language_model.", 1)] = shard.pop(name)
+    text = {**model.config, "model_type": "qwen3_vl_moe_text"}
+    quantization = {**text.pop("quantization_config"), "exclude": ["lm_head", "re:.*mlp.gate$"]}
+    model.config = {"model_type": "qwen3_vl_moe", "text_config": text, "vision_config": {}}
+    model.config["quantization_config"] = quantization
+    engines = inspect_checkpoint(model.write(tmp_path / "float")).engines
+    runs = {fact.engine for fact in engines if fact.verdict == "int8"}
+    assert runs == {"vllm", "sglang"}
+    model.first |= int8_linear("model.visual.blocks.0.attn.qkv", 24, 8)
+    engines = inspect_checkpoint(model.write(tmp_path / "int8")).engines
+    assert "int8" not in {fact.verdict for fact in engines}
+    assert any(fact.note.endswith("with encoders in float") for fact in engines)
