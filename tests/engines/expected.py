@@ -189,8 +189,8 @@ def _stacked_float_experts(tensors: Tensors) -> Tensors:
 _FLOAT = {"gate_proj": ("up_proj", "down_proj", "gate_up_proj", "down_proj"), "w1": ("w3", "w2", "w13", "w2")}
 
 
-def fill(folder: Path) -> None:
-    """Give the tensors of an export of which only the headers were kept random content."""
+def fill(folder: Path) -> Path:
+    """Give the tensors of an export of which only the headers were kept random content; returns ``folder``."""
     random = torch.Generator().manual_seed(0)
     for file in sorted(folder.glob("*.safetensors")):
         tensors = load_file(file)
@@ -205,3 +205,4 @@ def fill(folder: Path) -> None:
                 values = torch.rand(tensor.shape, generator=random) + 0.5
                 tensor.copy_(values * 1e-2 if name.endswith("_scale") else values)
         save_file(tensors, file)
+    return folder

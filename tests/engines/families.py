@@ -25,6 +25,7 @@ _VOCABULARY: Final = (
 )  # fmt: skip
 _NOT_PADDED: Final = {"gemma4_text": ("model.embed_tokens.weight",)}
 _FLAT: Final = ("e_score_correction_bias", ".A_log")
+_ROUTED: Final = re.compile(r"\.(w13|w2)_weight(_scale)?$")
 
 _BELOW_LANGUAGE_MODEL: Final = (r"^model\.(?!language_model\.|visual\.)", "model.language_model.")
 _BAILING: Final = (
@@ -172,3 +173,10 @@ def _half_rotary(rows: torch.Tensor, head: int) -> torch.Tensor:
     *rotated, values = rows.chunk(3)
     halves = [part.reshape(-1, head // 2, 2, part.shape[1]).transpose(1, 2).reshape(part.shape) for part in rotated]
     return torch.cat([*halves, values])
+
+
+def experts_that_differ(model: torch.nn.Module, expected: Family, rank: Rank) -> list[str]:
+    """Names of the routed experts' parameters that do not hold what they must on a rank."""
+    experts = {name: value for name, value in model.named_parameters() if _ROUTED.search(name)}
+    assert experts
+    return [name for name, value in experts.items() if not torch.equal(expected.parameter(name, rank), value)]

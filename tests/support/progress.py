@@ -58,3 +58,16 @@ class WhileWriting(Silent):
     def advance(self, amount: int = 1) -> None:
         if self._writing:
             self._call(amount)
+
+
+class FullDisk(WhileWriting):
+    """Fails a conversion at its fifth advance as a full disk does."""
+
+    def __init__(self) -> None:
+        super().__init__(self._fail)
+        self._advances = 0
+
+    def _fail(self, _: int) -> None:
+        self._advances += 1
+        if self._advances == 5:
+            raise OSError(28, "No space left on device")

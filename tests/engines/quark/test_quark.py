@@ -61,8 +61,7 @@ class Converted:
         self.back = cache(self._back)
 
     def _source(self, name: str) -> Path:
-        source = self._checkpoints.copy(name, self._folder / "source" / name)
-        fill(source)
+        source = fill(self._checkpoints.copy(name, self._folder / "source" / name))
         path = source / "config.json"
         config = json.loads(path.read_text())
         older = {"num_experts": config.get("num_local_experts"), **config.get("rope_parameters", {})}

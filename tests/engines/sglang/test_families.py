@@ -15,7 +15,7 @@ from unittest.mock import patch
 import pytest
 import torch
 from engines.expected import RANKS, WHOLE
-from engines.families import Family, copy, ernie_mismatches, model_type
+from engines.families import Family, copy, ernie_mismatches, experts_that_differ, model_type
 from engines.sglang.loading import build, load, prepare
 from engines.sglang.test_loading import FORMS, mismatches
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8MoEMethod
@@ -32,7 +32,6 @@ LOADED: Final = (
     "longcat_flash", "mimo_v2_flash", "minimax_m2", "minimax_m3_vl", "mixtral", "olmoe", "phimoe", "qwen2_moe",
     "qwen3_5_moe", "qwen3_moe", "qwen3_next", "qwen3_vl_moe", "qwen4_exp_vl",
 )  # fmt: skip
-ROUTED: Final = re.compile(r"\.(w13|w2)_weight(_scale)?$")
 TARGETS: Final = [target for target in FORMS if target != "bf16"]
 
 
@@ -61,10 +60,7 @@ def test_ranks_keep_their_part_of_the_experts(tmp_path: Path, family: str) -> No
     expected = Family(source, "sglang")
     for rank in RANKS[1:]:
         model = load(build(out, rank), out)
-        experts = {name: value for name, value in model.named_parameters() if ROUTED.search(name)}
-        assert experts
-        wrong = [name for name, value in experts.items() if not torch.equal(expected.parameter(name, rank), value)]
-        assert wrong == [], rank
+        assert experts_that_differ(model, expected, rank) == [], rank
 
 
 WRONG: Final = {

@@ -6,18 +6,15 @@ The parameters are poisoned before, so that one that SGLang leaves alone, for a 
 from __future__ import annotations
 
 import json
-from functools import cache
-from pathlib import Path
 
 import pytest
 import torch
 from engines.expected import RANKS, WHOLE, Rank, Stacked
+from engines.forms import Forms
 from engines.sglang.loading import build, load, prepare
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config, W8A8Int8LinearMethod, W8A8Int8MoEMethod
 from support.exports import Checkpoints
-
-import quarkconv
 
 EXPORTS = (
     "qwen3_moe-quark0.13-f2f",
@@ -40,24 +37,9 @@ FORMS = {"w8a8-int8": None, "compressed-tensors": W8A8, "bf16": None}
 """Target -> what to give as ``--quantization``."""
 
 
-class Converted:
-    """Exports, and what they convert to, made once."""
-
-    def __init__(self, checkpoints: Checkpoints, folder: Path) -> None:
-        self._checkpoints = checkpoints
-        self._folder = folder
-        self.source = cache(lambda name: prepare(checkpoints.copy(name, folder / "source" / name)))
-        self.stacked = cache(lambda name: Stacked(self.source(name)))
-        self.converted = cache(self._convert)
-
-    def _convert(self, name: str, target: str) -> Path:
-        out = self._folder / target / name
-        return quarkconv.convert_checkpoint(self.source(name), target, out, max_shard_size=300_000, jobs=1).output
-
-
 @pytest.fixture(scope="module")
-def converted(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    return Converted(checkpoints, tmp_path_factory.mktemp("sglang"))
+def forms(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    return Forms(checkpoints, tmp_path_factory.mktemp("sglang"), prepare)
 
 
 def mismatches(model: torch.nn.Module, stacked: Stacked, rank: Rank, target: str) -> list[str]:
@@ -77,20 +59,20 @@ def mismatches(model: torch.nn.Module, stacked: Stacked, rank: Rank, target: str
 
 @pytest.mark.parametrize("target", FORMS)
 @pytest.mark.parametrize("name", EXPORTS)
-def test_every_parameter_is_what_stacking_gives(converted: Converted, name: str, target: str) -> None:
-    folder = converted.converted(name, target)
+def test_every_parameter_is_what_stacking_gives(forms: Forms, name: str, target: str) -> None:
+    folder = forms(name, target)
     for rank in RANKS:
         model = load(build(folder, rank, FORMS[target]), folder)
-        assert mismatches(model, converted.stacked(name), rank, target) == [], rank
+        assert mismatches(model, forms.stacked(name), rank, target) == [], rank
         if target != "bf16":
             assert any(key.endswith("experts.w13_weight_scale") for key, _ in model.named_parameters())
 
 
 @pytest.mark.parametrize("target", ["w8a8-int8", "compressed-tensors"])
 @pytest.mark.parametrize("name", EXPORTS)
-def test_int8_is_computed_where_int8_is_stored(converted: Converted, name: str, target: str) -> None:
-    stacked, seen = converted.stacked(name), {True: 0, False: 0}
-    for module_name, module in build(converted.converted(name, target), WHOLE, FORMS[target]).named_modules():
+def test_int8_is_computed_where_int8_is_stored(forms: Forms, name: str, target: str) -> None:
+    stacked, seen = forms.stacked(name), {True: 0, False: 0}
+    for module_name, module in build(forms(name, target), WHOLE, FORMS[target]).named_modules():
         method = getattr(module, "quant_method", None)
         experts = hasattr(module, "w13_weight")
         if method is None or not (experts or hasattr(module, "weight")) or "Embedding" in type(method).__name__:
@@ -104,8 +86,8 @@ def test_int8_is_computed_where_int8_is_stored(converted: Converted, name: str, 
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_the_config_is_accepted(converted: Converted, name: str) -> None:
-    config = json.loads((converted.converted(name, "w8a8-int8") / "config.json").read_text())
+def test_the_config_is_accepted(forms: Forms, name: str) -> None:
+    config = json.loads((forms(name, "w8a8-int8") / "config.json").read_text())
     read = W8A8Int8Config.from_config(config["quantization_config"])
     assert read.ignore == config["quantization_config"]["ignore"]
     assert read.ignore
@@ -127,17 +109,17 @@ of a linear."""
 
 
 @pytest.mark.parametrize(("name", "target", "quantization"), REFUSED)
-def test_what_sglang_refuses(converted: Converted, name: str, target: str, quantization: str | None) -> None:
+def test_what_sglang_refuses(forms: Forms, name: str, target: str, quantization: str | None) -> None:
     error, message = REFUSED[name, target, quantization]
     with pytest.raises(error, match=message):
-        build(converted.converted(name, target), WHOLE, quantization)
+        build(forms(name, target), WHOLE, quantization)
 
 
 @pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "deepseek_v3-quark0.13-f2f"])
-def test_fused_experts_are_skipped_in_silence(converted: Converted, name: str) -> None:
+def test_fused_experts_are_skipped_in_silence(forms: Forms, name: str) -> None:
     """With ``--quantization w8a8_int8``. Of DeepSeek the codes are loaded, and the scales are skipped."""
-    folder = converted.converted(name, "fused-int8")
-    wrong = mismatches(load(build(folder, WHOLE, W8A8), folder), converted.stacked(name), WHOLE, "fused-int8")
+    folder = forms(name, "fused-int8")
+    wrong = mismatches(load(build(folder, WHOLE, W8A8), folder), forms.stacked(name), WHOLE, "fused-int8")
     assert wrong
     assert all(".experts.w" in parameter for parameter in wrong)
     assert any(parameter.endswith("w13_weight_scale") for parameter in wrong)

@@ -7,18 +7,16 @@ classes.
 from __future__ import annotations
 
 import re
-from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from engines.expected import Stacked, fill
+from engines.forms import Forms
 from support.checkpoints import Tensors
 from support.exports import Checkpoints
 from transformers import AutoModelForCausalLM, PreTrainedModel
-
-import quarkconv
 
 EXPORTS = (
     "qwen3_moe-quark0.13-f2f",
@@ -45,28 +43,9 @@ NAMES = (
 """Names that published checkpoints have -> those of the classes in transformers 5."""
 
 
-class Converted:
-    """Exports, and what they convert to, made once."""
-
-    def __init__(self, checkpoints: Checkpoints, folder: Path) -> None:
-        self._checkpoints = checkpoints
-        self._folder = folder
-        self.source = cache(self._source)
-        self.converted = cache(self._convert)
-
-    def _source(self, name: str) -> Path:
-        source = self._checkpoints.copy(name, self._folder / "source" / name)
-        fill(source)
-        return source
-
-    def _convert(self, name: str, target: str) -> Path:
-        out = self._folder / target / name
-        return quarkconv.convert_checkpoint(self.source(name), target, out, max_shard_size=300_000, jobs=1).output
-
-
 @pytest.fixture(scope="module")
-def converted(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Converted:
-    return Converted(checkpoints, tmp_path_factory.mktemp("transformers"))
+def forms(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory) -> Forms:
+    return Forms(checkpoints, tmp_path_factory.mktemp("transformers"), fill)
 
 
 def from_pretrained(folder: Path) -> tuple[PreTrainedModel, dict[str, set[str]]]:
@@ -102,11 +81,11 @@ def of_mtp(name: str, model: PreTrainedModel) -> bool:
 
 
 @pytest.mark.parametrize("name", EXPORTS)
-def test_bf16_is_the_dequantized_model(converted: Converted, name: str) -> None:
-    model, loading_info = from_pretrained(converted.converted(name, "bf16"))
+def test_bf16_is_the_dequantized_model(forms: Forms, name: str) -> None:
+    model, loading_info = from_pretrained(forms(name, "bf16"))
     assert {name for name in loading_info.pop("unexpected_keys", set()) if not of_mtp(name, model)} == set()
     assert not loading_info
-    expected = reference(converted.source(name), model)
+    expected = reference(forms.source(name), model)
     for key, value in expected.state_dict().items():
         assert torch.equal(value, model.state_dict()[key]), key
     vocabulary = model.config.get_text_config().vocab_size
@@ -127,15 +106,15 @@ REFUSED = {
 
 @pytest.mark.parametrize("target", REFUSED)
 @pytest.mark.parametrize("name", ["qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager"])
-def test_what_transformers_refuses(converted: Converted, name: str, target: str) -> None:
+def test_what_transformers_refuses(forms: Forms, name: str, target: str) -> None:
     error, message = REFUSED[target]
     with pytest.raises(error, match=message):
-        from_pretrained(converted.converted(name, target))
+        from_pretrained(forms(name, target))
 
 
-def test_why_compressed_tensors_is_refused(converted: Converted, caplog: pytest.LogCaptureFixture) -> None:
+def test_why_compressed_tensors_is_refused(forms: Forms, caplog: pytest.LogCaptureFixture) -> None:
     with pytest.raises(RuntimeError):
-        from_pretrained(converted.converted("qwen3_moe-quark0.13-f2f", "compressed-tensors"))
+        from_pretrained(forms("qwen3_moe-quark0.13-f2f", "compressed-tensors"))
     assert "torch.cat(): expected a non-empty list of Tensors" in caplog.text
 
 
@@ -156,21 +135,19 @@ MISSING = {"gate_up_proj", "down_proj"}
         ("mixtral-quark0.11-eager", "w8a8-int8", {"weight_scale"}, set()),
     ],
 )
-def test_what_is_loaded_wrongly(
-    converted: Converted, name: str, target: str, unexpected: set[str], missing: set[str]
-) -> None:
+def test_what_is_loaded_wrongly(forms: Forms, name: str, target: str, unexpected: set[str], missing: set[str]) -> None:
     """With a warning and without an error: scales have no place, and codes become weights, or experts are random."""
-    model, loading_info = from_pretrained(converted.converted(name, target))
+    model, loading_info = from_pretrained(forms(name, target))
     assert {key.rpartition(".")[2] for key in loading_info["unexpected_keys"]} == unexpected
     assert {key.rpartition(".")[2] for key in loading_info.get("missing_keys", set())} == missing
     if not missing:
-        codes = Stacked(converted.source(name)).tensors[
+        codes = Stacked(forms.source(name)).tensors[
             "model.layers.0." + ("mlp.experts.gate_up_proj" if "qwen" in name else "block_sparse_moe.experts.w13")
         ]
         assert torch.equal(model.state_dict()["model.layers.0.mlp.experts.gate_up_proj"], codes.bfloat16())
 
 
-def test_there_is_no_class_for_step3p5(converted: Converted) -> None:
+def test_there_is_no_class_for_step3p5(forms: Forms) -> None:
     """Its bf16 is held by vLLM's class alone."""
     with pytest.raises(ValueError, match="Unrecognized configuration class"):
-        from_pretrained(converted.converted("step3p5-like-3key_fused", "bf16"))
+        from_pretrained(forms("step3p5-like-3key_fused", "bf16"))

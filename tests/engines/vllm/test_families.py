@@ -13,8 +13,8 @@ from typing import Final
 import pytest
 import torch
 from engines.expected import RANKS, WHOLE
-from engines.families import Family, copy, ernie_mismatches, model_type
-from engines.vllm.conftest import QUARK
+from engines.families import Family, copy, ernie_mismatches, experts_that_differ, model_type
+from engines.forms import QUARK
 from engines.vllm.exports import prepare
 from engines.vllm.loading import build, load
 from engines.vllm.test_loading import FORMS, mismatches
@@ -58,7 +58,6 @@ EXPORTED_WRONG: Final = {
 }
 """Families of which vLLM takes float linears of the export for int8: it looks them up under another name than the
 config has, or reads patterns as names."""
-ROUTED: Final = re.compile(r"\.(w13|w2)_weight(_scale)?$")
 INT8_FORMS: Final = [form for form in FORMS if form != "bf16"]
 _ELSEWHERE: Final = {
     *((family, "fused-int8") for family in (*FUSED_REFUSED, *FUSED_SKIPPED, *NOT_FUSED)),
@@ -91,10 +90,7 @@ def test_ranks_keep_their_part_of_the_experts(tmp_path: Path, family: str) -> No
     expected = Family(source, "vllm")
     for rank in RANKS[1:]:
         model = load(build(folder, rank), rank)
-        experts = {name: value for name, value in model.named_parameters() if ROUTED.search(name)}
-        assert experts
-        wrong = [name for name, value in experts.items() if not torch.equal(expected.parameter(name, rank), value)]
-        assert wrong == [], rank
+        assert experts_that_differ(model, expected, rank) == [], rank
 
 
 @pytest.mark.parametrize("family", FUSED_REFUSED)

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 import torch
 from engines.expected import RANKS, WHOLE, Rank, Stacked
-from engines.vllm.conftest import QUARK, Forms
+from engines.forms import QUARK, Forms
 from engines.vllm.loading import build, load
 from support.checkpoints import Tensors, edit_checkpoint
 from support.checkpoints import load as load_tensors

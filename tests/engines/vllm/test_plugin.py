@@ -17,8 +17,8 @@ import pytest
 import torch
 import vllm
 from engines.expected import RANKS, WHOLE, Rank, Stacked
+from engines.forms import QUARK, Forms
 from engines.forward import exact_experts, relative_error
-from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
 from vllm.config import set_current_vllm_config
 from vllm.model_executor.layers import activation as activations

@@ -44,8 +44,7 @@ def converted(checkpoints: Checkpoints, tmp_path_factory: pytest.TempPathFactory
 
     def convert(name: str) -> tuple[Path, Path]:
         folder = tmp_path_factory.mktemp("ascend")
-        source = checkpoints.copy(name, folder / "source")
-        fill(source)
+        source = fill(checkpoints.copy(name, folder / "source"))
         path = source / "config.json"
         config = json.loads(path.read_text())
         path.write_text(json.dumps(config | PUBLISHED.get(config["model_type"], {})))
