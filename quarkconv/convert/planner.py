@@ -21,7 +21,7 @@ from quarkconv.plan.pieces import SourceFile, TextFile
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.quantize import computed
 from quarkconv.plan.shards import in_natural_order, pack_shards
-from quarkconv.progress import SILENT, Progress
+from quarkconv.progress import Progress
 from quarkconv.scheme.options import DEFAULT, SourceOptions
 from quarkconv.targets.base import Target
 from quarkconv.targets.changes import conversion_findings
@@ -33,7 +33,7 @@ _NOT_COPIED: Final = (*OTHER_WEIGHTS, ".safetensors", ".index.json")
 
 
 def plans_of(
-    source: Located, target: Target, options: Options, ranks: Iterable[Rank], progress: Progress = SILENT
+    source: Located, target: Target, options: Options, ranks: Iterable[Rank], progress: Progress
 ) -> Iterator[Plan]:
     """Describe a model, and plan its conversion for some ranks. Errors as of :func:`make_plan`.
 

@@ -109,7 +109,7 @@ class ModelConfig:
         count = self.experts if part is self.text else _first_count(_with_expert_parts(part), EXPERT_COUNT)
         return None if count is None else _length(self.rank.experts(count))
 
-    def without_mtp(self, counted_in: int = 0) -> dict[str, Any]:
+    def without_mtp(self, counted_in: int) -> dict[str, Any]:
         """A copy of config.json that claims no layers of multi-token prediction.
 
         Args:

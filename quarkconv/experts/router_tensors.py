@@ -8,7 +8,6 @@ from typing import NamedTuple
 from quarkconv.experts.config_values import positive_int
 from quarkconv.experts.family import Keys
 from quarkconv.experts.function import Routing, Unknown
-from quarkconv.experts.knowledge import knowledge
 from quarkconv.experts.known import Known
 from quarkconv.experts.layer import MoELayer
 
@@ -24,13 +23,8 @@ class RouterNames(NamedTuple):
     token_ids: str | None = None
 
 
-def hidden_size_of(config: object, module: str = "") -> int | None:
-    """Width of the hidden states that a router sees, where it is not that of the experts' input."""
-    return hidden_size(knowledge(config, module))
-
-
 def hidden_size(known: Known | Unknown) -> int | None:
-    """As :func:`hidden_size_of`, for a stack of layers of which this is known."""
+    """Width of the hidden states that the routers of a stack of layers see, where it is not the experts' input's."""
     if isinstance(known, Unknown) or known.hidden_size() is None:
         return None
     return positive_int(known.config.get("hidden_size"))
@@ -73,7 +67,7 @@ def router_shapes(
         routing: how the layer routes.
         names: of its tensors.
         layer: the layer.
-        hidden_size: of :func:`hidden_size_of`.
+        hidden_size: of :func:`hidden_size`.
     """
     rows = routing.experts + routing.zero_experts
     width = layer.hidden if hidden_size is None else hidden_size

@@ -9,7 +9,7 @@ from quarkconv.errors import WriteError
 from quarkconv.progress import SILENT, Progress
 
 
-def create_repo(repo: str, *, private: bool = False, progress: Progress = SILENT) -> None:
+def create_repo(repo: str, *, private: bool, progress: Progress = SILENT) -> None:
     """Create a repo, if it does not exist.
 
     Args:

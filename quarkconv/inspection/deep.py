@@ -17,7 +17,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Files, Range
 from quarkconv.findings import Finding, FindingsAbout, Severity
 from quarkconv.headers.safetensors import TensorRef
-from quarkconv.progress import SILENT, Progress
+from quarkconv.progress import Progress
 from quarkconv.scheme.companions import describes_activations
 from quarkconv.scheme.scale_values import are_finite
 from quarkconv.scheme.stored import SCALE_DTYPES
@@ -28,7 +28,7 @@ _BLOCK: Final = 2**20
 _LEAST_NORMAL: Final = 2.0**-126
 
 
-def deep_findings(description: Description, progress: Progress = SILENT) -> Iterator[Finding]:
+def deep_findings(description: Description, progress: Progress) -> Iterator[Finding]:
     """Read every scale and zero point, and report wrong ones.
 
     Args:

@@ -157,7 +157,7 @@ def _table() -> dict[str, Any]:
 
 
 def engines_for(
-    description: Description, converted_to: Collection[str], *, contradicted: bool = False, known: bool = True
+    description: Description, converted_to: Collection[str], *, contradicted: bool, known: bool
 ) -> list[EngineFact]:
     """The rows that apply to a checkpoint as it is and after each conversion.
 

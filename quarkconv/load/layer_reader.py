@@ -269,7 +269,7 @@ def _bias_name(weight: str) -> str:
     return f"{weight.removesuffix('.weight')}.bias"
 
 
-def _part(values: Tensor, part: Part, *, alternate: bool = False) -> Tensor:
+def _part(values: Tensor, part: Part, *, alternate: bool) -> Tensor:
     if alternate and part.of > 1:
         return values.reshape(-1, part.of)[:, part.number]
     size = len(values) // part.of

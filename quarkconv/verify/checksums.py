@@ -36,10 +36,10 @@ def check_bytes(
     source: Files | None,
     progress: Callable[[int], None],
     jobs: int,
-    skip: Collection[str] = (),
+    skip: Collection[str],
     *,
-    only: Collection[str] | None = None,
-    fail_fast: bool = False,
+    only: Collection[str] | None,
+    fail_fast: bool,
 ) -> tuple[BytesResult, list[Problem]]:
     """Compare every byte of a converted checkpoint with its manifest, and with the source where there is one.
 

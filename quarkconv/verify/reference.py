@@ -124,8 +124,8 @@ def float_forward(
     weight: Callable[[Role, int], Tensor],
     activation: ExpertActivation,
     *,
-    bias: Callable[[Role, int], Tensor] | None = None,
-    on_input: bool = False,
+    bias: Callable[[Role, int], Tensor] | None,
+    on_input: bool,
 ) -> Tensor:
     """The forward of the model before it was quantized.
 

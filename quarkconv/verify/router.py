@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from quarkconv.experts.function import Routing, Unknown
-from quarkconv.experts.router_tensors import fits_router, hidden_size_of, router_shapes, router_tensor_names
+from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.router_tensors import fits_router, hidden_size, router_shapes, router_tensor_names
 from quarkconv.experts.topology import MoELayer
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.routing import RouterExtras, route, routing_of, uniform_routing
@@ -64,7 +65,7 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -
     if isinstance(routing, Unknown):
         return routing
     names = router_tensor_names(routing, layer.moe, reader.has)
-    for name, shape in router_shapes(routing, names, layer, hidden_size_of(config, layer.moe)):
+    for name, shape in router_shapes(routing, names, layer, hidden_size(knowledge(config, layer.moe))):
         if not reader.is_float(name):
             return Unknown(f"{name} is not stored in float" if reader.has(name) else f"{name} is not stored")
         found = reader.shape(name)

@@ -39,7 +39,7 @@ class RemoteSource:
         SourceError: a file has another size than planned.
     """
 
-    def __init__(self, files: RemoteFiles, plan: Plan, turn: Path | None = None) -> None:
+    def __init__(self, files: RemoteFiles, plan: Plan, turn: Path | None) -> None:
         self._files = files
         self._turn = turn
         self._names = [name for name, _ in plan.sources]

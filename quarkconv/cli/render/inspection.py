@@ -30,7 +30,7 @@ _VERDICT_STYLES: Final = {
 }
 
 
-def render_inspection(inspection: Inspection, *, everything: bool = False) -> RenderableType:
+def render_inspection(inspection: Inspection, *, everything: bool) -> RenderableType:
     """Verdict and advice; then findings, contents, targets and engines.
 
     Args:
