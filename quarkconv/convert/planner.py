@@ -12,8 +12,8 @@ from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.ranks import RANK_KEY, WHOLE, Rank
 from quarkconv.findings import bounded
-from quarkconv.headers.checkpoint import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, MODELOPT_NAME
 from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.file_names import ASCEND_NAME, CONFIG_NAME, INDEX_NAME, MANIFEST_NAME, MODELOPT_NAME
 from quarkconv.headers.shard_files import OTHER_WEIGHTS
 from quarkconv.hub.locate import Located
 from quarkconv.plan.experts import geometry_of

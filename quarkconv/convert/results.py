@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from quarkconv.errors import UsageError
-from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.plan import Plan
 from quarkconv.plan.shares import Share
 from quarkconv.write.modes import Join, Mode

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from quarkconv.findings import Finding, FindingsAbout, finding
-from quarkconv.headers.checkpoint import ASCEND_NAME, Checkpoint
+from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.headers.file_names import ASCEND_NAME
 from quarkconv.scheme.formats.ascend import AscendScheme
 from quarkconv.scheme.merged import MERGED
 from quarkconv.text import plural

@@ -11,8 +11,9 @@ from quarkconv.description.one_scheme import scheme_findings
 from quarkconv.description.other_scales import in_blocks, scales_under_other_names, under_other_names
 from quarkconv.experts.config import QUANTIZATION_KEY, ModelConfig
 from quarkconv.experts.family import Family, FamilyOf
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.ranks import Rank
-from quarkconv.experts.topology import MoELayer, Topology
+from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
 from quarkconv.scheme.resolved import Groups, ResolvedModules

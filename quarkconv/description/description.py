@@ -29,14 +29,16 @@ from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
+from quarkconv.experts.layer import Layout, MoELayer
 from quarkconv.experts.naming import ENGINE_NAMES, FUSED_LEAVES, STACKED_MODEL_TYPES, ExpertNaming
-from quarkconv.experts.topology import Layout, MoELayer, Topology, expert_topology
+from quarkconv.experts.topology import Topology, expert_topology
 from quarkconv.experts.unread import are_modules
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import has_file
 from quarkconv.findings import Finding, Severity, bounded
-from quarkconv.headers.checkpoint import MODELOPT_NAME, Checkpoint, open_checkpoint
+from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
+from quarkconv.headers.file_names import MODELOPT_NAME
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.declared import DeclaredScheme, ModelOptScheme, UnknownScheme
 from quarkconv.scheme.formats.ascend import AscendScheme

@@ -6,8 +6,9 @@ from collections.abc import Iterator
 from typing import Final
 
 from quarkconv.experts.config import ModelConfig
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ENGINE_NAMES
-from quarkconv.experts.topology import MoELayer, Topology
+from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.resolved import Groups
 from quarkconv.text import plural

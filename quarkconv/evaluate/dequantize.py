@@ -8,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.evaluate.skeleton import FLAT, is_flat
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ROLES
-from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 
 

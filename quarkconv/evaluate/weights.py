@@ -19,7 +19,7 @@ from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.dequantize import dequantized, expert_floats, stacked
 from quarkconv.evaluate.int8 import linear_groups
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader

@@ -9,9 +9,7 @@ from typing import Final, NamedTuple
 
 from quarkconv.experts.config import STACKS
 from quarkconv.experts.family import FamilyOf
-from quarkconv.experts.layer import Layout as Layout
-from quarkconv.experts.layer import MoELayer as MoELayer
-from quarkconv.experts.layer import Part as Part
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
 from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, PAIRED, STACKED, ExpertNaming
 from quarkconv.experts.unread import names_not_understood, unread_findings

@@ -20,22 +20,16 @@ from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import leads_outside, walk
 from quarkconv.findings import Finding, FindingsAbout, Severity, as_finding, finding
 from quarkconv.headers.collector import collector_paused
-from quarkconv.headers.index import INDEX_NAME as INDEX_NAME
+from quarkconv.headers.file_names import ASCEND_NAME, CONFIG_NAME, INDEX_NAME
 from quarkconv.headers.index import Index, compare_index, read_index
 from quarkconv.headers.rank_index import refuse_rank_objects
 from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
 from quarkconv.headers.shard_files import check_directory, safetensors_files, shard_names, unused
-from quarkconv.headers.unfinished import MANIFEST_NAME as MANIFEST_NAME
 from quarkconv.headers.unfinished import refuse_unfinished_objects
 from quarkconv.progress import SILENT, Progress, counting
 from quarkconv.text import plural
 
-CONFIG_NAME: Final = "config.json"
-ASCEND_NAME: Final = "quant_model_description.json"
-"""The quantization of each tensor, in the format of Ascend's msModelSlim."""
-MODELOPT_NAME: Final = "hf_quant_config.json"
-"""The quantization of the model, in the format of NVIDIA's ModelOpt."""
 _ADAPTER_NAME: Final = "adapter_config.json"
 _MERGE_ADAPTER: Final = "this is an adapter: merge it into its base model, and quantize the result"
 

@@ -10,12 +10,12 @@ from quarkconv.defects import invalid_index
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_INDEX_BYTES, has_file, parse_json_object, read_bytes_of
 from quarkconv.findings import Finding, FindingsAbout, finding
+from quarkconv.headers.file_names import INDEX_NAME
 from quarkconv.headers.quantizer_names import names_in_index
 from quarkconv.headers.safetensors import ShardHeader
 from quarkconv.headers.scan import Run, runs_of, scan_index
 from quarkconv.text import plural, shown
 
-INDEX_NAME: Final = "model.safetensors.index.json"
 _INDEX_NAMES: Final = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
 """Names under which tools write an index; the second is that of Ascend's msModelSlim."""
 MAX_SHARDS: Final = 10_000

@@ -11,7 +11,8 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
 from quarkconv.findings import Finding, FindingsAbout
-from quarkconv.headers.index import INDEX_NAME, Index
+from quarkconv.headers.file_names import INDEX_NAME
+from quarkconv.headers.index import Index
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.unfinished import refuse_unfinished
 from quarkconv.text import examples, plural

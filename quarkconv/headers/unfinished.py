@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Final
 
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import read_regular
+from quarkconv.headers.file_names import MANIFEST_NAME
 
 if TYPE_CHECKING:
     from quarkconv.files.remote import RemoteFiles
@@ -18,8 +19,6 @@ STAGING_NAME: Final = ".quarkconv"
 """Folder in an output directory that a conversion works in. The last step removes it."""
 STATE_NAME: Final = "plan.json"
 """File in that folder: the conversion and its command."""
-MANIFEST_NAME: Final = "quarkconv.json"
-"""The manifest of a conversion; see :mod:`quarkconv.plan.manifest`. A finished output has it."""
 NOTES_NAME: Final = "notes"
 """Folder in that folder: a note for each finished shard."""
 STATE_PATH: Final = f"{STAGING_NAME}/{STATE_NAME}"

@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Final, NamedTuple
 
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import Role
 from quarkconv.experts.ranks import WHOLE, Rank
-from quarkconv.experts.topology import MoELayer
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.manifest import Manifest, WrittenTensor
 from quarkconv.plan.shards import PAGE

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 
 from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 
 LayerName = int | str
 """Number of a layer, or its module: ``model.layers.3.mlp.experts``, or ``model.layers.3.mlp`` around the experts."""

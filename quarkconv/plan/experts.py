@@ -12,9 +12,9 @@ from math import prod
 from typing import NamedTuple
 
 from quarkconv.experts.config import ModelConfig
+from quarkconv.experts.layer import Layout, MoELayer, Part
 from quarkconv.experts.naming import ExpertNaming, Role
 from quarkconv.experts.ranks import WHOLE, Rank
-from quarkconv.experts.topology import Layout, MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.pieces import Check, Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
 from quarkconv.scheme.resolved import ResolvedModules

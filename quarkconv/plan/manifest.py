@@ -26,7 +26,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import read_json_of
 from quarkconv.files.local import LocalFiles
-from quarkconv.headers.checkpoint import MANIFEST_NAME
+from quarkconv.headers.file_names import MANIFEST_NAME
 from quarkconv.plan.fields import checksum, count, file_name, text
 from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
 from quarkconv.plan.pieces import MoEGeometry, Piece, SourceFile

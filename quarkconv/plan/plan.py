@@ -15,7 +15,7 @@ from typing import Any, Final
 from quarkconv.errors import SourceError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank
 from quarkconv.findings import Finding, finding_from_json
-from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, INDEX_NAME, MANIFEST_NAME
 from quarkconv.plan.fields import count, file_name, text
 from quarkconv.plan.json import moe_from_json, piece_from_json, piece_to_json
 from quarkconv.plan.pieces import Check, Copy, MoEGeometry, OutputShard, OutputTensor, Piece, SourceFile, TextFile

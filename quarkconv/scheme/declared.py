@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from functools import partial
 from typing import Any, ClassVar, Final, NamedTuple
 
-from quarkconv.headers.checkpoint import MODELOPT_NAME
+from quarkconv.headers.file_names import MODELOPT_NAME
 from quarkconv.scheme.merged import with_parts
 from quarkconv.scheme.patterns import Patience, name_filter
 from quarkconv.scheme.spec import FLOAT, PER_TENSOR, SCHEME_NAMES, ModuleScheme, TensorSpec

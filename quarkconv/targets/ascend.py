@@ -17,7 +17,7 @@ from typing import Any
 
 from quarkconv.description.description import Description
 from quarkconv.description.disagreements import partly_int8
-from quarkconv.headers.checkpoint import ASCEND_NAME
+from quarkconv.headers.file_names import ASCEND_NAME
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, TextFile, Zeros
 from quarkconv.scheme.companions import name_in_engines

@@ -9,7 +9,7 @@ from typing import Any, ClassVar, NamedTuple
 
 from quarkconv.description.description import Description
 from quarkconv.description.fp8 import block_scale
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.plan.experts import ExpertSource, Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, TextFile
 from quarkconv.scheme.stored import Form, linear_names

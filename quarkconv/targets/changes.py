@@ -10,7 +10,7 @@ from quarkconv.description.description import Description
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.files.json_files import has_file
 from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, FindingsAbout, Severity, bounded, finding
-from quarkconv.headers.checkpoint import MODELOPT_NAME
+from quarkconv.headers.file_names import MODELOPT_NAME
 from quarkconv.targets.base import Target
 from quarkconv.targets.settings import dropped_settings
 from quarkconv.text import plural

@@ -19,8 +19,8 @@ from collections.abc import Iterator
 from typing import Final
 
 from quarkconv.description.description import Description
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import Role
-from quarkconv.experts.topology import MoELayer
 from quarkconv.plan.experts import ExpertSource
 from quarkconv.plan.pieces import Check, OutputTensor
 from quarkconv.targets.compressed_tensors_form import CompressedTensorsForm

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.plan.experts import ExpertSource, expert_modules
 from quarkconv.plan.pieces import Check, OutputTensor
 from quarkconv.targets.base import Target

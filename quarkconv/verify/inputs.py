@@ -18,7 +18,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from quarkconv.errors import SourceError, UsageError
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.reference import CODE_MAX
 

@@ -13,7 +13,7 @@ from typing import Final
 import torch
 
 from quarkconv.experts.function import ExpertActivation, Unknown
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer_results import SCALE_EDGES, LayerExperts, LayerNumbers

@@ -8,7 +8,7 @@ from typing import Final
 from quarkconv.description.description import Description
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding
 from quarkconv.text import examples, plural
 from quarkconv.verify.numbers import unsupported_activation

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 
 from quarkconv.experts.function import ExpertActivation, Unknown
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ROLES, Role
-from quarkconv.experts.topology import MoELayer
 from quarkconv.kernels import fused_experts_int8
 from quarkconv.load.experts import FusedExperts, Projection
 from quarkconv.verify.bounds import NOISE_SAMPLES, exact_bound, noise_bound

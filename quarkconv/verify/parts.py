@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from quarkconv.description.description import Description
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.load.layer_reads import LayerPart, covered, written_tensors
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.shares import Share

@@ -15,8 +15,8 @@ from typing import Final, NamedTuple
 
 from torch import Tensor
 
+from quarkconv.experts.layer import MoELayer, Part
 from quarkconv.experts.naming import Role
-from quarkconv.experts.topology import MoELayer, Part
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.load.layer_reader import LayerReader
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.router_tensors import fits_router, hidden_size, router_shapes, router_tensor_names
-from quarkconv.experts.topology import MoELayer
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.routing import RouterExtras, route, routing_of, uniform_routing
 

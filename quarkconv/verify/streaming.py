@@ -20,7 +20,7 @@ import torch
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.experts.knowledge import expert_activation
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.load.arenas import Arena, ArenaPool
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader

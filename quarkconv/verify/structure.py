@@ -9,9 +9,10 @@ from quarkconv.description.description import Description
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import expert_activation, expert_routing
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import CODES, NOT_UNDERSTOOD, Finding
-from quarkconv.headers.checkpoint import ASCEND_NAME, MODELOPT_NAME, Checkpoint
+from quarkconv.headers.checkpoint import Checkpoint
+from quarkconv.headers.file_names import ASCEND_NAME, MODELOPT_NAME
 from quarkconv.plan.manifest import Manifest
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem, StructureResult

@@ -16,9 +16,8 @@ from quarkconv.errors import UnsupportedError, UsageError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge
 from quarkconv.experts.known import Known
-from quarkconv.experts.layer import Part
+from quarkconv.experts.layer import MoELayer, Part
 from quarkconv.experts.naming import Role
-from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.layer_results import WeightError

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Final
 
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.results import Problem
 

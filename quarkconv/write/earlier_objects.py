@@ -9,7 +9,7 @@ from quarkconv.cloud.objects import Objects
 from quarkconv.cloud.uploads import clear_uploads
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.files.remote import Entry
-from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import STAGING_NAME, STATE_PATH, parse_state
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.text import shortened

@@ -19,7 +19,7 @@ import xxhash
 
 from quarkconv.errors import InterruptedByUser, interrupted
 from quarkconv.files.arenas import trim_heaps
-from quarkconv.headers.checkpoint import CONFIG_NAME, INDEX_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, INDEX_NAME
 from quarkconv.plan.manifest import Manifest, WrittenFile, WrittenShard, manifest_to_bytes
 from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.plan import Plan

@@ -25,7 +25,7 @@ from quarkconv.cloud.objects import PART_BYTES, ConditionsUnsupportedError, Obje
 from quarkconv.cloud.uploads import clear_uploads
 from quarkconv.errors import WriteError
 from quarkconv.files.remote import Entry
-from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_PATH, parse_state
 from quarkconv.plan.manifest import WrittenFile, WrittenShard
 from quarkconv.plan.pieces import OutputShard, SourceFile

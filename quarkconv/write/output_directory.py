@@ -15,7 +15,7 @@ from typing import Any, Final
 
 from quarkconv.errors import SourceError, UsageError
 from quarkconv.files.regular import walk
-from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import STAGING_NAME, STATE_NAME, read_state
 from quarkconv.plan.manifest import Manifest, read_manifest
 from quarkconv.plan.pieces import OutputShard

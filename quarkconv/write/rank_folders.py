@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Final
 
 from quarkconv.errors import UsageError
-from quarkconv.headers.checkpoint import MANIFEST_NAME
+from quarkconv.headers.file_names import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.plan import Plan

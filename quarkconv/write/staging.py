@@ -27,7 +27,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
-from quarkconv.headers.checkpoint import CONFIG_NAME, MANIFEST_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, MANIFEST_NAME
 from quarkconv.headers.unfinished import NOTES_NAME, STAGING_NAME, STATE_NAME, read_state
 from quarkconv.plan.manifest import WrittenFile, WrittenShard
 from quarkconv.plan.pieces import OutputShard, SourceFile

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from quarkconv.dtypes import TensorType
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import FUSED_LEAVES
-from quarkconv.experts.topology import MoELayer, Topology, expert_topology
+from quarkconv.experts.topology import Topology, expert_topology
 from quarkconv.scheme.stored import stored_modules
 
 Types = dict[str, tuple[str, tuple[int, ...]]]

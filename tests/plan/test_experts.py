@@ -9,8 +9,8 @@ import torch
 from support.checkpoints import load, make_checkpoint, raw
 
 from quarkconv.description.description import Description, describe
+from quarkconv.experts.layer import Part
 from quarkconv.experts.naming import Role
-from quarkconv.experts.topology import Part
 from quarkconv.plan.experts import ExpertSource, part_of
 from quarkconv.plan.pieces import Copy, Piece, Rows, f32_rows
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 from safetensors import safe_open
 
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 
 Stacked = dict[str, torch.Tensor | None]
 

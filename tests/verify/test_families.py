@@ -18,8 +18,8 @@ from quarkconv.description.description import describe
 from quarkconv.evaluate.dequantize import expert_floats
 from quarkconv.experts.function import ExpertActivation, Routing
 from quarkconv.experts.knowledge import expert_activation, expert_routing
+from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.ranks import make_rank
-from quarkconv.experts.topology import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.numbers import unsupported_activation

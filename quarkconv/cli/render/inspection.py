@@ -13,7 +13,7 @@ from rich.text import Text
 from quarkconv.cli.out import indented, printable, title, verdict
 from quarkconv.cli.render.charts import size_bars
 from quarkconv.cli.render.findings import render_findings
-from quarkconv.experts.topology import MoELayer
+from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import NOT_UNDERSTOOD
 from quarkconv.inspection.engines import ENGINE_NAMES, NOT_CHECKED, EngineFact, stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme

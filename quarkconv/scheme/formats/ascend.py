@@ -18,7 +18,7 @@ from collections.abc import Mapping
 from typing import Any, ClassVar, Final
 
 from quarkconv.dtypes import TensorType
-from quarkconv.headers.checkpoint import ASCEND_NAME
+from quarkconv.headers.file_names import ASCEND_NAME
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.spec import FLOAT, FOREIGN, PTPC, PTPC_NAME, ModuleScheme, TensorSpec
 from quarkconv.text import shortened, word
