@@ -14,6 +14,9 @@ separate, for the terminal and for ``--json``.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
 from typing import Any, ClassVar, TypedDict, Unpack
 
 
@@ -124,3 +127,15 @@ def interrupted() -> InterruptedByUser:
     return InterruptedByUser(
         "Interrupted; finished work is kept", hint="run the same command again: it resumes where it stopped"
     )
+
+
+@contextmanager
+def naming_files_in(root: Path | str) -> Iterator[None]:
+    """Let errors about the files of a checkpoint name them by their path, where they have the name inside of ``root``."""
+    try:
+        yield
+    except (SourceError, UnsupportedError) as error:
+        named = error.file is None or error.file == str(root) or error.file.startswith((f"{root}/", "/"))
+        if not named and "://" not in str(error.file):
+            error.file = f"{root}/{error.file}"
+        raise

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from enum import StrEnum
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
@@ -21,6 +21,9 @@ from quarkconv.write.modes import Finish, Join, Mode, OnRay, Whole
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
+
+
+_FEW_BYTES: Final = 1000
 
 
 class QuantizeMode(StrEnum):
@@ -122,6 +125,7 @@ def convert(
 
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     get_target(to)  # a wrong name fails before the model is located
+    _require_unit(max_shard_size)
     mode = _mode(
         part=part, join=join, ray=ray, finish=finish, overwrite=overwrite, push=push, private=private, dry_run=dry_run
     )
@@ -155,6 +159,20 @@ def convert(
 
     output.show(value, render)
     return 0
+
+
+def _require_unit(size: str) -> None:
+    """Refuse a shard size that is a few bytes: each tensor would become a file.
+
+    Raises:
+        UsageError: it is a small number without a unit.
+    """
+    if size.isdecimal() and 0 < int(size) < _FEW_BYTES:
+        raise UsageError(
+            "Invalid --max-shard-size",
+            expected="a size with its unit, such as 5GB",
+            found=f"{size}, which is a number of bytes",
+        )
 
 
 def _mode(
@@ -199,4 +217,4 @@ def _mode(
 
 
 def _excluded(*options: str, hint: str | None = None) -> UsageError:
-    return UsageError("Options exclude one another", expected="one of them", found=" and ".join(options), hint=hint)
+    return UsageError(f"{' and '.join(options)} exclude one another", expected="one of them", found="both", hint=hint)

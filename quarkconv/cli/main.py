@@ -20,11 +20,14 @@ _PLAIN: Final = "quarkconv.plain"
 """Name of the error handler for characters that a terminal cannot show."""
 BROKEN_PIPE: Final = 128 + 13
 """Exit code of a program that is ended by SIGPIPE."""
+_RETRY_SECONDS: Final = 0.05
 
 
 def main(args: list[str] | None = None) -> NoReturn:
     """Run the program and exit with its code; known errors are printed without a traceback."""
-    signal.signal(signal.SIGTERM, _terminate)
+    signal.signal(signal.SIGTERM, _interrupt)
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:  # not ignored, as in the background of a script
+        signal.signal(signal.SIGINT, _interrupt)
     words = sys.argv[1:] if args is None else args
     as_json = "--json" in words
     try:
@@ -87,5 +90,16 @@ def _exit_with(error: QuarkconvError, *, as_json: bool) -> NoReturn:
     sys.exit(error.exit_code)
 
 
-def _terminate(signum: int, frame: object) -> NoReturn:  # noqa: ARG001
+def _interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
+    """Raise KeyboardInterrupt; while torch is imported, a moment later.
+
+    Its extension takes an exception from the import of numpy for a missing numpy, and the command would go on; one in
+    other places aborts the process.
+    """
+    spec = getattr(sys.modules.get("torch"), "__spec__", None)
+    if getattr(spec, "_initializing", False):
+        signal.signal(signal.SIGALRM, _interrupt)
+        signal.setitimer(signal.ITIMER_REAL, _RETRY_SECONDS)
+        return
+    signal.setitimer(signal.ITIMER_REAL, 0)
     raise KeyboardInterrupt

@@ -70,7 +70,7 @@ class Output(NamedTuple):
         if self.json:
             print_json(value)
         else:
-            console().print(render())
+            console().print(render(), crop=False)  # commands to copy are longer than lines
 
 
 def open_output(*, json: bool = False, verbose: bool = False, quiet: bool = False) -> Output:

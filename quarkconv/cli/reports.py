@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shlex
 import sys
+from contextlib import suppress
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Final
@@ -51,4 +52,11 @@ def write_report(name: str, html: str) -> None:
         part.write_text(html, encoding="utf-8")
         os.replace(part, name)
     except OSError as error:
-        raise WriteError("The report cannot be written", file=name, found=error.strerror or str(error)) from error
+        with suppress(OSError):
+            part.unlink()
+        raise WriteError(
+            "The report cannot be written",
+            file=name,
+            found=error.strerror or str(error),
+            hint="give another --report, or leave it out",
+        ) from error

@@ -103,7 +103,7 @@ def verify(
     counts = parse_tokens(tokens)
     share = None if part is None else parse_share(part)
     if share is not None and ray is not None:
-        raise UsageError("Options exclude one another", expected="--part or --ray", found="both")
+        raise UsageError("--part and --ray exclude one another", expected="one of them", found="both")
     require_report(report)
     with progress("Starting", shown=output.shows_progress) as meter:
         from quarkconv.verify.verify import verify_checkpoint  # imports torch, which takes a while

@@ -15,7 +15,7 @@ from quarkconv.convert.options import Options
 from quarkconv.convert.output import folder_in, output_location
 from quarkconv.convert.planner import plans_of
 from quarkconv.convert.results import ConversionResult, Outcome, RankOutput, conversion_json
-from quarkconv.errors import UsageError
+from quarkconv.errors import UsageError, naming_files_in
 from quarkconv.hub.locate import Located, check_repo_id, locate
 from quarkconv.plan.plan import plan_digest
 from quarkconv.plan.shares import Share
@@ -121,14 +121,15 @@ class Conversion:
         """
         require_jobs(jobs)
         executions = [self._execution(output, jobs, progress) for output in self.outputs]
-        if self.by_rank:
-            from quarkconv.write.ranks import write_ranks
+        with naming_files_in(self.source.origin):
+            if self.by_rank:
+                from quarkconv.write.ranks import write_ranks
 
-            manifests = write_ranks(self.location, executions, overwrite=self._whole(mode).overwrite)
-            written = Contribution(None)
-        else:
-            written = write_output(executions[0], mode)
-            manifests = [] if written.manifest is None else [written.manifest]
+                manifests = write_ranks(self.location, executions, overwrite=self._whole(mode).overwrite)
+                written = Contribution(None)
+            else:
+                written = write_output(executions[0], mode)
+                manifests = [] if written.manifest is None else [written.manifest]
         result = ConversionResult(self.source.origin, self.location, self.outputs, tuple(manifests))
         return Outcome(mode, result if manifests else None, written.shards, written.nbytes)
 

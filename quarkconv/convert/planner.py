@@ -76,7 +76,7 @@ def make_plan(
         UnsupportedError: the source is not INT8, or the target cannot represent it.
     """
     if max_shard_size <= 0:
-        raise UsageError("The largest shard size must be positive", found=str(max_shard_size))
+        raise UsageError("Invalid --max-shard-size", expected="more than 0 bytes", found=str(max_shard_size))
     check_convertible(description, target, rank)
     checkpoint = description.checkpoint
     with collector_paused():

@@ -24,7 +24,7 @@ def parse_size(size: int | str) -> int:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([A-Za-z]*)", str(size).strip())
     if match is None or match[2].upper() not in _UNITS:
-        raise UsageError("Invalid size", expected="a size such as 5GB, 512MiB or 1000000", found=repr(size))
+        raise UsageError("Invalid --max-shard-size", expected="a size such as 5GB, 512MiB or 1000000", found=repr(size))
     size_in_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     if size_in_bytes >= 2**63:
         raise UsageError("No file can be that large", expected="less than 2^63 bytes", found=repr(size)[:80])

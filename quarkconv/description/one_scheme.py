@@ -85,7 +85,9 @@ def scheme_findings(
             "not-moe",
             "config.json",
             "The checkpoint has no routed experts",
-            hint="" if quantized else "quarkconv is for mixtures of experts in INT8",
+            hint="engines load a dense Quark export as it is; quarkconv converts and verifies mixtures of experts"
+            if quantized
+            else "quarkconv is for mixtures of experts in INT8",
             severity=Severity.WARNING if quantized else Severity.ERROR,
         )
 

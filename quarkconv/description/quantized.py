@@ -20,7 +20,7 @@ from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.options import QUANTIZE, SourceOptions
-from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.patterns import Patience, name_filter, regex_matcher
 from quarkconv.scheme.spec import FLOAT, PTPC, PTPC_NAME
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
@@ -121,6 +121,10 @@ def _exclusion(description: Description, patterns: Sequence[str]) -> Callable[[s
     patience = Patience()
     names = [module for module, form in description.stored if form.is_float]
     for pattern in patterns:
+        if pattern.startswith("re:") and regex_matcher(pattern[3:]) is None:
+            raise UsageError(
+                "Invalid --exclude", expected="a regular expression of Python's re after re:", found=repr(pattern)
+            )
         if not any(map(name_filter([pattern], globs=True, patience=patience), names)):
             raise UsageError(
                 "--exclude matches no module that is stored in float",

@@ -211,7 +211,7 @@ class CheckpointWeights:
             if bool(tensor.count_nonzero()):
                 raise UnsupportedError(
                     "A zero point is not zero: the quantization is not symmetric",
-                    file=self._reader.refs[name].file,
+                    file=f"{self.description.checkpoint.root}/{self._reader.refs[name].file}",
                     tensor=name,
                     expected="zeros",
                     hint="quantize the model again with symmetric weights",

@@ -34,6 +34,8 @@ MAX_TENSORS: Final = 500_000
 """Most tensors of a checkpoint. The largest models, 1T parameters with scales and zero points, have half as many."""
 MAX_NAME: Final = 1024
 _MIN_ENTRY_BYTES: Final = 48
+_LFS_POINTER: Final = int.from_bytes(b"version ", "little")
+"""The length of the header, were it one, of a file that Git LFS has not fetched."""
 _ODD: Final = ("\\", "/", "\x7f")
 """In a header of ASCII, a name is odd only if one of these occurs."""
 
@@ -201,6 +203,14 @@ def check_length(file: str, length: int, size: int) -> None:
     Raises:
         SourceError: it is too long.
     """
+    if length == _LFS_POINTER:
+        raise invalid_header(
+            file,
+            message="The file is a pointer of Git LFS, without the weights",
+            expected="a safetensors file",
+            found=f"a text of {size} bytes",
+            hint="run `git lfs pull` in the model's directory, or download the model with `hf download`",
+        )
     if length > MAX_HEADER_BYTES:
         raise invalid_header(
             file,

@@ -136,12 +136,15 @@ class LayerReader:
             raise SourceError(
                 "A tensor has the wrong dtype",
                 code="scale-dtype",
-                file=ref.file,
+                file=self._path(ref),
                 tensor=name,
                 expected="floats",
                 found=ref.dtype,
             )
         return ref
+
+    def _path(self, ref: TensorRef) -> str:
+        return f"{self.description.checkpoint.root}/{ref.file}"
 
     def tensors(self, names: Iterable[str], memory: Callable[[int], Memory] = Arena) -> dict[str, Tensor]:
         """Whole tensors of any dtype that torch has, read by all threads in the order of the files.
@@ -158,7 +161,7 @@ class LayerReader:
         for name, ref in refs.items():
             if ref.dtype not in _TORCH_DTYPES:
                 raise UnsupportedError(
-                    "A tensor has a dtype that torch does not have", file=ref.file, tensor=name, found=ref.dtype
+                    "A tensor has a dtype that torch does not have", file=self._path(ref), tensor=name, found=ref.dtype
                 )
         reads, places, nbytes = tensor_reads(refs)
         arena = memory(nbytes)

@@ -28,6 +28,7 @@ class RangeReader:
     """
 
     def __init__(self, store: Files) -> None:
+        self._root = store.root
         self._files = open_files(store)
         self._direct = OpenFiles(store.root, _DIRECT) if isinstance(self._files, OpenFiles) else None
         self._without_direct: set[str] = set()
@@ -58,9 +59,9 @@ class RangeReader:
                     else self._files.read_into(item.file, view, item.start + done)
                 )
             except OSError as error:
-                raise unreadable_tensor(item.file, item.tensor, error.strerror or str(error)) from error
+                raise unreadable_tensor(self._path(item), item.tensor, error.strerror or str(error)) from error
             if count == 0:
-                raise unreadable_tensor(item.file, item.tensor, f"the file ends at {item.start + done}")
+                raise unreadable_tensor(self._path(item), item.tensor, f"the file ends at {item.start + done}")
             if hasher is not None:
                 hasher.update(view[:count])
             return count
@@ -68,6 +69,9 @@ class RangeReader:
         while done < item.nbytes:
             done += memory.fill(item.at + done, min(self._files.block, memory.block, item.nbytes - done), read)
         return hasher is None or hasher.hexdigest() == item.checksum
+
+    def _path(self, item: LayerRead) -> str:
+        return f"{self._root}/{item.file}"
 
     def _read_block(self, item: LayerRead, view: memoryview, done: int) -> int:
         """Read a block: from the page cache where it is there, else past it where it lies on pages."""

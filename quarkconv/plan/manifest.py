@@ -22,7 +22,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Final, NamedTuple
 
-from quarkconv.errors import SourceError
+from quarkconv.errors import SourceError, naming_files_in
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import read_json_of
 from quarkconv.files.local import LocalFiles
@@ -147,6 +147,11 @@ def read_manifest(model: Path | Files) -> Manifest | None:
         SourceError: it cannot be read, or is of another version.
     """
     files = LocalFiles(model) if isinstance(model, Path) else model
+    with naming_files_in(files.root):
+        return _manifest_of(files)
+
+
+def _manifest_of(files: Files) -> Manifest | None:
     path = files.path(MANIFEST_NAME)
     if not (files.size(MANIFEST_NAME) is not None if path is None else path.exists()):
         return None

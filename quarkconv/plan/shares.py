@@ -96,8 +96,8 @@ def parse_share(text: str) -> Share:
     match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip(), re.ASCII)
     if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_SHARES:
         raise UsageError(
-            "Invalid part",
-            expected=f"k/N with k from 1 to N, and N at most {MAX_SHARES}",
+            "Invalid --part",
+            expected=f"K/N with K from 1 to N, and N at most {MAX_SHARES}",
             found=repr(text)[:40],
         )
     return Share(int(match[1]), int(match[2]))

@@ -73,7 +73,7 @@ def checkpoint_shapes(model: str, tp: int = 1, ep: int = 1, progress: Progress =
         raise SourceError(
             "config.json does not say how many experts a token has",
             code="config-invalid",
-            file="config.json",
+            file=f"{model}/config.json",
             expected="num_experts_per_tok",
             found="no such field",
             hint="give the sizes with --shape E,K,H,I",

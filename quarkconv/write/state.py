@@ -16,6 +16,9 @@ from quarkconv.version import own_version
 FileState = tuple[str, int, int | str]
 """Name, size in bytes, and time of modification in ns of a source file, or its ETag where it is on the Hub."""
 
+_SOURCE_WORD: Final = 2
+"""Of the command: `quarkconv convert SOURCE`."""
+_LONGEST: Final = 300
 JOINED: Final = 0
 """The number of shares of a conversion whose workers take shards by leases."""
 
@@ -101,6 +104,8 @@ def difference(begun: object, now: dict[str, Any]) -> str | None:
     divided = now.get("shares") is None or begun.get("shares") == now.get("shares")
     if divided and all(begun.get(key) == now[key] for key in ("plan", "sources", "quarkconv")):
         return None
+    if (sources := _other_source(begun, now)) is not None:
+        return sources
     for key, label in _LABELS.items():
         before, after = begun.get(key), now.get(key)
         if before != after and (key != "shares" or not divided):
@@ -110,6 +115,17 @@ def difference(begun: object, now: dict[str, Any]) -> str | None:
                 return f"{label} {'has' if key == 'config' else 'have'} changed"
             return f"{label} {word(before)}, now {after}"
     return _source_difference(begun.get("sources"), now["sources"]) or "another plan"
+
+
+def _other_source(begun: dict[str, Any], now: dict[str, Any]) -> str | None:
+    """The names of both sources, where neither they nor their files are the same."""
+    if begun.get("sources") == now["sources"] and begun.get("config") == now["config"]:
+        return None
+    try:
+        before, after = (shlex.split(state["command"])[_SOURCE_WORD] for state in (begun, now))
+    except (KeyError, AttributeError, ValueError, IndexError):
+        return None
+    return None if before == after else f"source {before[:_LONGEST]}, now {after}"
 
 
 def _divided(shares: object) -> str:

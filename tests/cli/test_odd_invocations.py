@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from support.checkpoints import Tensors, edit_checkpoint
 from support.commands import Run
 from support.exports import Checkpoints, Converted
 from support.model import Model
@@ -35,6 +37,11 @@ def model(tmp_path: Path) -> Path:
         (["uploads", "a/folder"], "Invalid URL"),
         (["verify", "MODEL", "--bytes-only", "--unquantized", "x"], "--unquantized has no effect with --bytes-only"),
         (["verify", "MODEL", "--bytes-only", "--activations", "x"], "--activations has no effect with --bytes-only"),
+        (["convert", "MODEL", "--to", "bf16", "--max-shard-size", "5"], "Invalid --max-shard-size"),
+        (["convert", "MODEL", "--to", "bf16", "--max-shard-size", "0"], "Invalid --max-shard-size"),
+        (["convert", "MODEL", "--to", "bf16", "--part", "0/3"], "Invalid --part"),
+        (["convert", "MODEL", "--to", "bf16", "--part", "1/3", "--overwrite"], "--part and --overwrite exclude"),
+        (["convert", "MODEL", "--to", "quark", "--quantize", "all", "--exclude", "re:("], "Invalid --exclude"),
         (["convert", "MODEL", "--to", "bf16", "--scheme", "ptpc_int8"], "--scheme is for int8 weights whose scheme"),
         (["tune", "--shape", "8,9,128,96"], "Invalid --shape"),
         (["tune", "--shape", "large"], "Invalid --shape"),
@@ -179,6 +186,76 @@ def test_an_interrupt_that_python_wraps_in_another_error_is_an_interrupt(
     result = command("inspect", "--json")
     assert (result.code, result.err) == (130, "error: Interrupted\n")
     assert result.json["exit_code"] == 130
+
+
+def test_an_interrupt_while_torch_imports_numpy_is_an_interrupt(tmp_path: Path) -> None:
+    """torch took it for a missing numpy, and the command went on."""
+    numpy = tmp_path / "numpy.py"
+    numpy.write_text(
+        "import os, signal, sys\n"
+        f"sys.path.remove({str(tmp_path)!r})\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+        "del sys.modules['numpy']\n"
+        "import numpy\n"
+    )
+    code = f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from quarkconv.cli.main import run; run()"
+    words = [sys.executable, "-P", "-c", code, "verify", str(tmp_path / "nothing")]
+    done = subprocess.run(words, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (130, "error: Interrupted\n")
+
+
+def test_a_report_that_fails_leaves_nothing_behind(
+    model: Path, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("quarkconv.cli.reports.os.replace", full)
+    result = command("inspect", model, "--report", tmp_path / "report.html")
+    assert (result.code, result.out) == (5, "")
+    assert "No space left on device" in result.err
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+@pytest.mark.parametrize("width", ["40", "80"])
+def test_a_command_to_copy_is_whole_in_any_terminal(
+    width: str, model: Path, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It ended at the edge of the terminal, and of 80 columns in a pipe."""
+    monkeypatch.setenv("COLUMNS", width)
+    out = tmp_path / ("long-" * 20)
+    printed = command("convert", model, "--to", "fused-int8", "--out", out).out
+    assert f"prove it: quarkconv verify {out} --source {model}\n" in printed
+
+
+def test_a_pointer_of_git_lfs_is_named(model: Path, command: Run) -> None:
+    shard = min(model.glob("*.safetensors"))
+    shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
+    result = command("convert", model, "--to", "bf16", "--json")
+    assert (result.code, result.json["file"]) == (3, str(shard))
+    assert "pointer of Git LFS" in result.json["error"]
+    assert "git lfs pull" in result.json["hint"]
+
+
+def test_files_of_a_model_are_named_by_their_paths(
+    checkpoints: Checkpoints, converted: Converted, tmp_path: Path, command: Run
+) -> None:
+    """By their names alone, they could not be copied from the message."""
+    source = checkpoints.copy(NAME, tmp_path / "source")
+
+    def nan(tensors: Tensors) -> None:
+        tensors["model.layers.0.mlp.experts.0.gate_proj.weight_scale"][0] = float("nan")
+
+    edit_checkpoint(source, nan)
+    failed = command("convert", source, "--to", "bf16", "--out", tmp_path / "out", "--json")
+    assert (failed.code, failed.json["code"]) == (3, "scale-invalid")
+    assert Path(failed.json["file"]).parent == source
+    assert Path(failed.json["file"]).is_file()
+
+    output = shutil.copytree(converted(NAME), tmp_path / "converted")
+    (output / "quarkconv.json").write_text("{")
+    failed = command("verify", output, "--json")
+    assert (failed.code, failed.json["file"]) == (3, str(output / "quarkconv.json"))
 
 
 class OutOfMemoryError(RuntimeError):

@@ -59,7 +59,7 @@ def test_every_check_is_dealt_once(checks: int, count: int) -> None:
 
 @pytest.mark.parametrize("text", ["", "1", "0/4", "5/4", "-1/4", "1/0", f"1/{MAX_SHARES + 1}", "1/4/2", "a/b", "٣/٨"])
 def test_parts_that_do_not_exist_are_refused(text: str) -> None:
-    with pytest.raises(UsageError, match="Invalid part"):
+    with pytest.raises(UsageError, match="Invalid --part"):
         parse_share(text)
 
 
@@ -260,7 +260,7 @@ def test_options_that_exclude_one_another(model: Path, tmp_path: Path, capsys: C
 
 
 @pytest.mark.parametrize(
-    ("options", "found"),
+    ("options", "excluded"),
     [
         (["--part", "1/2", "--join"], "--part and --join"), (["--join", "--overwrite"], "--join and --overwrite"),
         (["--part", "1/2", "--push", "org/name"], "--part and --push"),
@@ -269,7 +269,7 @@ def test_options_that_exclude_one_another(model: Path, tmp_path: Path, capsys: C
     ],
 )  # fmt: skip
 def test_the_options_that_exclude_one_another_are_named(
-    model: Path, capsys: Capture, options: list[str], found: str
+    model: Path, capsys: Capture, options: list[str], excluded: str
 ) -> None:
     code, out, _ = run_cli(capsys, "convert", model, "--to", "fused-int8", *options, "--json")
-    assert (code, json.loads(out)["found"]) == (2, found)
+    assert (code, json.loads(out)["error"]) == (2, f"{excluded} exclude one another")

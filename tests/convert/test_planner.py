@@ -244,7 +244,7 @@ def test_a_shard_size_must_be_positive(tmp_path: Path, size: int | str) -> None:
 
 @pytest.mark.parametrize("size", ["5 GB extra", "GB", "five", "1e9", "5PB", ""])
 def test_an_invalid_size_is_a_usage_error(tmp_path: Path, size: str) -> None:
-    with pytest.raises(UsageError, match="Invalid size"):
+    with pytest.raises(UsageError, match="Invalid --max-shard-size"):
         plan(make_checkpoint(tmp_path / "model"), max_shard_size=size)
 
 

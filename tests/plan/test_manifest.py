@@ -204,7 +204,7 @@ def test_what_is_malformed_is_refused(written: Path, tmp_path: Path, damage: str
     with pytest.raises(SourceError) as caught:
         read_manifest(damaged(written, tmp_path, DAMAGES[damage]))
     assert caught.value.code == "manifest-invalid"
-    assert caught.value.file == "quarkconv.json"
+    assert caught.value.file == str(tmp_path / "quarkconv.json")
     assert caught.value.hint
 
 

@@ -41,7 +41,7 @@ def test_unfinished_work_of_another_source_is_refused(source: Path, tmp_path: Pa
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:
         convert(other, out)
-    assert caught.value.found == "config.json of the source has changed"
+    assert caught.value.found == f"source {source}, now {other}"
     assert snapshot(convert(other, out, overwrite=True)) != {}
     assert json.loads((out / "config.json").read_text())["rope_theta"] == 12345.0
     assert_same_tensors(load(out), fused_int8(other))
