@@ -139,6 +139,13 @@ def indented(text: RenderableType, by: int, style: str = "") -> Padding:
     return Padding(Text(text, style=style) if isinstance(text, str) else text, (0, 0, 0, by))
 
 
+def whole_line(text: str) -> Text:
+    """A line to copy, which is not wrapped."""
+    from rich.text import Text
+
+    return Text(printable(text), no_wrap=True, overflow="ignore")
+
+
 def title(name: str, facts: list[str]) -> Text:
     """The subject of the output, and a line of facts about it."""
     from rich.text import Text

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from quarkconv.cli.options import Json, Quiet, Verbose
-from quarkconv.cli.out import open_output
+from quarkconv.cli.out import open_output, whole_line
 from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
 from quarkconv.text import alternatives
@@ -64,10 +64,11 @@ def tune(
 
     if engine not in (_QUARKCONV, *ENGINES):
         raise UsageError("Unknown engine", expected=alternatives((_QUARKCONV, *ENGINES)), found=engine)
-    if print_folder:
-        typer.echo(shipped_folder(engine))
-        return 0
     output = open_output(json=json, verbose=verbose, quiet=quiet)
+    if print_folder:
+        folder = str(shipped_folder(engine))
+        output.show({"schema": "quarkconv.tune/1", "engine": engine, "folder": folder}, lambda: whole_line(folder))
+        return 0
     from quarkconv.tune.tune import TOKENS, tune_engine, tune_quarkconv
 
     counts = TOKENS if tokens is None else parse_tokens(tokens)

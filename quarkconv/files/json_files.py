@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
+from quarkconv.defects import CHECK_ACCESS
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.regular import leads_outside, read_regular
@@ -17,7 +18,6 @@ MAX_VALUES: Final = 1_200_000
 """The number of values in a large file: a few bytes of JSON can take a hundred bytes of memory."""
 _LARGE: Final = 12_000_000
 MAX_DEPTH: Final = 100
-_PERMISSION: Final = "check who may read the file"
 
 
 def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def _read(path: Path, code: str, limit: int, values: int) -> bytes:
             code=code,
             file=path.name,
             found=getattr(error, "strerror", None) or str(error),
-            hint=_PERMISSION if isinstance(error, PermissionError) else "download or copy the checkpoint again",
+            hint=CHECK_ACCESS if isinstance(error, PermissionError) else "download or copy the checkpoint again",
         ) from error
     outside = leads_outside(path.parent, path.name)
     if outside is not None:

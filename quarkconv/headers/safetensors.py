@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator, KeysView, Sequence
 from typing import Final, NamedTuple
 
-from quarkconv.defects import invalid_header, short_file, unreadable_file
+from quarkconv.defects import CHECK_ACCESS, COPY_AGAIN, invalid_header, short_file, unreadable_file
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
@@ -123,7 +123,8 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
             check_length(file, length, size)
             raw = handle.read(length)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
-        raise unreadable_file(file, getattr(error, "strerror", None) or str(error)) from error
+        hint = CHECK_ACCESS if isinstance(error, PermissionError) else COPY_AGAIN
+        raise unreadable_file(file, getattr(error, "strerror", None) or str(error), hint=hint) from error
     return parse_header(raw, file, size)
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+from quarkconv.defects import CHECK_ACCESS
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
@@ -40,6 +41,7 @@ def check_directory(root: Path) -> None:
             code="shard-missing",
             file=str(root),
             found=error.strerror,
+            hint=CHECK_ACCESS if isinstance(error, PermissionError) else None,
         ) from error
 
 
@@ -60,6 +62,7 @@ def _check_directory(root: Path) -> None:
             file=str(root),
             expected="a directory with config.json and *.safetensors, or a Hub repo id such as org/name",
             found="nothing",
+            hint="check the path",
         )
     refuse_unfinished(root)
     refuse_ranks(root)

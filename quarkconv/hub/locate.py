@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Final, NamedTuple
@@ -97,7 +98,13 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
         return Located(LocalFiles(Path(model)))
     repo, _, revision = model.partition("@")
     find = _download if cache else _remote
-    return Located(find(repo, revision or None, progress), repo, repo.rpartition("/")[2])
+    try:
+        return Located(find(repo, revision or None, progress), repo, repo.rpartition("/")[2])
+    except HubError as error:
+        folder, name = os.path.split(model)
+        if os.path.isdir(folder):  # a path that was misspelt
+            error.hint = f"check the name: the directory {folder} has no {name}"
+        raise
 
 
 def _exists(path: str) -> bool:

@@ -60,12 +60,12 @@ def upload_folder(folder: Path, repo: str, message: str, *, bars: bool = False) 
 
 
 def _refused(message: str, repo: str, error: Exception) -> WriteError:
+    from huggingface_hub.errors import OfflineModeIsEnabled
+
     from quarkconv.hub.errors import first_line, network_hint
 
-    hint = "run `hf auth login` with a token that may write there, then run the same command again"
-    return WriteError(
-        message,
-        file=repo,
-        found=first_line(error),
-        hint=network_hint(error) or hint,
-    )
+    cause = "run `hf auth login` with a token that may write there"
+    if isinstance(error, OfflineModeIsEnabled):
+        cause = "unset HF_HUB_OFFLINE"
+    hint = network_hint(error) or f"{cause}, then run the same command again"
+    return WriteError(message, file=repo, found=first_line(error), hint=hint)

@@ -43,10 +43,11 @@ def check_convertible(description: Description, target: Target, rank: Rank = WHO
         )
     reason = target.unsupported(description)
     if reason is not None:
+        hint = next((item.hint for item in description.errors() if item.hint), _TARGETS)
+        if not target.quantizes and "--quantize" in hint:
+            hint = f"convert to another target with --quantize missing, then convert that to {target.name}"
         raise UnsupportedError(
-            f"The target {target.name} cannot represent this checkpoint: {reason}",
-            file=root,
-            hint=next((item.hint for item in description.errors() if item.hint), _TARGETS),
+            f"The target {target.name} cannot represent this checkpoint: {reason}", file=root, hint=hint
         )
     if not rank.is_whole and not target.by_rank:
         raise UsageError(

@@ -71,7 +71,10 @@ def require_gpu() -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise UnsupportedError("Launch options are measured on a GPU, and torch finds none")
+        raise UnsupportedError(
+            "Launch options are measured on a GPU, and torch finds none",
+            hint="run this on the machine that serves, with a torch built for its GPU",
+        )
 
 
 def tune_engine(

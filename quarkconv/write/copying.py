@@ -10,6 +10,7 @@ from typing import Final
 
 import xxhash
 
+from quarkconv.defects import CHECK_ACCESS
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import open_regular
 from quarkconv.plan.manifest import WrittenFile
@@ -87,4 +88,7 @@ def _read(path: Path, descriptor: int) -> bytes:
 
 
 def _unreadable(path: Path, error: OSError) -> SourceError:
-    return SourceError("A source file cannot be read", code="shard-missing", file=str(path), found=error.strerror)
+    hint = CHECK_ACCESS if isinstance(error, PermissionError) else "check the disk, then run the same command again"
+    return SourceError(
+        "A source file cannot be read", code="shard-missing", file=str(path), found=error.strerror, hint=hint
+    )

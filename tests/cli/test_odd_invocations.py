@@ -6,14 +6,19 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
+from huggingface_hub.errors import OfflineModeIsEnabled
 from support.checkpoints import Tensors, edit_checkpoint
 from support.commands import Run
 from support.exports import Checkpoints, Converted
 from support.model import Model
 from support.program import snapshot
+
+from quarkconv.errors import HubError
 
 NAME = "qwen3_moe-quark0.13-f2f"
 
@@ -112,7 +117,7 @@ def test_a_directory_that_cannot_be_searched_is_a_source_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (PermissionError(13, "Permission denied"), "check who may read"),
+        (PermissionError(13, "Permission denied"), "check who may read it"),
         (OSError(5, "I/O error"), "copy the checkpoint"),
     ],
 )
@@ -228,6 +233,33 @@ def test_a_command_to_copy_is_whole_in_any_terminal(
     assert f"prove it: quarkconv verify {out} --source {model}\n" in printed
 
 
+def test_a_path_that_is_misspelt_is_not_only_looked_up_on_the_hub(
+    model: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(model.parent)
+    for name, hint in (("org/name", "network"), ("model/other", "check the name: the directory model has no other")):
+        error = HubError("The Hub cannot be reached", hint="network")
+        monkeypatch.setattr("quarkconv.hub.locate._remote", raising(error))
+        assert command("inspect", name, "--json").json["hint"] == hint
+
+
+def test_an_upload_without_network_does_not_advise_a_login(
+    model: Path, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    offline = OfflineModeIsEnabled("offline mode is enabled")
+    monkeypatch.setattr("huggingface_hub.HfApi.create_repo", raising(offline))
+    words = ["convert", model, "--to", "bf16", "--out", tmp_path / "out", "--push", "org/name", "--json"]
+    failed = command(*words)
+    assert (failed.code, failed.json["hint"]) == (5, "unset HF_HUB_OFFLINE, then run the same command again")
+
+
+def test_the_folder_of_tables_is_printed_as_json_too(command: Run) -> None:
+    folder = command("tune", "--for", "vllm", "--print-folder").out.strip()
+    assert list(Path(folder).glob("*.json"))
+    printed = command("tune", "--for", "vllm", "--print-folder", "--json").json
+    assert printed == {"schema": "quarkconv.tune/1", "engine": "vllm", "folder": folder}
+
+
 def test_a_pointer_of_git_lfs_is_named(model: Path, command: Run) -> None:
     shard = min(model.glob("*.safetensors"))
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
@@ -282,6 +314,13 @@ def test_too_little_memory_and_a_broken_installation_are_named(
     result = command("verify")
     assert (result.code, result.out) == (2, "")
     assert message in result.err
+
+
+def raising(error: Exception) -> Callable[..., NoReturn]:
+    def fail(*_: object, **__: object) -> NoReturn:
+        raise error
+
+    return fail
 
 
 FAULTS = [RuntimeError("a fault"), ImportError("a circle", name="quarkconv.plan"), KeyError(1)]

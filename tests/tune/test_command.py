@@ -30,7 +30,10 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(
     monkeypatch.setattr(kernels, "require_engine", lambda _: None)
     for arguments in ([], ["--for", "vllm"], ["--for", "sglang", "--model", checkpoints(QWEN), "--tp", "2"]):
         assert run_cli(capsys, "tune", *arguments) == (
-            4, "", "error: Launch options are measured on a GPU, and torch finds none\n"
+            4,
+            "",
+            "error: Launch options are measured on a GPU, and torch finds none\n"
+            "  hint:     run this on the machine that serves, with a torch built for its GPU\n",
         )  # fmt: skip
 
 
@@ -41,7 +44,7 @@ def test_an_engine_that_is_not_installed_is_named_in_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     code, out, err = run_cli(capsys, "tune", "--for", engine)
     assert (code, out) == (4, "")
-    assert err == f"error: {name} is not installed here: run this in the environment that serves with it\n"
+    assert err == f"error: {name} is not installed here\n  hint:     run this in the environment that serves with it\n"
 
 
 @pytest.mark.parametrize(
