@@ -10,7 +10,6 @@ from typing import Final
 from quarkconv.errors import SourceError
 
 COPY_AGAIN: Final = "download or copy the file again"
-CHECK_ACCESS: Final = "check who may read it"
 
 
 def unreadable_file(file: str, found: str | None, *, hint: str | None = None) -> SourceError:

@@ -131,7 +131,7 @@ def interrupted() -> InterruptedByUser:
 
 @contextmanager
 def naming_files_in(root: Path | str) -> Iterator[None]:
-    """Let errors about the files of a checkpoint name them by their path, where they have the name inside of ``root``."""
+    """Let errors about files of a checkpoint name them by their path, where they have the name inside of ``root``."""
     try:
         yield
     except (SourceError, UnsupportedError) as error:

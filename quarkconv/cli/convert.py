@@ -22,7 +22,6 @@ from quarkconv.write.modes import Finish, Join, Mode, OnRay, Whole
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
-
 _FEW_BYTES: Final = 1000
 
 

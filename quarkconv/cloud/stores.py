@@ -74,7 +74,7 @@ def open_store(url: str) -> ObjectStore:
             "Object stores need obstore",
             expected="obstore",
             found="not installed",
-            hint="pip install obstore",
+            hint="pip install obstore boto3",
         ) from error
     limit_arenas()
     scheme, bucket, path = scheme_of(url), bucket_of(url), prefix_of(url)

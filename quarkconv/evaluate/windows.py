@@ -152,7 +152,7 @@ def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # tokenizers sh
         from tokenizers import Tokenizer
     except ImportError as error:
         raise UsageError(
-            "Text needs the package tokenizers", hint="pip install tokenizers, or give --token-ids"
+            "Text needs the package tokenizers", hint="pip install 'transformers>=5' tokenizers, or give --token-ids"
         ) from error
     if not path.is_file():
         raise SourceError(

@@ -6,10 +6,9 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.defects import CHECK_ACCESS
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
-from quarkconv.files.regular import leads_outside, read_regular
+from quarkconv.files.regular import CHECK_ACCESS, leads_outside, read_regular
 from quarkconv.text import shown
 
 MAX_CONFIG_BYTES: Final = 32 * 2**20

@@ -14,6 +14,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
+CHECK_ACCESS: Final = "check who may read it"
+"""The hint where a permission is missing."""
+
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",
     stat.S_IFIFO: "a pipe",

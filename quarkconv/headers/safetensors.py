@@ -18,10 +18,10 @@ import struct
 from collections.abc import Iterator, KeysView, Sequence
 from typing import Final, NamedTuple
 
-from quarkconv.defects import CHECK_ACCESS, COPY_AGAIN, invalid_header, short_file, unreadable_file
+from quarkconv.defects import COPY_AGAIN, invalid_header, short_file, unreadable_file
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
-from quarkconv.files.regular import open_regular
+from quarkconv.files.regular import CHECK_ACCESS, open_regular
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.entries import MAX_FREE_BYTES, check_data, not_json, over_limit, parse_entries, refuse_entry
 from quarkconv.headers.quantizer_names import is_renamed, may_be_renamed, usual_names

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-from quarkconv.defects import CHECK_ACCESS
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
+from quarkconv.files.regular import CHECK_ACCESS
 from quarkconv.findings import Finding, FindingsAbout
 from quarkconv.headers.file_names import INDEX_NAME
 from quarkconv.headers.index import Index

@@ -10,9 +10,8 @@ from typing import Final
 
 import xxhash
 
-from quarkconv.defects import CHECK_ACCESS
 from quarkconv.errors import SourceError
-from quarkconv.files.regular import open_regular
+from quarkconv.files.regular import CHECK_ACCESS, open_regular
 from quarkconv.plan.manifest import WrittenFile
 from quarkconv.plan.pieces import SourceFile
 from quarkconv.write.refusals import source_changed
