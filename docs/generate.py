@@ -17,7 +17,7 @@ from typing import Any
 import scaling
 
 from quarkconv.findings import CODES
-from quarkconv.inspection.engines import ENGINE_NAMES, engine_facts
+from quarkconv.inspection.engine_facts import ENGINE_NAMES, engine_facts
 from quarkconv.targets import TARGETS
 from quarkconv.tune.tables import MEASURED, SHIPPED
 

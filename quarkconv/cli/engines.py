@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from quarkconv.cli.options import Json, Quiet, Verbose
 from quarkconv.cli.out import open_output
-from quarkconv.inspection.engines import engine_facts
+from quarkconv.inspection.engine_facts import engine_facts
 
 if TYPE_CHECKING:
     from rich.console import RenderableType

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Final, NamedTuple
 
-from quarkconv.inspection.engines import ENGINE_NAMES, FP8_NOTE, FUNCTION_NOTE, NOT_CHECKED, EngineFact
+from quarkconv.inspection.engine_facts import ENGINE_NAMES, NOT_CHECKED, EngineFact
+from quarkconv.inspection.engines import FP8_NOTE, FUNCTION_NOTE
 
 _SILENT_FAULTS: Final = {
     "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),

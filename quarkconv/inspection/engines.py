@@ -1,47 +1,25 @@
-"""Which engines run a checkpoint: a table of facts with their evidence, ``engines.toml`` beside this file."""
+"""The rows of the table of engines that apply to a checkpoint."""
 
 from __future__ import annotations
 
 import re
 import sys
-import tomllib
 from collections.abc import Collection
-from functools import cache
-from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Final
 
 from quarkconv.description.description import Description
 from quarkconv.description.expert_names import foreign_modules, foreign_projections
+from quarkconv.inspection.engine_facts import (
+    RUNS,
+    VERDICTS,
+    EngineFact,
+    checked_in_one_release,
+    checked_model_types,
+    engine_facts,
+)
 from quarkconv.scheme.patterns import is_pattern
-from quarkconv.text import alternatives
-
-NOT_CHECKED: Final = "not checked"
-"""The verdict of a row that was never tried with the model type."""
-VERDICTS: Final = ("int8", "w8a16", NOT_CHECKED, "wrong", "fails")
-"""Best first."""
 
 FUSED: Final = "fused-int8"
-ENGINE_NAMES: Final = {
-    "vllm": "vLLM",
-    "sglang": "SGLang",
-    "quark": "Quark",
-    "vllm-ascend": "vLLM Ascend",
-    "ktransformers": "KTransformers",
-}
-"""Engine -> its name for people, where that differs."""
-
-FEATURES: Final = {
-    "float-experts": "experts of some layers in float",
-    "layer-types": "layer_type_quant_config",
-    "exclude-patterns": "patterns with * in exclude",
-    "block-sparse-names": "names with block_sparse_moe",
-    "zero-points": "zero points",
-    "foreign-projections": "projections of experts that engines name otherwise",
-}
-"""Conditions of a row beside scheme, layout and model type."""
-
-_RUNS: Final = ("int8", "w8a16")
-"""Verdicts that hold only for model types that were tried."""
 FUNCTION_NOTE: Final = "where the function of the layers is known"
 """End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
@@ -49,111 +27,9 @@ FP8_NOTE: Final = "without linears in FP8"
 ENCODERS_NOTE: Final = "with encoders in float"
 """End of the note of a row that was never tried with int8 linears of encoders. SGLang 0.5.23 gives the encoder of
 qwen3_vl_moe no quantization (``qwen3_vl.py``), and reads its codes as weights; vLLM's class quantizes it."""
-_TRIED: Final = ("served", "loader")
-"""Kinds of evidence for which something ran."""
 _STACK: Final = re.compile(r".*?\.(?=\d+\.)")
 """The start of the names of a stack of layers, up to the number: ``model.language_model.layers.``"""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
-_CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
-_FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
-
-
-class EngineFact(NamedTuple):
-    """A row of the table. Conditions are empty where the row holds for every checkpoint.
-
-    Attributes:
-        verdict: one of :data:`VERDICTS`; ``not checked`` where none of its devices ran it.
-        form: the form of the checkpoint: a target's name, or ``quark``.
-        devices: where it was checked or read to run; empty for NVIDIA GPUs.
-        checked: date of the evidence; empty where it was not recorded.
-    """
-
-    engine: str
-    version: str
-    form: str
-    verdict: str
-    note: str
-    evidence: str
-    checked: str = ""
-    devices: str = ""
-    schemes: tuple[str, ...] = ()
-    layouts: tuple[str, ...] = ()
-    model_types: tuple[str, ...] = ()
-    not_model_types: tuple[str, ...] = ()
-    having: tuple[str, ...] = ()
-    not_having: tuple[str, ...] = ()
-
-    def holds_for(
-        self, scheme: str, layout: str | None, model_type: str | None, features: Collection[str] = ()
-    ) -> bool:
-        """Whether the row is about a checkpoint of this scheme, layout, model type and these :data:`FEATURES`."""
-        conditions = ((self.schemes, scheme), (self.layouts, layout), (self.model_types, model_type))
-        return (
-            all(not allowed or value in allowed for allowed, value in conditions)
-            and model_type not in self.not_model_types
-            and set(self.having) <= set(features)
-            and not set(self.not_having) & set(features)
-        )
-
-    @property
-    def only_for(self) -> str:
-        """The conditions, for people: ``ptpc_int8, mixed; not dbrx or step3``; empty for every checkpoint."""
-        required = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
-        excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
-        return "; ".join(filter(None, (", ".join(required), f"not {alternatives(excluded)}" if excluded else "")))
-
-    @property
-    def tried(self) -> bool:
-        """Whether something ran, by the evidence: else it was read."""
-        return any(kind in self.evidence for kind in _TRIED)
-
-    @property
-    def proof(self) -> str:
-        """Evidence and date, for people."""
-        return f"{self.evidence}, {self.checked}" if self.checked else self.evidence
-
-    @property
-    def remark(self) -> str:
-        """Devices and note, for people."""
-        devices = f"on {self.devices}" if self.devices else ""
-        reading = (
-            "read in its source, not run" if self.devices and self.verdict != NOT_CHECKED and not self.tried else ""
-        )
-        return "; ".join(filter(None, (devices, self.note, reading)))
-
-    def to_json(self) -> dict[str, str]:
-        """The fields of the contract."""
-        return {
-            "engine": self.engine,
-            "version": self.version,
-            "as": self.form,
-            "verdict": self.verdict,
-            "note": self.remark,
-        }
-
-
-@cache
-def engine_facts() -> tuple[EngineFact, ...]:
-    """All rows of the table."""
-    return tuple(_fact(row) for row in _table()["rows"])
-
-
-@cache
-def checked_model_types() -> dict[str, frozenset[str]]:
-    """Engine -> model types that it was run with; engines that read no model type are absent."""
-    return {engine: frozenset(names) for engine, names in _table()["checked_model_types"].items()}
-
-
-@cache
-def checked_in_one_release() -> dict[str, tuple[str, frozenset[str]]]:
-    """Engine -> a release, and the model types that no other release was run with."""
-    rows = _table()["checked_in_one_release"]
-    return {engine: (row["release"], frozenset(row["model_types"])) for engine, row in rows.items()}
-
-
-@cache
-def _table() -> dict[str, Any]:
-    return tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))
 
 
 def engines_for(
@@ -189,18 +65,13 @@ def engines_for(
     found = [fact for fact in found if _names_known(description, fact)]
     tried = checked_model_types()
     found = [
-        fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
-        if fact.verdict in _RUNS and model_type not in tried.get(fact.engine, (model_type,))
-        else fact
+        fact if model_type in tried.get(fact.engine, (model_type,)) else fact.not_checked("with other model types")
         for fact in found
     ]
     found = [_in_one_release(fact, model_type) for fact in found]
     conditions = {FP8_NOTE: description.fp8, ENCODERS_NOTE: _has_int8_encoders(description), FUNCTION_NOTE: not known}
     for note in (note for note, found_here in conditions.items() if found_here):
-        found = [
-            fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} {note}") if fact.verdict in _RUNS else fact
-            for fact in found
-        ]
+        found = [fact.not_checked(note) for fact in found]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)
     return sorted(found, key=lambda fact: (VERDICTS.index(fact.verdict), bool(fact.devices), fact.form != stored))
 
@@ -208,11 +79,11 @@ def engines_for(
 def _in_one_release(fact: EngineFact, model_type: str) -> EngineFact:
     """A row of several releases for a model type that only one of them was run with."""
     release, model_types = checked_in_one_release().get(fact.engine, ("", frozenset()))
-    if fact.verdict not in _RUNS or model_type not in model_types or model_type in fact.model_types:
+    if fact.verdict not in RUNS or model_type not in model_types or model_type in fact.model_types:
         return fact
     if _covers(fact.version, release):
         return fact._replace(version=release)
-    return fact._replace(verdict=NOT_CHECKED, note=f"{fact.verdict} with other model types")
+    return fact.not_checked("with other model types")
 
 
 def _covers(versions: str, release: str) -> bool:
@@ -226,7 +97,7 @@ def _covers(versions: str, release: str) -> bool:
 
 def _names_known(description: Description, fact: EngineFact) -> bool:
     """Whether an engine that runs the other checkpoints of a row knows the names of this one's experts."""
-    if fact.verdict not in _RUNS:
+    if fact.verdict not in RUNS:
         return True
     config, topology = description.config, description.topology
     if foreign_modules(config, topology):
@@ -286,18 +157,5 @@ def stored_form(description: Description) -> str | None:
         return None
     if method == "compressed-tensors":
         fused = description.moe_layers and description.moe_layers[0].layout == "fused"
-        return "fused-int8" if fused else "compressed-tensors"
+        return FUSED if fused else "compressed-tensors"
     return {"quark": "quark", "w8a8_int8": "w8a8-int8", "ascend": "ascend"}.get(method or "")
-
-
-def _fact(row: dict[str, Any]) -> EngineFact:
-    unknown = set(row) - {*_FIELDS, *_CONDITIONS, "checked", "devices"}
-    if unknown or row["verdict"] not in VERDICTS or row["verdict"] == NOT_CHECKED:
-        raise ValueError(f"engines.toml: a row for {row['engine']} is malformed")
-    conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
-    engine, version, form, verdict, note, evidence = (str(row[key]) for key in _FIELDS)
-    checked, devices = str(row.get("checked", "")), str(row.get("devices", ""))
-    fact = EngineFact(engine, version, form, verdict, note, evidence, checked, devices, **conditions)
-    if devices and verdict in _RUNS and not fact.tried:
-        return fact._replace(verdict=NOT_CHECKED, note="; ".join(filter(None, (f"{verdict} as read, not run", note))))
-    return fact

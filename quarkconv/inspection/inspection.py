@@ -15,7 +15,8 @@ from quarkconv.experts.knowledge import knowledge_by_stack, layer_activation, la
 from quarkconv.findings import DISAGREEING, Finding, Severity
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.advice import Advice, advice
-from quarkconv.inspection.engines import EngineFact, engines_for, stored_form
+from quarkconv.inspection.engine_facts import EngineFact
+from quarkconv.inspection.engines import engines_for, stored_form
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS

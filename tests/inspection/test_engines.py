@@ -16,7 +16,14 @@ import quarkconv
 from quarkconv import inspect_checkpoint
 from quarkconv.inspection import engines
 from quarkconv.inspection.advice import Advice, advice
-from quarkconv.inspection.engines import EngineFact, engine_facts, stored_form
+from quarkconv.inspection.engine_facts import (
+    FEATURES,
+    EngineFact,
+    checked_in_one_release,
+    checked_model_types,
+    engine_facts,
+)
+from quarkconv.inspection.engines import stored_form
 from quarkconv.scheme.spec import SCHEME_NAMES
 
 TABLE = Path(quarkconv.__file__).parent / "inspection" / "engines.toml"
@@ -54,7 +61,7 @@ def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
     assert row["note"] or row["verdict"] == "int8"
     assert set(row.get("schemes", [])) <= {*SCHEME_NAMES.values(), "mixed"}
     assert set(row.get("layouts", [])) <= {"per_expert", "stacked", "fused"}
-    assert {*row.get("having", []), *row.get("not_having", [])} <= set(engines.FEATURES)
+    assert {*row.get("having", []), *row.get("not_having", [])} <= set(FEATURES)
     for key in ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having"):
         assert key not in row or (row[key] and all(isinstance(item, str) for item in row[key]))
 
@@ -71,7 +78,7 @@ def test_no_row_is_repeated() -> None:
 @pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}])
 def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
-        "quarkconv.inspection.engines._table", lambda: {"rows": [{**ROWS[0], **change}], "checked_model_types": {}}
+        "quarkconv.inspection.engine_facts._table", lambda: {"rows": [{**ROWS[0], **change}], "checked_model_types": {}}
     )
     with pytest.raises(ValueError, match="malformed"):
         engine_facts.__wrapped__()
@@ -250,8 +257,8 @@ def test_a_range_covers_a_release(versions: str, release: str, covered: bool) ->
 
 
 def test_a_release_that_model_types_were_run_with_is_one_of_a_row() -> None:
-    for engine, (release, model_types) in engines.checked_in_one_release().items():
-        assert model_types <= engines.checked_model_types()[engine]
+    for engine, (release, model_types) in checked_in_one_release().items():
+        assert model_types <= checked_model_types()[engine]
         assert any(engines._covers(row.version, release) for row in engine_facts() if row.engine == engine)
 
 

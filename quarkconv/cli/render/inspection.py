@@ -15,7 +15,8 @@ from quarkconv.cli.render.charts import size_bars
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import NOT_UNDERSTOOD
-from quarkconv.inspection.engines import ENGINE_NAMES, NOT_CHECKED, EngineFact, stored_form
+from quarkconv.inspection.engine_facts import ENGINE_NAMES, NOT_CHECKED, EngineFact
+from quarkconv.inspection.engines import stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec

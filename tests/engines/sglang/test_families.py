@@ -23,7 +23,7 @@ from sglang.srt.models import deepseek
 from support.exports import DATA
 
 import quarkconv
-from quarkconv.inspection.engines import checked_model_types
+from quarkconv.inspection.engine_facts import checked_model_types
 
 LOADED: Final = (
     "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "bailing_moe_v3_vl", "deepseek_v2",

@@ -24,7 +24,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
 
 import quarkconv
-from quarkconv.inspection.engines import checked_model_types
+from quarkconv.inspection.engine_facts import checked_model_types
 
 LOADED: Final = (
     "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "bailing_moe_v3_vl", "deepseek",
