@@ -5,6 +5,7 @@ The codes are those of :mod:`quarkconv.findings`: ``inspect`` reports the same d
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Final
 
 from quarkconv.errors import SourceError
@@ -40,6 +41,13 @@ def invalid_header(
     """A header breaks a rule of the safetensors format, or exceeds a limit."""
     return SourceError(
         message, code="header-invalid", file=file, tensor=tensor, expected=expected, found=found, hint=hint
+    )
+
+
+def unreadable_safetensors(message: str, file: str | Path, error: Exception) -> SourceError:
+    """The library of safetensors cannot read a file that is no part of a checkpoint."""
+    return SourceError(
+        message, code="header-invalid", file=str(file), expected="a safetensors file", found=str(error)[:200]
     )
 
 

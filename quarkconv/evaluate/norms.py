@@ -46,7 +46,7 @@ def _eps(module: nn.Module) -> float | None:
 def _is_rms_norm(module: nn.Module, eps: float) -> bool:
     """Whether a class computes an RMS norm with these roundings: tried on random numbers, on the CPU."""
     generator = torch.Generator().manual_seed(0)
-    length = module._parameters["weight"].shape[0]  # type: ignore[union-attr]
+    length = module.get_parameter("weight").shape[0]
     states = (torch.randn(4, length, generator=generator) * torch.tensor([[1e-4], [1.0], [8.0], [300.0]])).bfloat16()
     probe: Any = copy.copy(module)
     weight = (torch.randn(length, generator=generator) + 0.5).bfloat16()

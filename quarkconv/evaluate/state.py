@@ -14,9 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from quarkconv.evaluate.hidden_states import LayerOutput, Streams
-from quarkconv.evaluate.sums import LayerSums
-
-_TENSORS = ("load", "expert_errors", "expert_tokens")
+from quarkconv.evaluate.sums import TENSORS, LayerSums
 
 
 def state_folder() -> Path:
@@ -81,8 +79,8 @@ class EvaluationState:
                 tensors |= {f"{part}.{name}.{batch}": _on_host(value) for part, value in parts.items()}
         sums = []
         for number, item in enumerate(streams.sums):
-            values = {name: getattr(item, name) for name in LayerSums.__slots__ if name not in _TENSORS}
-            held = [name for name in _TENSORS if getattr(item, name) is not None]
+            values = {name: getattr(item, name) for name in LayerSums.__slots__ if name not in TENSORS}
+            held = [name for name in TENSORS if getattr(item, name) is not None]
             tensors |= {f"{name}.{number}": getattr(item, name) for name in held}
             sums.append({**values, "tensors": held})
         about = {"outputs": outputs, "finished": streams.finished, "sums": sums}

@@ -13,7 +13,8 @@ from quarkconv.evaluate.layer_ops import compare_rows, on_kernels
 
 _COUNTS: Final = ("tokens", "changed")
 _NUMBERS: Final = ("difference", "norm", "baseline_norm", "own_difference", "own_norm", "expert_norm")
-_TENSORS: Final = ("load", "expert_errors", "expert_tokens")
+TENSORS: Final = ("load", "expert_errors", "expert_tokens")
+"""Fields of :class:`LayerSums` that are tensors."""
 
 
 @dataclass(slots=True)
@@ -51,7 +52,7 @@ class LayerSums:
         for name in (*_NUMBERS, *_COUNTS):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.routed = self.routed or other.routed
-        for name in _TENSORS:
+        for name in TENSORS:
             mine, theirs = getattr(self, name), getattr(other, name)
             setattr(self, name, theirs if mine is None else mine if theirs is None else mine + theirs)
 
@@ -104,7 +105,7 @@ class DeviceSums:
             if name.startswith(_FINITE):
                 if not value.item():
                     infinite.append(name.removeprefix(_FINITE))
-            elif name in _TENSORS:
+            elif name in TENSORS:
                 setattr(sums, name, value if name == "expert_errors" else value.long())
             else:
                 setattr(sums, name, int(value) if name in _COUNTS else value.item())

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
+from quarkconv.defects import unreadable_safetensors
 from quarkconv.errors import SourceError, UsageError
 
 TOKEN_IDS: Final = "token_ids"
@@ -81,13 +82,7 @@ def windows_of_ids(path: str | Path, count: int | None = None) -> Windows:
             names = list(handle.keys())
             ids: Tensor | None = handle.get_tensor(TOKEN_IDS) if TOKEN_IDS in names else None
     except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
-        raise SourceError(
-            "The token ids cannot be read",
-            code="header-invalid",
-            file=str(path),
-            expected="a safetensors file",
-            found=str(error)[:200],
-        ) from error
+        raise unreadable_safetensors("The token ids cannot be read", path, error) from error
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < MIN_WINDOW:
         found = "no such tensor" if ids is None else f"{ids.dtype} {list(ids.shape)}"
         raise UsageError(

@@ -86,9 +86,10 @@ def requested_pause(headers: Any) -> float | None:
 
 def url_of(error: Exception) -> str | None:
     """The URL of the request that failed."""
-    for holder in (getattr(error, "response", None), error):
+    holders: tuple[Any, ...] = (getattr(error, "response", None), error)
+    for holder in holders:
         try:
-            return str(holder.request.url)  # type: ignore[union-attr]
+            return str(holder.request.url)
         except (AttributeError, RuntimeError):  # not an error of the client, or one without a request
             continue
     return None

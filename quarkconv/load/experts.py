@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -65,8 +66,7 @@ class FusedExperts:
 
     def part(self, first: int, last: int) -> FusedExperts:
         """Experts ``first`` to ``last - 1``, as views."""
-        parts = [None if tensor is None else tensor[first:last] for tensor in self._tensors()]
-        return FusedExperts(self.layer, self.module, *parts)  # type: ignore[arg-type]
+        return self._changed(lambda tensor: tensor[first:last])
 
     def projection(self, role: Role, expert: int) -> Projection:
         """One projection of one expert, as views."""
@@ -87,8 +87,25 @@ class FusedExperts:
 
     def to(self, device: torch.device, *, non_blocking: bool = False) -> FusedExperts:
         """The same on a device."""
-        moved = [None if tensor is None else tensor.to(device, non_blocking=non_blocking) for tensor in self._tensors()]
-        return FusedExperts(self.layer, self.module, *moved)  # type: ignore[arg-type]
+        return self._changed(lambda tensor: tensor.to(device, non_blocking=non_blocking))
+
+    def _changed(self, change: Callable[[Tensor], Tensor]) -> FusedExperts:
+        """The same layer, with each of its tensors changed."""
+
+        def optional(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else change(tensor)
+
+        return replace(
+            self,
+            w13=change(self.w13),
+            w13_scale=change(self.w13_scale),
+            w2=change(self.w2),
+            w2_scale=change(self.w2_scale),
+            w13_input_scale=optional(self.w13_input_scale),
+            w2_input_scale=optional(self.w2_input_scale),
+            w13_bias=optional(self.w13_bias),
+            w2_bias=optional(self.w2_bias),
+        )
 
     def _tensors(self) -> tuple[Tensor | None, ...]:
         input_scales = self.w13_input_scale, self.w2_input_scale

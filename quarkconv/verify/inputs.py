@@ -17,7 +17,8 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from quarkconv.errors import SourceError, UsageError
+from quarkconv.defects import unreadable_safetensors
+from quarkconv.errors import UsageError
 from quarkconv.experts.layer import MoELayer
 from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.reference import CODE_MAX
@@ -91,13 +92,7 @@ class RecordedInputs:
             with safe_open(self.path, framework="pt") as handle:
                 self._names = set(handle.keys())
         except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
-            raise SourceError(
-                "The recorded activations cannot be read",
-                code="header-invalid",
-                file=str(path),
-                expected="a safetensors file",
-                found=str(error)[:200],
-            ) from error
+            raise unreadable_safetensors("The recorded activations cannot be read", path, error) from error
 
     def name_for(self, layer: MoELayer) -> str | None:
         """The tensor of a layer."""

@@ -127,10 +127,13 @@ def _check(
         raise ValueError(f"{routing.model_type} routes {'with' if bias is None else 'without'} a correction bias")
     if bias is not None and bias.numel() != total:
         raise ValueError(f"correction bias {tuple(bias.shape)} does not fit {total} experts")
-    sizes = {"logit_bias": total, "input_scale": hidden_states.shape[1], "expert_scale": total}
-    for name, size in sizes.items():
-        tensor = getattr(extras, name)
-        if (tensor is not None) != bool(getattr(routing.tensors, name)):
+    tensors = routing.tensors
+    for name, tensor, expected, size in (
+        ("logit_bias", extras.logit_bias, tensors.logit_bias, total),
+        ("input_scale", extras.input_scale, tensors.input_scale, hidden_states.shape[1]),
+        ("expert_scale", extras.expert_scale, tensors.expert_scale, total),
+    ):
+        if (tensor is not None) != bool(expected):
             raise ValueError(f"{routing.model_type} routes {'with' if tensor is None else 'without'} a {name}")
         if tensor is not None and tuple(tensor.shape) != (size,):
             raise ValueError(f"{name} {tuple(tensor.shape)} does not fit, expected ({size},)")

@@ -132,9 +132,9 @@ def _divided(shares: object) -> str:
     return "chosen by --join" if shares == JOINED else word(1 if shares is None else shares)
 
 
-def _source_difference(before: object, after: list[list[Any]]) -> str | None:
+def _source_difference(before: Any, after: list[list[Any]]) -> str | None:
     try:
-        old = {str(name): (size, time) for name, size, time in before}  # type: ignore[attr-defined]
+        old = {str(name): (size, time) for name, size, time in before}
     except (TypeError, ValueError):
         return "unreadable notes"
     new = {name: (size, time) for name, size, time in after}
