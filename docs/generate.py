@@ -16,8 +16,9 @@ from typing import Any
 
 import scaling
 
+from quarkconv.experts.families import FAMILIES
 from quarkconv.findings import CODES
-from quarkconv.inspection.engine_facts import ENGINE_NAMES, engine_facts
+from quarkconv.inspection.engine_facts import ENGINE_NAMES, checked_model_types, engine_facts
 from quarkconv.targets import TARGETS
 from quarkconv.tune.tables import MEASURED, SHIPPED
 
@@ -52,6 +53,21 @@ def targets() -> str:
     rows = ["| target | description |", "| --- | --- |"]
     rows += [f"| `{name}` | {target.summary} |" for name, target in TARGETS.items()]
     return "\n".join(rows)
+
+
+def model_types() -> str:
+    """The model types that are known, by the engines whose loaders loaded them."""
+    known = {name for family in FAMILIES for name in family.types}
+    checked = checked_model_types()
+    vllm, sglang = checked["vllm"], checked["sglang"]
+    rows = [
+        ("vLLM and SGLang", vllm & sglang),
+        ("vLLM", vllm - sglang),
+        ("SGLang", sglang - vllm),
+        ("`not checked`, or an engine fails ([engines.md](engines.md))", known - vllm - sglang),
+    ]
+    lines = ["| loaded by | `model_type` |", "| --- | --- |"]
+    return "\n".join([*lines, *(f"| {who} | {', '.join(sorted(names))} |" for who, names in rows)])
 
 
 def result(name: str) -> dict[str, Any]:
@@ -276,6 +292,7 @@ PARTS = {
     "findings": findings,
     "engines": engines,
     "targets": targets,
+    "model-types": model_types,
     "headers": headers,
     "copying": copying,
     "conversion": conversion,

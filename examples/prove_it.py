@@ -1,8 +1,8 @@
 """Convert a real Quark export, verify it, and read the proof layer by layer.
 
-    python examples/prove_it.py [MODEL] [REFERENCE]
+    python examples/prove_it.py [MODEL] [UNQUANTIZED]
 
-MODEL defaults to the export beside this file. REFERENCE, if given, is the model before it was quantized.
+MODEL defaults to the export beside this file. UNQUANTIZED, if given, is the model before quantization.
 """
 
 from __future__ import annotations

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from support.commands import Result
 from support.program import run_cli
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +59,48 @@ def test_the_readme_is_read_in_a_minute() -> None:
         lines[2]
         == "quarkconv makes INT8 MoE checkpoints from AMD Quark load correctly in vLLM and SGLang, and proves it."
     )
+
+
+def test_the_fields_of_json_are_those_that_commands_print(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    text = (ROOT / "docs" / "findings.md").read_text("utf-8")
+    rows = re.findall(r"^\| `(quarkconv\.\w+/1)` \| ([^|]*) \| ([^|]*) ?\|$", text, re.MULTILINE)
+    fields = {schema: [set(re.findall(r"`(\w+)`", column)) for column in columns] for schema, *columns in rows}
+    model, trained = ROOT / "examples" / "qwen3_moe-quark0.13-f2f", ROOT / "examples" / "tiny_moe"
+    out, size = tmp_path / "out", ["--max-shard-size", "300kB"]
+    convert: list[Any] = ["convert", model, "--to", "fused-int8"]
+    evaluated = [
+        "--text",
+        trained / "heldout.txt",
+        "--window",
+        "32",
+        "--windows",
+        "2",
+        "--no-resume",
+        "--device",
+        "cpu",
+    ]
+    words: list[list[Any]] = [
+        ["inspect", model], ["inspect", tmp_path / "nothing"], [*convert, "--out", out], [*convert, "--dry-run"],
+        [*convert, "--out", tmp_path / "part", "--part", "1/2", *size],
+        [*convert, "--out", tmp_path / "joined", "--join", *size], [*convert, "--out", tmp_path / "ranks", "--tp", "2"],
+        ["verify", out, "--source", model, "--device", "cpu"], ["verify", out, "--part", "1/2", "--bytes-only"],
+        ["evaluate", trained / "quark-ptpc_int8", *evaluated], ["engines"], ["tune", "--for", "vllm", "--print-folder"],
+    ]  # fmt: skip
+    monkeypatch.chdir(tmp_path)
+    seen: dict[str, set[str]] = {}
+    for line in words:
+        value = Result(*run_cli(capsys, *line, "--json")).json
+        schema = value.pop("schema")
+        always, sometimes = fields[schema]
+        if "ranks" in value:
+            always = always - {"moe", "shards", "tensors", "pieces", "files"}
+        assert always <= value.keys() <= always | sometimes, line
+        seen.setdefault(schema, set()).update(value)
+    assert fields.keys() - seen.keys() == {"quarkconv.uploads/1"}  # needs an object store
+    unseen = {field for schema, found in seen.items() for field in set.union(*fields[schema]) - found}
+    assert unseen == {"pushed", "tables", "tensor"}
 
 
 def result(name: str) -> Any:
