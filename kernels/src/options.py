@@ -34,8 +34,11 @@ MAX_BLOCK_M = 128
 _WARP_CODES = 4 * 128 * 32  # weights that a warp may hold: 128 registers a thread, half of what there are
 _NARROW = 384  # columns of gate-up in a slice of an expert
 _NARROW_FOR_FEW_ROWS = 512  # the same at up to 45 mean rows, for specialized warps
+_WIDE = 2048  # columns of an expert so large that few of them occupy all SMs
+_LEAST_ROWS, _LEAST_CODES = 8, 5600  # of weights in a program of down's GEMV
 _FEW_ROWS = 128  # about the number of SMs of a large GPU
-_SHARED = 5  # with more pairs than this part of the experts, too many of them read the same weights
+_MOST_REPEATED = 30e6  # bytes of weights that pairs may read once more than needed: as long as sorting pairs takes
+_DEEP = 4096  # rows of weights, so long that a program of a GEMV has few of them
 _BARRIERS = 256  # bytes of shared memory for the barriers of copies through descriptors
 _MOST_SUMS = 100  # int32 sums of a thread whose matrix instructions read operands from registers
 _RESULTS = 6 * 1024  # the same with specialized warps, and the layout conversions of their results
@@ -77,30 +80,43 @@ def choose_launch_options(
             )
         return gemv
     found = find_options(traits.name, tokens, experts, top_k, hidden, intermediate)
-    if found is None and (tokens == 1 or _SHARED * tokens * top_k <= experts):
+    shape = (experts, top_k, hidden, intermediate)
+    if found is None and _reads_for_each_pair(tokens, shape):
         found = gemv_options(top_k, hidden, intermediate)
     if isinstance(found, GemvOptions) and packed:
         return fit_options(found, hidden, intermediate, traits)
     if not isinstance(found, LaunchOptions):
-        shape = (experts, top_k, hidden, intermediate)
         found = heuristic_options(tokens, shape, specialized=traits.warp_specialization)
     return fit_options(found, hidden, intermediate, traits)
+
+
+def _reads_for_each_pair(tokens: int, shape: Shape) -> bool:
+    """Whether every pair should read its expert: the bytes that are read again, for uniform routing, take no longer
+    than sorting the pairs. Rows of narrow experts that are long fill a GEMV's programs badly."""
+    experts, top_k, hidden, intermediate = shape
+    touched = experts * (1 - (1 - min(top_k / experts, 1)) ** tokens)
+    repeated = (tokens * top_k - touched) * 3 * hidden * intermediate
+    fills = hidden <= _DEEP or intermediate > _NARROW
+    return repeated <= (_MOST_REPEATED if fills else _MOST_REPEATED / 4)
 
 
 def gemv_options(top_k: int, hidden: int, intermediate: int) -> GemvOptions | None:
     """Options for so few pairs that two seldom share an expert; None where a program's weights do not fit.
 
-    Narrow experts get narrow tiles of gate-up, so that all SMs have work, and wide ones of down, of which each program
-    has the same overhead.
+    Narrow experts get narrow tiles of gate-up, so that all SMs have work. A program of down has at least 8 rows and
+    5600 codes of weights: with fewer, its overhead shows.
     """
-    column = next_power_of_2(top_k) * intermediate
+    slots = next_power_of_2(top_k)
+    column = slots * intermediate
     columns, warps = min(_WARP_CODES * 4 // (2 * hidden), 8), next_power_of_2(-(-column // _WARP_CODES))
     if columns < 1 or warps > 16:
         return None
     gate_up = VectorTile(_floor_power_of_2(columns), num_warps=4)
-    if intermediate <= _NARROW:
-        gate_up = VectorTile(1, num_warps=next_power_of_2(-(-2 * hidden // _WARP_CODES)))
-    return GemvOptions(gate_up, VectorTile(_floor_power_of_2(min(max(_WARP_CODES // column, 1), 4)), num_warps=warps))
+    if intermediate <= _NARROW and columns > 1:
+        gate_up = VectorTile(_floor_power_of_2(columns) // 2, num_warps=2)
+    least = max(-(-_LEAST_CODES // column), _LEAST_ROWS // slots)
+    most = _floor_power_of_2(max(_WARP_CODES // column, 1))
+    return GemvOptions(gate_up, VectorTile(min(next_power_of_2(least), most, 4), num_warps=warps))
 
 
 def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: int) -> bool:
@@ -115,35 +131,52 @@ def fits_registers(options: GemvOptions, top_k: int, hidden: int, intermediate: 
 def heuristic_options(tokens: int, shape: Shape, *, specialized: bool) -> LaunchOptions:
     """Options by the mean rows of an expert, where the device can have `specialized` warps or not.
 
-    The thresholds are where the fastest of some fifty tilings changed over the shapes of MiniMax-M2, Qwen3-30B-A3B,
-    Step-3.5-Flash and Mixtral-8x7B: without specialized warps for 1 to 4096 tokens on an H200, with them for up to
-    16384 on an H200 and an H100. Where an expert has few blocks, gate-up is bound by memory, which is fastest when
-    neighbouring programs read neighbouring rows of weights: group_m 1, so that they have the same expert. Experts of at
-    most 384 columns, slices of Qwen3-235B, MiniMax-M2, DeepSeek-V3 and Qwen3-Next, were tuned on an H200.
+    The thresholds are where the fastest tiling changed over models, slices and sizes that no table lists, on an H200;
+    without specialized warps for 1 to 4096 tokens, with them for up to 16384 and on an H100 too. Where an expert has
+    few blocks, gate-up is bound by memory, which is fastest when neighbouring programs read neighbouring rows of
+    weights: group_m 1, so that they have the same expert.
 
-    With specialized warps and 10 to 90 mean rows, a row block is about as high as the mean: a higher one multiplies
-    rows that are not there, a lower one reads an expert's weights again. That was timed on an H200 over ten shapes
-    (docs/kernel-experiments.md).
+    A row block is about as high as the mean: a higher one multiplies rows that are not there, a lower one reads an
+    expert's weights again (docs/kernel-experiments.md).
     """
     experts, top_k, _, intermediate = shape
     mean_rows = mean_rows_of(tokens, experts, top_k)
-    is_narrow, narrow = intermediate <= _NARROW, TileOptions(256, 64, 1, num_warps=4, num_stages=3)
     if mean_rows <= 10:
-        tile = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
-        return LaunchOptions(RowBlocks(16), tile, narrow if is_narrow else tile)
+        return LaunchOptions(RowBlocks(16), *_tiles_for_few_rows(mean_rows, intermediate))
     tall, (ping_pong, cooperative) = RowBlocks(128, tail_m=32, small_m=64), specialized_tiles(group_m=4)
+    low, middle = RowBlocks(32, small_m=16), RowBlocks(64, tail_m=32, small_m=32)
     gate_up, down = portable_tiles(group_m=4 if mean_rows <= 90 else 8)
     # Narrow experts multiply too little for each row that the specialized kernel's sorted codes cost.
     if specialized and intermediate > (_NARROW if mean_rows > 45 else _NARROW_FOR_FEW_ROWS):
-        low = RowBlocks(32, small_m=16) if mean_rows <= 45 else RowBlocks(64, tail_m=32, small_m=32)
         wide = cooperative[0] if mean_rows > 400 else replace(ping_pong[0], group_m=1)
-        return LaunchOptions(low if mean_rows <= 90 else tall, wide, ping_pong[1])
-    if specialized and mean_rows > 45:
-        return LaunchOptions(tall, gate_up, ping_pong[1])
+        return LaunchOptions(low if mean_rows <= 24 else middle if mean_rows <= 90 else tall, wide, ping_pong[1])
+    if mean_rows <= 24:
+        narrow = _tiles_for_few_rows(mean_rows, intermediate)[1]
+        by_width = narrow if intermediate <= 256 or (intermediate <= _NARROW and not specialized) else None
+        return LaunchOptions(low, gate_up, by_width or (ping_pong[1] if specialized else down))
+    if specialized:
+        down = ping_pong[1]
     if mean_rows <= 45:
-        down = narrow if is_narrow and mean_rows <= 24 else ping_pong[1] if specialized else down
         return LaunchOptions(RowBlocks(32, tail_m=16, small_m=16), gate_up, down)
-    return LaunchOptions(RowBlocks(64, tail_m=16, small_m=32) if mean_rows <= 90 else tall, gate_up, down)
+    if mean_rows <= 90:
+        return LaunchOptions(middle if specialized else RowBlocks(64, tail_m=16, small_m=32), gate_up, down)
+    return LaunchOptions(tall, gate_up, down)
+
+
+def _tiles_for_few_rows(mean_rows: float, intermediate: int) -> tuple[TileOptions, TileOptions]:
+    """Tiles of (gate-up, down) where each product is a read of the weights: long runs of each of their rows."""
+    gate_up = TileOptions(64, 256, 1, num_warps=4, num_stages=3)
+    if intermediate >= _WIDE and mean_rows < 4:
+        gate_up = replace(gate_up, block_k=512)
+    elif intermediate > _NARROW and mean_rows > 4:  # rows of tokens are gathered by pointers anyway
+        gate_up = replace(gate_up, descriptors=False)
+    if intermediate <= _NARROW_FOR_FEW_ROWS:
+        return gate_up, TileOptions(256, 64, 1, num_warps=4, num_stages=3)
+    if intermediate <= 1024:
+        return gate_up, TileOptions(128, 128, 1, num_warps=4, num_stages=4)
+    if intermediate <= _WIDE:
+        return gate_up, TileOptions(64, 128, 1, num_warps=4, num_stages=5)
+    return gate_up, TileOptions(64, 256, 1, num_warps=4, num_stages=3)
 
 
 def portable_tiles(group_m: int) -> tuple[TileOptions, TileOptions]:
