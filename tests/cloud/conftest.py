@@ -9,9 +9,14 @@ from pathlib import Path
 from urllib.request import Request, urlopen
 
 import pytest
+from support.bucket_outputs import convert
 from support.checkpoints import make_checkpoint
 from support.faulty_proxy import FaultyProxy, faulty_proxy
+from support.program import snapshot
 from support.s3 import publish
+
+from quarkconv.cloud import objects as cloud_objects
+from quarkconv.write import executor
 
 pytest.importorskip("obstore")
 
@@ -66,3 +71,17 @@ def published(proxy: FaultyProxy, model: Path) -> FaultyProxy:
     """The S3 server with the model."""
     publish(model)
     return proxy
+
+
+@pytest.fixture
+def local(model: Path, tmp_path: Path) -> dict[str, str]:
+    """The output as a directory has it."""
+    convert(model, tmp_path / "local")
+    return snapshot(tmp_path / "local")
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Parts so small that every shard has several, of several blocks each."""
+    monkeypatch.setattr(cloud_objects, "PART_BYTES", 8192)
+    monkeypatch.setattr(executor, "BUFFER_BYTES", 4096)

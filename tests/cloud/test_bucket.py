@@ -11,7 +11,7 @@ import pytest
 from support.conversions import assert_unfinished
 from support.faulty_proxy import FaultyProxy
 from support.program import run_cli, snapshot
-from support.progress import FullDisk, WhileWriting
+from support.progress import AfterAdvances, FullDisk
 from support.s3 import URL, publish
 
 import quarkconv
@@ -71,7 +71,7 @@ def test_the_output_lies_in_the_working_directory(
 def test_a_conversion_that_failed_resumes(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(WriteError):
-        convert(URL, out, progress=FullDisk(), jobs=1)
+        convert(URL, out, progress=FullDisk(4), jobs=1)
     finished = {path.name: path.stat().st_mtime_ns for path in (out / ".quarkconv" / "files").glob("*.safetensors")}
     assert finished
     convert(URL, out)
@@ -98,14 +98,8 @@ def test_a_file_that_is_replaced_is_noticed(model: Path, tmp_path: Path) -> None
             check()
         assert (caught.value.code, caught.value.file) == ("source-changed", f"{URL}/{ref.file}")
     out = tmp_path / "out"
-    calls = iter(range(10**6))
-
-    def replace(_: int) -> None:
-        if next(calls) == 1:
-            change()
-
     with pytest.raises(SourceError, match="differs from the one that was listed"):
-        convert(URL, out, progress=WhileWriting(replace), jobs=1)
+        convert(URL, out, progress=AfterAdvances(1, change), jobs=1)
     assert_unfinished(out)
 
 

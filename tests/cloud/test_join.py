@@ -6,17 +6,16 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
+from support.bucket_outputs import prepare
 from support.faulty_proxy import FaultyProxy
 from support.lease_steps import check_takeover
 from support.program import snapshot
-from support.progress import Recorder, WhileWriting
+from support.progress import Recorder, Stop
 from support.s3 import OUT, URL, objects
 
 import quarkconv
 from quarkconv.cloud.objects import ConditionsUnsupportedError, Objects
 from quarkconv.cloud.uploads import list_uploads
-from quarkconv.convert.conversion import Conversion
-from quarkconv.convert.options import Options
 from quarkconv.write import joining, leases
 from quarkconv.write.leases import Leases
 from quarkconv.write.modes import Join
@@ -28,10 +27,6 @@ pytestmark = pytest.mark.long(10)
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(joining, "POLL_SECONDS", 0.1)
-
-
-def prepare(model: str | Path) -> Conversion:
-    return Conversion.prepare(model, "fused-int8", OUT, Options(max_shard_size=40_000))
 
 
 @pytest.mark.usefixtures("proxy")
@@ -88,14 +83,8 @@ def test_shards_and_the_end_of_a_worker_that_vanished_are_taken_over(
 def test_shards_of_others_are_counted_once_and_their_notes_read_once(
     published: FaultyProxy, model: Path, tmp_path: Path
 ) -> None:
-    calls = iter(range(10**6))
-
-    def fail(_: int) -> None:
-        if next(calls) == 9:
-            raise RuntimeError("stop")
-
     with pytest.raises(RuntimeError, match="stop"):
-        prepare(URL).carry_out(Join(), jobs=1, progress=WhileWriting(fail))
+        prepare(URL).carry_out(Join(), jobs=1, progress=Stop(9))
     written = [name for name in objects() if name.startswith(".quarkconv/notes/")]
     assert written
     published.requests.clear()

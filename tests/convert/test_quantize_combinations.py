@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import signal
 from collections import Counter
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from support.checkpoints import Tensors, assert_same_tensors, float_experts, loa
 from support.conversions import SMALL_STEPS, assert_unfinished
 from support.expected import part_of
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
-from support.progress import WhileWriting
+from support.progress import FullDisk
 
 import quarkconv
 from quarkconv.convert.conversion import Conversion
@@ -180,14 +178,8 @@ def test_a_part_names_a_row_that_cannot_be_quantized(
 
 
 def test_a_disk_that_fills_loses_nothing(source: Path, whole: Path, tmp_path: Path) -> None:
-    calls = iter(range(1_000))
-
-    def stop(_: int) -> None:
-        if next(calls) == 3:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with pytest.raises(WriteError):
-        convert(source, tmp_path / "out", progress=WhileWriting(stop))
+        convert(source, tmp_path / "out", progress=FullDisk(3))
     assert list((tmp_path / "out").rglob("files/*.safetensors"))
     assert_unfinished(tmp_path / "out")
     assert snapshot(convert(source, tmp_path / "out")) == snapshot(whole)

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import re
 import shlex
 from collections.abc import Callable
@@ -17,7 +15,7 @@ from safetensors.torch import save_file
 from support.checkpoints import load, make_checkpoint
 from support.conversions import STAGING
 from support.program import run_cli, snapshot
-from support.progress import WhileWriting
+from support.progress import FullDisk
 
 import quarkconv
 from quarkconv.errors import SourceError, WriteError
@@ -79,14 +77,8 @@ def test_the_printed_command_finishes_the_conversion(
     options = {"max_shard_size": 2_000, "jobs": 1, **options}
     expected = quarkconv.convert_checkpoint(source, target, tmp_path / "expected", **options).output
     out = tmp_path / "out put"
-    calls = iter(range(1_000))
-
-    def stop(_: int) -> None:
-        if next(calls) == 2:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with pytest.raises(WriteError):
-        quarkconv.convert_checkpoint(source, target, out, progress=WhileWriting(stop), **options)
+        quarkconv.convert_checkpoint(source, target, out, progress=FullDisk(2), **options)
     begun = next(path.parent for path in out.rglob(STAGING))
     with pytest.raises(SourceError) as caught:
         quarkconv.inspect_checkpoint(begun)

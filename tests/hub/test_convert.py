@@ -114,7 +114,7 @@ def test_a_conversion_that_failed_resumes(published: Hub, model: Path, tmp_path:
     convert(model, tmp_path / "local", max_shard_size=40_000)
     out = tmp_path / "remote"
     with pytest.raises(WriteError):
-        convert(REPO, out, progress=FullDisk(), max_shard_size=40_000, jobs=1)
+        convert(REPO, out, progress=FullDisk(4), max_shard_size=40_000, jobs=1)
     finished = sum(path.stat().st_size for path in (out / ".quarkconv" / "files").glob("*.safetensors"))
     assert finished
     published.settle()
@@ -130,7 +130,7 @@ def test_a_conversion_that_failed_resumes(published: Hub, model: Path, tmp_path:
 def test_another_commit_does_not_resume_what_was_begun(published: Hub, model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with pytest.raises(WriteError):
-        convert(REPO, out, progress=FullDisk(), max_shard_size=40_000, jobs=1)
+        convert(REPO, out, progress=FullDisk(4), max_shard_size=40_000, jobs=1)
     begun = published.refs[REPO]["main"]
     changed = quarkconv.inspect_checkpoint(model).description.checkpoint.refs()["model.embed_tokens.weight"]
     shard = model / changed.file

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +18,7 @@ from quarkconv.write.modes import Whole
 from quarkconv.write.output import output_at
 from quarkconv.write.write import write_output
 from support.program import snapshot, start
-from support.progress import WhileWriting
+from support.progress import FullDisk
 
 STAGING = ".quarkconv"
 SHARD = 4_500_000
@@ -64,14 +62,8 @@ def assert_unfinished(out: Path) -> None:
 
 def fill_the_disk_later(source: Path, out: Path, blocks: int = 2) -> None:
     """Leave unfinished work in ``out`` with some shards done."""
-    calls = iter(range(10**6))
-
-    def stop(_: int) -> None:
-        if next(calls) == blocks:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
     with pytest.raises(WriteError):
-        convert(source, out, progress=WhileWriting(stop))
+        convert(source, out, progress=FullDisk(blocks))
     assert list((out / STAGING / "files").glob("*.safetensors"))
 
 

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from itertools import count
 
 from quarkconv.progress import Silent
 
@@ -60,14 +63,29 @@ class WhileWriting(Silent):
             self._call(amount)
 
 
-class FullDisk(WhileWriting):
-    """Fails a conversion at its fifth advance as a full disk does."""
+class AfterAdvances(WhileWriting):
+    """Calls a function once, at the advance of a conversion that so many others precede."""
 
-    def __init__(self) -> None:
-        super().__init__(self._fail)
-        self._advances = 0
+    def __init__(self, before: int, act: Callable[[], object]) -> None:
+        advances = count()
+        super().__init__(lambda _: act() if next(advances) == before else None)
 
-    def _fail(self, _: int) -> None:
-        self._advances += 1
-        if self._advances == 5:
-            raise OSError(28, "No space left on device")
+
+class FullDisk(AfterAdvances):
+    """Fails a conversion after some advances as a full disk does."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__(before, self._fail)
+
+    def _fail(self) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+class Stop(AfterAdvances):
+    """Fails a conversion after some advances with RuntimeError, "stop"."""
+
+    def __init__(self, before: int) -> None:
+        super().__init__(before, self._fail)
+
+    def _fail(self) -> None:
+        raise RuntimeError("stop")

@@ -7,7 +7,6 @@ import os
 import resource
 import shutil
 import sys
-import threading
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -16,7 +15,7 @@ import pytest
 from support.checkpoints import make_checkpoint
 from support.conversions import SHARD, arguments, assert_unfinished, convert, execute
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
-from support.progress import Bytes, WhileWriting
+from support.progress import AfterAdvances, Bytes
 
 import quarkconv
 from quarkconv.errors import SourceError, UsageError
@@ -119,7 +118,7 @@ def test_a_source_that_is_cut_while_it_is_read(
     whole, modified = cut.read_bytes(), cut.stat().st_mtime_ns
 
     with pytest.raises(SourceError, match=r"ended while it was read|changed during") as caught:
-        convert(mine, out, jobs=jobs, progress=WhileWriting(once(lambda: os.truncate(cut, 5000))))
+        convert(mine, out, jobs=jobs, progress=AfterAdvances(0, lambda: os.truncate(cut, 5000)))
     assert caught.value.exit_code == 3
     assert caught.value.file == str(cut)
     assert_unfinished(out)
@@ -135,17 +134,6 @@ def test_a_source_that_is_cut_while_it_is_read(
     assert refused.value.found == f"{cut.name} of the source was written to since"
     os.utime(cut, ns=(modified, modified))
     assert snapshot(convert(mine, out)) == reference
-
-
-def once(change: Callable[[], object]) -> Callable[[int], None]:
-    """A progress function that changes something when the first bytes were written."""
-    done = threading.Lock()
-
-    def progress(_: int) -> None:
-        if done.acquire(blocking=False):
-            change()
-
-    return progress
 
 
 def write_same_bytes(file: Path) -> None:
@@ -176,7 +164,7 @@ def test_a_source_that_changes_is_reported_and_its_output_is_not_complete(
     shutil.copytree(source, mine)
     file = mine / "model-00002-of-00003.safetensors"
     with pytest.raises(SourceError, match="changed during the conversion") as caught:
-        convert(mine, out, progress=WhileWriting(once(lambda: change(file))))
+        convert(mine, out, progress=AfterAdvances(0, lambda: change(file)))
     assert caught.value.code == "source-changed"
     assert caught.value.file == str(file)
     assert found in (caught.value.found or "")
