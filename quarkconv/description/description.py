@@ -230,7 +230,7 @@ def described(
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
-        others = modules.outside(topology.members - topology.unread)
+        others = modules.outside(topology.read)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(others, is_float)
         fp8 = fp8_groups(modules, stored, topology.layers)

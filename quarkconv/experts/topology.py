@@ -39,6 +39,11 @@ class Topology(NamedTuple):
     members: frozenset[str]
     unread: frozenset[str] = frozenset()
 
+    @property
+    def read(self) -> frozenset[str]:
+        """Names of the modules that are routed experts of the layers."""
+        return self.members - self.unread if self.unread else self.members
+
 
 def expert_topology(
     stored: StoredModules,
@@ -74,8 +79,10 @@ def expert_topology(
     )
     if unknown:
         layers = [replace(layer, beside=_first_inside(layer.prefix, unknown)) for layer in layers]
-    in_layers = {module for layer in layers for module in layer.module_names} if len(layers) < len(built) else members
-    return Topology(tuple(layers), findings, members, members.difference(in_layers).union(unknown))
+    unread = frozenset(unknown)
+    if len(layers) < len(built):
+        unread |= members.difference(*(layer.module_names for layer in layers))
+    return Topology(tuple(layers), findings, members, unread)
 
 
 def _layers(
@@ -166,6 +173,7 @@ def _collect(stored: StoredModules) -> _Collected:
     members: list[str] = []
     forms = {id(form): form for form in stored.linears.values()}  # each is the form of many modules
     single_tensors = {key for key, form in forms.items() if len(form.weight.shape) == 3}
+    numbers: dict[str, int | None] = {}  # the same for all layers
     last_head, projections, expert, is_misspelt = None, None, 0, False
     for module, form in stored.linears.items():
         head, _, leaf = module.rpartition(".")
@@ -182,15 +190,19 @@ def _collect(stored: StoredModules) -> _Collected:
             continue
         if head != last_head:  # the projections of an expert mostly follow one another
             last_head, projections, is_misspelt = head, None, False
-            prefix, _, number = head.rpartition(".")
-            if prefix.endswith(EXPERT_MODULES) and number.isascii() and number.isdecimal():
-                is_misspelt = number[0] == "0" != number or len(number) > _MAX_DIGITS
+            prefix, _, digits = head.rpartition(".")
+            if digits not in numbers:
+                numbers[digits] = _number(digits)
+            number = numbers[digits]
+            if number is not None and prefix.endswith(EXPERT_MODULES):
+                is_misspelt = number < 0
                 if not is_misspelt:
-                    projections, expert = per_expert.setdefault(prefix, {}), int(number)
+                    projections, expert = per_expert.setdefault(prefix, {}), number
         if projections is not None:
-            if leaf not in projections:
-                projections[leaf] = {}
-            projections[leaf][expert] = form
+            of_leaf = projections.get(leaf)
+            if of_leaf is None:
+                of_leaf = projections[leaf] = {}
+            of_leaf[expert] = form
             members.append(module)
         elif is_misspelt:
             misspelt.append(module)
@@ -202,6 +214,13 @@ def _collect(stored: StoredModules) -> _Collected:
                 single.setdefault(prefix, {})[naming, part] = form
                 members.append(module)
     return _Collected(per_expert, single, members, misspelt)
+
+
+def _number(digits: str) -> int | None:
+    """The number of an expert; -1 for one in a form that no engine writes, None for another name."""
+    if not (digits.isascii() and digits.isdecimal()):
+        return None
+    return -1 if digits[0] == "0" != digits or len(digits) > _MAX_DIGITS else int(digits)
 
 
 def _layer_index(prefix: str, hidden_layers: int | None, position: int) -> int:

@@ -70,6 +70,10 @@ class DeclaredScheme(ABC):
     def resolve(self, module: str) -> ModuleScheme:
         """The scheme of one linear, named as in the checkpoint and without ``.weight``."""
 
+    def resolver(self) -> Callable[[str], ModuleScheme]:
+        """:meth:`resolve`, for very many modules."""
+        return self.resolve
+
     def resolve_expert(self, experts: str, module: str) -> ModuleScheme:  # noqa: ARG002
         """The scheme of a routed expert's projection ``module``, in the module ``experts`` that holds all of them."""
         return self.resolve(module)

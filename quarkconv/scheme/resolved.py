@@ -53,10 +53,11 @@ class ResolvedModules(NamedTuple):
 def resolve_modules(stored: StoredModules, declared: DeclaredScheme | None) -> ResolvedModules:
     """Look up the declared scheme of every stored module. Without a config, or with an unknown one, all are float."""
     declared = declared or UnknownScheme("none")
+    resolve = declared.resolver()
     # Forms and schemes are shared objects. Grouping by identity first hashes two integers a module, not their contents.
     alike: dict[tuple[int, int], tuple[Form, ModuleScheme, list[str]]] = {}
     for module, form in stored:
-        scheme = declared.resolve(module)
+        scheme = resolve(module)
         key = (id(form), id(scheme))
         group = alike.get(key)
         if group is None:

@@ -6,18 +6,19 @@ fused into one tensor have no ``.weight``: ``<experts>.gate_up_proj`` with ``<ex
 ``_input_scale``.
 
 How this stays fast. A large model has 100,000 tensors and 50,000 modules, in a handful of forms. One pass sorts the
-tensors into columns by the last part of their names, each from module to type. The header scanner gives equal types the
+tensors of each file into columns by the last part of their names: modules and types. Mostly the weights in int8 and
+their scales come in the same order, so that comparing two lists pairs them. The header scanner gives equal types the
 same object (``headers/scan.py``), so two tensors of one type have the same ``id``. A module's key is the tuple of the
 ids of its types in all columns, ``id(None)`` where it lacks one. ``zip`` and ``map`` compute all keys at C speed; a
-dict keeps one row of types for each distinct key, and one Form of it, which all modules of that key share. Later code
-compares and groups modules by ``id(form)``, and computes everything that depends on the form once.
+dict has one Form for each distinct key, which all modules of that key share. Later code compares and groups modules by
+``id(form)``, and computes everything that depends on the form once.
 """
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, repeat
 from typing import Any, Final, Literal, NamedTuple
 
 from quarkconv.dtypes import FLOAT_DTYPES, TensorType, TensorTypes
@@ -118,9 +119,10 @@ def fused_names(module: str) -> TensorNames:
     )
 
 
-_ENDS: Final = linear_names("")
-"""Ends of the names of the tensors of a linear, in the order of the fields of a Form."""
-_WEIGHT: Final = _ENDS.weight
+_FIELDS: Final = {end.removeprefix("."): field for field, end in linear_names("")._asdict().items()}
+"""Last part of the name of a tensor of a linear -> its field of a Form, in the order of the fields."""
+_WEIGHT: Final = "weight"
+_OUTPUT_ENDS: Final = tuple(output_companions(""))
 _BIAS: Final = ".bias"
 
 
@@ -165,41 +167,45 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
         types: name -> dtype and shape of every tensor.
         fused_leaves: last parts of the names under which fused experts are stored, such as ``gate_up_proj``.
     """
-    parts = types.parts if isinstance(types, TensorTypes) else (types,)
-    modules: list[list[str]] = [[] for _ in parts]
-    weights: list[TensorType | None] = []
+    linears = _Linears()
     companions: list[str] = []
     vectors: list[str] = []
     unrecognised: list[str] = []
     plain: dict[str, TensorType] = {}
-    for part, own in zip(parts, modules, strict=True):
+    for part in types.parts if isinstance(types, TensorTypes) else (types,):
+        codes, floats = _Column([], []), _Column([], [])
+        columns = {leaf: _Column([], []) for leaf in _FIELDS}
         for name, found in part.items():
-            if name.endswith(_WEIGHT):
-                if len(found.shape) >= 2:
-                    own.append(name.removesuffix(_WEIGHT))
-                    weights.append(found)
-                else:
+            module, dot, leaf = name.rpartition(".")
+            if leaf == _WEIGHT and dot:
+                if len(found.shape) < 2:
                     vectors.append(name)
                     if found.dtype == "I8":
                         unrecognised.append(name)
+                else:
+                    modules, kinds = codes if found.dtype == "I8" else floats
+                    modules.append(module)
+                    kinds.append(found)
+            elif leaf in columns and dot:
+                modules, kinds = columns[leaf]
+                modules.append(module)
+                kinds.append(found)
             elif name.endswith(_COMPANIONS):
                 companions.append(name)
             else:
                 plain[name] = found
-    rows = {"weight": weights, **dict(_companion_rows(parts, modules, companions, types))}
-    linears = _forms(chain.from_iterable(modules), rows)
+        linears.add(codes, floats, columns)
+    companions += linears.complete()
     fused: dict[str, Form] = {}
     for name, found in plain.items():
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
             fused[name] = Form(found, *map(types.get, fused_names(name)[1:]))
         elif found.dtype == "I8" and not name.endswith(ROTATION):
             unrecognised.append(name)
-    owned = sum(len(row) - row.count(None) for row in rows.values()) - len(weights)
-    owned += sum(len(form) - 1 - form.count(None) for form in fused.values())
-    if owned != len(companions):
-        unrecognised.extend(_orphans(companions, linears, fused))
+    if companions:
+        unrecognised.extend(_orphans(companions, linears.forms, fused))
     return StoredModules(
-        linears=linears,
+        linears=linears.forms,
         fused=fused,
         unrecognised=tuple(unrecognised),
         tensors=types,
@@ -213,46 +219,89 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     )
 
 
-def _companion_rows(
-    parts: Sequence[Mapping[str, TensorType]],
-    modules: Sequence[Sequence[str]],
-    companions: Sequence[str],
-    types: Mapping[str, TensorType],
-) -> Iterator[tuple[str, list[TensorType | None]]]:
-    """Each kind of companion that is stored: its field of a Form, and the type that each module has of it.
+class _Column(NamedTuple):
+    """The tensors of a file whose names end alike: their modules, and their types."""
 
-    Args:
-        parts: the tensors, file by file.
-        modules: the modules whose weights are in each part.
-        companions: names of all companions.
-        types: all tensors.
+    modules: list[str]
+    types: list[TensorType]
+
+
+class _Linears:
+    """The linears of a checkpoint, which are added file by file.
+
+    Attributes:
+        forms: module -> form.
     """
-    for companion, end in zip(Form._fields[1:], _ENDS[1:], strict=True):
-        others = [name for name in companions if not name.endswith(end)]
-        stored = len(companions) - len(others)
-        if stored:
-            row = [part.get(f"{module}{end}") for part, own in zip(parts, modules, strict=True) for module in own]
-            if len(row) - row.count(None) < stored:  # some are in other files than their weights
-                row = [types.get(f"{module}{end}") for module in chain.from_iterable(modules)]
-            yield companion, row
-        companions = others
+
+    def __init__(self) -> None:
+        self.forms: dict[str, Form] = {}
+        self._shared: dict[tuple[str, ...], dict[tuple[int, ...], Form]] = {}
+        self._elsewhere: dict[str, _Column] = {}
+
+    def add(self, codes: _Column, floats: _Column, companions: Mapping[str, _Column]) -> None:
+        """Add the linears of a file. Companions whose weights are not in it wait for :meth:`complete`.
+
+        Args:
+            codes: the weights in int8.
+            floats: the other weights.
+            companions: the companions by the last part of their names.
+        """
+        modules = codes.modules + floats.modules
+        rows: dict[str, list[Any]] = {_FIELDS[_WEIGHT]: [*codes.types, *floats.types]}
+        for leaf, (owners, found) in companions.items():
+            if not found:
+                continue
+            row: list[TensorType | None] = [*found, *repeat(None, len(floats.modules))]
+            if owners != codes.modules:  # mostly, the weights in int8 are those with a scale
+                of_module = dict(zip(owners, found, strict=True))
+                row = list(map(of_module.get, modules))
+                if len(row) - row.count(None) < len(found):
+                    here, elsewhere = set(modules), self._elsewhere.setdefault(leaf, _Column([], []))
+                    names = [name for name in owners if name not in here]
+                    elsewhere.modules.extend(names)
+                    elsewhere.types.extend(map(of_module.__getitem__, names))
+            rows[_FIELDS[leaf]] = row
+        self.forms.update(zip(modules, self._forms(rows), strict=True))
+
+    def _forms(self, rows: Mapping[str, Sequence[Any]]) -> list[Form]:
+        """The forms of modules, of rows with the type that each module has for a field of a Form."""
+        shared = self._shared.setdefault(tuple(rows), {})
+        try:
+            return list(map(shared.__getitem__, _keys(rows)))
+        except KeyError:
+            for key, found in dict(zip(_keys(rows), zip(*rows.values(), strict=True), strict=True)).items():
+                shared.setdefault(key, Form(**dict(zip(rows, found, strict=True))))
+            return list(map(shared.__getitem__, _keys(rows)))
+
+    def complete(self) -> list[str]:
+        """Add the companions that are in other files than their weights; gives the names of those without a weight."""
+        alone = []
+        for leaf, column in self._elsewhere.items():
+            completed: dict[tuple[int, int], tuple[Form, Form]] = {}  # with what it was: its id stays that of no other
+            for module, found in zip(*column, strict=True):
+                form = self.forms.get(module)
+                if form is None:
+                    alone.append(f"{module}.{leaf}")
+                    continue
+                key = id(form), id(found)
+                if key not in completed:
+                    completed[key] = form, form._replace(**{_FIELDS[leaf]: found})
+                self.forms[module] = completed[key][1]
+        return alone
 
 
-def _forms(modules: Iterable[str], rows: Mapping[str, Sequence[TensorType | None]]) -> dict[str, Form]:
-    """Module -> form, of rows with the type that each module has for a field of a Form."""
-    # Types are shared objects, and slow to hash: the ids of a module's types are its key.
-    keys = list(zip(*(map(id, row) for row in rows.values()), strict=True))
-    types: dict[int, Any] = {id(found): found for row in rows.values() for found in row}
-    forms = {key: Form(**dict(zip(rows, map(types.__getitem__, key), strict=True))) for key in set(keys)}
-    return dict(zip(modules, map(forms.__getitem__, keys), strict=True))
+def _keys(rows: Mapping[str, Sequence[object]]) -> Iterator[tuple[int, ...]]:
+    """A key for each module: types are shared objects, and slow to hash, so their ids are what counts."""
+    return zip(*(map(id, row) for row in rows.values()), strict=True)
 
 
-def _orphans(companions: list[str], linears: dict[str, Form], fused: dict[str, Form]) -> list[str]:
+def _orphans(companions: Iterable[str], linears: Mapping[str, Form], fused: Mapping[str, Form]) -> list[str]:
     """Companions without a weight. The scale of a key-value cache belongs to its projection."""
-    owned: set[str] = set()
-    for module in linears:
-        owned.update(linear_names(module))
-        owned.update(output_companions(module))
-    for module in fused:
-        owned.update(fused_names(module))
-    return [name for name in companions if not name.endswith(ATTENTION_SCALES) and name not in owned]
+    owned = {name for module in fused for name in fused_names(module)}
+    return [
+        name
+        for name in companions
+        if name not in owned
+        and not name.endswith(ATTENTION_SCALES)
+        and not (name.endswith(_OUTPUT_ENDS) and name.rpartition(".")[0] in linears)
+    ]

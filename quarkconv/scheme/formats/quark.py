@@ -10,6 +10,7 @@ config is read back) and ``torch/quantization/file2file_quantization.py``; 0.11.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from quarkconv.defects import invalid_quantization
@@ -61,6 +62,12 @@ class QuarkScheme(DeclaredScheme):
             return FLOAT
         position = self._key(module)
         return self.default if position is None else self._layers[position]
+
+    def resolver(self) -> Callable[[str], ModuleScheme]:
+        if self._layers:
+            return self.resolve
+        excluded, default = self._excluded, self.default
+        return lambda module: FLOAT if excluded(module) else default
 
     def _layer(self, value: object, where: str) -> ModuleScheme:
         """Parse one QLayerConfig: the specs of weight and input_tensors."""
