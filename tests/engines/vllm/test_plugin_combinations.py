@@ -9,11 +9,11 @@ import pytest
 import torch
 import vllm
 from engines.expected import WHOLE, Rank
+from engines.forms import QUARK, Forms
 from engines.forward import relative_error
 from engines.vllm import loading
-from engines.vllm.conftest import QUARK, Forms
 from engines.vllm.loading import build, load
-from engines.vllm.test_plugin import BOUND, exact, experts_of, inputs, turned_on  # noqa: F401  a fixture
+from engines.vllm.plugin_layers import BOUND, exact, experts_of, inputs
 from vllm.config import LoRAConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -87,7 +87,7 @@ def _rebalancing(config: Any) -> None:
     config.parallel_config.enable_eplb = True
 
 
-def test_lora_stays_on_vllm(turned_on: list[str], forms: Forms) -> None:  # noqa: F811
+def test_lora_stays_on_vllm(turned_on: list[str], forms: Forms) -> None:
     method = experts_of(build_with(forms(NAME, QUARK), _lora), NAME).quant_method
     assert type(method).__name__ == "QuarkW8A8Int8MoEMethod"
     assert set(turned_on) == {
@@ -97,7 +97,7 @@ def test_lora_stays_on_vllm(turned_on: list[str], forms: Forms) -> None:  # noqa
 
 @pytest.mark.parametrize("experts", [False, True], ids=["tensor", "expert"])
 def test_data_parallel_ranks_stay_on_vllm(
-    turned_on: list[str],  # noqa: F811
+    turned_on: list[str],
     forms: Forms,
     monkeypatch: pytest.MonkeyPatch,
     experts: bool,
@@ -131,7 +131,7 @@ def test_vllm_refuses_to_rebalance_int8_experts(forms: Forms, plugin: bool, requ
 
 
 @pytest.mark.parametrize("form", [QUARK, "compressed-tensors"])
-def test_experts_of_a_draft_model_run_too(turned_on: list[str], forms: Forms, form: str) -> None:  # noqa: F811
+def test_experts_of_a_draft_model_run_too(turned_on: list[str], forms: Forms, form: str) -> None:
     """Of multi-token prediction: the layer that is appended to DeepSeek V3."""
     arguments = EngineArgs(
         str(forms("deepseek_v3-0.13-f2f-mtp", form)), dtype="bfloat16", load_format="safetensors", max_model_len=64,
