@@ -13,8 +13,13 @@ from quarkconv.errors import SourceError
 COPY_AGAIN: Final = "download or copy the file again"
 
 
+def missing_file(file: str, code: str) -> SourceError:
+    """A file that the checkpoint needs does not exist."""
+    return SourceError("The file does not exist", code=code, file=file, hint=COPY_AGAIN)
+
+
 def unreadable_file(file: str, found: str | None, *, hint: str | None = None) -> SourceError:
-    """A file does not exist, or the system refuses to read it."""
+    """The system refuses to read a file."""
     return SourceError("The file cannot be read", code="shard-missing", file=file, found=found, hint=hint)
 
 

@@ -75,7 +75,7 @@ def convert(
         typer.Option(
             "--exclude",
             metavar="PATTERN",
-            help="Modules that --quantize leaves in float: name, pattern with *, or re:. Repeatable.",
+            help="Modules that --quantize leaves in float: a name, a pattern with *, or re:REGEX. Repeatable.",
         ),
     ] = None,
     scheme: Annotated[
@@ -86,11 +86,11 @@ def convert(
     ] = None,
     join: Annotated[
         bool,
-        typer.Option("--join", help="Share the work with all others that run --join; any may start or stop."),
+        typer.Option("--join", help="Share the work with other processes that run --join; they may come and go."),
     ] = False,
     ray: Ray = None,
     finish: Annotated[
-        bool, typer.Option("--finish", help="Finish an output whose parts are all written; the last part also does.")
+        bool, typer.Option("--finish", help="Finish an output whose parts are all written, if the last part did not.")
     ] = False,
     mtp: Annotated[
         str, typer.Option("--mtp", metavar="keep|drop|quantize", help="Layers of multi-token prediction.")

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -10,6 +12,7 @@ from quarkconv.cli.options import Device, Json, Model, Quiet, Report, Verbose, p
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.cli.reports import command_line, require_report, write_report
+from quarkconv.errors import interrupted
 from quarkconv.evaluate.request import DEFAULT_WINDOW, Limits, require_one_source
 
 if TYPE_CHECKING:
@@ -83,7 +86,7 @@ def evaluate(
     require_report(report)
     limits = Limits(max_kl, min_agreement)
     numbers = None if layers is None else parse_layer_numbers(layers)
-    with progress("Starting", shown=output.shows_progress) as meter:
+    with progress("Starting", shown=output.shows_progress) as meter, _resuming(resume):
         from quarkconv.evaluate.evaluation import evaluate_checkpoint  # imports torch and transformers
 
         evaluation = evaluate_checkpoint(
@@ -115,3 +118,14 @@ def evaluate(
 
     output.show(evaluation.to_json(), render)
     return 0 if evaluation.ok else 1
+
+
+@contextmanager
+def _resuming(resume: bool) -> Iterator[None]:
+    """Say of an interrupt that finished layers are kept, where they are."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        if resume:
+            raise interrupted() from None
+        raise

@@ -18,7 +18,7 @@ import struct
 from collections.abc import Iterator, KeysView, Sequence
 from typing import Final, NamedTuple
 
-from quarkconv.defects import COPY_AGAIN, invalid_header, short_file, unreadable_file
+from quarkconv.defects import COPY_AGAIN, invalid_header, missing_file, short_file, unreadable_file
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
 from quarkconv.files.regular import CHECK_ACCESS, open_regular
@@ -123,6 +123,8 @@ def read_header(path: str | os.PathLike[str], file: str) -> ShardHeader:
             check_length(file, length, size)
             raw = handle.read(length)
     except (OSError, ValueError) as error:  # ValueError: a null character in the name
+        if isinstance(error, FileNotFoundError):
+            raise missing_file(file, "shard-missing") from error
         hint = CHECK_ACCESS if isinstance(error, PermissionError) else COPY_AGAIN
         raise unreadable_file(file, getattr(error, "strerror", None) or str(error), hint=hint) from error
     return parse_header(raw, file, size)

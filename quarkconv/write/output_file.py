@@ -81,6 +81,7 @@ class OutputFile:
                 written = os.pwrite(self._descriptor, block, offset)
             except OSError as error:
                 if error.errno not in _REFUSED or not self._is_direct():
+                    error.filename = str(self.path)
                     raise
                 self._direct.refused(self.path, os.strerror(error.errno))
                 self._through_page_cache()

@@ -222,6 +222,19 @@ def test_a_report_that_fails_leaves_nothing_behind(
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+@pytest.mark.parametrize(("option", "kept"), [((), True), (("--no-resume",), False)])
+def test_an_interrupted_evaluation_says_whether_it_resumes(
+    option: tuple[str, ...], kept: bool, command: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("quarkconv.evaluate.evaluation.evaluate_checkpoint", interrupted)
+    result = command("evaluate", "model", "--text", "text.txt", *option)
+    assert result.code == 130
+    assert ("run the same command again: it resumes" in result.err) is kept
+
+
 @pytest.mark.parametrize("width", ["40", "80"])
 def test_a_command_to_copy_is_whole_in_any_terminal(
     width: str, model: Path, tmp_path: Path, command: Run, monkeypatch: pytest.MonkeyPatch
@@ -267,6 +280,14 @@ def test_a_pointer_of_git_lfs_is_named(model: Path, command: Run) -> None:
     assert (result.code, result.json["file"]) == (3, str(shard))
     assert "pointer of Git LFS" in result.json["error"]
     assert "git lfs pull" in result.json["hint"]
+
+
+def test_a_shard_that_is_missing_does_not_exist(model: Path, command: Run) -> None:
+    shard = min(model.glob("*.safetensors"))
+    shard.unlink()
+    (found,) = [item for item in command("inspect", model, "--json").json["findings"] if item["subject"] == shard.name]
+    assert (found["code"], found["message"]) == ("shard-missing", "The file does not exist")
+    assert found["hint"] == "download or copy the file again"
 
 
 def test_files_of_a_model_are_named_by_their_paths(
