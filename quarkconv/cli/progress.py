@@ -14,8 +14,8 @@ from typing import Final, NamedTuple
 from quarkconv.cli.out import console, printable
 from quarkconv.text import plural, size
 
-PATIENCE: Final = 1.0
-"""Seconds before progress appears."""
+DELAY_SECONDS: Final = 1.0
+"""Before progress appears."""
 _INTERVAL: Final = 0.1
 _BAR_WIDTH: Final = 24
 _FULL_WIDTH: Final = 72
@@ -81,7 +81,7 @@ def progress(name: str, *, shown: bool) -> Iterator[Meter]:
 
 
 def _draw(meter: Meter, over: threading.Event) -> None:
-    if over.wait(PATIENCE):
+    if over.wait(DELAY_SECONDS):
         return
     from rich.progress import BarColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 

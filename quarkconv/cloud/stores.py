@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from obstore.store import ObjectStore
 
 RETRIES: Final = 8
-_PATIENCE: Final = timedelta(minutes=3)
+_RETRY_TIMEOUT: Final = timedelta(minutes=3)
 _ENDPOINTS: Final = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT", "AZURE_STORAGE_ENDPOINT")
 _PREFIXES: Final = {"s3://": "AWS_", "gs://": "GOOGLE_", "az://": "AZURE_"}
 _CREDENTIALS: Final = {
@@ -84,7 +84,7 @@ def open_store(url: str) -> ObjectStore:
     try:
         return from_url(
             f"{scheme}{bucket}/{quote(path)}",
-            retry_config={"max_retries": RETRIES, "retry_timeout": _PATIENCE},
+            retry_config={"max_retries": RETRIES, "retry_timeout": _RETRY_TIMEOUT},
             client_options={"allow_http": True} if _plain_http() else None,
             **_credentials(url),
         )

@@ -111,11 +111,11 @@ def other_quantizations(config: ModelConfig) -> Iterator[Finding]:
 
 def rank_part(rank: Rank) -> Finding:
     """The finding of a checkpoint that holds one rank."""
-    way = "tensor" if rank.parallel == "tp" else "expert"
+    kind = "tensor" if rank.parallel == "tp" else "expert"
     return finding(
         "rank-part",
         "config.json",
-        f"The checkpoint holds rank {rank.rank} of {rank.world_size} under {way} parallelism; engines divide whole "
+        f"The checkpoint holds rank {rank.rank} of {rank.world_size} under {kind} parallelism; engines divide whole "
         "models themselves",
         hint="load them with quarkconv.load_fused_experts, or a loader of your own",
     )

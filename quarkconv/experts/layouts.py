@@ -106,8 +106,8 @@ def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:
     naming = next((naming for naming in possible if names <= naming.leaves()), None)
     if naming is None:
         mixed = [naming for naming in possible if names & naming.leaves()]
-        ways = " and ".join(sorted("/".join(naming.projections()) for naming in mixed))
-        return finding("layout-conflict", prefix, f"The layer names its experts in two ways: {ways}")
+        families = " and ".join(sorted("/".join(naming.projections()) for naming in mixed))
+        return finding("layout-conflict", prefix, f"The layer names its experts in two ways: {families}")
     if naming.joined in names and names & {naming.gate, naming.up}:
         return finding(
             "layout-conflict", prefix, f"The layer stores {naming.gate} and {naming.up} alone and as {naming.joined}"

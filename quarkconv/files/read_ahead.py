@@ -27,7 +27,7 @@ SLOW_PENDING_BYTES: Final = 2 * 2**20
 """Bytes of pending requests of one reader on a slow network: more of them would only delay the first."""
 _MEASURED_BYTES: Final = 2 * 2**20
 """Bytes that a rate is measured with."""
-_PATIENCE: Final = 0.2  # seconds between checks of the stop event
+_POLL_SECONDS: Final = 0.2  # between checks of the stop event
 
 Fetch = Callable[[Range], bytes | memoryview]
 
@@ -172,7 +172,7 @@ class ReadAhead:
                     hint="run the same command again: it resumes",
                 )
             try:
-                return future.result(timeout=_PATIENCE)
+                return future.result(timeout=_POLL_SECONDS)
             except FutureTimeout:
                 if future.done():  # the request itself timed out
                     raise

@@ -98,7 +98,7 @@ class ArenaPool:
 
     def __init__(self, count: int, nbytes: int) -> None:
         self._nbytes = nbytes
-        self._made: list[Arena] = []
+        self._arenas: list[Arena] = []
         self._free: queue.SimpleQueue[Arena | None] = queue.SimpleQueue()
         for _ in range(count):
             self._free.put(None)
@@ -109,7 +109,7 @@ class ArenaPool:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for arena in self._made:
+        for arena in self._arenas:
             arena.close()
 
     def take(self, timeout: float) -> Arena | None:
@@ -120,7 +120,7 @@ class ArenaPool:
             return None
         if arena is None:
             arena = Arena(self._nbytes)
-            self._made.append(arena)
+            self._arenas.append(arena)
         return arena
 
     def give_back(self, arena: Arena) -> None:

@@ -252,14 +252,14 @@ def _biases(part: LayerPart, role: Role, read: Callable[[str], Tensor]) -> Tenso
 
 
 def _of_rows(
-    part: LayerPart, role: Role, read: Callable[[StoredProjection], Tensor], place: Callable[[StoredProjection], Part]
+    part: LayerPart, role: Role, read: Callable[[StoredProjection], Tensor], part_of: Callable[[StoredProjection], Part]
 ) -> Tensor:
     """The value of each row of a projection, float32 [E, rows]; a single value of an expert is repeated."""
     rows = range(part.layer.hidden) if role == "down" else part.inner
     values = []
     for expert in part.experts:
         stored = part.layer.projection(role, expert)
-        of_expert = _part(read(stored).reshape(-1), place(stored), alternate=stored.alternate)
+        of_expert = _part(read(stored).reshape(-1), part_of(stored), alternate=stored.alternate)
         values.append(of_expert[rows.start : rows.stop] if len(of_expert) > 1 else of_expert.expand(len(rows)))
     return torch.stack(values).float()
 

@@ -106,7 +106,7 @@ class Histogram:
 
 def signal_to_noise(layers: Sequence[LayerNumbers]) -> list[Noise]:
     """Signal to noise by layer, for each number of tokens; omits comparisons that were not made."""
-    made = []
+    series = []
     for tokens in dict.fromkeys(layer.tokens for layer in layers):
         chosen = [layer for layer in layers if layer.tokens == tokens]
         lines = {
@@ -115,8 +115,8 @@ def signal_to_noise(layers: Sequence[LayerNumbers]) -> list[Noise]:
             "unquantized": tuple(_snr(layer.unquantized) for layer in chosen),
         }
         known = {name: line for name, line in lines.items() if any(value is not None for value in line)}
-        made.append(Noise(tokens, tuple(layer.layer for layer in chosen), known))
-    return made
+        series.append(Noise(tokens, tuple(layer.layer for layer in chosen), known))
+    return series
 
 
 def weight_errors(layers: Sequence[LayerExperts]) -> ExpertMap | None:

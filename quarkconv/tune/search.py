@@ -69,8 +69,8 @@ def run_together(
     """
     following = {key: next(each) for key, each in searches.items()}
     while following:
-        wanted = [(key, tile) for key, (tiles, _) in following.items() for tile in tiles]
-        works = dict(zip(wanted, launches(wanted), strict=True))
+        pairs = [(key, tile) for key, (tiles, _) in following.items() for tile in tiles]
+        works = dict(zip(pairs, launches(pairs), strict=True))
         current, following = following, {}
         for key, (tiles, _) in current.items():
             try:

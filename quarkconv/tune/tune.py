@@ -145,10 +145,10 @@ def tune_shape(
     weights = make_weights(shape.sizes, device)
     run = map if pool is None else pool.map
 
-    def launches(wanted: Sequence[tuple[int, Tile]]) -> list[bool]:
-        once = {tile: count for count, tile in reversed(wanted)}
+    def launches(pairs: Sequence[tuple[int, Tile]]) -> list[bool]:
+        once = {tile: count for count, tile in reversed(pairs)}
         list(run(partial(_compiles, engine, shape), once.values(), once))  # no tile by two processes at a time
-        counts, tiles = [count for count, _ in wanted], [tile for _, tile in wanted]
+        counts, tiles = [count for count, _ in pairs], [tile for _, tile in pairs]
         return list(run(partial(_compiles, engine, shape), counts, tiles))
 
     searches = {count: _search(kernel, shape, count, weights, shared) for count in tokens}

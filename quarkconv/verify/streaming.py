@@ -39,7 +39,7 @@ from quarkconv.verify.zero_points import zero_point_problems
 
 Rest = TypeVar("Rest")
 
-_PATIENCE: Final = 0.2  # seconds between checks for a stop
+_POLL_SECONDS: Final = 0.2  # between checks for a stop
 _CHECKSUM: Final = "do not have the checksum of the manifest"
 
 
@@ -159,7 +159,7 @@ class _Run:
         try:
             for thread in threads:
                 while thread.is_alive():  # in steps, so that an interrupt is noticed
-                    thread.join(_PATIENCE)
+                    thread.join(_POLL_SECONDS)
         finally:
             self._stop.set()
             for thread in threads:
@@ -200,7 +200,7 @@ class _Run:
 
     def _arena(self, pool: ArenaPool) -> Arena | None:
         while not self._stop.is_set():
-            arena = pool.take(_PATIENCE)
+            arena = pool.take(_POLL_SECONDS)
             if arena is not None:
                 return arena
         return None
@@ -209,7 +209,7 @@ class _Run:
         while not self._stop.is_set():
             reading = not self._all_read.is_set()
             try:
-                layer = self._ready.get(timeout=_PATIENCE)
+                layer = self._ready.get(timeout=_POLL_SECONDS)
             except queue.Empty:
                 if reading:
                     continue

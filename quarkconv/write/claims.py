@@ -10,7 +10,7 @@ from quarkconv.plan.pieces import OutputShard
 from quarkconv.write.segments import Segment
 from quarkconv.write.shard_writer import ShardWriter
 
-_PATIENCE: Final = 0.2  # seconds between checks of the stop event
+_POLL_SECONDS: Final = 0.2  # between checks of the stop event
 
 
 class Claims:
@@ -51,7 +51,7 @@ class Claims:
     def take(self) -> tuple[ShardWriter, Segment] | None:
         """The next segment and its shard; None after the last. Call :meth:`written` when it is written."""
         with self._lock:
-            while not self._reading.acquire(timeout=_PATIENCE):
+            while not self._reading.acquire(timeout=_POLL_SECONDS):
                 if self._stop.is_set():
                     return None
             while (segment := next(self._segments, None)) is None:

@@ -10,7 +10,7 @@ from typing import Final
 from quarkconv.errors import interrupted
 from quarkconv.plan.pieces import CodeColumns, Codes, Copy, OutputShard, Piece, RowScales
 
-_PATIENCE: Final = 0.2  # seconds between checks of the stop event
+_POLL_SECONDS: Final = 0.2  # between checks of the stop event
 
 
 class HeldScales:
@@ -58,7 +58,7 @@ class HeldScales:
             InterruptedByUser: ``stop`` was set.
         """
         with self._changed:
-            while not self._changed.wait_for(lambda: rows in self._held, _PATIENCE):
+            while not self._changed.wait_for(lambda: rows in self._held, _POLL_SECONDS):
                 if self._stop.is_set():
                     raise interrupted()
             self._takers[rows] -= 1

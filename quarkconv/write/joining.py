@@ -164,9 +164,9 @@ class _Worker:
         """Write shards that nobody works on: one after the other, or, where they are streamed, several at a time."""
         try:
             if self._destination.streams:
-                self._run.write_leased(self._taken(), self._jobs, self._wrote)
+                self._run.write_leased(self._leased(), self._jobs, self._wrote)
             else:
-                for shard in islice(self._taken(), 1):
+                for shard in islice(self._leased(), 1):
                     self._run.write_shards((shard,), self._jobs)
                     self._wrote(shard)
         except QuarkconvError as error:
@@ -175,7 +175,7 @@ class _Worker:
             _log.info("another worker took over what failed here: %s", error.message)
             raise _LeaseLostError from error
 
-    def _taken(self) -> Iterator[OutputShard]:
+    def _leased(self) -> Iterator[OutputShard]:
         """Shards whose leases this worker takes one by one, until there is none that nobody works on."""
         todo, looked = iter(self._in_order()), time.monotonic()
         while (shard := next(todo, None)) is not None:

@@ -215,19 +215,19 @@ def _widened(bits: NDArray[np.uint16], out: NDArray[np.float32] | None = None) -
     return out
 
 
-class _Kept(threading.local):
+class _ThreadBlocks(threading.local):
     """The blocks of a thread; they end with it."""
 
     def __init__(self) -> None:
         self.blocks: dict[_Shape, _Block] = {}
 
 
-_kept: Final = _Kept()
+_thread: Final = _ThreadBlocks()
 
 
 def _block(shape: _Shape) -> _Block:
     """A block of this thread, which all weights of a shape share."""
-    blocks = _kept.blocks
+    blocks = _thread.blocks
     if shape not in blocks:
         if len(blocks) == _BLOCKS_KEPT:
             blocks.clear()

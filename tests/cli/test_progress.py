@@ -76,7 +76,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_notes_and_bars_appear_on_a_terminal(model: Path) -> None:
-    shown = run_on_terminal("verify", model, "--device", "cpu", "--tokens", "2", patience=0.0, environment={})
+    shown = run_on_terminal("verify", model, "--device", "cpu", "--tokens", "2", delay=0.0, environment={})
     assert shown.code == 0, shown.terminal
     assert any(re.match(r"\W*Starting", line) for line in shown.lines)
     assert [line for line in shown.lines if "layer 0 (" in line and ": ok in" in line]
@@ -86,11 +86,11 @@ def test_notes_and_bars_appear_on_a_terminal(model: Path) -> None:
 @pytest.mark.parametrize(("quiet", "terminal"), [(True, True), (False, False)])
 def test_nothing_appears_with_quiet_or_without_a_terminal(model: Path, quiet: bool, terminal: bool) -> None:
     options = ["--quiet"] if quiet else []
-    shown = run_on_terminal("inspect", model, *options, patience=0.0, stderr=terminal, environment={})
+    shown = run_on_terminal("inspect", model, *options, delay=0.0, stderr=terminal, environment={})
     assert shown.code == 0
     assert shown.lines == []
 
 
 def test_a_short_command_shows_nothing(model: Path) -> None:
-    shown = run_on_terminal("inspect", model, patience=30, environment={})
+    shown = run_on_terminal("inspect", model, delay=30, environment={})
     assert (shown.code, shown.lines) == (0, [])

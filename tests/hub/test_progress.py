@@ -73,7 +73,7 @@ def test_inspect_shows_what_it_reads_and_leaves_nothing_behind(run: Run) -> None
     [
         (["--quiet"], {}), (["-q", "--json"], {}), ([], {"stderr": False}),
         ([], {"stderr": False, "environment": {"FORCE_COLOR": "1", "TTY_COMPATIBLE": "1"}}),
-        ([], {"environment": {"TERM": "dumb"}}), ([], {"patience": 30}),
+        ([], {"environment": {"TERM": "dumb"}}), ([], {"delay": 30}),
     ],
 )  # fmt: skip
 def test_nothing_is_shown_unasked(run: Run, arguments: list[str], options: dict[str, object]) -> None:
@@ -165,7 +165,7 @@ def test_retries_are_shown_with_verbose_only(run: Run, slow: Hub) -> None:
 @pytest.mark.usefixtures("hub")
 def test_a_local_model_that_reads_at_once_imports_nothing_to_show(model: Path) -> None:
     shown = run_on_terminal(
-        "inspect", model, "--json", patience=30, environment={"PYTHONPROFILEIMPORTTIME": "1"}, stderr=True
+        "inspect", model, "--json", delay=30, environment={"PYTHONPROFILEIMPORTTIME": "1"}, stderr=True
     )
     assert shown.code == 0
     imported = {line.rpartition("|")[2].strip() for line in shown.lines}

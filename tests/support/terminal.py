@@ -18,7 +18,7 @@ from support.program import PROCESS_TIMEOUT
 PROGRAM = """
 import sys
 from quarkconv.cli import progress
-progress.PATIENCE = {patience}
+progress.DELAY_SECONDS = {delay}
 from quarkconv.cli.main import run
 run()
 """
@@ -42,7 +42,7 @@ def run_on_terminal(
     *arguments: str | Path,
     environment: dict[str, str],
     stderr: bool = True,
-    patience: float = 0.1,
+    delay: float = 0.1,
     interrupt_at: str | None = None,
 ) -> Shown:
     """Run the program with a terminal for its standard error, or with a pipe where ``stderr`` is false.
@@ -51,11 +51,11 @@ def run_on_terminal(
         arguments: of the program.
         environment: beside PATH alone.
         stderr: whether its standard error is a terminal; it is its input in any case.
-        patience: seconds before progress is shown.
+        delay: seconds before progress is shown.
         interrupt_at: a text that, once shown, is answered with Ctrl-C.
     """
     master, slave = pty.openpty()
-    command = [sys.executable, "-c", PROGRAM.format(patience=patience), *map(str, arguments)]
+    command = [sys.executable, "-c", PROGRAM.format(delay=delay), *map(str, arguments)]
     inherited = {"PATH": os.environ["PATH"], "TERM": "xterm-256color", "LANG": "C.UTF-8"}
     process = subprocess.Popen(
         command, stdin=slave, stdout=subprocess.PIPE, stderr=slave if stderr else subprocess.PIPE,

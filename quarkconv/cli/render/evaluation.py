@@ -93,8 +93,8 @@ def _worst(evaluation: Evaluation) -> RenderableType:
     lines: list[RenderableType] = []
     for item in evaluation.ablations:
         change = f"{item.share:.0%} less" if item.share >= 0 else f"{-item.share:.0%} more"
-        place = f"layer {item.index}" if item.expert is None else f"layer {item.index}, expert {item.expert}"
-        lines.append(indented(f"without quantizing {place}: KL {item.kl:.3g}, {change}", 2))
+        subject = f"layer {item.index}" if item.expert is None else f"layer {item.index}, expert {item.expert}"
+        lines.append(indented(f"without quantizing {subject}: KL {item.kl:.3g}, {change}", 2))
     if evaluation.experts:
         table = Table.grid(padding=(0, 2))
         for column in ("layer", "expert", "squared error", "tokens"):
