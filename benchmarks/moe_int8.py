@@ -109,6 +109,7 @@ def time_ours(calls: list[ExpertsArguments], repeats: int) -> tuple[float, float
 def compile_all(name: str, shape: Shape, counts: tuple[int, ...]) -> None:
     """Run each implementation once for each number of tokens, so that the caches on disk hold what it compiles."""
     torch.manual_seed(0)
+    torch.cuda.empty_cache()  # of the shape before
     weights = make_weights(shape, torch.device("cuda"))
     others = load_others().of_shape(shape, weights, biased=name in BIASED)
     for count in counts:
@@ -259,7 +260,7 @@ def main() -> int:
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="sizes not in the table")
     parser.add_argument("--repeats", type=int, default=20, help="replays of each graph, of which the median counts")
     parser.add_argument("--budget", type=float, default=240, help="seconds after which only ours is timed")
-    parser.add_argument("--jobs", type=int, default=0, help="processes that compile everything first")
+    parser.add_argument("--jobs", type=int, default=0, help="processes that compile first, 20 GB of the GPU each")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/moe-int8-<device>.json")
     parser.add_argument("--commit", default=None, help="what to record; default: git's HEAD")
     options = parser.parse_args()

@@ -215,7 +215,7 @@ def best_other(row: dict[str, Any]) -> float | None:
 
 def forward_grid(name: str) -> str:
     """Times over models and slices by tokens, each over the larger floor, and beside the fastest other."""
-    rows = [row for row in result(f"moe-int8-grid-{name}")["rows"] if row["group"] != "other"]
+    rows = [row for row in result(f"moe-int8-{name}")["rows"] if row["group"] != "other"]
     tokens = sorted({row["tokens"] for row in rows})
     lines = [f"| | {' | '.join(map(str, tokens))} |", "| --- |" + " ---: |" * len(tokens)]
     for shape in dict.fromkeys(row["shape"] for row in rows):
@@ -227,26 +227,44 @@ def forward_grid(name: str) -> str:
             cells.append(f"{time} ({floor_of(row, 'bytes', 'operations'):.2f}{beside})")
         earlier = "".join(sorted({" (earlier)" for row in rows if row["shape"] == shape and row.get("earlier")}))
         lines.append(f"| {shape}{earlier} | {' | '.join(cells)} |")
-    lines += ["", "| geometric means | models | slices |", "| --- | ---: | ---: |"]
     now = [row for row in rows if not row.get("earlier")]
-    groups = [[row for row in now if row["group"] == group] for group in ("model", "slice")]
+    groups = {f"{kind}s": found for kind in ("model", "slice") if (found := [r for r in now if r["group"] == kind])}
+    lines += ["", f"| geometric means | {' | '.join(groups)} |", "| --- |" + " ---: |" * len(groups)]
     for label, floors in (("larger floor", ("bytes", "operations")), ("traffic floor", ("operations", "traffic"))):
-        means = [statistics.geometric_mean(floor_of(row, *floors) for row in group) for group in groups]
+        means = [statistics.geometric_mean(floor_of(row, *floors) for row in group) for group in groups.values()]
         lines.append(f"| times the {label} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
     for label, key in OTHERS.items():
         cells = []
-        for group in groups:
+        for group in groups.values():
             ratios = [row[key] / row["ours_us"] for row in group if key in row]
             cells.append(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
         lines.append(f"| times as fast as {label} | {' | '.join(cells)} |")
     cells = []
-    for group in groups:
+    for group in groups.values():
         ratios = [ratio for row in group if (ratio := best_other(row)) is not None]
         cells.append(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
     lines.append(f"| times as fast as the fastest of the three | {' | '.join(cells)} |")
     slower = [f"{row['shape']} at {row['tokens']}" for row in now if (best_other(row) or 1) < 1]
-    counts = f"{len(groups[0])} cells of models, {len(groups[1])} of slices"
+    counts = ", ".join(f"{len(group)} cells of {kind}" for kind, group in groups.items())
     return "\n".join(lines) + f"\n\n{counts}. Slower than the fastest other: {', '.join(slower) or 'no cell'}."
+
+
+def option_gains() -> str:
+    """What other launch options gained, by shape and tokens."""
+    rows = result("moe-int8-options-nvidia-h200")["rows"]
+    changed = [row for row in rows if row["before"] != row["now"]]
+    gains = {id(row): row["before_us"] / row["now_us"] for row in rows}
+    lines = ["| shape | E, K, H, I | tokens: us before, now |", "| --- | --- | --- |"]
+    for shape in dict.fromkeys(row["shape"] for row in changed):
+        cells = [row for row in changed if row["shape"] == shape]
+        sizes = ", ".join(str(cells[0][key]) for key in ("experts", "top_k", "hidden", "intermediate"))
+        times = (f"{row['tokens']}: {row['before_us']:g}, **{row['now_us']:g}**" for row in cells)
+        lines.append(f"| {shape} | {sizes} | {'; '.join(times)} |")
+    means = [statistics.geometric_mean(gains[id(row)] for row in found) for found in (changed, rows)]
+    return "\n".join(lines) + (
+        f"\n\nOther options in {len(changed)} of {len(rows)} cells: {means[0]:.3f} times as fast there, {means[1]:.3f} "
+        f"over all (geometric means), {min(gains.values()):.2f} to {max(gains.values()):.2f}."
+    )
 
 
 def tuned_tables() -> str:
@@ -302,7 +320,9 @@ PARTS = {
     "forward-h100": lambda: forward("nvidia-h100-80gb-hbm3", goal=True),
     "forward-h100-others": lambda: forward("nvidia-h100-80gb-hbm3", goal=False),
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
-    "forward-h200-grid": lambda: forward_grid("nvidia-h200"),
+    "forward-h200-grid": lambda: forward_grid("grid-nvidia-h200"),
+    "forward-h200-models": lambda: forward_grid("models-nvidia-h200"),
+    "forward-h200-options": option_gains,
     "kernel-devices": kernel_devices,
     "served-forms": lambda: served_forms("nvidia-h200"),
     "tuned-tables": tuned_tables,
