@@ -161,7 +161,7 @@ class _Worker:
         return sorted(todo, key=lambda shard: (self._destination.is_leased(shard), -int(4 * log2(shard.nbytes))))
 
     def _write(self) -> None:
-        """Write shards that nobody works on: one after the other, or, where they are streamed, several at a time."""
+        """Write shards that no other worker writes: one by one, or several at a time where they are streamed."""
         try:
             if self._destination.streams:
                 self._run.write_leased(self._leased(), self._jobs, self._wrote)
@@ -176,7 +176,7 @@ class _Worker:
             raise _LeaseLostError from error
 
     def _leased(self) -> Iterator[OutputShard]:
-        """Shards whose leases this worker takes one by one, until there is none that nobody works on."""
+        """Shards whose leases this worker takes one by one, until another worker writes each of the rest."""
         todo, looked = iter(self._in_order()), time.monotonic()
         while (shard := next(todo, None)) is not None:
             if time.monotonic() - looked > LOOK_SECONDS:

@@ -1,9 +1,9 @@
 """Leases: which of several workers does a piece of work, without a server, locks or clocks that agree.
 
-A worker takes a lease by writing it where there is none, and renews it by writing it again. Who finds a lease that has
-not been renewed for :data:`LEASE_SECONDS` of his own monotonic clock takes it over. Every write is conditional on what
-was read before, so that of several workers one succeeds: an object is replaced under its ETag; in a directory a lease
-has generations, ``NAME.7`` after ``NAME.6``, and a file is created by link(2), which fails where there is one already.
+A worker takes a lease by writing it where there is none, and renews it by writing it again. Another worker takes over
+a lease that was not renewed for :data:`LEASE_SECONDS` of that worker's own monotonic clock. Every write is conditional
+on what was read before, so that of several workers one succeeds: an object is replaced under its ETag; in a directory a
+lease has generations, ``NAME.7`` after ``NAME.6``, and a file is created by link(2), which fails where it exists.
 """
 
 from __future__ import annotations
@@ -66,7 +66,7 @@ class DirectoryLeases:
         finally:
             new.unlink()
         others = self._generations(name)
-        if max(others, default=generation) > generation:  # deleted by who had created a later one
+        if max(others, default=generation) > generation:  # the worker of a later one deleted it
             path.unlink(missing_ok=True)
             return None
         for other in others:

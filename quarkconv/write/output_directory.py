@@ -1,4 +1,4 @@
-"""The output directory before anything is written to it: created or resumed, never somebody else's."""
+"""The output directory before anything is written to it: created, or one of an earlier run of this conversion."""
 
 from __future__ import annotations
 

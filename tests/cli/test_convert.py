@@ -40,7 +40,9 @@ def test_the_output_lies_beside_the_model(model: Path, capsys: Capture) -> None:
     assert "quarkconv verify" in out
 
 
-def test_in_the_directory_of_the_model(model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_output_lies_beside_the_working_directory_that_is_the_model(
+    model: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(model)
     code, _, _ = run_cli(capsys, "convert", "--to", "fused-int8")
     assert code == 0
@@ -200,7 +202,7 @@ def test_messages_escape_control_characters(model: Path, tmp_path: Path, capsys:
     assert "\x1b" not in out + err
 
 
-def test_help_and_version(capsys: Capture) -> None:
+def test_help_and_version_are_printed(capsys: Capture) -> None:
     code, out, err = run_cli(capsys, "--version")
     assert (code, err) == (0, "")
     assert out == f"quarkconv {quarkconv.__version__}\n"

@@ -156,7 +156,7 @@ def test_a_fixture_is_read_as_in_the_table(name: str, checkpoints: Any, run: Run
         ("qwen3-0.13-f2f-dense", None),
     ],
 )
-def test_experts(name: str, expected: tuple[Any, ...] | None, checkpoints: Any) -> None:
+def test_the_experts_are_described(name: str, expected: tuple[Any, ...] | None, checkpoints: Any) -> None:
     moe = inspect_checkpoint(checkpoints(name)).to_json()["moe"]
     keys = ("layers", "experts", "top_k", "hidden_size", "intermediate_size", "layout")
     assert (moe and tuple(moe[key] for key in keys)) == expected
@@ -226,7 +226,7 @@ def test_json_is_as_in_the_contract(name: str, checkpoints: Any, run: Run) -> No
     assert value["bytes"] == sum(sizes)
 
 
-def test_json_of_the_example(checkpoints: Any, run: Run) -> None:
+def test_json_describes_the_example(checkpoints: Any, run: Run) -> None:
     path = checkpoints("qwen3_moe-quark0.13-f2f")
     value = run(path, "--json").json
     weight = {"dtype": "int8", "granularity": "per_channel", "symmetric": True, "dynamic": False}
@@ -245,7 +245,7 @@ def test_json_of_the_example(checkpoints: Any, run: Run) -> None:
     assert value["targets"]["fused-int8"]["supported"] is True
 
 
-def test_static_scheme_in_json(checkpoints: Any, run: Run) -> None:
+def test_json_describes_a_static_scheme(checkpoints: Any, run: Run) -> None:
     value = run(checkpoints("qwen3_moe-quark0.11-eager-int8_static"), "--json").json
     spec = {"dtype": "int8", "granularity": "per_tensor", "symmetric": True, "dynamic": False}
     assert (value["weight"], value["activation"]) == (spec, spec)

@@ -13,7 +13,7 @@ from support.commands import Run
 from support.model import Model
 
 
-def test_a_process_of_its_own(tmp_path: Path) -> None:
+def test_the_module_runs_in_a_process_of_its_own(tmp_path: Path) -> None:
     folder = Model().write(tmp_path / "model")
     done = subprocess.run(
         [sys.executable, "-m", "quarkconv", "inspect", str(folder), "--json"], capture_output=True, check=False
@@ -43,7 +43,7 @@ def test_threads_of_torch_sleep_while_they_wait_unless_the_user_decides_otherwis
 
 
 @pytest.mark.parametrize("arguments", [["--no-such-option"], ["a", "b"], ["--layers", "1"]])
-def test_wrong_usage(arguments: list[str], command: Run) -> None:
+def test_wrong_usage_exits_2(arguments: list[str], command: Run) -> None:
     result = command("inspect", *arguments)
     assert (result.code, result.out) == (2, "")
     assert "run `quarkconv inspect --help`" in result.err

@@ -49,14 +49,14 @@ def test_a_meter_counts_what_several_threads_do() -> None:
         (5, "shard", 6, "6 of 6 shards"),  # more than planned: the total follows
     ],
 )
-def test_amounts(total: int | None, unit: str, done: int, amount: str) -> None:
+def test_amounts_are_shown_in_their_unit(total: int | None, unit: str, done: int, amount: str) -> None:
     meter = Meter("step")
     meter.step("step", total, unit)
     assert module._amount(meter.state()[0], done) == amount
 
 
 @pytest.mark.parametrize(("unit", "rate"), [("byte", "1.5 MB/s"), ("shard", "1500000.0/s")])
-def test_rates(unit: str, rate: str) -> None:
+def test_rates_are_shown_in_their_unit(unit: str, rate: str) -> None:
     meter = Meter("step")
     meter.step("step", 10, unit)
     assert module._rate(meter.state()[0], 1.5e6) == rate

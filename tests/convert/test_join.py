@@ -255,7 +255,7 @@ def test_workers_that_are_killed_are_replaced(tmp_path: Path, delay_s: float) ->
     assert snapshot(out) == whole
 
 
-def test_the_command(model: Path, tmp_path: Path, capsys: Capture, whole: dict[str, str]) -> None:
+def test_the_command_joins_a_conversion(model: Path, tmp_path: Path, capsys: Capture, whole: dict[str, str]) -> None:
     words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out"]
     words += ["--max-shard-size", str(SHARD_SIZE), "--join"]
     code, out, _ = run_cli(capsys, *words, "--json")

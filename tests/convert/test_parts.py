@@ -222,7 +222,7 @@ def test_parts_that_are_killed_resume(tmp_path: Path, delay_s: float) -> None:
     assert snapshot(out) == whole
 
 
-def test_the_command(model: Path, tmp_path: Path, capsys: Capture, whole: dict[str, str]) -> None:
+def test_the_command_converts_parts(model: Path, tmp_path: Path, capsys: Capture, whole: dict[str, str]) -> None:
     words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out"]
     words += ["--max-shard-size", str(SHARD_SIZE)]
     code, out, _ = run_cli(capsys, *words, "--part", "1/2", "--dry-run", "--json")
@@ -253,7 +253,9 @@ def test_the_command(model: Path, tmp_path: Path, capsys: Capture, whole: dict[s
         ["--part", "1/2", "--tp", "2"], ["--finish", "--tp", "2"], ["--part", "1/2", "--push", "org/name"],
     ],
 )  # fmt: skip
-def test_options_that_exclude_one_another(model: Path, tmp_path: Path, capsys: Capture, options: list[str]) -> None:
+def test_options_that_exclude_one_another_are_refused(
+    model: Path, tmp_path: Path, capsys: Capture, options: list[str]
+) -> None:
     code, _, err = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", tmp_path / "out", *options)
     assert (code, err.count("error:")) == (2, 1), err
     assert not (tmp_path / "out").exists()

@@ -47,7 +47,7 @@ def test_each_rank_has_the_slices_of_the_whole(
 @pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_scales_of_every_kind(tmp_path: Path, layout: str, granularity: str, dtype: torch.dtype) -> None:
+def test_scales_of_every_kind_are_divided(tmp_path: Path, layout: str, granularity: str, dtype: torch.dtype) -> None:
     root = make_checkpoint(
         tmp_path / "model", layout=layout, granularity=granularity, scale_dtype=dtype, experts=5, intermediate=12
     )
@@ -172,7 +172,7 @@ def test_other_things_in_the_output_are_not_touched(tmp_path: Path) -> None:
     assert snapshot(out) == before
 
 
-def test_the_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_converts_for_ranks(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     root = make_checkpoint(tmp_path / "model")
     code, out, _ = run_cli(capsys, "convert", root, "--to", "fused-int8", "--tp", "2", "--dry-run", "--json")
     value = json.loads(out)
@@ -237,6 +237,6 @@ def test_a_whole_model_is_rank_0_of_1_and_its_config_has_no_rank(tmp_path: Path)
     assert not Rank("tp", 0, 2).is_whole
 
 
-def test_no_such_rank() -> None:
+def test_a_rank_that_does_not_exist_is_refused() -> None:
     with pytest.raises(UsageError):
         make_rank("tp", -1, 2)

@@ -16,7 +16,7 @@ CASES = (*files.CASES, *claims.CASES, *tensors.CASES, *experts.CASES)
 
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
-def test_exactly_these_findings(case: Case, tmp_path: Path) -> None:
+def test_a_change_has_exactly_these_findings(case: Case, tmp_path: Path) -> None:
     model = Model()
     case.change(model)
     folder = model.write(tmp_path)

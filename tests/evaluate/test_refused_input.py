@@ -146,6 +146,8 @@ def test_an_empty_name_of_a_text_is_refused(quantized: Path) -> None:
 
 
 @pytest.mark.parametrize(("text", "ids"), [(None, None), ("a", "b")])
-def test_a_text_or_token_ids_but_not_both(quantized: Path, text: str | None, ids: str | None) -> None:
+def test_neither_or_both_of_a_text_and_token_ids_are_refused(
+    quantized: Path, text: str | None, ids: str | None
+) -> None:
     with pytest.raises(UsageError, match="either a text or token ids"):
         evaluate_checkpoint(quantized, text=text, token_ids=ids)

@@ -158,7 +158,7 @@ KIMI = {"model_type": "kimi_linear", "hidden_act": "situ", "activation_situ_beta
         ({"model_type": "grok-1"}, 0, ExpertActivation("gelu")),
     ],
 )
-def test_activation_of_a_config(config: dict[str, Any], layer: int, expected: ExpertActivation) -> None:
+def test_a_config_names_the_activation(config: dict[str, Any], layer: int, expected: ExpertActivation) -> None:
     defaults = {"moe_router_activation": "sigmoid", "use_moe_router_bias": True}
     full = {**defaults, **config} if config["model_type"] == "step3p5" else config
     assert activation_of(full, layer) == expected

@@ -60,7 +60,7 @@ def fields(config: dict[str, Any]) -> dict[str, Any]:
         ({"text_config": {"mtp_num_hidden_layers": 1}}, {"mtp_layers": 1}),
     ],
 )  # fmt: skip
-def test_the_claims_of_a_config(config: dict[str, Any], expected: dict[str, Any]) -> None:
+def test_the_claims_of_a_config_are_read(config: dict[str, Any], expected: dict[str, Any]) -> None:
     assert fields(config) == expected
 
 

@@ -157,7 +157,7 @@ def test_the_first_layers_route_by_token_id() -> None:
 
 
 @pytest.mark.parametrize(("layer", "top_k"), [(0, 2), (1, 3), (2, None), (None, None)])
-def test_settings_for_each_layer(layer: int | None, top_k: int | None) -> None:
+def test_settings_of_each_layer_are_read_from_lists(layer: int | None, top_k: int | None) -> None:
     known = knowledge({"model_type": "hunyuan_v1_moe", "num_experts": [8, 8], "moe_topk": [2, 3]})
     assert isinstance(known, Known)
     routing = known.routing(8, layer)

@@ -82,7 +82,7 @@ def modules_exist(layer: MoELayer, types: Types) -> bool:
 
 
 @pytest.mark.parametrize("names", [GATED, NUMBERED])
-def test_one_by_one(names: tuple[str, ...]) -> None:
+def test_experts_one_by_one_make_a_layer(names: tuple[str, ...]) -> None:
     types = per_expert(names=names)
     layer = only_layer(types)
     assert (layer.index, layer.prefix, layer.moe) == (3, PREFIX, "model.layers.3.mlp")
@@ -101,7 +101,7 @@ def test_one_by_one(names: tuple[str, ...]) -> None:
         ("model.layers.3.mlp.experts", "model.layers.3.mlp.experts"),
     ],
 )
-def test_stacked(moe: str, prefix: str, names: tuple[str, ...]) -> None:
+def test_stacked_experts_make_a_layer(moe: str, prefix: str, names: tuple[str, ...]) -> None:
     layer = only_layer(stacked(moe, names))
     assert (layer.layout, layer.prefix, layer.naming.projections()) == ("stacked", prefix, names)
     assert geometry(layer) == (4, H, I)
@@ -114,7 +114,7 @@ def test_modules_of_three_keys_are_those_of_the_moe_module() -> None:
 
 
 @pytest.mark.parametrize("names", [("gate_up_proj", "down_proj"), ("w13", "w2")])
-def test_fused(names: tuple[str, str]) -> None:
+def test_fused_experts_make_a_layer(names: tuple[str, str]) -> None:
     types = fused(PREFIX, names)
     layer = only_layer(types)
     assert (layer.layout, layer.prefix, layer.index) == ("fused", PREFIX, 3)
@@ -215,7 +215,7 @@ def test_shared_experts_and_dense_layers_stay_outside() -> None:
         ("model.layers.48.mtp_block.mlp.experts", 48),
     ],
 )
-def test_the_number_of_a_layer(prefix: str, index: int) -> None:
+def test_the_name_of_a_layer_has_its_number(prefix: str, index: int) -> None:
     (layer,) = topology(per_expert(prefix), layers=48).layers
     assert layer.index == index
 
@@ -249,7 +249,7 @@ def drop(types: Types, *parts: str) -> Types:
         ((".up_proj",), 4),
     ],
 )
-def test_missing(gone: tuple[str, ...], count: int) -> None:
+def test_missing_projections_are_found(gone: tuple[str, ...], count: int) -> None:
     types = drop(per_expert(), *gone)
     assert codes(types) == [("expert-missing", PREFIX, count)]
     assert topology(types).layers == ()
@@ -275,14 +275,14 @@ def test_a_number_in_another_spelling_is_not_a_second_expert(number: str) -> Non
 
 
 @pytest.mark.parametrize("tensor", ["gate_up_proj", "down_proj"])
-def test_half_of_fused_experts(tensor: str) -> None:
+def test_half_of_fused_experts_make_no_layer(tensor: str) -> None:
     types = fused(PREFIX, ("gate_up_proj", "down_proj"))
     del types[f"{PREFIX}.{tensor}"]
     assert codes(types) == [("expert-missing", PREFIX, 1)]
 
 
 @pytest.mark.parametrize("name", GATED)
-def test_one_of_three_keys_missing(name: str) -> None:
+def test_two_of_three_keys_make_no_layer(name: str) -> None:
     types = drop(stacked("model.layers.3.moe"), f"{name}.weight")
     assert codes(types) == [("expert-missing", "model.layers.3.moe.experts", 1)]
 
@@ -298,7 +298,7 @@ def test_one_of_three_keys_missing(name: str) -> None:
         ("0.up_proj", (I, 0)),
     ],
 )
-def test_misshapen(module: str, shape: tuple[int, ...]) -> None:
+def test_an_expert_of_another_shape_is_found(module: str, shape: tuple[int, ...]) -> None:
     types = per_expert() | {f"{PREFIX}.{module}.weight": ("I8", shape)}
     ((code, subject, count),) = codes(types)
     assert (code, count) == ("expert-shape", 1)
@@ -316,7 +316,7 @@ def test_misshapen(module: str, shape: tuple[int, ...]) -> None:
         (stacked("model.layers.3.moe"), "model.layers.3.moe.down_proj.weight", (4, I, H)),
     ],
 )
-def test_misshapen_in_one_tensor(types: Types, tensor: str, shape: tuple[int, ...]) -> None:
+def test_experts_of_another_shape_in_one_tensor_are_found(types: Types, tensor: str, shape: tuple[int, ...]) -> None:
     assert [code for code, _, _ in codes(types | {tensor: ("I8", shape)})] == ["expert-shape"]
 
 
@@ -339,7 +339,7 @@ def test_misshapen_in_one_tensor(types: Types, tensor: str, shape: tuple[int, ..
         "stacked twice",
     ],
 )
-def test_conflicts(types: Types) -> None:
+def test_layouts_that_conflict_make_no_layer(types: Types) -> None:
     assert codes(types) == [("layout-conflict", PREFIX, 1)]
     assert topology(types).layers == ()
 
@@ -352,7 +352,7 @@ def test_a_damaged_layer_leaves_the_others() -> None:
     assert len(found.members) == 23
 
 
-def test_layers_of_different_size() -> None:
+def test_layers_of_different_size_are_found() -> None:
     types = per_expert() | per_expert("model.layers.4.mlp.experts") | per_expert("model.layers.5.mlp.experts", range(2))
     found = topology(types)
     assert [(item.code, item.subject, item.count) for item in found.findings] == [

@@ -34,7 +34,7 @@ def only_finding(checkpoint: Checkpoint, code: str) -> str:
     return f"{checkpoint.findings[0].message} {checkpoint.findings[0].hint}"
 
 
-def test_a_sound_checkpoint(folder: Path) -> None:
+def test_a_sound_checkpoint_has_no_findings(folder: Path) -> None:
     model = Model()
     checkpoint = open_checkpoint(folder)
     assert checkpoint.findings == ()
@@ -72,7 +72,7 @@ def test_files_are_listed_without_those_of_hidden_folders(folder: Path) -> None:
 # Which files are the model
 
 
-def test_one_file_without_an_index(tmp_path: Path) -> None:
+def test_one_file_needs_no_index(tmp_path: Path) -> None:
     save_file({"a": torch.ones(2)}, tmp_path / "model.safetensors")
     save_file({"a": torch.ones(2)}, tmp_path / "adapter.safetensors")
     write_json(tmp_path / "config.json", {})
@@ -81,7 +81,7 @@ def test_one_file_without_an_index(tmp_path: Path) -> None:
     assert [(item.code, item.subject) for item in checkpoint.findings] == [("file-conflict", "adapter.safetensors")]
 
 
-def test_shards_without_an_index(folder: Path) -> None:
+def test_shards_without_an_index_are_read(folder: Path) -> None:
     (folder / INDEX).unlink()
     checkpoint = open_checkpoint(folder)
     assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
@@ -96,7 +96,7 @@ def test_a_file_that_the_index_does_not_name_is_not_read(folder: Path) -> None:
     assert (checkpoint.findings[0].subject, checkpoint.findings[0].count) == ("a.safetensors", 2)
 
 
-def test_no_such_directory(tmp_path: Path) -> None:
+def test_a_directory_that_does_not_exist_is_refused(tmp_path: Path) -> None:
     with pytest.raises(SourceError, match="model directory does not exist") as caught:
         open_checkpoint(tmp_path / "model")
     assert caught.value.file == str(tmp_path / "model")
@@ -108,7 +108,7 @@ def test_a_file_is_refused_with_the_directory_that_holds_it(folder: Path) -> Non
     assert (caught.value.file, caught.value.hint) == (str(folder / FIRST), f"give its directory: {folder}")
 
 
-def test_a_directory_without_weights(tmp_path: Path) -> None:
+def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     with pytest.raises(SourceError, match="no safetensors file") as caught:
         open_checkpoint(tmp_path)
@@ -152,7 +152,7 @@ def test_the_rest_of_a_working_folder_beside_a_finished_conversion_is_no_obstacl
         open_checkpoint(folder)
 
 
-def test_a_missing_shard(folder: Path) -> None:
+def test_a_missing_shard_is_found(folder: Path) -> None:
     (folder / SECOND).unlink()
     checkpoint = open_checkpoint(folder)
     only_finding(checkpoint, "shard-missing")
@@ -161,7 +161,7 @@ def test_a_missing_shard(folder: Path) -> None:
 
 
 @pytest.mark.parametrize("lost", [1, 100])
-def test_a_truncated_shard(lost: int, folder: Path) -> None:
+def test_a_truncated_shard_is_found(lost: int, folder: Path) -> None:
     os.truncate(folder / SECOND, (folder / SECOND).stat().st_size - lost)
     checkpoint = open_checkpoint(folder)
     assert f"{lost} byte" in only_finding(checkpoint, "shard-truncated")
@@ -172,7 +172,7 @@ def test_a_truncated_shard(lost: int, folder: Path) -> None:
 
 
 @pytest.mark.parametrize("keep", [0, 5, 8, 20])
-def test_a_shard_cut_in_its_header(keep: int, folder: Path) -> None:
+def test_a_shard_cut_in_its_header_is_found(keep: int, folder: Path) -> None:
     os.truncate(folder / SECOND, keep)
     checkpoint = open_checkpoint(folder)
     only_finding(checkpoint, "shard-truncated")

@@ -157,7 +157,9 @@ def sparse(folder: Path, tensors: dict[str, tuple[str, list[int], int]], config:
 
 @pytest.mark.parametrize("experts", [2**16 + 1, 10**9, 10**12, 2**62])
 @pytest.mark.parametrize("layout", ["stacked", "fused"])
-def test_experts_without_number(layout: str, experts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_numbers_of_experts_without_bytes_are_harmless(
+    layout: str, experts: int, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Tensors of no bytes may claim any number of experts."""
     if layout == "stacked":
         names = ["model.layers.0.moe.gate_proj", "model.layers.0.moe.up_proj", "model.layers.0.moe.down_proj"]
@@ -181,7 +183,7 @@ def test_very_many_wrong_layers_add_one_finding(tmp_path: Path) -> None:
     assert sum(item.count for item in missing) == 3000
 
 
-def test_a_layer_number_of_a_thousand_digits(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_layer_number_of_a_thousand_digits_is_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = make_checkpoint(tmp_path / "model", shards=1)
     file = next(folder.glob("*.safetensors"))
     raw = file.read_bytes()

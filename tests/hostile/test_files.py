@@ -153,7 +153,7 @@ def test_blobs_of_the_hubs_cache_are_followed(layout: str, tmp_path: Path, capsy
     assert snapshot(tmp_path / "one") == snapshot(tmp_path / "two")
 
 
-def test_folders_nested_thousands_deep(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_folders_nested_thousands_deep_are_harmless(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     folder = Model().write(tmp_path / "model")
     home = Path.cwd()
     try:

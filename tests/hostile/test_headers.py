@@ -57,7 +57,7 @@ SHORT = ("no bytes", "length beyond the file")
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_a_header_that_breaks_a_rule(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_header_that_breaks_a_rule_is_refused(name: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     verdict = judge(corrupted(tmp_path / "model", REFUSED[name]), capsys)
     assert (verdict.inspect, verdict.codes) == (1, ["shard-truncated" if name in SHORT else "header-invalid"])
     assert (verdict.convert, verdict.error["code"], verdict.error["file"]) == (

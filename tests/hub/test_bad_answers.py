@@ -75,7 +75,9 @@ def test_an_answer_that_never_ends_is_left(published: Hub, model: Path) -> None:
 
 
 @pytest.mark.parametrize("breaks", [0, 5])
-def test_responses_without_a_length(published: Hub, model: Path, tmp_path: Path, breaks: int) -> None:
+def test_responses_without_a_length_are_read_again_from_where_they_break(
+    published: Hub, model: Path, tmp_path: Path, breaks: int
+) -> None:
     faults = published.faults
     faults.chunked, faults.breaks, faults.break_after = True, breaks, 500
     same_as_on_disk(model, tmp_path)
@@ -158,7 +160,7 @@ def test_the_listing_waits_as_long_as_the_hub_requests(published: Hub, monkeypat
         ({}, None), ({"Retry-After": "-1"}, None),
     ],
 )  # fmt: skip
-def test_the_requested_pause_of_a_response(headers: dict[str, str], seconds: float | None) -> None:
+def test_the_requested_pause_of_a_response_is_read(headers: dict[str, str], seconds: float | None) -> None:
     assert http_client.requested_pause(headers) == seconds
 
 
@@ -168,7 +170,7 @@ def test_a_broken_listing_is_requested_again(published: Hub) -> None:
 
 
 @pytest.mark.parametrize("answer", [b"<html>Welcome</html>", b"[]", b"", b'{"siblings": 3}', b'{"id": "a/b"}'])
-def test_a_listing_of_the_wrong_type(published: Hub, capsys: Capture, answer: bytes) -> None:
+def test_a_listing_of_the_wrong_type_is_refused(published: Hub, capsys: Capture, answer: bytes) -> None:
     published.faults.answer = answer
     code, out, _ = run_cli(capsys, "inspect", REPO, "--json")
     response = json.loads(out)
@@ -207,7 +209,7 @@ def test_revisions_with_slashes_and_names_with_dots(hub: Hub, model: Path, tmp_p
     assert (code, json.loads(out)["ok"]) == (0, True)
 
 
-def test_small_files_at_another_address_of_the_hub(
+def test_small_files_are_read_at_another_address_of_the_hub(
     published: Hub, model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     published.resolve_cache, published.faults.token = True, "hf_right"
@@ -239,7 +241,7 @@ def test_a_cache_that_cannot_be_written_to(
     assert published.ranges() == []
 
 
-def test_an_endpoint_with_a_path(hub: Hub, model: Path, tmp_path: Path, point_at: Callable[[str], None]) -> None:
+def test_an_endpoint_may_have_a_path(hub: Hub, model: Path, tmp_path: Path, point_at: Callable[[str], None]) -> None:
     hub.publish(REPO, model)
     hub.prefix = "/artifacts/api/models-of-others"
     point_at(hub.url + hub.prefix)

@@ -80,7 +80,7 @@ def test_real_exports_give_what_a_copy_on_disk_gives(
 
 @pytest.mark.usefixtures("small_requests", "published")
 @pytest.mark.parametrize("target", ["bf16", "compressed-tensors", "w8a8-int8"])
-def test_other_targets(model: Path, tmp_path: Path, target: str) -> None:
+def test_other_targets_are_those_of_the_directory(model: Path, tmp_path: Path, target: str) -> None:
     quarkconv.convert_checkpoint(model, target, tmp_path / "local")
     quarkconv.convert_checkpoint(REPO, target, tmp_path / "remote")
     assert snapshot(tmp_path / "remote") == snapshot(tmp_path / "local")
@@ -230,7 +230,9 @@ def test_offline_the_cache_serves(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert quarkconv.inspect_checkpoint(tmp_path / "out").ok
 
 
-def test_the_command(published: Hub, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_command_converts_a_repo(
+    published: Hub, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.chdir(tmp_path)
     shutil.rmtree(tmp_path / "model")
     code, out, _ = run_cli(capsys, "convert", REPO, "--to", "fused-int8", "--dry-run", "--json")

@@ -42,7 +42,7 @@ def test_headers_alone_are_read(hub: Hub, tmp_path: Path, monkeypatch: pytest.Mo
 
 
 @pytest.mark.parametrize("guess", [1, 7, 8, 9, 1000, 2**30])
-def test_headers_longer_or_shorter_than_the_first_guess(
+def test_headers_longer_or_shorter_than_the_first_guess_are_read(
     guess: int, hub: Hub, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_headers, "FIRST_GUESS", guess)
@@ -50,7 +50,7 @@ def test_headers_longer_or_shorter_than_the_first_guess(
     assert inspect_checkpoint(REPO).to_json()["tensors"] > 0
 
 
-def test_revisions(hub: Hub, tmp_path: Path) -> None:
+def test_each_revision_is_read(hub: Hub, tmp_path: Path) -> None:
     first = hub.publish(REPO, make_checkpoint(tmp_path / "one", experts=3))
     hub.publish(REPO, make_checkpoint(tmp_path / "two", experts=4), "v2")
     hub.publish(REPO, make_checkpoint(tmp_path / "three", experts=5))
@@ -68,7 +68,7 @@ def test_a_damaged_repo_is_described(hub: Hub, tmp_path: Path) -> None:
     assert {"shard-missing", "shard-truncated"} <= codes
 
 
-def test_a_repo_without_weights(hub: Hub, tmp_path: Path) -> None:
+def test_a_repo_without_weights_is_refused(hub: Hub, tmp_path: Path) -> None:
     (tmp_path / "m").mkdir()
     (tmp_path / "m" / "config.json").write_text("{}")
     hub.publish(REPO, tmp_path / "m")
@@ -83,7 +83,7 @@ def published(hub: Hub, tmp_path: Path) -> Hub:
     return hub
 
 
-def test_private_and_gated_repos(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_private_and_gated_repos_need_a_token(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     published.faults.token = "hf_right"
     with pytest.raises(HubError, match="neither a local directory nor a repo") as caught:
         inspect_checkpoint(REPO)
@@ -154,7 +154,7 @@ def test_an_expired_address_is_requested_again(published: Hub) -> None:
     assert published.heads > 2
 
 
-def test_offline(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_offline_the_cache_is_required(published: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(HubError, match="cache does not hold this model") as caught:
         inspect_checkpoint(REPO)

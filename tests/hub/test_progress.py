@@ -83,7 +83,7 @@ def test_nothing_is_shown_unasked(run: Run, arguments: list[str], options: dict[
     assert shown.lines == []
 
 
-def test_a_terminal_without_colours_and_with_few_columns(run: Run) -> None:
+def test_a_terminal_without_colours_and_with_few_columns_gets_neither(run: Run) -> None:
     shown = run("inspect", REPO, environment={"NO_COLOR": "1", "COLUMNS": "50"})
     assert any("Reading headers" in line for line in shown.lines)
     assert not re.search(r"\x1b\[[\d;]*(3|4|9|10)\d", shown.terminal), "a colour"

@@ -155,7 +155,7 @@ def test_no_proxy_goes_past_it(
 
 
 @pytest.mark.usefixtures("behind")
-def test_user_and_password(proxy: Proxy, use: UseProxy) -> None:
+def test_a_proxy_gets_user_and_password(proxy: Proxy, use: UseProxy) -> None:
     proxy.login = "anna:pass word"
     use(HTTP_PROXY=f"http://anna:pass%20word@127.0.0.1:{proxy.port}")
     assert quarkconv.inspect_checkpoint(REPO).ok
@@ -178,7 +178,9 @@ COMMANDS = [["inspect", REPO], ["convert", REPO, "--to", "fused-int8"], ["conver
 
 @pytest.mark.usefixtures("behind")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_proxy_that_wants_a_password(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
+def test_a_proxy_that_requires_a_password_is_named(
+    proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]
+) -> None:
     proxy.login = "anna:right"
     use(HTTP_PROXY=f"http://anna:secret@127.0.0.1:{proxy.port}")
     error, _ = refusal(capsys, *command)
@@ -190,7 +192,7 @@ def test_a_proxy_that_wants_a_password(proxy: Proxy, use: UseProxy, capsys: Capt
 
 @pytest.mark.usefixtures("encrypted")
 @pytest.mark.parametrize("command", COMMANDS)
-def test_a_proxy_that_wants_a_password_for_a_tunnel(
+def test_a_proxy_that_requires_a_password_for_a_tunnel_is_named(
     proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]
 ) -> None:
     proxy.refuse = 407
@@ -231,7 +233,7 @@ def test_an_upload_names_the_proxy_too(
     "address", ["ftp://anna:secret@127.0.0.1:9", "http://anna:secret@127.0.0.1:port", "socks5://x:1"]
 )
 @pytest.mark.usefixtures("behind")
-def test_an_invalid_address_of_a_proxy(use: UseProxy, capsys: Capture, address: str) -> None:
+def test_an_invalid_address_of_a_proxy_is_named(use: UseProxy, capsys: Capture, address: str) -> None:
     use(HTTP_PROXY=address)
     error, _ = refusal(capsys, "inspect", REPO)
     assert error["error"] == "The proxy cannot be used"
@@ -240,7 +242,9 @@ def test_an_invalid_address_of_a_proxy(use: UseProxy, capsys: Capture, address: 
 
 @pytest.mark.usefixtures("behind")
 @pytest.mark.parametrize("command", COMMANDS[:2])
-def test_a_proxy_that_answers_with_a_page(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
+def test_a_proxy_that_answers_with_a_page_is_named(
+    proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]
+) -> None:
     proxy.page = b"<html>Please log in</html>"
     use(HTTP_PROXY=proxy.url)
     error, _ = refusal(capsys, *command)
@@ -249,7 +253,7 @@ def test_a_proxy_that_answers_with_a_page(proxy: Proxy, use: UseProxy, capsys: C
     assert f"HTTP_PROXY, which is {proxy.url}" in error["hint"]
 
 
-def test_a_proxy_that_cuts_some_answers(
+def test_what_a_proxy_cuts_off_is_requested_again(
     behind: Hub, proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(remote_headers, "FIRST_GUESS", 4096)
@@ -261,7 +265,9 @@ def test_a_proxy_that_cuts_some_answers(
 
 
 @pytest.mark.usefixtures("encrypted")
-def test_a_proxy_that_cuts_some_tunnels(proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy) -> None:
+def test_a_proxy_that_cuts_some_tunnels_changes_nothing(
+    proxy: Proxy, model: Path, tmp_path: Path, use: UseProxy
+) -> None:
     proxy.cuts, proxy.cut_after = 6, 20_000
     use(HTTPS_PROXY=proxy.url)
     assert_converts_alike(REPO, model, tmp_path)
@@ -270,7 +276,9 @@ def test_a_proxy_that_cuts_some_tunnels(proxy: Proxy, model: Path, tmp_path: Pat
 
 @pytest.mark.usefixtures("behind")
 @pytest.mark.parametrize("command", COMMANDS[:2])
-def test_a_proxy_that_cuts_every_answer(proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]) -> None:
+def test_a_proxy_that_cuts_every_answer_is_named(
+    proxy: Proxy, use: UseProxy, capsys: Capture, command: list[str]
+) -> None:
     proxy.cuts = 10**6
     use(HTTP_PROXY=proxy.url)
     error, _ = refusal(capsys, *command)

@@ -60,7 +60,7 @@ def test_inspect_and_convert_read_plain_ranges(xet: Hub, model: Path, tmp_path: 
     assert paths(xet, "/v1/") == []
 
 
-def test_a_signature_that_expires(xet: Hub, model: Path, tmp_path: Path) -> None:
+def test_a_signature_that_expires_is_renewed(xet: Hub, model: Path, tmp_path: Path) -> None:
     xet.faults.expire_after = 1
     quarkconv.inspect_checkpoint(REPO, deep=True)
     assert_converts_alike(REPO, model, tmp_path)
@@ -85,7 +85,7 @@ def test_a_download_to_the_cache_is_that_of_hf_xet(xet: Hub, model: Path, tmp_pa
     assert paths(xet, "/xet-bridge-us/") == []
 
 
-def test_a_download_without_xet(xet: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_download_may_go_without_xet(xet: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
     quarkconv.convert_checkpoint(REPO, "fused-int8", tmp_path / "out", cache=True)
     assert paths(xet, "xet-read-token") == []

@@ -90,7 +90,9 @@ def test_deep_finds_a_zero_point_that_is_not_zero(value: int, tmp_path: Path) ->
     assert errors == [("error", "zero-point-nonzero", f"{O_PROJ}.weight_zero_point", 2)]
 
 
-def test_deep_on_an_asymmetric_export(checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]) -> None:
+def test_deep_finds_the_zero_points_of_an_asymmetric_export(
+    checkpoints: Checkpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
     path = checkpoints("qwen3_moe-0.11-eager-asymmetric")
     _, text, _ = run_cli(capsys, "inspect", path, "--deep", "--json")
     codes = [item["code"] for item in json.loads(text)["findings"]]

@@ -122,14 +122,14 @@ def test_a_family_that_ran_on_gpus_is_not_checked_elsewhere(name: str) -> None:
     assert {row.verdict for row in engines_found if row.devices} <= {"not checked", "fails"}
 
 
-def test_json_of_a_row() -> None:
+def test_a_row_has_the_json_of_the_contract() -> None:
     assert fact().to_json() == {"engine": "vllm", "version": ">=1", "as": "quark", "verdict": "int8", "note": ""}
 
 
 # Against engines that were run
 
 
-def test_qwen3_moe(checkpoints: Any) -> None:
+def test_the_rows_of_qwen3_moe_have_these_verdicts(checkpoints: Any) -> None:
     path = checkpoints("qwen3_moe-quark0.13-f2f")
     assert verdicts(path, "quark") == {
         "<0.20": "fails", "0.25.1": "int8", "0.27.0": "w8a16", "0.28 - 0.33": "int8",
@@ -178,7 +178,7 @@ def test_advice_needs_int8_experts(name: str, checkpoints: Any) -> None:
     assert inspect_checkpoint(checkpoints(name)).engines == ()
 
 
-def test_best_first(checkpoints: Any) -> None:
+def test_the_best_verdict_comes_first(checkpoints: Any) -> None:
     found = [row.verdict for row in inspect_checkpoint(checkpoints("step3p5-like-3key_fused")).engines]
     assert found == sorted(found, key=["int8", "w8a16", "not checked", "wrong", "fails"].index)
     assert len(set(found)) > 2
@@ -295,7 +295,9 @@ def test_routers_that_a_class_names_otherwise_are_wrong() -> None:
         ),
     ],
 )
-def test_advice(name: str, expected: list[str], checkpoints: Any, capsys: pytest.CaptureFixture[str]) -> None:
+def test_advice_names_what_runs(
+    name: str, expected: list[str], checkpoints: Any, capsys: pytest.CaptureFixture[str]
+) -> None:
     lines = [item.text for item in inspect_checkpoint(checkpoints(name)).advice]
     for words in expected:
         assert any(words in line for line in lines)
@@ -304,7 +306,7 @@ def test_advice(name: str, expected: list[str], checkpoints: Any, capsys: pytest
         assert line in " ".join(output.split())
 
 
-def test_advice_after_conversion(tmp_path: Path) -> None:
+def test_advice_after_conversion_names_what_runs(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     fused = quarkconv.convert_checkpoint(root, "fused-int8", tmp_path / "fused").output
     assert [item.text for item in inspect_checkpoint(fused).advice] == [
@@ -327,7 +329,7 @@ def test_advice_after_conversion(tmp_path: Path) -> None:
         ("fused-int8", "int8", (Advice("other 3 runs it in int8 after convert --to fused-int8", "fused-int8"),)),
     ],
 )
-def test_advice_of_one_row(form: str, verdict: str, expected: tuple[Advice, ...]) -> None:
+def test_advice_follows_from_one_row(form: str, verdict: str, expected: tuple[Advice, ...]) -> None:
     fact = EngineFact("other", "3", form, verdict, "", "source")
     assert advice("quark", [fact]) == expected
     assert advice("quark", [fact._replace(devices="CPUs")]) == ()

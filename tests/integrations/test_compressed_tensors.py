@@ -47,7 +47,7 @@ def test_their_pipeline_gives_our_tensors(checkpoints: Checkpoints, tmp_path: Pa
         assert found.scheme == "ptpc_int8"
 
 
-def test_from_a_fused_checkpoint_to_experts_one_by_one(tmp_path: Path) -> None:
+def test_a_fused_checkpoint_is_divided_into_experts_one_by_one(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model", layout="fused", granularity="per_tensor", scale_dtype=torch.bfloat16)
     ours = quarkconv.convert_checkpoint(root, "compressed-tensors", tmp_path / "ours").output
     convert_by_pipeline(root, tmp_path / "theirs", QuarkInt8Converter(root))

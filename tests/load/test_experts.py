@@ -37,7 +37,7 @@ def test_per_expert_and_fused_load_alike(
         assert experts.w13_input_scale is None
 
 
-def test_stacked_layout(checkpoints: Checkpoints, converted: Converted) -> None:
+def test_the_stacked_layout_is_loaded(checkpoints: Checkpoints, converted: Converted) -> None:
     stored = load(checkpoints("step3p5-like-3key_fused"))
     for model in (checkpoints("step3p5-like-3key_fused"), converted("step3p5-like-3key_fused")):
         experts = quarkconv.load_fused_experts(model, 1)
@@ -46,7 +46,7 @@ def test_stacked_layout(checkpoints: Checkpoints, converted: Converted) -> None:
         assert torch.equal(experts.w2_scale[..., 0], stored[f"{names[2]}.weight_scale"])
 
 
-def test_static_scales(checkpoints: Checkpoints, converted: Converted) -> None:
+def test_static_scales_are_loaded(checkpoints: Checkpoints, converted: Converted) -> None:
     name = "qwen3_moe-quark0.11-eager-int8_static"
     stored = load(checkpoints(name))
     for model in (checkpoints(name), converted(name)):
@@ -68,7 +68,7 @@ def test_a_loaded_layer_runs(checkpoints: Checkpoints) -> None:
     assert output.isfinite().all()
 
 
-def test_no_such_layer(checkpoints: Checkpoints) -> None:
+def test_a_layer_that_does_not_exist_is_refused(checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.UsageError, match="No MoE layer has this number"):
         quarkconv.load_fused_experts(checkpoints("deepseek_v3-quark0.13-f2f"), 0)
 

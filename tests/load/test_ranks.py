@@ -45,7 +45,7 @@ def assert_same(found: FusedExperts, expected: list[torch.Tensor | None]) -> Non
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("parallel", ["tp", "ep"])
-def test_of_every_layout(checkpoints: Checkpoints, tmp_path: Path, name: str, parallel: str) -> None:
+def test_ranks_of_every_layout_are_loaded(checkpoints: Checkpoints, tmp_path: Path, name: str, parallel: str) -> None:
     source = checkpoints(name)
     fused = quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "fused").output
     tp, ep = (2, 1) if parallel == "tp" else (1, 2)

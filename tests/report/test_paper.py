@@ -101,7 +101,7 @@ def test_paper_is_white_for_who_prefers_dark_too(tmp_path: Path) -> None:
     assert min(values) < 80
 
 
-def test_an_inspection(tmp_path: Path, checkpoints: Checkpoints) -> None:
+def test_an_inspection_prints_on_paper(tmp_path: Path, checkpoints: Checkpoints) -> None:
     inspection = quarkconv.inspect_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f"))
     pages = print_pages(tmp_path, inspection_report(inspection, "x"))
     engines = with_rows(pages, r"(vllm|sglang|transformers|quark) .*")

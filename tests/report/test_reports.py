@@ -90,7 +90,7 @@ def test_names_are_text(report: str) -> None:
     assert "<model>" not in report
 
 
-def test_the_same_twice_but_for_numbers_of_figures() -> None:
+def test_a_report_is_the_same_twice_but_for_numbers_of_figures() -> None:
     one, other = (verification_report(verification(2, 4), "x") for _ in range(2))
     plain = [re.sub(r"\bc\d+-|[-\d]+ \d\d:\d\d UTC", "", text) for text in (one, other)]
     assert plain[0] == plain[1]
@@ -105,12 +105,12 @@ def test_problems_and_unchecked_stages_are_shown() -> None:
     assert "there is no manifest" in text
 
 
-def test_nothing_but_structure(checkpoints: Checkpoints) -> None:
+def test_a_report_of_the_structure_alone_has_no_figures(checkpoints: Checkpoints) -> None:
     result = quarkconv.verify_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f"), device="cpu", stages=[])
     assert "<svg" not in verification_report(result, "x")
 
 
-def test_an_inspection(tmp_path: Path, capsys: Capture, checkpoints: Checkpoints) -> None:
+def test_an_inspection_has_a_report(tmp_path: Path, capsys: Capture, checkpoints: Checkpoints) -> None:
     code, _, _ = run_cli(capsys, "inspect", checkpoints("qwen3_moe-quark0.13-f2f"), "--report", tmp_path / "r.html")
     assert code == 0
     text = (tmp_path / "r.html").read_text()
@@ -128,7 +128,7 @@ def test_a_report_that_cannot_be_written(tmp_path: Path, capsys: Capture, checkp
     assert run_cli(capsys, "inspect", checkpoints("qwen3_moe-quark0.13-f2f"), "--report", target)[0] == 5
 
 
-def test_without_matplotlib(
+def test_a_report_without_matplotlib_is_refused(
     tmp_path: Path, capsys: Capture, checkpoints: Checkpoints, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("quarkconv.cli.reports.find_spec", lambda _: None)
@@ -174,7 +174,7 @@ addEventListener("load", () => {
 
 @needs_browser
 @pytest.mark.parametrize("scheme", ["light", "dark"])
-def test_in_a_browser(report: str, tmp_path: Path, scheme: str) -> None:
+def test_a_browser_shows_and_sorts_a_report(report: str, tmp_path: Path, scheme: str) -> None:
     shown = browse(tmp_path, report.replace("</body>", f"{SORT}</body>"), "--dump-dom", scheme=scheme)
     assert "<title>true true 6</title>" in shown
     picture = tmp_path / "picture.png"

@@ -41,7 +41,9 @@ def stored(types: Types) -> StoredModules:
         ((6,), (6,), None),
     ],
 )
-def test_granularity(weight: tuple[int, ...], scale: tuple[int, ...], granularity: str | None) -> None:
+def test_the_shape_of_a_scale_decides_the_granularity(
+    weight: tuple[int, ...], scale: tuple[int, ...], granularity: str | None
+) -> None:
     assert Form(TensorType("I8", weight), TensorType("F32", scale)).granularity == granularity
 
 
@@ -54,7 +56,7 @@ def test_without_a_scale_there_is_no_granularity() -> None:
     [("I8", True, False), ("BF16", False, True), ("F16", False, True), ("F32", False, True), ("F64", False, True),
      ("U8", False, False), ("I32", False, False), ("F8_E4M3", False, False)],
 )  # fmt: skip
-def test_dtypes(dtype: str, quantized: bool, is_float: bool) -> None:
+def test_dtypes_are_quantized_or_float(dtype: str, quantized: bool, is_float: bool) -> None:
     form = Form(TensorType(dtype, (2, 2)))
     assert (form.quantized, form.is_float) == (quantized, is_float)
 

@@ -270,7 +270,9 @@ def test_experts_in_float_named_w_are_ignored_as_engines_expect(tmp_path: Path) 
 @pytest.mark.parametrize("granularity", ["per_channel", "per_tensor"])
 @pytest.mark.parametrize("layout", ["per_expert", "stacked"])
 @pytest.mark.parametrize("family", ["gate_proj", "w1"])
-def test_scales_of_every_kind(tmp_path: Path, layout: str, family: str, granularity: str, dtype: torch.dtype) -> None:
+def test_scales_of_every_kind_are_converted(
+    tmp_path: Path, layout: str, family: str, granularity: str, dtype: torch.dtype
+) -> None:
     root = make_checkpoint(
         tmp_path / "model", layers=2, layout=layout, family=family, granularity=granularity, scale_dtype=dtype,
         zero_points=True,

@@ -132,7 +132,7 @@ def test_w8a8_int8_refuses_static_activations(checkpoints: Checkpoints, tmp_path
 @pytest.mark.parametrize("to", ["compressed-tensors", "bf16", "quark"])
 @pytest.mark.parametrize("layout", ["per_expert", "stacked"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
-def test_static_scales_of_every_layout(tmp_path: Path, to: str, layout: str, dtype: torch.dtype) -> None:
+def test_static_scales_of_every_layout_are_converted(tmp_path: Path, to: str, layout: str, dtype: torch.dtype) -> None:
     root = make_checkpoint(
         tmp_path / "model", layout=layout, granularity="per_tensor", input_scales=True, scale_dtype=dtype,
         zero_points=True,

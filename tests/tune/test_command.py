@@ -72,7 +72,7 @@ def test_sizes_are_checked_before_the_engine_is_looked_for(
     assert "cannot be divided among 5 ranks" in err
 
 
-def test_numbers_of_tokens() -> None:
+def test_numbers_of_tokens_are_parsed() -> None:
     assert parse_tokens("64,1,64") == (1, 64)
     for text in ("", "1,", "-1", "x", "²", "1" * 30):
         with pytest.raises(UsageError):

@@ -77,7 +77,7 @@ def test_merged_parts_are_the_result_of_one_process(model: Path, count: int, opt
     assert verification_from_json(found).verdict() == whole.verdict()
 
 
-def test_with_a_source_and_an_unquantized_model(converted: Converted, checkpoints: Checkpoints) -> None:
+def test_parts_with_a_source_and_an_unquantized_model_merge(converted: Converted, checkpoints: Checkpoints) -> None:
     name, unquantized = "qwen3_moe-quark0.13-f2f", checkpoints("qwen3_moe-bf16")
     options = {"source": checkpoints(name), "unquantized": unquantized}
     whole = quarkconv.verify_checkpoint(converted(name), **{**OPTIONS, **options})
@@ -153,7 +153,7 @@ def test_a_part_that_lacks_a_layer_is_refused(model: Path) -> None:
     assert "numbers of 2 layers, expected 3" in (caught.value.found or "")
 
 
-def test_the_commands(model: Path, tmp_path: Path, capsys: Capture) -> None:
+def test_the_commands_verify_and_merge_parts(model: Path, tmp_path: Path, capsys: Capture) -> None:
     files = []
     for number in (1, 2):
         code, out, _ = run_cli(capsys, "verify", model, "--part", f"{number}/2", "--json", "--device", "cpu")

@@ -130,7 +130,7 @@ def test_goldens_depend_on_the_groups(name: str, change: dict[str, Any]) -> None
 
 
 @pytest.mark.parametrize("renormalize", [True, False])
-def test_step3p5_by_a_loop_over_tokens(renormalize: bool) -> None:
+def test_step3p5_routes_as_a_loop_over_tokens_does(renormalize: bool) -> None:
     generator = torch.Generator().manual_seed(5)
     hidden_states, weight = torch.randn(7, 16, generator=generator), torch.randn(6, 16, generator=generator) * 0.4
     bias = torch.randn(6, generator=generator)
@@ -148,7 +148,7 @@ def test_step3p5_by_a_loop_over_tokens(renormalize: bool) -> None:
         assert topk_weights[token].tolist() == pytest.approx([3.0 * scores[e] / total for e in chosen], rel=TOLERANCE)
 
 
-def test_grok_1_by_a_loop_over_tokens() -> None:
+def test_grok_1_routes_as_a_loop_over_tokens_does() -> None:
     generator = torch.Generator().manual_seed(6)
     hidden_states, weight = torch.randn(7, 16, generator=generator), torch.randn(6, 16, generator=generator) * 0.4
     routing = routing_from_config({"model_type": "grok-1", "num_experts": 6, "num_experts_per_tok": 2}, 6)
@@ -189,7 +189,7 @@ SCORES = [0.9, 0.1, 0.6, 0.5, 0.7, 0.2]
         ("top2", 1, [-2.0] * 6, [2, 3]),
     ],
 )
-def test_group_limit_by_hand(
+def test_a_group_limit_chooses_as_computed_by_hand(
     group_score: Literal["max", "top2"], topk_group: int, bias: list[float], chosen: list[int]
 ) -> None:
     routing = Routing(
@@ -202,7 +202,7 @@ def test_group_limit_by_hand(
     assert topk_weights[0].tolist() == pytest.approx([2.0 * SCORES[e] for e in topk_ids[0].tolist()], rel=TOLERANCE)
 
 
-def test_softmax_by_hand() -> None:
+def test_softmax_chooses_as_computed_by_hand() -> None:
     # Logits ln 5, ln 3, ln 1, ln 1: softmax 0.5, 0.3, 0.1, 0.1; of the best two, 5/8 and 3/8.
     weight = torch.tensor([5.0, 3.0, 1.0, 1.0]).log().unsqueeze(1)
     topk_weights, topk_ids = route(Routing("by_hand", "softmax", 4, 2, True), torch.ones(1, 1), weight)
@@ -221,7 +221,7 @@ def test_epsilon_keeps_vanished_scores_finite() -> None:
     assert route(without, torch.ones(1, 1), weight)[0].isnan().all()
 
 
-def test_epsilon_of_each_family() -> None:
+def test_these_families_have_an_epsilon() -> None:
     with_epsilon = {golden_routing(name).model_type for name in CASES if golden_routing(name).epsilon}
     without = {"minimax_m2", "minimax_m3", "llama4"}
     assert with_epsilon == {
@@ -241,7 +241,7 @@ def test_bf16_inputs_are_computed_in_float32() -> None:
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_no_tokens(name: str) -> None:
+def test_no_tokens_are_routed_to_nothing(name: str) -> None:
     routing = golden_routing(name)
     bias = TENSORS.get(f"{name}.bias")
     topk_weights, topk_ids = route(routing, torch.empty(0, 16), TENSORS[f"{name}.weight"], bias, extras(name))
@@ -305,7 +305,7 @@ def test_router_tensor_names(name: str, moe_module: str, expected: tuple[str, st
     assert router_tensor_names(golden_routing(name), moe_module)[:2] == (weight, bias)
 
 
-def test_uniform_routing() -> None:
+def test_uniform_routing_chooses_every_pair_alike() -> None:
     topk_weights, topk_ids = uniform_routing(4000, 6, 2, torch.Generator().manual_seed(3))
     assert topk_weights.dtype == torch.float32
     assert topk_ids.dtype == torch.int64

@@ -94,7 +94,7 @@ def test_every_exported_config_is_tested() -> None:
     assert len(EXPORTED) == 9
 
 
-def test_nested_text_config() -> None:
+def test_a_nested_text_config_is_read() -> None:
     text = CASES["qwen3_5_moe"]["config"]
     direct = golden_routing("qwen3_5_moe")
     assert text["model_type"] == "qwen3_5_moe_text"
@@ -156,7 +156,7 @@ GOOD_IN_SOME_PLACES: dict[str, list[object]] = {
 
 
 @pytest.mark.parametrize(("name", "key"), [(name, key) for name, keys in NEEDED.items() for key in keys])
-def test_needed_keys_missing_or_malformed(name: str, key: str) -> None:
+def test_needed_keys_missing_or_malformed_are_unknown(name: str, key: str) -> None:
     config, experts = VALID[name]
     assert routing_from_config({k: v for k, v in config.items() if k != key}, experts) is None
     accepted = [value for value in HOSTILE if routing_from_config({**config, key: value}, experts) is not None]
@@ -187,12 +187,12 @@ def test_needed_keys_missing_or_malformed(name: str, key: str) -> None:
         ("step3p5", {"moe_router_activation": "softmax"}),
     ],
 )
-def test_inconsistent_or_ambiguous_settings(name: str, change: dict[str, Any]) -> None:
+def test_inconsistent_or_ambiguous_settings_are_unknown(name: str, change: dict[str, Any]) -> None:
     config, experts = VALID[name]
     assert routing_from_config({**config, **change}, experts) is None
 
 
-def test_unknown_model_type() -> None:
+def test_an_unknown_model_type_has_no_routing() -> None:
     config, experts = VALID["mixtral"]
     assert routing_from_config({**config, "model_type": "mixtral_vision"}, experts) is None
     assert routing_from_config({}, experts) is None

@@ -86,7 +86,7 @@ def copy_tree() -> Callable[[Path, Path], Path]:
     return lambda one, other: shutil.copytree(one, other)
 
 
-def test_stages_alone(converted: Converted) -> None:
+def test_each_stage_runs_alone(converted: Converted) -> None:
     model = converted(NAME)
     alone = quarkconv.verify_checkpoint(model, device="cpu", stages=["bytes"])
     assert alone.ok
@@ -98,7 +98,7 @@ def test_stages_alone(converted: Converted) -> None:
     assert alone.numbers.layers
 
 
-def test_several_numbers_of_tokens(converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
+def test_several_numbers_of_tokens_are_checked(converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
     code, out, _ = run_cli(
         capsys, "verify", converted(NAME), "--device", "cpu", "--tokens", "4,300", "--layers", "1", "--json"
     )
@@ -110,7 +110,7 @@ def test_several_numbers_of_tokens(converted: Converted, capsys: pytest.CaptureF
 
 
 @pytest.mark.parametrize("words", [["--tokens", "0"], ["--tokens", "1,x"], ["--bytes-only", "--numbers-only"]])
-def test_wrong_usage(words: list[str], converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage_exits_2(words: list[str], converted: Converted, capsys: pytest.CaptureFixture[str]) -> None:
     assert run_cli(capsys, "verify", converted(NAME), "--device", "cpu", *words)[0] == 2
 
 
@@ -148,7 +148,7 @@ def recorded(tmp_path: Path) -> Callable[..., Path]:
     return write
 
 
-def test_recorded_hidden_states(converted: Converted, recorded: Callable[..., Path]) -> None:
+def test_recorded_hidden_states_are_used(converted: Converted, recorded: Callable[..., Path]) -> None:
     states = torch.randn(3, 10, 128, generator=torch.Generator().manual_seed(1)).bfloat16()
     file = recorded(**{"model.layers.1.mlp": states, "2": states.float()})
     result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", activations=file, layers={1, 2}, tokens=25)

@@ -127,7 +127,7 @@ def test_an_unknown_routing_is_uniform_and_named_so(checkpoints: Checkpoints, tm
     assert layers[0].routing == f"uniform random top 3 of 8 (the model's own is not known: {reason})"
 
 
-def test_layers_tokens_and_seed(checkpoints: Checkpoints) -> None:
+def test_layers_tokens_and_seed_are_chosen(checkpoints: Checkpoints) -> None:
     model = checkpoints("qwen3_moe-quark0.13-f2f")
     one = quarkconv.verify_checkpoint(model, device="cpu", layers={0, 2}, tokens=1, seed=3).numbers
     assert [layer.layer for layer in one.layers] == [0, 2]
@@ -145,7 +145,7 @@ def test_layers_tokens_and_seed(checkpoints: Checkpoints) -> None:
         ({"tokens": 0}, 2),
     ],
 )
-def test_wrong_usage(arguments: dict[str, Any], code: int, checkpoints: Checkpoints) -> None:
+def test_wrong_usage_is_refused(arguments: dict[str, Any], code: int, checkpoints: Checkpoints) -> None:
     with pytest.raises(quarkconv.QuarkconvError) as caught:
         quarkconv.verify_checkpoint(checkpoints("qwen3_moe-quark0.13-f2f"), **{"device": "cpu", **arguments})
     assert caught.value.exit_code == code
@@ -224,7 +224,7 @@ def test_dequantized_reference_stays_close_to_the_original(
     assert 1e-3 < relative < 2e-2
 
 
-def test_json_and_exit_codes_of_the_command(converted: Converted, tmp_path: Path) -> None:
+def test_the_command_has_json_and_exit_codes(converted: Converted, tmp_path: Path) -> None:
     report = tmp_path / "report.html"
     command = [sys.executable, "-m", "quarkconv", "verify", str(converted("qwen3_moe-quark0.13-f2f"))]
     done = subprocess.run(

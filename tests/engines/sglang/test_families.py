@@ -137,7 +137,7 @@ def test_longcat_needs_rope_scaling_in_its_config(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", FORMS)
-def test_a_whole_model_with_its_image_encoder(tmp_path: Path, target: str) -> None:
+def test_a_whole_model_loads_with_its_image_encoder(tmp_path: Path, target: str) -> None:
     export = DATA / "exports" / "qwen3_5_moe-0.13-f2f-language_model"
     source = prepare(shutil.copytree(export, tmp_path / "source"))
     out = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output

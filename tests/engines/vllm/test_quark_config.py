@@ -189,7 +189,7 @@ def unexplained(config: dict[str, Any], modules: tuple[str, ...] | list[str], se
 
 
 @pytest.mark.parametrize("name", sorted(FIXTURES | EXPORTS))
-def test_real_exports(checkpoints: Checkpoints, name: str) -> None:
+def test_real_exports_are_read_as_vllm_does(checkpoints: Checkpoints, name: str) -> None:
     config = json.loads((checkpoints(name) / "config.json").read_text())
     quantization = config.get("quantization_config") or config.get("text_config", {}).get("quantization_config")
     if quantization is None:
@@ -244,7 +244,7 @@ EXAMPLES: dict[str, tuple[dict[str, Any], str, str, str]] = {
 
 
 @pytest.mark.parametrize("difference", DIFFERENCES)
-def test_one_of_each_difference(difference: str) -> None:
+def test_one_of_each_difference_is_shown(difference: str) -> None:
     changes, module, ours, theirs = EXAMPLES[difference]
     config = quark_config(**changes)
     config["export"]["kv_cache_group"] = []
@@ -329,7 +329,7 @@ def generated(language: Language, seed: int) -> dict[str, Any]:
     return config
 
 
-def test_generated_configs_without_the_differences() -> None:
+def test_generated_configs_without_the_differences_are_read_alike() -> None:
     seen_schemes: set[str] = set()
     for seed in range(CONFIGS):
         config = generated(WHOLE_LANGUAGE, seed)
@@ -339,7 +339,7 @@ def test_generated_configs_without_the_differences() -> None:
     assert seen_schemes == {FLOAT, OTHER, *SCHEME_NAMES.values()}
 
 
-def test_generated_configs_with_the_differences() -> None:
+def test_generated_configs_differ_in_the_known_ways_only() -> None:
     seen: set[str] = set()
     for seed in range(CONFIGS):
         config = generated(ANY_LANGUAGE, seed)

@@ -53,7 +53,7 @@ def grouped(**groups: dict[str, Any]) -> DeclaredScheme:
         ("model.visual.blocks.0.attn.qkv", FLOAT),
     ],
 )
-def test_compressed_tensors(module: str, expected: ModuleScheme) -> None:
+def test_a_config_of_compressed_tensors_is_read(module: str, expected: ModuleScheme) -> None:
     scheme = read(CONFIG)
     assert scheme.method == "compressed-tensors"
     assert scheme.default == PTPC
@@ -134,7 +134,7 @@ def test_an_invalid_expression_matches_nothing(target: str) -> None:
     assert scheme.resolve("model.layers.0.self_attn.q_proj") == FLOAT
 
 
-def test_w8a8_int8() -> None:
+def test_a_config_of_w8a8_int8_is_read() -> None:
     scheme = read({"quant_method": "w8a8_int8", "ignore": ["lm_head"]})
     assert (scheme.method, scheme.default) == ("w8a8_int8", PTPC)
     assert scheme.resolve("lm_head") == FLOAT

@@ -153,7 +153,7 @@ def test_all_null_is_float() -> None:
         ("model.blocks[0.fc", "model.blocks[0.fc", True),
     ],
 )
-def test_exclude_patterns(pattern: str, name: str, excluded: bool) -> None:
+def test_exclude_patterns_match_as_in_quark(pattern: str, name: str, excluded: bool) -> None:
     assert (QuarkScheme(quark_config(exclude=[pattern])).resolve(name) == FLOAT) is excluded
 
 
@@ -209,7 +209,7 @@ def test_only_a_dynamic_input_is_per_token() -> None:
     assert scheme.default.activation == TensorSpec("int8", "per_channel(axis=1)", symmetric=True, dynamic=False)
 
 
-def test_version_and_format() -> None:
+def test_version_and_format_are_read() -> None:
     scheme = QuarkScheme(quark_config(version="0.11.1+abc", export={"weight_format": "fake_quantized"}))
     assert (scheme.method, scheme.version, scheme.stores_codes) == ("quark", "0.11.1+abc", False)
     bare = QuarkScheme({"quant_method": "quark"})
@@ -267,7 +267,7 @@ JUNK: tuple[Any, ...] = (
 
 
 @pytest.mark.parametrize("path", PATHS, ids=".".join)
-def test_junk_at_every_place(path: tuple[str, ...]) -> None:
+def test_junk_at_every_place_is_a_problem_of_the_config(path: tuple[str, ...]) -> None:
     for junk in JUNK:
         config = quark_config(
             layer_quant_config={"*q_proj": layer_config()}, layer_type_quant_config={"Linear": layer_config()}
