@@ -52,7 +52,7 @@ def compilations(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPa
         *(pytest.param(word, 30, marks=pytest.mark.targets) for word in EVERY_VARIANT),
     ],
 )
-def test_compiles(word: str, least: int, compilations: dict[str, Run]) -> None:
+def test_every_kernel_compiles_ahead_of_time(word: str, least: int, compilations: dict[str, Run]) -> None:
     done = compilations[word].result()
     found = re.search(rf"^{word}: (\d+) compilations$", done.stdout, re.MULTILINE)
     assert found, f"{done.stdout}\n{done.stderr}"

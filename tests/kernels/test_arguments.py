@@ -39,7 +39,7 @@ WRONG = [
 
 @pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
 @pytest.mark.parametrize(("name", "change", "error", "message"), WRONG)
-def test_wrong_tensor(
+def test_a_wrong_tensor_is_refused(
     implementation: Callable[..., torch.Tensor],
     name: str,
     change: Callable[..., Any],
@@ -69,7 +69,7 @@ def test_wrong_tensor(
         ({"out": torch.empty(3, 192, dtype=torch.bfloat16)[:, ::2]}, ValueError, "out: expected a contiguous tensor"),
     ],
 )
-def test_wrong_option(
+def test_a_wrong_option_is_refused(
     options: Any, error: type[Exception], message: str, make_case: Callable[..., Any], device: torch.device
 ) -> None:
     on_device: dict[str, Any] = {
@@ -81,7 +81,7 @@ def test_wrong_option(
         fused_experts_int8(*make_case(3, 96, 80, 4, 2).tensors(), **on_device)
 
 
-def test_depth_that_could_overflow_int32(make_case: Callable[..., Any]) -> None:
+def test_a_depth_that_could_overflow_int32_is_refused(make_case: Callable[..., Any]) -> None:
     """Refused before anything is computed; the weights are views of one row, since the real ones would be large."""
     assert MAX_DEPTH * 127 * 128 < 2**31 <= (MAX_DEPTH + 1) * 127 * 128
     case = make_case(1, 8, 8, 1, 1)
@@ -93,7 +93,7 @@ def test_depth_that_could_overflow_int32(make_case: Callable[..., Any]) -> None:
         fused_experts_int8(*deep.tensors())
 
 
-def test_unsupported_device(make_case: Callable[..., Any]) -> None:
+def test_an_unsupported_device_is_refused(make_case: Callable[..., Any]) -> None:
     case = make_case(3, 96, 80, 4, 2)
     meta = case.replace(**{name: getattr(case, name).to("meta") for name in case.__dataclass_fields__})
     with pytest.raises(ValueError, match="unsupported device: expected cpu, cuda"):

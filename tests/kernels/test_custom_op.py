@@ -32,7 +32,7 @@ def _torch_path_without_a_gpu(monkeypatch: pytest.MonkeyPatch, device: torch.dev
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_opcheck(dtype: torch.dtype, make_case: Callable[..., Any], device: torch.device) -> None:
+def test_the_operator_passes_opcheck(dtype: torch.dtype, make_case: Callable[..., Any], device: torch.device) -> None:
     case = make_case(*SHAPE, dtype=dtype)
     for more in ({}, options(device), {"w13_input_scale": torch.full((4,), 0.03, device=device)}):
         torch.library.opcheck(fused_experts_int8_op, case.tensors(), more)
@@ -77,7 +77,7 @@ class Layer(torch.nn.Module):
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
 @pytest.mark.filterwarnings("ignore:Guards may run slower on Python 3.13.0:RuntimeWarning")
-def test_compile_without_a_graph_break_for_any_number_of_tokens(make_case: Callable[..., Any]) -> None:
+def test_it_compiles_without_a_graph_break_for_any_number_of_tokens(make_case: Callable[..., Any]) -> None:
     case = make_case(*SHAPE)
     layer = Layer(case)
     compiled = torch.compile(layer, backend="aot_eager", fullgraph=True, dynamic=True)
@@ -88,7 +88,7 @@ def test_compile_without_a_graph_break_for_any_number_of_tokens(make_case: Calla
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_export(make_case: Callable[..., Any]) -> None:
+def test_it_exports_for_any_number_of_tokens(make_case: Callable[..., Any]) -> None:
     case = make_case(*SHAPE)
     layer, inputs = Layer(case), (case.hidden_states, case.topk_weights, case.topk_ids)
     tokens = torch.export.Dim("tokens", min=2, max=4096)
@@ -100,7 +100,7 @@ def test_export(make_case: Callable[..., Any]) -> None:
 
 @pytest.mark.gpu
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning", "ignore::UserWarning")
-def test_inductor(make_case: Callable[..., Any]) -> None:
+def test_inductor_gives_the_same_bits(make_case: Callable[..., Any]) -> None:
     case = make_case(64, 256, 128, 8, 2)
     layer, inputs = Layer(case), (case.hidden_states, case.topk_weights, case.topk_ids)
     assert torch.equal(torch.compile(layer, fullgraph=True)(*inputs), layer(*inputs))

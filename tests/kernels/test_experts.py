@@ -128,7 +128,7 @@ def check_stages(case: Any, launch: Any = None, **options: Any) -> torch.Tensor:
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_stages(shape: Any, dtype: torch.dtype, launch: Any, make_case: Callable[..., Any]) -> None:
+def test_each_stage_equals_its_twin(shape: Any, dtype: torch.dtype, launch: Any, make_case: Callable[..., Any]) -> None:
     check_stages(make_case(*shape, dtype=dtype), launch)
 
 
@@ -145,7 +145,7 @@ def test_stages(shape: Any, dtype: torch.dtype, launch: Any, make_case: Callable
     ],
     ids=lambda options: "-".join(str(value) for value in options.values()),
 )
-def test_stages_with_options(options: Any, make_case: Callable[..., Any]) -> None:
+def test_each_stage_equals_its_twin_with_options(options: Any, make_case: Callable[..., Any]) -> None:
     check_stages(make_case(5, 96, 80, 4, 2, ids_dtype=torch.int64), **options)
 
 
@@ -157,7 +157,7 @@ def without_gate(case: Any) -> Any:
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
 @pytest.mark.parametrize("on_input", [False, True])
-def test_stages_without_a_gate(
+def test_each_stage_equals_its_twin_without_a_gate(
     launch: Any, on_input: bool, make_case: Callable[..., Any], device: torch.device
 ) -> None:
     g = torch.Generator().manual_seed(6)
@@ -187,7 +187,7 @@ def test_without_a_gate_close_to_float64_experts(
 
 @pytest.mark.parametrize("on_input", [False, True])
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_stages_with_static_scales_and_biases(
+def test_each_stage_equals_its_twin_with_static_scales_and_biases(
     on_input: bool, launch: Any, make_case: Callable[..., Any], device: torch.device
 ) -> None:
     g = torch.Generator().manual_seed(5)
@@ -204,7 +204,7 @@ def test_stages_with_static_scales_and_biases(
     )
 
 
-def test_stages_with_per_tensor_weight_scales(make_case: Callable[..., Any]) -> None:
+def test_each_stage_equals_its_twin_with_per_tensor_weight_scales(make_case: Callable[..., Any]) -> None:
     case = make_case(5, 96, 80, 4, 2)
     check_stages(case.replace(w13_scale=case.w13_scale[:, :1].contiguous(), w2_scale=case.w2_scale[:, :1].contiguous()))
 
@@ -244,7 +244,7 @@ def test_close_to_unquantized_activations(
 
 
 @pytest.mark.parametrize("ids_dtype", [torch.int32, torch.int64])
-def test_experts_of_other_ranks(ids_dtype: torch.dtype, make_case: Callable[..., Any]) -> None:
+def test_ranks_add_up_to_the_whole(ids_dtype: torch.dtype, make_case: Callable[..., Any]) -> None:
     """Two ranks with half of the experts each add up to the whole; a token without experts there gets exactly 0."""
     case = make_case(6, 96, 80, 4, 2, ids_dtype=ids_dtype)
     case.topk_ids[2] = torch.tensor([0, 1])
@@ -269,7 +269,7 @@ def test_experts_of_other_ranks(ids_dtype: torch.dtype, make_case: Callable[...,
     assert ((whole.float() - total).abs() <= bound).all()
 
 
-def test_no_pair_on_this_rank(make_case: Callable[..., Any]) -> None:
+def test_a_rank_without_pairs_gives_zeros(make_case: Callable[..., Any]) -> None:
     case = make_case(3, 96, 80, 4, 2)
     out = torch.full_like(case.hidden_states, math.nan)
     nowhere = case.replace(topk_ids=torch.full_like(case.topk_ids, -1))
@@ -278,7 +278,9 @@ def test_no_pair_on_this_rank(make_case: Callable[..., Any]) -> None:
 
 
 @pytest.mark.parametrize("implementation", [fused_experts_int8, fused_experts_int8_reference])
-def test_no_tokens_and_no_slots(implementation: Callable[..., torch.Tensor], make_case: Callable[..., Any]) -> None:
+def test_no_tokens_and_no_slots_give_zeros(
+    implementation: Callable[..., torch.Tensor], make_case: Callable[..., Any]
+) -> None:
     empty = make_case(0, 96, 80, 4, 2)
     assert implementation(*empty.tensors()).shape == (0, 96)
     case = make_case(3, 96, 80, 4, 1)
@@ -288,7 +290,7 @@ def test_no_tokens_and_no_slots(implementation: Callable[..., torch.Tensor], mak
     assert (out == 0).all()
 
 
-def test_the_same_expert_twice(make_case: Callable[..., Any]) -> None:
+def test_a_token_may_choose_an_expert_twice(make_case: Callable[..., Any]) -> None:
     """Nothing in the layout needs a token's experts to differ."""
     case = make_case(4, 96, 80, 4, 2)
     case.topk_ids.fill_(1)
@@ -318,7 +320,9 @@ def test_a_token_that_is_not_finite_keeps_to_itself(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_deterministic_and_independent_of_the_batch(dtype: torch.dtype, make_case: Callable[..., Any]) -> None:
+def test_results_are_deterministic_and_independent_of_the_batch(
+    dtype: torch.dtype, make_case: Callable[..., Any]
+) -> None:
     """The same bits run to run, with other tiles and paths, and for a token alone as among others."""
     case = make_case(6, 176, 88, 4, 2, dtype=dtype)
     out = fused_experts_int8(*case.tensors())
@@ -355,7 +359,7 @@ def test_output_may_be_the_input_and_rows_may_be_apart(make_case: Callable[..., 
 
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_weights_at_any_address(launch: Any, make_case: Callable[..., Any]) -> None:
+def test_weights_may_lie_at_any_address(launch: Any, make_case: Callable[..., Any]) -> None:
     """Slices of a larger tensor: contiguous, at an address that is not a multiple of 16, or of 4."""
     case = make_case(5, 96, 80, 4, 2)
     expected = fused_experts_int8(*case.tensors())
@@ -390,7 +394,7 @@ def test_cpu_tensors_take_the_torch_path(make_case: Callable[..., Any], monkeypa
 
 
 @pytest.mark.parametrize("hidden", [8, 1100])
-def test_combine(hidden: int, device: torch.device) -> None:
+def test_skipped_slots_do_not_reach_the_sum(hidden: int, device: torch.device) -> None:
     """Poisoned rows and weights of skipped slots must not reach the sum; more columns than a block has."""
     g = torch.Generator().manual_seed(hidden)
     ids = torch.tensor([[0, -1, 2], [-1, -1, -1], [1, 3, 0]], dtype=torch.int32, device=device)

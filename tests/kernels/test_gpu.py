@@ -33,7 +33,7 @@ def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
 
 
 @pytest.mark.parametrize("shape", LARGE.values(), ids=LARGE)
-def test_real_sizes(shape: Any, make_case: Callable[..., Any]) -> None:
+def test_real_sizes_are_within_rounding_of_the_twin(shape: Any, make_case: Callable[..., Any]) -> None:
     case = make_case(*shape)
     out = torch.full_like(case.hidden_states, math.nan)
     fused_experts_int8(*case.tensors(), out=out)
@@ -70,7 +70,7 @@ LAUNCHES = {
 
 
 @pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_offsets_past_2_to_the_31(launch: Any, make_case: Callable[..., Any], device: torch.device) -> None:
+def test_offsets_past_2_to_the_31_do_not_wrap(launch: Any, make_case: Callable[..., Any], device: torch.device) -> None:
     """Weights of more than 2^31 codes: the last expert's rows lie where a 32-bit offset would wrap."""
     case = make_case(4, 4096, 4096, 70, 1)
     assert case.w13.numel() > 2**31
@@ -91,7 +91,7 @@ def test_offsets_past_2_to_the_31(launch: Any, make_case: Callable[..., Any], de
 
 
 @pytest.mark.parametrize("launch", [LAUNCHES["portable"], LAUNCHES["specialized"]], ids=["portable", "specialized"])
-def test_results_past_2_to_the_31(launch: Any, make_case: Callable[..., Any], device: torch.device) -> None:
+def test_results_past_2_to_the_31_do_not_wrap(launch: Any, make_case: Callable[..., Any], device: torch.device) -> None:
     """More than 2^31 values of y, and as many codes in sorted order: every token is as if it were alone."""
     case = make_case(2**16 + 3, 4160, 64, 16, 8)
     assert case.topk_ids.numel() * 4160 > 2**31
@@ -118,7 +118,7 @@ def capture(run: Callable[[], object]) -> torch.cuda.CUDAGraph:
 
 @pytest.mark.parametrize("tokens", [1, 7, 256])
 @pytest.mark.parametrize("static", [False, True])
-def test_graph_replays_with_other_inputs_and_routings(
+def test_a_graph_replays_with_other_inputs_and_routings(
     tokens: int, static: bool, make_case: Callable[..., Any], device: torch.device
 ) -> None:
     case = make_case(tokens, 512, 352, 16, 4)
@@ -141,7 +141,7 @@ def test_graph_replays_with_other_inputs_and_routings(
             assert (out == 0).all()
 
 
-def test_graph_of_the_quantization(device: torch.device) -> None:
+def test_a_graph_captures_the_quantization(device: torch.device) -> None:
     x = torch.randn(64, 2048, device=device, dtype=torch.bfloat16)
     names: tuple[Literal["per_token", "per_tensor"], ...] = ("per_token", "per_tensor")
     for granularity in names:

@@ -159,7 +159,9 @@ def magnitude_and_value(
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
 @pytest.mark.parametrize("bias", [None, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("per_tensor", [False, True])
-def test_down_epilogue(dtype: torch.dtype, bias: torch.dtype | None, per_tensor: bool, device: torch.device) -> None:
+def test_the_epilogue_of_down_is_within_its_bound(
+    dtype: torch.dtype, bias: torch.dtype | None, per_tensor: bool, device: torch.device
+) -> None:
     codes, row_scale, weights, ids = inputs(176, 88, device, per_tensor=per_tensor, bias=bias)
     value, magnitude = magnitude_and_value(codes, row_scale, weights, ids, 4)
     # Four float32 roundings (sum to float, two scales, bias) of 2^-24 each, then the store's.
@@ -233,7 +235,9 @@ def halves(values: torch.Tensor, activation: Any) -> Any:
 @pytest.mark.parametrize("activation", FUNCTIONS.values(), ids=FUNCTIONS)
 @pytest.mark.parametrize("bias", [None, torch.float32])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-def test_gate_up_epilogue(activation: Any, bias: torch.dtype | None, dtype: torch.dtype, device: torch.device) -> None:
+def test_the_epilogue_of_gate_up_is_within_its_bound(
+    activation: Any, bias: torch.dtype | None, dtype: torch.dtype, device: torch.device
+) -> None:
     codes, row_scale, weights, ids = inputs(176, 88 * (1 + activation.gated), device, bias=bias)
     row_scale = row_scale * 3  # past the limit of 1.25 often enough
     router = torch.linspace(0.5, 1.5, ids.numel(), device=device)
@@ -290,7 +294,7 @@ def test_tiles_do_not_change_a_bit(device: torch.device) -> None:
         assert torch.equal(results[0], result)
 
 
-def test_activation_formulas() -> None:
+def test_activations_follow_their_formulas() -> None:
     """The definitions, on numbers worked out by hand: sigmoid(0) = 1/2, and clamps at 7 on both sides."""
     gate, up = torch.tensor([0.0, 1e3, 1e3, -1e3]), torch.tensor([3.0, 100.0, -100.0, 2.0])
     assert activate_reference(gate, up, make_activation("silu")).tolist() == [0.0, 1e5, -1e5, -0.0]

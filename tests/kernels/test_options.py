@@ -85,7 +85,7 @@ def check_launchable(
 
 
 @pytest.mark.parametrize("traits", DEVICES, ids=str)
-def test_always_launchable(traits: DeviceTraits) -> None:
+def test_chosen_options_can_always_be_launched(traits: DeviceTraits) -> None:
     for tokens, experts, top_k, width in itertools.product((1, 8, 64, 700, 4096), (1, 8, 256), (1, 8), (24, 88, 4096)):
         options = choose_launch_options(tokens, experts, top_k, width, width, traits)
         check_launchable(options, traits, top_k, width, width)
@@ -213,7 +213,7 @@ def test_table_round_trip() -> None:
     ],
     ids=str,
 )
-def test_table_with_impossible_options(change: dict[str, Any]) -> None:
+def test_a_table_with_impossible_options_is_refused(change: dict[str, Any]) -> None:
     document = json.loads(dump_table("Some GPU", {}, {(8, 2, 64, 32): {1: OPTIONS}}))
     fields = document["shapes"][0]["tokens"]["1"]
     for name, value in change.items():
@@ -225,7 +225,7 @@ def test_table_with_impossible_options(change: dict[str, Any]) -> None:
         parse_table(document)
 
 
-def test_committed_tables() -> None:
+def test_committed_tables_are_complete_and_read_back() -> None:
     paths = list(FOLDER.glob("*.json"))
     assert table_path("NVIDIA H200") in paths
     for path in paths:

@@ -104,7 +104,9 @@ SIZES = {
 @pytest.mark.gpu
 @pytest.mark.parametrize("sizes", SIZES.values(), ids=SIZES)
 @pytest.mark.parametrize("kind", ["plain", "unaligned", "static", "bias", "other ranks"])
-def test_repeated_bits(sizes: Any, kind: str, make_case: Callable[..., Any], repeated: list[bool]) -> None:
+def test_a_repeated_launch_gives_the_same_bits(
+    sizes: Any, kind: str, make_case: Callable[..., Any], repeated: list[bool]
+) -> None:
     options: dict[str, Any] = {}
     for seed in range(3):
         case = make_case(*sizes, seed=seed)

@@ -90,7 +90,9 @@ def test_zeros_give_zero_codes_and_a_positive_scale(
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
-def test_values_too_small_for_a_normal_scale(quantize: Callable[..., Any], device: torch.device) -> None:
+def test_values_too_small_for_a_normal_scale_follow_the_definition(
+    quantize: Callable[..., Any], device: torch.device
+) -> None:
     x = torch.tensor([[1e-40, -1e-40], [1e-30, 2e-30], [1e-27, -3e-27]], device=device)
     codes, scales = quantize(x)
     assert codes.tolist() == [oracle_row(row)[0] for row in x.tolist()]
@@ -151,7 +153,7 @@ def test_kernel_and_twin_agree_on_many_values(
     assert ((codes * scales - x.float()).abs() <= scales * (0.5 + 2**-16)).all()
 
 
-def test_layouts(device: torch.device) -> None:
+def test_every_layout_is_quantized(device: torch.device) -> None:
     x = spread(6, 40, torch.bfloat16, device).view(2, 3, 40)
     codes, scales = quantize_int8(x.transpose(0, 1))
     assert torch.equal(codes, quantize_int8(x)[0].transpose(0, 1))
@@ -165,7 +167,7 @@ def test_layouts(device: torch.device) -> None:
 @pytest.mark.parametrize("static", [False, True])
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("pairs_per_row", [1, 3])
-def test_rows_of_pairs(static: bool, weighted: bool, pairs_per_row: int, device: torch.device) -> None:
+def test_rows_of_pairs_equal_the_twin(static: bool, weighted: bool, pairs_per_row: int, device: torch.device) -> None:
     """The form that the forward uses: expert scales, skipped pairs, router weights, a token for several pairs."""
     rows, width, experts = 4, 96, 3
     x = spread(rows, width, torch.bfloat16, device)
@@ -190,7 +192,7 @@ def test_rows_of_pairs(static: bool, weighted: bool, pairs_per_row: int, device:
 
 
 @pytest.mark.parametrize("quantize", IMPLEMENTATIONS)
-def test_wrong_arguments(quantize: Callable[..., Any], device: torch.device) -> None:
+def test_wrong_arguments_are_refused(quantize: Callable[..., Any], device: torch.device) -> None:
     x = torch.ones(2, 4, device=device)
     one = torch.ones(1, device=device)
     with pytest.raises(TypeError, match="x: expected bfloat16, float16 or float32, found"):

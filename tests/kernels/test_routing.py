@@ -71,7 +71,7 @@ def test_so_many_pairs_that_runs_are_longer(device: torch.device) -> None:
     check(ids.to(device), 3, RowBlocks(128, 32, 64))
 
 
-def test_many_experts_most_of_them_empty(device: torch.device) -> None:
+def test_empty_experts_have_no_blocks(device: torch.device) -> None:
     ids = torch.tensor([[199, 0], [199, 130]], dtype=torch.int32, device=device)
     twin = check(ids, 200, RowBlocks(16))
     assert twin.block_expert[:3].tolist() == [0, 130, 199]

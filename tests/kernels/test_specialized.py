@@ -187,7 +187,7 @@ def test_everything_that_a_forward_can_have(
 @pytest.mark.gpu
 @needs_specialization
 @pytest.mark.parametrize("tiles", TILES)
-def test_long_queues_under_a_graph(tiles: str, make_case: Callable[..., Any], device: torch.device) -> None:
+def test_long_queues_replay_under_a_graph(tiles: str, make_case: Callable[..., Any], device: torch.device) -> None:
     """Hundreds of tiles for each processor, replayed with other inputs and routings."""
     case = make_case(4096, 512, 256, 64, 8)
     arguments = check_arguments(*case.tensors())
