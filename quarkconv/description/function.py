@@ -9,7 +9,7 @@ from typing import Any, Final
 from quarkconv.experts.config import ModelConfig
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.companions import OUTPUT_SCALES
-from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.patterns import TimeLimit, name_filter
 from quarkconv.scheme.stored import BLOCK_SCALE, ROTATION, StoredModules
 from quarkconv.text import plural, shortened
 
@@ -130,9 +130,9 @@ def _concerns(item: dict[str, Any], modules: list[str]) -> bool:
     targets, ignored = (item.get(key) for key in ("targets", "ignore"))
     named = [target for target in targets if isinstance(target, str)] if isinstance(targets, list) else []
     left_out = [name for name in ignored if isinstance(name, str)] if isinstance(ignored, list) else []
-    patience = Patience()
-    is_target = name_filter(named, globs=False, patience=patience)
-    is_left_out = name_filter(left_out, globs=False, patience=patience)
+    limit = TimeLimit()
+    is_target = name_filter(named, globs=False, limit=limit)
+    is_left_out = name_filter(left_out, globs=False, limit=limit)
     return any(("Linear" in named or is_target(module)) and not is_left_out(module) for module in modules)
 
 

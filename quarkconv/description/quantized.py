@@ -20,7 +20,7 @@ from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.options import QUANTIZE, SourceOptions
-from quarkconv.scheme.patterns import Patience, name_filter, regex_matcher
+from quarkconv.scheme.patterns import TimeLimit, name_filter, regex_matcher
 from quarkconv.scheme.spec import FLOAT, PTPC, PTPC_NAME
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
@@ -118,20 +118,20 @@ def _shared(types: dict[str, TensorType]) -> dict[str, TensorType]:
 
 def _exclusion(description: Description, patterns: Sequence[str]) -> Callable[[str], object]:
     """A test of the names of modules: whether ``--exclude`` keeps them in float."""
-    patience = Patience()
+    limit = TimeLimit()
     names = [module for module, form in description.stored if form.is_float]
     for pattern in patterns:
         if pattern.startswith("re:") and regex_matcher(pattern[3:]) is None:
             raise UsageError(
                 "Invalid --exclude", expected="a regular expression of Python's re after re:", found=repr(pattern)
             )
-        if not any(map(name_filter([pattern], globs=True, patience=patience), names)):
+        if not any(map(name_filter([pattern], globs=True, limit=limit), names)):
             raise UsageError(
                 "--exclude matches no module that is stored in float",
                 expected="the name of a module, a pattern with *, ? or [], or re: and a regular expression",
                 found=pattern,
             )
-    return name_filter(patterns, globs=True, patience=patience)
+    return name_filter(patterns, globs=True, limit=limit)
 
 
 def _modules(

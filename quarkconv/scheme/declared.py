@@ -9,7 +9,7 @@ from typing import Any, ClassVar, Final, NamedTuple
 
 from quarkconv.headers.file_names import MODELOPT_NAME
 from quarkconv.scheme.merged import with_parts
-from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.patterns import TimeLimit, name_filter
 from quarkconv.scheme.spec import FLOAT, PER_TENSOR, SCHEME_NAMES, ModuleScheme, TensorSpec
 from quarkconv.text import shown
 
@@ -83,20 +83,20 @@ class DeclaredScheme(ABC):
             self.problems.append(ConfigProblem(where, expected, shown(found)))
 
     def _filter(
-        self, value: object, where: str, *, patience: Patience, globs: bool = False, merged: bool = False
+        self, value: object, where: str, *, limit: TimeLimit, globs: bool = False, merged: bool = False
     ) -> Callable[[str], object]:
         """A test of module names against a list of the config.
 
         Args:
             value: the list.
             where: its field.
-            patience: see :func:`quarkconv.scheme.patterns.name_filter`, as for ``globs``.
+            limit: see :func:`quarkconv.scheme.patterns.name_filter`, as for ``globs``.
             merged: whether the name of a merged linear means its parts.
         """
         names = self._strings(value, where)
         entries = with_parts(names) if merged else names
         invalid = partial(self._problem, where, "a regular expression after re:")
-        return name_filter(entries, globs=globs, patience=patience, on_invalid=invalid)
+        return name_filter(entries, globs=globs, limit=limit, on_invalid=invalid)
 
     def _object(self, value: object, where: str) -> dict[str, Any]:
         if value is None:

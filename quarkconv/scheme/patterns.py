@@ -41,7 +41,7 @@ def _is_cheap(patterns: list[str]) -> bool:
     return len(patterns) <= _FEW and not any(is_pattern(pattern.strip("*")) for pattern in patterns)
 
 
-class Patience:
+class TimeLimit:
     """The time left to match the patterns of one config."""
 
     def __init__(self) -> None:
@@ -93,7 +93,7 @@ def regex_matcher(pattern: str) -> Test | None:
 
 
 def name_filter(
-    entries: Iterable[str], *, globs: bool, patience: Patience, on_invalid: Callable[[str], object] = lambda _: None
+    entries: Iterable[str], *, globs: bool, limit: TimeLimit, on_invalid: Callable[[str], object] = lambda _: None
 ) -> Callable[[str], object]:
     """A test of module names against a list of names and patterns.
 
@@ -101,7 +101,7 @@ def name_filter(
         entries: exact names, ``re:`` patterns (matched from the start of the name, as engines do), and fnmatch
             patterns where ``globs`` is true. A ``re:`` pattern that does not compile matches nothing.
         globs: True where ``*``, ``?`` and ``[`` are wildcards outside of ``re:`` patterns.
-        patience: the time left.
+        limit: the time left.
         on_invalid: is called with each ``re:`` pattern that does not compile.
 
     Raises:
@@ -136,11 +136,11 @@ def name_filter(
         return lambda name: name in exact or name.endswith(suffixes)
     patterned: Test = lambda name: name.endswith(suffixes) or any(test(name) for test in tests)  # noqa: E731
     if expressions or len(ends) > _FEW or not _is_cheap(patterns):
-        patterned = patience.guard(patterned)
+        patterned = limit.guard(patterned)
     return lambda name: name in exact or patterned(name)
 
 
-def first_match(keys: Iterable[str], patience: Patience) -> Callable[[str], int | None]:
+def first_match(keys: Iterable[str], limit: TimeLimit) -> Callable[[str], int | None]:
     """A lookup of the position of the first key that matches a name: a name, or an fnmatch pattern.
 
     Raises:
@@ -169,7 +169,7 @@ def first_match(keys: Iterable[str], patience: Patience) -> Callable[[str], int 
         return exact.get
     if _is_cheap([key for _, key in patterns]):
         return find
-    guarded: Callable[[str], Any] = patience.guard(find)
+    guarded: Callable[[str], Any] = limit.guard(find)
     return guarded
 
 

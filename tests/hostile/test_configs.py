@@ -16,7 +16,7 @@ from support.quark_config import layer_config, quark_config
 
 from quarkconv import SourceError, inspect_checkpoint
 from quarkconv.scheme.formats.readers import declared_scheme
-from quarkconv.scheme.patterns import Patience, name_filter
+from quarkconv.scheme.patterns import TimeLimit, name_filter
 
 pytestmark = pytest.mark.long(15)
 
@@ -227,14 +227,14 @@ def test_a_pattern_that_backtracks_forever_is_one_error(tmp_path: Path, capsys: 
 )
 def test_too_many_patterns_are_refused(entries: list[str]) -> None:
     with pytest.raises(SourceError, match="too many patterns"):
-        name_filter(entries, globs=True, patience=Patience())
+        name_filter(entries, globs=True, limit=TimeLimit())
     with pytest.raises(SourceError, match="too many patterns"):
         declared_scheme(quark_config(exclude=entries))
 
 
 def test_patterns_that_are_slow_together_are_refused() -> None:
     names = [f"model.layers.{i}.mlp.experts.{j}.gate_proj" for i in range(60) for j in range(256)]
-    matches = name_filter([f"*a*{i}*b" for i in range(2000)], globs=True, patience=Patience())
+    matches = name_filter([f"*a*{i}*b" for i in range(2000)], globs=True, limit=TimeLimit())
     error = matched(matches, names)
     assert error is not None
     assert "take too long" in error.message
@@ -262,7 +262,7 @@ def test_fnmatch_patterns_match_as_fnmatch_does() -> None:
         "",
         "a",
     ):
-        matches = name_filter([pattern], globs=True, patience=Patience())
+        matches = name_filter([pattern], globs=True, limit=TimeLimit())
         for name in names:
             assert bool(matches(name)) == fnmatchcase(name, pattern), (pattern, name)
 

@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 from quarkconv.scheme.companions import CACHE_MODULES
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.patterns import Patience
+from quarkconv.scheme.patterns import TimeLimit
 from quarkconv.scheme.spec import (
     FLOAT,
     INPUT_STATIC,
@@ -47,7 +47,7 @@ class CompressedTensorsScheme(DeclaredScheme):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("compressed-tensors", None)
-        patience = Patience()
+        limit = TimeLimit()
         packed = config.get("format") in _PACKED
         self._groups: list[tuple[Callable[[str], object], ModuleScheme]] = []
         groups = self._object(config.get("config_groups"), "config_groups")
@@ -64,10 +64,10 @@ class CompressedTensorsScheme(DeclaredScheme):
                 self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
             )
             where, targets = f"config_groups.{key}.targets", group.get("targets")
-            self._groups.append((self._filter(targets, where, patience=patience, merged=True), scheme))
+            self._groups.append((self._filter(targets, where, limit=limit, merged=True), scheme))
             if isinstance(targets, list) and LINEAR_TYPE in targets and self.default == FLOAT:
                 self.default = scheme
-        self._ignored = self._filter(config.get("ignore"), "ignore", patience=patience, merged=True)
+        self._ignored = self._filter(config.get("ignore"), "ignore", limit=limit, merged=True)
         kv_cache = self._spec(config.get("kv_cache_scheme"), "kv_cache_scheme")
         if kv_cache is not None:
             self.kv_cache = kv_cache

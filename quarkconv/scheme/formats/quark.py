@@ -15,7 +15,7 @@ from typing import Any
 
 from quarkconv.defects import invalid_quantization
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.patterns import Patience, first_match
+from quarkconv.scheme.patterns import TimeLimit, first_match
 from quarkconv.scheme.spec import FLOAT, PER_CHANNEL, PER_TOKEN, ModuleScheme, TensorSpec
 from quarkconv.text import shortened, word
 
@@ -36,7 +36,7 @@ class QuarkScheme(DeclaredScheme):
         by_type = self._object(config.get("layer_type_quant_config"), "layer_type_quant_config")
         if LINEAR_TYPE in by_type:
             self.default = self._layer(by_type[LINEAR_TYPE], f"layer_type_quant_config.{LINEAR_TYPE}")
-        patience = Patience()
+        limit = TimeLimit()
         by_name = self._object(config.get("layer_quant_config"), "layer_quant_config")
         if len(by_name) > MAX_LAYERS:
             raise invalid_quantization(
@@ -44,9 +44,9 @@ class QuarkScheme(DeclaredScheme):
                 expected=f"at most {MAX_LAYERS}",
                 found=f"{len(by_name)} in layer_quant_config",
             )
-        self._key = first_match(by_name, patience)
+        self._key = first_match(by_name, limit)
         self._layers = [self._layer(value, f"layer_quant_config.{shortened(key)}") for key, value in by_name.items()]
-        self._excluded = self._filter(config.get("exclude"), "exclude", patience=patience, globs=True)
+        self._excluded = self._filter(config.get("exclude"), "exclude", limit=limit, globs=True)
         export = self._object(config.get("export"), "export")
         self.stores_codes = export.get("weight_format", "real_quantized") == "real_quantized"
         group = self._strings(export.get("kv_cache_group"), "export.kv_cache_group")

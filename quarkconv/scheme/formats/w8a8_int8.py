@@ -8,7 +8,7 @@ from __future__ import annotations
 from typing import Any
 
 from quarkconv.scheme.declared import DeclaredScheme
-from quarkconv.scheme.patterns import Patience
+from quarkconv.scheme.patterns import TimeLimit
 from quarkconv.scheme.spec import FLOAT, PTPC, ModuleScheme
 
 
@@ -19,7 +19,7 @@ class W8A8Int8Scheme(DeclaredScheme):
         super().__init__("w8a8_int8", None)
         self.default = PTPC
         self.lists_float = "ignore" in config
-        self._ignored = self._filter(config.get("ignore"), "ignore", patience=Patience())
+        self._ignored = self._filter(config.get("ignore"), "ignore", limit=TimeLimit())
 
     def resolve(self, module: str) -> ModuleScheme:
         return FLOAT if self._ignored(module) else self.default
