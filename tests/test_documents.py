@@ -173,61 +173,102 @@ def tokens_per_second(row: dict[str, Any]) -> list[float]:
 def test_what_serving_with_the_plugin_gives_was_measured() -> None:
     text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
     prose = " ".join(text.split())
-    runs: dict[str, dict[str, str]] = {
-        "serve-qwen3-30b-a3b-tuned-nvidia-h200": {
-            "vLLM Triton, quarkconv's tables": "triton-tuned",
-            "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
-        },
-        "serve-qwen3-30b-a3b-nvidia-h200": {"vLLM Triton (default)": "triton", "vLLM Humming 0.1.19": "humming"},
+    names = {
+        "vLLM Triton (default)": "triton",
+        "vLLM Triton, quarkconv's tables": "triton-tuned",
+        "vLLM Humming 0.1.19": "humming",
+        "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
+        "quarkconv": "quarkconv",
     }
-    ratios = {}
-    for run, names in runs.items():
-        found = result(run)
-        rows = {key: tokens_per_second(row) for key, row in found["backends"].items()}
-        for name, key in (names | {"quarkconv": "quarkconv"}).items():
-            assert f"| {name} | {' | '.join(f'{value:,.0f}' for value in rows[key])} |" in text
-        ours = rows.pop("quarkconv")
-        ratios[run] = [own / max(column) for own, column in zip(ours, zip(*rows.values(), strict=True), strict=True)]
-        assert f"| over the best other | {' | '.join(f'{ratio:.2f}' for ratio in ratios[run])} |" in text
-        assert found["date"] in text
-    tuned, defaults = map(result, runs)
-    first, *decode = ratios["serve-qwen3-30b-a3b-tuned-nvidia-h200"]
-    ours, triton = (tuned["backends"][key]["prefill_tokens_per_s"] for key in ("quarkconv", "triton-tuned"))
+    first, second = (result(f"serve-qwen3-30b-a3b-{run}nvidia-h200") for run in ("prefill-", ""))
+    prefill = {key: row["prefill_tokens_per_s"] for key, row in first["backends"].items()}
+    decode = {key: [*row["decode_tokens_per_s"].values()] for key, row in second["backends"].items()}
+    for name, key in names.items():
+        cells = [f"{value:,.0f}" for value in (prefill[key], *decode.get(key, ()))] + [""] * 4 * (key not in decode)
+        assert f"| {name} | {' | '.join(cells)} |" in text
+    assert first["date"] == second["date"]
+    assert f"Triton 3.6, {first['date']}" in prose
+    others = zip(*(row for key, row in decode.items() if key != "quarkconv"), strict=True)
+    gains = [own / max(column) for own, column in zip(decode["quarkconv"], others, strict=True)]
+    over = {key: prefill["quarkconv"] / value for key, value in prefill.items() if key != "quarkconv"}
+    best = min(over.values())
+    assert f"| over the best other | {' | '.join(f'{ratio:.2f}' for ratio in (best, *gains))} |" in text
+    assert f"over Triton ({over['triton-tuned']:.2f})" in prose
+    assert f"as `--moe-backend humming` runs it ({over['humming']:.2f})" in prose
+    again = {key: row["prefill_tokens_per_s"] for key, row in second["backends"].items()}
+    twice = f"({best:.2f}; {again['quarkconv'] / again['humming-int8']:.2f} in the second run)"
+    assert f"misses it over Humming with 8-bit activations {twice}" in prose
+    rounds = [steps for row in second["backends"].values() for steps in list(row["values"].values())[1:]]
+    spread = max(max(steps) / min(steps) for steps in rounds) - 1
+    assert f"Rounds of decode differ by {100 * spread:.0f} % at most" in prose
+    default = result("serve-qwen3-30b-a3b-defaults-nvidia-h200")["backends"]["triton"]["decode_tokens_per_s"]
+    assert "{:,.0f}, {:,.0f}, {:,.0f} and {:,.0f}.".format(*default.values()) in prose
     readme = " ".join(README.split())
-    assert f"{ours / triton:.2f} times as fast as vLLM 0.33's Triton with tuned tables and {first:.2f} times" in readme
-    assert f"decodes {min(decode):.2f} to {max(decode):.2f} times as fast as the better of both" in readme
-    assert f"over Triton ({ours / triton:.2f})" in prose
+    assert (
+        f"{over['triton-tuned']:.2f} times as fast as vLLM 0.33's Triton with tuned tables and {best:.2f} times"
+        in readme
+    )
+    assert f"decodes {min(gains):.2f} to {max(gains):.2f} times as fast as the best of them" in readme
+    gaps = {pair: gap["mean"] for pair, gap in first["logprob_differences"].items()}
+    assert f"between quarkconv and Triton by {gaps['quarkconv and triton']:.3f} in the mean" in prose
+    assert f"between Humming and Triton by {gaps['triton and humming']:.3f}" in prose
+    assert f"with 8-bit activations by {gaps['triton and humming-int8']:.3f}" in prose
+    assert f"with tuned tables by {gaps['triton and triton-tuned']:.3f}" in prose
+
+
+def test_where_the_time_of_a_prefill_goes_was_measured() -> None:
+    prose = " ".join((ROOT / "docs" / "vllm.md").read_text("utf-8").split())
+    tuned, cut = (result(f"serve-{run}-nvidia-h200") for run in ("qwen3-30b-a3b-tuned", "minimax-m2-prefill"))
+    assert f"98 % of a prefill with each backend ({tuned['date']}" in prose
     profiles = {key: row["profile"] for key, row in tuned["backends"].items()}
     assert {f"{profile['busy']:.0%}" for profile in profiles.values()} == {"98%"}
-    assert "98 % of a prefill" in prose
 
-    def took(backend: str, kernel: str) -> float:
-        kernels: dict[str, float] = profiles[backend]["largest_ms"]
+    def took(kernel: str, profile: dict[str, Any] = profiles["quarkconv"]) -> float:
+        kernels: dict[str, float] = profile["largest_ms"]
         return sum(ms for name, ms in kernels.items() if kernel in name)
 
-    span, attention = profiles["quarkconv"]["span_ms"], took("quarkconv", "FlashAttn")
-    products = [("quarkconv", "specialized_product"), ("humming-int8", "void humming<"), ("triton-tuned", "fused_moe")]
-    experts = "products of the experts {:.0f} (Humming {:.0f}, Triton {:.0f})".format(
-        *(took(*each) for each in products)
+    products = (
+        took("specialized_product"),
+        took("void humming<", profiles["humming-int8"]),
+        took("fused_moe", profiles["triton-tuned"]),
     )
+    experts = "products of the experts {:.0f} (Humming {:.0f}, Triton {:.0f})".format(*products)
+    span, attention, linears = profiles["quarkconv"]["span_ms"], took("FlashAttn"), took("cutlass_3x_gemm")
     assert f"four prompts' {span:.0f} ms, attention took {attention:.0f} and the {experts}" in prose
-    gaps = [found["logprob_differences"] for found in (tuned, defaults)]
-    assert f"by {gaps[1]['triton and quarkconv']['mean']:.3f} in the mean in both runs" in prose
-    assert round(gaps[0]["triton-tuned and quarkconv"]["mean"], 3) == round(gaps[1]["triton and quarkconv"]["mean"], 3)
-    assert f"between Humming and Triton by {gaps[1]['triton and humming']['mean']:.3f}" in prose
-    assert f"with 8-bit activations by {gaps[0]['triton-tuned and humming-int8']['mean']:.3f}" in prose
+    assert f"the INT8 linears {linears:.0f}." in prose
+    small = took("quantize_rows"), took("combine_kernel")
+    assert "took {:.0f}, summing each token's experts {:.0f}".format(*small) in prose
+    last = cut["backends"]["quarkconv"]["profile"]
+    times = [took(name, last) for name in ("FlashAttn", "specialized_product", "gemm_f32f32")]
+    assert f"MiniMax-M2's {last['span_ms']:.0f} ms" in prose
+    assert "attention took {:.0f}, the products {:.0f}, its router, in float32, {:.0f}.".format(*times) in prose
+
+
+def test_what_minimax_serves_with_was_measured() -> None:
+    text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
+    prose = " ".join(text.split())
+    rows = result("serve-minimax-m2-prefill-nvidia-h200")["backends"]
+    ours = rows["quarkconv"]["prefill_tokens_per_s"]
+    names = {
+        "vLLM Triton, quarkconv's tables": "triton-tuned",
+        "vLLM Humming 0.1.19": "humming",
+        "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
+    }
+    for name, key in names.items():
+        other = rows[key]["prefill_tokens_per_s"]
+        assert f"| {name} | {other:,.0f} | {ours / other:.2f} |" in text
+    assert f"| quarkconv | {ours:,.0f} |  |" in text
+    assert "error" in rows["triton"]
     cut = result("serve-minimax-m2-nvidia-h200")["backends"]
     pairs = {n: [cut[key]["decode_tokens_per_s"][n] for key in ("quarkconv", "humming")] for n in ("1", "8", "64")}
-    prefill = [cut[key]["prefill_tokens_per_s"] for key in ("quarkconv", "humming")]
-    assert "prefill {:,.0f} and {:,.0f} tokens".format(*prefill) in prose
-    assert "decode {:,.0f} and {:,.0f} with 1".format(*pairs["1"]) in prose
+    assert "{:,.0f} and {:,.0f} tokens per second with 1 sequence".format(*pairs["1"]) in prose
     assert "{:,.0f} and {:,.0f} with 8, {:,.0f} and {:,.0f} with 64".format(*pairs["8"], *pairs["64"]) in prose
     assert cut["quarkconv"]["decode_tokens_per_s"]["256"] is None
 
 
 def test_prefill_of_cut_models_was_measured() -> None:
-    names = ("serve-qwen3-30b-a3b-20-layers", "serve-minimax-m2-5-layers", "serve-qwen3-30b-a3b-tp2")
-    found = [result(f"{name}-nvidia-h200")["backends"] for name in names]
+    names = ("qwen3-30b-a3b-prefill", "minimax-m2-5-layers", "qwen3-30b-a3b-tp2")
+    found = [result(f"serve-{name}-nvidia-h200")["backends"] for name in names]
     text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
     columns: list[dict[str, float]] = [
         {key: row["prefill_tokens_per_s"] for key, row in backends.items()} for backends in found
@@ -245,7 +286,7 @@ def test_prefill_of_cut_models_was_measured() -> None:
     assert f"| over the best other | {' | '.join(f'{ratio:.2f}' for ratio in ratios)} |" in text
     gains = [column["triton-tuned"] / column["triton"] for column in columns[:2]]
     prose = " ".join(text.split())
-    assert "own prefill {:.2f} (Qwen3-30B-A3B, 20 layers) and {:.2f} times as fast".format(*gains) in prose
+    assert "own prefill {:.2f} (Qwen3-30B-A3B, 48 layers) and {:.2f} times as fast".format(*gains) in prose
     serving = (ROOT / "docs" / "serving.md").read_text("utf-8")
     assert "Qwen3-30B-A3B and MiniMax-M2 prefill {:.2f} and {:.2f} times as fast".format(*gains) in serving
 
