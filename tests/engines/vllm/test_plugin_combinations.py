@@ -90,9 +90,8 @@ def _rebalancing(config: Any) -> None:
 def test_lora_stays_on_vllm(turned_on: list[str], forms: Forms) -> None:
     method = experts_of(build_with(forms(NAME, QUARK), _lora), NAME).quant_method
     assert type(method).__name__ == "QuarkW8A8Int8MoEMethod"
-    assert set(turned_on) == {
-        "quarkconv: INT8 MoE layers stay on vLLM's own TRITON backend: kernel does not support LoRA"
-    }
+    assert turned_on
+    assert all(line.endswith("backend: kernel does not support LoRA") for line in turned_on)
 
 
 @pytest.mark.parametrize("experts", [False, True], ids=["tensor", "expert"])
@@ -130,6 +129,7 @@ def test_vllm_refuses_to_rebalance_int8_experts(forms: Forms, plugin: bool, requ
         build_with(forms(NAME, QUARK), _rebalancing, Rank(2, 0, True))
 
 
+@pytest.mark.skipif(vllm.__version__ < "0.28", reason="vLLM before 0.28 has no attention of DeepSeek on a CPU")
 @pytest.mark.parametrize("form", [QUARK, "compressed-tensors"])
 def test_experts_of_a_draft_model_run_too(turned_on: list[str], forms: Forms, form: str) -> None:
     """Of multi-token prediction: the layer that is appended to DeepSeek V3."""
@@ -143,5 +143,5 @@ def test_experts_of_a_draft_model_run_too(turned_on: list[str], forms: Forms, fo
     methods = {name: m.quant_method for name, m in model.named_modules() if name.endswith("routed_experts")}
     [(name, method)] = methods.items()
     assert ".mtp_block." in name
-    assert type(method).__name__ == "QuarkconvMoEMethod", vllm.__version__
+    assert type(method).__name__ == "QuarkconvMoEMethod"
     assert any(line.startswith("Using quarkconv Int8 MoE backend") for line in turned_on)
