@@ -28,7 +28,7 @@ def test_requirements_change_only_where_the_release_requires_others() -> None:
 def test_outcomes_of_a_run() -> None:
     assert outcomes(XML) == {
         "test_loading::test_a[qwen3_moe-x-fused-int8]": "passed",
-        "test_loading::test_b": "failed: KeyError: 'x'",
+        "test_loading::test_b": "failed: KeyError: 'x' more",
         "test_loading::test_c": "skipped",
     }
 

@@ -30,6 +30,8 @@ TABLE: Final = ROOT / "quarkconv" / "inspection" / "engines.toml"
 AS_EXPORTED: Final = "as exported"
 FORMS: Final = ("fused-int8", "compressed-tensors", "w8a8-int8", "quark", "bf16")
 """Forms in the ids of tests."""
+_MOST: Final = 240
+"""Characters of a failure that are kept: some errors name their reason in the third line."""
 _ROWS: Final = {"vllm_cpu": ("vllm", "vllm-cpu")}
 """Folder of tests -> the engine of its rows, and what their evidence has; others have rows of their own."""
 
@@ -61,14 +63,14 @@ def _applies(need: Requirement) -> bool:
 
 
 def outcomes(report: str) -> dict[str, str]:
-    """Test -> ``passed``, ``skipped``, or the first line of how it failed, from pytest's XML."""
+    """Test -> ``passed``, ``skipped``, or how it failed, from pytest's XML."""
     found = {}
     for case in ElementTree.fromstring(report).iter("testcase"):
         name = f"{case.get('classname', '').rpartition('.')[2]}::{case.get('name')}"
         worst = next((child for child in case if child.tag in ("failure", "error", "skipped")), None)
         message = "passed" if worst is None else worst.tag
         if worst is not None and worst.tag != "skipped":
-            message = f"failed: {(worst.get('message') or '').splitlines()[0] if worst.get('message') else worst.tag}"
+            message = f"failed: {' '.join((worst.get('message') or worst.tag).split())[:_MOST]}"
         found[name] = message
     return found
 
