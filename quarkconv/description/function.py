@@ -21,6 +21,8 @@ _KNOWN: Final = frozenset(
 """Last parts of the names of tensors below an int8 module that are no companions of its weight."""
 _FACTORS: Final = re.compile(r"smooth|pre_?quant|awq|^act_scales?$|^input_factors?$")
 """Names of factors of inputs: SmoothQuant's and AWQ's where they are not merged (``pre_quant_scale`` of ModelOpt)."""
+_ROTATES: Final = re.compile(r"online[-_ ]?(?:rotat|full_had|had)|hadamard|quarot|spinquant", re.IGNORECASE)
+"""Names of settings in config.json, beside quantization_config, that rotate activations at run time."""
 _ONLINE: Final = ("online_r1_rotation", "r3", "r4")
 """Rotations of Quark that are computed at run time; r1 and r2 are merged into the weights (``RotationConfig``)."""
 
@@ -43,8 +45,9 @@ def function_findings(
     """
     rotations = [name for name in stored.plain if name.endswith(ROTATION)]
     settings = [*_online_settings(config.quantization), *_online_transforms(config.quantization, stored)]
-    if rotations or settings:
-        subject = rotations[0] if rotations else f"quantization_config.{settings[0]}"
+    beside = [shortened(key) for key, value in config.raw.items() if value and _ROTATES.search(key)]
+    if rotations or settings or beside:
+        subject = [*rotations, *(f"quantization_config.{name}" for name in settings), *beside][0]
         rotations_found = (
             f"{plural(len(rotations), 'rotation')} stored beside weights"
             if rotations
@@ -54,7 +57,7 @@ def function_findings(
             "rotation-online",
             subject,
             f"The inputs of quantized modules are rotated online: {rotations_found}"
-            + (f" ({', '.join(settings)})" if settings else ""),
+            + (f" ({', '.join((*settings, *beside))})" if settings or beside else ""),
             hint="engines do not rotate: quantize the model again without online rotations",
             count=max(len(rotations), 1),
         )

@@ -30,6 +30,7 @@ FEATURES: Final = {
     "exclude-patterns": "patterns with * in exclude",
     "block-sparse-names": "names with block_sparse_moe",
     "zero-points": "zero points",
+    "unread-settings": "settings of Quark that vLLM reads otherwise",
     "foreign-projections": "projections of experts that engines name otherwise",
 }
 """Conditions of a row beside scheme, layout and model type."""

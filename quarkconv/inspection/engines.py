@@ -17,6 +17,7 @@ from quarkconv.inspection.engine_facts import (
     checked_model_types,
     engine_facts,
 )
+from quarkconv.inspection.quark_in_vllm import is_read_otherwise
 from quarkconv.scheme.patterns import is_pattern
 
 FUSED: Final = "fused-int8"
@@ -122,6 +123,8 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     if as_it_is and any(form.zero_point is not None for form, _, _ in description.modules.quantized()):
         found.add("zero-points")
     if as_it_is and isinstance(quantization, dict):
+        if is_read_otherwise(description):
+            found.add("unread-settings")
         if quantization.get("layer_type_quant_config"):
             found.add("layer-types")
         exclude = quantization.get("exclude")

@@ -29,6 +29,11 @@ _EXPORT_HISTORY: Final = frozenset(
 )
 """Fields of Quark's ``export`` that record how the export was made. ``pack_method`` is about codes below 8 bits."""
 _DENSE: Final = "dense"
+_ARGUMENTS: Final = frozenset({
+    "num_bits", "type", "symmetric", "group_size", "strategy", "block_structure", "dynamic", "actorder", "scale_dtype",
+    "zp_dtype", "observer", "observer_kwargs",
+})  # fmt: skip
+"""Fields of a tensor in a compressed-tensors config (``QuantizationArgs`` of 0.20), which refuses others."""
 
 
 def other_settings(method: str, quantization: object, cached: Collection[str]) -> Iterator[tuple[str, Any]]:
@@ -51,6 +56,9 @@ def other_settings(method: str, quantization: object, cached: Collection[str]) -
         for key, group in _items(quantization.get("config_groups")):
             if isinstance(group, dict) and _is_set(group.get("output_activations")):
                 yield f"config_groups.{key}.output_activations", group["output_activations"]
+            for part in ("weights", "input_activations") if isinstance(group, dict) else ():
+                others = [item for item in _items(group.get(part)) if item[0] not in _ARGUMENTS and _is_set(item[1])]
+                yield from ((f"config_groups.{key}.{part}.{field}", value) for field, value in others)
 
 
 def unchecked_settings(method: str, quantization: object, cached: Collection[str]) -> Iterator[str]:

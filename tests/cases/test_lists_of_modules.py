@@ -3,32 +3,17 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import pytest
 import torch
 from support.model import Model
-from support.reported import codes, finding
+from support.reported import codes, compressed_tensors, finding
 
 from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
 from quarkconv.scheme.formats.readers import declared_scheme
 
 ATTENTION: Final = tuple(f"model.layers.{layer}.self_attn" for layer in range(2))
-
-
-def compressed_tensors(ignore: list[str]) -> dict[str, Any]:
-    arguments = {"num_bits": 8, "type": "int", "symmetric": True}
-    group = {
-        "targets": ["Linear"],
-        "weights": {**arguments, "strategy": "channel", "dynamic": False},
-        "input_activations": {**arguments, "strategy": "token", "dynamic": True},
-    }
-    return {
-        "quant_method": "compressed-tensors",
-        "format": "int-quantized",
-        "config_groups": {"group_0": group},
-        "ignore": ["lm_head", "re:.*mlp.gate$", *ignore],
-    }
 
 
 def with_float_attention(ignore: list[str]) -> Model:

@@ -31,6 +31,7 @@ def quark_config(**changes: object) -> Config:
     return {
         "quant_method": "quark", "version": "0.13", "global_quant_config": layer_config(), "exclude": [],
         "layer_quant_config": {}, "layer_type_quant_config": {}, "kv_cache_quant_config": {},
-        "quant_mode": "eager_mode", "export": {"pack_method": "reorder", "weight_format": "real_quantized"},
+        "quant_mode": "eager_mode",
+        "export": {"kv_cache_group": [], "pack_method": "reorder", "weight_format": "real_quantized"},
         **copy.deepcopy(changes),
     }  # fmt: skip

@@ -68,6 +68,22 @@ def ignored(folder: Path) -> list[str]:
     return found
 
 
+def compressed_tensors(ignore: list[str]) -> dict[str, Any]:
+    """The config of a model in ptpc_int8; heads and routers are ignored, and more modules."""
+    arguments = {"num_bits": 8, "type": "int", "symmetric": True}
+    group = {
+        "targets": ["Linear"],
+        "weights": {**arguments, "strategy": "channel", "dynamic": False},
+        "input_activations": {**arguments, "strategy": "token", "dynamic": True},
+    }
+    return {
+        "quant_method": "compressed-tensors",
+        "format": "int-quantized",
+        "config_groups": {"group_0": group},
+        "ignore": ["lm_head", "re:.*mlp.gate$", *ignore],
+    }
+
+
 def int8_routers() -> Model:
     model = Model()
     for gate in GATES:

@@ -30,6 +30,9 @@ LINEAR_TYPE = "Linear"
 
 _PACKED = ("pack-quantized", "marlin-24")
 """Formats in which weights are stored as ``weight_packed``, several codes to an int32: engines look for that."""
+_QUANTIZED = ("int-quantized", "naive-quantized", "float-quantized")
+"""Formats under which engines quantize activations (``is_activation_quantization_format`` of vLLM 0.33); under others
+they find no scheme for linears with int8 activations."""
 _MAX_GROUPS = 1_000
 _GRANULARITY = {"channel": PER_CHANNEL, "tensor": PER_TENSOR, "token": PER_TOKEN}
 
@@ -48,7 +51,6 @@ class CompressedTensorsScheme(DeclaredScheme):
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__("compressed-tensors", None)
         limit = TimeLimit()
-        packed = config.get("format") in _PACKED
         self._groups: list[tuple[Callable[[str], object], ModuleScheme]] = []
         groups = self._object(config.get("config_groups"), "config_groups")
         if len(groups) > _MAX_GROUPS:
@@ -57,12 +59,14 @@ class CompressedTensorsScheme(DeclaredScheme):
             key = shortened(key)
             group = self._object(value, f"config_groups.{key}")
             weights = self._spec(group.get("weights"), f"config_groups.{key}.weights")
-            if weights is not None and (group["format"] in _PACKED if group.get("format") else packed):
+            form = group.get("format") or config.get("format")
+            if weights is not None and form in _PACKED:
                 weights = weights._replace(dtype=f"{weights.dtype} packed")
-            scheme = ModuleScheme(
-                weights,
-                self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations"),
-            )
+            inputs = self._spec(group.get("input_activations"), f"config_groups.{key}.input_activations")
+            scheme = ModuleScheme(weights, inputs)
+            if scheme in self.names and form not in _QUANTIZED:
+                where = f"config_groups.{key}.format" if group.get("format") else "format"
+                self._problem(where, "int-quantized", form)
             where, targets = f"config_groups.{key}.targets", group.get("targets")
             self._groups.append((self._filter(targets, where, limit=limit, merged=True), scheme))
             if isinstance(targets, list) and LINEAR_TYPE in targets and self.default == FLOAT:
@@ -85,18 +89,23 @@ class CompressedTensorsScheme(DeclaredScheme):
         return FLOAT if self._ignored(experts) else self.resolve(module)
 
     def _spec(self, value: object, where: str) -> TensorSpec | None:
+        """Parse one ``QuantizationArgs``, with its defaults; names are read in any case."""
         if value is None:
             return None
         spec = self._object(value, where)
-        kind, bits, dynamic = spec.get("type"), spec.get("num_bits"), spec.get("dynamic", False)
+        kind, bits, dynamic = spec.get("type", "int"), spec.get("num_bits", 8), spec.get("dynamic", False)
         if not isinstance(kind, str) or not isinstance(bits, int):
             self._problem(where, "type a string and num_bits a number", value)
             return None
         strategy = spec.get("strategy")
-        dtype = word(f"{kind}{bits}")
+        if strategy is None:
+            size = spec.get("group_size")
+            strategy = "tensor" if size is None else "channel" if size == -1 else "group"
+        strategy = word(strategy).lower()
+        dtype = word(f"{kind.lower()}{bits}")
         return TensorSpec(
             "fp8_e4m3" if dtype == "float8" else dtype,
-            _GRANULARITY.get(word(strategy), word(strategy)),
+            _GRANULARITY.get(strategy, strategy),
             symmetric=spec.get("symmetric", True) is True,
             dynamic=dynamic in (True, "local"),  # local: of each group, beside a static scale of the tensor
         )

@@ -11,6 +11,7 @@ config is read back) and ``torch/quantization/file2file_quantization.py``; 0.11.
 from __future__ import annotations
 
 from collections.abc import Callable
+from fnmatch import fnmatchcase
 from typing import Any
 
 from quarkconv.defects import invalid_quantization
@@ -44,6 +45,7 @@ class QuarkScheme(DeclaredScheme):
                 expected=f"at most {MAX_LAYERS}",
                 found=f"{len(by_name)} in layer_quant_config",
             )
+        self._keys = tuple(by_name)
         self._key = first_match(by_name, limit)
         self._layers = [self._layer(value, f"layer_quant_config.{shortened(key)}") for key, value in by_name.items()]
         self._excluded = self._filter(config.get("exclude"), "exclude", limit=limit, globs=True)
@@ -56,6 +58,20 @@ class QuarkScheme(DeclaredScheme):
             spec = self._spec(outputs, f"layer_quant_config.{key}.output_tensors", weight=False)
             if spec is not None:
                 self.kv_cache, self.kv_cache_modules = spec, tuple(group)
+
+    def excludes(self, module: str) -> bool:
+        """Whether ``exclude`` has a module."""
+        return bool(self._excluded(module))
+
+    def resolve_as_one(self, experts: str) -> ModuleScheme:
+        """The scheme of routed experts by the name of the module that holds them, as vLLM looks it up.
+
+        Keys of ``layer_quant_config`` without ``*`` match there when they contain the name.
+        """
+        for key, layer in zip(self._keys, self._layers, strict=True):
+            if fnmatchcase(experts, key) if "*" in key else experts in key:
+                return layer
+        return self.default
 
     def resolve(self, module: str) -> ModuleScheme:
         if self._excluded(module):
