@@ -104,7 +104,7 @@ def test_static_activations_with_a_scale_for_each_row_are_int8_static_here() -> 
     [
         ({**WEIGHTS, "num_bits": 4, "strategy": "group"}, "int4", "group"),
         ({**WEIGHTS, "type": "float"}, "fp8_e4m3", "per_channel"),
-        ({**WEIGHTS, "strategy": None}, "int8", "None"),
+        ({**WEIGHTS, "strategy": None}, "int8", "per_tensor"),
     ],
 )
 def test_other_formats_are_described(weights: dict[str, Any], dtype: str, granularity: str) -> None:
@@ -119,8 +119,8 @@ def test_other_formats_are_described(weights: dict[str, Any], dtype: str, granul
         ({"config_groups": []}, "config_groups"),
         ({"config_groups": {"g": 1}}, "config_groups.g"),
         ({"config_groups": {"g": {"targets": "Linear"}}}, "config_groups.g.targets"),
-        ({"config_groups": {"g": {"weights": {"type": "int"}}}}, "config_groups.g.weights"),
-        ({"config_groups": {"g": {"input_activations": {"num_bits": 8}}}}, "config_groups.g.input_activations"),
+        ({"config_groups": {"g": {"weights": {"type": 8}}}}, "config_groups.g.weights"),
+        ({"config_groups": {"g": {"input_activations": {"num_bits": "8"}}}}, "config_groups.g.input_activations"),
         ({"ignore": "lm_head"}, "ignore"),
     ],
 )
