@@ -19,8 +19,8 @@ def shared_calls(calls: Calls, before: Sequence[Calls]) -> Calls:
         compared: dict[tuple[int, int], bool] = {}
         if all(
             _equal(one.kwargs, two.kwargs, compared) and _equal(one.args, two.args, compared)
-            for mine, theirs in zip(calls, other, strict=True)
-            for one, two in zip(mine, theirs, strict=True)
+            for calls_of_one, calls_of_two in zip(calls, other, strict=True)
+            for one, two in zip(calls_of_one, calls_of_two, strict=True)
         ):
             return other
     return calls

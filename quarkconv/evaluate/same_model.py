@@ -52,28 +52,28 @@ def require_same_model(quantized: Skeleton, unquantized: Skeleton) -> None:
     Raises:
         UsageError: class, number of layers or vocabulary differ.
     """
-    for what, mine, theirs in (
+    for what, expected, found in (
         ("class", type(quantized.model).__name__, type(unquantized.model).__name__),
         ("number of layers", len(quantized.layers), len(unquantized.layers)),
         ("vocabulary", quantized.vocabulary, unquantized.vocabulary),
     ):
-        if mine != theirs:
+        if found != expected:
             raise UsageError(
                 f"The unquantized model has another {what}",
                 file=str(unquantized.root),
-                expected=str(mine),
-                found=str(theirs),
+                expected=str(expected),
+                found=str(found),
                 hint="give --unquantized the model before it was quantized",
             )
 
 
 def config_differences(quantized: Skeleton, unquantized: Skeleton) -> tuple[str, ...]:
     """Settings that the two models compute with and that differ, such as ``hidden_act: silu, unquantized gelu``."""
-    mine, theirs = (dict(_settings(item.model.config.to_dict())) for item in (quantized, unquantized))
+    settings, others = (dict(_settings(item.model.config.to_dict())) for item in (quantized, unquantized))
     return tuple(
-        f"{name}: {mine.get(name)}, unquantized {theirs.get(name)}"
-        for name in sorted(mine.keys() | theirs.keys())
-        if mine.get(name) != theirs.get(name)
+        f"{name}: {settings.get(name)}, unquantized {others.get(name)}"
+        for name in sorted(settings.keys() | others.keys())
+        if settings.get(name) != others.get(name)
     )
 
 
@@ -95,8 +95,8 @@ def require_same_tokenizer(root: Path, other: Path) -> None:
     """
     files = [folder / "tokenizer.json" for folder in (root, other)]
     if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
-        mine, theirs = (load_tokenizer(file).get_vocab() for file in files)
-        if mine != theirs:
+        vocabulary, other_vocabulary = (load_tokenizer(file).get_vocab() for file in files)
+        if vocabulary != other_vocabulary:
             raise UsageError(
                 "The unquantized model has another tokenizer",
                 file=str(files[1]),

@@ -53,8 +53,8 @@ class LayerSums:
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.routed = self.routed or other.routed
         for name in TENSORS:
-            mine, theirs = getattr(self, name), getattr(other, name)
-            setattr(self, name, theirs if mine is None else mine if theirs is None else mine + theirs)
+            value, added = getattr(self, name), getattr(other, name)
+            setattr(self, name, added if value is None else value if added is None else value + added)
 
     @property
     def drift(self) -> float:
@@ -134,7 +134,7 @@ def squares(tensor: Tensor) -> Tensor:
 def compared(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The sums of squares of ``one - other``, of ``one`` and of ``other``, as :func:`squares`."""
     if on_kernels(one):
-        difference, mine, theirs = compare_rows(one, other).unbind()
-        return difference, mine, theirs
+        difference, first, second = compare_rows(one, other).unbind()
+        return difference, first, second
     wide = torch.promote_types(one.dtype, torch.float32)
     return squares(one.to(wide) - other.to(wide)), squares(one), squares(other)
