@@ -4,22 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
-from typing import Final
 
 import torch
 
-from quarkconv.description.description import Description, describe
-from quarkconv.errors import QuarkconvError, UnsupportedError
-from quarkconv.files.urls import is_url
-from quarkconv.findings import NOT_UNDERSTOOD, refusal
-from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.load.layer_reader import READERS
-from quarkconv.load.select import LayerName, select_layers
-from quarkconv.plan.manifest import Manifest, read_manifest
+from quarkconv.load.select import LayerName
 from quarkconv.plan.shares import Share
 from quarkconv.progress import SILENT, Progress
-from quarkconv.verify.checksums import check_bytes, check_source
+from quarkconv.verify.checkpoints import Checkpoints, open_checkpoints
+from quarkconv.verify.checksums import check_bytes
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.linears import linear_problems
@@ -31,9 +25,6 @@ from quarkconv.verify.request import DEFAULT_TOKENS, STAGES, require_valid, toke
 from quarkconv.verify.results import BytesResult, NumbersResult, Problem, Verification, VerifiedPart
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure, function_problems
-
-_NOT_COMPUTED: Final = frozenset({"scheme-unsupported", "scale-dtype", NOT_UNDERSTOOD})
-"""Findings of checkpoints that are not INT8 W8A8, or not in all parts: nothing here computes them."""
 
 
 def verify_checkpoint(
@@ -83,53 +74,41 @@ def verify_checkpoint(
     devices = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
 
-    description = _described(model, progress)
-    manifest = read_manifest(description.checkpoint.store)
-    _check_verifiable(description, manifest)
-    chosen = select_layers(description.int8_layers, layers, str(model))
-    if recorded is not None:
-        recorded.check(chosen)
-    compared = None if source is None else _described(source, progress)
-    if compared is not None and manifest is not None:
-        check_source(compared.checkpoint.store, manifest)
-    original = None
-    if unquantized is not None and "numbers" in stages:
-        original = _described(unquantized, progress)
-    for noun, other in (("source", compared), ("unquantized model", original)):
-        if other is not None and (broken := _damage(other, noun)) is not None:
-            raise broken
-
+    original = unquantized if "numbers" in stages else None
+    opened = open_checkpoints(model, source, original, layers, recorded, progress)
+    description, manifest = opened.model, opened.manifest
     structure, problems = check_structure(description, manifest)
-    if compared is not None:
-        problems += function_problems(description, compared, chosen)
-        problems += origin_problems(description, manifest, compared) if manifest is not None else ()
+    if opened.source is not None:
+        problems += function_problems(description, opened.source, opened.layers)
+        problems += origin_problems(description, manifest, opened.source) if manifest is not None else ()
     if "numbers" in stages and structure.readable and (share is None or share.number == 1):
-        problems += linear_problems(description, _experts_of(description))
+        problems += linear_problems(description, opened.experts)
+    stopped = fail_fast and problems != []
     skipped = why_no_numbers(
-        description, chosen, structure, stages, with_source=compared is not None, stopped=fail_fast and problems != []
+        description, opened.layers, structure, stages, with_source=opened.source is not None, stopped=stopped
     )
-    scope = scope_of(description, manifest, chosen, share)
-    check_rest = _byte_check(description, manifest, compared, stages, progress, only=scope.names, fail_fast=fail_fast)
-    counts_bytes = manifest is not None and "bytes" in stages
-    if counts_bytes:
+
+    scope = scope_of(description, manifest, opened.layers, share)
+    check_rest = _byte_check(opened, stages, progress, only=scope.names, fail_fast=fail_fast)
+    job = NumbersJob(
+        description=description,
+        manifest=manifest if opened.source is None and "bytes" in stages else None,
+        layers=scope.layers,
+        devices=devices,
+        tokens=counts,
+        seed=seed,
+        source=opened.int8_source,
+        unquantized=opened.unquantized,
+        recorded=recorded,
+        fail_fast=fail_fast,
+        counts_bytes=manifest is not None and "bytes" in stages,
+    )
+    if job.counts_bytes:
         progress.step("Checking", scope.nbytes, "byte")
     elif skipped is None:
         progress.step("Checking", len(scope.layers) * len(counts), "layer")
     outcomes: list[LayerOutcome] = []
     if skipped is None:
-        job = NumbersJob(
-            description=description,
-            manifest=manifest if compared is None and "bytes" in stages else None,
-            layers=scope.layers,
-            devices=devices,
-            tokens=counts,
-            seed=seed,
-            source=_int8_source(compared),
-            unquantized=original,
-            recorded=recorded,
-            fail_fast=fail_fast,
-            counts_bytes=counts_bytes,
-        )
         outcomes, rest = stream_numbers(job, progress, lambda: check_rest(job.covered()))
     else:
         rest = check_rest(())
@@ -138,15 +117,14 @@ def verify_checkpoint(
     found = [problem for outcome in outcomes for problem in outcome.problems]
     problems += [problem for problem in found if problem.stage == "bytes"] + wrong
     problems += [problem for problem in found if problem.stage != "bytes"]
-    numbers = NumbersResult(
-        device=_shown(devices),
-        backend=backend_name(devices[0]),
-        tokens=counts,
-        seed=seed,
-        layers=tuple(item for outcome in outcomes for item in outcome.numbers),
-        experts=tuple(outcome.experts for outcome in outcomes),
-        skipped=skipped,
-    )
+    part = None
+    if share is not None:
+        others = (("--source", source), ("--unquantized", unquantized), ("--activations", activations))
+        options = [name for name, value in others if value is not None]
+        common = identity(
+            description, manifest, opened.layers, tokens=counts, seed=seed, stages=stages, compared=options
+        )
+        part = VerifiedPart(share.number, share.count, common)
     return Verification(
         model=str(model),
         source=None if source is None else str(source),
@@ -154,32 +132,18 @@ def verify_checkpoint(
         scheme=description.scheme,
         structure=structure,
         bytes=checked,
-        numbers=numbers,
-        problems=tuple(problems),
-        findings=tuple(passed_on(description, compared)),
-        part=None
-        if share is None
-        else VerifiedPart(
-            number=share.number,
-            count=share.count,
-            identity=identity(
-                description,
-                manifest,
-                chosen,
-                tokens=counts,
-                seed=seed,
-                stages=stages,
-                compared=[
-                    name
-                    for name, given in (
-                        ("--source", source),
-                        ("--unquantized", unquantized),
-                        ("--activations", activations),
-                    )
-                    if given is not None
-                ],
-            ),
+        numbers=NumbersResult(
+            device=_shown(devices),
+            backend=backend_name(devices[0]),
+            tokens=counts,
+            seed=seed,
+            layers=tuple(item for outcome in outcomes for item in outcome.numbers),
+            experts=tuple(outcome.experts for outcome in outcomes),
+            skipped=skipped,
         ),
+        problems=tuple(problems),
+        findings=tuple(passed_on(description, opened.source)),
+        part=part,
     )
 
 
@@ -188,9 +152,7 @@ def _shown(devices: Sequence[torch.device]) -> str:
 
 
 def _byte_check(
-    description: Description,
-    manifest: Manifest | None,
-    source: Description | None,
+    opened: Checkpoints,
     stages: Collection[str],
     progress: Progress,
     *,
@@ -200,51 +162,10 @@ def _byte_check(
     """The stage of bytes, for the tensors to leave out; where it cannot run, its result says why."""
     if "bytes" not in stages:
         return lambda _: (BytesResult(skipped=NOT_REQUESTED), [])
+    manifest, source = opened.manifest, opened.source
     if manifest is None:
         return lambda _: (BytesResult(skipped=NO_MANIFEST), [])
     files = None if source is None else source.checkpoint.store
     return lambda skip: check_bytes(
-        description, manifest, files, progress.advance, READERS, skip, only=only, fail_fast=fail_fast
+        opened.model, manifest, files, progress.advance, READERS, skip, only=only, fail_fast=fail_fast
     )
-
-
-def _described(model: str | Path, progress: Progress) -> Description:
-    stream = isinstance(model, str) and is_url(model)  # models on the Hub are downloaded
-    return describe(locate(model, cache=not stream, progress=progress).files, progress)
-
-
-def _damage(description: Description, noun: str) -> QuarkconvError | None:
-    """The error for a checkpoint to compare with whose files cannot be read; None where they can."""
-    return refusal(description.checkpoint.findings, str(description.checkpoint.root), noun, "compared with")
-
-
-def _check_verifiable(description: Description, manifest: Manifest | None) -> None:
-    if manifest is not None:
-        return
-    layers = description.int8_layers
-    scaled = any(form.scale is not None for layer in layers for form in layer.all_forms)
-    findings = [item for item in description.findings if not scaled or item.code in _NOT_COMPUTED]
-    root = str(description.checkpoint.root)
-    blocked = refusal(findings, root, "checkpoint", "verified")
-    if blocked is not None:
-        raise blocked
-    if scaled:
-        return
-    first = next(iter(description.findings), None)
-    raise UnsupportedError(
-        "The checkpoint has no INT8 experts",
-        file=root,
-        expected="a checkpoint whose routed experts are stored in int8",
-        found=first.message if first else "none",
-        hint="run `quarkconv inspect`",
-    )
-
-
-def _experts_of(description: Description) -> frozenset[str]:
-    """The modules of the layers of int8 experts."""
-    return frozenset(module for layer in description.int8_layers for module in layer.module_names)
-
-
-def _int8_source(source: Description | None) -> Description | None:
-    """The source, unless the conversion quantized some of its experts: then only bytes are compared."""
-    return source if source is not None and len(source.int8_layers) == len(source.moe_layers) else None
