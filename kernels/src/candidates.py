@@ -18,7 +18,7 @@ from .options import (
 )
 from .tables import GemvOptions, LaunchOptions, Options, RowBlocks, Shape, TileOptions, VectorTile
 
-_MOST_GEMV_PAIRS = 96
+_MOST_GEMV_PAIRS = 320
 _FEW_ROWS = 20
 _MANY_ROWS = 40
 
@@ -56,7 +56,7 @@ def variations(options: Options, tokens: int, shape: Shape) -> tuple[list[Option
 
 
 def _vectors() -> list[VectorTile]:
-    sizes = ((1, 1), (2, 1), (4, 1), (8, 1), (4, 2), (8, 2), (8, 4))
+    sizes = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2), (4, 4), (8, 4))
     return [VectorTile(block_n, warps) for block_n, warps in sizes]
 
 
@@ -79,6 +79,7 @@ def _gate_up_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
     if mean_rows <= _FEW_ROWS:
         for block_n, block_k, stages in ((64, 256, 3), (64, 128, 5), (64, 512, 3), (128, 256, 3)):
             yield TileOptions(block_n, even_depth(depth, block_k), 1, 4, stages)
+        yield TileOptions(64, even_depth(depth, 256), 1, 4, 3, descriptors=False)
     if 6 < mean_rows <= 80:
         for group in (4, 1):
             yield TileOptions(64, even_depth(depth, 128), group, 4, 3)
@@ -91,7 +92,8 @@ def _gate_up_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
 
 def _down_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
     if mean_rows <= 80:
-        for block_n, block_k, stages in ((256, 64, 3), (128, 64, 4), (128, 128, 4), (256, 128, 3), (64, 256, 3)):
+        sizes = ((256, 64, 3), (128, 64, 4), (128, 128, 4), (256, 128, 3), (64, 256, 3), (64, 128, 5))
+        for block_n, block_k, stages in sizes:
             yield TileOptions(block_n, even_depth(depth, block_k), 1, 4, stages)
     if mean_rows > 6:
         yield from (specialized_tiles(group)[0][1] for group in (1, 4))

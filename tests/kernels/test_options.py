@@ -22,6 +22,7 @@ from quarkconv.kernels.options import (
     fit_options,
     fits_registers,
     gemv_options,
+    heuristic_options,
     next_power_of_2,
     shared_bytes,
 )
@@ -133,6 +134,31 @@ def test_warps_are_specialized_for_many_rows_where_they_can_be() -> None:
         assert not elsewhere.down.specialized
         assert elsewhere.gate_up.num_stages <= 3
         assert elsewhere.gate_up.block_n == 64
+
+
+def test_row_blocks_are_about_as_high_as_the_mean() -> None:
+    def blocks(tokens: int, intermediate: int = 2880) -> RowBlocks:
+        shape = (64, 4, 2048, intermediate)
+        return heuristic_options(tokens, shape, specialized=True).blocks
+
+    assert [blocks(tokens).block_m for tokens in (160, 161, 384, 385, 1440, 1441)] == [16, 32, 32, 64, 64, 128]
+    assert [blocks(tokens, 256).block_m for tokens in (160, 161, 720, 721, 1440, 1441)] == [16, 32, 32, 64, 64, 128]
+    # With 24 mean rows few experts have more than 32: a tail would only make the program larger.
+    assert [blocks(tokens, 256).tail_m for tokens in (384, 385)] == [0, 16]
+
+
+def test_tiles_of_few_rows_follow_the_columns_of_an_expert() -> None:
+    def tiles(tokens: int, intermediate: int) -> tuple[TileOptions, TileOptions]:
+        found = heuristic_options(tokens, (64, 4, 4096, intermediate), specialized=True)
+        return found.gate_up, found.down
+
+    downs = [tiles(16, width)[1] for width in (384, 512, 704, 1408, 2048, 2880)]
+    assert [(tile.block_n, tile.block_k) for tile in downs] == [
+        (256, 64), (256, 64), (128, 128), (64, 128), (64, 128), (64, 256),
+    ]  # fmt: skip
+    assert [tiles(tokens, 2048)[0].block_k for tokens in (16, 63, 64, 128)] == [512, 512, 256, 256]
+    assert [tiles(tokens, 512)[0].descriptors for tokens in (64, 65, 160)] == [True, False, False]
+    assert tiles(160, 384)[0].descriptors
 
 
 def test_few_pairs_read_their_weights_for_themselves() -> None:
