@@ -39,6 +39,8 @@ class FindingCode(NamedTuple):
     blocks: type[QuarkconvError] | None = None
 
 
+OTHER_FORMAT: Final = "format-unsupported"
+
 MAX_FINDINGS: Final = 200
 """Findings of one code that are listed; the largest models have half as many layers."""
 
@@ -54,6 +56,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "index-invalid": FindingCode(_E, "model.safetensors.index.json is not an index.", _BROKEN),
     "index-mismatch": FindingCode(_E, "The index and the headers disagree about where a tensor is.", _BROKEN),
     "tensor-duplicate": FindingCode(_E, "The same tensor lies in more than one file.", _BROKEN),
+    OTHER_FORMAT: FindingCode(
+        _E, "The weights are in another format than safetensors, such as .bin or .gguf.", _UNSUPPORTED
+    ),
     "index-total-size": FindingCode(_I, "The total size in the index is not a number of bytes; it is ignored."),
     "file-outside": FindingCode(_E, "A file is a link that leads out of the model's directory.", _BROKEN),
     "tensor-name": FindingCode(
@@ -265,7 +270,7 @@ def refusal(findings: Iterable[Finding], file: str, noun: str, participle: str) 
         if item.severity is Severity.INFO or blocks is None:
             continue
         hint = item.hint or "run `quarkconv inspect` for all findings"
-        is_file = item.code == "file-outside" or item.subject.endswith((".json", ".safetensors"))
+        is_file = item.code in ("file-outside", OTHER_FORMAT) or item.subject.endswith((".json", ".safetensors"))
         path, tensor = (f"{file}/{item.subject}", None) if is_file else (file, item.subject)
         if blocks is SourceError:
             message = f"The {noun} is inconsistent ({item.code}): {item.message}"

@@ -35,7 +35,7 @@ from quarkconv.experts.topology import Topology, expert_topology
 from quarkconv.experts.unread import are_modules
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import has_file
-from quarkconv.findings import Finding, Severity, bounded
+from quarkconv.findings import OTHER_FORMAT, Finding, Severity, bounded, refusal
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.file_names import MODELOPT_NAME
@@ -170,9 +170,14 @@ def describe(
 
     Raises:
         SourceError: the checkpoint cannot be read.
+        UnsupportedError: its weights are in another format than safetensors; :func:`described` has this as a finding.
         UsageError: another ``scheme``, or the files declare one.
     """
     checkpoint, dropped = open_checkpoint(model, progress), None
+    other_formats = (item for item in checkpoint.findings if item.code == OTHER_FORMAT)
+    unsupported = refusal(other_formats, str(checkpoint.root), "model", "read")
+    if unsupported is not None:
+        raise unsupported
     if mtp == DROP:
         checkpoint, dropped = without_mtp(checkpoint)
     if scheme is not None:

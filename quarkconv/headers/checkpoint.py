@@ -25,7 +25,7 @@ from quarkconv.headers.index import Index, compare_index, read_index
 from quarkconv.headers.rank_index import refuse_rank_objects
 from quarkconv.headers.remote import READING_HEADERS, expect_headers, read_header_of
 from quarkconv.headers.safetensors import MAX_TENSORS, ShardHeader, TensorRef
-from quarkconv.headers.shard_files import check_directory, safetensors_files, shard_names, unused
+from quarkconv.headers.shard_files import check_directory, in_another_format, safetensors_files, shard_names, unused
 from quarkconv.headers.unfinished import refuse_unfinished_objects
 from quarkconv.progress import SILENT, Progress, counting
 from quarkconv.text import plural
@@ -82,7 +82,7 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
         progress: counts the headers that were read.
 
     Raises:
-        SourceError: the directory does not exist, is an unfinished conversion, or holds no safetensors file.
+        SourceError: the directory does not exist, is an unfinished conversion, or holds no weights.
         HubError: a request to the Hub failed.
     """
     store = LocalFiles(model) if isinstance(model, Path) else model
@@ -119,6 +119,9 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     tensors, odd = 0, list[str]()
     with collector_paused():
         present = safetensors_files(store)
+        unsupported = tuple(in_another_format(store, present, index))
+        if unsupported:
+            return Checkpoint(store, config, (), TensorTypes([]), unsupported, ascend)
         files = shard_names(store, present, index)
         findings.extend(unused(present, files, index))
         expect_headers(store, files, progress)

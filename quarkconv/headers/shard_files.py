@@ -11,16 +11,18 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import CHECK_ACCESS
-from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.findings import OTHER_FORMAT, Finding, FindingsAbout
 from quarkconv.headers.file_names import INDEX_NAME
 from quarkconv.headers.index import Index
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.unfinished import refuse_unfinished
-from quarkconv.text import examples, plural
+from quarkconv.text import plural
 
 SINGLE_NAME: Final = "model.safetensors"
 OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Ends of the names of weights in formats that are not read."""
+_OF_TRAINING: Final = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
+"""Starts of the names of files of a training run, which are not weights."""
 _PREFERRED: Final = "consolidated"
 """Start of the names of files in Mistral's format. Where one exists, vLLM loads these alone (``load_format="auto"`` in
 ``default_loader.py`` of 0.28 to 0.33)."""
@@ -79,18 +81,35 @@ def shard_names(store: Files, present: list[str], index: Index | None) -> list[s
     if SINGLE_NAME in present:
         return [SINGLE_NAME]
     if not present:
-        others = [name for name in _beside_config(store) if name.endswith(OTHER_WEIGHTS)]
         raise SourceError(
             "The directory holds no safetensors file",
             code="shard-missing",
             file=str(store.root),
             expected=f"{SINGLE_NAME}, or shards with {INDEX_NAME}",
-            found=examples(others) if others else "no *.safetensors",
-            hint="give the model's safetensors export; other formats are not read"
-            if others
-            else "give the directory that holds config.json and the weights",
+            found="no *.safetensors",
+            hint="give the directory that holds config.json and the weights",
         )
     return present
+
+
+def in_another_format(store: Files, present: list[str], index: Index | None) -> Iterator[Finding]:
+    """The weights of a model that has none in safetensors.
+
+    Args:
+        store: the files.
+        present: the safetensors files.
+        index: the index of those; None without one.
+    """
+    if present or index is not None:
+        return
+    named = (name for name in _beside_config(store) if name.endswith(OTHER_WEIGHTS))
+    others = [name for name in named if not name.startswith(_OF_TRAINING)]
+    yield from FindingsAbout(
+        OTHER_FORMAT,
+        others,
+        f"{plural(len(others), 'file')} with weights in another format than safetensors, and none in safetensors",
+        hint="give the model's safetensors export; other formats are not read",
+    )
 
 
 def unused(present: list[str], shards: list[str], index: Index | None) -> Iterator[Finding]:

@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any, Final, NamedTuple
 
 from quarkconv.description.contradictions import is_linear
-from quarkconv.description.description import Description, describe
+from quarkconv.description.description import Description, described
 from quarkconv.errors import QuarkconvError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_activation, layer_routing
 from quarkconv.findings import DISAGREEING, Finding, Severity
+from quarkconv.headers.checkpoint import open_checkpoint
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.advice import Advice, advice
 from quarkconv.inspection.engine_facts import EngineFact
@@ -169,7 +170,7 @@ def inspect_checkpoint(model: str | Path, *, deep: bool = False, progress: Progr
     Raises:
         SourceError: the checkpoint cannot be read at all.
     """
-    description = describe(locate(model, progress=progress).files, progress)
+    description = described(open_checkpoint(locate(model, progress=progress).files, progress))  # of any format
     extra: tuple[Finding, ...] = ()
     if deep:
         from quarkconv.inspection.deep import deep_findings

@@ -12,11 +12,14 @@ import torch
 from safetensors.torch import save_file
 from support.model import FIRST, SECOND, Model
 from support.moe_model import INDEX
+from support.program import run_cli
 from support.raw import entry, raw_file, write_json
 
-from quarkconv.errors import SourceError
+import quarkconv
+from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.files.json_files import read_json_object
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
+from quarkconv.tune.shapes import checkpoint_shapes
 
 
 @pytest.fixture
@@ -115,12 +118,40 @@ def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     assert caught.value.found == "no *.safetensors"
 
 
-@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-Q4_K_M.gguf"])
-def test_weights_in_another_format_are_named(tmp_path: Path, name: str) -> None:
-    (tmp_path / name).touch()
-    with pytest.raises(SourceError, match="no safetensors file") as caught:
+@pytest.mark.parametrize("name", ["pytorch_model.bin", "model-Q4_K_M.gguf", "consolidated.00.pth"])
+@pytest.mark.parametrize("config", [True, False])
+def test_weights_in_another_format_are_unsupported_and_not_damaged(
+    tmp_path: Path, name: str, config: bool, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = tmp_path / "model"
+    model.mkdir()
+    (model / name).touch()
+    if config:
+        write_json(model / "config.json", {"model_type": "mixtral", "num_local_experts": 8})
+    (found,) = open_checkpoint(model).findings
+    assert (found.code, found.subject) == ("format-unsupported", name)
+    for words, code in (
+        (("inspect",), 1),
+        (("convert", "--to", "bf16", "--out", tmp_path / "out"), 4),
+        (("convert", "--to", "fused-int8", "--quantize", "all", "--out", tmp_path / "out"), 4),
+        (("verify",), 4),
+        (("evaluate", "--text", __file__), 4),
+        (("verify", "--bytes-only"), 4),
+    ):
+        status, out, err = run_cli(capsys, words[0], model, *words[1:])
+        assert (status, name in out + err) == (code, True), (words, out, err)
+    with pytest.raises(UnsupportedError, match="another format") as caught:
+        quarkconv.load_fused_experts(model, 0)
+    assert caught.value.file == str(model / name)
+    with pytest.raises(UnsupportedError, match="another format"):
+        checkpoint_shapes(str(model))
+
+
+def test_files_of_a_training_run_are_no_weights(tmp_path: Path) -> None:
+    for name in ("training_args.bin", "optimizer.pt", "rng_state_0.pth"):
+        (tmp_path / name).touch()
+    with pytest.raises(SourceError, match="no safetensors file"):
         open_checkpoint(tmp_path)
-    assert caught.value.found == name
 
 
 def test_an_adapter_is_recognised(folder: Path) -> None:
