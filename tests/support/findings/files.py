@@ -32,6 +32,12 @@ def edit_index(folder: Path, *, add: dict[str, str] | None = None, drop: str | N
     write_json(folder / INDEX, index)
 
 
+def pickled(folder: Path) -> None:
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    (folder / "pytorch_model.bin").touch()
+
+
 CASES: Final = (
     Case("sound", ()),
     Case("sound, deep", (), deep=True),
@@ -46,6 +52,7 @@ CASES: Final = (
         damage=lambda folder: (folder / "config.json").write_text("[]"),
     ),
     Case("no second shard", (("error", "shard-missing", SECOND, 1),), damage=lambda folder: (folder / SECOND).unlink()),
+    Case("weights of PyTorch", (("error", "format-unsupported", "pytorch_model.bin", 1),), damage=pickled),
     Case("truncated shard", (("error", "shard-truncated", SECOND, 1),), damage=truncate),
     Case("header that is not an object", (("error", "header-invalid", SECOND, 1),), damage=break_header),
     Case(
