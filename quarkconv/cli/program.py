@@ -34,6 +34,7 @@ def run_command(words: list[str]) -> Any:
         help="Inspect, convert and verify AMD Quark INT8 mixture-of-experts checkpoints.",
         rich_markup_mode=None,
         pretty_exceptions_enable=False,
+        context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(_root)
     named = words[0] if words else ""

@@ -8,6 +8,7 @@ from typing import Final
 from quarkconv.experts.topology import Topology
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.formats.undeclared import UndeclaredScheme
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import PTPC_NAME, TensorSpec
 from quarkconv.text import plural
@@ -59,11 +60,12 @@ def scheme_findings(
         yield from blocks
     elif not schemes and declared is not None:
         kind = declared.default.weight.dtype if declared.default.weight else declared.method
+        by_option = isinstance(declared, UndeclaredScheme)
         yield finding(
             "scheme-unsupported",
             declared.subject,
-            f"{declared.file} declares {kind}, and nothing is stored in int8",
-            hint=_INT8_ONLY,
+            f"{'--scheme' if by_option else declared.file} declares {kind}, and nothing is stored in int8",
+            hint="convert with --quantize all, without --scheme" if by_option else _INT8_ONLY,
         )
     unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
     if unnamed and declared is not None and not blocks.subjects:

@@ -101,12 +101,13 @@ def _check_experts(description: Description) -> None:
 def _nothing_left(description: Description, options: SourceOptions, root: str) -> QuarkconvError:
     """The reason why no module is quantized."""
     undeclared = options.quantize == "missing" and description.declared is None
+    option = "--mtp quantize" if options.quantize is None else "--quantize"
     return UnsupportedError(
         "The config declares no module quantized" if undeclared else "Nothing is left to quantize",
         file=root,
         hint="--quantize all quantizes every linear that engines run in int8"
         if undeclared
-        else "convert without --quantize; `quarkconv inspect` shows what is float",
+        else f"convert without {option}; `quarkconv inspect` shows what is float",
     )
 
 

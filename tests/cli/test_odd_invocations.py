@@ -282,6 +282,29 @@ def test_a_pointer_of_git_lfs_is_named(model: Path, command: Run) -> None:
     assert "git lfs pull" in result.json["hint"]
 
 
+@pytest.mark.parametrize("words", [(), ("inspect",), ("convert",)])
+def test_the_short_option_of_help_is_known(words: tuple[str, ...], command: Run) -> None:
+    printed = command(*words, "-h")
+    assert (printed.code, printed.out) == (0, command(*words, "--help").out)
+
+
+@pytest.mark.parametrize(
+    ("options", "words", "hint"),
+    [
+        (["--mtp", "quantize"], "Nothing is left to quantize", "convert without --mtp quantize"),
+        (["--scheme", "ptpc_int8"], "--scheme declares int8, and nothing is stored in int8", "--quantize all"),
+    ],
+)
+def test_an_option_that_finds_nothing_is_the_one_that_is_named(
+    options: list[str], words: str, hint: str, checkpoints: Checkpoints, command: Run
+) -> None:
+    source = checkpoints(NAME if options[0] == "--mtp" else "qwen3_moe-bf16")
+    failed = command("convert", source, "--to", "fused-int8", *options, "--dry-run", "--json")
+    assert failed.code == 4
+    assert words in failed.json["error"]
+    assert hint in failed.json["hint"]
+
+
 def test_a_shard_that_is_missing_does_not_exist(model: Path, command: Run) -> None:
     shard = min(model.glob("*.safetensors"))
     shard.unlink()

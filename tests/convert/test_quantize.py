@@ -334,7 +334,7 @@ EXCLUDED_UP = "model.layers.1.mlp.experts.0.up_proj.weight"
 WRONG: dict[str, tuple[dict[str, Any], str]] = {
     "without --quantize": ({"exclude": ["lm_head"]}, "--exclude has no effect without --quantize"),
     "a pattern that matches nothing": ({"quantize": "all", "exclude": ["*.q_porj"]}, "matches no module"),
-    "an expression that does not compile": ({"quantize": "all", "exclude": ["re:("]}, "matches no module"),
+    "an expression that does not compile": ({"quantize": "all", "exclude": ["re:("]}, "Invalid --exclude"),
     "a part of a merged linear": ({"quantize": "all", "exclude": ["*.q_proj"]}, "one part of a linear"),
     "an unknown mode": ({"quantize": "some"}, "Invalid --quantize"),
     "a string": ({"quantize": "all", "exclude": "lm_head"}, "Invalid `exclude`"),
