@@ -16,7 +16,8 @@ import pytest
 import torch
 from engines.expected import RANKS, WHOLE
 from engines.families import Family, copy, ernie_mismatches, experts_that_differ, model_type
-from engines.sglang.loading import build, load, prepare
+from engines.sglang.exports import prepare
+from engines.sglang.loading import build, load
 from engines.sglang.test_loading import FORMS, mismatches
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8MoEMethod
 from sglang.srt.models import deepseek

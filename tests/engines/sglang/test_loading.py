@@ -11,7 +11,8 @@ import pytest
 import torch
 from engines.expected import RANKS, WHOLE, Rank, Stacked
 from engines.forms import Forms
-from engines.sglang.loading import build, load, prepare
+from engines.sglang.exports import prepare
+from engines.sglang.loading import build, load
 from sglang.srt.layers.quantization.unquant import UnquantizedFusedMoEMethod, UnquantizedLinearMethod
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8Config, W8A8Int8LinearMethod, W8A8Int8MoEMethod
 from support.exports import Checkpoints
