@@ -98,8 +98,8 @@ class Watch:
         return wrapped
 
 
-def prepared(folder: Path) -> Path:
-    """A copy of an export with content such that log-probabilities depend on the experts.
+def centered(folder: Path) -> Path:
+    """Give an export content such that log-probabilities depend on the experts; returns ``folder``.
 
     What the fixtures leave out of float linears is restored with values between 0.5 and 1.5. Their products grow from
     layer to layer until the experts are lost beside them: here their mean is 0, and their deviation 1 / sqrt(columns).
@@ -110,7 +110,7 @@ def prepared(folder: Path) -> Path:
             if tensor.is_floating_point() and tensor.dim() == 2 and tensor.shape[1] > 1 and tensor.min() >= 0.5:
                 tensor.copy_((tensor.float() - 1) * (12 / tensor.shape[1]) ** 0.5)
 
-    edit_checkpoint(prepare(folder), center)
+    edit_checkpoint(folder, center)
     return folder
 
 
@@ -199,7 +199,7 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as scratch:
         checkpoints = Checkpoints(Path(scratch))
         for name in options.exports:
-            source = prepared(checkpoints.copy(name, Path(scratch) / ORIGINAL / name))
+            source = centered(prepare(checkpoints.copy(name, Path(scratch) / ORIGINAL / name)))
             stacked, results = Stacked(source), {}
             for form in options.forms.split(","):
                 folder = Path(scratch) / form / name

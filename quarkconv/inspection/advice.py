@@ -19,6 +19,9 @@ _NOT_CHECKED_WITH: Final = {
 }
 """End of a row's note -> what its engine was not checked with."""
 
+_OPTIONS: Final = "with --"
+"""How a row's note begins where its engine needs options."""
+
 
 class Advice(NamedTuple):
     """What to do with a checkpoint for one engine.
@@ -62,6 +65,9 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
     if best.verdict != "int8":
         return Advice(f"{name} {beware}") if faults else None
     runs = f"{name} {best.version} runs it in int8"
+    first = best.note.partition(";")[0]
+    options = f", {first}" if first.startswith(_OPTIONS) else ""
     if best.form == stored:
-        return Advice(f"{runs} as it is" + (f"; {beware}" if faults else ""))
-    return Advice(f"{runs} after convert --to {best.form}" + (f"; as it is, {beware}" if faults else ""), best.form)
+        return Advice(f"{runs} as it is{options}" + (f"; {beware}" if faults else ""))
+    text = f"{runs} after convert --to {best.form}{options}" + (f"; as it is, {beware}" if faults else "")
+    return Advice(text, best.form)

@@ -26,6 +26,7 @@ ENGINE_NAMES: Final = {
 
 FEATURES: Final = {
     "float-experts": "experts of some layers in float",
+    "float-shared-experts": "shared experts in float",
     "layer-types": "layer_type_quant_config",
     "exclude-patterns": "patterns with * in exclude",
     "block-sparse-names": "names with block_sparse_moe",

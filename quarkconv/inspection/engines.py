@@ -21,6 +21,8 @@ from quarkconv.inspection.quark_in_vllm import is_read_otherwise
 from quarkconv.scheme.patterns import is_pattern
 
 FUSED: Final = "fused-int8"
+_SHARED: Final = ".shared_experts."
+"""Part of the names of shared experts where SGLang may compute them as routed ones."""
 FUNCTION_NOTE: Final = "where the function of the layers is known"
 """End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
@@ -116,6 +118,8 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     """Which of :data:`FEATURES` a checkpoint has: as it is, or with the config that a conversion writes."""
     found = {"float-experts"} if any(not layer.quantized for layer in description.moe_layers) else set()
     quantization = description.config.quantization
+    if _shared_in_float(description):
+        found.add("float-shared-experts")
     if any(layer.moe.endswith(".block_sparse_moe") for layer in description.moe_layers):
         found.add("block-sparse-names")
     if foreign_projections(description.config, description.topology):
@@ -144,6 +148,13 @@ def _has_int8_encoders(description: Description) -> bool:
         for (form, _), names in description.others.items()
         for name in (names if form.quantized else ())
     )
+
+
+def _shared_in_float(description: Description) -> bool:
+    """Whether a layer whose routed experts are in int8 has a shared expert in float."""
+    layers = {layer.moe for layer in description.int8_layers}
+    names = (name for (form, _), modules in description.others.items() if form.is_float for name in modules)
+    return any(name.partition(_SHARED)[0] in layers for name in names if _SHARED in name)
 
 
 def _latest(version: str) -> tuple[int, ...]:

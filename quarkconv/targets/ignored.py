@@ -22,12 +22,16 @@ _MERGED_IN_SGLANG: Final = (".attn.qkv", ".attn.qkv_proj")
 """A linear of image encoders, and its name there."""
 _LAYER_IN_SGLANG: Final = (re.compile(r"(?:model\.)?(layers\.\d+)\.(attn|ffn)\."), {"attn": "self_attn", "ffn": "mlp"})
 """Modules of DeepSeek V4's layers, whose parts have other names there."""
+_BESIDE_MLP: Final = ("bailing_hybrid",)
+"""Model types whose class there looks up linears of ``mlp``, shared experts too, by the name of the layer."""
 
 
 def ignored_modules(description: Description) -> list[str]:
     """Every module that is not quantized, by its exact names in engines, with the linear that they merge it into."""
     names = set(_ignored(description))
     names |= {f"re:{re.escape(module)}$" for module in names if module.startswith(_BY_PATTERN)}
+    if description.config.model_type in _BESIDE_MLP:
+        names |= {module.replace(".mlp.", ".", 1) for module in names}
     quantized = {module for module, form in description.stored.linears.items() if form.quantized}
     return sorted(names.union(*map(_names_in_sglang, names)) - (quantized - names))
 

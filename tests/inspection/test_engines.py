@@ -221,6 +221,28 @@ def test_what_vllm_reads_otherwise_in_a_quark_config(name: str, verdict: str, ch
     assert any((row.engine, row.form, row.verdict) == ("vllm", "compressed-tensors", "int8") for row in rows)
 
 
+@pytest.mark.parametrize("form", ["w8a8-int8", "compressed-tensors"])
+def test_shared_experts_in_float_need_an_option_of_sglang(form: str, checkpoints: Any) -> None:
+    def found(name: str) -> list[tuple[str, bool]]:
+        rows = inspect_checkpoint(checkpoints(name)).engines
+        option = "--disable-shared-experts-fusion"
+        return [
+            (row.verdict, option in row.note)
+            for row in rows
+            if (row.engine, row.form, row.devices) == ("sglang", form, "")
+        ]
+
+    assert found("glm4_moe-0.13-f2f-experts_only") == [("int8", True), ("wrong", True)]
+    assert found("deepseek_v3-quark0.13-f2f") == [("int8", False)]
+
+
+def test_advice_names_the_options_that_an_engine_needs() -> None:
+    row = fact()._replace(note="with --an-option; not on ROCm")
+    assert advice("quark", [row]) == (Advice("vLLM >=1 runs it in int8 as it is, with --an-option"),)
+    [found] = advice("fused-int8", [row])
+    assert found.text == "vLLM >=1 runs it in int8 after convert --to quark, with --an-option"
+
+
 def test_cpus_run_what_is_packed_for_them_and_routed_by_softmax(checkpoints: Any) -> None:
     softmax, sigmoid = checkpoints("qwen3_moe-quark0.13-f2f"), checkpoints("minimax_m2-quark0.13-f2f")
     assert verdicts(softmax, "quark", devices="CPUs with AMX") == {"0.32": "fails", "0.33": "fails"}

@@ -10,11 +10,14 @@ Replaced, because they need a GPU or compiled code, and nothing else:
 from __future__ import annotations
 
 import importlib
+import sys
 import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Final, cast
-from unittest.mock import MagicMock
+from unittest.mock import MagicMock, patch
 
 import torch
 from engines.expected import WHOLE, Rank
@@ -138,6 +141,20 @@ for _name in ("Stream", "Event"):
 vars(torch.cuda).update(current_device=lambda: 0, get_device_capability=lambda *_: (9, 0))
 
 
+@contextmanager
+def _classes_for_gpus() -> Iterator[None]:
+    """What the modules of models looked up about the device when they were imported, as on an H200."""
+    for name in CLASSES.values():
+        importlib.import_module(f"sglang.srt.models.{name}")
+    modules = [module for name, module in sys.modules.items() if name.startswith("sglang.srt.models.")]
+    with ExitStack() as patches:
+        for module in modules:
+            for name, value in {"_is_cuda": True, "_device_sm": 90}.items():
+                if name in vars(module):
+                    patches.enter_context(patch.object(module, name, value))
+        yield
+
+
 class _OnCPU(TorchFunctionMode):
     """Makes on the CPU what a class asks a GPU for by name."""
 
@@ -155,13 +172,21 @@ _ARGUMENTS: Final[dict[str, dict[str, Any]]] = {
 """Model type -> what it is served with."""
 
 
-def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> torch.nn.Module:
-    """The model of a checkpoint with its parameters poisoned: -128 where they are int8, NaN where they are float."""
+def build(
+    folder: Path, rank: Rank = WHOLE, quantization: str | None = None, *, gpu: bool = False, **options: Any
+) -> torch.nn.Module:
+    """The model of a checkpoint with its parameters poisoned: -128 where they are int8, NaN where they are float.
+
+    Args:
+        gpu: whether the classes of models decide as on an NVIDIA GPU, where some compute the shared expert as the last
+            of the routed ones.
+        options: further arguments of SGLang.
+    """
     experts = rank.size if rank.expert_parallel else 1
     chosen = {"attention_backend": "torch_native", **_ARGUMENTS.get(model_type(folder), {})}
     arguments = ServerArgs(
         model_path=str(folder), device="cpu", dtype="bfloat16", tp_size=rank.size, ep_size=experts,
-        quantization=quantization, disable_cuda_graph=True, skip_tokenizer_init=True, **chosen,
+        quantization=quantization, disable_cuda_graph=True, skip_tokenizer_init=True, **chosen, **options,
     )  # fmt: skip
     ranks = runtime_context.SpawnRanks(world_rank=rank.rank, gpu_id=0)
     parallel = runtime_context.get_parallel()
@@ -180,7 +205,7 @@ def build(folder: Path, rank: Rank = WHOLE, quantization: str | None = None) -> 
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:
-        with _OnCPU():
+        with _OnCPU(), _classes_for_gpus() if gpu else nullcontext():
             model: torch.nn.Module = loader._initialize_model(
                 config, load_config, loader._get_quantization_config(config, load_config)
             )
