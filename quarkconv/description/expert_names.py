@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Final
 
 from quarkconv.experts.config import ModelConfig
 from quarkconv.experts.layer import MoELayer
-from quarkconv.experts.naming import ENGINE_NAMES
+from quarkconv.experts.naming import ENGINE_NAMES, published_names
 from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.resolved import Groups
@@ -24,6 +24,18 @@ def foreign_projections(config: ModelConfig, topology: Topology) -> list[MoELaye
     """The layers whose projections have other names than in engines' classes of the model type."""
     known = ENGINE_NAMES.get(config.model_type or "")
     return [] if known is None else [layer for layer in topology.layers if layer.naming != known[1]]
+
+
+def has_published_names(model_type: str, layers: Iterable[MoELayer]) -> bool:
+    """Whether experts have the names of published checkpoints of a model type, gate and up in projections of their own.
+
+    Engines' classes know few others: vLLM's drop unknown ones, or fail.
+    """
+    module, naming = published_names(model_type)
+    return all(
+        layer.naming == naming and not layer.joined and (layer.moe.rpartition(".")[2] == module or not module)
+        for layer in layers
+    )
 
 
 _WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.", "model.model.")

@@ -62,6 +62,26 @@ ENGINE_NAMES: Final[dict[str, tuple[str, ExpertNaming]]] = {
 those of classes of transformers 5 (``mlp``, ``gate_proj``), which llm-compressor and Quark (in memory) write.
 vLLM 0.33 drops fused tensors of other names without an error."""
 
+_OTHER_NAMES: Final[dict[str, tuple[str, ExpertNaming]]] = {
+    **ENGINE_NAMES,
+    **dict.fromkeys(("git", "kimi_k3", "kimi_linear", "minimax_m3_vl", "phimoe"), ("block_sparse_moe", NAMINGS[1])),
+    **dict.fromkeys(("jamba", "llama4"), ("feed_forward", NAMINGS[0])),
+    "deepseek_v4": ("ffn", NAMINGS[1]),
+    "gemma4": ("", NAMINGS[0]),
+    "lfm2_moe": ("feed_forward", NAMINGS[1]),
+    "nemotron_h": ("mixer", NAMINGS[0]),
+    "step3p5": ("moe", NAMINGS[0]),
+}
+
+
+def published_names(model_type: str) -> tuple[str, ExpertNaming]:
+    """The name of the MoE module and the names of projections in published checkpoints of a model type.
+
+    These are what engines were run with. The module's name is empty where experts lie directly in the layer.
+    """
+    return _OTHER_NAMES.get(model_type, ("mlp", NAMINGS[0]))
+
+
 STACKED_MODEL_TYPES: Final = frozenset({"step3p5"})
 """Model types whose own checkpoints have ``moe.gate_proj`` for all experts (3-key); engines know no other names."""
 

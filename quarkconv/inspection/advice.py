@@ -6,7 +6,7 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from quarkconv.inspection.engine_facts import ENGINE_NAMES, NOT_CHECKED, EngineFact
-from quarkconv.inspection.engines import FP8_NOTE, FUNCTION_NOTE
+from quarkconv.inspection.engines import ENCODERS_NOTE, FP8_NOTE, FUNCTION_NOTE, NAMES_NOTE
 
 _SILENT_FAULTS: Final = {
     "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
@@ -15,6 +15,8 @@ _SILENT_FAULTS: Final = {
 """Verdict -> what one release, or several, do without an error."""
 _NOT_CHECKED_WITH: Final = {
     FP8_NOTE: "linears in FP8 beside INT8 experts",
+    ENCODERS_NOTE: "int8 linears of encoders",
+    NAMES_NOTE: "these names of experts",
     FUNCTION_NOTE: "these settings of the layers",
 }
 """End of a row's note -> what its engine was not checked with."""

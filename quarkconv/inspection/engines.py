@@ -8,7 +8,8 @@ from collections.abc import Collection
 from typing import Final
 
 from quarkconv.description.description import Description
-from quarkconv.description.expert_names import foreign_modules, foreign_projections
+from quarkconv.description.expert_names import foreign_modules, foreign_projections, has_published_names
+from quarkconv.experts.naming import ENGINE_NAMES
 from quarkconv.inspection.engine_facts import (
     RUNS,
     VERDICTS,
@@ -27,6 +28,8 @@ FUNCTION_NOTE: Final = "where the function of the layers is known"
 """End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
 """End of the note of a row that was never tried with them."""
+NAMES_NOTE: Final = "with the published names of experts"
+"""End of the note of a row that was never tried with others."""
 ENCODERS_NOTE: Final = "with encoders in float"
 """End of the note of a row that was never tried with int8 linears of encoders. SGLang 0.5.23 gives the encoder of
 qwen3_vl_moe no quantization (``qwen3_vl.py``), and reads its codes as weights; vLLM's class quantizes it."""
@@ -72,7 +75,13 @@ def engines_for(
         for fact in found
     ]
     found = [_in_one_release(fact, model_type) for fact in found]
-    conditions = {FP8_NOTE: description.fp8, ENCODERS_NOTE: _has_int8_encoders(description), FUNCTION_NOTE: not known}
+    renamed = model_type not in ENGINE_NAMES and not has_published_names(model_type, description.int8_layers)
+    conditions = {
+        FP8_NOTE: description.fp8,
+        ENCODERS_NOTE: _has_int8_encoders(description),
+        NAMES_NOTE: renamed,
+        FUNCTION_NOTE: not known,
+    }
     for note in (note for note, found_here in conditions.items() if found_here):
         found = [fact.not_checked(note) for fact in found]
     found.sort(key=lambda fact: _latest(fact.version), reverse=True)

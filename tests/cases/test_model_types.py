@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Final
 
 import pytest
+import torch
+from support.exports import DATA, restore
 from support.model import Model, int8_linear
 from support.reported import codes, finding, two_stacks
 
@@ -83,3 +86,57 @@ def test_engines_are_checked_with_encoders_in_float_only(tmp_path: Path) -> None
     engines = inspect_checkpoint(model.write(tmp_path / "int8")).engines
     assert "int8" not in {fact.verdict for fact in engines}
     assert any(fact.note.endswith("with encoders in float") for fact in engines)
+
+
+def renamed(*changes: tuple[str, str]) -> Model:
+    """A model with other names of tensors."""
+    model = Model()
+    for shard in model.shards:
+        for name in list(shard):
+            other = name
+            for old, new in changes:
+                other = other.replace(old, new)
+            shard[other] = shard.pop(name)
+    model.quantization["exclude"] = ["lm_head", "re:.*[.]gate$"]
+    return model
+
+
+def joined() -> Model:
+    """A model whose experts have gate and up in one projection."""
+    model = Model()
+    for shard in model.shards:
+        for gate in [name for name in shard if ".gate_proj." in name]:
+            rows = [shard.pop(gate), shard.pop(gate.replace("gate_proj", "up_proj"))]
+            shard[gate.replace("gate_proj", "gate_up_proj")] = torch.cat(rows)
+    return model
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        renamed((".mlp.", ".moe.")),
+        renamed(("experts.0.gate_proj", "experts.0.w1"), ("experts.1.gate_proj", "experts.1.w1"),
+                ("experts.2.gate_proj", "experts.2.w1"), (".up_proj", ".w3"), (".down_proj", ".w2")),
+        joined(),
+    ],
+    ids=["another module", "other projections", "gate and up as one"],
+)  # fmt: skip
+def test_engines_are_checked_with_the_published_names_of_experts_only(model: Model, tmp_path: Path) -> None:
+    assert any(fact.verdict == "int8" for fact in inspect_checkpoint(Model().write(tmp_path / "usual")).engines)
+    inspection = inspect_checkpoint(model.write(tmp_path / "renamed"))
+    assert inspection.ok
+    assert not any(fact.verdict in ("int8", "w8a16") for fact in inspection.engines)
+    assert any(fact.note.endswith("with the published names of experts") for fact in inspection.engines)
+
+
+NAMED_AS_IN_TRANSFORMERS: Final = {"deepseek_v4", "kimi_linear", "lfm2_moe", "minimax_m3_vl", "phimoe"}
+"""Families whose classes in transformers 5 name experts otherwise than published checkpoints, which engines read."""
+
+
+@pytest.mark.parametrize("kept", sorted((DATA / "families").glob("*-0.13-*")), ids=lambda path: path.name)
+def test_exports_have_the_published_names_where_quark_keeps_them(kept: Path, tmp_path: Path) -> None:
+    """File to file it keeps them; from memory it writes those of the classes of transformers."""
+    family, _, flow = kept.name.rpartition("-0.13-")
+    inspection = inspect_checkpoint(restore(kept, tmp_path / "export"))
+    renamed = any(fact.note.endswith("with the published names of experts") for fact in inspection.engines)
+    assert renamed == (flow == "eager" and family in NAMED_AS_IN_TRANSFORMERS)
