@@ -62,26 +62,9 @@ def per_expert_layer(
     implausible = implausible_geometry(prefix, (experts, hidden, intermediate))
     if implausible is not None:
         return implausible
-    with_bias = [
-        stored.has_bias(f"{prefix}.{number}.{name}")
-        for number in (range(experts) if stored.biases else ())
-        for name in leaves.values()
-    ]
-    biased = bool(with_bias) and all(with_bias)
-    if any(with_bias) and not biased:
-        return finding(
-            NOT_UNDERSTOOD,
-            prefix,
-            "Only some projections of the experts have a bias",
-            hint=f"engines expect biases on all of them, or on none; {RENAMED_HINT}",
-        )
-    if biased:
-        for role, name in leaves.items():
-            for number in range(experts):
-                bias = f"{prefix}.{number}.{name}.bias"
-                if stored.tensors[bias].shape != shapes[role][:1]:
-                    return wrong_shape(bias, shapes[role][:1], stored.tensors[bias].shape)
-    all_forms = frozenset().union(*kept.values())
+    biased = _biased(prefix, range(experts), {name: shapes[role][0] for role, name in leaves.items()}, stored)
+    if isinstance(biased, Finding):
+        return biased
     return MoELayer(
         index=index,
         prefix=prefix,
@@ -92,7 +75,7 @@ def per_expert_layer(
         hidden=hidden,
         intermediate=intermediate,
         forms=forms,
-        all_forms=all_forms,
+        all_forms=frozenset().union(*kept.values()),
         gated=gated,
         joined=joined,
         biased=biased,
@@ -113,6 +96,28 @@ def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:
             "layout-conflict", prefix, f"The layer stores {naming.gate} and {naming.up} alone and as {naming.joined}"
         )
     return naming
+
+
+def _biased(prefix: str, numbers: range, rows: dict[str, int], stored: StoredModules) -> bool | Finding:
+    """Whether the projections of experts have biases: all or none of them, [rows]."""
+    if not stored.biases:
+        return False
+    projections = {f"{prefix}.{number}.{name}": count for name, count in rows.items() for number in numbers}
+    with_bias = [name for name in projections if stored.has_bias(name)]
+    if not with_bias:
+        return False
+    if len(with_bias) < len(projections):
+        return finding(
+            NOT_UNDERSTOOD,
+            prefix,
+            "Only some projections of the experts have a bias",
+            hint=f"engines expect biases on all of them, or on none; {RENAMED_HINT}",
+        )
+    for name, count in projections.items():
+        bias = f"{name}.bias"
+        if stored.tensors[bias].shape != (count,):
+            return wrong_shape(bias, (count,), stored.tensors[bias].shape)
+    return True
 
 
 def _fits(form: Form, shape: tuple[int, int]) -> bool:
@@ -144,16 +149,8 @@ def single_tensor_layer(
     layout: Layout = "fused" if "gate_up" in parts else "stacked"
     needed = ("gate_up", "down") if layout == "fused" else ROLES
     lost = [part for part in needed if part not in parts]
-    joined = f"{prefix}.{naming.joined}"
-    if lost and joined in stored.linears:
-        return finding(
-            NOT_UNDERSTOOD,
-            prefix,
-            f"The layer stores the experts' gate and up as one linear of three dimensions, {joined}",
-            hint=RENAMED_HINT,
-        )
     if lost:
-        return finding("expert-missing", prefix, f"The layer has no {lost[0]} tensor")
+        return _lost(prefix, lost[0], f"{prefix}.{naming.joined}", stored)
     if len(parts) != len(tensors):
         return finding("layout-conflict", prefix, "The layer mixes names of two families")
     moe = prefix.removesuffix(f".{EXPERTS}")
@@ -213,6 +210,18 @@ def single_tensor_layer(
         biased=biased,
         interleaved=interleaved,
         paired=paired,
+    )
+
+
+def _lost(prefix: str, part: str, joined: str, stored: StoredModules) -> Finding:
+    """The finding about a layer without one of its tensors; ``joined`` may hold it under a name that is not read."""
+    if joined not in stored.linears:
+        return finding("expert-missing", prefix, f"The layer has no {part} tensor")
+    return finding(
+        NOT_UNDERSTOOD,
+        prefix,
+        f"The layer stores the experts' gate and up as one linear of three dimensions, {joined}",
+        hint=RENAMED_HINT,
     )
 
 
