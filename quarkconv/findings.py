@@ -149,7 +149,9 @@ CODES: Final[dict[str, FindingCode]] = {
         _W, "config.json has other sizes or layers than the tensors; engines build the model by it, and may fail."
     ),
     "router-mismatch": FindingCode(_W, "A router is missing, or has another shape than the experts of its layer need."),
-    "merged-mixed": FindingCode(_W, "Engines merge linears of which some are int8 and some float; they refuse these."),
+    "merged-mixed": FindingCode(
+        _W, "Engines merge linears of which some are int8 and some FP8 or float; they refuse these."
+    ),
     "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
     "wrapped-names": FindingCode(
         _W, "Names are those of a wrapper, such as module., or of adapters inside the model; engines do not know them."

@@ -166,29 +166,36 @@ def _routers(
     )
 
 
-def partly_int8(others: Groups, linears: Mapping[str, Form], in_float: Collection[str]) -> list[str]:
-    """The float linears that engines merge with int8 ones, which they refuse.
+def merged_unlike(others: Groups, linears: Mapping[str, Form], in_float: Collection[str]) -> list[str]:
+    """The linears that are not int8, and that engines merge with linears of another type, which they refuse.
 
     Args:
         others: the modules that are no routed experts.
         linears: all linears.
         in_float: int8 modules that conversion dequantizes.
     """
+
+    def kind(module: str) -> str:
+        form = linears[module]
+        return "float" if form.is_float or module in in_float else form.weight.dtype
+
     found = []
-    for module in (name for (form, _), names in others.items() if form.is_float for name in names):
+    for module in (name for (form, _), names in others.items() if not form.quantized for name in names):
         parent, _, leaf = module.rpartition(".")
         parts = (f"{parent}.{part}" for part in MERGED_WITH.get(leaf, ((), ()))[0])
-        if any(part in linears and linears[part].quantized and part not in in_float for part in parts):
+        kinds = {kind(part) for part in parts if part in linears}
+        if len(kinds) > 1 and (kind(module) == "float" or "I8" in kinds):
             found.append(module)
     return found
 
 
 def merged_findings(others: Groups, linears: Mapping[str, Form], in_float: Collection[str]) -> Iterator[Finding]:
-    """The finding about linears of :func:`partly_int8`."""
-    names = partly_int8(others, linears, in_float)
+    """The finding about linears of :func:`merged_unlike`."""
+    names = merged_unlike(others, linears, in_float)
+    types = "float" if all(linears[name].is_float for name in names) else "FP8 or float"
     yield from FindingsAbout(
         "merged-mixed",
         names,
-        f"{plural(len(names), 'linear')} in float that engines merge with int8 ones",
-        hint="vLLM and SGLang refuse such a model: quantize all parts, or none",
+        f"{plural(len(names), 'linear')} in {types} that engines merge with linears of another type",
+        hint="vLLM and SGLang refuse such a model: quantize all parts alike, or none",
     )

@@ -16,7 +16,7 @@ from math import prod
 from typing import Any
 
 from quarkconv.description.description import Description
-from quarkconv.description.disagreements import partly_int8
+from quarkconv.description.disagreements import merged_unlike
 from quarkconv.headers.file_names import ASCEND_NAME
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, TextFile, Zeros
@@ -36,9 +36,9 @@ class Ascend(PerExpertTarget):
     static_inputs = False
 
     def unsupported(self, description: Description) -> str | None:
-        partly = partly_int8(description.others, description.stored.linears, description.float_modules)
-        if partly:
-            return f"{partly[0]} is float, and engines merge it with linears that are int8"
+        unlike = merged_unlike(description.others, description.stored.linears, description.float_modules)
+        if unlike:
+            return f"{unlike[0]} is not int8, and engines merge it with linears that are"
         return super().unsupported(description)
 
     def module_tensors(self, module: Int8Module) -> Iterator[OutputTensor]:

@@ -50,7 +50,7 @@ def _names_in_sglang(module: str) -> Iterator[str]:
 def _ignored(description: Description) -> Iterator[str]:
     topology = description.topology
     in_float = frozenset(description.float_modules)
-    quantized = {module for module, form in description.stored.linears.items() if form.quantized} - in_float
+    quantized = {module for module, form in description.stored.linears.items() if not form.is_float} - in_float
     for module in (*description.float_modules, *description.float_linears):
         yield module
         if module in topology.members:

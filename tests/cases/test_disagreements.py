@@ -123,6 +123,30 @@ def test_linears_that_engines_merge_from_int8_and_float_are_named(tmp_path: Path
     assert verify_checkpoint(out, source, device="cpu").ok
 
 
+@pytest.mark.parametrize(
+    ("int8", "fp8", "named"),
+    [
+        (("k_proj", "v_proj"), ("q_proj",), "q_proj"),
+        ((), ("q_proj", "k_proj"), "v_proj"),
+        (("k_proj",), ("q_proj",), "v_proj"),
+    ],
+)
+def test_linears_that_engines_merge_from_fp8_and_others_are_named(
+    int8: tuple[str, ...], fp8: tuple[str, ...], named: str, tmp_path: Path
+) -> None:
+    model = merged(*int8)
+    for part in fp8:
+        name = f"{MERGED}.{part}.weight"
+        model.first |= {name: torch.ones(8, 8).to(torch.float8_e4m3fn), f"{name}_scale_inv": torch.ones(1, 1)}
+    source = model.write(tmp_path / "source")
+    assert finding(source, "merged-mixed").subject == f"{MERGED}.{named}"
+    assert not [fact for fact in inspect_checkpoint(source).engines if fact.verdict == "int8"]
+    for to in ("fused-int8", "compressed-tensors"):
+        out = convert_checkpoint(source, to, tmp_path / to).output
+        assert verify_checkpoint(out, source, device="cpu").ok
+        assert codes(out).keys() >= {"merged-mixed"}
+
+
 @pytest.mark.parametrize("int8", [(), ("q_proj", "k_proj", "v_proj")])
 def test_linears_that_are_alike_are_merged(int8: tuple[str, ...], tmp_path: Path) -> None:
     source = merged(*int8).write(tmp_path / "source")

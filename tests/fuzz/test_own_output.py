@@ -1,8 +1,8 @@
 """What convert wrote, verify accepts: real exports of every family, varied, to every target.
 
 Variants are layers whose experts stay in float, other linears in float, layers of multi-token prediction in every
-layout and under every ``--mtp``, linears in FP8, scales of the key-value cache and embeddings in int8. A few in the
-suite, a thousand with ``make fuzz`` (HYPOTHESIS_EXAMPLES).
+layout and under every ``--mtp``, linears and parts of an attention in FP8, scales of the key-value cache and embeddings
+in int8. A few in the suite, a thousand with ``make fuzz`` (HYPOTHESIS_EXAMPLES).
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ Mtp = Literal[
     "none", "own module", "own module, fused", "own module, FP8", "last layer", "last layer, int8", "last layer, fused",
     "last layer, FP8",
 ]  # fmt: skip
-Beside = Literal["nothing", "FP8", "cache scales", "int8 embeddings"]
+Beside = Literal["nothing", "FP8", "FP8 attention", "cache scales", "int8 embeddings"]
 Names = Literal["usual", "quantizer", "blocks"]
 _LAYER: Final = re.compile(r"^(.*?(?:layers|blocks)\.)(\d+)\.")
 
@@ -142,6 +142,13 @@ def add_beside(tensors: Tensors, attention: str, what: Beside) -> None:
     if what == "FP8":
         tensors[f"{attention}.added_proj.weight"] = torch.rand(200, 130).to(torch.float8_e4m3fn)
         tensors[f"{attention}.added_proj.weight_scale_inv"] = torch.rand(2, 2) + 0.5
+    own = [name for name in tensors if name.startswith(f"{attention}.") and name.endswith("_proj.weight")]
+    for name in sorted(own)[:2] if what == "FP8 attention" else []:  # of q, k and v, one stays as it is
+        if tensors[name].dtype == torch.int8:
+            del tensors[f"{name}_scale"]
+            tensors.pop(name.replace(".weight", ".weight_zero_point"), None)
+        tensors[f"{name}_scale_inv"] = torch.full([-(-size // 128) for size in tensors[name].shape], 0.5)
+        tensors[name] = tensors[name].float().to(torch.float8_e4m3fn)
     if what == "cache scales":
         tensors |= {f"{attention}.attn.{part}_scale": torch.tensor(0.5) for part in "kv"}
     for name in [name for name in tensors if name.endswith("embed_tokens.weight")]:
@@ -182,6 +189,7 @@ VARIANTS: Final = st.builds(
 @example(Variant("qwen3_5_moe-0.13-f2f", mtp="own module, fused"), "quark", "keep")
 @example(Variant("deepseek_v3-0.13-f2f", mtp="last layer, FP8", beside="FP8"), "fused-int8", "keep")
 @example(Variant("minimax_m2-0.13-f2f", mtp="own module, FP8", beside="cache scales"), "compressed-tensors", "keep")
+@example(Variant("glm4_moe-0.13-f2f", linears_float=True, beside="FP8 attention"), "compressed-tensors", "keep")
 @example(Variant("gpt_oss-0.13-eager", experts_float="excluded", beside="int8 embeddings"), "ascend", "keep")
 def test_verify_accepts_what_convert_wrote(variant: Variant, to: str, mtp: str) -> None:
     with scratch() as folder:
