@@ -71,6 +71,7 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         super().__init__(stock.moe)
         self.stock = stock
         self.experts_cls = QuarkconvExperts
+        self._repeated: dict[str, torch.Tensor] = {}
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Create vLLM's parameters of the layer."""
@@ -110,14 +111,28 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         """Scales and biases as the experts take them: scales of weights per channel, float32 [E, rows, 1]."""
         return int8_w8a8_moe_quant_config(
-            w1_scale=channel_scale(layer.w13_weight_scale, layer.w13_weight.shape[1]),
-            w2_scale=channel_scale(layer.w2_weight_scale, layer.w2_weight.shape[1]),
+            w1_scale=self._channel_scale(layer, "w13"),
+            w2_scale=self._channel_scale(layer, "w2"),
             a1_scale=layer.w13_input_scale,
             a2_scale=layer.w2_input_scale,
             w1_bias=getattr(layer, "w13_bias", None),
             w2_bias=getattr(layer, "w2_bias", None),
             per_act_token_quant=not self.stock.static_input_scales,
         )
+
+    def _channel_scale(self, layer: Any, name: str) -> torch.Tensor:
+        """`channel_scale` of a weight; what it repeats stays in the same memory when vLLM loads weights again.
+
+        CUDA graphs read the memory that they were captured with. vLLM keeps that of parameters, but knows no copies.
+        """
+        parameter = getattr(layer, f"{name}_weight_scale")
+        scale = channel_scale(parameter, getattr(layer, f"{name}_weight").shape[1])
+        kept = self._repeated.get(name)
+        if kept is not None and (kept.shape, kept.device) == (scale.shape, scale.device):
+            return kept.copy_(scale)
+        if scale.data_ptr() != parameter.data_ptr():
+            self._repeated[name] = scale
+        return scale
 
     def apply(
         self,

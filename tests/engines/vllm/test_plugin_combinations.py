@@ -145,3 +145,21 @@ def test_experts_of_a_draft_model_run_too(turned_on: list[str], forms: Forms, fo
     assert ".mtp_block." in name
     assert type(method).__name__ == "QuarkconvMoEMethod"
     assert any(line.startswith("Using quarkconv Int8 MoE backend") for line in turned_on)
+
+
+@pytest.mark.usefixtures("turned_on")
+@pytest.mark.parametrize("name", [NAME, f"{NAME}-per_tensor_weight"])
+def test_captured_graphs_see_the_scales_of_weights_that_are_loaded_again(forms: Forms, name: str) -> None:
+    """vLLM copies new weights into the parameters that graphs were captured with; scales per tensor are repeated."""
+    layer = experts_of(load(build(forms(name, QUARK))), name)
+    addresses, outs = [], []
+    x, weights, ids = inputs(layer, layer.global_num_experts)
+    with set_current_vllm_config(vars(build(forms(name, QUARK)))["engine_config"]):
+        for _ in range(2):
+            layer.quant_method.process_weights_after_loading(layer)
+            experts = layer.quant_method.moe_kernel.fused_experts
+            addresses.append((experts.w1_scale.data_ptr(), experts.w2_scale.data_ptr()))
+            outs.append(layer.quant_method.apply(layer, x, weights, ids, None, None))
+            layer.w2_weight_scale.data.mul_(2)
+    assert addresses[0] == addresses[1]
+    assert torch.equal(outs[1], 2 * outs[0])
