@@ -72,6 +72,8 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         self.stock = stock
         self.experts_cls = QuarkconvExperts
         self._repeated: dict[str, torch.Tensor] = {}
+        # Here, since vLLM 0.26 has no current config when it loads weights again.
+        self._most_tokens: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
 
     def create_weights(self, layer: Any, *args: Any, **kwargs: Any) -> None:
         """Create vLLM's parameters of the layer."""
@@ -99,12 +101,11 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         )
         assert not self.moe_kernel.can_overlap_shared_experts, "only vLLM's modular kernel would run shared experts"
         self.moe_kernel.fused_experts.place(layer.expert_map)
-        tokens = get_current_vllm_config().scheduler_config.max_num_batched_tokens
         self.moe_kernel.fused_experts.warm_up(
             layer.w13_weight,
             layer.w2_weight,
             layer.activation,
-            tokens,
+            self._most_tokens,
             apply_router_weight_on_input=layer.apply_router_weight_on_input,
         )
 

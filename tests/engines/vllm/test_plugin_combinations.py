@@ -154,12 +154,11 @@ def test_captured_graphs_see_the_scales_of_weights_that_are_loaded_again(forms: 
     layer = experts_of(load(build(forms(name, QUARK))), name)
     addresses, outs = [], []
     x, weights, ids = inputs(layer, layer.global_num_experts)
-    with set_current_vllm_config(vars(build(forms(name, QUARK)))["engine_config"]):
-        for _ in range(2):
-            layer.quant_method.process_weights_after_loading(layer)
-            experts = layer.quant_method.moe_kernel.fused_experts
-            addresses.append((experts.w1_scale.data_ptr(), experts.w2_scale.data_ptr()))
-            outs.append(layer.quant_method.apply(layer, x, weights, ids, None, None))
-            layer.w2_weight_scale.data.mul_(2)
+    for _ in range(2):
+        layer.quant_method.process_weights_after_loading(layer)
+        experts = layer.quant_method.moe_kernel.fused_experts
+        addresses.append((experts.w1_scale.data_ptr(), experts.w2_scale.data_ptr()))
+        outs.append(layer.quant_method.apply(layer, x, weights, ids, None, None))
+        layer.w2_weight_scale.data.mul_(2)
     assert addresses[0] == addresses[1]
     assert torch.equal(outs[1], 2 * outs[0])
