@@ -235,7 +235,7 @@ def test_where_the_time_of_a_prefill_goes_was_measured() -> None:
     experts = "products of the experts {:.0f} (Humming {:.0f}, Triton {:.0f})".format(*products)
     span, attention, linears = profiles["quarkconv"]["span_ms"], took("FlashAttn"), took("cutlass_3x_gemm")
     assert f"four prompts' {span:.0f} ms, attention took {attention:.0f} and the {experts}" in prose
-    assert f"the INT8 linears {linears:.0f}." in prose
+    assert f"the INT8 linears {linears:.0f}:" in prose
     small = took("quantize_rows"), took("combine_kernel")
     assert "took {:.0f}, summing each token's experts {:.0f}".format(*small) in prose
     last = cut["backends"]["quarkconv"]["profile"]
