@@ -6,7 +6,7 @@ import os
 import re
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import cache
 from typing import Any, Final, NamedTuple, TypeVar
 from urllib.parse import urlsplit
@@ -76,7 +76,7 @@ def backoff(failures: int) -> float:
     return min(FIRST_WAIT * 2.0 ** (failures - 1), LONGEST_WAIT)
 
 
-def requested_pause(headers: Any) -> float | None:
+def requested_pause(headers: Mapping[str, str]) -> float | None:
     """The pause in seconds that a response requests, in Retry-After or, as the Hub does, in RateLimit."""
     limit = re.search(r"\br\s*=\s*0\s*;\s*t\s*=\s*(\d{1,9})\b", headers.get("RateLimit", ""))
     after = re.fullmatch(r"\s*(\d{1,9})\s*", headers.get("Retry-After", ""))

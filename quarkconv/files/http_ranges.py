@@ -114,7 +114,7 @@ class HttpRanges(ABC):
         """The name of the service at the beginning of a sentence."""
         return self.service[0].upper() + self.service[1:]
 
-    def _stated_hash(self, headers: Any) -> str | None:  # noqa: ARG002
+    def _stated_hash(self, headers: Mapping[str, str]) -> str | None:  # noqa: ARG002
         """The hash of a file in the form of the listing, where a response with its bytes states it."""
         return None
 

@@ -95,7 +95,7 @@ class ModelScopeRanges(HttpRanges):
     def _headers(self, *, at_service: bool) -> dict[str, str]:
         return auth_headers() if at_service else {}
 
-    def _stated_hash(self, headers: Any) -> str | None:
+    def _stated_hash(self, headers: Mapping[str, str]) -> str | None:
         stated: str = headers.get("X-Linked-ETag", "").strip('"').lower()
         return stated if SHA256.fullmatch(stated) else None
 
