@@ -39,11 +39,6 @@ def deep_findings(description: Description, progress: Progress) -> Iterator[Find
         SourceError: a file cannot be read.
     """
     shards = {shard.file for shard in description.checkpoint.shards if not shard.truncated}
-    invalid: dict[str, str] = {}  # scale -> the problem of its first block that has one
-    subnormal: dict[str, None] = {}  # a dict, as a set that keeps the order: a tensor may have several blocks
-    negative: dict[str, None] = {}
-    zero: dict[str, None] = {}
-    nonzero: dict[str, None] = {}
     refs = description.checkpoint.refs()
     ranges = [
         (name, block)
@@ -52,53 +47,77 @@ def deep_findings(description: Description, progress: Progress) -> Iterator[Find
         for block in _blocks(refs[name])
     ]
     progress.step("Reading scales", sum(block.end - block.start for _, block in ranges), "byte")
+    defects = _Defects()
     for name, data in _read(description.checkpoint.store, ranges):
         progress.advance(len(data))
+        defects.add(name, refs[name].dtype, data)
+    yield from defects.findings()
+
+
+class _Defects:
+    """The scales and zero points that are wrong, each once: a tensor may have several blocks.
+
+    Dicts of None are sets that keep the order.
+    """
+
+    def __init__(self) -> None:
+        self._invalid: dict[str, str] = {}  # scale -> the problem of its first block that has one
+        self._subnormal: dict[str, None] = {}
+        self._negative: dict[str, None] = {}
+        self._zero: dict[str, None] = {}
+        self._nonzero: dict[str, None] = {}
+
+    def add(self, name: str, dtype: str, data: bytes) -> None:
+        """Look at a block of a tensor."""
         if _is_zero_point(name):
             if any(data):
-                nonzero[name] = None
-            continue
-        problem, least = _scale_problem(refs[name].dtype, data)
+                self._nonzero[name] = None
+            return
+        problem, least = _scale_problem(dtype, data)
         if problem is None and least < 0 and _is_of_weights(name):
-            negative[name] = None
+            self._negative[name] = None
         elif problem is None and least == 0 and _is_of_weights(name):
-            zero[name] = None
+            self._zero[name] = None
         elif problem or least <= 0:
-            invalid.setdefault(name, problem or f"the value {least}")
+            self._invalid.setdefault(name, problem or f"the value {least}")
         elif least < _LEAST_NORMAL:
-            subnormal[name] = None
-    first_problem = next(iter(invalid.values()), "")
-    yield from FindingsAbout(
-        "scale-invalid",
-        list(invalid),
-        f"{plural(len(invalid), 'scale')} not finite or not positive, the first with {first_problem}",
-        hint="quantize the model again; its outputs would be NaN or wrong",
-    )
-    yield from FindingsAbout(
-        "scale-invalid",
-        list(zero),
-        f"{plural(len(zero), 'scale')} of weights with the value 0, which makes rows 0 whatever their codes are",
-        hint="harmless where the codes are 0 too, which verify checks; else quantize the model again",
-        severity=Severity.WARNING,
-    )
-    yield from FindingsAbout(
-        "scale-negative",
-        list(negative),
-        f"{plural(len(negative), 'scale')} with negative values, as auto-round writes them",
-        hint="no action where engines multiply by scales, as vLLM and SGLang do",
-    )
-    yield from FindingsAbout(
-        "scale-subnormal",
-        list(subnormal),
-        f"{plural(len(subnormal), 'scale')} below 2^-126, which GPUs may flush to zero",
-        hint="quantize the model again with a lower bound on scales",
-    )
-    yield from FindingsAbout(
-        "zero-point-nonzero",
-        list(nonzero),
-        f"{plural(len(nonzero), 'zero point')} not zero",
-        hint="quantize the model again with symmetric weights",
-    )
+            self._subnormal[name] = None
+
+    def findings(self) -> Iterator[Finding]:
+        """A finding for each kind of defect."""
+        first_problem = next(iter(self._invalid.values()), "")
+        yield from FindingsAbout(
+            "scale-invalid",
+            list(self._invalid),
+            f"{plural(len(self._invalid), 'scale')} not finite or not positive, the first with {first_problem}",
+            hint="quantize the model again; its outputs would be NaN or wrong",
+        )
+        yield from FindingsAbout(
+            "scale-invalid",
+            list(self._zero),
+            f"{plural(len(self._zero), 'scale')} of weights with the value 0, "
+            "which makes rows 0 whatever their codes are",
+            hint="harmless where the codes are 0 too, which verify checks; else quantize the model again",
+            severity=Severity.WARNING,
+        )
+        yield from FindingsAbout(
+            "scale-negative",
+            list(self._negative),
+            f"{plural(len(self._negative), 'scale')} with negative values, as auto-round writes them",
+            hint="no action where engines multiply by scales, as vLLM and SGLang do",
+        )
+        yield from FindingsAbout(
+            "scale-subnormal",
+            list(self._subnormal),
+            f"{plural(len(self._subnormal), 'scale')} below 2^-126, which GPUs may flush to zero",
+            hint="quantize the model again with a lower bound on scales",
+        )
+        yield from FindingsAbout(
+            "zero-point-nonzero",
+            list(self._nonzero),
+            f"{plural(len(self._nonzero), 'zero point')} not zero",
+            hint="quantize the model again with symmetric weights",
+        )
 
 
 def _is_zero_point(name: str) -> bool:
