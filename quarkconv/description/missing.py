@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import Final
 
 from quarkconv.experts.config import ModelConfig, stack_of
@@ -56,6 +56,7 @@ def missing_parts(
             f"{plural(len(bare), 'MoE layer')} without any linear of attention, which the others have",
             hint=_HINT,
         )
+    yield from _incomplete(modules)
     shared = [key for key in _SHARED if type(value := config.text.get(key)) is int and value > 0]
     if shared:
         without = [moe for moe, block in blocks.items() if not any("share" in name for name in inside[block])]
@@ -65,6 +66,21 @@ def missing_parts(
             f"config.json declares shared experts ({shared[0]}), and {plural(len(without), 'MoE layer')} store none",
             hint=_HINT,
         )
+
+
+def _incomplete(modules: Mapping[str, Form]) -> Iterator[Finding]:
+    """The finding about MLPs, dense or of shared experts, of which ``up_proj`` or ``down_proj`` alone is stored."""
+    ends = (".up_proj", ".down_proj")
+    others = [name for name in modules if ".experts." not in name]  # those have findings of their own
+    parts = {end: {name.removesuffix(end) for name in others if name.endswith(end)} for end in ends}
+    lost = [f"{mlp}{ends[1]}" for mlp in parts[ends[0]] - parts[ends[1]]]
+    lost += [f"{mlp}{ends[0]}" for mlp in parts[ends[1]] - parts[ends[0]] if f"{mlp}.gate_up_proj" not in modules]
+    yield from FindingsAbout(
+        "config-mismatch",
+        sorted(lost),
+        f"{plural(len(lost), 'MLP')} of which a projection is not stored",
+        hint=_HINT,
+    )
 
 
 def _embeddings(config: ModelConfig, modules: dict[str, Form]) -> Iterator[Finding]:

@@ -118,6 +118,8 @@ def layer_activation(known: Known | Unknown, layer: MoELayer) -> ExpertActivatio
 
 def layer_routing(known: Known | Unknown, layer: MoELayer) -> Routing | Unknown:
     """The routing of a layer, or why it is unknown."""
+    if layer.beside_router and not isinstance(known, Unknown):
+        return Unknown(f"{layer.beside_router} is among the router's tensors, and its meaning is not known")
     return known if isinstance(known, Unknown) else known.routing(layer.experts, layer.index)
 
 

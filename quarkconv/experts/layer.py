@@ -63,6 +63,7 @@ class MoELayer:
         biased: the projections have biases, which are stored in float.
         transposed: the matrices of fused tensors are [in, out]; such experts are float.
         beside: a module or tensor below ``prefix`` whose meaning is not known; empty without any.
+        beside_router: a tensor of the router, or of ``moe`` itself, that models of the family do not have.
         paired: fused tensors are the weights of linears, ``input_linear.weight`` and ``output_linear.weight``.
     """
 
@@ -83,6 +84,7 @@ class MoELayer:
     transposed: bool = False
     paired: bool = False
     beside: str = ""
+    beside_router: str = ""
 
     @property
     def roles(self) -> tuple[Role, ...]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from itertools import chain
 from typing import Final, NamedTuple
 
 from quarkconv.experts.config import STACKS
@@ -79,6 +80,8 @@ def expert_topology(
     )
     if unknown:
         layers = [replace(layer, beside=_first_inside(layer.prefix, unknown)) for layer in layers]
+    if of_routers := dict(_beside_routers(layers, stored, family)):
+        layers = [replace(layer, beside_router=of_routers.get(layer.prefix, "")) for layer in layers]
     unread = frozenset(unknown)
     if len(layers) < len(built):
         unread |= members.difference(*(layer.module_names for layer in layers))
@@ -117,6 +120,25 @@ def _layers(
 def _first_inside(prefix: str, names: list[str]) -> str:
     """The first of some names that is below a module; empty without any."""
     return next((name for name in names if name.startswith(f"{prefix}.")), "")
+
+
+def _beside_routers(layers: list[MoELayer], stored: StoredModules, family: FamilyOf) -> Iterator[tuple[str, str]]:
+    """Module of experts -> a tensor beside the router's that the family does not have, where the family is known."""
+    owners: dict[str, str] = {}  # module of the router, or the MoE module -> module of the experts
+    known: set[str] = set()
+    for layer in layers:
+        row = family(layer.prefix)
+        if row is None:
+            continue
+        keys = [key for field in row.tensors for key in (field if isinstance(field, tuple) else ())]
+        known.update(f"{layer.moe}.{key}" for key in keys)
+        if not layer.moe.rpartition(".")[2].isdecimal():  # else the experts lie directly in the decoder layer
+            owners[layer.moe] = layer.prefix
+        owners.update((f"{layer.moe}.{key.rpartition('.')[0]}", layer.prefix) for key in keys if "." in key)
+    for name in chain(stored.plain, stored.vectors):
+        prefix = owners.get(name.rpartition(".")[0])
+        if prefix is not None and name not in known:
+            yield prefix, name
 
 
 def _misspelt(modules: list[str]) -> Iterator[Finding]:

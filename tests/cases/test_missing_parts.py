@@ -10,7 +10,7 @@ from typing import Any, Final
 import pytest
 import torch
 from support.exports import DATA, restore
-from support.model import Model
+from support.model import Model, int8_linear
 from support.reported import codes, finding, load, refusal
 
 from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
@@ -48,14 +48,17 @@ def test_what_is_declared_and_not_stored_is_named(model: Model, subject: str, wo
     assert not [row for row in inspect_checkpoint(source).engines if row.verdict == "int8"]
 
 
+def with_float_shared_expert(model: Model) -> None:
+    for name in ("up_proj", "down_proj"):
+        model.set(f"model.layers.0.mlp.shared_expert.{name}.weight", torch.ones(8, 8).bfloat16())
+
+
 @pytest.mark.parametrize(
     "model",
     [
         changed(lambda model: model.remove("lm_head"), tie_word_embeddings=True),
         changed(lambda model: model.remove("lm_head")),
-        changed(
-            lambda model: model.set("model.layers.0.mlp.shared_expert.up_proj.weight", torch.ones(4, 8).bfloat16())
-        ),
+        changed(with_float_shared_expert),
         changed(lambda _: None, n_shared_experts=0),
     ],
 )
@@ -124,3 +127,29 @@ def test_experts_joined_in_linears_of_three_dimensions_are_converted_by_name_onl
         load(out)[f"{EXPERTS[0]}.gate_up_proj.weight"], load(source)[f"{EXPERTS[0]}.gate_up_proj.weight"]
     )
     assert verify_checkpoint(out, source, device="cpu").ok
+
+
+@pytest.mark.parametrize("lost", ["up_proj", "down_proj"])
+@pytest.mark.parametrize("mlp", ["model.layers.0.mlp.shared_expert", "model.layers.2.mlp"])
+def test_an_mlp_that_lacks_a_projection_is_named(mlp: str, lost: str, tmp_path: Path) -> None:
+    model = Model()
+    parts = {name: int8_linear(f"{mlp}.{name}", 8, 8) for name in ("gate_proj", "up_proj", "down_proj")}
+    model.config["num_hidden_layers"] = 3
+    model.first |= parts["gate_proj"] | parts["up_proj"] | parts["down_proj"]
+    model.first["model.layers.2.input_layernorm.weight"] = torch.ones(8).bfloat16()
+    assert codes(model.write(tmp_path / "whole")) == {}
+    for name in parts[lost]:
+        del model.first[name]
+    source = model.write(tmp_path / "part")
+    assert codes(source) == {"config-mismatch": "warning"}
+    assert finding(source, "config-mismatch").subject == f"{mlp}.{lost}"
+    assert not any(fact.verdict == "int8" for fact in inspect_checkpoint(source).engines)
+
+
+@pytest.mark.parametrize("name", ["gate.bias", "gate.scale_factor", "expert_bias"])
+def test_tensors_of_the_router_that_its_family_does_not_have_are_not_sound(name: str, tmp_path: Path) -> None:
+    model = Model()
+    model.first[f"model.layers.0.mlp.{name}"] = torch.ones(3)
+    inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
+    assert not inspection.headline.startswith("Sound")
+    assert f"model.layers.0.mlp.{name} is among the router's tensors" in str(inspection.not_checked)
