@@ -121,7 +121,8 @@ def test_a_folder_without_safetensors_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     (tmp_path / "pytorch_model.bin").write_bytes(b"cos\nsystem\n(S'touch ran'\ntR.")
     done = offline("inspect", tmp_path, "--json", cwd=tmp_path)
-    assert (done.returncode, json.loads(done.stdout)["code"]) == (3, "shard-missing")
+    codes = [item["code"] for item in json.loads(done.stdout)["findings"]]
+    assert (done.returncode, codes) == (1, ["format-unsupported"])
     assert not (tmp_path / INDEX).exists()
 
 

@@ -140,7 +140,7 @@ def test_another_commit_does_not_resume_what_was_begun(published: Hub, model: Pa
     published.publish(REPO, model)
     with pytest.raises(UsageError, match="another unfinished conversion") as caught:
         convert(REPO, out, max_shard_size=40_000)
-    assert f"{shard.name} of the source had the ETag" in (caught.value.found or "")
+    assert (caught.value.found or "").startswith(f"source {REPO}@{begun}, now {REPO}@")
     with pytest.raises(SourceError) as unfinished:
         quarkconv.inspect_checkpoint(out)
     assert f"quarkconv convert {REPO}@{begun} --to" in (unfinished.value.hint or "")
