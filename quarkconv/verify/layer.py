@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from math import inf
 from typing import Final
 
 import torch
@@ -20,7 +21,7 @@ from quarkconv.verify.layer_results import SCALE_EDGES, LayerExperts, LayerNumbe
 from quarkconv.verify.numbers import CheckedLayer, compute_numbers
 from quarkconv.verify.results import Problem
 from quarkconv.verify.router import Router
-from quarkconv.verify.unquantized import Weight, WeightCheck, check_weights
+from quarkconv.verify.unquantized import WEIGHT_BOUND, Weight, WeightCheck, check_weights
 
 ROUTER_BOUND: Final = 2.0**-6
 """Bound on the relative error of a router with factors: it is rounded to bfloat16 again, by 2^-8 at most."""
@@ -148,9 +149,12 @@ def _numbers_problems(numbers: LayerNumbers) -> Iterator[Problem]:
 
 
 def _router_problems(inputs: LayerInputs, router: Router | Unknown, weights: WeightCheck) -> Iterator[Problem]:
-    """Where the input channels have factors, the router must have them as well: it reads the same hidden states."""
+    """A router of another model. Where the input channels have factors, the router must have them as well."""
     original = inputs.unquantized_router
-    if weights.inputs is None or not isinstance(router, Router) or not isinstance(original, Router):
+    if not isinstance(router, Router) or not isinstance(original, Router):
+        return
+    if weights.inputs is None:
+        yield from _other_router(inputs.layer, router, original)
         return
     expected = original.weight.double() * weights.inputs.cpu()
     error = (router.weight.double() - expected).norm() / expected.norm()
@@ -160,6 +164,22 @@ def _router_problems(inputs: LayerInputs, router: Router | Unknown, weights: Wei
             f"relative error {error:.3g}, bound {ROUTER_BOUND:g}"
         )
         yield Problem("numbers", inputs.layer.index, inputs.layer.moe, message)
+
+
+def _other_router(layer: MoELayer, router: Router, original: Router) -> Iterator[Problem]:
+    """The tensors of a router that are not those of the unquantized model.
+
+    Factors on its input are not looked for here, and may be as small as those that experts' weights may have.
+    """
+    for found, expected in zip(router.tensors(), original.tensors(), strict=False):
+        same = found.shape == expected.shape
+        error = (found.double() - expected.double()).norm() / expected.double().norm().clamp(min=1e-30) if same else inf
+        if not error <= WEIGHT_BOUND:
+            message = (
+                f"The router is not the unquantized model's: relative error {float(error):.3g}, bound {WEIGHT_BOUND:g}"
+            )
+            yield Problem("numbers", layer.index, layer.moe, message)
+            return
 
 
 def _seen(experts: FusedExperts, load: tuple[int, ...], weights: WeightCheck | None) -> LayerExperts:

@@ -157,6 +157,8 @@ class Verification:
         checked = ["structure", *(name for name in ("bytes", "numbers") if name not in skipped)]
         if "numbers" in checked and any(item.code == NOT_UNDERSTOOD for item in self.findings):
             skipped.append("numbers of experts that were not recognised")
+        if "numbers" in checked and self.unquantized is not None:
+            skipped.append("weights other than experts' and routers' against the unquantized model's")
         if not skipped:
             return "Verified"
         return f"Verified: {' and '.join(checked)}; not checked: {' and '.join(skipped)}"

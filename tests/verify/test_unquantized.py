@@ -97,6 +97,30 @@ def test_weights_of_another_model_are_a_problem(converted: Converted, checkpoint
     assert ".2 (up)" in problem.tensor or ".5 (up)" in problem.tensor
 
 
+def test_the_router_of_another_model_is_a_problem(
+    converted: Converted, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    other = checkpoints.copy("qwen3_moe-bf16", tmp_path / "other")
+    refs = describe(other).checkpoint.refs()
+    ref = refs["model.layers.0.mlp.gate.weight"]
+    with open(other / ref.file, "r+b") as file:
+        file.seek(ref.start)
+        rows = file.read(ref.nbytes)
+        width = len(rows) // 8
+        file.seek(ref.start)
+        file.write(rows[width:] + rows[:width])  # the same rows, each for another expert
+    result = quarkconv.verify_checkpoint(converted(NAME), device="cpu", unquantized=other, layers={0})
+    (problem,) = result.problems
+    assert (problem.stage, problem.tensor) == ("numbers", "model.layers.0.mlp")
+    assert "The router is not the unquantized model's" in problem.message
+
+
+def test_the_verdict_says_which_weights_are_not_compared(against: Verification) -> None:
+    assert against.ok
+    assert "not checked" in against.verdict()
+    assert "weights other than experts' and routers' against the unquantized model's" in against.verdict()
+
+
 def test_stacked_experts_are_read_as_well(converted: Converted, checkpoints: Checkpoints, tmp_path: Path) -> None:
     from safetensors.torch import save_file
 
