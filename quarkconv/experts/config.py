@@ -101,13 +101,18 @@ class ModelConfig:
             return _at(inner, _language_path(inner))
         return None if stack in _BESIDE else self.text
 
-    def local_experts_of(self, module: str) -> int | None:
-        """Routed experts per layer that the checkpoint itself holds, in the stack of layers of a module."""
+    def local_experts_of(self, module: str, divided: bool = True) -> int | None:
+        """Routed experts per layer that the checkpoint itself holds, in the stack of layers of a module.
+
+        Args:
+            module: below the stack.
+            divided: whether the layer is one of those that ranks divide, which are in int8.
+        """
         part = self.part_of(module)
         if part is None:
             return None
         count = self.experts if part is self.text else _first_count(_with_expert_parts(part), EXPERT_COUNT)
-        return None if count is None else _length(self.rank.experts(count))
+        return None if count is None else _length(self.rank.experts(count)) if divided else count
 
     def without_mtp(self, counted_in: int) -> dict[str, Any]:
         """A copy of config.json that claims no layers of multi-token prediction.

@@ -51,7 +51,7 @@ def expert_topology(
     config_experts: int | None,
     hidden_layers: int | None,
     family: FamilyOf = lambda _: None,
-    experts_of: Callable[[str], int | None] | None = None,
+    experts_of: Callable[[str, bool], int | None] | None = None,
 ) -> Topology:
     """Find the routed experts among the stored modules.
 
@@ -60,8 +60,8 @@ def expert_topology(
         config_experts: number of routed experts that the config claims, if it does.
         hidden_layers: number of decoder layers that the config claims, to number the layers of ``mtp.layers``.
         family: gives the family of models that a module is of, None where it is not known.
-        experts_of: gives the number of routed experts that the config claims for the stack of layers of a module; by
-            default ``config_experts``.
+        experts_of: gives the number of routed experts that the config claims for the stack of layers of a module, in a
+            layer that ranks divide, or in another; by default ``config_experts``.
     """
     collected = _collect(stored)
     built = list(_layers(collected, stored, hidden_layers, family))
@@ -74,7 +74,7 @@ def expert_topology(
     findings = (
         *_misspelt(misspelt),
         *(item for item in built if isinstance(item, Finding)),
-        *_wrong_counts(layers, experts_of or (lambda _: config_experts)),
+        *_wrong_counts(layers, experts_of or (lambda *_: config_experts)),
         *_mixed_geometry(layers),
         *unread_findings(stored, unknown, known, config_experts),
     )
@@ -150,9 +150,9 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
     )
 
 
-def _wrong_counts(layers: list[MoELayer], experts_of: Callable[[str], int | None]) -> Iterator[Finding]:
+def _wrong_counts(layers: list[MoELayer], experts_of: Callable[[str, bool], int | None]) -> Iterator[Finding]:
     for layer in layers:
-        claimed = experts_of(layer.prefix)
+        claimed = experts_of(layer.prefix, layer.quantized)
         if claimed is not None and layer.experts != claimed:
             yield finding(
                 "expert-count",

@@ -18,6 +18,7 @@ from support.progress import WhileWriting
 import quarkconv
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
+from quarkconv.description.description import describe
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank, rank_of_config
 from quarkconv.plan.plan import Plan
@@ -114,6 +115,21 @@ def test_a_rank_is_verified_against_the_whole_source(tmp_path: Path) -> None:
         data[-1] ^= 1
         shard.write_bytes(data)
         assert not quarkconv.verify_checkpoint(folder, root, "cpu", tokens=2).ok
+
+
+@pytest.mark.parametrize("parallel", ["tp", "ep"])
+def test_layers_of_float_experts_are_whole_in_every_rank(
+    parallel: str, checkpoints: Checkpoints, tmp_path: Path
+) -> None:
+    source = checkpoints("glm4_moe-0.13-f2f-mtp_bf16")
+    out = convert(source, tmp_path / "out", parallel, 2)
+    layers = {layer.prefix: layer.experts for layer in describe(source).moe_layers if not layer.quantized}
+    assert layers
+    for folder in out.glob("rank-*"):
+        assert quarkconv.verify_checkpoint(folder, source, "cpu", tokens=2).problems == ()
+        found = describe(folder)
+        assert {layer.prefix: layer.experts for layer in found.moe_layers if not layer.quantized} == layers
+        assert "expert-count" not in {item.code for item in found.findings}
 
 
 def test_a_plan_of_a_rank_survives_json(tmp_path: Path) -> None:
