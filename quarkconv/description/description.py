@@ -22,7 +22,7 @@ from quarkconv.description.disagreements import disagreements, merged_findings
 from quarkconv.description.expert_names import expert_name_findings, wrapped_names
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
-from quarkconv.description.function import function_findings
+from quarkconv.description.function import function_findings, with_companions
 from quarkconv.description.int8_modules import shapes_explained
 from quarkconv.description.missing import missing_parts
 from quarkconv.description.mtp import mtp_test, without_mtp
@@ -230,7 +230,9 @@ def described(
         family = families(config.raw)
         stored = stored_modules(checkpoint.types, FUSED_LEAVES)
         declared = declared or _declared(checkpoint, config)
-        topology = expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of)
+        topology = with_companions(
+            expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of), stored
+        )
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)

@@ -4,9 +4,12 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from typing import Any, Final
 
 from quarkconv.experts.config import ModelConfig
+from quarkconv.experts.layer import MoELayer
+from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.companions import OUTPUT_SCALES
 from quarkconv.scheme.patterns import TimeLimit, name_filter
@@ -91,6 +94,25 @@ def _companions(stored: StoredModules, is_float: Callable[[str], bool]) -> Itera
         f"{plural(len(unknown), 'tensor')} of unknown meaning beside int8 weights",
         hint="conversion copies them as they are; engines may drop them, or compute something else",
     )
+
+
+def with_companions(topology: Topology, stored: StoredModules) -> Topology:
+    """The same layers; those with tensors of unknown meaning beside the weights of their experts know of one.
+
+    Factors of inputs are not among them: their meaning is known.
+    """
+    beside = [
+        name
+        for name in (*stored.plain, *stored.unrecognised)
+        if _is_beside_codes(name, stored) and not _FACTORS.search(name.rpartition(".")[2])
+    ]
+    if not beside:
+        return topology
+
+    def first(layer: MoELayer) -> str:
+        return layer.beside or next((name for name in beside if name.startswith(f"{layer.prefix}.")), "")
+
+    return topology._replace(layers=tuple(replace(layer, beside=first(layer)) for layer in topology.layers))
 
 
 def _is_beside_codes(name: str, stored: StoredModules) -> bool:

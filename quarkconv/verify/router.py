@@ -12,9 +12,10 @@ from torch import Tensor
 from quarkconv.experts.function import Routing, Unknown
 from quarkconv.experts.knowledge import knowledge
 from quarkconv.experts.layer import MoELayer
+from quarkconv.experts.knowledge import expert_routing
 from quarkconv.experts.router_tensors import fits_router, hidden_size, router_shapes, router_tensor_names
 from quarkconv.load.layer_reader import LayerReader
-from quarkconv.verify.routing import RouterExtras, route, routing_of, uniform_routing
+from quarkconv.verify.routing import RouterExtras, route, uniform_routing
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,7 +62,7 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -
         config: config.json.
         reader: reads the router's tensors.
     """
-    routing = routing_of(config, layer.experts, layer.index, layer.moe)
+    routing = expert_routing(config, layer)
     if isinstance(routing, Unknown):
         return routing
     names = router_tensor_names(routing, layer.moe, reader.has)

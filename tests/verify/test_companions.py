@@ -13,6 +13,9 @@ from support.checkpoints import Tensors, load
 from support.exports import DATA
 
 import quarkconv
+from quarkconv.description.description import describe
+from quarkconv.experts.function import Unknown
+from quarkconv.experts.knowledge import expert_routing
 from quarkconv.targets import TARGETS
 
 FAMILIES: Final = DATA / "families"
@@ -123,3 +126,56 @@ def test_experts_with_situ_are_computed(linear: float | None, tmp_path: Path) ->
     assert {item.activation for item in result.numbers.layers} == {expected}
     assert result.ok
     assert result.numbers.skipped is None
+
+
+QWEN: Final = "qwen3_moe-0.13-f2f"
+MOE: Final = "model.layers.0.mlp"
+STRANGE: Final = {
+    "a bias of the logits": {f"{MOE}.gate.bias": torch.ones(4)},
+    "a correction bias": {f"{MOE}.gate.e_score_correction_bias": torch.ones(4)},
+    "a correction bias of the layer": {f"{MOE}.expert_bias": torch.ones(4)},
+    "factors of experts": {f"{MOE}.router.per_expert_scale": torch.ones(4)},
+    "experts by token id": {f"{MOE}.tid2eid": torch.zeros(64, 2, dtype=torch.int64)},
+}
+"""Tensors of routers of other families, beside one that chooses without them."""
+
+
+def with_tensors(folder: Path, added: Tensors) -> Path:
+    """The export of qwen3_moe with other tensors."""
+    folder.mkdir()
+    (folder / "config.json").write_bytes((FAMILIES / QWEN / "config.json").read_bytes())
+    save_file({**load_file(FAMILIES / QWEN / "model.safetensors"), **added}, folder / "model.safetensors")
+    return folder
+
+
+@pytest.mark.parametrize("case", STRANGE)
+def test_a_router_with_tensors_that_its_family_lacks_is_not_known(case: str, tmp_path: Path) -> None:
+    source = with_tensors(tmp_path / "source", STRANGE[case])
+    inspection = quarkconv.inspect_checkpoint(source, deep=True)
+    assert not [fact for fact in inspection.engines if fact.verdict == "int8"]
+    assert not inspection.headline.startswith("Sound")
+    assert "the routing" in " ".join(inspection.not_checked)
+    (layer,) = quarkconv.verify_checkpoint(source, device="cpu", tokens=4).numbers.layers
+    assert "the model's own is not known: model.layers.0.mlp." in layer.routing
+
+
+def test_the_routers_of_all_families_have_what_their_rows_say() -> None:
+    for export in FAMILIES.iterdir():
+        if export.is_dir():
+            description = describe(export)
+            for layer in description.moe_layers:
+                found = expert_routing(description.config.raw, layer)
+                assert not (isinstance(found, Unknown) and "among the router's tensors" in found.reason), (export.name, found)
+
+
+@pytest.mark.parametrize("leaf", ["weight_scale_2", "weight_global_scale", "weight_shape", "weight_g_idx"])
+def test_companions_of_unknown_meaning_leave_no_verdict_and_no_proof(leaf: str, tmp_path: Path) -> None:
+    source = with_tensors(tmp_path / "source", {f"{MOE}.experts.1.up_proj.{leaf}": torch.ones(2)})
+    assert not [fact for fact in quarkconv.inspect_checkpoint(source).engines if fact.verdict == "int8"]
+    skipped = quarkconv.verify_checkpoint(source, device="cpu").numbers.skipped
+    assert skipped is not None
+    assert f"{leaf} is among the experts, and its meaning is not known" in skipped
+    with pytest.raises(quarkconv.UnsupportedError, match="its meaning is not known"):
+        quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "fused")
+    out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    assert quarkconv.verify_checkpoint(out, source, device="cpu").ok
