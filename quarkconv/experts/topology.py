@@ -21,6 +21,8 @@ from quarkconv.text import plural
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")
 _EXPERT_SUFFIX: Final = "." + EXPERTS
 _STACK_ORDER: Final = tuple(STACKS)
+_ROUTERS: Final = ("gate", "router")
+"""Modules of routers, whatever the family calls its own."""
 _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
 
@@ -134,8 +136,9 @@ def _beside_routers(layers: list[MoELayer], stored: StoredModules, family: Famil
         known.update(f"{layer.moe}.{key}" for key in keys)
         if not layer.moe.rpartition(".")[2].isdecimal():  # else the experts lie directly in the decoder layer
             owners[layer.moe] = layer.prefix
-        owners.update((f"{layer.moe}.{key.rpartition('.')[0]}", layer.prefix) for key in keys if "." in key)
-    for name in chain(stored.plain, stored.vectors):
+        routers = {*_ROUTERS, *(key.rpartition(".")[0] for key in keys if "." in key)}
+        owners.update((f"{layer.moe}.{router}", layer.prefix) for router in routers)
+    for name in chain(stored.plain, stored.vectors, stored.unrecognised):
         prefix = owners.get(name.rpartition(".")[0])
         if prefix is not None and name not in known:
             yield prefix, name

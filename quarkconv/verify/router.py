@@ -10,9 +10,8 @@ import torch
 from torch import Tensor
 
 from quarkconv.experts.function import Routing, Unknown
-from quarkconv.experts.knowledge import knowledge
+from quarkconv.experts.knowledge import expert_routing, knowledge
 from quarkconv.experts.layer import MoELayer
-from quarkconv.experts.knowledge import expert_routing
 from quarkconv.experts.router_tensors import fits_router, hidden_size, router_shapes, router_tensor_names
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.routing import RouterExtras, route, uniform_routing

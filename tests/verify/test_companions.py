@@ -165,7 +165,10 @@ def test_the_routers_of_all_families_have_what_their_rows_say() -> None:
             description = describe(export)
             for layer in description.moe_layers:
                 found = expert_routing(description.config.raw, layer)
-                assert not (isinstance(found, Unknown) and "among the router's tensors" in found.reason), (export.name, found)
+                assert not (isinstance(found, Unknown) and "among the router's tensors" in found.reason), (
+                    export.name,
+                    found,
+                )
 
 
 @pytest.mark.parametrize("leaf", ["weight_scale_2", "weight_global_scale", "weight_shape", "weight_g_idx"])
