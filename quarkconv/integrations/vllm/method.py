@@ -23,6 +23,9 @@ logger = init_logger("vllm.quarkconv")
 STOCK = (CompressedTensorsW8A8Int8MoEMethod, QuarkW8A8Int8MoEMethod)
 """The methods of vLLM that are replaced."""
 
+_READ = ("w13_input_scale", "w2_input_scale", "w13_bias", "w2_bias")
+"""Parameters that the experts read as they are, where a layer has them; scales of weights they read per channel."""
+
 
 def replace_method(stock: Any) -> Any:
     """Our method in the place of vLLM's for INT8 W8A8 experts; any other as it is.
@@ -71,7 +74,7 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
         super().__init__(stock.moe)
         self.stock = stock
         self.experts_cls = QuarkconvExperts
-        self._repeated: dict[str, torch.Tensor] = {}
+        self._read: dict[str, torch.Tensor | None] = {}
         # Here, since vLLM 0.26 has no current config when it loads weights again.
         self._most_tokens: int = get_current_vllm_config().scheduler_config.max_num_batched_tokens
 
@@ -111,29 +114,32 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
 
     def get_fused_moe_quant_config(self, layer: Any) -> FusedMoEQuantConfig:
         """Scales and biases as the experts take them: scales of weights per channel, float32 [E, rows, 1]."""
+        read = {name: getattr(layer, name, None) for name in _READ}
+        for name in ("w13", "w2"):
+            scale, weight = getattr(layer, f"{name}_weight_scale"), getattr(layer, f"{name}_weight")
+            read[f"{name}_weight_scale"] = channel_scale(scale, weight.shape[1])
+        read = {name: self._in_place(name, tensor) for name, tensor in read.items()}
         return int8_w8a8_moe_quant_config(
-            w1_scale=self._channel_scale(layer, "w13"),
-            w2_scale=self._channel_scale(layer, "w2"),
-            a1_scale=layer.w13_input_scale,
-            a2_scale=layer.w2_input_scale,
-            w1_bias=getattr(layer, "w13_bias", None),
-            w2_bias=getattr(layer, "w2_bias", None),
+            w1_scale=read["w13_weight_scale"],
+            w2_scale=read["w2_weight_scale"],
+            a1_scale=read["w13_input_scale"],
+            a2_scale=read["w2_input_scale"],
+            w1_bias=read["w13_bias"],
+            w2_bias=read["w2_bias"],
             per_act_token_quant=not self.stock.static_input_scales,
         )
 
-    def _channel_scale(self, layer: Any, name: str) -> torch.Tensor:
-        """`channel_scale` of a weight; what it repeats stays in the same memory when vLLM loads weights again.
+    def _in_place(self, name: str, tensor: torch.Tensor | None) -> torch.Tensor | None:
+        """A tensor that the experts read, in the memory of the first one of this name.
 
-        CUDA graphs read the memory that they were captured with. vLLM keeps that of parameters, but knows no copies.
+        CUDA graphs read the memory that they were captured with. When vLLM loads weights again, it processes them in
+        new parameters, and then restores the old ones with the new values: the experts must not keep the new ones.
         """
-        parameter = getattr(layer, f"{name}_weight_scale")
-        scale = channel_scale(parameter, getattr(layer, f"{name}_weight").shape[1])
-        kept = self._repeated.get(name)
-        if kept is not None and (kept.shape, kept.device) == (scale.shape, scale.device):
-            return kept.copy_(scale)
-        if scale.data_ptr() != parameter.data_ptr():
-            self._repeated[name] = scale
-        return scale
+        kept = self._read.get(name)
+        if tensor is None or kept is None or (kept.shape, kept.device) != (tensor.shape, tensor.device):
+            self._read[name] = tensor
+            return tensor
+        return kept.copy_(tensor)
 
     def apply(
         self,

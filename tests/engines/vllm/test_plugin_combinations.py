@@ -19,12 +19,20 @@ from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
 from vllm.forward_context import set_forward_context
 from vllm.model_executor.layers import quantization
+from vllm.model_executor.model_loader import reload
 from vllm.model_executor.model_loader.utils import initialize_model
 
 SHARED = "qwen2_moe-0.11-eager-shared_expert"
 NAME = "qwen3_moe-quark0.13-f2f"
 if not hasattr(torch.ops._C, "silu_and_mul"):  # vLLM before 0.31 looks for it where it builds an activation
     torch.library.define("_C::silu_and_mul", "(Tensor! out, Tensor input) -> ()")
+
+
+def read_by(layer: Any) -> list[int | None]:
+    """Addresses of what the experts of a layer read beside its weights."""
+    experts = layer.quant_method.moe_kernel.fused_experts
+    read = (experts.w1_scale, experts.w2_scale, experts.a1_scale, experts.a2_scale)
+    return [None if tensor is None else tensor.data_ptr() for tensor in read]
 
 
 class Half(torch.nn.Module):
@@ -162,3 +170,26 @@ def test_captured_graphs_see_the_scales_of_weights_that_are_loaded_again(forms: 
         layer.w2_weight_scale.data.mul_(2)
     assert addresses[0] == addresses[1]
     assert torch.equal(outs[1], 2 * outs[0])
+
+
+@pytest.mark.usefixtures("turned_on")
+@pytest.mark.parametrize("name", [NAME, f"{NAME}-per_tensor_weight"])
+def test_weights_that_vllm_loads_again_are_read(forms: Forms, name: str) -> None:
+    """By vLLM's own reloading, which restores the parameters that it replaced while it loaded."""
+    model = build(forms(name, QUARK))
+    config = vars(model)["engine_config"]
+    layer = experts_of(model, name)
+    reload.record_metadata_for_reloading(layer)
+    load(model)
+    layer.quant_method.process_weights_after_loading(layer)
+    x, weights, ids = inputs(layer, layer.global_num_experts)
+    expected = layer.quant_method.apply(layer, x, weights, ids, None, None)
+    addresses = read_by(layer)
+    layer.w2_weight.data.zero_()
+    assert not layer.quant_method.apply(layer, x, weights, ids, None, None).any()
+    with set_current_vllm_config(config):
+        reload.initialize_layerwise_reload(layer)
+        load(model)
+        reload.finalize_layerwise_reload(layer, config.model_config)
+    assert read_by(layer) == addresses
+    assert torch.equal(layer.quant_method.apply(layer, x, weights, ids, None, None), expected)
