@@ -18,6 +18,7 @@ from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.buffers import compute_buffers
 from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
+from quarkconv.evaluate.name_mapping import NameMapping
 from quarkconv.evaluate.norms import fuse_norms
 from quarkconv.evaluate.rotary import fuse_rotary
 
@@ -55,11 +56,10 @@ class Skeleton:
         self.root, self.device, self.group = root, device, group
         self.model, self.dtype = meta_model(root)
         self.layers_path, self.layers = self._find_layers()
-        self._renamings, self._converters, self._mapping = self._name_mapping()
         self.unmatched: list[str] = []
         self.pairs: bool | None = None
         self._meta_state = dict(self.model.state_dict().items())
-        self._targets: dict[str, str] = {}
+        self._names = NameMapping(self.model, self._meta_state)
         compute_buffers(self.model, self._meta_state, root, device)
         self.divided: dict[str, FloatExperts] = {}
         if device.type == "cuda":
@@ -85,19 +85,7 @@ class Skeleton:
 
     def target(self, name: str) -> str:
         """The parameter of the model that a tensor of a checkpoint goes to, or becomes a part of."""
-        if name not in self._targets:
-            self._targets[name] = self._find_target(name)
-        return self._targets[name]
-
-    def _find_target(self, name: str) -> str:
-        from transformers.core_model_loading import rename_source_key
-
-        renamed, _ = rename_source_key(
-            name, self._renamings, self._converters, self.model.base_model_prefix, self._meta_state
-        )
-        target = str(renamed)
-        # A mapping of published names may also hit names that are the model's own already.
-        return name if name in self._meta_state and target not in self._meta_state else target
+        return self._names.target(name)
 
     def layer_of(self, parameter: str) -> int | None:
         """Number of the decoder layer that a parameter belongs to; None for the rest of the model."""
@@ -131,7 +119,7 @@ class Skeleton:
         tensors = {name: self._converted(name, tensor) for name, tensor in tensors.items()}
         own = {name for name in tensors if self.has(name) and self.target(name) == name}
         devices = {"": self.device} | {path: torch.device("cpu") for path in self.divided}
-        config = LoadStateDictConfig(dtype=self.dtype, device_map=devices, weight_mapping=list(self._mapping))
+        config = LoadStateDictConfig(dtype=self.dtype, device_map=devices, weight_mapping=list(self._names.entries))
         with _no_bars():
             info, _ = convert_and_load_state_dict_in_model(self.model, tensors, config)
         for name in own:
@@ -149,6 +137,10 @@ class Skeleton:
             )
         if prefix is not None:
             self._detach(prefix)
+        self._require_filled(prefix, elsewhere)
+
+    def _require_filled(self, prefix: str | None, elsewhere: Container[str]) -> None:
+        """Refuse a checkpoint without a tensor for a parameter; arguments and errors as of :meth:`fill`."""
         for name, parameter in self.model.named_parameters():
             inside = name.startswith(f"{prefix}.") if prefix is not None else self.layer_of(name) is None
             if inside and parameter.is_meta and name.rpartition(".")[0] not in elsewhere and not self._tied(name):
@@ -282,14 +274,6 @@ class Skeleton:
                 "The decoder of this model has no list of layers", file=str(self.root), found=type(decoder).__name__
             )
         return names[id(layers)], layers
-
-    def _name_mapping(self) -> tuple[list[Any], list[Any], list[Any]]:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming
-
-        mapping = get_model_conversion_mapping(self.model)
-        renamings = [item for item in mapping if isinstance(item, WeightRenaming)]
-        return renamings, [item for item in mapping if isinstance(item, WeightConverter)], mapping
 
     def _tied(self, name: str) -> bool:
         """Whether a parameter shares its data with another one that is filled."""
