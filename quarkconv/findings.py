@@ -57,7 +57,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "index-mismatch": FindingCode(_E, "The index and the headers disagree about where a tensor is.", _BROKEN),
     "tensor-duplicate": FindingCode(_E, "The same tensor lies in more than one file.", _BROKEN),
     OTHER_FORMAT: FindingCode(
-        _E, "The weights are in another format than safetensors, such as .bin or .gguf.", _UNSUPPORTED
+        _E,
+        "The weights are in another format than safetensors, such as .bin or .gguf, or are those of an engine's ranks.",
+        _UNSUPPORTED,
     ),
     "index-total-size": FindingCode(_I, "The total size in the index is not a number of bytes; it is ignored."),
     "file-outside": FindingCode(_E, "A file is a link that leads out of the model's directory.", _BROKEN),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -21,6 +22,8 @@ from quarkconv.text import plural
 SINGLE_NAME: Final = "model.safetensors"
 OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Ends of the names of weights in formats that are not read."""
+_OF_RANKS: Final = re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors")
+"""Names of the files of ``save_sharded_state`` (vLLM 0.33, ``sharded_state_loader.py``; SGLang's are the same)."""
 _OF_TRAINING: Final = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
 """Starts of the names of files of a training run, which are not weights."""
 _PREFERRED: Final = "consolidated"
@@ -93,13 +96,20 @@ def shard_names(store: Files, present: list[str], index: Index | None) -> list[s
 
 
 def in_another_format(store: Files, present: list[str], index: Index | None) -> Iterator[Finding]:
-    """The weights of a model that has none in safetensors.
+    """The weights of a model that has none in safetensors, or an engine's own parameters.
 
     Args:
         store: the files.
         present: the safetensors files.
         index: the index of those; None without one.
     """
+    of_ranks = [] if index is not None else [name for name in present if _OF_RANKS.match(name)]
+    yield from FindingsAbout(
+        OTHER_FORMAT,
+        of_ranks,
+        f"{plural(len(of_ranks), 'file')} with the parameters of an engine's ranks, as vLLM and SGLang save them",
+        hint="give the model that the engine loaded: its parameters are merged, divided, and may be in another order",
+    )
     if present or index is not None:
         return
     named = (name for name in _beside_config(store) if name.endswith(OTHER_WEIGHTS))

@@ -192,3 +192,20 @@ def test_static_activations_that_are_declared_asymmetric_are_unsupported(zero_po
     assert codes(source) == {"scheme-unsupported": "error"}
     error = refusal(source, "fused-int8")
     assert (error.exit_code, "int8 static asymmetric per_tensor activations" in str(error)) == (4, True)
+
+
+@pytest.mark.parametrize("name", ["model-rank-{}-part-0.safetensors", "model-pp-0-tp-{}-part-0.safetensors"])
+def test_parameters_of_the_ranks_of_an_engine_are_unsupported_and_not_duplicates(name: str, tmp_path: Path) -> None:
+    """``save_sharded_state``: each file has all names, merged and divided, and there is no index."""
+    for rank in range(2):
+        parameters = {
+            "model.layers.0.mlp.experts.w13_weight": torch.zeros(3, 4, 8, dtype=torch.int8),
+            "model.layers.0.mlp.experts.w13_weight_scale": torch.ones(3, 4, 1),
+            "model.layers.0.self_attn.qkv_proj.weight": torch.zeros(12, 8, dtype=torch.int8),
+        }
+        save_file(parameters, tmp_path / name.format(rank))
+    write_json(tmp_path / "config.json", Model().config)
+    found = finding(tmp_path, "format-unsupported")
+    assert (found.count, found.subject) == (2, name.format(0))
+    for target in TARGETS:
+        assert refusal(tmp_path, target).exit_code == 4
