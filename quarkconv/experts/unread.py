@@ -21,6 +21,11 @@ RENAMED_HINT: Final = (
 """The next step for experts that are modules of their own."""
 _UNREADABLE_HINT: Final = "quarkconv cannot convert tensors of unknown meaning"
 
+_PACKED: Final = frozenset(
+    {"qweight", "qzeros", "g_idx", "weight_packed", "weight_shape", "bitmask", "compressed", "_data", "_weight_qdata"}
+)
+"""Last parts of names that belong to weights in other forms: of GPTQ and AWQ, compressed-tensors, quanto, torchao."""
+
 _SUFFIX: Final = f".{EXPERTS}"
 _INSIDE: Final = f".{EXPERTS}."
 _NUMBERED: Final = re.compile(r"\.(?!shared)\w*experts?(?:\w*[._])?\d+\.")
@@ -62,6 +67,9 @@ def unread_findings(
     if known:
         hint = "conversion treats int8 modules as ordinary linears and copies the rest; engines may drop them"
         yield from FindingsAbout("tensor-unrecognised", names, message, hint=hint)
+    elif packed := sorted(_PACKED.intersection(name.rpartition(".")[2] for name in names)):
+        message = f"{plural(len(names), 'tensor')} of experts in a packed format ({', '.join(packed)})"
+        yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint="quarkconv converts symmetric INT8 W8A8 only")
     elif names:
         hint = RENAMED_HINT if are_modules(stored, names) else _UNREADABLE_HINT
         yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint=hint)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description
 from quarkconv.scheme.formats.quark import QuarkScheme
 
@@ -35,10 +36,15 @@ def _lacks_fields(config: dict[str, Any]) -> bool:
 
 def _has_null_schemes(declared: QuarkScheme, description: Description) -> bool:
     """Whether linears are in float by a scheme without a weight, and not by ``exclude``."""
+    experts = description.topology.members
     return any(
-        declared.resolve(module).weight is None and not declared.excludes(module)
-        for module in description.float_linears
-        if not description.is_float(module) and not description.is_mtp(module)
+        not declared.excludes(module)
+        for (form, claim), modules in description.modules.groups.items()
+        if form.is_float and claim.weight is None
+        for module in modules
+        if (module in experts or is_linear(module, form))
+        and not description.is_float(module)
+        and not description.is_mtp(module)
     )
 
 

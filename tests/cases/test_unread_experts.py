@@ -224,3 +224,29 @@ def test_a_module_that_is_left_out_is_found_though_the_manifest_agrees(tmp_path:
     (out / "quarkconv.json").write_text(json.dumps(manifest))
     problems = verify_checkpoint(out, source, device="cpu").problems
     assert f"{lost}.weight" in {problem.tensor for problem in problems if "the output does not" in problem.message}
+
+
+@pytest.mark.parametrize(
+    ("leaves", "method"),
+    [
+        (("qweight", "qzeros", "g_idx"), {"quant_method": "gptq", "bits": 8}),
+        (("weight_packed", "weight_shape"), {"quant_method": "compressed-tensors", "format": "pack-quantized"}),
+        (("weight._data",), {"quant_method": "quanto", "weights": "int8"}),
+    ],
+    ids=["gptq", "packed", "quanto"],
+)
+def test_packed_experts_are_called_packed_and_not_unknown(
+    leaves: tuple[str, ...], method: dict[str, Any], tmp_path: Path
+) -> None:
+    """vLLM 28274 and others: int8 weights in the forms of other tools."""
+    model = Model()
+    model.config["quantization_config"] = method
+    for shard in model.shards:
+        for name in [name for name in shard if ".experts." in name]:
+            del shard[name]
+            if name.endswith(".weight"):
+                shard |= {name.removesuffix("weight") + leaf: torch.zeros(4, dtype=torch.int32) for leaf in leaves}
+    found = finding(model.write(tmp_path), "experts-not-understood")
+    assert "experts in a packed format" in found.message
+    assert found.hint == "quarkconv converts symmetric INT8 W8A8 only"
+    assert {refusal(tmp_path, target).exit_code for target in TARGETS} == {4}
