@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.headers.checkpoint import Checkpoint
@@ -49,6 +50,18 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
         f"{plural(len(mixed), 'linear')} that engines merge from parts of several types",
         hint="vllm-ascend refuses them; quantize all parts or none",
     )
+
+
+def with_other_description(found: Finding, checkpoint: Checkpoint) -> Finding:
+    """A finding; that of a missing config names a description of older versions of msModelSlim, which have its type.
+
+    ``quant_model_description_w8a8_dynamic.json`` has the same content (``compress_tools.py`` of msmodelslim 26.1).
+    """
+    if found.code != "quant-config-missing":
+        return found
+    start = ASCEND_NAME.removesuffix(".json")
+    others = [path.name for path in checkpoint.files() if len(path.parts) == 1 and path.name.startswith(f"{start}_")]
+    return replace(found, hint=f"rename {others[0]} to {ASCEND_NAME}: engines read that name") if others else found
 
 
 def _mixed(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[str]:

@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from quarkconv.description.ascend import ascend_findings
+from quarkconv.description.ascend import ascend_findings, with_other_description
 from quarkconv.description.contradictions import (
     contradictions,
     is_linear,
@@ -268,7 +268,7 @@ def described(
     if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
         findings = list(checkpoint.findings)
     order = list(Severity)
-    findings = bounded(findings)
+    findings = [with_other_description(item, checkpoint) for item in bounded(findings)]
     findings.sort(key=lambda item: order.index(item.severity))
     return Description(
         checkpoint=checkpoint,

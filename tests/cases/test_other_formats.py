@@ -209,3 +209,23 @@ def test_parameters_of_the_ranks_of_an_engine_are_unsupported_and_not_duplicates
     assert (found.count, found.subject) == (2, name.format(0))
     for target in TARGETS:
         assert refusal(tmp_path, target).exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["quant_model_description_w8a8_dynamic.json", "quant_model_description_w8a8.json"])
+def test_a_description_of_an_older_msmodelslim_is_named(name: str, tmp_path: Path) -> None:
+    """vllm-ascend reads quant_model_description.json only."""
+    model = Model()
+    del model.config["quantization_config"]
+    description = {"model_quant_type": "W8A8_DYNAMIC"}
+    for shard in model.shards:
+        for tensor in [tensor for tensor in shard if tensor.endswith("_scale")]:
+            shard[tensor] = shard[tensor].reshape(-1, 1)
+            shard[tensor.replace("_scale", "_offset")] = torch.zeros_like(shard[tensor])
+        for tensor in shard:
+            is_int8 = shard.get(tensor.rpartition(".")[0] + ".weight_scale") is not None
+            description[tensor] = "W8A8_DYNAMIC" if is_int8 else "FLOAT"
+    source = model.write(tmp_path)
+    write_json(source / name, description)
+    assert name in str(refusal(source, "ascend"))
+    (source / name).rename(source / "quant_model_description.json")
+    assert codes(source) == {}
