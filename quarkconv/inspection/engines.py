@@ -28,6 +28,10 @@ FUNCTION_NOTE: Final = "where the function of the layers is known"
 """End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
 """End of the note of a row that was never tried with them."""
+HEAD_NOTE: Final = "with the head of a language model"
+"""End of the note of a row that was never tried with other heads, such as those of rewards or embeddings."""
+_WRITES_TOKENS: Final = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
+"""Ends of the names of classes with the head of a language model."""
 NAMES_NOTE: Final = "with the published names of experts"
 """End of the note of a row that was never tried with others."""
 ENCODERS_NOTE: Final = "with encoders in float"
@@ -80,6 +84,7 @@ def engines_for(
         FP8_NOTE: description.fp8,
         ENCODERS_NOTE: _has_int8_encoders(description),
         NAMES_NOTE: renamed,
+        HEAD_NOTE: not _writes_tokens(description),
         FUNCTION_NOTE: not known,
     }
     for note in (note for note, found_here in conditions.items() if found_here):
@@ -145,6 +150,13 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
         if any(is_pattern(entry) and not entry.startswith("re:") for entry in entries):
             found.add("exclude-patterns")
     return found
+
+
+def _writes_tokens(description: Description) -> bool:
+    """Whether the class that config.json names has the head of a language model; True where it names none."""
+    named = description.config.raw.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    return not names or any(name.endswith(_WRITES_TOKENS) for name in names)
 
 
 def _has_int8_encoders(description: Description) -> bool:

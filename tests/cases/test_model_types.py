@@ -140,3 +140,21 @@ def test_exports_have_the_published_names_where_quark_keeps_them(kept: Path, tmp
     inspection = inspect_checkpoint(restore(kept, tmp_path / "export"))
     renamed = any(fact.note.endswith("with the published names of experts") for fact in inspection.engines)
     assert renamed == (flow == "eager" and family in NAMED_AS_IN_TRANSFORMERS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_checked"),
+    [
+        ("Qwen3MoeForCausalLM", True),
+        ("Qwen3MoeForSequenceClassification", False),
+        ("Qwen3MoeForTokenClassification", False),
+        ("Qwen3MoeModel", False),
+    ],
+)
+def test_engines_are_checked_with_heads_of_language_models_only(
+    architecture: str, is_checked: bool, tmp_path: Path
+) -> None:
+    model = Model()
+    model.config["architectures"] = [architecture]
+    engines = inspect_checkpoint(model.write(tmp_path)).engines
+    assert any(fact.verdict == "int8" for fact in engines) == is_checked
