@@ -159,6 +159,9 @@ CODES: Final[dict[str, FindingCode]] = {
         _W, "Names are those of a wrapper, such as module., or of adapters inside the model; engines do not know them."
     ),
     "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
+    "norm-biases": FindingCode(
+        _W, "Norms have biases that models of this type do not have; engines drop them or fail."
+    ),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
         _E,
@@ -181,7 +184,7 @@ NOT_UNDERSTOOD: Final = "experts-not-understood"
 DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})
 """Codes of warnings by which config.json is not that of the tensors, though these can be converted."""
 PASSED_ON: Final = DISAGREEING | {
-    "wrapped-names", "file-unused", "file-conflict", "tensor-unrecognised", "companion-unknown"
+    "wrapped-names", "norm-biases", "file-unused", "file-conflict", "tensor-unrecognised", "companion-unknown"
 }  # fmt: skip
 """Files that conversion leaves out, tensors that it copies unread, and disagreements that go over to the output:
 ``convert`` and ``verify`` report these."""

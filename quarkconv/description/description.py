@@ -24,7 +24,7 @@ from quarkconv.description.float_modules import float_test, quantized_float_modu
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings, with_companions
 from quarkconv.description.int8_modules import shapes_explained
-from quarkconv.description.missing import missing_parts
+from quarkconv.description.missing import missing_parts, norm_biases
 from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
@@ -255,6 +255,7 @@ def described(
             *expert_name_findings(config, topology),
             *wrapped_names(topology, others),
             *function,
+            *norm_biases(config, topology.layers, stored.biases),
             *(
                 ()
                 if any(item.severity is Severity.ERROR for item in checkpoint.findings)  # tensors that cannot be read

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from quarkconv.experts.config import ModelConfig, stack_of
@@ -19,6 +19,9 @@ _SHARED: Final = (
     "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
     "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
 )  # fmt: skip
+_NORM_BIASES: Final = tuple(f".{norm}_layernorm.bias" for norm in ("input", "post_attention"))
+_BIASED_NORMS: Final = frozenset({"phimoe"})
+"""Model types whose norms have biases."""
 _HINT: Final = "engines build the model by config.json and leave what is not stored without weights: export it again"
 
 
@@ -66,6 +69,28 @@ def missing_parts(
             f"config.json declares shared experts ({shared[0]}), and {plural(len(without), 'MoE layer')} store none",
             hint=_HINT,
         )
+
+
+def norm_biases(config: ModelConfig, layers: tuple[MoELayer, ...], biases: Iterable[str]) -> Iterator[Finding]:
+    """The finding about biases of norms in the decoder layers, which root mean square norms do not have.
+
+    msModelSlim writes them where it moves outliers with ``anti_method`` m4; vllm-ascend adds them (``layernorm.py``).
+
+    Args:
+        config: the config of the model.
+        layers: the MoE layers.
+        biases: names of all biases.
+    """
+    if config.model_type in _BIASED_NORMS:
+        return
+    blocks = tuple({f"{layer.moe.rpartition('.')[0]}." for layer in layers})
+    names = sorted(name for name in biases if name.endswith(_NORM_BIASES) and name.startswith(blocks))
+    yield from FindingsAbout(
+        "norm-biases",
+        names,
+        f"{plural(len(names), 'bias', 'biases')} of norms that models of this type do not have",
+        hint="vllm-ascend adds them, other engines drop them or fail: quantize again without shifted outliers",
+    )
 
 
 def _incomplete(modules: Mapping[str, Form]) -> Iterator[Finding]:

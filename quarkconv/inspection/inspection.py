@@ -28,7 +28,7 @@ from quarkconv.text import plural
 
 _NOT_LOADED: Final = frozenset({"quantizer-names", "file-conflict"})
 """Warnings about checkpoints that engines do not load unconverted."""
-_NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names"}
+_NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names", "norm-biases"}
 """Warnings about checkpoints that engines do not load, converted or not."""
 _NOT_READ: Final = {
     "tensors of unknown meaning": {"tensor-unrecognised", "companion-unknown"},

@@ -153,3 +153,21 @@ def test_tensors_of_the_router_that_its_family_does_not_have_are_not_sound(name:
     inspection = inspect_checkpoint(model.write(tmp_path), deep=True)
     assert not inspection.headline.startswith("Sound")
     assert f"model.layers.0.mlp.{name} is among the router's tensors" in str(inspection.not_checked)
+
+
+@pytest.mark.parametrize("norm", ["input_layernorm", "post_attention_layernorm"])
+def test_biases_of_norms_are_named_and_no_engine_is_said_to_run_them(norm: str, tmp_path: Path) -> None:
+    """As msModelSlim writes them with ``anti_method`` m4; vllm-ascend reads them, vLLM and SGLang do not."""
+    model = Model()
+    model.first[f"model.layers.0.{norm}.bias"] = torch.zeros(8).bfloat16()
+    source = model.write(tmp_path)
+    assert codes(source) == {"norm-biases": "warning"}
+    inspection = inspect_checkpoint(source, deep=True)
+    assert not inspection.headline.startswith("Sound")
+    assert not any(fact.verdict == "int8" for fact in inspection.engines)
+
+
+def test_biases_of_norms_of_an_encoder_are_its_own(tmp_path: Path) -> None:
+    model = Model()
+    model.first["vision_model.model.layers.0.input_layernorm.bias"] = torch.zeros(8).bfloat16()
+    assert "norm-biases" not in codes(model.write(tmp_path))

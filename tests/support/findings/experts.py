@@ -96,6 +96,11 @@ CASES: Final = (
         lambda model: model.remove("model.layers.0.mlp.gate."),
     ),
     Case(
+        "biases of norms",
+        (("warning", "norm-biases", "model.layers.0.input_layernorm.bias", 1),),
+        lambda model: model.set("model.layers.0.input_layernorm.bias", torch.zeros(8)),
+    ),
+    Case(
         "names below a wrapper",
         (("warning", "wrapped-names", f"module.{EXPERTS}", 2),),
         wrap,
