@@ -121,7 +121,10 @@ def test_the_command_names_file_tensor_and_fix(tmp_path: Path, capsys: Capture) 
     code, out, _ = run_cli(capsys, "convert", root, "--to", "fused-int8", "--out", tmp_path / "out", "--json")
     value = json.loads(out)
     assert code == 3
-    assert (value["file"], value["tensor"]) == ("model-00001-of-00001.safetensors", f"{EXPERT}.weight_scale")
+    assert (value["file"], value["tensor"]) == (
+        str(root / "model-00001-of-00001.safetensors"),
+        f"{EXPERT}.weight_scale",
+    )
     assert (value["expected"], value["found"]) == ("finite values", "NaN or infinite values")
     assert value["hint"].startswith("download or copy the file again")
 
