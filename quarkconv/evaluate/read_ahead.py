@@ -6,6 +6,7 @@ Elsewhere filling would take the processors of the layer that runs, so that a la
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -50,23 +51,22 @@ class ReadAhead:
 
     def __init__(self, weights: CheckpointWeights, layers: Iterable[int], executor: Executor) -> None:
         self._weights, self._layers, self._executor = weights, iter(layers), executor
-        self._read: Future[LayerWeights] | None = None
+        self._read: deque[Future[LayerWeights]] = deque()
         self.start()
 
     def start(self) -> None:
         """Begin to read the next layer, if there is one."""
         number = next(self._layers, None)
-        self._read = None if number is None else self._executor.submit(self._weights.layer, number)
+        if number is not None:
+            self._read.append(self._executor.submit(self._weights.layer, number))
 
     def take(self) -> LayerWeights:
-        """The layer that was begun last.
+        """The first layer that was begun and not taken.
 
         Raises:
             SourceError, UnsupportedError: as of :meth:`quarkconv.evaluate.weights.CheckpointWeights.layer`.
         """
-        assert self._read is not None
-        read, self._read = self._read, None
-        return read.result()
+        return self._read.popleft().result()
 
 
 class LayersAhead:
@@ -99,7 +99,13 @@ class LayersAhead:
 
     def begin(self) -> None:
         """Allow filling: the models are not called as wholes any more."""
+        self.emptied()
         self._fill_next()
+
+    def emptied(self) -> None:
+        """Allow to read one layer more, also while the next one is still being filled."""
+        if self._side is not None:
+            self._start()
 
     def take(self) -> None:
         """Have the next layer filled. The layer before must be empty.
@@ -113,10 +119,12 @@ class LayersAhead:
             return
         assert self._filled is not None
         self._filled.result()
+        self._fill_next()
+
+    def _start(self) -> None:
         if self._unquantized is not None:
             self._unquantized.start()
         self._quantized.start()
-        self._fill_next()
 
     def _fill_next(self) -> None:
         if self._side is not None and (number := next(self._numbers, None)) is not None:

@@ -20,7 +20,7 @@ from quarkconv.evaluate.read_ahead import LayersAhead, SideStreams
 from quarkconv.evaluate.record import Record
 from quarkconv.evaluate.results import Ablation
 from quarkconv.evaluate.scores import TokenScores
-from quarkconv.evaluate.scoring import batch_scores
+from quarkconv.evaluate.scoring import batch_scores, require_finite
 from quarkconv.evaluate.state import EvaluationState
 from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner
 from quarkconv.evaluate.sums import DeviceSums, LayerSums
@@ -114,6 +114,7 @@ class Run:
             for number in numbers:
                 layers.take()
                 self._layer(number, streams, calls, ablated, recorded)
+                layers.emptied()
                 streams.finished = number + 1
                 # Written while the next layers run. Where the disk is slower than they are, some are left out.
                 if state is not None and (saved is None or saved.done() or time.monotonic() - began < _PATIENCE):
@@ -211,6 +212,8 @@ class Run:
         for _, found in sorted(batches, key=lambda item: item[0]):
             for name, values in found.items():
                 scores[name].extend(values)
+        for name, values in scores.items():
+            require_finite(self.runners[0].model_of(name).skeleton, values)
         return scores
 
     def ablations(self, streams: Streams, scores: dict[str, TokenScores], parts: Sequence[LeftOut]) -> list[Ablation]:

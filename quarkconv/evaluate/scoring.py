@@ -11,6 +11,7 @@ from quarkconv.evaluate.forward import final_logits, not_finite
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.memory import block_logits
 from quarkconv.evaluate.scores import Distributions, TokenScores
+from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.streams import LayerRunner
 from quarkconv.evaluate.windows import Windows
 
@@ -25,16 +26,13 @@ def batch_scores(
         tokens: all windows.
         windows: those of the batch.
         outputs: variant -> output of the last layer; the baseline is one of them.
-
-    Raises:
-        SourceError: logits are not finite.
     """
     device, vocabulary = runner.quantized.skeleton.device, runner.quantized.skeleton.vocabulary
     found = {name: TokenScores() for name in outputs}
     scored, own = torch.tensor(list(tokens.scored), device=device), tokens.ids[windows].to(device)
     rows = max(1, block_logits(device) // vocabulary)
     count = max(1, rows // len(scored))
-    skeletons = {name: (runner.baseline if name == runner.base_name else runner.quantized).skeleton for name in outputs}
+    skeletons = {name: runner.model_of(name).skeleton for name in outputs}
     states = {name: output.states.to(device) for name, output in outputs.items()}
     for ids, *parts in zip(
         torch.split(own, count), *(torch.split(item, count) for item in states.values()), strict=True
@@ -52,7 +50,18 @@ def batch_scores(
             found[runner.base_name].add(baseline, targets)
             for name in outputs.keys() - {runner.base_name}:
                 found[name].add(distributions(name), targets, baseline)
-    for name, scores in found.items():
-        if bool(torch.cat(scores.nll).isnan().any()):
-            raise not_finite(skeletons[name], "The logits are not finite", "after the last decoder layer")
     return found
+
+
+def require_finite(skeleton: Skeleton, scores: TokenScores) -> None:
+    """Refuse scores of logits that are not finite; once for all batches, as it waits for the device.
+
+    Args:
+        skeleton: the model.
+        scores: of all tokens.
+
+    Raises:
+        SourceError: one is NaN.
+    """
+    if any(bool(part.isnan().any()) for part in scores.nll):
+        raise not_finite(skeleton, "The logits are not finite", "after the last decoder layer")

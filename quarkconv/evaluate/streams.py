@@ -89,6 +89,10 @@ class LayerRunner:
         """The variant that INT8 is compared with."""
         return DEQUANTIZED if self.unquantized is None else UNQUANTIZED
 
+    def model_of(self, variant: str) -> Model:
+        """The model whose norm and head a variant takes."""
+        return self.baseline if variant == self.base_name else self.quantized
+
     @property
     def batch_tokens(self) -> int:
         """Tokens of a batch, where the caller does not say."""

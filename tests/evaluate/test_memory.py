@@ -89,6 +89,33 @@ def test_at_most_two_layers_of_each_model_are_in_memory(
     assert after == [[ahead_of_each] * 2] * 3 + [[0, 0]]  # emptied after each layer
 
 
+def test_reading_does_not_wait_for_filling(
+    quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Once layer 0 is empty, layer 2 of both models is read, though layer 1 is not filled."""
+    begun: set[tuple[bool, int | None]] = set()
+    seen: list[bool] = []
+    read, fill = CheckpointWeights.layer, LayerRunner.fill
+
+    def layer(self: CheckpointWeights, number: int | None) -> LayerWeights:
+        begun.add((bool(self.description.schemes), number))
+        return read(self, number)
+
+    def filling(self: LayerRunner, number: int, weights: LayerWeights) -> None:
+        until = time.monotonic() + 20
+        while number == 1 and not {(True, 2), (False, 2)} <= begun and time.monotonic() < until:
+            time.sleep(0.01)
+        if number == 1:
+            seen.append({(True, 2), (False, 2)} <= begun)
+        fill(self, number, weights)
+
+    fill_ahead(monkeypatch)
+    monkeypatch.setattr(CheckpointWeights, "layer", layer)
+    monkeypatch.setattr(LayerRunner, "fill", filling)
+    evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, device="cpu", resume=False)
+    assert seen == [True]
+
+
 @pytest.mark.parametrize("ablate", [0, 1])
 def test_layers_that_are_filled_while_others_run_change_nothing(
     ablate: int, quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
