@@ -4,7 +4,8 @@
 
 Makes a qwen3_moe of random weights with the sizes of Qwen3-30B-A3B's layers, in BF16 and quantized to ptpc_int8 (15 GB
 in all with 7 layers), or of MiniMax-Text-01's (26 GB with one layer), and evaluates it on rows of windows x tokens.
-Before each measurement the files are dropped from the page cache, as far as the system does that.
+Before each measurement the files are dropped from the page cache, as far as the system does that; reading both once is
+measured before the first.
 
 Each row is evaluated twice. The first run, on at most ``--profile`` windows, compiles kernels, which takes seconds once
 on a machine (``first_seconds``); the second one is measured. Between them, in rows of more windows, torch's profiler
@@ -27,6 +28,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -113,6 +115,8 @@ def make_models(shape: Shape, layers: int, folder: Path, device: str) -> tuple[P
         save_file({name: tensor.cpu() for name, tensor in tensors.items()}, path / shard, metadata={"format": "pt"})
         index[path] |= dict.fromkeys(tensors, shard)
 
+    pool = ThreadPoolExecutor(4)
+    writes = []
     for layer in range(layers):
         codes: dict[str, Tensor] = {}
         floats: dict[str, Tensor] = {}
@@ -124,13 +128,16 @@ def make_models(shape: Shape, layers: int, folder: Path, device: str) -> tuple[P
                 codes[f"{name}_scale"] = scale
             else:
                 codes[name] = tensor
-        write(quantized, f"layer-{layer}.safetensors", codes)
-        write(before, f"layer-{layer}.safetensors", floats)
+        for path, tensors in ((quantized, codes), (before, floats)):
+            writes.append(pool.submit(write, path, f"layer-{layer}.safetensors", tensors))
     rest = {name: torch.randn(shape.vocabulary, shape.hidden, device=device).mul_(0.02).bfloat16()
             for name in ("model.embed_tokens.weight", "lm_head.weight")}  # fmt: skip
     rest["model.norm.weight"] = torch.ones(shape.hidden, dtype=torch.bfloat16, device=device)
+    with pool:
+        writes += [pool.submit(write, path, "rest.safetensors", rest) for path in (quantized, before)]
+    for item in writes:
+        item.result()
     for path in (quantized, before):
-        write(path, "rest.safetensors", rest)
         found = config(shape, layers) | ({"quantization_config": quantization()} if path == quantized else {})
         (path / "config.json").write_text(json.dumps(found))
         weights = {"metadata": {}, "weight_map": index[path]}
@@ -149,8 +156,6 @@ def drop(folders: list[Path]) -> None:
 
 def read_once(folders: list[Path]) -> dict[str, float]:
     """Read every file with as many threads as evaluate has, into memory that is used again."""
-    from concurrent.futures import ThreadPoolExecutor
-
     from quarkconv.load.layer_reader import READERS
 
     part, block = 64 * 2**20, 2 * 2**20
@@ -252,6 +257,7 @@ def main() -> None:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         rows: list[dict[str, Any]] = []
+        once: dict[str, float] | None = None
         for windows, length in (tuple(map(int, row.split("x"))) for row in options.rows.split(",")):
             ids = folder / f"ids-{windows}x{length}.safetensors"
             save_file({"token_ids": torch.randint(0, shape.vocabulary, (windows, length))}, ids)
@@ -277,7 +283,7 @@ def main() -> None:
                         row[kind] = row["kernels"][kind] * windows / few
                 if not options.cached:
                     drop([quantized, before])
-                    if device == devices[0]:
+                    if once is None:
                         once = read_once([quantized, before])
                         drop([quantized, before])
                     row["reading_once"] = once

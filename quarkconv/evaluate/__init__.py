@@ -2,7 +2,8 @@
 
 windows      text or token ids -> windows of equal length
 model_class  config.json -> the model's transformers class on the meta device
-skeleton     that model, its layers filled and emptied one by one; forward: its forward pass, one layer at a time
+skeleton     that model, its layers filled and emptied one by one; forward: its forward pass, one layer at a time;
+             expert_classes: how its classes keep routed experts
 weights      a checkpoint in any layout -> float tensors under the names of the unquantized model; read_ahead: in order
 int8         linears and routed experts that compute in INT8; int8_layer: those of one decoder layer
 streams      one layer of several variants of the model; sums: their errors

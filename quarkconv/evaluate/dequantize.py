@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from quarkconv.evaluate.skeleton import FLAT, is_flat
+from quarkconv.evaluate.expert_classes import FLAT, is_flat
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ROLES
 from quarkconv.load.experts import FusedExperts

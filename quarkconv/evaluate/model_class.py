@@ -39,11 +39,33 @@ def meta_model(root: Path) -> tuple[Any, torch.dtype]:
     known = [item for item in _AUTO_CLASSES if type(config) in getattr(transformers, item)._model_mapping]
     auto = getattr(transformers, (known or _AUTO_CLASSES)[0])
     try:
+        whole = None if known else _config_around(config, auto := getattr(transformers, _AUTO_CLASSES[1]))
         with torch.device("meta"):
-            model = auto.from_config(config, trust_remote_code=False, dtype=dtype)
+            model = auto.from_config(whole or config, trust_remote_code=False, dtype=dtype)
     except Exception as error:
         raise _no_class(root, error) from error
+    if whole is not None:
+        _keep_text(model)
     return model.eval(), dtype
+
+
+def _config_around(config: Any, auto: Any) -> Any | None:
+    """The config of a model of text and images whose text part has this one; None where there is none.
+
+    Such a text model has no class with a head of its own: step3p5 is the text part of step3p7.
+    """
+    for whole in auto._model_mapping:
+        if whole.sub_configs.get("text_config") is type(config):
+            return whole(text_config=config.to_dict())
+    return None
+
+
+def _keep_text(model: Any) -> None:
+    """Remove what a model of text and images has beside the decoder and the head."""
+    decoder = model.get_decoder()
+    for name, module in list(model.base_model.named_children()):
+        if module is not decoder:
+            setattr(model.base_model, name, None)
 
 
 def _transformers() -> Any:

@@ -16,14 +16,13 @@ from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.buffers import compute_buffers
+from quarkconv.evaluate.expert_classes import is_routed, set_layout
 from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
 from quarkconv.evaluate.name_mapping import NameMapping
 from quarkconv.evaluate.norms import fuse_norms
 from quarkconv.evaluate.rotary import fuse_rotary
 
-FLAT: Final = ("w1", "v1", "w2")
-"""Matrices of gate, up and down, of classes that keep experts below one another."""
 _LAYERS: Final = ("layers", "blocks")
 """Names of the list of decoder layers."""
 
@@ -61,6 +60,8 @@ class Skeleton:
         self._meta_state = dict(self.model.state_dict().items())
         self._names = NameMapping(self.model, self._meta_state)
         compute_buffers(self.model, self._meta_state, root, device)
+        for module in self.model.modules():
+            set_layout(module)
         self.divided: dict[str, FloatExperts] = {}
         if device.type == "cuda":
             self.fuse()
@@ -214,11 +215,7 @@ class Skeleton:
     def experts_of(self, number: int) -> dict[str, nn.Module]:
         """Path -> module of the routed experts of a decoder layer; empty in dense layers."""
         prefix = self.layer_prefix(number)
-        return {
-            f"{prefix}.{name}": module
-            for name, module in self.layers[number].named_modules()
-            if is_flat(module) or (hasattr(module, "is_concatenated") and hasattr(module, "has_gate"))
-        }  # the attributes are set by transformers' use_experts_implementation
+        return {f"{prefix}.{name}": module for name, module in self.layers[number].named_modules() if is_routed(module)}
 
     def expert_paths(self, number: int) -> list[str]:
         """Paths of the routed experts of a decoder layer, also of classes whose experts cannot be replaced."""
@@ -286,11 +283,6 @@ class Skeleton:
         owner, leaf = self.owner(name)
         owner._parameters[leaf] = source
         return True
-
-
-def is_flat(experts: nn.Module) -> bool:
-    """Whether a class keeps its experts below one another in matrices w1, v1 and w2, [E * I, H]: DbrxExperts."""
-    return all(isinstance(getattr(getattr(experts, "mlp", None), name, None), nn.Parameter) for name in FLAT)
 
 
 def _is_part(tensor: Tensor) -> bool:

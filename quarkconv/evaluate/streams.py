@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.dequantize import CodeWeights
+from quarkconv.evaluate.expert_classes import ROUTED
 from quarkconv.evaluate.forward import LayerCall, embed, run_layer
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
@@ -299,8 +300,8 @@ class LayerRunner:
         modules += experts.values()
 
         def keep(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            values = dict(zip(("hidden_states", "top_k_index", "top_k_weights"), args, strict=False)) | kwargs
-            states, ids, weights = (values.get(key) for key in ("hidden_states", "top_k_index", "top_k_weights"))
+            values = dict(zip(ROUTED, args, strict=False)) | kwargs
+            states, ids, weights = (values.get(key) for key in ROUTED)
             if isinstance(states, Tensor) and isinstance(ids, Tensor) and isinstance(weights, Tensor):
                 tokens = states.reshape(-1, states.shape[-1])
                 found.append(Routed(module, tokens, ids.reshape(len(tokens), -1), weights.reshape(len(tokens), -1)))

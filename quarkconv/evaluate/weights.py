@@ -181,11 +181,7 @@ class CheckpointWeights:
         for layer in self.description.int8_layers:
             number = self.skeleton.layer_of(self.skeleton.target(_first(layer)))
             self._moe.setdefault(number, []).append(layer)
-            fused.update(
-                module
-                for module in self.description.topology.members
-                if module == layer.prefix or module.startswith(f"{layer.prefix}.")
-            )
+            fused.update(layer.module_names)
         for modules, names_of in ((stored.linears, linear_names), (stored.fused, fused_names)):
             for module, form in modules.items():
                 if not form.quantized:
@@ -243,4 +239,6 @@ def _tensors_of(module: str, form: Form) -> Iterator[str]:
 
 def _first(layer: MoELayer) -> str:
     """A tensor of the first expert, under the name of the unquantized model."""
+    if layer.layout == "stacked":
+        return f"{layer.moe}.{layer.naming.down}.weight"
     return f"{layer.prefix}.0.{layer.naming.down}.weight"

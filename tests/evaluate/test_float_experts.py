@@ -17,12 +17,11 @@ from quarkconv.evaluate.norms import _eps, _is_rms_norm
 from quarkconv.evaluate.skeleton import Skeleton
 
 FAMILIES = {path.name: path for path in sorted((DATA / "families").iterdir()) if path.is_dir()}
-NO_CLASS = ("step3p5-", "qwen3_moe-0.13-f2f-wrapped")
 NOT_IN_5_17 = ("bailing_hybrid-", "dbrx-", "deepseek_v32-", "glm5_next-", "glm_moe_dsa-", "qwen4_exp-")
 DEVICES = ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)]
 
 
-@pytest.fixture(params=[name for name in FAMILIES if not name.startswith(NO_CLASS)])
+@pytest.fixture(params=list(FAMILIES))
 def skeleton(request: pytest.FixtureRequest, tmp_path: Path) -> Skeleton:
     if request.param.startswith(NOT_IN_5_17) and transformers.__version__.startswith("5.17."):
         pytest.skip("transformers 5.17 does not read this config.json; 5.24 does")

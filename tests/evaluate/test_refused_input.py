@@ -134,9 +134,12 @@ def test_a_text_shorter_than_a_window_is_refused(quantized: Path, tmp_path: Path
         evaluate_checkpoint(quantized, text=text, device="cpu", resume=False)
 
 
-def test_a_model_type_without_a_class_is_unsupported(checkpoints: Any, token_ids: Path) -> None:
+def test_a_model_type_without_a_class_is_unsupported(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
+    model = shutil.copytree(quantized, tmp_path / "model")
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    (model / "config.json").write_text(json.dumps({**config, "model_type": "grok-1"}), "utf-8")
     with pytest.raises(UnsupportedError, match="no class") as caught:
-        evaluate_checkpoint(checkpoints("step3p5-like-3key_fused"), token_ids=token_ids, resume=False)
+        evaluate_checkpoint(model, token_ids=token_ids, resume=False)
     assert caught.value.exit_code == 4
 
 

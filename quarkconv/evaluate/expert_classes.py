@@ -1,0 +1,38 @@
+"""Classes of transformers for the routed experts of a layer: how each keeps its weights."""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any, Final
+
+from torch import nn
+
+FLAT: Final = ("w1", "v1", "w2")
+"""Matrices of gate, up and down, of classes that keep experts below one another."""
+ROUTED: Final = ("hidden_states", "top_k_index", "top_k_weights")
+"""Arguments of routed experts in transformers."""
+
+
+def is_routed(module: nn.Module) -> bool:
+    """Whether a module holds all routed experts of a layer, in a layout that is known."""
+    return is_flat(module) or (hasattr(module, "is_concatenated") and hasattr(module, "has_gate"))
+
+
+def set_layout(module: nn.Module) -> None:
+    """Set how a class keeps its experts, as transformers' ``use_experts_implementation`` does, where it is not used.
+
+    That is gate above up in ``gate_up_proj`` [E, 2I, H], and ``down_proj`` [E, H, I]: Step3p7Experts.
+    """
+    gate_up, down = (module._parameters.get(name) for name in ("gate_up_proj", "down_proj"))
+    if hasattr(module, "is_concatenated") or gate_up is None or down is None or gate_up.dim() != 3 or down.dim() != 3:
+        return
+    experts, hidden, inner = down.shape
+    arguments = list(inspect.signature(type(module).forward).parameters)
+    if gate_up.shape == (experts, 2 * inner, hidden) and arguments[1:] == list(ROUTED):
+        layout: Any = module
+        layout.has_gate, layout.is_concatenated, layout.is_transposed = True, True, False
+
+
+def is_flat(experts: nn.Module) -> bool:
+    """Whether a class keeps its experts below one another in matrices w1, v1 and w2, [E * I, H]: DbrxExperts."""
+    return all(isinstance(getattr(getattr(experts, "mlp", None), name, None), nn.Parameter) for name in FLAT)
