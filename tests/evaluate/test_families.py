@@ -33,7 +33,7 @@ NOT_EVALUATED = {
 FLOAT_EXPERTS = {"dbrx-0.13-f2f", "gpt_oss-0.13-f2f", "qwen3_vl_moe-0.13-f2f", "llama4-0.13-f2f"}
 """Quark leaves experts of three dimensions in float, and those of a layer in one matrix."""
 FLOAT_LINEARS = {"deepseek_v4-0.13-eager": ("lm_head",)}
-"""Engines keep the head in float, and so does evaluate."""
+"""Int8 linears that run in float: Quark quantized this head, whose name its config excludes under another one."""
 UNKNOWN_ROUTING = {"llama4-0.13-f2f"}
 """Experts that compute every token, with weights of zero: which ones a token chooses is not seen."""
 
