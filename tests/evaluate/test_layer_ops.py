@@ -23,6 +23,7 @@ from quarkconv.evaluate import (
     sums,
 )
 from quarkconv.evaluate.skeleton import Skeleton
+from quarkconv.kernels import fused_experts_int8
 
 DEVICES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -172,6 +173,14 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
             return True
 
         monkeypatch.setattr(module, "on_kernels", here)
+
+    def experts(*args: Any, **options: Any) -> Tensor:
+        """In torch: interpreted, their kernels take minutes, and tests/kernels has them."""
+        with pytest.MonkeyPatch.context() as plain:
+            plain.setenv("TRITON_INTERPRET", "")
+            return fused_experts_int8(*args, **options)
+
+    monkeypatch.setattr(int8, "fused_experts_int8", experts)
 
     class Fused(Skeleton):
         def __init__(self, root: Path, device: torch.device, group: int | None) -> None:
