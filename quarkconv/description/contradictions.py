@@ -54,7 +54,7 @@ def contradictions(
     yield from _experts(declared, topology, is_mtp)
     if declared is not None and not isinstance(declared, UnknownScheme):
         yield from _linears(declared, modules, others, is_float)
-    yield from _float_modules_quantized(quantized_float_modules(others, is_float), is_mtp)
+    yield from _float_modules_quantized(quantized_float_modules(others, is_float, topology.unread), is_mtp)
     blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
     blocks = blocks.difference(fp8)
     renamed = scales_under_other_names(modules, stored)

@@ -239,7 +239,7 @@ def described(
         modules = resolve_modules(stored, declared)
         others = modules.outside(topology.read)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
-        float_modules = quantized_float_modules(others, is_float)
+        float_modules = quantized_float_modules(others, is_float, topology.unread)
         fp8 = fp8_groups(modules, stored, topology.layers)
         in_fp8 = [name for group in fp8 for name in group.modules]
         function = tuple(function_findings(config, stored, checkpoint.types, is_mtp, is_float))

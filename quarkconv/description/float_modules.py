@@ -7,7 +7,7 @@ linears to a quantization method.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Final
 
 from quarkconv.experts.families import FLOAT_ENDS
@@ -44,12 +44,22 @@ def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
     return is_float
 
 
-def quantized_float_modules(others: Groups, is_float: Callable[[str], bool]) -> tuple[str, ...]:
-    """Of the modules outside of the routed experts, those that are stored in int8 and that engines keep in float."""
+def quantized_float_modules(
+    others: Groups, is_float: Callable[[str], bool], unread: Collection[str]
+) -> tuple[str, ...]:
+    """Of the modules outside of the routed experts, those that are stored in int8 and that engines keep in float.
+
+    Weights of three or more dimensions are convolutions: Quark's file-to-file mode quantizes them, and engines do not.
+
+    Args:
+        others: the modules outside of the routed experts.
+        is_float: of :func:`float_test`.
+        unread: modules of experts that make no layer.
+    """
     return tuple(
         name
         for (form, _), names in others.items()
-        if form.quantized and len(form.weight.shape) == 2
+        if form.quantized
         for name in names
-        if is_float(name)
+        if (is_float(name) if len(form.weight.shape) == 2 else name not in unread)
     )

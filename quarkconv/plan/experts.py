@@ -73,9 +73,11 @@ def fp8_tensors(name: str, form: Form, strategy: str, refs: Mapping[str, TensorR
 
 
 def linear_module(name: str, form: Form, refs: Mapping[str, TensorRef]) -> Int8Module:
-    """A linear of the source that keeps its name and shape."""
+    """A linear, or a convolution, of the source that keeps its name and shape."""
     names = linear_names(name)
     *lead, rows, _ = form.weight.shape
+    if form.is_convolution:
+        lead, rows = [], form.weight.shape[0]
     parts = [Part(number, prod(lead)) for number in range(prod(lead))]
     weight, scale = refs[names.weight], refs[names.scale]
     repeat = 1 if form.granularity == PER_CHANNEL else rows

@@ -39,7 +39,7 @@ Granularity = Literal["per_channel", "per_tensor"]
 class Form(NamedTuple):
     """Dtypes and shapes of the tensors of a module; None for a tensor that it does not have.
 
-    ``weight`` is [out, in]; for the experts of a layer in one tensor [E, out, in].
+    ``weight`` is [out, in]; for the experts of a layer in one tensor [E, out, in]; for a convolution [out, ...].
     """
 
     weight: TensorType
@@ -65,12 +65,22 @@ class Form(NamedTuple):
         return self.weight.dtype in FLOAT_DTYPES
 
     @property
+    def is_convolution(self) -> bool:
+        """True for the kernels of a convolution: [out, ...] of four or more dimensions, or [out, 1, in]."""
+        return len(self.weight.shape) > 3 or (len(self.weight.shape) == 3 and self.weight.shape[1] == 1)
+
+    @property
     def granularity(self) -> Granularity | None:
         """Which parts of the weight share a scale; None when the scale has a shape that fits neither."""
         if self.scale is None or len(self.weight.shape) < 2:
             return None
         (*lead, out, _), shape = self.weight.shape, self.scale.shape
         leading = tuple(lead)
+        if self.is_convolution:
+            first, *others = self.weight.shape
+            if shape and shape[0] == first and set(shape[1:]) <= {1} and len(shape) <= len(self.weight.shape):
+                return PER_CHANNEL
+            return PER_TENSOR if set(shape) <= {1} and len(shape) <= len(others) else None
         if shape in ((*leading, out), (*leading, out, 1)):
             return PER_CHANNEL
         if shape in (leading, (*leading, 1), (*leading, 1, 1)):

@@ -65,9 +65,8 @@ def _wrong(linear: _Linear, values: dict[str, Tensor], reader: LayerReader) -> I
     if not bool(torch.isfinite(scale).all()):
         yield names.scale, "The scale is not finite somewhere"
     elif form.granularity is not None and bool((scale == 0).any()):
-        used = reader.tensors([names.weight])[names.weight].any(dim=-1)
-        zero = (scale == 0).reshape(*used.shape[:-1], -1)  # one for each row, or one for all rows
-        if bool((used & zero).any()):
+        used = reader.tensors([names.weight])[names.weight].reshape(scale.numel(), -1).any(dim=1)
+        if bool((used & (scale == 0).flatten()).any()):
             yield names.scale, "The scale is zero for rows whose codes are not"
     if form.input_scale is not None:
         static = values[names.input_scale].float()
