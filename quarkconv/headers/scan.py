@@ -105,9 +105,12 @@ class ScannedIndex(NamedTuple):
 
 def scan_index(raw: bytes) -> ScannedIndex | None:
     """The entries of an index, whose weight_map tools write last; None for an index that needs the JSON parser."""
-    before, last = raw.find(_WEIGHT_MAP) + len(_WEIGHT_MAP), raw.rfind(b'"') + 1
+    key = raw.find(_WEIGHT_MAP)
+    if key < 0 or b"\\" in raw[:key] or not raw.isascii():
+        return None
+    before, last = key + len(_WEIGHT_MAP), raw.rfind(b'"') + 1
     start, end = _MAP_START.match(raw, before), _MAP_END.fullmatch(raw, last)
-    if start is None or end is None or not raw.isascii():
+    if start is None or end is None:
         return None
     runs: list[Run] = []
     position = start.end()

@@ -122,6 +122,8 @@ def test_the_json_parser_reads_scanned_headers_alike(text: str) -> None:
 @example(json.dumps(INDEX).replace('", "', '": "'))
 @example(json.dumps(INDEX) + "}")
 @example(json.dumps({"other": INDEX}))
+@example(json.dumps({"metadata": INDEX["weight_map"]}))
+@example(json.dumps({'a"weight_map': INDEX["weight_map"]}))
 @example(json.dumps(INDEX).replace('"metadata"', '"weight_map": {}, "metadata"'))
 def test_the_json_parser_reads_scanned_indexes_alike(text: str) -> None:
     check_index(text)
