@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import re
-import shutil
 import subprocess
+import sys
 import tempfile
 from io import StringIO
 from pathlib import Path
@@ -18,11 +18,14 @@ from rich.console import Console
 from rich.text import Text
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT / "tests"))
+
+from support.exports import FIXTURES, restore  # noqa: E402
+
 WIDTH = 100
-FIXTURES = ROOT / "tests" / "data" / "fixtures"
 MODELS = {
-    "mixtral-eager": FIXTURES / "mixtral-quark0.13-eager-experts_left_bf16",
-    "mixtral": FIXTURES / "mixtral-quark0.11-eager",
+    "mixtral-eager": FIXTURES["mixtral-quark0.13-eager-experts_left_bf16"],
+    "mixtral": FIXTURES["mixtral-quark0.11-eager"],
 }
 """Name in the picture -> a tiny export by Quark."""
 
@@ -52,7 +55,7 @@ def main() -> None:
     environment = {**os.environ, "FORCE_COLOR": "1", "COLUMNS": str(WIDTH), "TERM": "xterm-256color"}
     with tempfile.TemporaryDirectory() as folder:
         for name, fixture in MODELS.items():
-            _restore(fixture, Path(folder) / name)
+            restore(fixture, Path(folder) / name)
         for shot in SHOTS:
             done = subprocess.run(
                 shot.command.split(), cwd=folder, env=environment, capture_output=True, text=True, check=False
@@ -68,16 +71,6 @@ def main() -> None:
     svg = re.sub(r' clip-path="url\(#q-line-\d+\)"', "", svg)
     svg = re.sub(r"<text [^>]*>\n</text>", "", svg)
     (ROOT / "docs" / "terminal.svg").write_text(svg.replace("&#160;", "\u00a0"), "utf-8")
-
-
-def _restore(fixture: Path, folder: Path) -> None:
-    """Copy an export; shards of which the repository keeps only the header get zeros for data."""
-    shutil.copytree(fixture, folder)
-    for header in folder.glob("*.safetensors.header"):
-        data = max(int(end) for end in re.findall(rb'"data_offsets":\s*\[\d+,\s*(\d+)\]', header.read_bytes()))
-        shard = header.rename(header.with_suffix(""))
-        with shard.open("ab") as file:
-            file.truncate(shard.stat().st_size + data)
 
 
 def _excerpt(output: Text, shot: Shot) -> Text:

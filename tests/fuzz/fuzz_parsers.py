@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import lzma
 import random
 import struct
 import sys
@@ -229,8 +230,8 @@ def read_all(*patterns: str) -> Iterator[bytes]:
     """The files of the exports that the tests have, but for long ones."""
     for pattern in patterns:
         for folder in (ROOT / "tests" / "data", ROOT / "examples"):
-            for path in sorted(folder.rglob(pattern)):
-                data = path.read_bytes()
+            for path in sorted([*folder.rglob(pattern), *folder.rglob(f"{pattern}.xz")]):
+                data = lzma.decompress(path.read_bytes()) if path.suffix == ".xz" else path.read_bytes()
                 if len(data) <= MAX_SEED or pattern in ("*.safetensors", "*.header"):
                     yield data
 

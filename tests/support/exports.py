@@ -71,7 +71,7 @@ REFUSED = {
 def restore(kept: Path, destination: Path) -> Path:
     """Copy an export: decompressed, with zeros as the data of shards of which only the header is kept."""
     shutil.copytree(kept, destination)
-    for packed in destination.glob("*.safetensors.xz"):
+    for packed in destination.glob("*.xz"):
         packed.with_suffix("").write_bytes(lzma.decompress(packed.read_bytes()))
         packed.unlink()
     for header in destination.glob("*.safetensors.header"):

@@ -1,6 +1,6 @@
 """Record, with Quark's own functions, which quantization config each module gets.
 
-Writes cases.json beside this file. The tests compare the project's resolver with it; Quark itself is not needed then.
+Writes cases.json beside this file, which is kept compressed: `xz -9e --check=sha256 cases.json`. The tests compare the project's resolver with it; Quark itself is not needed then.
 Run in a virtual environment with amd-quark 0.13 (`pip install torch==2.13.0 amd-quark==0.13 transformers accelerate`):
 
     python make_cases.py [--old-python /path/to/venv-with-0.11.1/bin/python]

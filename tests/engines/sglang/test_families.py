@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import re
-import shutil
 from pathlib import Path
 from typing import Final
 from unittest.mock import patch
@@ -21,7 +20,7 @@ from engines.sglang.loading import build, load
 from engines.sglang.test_loading import FORMS, mismatches
 from sglang.srt.layers.quantization.w8a8_int8 import W8A8Int8MoEMethod
 from sglang.srt.models import deepseek
-from support.exports import DATA
+from support.exports import DATA, restore
 
 import quarkconv
 from quarkconv.inspection.engine_facts import checked_model_types
@@ -140,7 +139,7 @@ def test_longcat_needs_rope_scaling_in_its_config(tmp_path: Path) -> None:
 @pytest.mark.parametrize("target", FORMS)
 def test_a_whole_model_loads_with_its_image_encoder(tmp_path: Path, target: str) -> None:
     export = DATA / "exports" / "qwen3_5_moe-0.13-f2f-language_model"
-    source = prepare(shutil.copytree(export, tmp_path / "source"))
+    source = prepare(restore(export, tmp_path / "source"))
     out = quarkconv.convert_checkpoint(source, target, tmp_path / "out", jobs=1).output
     model = load(build(out, WHOLE, FORMS[target]), out)
     assert any(name.startswith("visual.blocks.0.") for name, _ in model.named_parameters())

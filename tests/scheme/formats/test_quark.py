@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import lzma
 import re
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from quarkconv.scheme.spec import (
     TensorSpec,
 )
 
-CASES = json.loads((Path(__file__).parents[2] / "data" / "quark_matching" / "cases.json").read_text())
+DATA = Path(__file__).parents[2] / "data" / "quark_matching"
+CASES = json.loads(lzma.decompress((DATA / "cases.json.xz").read_bytes()))
 PTPC = ModuleScheme(WEIGHT_PER_CHANNEL, INPUT_PER_TOKEN)
 Q_PROJ = "model.layers.0.self_attn.q_proj"
 
