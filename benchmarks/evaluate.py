@@ -7,11 +7,12 @@ in all with 7 layers), or of MiniMax-Text-01's (26 GB with one layer), and evalu
 Before each measurement the files are dropped from the page cache, as far as the system does that; reading both once is
 measured before the first.
 
-Each row is evaluated twice. The first run, on at most ``--profile`` windows, compiles kernels, which takes seconds once
-on a machine (``first_seconds``); the second one is measured. Between them, in rows of more windows, torch's profiler
-sums the kernels of a run on as many windows as the first. Times as many windows, that is ``products`` and ``others``:
-what a GPU takes for matrix products and for all other kernels of the row. ``timeline`` are the seconds before the first
-layer, of each layer with the wait for its reading, and of the scores. Memory is counted beyond what the process held
+The first run of each row, on at most ``--profile`` windows, compiles kernels, which takes seconds once on a machine
+(``first_seconds``); the next ones, ``--repeat``, are measured, and the median counts. Before those, in rows of more
+windows, torch's profiler sums the kernels of a run on as many windows as the first. Times as many windows, that is
+``products`` and ``others``: what a GPU takes for matrix products and for all other kernels of the row. ``timeline`` are
+the seconds before the first layer, of each layer with the wait for its reading, and of the scores; ``spans`` are the
+begin and the end of each step of reading, filling, running and scoring. Memory is counted beyond what the process held
 before.
 
 With several ``--device``, such as ``cuda:0,cuda`` for one GPU and for all, those rows run on each of them, and
@@ -27,7 +28,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import pairwise
@@ -191,6 +192,43 @@ def peak_memories(found: dict[str, Any], device: str) -> Iterator[None]:
     found["device_bytes"] = torch.cuda.max_memory_allocated() - held if device.startswith("cuda") else None
 
 
+@contextmanager
+def spans() -> Iterator[list[tuple[float, float, str]]]:
+    """Collect begin, end, in seconds, and name of each step: describing, reading, filling, running, scoring."""
+    from quarkconv.evaluate import evaluation
+    from quarkconv.evaluate.run import Run
+    from quarkconv.evaluate.skeleton import Skeleton
+    from quarkconv.evaluate.streams import LayerRunner
+    from quarkconv.evaluate.weights import CheckpointWeights
+
+    found: list[tuple[float, float, str]] = []
+    began = time.perf_counter()
+
+    def timed(name: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*arguments: Any, **named: Any) -> Any:
+            start = time.perf_counter() - began
+            try:
+                return function(*arguments, **named)
+            finally:
+                found.append((start, time.perf_counter() - began, name))
+
+        return run
+
+    steps: tuple[tuple[Any, str, str], ...] = (
+        (evaluation, "describe", "describe"), (Skeleton, "__init__", "make model"), (Run, "_embed", "embed"),
+        (CheckpointWeights, "layer", "read"), (LayerRunner, "fill", "fill"),
+        (LayerRunner, "fill_unquantized", "fill unquantized"), (Run, "_layer", "run"), (Run, "scores", "score"),
+    )  # fmt: skip
+    before = [(owner, name, getattr(owner, name)) for owner, name, _ in steps]
+    for owner, name, step in steps:
+        setattr(owner, name, timed(step, getattr(owner, name)))
+    try:
+        yield found
+    finally:
+        for owner, name, function in before:
+            setattr(owner, name, function)
+
+
 class Timeline(Silent):
     """Notes when each step of an evaluation begins, and when each of its layers ends."""
 
@@ -220,6 +258,7 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--rows", default="4x512,512x2048", help="windows x tokens of a window, each measured")
     parser.add_argument("--profile", type=int, default=64, help="windows of the first run and of the profile")
+    parser.add_argument("--repeat", type=int, default=1, help="times that each row is measured; the median counts")
     parser.add_argument("--batch", type=int, help="windows that run together")
     parser.add_argument("--resume", action="store_true", help="keep hidden states on disk, as the command does")
     parser.add_argument("--device", default="cuda")
@@ -281,17 +320,23 @@ def main() -> None:
                     row["kernels"] = kernel_time(lambda: evaluate(few)) | {"windows": few}  # noqa: B023
                     for kind in ("products", "others"):
                         row[kind] = row["kernels"][kind] * windows / few
-                if not options.cached:
-                    drop([quantized, before])
-                    if once is None:
-                        once = read_once([quantized, before])
+                row["repetitions"] = []
+                for _ in range(options.repeat):
+                    if not options.cached:
                         drop([quantized, before])
-                    row["reading_once"] = once
-                with peak_memories(row, device):
-                    began, timeline = time.perf_counter(), Timeline()
-                    found = evaluate(windows, progress=timeline)
-                    row["seconds"] = time.perf_counter() - began
-                    row["timeline"] = timeline.seconds()
+                        if once is None:
+                            once = read_once([quantized, before])
+                            drop([quantized, before])
+                        row["reading_once"] = once
+                    run: dict[str, Any] = {}
+                    with peak_memories(run, device), spans() as steps:
+                        began, timeline = time.perf_counter(), Timeline()
+                        found = evaluate(windows, progress=timeline)
+                        run["seconds"] = time.perf_counter() - began
+                    run["timeline"] = timeline.seconds()
+                    run["spans"] = [[name, round(start, 3), round(end, 3)] for start, end, name in sorted(steps)]
+                    row["repetitions"].append(run)
+                row |= sorted(row["repetitions"], key=lambda run: run["seconds"])[options.repeat // 2]
                 if not options.cached:
                     row["over_reading"] = row["seconds"] / row["reading_once"]["seconds"]
                 if "products" in row:
