@@ -29,7 +29,7 @@ from torch import Tensor
 from quarkconv.description.description import describe
 from quarkconv.evaluate.forward import final_logits
 from quarkconv.evaluate.run import Run
-from quarkconv.evaluate.runners import layer_runner
+from quarkconv.evaluate.runners import layer_runners
 from quarkconv.evaluate.windows import Windows
 from quarkconv.progress import SILENT
 
@@ -48,7 +48,7 @@ def streamed(ids: Tensor, dtype: str) -> dict[str, Tensor]:
         shutil.copytree(EXAMPLE, folder)
         stated = json.loads((folder / "config.json").read_text("utf-8"))
         (folder / "config.json").write_text(json.dumps({**stated, "dtype": dtype}), "utf-8")
-        runner = layer_runner(describe(folder), None, torch.device("cpu"), None, stack)
+        runner = layer_runners(describe(folder), None, [torch.device("cpu")], None, stack)[0]
         run = Run([runner], Windows(ids, "vLLM's prompts"), None, SILENT)
         streams = run.layers_of(run.variants, None)
         positions = torch.arange(ids.shape[1] - 1)

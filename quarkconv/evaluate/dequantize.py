@@ -8,14 +8,26 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.evaluate.expert_classes import FLAT, is_flat
+from quarkconv.evaluate.layer_ops import on_kernels, scale_codes
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ROLES
 from quarkconv.load.experts import FusedExperts
 
 
 def dequantized(codes: Tensor, scale: Tensor) -> Tensor:
-    """Code times scale in float32, rounded once to bfloat16; int8 [out, in], float32 [out] -> bfloat16 [out, in]."""
-    return (codes.float() * scale.unsqueeze(1)).to(torch.bfloat16)
+    """Code times scale in float32, rounded once; int8 [..., out, in], float32 [..., out] -> bfloat16 [..., out, in]."""
+    if on_kernels(codes):
+        return scale_codes(codes, scale)
+    weights = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    for out, rows, factors in zip(
+        _matrices(weights), _matrices(codes), scale.reshape(-1, codes.shape[-2]), strict=True
+    ):
+        out.copy_(rows.float() * factors.unsqueeze(1))  # one by one: all experts in float32 are four times the codes
+    return weights
+
+
+def _matrices(tensor: Tensor) -> Tensor:
+    return tensor.view(-1, *tensor.shape[-2:])
 
 
 def stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Tensor]]:
@@ -37,9 +49,7 @@ def stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Ten
         ("gate_up_proj" if module.has_gate else "up_proj", experts.w13, experts.w13_scale, experts.w13_bias),
         ("down_proj", experts.w2, experts.w2_scale, experts.w2_bias),
     ):
-        weight = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
-        for expert, out in enumerate(weight):  # one by one: all of them in float32 are four times the codes
-            out.copy_(dequantized(codes[expert], scale[expert].squeeze(-1)))
+        weight = dequantized(codes, scale.squeeze(-1))
         if leaf == "gate_up_proj" and interleaved:
             weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
         yield leaf, weight.transpose(1, 2).contiguous() if module.is_transposed else weight

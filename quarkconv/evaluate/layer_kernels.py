@@ -24,6 +24,17 @@ def scale_sums_kernel(
 
 
 @triton.jit
+def scale_codes_kernel(codes_ptr, scale_ptr, out_ptr, N, INTERPRETED: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid [rows, column blocks]: a program scales BLOCK codes of one row."""
+    row = tl.program_id(0).to(tl.int64)
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    inside = columns < N
+    codes = tl.load(codes_ptr + row * N + columns, inside, 0).to(tl.float32)
+    result = codes * tl.load(scale_ptr + row)
+    tl.store(out_ptr + row * N + columns, _to_dtype(result, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
 def rms_norm_kernel(
     x_ptr, weight_ptr, out_ptr, M, N, eps, INTERPRETED: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr
 ):

@@ -46,6 +46,28 @@ def scale_sums(sums: Tensor, row_scale: Tensor, scale: Tensor, bias: Tensor | No
     return out
 
 
+def scale_codes(codes: Tensor, scale: Tensor) -> Tensor:
+    """Code times the scale of its row in float32, rounded once.
+
+    Args:
+        codes: int8 [..., out, in].
+        scale: float32 [..., out].
+
+    Returns:
+        bfloat16 [..., out, in].
+    """
+    from quarkconv.evaluate.layer_kernels import scale_codes_kernel
+
+    columns = codes.shape[-1]
+    rows = codes.numel() // columns
+    out = torch.empty(codes.shape, dtype=torch.bfloat16, device=codes.device)
+    with device_guard(codes.device):
+        scale_codes_kernel[rows, -(-columns // _BLOCK)](
+            codes.contiguous(), scale.contiguous(), out, columns, BLOCK=_BLOCK, **_options(codes)
+        )
+    return out
+
+
 def rms_norm(states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """``weight * (x / sqrt(mean(x^2) + eps))``, the quotient in float32, rounded before the product and after it.
 

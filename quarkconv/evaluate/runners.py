@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 
 import torch
@@ -26,34 +27,34 @@ def layer_runners(
     layers: set[int] | None,
     stack: ExitStack,
 ) -> list[LayerRunner]:
-    """A runner for each device, as :func:`layer_runner`; all run as many experts at a time."""
-    group = _experts_at_once(description, original, devices)
-    return [layer_runner(description, original, device, layers, stack, group) for device in devices]
-
-
-def layer_runner(
-    description: Description,
-    original: Description | None,
-    device: torch.device,
-    layers: set[int] | None,
-    stack: ExitStack,
-    group: int | None = None,
-) -> LayerRunner:
-    """A runner with everything but the decoder layers filled.
+    """A runner for each device, with everything but the decoder layers filled; all run as many experts at a time.
 
     Args:
         description: the model that is evaluated.
         original: the model before quantization; None where there is none.
-        device: where it runs.
+        devices: where they run.
         layers: decoder layers that run in INT8; None for all INT8 layers.
         stack: closes the files.
-        group: how many routed experts of a layer are on the device at a time; None for all.
 
     Raises:
         UsageError: no such layer, or another model in ``original``.
         UnsupportedError: transformers has no class for the model.
         SourceError: a file cannot be read.
     """
+    group = _experts_at_once(description, original, devices)
+    runners = [_empty_runner(description, original, device, layers, stack, group) for device in devices]
+    _fill_rest(runners)
+    return runners
+
+
+def _empty_runner(
+    description: Description,
+    original: Description | None,
+    device: torch.device,
+    layers: set[int] | None,
+    stack: ExitStack,
+    group: int | None,
+) -> LayerRunner:
     memory: Callable[[int], Memory] = Staging(device).memory if device.type == "cuda" else Arena
     quantized = _model(description, device, group, memory, stack)
     unquantized = None if original is None else _model(original, device, group, memory, stack)
@@ -66,9 +67,23 @@ def layer_runner(
             expected=f"0 to {known - 1}",
             found=", ".join(map(str, sorted(layers - set(range(known))))) or "none",
         )
-    runner = LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
-    runner.fill_rest()
-    return runner
+    return LayerRunner(quantized, unquantized, None if layers is None else frozenset(layers))
+
+
+def _fill_rest(runners: Sequence[LayerRunner]) -> None:
+    """Fill what lies outside of the decoder layers: read once for all devices, one model while the other is filled."""
+    with ThreadPoolExecutor(1, thread_name_prefix="quarkconv-read") as reader:
+        rests = [reader.submit(model.weights.layer, None) for model in runners[0].models]
+        for position, rest in enumerate(rests):
+            weights = rest.result()
+            for runner in runners:
+                skeleton = runner.models[position].skeleton
+                skeleton.fill(weights.on(skeleton.device).floats, None)
+                if skeleton.device.type == "cuda":
+                    torch.cuda.synchronize(skeleton.device)  # before its memory is read into again
+    for runner in runners:
+        if runner.unquantized is not None:
+            runner.unquantized.skeleton.share(runner.quantized.skeleton)
 
 
 def _experts_at_once(

@@ -122,15 +122,10 @@ class LayerRunner:
         skeleton = self.quantized.skeleton
         return skeleton.device.type == "cuda" and skeleton.group is None
 
-    def fill_rest(self) -> None:
-        """Fill what lies outside of the decoder layers, of both models."""
-        for model in (self.quantized, *([] if self.unquantized is None else [self.unquantized])):
-            skeleton, rest = model.skeleton, model.weights.layer(None)
-            skeleton.fill(rest.on(skeleton.device).floats, None)
-            if skeleton.device.type == "cuda":
-                torch.cuda.synchronize(skeleton.device)  # before its memory is read into again
-        if self.unquantized is not None:
-            self.unquantized.skeleton.share(self.quantized.skeleton)
+    @property
+    def models(self) -> list[Model]:
+        """The evaluated model, and the one before quantization if there is one."""
+        return [self.quantized, *([] if self.unquantized is None else [self.unquantized])]
 
     def fill(self, number: int, weights: LayerWeights) -> None:
         """Fill a layer of the evaluated model."""

@@ -58,6 +58,18 @@ def test_scaled_sums_have_torchs_bits(at: str, biased: bool, dtype: torch.dtype)
     assert torch.equal(found.cpu(), expected)
 
 
+@pytest.mark.parametrize("shape", [(6,), (3, 2)])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_every_code_is_dequantized_to_torchs_bits(at: str, shape: tuple[int, ...]) -> None:
+    codes = torch.arange(-128, 133).to(torch.int8).expand(*shape, -1).contiguous()
+    # Triton's interpreter converts float32 below the normal numbers wrongly to bfloat16.
+    small = (3e-39, 1e-40) if at == "cuda" else (1e-35, 2e-38)
+    scale = torch.tensor([1e-3, 2e36, 0.0, 0.0123456789, *small]).reshape(shape)
+    expected = (codes.float() * scale.unsqueeze(-1)).bfloat16()
+    assert expected.abs().max() > 1e38
+    assert torch.equal(layer_ops.scale_codes(codes.to(at), scale.to(at)).cpu(), expected)
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("at", DEVICES, indirect=True)
 def test_a_norm_is_that_of_transformers_up_to_the_order_of_its_sum(at: str, dtype: torch.dtype) -> None:
@@ -193,6 +205,6 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
     assert found.int8 is not None
     assert expected.int8 is not None
     assert found.int8.mean == pytest.approx(expected.int8.mean, rel=0.15)
-    for mine, theirs in zip(found.layers, expected.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, rel=0.1)
-        assert mine.load == theirs.load
+    for layer, of_torch in zip(found.layers, expected.layers, strict=True):
+        assert layer.own == pytest.approx(of_torch.own, rel=0.1)
+        assert layer.load == of_torch.load

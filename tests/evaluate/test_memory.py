@@ -228,7 +228,9 @@ def test_experts_of_every_family_in_groups_change_nothing(
 
 def test_embeddings_and_head_of_both_models_are_in_memory_once(quantized: Path, unquantized: Path) -> None:
     with ExitStack() as stack:
-        runner = runners.layer_runner(describe(quantized), describe(unquantized), torch.device("cpu"), None, stack)
+        runner = runners.layer_runners(describe(quantized), describe(unquantized), [torch.device("cpu")], None, stack)[
+            0
+        ]
         assert runner.unquantized is not None
         mine, theirs = (
             dict(model.skeleton.model.named_parameters()) for model in (runner.quantized, runner.unquantized)

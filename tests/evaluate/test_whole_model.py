@@ -18,7 +18,7 @@ from quarkconv import evaluate_checkpoint
 from quarkconv.description.description import describe
 from quarkconv.evaluate.forward import final_logits
 from quarkconv.evaluate.run import Run
-from quarkconv.evaluate.runners import layer_runner
+from quarkconv.evaluate.runners import layer_runners
 from quarkconv.evaluate.windows import Windows, windows_of_text
 from quarkconv.progress import SILENT
 
@@ -53,7 +53,7 @@ def divergence(log_p: Array, log_q: Array) -> Array:
 def streamed(folder: Path, windows: Windows) -> dict[str, Array]:
     """Log-probabilities [W, L, V] of every variant, as evaluate computes them."""
     with ExitStack() as stack:
-        runner = layer_runner(describe(folder), None, torch.device("cpu"), None, stack)
+        runner = layer_runners(describe(folder), None, [torch.device("cpu")], None, stack)[0]
         run = Run([runner], windows, None, SILENT)
         streams = run.layers_of(run.variants, None)
         positions = torch.arange(windows.length)
