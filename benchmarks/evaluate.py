@@ -4,8 +4,8 @@
 
 Makes a qwen3_moe of random weights with the sizes of Qwen3-30B-A3B's layers, in BF16 and quantized to ptpc_int8 (15 GB
 in all with 7 layers), or of MiniMax-Text-01's (26 GB with one layer), and evaluates it on rows of windows x tokens.
-Before each measurement the files are dropped from the page cache, as far as the system does that; reading both once is
-measured before the first.
+Before each measurement the files are dropped from the page cache, as far as the system does that, and reading both once
+is measured.
 
 The first run of each row, on at most ``--profile`` windows, compiles kernels, which takes seconds once on a machine
 (``first_seconds``); the next ones, ``--repeat``, are measured, and the median counts. Before those, in rows of more
@@ -252,6 +252,36 @@ class Timeline(Silent):
         return {"before": layers[0] - self._began, "layers": each, "scores": time.perf_counter() - layers[-1]}
 
 
+def measured(
+    evaluate: Callable[..., Any], windows: int, device: str, folders: list[Path]
+) -> tuple[dict[str, Any], Any]:
+    """Evaluate once.
+
+    Args:
+        evaluate: takes a number of windows and ``progress``.
+        windows: how many.
+        device: whose memory is counted.
+        folders: models to read once before, both times from the disk; empty to leave files in the page cache.
+
+    Returns:
+        Times and memory, and the evaluation.
+    """
+    run: dict[str, Any] = {}
+    if folders:
+        drop(folders)
+        run["reading_once"] = read_once(folders)
+        drop(folders)
+    with peak_memories(run, device), spans() as steps:
+        began, timeline = time.perf_counter(), Timeline()
+        found = evaluate(windows, progress=timeline)
+        run["seconds"] = time.perf_counter() - began
+    run["timeline"] = timeline.seconds()
+    run["spans"] = [[name, round(start, 3), round(end, 3)] for start, end, name in sorted(steps)]
+    if folders:
+        run["over_reading"] = run["seconds"] / run["reading_once"]["seconds"]
+    return run, found
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shape", default="qwen3", choices=SHAPES)
@@ -296,7 +326,6 @@ def main() -> None:
             "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
         }  # fmt: skip
         rows: list[dict[str, Any]] = []
-        once: dict[str, float] | None = None
         for windows, length in (tuple(map(int, row.split("x"))) for row in options.rows.split(",")):
             ids = folder / f"ids-{windows}x{length}.safetensors"
             save_file({"token_ids": torch.randint(0, shape.vocabulary, (windows, length))}, ids)
@@ -322,23 +351,10 @@ def main() -> None:
                         row[kind] = row["kernels"][kind] * windows / few
                 row["repetitions"] = []
                 for _ in range(options.repeat):
-                    if not options.cached:
-                        drop([quantized, before])
-                        if once is None:
-                            once = read_once([quantized, before])
-                            drop([quantized, before])
-                        row["reading_once"] = once
-                    run: dict[str, Any] = {}
-                    with peak_memories(run, device), spans() as steps:
-                        began, timeline = time.perf_counter(), Timeline()
-                        found = evaluate(windows, progress=timeline)
-                        run["seconds"] = time.perf_counter() - began
-                    run["timeline"] = timeline.seconds()
-                    run["spans"] = [[name, round(start, 3), round(end, 3)] for start, end, name in sorted(steps)]
+                    run, found = measured(evaluate, windows, device, [] if options.cached else [quantized, before])
+                    print(json.dumps(run), file=sys.stderr, flush=True)
                     row["repetitions"].append(run)
                 row |= sorted(row["repetitions"], key=lambda run: run["seconds"])[options.repeat // 2]
-                if not options.cached:
-                    row["over_reading"] = row["seconds"] / row["reading_once"]["seconds"]
                 if "products" in row:
                     row["over_products"] = row["seconds"] / row["products"]
                 row["kl"], row["own"] = found.int8.mean, [layer.own for layer in found.layers]
