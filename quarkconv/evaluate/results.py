@@ -171,7 +171,7 @@ class Evaluation:
             "model": self.model,
             "unquantized": self.unquantized,
             "scheme": self.scheme,
-            "text": self.tokens_from,
+            "tokens_from": self.tokens_from,
             "windows": self.windows,
             "window": self.window,
             "scored_tokens": self.scored,

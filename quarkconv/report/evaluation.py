@@ -29,8 +29,8 @@ def _parts(evaluation: Evaluation, command: str) -> Iterator[str]:
     if loaded or evaluation.experts:
         yield page.section("Experts", *_experts(evaluation))
     if evaluation.ablations:
-        rows = [(item.index, item.expert, item.module, item.kl, item.share) for item in evaluation.ablations]
-        head = ("layer", "expert", "module", "mean KL divergence", "share of the whole that goes")
+        rows = [(item.index, item.expert, item.module, item.kl, 100 * item.share) for item in evaluation.ablations]
+        head = ("layer", "expert", "module", "mean KL divergence (nats)", "less than the INT8 model's (%)")
         yield page.table_section("Without quantizing one layer or expert", head, rows, sortable=True)
     yield page.about(command)
 
@@ -39,7 +39,7 @@ def _facts(evaluation: Evaluation) -> list[tuple[str, str]]:
     return [
         ("unquantized", evaluation.unquantized or "not given"),
         ("scheme", evaluation.scheme or "float"),
-        ("text", evaluation.tokens_from),
+        ("tokens from", evaluation.tokens_from),
         ("windows", f"{evaluation.windows:,} of {evaluation.window:,} tokens, {evaluation.scored:,} scored"),
         ("device", evaluation.device),
     ]
@@ -60,9 +60,12 @@ def _perplexity(evaluation: Evaluation) -> Iterator[str]:
 
 
 def _divergence(evaluation: Evaluation) -> tuple[tuple[str, ...], list[tuple[str | float, ...]]]:
-    head = ("model", "mean KL", "standard error", "median", "99 %", "max", "same top token", "RMS of probability")
+    head = (
+        "model", "mean KL (nats)", "standard error", "median", "99 %", "max", "top-1 agreement (%)",
+        "RMS of probability differences (%)",
+    )  # fmt: skip
     rows: list[tuple[str | float, ...]] = [
-        (name, item.mean, item.standard_error, item.median, item.p99, item.max, item.top1, item.rms_dp)
+        (name, item.mean, item.standard_error, item.median, item.p99, item.max, 100 * item.top1, 100 * item.rms_dp)
         for name, item in (("int8", evaluation.int8), ("dequantized", evaluation.dequantized))
         if item is not None
     ]
@@ -84,15 +87,20 @@ def _layers(evaluation: Evaluation) -> Iterator[str]:
     if changed:
         most = max(changed, key=lambda layer: layer.routing_changed or 0.0)
         yield charts.line_chart(
-            "Tokens that choose other experts", [layer.index for layer in changed],
+            "Tokens that choose another set of experts", [layer.index for layer in changed],
             {"share of tokens": [layer.routing_changed for layer in changed]}, y_label="share",
             described=f"Share of tokens by layer, at most {most.routing_changed:.2%} in layer {most.index}.",
         )  # fmt: skip
-    head = ("layer", "module", "own error", "drift", "cosine", "experts changed")
-    rows = [(item.index, item.module, item.own, item.drift, item.cosine, item.routing_changed) for item in layers]
+    head = ("layer", "module", "own error", "drift", "cosine", "experts changed (% of tokens)")
+    rows = [
+        (item.index, item.module, item.own, item.drift, item.cosine,
+         None if item.routing_changed is None else 100 * item.routing_changed)
+        for item in layers
+    ]  # fmt: skip
     yield page.table(head, rows, sortable=True, label="Layers", captioned=True)
     yield page.paragraph(
-        "Own error: relative error of a layer's output on the baseline's hidden states. Drift: accumulated error. "
+        "Own error: relative error of a layer's output on the baseline's hidden states. Drift: accumulated error; "
+        "cosine: cosine similarity of the same hidden states. "
         "Experts changed: share of tokens that choose another set of experts."
     )
 
@@ -103,7 +111,7 @@ def _experts(evaluation: Evaluation) -> Iterator[str]:
         yield charts.heat_map(load)
     rows = [(item.layer, item.expert, item.error, item.tokens) for item in evaluation.experts]
     if rows:
-        head = ("layer", "expert", "squared error / its layer's output", "tokens of the sample")
+        head = ("layer", "expert", "squared error / that of its layer's output", "tokens of the sample")
         yield page.table(head, rows, label="Worst experts", captioned=True, sortable=True)
     if evaluation.float_experts:
         text = f"{plural(len(evaluation.float_experts), 'module')} of experts stored in float, evaluated in float: "

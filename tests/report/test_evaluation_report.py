@@ -104,5 +104,5 @@ def test_the_terminal_shows_the_same(evaluation: Evaluation, width: int) -> None
         console.print(render_evaluation(evaluation))
     text = shown.get()
     assert all(len(line) <= width for line in text.splitlines())
-    assert "without quantizing layer 1, expert 3: KL 0.002, 10% more" in " ".join(text.split())
+    assert "without quantizing layer 1, expert 3: mean KL 0.002, 10% more" in " ".join(text.split())
     assert "Load of each expert" in text

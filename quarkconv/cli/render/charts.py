@@ -41,8 +41,6 @@ _INDENT: Final = "  "
 _BAR: Final = 16
 _ROWS: Final = 16
 """Most rows of a heat map."""
-_FEW_EXPERTS: Final = 16
-"""Up to so many experts, marks are two columns wide, which looks square."""
 _BETWEEN: Final = 2
 """Columns between two heat maps."""
 _FLAT: Final = 4
@@ -149,18 +147,15 @@ def expert_maps(charts: Sequence[ExpertMap], options: ConsoleOptions) -> Iterato
         room = (room - _BETWEEN) // len(charts)
     room = max(room - len(_INDENT) - max(map(len, names)) - 2, _LEAST_ROOM)
     step = _step(columns, room)
-    width = 2 if columns <= _FEW_EXPERTS and 2 * columns <= room else 1
     key = "a row for each layer, a mark for each expert"
     if layers > 1 or step > 1:
         key = f"a row for {_each(layers, 'layer')}, a mark for {_each(step, 'expert')}: the largest of them"
     yield _heading("Experts", key)
-    drawn = [_heat_map(chart, names, (layers, step), width, options) for chart in charts]
+    drawn = [_heat_map(chart, names, (layers, step), options) for chart in charts]
     yield Columns(drawn, padding=(1, _BETWEEN, 1, 0))
 
 
-def _heat_map(
-    chart: ExpertMap, names: list[str], steps: tuple[int, int], width: int, options: ConsoleOptions
-) -> RenderableType:
+def _heat_map(chart: ExpertMap, names: list[str], steps: tuple[int, int], options: ConsoleOptions) -> RenderableType:
     """Title, rows of marks, legend."""
     lines: list[RenderableType] = [Text.assemble((chart.title, "bold"), (f" ({chart.unit})", "dim"))]
     rows = [
@@ -173,7 +168,7 @@ def _heat_map(
     known = [value for row in rows for value in row if value is not None] or [0.0]
     low = min(known) if chart.floor is None else chart.floor
     for name, row in zip(names, rows, strict=True):
-        marks = _marks(row, low, max(known), options, unknown=_UNKNOWN, width=width, styles=_MAP_STYLES)
+        marks = _marks(row, low, max(known), options, unknown=_UNKNOWN, styles=_MAP_STYLES)
         lines.append(Text.assemble((f"{name:>{max(map(len, names))}}", "dim"), "  ", marks))
     lines += [Text(words, style="dim") for words in (_legend(chart, low, options), chart.note) if words]
     return Padding(Group(*lines), (0, 0, 0, len(_INDENT)))
@@ -207,7 +202,6 @@ def _marks(
     options: ConsoleOptions,
     *,
     unknown: str = " ",
-    width: int = 1,
     styles: Sequence[str] = _LINE_STYLES,
 ) -> Text:
     """A mark for each value, its height the value's place between low and high."""
@@ -215,10 +209,10 @@ def _marks(
     text = Text()
     for value in values:
         if value is None:
-            text.append(unknown * width)
+            text.append(unknown)
             continue
         level = min(int((value - low) / (high - low) * len(ramp)), len(ramp) - 1) if high > low else 0
-        text.append(ramp[level] * width, style=styles[level * len(styles) // len(ramp)])
+        text.append(ramp[level], style=styles[level * len(styles) // len(ramp)])
     return text
 
 

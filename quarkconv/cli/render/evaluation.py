@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Final
 
 from rich import box
@@ -32,7 +33,7 @@ def render_evaluation(evaluation: Evaluation) -> RenderableType:
     if evaluation.int8 is not None:
         parts.append(_divergence(evaluation, evaluation.int8))
     if evaluation.layers:
-        parts += [_layers(evaluation), _worst(evaluation)]
+        parts += [_layers(evaluation), *_worst(evaluation)]
     load = evaluation_load(evaluation)
     if load is not None:
         parts += [*expert_maps([load], console().options), ""]
@@ -48,19 +49,18 @@ def _perplexity(evaluation: Evaluation) -> RenderableType:
             table.add_row(_NAMES[name], Text("not run", style="dim"), "")
         else:
             table.add_row(_NAMES[name], f"{value.value:.4f}", Text(f"± {value.standard_error:.4f}", style="dim"))
-    return Group(Text("Perplexity", style="bold"), indented(table, 2), "")
+    return _section("Perplexity", table)
 
 
 def _divergence(evaluation: Evaluation, found: Divergence) -> RenderableType:
     lines = [
-        f"KL divergence  mean {found.mean:.3g} ± {found.standard_error:.1g}, median {found.median:.3g}, "
+        f"KL divergence (nats): mean {found.mean:.3g} ± {found.standard_error:.1g}, median {found.median:.3g}, "
         f"99 % {found.p99:.3g}, max {found.max:.3g}",
-        f"same top token {found.top1:.2%}, RMS of probability differences {found.rms_dp:.2%}",
+        f"top-1 agreement {found.top1:.2%}, RMS of probability differences {found.rms_dp:.2%}",
     ]
     if evaluation.dequantized is not None:
-        lines.append(f"rounding the weights alone: KL {evaluation.dequantized.mean:.3g}")
-    heading = Text(f"INT8 against {evaluation.baseline}", style="bold")
-    return Group(heading, *(indented(line, 2) for line in lines), "")
+        lines.append(f"dequantized weights, activations not rounded: mean KL {evaluation.dequantized.mean:.3g}")
+    return _section(f"INT8 against {evaluation.baseline}", *lines)
 
 
 def _layers(evaluation: Evaluation) -> RenderableType:
@@ -76,10 +76,14 @@ def _layers(evaluation: Evaluation) -> RenderableType:
         table.add_row(str(layer.index), f"{layer.own:.4f}", f"{layer.drift:.4f}", changed, Text(bar, style="cyan"))
     lines: list[RenderableType] = [table]
     if len(evaluation.layers) > len(shown):
-        lines.append(indented(f"and {len(evaluation.layers) - len(shown)} more with less (all with --json)", 2, "dim"))
+        lines.append(
+            indented(
+                f"and {len(evaluation.layers) - len(shown)} more with smaller own errors (all with --json)", 2, "dim"
+            )
+        )
     note = (
         "own error: relative error of a layer's output on the baseline's hidden states; drift: accumulated error; "
-        "experts changed: share of tokens that choose other experts"
+        "experts changed: share of tokens that choose another set of experts"
     )
     return Group(*lines, indented(note, 2, "dim"), "")
 
@@ -89,19 +93,25 @@ def _largest(layers: tuple[LayerEvaluation, ...]) -> list[LayerEvaluation]:
     return sorted(worst, key=lambda layer: layer.index)
 
 
-def _worst(evaluation: Evaluation) -> RenderableType:
-    lines: list[RenderableType] = []
-    for item in evaluation.ablations:
-        change = f"{item.share:.0%} less" if item.share >= 0 else f"{-item.share:.0%} more"
-        subject = f"layer {item.index}" if item.expert is None else f"layer {item.index}, expert {item.expert}"
-        lines.append(indented(f"without quantizing {subject}: KL {item.kl:.3g}, {change}", 2))
+def _worst(evaluation: Evaluation) -> Iterator[RenderableType]:
+    """The worst experts, and what ablations gave."""
     if evaluation.experts:
         table = Table.grid(padding=(0, 2))
-        for column in ("layer", "expert", "squared error", "tokens"):
-            table.add_column(column, justify="right", no_wrap=True)
+        for _ in range(4):
+            table.add_column(justify="right", no_wrap=True)
         table.add_row("layer", "expert", "squared error", "tokens", style="dim")
         for expert in evaluation.experts:
             table.add_row(str(expert.layer), str(expert.expert), f"{expert.error:.2g}", f"{expert.tokens:,}")
-        note = "worst experts: squared error over that of their layer's output, on a sample of tokens"
-        lines += [indented(table, 2), indented(note, 2, "dim")]
-    return Group(Text("Where it is lost", style="bold"), *lines, "") if lines else Group()
+        note = "squared error over that of their layer's output, on a sample of tokens"
+        yield _section("Worst experts", table, Text(note, style="dim"))
+    if evaluation.ablations:
+        lines = []
+        for item in evaluation.ablations:
+            change = f"{item.share:.0%} less" if item.share >= 0 else f"{-item.share:.0%} more"
+            subject = f"layer {item.index}" if item.expert is None else f"layer {item.index}, expert {item.expert}"
+            lines.append(Text(f"without quantizing {subject}: mean KL {item.kl:.3g}, {change}"))
+        yield _section("Ablations", *lines)
+
+
+def _section(name: str, *lines: RenderableType) -> RenderableType:
+    return Group(Text(name, style="bold"), *(indented(line, 2) for line in lines), "")
