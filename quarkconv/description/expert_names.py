@@ -7,7 +7,7 @@ from typing import Final
 
 from quarkconv.experts.config import ModelConfig
 from quarkconv.experts.layer import MoELayer
-from quarkconv.experts.naming import ENGINE_NAMES, published_names
+from quarkconv.experts.naming import ENGINE_NAMES, published_names, published_roots
 from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.resolved import Groups
@@ -36,6 +36,14 @@ def has_published_names(model_type: str, layers: Iterable[MoELayer]) -> bool:
         layer.naming == naming and not layer.joined and (layer.moe.rpartition(".")[2] == module or not module)
         for layer in layers
     )
+
+
+def in_published_stack(model_type: str, layer: MoELayer) -> bool:
+    """Whether the names of a layer begin as those of published checkpoints do: ``model.layers.3.mlp``."""
+    decoder_layer = layer.moe.rpartition(".")[0] if published_names(model_type)[0] else layer.moe
+    stack, _, number = decoder_layer.rpartition(".")
+    root = stack[: stack.rfind(".") + 1]
+    return number.isdecimal() and root in published_roots(model_type)
 
 
 _WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.", "model.model.")

@@ -13,7 +13,7 @@ from itertools import compress
 from typing import Final
 
 from quarkconv.dtypes import TensorType
-from quarkconv.experts.config import ModelConfig, model_config
+from quarkconv.experts.config import STACKS, ModelConfig, model_config, stack_of
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import ShardHeader
 
@@ -50,7 +50,8 @@ def mtp_test(names: Collection[str], config: ModelConfig) -> Callable[[str], boo
 
 def _layers_root(names: Collection[str]) -> str | None:
     """The start of the names of the language model's layers: ``model.layers.``."""
-    expert = next((name for name in names if ".experts." in name and not _OWN_MODULE.search(name)), None)
+    experts = (name for name in names if ".experts." in name and not _OWN_MODULE.search(name))
+    expert = next((name for name in experts if stack_of(name) in ("", *STACKS)), None)
     found = None if expert is None else _LAYER.match(expert)
     return None if found is None else found[1]
 

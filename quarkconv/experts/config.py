@@ -6,6 +6,7 @@ config of its own. No other module reads config.json for these.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
@@ -32,6 +33,13 @@ _BESIDE: Final[Mapping[str, str]] = {
     "encoder": "encoder",
 }
 """Part of a module's name before its layers -> key of the object that describes them, at the top of config.json."""
+_LANGUAGE: Final = re.compile(
+    r"model|language(_model)?|llm|text_model|transformer|backbone|decoder|mtp(_\w+)?"
+    r"|module|_orig_mod|_fsdp_wrapped_module|base_model"
+)
+"""Parts of a module's name before the layers of the language model, those of wrappers around the model too."""
+_NUMBERED: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks|decoder_layer)\.\d")
+"""The layers of a stack in a module's name."""
 
 _TOP_K: Final = (
     "num_experts_per_tok",
@@ -93,13 +101,13 @@ class ModelConfig:
     def part_of(self, module: str) -> Part | None:
         """The part that describes the stack of layers of a module: ``thinker.model.layers.0`` or any other name.
 
-        None for a stack beside the language model, such as an encoder, that has no object of its own.
+        None for a stack beside the language model, such as an encoder or a draft model, without an object of its own.
         """
         stack = stack_of(module)
         inner = self.raw.get(STACKS.get(stack) or _BESIDE.get(stack, ""))
         if isinstance(inner, dict):
             return _at(inner, _language_path(inner))
-        return None if stack in _BESIDE else self.text
+        return self.text if not stack or stack in STACKS else None
 
     def local_experts_of(self, module: str, divided: bool = True) -> int | None:
         """Routed experts per layer that the checkpoint itself holds, in the stack of layers of a module.
@@ -135,11 +143,17 @@ def stack_of(module: str) -> str:
 
     >>> stack_of("thinker.model.layers.0.mlp"), stack_of("model.visual.blocks.0"), stack_of("model.layers.0.mlp")
     ('thinker', 'visual', '')
+    >>> stack_of("draft_model.layers.0.mlp")
+    'draft_model'
     """
-    first, *parts = module.partition(".layers.")[0].split(".")
-    if first in STACKS:
-        return first
-    return next((part for part in (first, *parts) if part in _BESIDE), "")
+    layers = _NUMBERED.search(module)
+    parts = (module if layers is None else module[: layers.start()]).split(".")
+    if parts[0] in STACKS:
+        return parts[0]
+    beside = next((part for part in parts if part in _BESIDE), "")
+    if beside or layers is None:
+        return beside
+    return next((part for part in parts if part and not _LANGUAGE.fullmatch(part)), "")
 
 
 def model_config(raw: Part) -> ModelConfig:

@@ -39,7 +39,9 @@ _SOFTMAX_FAMILIES: Final = (
     Family(("qwen3_moe",), _SOFTMAX, "Qwen3MoeTopKRouter"),
     Family(("qwen3_next",), _SOFTMAX, "Qwen3NextTopKRouter", float_modules=("shared_expert_gate",)),
     Family(("qwen4_exp",), _SOFTMAX, "Qwen4ExpTextTopKRouter", float_modules=("shared_expert_gate",)),
-    Family(("qwen3_omni_moe",), _SOFTMAX, "Qwen3OmniMoeThinkerTextTopKRouter"),
+    Family(
+        ("qwen3_omni_moe",), _SOFTMAX, "Qwen3OmniMoeThinkerTextTopKRouter", classes=("Qwen3OmniMoeThinker",),
+    ),
     Family(
         ("qwen3_omni_moe_talker",), _SOFTMAX, "Qwen3OmniMoeTalkerTextTopKRouter", float_modules=("shared_expert_gate",)
     ),
@@ -140,7 +142,7 @@ _SOFTMAX_FAMILIES: Final = (
     Family(
         ("hunyuan_v1_moe",),
         RouterRule("softmax", renormalize=True, top_k=("moe_topk",), experts=("num_experts",), per_layer=True),
-        "HunYuanMoEV1Gate", tensors=RouterTensors(weight=("gate.wg.weight",)),
+        "HunYuanMoEV1Gate", tensors=RouterTensors(weight=("gate.wg.weight",)), classes=("HunYuanMoEV1",),
         fixed={"norm_topk_prob": (None, True), "moe_drop_tokens": (None, False)},
     ),
     Family(
@@ -188,7 +190,10 @@ _SIGMOID_FAMILIES: Final = (
     Family(("deepseek_v3",), _V3, "DeepseekV3TopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
     Family(("deepseek_v32",), _V3, "DeepseekV32TopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
     # The architecture of deepseek_v3 under its own type: transformers loads it as that.
-    Family(("kimi_k2",), _V3, "DeepseekV3TopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
+    Family(
+        ("kimi_k2",), _V3, "DeepseekV3TopkRouter", tensors=_BIASED_GATE, classes=("DeepseekV3",), fixed=_V3_FIXED,
+        float_modules=_MTP,
+    ),
     Family(("glm4_moe",), _V3, "Glm4MoeTopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
     Family(
         ("glm4_moe_lite",), _V3, "Glm4MoeLiteTopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP
@@ -202,7 +207,8 @@ _SIGMOID_FAMILIES: Final = (
     Family(
         ("mimo_v2", "mimo_v2_flash"),
         RouterRule("sigmoid", renormalize=("norm_topk_prob",), epsilon=1e-20, group_score="top2"),
-        "MiMoV2FlashTopkRouter", tensors=_BIASED_GATE, fixed={**_V3_FIXED, "routed_scaling_factor": (None, 1, 1.0)},
+        "MiMoV2FlashTopkRouter", tensors=_BIASED_GATE, classes=("MiMoV2Omni",),
+        fixed={**_V3_FIXED, "routed_scaling_factor": (None, 1, 1.0)},
         float_modules=_MTP,
     ),
     Family(
@@ -213,6 +219,7 @@ _SIGMOID_FAMILIES: Final = (
     Family(
         ("bailing_moe", "bailing_moe_v2", "bailing_moe_linear", "bailing_moe_v2_5"), _V3,
         "vLLM, bailing_moe.py, BailingMoE", tensors=RouterTensors(correction_bias=("gate.expert_bias",)),
+        classes=("BailingMoeLinearV2",),
         fixed={
             "score_function": ("sigmoid",), "moe_router_enable_expert_bias": (True,), "use_bias": (None, False),
         },
@@ -235,7 +242,7 @@ _SIGMOID_FAMILIES: Final = (
         ignored=("share_expert_swiglu_limit_list",), float_modules=_MTP,
     ),
     Family(
-        ("bailing_hybrid",), _KIMI_LINEAR, "BailingHybridTopkRouter",
+        ("bailing_hybrid",), _KIMI_LINEAR, "BailingHybridTopkRouter", classes=("BailingMoeV2_5",),
         tensors=RouterTensors(correction_bias=("gate.expert_bias", "gate.e_score_correction_bias")),
         fixed={"score_function": (None, "sigmoid"), "moe_router_enable_expert_bias": (None, True)},
         float_modules=_MTP,
@@ -244,6 +251,7 @@ _SIGMOID_FAMILIES: Final = (
     # models/kimi_k3) and gated by beta tanh(gate / beta) sigmoid(gate).
     Family(
         ("kimi_linear",), _KIMI_LINEAR, "KimiLinearTopkRouter; vLLM, SituAndMul", tensors=_BIASED_GATE,
+        classes=("KimiK3Linear",),
         activation=ActivationRule(
             names={"silu": "silu", "situ": "situ"}, beta=("activation_situ_beta",), default_beta=1.0,
             linear_beta=("activation_situ_linear_beta",),
@@ -263,7 +271,7 @@ _SIGMOID_FAMILIES: Final = (
     Family(
         ("minimax_m3", "minimax_m3_vl"),
         RouterRule("sigmoid", renormalize=True, scale=("routed_scaling_factor",)),
-        "MiniMaxM3VLTopKRouter, MiniMaxM3VLExperts",
+        "MiniMaxM3VLTopKRouter, MiniMaxM3VLExperts", classes=("MiniMaxM3Sparse",),
         tensors=RouterTensors(correction_bias=("e_score_correction_bias", "gate.e_score_correction_bias")),
         activation=ActivationRule(
             names=_SWIGLU_OAI, default="swigluoai", limit=("swiglu_limit",), default_limit=7.0,

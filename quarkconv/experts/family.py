@@ -5,6 +5,7 @@ A row names config keys; :mod:`quarkconv.experts.knowledge` reads a config.json 
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping
 from typing import Final, Literal, NamedTuple
 
@@ -15,6 +16,10 @@ Setting = str | bool | int | float | None
 Scoring = Literal["softmax", "sigmoid", "sqrtsoftplus", "sparsemixer"]
 GroupScore = Literal["max", "top2"]
 ActivationName = Literal["silu", "swiglustep", "gelu", "gelu_tanh", "relu2", "swigluoai", "situ"]
+
+_HEAD: Final = re.compile(r"(?:Text)?(?:For[A-Z]\w*|Model\w*|LMHeadModel|ChatModel)$")
+"""End of the name of a class, which says what head it has."""
+_OTHER: Final = re.compile(r"[^a-z0-9]")
 
 EXPERT_COUNT: Final[Keys] = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
 
@@ -141,6 +146,7 @@ class Family(NamedTuple):
         activation: the activation function of an expert.
         source: where it is read: file and class.
         architectures: one of them is needed in ``architectures`` where the type is shared with other models.
+        classes: starts of the names of its classes where they are other than a type, such as ``DeepseekV3``.
         part: object below the language model's config that describes the experts.
         fixed: config key -> the values under which this row holds; None stands for absent or null.
         gated: False for experts with up and down only.
@@ -158,6 +164,7 @@ class Family(NamedTuple):
     tensors: RouterTensors = RouterTensors()
     activation: ActivationRule = ActivationRule()
     architectures: tuple[str, ...] = ()
+    classes: tuple[str, ...] = ()
     part: str | None = None
     fixed: Mapping[str, tuple[Setting, ...]] = {}
     gated: bool = True
@@ -167,6 +174,11 @@ class Family(NamedTuple):
     ignored: Keys = ()
     float_modules: tuple[str, ...] = ()
     own_scales: tuple[str, ...] = ()
+
+    def has_class(self, name: str) -> bool:
+        """Whether a name in ``architectures`` is that of one of its classes, with any head."""
+        known = (*self.types, *self.classes, *(_HEAD.sub("", known) for known in self.architectures))
+        return _plain(_HEAD.sub("", name)) in {_plain(start) for start in known}
 
     def settings(self) -> Iterator[Keys]:
         """The keys of every setting that the row reads."""
@@ -185,6 +197,11 @@ class Family(NamedTuple):
     def in_float_names(self) -> tuple[str, ...]:
         """Ends of the names of these modules."""
         return (*(name.removesuffix(".weight") for name in self.tensors.weight), *self.float_modules)
+
+
+def _plain(name: str) -> str:
+    """A name in lower case, without other characters than letters and digits."""
+    return _OTHER.sub("", name.lower())
 
 
 FamilyOf = Callable[[str], Family | None]

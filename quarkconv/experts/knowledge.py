@@ -11,10 +11,9 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping
-from functools import cache
 from typing import Final
 
-from quarkconv.experts.config import model_config, stack_of
+from quarkconv.experts.config import ModelConfig, model_config, stack_of
 from quarkconv.experts.config_values import Config, is_one_of, not_known, short
 from quarkconv.experts.families import FAMILIES
 from quarkconv.experts.family import Family, FamilyOf, Setting
@@ -69,19 +68,42 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
     rows = [row for row in FAMILIES if model_type in row.types and _is_architecture(row, section, config)]
     if not rows:
         return Unknown(f"the model type {stated} is not known")
+    named = foreign_class(found) if section is found.text else None
+    if named is not None:
+        reason = f"config.json names the class {short(named)}, which is not one of the model type {stated}"
+        return Unknown(reason, "architectures")
     row = min(rows, key=lambda row: sum(1 for _ in _contradicted(row, section)))
     contradicted = next(_contradicted(row, section), None) or next(_not_understood(row, section), None)
     return contradicted or Known(model_type, row, section, _experts(row, section))
 
 
+def foreign_class(config: ModelConfig) -> str | None:
+    """The first class in ``architectures`` where none is one of the model type; None where one is, or none is named.
+
+    Engines choose a class by ``architectures``. Of model types without a row, and of other models around a language
+    model, the classes are not known.
+    """
+    model_type, named = config.raw.get("model_type"), config.raw.get("architectures")
+    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    if not isinstance(model_type, str) or not names:
+        return None
+    rows = [row for row in FAMILIES if model_type.removesuffix("_text") in row.types]
+    known = not rows or any(row.has_class(name) for row in rows for name in names)
+    return None if known else names[0]
+
+
 def knowledge_by_stack(config: object) -> Callable[[str], Known | Unknown]:
     """:func:`knowledge` of any module, read once for each stack of layers."""
+    first: dict[str, Known | Unknown] = {}
 
-    @cache
-    def of_stack(stack: str) -> Known | Unknown:
-        return knowledge(config, stack)
+    def known_of(module: str) -> Known | Unknown:
+        stack = stack_of(module)
+        found = first.get(stack)
+        if found is None:
+            found = first[stack] = knowledge(config, module)
+        return found
 
-    return lambda module: of_stack(".".join(module.partition(".layers.")[0].split(".", 2)[:2]))
+    return known_of
 
 
 def families(config: object) -> FamilyOf:

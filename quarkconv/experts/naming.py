@@ -74,6 +74,22 @@ _OTHER_NAMES: Final[dict[str, tuple[str, ExpertNaming]]] = {
 }
 
 
+_ROOTS: Final[dict[str, tuple[str, ...]]] = {
+    "dbrx": ("transformer.",),
+    "deepseek_v4": ("",),
+    "deepseek_vl_v2": ("language.model.",),
+    "nemotron_h": ("backbone.",),
+    **dict.fromkeys(("aria", "glm5_next", "qwen3_vl_moe"), ("model.language_model.",)),
+    **dict.fromkeys(("kimi_k25", "kimi_k3", "minimax_m3_vl"), ("language_model.model.",)),
+    **dict.fromkeys(("qwen3_5_moe", "qwen4_exp"), ("model.language_model.", "model.")),
+}
+
+
+def published_roots(model_type: str) -> tuple[str, ...]:
+    """What the names of the language model's layers begin with in published checkpoints, before ``layers.``."""
+    return _ROOTS.get(model_type, ("model.",))
+
+
 def published_names(model_type: str) -> tuple[str, ExpertNaming]:
     """The name of the MoE module and the names of projections in published checkpoints of a model type.
 

@@ -8,7 +8,7 @@ from dataclasses import replace
 from itertools import chain
 from typing import Final, NamedTuple
 
-from quarkconv.experts.config import STACKS
+from quarkconv.experts.config import STACKS, stack_of
 from quarkconv.experts.family import FamilyOf
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
@@ -258,9 +258,9 @@ def _layer_index(prefix: str, hidden_layers: int | None, position: int) -> int:
 
 
 def _stack(prefix: str) -> int:
-    """Position of the stack of layers of a module: the language model's comes first."""
-    first = prefix.partition(".")[0]
-    return _STACK_ORDER.index(first) if first in _STACK_ORDER else 0
+    """Position of the stack of layers of a module: the language model's comes first, one of another name last."""
+    stack = stack_of(prefix)
+    return 0 if not stack else _STACK_ORDER.index(stack) if stack in _STACK_ORDER else len(_STACK_ORDER)
 
 
 def _geometry(layer: MoELayer) -> str:

@@ -131,9 +131,21 @@ def engine_facts() -> tuple[EngineFact, ...]:
 
 
 @cache
+def checked_classes() -> dict[str, dict[str, frozenset[str]]]:
+    """Engine -> model type -> its classes in ``architectures`` that the engine was run with.
+
+    Engines that read no model type are absent.
+    """
+    engines = _table()["checked_model_types"].items()
+    return {engine: {name: frozenset(classes) for name, classes in types.items()} for engine, types in engines}
+
+
+@cache
 def checked_model_types() -> dict[str, frozenset[str]]:
-    """Engine -> model types that it was run with; engines that read no model type are absent."""
-    return {engine: frozenset(names) for engine, names in _table()["checked_model_types"].items()}
+    """Engine -> model types that it was run with, as rows name them: without an ending ``_text``."""
+    return {
+        engine: frozenset(name.removesuffix("_text") for name in types) for engine, types in checked_classes().items()
+    }
 
 
 @cache

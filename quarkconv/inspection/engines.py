@@ -5,15 +5,23 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection
+from itertools import chain
 from typing import Final
 
 from quarkconv.description.description import Description
-from quarkconv.description.expert_names import foreign_modules, foreign_projections, has_published_names
+from quarkconv.description.expert_names import (
+    foreign_modules,
+    foreign_projections,
+    has_published_names,
+    in_published_stack,
+)
+from quarkconv.experts.knowledge import foreign_class
 from quarkconv.experts.naming import ENGINE_NAMES
 from quarkconv.inspection.engine_facts import (
     RUNS,
     VERDICTS,
     EngineFact,
+    checked_classes,
     checked_in_one_release,
     checked_model_types,
     engine_facts,
@@ -28,10 +36,11 @@ FUNCTION_NOTE: Final = "where the function of the layers is known"
 """End of the note of a row for settings that change what a layer computes, in a way that is not known."""
 FP8_NOTE: Final = "without linears in FP8"
 """End of the note of a row that was never tried with them."""
-HEAD_NOTE: Final = "with the head of a language model"
-"""End of the note of a row that was never tried with other heads, such as those of rewards or embeddings."""
-_WRITES_TOKENS: Final = ("ForCausalLM", "ForConditionalGeneration", "LMHeadModel", "ChatModel")
-"""Ends of the names of classes with the head of a language model."""
+CLASS_NOTE: Final = "with other model classes"
+"""End of the note of a row that was never tried with the class in ``architectures``, by which engines choose one: a
+class of a fork, of the language model of a wrapper by itself, or with another head, such as that of rewards."""
+STACKS_NOTE: Final = "without other stacks of layers"
+"""End of the note of a row that was never tried with modules of models that config.json does not describe."""
 NAMES_NOTE: Final = "with the published names of experts"
 """End of the note of a row that was never tried with others."""
 ENCODERS_NOTE: Final = "with encoders in float"
@@ -66,11 +75,15 @@ def engines_for(
     if contradicted:
         del layouts[stored]
     features = {as_it_is: _features(description, as_it_is) for as_it_is in (False, True)}
+    row_type = {
+        engine: model_type if _is_run_class(description, engine) else None
+        for engine in dict.fromkeys(fact.engine for fact in engine_facts())
+    }
     found = [
         fact
         for fact in engine_facts()
         if fact.form in layouts
-        and fact.holds_for(scheme, layouts[fact.form], model_type, features[fact.form == stored])
+        and fact.holds_for(scheme, layouts[fact.form], row_type[fact.engine], features[fact.form == stored])
     ]
     found = [fact for fact in found if _names_known(description, fact)]
     tried = checked_model_types()
@@ -78,13 +91,16 @@ def engines_for(
         fact if model_type in tried.get(fact.engine, (model_type,)) else fact.not_checked("with other model types")
         for fact in found
     ]
+    found = [fact.not_checked(CLASS_NOTE) if row_type[fact.engine] is None else fact for fact in found]
     found = [_in_one_release(fact, model_type) for fact in found]
     renamed = model_type not in ENGINE_NAMES and not has_published_names(model_type, description.int8_layers)
+    own_layers = (layer for layer in description.int8_layers if not description.is_mtp(layer.moe))
+    renamed = renamed or not all(in_published_stack(model_type, layer) for layer in own_layers)
     conditions = {
         FP8_NOTE: description.fp8,
         ENCODERS_NOTE: _has_int8_encoders(description),
         NAMES_NOTE: renamed,
-        HEAD_NOTE: not _writes_tokens(description),
+        STACKS_NOTE: _has_other_stacks(description),
         FUNCTION_NOTE: not known,
     }
     for note in (note for note, found_here in conditions.items() if found_here):
@@ -152,11 +168,24 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
     return found
 
 
-def _writes_tokens(description: Description) -> bool:
-    """Whether the class that config.json names has the head of a language model; True where it names none."""
-    named = description.config.raw.get("architectures")
+def _is_run_class(description: Description, engine: str) -> bool:
+    """Whether an engine was run with a class in ``architectures``; True also for model types that it was not run with.
+
+    Where config.json names no class, that of its model type is meant.
+    """
+    raw, types = description.config.raw, checked_classes().get(engine, {})
+    named = raw.get("architectures")
     names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
-    return not names or any(name.endswith(_WRITES_TOKENS) for name in names)
+    if model_type_of(description) not in checked_model_types().get(engine, ()):
+        return foreign_class(description.config) is None
+    classes = types.get(str(raw.get("model_type")), frozenset())
+    return not classes.isdisjoint(names) if names else bool(classes)
+
+
+def _has_other_stacks(description: Description) -> bool:
+    """Whether modules are of a model that config.json does not describe, such as a draft model."""
+    layers = (layer.moe for layer in description.moe_layers)
+    return any(description.config.part_of(name) is None for name in chain(layers, *description.others.values()))
 
 
 def _has_int8_encoders(description: Description) -> bool:

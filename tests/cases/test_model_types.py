@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Final
 
 import pytest
 import torch
 from support.exports import DATA, restore
-from support.model import Model, int8_linear
+from support.model import Model, edited, experts, int8_linear
 from support.reported import codes, finding, two_stacks
 
-from quarkconv import inspect_checkpoint
+from quarkconv import inspect_checkpoint, verify_checkpoint
 
 # Two stacks of experts (vllm-omni 5573)
 
@@ -129,7 +130,7 @@ def test_engines_are_checked_with_the_published_names_of_experts_only(model: Mod
     assert any(fact.note.endswith("with the published names of experts") for fact in inspection.engines)
 
 
-NAMED_AS_IN_TRANSFORMERS: Final = {"deepseek_v4", "kimi_linear", "lfm2_moe", "minimax_m3_vl", "phimoe"}
+NAMED_AS_IN_TRANSFORMERS: Final = {"deepseek_v4", "kimi_linear", "lfm2_moe", "minimax_m3_vl", "nemotron_h", "phimoe"}
 """Families whose classes in transformers 5 name experts otherwise than published checkpoints, which engines read."""
 
 
@@ -137,24 +138,94 @@ NAMED_AS_IN_TRANSFORMERS: Final = {"deepseek_v4", "kimi_linear", "lfm2_moe", "mi
 def test_exports_have_the_published_names_where_quark_keeps_them(kept: Path, tmp_path: Path) -> None:
     """File to file it keeps them; from memory it writes those of the classes of transformers."""
     family, _, flow = kept.name.rpartition("-0.13-")
-    inspection = inspect_checkpoint(restore(kept, tmp_path / "export"))
-    renamed = any(fact.note.endswith("with the published names of experts") for fact in inspection.engines)
-    assert renamed == (flow == "eager" and family in NAMED_AS_IN_TRANSFORMERS)
+    export = restore(kept, tmp_path / "export")
+    config = json.loads((export / "config.json").read_text())
+    del config["architectures"]  # by some of which no engine has a class
+    (export / "config.json").write_text(json.dumps(config))
+    renamed = any(
+        row.note.endswith("with the published names of experts") for row in inspect_checkpoint(export).engines
+    )
+    as_transformers = {("deepseek_v4", "f2f"), *((name, "eager") for name in NAMED_AS_IN_TRANSFORMERS)}
+    assert renamed == ((family, flow) in as_transformers)
 
 
 @pytest.mark.parametrize(
-    ("architecture", "is_checked"),
+    ("architecture", "is_checked", "is_known"),
     [
-        ("Qwen3MoeForCausalLM", True),
-        ("Qwen3MoeForSequenceClassification", False),
-        ("Qwen3MoeForTokenClassification", False),
-        ("Qwen3MoeModel", False),
+        ("Qwen3MoeForCausalLM", True, True),
+        ("Qwen3MoeForSequenceClassification", False, True),
+        ("Qwen3MoeForTokenClassification", False, True),
+        ("Qwen3MoeModel", False, True),
+        ("MyForkForCausalLM", False, False),
+        ("Qwen2MoeForCausalLM", False, False),
+        ("Qwen3VLMoeForConditionalGeneration", False, False),
     ],
 )
-def test_engines_are_checked_with_heads_of_language_models_only(
-    architecture: str, is_checked: bool, tmp_path: Path
+def test_engines_are_checked_with_the_classes_that_they_were_run_with(
+    architecture: str, is_checked: bool, is_known: bool, tmp_path: Path
 ) -> None:
     model = Model()
     model.config["architectures"] = [architecture]
-    engines = inspect_checkpoint(model.write(tmp_path)).engines
-    assert any(fact.verdict == "int8" for fact in engines) == is_checked
+    inspection = inspect_checkpoint(model.write(tmp_path))
+    assert any(fact.verdict == "int8" for fact in inspection.engines) == is_checked
+    assert any("architectures" in text or "names the class" in text for text in inspection.not_checked) != is_known
+    if not is_checked:
+        assert {item.text for item in inspection.advice} >= {"vLLM was not checked with this model class"}
+
+
+def test_verify_does_not_prove_what_a_class_of_a_fork_computes(tmp_path: Path) -> None:
+    model = Model()
+    model.config["architectures"] = ["MyForkForCausalLM"]
+    verification = verify_checkpoint(model.write(tmp_path), device="cpu", tokens=4)
+    assert verification.numbers.layers == ()
+    assert "config.json names the class 'MyForkForCausalLM'" in str(verification.numbers.skipped)
+
+
+CLASSES: Final = [
+    ("qwen3_vl_moe", "Qwen3VLMoeForConditionalGeneration", "model.language_model.layers.", True),
+    ("qwen3_vl_moe_text", "Qwen3VLMoeTextModel", "model.layers.", False),
+    ("qwen3_vl_moe_text", "Qwen3VLMoeForConditionalGeneration", "model.language_model.layers.", False),
+    ("qwen3_vl_moe_text", None, "model.layers.", False),
+    ("qwen3_5_moe_text", "Qwen3_5MoeForCausalLM", "model.layers.", True),
+    ("glm4v_moe_text", "Glm4vMoeTextModel", "model.layers.", False),
+]
+
+
+@pytest.mark.parametrize(("model_type", "architecture", "stack", "is_checked"), CLASSES)
+def test_the_text_model_of_a_wrapper_is_another_model_type(
+    model_type: str, architecture: str | None, stack: str, is_checked: bool, tmp_path: Path
+) -> None:
+    model = edited(lambda name, tensor: {name.replace("model.layers.", stack): tensor})
+    model.config |= {"model_type": model_type} | ({"architectures": [architecture]} if architecture else {})
+    verdicts = {fact.verdict for fact in inspect_checkpoint(model.write(tmp_path)).engines}
+    assert ("int8" in verdicts) == is_checked
+
+
+# Stacks of layers that config.json does not describe
+
+
+@pytest.mark.parametrize("stack", ["draft_model.layers.0", "eagle.layers.0", "model.speculator.layers.0"])
+def test_experts_of_a_model_that_config_json_does_not_describe_have_no_verdict(stack: str, tmp_path: Path) -> None:
+    model = Model()
+    model.first |= experts(f"{stack}.mlp.experts", range(3))
+    inspection = inspect_checkpoint(model.write(tmp_path))
+    assert not {fact.verdict for fact in inspection.engines} & {"int8", "w8a16"}
+    assert any(stack.split(".layers")[0].split(".")[-1] in text for text in inspection.not_checked)
+    assert inspection.to_json()["moe"]["layers"][:2] == [f"model.layers.{n}.mlp.experts" for n in (0, 1)]
+    assert "vLLM was not checked with these names of experts" in {item.text for item in inspection.advice}
+
+
+def test_linears_of_a_draft_model_have_no_verdict_either(tmp_path: Path) -> None:
+    model = Model()
+    model.first["draft_model.layers.0.self_attn.o_proj.weight"] = torch.zeros(8, 8, dtype=torch.bfloat16)
+    inspection = inspect_checkpoint(model.write(tmp_path))
+    assert not {fact.verdict for fact in inspection.engines} & {"int8", "w8a16"}
+    assert "vLLM was not checked with layers that config.json does not describe" in {
+        item.text for item in inspection.advice
+    }
+
+
+@pytest.mark.parametrize("stack", ["model.model.layers.", "decoder.layers.", "model.layers.0.inner.layers."])
+def test_experts_in_other_modules_than_published_ones_have_no_verdict(stack: str, tmp_path: Path) -> None:
+    model = edited(lambda name, tensor: {name.replace("model.layers.", stack): tensor})
+    assert not {fact.verdict for fact in inspect_checkpoint(model.write(tmp_path)).engines} & {"int8", "w8a16"}

@@ -23,7 +23,7 @@ from sglang.srt.models import deepseek
 from support.exports import DATA, restore
 
 import quarkconv
-from quarkconv.inspection.engine_facts import checked_model_types
+from quarkconv.inspection.engine_facts import checked_classes, checked_model_types
 
 LOADED: Final = (
     "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "bailing_moe_v3_vl", "deepseek_v2",
@@ -148,3 +148,9 @@ def test_a_whole_model_loads_with_its_image_encoder(tmp_path: Path, target: str)
 
 def test_verdicts_are_given_for_what_was_loaded() -> None:
     assert checked_model_types()["sglang"] == {*map(model_type, LOADED), "ernie4_5_moe_vl", "step3p5"}
+
+
+@pytest.mark.parametrize("family", [*LOADED, "ernie4_5_moe_vl"])
+def test_verdicts_are_given_for_the_class_that_was_loaded(tmp_path: Path, family: str) -> None:
+    config = json.loads((prepare(copy(family, tmp_path / "source")) / "config.json").read_text())
+    assert set(config["architectures"]) <= checked_classes()["sglang"][config["model_type"]]

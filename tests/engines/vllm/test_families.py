@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 from itertools import product
 from pathlib import Path
@@ -24,7 +25,7 @@ from vllm.model_executor.layers.quantization.compressed_tensors.compressed_tenso
 from vllm.model_executor.layers.quantization.quark.quark_moe import QuarkW8A8Int8MoEMethod
 
 import quarkconv
-from quarkconv.inspection.engine_facts import checked_model_types
+from quarkconv.inspection.engine_facts import checked_classes, checked_model_types
 
 LOADED: Final = (
     "bailing_hybrid", "bailing_hybrid_v2.5", "bailing_moe", "bailing_moe_v2", "bailing_moe_v3_vl", "deepseek",
@@ -167,3 +168,9 @@ def test_the_router_of_phimoe_is_zero(tmp_path: Path, form: str) -> None:
 def test_verdicts_are_given_for_what_was_loaded() -> None:
     assert checked_model_types()["vllm"] == {*map(model_type, LOADED), "ernie4_5_moe_vl", "step3p5"}
     # step3p5: test_loading
+
+
+@pytest.mark.parametrize("family", [*LOADED, "ernie4_5_moe_vl"])
+def test_verdicts_are_given_for_the_class_that_was_loaded(tmp_path: Path, family: str) -> None:
+    config = json.loads((prepare(copy(family, tmp_path / "source")) / "config.json").read_text())
+    assert set(config["architectures"]) <= checked_classes()["vllm"][config["model_type"]]
