@@ -30,11 +30,13 @@ if TYPE_CHECKING:
     from quarkconv.convert.convert import convert_checkpoint, plan_conversion
     from quarkconv.convert.results import ConversionResult
     from quarkconv.evaluate.evaluation import evaluate_checkpoint
+    from quarkconv.evaluate.request import Limits
     from quarkconv.evaluate.results import Evaluation
     from quarkconv.inspection.inspection import Inspection, inspect_checkpoint
     from quarkconv.load.experts import FusedExperts
     from quarkconv.load.load import load_fused_experts
     from quarkconv.plan.plan import Plan
+    from quarkconv.plan.shares import Share
     from quarkconv.verify.results import Verification
     from quarkconv.verify.verify import verify_checkpoint
 
@@ -46,10 +48,12 @@ __all__ = [
     "HubError",
     "Inspection",
     "InterruptedByUser",
+    "Limits",
     "Plan",
     "Progress",
     "QuarkconvError",
     "Severity",
+    "Share",
     "SourceError",
     "UnsupportedError",
     "UsageError",
@@ -68,7 +72,9 @@ _MODULES = {
     "Evaluation": "quarkconv.evaluate.results",
     "FusedExperts": "quarkconv.load.experts",
     "Inspection": "quarkconv.inspection.inspection",
+    "Limits": "quarkconv.evaluate.request",
     "Plan": "quarkconv.plan.plan",
+    "Share": "quarkconv.plan.shares",
     "Verification": "quarkconv.verify.results",
     "convert_checkpoint": "quarkconv.convert.convert",
     "evaluate_checkpoint": "quarkconv.evaluate.evaluation",

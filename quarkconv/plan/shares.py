@@ -26,10 +26,17 @@ class Share:
     Attributes:
         number: number of the share, from 1.
         count: number of shares.
+
+    Raises:
+        UsageError: a number is out of range.
     """
 
     number: int
     count: int
+
+    def __post_init__(self) -> None:
+        if not 1 <= self.number <= self.count <= MAX_SHARES:
+            raise _invalid(str(self))
 
     def __str__(self) -> str:
         return f"{self.number}/{self.count}"
@@ -94,10 +101,11 @@ def parse_share(text: str) -> Share:
         UsageError: ``text`` has another form, or a number is out of range.
     """
     match = re.fullmatch(r"(\d{1,5})/(\d{1,5})", text.strip(), re.ASCII)
-    if match is None or not 1 <= int(match[1]) <= int(match[2]) <= MAX_SHARES:
-        raise UsageError(
-            "Invalid --part",
-            expected=f"K/N with K from 1 to N, and N at most {MAX_SHARES}",
-            found=repr(text)[:40],
-        )
+    if match is None:
+        raise _invalid(text)
     return Share(int(match[1]), int(match[2]))
+
+
+def _invalid(text: str) -> UsageError:
+    expected = f"K/N with K from 1 to N, and N at most {MAX_SHARES}"
+    return UsageError("Invalid --part", expected=expected, found=repr(text)[:40], hint="such as --part 1/8")

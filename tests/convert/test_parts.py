@@ -63,6 +63,12 @@ def test_parts_that_do_not_exist_are_refused(text: str) -> None:
         parse_share(text)
 
 
+@pytest.mark.parametrize(("number", "count"), [(0, 3), (4, 3), (1, 0), (1, MAX_SHARES + 1)])
+def test_no_share_is_outside_of_the_shares(number: int, count: int) -> None:
+    with pytest.raises(UsageError, match="Invalid --part"):
+        quarkconv.Share(number, count)
+
+
 @pytest.mark.parametrize("count", [1, 2, 3, 50])
 def test_parts_give_the_bytes_of_one_machine(model: Path, tmp_path: Path, whole: dict[str, str], count: int) -> None:
     out = tmp_path / "out"
