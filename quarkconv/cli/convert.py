@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Final
 
 import typer
 
-from quarkconv.cli.options import Json, Model, Quiet, Ray, Verbose
+from quarkconv.cli.options import Json, Model, Quiet, Ray, Verbose, choice
 from quarkconv.cli.out import open_output
 from quarkconv.cli.progress import progress
 from quarkconv.convert.jobs import DEFAULT_JOBS, MAX_JOBS
@@ -92,9 +92,7 @@ def convert(
     finish: Annotated[
         bool, typer.Option("--finish", help="Finish an output whose parts are all written, if the last part did not.")
     ] = False,
-    mtp: Annotated[
-        str, typer.Option("--mtp", metavar="keep|drop|quantize", help="Layers of multi-token prediction.")
-    ] = KEEP,
+    mtp: Annotated[str, choice("--mtp", "keep", "drop", "quantize", help="Layers of multi-token prediction.")] = KEEP,
     cache: Annotated[
         bool, typer.Option("--cache", help="Download a model to the Hub's cache instead of streaming it.")
     ] = False,

@@ -19,7 +19,7 @@ def explained(error: BaseException, command: str) -> QuarkconvError | None:
         command: the command, for the hint of wrong usage: ``quarkconv inspect``.
     """
     if hasattr(error, "format_message") and hasattr(error, "exit_code"):  # wrong usage, by Typer's parser
-        return UsageError(error.format_message().rstrip("."), hint=f"run `{command} --help`")
+        return UsageError(error.format_message().rstrip("."), hint=see_help(command))
     if type(error).__name__ == "Abort" or _follows_interrupt(error):
         return InterruptedByUser("Interrupted")
     if isinstance(error, OSError):
@@ -64,3 +64,8 @@ def _follows_interrupt(error: BaseException) -> bool:
     while chain is not None and not isinstance(chain, KeyboardInterrupt):
         chain = chain.__cause__ or chain.__context__
     return chain is not None
+
+
+def see_help(command: str) -> str:
+    """The next step where a command line is invalid and nothing better is known."""
+    return f"run `{command} --help`"

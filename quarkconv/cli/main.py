@@ -12,9 +12,9 @@ from contextlib import suppress
 from io import TextIOWrapper
 from typing import Final, NoReturn
 
-from quarkconv.cli.failures import explained
+from quarkconv.cli.failures import explained, see_help
 from quarkconv.cli.out import plain, show_error
-from quarkconv.errors import InterruptedByUser, QuarkconvError
+from quarkconv.errors import InterruptedByUser, QuarkconvError, UsageError
 
 _PLAIN: Final = "quarkconv.plain"
 """Name of the error handler for characters that a terminal cannot show."""
@@ -37,6 +37,8 @@ def main(args: list[str] | None = None) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except QuarkconvError as error:
+        if isinstance(error, UsageError) and error.hint is None:
+            error.hint = see_help(_command(words))
         _exit_with(error, as_json=as_json)
     except BrokenPipeError:  # the reader, such as `head`, has exited
         sys.exit(BROKEN_PIPE)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from itertools import pairwise
-from typing import Annotated, Final
+from typing import Annotated, Any, Final
 
 import typer
 
@@ -12,6 +12,17 @@ from quarkconv.errors import UsageError
 
 _ADDRESS: Final = re.compile(r"auto|local|(ray://)?[\w.-]+:\d+|ray://.+")
 _MAX_LAYER: Final = 100_000
+
+
+def choice(option: str, *values: str, help: str) -> Any:  # noqa: A002
+    """An option with one of some values, which the shell completes. The command checks the value."""
+    return typer.Option(
+        option,
+        metavar="|".join(values),
+        help=help,
+        autocompletion=lambda incomplete: [value for value in values if value.startswith(incomplete)],
+    )
+
 
 Model = Annotated[
     str,
@@ -27,7 +38,7 @@ Ray = Annotated[
 ]
 """The parser knows no optional values: :func:`with_addresses` fills in the address that was left out."""
 Device = Annotated[
-    str, typer.Option("--device", metavar="auto|cpu|cuda", help="Where numbers are computed; cuda is every GPU.")
+    str, choice("--device", "auto", "cpu", "cuda", help="Where numbers are computed; cuda is every GPU.")
 ]
 Report = Annotated[
     str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")

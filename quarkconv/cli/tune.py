@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from quarkconv.cli.options import Json, Quiet, Verbose
+from quarkconv.cli.options import Json, Quiet, Verbose, choice
 from quarkconv.cli.out import open_output, whole_line
 from quarkconv.cli.progress import progress
 from quarkconv.errors import UsageError
@@ -24,9 +24,7 @@ _QUARKCONV = "quarkconv"
 
 
 def tune(
-    engine: Annotated[
-        str, typer.Option("--for", metavar="quarkconv|vllm|sglang", help="Whose kernel to time.")
-    ] = _QUARKCONV,
+    engine: Annotated[str, choice("--for", "quarkconv", "vllm", "sglang", help="Whose kernel to time.")] = _QUARKCONV,
     model: Annotated[
         str | None, typer.Option("--model", metavar="MODEL", help="Checkpoint whose experts to tune for.")
     ] = None,
@@ -37,9 +35,15 @@ def tune(
         typer.Option("--shape", metavar="NAME|E,K,H,I", help="Sizes instead of a model; repeatable."),
     ] = None,
     tokens: Annotated[
-        str | None, typer.Option("--tokens", metavar="1,64,..", help="Numbers of tokens to tune for.")
+        str | None,
+        typer.Option(
+            "--tokens", metavar="1,64,..", help="Numbers of tokens to tune for. [default: powers of 2 to 4096]"
+        ),
     ] = None,
-    jobs: Annotated[int | None, typer.Option("--jobs", min=1, metavar="N", help="Processes that compile.")] = None,
+    jobs: Annotated[
+        int | None,
+        typer.Option("--jobs", min=1, metavar="N", help="Processes that compile. [default: cores, up to 16]"),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option("--out", metavar="PATH", help="Folder of an engine's tables, or file of quarkconv's table."),

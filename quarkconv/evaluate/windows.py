@@ -116,11 +116,21 @@ def windows_of_text(path: str | Path, tokenizer_file: Path, length: int, count: 
         text = Path(path).read_text("utf-8")
     except OSError as error:
         raise SourceError(
-            "The text cannot be read", code="text-invalid", file=str(path), found=error.strerror or str(error)
+            "The text cannot be read",
+            code="text-invalid",
+            file=str(path),
+            expected="a UTF-8 text file",
+            found=error.strerror or str(error),
+            hint="give --text a file that exists and can be read",
         ) from error
     except UnicodeDecodeError as error:
         raise SourceError(
-            "The text is not UTF-8", code="text-invalid", file=str(path), found=f"{error.reason} at byte {error.start}"
+            "The text is not UTF-8",
+            code="text-invalid",
+            file=str(path),
+            expected="a UTF-8 text file",
+            found=f"{error.reason} at byte {error.start}",
+            hint="convert it first: iconv -t UTF-8",
         ) from error
     ids = load_tokenizer(tokenizer_file).encode(text).ids
     windows = len(ids) // length

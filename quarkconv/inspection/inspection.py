@@ -19,6 +19,7 @@ from quarkconv.inspection.advice import Advice, advice
 from quarkconv.inspection.engine_facts import EngineFact
 from quarkconv.inspection.engines import engines_for, stored_form
 from quarkconv.progress import SILENT, Progress
+from quarkconv.scheme.formats.undeclared import UndeclaredScheme
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.targets import TARGETS
 from quarkconv.targets.base import Int8Count, Target, count_int8
@@ -112,6 +113,8 @@ class Inspection(NamedTuple):
         disagreeing = dict.fromkeys(item.code for item in self.findings if item.code in DISAGREEING)
         if disagreeing:
             return f"Config and tensors disagree ({', '.join(disagreeing)}): {held}"
+        if isinstance(self.description.declared, UndeclaredScheme):
+            return f"Read from the tensors, without a quantization_config: {held}"
         if self.not_checked or any(item.code in _NEVER_LOADED for item in self.findings):
             return f"Config and tensors agree: {held}"
         return f"Sound: config, tensors, scales and zero points agree ({held})"

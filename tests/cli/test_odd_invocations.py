@@ -60,7 +60,26 @@ def test_wrong_usage_exits_2_and_writes_nothing(
     result = command(*[str(model) if word == "MODEL" else word for word in words])
     assert (result.code, result.out) == (2, "")
     assert message in result.err
+    assert "  hint:     " in result.err
     assert snapshot(model.parent) == before
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"),
+    [
+        (["verify", "--device", "c"], ["cpu", "cuda"]),
+        (["convert", "--mtp", ""], ["keep", "drop", "quantize"]),
+        (["convert", "--quantize", ""], ["missing", "all"]),
+        (["convert", "--to", "b"], ["bf16"]),
+        (["tune", "--for", "v"], ["vllm"]),
+    ],
+)
+def test_the_shell_completes_the_values_of_options(typed: list[str], completed: list[str]) -> None:
+    words = {"COMP_WORDS": " ".join(["quarkconv", *typed]), "COMP_CWORD": str(len(typed))}
+    environment = {**os.environ, **words, "_QUARKCONV_COMPLETE": "complete_bash"}
+    program = [sys.executable, "-c", "import sys; from quarkconv.cli.main import run; sys.argv = ['quarkconv']; run()"]
+    done = subprocess.run(program, env=environment, capture_output=True, text=True, check=True)
+    assert done.stdout.split() == completed
 
 
 @pytest.mark.parametrize("words", [("engines",), ("engines", "--json")])

@@ -19,6 +19,7 @@ from quarkconv.inspection.engine_facts import ENGINE_NAMES, NOT_CHECKED, EngineF
 from quarkconv.inspection.engines import stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
+from quarkconv.scheme.formats.undeclared import UndeclaredScheme
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.text import plural, size
 
@@ -55,7 +56,10 @@ def _heading(text: str) -> Text:
 def _title(inspection: Inspection) -> RenderableType:
     description = inspection.description
     checkpoint, declared = description.checkpoint, description.declared
-    tool = f"{declared.method} {declared.version or ''}".strip() if declared else "no quantization_config"
+    if declared is None or isinstance(declared, UndeclaredScheme):
+        tool = "no quantization_config"
+    else:
+        tool = f"{declared.method} {declared.version or ''}".strip()
     facts = [
         description.config.model_type or "unknown model type",
         tool,

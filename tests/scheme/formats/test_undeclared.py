@@ -31,6 +31,7 @@ def test_tensors_that_leave_no_doubt_are_converted(tmp_path: Path, target: str) 
     declared, root = make_checkpoint(tmp_path / "declared"), without_config(tmp_path / "model")
     inspection = quarkconv.inspect_checkpoint(root)
     assert inspection.to_json()["scheme"] == "ptpc_int8"
+    assert inspection.headline.startswith("Read from the tensors, without a quantization_config: ptpc_int8, ")
     assert [(item.code, item.severity.value) for item in inspection.findings] == [("scheme-implied", "warning")]
     output = quarkconv.convert_checkpoint(root, target, tmp_path / "out").output
     expected = quarkconv.convert_checkpoint(declared, target, tmp_path / "expected").output
