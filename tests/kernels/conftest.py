@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.interpreter import prepare_interpreter
+from support.interpreter import prepare_interpreter, widen_vector_tiles
 
 HAS_GPU = torch.cuda.is_available()
 JIT_MODULES = ("cast", "combine", "dependent", "epilogue", "grouped_gemm", "grouped_gemv", "quantize", "routing")
@@ -37,6 +37,7 @@ def _interpreter(monkeypatch: pytest.MonkeyPatch) -> None:
     """CPU tensors get the interpreted kernels in this folder."""
     if not HAS_GPU:
         monkeypatch.setenv("TRITON_INTERPRET", "1")
+        widen_vector_tiles(monkeypatch.setattr)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

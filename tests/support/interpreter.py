@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+from collections.abc import Callable
 from typing import Any
 
 
@@ -21,6 +22,20 @@ def prepare_interpreter() -> None:
     _take_equal_types_as_they_are(interpreter.tl, type(interpreter.interpreter_semantic))
     _reduce_and_widen_at_once(interpreter)
     _check_overflow(type(interpreter.interpreter_semantic))
+
+
+def widen_vector_tiles(replace: Callable[[Any, str, Any], None]) -> None:
+    """Where the heuristic chooses a GEMV, give it tiles of 32 and 64 columns: a program costs the interpreter the same
+    whatever its tile, and GPUs get tiles of 2 to 8 columns. Tiles change no bit of the result."""
+    from quarkconv.kernels import pipeline
+    from quarkconv.kernels.options import choose_launch_options
+    from quarkconv.kernels.tables import GemvOptions, VectorTile
+
+    def wide(*arguments: Any, **options: Any) -> Any:
+        found = choose_launch_options(*arguments, **options)
+        return GemvOptions(VectorTile(32, 4), VectorTile(64, 8)) if isinstance(found, GemvOptions) else found
+
+    replace(pipeline, "choose_launch_options", wide)
 
 
 def _list_the_language_once(interpreter: Any) -> None:
