@@ -225,8 +225,8 @@ def _layers(runner: LayerRunner, sums: list[LayerSums]) -> tuple[LayerEvaluation
 
 
 def _worst_parts(layers: Sequence[LayerEvaluation], experts: Sequence[ExpertError], count: int) -> list[LeftOut]:
-    """The worst layers, then the worst experts, ``count`` of each."""
-    worst = sorted(layers, key=lambda layer: -layer.own)[:count]
+    """The worst layers, then the worst experts, ``count`` of each; layers without an error are left out."""
+    worst = sorted((layer for layer in layers if layer.own > 0), key=lambda layer: -layer.own)[:count]
     return [LeftOut(layer.index) for layer in worst] + [LeftOut(item.layer, item.expert) for item in experts[:count]]
 
 

@@ -15,6 +15,10 @@ _OLDEST: Final = (5, 0)
 _AUTO_CLASSES: Final = ("AutoModelForCausalLM", "AutoModelForImageTextToText")
 """Where a class with a head is looked for; models of text and images have one of the second only."""
 
+_SAME_CLASS: Final = {"kimi_k2": "deepseek_v3"}
+"""Model types without a class in transformers -> the type whose class computes the same. vLLM 0.33 reads kimi_k2 so,
+transformers_utils/config.py; configs of Kimi-K2 name DeepseekV3ForCausalLM."""
+
 
 def meta_model(root: Path) -> tuple[Any, torch.dtype]:
     """A transformers model without weights, in evaluation mode, and the dtype of its floats.
@@ -28,7 +32,7 @@ def meta_model(root: Path) -> tuple[Any, torch.dtype]:
     """
     transformers = _transformers()
     try:
-        config = transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+        config = _config(transformers, root)
     except Exception as error:  # transformers raises ValueError, KeyError, OSError and its own
         raise _no_class(root, error) from error
     for part in (config, *(getattr(config, name, None) for name in config.sub_configs)):
@@ -47,6 +51,14 @@ def meta_model(root: Path) -> tuple[Any, torch.dtype]:
     if whole is not None:
         _keep_text(model)
     return model.eval(), dtype
+
+
+def _config(transformers: Any, root: Path) -> Any:
+    settings, _ = transformers.PreTrainedConfig.get_config_dict(root)
+    other = _SAME_CLASS.get(settings.pop("model_type", None))
+    if other is None:
+        return transformers.AutoConfig.from_pretrained(root, trust_remote_code=False)
+    return transformers.AutoConfig.for_model(other, **settings)
 
 
 def _config_around(config: Any, auto: Any) -> Any | None:

@@ -124,6 +124,19 @@ def test_deepseek_v3_runs_with_the_config_that_it_is_published_with(name: str, f
     assert all(0 < layer.own < own_bound("deepseek_v3", 0) for layer in found.layers)
 
 
+def test_kimi_k2_has_the_figures_of_deepseek_v3(few_ids: Path, tmp_path: Path) -> None:
+    """Its configs name the class of deepseek_v3 and code of their own, which does not run."""
+    source = restore(FAMILIES["deepseek_v3-0.13-f2f"], tmp_path / "source")
+    config = json.loads((source / "config.json").read_text("utf-8"))
+    del config["head_dim"]
+    (source / "config.json").write_text(json.dumps(config), "utf-8")
+    expected = evaluated(source, few_ids)
+    code = {"AutoConfig": "configuration_deepseek.DeepseekV3Config", "AutoModelForCausalLM": "modeling_deepseek.Model"}
+    config |= {"model_type": "kimi_k2", "auto_map": code}
+    (source / "config.json").write_text(json.dumps(config), "utf-8")
+    assert evaluated(source, few_ids).to_json() == expected.to_json()
+
+
 @pytest.mark.parametrize(
     ("name", "experts"),
     [
