@@ -7,7 +7,7 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm vllm_cpu vllm_ascend sglang transformers quark
 
-.PHONY: demo test test-targets test-cloud test-ray test-store test-emulators engines test-engines engines-new check package style bench bench-gpu tune picture docs site fuzz load audit clean help
+.PHONY: demo test test-targets test-cloud test-ray test-store test-emulators engines test-engines engines-new check package style bench bench-gpu tune picture docs site properties fuzz load audit clean help
 
 help:  ## Show what can be made
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -103,6 +103,13 @@ bench-gpu: $(STAMP)  ## Measure the INT8 forward on the GPU, beside vLLM where t
 
 tune: $(STAMP)  ## Write a table of launch options for the GPU at hand
 	$(BIN)/python -m quarkconv.kernels.tune
+
+EXAMPLES ?= 5000
+SEEDS ?= 200
+properties: $(STAMP)  ## Test each property with EXAMPLES random cases, a tenth of whole checkpoints, and verify's bounds with SEEDS seeds
+	HYPOTHESIS_EXAMPLES=$(EXAMPLES) $(BIN)/python -m pytest -q -n auto -o timeout=7200 -m hypothesis --ignore tests/fuzz
+	HYPOTHESIS_EXAMPLES=$$(($(EXAMPLES) / 10)) $(BIN)/python -m pytest -q -n auto -o timeout=7200 tests/fuzz
+	$(BIN)/python -m pytest -q -n auto -o timeout=7200 --seeds $(SEEDS) tests/verify/test_bounds.py tests/verify/test_planted_faults.py
 
 FUZZ_SECONDS ?= 60
 fuzz: $(STAMP)  ## Fuzz every parser for FUZZ_SECONDS each, and whole checkpoints with a thousand random ones

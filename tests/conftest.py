@@ -20,8 +20,9 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 # Environments of engines do not have hypothesis.
 with contextlib.suppress(ImportError):
     from hypothesis import settings
+    from support.examples import examples
 
-    settings.register_profile("untimed", deadline=None)
+    settings.register_profile("untimed", deadline=None, max_examples=examples(100), print_blob=True)
     settings.load_profile("untimed")
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 import contextlib
 import io
 import json
-import os
 import signal
 import tempfile
 from collections.abc import Iterator
@@ -20,6 +19,7 @@ import torch
 from hypothesis import HealthCheck, event, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint, write_checkpoint
+from support.examples import examples
 from support.expected import fused_int8
 from support.hostile import listing
 
@@ -27,8 +27,7 @@ import quarkconv
 from quarkconv.cli.main import main
 from quarkconv.targets import TARGETS
 
-EXAMPLES = int(os.environ.get("HYPOTHESIS_EXAMPLES", "12"))
-FUZZ = settings(max_examples=EXAMPLES, deadline=None, suppress_health_check=list(HealthCheck), print_blob=True)
+FUZZ = settings(max_examples=examples(12), suppress_health_check=list(HealthCheck))
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 EXTRA = (torch.float64, torch.uint8, torch.int64, torch.bool, torch.float8_e4m3fn)
 

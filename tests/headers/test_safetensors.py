@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors import deserialize, safe_open
 from safetensors.torch import save_file
+from support.examples import examples
 from support.raw import entry, raw_file
 
 from quarkconv.dtypes import DTYPE_BITS
@@ -351,7 +352,7 @@ def files(draw: st.DrawFn) -> tuple[bytes, dict[str, tuple[str, tuple[int, ...],
     return raw_file(text, data), truth
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(case=files())
 def test_any_valid_file_reads_back(
     case: tuple[bytes, dict[str, tuple[str, tuple[int, ...], bytes]]], scratch: Path
@@ -378,7 +379,7 @@ def mutations(raw: bytes, data: st.DataObject) -> Iterator[bytes]:
     yield raw[:position] + data.draw(st.binary(min_size=1, max_size=1)) + raw[position + 1 :]
 
 
-@settings(max_examples=250, deadline=None)
+@settings(max_examples=examples(250))
 @given(data=st.data())
 def test_of_any_mutation_whatever_is_accepted_safetensors_accepts(data: st.DataObject, scratch: Path) -> None:
     raw, _ = data.draw(files())

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.examples import examples
 from support.quark_config import INPUT, STATIC_INPUT, TENSOR_WEIGHT, WEIGHT, layer_config, quark_config
 
 from quarkconv.scheme.declared import DeclaredScheme
@@ -320,7 +321,7 @@ json_values = st.recursive(
 )
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=examples(150))
 @given(
     method=st.sampled_from(["quark", "compressed-tensors", "w8a8_int8", "gptq"]),
     fields=st.dictionaries(
