@@ -322,6 +322,7 @@ PARTS = {
     "forward-h200": lambda: forward("nvidia-h200", goal=True),
     "forward-h200-grid": lambda: forward_grid("grid-nvidia-h200"),
     "forward-h200-models": lambda: forward_grid("models-nvidia-h200"),
+    "forward-h200-slices": lambda: forward_grid("slices-nvidia-h200"),
     "forward-h200-options": option_gains,
     "kernel-devices": kernel_devices,
     "served-forms": lambda: served_forms("nvidia-h200"),
