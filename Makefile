@@ -123,7 +123,8 @@ fuzz: $(STAMP)  ## Fuzz every parser for FUZZ_SECONDS each, and whole checkpoint
 
 audit: $(STAMP)  ## Look for known vulnerabilities of what is pinned (needs the network)
 	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit
-	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict
+	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict || { \
+		echo "known vulnerabilities, or versions that could not be looked up: pip-audit asks https://pypi.org, not pip's index"; exit 1; }
 
 load: $(STAMP)  ## A thousand conversions in one process, and many commands at once
 	LOAD=1 $(BIN)/python -m pytest -q -s tests/hostile/test_load.py
