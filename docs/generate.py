@@ -20,6 +20,7 @@ from quarkconv.experts.families import FAMILIES
 from quarkconv.findings import CODES
 from quarkconv.inspection.engine_facts import ENGINE_NAMES, checked_model_types, engine_facts
 from quarkconv.targets import TARGETS
+from quarkconv.text import plural
 from quarkconv.tune.tables import MEASURED, SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -122,7 +123,7 @@ def conversion_growth() -> str:
     """How conversion grows with bytes and with pieces."""
     found = result("convert")
     layers, pieces, small = found["layers"]["sizes"], found["pieces"]["sizes"], found["small"]
-    rows = [(f"{item['layers']} layers, {item['bytes'] / 1e9:.2f} GB", item["rows"]) for item in layers]
+    rows = [(f"{plural(item['layers'], 'layer')}, {item['bytes'] / 1e9:.2f} GB", item["rows"]) for item in layers]
     rows.append((f"12 layers of 512 experts, I = 64, {small['bytes'] / 1e9:.2f} GB", small["rows"]))
     rows += [(f"{item['pieces']:,} pieces, {item['bytes'] / 1e6:.0f} MB", item["rows"]) for item in pieces]
     what = measured(found["layers"], "Qwen3-30B-A3B shapes, then many small tensors")

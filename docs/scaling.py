@@ -73,7 +73,12 @@ def times(found: dict[str, Any]) -> str:
     """How long 1 TB takes, by calculation, with the shares of the bandwidth that were filled."""
     steady = {count: found["summary"][f"part, {count}"]["filled_steady"] for count in (1, 8)}
     shares = [(count, share) for count in (1, 8) for share in (1.0, steady[count])]
-    titles = [f"{count} machine{'s' if count > 1 else ''}, {percent(share)}" for count, share in shares]
+    machines = {1: "1 machine", 8: "8 machines"}
+    titles = [
+        f"{machines[count]}, {rate}"
+        for count in machines
+        for rate in ("full rate", f"measured {percent(steady[count])}")
+    ]
     lines = [f"| network of a machine | {' | '.join(titles)} |", "| --- |" + " ---: |" * len(titles)]
     for gigabits in (10, 25, 100):
         seconds = [TB / (gigabits * 1e9 / 8) / count / share for count, share in shares]
