@@ -23,8 +23,8 @@ _NOT_CHECKED_WITH: Final = {
 }
 """End of a row's note -> what its engine was not checked with."""
 
-_OPTIONS: Final = "with --"
-"""How a row's note begins where its engine needs options."""
+_OPTIONS: Final = ("with --", "with QUARKCONV_VLLM=1")
+"""How a row's note begins where its engine needs options, or quarkconv's plugin."""
 
 
 class Advice(NamedTuple):
@@ -69,7 +69,7 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
     if best.verdict != "int8":
         return Advice(f"{name} {beware}") if faults else None
     runs = f"{name} {best.version} runs it in int8"
-    first = best.note.partition(";")[0]
+    first = best.note.partition(";")[0].partition(":")[0]
     options = f", {first}" if first.startswith(_OPTIONS) else ""
     if best.form == stored:
         return Advice(f"{runs} as it is{options}" + (f"; {beware}" if faults else ""))

@@ -161,6 +161,30 @@ def test_static_activations_fail_fused_and_the_engine_is_named(checkpoints: Any)
     assert any("need dynamic activation scales" in row.note for row in rows)
 
 
+def test_static_activations_are_advised_to_run_with_our_plugin(checkpoints: Any) -> None:
+    inspection = inspect_checkpoint(checkpoints("qwen3_moe-quark0.11-eager-int8_static"))
+    assert [(item.text, item.target) for item in inspection.advice] == [
+        (
+            "vLLM 0.26 - 0.33 runs it in int8 as it is, with QUARKCONV_VLLM=1 and quarkconv installed beside vLLM; "
+            "0.27.0 keeps activations in 16 bits",
+            None,
+        )
+    ]
+
+
+def test_the_plugin_is_not_checked_with_static_activations_of_other_model_types() -> None:
+    rows = [row for row in engine_facts() if "QUARKCONV_VLLM=1" in row.devices]
+    assert [row.verdict for row in rows] == ["not checked"]
+    assert rows[0].holds_for("int8_static", "per_expert", "mixtral")
+    assert not rows[0].holds_for("int8_static", "per_expert", "qwen3_moe")
+
+
+def test_no_row_for_static_activations_advises_a_conversion_that_fails() -> None:
+    rows = [row for row in engine_facts() if "int8_static" in row.schemes and row.verdict == "fails"]
+    assert rows
+    assert not [row.note for row in rows if "to compressed-tensors" in row.note or "to fused-int8" in row.note]
+
+
 def test_three_keys_are_loaded_wrongly_by_old_engines(checkpoints: Any) -> None:
     assert verdicts(checkpoints("step3p5-like-3key_fused"), "quark")["0.20 - 0.21"] == "wrong"
     assert "0.20 - 0.21" not in verdicts(checkpoints("mixtral-quark0.11-eager"), "quark")
