@@ -85,8 +85,12 @@ class QuarkconvMoEMethod(FusedMoEMethodBase):  # type: ignore[misc]
     def process_weights_after_loading(self, layer: Any) -> None:
         """Make the kernel of a layer that is loaded, and compile it for all numbers of tokens that vLLM batches.
 
-        Raises ValueError for static activations with a zero point.
+        Raises ValueError for static activations with a zero point, and where their weights are loaded again: vLLM 0.33
+        counts the scale of an expert's input once for gate and once for up, takes the layer for complete before its
+        last scales, and leaves those as the memory was (``model_loader/reload/layerwise.py``).
         """
+        if self.stock.static_input_scales and self._read:
+            raise ValueError("quarkconv: vLLM leaves out scales when it loads int8_static experts again; restart vLLM")
         for name in ("w13", "w2"):
             zero_point = getattr(layer, f"{name}_input_zero_point", None)
             if self.stock.static_input_scales and zero_point is not None and bool(zero_point.any()):

@@ -13,7 +13,7 @@ from engines.forms import QUARK, Forms
 from engines.forward import relative_error
 from engines.vllm import loading
 from engines.vllm.loading import build, load
-from engines.vllm.plugin_layers import BOUND, exact, experts_of, inputs
+from engines.vllm.plugin_layers import BOUND, exact, experts_of, inputs, ready
 from vllm.config import LoRAConfig, set_current_vllm_config
 from vllm.distributed import parallel_state
 from vllm.engine.arg_utils import EngineArgs
@@ -24,6 +24,7 @@ from vllm.model_executor.model_loader.utils import initialize_model
 
 SHARED = "qwen2_moe-0.11-eager-shared_expert"
 NAME = "qwen3_moe-quark0.13-f2f"
+STATIC = "qwen3_moe-quark0.11-eager-int8_static"
 if not hasattr(torch.ops._C, "silu_and_mul"):  # vLLM before 0.31 looks for it where it builds an activation
     torch.library.define("_C::silu_and_mul", "(Tensor! out, Tensor input) -> ()")
 
@@ -193,3 +194,43 @@ def test_weights_that_vllm_loads_again_are_read(forms: Forms, name: str) -> None
         reload.finalize_layerwise_reload(layer, config.model_config)
     assert read_by(layer) == addresses
     assert torch.equal(layer.quant_method.apply(layer, x, weights, ids, None, None), expected)
+
+
+@pytest.mark.usefixtures("turned_on")
+@pytest.mark.parametrize("name", [NAME, f"{NAME}-per_tensor_weight"])
+def test_scales_that_change_are_read_when_vllm_loads_again(forms: Forms, name: str) -> None:
+    """Stale ones would give another result than a layer that is loaded once."""
+    once = ready(forms(name, QUARK), name)
+    x, weights, ids = inputs(once, once.global_num_experts)
+    expected = once.quant_method.apply(once, x, weights, ids, None, None)
+    model = build(forms(name, QUARK))
+    config = vars(model)["engine_config"]
+    layer = experts_of(model, name)
+    reload.record_metadata_for_reloading(layer)
+    load(model)
+    scales = [parameter for key, parameter in layer.named_parameters() if key.endswith("_scale")]
+    assert len(scales) == 2
+    for scale in scales:
+        scale.data.mul_(2)
+    layer.quant_method.process_weights_after_loading(layer)
+    assert relative_error(layer.quant_method.apply(layer, x, weights, ids, None, None), expected) > 0.1
+    with set_current_vllm_config(config):
+        reload.initialize_layerwise_reload(layer)
+        load(model)
+        reload.finalize_layerwise_reload(layer, config.model_config)
+    assert torch.equal(layer.quant_method.apply(layer, x, weights, ids, None, None), expected)
+
+
+@pytest.mark.usefixtures("turned_on")
+def test_static_activations_are_not_loaded_again(forms: Forms) -> None:
+    """vLLM counts input scales twice, drops the scales that come last, and says nothing."""
+    model = build(forms(STATIC, QUARK))
+    config = vars(model)["engine_config"]
+    layer = experts_of(model, STATIC)
+    reload.record_metadata_for_reloading(layer)
+    load(model)
+    layer.quant_method.process_weights_after_loading(layer)
+    with set_current_vllm_config(config):
+        reload.initialize_layerwise_reload(layer)
+        with pytest.raises(ValueError, match="leaves out scales when it loads int8_static experts again; restart"):
+            load(model)
