@@ -96,8 +96,8 @@ CODES: Final[dict[str, FindingCode]] = {
     "mtp-missing": FindingCode(_I, "The config declares layers of multi-token prediction that are not stored."),
     "float-module-quantized": FindingCode(
         _E,
-        "Routers, heads or embeddings are stored in int8; engines keep them in float, and conversion dequantizes them. "
-        "A warning where all of them are in layers of multi-token prediction.",
+        "Modules that engines keep in float, such as routers and heads, are stored in int8; conversion dequantizes "
+        "them. A warning where all of them are in layers of multi-token prediction.",
     ),
     "quant-config-invalid": FindingCode(
         _E, "quantization_config has fields of the wrong type, or invalid ones; ignored."

@@ -14,7 +14,6 @@ from quarkconv.description.contradictions import is_linear
 from quarkconv.description.description import Description, described
 from quarkconv.dtypes import QUANTIZABLE, TensorType
 from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
-from quarkconv.experts.families import FLOAT_ENDS
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
@@ -146,7 +145,7 @@ def _modules(
             continue
         if module in members:
             claim = declared.resolve_expert(layers[module].prefix, module) if declared and module in layers else FLOAT
-        elif is_linear(module, form) and not _stays_float(description, module):
+        elif is_linear(module, form) and not description.is_float(module):
             claim = declared.resolve(module) if declared else FLOAT
         else:
             continue
@@ -174,10 +173,6 @@ def _check_merged(description: Description, modules: Collection[str], is_exclude
                     expected=f"all of {', '.join(parts)} excluded, or none",
                     found=f"{other} in int8",
                 )
-
-
-def _stays_float(description: Description, module: str) -> bool:
-    return module.endswith(FLOAT_ENDS) or description.is_float(module)
 
 
 def _check_dtypes(description: Description, options: SourceOptions) -> None:

@@ -32,13 +32,18 @@ _CLAMPED_SILU: Final = ActivationRule(limit=("swiglu_limit",))
 _SWIGLU_OAI: Final[Mapping[str, ActivationName]] = {"silu": "swigluoai", "swigluoai": "swigluoai"}
 _HYPER_CONNECTIONS: Final = ("hc_scale", "hc_attn_scale", "hc_ffn_scale", "hc_head_scale")
 _MTP: Final = ("eh_proj",)  # nn.Linear in vLLM's *_mtp.py
+_INDEXER: Final = ("indexer.wk", "indexer.weights_proj")
+"""Linears of sparse attention that vLLM merges in float (``wk_weights_proj`` of deepseek_v2.py and glm5next)."""
 
 _SOFTMAX_FAMILIES: Final = (
     Family(("mixtral",), _SOFTMAX_OF_ALL, "MixtralTopKRouter"),
     Family(("qwen2_moe",), _SOFTMAX, "Qwen2MoeTopKRouter", float_modules=("shared_expert_gate",)),
     Family(("qwen3_moe",), _SOFTMAX, "Qwen3MoeTopKRouter"),
     Family(("qwen3_next",), _SOFTMAX, "Qwen3NextTopKRouter", float_modules=("shared_expert_gate",)),
-    Family(("qwen4_exp",), _SOFTMAX, "Qwen4ExpTextTopKRouter", float_modules=("shared_expert_gate",)),
+    Family(
+        ("qwen4_exp",), _SOFTMAX, "Qwen4ExpTextTopKRouter",
+        float_modules=("shared_expert_gate", "input_mix_weight_down", "input_mix_weight_up", "block_inject_weight"),
+    ),
     Family(
         ("qwen3_omni_moe",), _SOFTMAX, "Qwen3OmniMoeThinkerTextTopKRouter", classes=("Qwen3OmniMoeThinker",),
     ),
@@ -58,7 +63,11 @@ _SOFTMAX_FAMILIES: Final = (
         ("olmoe",), RouterRule("softmax", renormalize=False), "OlmoeTopKRouter",
         fixed={"norm_topk_prob": (None, False)},
     ),
-    Family(("jamba",), RouterRule("softmax", renormalize=False), "JambaTopKRouter", tensors=_ROUTER),
+    # vLLM's MambaMixer takes no quantization method; MambaMixer2, of other families, does.
+    Family(
+        ("jamba",), RouterRule("softmax", renormalize=False), "JambaTopKRouter", tensors=_ROUTER,
+        float_modules=("mamba.in_proj", "mamba.x_proj", "mamba.dt_proj", "mamba.out_proj"),
+    ),
     # The remote code of deepseek-moe-16b (MoEGate), which vLLM's deepseek_v2.py also runs.
     Family(
         ("deepseek",), RouterRule("softmax", renormalize=("norm_topk_prob",), epsilon=1e-20),
@@ -188,7 +197,10 @@ _SOFTMAX_FAMILIES: Final = (
 
 _SIGMOID_FAMILIES: Final = (
     Family(("deepseek_v3",), _V3, "DeepseekV3TopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
-    Family(("deepseek_v32",), _V3, "DeepseekV32TopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
+    Family(
+        ("deepseek_v32",), _V3, "DeepseekV32TopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED,
+        float_modules=(*_MTP, *_INDEXER),
+    ),
     # The architecture of deepseek_v3 under its own type: transformers loads it as that.
     Family(
         ("kimi_k2",), _V3, "DeepseekV3TopkRouter", tensors=_BIASED_GATE, classes=("DeepseekV3",), fixed=_V3_FIXED,
@@ -198,10 +210,13 @@ _SIGMOID_FAMILIES: Final = (
     Family(
         ("glm4_moe_lite",), _V3, "Glm4MoeLiteTopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP
     ),
-    Family(("glm_moe_dsa",), _V3, "GlmMoeDsaTopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED, float_modules=_MTP),
+    Family(
+        ("glm_moe_dsa",), _V3, "GlmMoeDsaTopkRouter", tensors=_BIASED_GATE, fixed=_V3_FIXED,
+        float_modules=(*_MTP, *_INDEXER),
+    ),
     Family(
         ("glm5_next",), _V3, "Glm5NextTextTopkRouter, Glm5NextTextExperts", tensors=_BIASED_GATE, fixed=_V3_FIXED,
-        activation=_CLAMPED_SILU, float_modules=_MTP, own_scales=_HYPER_CONNECTIONS,
+        activation=_CLAMPED_SILU, float_modules=(*_MTP, *_INDEXER), own_scales=_HYPER_CONNECTIONS,
     ),
     # vLLM's mimo_v2.py knows no scale.
     Family(
@@ -260,7 +275,8 @@ _SIGMOID_FAMILIES: Final = (
             "moe_router_activation_func": (None, "sigmoid"), "topk_method": (None, "noaux_tc"),
             "use_grouped_topk": (None, True),
         },
-        latent=("routed_expert_hidden_size",), ignored=("latent_moe_use_norm",), float_modules=_MTP,
+        latent=("routed_expert_hidden_size",), ignored=("latent_moe_use_norm",),
+        float_modules=(*_MTP, "self_attention_res_proj", "mlp_res_proj", "output_attn_res_proj"),
     ),
     # MiniMaxM2TopKRouter always adds the bias; vLLM's minimax_m2.py obeys both keys.
     Family(
@@ -309,6 +325,9 @@ _SIGMOID_FAMILIES: Final = (
         fixed={
             "scoring_func": ("sqrtsoftplus",), "topk_method": (None, "noaux_tc"), "norm_topk_prob": (None, True),
         },
+        float_modules=(
+            "compressor.wkv", "compressor.wgate", "compressor.kv_proj", "compressor.gate_proj", "indexer.weights_proj",
+        ),
         own_scales=_HYPER_CONNECTIONS,
     ),
     # FusedMoEBlock in vLLM's step3p5.py, which refuses a router without the bias; with it, the model's remote code
