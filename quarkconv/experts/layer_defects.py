@@ -43,9 +43,9 @@ def missing_experts(
 def packed_experts(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: bool) -> Finding | None:
     """The finding for a layer of which each weight has half the columns that the rows of the others ask for."""
     for up, down in zip(forms["gate" if joined else "up"], forms["down"], strict=True):
-        if len(up.weight.shape) != 2 or len(down.weight.shape) != 2:
+        if min(len(up.weight.shape), len(down.weight.shape)) < 2:
             return None
-        (rows, columns), (out, inner) = up.weight.shape, down.weight.shape
+        (*_, rows, columns), (*_, out, inner) = up.weight.shape, down.weight.shape
         if (2 * columns, 2 * inner) != (out, rows // 2 if joined else rows):
             return None
     return finding(

@@ -120,12 +120,12 @@ def _biased(prefix: str, numbers: range, rows: dict[str, int], stored: StoredMod
     return True
 
 
-def _fits(form: Form, shape: tuple[int, int]) -> bool:
-    """True for a projection of a shape. Formats that pack several codes into an element store fewer columns."""
+def _fits(form: Form, shape: tuple[int, ...]) -> bool:
+    """True for a weight of a shape. Formats that pack several codes into an element store fewer columns."""
     found = form.weight.shape
     if form.quantized or form.is_float:
         return found == shape
-    return len(found) == 2 and found[0] == shape[0]
+    return len(found) == len(shape) and found[:-1] == shape[:-1]
 
 
 def single_tensor_layer(
@@ -158,6 +158,8 @@ def single_tensor_layer(
     if paired and any(f"{prefix}.{leaf}" in stored.fused for leaf in (naming.fused_gate_up, naming.fused_down)):
         return finding("layout-conflict", prefix, f"The layer stores its experts as {' and '.join(PAIRED)} and fused")
     experts, rows, hidden = parts[needed[0]].weight.shape
+    if not (parts[needed[0]].quantized or parts[needed[0]].is_float):  # several codes in an element: fewer columns
+        _, hidden, _ = parts["down"].weight.shape
     intermediate = rows // 2 if layout == "fused" else rows
     shapes = {
         "gate_up": (experts, 2 * intermediate, hidden),
@@ -169,8 +171,11 @@ def single_tensor_layer(
     if transposed:
         hidden, intermediate = parts["gate_up"].weight.shape[1], parts["gate_up"].weight.shape[2] // 2
     for part, form in parts.items() if not transposed else ():
-        if form.weight.shape != shapes[part]:
-            return wrong_shape(f"{prefix} ({part})", shapes[part], form.weight.shape)
+        if not _fits(form, shapes[part]):
+            ends: dict[Role, tuple[Form, ...]] = {"gate": (parts[needed[0]],), "down": (parts["down"],)}
+            return packed_experts(prefix, {**ends, "up": ends["gate"]}, joined=layout == "fused") or wrong_shape(
+                f"{prefix} ({part})", shapes[part], form.weight.shape
+            )
     implausible = implausible_geometry(prefix, (experts, hidden, intermediate))
     if implausible is not None:
         return implausible

@@ -33,6 +33,27 @@ def test_two_codes_in_an_element_are_unsupported_and_not_damaged(tmp_path: Path)
     assert {refusal(source, target).exit_code for target in TARGETS} == {4}
 
 
+@pytest.mark.parametrize("leaves", [("gate_up_proj", "down_proj"), ("gate_proj", "up_proj", "down_proj")])
+@pytest.mark.parametrize("dtype", [torch.int8, torch.uint8, torch.uint32])
+def test_packed_experts_in_one_tensor_are_unsupported_and_not_damaged(
+    dtype: torch.dtype, leaves: tuple[str, ...], tmp_path: Path
+) -> None:
+    """Two codes of int4 in each byte, or four of int8 in each word, as mlx-lm stores them (mlp.switch_mlp)."""
+    model, codes_of = Model(), 4 if dtype is torch.uint32 else 2
+    model.remove("model.layers.0.mlp.experts", "model.layers.1.mlp.experts")
+    for layer in range(2):
+        for leaf in leaves:
+            rows, columns = {"gate_up_proj": (8, 8), "down_proj": (8, 4)}.get(leaf, (4, 8))
+            fused = len(leaves) == 2
+            module = f"model.layers.{layer}.mlp.{'experts' if fused else 'switch_mlp'}.{leaf}"
+            weight, scale = (module, f"{module}_scale") if fused else (f"{module}.weight", f"{module}.weight_scale")
+            model.set(weight, torch.zeros(3, rows, columns // codes_of, dtype=dtype))
+            model.set(scale, torch.ones(3, rows))
+    source = model.write(tmp_path)
+    assert "expert-shape" not in codes(source)
+    assert {refusal(source, target).exit_code for target in TARGETS} == {4}
+
+
 def test_a_packed_format_over_plain_int8_weights_is_an_error(tmp_path: Path) -> None:
     """Engines look for weight_packed; the tensors are those of int-quantized."""
     source = convert_checkpoint(Model().write(tmp_path / "plain"), "compressed-tensors", tmp_path / "source").output
