@@ -38,7 +38,7 @@ from quarkconv.files.json_files import has_file
 from quarkconv.findings import OTHER_FORMAT, Finding, Severity, bounded, refusal
 from quarkconv.headers.checkpoint import Checkpoint, open_checkpoint
 from quarkconv.headers.collector import collector_paused
-from quarkconv.headers.file_names import MODELOPT_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, MODELOPT_NAME
 from quarkconv.progress import SILENT, Progress
 from quarkconv.scheme.declared import DeclaredScheme, ModelOptScheme, UnknownScheme
 from quarkconv.scheme.formats.ascend import AscendScheme
@@ -268,6 +268,9 @@ def described(
         ]
     if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
         findings = list(checkpoint.findings)
+    unread = any((item.code, item.subject) == ("config-invalid", CONFIG_NAME) for item in checkpoint.findings)
+    if unread and has_file(checkpoint.store, CONFIG_NAME):
+        findings = [item for item in findings if item.code != "quant-config-missing"]  # it may be there
     order = list(Severity)
     findings = [with_other_description(item, checkpoint) for item in bounded(findings)]
     findings.sort(key=lambda item: order.index(item.severity))

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import codecs
 import json
 from pathlib import Path
 from typing import Any, Final
 
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
-from quarkconv.files.regular import CHECK_ACCESS, leads_outside, read_regular
+from quarkconv.files.regular import CHECK_ACCESS, FETCH_POINTER, LFS_POINTER, leads_outside, read_regular
 from quarkconv.text import shown
 
 MAX_CONFIG_BYTES: Final = 32 * 2**20
@@ -17,6 +18,8 @@ MAX_VALUES: Final = 1_200_000
 """The number of values in a large file: a few bytes of JSON can take a hundred bytes of memory."""
 _LARGE: Final = 12_000_000
 MAX_DEPTH: Final = 100
+_MARKS: Final = (codecs.BOM_UTF8, codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)
+"""Byte order marks, at which transformers, vLLM and SGLang fail."""
 
 
 def read_json_object(path: Path, *, code: str, limit: int, values: int = MAX_VALUES) -> dict[str, Any]:
@@ -102,10 +105,28 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
     """Parse the bytes of a file ``name`` that holds one JSON object.
 
     Raises:
-        SourceError: they are not UTF-8, not JSON, nested more than 100 deep, or not an object.
+        SourceError: they are not UTF-8, not JSON, nested more than 100 deep, or not an object; or a pointer of Git LFS.
     """
+    if raw.startswith(LFS_POINTER):
+        found = f"a text of {len(raw)} bytes"
+        raise SourceError(
+            "The file is a pointer of Git LFS, without its content",
+            code=code,
+            file=name,
+            found=found,
+            hint=FETCH_POINTER,
+        )
+    if raw.startswith(_MARKS):
+        raise SourceError(
+            "The file starts with a byte order mark, at which engines fail",
+            code=code,
+            file=name,
+            expected="UTF-8 without one",
+            found=raw[:3].hex(" "),
+            hint="save the file again as UTF-8 without a byte order mark",
+        )
     try:
-        value = json.loads(raw)
+        value = json.loads(raw.decode())
         if raw.count(b"{") + raw.count(b"[") > MAX_DEPTH and not _is_shallow(value):
             raise RecursionError
     except (ValueError, RecursionError) as error:

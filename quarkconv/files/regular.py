@@ -16,6 +16,10 @@ from typing import Final
 
 CHECK_ACCESS: Final = "check who may read it"
 """The hint where a permission is missing."""
+LFS_POINTER: Final = b"version https://git-lfs"
+"""Start of a file that Git LFS has not fetched."""
+FETCH_POINTER: Final = "run `git lfs pull` in the model's directory, or download the model with `hf download`"
+"""The hint for such a file."""
 
 _KINDS: Final = {
     stat.S_IFDIR: "a directory",

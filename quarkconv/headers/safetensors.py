@@ -14,6 +14,7 @@ entry that is invalid.
 from __future__ import annotations
 
 import os
+import re
 import struct
 from collections.abc import Iterator, KeysView, Sequence
 from typing import Final, NamedTuple
@@ -21,7 +22,7 @@ from typing import Final, NamedTuple
 from quarkconv.defects import COPY_AGAIN, invalid_header, missing_file, short_file, unreadable_file
 from quarkconv.dtypes import TensorType
 from quarkconv.errors import SourceError
-from quarkconv.files.regular import CHECK_ACCESS, open_regular
+from quarkconv.files.regular import CHECK_ACCESS, FETCH_POINTER, LFS_POINTER, open_regular
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.entries import MAX_FREE_BYTES, check_data, not_json, over_limit, parse_entries, refuse_entry
 from quarkconv.headers.quantizer_names import is_renamed, may_be_renamed, usual_names
@@ -34,8 +35,10 @@ MAX_TENSORS: Final = 500_000
 """Most tensors of a checkpoint. The largest models, 1T parameters with scales and zero points, have half as many."""
 MAX_NAME: Final = 1024
 _MIN_ENTRY_BYTES: Final = 48
-_LFS_POINTER: Final = int.from_bytes(b"version ", "little")
+_LFS_POINTER: Final = int.from_bytes(LFS_POINTER[:8], "little")
 """The length of the header, were it one, of a file that Git LFS has not fetched."""
+_TEXT: Final = re.compile(rb"[\t\n\r -~]{8}")
+"""The same of a text, such as the page of a server that refuses a download."""
 _ODD: Final = ("\\", "/", "\x7f")
 """In a header of ASCII, a name is odd only if one of these occurs."""
 
@@ -212,7 +215,15 @@ def check_length(file: str, length: int, size: int) -> None:
             message="The file is a pointer of Git LFS, without the weights",
             expected="a safetensors file",
             found=f"a text of {size} bytes",
-            hint="run `git lfs pull` in the model's directory, or download the model with `hf download`",
+            hint=FETCH_POINTER,
+        )
+    if _TEXT.fullmatch(start := length.to_bytes(8, "little")):
+        raise invalid_header(
+            file,
+            message="The file is a text, without the weights",
+            expected="a safetensors file",
+            found=f"a text of {size} bytes that starts with {start.decode()!r}",
+            hint="look into the file: it may say why the download failed",
         )
     if length > MAX_HEADER_BYTES:
         raise invalid_header(

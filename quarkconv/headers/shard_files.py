@@ -14,7 +14,7 @@ from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import CHECK_ACCESS
 from quarkconv.findings import OTHER_FORMAT, Finding, FindingsAbout
 from quarkconv.headers.file_names import INDEX_NAME
-from quarkconv.headers.index import Index
+from quarkconv.headers.index import MAX_SHARDS, Index
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.unfinished import refuse_unfinished
 from quarkconv.text import plural
@@ -24,6 +24,8 @@ OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpac
 """Ends of the names of weights in formats that are not read."""
 _OF_RANKS: Final = re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors")
 """Names of the files of ``save_sharded_state`` (vLLM 0.33, ``sharded_state_loader.py``; SGLang's are the same)."""
+_NUMBERED: Final = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", re.DOTALL | re.ASCII)
+"""Names of shards that say how many there are."""
 _OF_TRAINING: Final = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
 """Starts of the names of files of a training run, which are not weights."""
 _PREFERRED: Final = "consolidated"
@@ -76,6 +78,8 @@ def _check_directory(root: Path) -> None:
 def shard_names(store: Files, present: list[str], index: Index | None) -> list[str]:
     """The shards of the model: those of the index; without an index model.safetensors, or else every file.
 
+    Where names of files say how many there are, as in ``model-00001-of-00003.safetensors``, the others are included.
+
     Raises:
         SourceError: there is none.
     """
@@ -92,7 +96,20 @@ def shard_names(store: Files, present: list[str], index: Index | None) -> list[s
             found="no *.safetensors",
             hint="give the directory that holds config.json and the weights",
         )
-    return present
+    return sorted({*present, *_numbered(present)})
+
+
+def _numbered(present: list[str]) -> Iterator[str]:
+    """All shards that there are according to the names of some."""
+    counts: dict[tuple[str, ...], list[str]] = {}
+    for match in filter(None, map(_NUMBERED.fullmatch, present)):
+        start, number, *rest = match.groups()
+        counts.setdefault((start, *rest), []).append(number)
+    for (start, of, count, end), numbers in counts.items():
+        first = 0 if any(int(number) == 0 for number in numbers) else 1
+        if len(count) <= len(str(MAX_SHARDS)) + 1 and len(numbers) < int(count) <= MAX_SHARDS:
+            for number in range(first, first + int(count)):
+                yield f"{start}{number:0{len(numbers[0])}}{of}{count}{end}"
 
 
 def in_another_format(store: Files, present: list[str], index: Index | None) -> Iterator[Finding]:
