@@ -22,12 +22,12 @@ TALKER = "talker.model.layers.0.mlp"
 @pytest.mark.parametrize(
     ("text", "layers"), [("0,3-5", [0, 3, 4, 5]), (" 7 - 8 , 1", [7, 8, 1]), (f"{TALKER},2", [TALKER, 2])]
 )
-def test_lists_of_layers(text: str, layers: list[int | str]) -> None:
+def test_lists_of_layers_are_read(text: str, layers: list[int | str]) -> None:
     assert parse_layers(text) == layers
 
 
 @pytest.mark.parametrize("text", ["5-2", "", "1,,2", "-1", "1-", "9999999999", "a b", "3x"])
-def test_invalid_lists_of_layers(text: str) -> None:
+def test_invalid_lists_of_layers_are_refused(text: str) -> None:
     with pytest.raises(quarkconv.UsageError, match="Invalid --layers"):
         parse_layers(text)
 
@@ -41,12 +41,12 @@ def test_layer_numbers_have_no_modules(text: str) -> None:
 
 
 @pytest.mark.parametrize(("text", "tokens"), [("64", [64]), (" 16 ,1024", [16, 1024])])
-def test_lists_of_tokens(text: str, tokens: list[int]) -> None:
+def test_lists_of_tokens_are_read(text: str, tokens: list[int]) -> None:
     assert parse_tokens(text) == tokens
 
 
 @pytest.mark.parametrize("text", ["", "1,", "-1", "1e3", "9999999999"])
-def test_invalid_lists_of_tokens(text: str) -> None:
+def test_invalid_lists_of_tokens_are_refused(text: str) -> None:
     with pytest.raises(quarkconv.UsageError, match="Invalid --tokens"):
         parse_tokens(text)
 

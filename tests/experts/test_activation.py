@@ -135,7 +135,7 @@ ACTIVATIONS = {
 }
 
 
-def test_describe() -> None:
+def test_every_activation_describes_itself() -> None:
     assert {name: known_activation(name).describe() for name in CASES} == ACTIVATIONS
 
 

@@ -101,7 +101,9 @@ def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.
         (fact(schemes=("mixed",), model_types=("mixtral",)), ("mixed", None, "step3p5"), False),
     ],
 )
-def test_holds_for(row: EngineFact, arguments: tuple[str, str | None, str | None], holds: bool) -> None:
+def test_a_row_holds_for_its_schemes_layouts_and_model_types(
+    row: EngineFact, arguments: tuple[str, str | None, str | None], holds: bool
+) -> None:
     assert row.holds_for(*arguments) is holds
 
 

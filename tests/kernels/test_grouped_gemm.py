@@ -124,7 +124,7 @@ def test_gate_up_sums_are_exact(
     assert (out[~rows] == -7).all()
 
 
-def test_largest_sums(device: torch.device) -> None:
+def test_the_largest_sums_are_exact(device: torch.device) -> None:
     """Every product at its largest, with the sign that float32 accumulation would round: 127 * 128 * 3000 > 2^24."""
     depth = 3000
     codes = torch.full((1, depth), -127, dtype=torch.int8, device=device)

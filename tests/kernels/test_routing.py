@@ -57,7 +57,7 @@ def check(ids: torch.Tensor, experts: int, blocks: RowBlocks) -> Any:
 @pytest.mark.parametrize(
     ("tokens", "top_k", "experts"), [(1, 1, 1), (1, 8, 12), (7, 3, 5), (33, 2, 3), (50, 4, 8), (600, 2, 3)]
 )
-def test_equals_twin(
+def test_the_order_of_pairs_equals_that_of_the_twin(
     dtype: torch.dtype, blocks: RowBlocks, tokens: int, top_k: int, experts: int, device: torch.device
 ) -> None:
     g = torch.Generator().manual_seed(tokens)

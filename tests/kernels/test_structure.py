@@ -50,7 +50,7 @@ def test_imports_go_one_way(path: Path) -> None:
             assert RANK[module[0]] < RANK[own[0]], f"{'.'.join(own)} imports {'.'.join(module)}"
 
 
-def test_no_import_circle() -> None:
+def test_imports_have_no_circle() -> None:
     graph = {own_name(path): set(imported(path)) for path in PATHS}
     while graph:
         leaves = [name for name, imports in graph.items() if not imports & graph.keys()]

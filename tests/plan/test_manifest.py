@@ -30,7 +30,7 @@ def result(
     return quarkconv.convert_checkpoint(checkpoints(request.param), "fused-int8", out, max_shard_size=100_000)
 
 
-def test_round_trip(result: quarkconv.ConversionResult) -> None:
+def test_a_manifest_that_is_read_and_written_again_is_the_same(result: quarkconv.ConversionResult) -> None:
     found = read_manifest(result.output)
     assert found == result.manifest
     assert manifest_to_bytes(result.manifest) == (result.output / "quarkconv.json").read_bytes()

@@ -198,7 +198,7 @@ def test_ignore_names_the_float_linears(checkpoints: Checkpoints, converted: Con
         ),
     ],
 )
-def test_ignore_in_full(converted: Converted, name: str, expected: list[str]) -> None:
+def test_ignore_names_these_modules_and_no_others(converted: Converted, name: str, expected: list[str]) -> None:
     assert converted.ignore(name) == expected
 
 

@@ -113,7 +113,7 @@ STRUCTURES = {
 
 
 @pytest.mark.parametrize("name", STRUCTURES)
-def test_names_and_structure(name: str) -> None:
+def test_experts_are_recognised_with_their_names_and_parts(name: str) -> None:
     layer = layers(name)[0]
     parts = {
         "joined": layer.joined,

@@ -62,7 +62,7 @@ def silu(x: float) -> float:
         ([2.54, -1.0, 0.01], [127, -50, 0], 0.02),
     ],
 )
-def test_quantize_one_row(row: list[float], codes: list[int], scale: float | None) -> None:
+def test_a_row_has_the_codes_computed_by_hand(row: list[float], codes: list[int], scale: float | None) -> None:
     found, found_scale = quantize(torch.tensor([row]), None)
     assert found[0].tolist() == codes
     if scale is not None:

@@ -300,7 +300,9 @@ def test_refuses_tensors_that_do_not_fit() -> None:
         ("step3p5", "model.layers.1.moe", ("gate.weight", "router_bias")),
     ],
 )
-def test_router_tensor_names(name: str, moe_module: str, expected: tuple[str, str | None]) -> None:
+def test_a_router_is_found_under_the_names_of_its_family(
+    name: str, moe_module: str, expected: tuple[str, str | None]
+) -> None:
     weight, bias = (part and f"{moe_module}.{part}" for part in expected)
     assert router_tensor_names(golden_routing(name), moe_module)[:2] == (weight, bias)
 

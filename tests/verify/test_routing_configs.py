@@ -66,7 +66,7 @@ DESCRIPTIONS = {
 }
 
 
-def test_describe() -> None:
+def test_every_routing_describes_itself() -> None:
     assert {name: golden_routing(name).describe() for name in CASES} == DESCRIPTIONS
 
 

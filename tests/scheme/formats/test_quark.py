@@ -74,7 +74,7 @@ def expression_excludes(group: dict[str, Any], name: str) -> bool:
 
 
 @pytest.mark.parametrize("group", CASES["groups"], ids=lambda group: group["note"])
-def test_equals_quarks_loader(group: dict[str, Any]) -> None:
+def test_each_module_gets_the_scheme_of_quarks_loader(group: dict[str, Any]) -> None:
     scheme = scheme_of(group)
     for name, outcome in loader_outcomes(group).items():
         # Two deliberate differences: `re:` entries are read as engines read them, and Quark ignores them; an excluded
@@ -187,13 +187,13 @@ def test_exclude_patterns_match_as_in_quark(pattern: str, name: str, excluded: b
         ([WEIGHT, {**WEIGHT, "dtype": "int4"}], INPUT, None),
     ],
 )
-def test_names_of_schemes(weight: Any, inputs: Any, name: str | None) -> None:
+def test_each_pair_of_settings_has_the_name_of_its_scheme(weight: Any, inputs: Any, name: str | None) -> None:
     scheme = QuarkScheme(quark_config(global_quant_config=layer_config(weight, inputs)))
     assert SCHEME_NAMES.get(scheme.resolve(Q_PROJ)) == name
     assert scheme.problems == []
 
 
-def test_names_of_fields_before_quark_1() -> None:
+def test_names_of_fields_before_quark_1_are_read() -> None:
     old = {"dtype": "int8", "qscheme": "per_channel", "axis": 0, "dynamic": False, "symmetric": True}
     scheme = QuarkScheme(
         quark_config(global_quant_config=layer_config(old, {**old, "axis": 1, "dynamic": True}), exclude=None)
