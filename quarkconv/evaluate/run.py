@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import dataclass
+from itertools import zip_longest
 from pathlib import Path
 from typing import Final, NamedTuple
 
@@ -132,8 +133,8 @@ class Run:
         calls: list[Calls] = []
         embedded = []
         for item in self.batches:
-            states, mine, theirs = self.runners[item.device].embed(self.tokens.ids[item.windows])
-            calls.append(shared_calls((mine, theirs), calls))
+            states, of_quantized, of_baseline = self.runners[item.device].embed(self.tokens.ids[item.windows])
+            calls.append(shared_calls((of_quantized, of_baseline), calls))
             embedded.append(LayerOutput(states))
         return embedded, calls
 
@@ -154,9 +155,9 @@ class Run:
         def share(device: int) -> dict[int, LayerSums]:
             runner, transfers = self.runners[device], self._transfers[device]
             sums: dict[int, DeviceSums] = {}
-            mine = [position for position, item in enumerate(self.batches) if item.device == device]
-            ahead = transfers.fetch(streams.of(mine[0])) if mine else {}
-            for position, following in zip(mine, [*mine[1:], None], strict=True):
+            own = [position for position, item in enumerate(self.batches) if item.device == device]
+            ahead = transfers.fetch(streams.of(own[0])) if own else {}
+            for position, following in zip_longest(own, own[1:]):
                 before = ahead
                 transfers.wait()
                 if following is not None:

@@ -82,17 +82,30 @@ def test_batches_change_nothing_but_the_last_bits(
     assert found.int8 is not None
     assert plain.int8 is not None
     assert found.int8.mean == pytest.approx(plain.int8.mean, rel=0.15)
-    for mine, theirs in zip(found.layers, plain.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, rel=0.05)
+    for layer, of_plain in zip(found.layers, plain.layers, strict=True):
+        assert layer.own == pytest.approx(of_plain.own, rel=0.05)
 
 
+@pytest.mark.parametrize(("batch", "windows", "ablate"), [(2, None, 1), (4, 1, 0)])
 def test_several_devices_have_the_figures_of_one(
-    quantized: Path, unquantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+    quantized: Path,
+    unquantized: Path,
+    token_ids: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    batch: int,
+    windows: int | None,
+    ablate: int,
 ) -> None:
-    monkeypatch.setattr(module, "pick_devices", lambda _: (torch.device("cpu"),) * 2)
-    two = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, ablate=1, resume=False)
-    monkeypatch.setattr(module, "pick_devices", lambda _: (torch.device("cpu"),))
-    one = evaluate_checkpoint(quantized, unquantized, token_ids=token_ids, batch=2, ablate=1, resume=False)
+    """Also where there are fewer batches than devices."""
+    found = []
+    for count in (2, 1):
+        monkeypatch.setattr(module, "pick_devices", lambda _, count=count: (torch.device("cpu"),) * count)
+        found.append(
+            evaluate_checkpoint(
+                quantized, unquantized, token_ids=token_ids, batch=batch, windows=windows, ablate=ablate, resume=False
+            )
+        )
+    two, one = found
     assert two.device == "cpu + cpu"
     assert {**two.to_json(), "device": "cpu"} == {**one.to_json(), "device": "cpu"}
 
