@@ -22,8 +22,9 @@ from quarkconv.text import plural
 SINGLE_NAME: Final = "model.safetensors"
 OTHER_WEIGHTS: Final = (".bin", ".pt", ".pth", ".gguf", ".ckpt", ".h5", ".msgpack", ".onnx")
 """Ends of the names of weights in formats that are not read."""
-_OF_RANKS: Final = re.compile(r"model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+\.safetensors")
-"""Names of the files of ``save_sharded_state`` (vLLM 0.33, ``sharded_state_loader.py``; SGLang's are the same)."""
+_OF_RANKS: Final = re.compile(r"(?:model-(?:rank-\d+|pp-\d+-tp-\d+)-part-\d+|rank\d+)\.safetensors")
+"""Names of the files of ``save_sharded_state`` (vLLM 0.33, ``sharded_state_loader.py``; SGLang's are the same), and of
+TensorRT-LLM's checkpoints (``save_checkpoint`` in ``models/modeling_utils.py``)."""
 _NUMBERED: Final = re.compile(r"(.*-)(\d+)(-of-)(\d+)(\.safetensors)", re.DOTALL | re.ASCII)
 """Names of shards that say how many there are."""
 _OF_TRAINING: Final = ("training_args", "optimizer", "scheduler", "rng_state", "random_states", "scaler")
@@ -124,7 +125,8 @@ def in_another_format(store: Files, present: list[str], index: Index | None) -> 
     yield from FindingsAbout(
         OTHER_FORMAT,
         of_ranks,
-        f"{plural(len(of_ranks), 'file')} with the parameters of an engine's ranks, as vLLM and SGLang save them",
+        f"{plural(len(of_ranks), 'file')} with the parameters of an engine's ranks, as vLLM, SGLang and "
+        "TensorRT-LLM save them",
         hint="give the model that the engine loaded: its parameters are merged, divided, and may be in another order",
     )
     if present or index is not None:

@@ -194,9 +194,11 @@ def test_static_activations_that_are_declared_asymmetric_are_unsupported(zero_po
     assert (error.exit_code, "int8 static asymmetric per_tensor activations" in str(error)) == (4, True)
 
 
-@pytest.mark.parametrize("name", ["model-rank-{}-part-0.safetensors", "model-pp-0-tp-{}-part-0.safetensors"])
+@pytest.mark.parametrize(
+    "name", ["model-rank-{}-part-0.safetensors", "model-pp-0-tp-{}-part-0.safetensors", "rank{}.safetensors"]
+)
 def test_parameters_of_the_ranks_of_an_engine_are_unsupported_and_not_duplicates(name: str, tmp_path: Path) -> None:
-    """``save_sharded_state``: each file has all names, merged and divided, and there is no index."""
+    """``save_sharded_state``, TensorRT-LLM: each file has all names, merged and divided, and there is no index."""
     for rank in range(2):
         parameters = {
             "model.layers.0.mlp.experts.w13_weight": torch.zeros(3, 4, 8, dtype=torch.int8),
