@@ -168,9 +168,9 @@ class Skeleton:
 
     def share(self, other: Skeleton) -> None:
         """Take what lies outside of the decoder layers from another model where it is equal, such as embeddings."""
-        theirs = dict(other.model.named_parameters())
+        others = dict(other.model.named_parameters())
         for name, parameter in list(self.model.named_parameters()):
-            found = theirs.get(name)
+            found = others.get(name)
             if self.layer_of(name) is not None or found is None or found.is_meta or parameter.is_meta:
                 continue
             if found.shape == parameter.shape and found.dtype == parameter.dtype and torch.equal(found, parameter):

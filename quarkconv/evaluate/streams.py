@@ -248,17 +248,17 @@ class LayerRunner:
 
     def _sample_experts(self, modules: Mapping[str, nn.Module], routed: Routed, sums: DeviceSums) -> None:
         """Add the errors of single experts on the first tokens that the baseline routed."""
-        mine = next((module for module in modules.values() if isinstance(module, Int8Experts)), None)
-        if mine is None:
+        int8 = next((module for module in modules.values() if isinstance(module, Int8Experts)), None)
+        if int8 is None:
             return
         hidden, ids, weights = (part[:SAMPLE_TOKENS] for part in (routed.states, routed.ids, routed.weights))
         pairs = hidden.repeat_interleave(ids.shape[1], dim=0)
         flat_ids, flat_weights = ids.reshape(-1, 1), weights.reshape(-1, 1)
         with torch.no_grad():
             expected = routed.experts(pairs, flat_ids, flat_weights).double().reshape(pairs.shape)
-            computed = mine(pairs, flat_ids, flat_weights).double()
+            computed = int8(pairs, flat_ids, flat_weights).double()
         errors = (computed - expected).square().sum(-1)
-        experts = mine.experts.experts
+        experts = int8.experts.experts
         chosen = torch.arange(experts, device=errors.device).unsqueeze(1) == flat_ids.flatten()
         sums.add(
             expert_errors=chosen.double() @ errors,  # index_add sums in any order on a GPU

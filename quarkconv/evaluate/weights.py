@@ -197,8 +197,8 @@ class CheckpointWeights:
                 continue
             parameter = self.skeleton.target(name)
             if self.skeleton.has(parameter):  # MTP layers, cache scales and the like do not go into the model
-                mine = self._resting if self.skeleton.divided_owner(parameter) else self._names
-                mine.setdefault(self.skeleton.layer_of(parameter), []).append(name)
+                kept = self._resting if self.skeleton.divided_owner(parameter) else self._names
+                kept.setdefault(self.skeleton.layer_of(parameter), []).append(name)
             else:
                 self.skeleton.unmatched.append(name)
 

@@ -232,8 +232,8 @@ def test_embeddings_and_head_of_both_models_are_in_memory_once(quantized: Path, 
             0
         ]
         assert runner.unquantized is not None
-        mine, theirs = (
+        quantized_model, original = (
             dict(model.skeleton.model.named_parameters()) for model in (runner.quantized, runner.unquantized)
         )
     for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert mine[name].data_ptr() == theirs[name].data_ptr()
+        assert quantized_model[name].data_ptr() == original[name].data_ptr()
