@@ -146,6 +146,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "expert-missing": FindingCode(_E, "Experts of a layer, or projections of an expert, are missing.", _BROKEN),
     "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
     "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
+    "shared-among-routed": FindingCode(
+        _E, "Shared experts seem to be stored as routed ones, as SGLang holds them in memory.", _UNSUPPORTED
+    ),
     "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
     "config-mismatch": FindingCode(
         _W, "config.json has other sizes or layers than the tensors; engines build the model by it, and may fail."

@@ -24,7 +24,7 @@ from quarkconv.description.float_modules import float_test, quantized_float_modu
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings, with_companions
 from quarkconv.description.int8_modules import shapes_explained
-from quarkconv.description.missing import missing_parts, norm_biases
+from quarkconv.description.missing import missing_parts, norm_biases, shared_among_routed
 from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
@@ -233,6 +233,7 @@ def described(
         topology = with_companions(
             expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of), stored
         )
+        stored = stored.with_convolutions(topology.members | topology.unread)
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
@@ -245,7 +246,7 @@ def described(
         function = tuple(function_findings(config, stored, checkpoint.types, is_mtp, is_float))
         findings = [
             *checkpoint.findings,
-            *shapes_explained(topology.findings, declared),
+            *shared_among_routed(shapes_explained(topology.findings, declared), config, topology.layers, others),
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),

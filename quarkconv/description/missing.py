@@ -71,6 +71,41 @@ def missing_parts(
         )
 
 
+def shared_among_routed(
+    findings: Iterable[Finding], config: ModelConfig, layers: tuple[MoELayer, ...], others: Groups
+) -> Iterator[Finding]:
+    """The findings about experts; a layer of as many more as there are shared experts, stored nowhere else, has those.
+
+    SGLang holds the shared expert of DeepSeek V3 and others as expert E of E in memory
+    (``num_fused_shared_experts`` of 0.5.23), and what is saved from there has its names.
+
+    Args:
+        findings: about the MoE layers.
+        config: the config of the model.
+        layers: the MoE layers.
+        others: the modules that are no routed experts.
+    """
+    stored = {layer.prefix: layer for layer in layers}
+    shared = {value for key in _SHARED[:4] if type(value := config.text.get(key)) is int and value > 0}
+    for item in findings:
+        layer = stored.get(item.subject) if item.code == "expert-count" else None
+        claimed = None if layer is None else config.local_experts_of(layer.prefix, layer.quantized)
+        if layer is None or claimed is None or layer.experts - claimed not in shared:
+            yield item
+            continue
+        block = f"{layer.moe.rpartition('.')[0]}."
+        if any("share" in name for names in others.values() for name in names if name.startswith(block)):
+            yield item
+            continue
+        yield finding(
+            "shared-among-routed",
+            layer.prefix,
+            f"The layer stores {layer.experts} experts; config.json has {claimed} routed ones, and as many shared ones "
+            "as follow these",
+            hint="give the checkpoint in which shared experts have names of their own, as published ones do",
+        )
+
+
 def norm_biases(config: ModelConfig, layers: tuple[MoELayer, ...], biases: Iterable[str]) -> Iterator[Finding]:
     """The finding about biases of norms in the decoder layers, which root mean square norms do not have.
 

@@ -20,7 +20,8 @@ _INDEX_NAMES: Final = (INDEX_NAME, "quant_model_weights.safetensors.index.json")
 """Names under which tools write an index; the second is that of Ascend's msModelSlim."""
 MAX_SHARDS: Final = 10_000
 """Most files that an index may name. The largest models have some hundreds."""
-_SHARD_NAME: Final = re.compile(r"[^/\\]*\.safetensors", re.DOTALL)
+_SHARD_NAME: Final = re.compile(r"(?:(?!\.\.?/)[^/\\]+/)*[^/\\]*\.safetensors", re.DOTALL)
+"""A file of the directory, or of a folder below it: the reader of shards refuses the latter as unsupported."""
 
 
 class Index(NamedTuple):
@@ -67,7 +68,7 @@ def read_index(store: Files) -> Index | None:
     distinct = _distinct([run.file for run in runs])
     for file in distinct:
         if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
-            expected = "names of .safetensors files, without folders"
+            expected = "names of .safetensors files in the model's directory"
             raise invalid_index("The index names an invalid shard", expected=expected, found=shown(file))
     if len(distinct) > MAX_SHARDS:
         expected = f"at most {MAX_SHARDS} files"

@@ -10,10 +10,11 @@ from typing import Final
 
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
+from quarkconv.files.json_files import has_file
 from quarkconv.files.local import LocalFiles
 from quarkconv.files.regular import CHECK_ACCESS
 from quarkconv.findings import OTHER_FORMAT, Finding, FindingsAbout
-from quarkconv.headers.file_names import INDEX_NAME
+from quarkconv.headers.file_names import CONFIG_NAME, INDEX_NAME
 from quarkconv.headers.index import MAX_SHARDS, Index
 from quarkconv.headers.rank_index import refuse_ranks
 from quarkconv.headers.unfinished import refuse_unfinished
@@ -129,6 +130,7 @@ def in_another_format(store: Files, present: list[str], index: Index | None) -> 
         "TensorRT-LLM save them",
         hint="give the model that the engine loaded: its parameters are merged, divided, and may be in another order",
     )
+    yield from _in_folders(store, present, index)
     if present or index is not None:
         return
     named = (name for name in _beside_config(store) if name.endswith(OTHER_WEIGHTS))
@@ -138,6 +140,20 @@ def in_another_format(store: Files, present: list[str], index: Index | None) -> 
         others,
         f"{plural(len(others), 'file')} with weights in another format than safetensors, and none in safetensors",
         hint="give the model's safetensors export; other formats are not read",
+    )
+
+
+def _in_folders(store: Files, present: list[str], index: Index | None) -> Iterator[Finding]:
+    """Shards in folders below the model's directory: those of the index, or all where there are no others."""
+    listed = [] if index is None else index.files
+    if index is None and not present and has_file(store, CONFIG_NAME):
+        listed = [path.as_posix() for path in store.names() if path.suffix == ".safetensors"]
+    names = [name for name in listed if "/" in name]
+    yield from FindingsAbout(
+        OTHER_FORMAT,
+        names,
+        f"{plural(len(names), 'safetensors file')} in folders below that of config.json",
+        hint="quarkconv and engines read shards beside config.json: move them there, with an index of their new names",
     )
 
 

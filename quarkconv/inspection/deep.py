@@ -19,7 +19,7 @@ from quarkconv.findings import Finding, FindingsAbout, Severity
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import Progress
 from quarkconv.scheme.companions import describes_activations
-from quarkconv.scheme.scale_values import are_finite
+from quarkconv.scheme.scale_values import are_finite, are_zeros
 from quarkconv.scheme.stored import SCALE_DTYPES
 from quarkconv.text import plural
 
@@ -70,7 +70,7 @@ class _Defects:
     def add(self, name: str, dtype: str, data: bytes) -> None:
         """Look at a block of a tensor."""
         if _is_zero_point(name):
-            if any(data):
+            if not are_zeros(data, dtype):
                 self._nonzero[name] = None
             return
         problem, least = _scale_problem(dtype, data)

@@ -18,6 +18,7 @@ from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.pieces import Check, Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
 from quarkconv.scheme.resolved import ResolvedModules
+from quarkconv.scheme.scale_values import SIGNED_ZEROS
 from quarkconv.scheme.spec import PER_CHANNEL
 from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
@@ -129,7 +130,8 @@ def zero_checks(resolved: ResolvedModules, fused: Collection[str], refs: Mapping
         for module in modules:
             names = fused_names(module) if module in fused else linear_names(module)
             for name in names.zero_points(form):
-                yield Check("zero", Copy.whole(name, refs[name]))
+                dtype = refs[name].dtype
+                yield Check("zero", Copy.whole(name, refs[name]), dtype=dtype if dtype in SIGNED_ZEROS else "")
 
 
 def geometry_of(layers: Sequence[MoELayer], config: ModelConfig, rank: Rank) -> MoEGeometry | None:

@@ -259,9 +259,9 @@ class OutputShard(NamedTuple):
 class Check(NamedTuple):
     """A condition on the source's data, checked before the first byte is written.
 
-    ``zero``: the bytes of ``first`` are all zero. ``equal``: the bytes of ``first`` and ``second`` are the same.
-    ``repeats``: the bytes of ``first`` are those of ``second``, again and again. ``finite``: ``first`` has no NaN and
-    no infinity; ``dtype`` is its dtype: ``F32``, ``BF16`` or ``F16``.
+    ``zero``: the values of ``first`` are all zero; where -0.0 is one, its ``dtype`` is given. ``equal``: the bytes of
+    ``first`` and ``second`` are the same. ``repeats``: the bytes of ``first`` are those of ``second``, again and again.
+    ``finite``: ``first`` has no NaN and no infinity. A ``dtype`` is ``F32``, ``BF16`` or ``F16``.
     """
 
     kind: Literal["zero", "equal", "repeats", "finite"]

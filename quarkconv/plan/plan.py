@@ -140,6 +140,8 @@ def _parse(value: dict[str, Any]) -> Plan:
                 return Check("finite", source(first), dtype=dtype)
             case "zero", [first]:
                 return Check("zero", source(first))
+            case "zero", [first, "F32" | "BF16" | "F16" as dtype]:
+                return Check("zero", source(first), dtype=dtype)
             case "equal" | "repeats" as of_two, [first, second]:
                 return Check(of_two, source(first), source(second))
         raise ValueError(f"not a check: {kind!r:.40}")

@@ -16,6 +16,9 @@ _LARGE: Final = (0x7F, 0xFF)
 """Upper bytes of values of 2^127 and more in F32 or BF16, infinities and NaN among them."""
 _SMALL: Final = (0x00, 0x80)
 """Upper bytes of F32 values below 2^-125, zeros among them."""
+SIGNED_ZEROS: Final = ("F32", "BF16", "F16")
+"""Dtypes with a zero of either sign."""
+_WITHOUT_SIGN: Final = bytes(byte & 0x7F for byte in range(256))
 
 
 def are_usual(values: bytes | bytearray) -> bool:
@@ -32,6 +35,18 @@ def are_finite(values: bytes | bytearray, dtype: str = "F32") -> bool:
         return True
     wide = {"BF16": widen_bf16, "F16": widen_f16}.get(dtype, bytes)(bytes(values))
     return all(map(math.isfinite, array("f", wide)))
+
+
+def are_zeros(values: bytes | bytearray, dtype: str) -> bool:
+    """Whether all values of a tensor are zero; -0.0 is, in F32, BF16 or F16."""
+    if not any(values):
+        return True
+    if dtype not in SIGNED_ZEROS:
+        return False
+    upper = DTYPE_BITS[dtype] // 8 - 1
+    magnitudes = bytearray(values)
+    magnitudes[upper :: upper + 1] = magnitudes[upper :: upper + 1].translate(_WITHOUT_SIGN)
+    return not any(magnitudes)
 
 
 def are_positive(values: bytes | bytearray) -> bool:

@@ -17,7 +17,7 @@ dict has one Form for each distinct key, which all modules of that key share. La
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, repeat
 from typing import Any, Final, Literal, NamedTuple
 
@@ -48,6 +48,13 @@ class Form(NamedTuple):
     input_scale: TensorType | None = None
     input_zero_point: TensorType | None = None
     offset: TensorType | None = None
+    convolution: bool = False
+    """Whether a weight [out, in, width] is that of a convolution, and not of the experts of a layer."""
+
+    @property
+    def tensors(self) -> tuple[TensorType | None, ...]:
+        """The tensors, in the order of :class:`TensorNames`."""
+        return self.weight, self.scale, self.zero_point, self.input_scale, self.input_zero_point, self.offset
 
     @property
     def zero_points(self) -> tuple[TensorType | None, TensorType | None, TensorType | None]:
@@ -66,8 +73,8 @@ class Form(NamedTuple):
 
     @property
     def is_convolution(self) -> bool:
-        """True for the kernels of a convolution: [out, ...] of four or more dimensions, or [out, 1, in]."""
-        return len(self.weight.shape) > 3 or (len(self.weight.shape) == 3 and self.weight.shape[1] == 1)
+        """True for the kernels of a convolution, which have three or more dimensions."""
+        return self.convolution or len(self.weight.shape) > 3
 
     @property
     def granularity(self) -> Granularity | None:
@@ -164,6 +171,22 @@ class StoredModules:
 
     def __iter__(self) -> Iterator[tuple[str, Form]]:
         return chain(self.linears.items(), self.fused.items())
+
+    def with_convolutions(self, experts: Collection[str]) -> StoredModules:
+        """The same modules, in which weights of three dimensions are those of convolutions, unless they are of experts.
+
+        Args:
+            experts: the modules of routed experts.
+        """
+        shared = {id(form): form for form in self.linears.values() if len(form.weight.shape) == 3}
+        if not shared:
+            return self
+        convolutions = {key: form._replace(convolution=True) for key, form in shared.items()}
+        linears = {
+            module: form if module in experts else convolutions.get(id(form), form)
+            for module, form in self.linears.items()
+        }
+        return replace(self, linears=linears)
 
     def has_bias(self, module: str) -> bool:
         """Whether a module has a bias."""

@@ -136,7 +136,7 @@ class Target(ABC):
         """
         size = description.checkpoint.tensor_bytes
         for form, count, linears in modules:
-            size -= count * sum(kind.nbytes for kind in form if kind is not None)
+            size -= count * sum(kind.nbytes for kind in form.tensors if kind is not None)
             if linears:
                 size += linears * self._linear_bytes(form)
         for name in description.float_modules:

@@ -30,7 +30,7 @@ class _Linear(NamedTuple):
 
     def companions(self) -> Iterator[str]:
         """The names of its scales and zero points."""
-        yield from (name for name, kind in zip(self.names[1:], self.form[1:], strict=True) if kind is not None)
+        yield from (name for name, kind in zip(self.names[1:], self.form.tensors[1:], strict=True) if kind is not None)
 
 
 def linear_problems(description: Description, experts: Collection[str]) -> Iterator[Problem]:

@@ -11,7 +11,7 @@ from typing import Final, TypeVar
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.plan.pieces import Check, Copy, RowScales
 from quarkconv.plan.plan import Plan
-from quarkconv.scheme.scale_values import are_finite
+from quarkconv.scheme.scale_values import are_finite, are_zeros
 from quarkconv.write.source import Reader, Source, read
 
 _CHECKS_AT_ONCE: Final = 256
@@ -78,7 +78,7 @@ def _check(check: Check, reader: Reader) -> None:
         return
     first = read(reader, check.first)
     second = None if check.second is None else read(reader, check.second)
-    if check.kind == "zero" and first.strip(b"\0"):
+    if check.kind == "zero" and not are_zeros(first, check.dtype):
         raise UnsupportedError(
             "A zero point is not zero: the quantization is not symmetric",
             tensor=check.first.tensor,

@@ -192,3 +192,18 @@ def test_zero_points_in_another_shape_of_as_many_values_are_read(tmp_path: Path)
     model.set(f"{O_PROJ}.weight_zero_point", torch.full((8, 1), 2.0))
     with pytest.raises(UnsupportedError, match="zero point is not zero"):
         convert_checkpoint(model.write(tmp_path / "other"), "fused-int8", tmp_path / "never")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_zero_points_of_minus_zero_are_zero(dtype: torch.dtype, tmp_path: Path) -> None:
+    model, name = Model(), "model.layers.0.mlp.experts.0.up_proj.weight_zero_point"
+    model.set(name, -torch.zeros(4, dtype=dtype))
+    source = model.write(tmp_path / "source")
+    assert "zero-point-nonzero" not in {item.code for item in inspect_checkpoint(source, deep=True).findings}
+    out = convert_checkpoint(source, "fused-int8", tmp_path / "out").output
+    assert verify_checkpoint(out, source, device="cpu", tokens=2).problems == ()
+    model.set(name, torch.tensor([0, 0, -0.0, -1e-3]).to(dtype))
+    source = model.write(tmp_path / "not zero")
+    assert "zero-point-nonzero" in {item.code for item in inspect_checkpoint(source, deep=True).findings}
+    with pytest.raises(UnsupportedError, match="A zero point is not zero"):
+        convert_checkpoint(source, "fused-int8", tmp_path / "refused")

@@ -43,8 +43,6 @@ def test_conversion_dequantizes_a_convolution_with_one_rounding(case: str, to: s
     source, name = with_convolution(tmp_path / "source", case)
     inspection = quarkconv.inspect_checkpoint(source)
     errors = {item.code: item.subject for item in inspection.findings if item.severity.value == "error"}
-    # Of one matrix for each output channel, a scale for each is taken for one per tensor, as of experts.
-    assert errors.pop("granularity-mismatch", name) == name
     assert errors == {"float-module-quantized": name}
     assert not [fact for fact in inspection.engines if fact.form == "quark" and fact.verdict == "int8"]
     support: Any = inspection.targets[to]
@@ -60,8 +58,9 @@ def test_conversion_dequantizes_a_convolution_with_one_rounding(case: str, to: s
     assert quarkconv.verify_checkpoint(out, source, device="cpu", tokens=2).problems == ()
 
 
-def test_a_convolution_with_one_scale_is_read_as_well(tmp_path: Path) -> None:
-    source, name = with_convolution(tmp_path / "source", "of patches of an image", ())
+@pytest.mark.parametrize("case", CONVOLUTIONS)
+def test_a_convolution_with_one_scale_is_read_as_well(case: str, tmp_path: Path) -> None:
+    source, name = with_convolution(tmp_path / "source", case, ())
     out = quarkconv.convert_checkpoint(source, "bf16", tmp_path / "out").output
     stored = load(source)
     expected = (stored[f"{name}.weight"].double() * stored[f"{name}.weight_scale"].double()).float().bfloat16()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final
@@ -16,7 +17,7 @@ from support.quark_config import TENSOR_WEIGHT, layer_config
 from support.raw import write_json
 from support.reported import codes, finding, load, losses, refusal
 
-from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+from quarkconv import UnsupportedError, convert_checkpoint, inspect_checkpoint, verify_checkpoint
 from quarkconv.targets import TARGETS
 
 EXPERTS: Final = tuple(f"model.layers.{layer}.mlp.experts" for layer in range(2))
@@ -231,3 +232,48 @@ def test_a_description_of_an_older_msmodelslim_is_named(name: str, tmp_path: Pat
     assert name in str(refusal(source, "ascend"))
     (source / name).rename(source / "quant_model_description.json")
     assert codes(source) == {}
+
+
+def in_a_folder(folder: Path, *, listed: bool) -> Path:
+    """A model whose shards lie in a folder below config.json, and its index beside config.json or in that folder."""
+    root = Model().write(folder)
+    (root / "weights").mkdir()
+    for shard in root.glob("*.safetensors"):
+        shard.rename(root / "weights" / shard.name)
+    index = json.loads((root / INDEX).read_text())
+    if listed:
+        index["weight_map"] = {name: f"weights/{file}" for name, file in index["weight_map"].items()}
+        (root / INDEX).write_text(json.dumps(index))
+    else:
+        (root / INDEX).rename(root / "weights" / INDEX)
+    return root
+
+
+@pytest.mark.parametrize("listed", [True, False])
+def test_shards_in_folders_are_unsupported_and_not_damaged(listed: bool, tmp_path: Path) -> None:
+    model = in_a_folder(tmp_path / "model", listed=listed)
+    assert finding(model, "format-unsupported").count == 2
+    assert set(codes(model)) == {"format-unsupported"}
+    for target in TARGETS:
+        assert isinstance(refusal(model, target), UnsupportedError)
+    with pytest.raises(UnsupportedError, match="in folders below"):
+        verify_checkpoint(model)
+
+
+@pytest.mark.parametrize("file", ["../model-00001-of-00002.safetensors", "a/../../b.safetensors", "/etc/b.safetensors"])
+def test_shards_outside_of_the_directory_stay_invalid(file: str, tmp_path: Path) -> None:
+    model = Model()
+    model.weight_map = dict.fromkeys(model.first | model.second, file)
+    assert "index-invalid" in codes(model.write(tmp_path))
+
+
+def test_a_shared_expert_after_the_routed_ones_is_unsupported_and_not_damaged(tmp_path: Path) -> None:
+    model = Model()
+    model.config |= {"num_experts": 2, "n_shared_experts": 1}
+    source = model.write(tmp_path / "source")
+    assert "expert-count" not in codes(source)
+    assert finding(source, "shared-among-routed").subject == "model.layers.0.mlp.experts"
+    for target in TARGETS:
+        assert isinstance(refusal(source, target), UnsupportedError)
+    model.set("model.layers.0.mlp.shared_experts.up_proj.weight", torch.zeros(4, 8, dtype=torch.bfloat16))
+    assert "expert-count" in codes(model.write(tmp_path / "beside"))

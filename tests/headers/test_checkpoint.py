@@ -256,7 +256,7 @@ BAD_INDEXES: dict[str, str | bytes] = {
     **{
         f"names {file!r}": json.dumps({"weight_map": {"a": file}})
         for file in (
-            1, None, "", ".", "..", "/etc/passwd", "/x.safetensors", "../x.safetensors", "sub/x.safetensors",
+            1, None, "", ".", "..", "/etc/passwd", "/x.safetensors", "../x.safetensors", "sub/../x.safetensors",
             "..\\x.safetensors", "weights.bin", "config.json", ["x.safetensors"],
         )
     },
