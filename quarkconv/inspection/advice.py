@@ -13,6 +13,8 @@ _SILENT_FAULTS: Final = {
     "wrong": ("computes wrong results", "compute wrong results"),
 }
 """Verdict -> what one release, or several, do without an error."""
+_FAULTS: Final = {"wrong": "computes wrong results", "fails": "fails"}
+"""Verdict -> what a release does that was run with the model type."""
 _NOT_CHECKED_WITH: Final = {
     FP8_NOTE: "linears in FP8 beside INT8 experts",
     ENCODERS_NOTE: "int8 linears of encoders",
@@ -65,9 +67,12 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
     beware = ", ".join(faults)
     if best.verdict == NOT_CHECKED:
         why = next((text for note, text in _NOT_CHECKED_WITH.items() if best.note.endswith(note)), "this model type")
+        if known := _known_faults(facts, stored):
+            return Advice(f"{name} {known}; other releases were not checked with {why}")
         return Advice(f"{name} was not checked with {why}" + (f"; as it is, {beware}" if faults else ""))
     if best.verdict != "int8":
-        return Advice(f"{name} {beware}") if faults else None
+        known = beware or _known_faults(facts, stored)
+        return Advice(f"{name} {known}") if known else None
     runs = f"{name} {best.version} runs it in int8"
     first = best.note.partition(";")[0].partition(":")[0]
     options = f", {first}" if first.startswith(_OPTIONS) else ""
@@ -75,3 +80,15 @@ def _advice(name: str, facts: list[EngineFact], stored: str | None) -> Advice | 
         return Advice(f"{runs} as it is{options}" + (f"; {beware}" if faults else ""))
     text = f"{runs} after convert --to {best.form}{options}" + (f"; as it is, {beware}" if faults else "")
     return Advice(text, best.form)
+
+
+def _known_faults(facts: list[EngineFact], stored: str | None) -> str:
+    """What releases do with a checkpoint of this model type as it is and converted; empty where no row says so."""
+    forms: dict[tuple[str, str], list[str]] = {}
+    for fact in facts:
+        if fact.model_types and fact.verdict in _FAULTS:
+            form = "as it is" if fact.form == stored else f"after convert --to {fact.form}"
+            forms.setdefault((fact.version, fact.verdict), []).append(form)
+    return ", ".join(
+        f"{version} {_FAULTS[verdict]} {' and '.join(found)}" for (version, verdict), found in forms.items()
+    )

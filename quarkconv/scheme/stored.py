@@ -232,7 +232,15 @@ def stored_modules(types: Mapping[str, TensorType], fused_leaves: Collection[str
     fused: dict[str, Form] = {}
     for name, found in plain.items():
         if len(found.shape) == 3 and name.rpartition(".")[2] in fused_leaves:
-            fused[name] = Form(found, *map(types.get, fused_names(name)[1:]))
+            of = fused_names(name)
+            fused[name] = Form(
+                weight=found,
+                scale=types.get(of.scale),
+                zero_point=types.get(of.zero_point),
+                input_scale=types.get(of.input_scale),
+                input_zero_point=types.get(of.input_zero_point),
+                offset=types.get(of.offset),
+            )
         elif found.dtype == "I8" and not name.endswith(ROTATION):
             unrecognised.append(name)
     if companions:
@@ -318,7 +326,7 @@ class _Linears:
                     continue
                 key = id(form), id(found)
                 if key not in completed:
-                    completed[key] = form, form._replace(**{_FIELDS[leaf]: found})
+                    completed[key] = form, Form(**{**form._asdict(), _FIELDS[leaf]: found})
                 self.forms[module] = completed[key][1]
         return alone
 

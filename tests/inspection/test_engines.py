@@ -427,3 +427,37 @@ def test_a_screen_shows_the_latest_release_that_runs_it_and_all_shows_the_rest(
     assert "transformers" not in short
     assert "more rows with --all" in short
     assert "more row" not in whole
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        (
+            "gpt_oss-0.13-eager",
+            {
+                "vLLM 0.33 fails as it is and after convert --to compressed-tensors; "
+                "other releases were not checked with this model type",
+                "SGLang 0.5.23 computes wrong results after convert --to w8a8-int8 and after convert --to "
+                "compressed-tensors",
+            },
+        ),
+        (
+            "aria-0.13-eager",
+            {
+                "vLLM 0.33 computes wrong results after convert --to compressed-tensors, 0.33 fails after convert --to "
+                "fused-int8; other releases were not checked with this model type",
+                "SGLang was not checked with this model type",
+            },
+        ),
+    ],
+)
+def test_advice_agrees_with_the_rows_about_the_model_type(name: str, expected: set[str]) -> None:
+    assert {item.text for item in inspect_checkpoint(FAMILIES / name).advice} == expected
+
+
+def test_the_line_of_engines_agrees_with_the_rows(capsys: pytest.CaptureFixture[str]) -> None:
+    for name, answer in (
+        ("gpt_oss", "none is known to run it in int8"),
+        ("phimoe", "Engines  not checked with phimoe"),
+    ):
+        assert answer in run_cli(capsys, "inspect", FAMILIES / f"{name}-0.13-eager")[1]

@@ -195,7 +195,8 @@ def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableTyp
         yield engine_table(shown, evidence=False, stored=stored_form(inspection.description))
     else:
         on_gpus = [fact for fact in inspection.engines if not fact.devices]
-        unknown = any(fact.verdict == NOT_CHECKED for fact in on_gpus or inspection.engines)
+        ran = any(fact.model_types and fact.verdict != NOT_CHECKED for fact in on_gpus)
+        unknown = not ran and any(fact.verdict == NOT_CHECKED for fact in on_gpus or inspection.engines)
         model_type = printable(inspection.description.config.model_type or "this model type")
         answer = f"not checked with {model_type}" if unknown else "none is known to run it in int8"
         yield Text.assemble(("Engines", "bold"), f"  {answer}")
