@@ -173,12 +173,12 @@ class StoredModules:
         return chain(self.linears.items(), self.fused.items())
 
     def with_convolutions(self, experts: Collection[str]) -> StoredModules:
-        """The same modules, in which weights of three dimensions are those of convolutions, unless they are of experts.
+        """The same modules; int8 weights of three dimensions are those of convolutions, unless they are of experts.
 
         Args:
             experts: the modules of routed experts.
         """
-        shared = {id(form): form for form in self.linears.values() if len(form.weight.shape) == 3}
+        shared = {id(form): form for form in self.linears.values() if form.quantized and len(form.weight.shape) == 3}
         if not shared:
             return self
         convolutions = {key: form._replace(convolution=True) for key, form in shared.items()}
