@@ -19,6 +19,8 @@ if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _MAX_DIGITS: Final = 9
+_TOKENS: Final = "64"
+"""Tokens where ``--tokens`` is left out."""
 
 
 def _complete_layers(context: typer.Context, incomplete: str) -> list[str]:
@@ -60,9 +62,12 @@ def verify(
         ),
     ] = None,
     tokens: Annotated[
-        str, typer.Option("--tokens", metavar="N[,N]", help="Tokens for each layer; each number is checked.")
-    ] = "64",
-    seed: Annotated[int, typer.Option("--seed", metavar="N", help="Seed of the random tokens.")] = 0,
+        str | None,
+        typer.Option("--tokens", metavar="N[,N]", help="Tokens for each layer; each number is checked. [default: 64]"),
+    ] = None,
+    seed: Annotated[
+        int | None, typer.Option("--seed", metavar="N", help="Seed of the random tokens. [default: 0]")
+    ] = None,
     activations: Annotated[
         str | None,
         typer.Option("--activations", metavar="FILE.safetensors", help="Recorded hidden states instead of random."),
@@ -91,7 +96,13 @@ def verify(
     output = open_output(json=json, verbose=verbose, quiet=quiet)
     if bytes_only and numbers_only:
         raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
-    of_numbers = {"--unquantized": unquantized, "--activations": activations}
+    of_numbers = {
+        "--unquantized": unquantized,
+        "--layers": layers,
+        "--tokens": tokens,
+        "--seed": seed,
+        "--activations": activations,
+    }
     if bytes_only and (given := next((option for option, value in of_numbers.items() if value is not None), None)):
         raise UsageError(
             f"{given} has no effect with --bytes-only",
@@ -100,7 +111,7 @@ def verify(
         )
     stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
     chosen = None if layers is None else parse_layers(layers)
-    counts = parse_tokens(tokens)
+    counts = parse_tokens(_TOKENS if tokens is None else tokens)
     share = None if part is None else parse_share(part)
     if share is not None and ray is not None:
         raise UsageError("--part and --ray exclude one another", expected="one of them", found="both")
@@ -119,7 +130,7 @@ def verify(
             device,
             layers=chosen,
             tokens=counts,
-            seed=seed,
+            seed=seed or 0,
             unquantized=unquantized,
             activations=activations,
             stages=stages,

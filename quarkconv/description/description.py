@@ -233,11 +233,13 @@ def described(
         topology = with_companions(
             expert_topology(stored, config.local_experts, config.hidden_layers, family, config.local_experts_of), stored
         )
-        stored = stored.with_convolutions(topology.members | topology.unread)
         implied = scheme is None and declared is None and bool(checkpoint.config) and leaves_no_doubt(stored)
         if implied or scheme is not None:
             declared = UndeclaredScheme(stored)
         modules = resolve_modules(stored, declared)
+        if any(form.quantized and len(form.weight.shape) == 3 for form, _ in modules.groups):
+            stored = stored.with_convolutions(topology.members | topology.unread)
+            modules = resolve_modules(stored, declared)
         others = modules.outside(topology.read)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(others, is_float, topology.unread)

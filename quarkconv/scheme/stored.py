@@ -179,8 +179,6 @@ class StoredModules:
             experts: the modules of routed experts.
         """
         shared = {id(form): form for form in self.linears.values() if form.quantized and len(form.weight.shape) == 3}
-        if not shared:
-            return self
         convolutions = {key: form._replace(convolution=True) for key, form in shared.items()}
         linears = {
             module: form if module in experts else convolutions.get(id(form), form)
