@@ -76,6 +76,15 @@ CASES: Final = (
         lambda model: model.config.update(num_experts=4),
     ),
     Case(
+        "a shared expert after the routed ones",
+        (
+            ("error", "shared-among-routed", EXPERTS, 1),
+            ("error", "shared-among-routed", LATER, 1),
+            ("warning", "config-mismatch", "model.layers.0.mlp", 2),
+        ),
+        lambda model: model.config.update(num_experts=2, n_shared_experts=1),
+    ),
+    Case(
         "experts one by one and fused",
         (("error", "layout-conflict", EXPERTS, 1),),
         set_tensor(f"{EXPERTS}.gate_up_proj", torch.rand(3, 8, 8).bfloat16()),
