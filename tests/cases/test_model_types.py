@@ -42,7 +42,7 @@ def test_an_engine_has_no_verdict_on_a_model_type_it_did_not_run(model_type: str
     inspection = inspect_checkpoint(model.write(tmp_path))
     assert {row.verdict for row in inspection.engines} >= {"not checked"}
     assert not {row.verdict for row in inspection.engines} & {"int8", "w8a16"}
-    assert all("not checked" in item.text for item in inspection.advice)
+    assert all("not checked" in item.text or " fails " in item.text for item in inspection.advice)
 
 
 @pytest.mark.parametrize("model_type", ["glm4_moe_lite", "glm_moe_dsa", "deepseek_v32"])
