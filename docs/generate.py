@@ -187,15 +187,21 @@ def forward(name: str, *, goal: bool) -> str:
 def kernel_devices() -> str:
     """What is known of the kernels on each GPU."""
     found = result("kernel-devices")
-    head = ("device", "target", "matrix instruction", "programs an SM", "in flight", "needed", "run", "tuned")
-    lines = [f"| {' | '.join(head)} |", "| --- | --- | --- |" + " ---: |" * 3 + " --- | --- |"]
+    head = (
+        "device", "target", "compiled", "spills", "matrix instruction", "programs an SM", "in flight", "needed", "run",
+        "tuned",
+    )  # fmt: skip
+    lines = [f"| {' | '.join(head)} |", "| --- | --- | ---: | ---: | --- |" + " ---: |" * 3 + " --- | --- |"]
     for row in found["rows"]:
         cells = [
-            row["device"], row["target"], f"`{row['matrix']}`" if row["matrix"] else "none: GEMV only",
+            row["device"], row["target"], str(row["compilations"]), str(row["spills"]),
+            f"`{row['matrix']}`" if row["matrix"] else "none: GEMV only",
             str(row["programs"]), f"{row['in_flight'] / 1024:.0f} KB", f"{row['needed'] / 1024:.0f} KB",
             row["ran"] or "not run", row["tuned"] or "heuristic",
         ]  # fmt: skip
         lines.append(f"| {' | '.join(cells)} |")
+    unknown = len(head) - 3
+    lines.append(f"| Intel | Xe | not compiled |{' |' * (unknown - 2)} not run | heuristic |")
     return "\n".join(lines)
 
 

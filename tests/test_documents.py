@@ -131,6 +131,19 @@ def test_the_figures_of_the_readme_were_measured() -> None:
     assert forward["vllm"].startswith("0.33.")
 
 
+@pytest.mark.parametrize(("device", "table"), [("H100", "nvidia-h100-80gb-hbm3"), ("H200", "nvidia-h200")])
+def test_a_device_is_called_tuned_as_of_its_table_of_launch_options(device: str, table: str) -> None:
+    [row] = [row for row in result("kernel-devices")["rows"] if row["device"] == device]
+    measured = json.loads((ROOT / "kernels" / "src" / "tables" / f"{table}.json").read_text("utf-8"))["measured"]
+    assert row["tuned"] == measured["date"]
+    assert row["ran"] >= row["tuned"]
+
+
+def test_only_devices_with_a_table_of_launch_options_are_called_tuned() -> None:
+    tuned = [row["device"] for row in result("kernel-devices")["rows"] if row["tuned"]]
+    assert len(tuned) == len(list((ROOT / "kernels" / "src" / "tables").glob("*.json")))
+
+
 def test_the_time_of_quantize_was_measured() -> None:
     found = result("convert")["quantize"]
     rows = {row["command"]: row for row in found["rows"]}

@@ -52,6 +52,7 @@ def main(out: Path) -> None:
                 "device": device.name,
                 "target": name,
                 "compilations": len(found),
+                "spills": max(each.spills for each in found),
                 "matrix": next(iter(program.matrix), "").split(".row")[0],
                 "registers": program.registers,
                 "shared": program.shared,

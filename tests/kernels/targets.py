@@ -68,7 +68,7 @@ TARGETS = {
     "sm_90": Target(
         GPUTarget("cuda", 90, 32), DeviceTraits("cuda", 227 * KB, True, True, True, 132, dot4=True, wgmma=True), WGMMA,
         228 * KB, _NVIDIA_REGISTERS,
-        (Device("H100", 3.35, 132, "2026-11-26", "2026-11-26"), Device("H200", 4.8, 132, "2026-11-28", "2026-11-28")),
+        (Device("H100", 3.35, 132, "2026-11-26", "2026-11-26"), Device("H200", 4.8, 132, "2026-11-29", "2026-11-29")),
     ),
     "sm_100": Target(
         GPUTarget("cuda", 100, 32), DeviceTraits("cuda", 227 * KB, True, True, dot4=True), BLACKWELL, 228 * KB,
