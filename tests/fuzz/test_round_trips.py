@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import HealthCheck, event, given, settings
+from hypothesis import HealthCheck, event, example, given, settings
 from hypothesis import strategies as st
 from support.checkpoints import Tensors, assert_same_tensors, load, make_checkpoint, write_checkpoint
 from support.examples import examples
@@ -89,8 +89,19 @@ def build(folder: Path, recipe: dict[str, Any]) -> Path:
     return source
 
 
+ALL_ROUND_TO_ZERO: dict[str, Any] = {
+    "layers": [("per_expert", "gate_proj")], "extra": [], "shards": 1, "index": False, "shard_size": 1, "jobs": 1,
+    "options": {
+        "experts": 1, "hidden": 5, "intermediate": 2, "granularity": "per_tensor", "scale_dtype": torch.float32,
+        "zero_points": False, "input_scales": True, "column_scales": False,
+    },
+}  # fmt: skip
+"""The only token has both of its hidden values below half of the static scale."""
+
+
 @FUZZ
 @given(recipe=checkpoints(), to=st.sampled_from(sorted(TARGETS)))
+@example(ALL_ROUND_TO_ZERO, "compressed-tensors")
 def test_any_checkpoint_survives_a_round_trip(recipe: dict[str, Any], to: str) -> None:
     with scratch() as folder:
         source = build(folder, recipe)
@@ -114,8 +125,10 @@ def test_any_checkpoint_survives_a_round_trip(recipe: dict[str, Any], to: str) -
         if to == "bf16":
             return  # floats: compared with torch in tests/targets
         verification = quarkconv.verify_checkpoint(output, source=source, device="cpu", tokens=1, layers={0})
-        # Random static scales are not calibrated: what they make of activations need not be near the float model.
-        problems = [problem for problem in verification.problems if "dequantized" not in problem.message]
+        # Random static scales are not calibrated: what they make of activations need not be near the float model, and
+        # of few channels all may round to 0.
+        allowed = ("dequantized", "zero for every token") if recipe["options"]["input_scales"] else ()
+        problems = [item for item in verification.problems if not any(words in item.message for words in allowed)]
         assert not problems
         back = quarkconv.convert_checkpoint(output, "quark", folder / "back").output
         assert quarkconv.inspect_checkpoint(back).ok
