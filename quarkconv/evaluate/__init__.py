@@ -6,7 +6,7 @@ skeleton     that model, its layers filled and emptied one by one; forward: its 
              expert_classes: how its classes keep routed experts
 weights      a checkpoint in any layout -> float tensors under the names of the unquantized model; read_ahead: in order
 int8         linears and routed experts that compute in INT8; int8_layer: those of one decoder layer
-streams      one layer of several variants of the model; sums: their errors
+streams      one layer of several variants of the model; sums: their errors; routed: errors of single experts
 hidden_states  those between two layers, on a GPU or in page-locked memory; calls: what layers take beside them
 scoring      hidden states after the last layer -> logits; scores: logits -> perplexity, KL divergence, agreement;
              rows: the same on a GPU

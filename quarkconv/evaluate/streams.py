@@ -29,15 +29,14 @@ from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
 from quarkconv.evaluate.int8_layer import in_place, int8_modules
 from quarkconv.evaluate.memory import batch_tokens
+from quarkconv.evaluate.routed import Routed, counts, sample_experts
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared, squares
+from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
 
 UNQUANTIZED: Final = "unquantized"
 DEQUANTIZED: Final = "dequantized"
 INT8: Final = "int8"
-SAMPLE_TOKENS: Final = 1024
-"""Tokens of which each expert's error is computed."""
 
 
 @dataclass(slots=True)
@@ -46,16 +45,6 @@ class Model:
 
     skeleton: Skeleton
     weights: CheckpointWeights
-
-
-@dataclass(slots=True)
-class Routed:
-    """Routed experts of a layer, and what they were called with: hidden states [M, H], ids and weights [M, k]."""
-
-    experts: nn.Module
-    states: Tensor
-    ids: Tensor
-    weights: Tensor
 
 
 class _Filled(NamedTuple):
@@ -191,7 +180,7 @@ class LayerRunner:
             if record is not None and base_routed is not None:
                 record |= {name: base_routed.states.cpu().contiguous() for name in moe}
             if sample and base_routed is not None:
-                self._sample_experts(modules, base_routed, sums)
+                sample_experts(modules, base_routed, sums)
         if DEQUANTIZED in states and base_name != DEQUANTIZED:
             after[DEQUANTIZED] = run(skeleton, DEQUANTIZED)
         for name in states.keys() - after.keys() - {INT8}:
@@ -246,26 +235,6 @@ class LayerRunner:
             for path, module in modules.items()
         }
 
-    def _sample_experts(self, modules: Mapping[str, nn.Module], routed: Routed, sums: DeviceSums) -> None:
-        """Add the errors of single experts on the first tokens that the baseline routed."""
-        int8 = next((module for module in modules.values() if isinstance(module, Int8Experts)), None)
-        if int8 is None:
-            return
-        hidden, ids, weights = (part[:SAMPLE_TOKENS] for part in (routed.states, routed.ids, routed.weights))
-        pairs = hidden.repeat_interleave(ids.shape[1], dim=0)
-        flat_ids, flat_weights = ids.reshape(-1, 1), weights.reshape(-1, 1)
-        with torch.no_grad():
-            expected = routed.experts(pairs, flat_ids, flat_weights).double().reshape(pairs.shape)
-            computed = int8(pairs, flat_ids, flat_weights).double()
-        errors = (computed - expected).square().sum(-1)
-        experts = int8.experts.experts
-        chosen = torch.arange(experts, device=errors.device).unsqueeze(1) == flat_ids.flatten()
-        sums.add(
-            expert_errors=chosen.double() @ errors,  # index_add sums in any order on a GPU
-            expert_tokens=_counts(flat_ids, experts),
-            expert_norm=squares(expected.reshape(*ids.shape, -1).sum(1)),
-        )
-
     def _compare(
         self,
         sums: DeviceSums,
@@ -282,7 +251,7 @@ class LayerRunner:
             return
         same = routed.ids.sort(-1).values == base_routed.ids.sort(-1).values
         experts = max((m.experts.experts for m in modules.values() if isinstance(m, Int8Experts)), default=0)
-        sums.add(changed=(~same.all(-1)).sum(), load=_counts(routed.ids, experts))
+        sums.add(changed=(~same.all(-1)).sum(), load=counts(routed.ids, experts))
 
     @contextmanager
     def _tap(self, model: Model, number: int) -> Iterator[list[Routed]]:
@@ -307,11 +276,3 @@ class LayerRunner:
         finally:
             for handle in handles:
                 handle.remove()
-
-
-def _counts(ids: Tensor, experts: int) -> Tensor:
-    """How often each expert is chosen, int64 [E]; 0 for as many experts as are chosen."""
-    flat = ids.flatten().long()
-    if not experts:
-        return torch.bincount(flat)
-    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))
