@@ -3,26 +3,33 @@
 Every backend then computes with the same weights, whatever it repacks them to. They are random, since kernels run
 faster on zeros, and scaled so that activations keep their size from layer to layer.
 
-Models of several processes fit into one GPU where they share their parameters: see `share`.
+Models of several processes fit into one GPU where they share their parameters: see `share`. A model that is too large
+fits where later layers repeat the experts of the first ones: see `Repeated`.
 """
 
 from __future__ import annotations
 
+import math
 import os
 import pickle
 import time
 import zlib
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch.overrides import TorchFunctionMode
 
 LOAD_FORMAT = "filled"
 TURN = "FILLED_TURN"
 """Environment variable: a file. A model is built once it exists, since building takes more memory than the model."""
 SHARED = "FILLED_SHARED"
 """Environment variable: a file by which models of the same layouts share their parameters; unset, they share none."""
+DISTINCT = "FILLED_DISTINCT"
+"""Environment variable: so many layers have experts of their own, which later layers repeat; unset, all have."""
 _LEAST_SHARED = 1 << 20  # bytes
+_LEAST_REPEATED = 1 << 20  # bytes; larger int8 tensors with three dimensions are those of all experts of a layer
 _DEVIATION = 73.6  # of uniform codes in -127..127
 _LOGITS = 3.0  # deviation of the logits, so that log-probabilities differ from token to token
 
@@ -42,7 +49,13 @@ def register() -> None:
             loaded: torch.nn.Module = super().load_model(*args, **kwargs)
             return loaded
 
+        def create_model(self, *args: Any, **kwargs: Any) -> torch.nn.Module:
+            with Repeated(distinct()):
+                created: torch.nn.Module = super().create_model(*args, **kwargs)
+            return created
+
         def load_weights(self, model: torch.nn.Module, model_config: Any) -> None:
+            repeat_processed(model, distinct())
             path = Path(os.environ[SHARED]) if SHARED in os.environ else None
             if path is None or not path.exists():
                 fill(model)
@@ -52,13 +65,67 @@ def register() -> None:
     register_model_loader(LOAD_FORMAT)(FilledLoader)
 
 
+def distinct() -> int | None:
+    """The value of `DISTINCT`."""
+    return int(os.environ[DISTINCT]) if DISTINCT in os.environ else None
+
+
+class Repeated(TorchFunctionMode):
+    """While a model is created: the weights of experts of layer n are the memory of those of layer n modulo `distinct`.
+
+    Timings stay those of a model with as many experts as layers, as long as the experts that a token chooses in
+    `distinct` layers do not fit into the L2 cache.
+    """
+
+    def __init__(self, distinct: int | None) -> None:
+        super().__init__()
+        self.distinct = distinct
+        self._counts: Counter[tuple[int, ...]] = Counter()
+        self._first: dict[tuple[int, ...], list[torch.Tensor]] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """The result of a function; torch.empty gives the experts of a later layer the memory of an earlier one."""
+        kwargs = kwargs or {}
+        shape = tuple(args[0] if args and not isinstance(args[0], int) else args) if function is torch.empty else ()
+        large = len(shape) == 3 and kwargs.get("dtype") == torch.int8 and math.prod(shape) >= _LEAST_REPEATED
+        if self.distinct is None or not large:
+            return function(*args, **kwargs)
+        first = self._first.setdefault(shape, [])
+        number = self._counts[shape] % self.distinct
+        self._counts[shape] += 1
+        if number == len(first):
+            first.append(function(*args, **kwargs))
+        return first[number].detach()
+
+
+def repeat_processed(model: torch.nn.Module, distinct: int | None) -> None:
+    """Have layers of `Repeated` repeat the experts as a backend repacks them, too, as soon as each is repacked."""
+    layers = [layer for layer in model.modules() if "w13_weight" in dict(layer.named_parameters(recurse=False))]
+
+    def repeat(layer: Any, earlier: Any) -> None:
+        process = layer.quant_method.process_weights_after_loading
+
+        def processed(layer: Any) -> None:
+            process(layer)
+            for name in ("w13_weight", "w2_weight"):
+                getattr(layer, name).data = getattr(earlier, name).data
+
+        layer.quant_method.process_weights_after_loading = processed
+
+    for number, layer in enumerate(layers):
+        if distinct is not None and number >= distinct:
+            repeat(layer, layers[number % distinct])
+
+
 def fill(model: torch.nn.Module, below: int | None = None) -> None:
     """Fill every parameter of a model that vLLM has built and not processed yet, or those below so many bytes."""
+    filled = set()
     for prefix, module in model.named_modules():
         own = dict(module.named_parameters(recurse=False))
         for name, parameter in own.items():
-            if below is not None and parameter.nbytes >= below:
+            if (below is not None and parameter.nbytes >= below) or parameter.data_ptr() in filled:
                 continue
+            filled.add(parameter.data_ptr())
             random = torch.Generator(parameter.device).manual_seed(zlib.crc32(f"{prefix}.{name}".encode()))
             weight = own.get(name.removesuffix("_scale"))
             if parameter.dtype == torch.int8:

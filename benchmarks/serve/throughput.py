@@ -4,11 +4,13 @@
 
 Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random
 weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's layouts
-have one copy of the weights. Then each figure is measured in turn, round after round in alternating order, while the
-others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with --capture-prefill.
-Decode: the median time of a step in which all sequences decode, after prompts of 128 tokens. Log-probabilities of one
-prompt are compared between backends. With --profile, one prefill of each follows under torch's profiler: how long its
-kernels took, and for which part of the time the GPU was busy; for the rest it waited for the host.
+have one copy of the weights; with --distinct N, layers after the first N repeat their experts, so that a model that is
+larger than the GPU runs with all of its layers. Then each figure is measured in turn, round after round in alternating
+order, while the others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with
+--capture-prefill. Decode: the median time of a step in which all sequences decode, after prompts of 128 tokens.
+Log-probabilities of one prompt are compared between backends. With --profile, one prefill of each follows under torch's
+profiler: how long its kernels took, and for which part of the time the GPU was busy; for the rest it waited for the
+host.
 
 Writes benchmarks/results/serve-<model>-<device>.json, or --out, after each figure: a run that is cut keeps what it
 measured. vLLM, and quarkconv with its entry point, must be installed, or lie on PYTHONPATH with their metadata.
@@ -38,13 +40,13 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from filled import LOAD_FORMAT, SHARED, TURN, write_entry_point
+from filled import DISTINCT, LOAD_FORMAT, SHARED, TURN, write_entry_point
 from models import MODELS, write_model
 
 PROMPT, PROMPTS = 8192, 4
 SHORT_PROMPT = 128
 NEW = 65
-"""New tokens of each sequence of decode."""
+"""New tokens of each sequence of decode, unless --new-tokens says otherwise."""
 SEQUENCES = (1, 8, 64, 256)
 PREFILL = "prefill"
 FIGURES = (PREFILL, *map(str, SEQUENCES))
@@ -81,11 +83,15 @@ class Server:
         environment[TURN] = str(self.turn)
         if options.share and name not in REPACKED:
             environment[SHARED] = str(folder / "shared")
+        if options.distinct is not None:
+            environment[DISTINCT] = str(options.distinct)
         paths = [str(folder), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(paths)
         self.name = name
         self.log = folder / f"{name}.log"
-        given = {key: getattr(options, key) for key in ("cache_bytes", "tensor_parallel", "capture_prefill")}
+        given = {
+            key: getattr(options, key) for key in ("cache_bytes", "tensor_parallel", "capture_prefill", "new_tokens")
+        }
         given["traces"] = str(folder / f"traces-{name}") if options.profile else ""
         command = [sys.executable, __file__, "--worker", name, str(model), str(writing), json.dumps(given)]
         with self.log.open("wb") as log:
@@ -177,8 +183,9 @@ def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
     def step(count: int) -> float:
         """Median seconds between two steps that each gave every sequence a token."""
         sampling = SamplingParams(
-            temperature=0, ignore_eos=True, detokenize=False, max_tokens=NEW, output_kind=RequestOutputKind.DELTA
-        )
+            temperature=0, ignore_eos=True, detokenize=False, max_tokens=options["new_tokens"],
+            output_kind=RequestOutputKind.DELTA,
+        )  # fmt: skip
         for seed in range(count):
             llm.llm_engine.add_request(str(seed), prompt(SHORT_PROMPT, seed), sampling)
         given = []
@@ -369,6 +376,10 @@ def main() -> int:
     )
     parser.add_argument("--profile", action="store_true", help="one prefill of each backend under torch's profiler")
     parser.add_argument("--share", action="store_true", help="one copy of the weights for backends of the same layouts")
+    parser.add_argument(
+        "--distinct", type=int, metavar="N", help="layers with experts of their own; others repeat these"
+    )
+    parser.add_argument("--new-tokens", type=int, default=NEW, metavar="N", help="of each sequence of decode")
     parser.add_argument("--cache-bytes", type=int, default=6 << 30, help="key-value cache of each backend on a GPU")
     parser.add_argument("--start-within", type=float, default=900.0, metavar="SECONDS", help="else it is left out")
     parser.add_argument("--logs", type=Path, help="folder to keep the processes' logs in")
@@ -392,6 +403,8 @@ def main() -> int:
     chosen += (
         " --capture-prefill" * options.capture_prefill + " --profile" * options.profile + " --share" * options.share
     )
+    chosen += f" --distinct {options.distinct}" if options.distinct is not None else ""
+    chosen += f" --new-tokens {options.new_tokens}" if options.new_tokens != NEW else ""
     document = {
         "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
         "tensor_parallel": options.tensor_parallel, "date": datetime.date.today().isoformat(),
