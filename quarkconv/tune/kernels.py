@@ -45,6 +45,9 @@ class Kernel(Protocol):
     variable: str
     """Environment variable by which the engine finds a folder of tables."""
 
+    needs_contiguous_weights: bool
+    """Whether it refuses weights whose experts are all the same memory (stride 0)."""
+
     def version(self) -> str:
         """``vllm 0.33.0``."""
 
@@ -65,6 +68,7 @@ class VLLMKernel:
     """vLLM's Triton kernel, 0.26 to 0.33: ``fused_experts`` with per-channel weights and per-token activations."""
 
     variable = "VLLM_TUNED_CONFIG_FOLDER"
+    needs_contiguous_weights = False
 
     def __init__(self) -> None:
         layers = "vllm.model_executor.layers.fused_moe"
@@ -121,6 +125,7 @@ class SGLangKernel:
     """SGLang's Triton kernel as ``w8a8_int8`` calls it, 0.5.23."""
 
     variable = "SGLANG_MOE_CONFIG_DIR"
+    needs_contiguous_weights = True
 
     def __init__(self) -> None:
         layers = "sglang.srt.layers.moe"

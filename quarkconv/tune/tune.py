@@ -19,7 +19,7 @@ from quarkconv.text import alternatives
 from quarkconv.tune.grid import Tile, starts, variations
 from quarkconv.tune.kernels import Kernel, Routed, engine_kernel
 from quarkconv.tune.search import Search, run_together, search
-from quarkconv.tune.shapes import RankShape, whole
+from quarkconv.tune.shapes import RankShape
 from quarkconv.tune.tables import MEASURED, Timing, dump_table, record
 from quarkconv.write.durable import write_durably
 
@@ -30,7 +30,6 @@ TOKENS: Final = (1, 2, 4, 8, 16, 32, 64, 128, 256, 512, 1024, 2048, 4096)
 """Numbers of tokens to tune for: engines take the nearest, so that the last serves all larger ones."""
 _MAX_INPUTS: Final = 8
 _MAX_INPUT_TOKENS: Final = 4096
-_FEW_EXPERTS: Final = 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,10 +171,9 @@ def _search(kernel: Kernel, shape: RankShape, tokens: int, weights: Weights, sha
 
 
 def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:
-    """Compile a tile into Triton's cache by a forward over few experts; False where the GPU cannot launch it."""
-    few = whole(max(shape.top_k, _FEW_EXPERTS), shape.top_k, shape.hidden, shape.intermediate)
-    kernel, weights = _few(engine, few)
-    [forward] = kernel.forwards(few, weights, [_routed(few, tokens)])
+    """Compile a tile into Triton's cache by a forward; False where the GPU cannot launch it."""
+    kernel, weights = _small(engine, shape)
+    [forward] = kernel.forwards(shape, weights, [_routed(shape, tokens)])
     with suppress(_out_of_resources()), kernel.using(tile):
         forward()
         return True
@@ -183,14 +181,22 @@ def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:
 
 
 @lru_cache(maxsize=1)
-def _few(engine: str, shape: RankShape) -> tuple[Kernel, Weights]:
-    """The kernel of an engine, and random weights: each process of a pool has those of one shape."""
+def _small(engine: str, shape: RankShape) -> tuple[Kernel, Weights]:
+    """The kernel of an engine, and weights in which all experts are one, where it takes them; one shape at a time.
+
+    The number of experts must be that of the shape: by it vLLM chooses how it assigns blocks, and Triton specializes on
+    whether the number of padded rows is a multiple of 16. With another, the process that times would compile again.
+    """
     import torch
 
     from quarkconv.kernels.tune import make_weights
 
-    device = torch.device("cuda", torch.cuda.current_device())
-    return engine_kernel(engine), make_weights(shape.sizes, device)
+    kernel, device = engine_kernel(engine), torch.device("cuda", torch.cuda.current_device())
+    if kernel.needs_contiguous_weights:
+        return kernel, make_weights(shape.sizes, device)
+    one = make_weights((1, *shape.sizes[1:]), device)
+    w13, w2, w13_scale, w2_scale = (tensor.expand(shape.experts, -1, -1) for tensor in one)
+    return kernel, (w13, w2, w13_scale, w2_scale)
 
 
 def _out_of_resources() -> type[Exception]:

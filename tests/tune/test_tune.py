@@ -88,3 +88,40 @@ def test_what_is_timed_is_compiled_before_in_the_pool(monkeypatch: pytest.Monkey
         assert len({tile for _, tile in batch}) == len(batch)
     for tokens, tiles in timed.items():
         assert tiles >= {TILE, *starts(SHAPE, tokens, 227 * 1024)}
+
+
+@pytest.mark.parametrize("contiguous", [False, True])
+def test_tiles_are_compiled_for_the_shape_that_is_timed(monkeypatch: pytest.MonkeyPatch, contiguous: bool) -> None:
+    """With as many experts, since engines launch another kernel for fewer; in the memory of one where possible."""
+    torch = pytest.importorskip("torch")
+    seen: list[tuple[Any, Any]] = []
+
+    class Pretended(Kernel):
+        needs_contiguous_weights = contiguous
+
+        def forwards(self, shape: Any, weights: Any, inputs: Any) -> Any:
+            seen.append((shape, weights))
+            return [lambda: None for _ in inputs]
+
+        @contextmanager
+        def using(self, _: Tile) -> Iterator[None]:
+            yield
+
+    def weights_of(sizes: tuple[int, ...], _: Any) -> Any:
+        experts, _, hidden, intermediate = sizes
+        shapes = ((2 * intermediate, hidden), (hidden, intermediate), (2 * intermediate, 1), (hidden, 1))
+        return tuple(torch.zeros((experts, *shape)) for shape in shapes)
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr("quarkconv.kernels.tune.make_weights", weights_of)
+    monkeypatch.setattr(tune, "engine_kernel", lambda _: Pretended())
+    monkeypatch.setattr(tune, "_routed", lambda _, tokens: tokens)
+    tune._small.cache_clear()
+    assert tune._compiles("engine", SHAPE, 64, TILE)
+    tune._small.cache_clear()
+    [(shape, weights)] = seen
+    assert shape == SHAPE
+    assert [tuple(tensor.shape) for tensor in weights] == [(8, 128, 128), (8, 128, 64), (8, 128, 1), (8, 128, 1)]
+    for tensor in weights:
+        assert tensor.is_contiguous() == contiguous
+        assert tensor.untyped_storage().nbytes() * (1 if contiguous else 8) == tensor.nbytes
