@@ -83,6 +83,14 @@ def main() -> None:
         gate_up = product(codes, row_scale, w13, w13_scale, ids)
         down = product(*quantize(seen["hidden"]), w2, w2_scale, ids) * scores.reshape(-1, 1)
         print(error(seen["gate_up"], gate_up), error(seen["values"].view(down.shape), down))
+    same = [tensor[:1].expand(SHAPE.experts, -1, -1) for tensor in weights]
+    routed = Routed(states, scores.contiguous(), ids.int().contiguous())
+    outs: list[torch.Tensor] = []
+    for w13, w2, w13_scale, w2_scale in (same, [tensor.contiguous() for tensor in same]):
+        out = kernel.forwards(SHAPE, (w13, w2, w13_scale, w2_scale), [routed])[0]()
+        assert isinstance(out, torch.Tensor)
+        outs.append(out.clone())
+    assert torch.equal(outs[0], outs[1]), "experts that are one in memory"
 
 
 if __name__ == "__main__":
