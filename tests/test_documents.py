@@ -229,6 +229,29 @@ def test_what_serving_with_the_plugin_gives_was_measured() -> None:
     assert f"with tuned tables by {gaps['triton and triton-tuned']:.3f}" in prose
 
 
+def test_decode_of_repeated_experts_was_measured() -> None:
+    text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
+    names = {
+        "vLLM Triton (default)": "triton",
+        "vLLM Triton, quarkconv's tables": "triton-tuned",
+        "vLLM Humming 0.1.19": "humming",
+        "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
+        "quarkconv": "quarkconv",
+    }
+    for run, others, over in (
+        ("qwen3-30b-a3b-defaults-decode", {"triton"}, "the default"),
+        ("minimax-m2-decode", {"triton-tuned", "humming", "humming-int8"}, "the best other"),
+    ):
+        rows = result(f"serve-{run}-nvidia-h200")["backends"]
+        decode = {key: [*row["decode_tokens_per_s"].values()] for key, row in rows.items()}
+        for name, key in names.items():
+            if key in decode:
+                assert f"| {name} | {' | '.join(f'{value:,.0f}' for value in decode[key])} |" in text
+        best = [max(column) for column in zip(*(decode[key] for key in others), strict=True)]
+        gains = [own / other for own, other in zip(decode["quarkconv"], best, strict=True)]
+        assert f"| over {over} | {' | '.join(f'{gain:.2f}' for gain in gains)} |" in text
+
+
 def test_where_the_time_of_a_prefill_goes_was_measured() -> None:
     prose = " ".join((ROOT / "docs" / "vllm.md").read_text("utf-8").split())
     tuned, cut = (result(f"serve-{run}-nvidia-h200") for run in ("qwen3-30b-a3b-tuned", "minimax-m2-prefill"))
