@@ -37,6 +37,8 @@ def main(args: list[str] | None = None) -> NoReturn:
         if sys.stdout is not None:
             sys.stdout.flush()
     except QuarkconvError as error:
+        if _interrupt_waits():
+            _exit_with(InterruptedByUser("Interrupted"), as_json=as_json)
         if isinstance(error, UsageError) and error.hint is None:
             error.hint = see_help(_command(words))
         _exit_with(error, as_json=as_json)
@@ -105,3 +107,8 @@ def _interrupt(signum: int, frame: object) -> None:  # noqa: ARG001
         return
     signal.setitimer(signal.ITIMER_REAL, 0)
     raise KeyboardInterrupt
+
+
+def _interrupt_waits() -> bool:
+    """Whether :func:`_interrupt` has yet to raise: the import ended, and the command with it, within that moment."""
+    return signal.getsignal(signal.SIGALRM) is _interrupt and signal.getitimer(signal.ITIMER_REAL)[0] > 0

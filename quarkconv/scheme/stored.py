@@ -77,6 +77,13 @@ class Form(NamedTuple):
         return self.convolution or len(self.weight.shape) > 3
 
     @property
+    def may_be_convolution(self) -> bool:
+        """True for a weight of three dimensions, unless its scale is of n linears [n, out, in]."""
+        shape = self.weight.shape
+        scale = () if self.scale is None else self.scale.shape
+        return len(shape) == 3 and (shape[1] == 1 or scale not in (shape[:2], (*shape[:2], 1)))
+
+    @property
     def granularity(self) -> Granularity | None:
         """Which parts of the weight share a scale; None when the scale has a shape that fits neither."""
         if self.scale is None or len(self.weight.shape) < 2:
@@ -175,10 +182,15 @@ class StoredModules:
     def with_convolutions(self, experts: Collection[str]) -> StoredModules:
         """The same modules; int8 weights of three dimensions are those of convolutions, unless they are of experts.
 
+        A scale of each row, [n, out] for a weight [n, out, in], is one of n linears, since a convolution has one for
+        each output channel.
+
         Args:
             experts: the modules of routed experts.
         """
-        shared = {id(form): form for form in self.linears.values() if form.quantized and len(form.weight.shape) == 3}
+        shared = {id(form): form for form in self.linears.values() if form.quantized and form.may_be_convolution}
+        if not shared:
+            return self
         convolutions = {key: form._replace(convolution=True) for key, form in shared.items()}
         linears = {
             module: form if module in experts else convolutions.get(id(form), form)
