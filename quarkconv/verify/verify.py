@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import TypeAlias
 
 import torch
 
@@ -20,11 +21,21 @@ from quarkconv.verify.linears import linear_problems
 from quarkconv.verify.not_checked import NO_MANIFEST, NOT_REQUESTED, STOPPED, passed_on, why_no_numbers
 from quarkconv.verify.numbers import backend_name
 from quarkconv.verify.origins import origin_problems
-from quarkconv.verify.parts import identity, scope_of
+from quarkconv.verify.parts import Scope, identity, scope_of
 from quarkconv.verify.request import DEFAULT_TOKENS, STAGES, require_valid, token_counts
-from quarkconv.verify.results import BytesResult, NumbersResult, Problem, Verification, VerifiedPart
+from quarkconv.verify.results import (
+    BytesResult,
+    NumbersResult,
+    Problem,
+    StructureResult,
+    Verification,
+    VerifiedPart,
+)
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure, function_problems
+
+ByteCheck: TypeAlias = Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]
+"""Compares the bytes of all tensors but some, and gives the result with its problems."""
 
 
 def verify_checkpoint(
@@ -74,25 +85,20 @@ def verify_checkpoint(
     devices = pick_devices(device)
     recorded = None if activations is None else RecordedInputs(activations)
 
-    original = unquantized if "numbers" in stages else None
-    opened = open_checkpoints(model, source, original, layers, recorded, progress)
-    description, manifest = opened.model, opened.manifest
-    structure, problems = check_structure(description, manifest)
-    if opened.source is not None:
-        problems += function_problems(description, opened.source, opened.layers)
-        problems += origin_problems(description, manifest, opened.source) if manifest is not None else ()
-    if "numbers" in stages and structure.readable and (share is None or share.number == 1):
-        problems += linear_problems(description, opened.experts)
-    stopped = fail_fast and problems != []
+    opened = open_checkpoints(model, source, unquantized if "numbers" in stages else None, layers, recorded, progress)
+    structure, problems = _structure(opened, linears="numbers" in stages and (share is None or share.number == 1))
     skipped = why_no_numbers(
-        description, opened.layers, structure, stages, with_source=opened.source is not None, stopped=stopped
+        opened.model,
+        opened.layers,
+        structure,
+        stages,
+        with_source=opened.source is not None,
+        stopped=fail_fast and problems != [],
     )
-
-    scope = scope_of(description, manifest, opened.layers, share)
-    check_rest = _byte_check(opened, stages, progress, only=scope.names, fail_fast=fail_fast)
+    scope = scope_of(opened.model, opened.manifest, opened.layers, share)
     job = NumbersJob(
-        description=description,
-        manifest=manifest if opened.source is None and "bytes" in stages else None,
+        description=opened.model,
+        manifest=opened.manifest if opened.source is None and "bytes" in stages else None,
         layers=scope.layers,
         devices=devices,
         tokens=counts,
@@ -101,35 +107,17 @@ def verify_checkpoint(
         unquantized=opened.unquantized,
         recorded=recorded,
         fail_fast=fail_fast,
-        counts_bytes=manifest is not None and "bytes" in stages,
+        counts_bytes=opened.manifest is not None and "bytes" in stages,
     )
-    if job.counts_bytes:
-        progress.step("Checking", scope.nbytes, "byte")
-    elif skipped is None:
-        progress.step("Checking", len(scope.layers) * len(counts), "layer")
-    outcomes: list[LayerOutcome] = []
-    if skipped is None:
-        outcomes, rest = stream_numbers(job, progress, lambda: check_rest(job.covered()))
-    else:
-        rest = check_rest(())
-    checked, wrong = rest or (BytesResult(skipped=STOPPED), [])
-
-    found = [problem for outcome in outcomes for problem in outcome.problems]
-    problems += [problem for problem in found if problem.stage == "bytes"] + wrong
-    problems += [problem for problem in found if problem.stage != "bytes"]
-    part = None
-    if share is not None:
-        others = (("--source", source), ("--unquantized", unquantized), ("--activations", activations))
-        options = [name for name, value in others if value is not None]
-        common = identity(
-            description, manifest, opened.layers, tokens=counts, seed=seed, stages=stages, compared=options
-        )
-        part = VerifiedPart(share.number, share.count, common)
+    check_rest = _byte_check(opened, stages, progress, only=scope.names, fail_fast=fail_fast)
+    outcomes, checked, differences = _carry_out(job, scope, skipped, check_rest, progress)
+    options = (("--source", source), ("--unquantized", unquantized), ("--activations", activations))
+    compared = [option for option, value in options if value is not None]
     return Verification(
         model=str(model),
         source=None if source is None else str(source),
         unquantized=None if unquantized is None else str(unquantized),
-        scheme=description.scheme,
+        scheme=opened.model.scheme,
         structure=structure,
         bytes=checked,
         numbers=NumbersResult(
@@ -141,10 +129,67 @@ def verify_checkpoint(
             experts=tuple(outcome.experts for outcome in outcomes),
             skipped=skipped,
         ),
-        problems=tuple(problems),
-        findings=tuple(passed_on(description, opened.source)),
-        part=part,
+        problems=(*problems, *_bytes_first(outcomes, differences)),
+        findings=tuple(passed_on(opened.model, opened.source)),
+        part=None if share is None else _part(share, opened, job, stages, compared),
     )
+
+
+def _structure(opened: Checkpoints, *, linears: bool) -> tuple[StructureResult, list[Problem]]:
+    """The stage of structure: of the checkpoint, against its source, and on request of the linears beside experts."""
+    description, manifest, source = opened.model, opened.manifest, opened.source
+    structure, problems = check_structure(description, manifest)
+    if source is not None:
+        problems += function_problems(description, source, opened.layers)
+        problems += origin_problems(description, manifest, source) if manifest is not None else ()
+    if linears and structure.readable:
+        problems += linear_problems(description, opened.experts)
+    return structure, problems
+
+
+def _carry_out(
+    job: NumbersJob, scope: Scope, skipped: str | None, check_rest: ByteCheck, progress: Progress
+) -> tuple[list[LayerOutcome], BytesResult, list[Problem]]:
+    """The stages of numbers and bytes: the outcomes of the layers, and the bytes with their problems.
+
+    Args:
+        job: the layers to compute.
+        scope: what this process checks.
+        skipped: why no numbers are computed; None where they are.
+        check_rest: compares the bytes that are not compared while the layers are read.
+        progress: counts bytes where they are compared, or else layers.
+    """
+    if job.counts_bytes:
+        progress.step("Checking", scope.nbytes, "byte")
+    elif skipped is None:
+        progress.step("Checking", len(scope.layers) * len(job.tokens), "layer")
+    if skipped is not None:
+        return [], *check_rest(())
+    outcomes, rest = stream_numbers(job, progress, lambda: check_rest(job.covered()))
+    return outcomes, *(rest or (BytesResult(skipped=STOPPED), []))
+
+
+def _bytes_first(outcomes: Sequence[LayerOutcome], differences: Sequence[Problem]) -> list[Problem]:
+    """The problems of bytes, those of layers before the others, and then the problems of numbers."""
+    found = [problem for outcome in outcomes for problem in outcome.problems]
+    of_bytes = [problem for problem in found if problem.stage == "bytes"]
+    return [*of_bytes, *differences, *(problem for problem in found if problem.stage != "bytes")]
+
+
+def _part(
+    share: Share, opened: Checkpoints, job: NumbersJob, stages: Collection[str], compared: Sequence[str]
+) -> VerifiedPart:
+    """The number of this part, and what it has in common with the others; ``compared`` as of :func:`identity`."""
+    common = identity(
+        opened.model,
+        opened.manifest,
+        opened.layers,
+        tokens=job.tokens,
+        seed=job.seed,
+        stages=stages,
+        compared=compared,
+    )
+    return VerifiedPart(share.number, share.count, common)
 
 
 def _shown(devices: Sequence[torch.device]) -> str:
@@ -158,7 +203,7 @@ def _byte_check(
     *,
     only: Collection[str] | None,
     fail_fast: bool,
-) -> Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]:
+) -> ByteCheck:
     """The stage of bytes, for the tensors to leave out; where it cannot run, its result says why."""
     if "bytes" not in stages:
         return lambda _: (BytesResult(skipped=NOT_REQUESTED), [])
