@@ -6,11 +6,8 @@ The codes are those of :mod:`quarkconv.findings`: ``inspect`` reports the same d
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Final
 
-from quarkconv.errors import SourceError
-
-COPY_AGAIN: Final = "download or copy the file again"
+from quarkconv.errors import COPY_AGAIN, SourceError
 
 
 def missing_file(file: str, code: str) -> SourceError:
@@ -52,14 +49,24 @@ def invalid_header(
 def unreadable_safetensors(message: str, file: str | Path, error: Exception) -> SourceError:
     """The library of safetensors cannot read a file that is no part of a checkpoint."""
     return SourceError(
-        message, code="header-invalid", file=str(file), expected="a safetensors file", found=str(error)[:200]
+        message,
+        code="header-invalid",
+        file=str(file),
+        expected="a safetensors file",
+        found=str(error)[:200],
+        hint="name a file that safetensors.torch.save_file wrote, or write it again",
     )
 
 
 def invalid_index(message: str, *, expected: str, found: str) -> SourceError:
     """The index is not a map from tensors to shards of this directory."""
     return SourceError(
-        message, code="index-invalid", file="model.safetensors.index.json", expected=expected, found=found
+        message,
+        code="index-invalid",
+        file="model.safetensors.index.json",
+        expected=expected,
+        found=found,
+        hint=COPY_AGAIN,
     )
 
 

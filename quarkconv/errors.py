@@ -17,7 +17,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, ClassVar, TypedDict, Unpack
+from typing import Any, ClassVar, Final, TypedDict, Unpack
+
+COPY_AGAIN: Final = "download or copy the file again"
+"""The next step where a file is damaged."""
 
 
 class Details(TypedDict, total=False):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from quarkconv.errors import UnsupportedError
+from quarkconv.evaluate.request import VERIFY_INSTEAD
 
 
 def compute_buffers(model: Any, stored: Container[str], root: Path, device: torch.device) -> None:
@@ -42,4 +43,5 @@ def compute_buffers(model: Any, stored: Container[str], root: Path, device: torc
                     "A buffer of this model cannot be computed without its weights",
                     file=str(root),
                     tensor=f"{name}.{key}",
+                    hint=VERIFY_INSTEAD,
                 )

@@ -179,6 +179,7 @@ def _require_readable(description: Description) -> None:
                 tensor=modules[0],
                 expected="int8 or floats",
                 found=form.weight.dtype,
+                hint="run `quarkconv inspect`",
             )
 
 

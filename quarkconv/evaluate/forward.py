@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError, UsageError
 from quarkconv.evaluate.hidden_states import LayerOutput
+from quarkconv.evaluate.request import VERIFY_INSTEAD
 from quarkconv.evaluate.skeleton import Skeleton
 
 
@@ -108,6 +109,7 @@ def embed(skeleton: Skeleton, ids: Tensor) -> tuple[Tensor, list[LayerCall]]:
         file=str(skeleton.root),
         expected="a decoder whose layers take the hidden states of the layer before",
         found=type(skeleton.model).__name__,
+        hint=VERIFY_INSTEAD,
     )
 
 
@@ -133,6 +135,7 @@ def run_layer(
             file=str(skeleton.root),
             tensor=skeleton.layer_prefix(number),
             found=type(skeleton.layers[number]).__name__,
+            hint=VERIFY_INSTEAD,
         )
     return LayerOutput(*output)
 
@@ -182,6 +185,7 @@ def _forward(skeleton: Skeleton) -> Iterator[None]:
             "The model's class in transformers cannot be run layer by layer",
             file=str(skeleton.root),
             found=f"{type(skeleton.model).__name__}: {error}"[:200],
+            hint=VERIFY_INSTEAD,
         ) from error
 
 

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from quarkconv.errors import UnsupportedError
 from quarkconv.evaluate.dequantize import dequantized
 from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, linear_groups
+from quarkconv.evaluate.request import VERIFY_INSTEAD
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import Int8Weight, LayerWeights
 from quarkconv.experts.function import Unknown
@@ -43,6 +44,7 @@ def int8_modules(
                 "A linear of the model's class holds other rows than the checkpoint's int8 linears",
                 file=str(skeleton.root),
                 tensor=f"{path}.weight",
+                hint=VERIFY_INSTEAD,
             )
         bias = [None] * groups if module.bias is None else module.bias.chunk(groups)
         parts = [
@@ -58,6 +60,7 @@ def int8_modules(
                 file=str(skeleton.root),
                 tensor=layer.prefix,
                 found=activation.reason,
+                hint="leave this layer out of --layers: it then runs dequantized",
             )
         if path not in skeleton.experts_of(number):
             raise UnsupportedError(
@@ -66,6 +69,7 @@ def int8_modules(
                 tensor=layer.prefix,
                 expected="routed experts in one module",
                 found=type(skeleton.layers[number]).__name__,
+                hint=VERIFY_INSTEAD,
             )
         yield path, Int8Experts(experts, activation, skeleton.group if path in weights.divided else None)
 

@@ -98,4 +98,9 @@ class Record:
 
     def _error(self, error: OSError) -> WriteError:
         found = error.strerror or str(error)
-        return WriteError("The recorded inputs cannot be written", file=str(self._path), found=found)
+        return WriteError(
+            "The recorded inputs cannot be written",
+            file=str(self._path),
+            found=found,
+            hint="free space there, or name another file with --record; the same command resumes",
+        )

@@ -11,6 +11,8 @@ from quarkconv.errors import UsageError
 
 DEFAULT_WINDOW: Final = 2048
 """Tokens of a window of text."""
+VERIFY_INSTEAD: Final = "run `quarkconv verify`: it checks INT8 experts without the model's class"
+"""The next step where the model's class cannot be run."""
 RECORD_CONTENT: Final = "quarkconv evaluate --record"
 """``content`` in the metadata of a file of recorded inputs."""
 

@@ -21,6 +21,7 @@ from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_
 from quarkconv.evaluate.model_class import meta_model
 from quarkconv.evaluate.name_mapping import NameMapping
 from quarkconv.evaluate.norms import fuse_norms
+from quarkconv.evaluate.request import VERIFY_INSTEAD
 from quarkconv.evaluate.rotary import fuse_rotary
 
 _LAYERS: Final = ("layers", "blocks")
@@ -135,6 +136,7 @@ class Skeleton:
                 tensor=name,
                 expected=expected,
                 found=stored,
+                hint="run `quarkconv inspect`",
             )
         if prefix is not None:
             self._detach(prefix)
@@ -152,6 +154,7 @@ class Skeleton:
                         file=str(self.root),
                         tensor=other,
                         expected=name,
+                        hint=VERIFY_INSTEAD,
                     )
                 raise SourceError(
                     "The checkpoint has no tensor for a parameter of the model",
@@ -268,7 +271,10 @@ class Skeleton:
         names = {id(module): name for name, module in self.model.named_modules()}
         if not isinstance(layers, nn.ModuleList) or not len(layers):
             raise UnsupportedError(
-                "The decoder of this model has no list of layers", file=str(self.root), found=type(decoder).__name__
+                "The decoder of this model has no list of layers",
+                file=str(self.root),
+                found=type(decoder).__name__,
+                hint=VERIFY_INSTEAD,
             )
         return names[id(layers)], layers
 

@@ -223,6 +223,7 @@ class CheckpointWeights:
                 file=str(self.description.checkpoint.root),
                 tensor=names.weight,
                 found=str(list(codes.shape)),
+                hint="run `quarkconv inspect`",
             )
         scale = tensors[names.scale].float().reshape(-1)
         static = None if form.input_scale is None else tensors[names.input_scale].float().reshape(())

@@ -170,5 +170,9 @@ def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # tokenizers sh
         return Tokenizer.from_file(str(path))
     except Exception as error:  # the package raises plain Exception
         raise SourceError(
-            "The tokenizer cannot be read", code="tokenizer-invalid", file=str(path), found=str(error)[:200]
+            "The tokenizer cannot be read",
+            code="tokenizer-invalid",
+            file=str(path),
+            found=str(error)[:200],
+            hint="download or copy the file again, or give token ids instead of text: --token-ids FILE.safetensors",
         ) from error

@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.errors import SourceError
+from quarkconv.errors import COPY_AGAIN, SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.regular import CHECK_ACCESS, FETCH_POINTER, LFS_POINTER, leads_outside, read_regular
 from quarkconv.text import shown
@@ -135,7 +135,7 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
             code=code,
             file=name,
             found=str(error) or "nesting too deep",
-            hint="download or copy the file again",
+            hint=COPY_AGAIN,
         ) from error
     if not isinstance(value, dict):
         raise SourceError(
@@ -144,6 +144,7 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
             file=name,
             expected="an object",
             found=shown(value),
+            hint=COPY_AGAIN,
         )
     return value
 
@@ -165,7 +166,7 @@ def _missing(name: str, code: str) -> SourceError:
 
 
 def _too_much(name: str, code: str, expected: str, found: str) -> SourceError:
-    return SourceError("The file is too large", code=code, file=name, expected=expected, found=found)
+    return SourceError("The file is too large", code=code, file=name, expected=expected, found=found, hint=COPY_AGAIN)
 
 
 def _is_shallow(value: object) -> bool:

@@ -32,7 +32,7 @@ def require_writable(option: str, path: str | Path | None, mark: bytes) -> None:
         if not file.absolute().parent.is_dir():
             raise WriteError("The folder of a file to write does not exist", file=str(path), hint="create it first")
         if file.is_dir():
-            raise WriteError("The file to write is a directory", file=str(path))
+            raise WriteError("The file to write is a directory", file=str(path), hint="name a file in it")
         if not file.is_symlink() and not file.exists():
             return
         if file.is_file() and not file.is_symlink():
@@ -40,7 +40,9 @@ def require_writable(option: str, path: str | Path | None, mark: bytes) -> None:
                 if mark in (head := existing.read(_HEAD)) or not head:
                     return
     except (OSError, ValueError) as error:
-        raise WriteError("The file cannot be written", file=str(path), found=_reason(error)) from error
+        raise WriteError(
+            "The file cannot be written", file=str(path), found=_reason(error), hint="name another file"
+        ) from error
     raise UsageError(
         f"{option} would replace another file",
         file=str(path),

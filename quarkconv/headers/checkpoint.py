@@ -11,9 +11,9 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
-from quarkconv.defects import COPY_AGAIN, invalid_header
+from quarkconv.defects import invalid_header
 from quarkconv.dtypes import TensorType, TensorTypes
-from quarkconv.errors import SourceError
+from quarkconv.errors import COPY_AGAIN, SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.json_files import MAX_CONFIG_BYTES, MAX_INDEX_BYTES, has_file, link_error, read_json_of
 from quarkconv.files.local import LocalFiles

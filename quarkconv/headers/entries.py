@@ -8,9 +8,9 @@ from itertools import chain
 from operator import itemgetter
 from typing import Final, NoReturn, TypeVar
 
-from quarkconv.defects import COPY_AGAIN, invalid_header
+from quarkconv.defects import invalid_header
 from quarkconv.dtypes import DTYPE_BITS, MAX_DIMENSIONS, TensorType, is_tensor_type, overflows
-from quarkconv.errors import SourceError
+from quarkconv.errors import COPY_AGAIN, SourceError
 from quarkconv.files.strict_json import load_header_json
 from quarkconv.text import shortened, shown
 

@@ -19,9 +19,9 @@ import struct
 from collections.abc import Iterator, KeysView, Sequence
 from typing import Final, NamedTuple
 
-from quarkconv.defects import COPY_AGAIN, invalid_header, missing_file, short_file, unreadable_file
+from quarkconv.defects import invalid_header, missing_file, short_file, unreadable_file
 from quarkconv.dtypes import TensorType
-from quarkconv.errors import SourceError
+from quarkconv.errors import COPY_AGAIN, SourceError
 from quarkconv.files.regular import CHECK_ACCESS, FETCH_POINTER, LFS_POINTER, open_regular
 from quarkconv.headers.collector import collector_paused
 from quarkconv.headers.entries import MAX_FREE_BYTES, check_data, not_json, over_limit, parse_entries, refuse_entry

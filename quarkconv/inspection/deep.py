@@ -13,7 +13,7 @@ from typing import Final
 from quarkconv.defects import unreadable_tensor
 from quarkconv.description.description import Description
 from quarkconv.dtypes import widen_bf16, widen_f16
-from quarkconv.errors import SourceError
+from quarkconv.errors import COPY_AGAIN, SourceError
 from quarkconv.files.base import Files, Range
 from quarkconv.findings import Finding, FindingsAbout, Severity
 from quarkconv.headers.safetensors import TensorRef
@@ -155,6 +155,7 @@ def _read(store: Files, ranges: list[tuple[str, Range]]) -> Iterator[tuple[str, 
                 tensor=name,
                 expected=f"{block.end - block.start} bytes",
                 found=f"{len(found)} bytes",
+                hint=COPY_AGAIN,
             )
         yield name, found
 

@@ -140,6 +140,7 @@ class LayerReader:
                 tensor=name,
                 expected="floats",
                 found=ref.dtype,
+                hint="run `quarkconv inspect`",
             )
         return ref
 
@@ -161,7 +162,11 @@ class LayerReader:
         for name, ref in refs.items():
             if ref.dtype not in _TORCH_DTYPES:
                 raise UnsupportedError(
-                    "A tensor has a dtype that torch does not have", file=self._path(ref), tensor=name, found=ref.dtype
+                    "A tensor has a dtype that torch does not have",
+                    file=self._path(ref),
+                    tensor=name,
+                    found=ref.dtype,
+                    hint="install a newer torch",
                 )
         reads, places, nbytes = tensor_reads(refs)
         arena = memory(nbytes)

@@ -73,7 +73,12 @@ def open_modelscope(url: str) -> ModelScopeRepo:
     revision = match["revision"] or DEFAULT_REVISION
     entries = _list(match["repo"], revision, url)
     if not entries:
-        raise HubError("The model has no files", file=url, expected="config.json and *.safetensors")
+        raise HubError(
+            "The model has no files",
+            file=url,
+            expected="config.json and *.safetensors",
+            hint="check the name and the revision: modelscope://org/name@revision",
+        )
     _log.info("%s: %d files, %d bytes", url, len(entries), sum(entry.size for entry in entries.values()))
     return ModelScopeRepo(match["repo"], revision, url, entries)
 

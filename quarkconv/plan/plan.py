@@ -22,6 +22,7 @@ from quarkconv.plan.pieces import Check, Copy, MoEGeometry, OutputShard, OutputT
 from quarkconv.scheme.options import DEFAULT, SourceOptions
 
 PLAN_FORMAT: Final = 1
+_PLAN_AGAIN: Final = "plan the conversion again with this version of quarkconv"
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,11 +108,14 @@ class Plan:
                 code="plan-invalid",
                 expected=str(PLAN_FORMAT),
                 found=repr(value.get("format"))[:40],
+                hint=_PLAN_AGAIN,
             )
         try:
             return _parse(value)
         except (KeyError, TypeError, ValueError, IndexError) as error:
-            raise SourceError("The plan cannot be read", code="plan-invalid", found=repr(error)[:120]) from error
+            raise SourceError(
+                "The plan cannot be read", code="plan-invalid", found=repr(error)[:120], hint=_PLAN_AGAIN
+            ) from error
 
     def file_names(self) -> list[str]:
         """Every file that the conversion writes."""

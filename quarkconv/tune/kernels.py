@@ -222,7 +222,10 @@ def _module(name: str) -> ModuleType:
     except ModuleNotFoundError as error:
         engine = name.partition(".")[0]
         raise UnsupportedError(
-            f"{_NAMES.get(engine, engine)} cannot be imported", expected=name, found=f"no module {error.name}"
+            f"{_NAMES.get(engine, engine)} cannot be imported",
+            expected=name,
+            found=f"no module {error.name}",
+            hint=f"install a release of {_NAMES.get(engine, engine)} that has it, with its dependencies",
         ) from error
 
 

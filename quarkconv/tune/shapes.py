@@ -67,6 +67,7 @@ def checkpoint_shapes(model: str, tp: int = 1, ep: int = 1, progress: Progress =
             file=model,
             expected="experts with gate, up and down projections",
             found="no such layer",
+            hint="give the sizes with --shape E,K,H,I",
         )
     top_k = description.config.top_k
     if top_k is None:
