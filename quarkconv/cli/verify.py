@@ -94,8 +94,6 @@ def verify(
     quarkconv verify ./model --unquantized org/original --layers 0,3-5
     """
     output = open_output(json=json, verbose=verbose, quiet=quiet)
-    if bytes_only and numbers_only:
-        raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
     of_numbers = {
         "--unquantized": unquantized,
         "--layers": layers,
@@ -103,13 +101,7 @@ def verify(
         "--seed": seed,
         "--activations": activations,
     }
-    if bytes_only and (given := next((option for option, value in of_numbers.items() if value is not None), None)):
-        raise UsageError(
-            f"{given} has no effect with --bytes-only",
-            expected="one of them",
-            hint=f"leave out --bytes-only or {given}",
-        )
-    stages = [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
+    stages = _stages(of_numbers, bytes_only=bytes_only, numbers_only=numbers_only)
     chosen = None if layers is None else parse_layers(layers)
     counts = parse_tokens(_TOKENS if tokens is None else tokens)
     share = None if part is None else parse_share(part)
@@ -150,6 +142,28 @@ def verify(
 
     output.show(verification.to_json(), render)
     return 0 if verification.ok else 1
+
+
+def _stages(of_numbers: dict[str, object], *, bytes_only: bool, numbers_only: bool) -> list[str]:
+    """What is checked beside the structure.
+
+    Args:
+        of_numbers: the options that concern numbers alone, with their values; None for one that is not given.
+        bytes_only, numbers_only: the options of these names.
+
+    Raises:
+        UsageError: options contradict one another, or have no effect.
+    """
+    if bytes_only and numbers_only:
+        raise UsageError("Nothing is left to check", expected="--bytes-only or --numbers-only", found="both")
+    given = next((option for option, value in of_numbers.items() if value is not None), None)
+    if bytes_only and given is not None:
+        raise UsageError(
+            f"{given} has no effect with --bytes-only",
+            expected="one of them",
+            hint=f"leave out --bytes-only or {given}",
+        )
+    return [stage for stage, left_out in (("bytes", numbers_only), ("numbers", bytes_only)) if not left_out]
 
 
 def parse_tokens(text: str) -> list[int]:

@@ -62,7 +62,7 @@ class Conversion:
 
         Raises:
             UsageError, SourceError, UnsupportedError: as :func:`convert_checkpoint`; an invalid repo id; a conversion
-                by rank, which is not uploaded.
+                by rank, which is not uploaded; ``cache`` with a local model.
         """
         ranks = options.ranks
         if push is not None:
@@ -76,6 +76,13 @@ class Conversion:
                 )
         row = get_target(target)
         source = locate(model, cache=cache, progress=progress)
+        if cache and source.repo is None and source.files.root.is_dir():
+            raise UsageError(
+                "--cache has no effect with a local model",
+                expected="a Hub repo id, or no --cache",
+                found=f"the directory {source.files.root}",
+                hint="leave out --cache",
+            )
         location = output_location(source, f"{target}{ranks[0].suffix()}", out)
         if isinstance(location, str) and push is not None:
             raise UsageError(

@@ -269,14 +269,6 @@ def described(
             ),
             *merged_findings(others, stored.linears, float_modules),
         ]
-    if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
-        findings = list(checkpoint.findings)
-    unread = any((item.code, item.subject) == ("config-invalid", CONFIG_NAME) for item in checkpoint.findings)
-    if unread and has_file(checkpoint.store, CONFIG_NAME):
-        findings = [item for item in findings if item.code != "quant-config-missing"]  # it may be there
-    order = list(Severity)
-    findings = [with_other_description(item, checkpoint) for item in bounded(findings)]
-    findings.sort(key=lambda item: order.index(item.severity))
     return Description(
         checkpoint=checkpoint,
         config=config,
@@ -285,10 +277,22 @@ def described(
         modules=modules,
         topology=topology,
         others=others,
-        findings=tuple(findings),
+        findings=_reported(findings, checkpoint),
         is_mtp=is_mtp,
         is_float=is_float,
         float_modules=float_modules,
         mtp_dropped=mtp_dropped,
         fp8=fp8,
     )
+
+
+def _reported(findings: list[Finding], checkpoint: Checkpoint) -> tuple[Finding, ...]:
+    """The findings by severity, without those that only follow from files that cannot be read."""
+    if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
+        findings = list(checkpoint.findings)
+    unread = any((item.code, item.subject) == ("config-invalid", CONFIG_NAME) for item in checkpoint.findings)
+    if unread and has_file(checkpoint.store, CONFIG_NAME):
+        findings = [item for item in findings if item.code != "quant-config-missing"]  # it may be there
+    order = list(Severity)
+    completed = (with_other_description(item, checkpoint) for item in bounded(findings))
+    return tuple(sorted(completed, key=lambda item: order.index(item.severity)))

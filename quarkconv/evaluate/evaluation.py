@@ -108,12 +108,7 @@ def evaluate_checkpoint(
         tokens.check_vocabulary(first.quantized.skeleton.vocabulary)
         run = Run(runners, tokens, batch, progress)
         if not run.in_int8 and (limits != Limits() or layers is not None or ablate):
-            raise UnsupportedError(
-                "The checkpoint holds no INT8 modules: there is no divergence, and no layer to leave unquantized",
-                file=str(root),
-                expected="INT8 modules",
-                hint="leave out --max-kl, --min-agreement, --layers and --ablate",
-            )
+            raise _no_int8(root)
         state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
         streams = run.layers_of(run.variants, state, record)
         scores = run.scores(streams)
@@ -147,6 +142,15 @@ def evaluate_checkpoint(
         if first.unquantized is None
         else config_differences(first.quantized.skeleton, first.unquantized.skeleton),
         limits=limits,
+    )
+
+
+def _no_int8(root: Path) -> UnsupportedError:
+    return UnsupportedError(
+        "The checkpoint holds no INT8 modules: there is no divergence, and no layer to leave unquantized",
+        file=str(root),
+        expected="INT8 modules",
+        hint="leave out --max-kl, --min-agreement, --layers and --ablate",
     )
 
 

@@ -6,10 +6,10 @@ describe a damaged checkpoint.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from quarkconv.defects import invalid_header
 from quarkconv.dtypes import TensorType, TensorTypes
@@ -87,23 +87,61 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
     """
     store = LocalFiles(model) if isinstance(model, Path) else model
     root = store.root if isinstance(store, LocalFiles) else None
+    _refuse_other_outputs(store, root)
+    documents = _documents(store)
+    config, ascend, index = documents.config, documents.ascend, documents.index
+    findings = documents.findings
+    if root is not None:
+        findings.extend(_outside(root))
+    with collector_paused():
+        present = safetensors_files(store)
+        unsupported = tuple(in_another_format(store, present, index))
+        if unsupported:
+            return Checkpoint(store, config, (), TensorTypes([]), unsupported, ascend)
+        files = shard_names(store, present, index)
+        findings.extend(unused(present, files, index))
+        shards, damage = _shards(store, root, files, sorted(set(present) - set(files)), progress)
+        findings.extend(damage)
+        findings.extend(_odd_names([name for shard in shards for name in shard.odd_names]))
+        types = TensorTypes([shard.tensors for shard in shards])
+        findings.extend(_duplicates(shards, len(types)))
+        findings.extend(_renamed(shards))
+        if index is not None:
+            findings.extend(compare_index(index, shards))
+    return Checkpoint(store, config, tuple(shards), types, tuple(findings), ascend)
+
+
+def _refuse_other_outputs(store: Files, root: Path | None) -> None:
+    """Refuse what is not a checkpoint: no directory, an unfinished conversion, the folder of all ranks."""
     if root is not None:
         check_directory(root)
-    else:
-        from quarkconv.files.remote import RemoteFiles  # imports threads and logging, which local models do not need
+        return
+    from quarkconv.files.remote import RemoteFiles  # imports threads and logging, which local models do not need
 
-        if isinstance(store, RemoteFiles):
-            refuse_unfinished_objects(store)
-            refuse_rank_objects(store)
-    findings: list[Finding] = []
+    if isinstance(store, RemoteFiles):
+        refuse_unfinished_objects(store)
+        refuse_rank_objects(store)
+
+
+class _Documents(NamedTuple):
+    """The JSON files of a checkpoint; empty or None where one is missing or cannot be read, with findings about it."""
+
+    config: dict[str, Any]
+    ascend: dict[str, Any] | None
+    index: Index | None
+    findings: list[Finding]
+
+
+def _documents(store: Files) -> _Documents:
     config: dict[str, Any] = {}
+    ascend: dict[str, Any] | None = None
+    index: Index | None = None
+    findings: list[Finding] = []
     try:
         config = read_json_of(store, CONFIG_NAME, code="config-invalid", limit=MAX_CONFIG_BYTES)
     except SourceError as error:
         found = as_finding(error)
         findings.append(replace(found, hint=_MERGE_ADAPTER) if has_file(store, _ADAPTER_NAME) else found)
-    ascend: dict[str, Any] | None = None
-    index: Index | None = None
     try:
         if has_file(store, ASCEND_NAME):
             ascend = read_json_of(store, ASCEND_NAME, code="config-invalid", limit=MAX_INDEX_BYTES)
@@ -113,42 +151,43 @@ def open_checkpoint(model: Path | Files, progress: Progress = SILENT) -> Checkpo
         index = read_index(store)
     except SourceError as error:
         findings.append(as_finding(error))
-    shards: list[ShardHeader] = []
-    if root is not None:
-        findings.extend(_outside(root))
-    tensors, odd = 0, list[str]()
-    with collector_paused():
-        present = safetensors_files(store)
-        unsupported = tuple(in_another_format(store, present, index))
-        if unsupported:
-            return Checkpoint(store, config, (), TensorTypes([]), unsupported, ascend)
-        files = shard_names(store, present, index)
-        findings.extend(unused(present, files, index))
-        expect_headers(store, files, progress)
-        if root is not None:  # of remote files, they are all there by now
-            progress.step(READING_HEADERS, len(files), "shard")
-        for file in files if root is None else counting(files, progress):
-            if root is not None and leads_outside(root, file) is not None:  # reported above
-                continue
-            try:
-                shard = read_header_of(store, file)
-            except SourceError as error:
-                findings.append(_stale(as_finding(error), sorted(set(present) - set(files))))
-                continue
-            tensors += len(shard.tensors)
-            if tensors > MAX_TENSORS:
-                raise _too_many(store.root)
-            if shard.truncated:
-                findings.append(_truncated(shard))
-            odd += shard.odd_names
-            shards.append(shard)
-        findings.extend(_odd_names(odd))
-        types = TensorTypes([shard.tensors for shard in shards])
-        findings.extend(_duplicates(shards, len(types)))
-        findings.extend(_renamed(shards))
-        if index is not None:
-            findings.extend(compare_index(index, shards))
-    return Checkpoint(store, config, tuple(shards), types, tuple(findings), ascend)
+    return _Documents(config, ascend, index, findings)
+
+
+def _shards(
+    store: Files, root: Path | None, files: Sequence[str], others: Sequence[str], progress: Progress
+) -> tuple[list[ShardHeader], list[Finding]]:
+    """The headers of all shards that can be read, and findings about shards that cannot, or end too early.
+
+    Args:
+        store, root: the files; the directory of local ones.
+        files: the shards.
+        others: safetensors files beside them.
+        progress: counts the headers.
+
+    Raises:
+        SourceError: there are too many tensors.
+    """
+    shards, findings = list[ShardHeader](), list[Finding]()
+    tensors = 0
+    expect_headers(store, files, progress)
+    if root is not None:  # of remote files, they are all there by now
+        progress.step(READING_HEADERS, len(files), "shard")
+    for file in files if root is None else counting(files, progress):
+        if root is not None and leads_outside(root, file) is not None:  # reported by _outside
+            continue
+        try:
+            shard = read_header_of(store, file)
+        except SourceError as error:
+            findings.append(_stale(as_finding(error), others))
+            continue
+        tensors += len(shard.tensors)
+        if tensors > MAX_TENSORS:
+            raise _too_many(store.root)
+        if shard.truncated:
+            findings.append(_truncated(shard))
+        shards.append(shard)
+    return shards, findings
 
 
 def _too_many(root: Path) -> SourceError:
@@ -208,7 +247,7 @@ def _duplicates(shards: list[ShardHeader], distinct: int) -> Iterator[Finding]:
         )
 
 
-def _stale(found: Finding, unused: list[str]) -> Finding:
+def _stale(found: Finding, unused: Sequence[str]) -> Finding:
     """The finding for an unreadable shard; where it is missing and other files exist, the index is stale."""
     if found.code != "shard-missing" or not unused:
         return found
