@@ -16,9 +16,10 @@ from quarkconv.experts.ranks import Rank
 from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, Severity, finding
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.form import BLOCK_SCALE, Form
 from quarkconv.scheme.resolved import Groups, ResolvedModules
 from quarkconv.scheme.spec import FLOAT
-from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules
+from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural
 
 

@@ -19,9 +19,9 @@ from quarkconv.experts.router_tensors import (
     router_tensor_names,
 )
 from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.scheme.form import Form
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.resolved import Groups
-from quarkconv.scheme.stored import Form
 from quarkconv.text import plural
 
 _HIDDEN: Final = re.compile(r"hidden_size|^(?:d_model|n_embd|dim)$")

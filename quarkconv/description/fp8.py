@@ -15,9 +15,10 @@ from typing import Final, NamedTuple
 from quarkconv.dtypes import TensorType
 from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.scheme.form import BLOCK_SCALE, SCALE_DTYPES, Form, linear_names
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import BLOCK, FP8_PER_TOKEN, FP8_STATIC, PER_CHANNEL, ModuleScheme, TensorSpec
-from quarkconv.scheme.stored import BLOCK_SCALE, SCALE_DTYPES, Form, StoredModules, linear_names
+from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural
 
 FP8_DTYPE: Final = "F8_E4M3"

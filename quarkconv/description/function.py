@@ -12,8 +12,9 @@ from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.topology import Topology
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.companions import OUTPUT_SCALES
+from quarkconv.scheme.form import BLOCK_SCALE, ROTATION
 from quarkconv.scheme.patterns import TimeLimit, name_filter
-from quarkconv.scheme.stored import BLOCK_SCALE, ROTATION, StoredModules
+from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural, shortened
 
 _AT_RUN_TIME: Final = ("input", "output")

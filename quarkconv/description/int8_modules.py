@@ -9,9 +9,9 @@ from typing import Final
 from quarkconv.experts.layer_defects import MAX_EXPERTS
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.form import NARROW_DTYPES, SCALE_DTYPES, Form
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import FOREIGN, INPUT_STATIC, PER_CHANNEL, ModuleScheme
-from quarkconv.scheme.stored import NARROW_DTYPES, SCALE_DTYPES, Form
 from quarkconv.text import plural
 
 CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"

@@ -8,8 +8,8 @@ from typing import Final
 from quarkconv.experts.config import ModelConfig, stack_of
 from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import Finding, FindingsAbout, finding
+from quarkconv.scheme.form import Form
 from quarkconv.scheme.resolved import Groups
-from quarkconv.scheme.stored import Form
 from quarkconv.text import plural
 
 _EMBEDDINGS: Final = ("embed_tokens", "word_embeddings", "tok_embeddings", "wte", "embed", "embeddings")

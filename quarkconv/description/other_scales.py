@@ -15,8 +15,9 @@ from quarkconv.dtypes import FLOAT_DTYPES
 from quarkconv.findings import FindingsAbout
 from quarkconv.scheme.companions import OUTPUT_SCALES
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.form import BLOCK_SCALE, Form, fused_names, linear_names
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.stored import BLOCK_SCALE, Form, StoredModules, fused_names, linear_names
+from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural
 
 _OTHERS: Final = (".bias", "_bias", BLOCK_SCALE)

@@ -17,11 +17,11 @@ from quarkconv.errors import QuarkconvError, UnsupportedError, UsageError
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.headers.checkpoint import Checkpoint
 from quarkconv.headers.safetensors import TensorRef
+from quarkconv.scheme.form import BLOCK_SCALE, Form, fused_names, linear_names
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.options import QUANTIZE, SourceOptions
 from quarkconv.scheme.patterns import TimeLimit, name_filter, regex_matcher
 from quarkconv.scheme.spec import FLOAT, PTPC, PTPC_NAME
-from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
 
 @dataclass(frozen=True, slots=True)

@@ -29,7 +29,7 @@ from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
 from quarkconv.load.devices import pick_devices
 from quarkconv.progress import SILENT, Progress
-from quarkconv.scheme.stored import Form
+from quarkconv.scheme.form import Form
 from quarkconv.version import own_version
 
 _EVALUATED: Final = frozenset({"quant-config-missing", "not-moe"})

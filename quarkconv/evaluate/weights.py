@@ -24,7 +24,7 @@ from quarkconv.load.arenas import Arena, Memory
 from quarkconv.load.experts import FusedExperts
 from quarkconv.load.layer_reader import READERS, LayerReader
 from quarkconv.load.layer_reads import LayerPart
-from quarkconv.scheme.stored import Form, fused_names, linear_names
+from quarkconv.scheme.form import Form, fused_names, linear_names
 
 
 @dataclass(frozen=True, slots=True)

@@ -8,8 +8,8 @@ from typing import Literal, NamedTuple
 
 from quarkconv.experts.naming import PAIRED, ROLES, ExpertNaming, Role
 from quarkconv.experts.ranks import Rank
+from quarkconv.scheme.form import Form, TensorNames, fused_names, linear_names
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import Form, TensorNames, fused_names, linear_names
 
 Layout = Literal["per_expert", "stacked", "fused"]
 """``per_expert``: ``experts.N.gate_proj.weight`` [I, H]. ``stacked`` (3-key): ``moe.gate_proj.weight`` [E, I, H].

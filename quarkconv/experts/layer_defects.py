@@ -7,7 +7,7 @@ from typing import Final
 from quarkconv.experts.naming import Role
 from quarkconv.experts.unread import RENAMED_HINT
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, finding
-from quarkconv.scheme.stored import Form
+from quarkconv.scheme.form import Form
 from quarkconv.text import plural
 
 MAX_EXPERTS: Final = 2**16

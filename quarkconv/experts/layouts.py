@@ -15,7 +15,8 @@ from quarkconv.experts.naming import EXPERTS, NAMINGS, PAIRED, ROLES, ExpertNami
 from quarkconv.experts.unread import RENAMED_HINT
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, finding
 from quarkconv.headers.entries import distinct
-from quarkconv.scheme.stored import Form, StoredModules
+from quarkconv.scheme.form import Form
+from quarkconv.scheme.stored import StoredModules
 
 
 def per_expert_layer(

@@ -15,7 +15,8 @@ from quarkconv.experts.layouts import per_expert_layer, single_tensor_layer
 from quarkconv.experts.naming import EXPERT_MODULES, EXPERTS, LEAVES, NAMINGS, PAIRED, STACKED, ExpertNaming
 from quarkconv.experts.unread import names_not_understood, unread_findings
 from quarkconv.findings import Finding, FindingsAbout, finding
-from quarkconv.scheme.stored import Form, StoredModules
+from quarkconv.scheme.form import Form
+from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural
 
 _LAYER_NUMBER: Final = re.compile(r"(?:^|\.)(?:layers|h|blocks)\.(\d+)(?:\.|$)")

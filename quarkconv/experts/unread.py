@@ -12,7 +12,8 @@ from typing import Final
 
 from quarkconv.experts.naming import EXPERTS
 from quarkconv.findings import NOT_UNDERSTOOD, Finding, FindingsAbout, finding
-from quarkconv.scheme.stored import Form, StoredModules
+from quarkconv.scheme.form import Form
+from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural
 
 RENAMED_HINT: Final = (

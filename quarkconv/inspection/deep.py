@@ -19,8 +19,8 @@ from quarkconv.findings import Finding, FindingsAbout, Severity
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.progress import Progress
 from quarkconv.scheme.companions import describes_activations
+from quarkconv.scheme.form import SCALE_DTYPES
 from quarkconv.scheme.scale_values import are_finite, are_zeros
-from quarkconv.scheme.stored import SCALE_DTYPES
 from quarkconv.text import plural
 
 _BLOCK: Final = 2**20

@@ -17,10 +17,10 @@ from quarkconv.experts.naming import ExpertNaming, Role
 from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.pieces import Check, Columns, Copy, MoEGeometry, OutputTensor, Rows, Scale, Weights, f32_rows
+from quarkconv.scheme.form import BLOCK_SCALE, Form, fused_names, linear_names
 from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.scale_values import SIGNED_ZEROS
 from quarkconv.scheme.spec import PER_CHANNEL
-from quarkconv.scheme.stored import BLOCK_SCALE, Form, fused_names, linear_names
 
 
 def part_of(name: str, ref: TensorRef, part: Part) -> Copy:

@@ -7,6 +7,7 @@ from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Final, NamedTuple
 
 from quarkconv.scheme.declared import DeclaredScheme, UnknownScheme
+from quarkconv.scheme.form import Form
 from quarkconv.scheme.spec import (
     INPUT_STATIC,
     PER_CHANNEL,
@@ -15,7 +16,7 @@ from quarkconv.scheme.spec import (
     WEIGHT_PER_TENSOR,
     ModuleScheme,
 )
-from quarkconv.scheme.stored import Form, StoredModules
+from quarkconv.scheme.stored import StoredModules
 
 _WEIGHTS: Final = {PER_CHANNEL: WEIGHT_PER_CHANNEL, PER_TENSOR: WEIGHT_PER_TENSOR, None: None}
 

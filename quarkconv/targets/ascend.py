@@ -21,8 +21,8 @@ from quarkconv.headers.file_names import ASCEND_NAME
 from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import OutputTensor, TextFile, Zeros
 from quarkconv.scheme.companions import name_in_engines
+from quarkconv.scheme.form import linear_names
 from quarkconv.scheme.formats.ascend import DYNAMIC, UNQUANTIZED
-from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.per_expert import PerExpertTarget
 
 _F32 = 4

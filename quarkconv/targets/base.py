@@ -12,7 +12,7 @@ from quarkconv.description.fp8 import block_scale
 from quarkconv.experts.layer import MoELayer
 from quarkconv.plan.experts import ExpertSource, Int8Module
 from quarkconv.plan.pieces import Check, OutputTensor, TextFile
-from quarkconv.scheme.stored import Form, linear_names
+from quarkconv.scheme.form import Form, linear_names
 from quarkconv.text import examples, plural
 
 

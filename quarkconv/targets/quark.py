@@ -20,8 +20,8 @@ from quarkconv.plan.experts import Int8Module
 from quarkconv.plan.pieces import Check, Copy, OutputTensor, Rows, Scale, f32_rows
 from quarkconv.scheme.companions import is_cache_scale, name_in_quark
 from quarkconv.scheme.declared import DeclaredScheme
+from quarkconv.scheme.form import linear_names
 from quarkconv.scheme.spec import FP8_STATIC
-from quarkconv.scheme.stored import linear_names
 from quarkconv.targets.ignored import ignored_modules
 from quarkconv.targets.per_expert import PerExpertTarget
 from quarkconv.targets.settings import KV_CACHE

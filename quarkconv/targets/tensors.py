@@ -14,7 +14,7 @@ from quarkconv.experts.router_tensors import router_tensor_names
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.experts import ExpertSource, dequantized, fp8_tensors, linear_module, zero_checks
 from quarkconv.plan.pieces import Check, Copy, OutputTensor
-from quarkconv.scheme.stored import linear_names
+from quarkconv.scheme.form import linear_names
 from quarkconv.targets.base import Target
 
 

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from quarkconv.description.description import Description
 from quarkconv.load.layer_reader import READERS, LayerReader
-from quarkconv.scheme.stored import Form, TensorNames, linear_names
+from quarkconv.scheme.form import Form, TensorNames, linear_names
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem
 from quarkconv.verify.zero_points import NONZERO

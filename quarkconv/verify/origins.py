@@ -14,7 +14,7 @@ from quarkconv.headers.safetensors import TensorRef
 from quarkconv.plan.manifest import Manifest, WrittenTensor
 from quarkconv.plan.pieces import Copy
 from quarkconv.scheme.companions import name_in_engines, name_in_quark
-from quarkconv.scheme.stored import fused_names, linear_names
+from quarkconv.scheme.form import fused_names, linear_names
 from quarkconv.verify.places import layer_of
 from quarkconv.verify.results import Problem
 

@@ -6,7 +6,8 @@ import pytest
 
 from quarkconv.dtypes import TensorType
 from quarkconv.experts.naming import FUSED_LEAVES
-from quarkconv.scheme.stored import Form, StoredModules, fused_names, linear_names, stored_modules
+from quarkconv.scheme.form import Form, fused_names, linear_names
+from quarkconv.scheme.stored import StoredModules, stored_modules
 
 Types = dict[str, tuple[str, tuple[int, ...]]]
 
