@@ -2,10 +2,16 @@
 
 from __future__ import annotations
 
+import ast
+from pathlib import Path
+
 import pytest
 
 from quarkconv.errors import SourceError, UnsupportedError, naming_files_in
 from quarkconv.findings import CODES, Severity, finding, refusal
+
+PACKAGE = Path(__file__).resolve().parents[1] / "quarkconv"
+WITH_NEXT_STEP = {"SourceError", "HubError", "UnsupportedError", "WriteError"}
 
 
 @pytest.mark.parametrize(
@@ -34,3 +40,14 @@ def test_a_finding_that_only_informs_refuses_nothing(code: str) -> None:
     assert isinstance(error, SourceError | UnsupportedError)
     assert type(error) is CODES[code].blocks
     assert error.hint is not None
+
+
+def test_every_error_about_a_source_or_an_output_gives_a_next_step() -> None:
+    calls = [
+        (f"{path.relative_to(PACKAGE)}:{node.lineno}", {keyword.arg for keyword in node.keywords})
+        for path in sorted(PACKAGE.rglob("*.py"))
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id in WITH_NEXT_STEP
+    ]
+    assert len(calls) > 100
+    assert [where for where, parts in calls if not parts & {"hint", None}] == []

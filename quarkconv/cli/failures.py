@@ -43,12 +43,21 @@ def explained(error: BaseException, command: str) -> QuarkconvError | None:
 def _of_a_file(error: OSError) -> QuarkconvError:
     """The error of a file that no command explained: mostly of standard output, which has no name."""
     if error.filename is not None:
-        return WriteError("A file cannot be read or written", file=str(error.filename), found=error.strerror)
+        return WriteError(
+            "A file cannot be read or written",
+            file=str(error.filename),
+            found=error.strerror,
+            hint="check its permissions and the space there, then run the command again",
+        )
     try:
         os.getcwd()
     except OSError:
         return UsageError("The current directory does not exist", hint="change to a directory that exists")
-    return WriteError("Standard output cannot be written", found=error.strerror)
+    return WriteError(
+        "Standard output cannot be written",
+        found=error.strerror,
+        hint="free space there, or write to another file",
+    )
 
 
 def _out_of_memory(error: BaseException) -> bool:

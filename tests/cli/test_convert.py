@@ -68,6 +68,15 @@ def test_a_repo_id_is_converted_into_the_working_directory(
     assert (work / "name-fused-int8" / "config.json").exists()
 
 
+def test_the_cache_is_refused_for_a_local_model(model: Path, tmp_path: Path, capsys: Capture) -> None:
+    words = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out", "--cache"]
+    code, _, err = run_cli(capsys, *words)
+    assert (code, "--cache has no effect with a local model" in err) == (2, True)
+    assert not (tmp_path / "out").exists()
+    words[1] = tmp_path / "missing"  # then that is what has to be known
+    assert run_cli(capsys, *words)[0] == 3
+
+
 def test_json_is_one_object(model: Path, tmp_path: Path, capsys: Capture) -> None:
     code, out, err = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", tmp_path / "out", "--json")
     assert (code, err) == (0, "")
