@@ -43,43 +43,37 @@ class Known(NamedTuple):
             layer: number of the layer, where settings differ between layers; None for any.
         """
         rule = self.family.router
-        config = self.experts
-        for key in rule.experts:
-            stated = of_layer(config.get(key), layer) if rule.per_layer else config.get(key)
-            if stated is not None and positive_int(stated) != count:
-                return Unknown(f"config.json says {key} = {stated!r}, the tensors are of {count} experts", key)
+        other_count = self._other_count(count, layer)
+        if other_count is not None:
+            return other_count
         hashed = self._hashed_layers()
         if isinstance(hashed, Unknown):
             return hashed
         if hashed and layer is None:
             return Unknown(f"the first {hashed} layers choose experts by token id", rule.hash_layers[0])
         by_token_id = layer is not None and layer < hashed
-        top_k, top_k_key = first(config, rule.top_k)
+        top_k, top_k_key = first(self.experts, rule.top_k)
         top_k = of_layer(top_k, layer) if rule.per_layer else top_k
         if (k := positive_int(top_k)) is None:
             return not_known(top_k_key, top_k)
-        scale = factor(config, rule.scale, 1.0 if not rule.scale else rule.default_scale)
-        floor = factor(config, rule.floor, 0.0)
-        order = factor(config, rule.norm_order, 1.0)
-        jitter = factor(config, rule.jitter, None if rule.jitter else 0.0)
+        scale = factor(self.experts, rule.scale, 1.0 if not rule.scale else rule.default_scale)
+        floor = factor(self.experts, rule.floor, 0.0)
+        order = factor(self.experts, rule.norm_order, 1.0)
+        jitter = factor(self.experts, rule.jitter, None if rule.jitter else 0.0)
         input_norm = factor(self.config, ("rms_norm_eps",), None) if rule.normalized_input else 0.0
-        zeros, zeros_key = first(config, rule.zero_experts)
         for value in (scale, floor, order, jitter, input_norm):
             if isinstance(value, Unknown):
                 return value
-        if zeros is not None and (isinstance(zeros, bool) or not isinstance(zeros, int) or not 0 <= zeros < 2**20):
-            return not_known(zeros_key, zeros)
-        renormalize, key = (
-            (rule.renormalize, "") if isinstance(rule.renormalize, bool) else first(config, rule.renormalize)
-        )
-        if not isinstance(renormalize, bool):
-            return not_known(key, renormalize)
-        groups = self._groups(count)
+        zeros, renormalize, groups = self._zero_experts(), self._renormalize(), self._groups(count)
+        if isinstance(zeros, Unknown):
+            return zeros
+        if isinstance(renormalize, Unknown):
+            return renormalize
         if isinstance(groups, Unknown):
             return groups
         n_group, topk_group = groups
         # Fewer eligible experts than k would leave the rest of the choice to how topk breaks ties between -inf.
-        if k > (count + (zeros or 0)) // n_group * topk_group:
+        if k > (count + zeros) // n_group * topk_group:
             return Unknown(f"config.json says {top_k_key} = {k}, more than the experts to choose from", top_k_key)
         if rule.scoring == "sparsemixer" and k != 2:
             return Unknown(f"config.json says {top_k_key} = {k}, and this routing is of two experts", top_k_key)
@@ -101,7 +95,7 @@ class Known(NamedTuple):
             norm_order=number(order),
             softcap=rule.softcap,
             jitter=number(jitter),
-            zero_experts=zeros or 0,
+            zero_experts=zeros,
             input_norm=number(input_norm) if rule.normalized_input else None,
             on_input=rule.on_input,
             by_token_id=by_token_id,
@@ -146,6 +140,28 @@ class Known(NamedTuple):
         if stated is None or (type(stated) in (int, float) and stated == 0):
             return None
         return value if (value := positive_float(stated)) is not None else not_known(key, limits)
+
+    def _other_count(self, count: int, layer: int | None) -> Unknown | None:
+        """A number of experts in the config that is not that of the tensors; None where they agree."""
+        rule = self.family.router
+        for key in rule.experts:
+            stated = of_layer(self.experts.get(key), layer) if rule.per_layer else self.experts.get(key)
+            if stated is not None and positive_int(stated) != count:
+                return Unknown(f"config.json says {key} = {stated!r}, the tensors are of {count} experts", key)
+        return None
+
+    def _zero_experts(self) -> int | Unknown:
+        """How many experts beside the stored ones return their input."""
+        zeros, key = first(self.experts, self.family.router.zero_experts)
+        if zeros is not None and (isinstance(zeros, bool) or not isinstance(zeros, int) or not 0 <= zeros < 2**20):
+            return not_known(key, zeros)
+        return zeros or 0
+
+    def _renormalize(self) -> bool | Unknown:
+        """Whether the weights of the chosen experts are divided by their sum."""
+        rule = self.family.router.renormalize
+        value, key = (rule, "") if isinstance(rule, bool) else first(self.experts, rule)
+        return value if isinstance(value, bool) else not_known(key, value)
 
     def _groups(self, count: int) -> tuple[int, int] | Unknown:
         """(n_group, topk_group), (1, 1) for a choice among all experts."""

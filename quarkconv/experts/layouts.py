@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from quarkconv.experts.family import Family
 from quarkconv.experts.layer import Layout, MoELayer
 from quarkconv.experts.layer_defects import (
@@ -158,26 +160,12 @@ def single_tensor_layer(
     paired = layout == "fused" and any(f"{moe}.{leaf}" in stored.linears for leaf in PAIRED)
     if paired and any(f"{prefix}.{leaf}" in stored.fused for leaf in (naming.fused_gate_up, naming.fused_down)):
         return finding("layout-conflict", prefix, f"The layer stores its experts as {' and '.join(PAIRED)} and fused")
-    experts, rows, hidden = parts[needed[0]].weight.shape
-    if not (parts[needed[0]].quantized or parts[needed[0]].is_float):  # several codes in an element: fewer columns
-        _, hidden, _ = parts["down"].weight.shape
-    intermediate = rows // 2 if layout == "fused" else rows
-    shapes = {
-        "gate_up": (experts, 2 * intermediate, hidden),
-        "gate": (experts, intermediate, hidden),
-        "up": (experts, intermediate, hidden),
-        "down": (experts, hidden, intermediate),
-    }
     transposed = layout == "fused" and _transposed(parts)
-    if transposed:
-        hidden, intermediate = parts["gate_up"].weight.shape[1], parts["gate_up"].weight.shape[2] // 2
-    for part, form in parts.items() if not transposed else ():
-        if not _fits(form, shapes[part]):
-            ends: dict[Role, tuple[Form, ...]] = {"gate": (parts[needed[0]],), "down": (parts["down"],)}
-            return packed_experts(prefix, {**ends, "up": ends["gate"]}, joined=layout == "fused") or wrong_shape(
-                f"{prefix} ({part})", shapes[part], form.weight.shape
-            )
-    implausible = implausible_geometry(prefix, (experts, hidden, intermediate))
+    geometry = _transposed_geometry(parts) if transposed else _geometry(prefix, parts, parts[needed[0]])
+    if isinstance(geometry, Finding):
+        return geometry
+    experts, hidden, intermediate = geometry
+    implausible = implausible_geometry(prefix, geometry)
     if implausible is not None:
         return implausible
     forms: dict[Role, tuple[Form, ...]] = {"down": (parts["down"],)}
@@ -217,6 +205,40 @@ def single_tensor_layer(
         interleaved=interleaved,
         paired=paired,
     )
+
+
+def _geometry(prefix: str, parts: Mapping[str, Form], first: Form) -> tuple[int, int, int] | Finding:
+    """E, H and I of experts that share tensors, or the defect of a tensor whose shape does not fit the others.
+
+    Args:
+        prefix: module of the experts.
+        parts: gate, up, gate_up or down -> form.
+        first: the form of gate_up, or of gate.
+    """
+    experts, rows, hidden = first.weight.shape
+    if not (first.quantized or first.is_float):  # several codes in an element: fewer columns
+        _, hidden, _ = parts["down"].weight.shape
+    fused = "gate_up" in parts
+    intermediate = rows // 2 if fused else rows
+    shapes = {
+        "gate_up": (experts, 2 * intermediate, hidden),
+        "gate": (experts, intermediate, hidden),
+        "up": (experts, intermediate, hidden),
+        "down": (experts, hidden, intermediate),
+    }
+    for part, form in parts.items():
+        if not _fits(form, shapes[part]):
+            ends: dict[Role, tuple[Form, ...]] = {"gate": (first,), "up": (first,), "down": (parts["down"],)}
+            return packed_experts(prefix, ends, joined=fused) or wrong_shape(
+                f"{prefix} ({part})", shapes[part], form.weight.shape
+            )
+    return experts, hidden, intermediate
+
+
+def _transposed_geometry(parts: Mapping[str, Form]) -> tuple[int, int, int]:
+    """E, H and I of experts whose gate_up is [E, H, 2I]."""
+    experts, hidden, columns = parts["gate_up"].weight.shape
+    return experts, hidden, columns // 2
 
 
 def _lost(prefix: str, part: str, joined: str, stored: StoredModules) -> Finding:

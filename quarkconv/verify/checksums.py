@@ -94,14 +94,7 @@ def check_bytes(
             if only is None or (shard.file if part.tensor is None else part.tensor.name) in only
         ]
         problems = [problem for found in pool.map(check, parts) for problem in found]
-    with open_files(store) as others:
-        problems += [
-            Problem("bytes", None, file.name, "The file has changed since it was written")
-            for file in manifest.files
-            if only is None or file.name in only
-            if (size := store.size(file.name)) is not None
-            and _range_checksum(OpenFile(others, file.name), 0, size) != file.checksum
-        ]
+    problems += _changed_files(store, manifest, only)
     compared = [tensor for shard in present for tensor in shard.tensors if only is None or tensor.name in only]
     headers = sum(shard.header for shard in present if only is None or shard.file in only)
     rest = sum(file.size for file in manifest.files if only is None or file.name in only)
@@ -111,6 +104,18 @@ def check_bytes(
         against_source=source is not None,
     )
     return result, problems
+
+
+def _changed_files(store: Files, manifest: Manifest, only: Collection[str] | None) -> list[Problem]:
+    """A problem for each file beside the shards that is not as it was written."""
+    with open_files(store) as opened:
+        return [
+            Problem("bytes", None, file.name, "The file has changed since it was written")
+            for file in manifest.files
+            if only is None or file.name in only
+            if (size := store.size(file.name)) is not None
+            and _range_checksum(OpenFile(opened, file.name), 0, size) != file.checksum
+        ]
 
 
 def check_source(source: Files, manifest: Manifest) -> None:
