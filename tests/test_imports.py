@@ -43,7 +43,7 @@ RANK = {name: rank for rank, names in enumerate(LAYERS) for name in names}
 
 def imported(path: Path) -> Iterator[str]:
     """The modules that a file imports, anywhere in it, by their full names."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names)
         elif isinstance(node, ast.ImportFrom):
@@ -115,7 +115,7 @@ def test_click_is_left_to_typer() -> None:
 
 
 def test_the_package_list_equals_the_tree() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     mapped = {name: ROOT / folder for name, folder in setuptools["package-dir"].items()}
     assert mapped == {"quarkconv.kernels": KERNELS}
     folders = {path.parent: ("quarkconv", *path.parent.relative_to(PACKAGE).parts) for path in PACKAGE.rglob("*.py")}
@@ -130,7 +130,7 @@ def test_the_package_list_equals_the_tree() -> None:
 
 
 def test_package_data_exists() -> None:
-    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]
+    setuptools = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["tool"]["setuptools"]
     for package, names in setuptools["package-data"].items():
         folder = ROOT / package.replace(".", "/").replace("quarkconv/kernels", "kernels/src")
         for name in names:

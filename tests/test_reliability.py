@@ -22,14 +22,14 @@ must name every test."""
 
 def names_in(path: Path) -> set[str]:
     """The tests in a file, as ``file::name``."""
-    functions = (node for node in ast.parse(path.read_text()).body if isinstance(node, ast.FunctionDef))
+    functions = (node for node in ast.parse(path.read_text("utf-8")).body if isinstance(node, ast.FunctionDef))
     return {f"{path.name}::{node.name}" for node in functions if node.name.startswith("test_")}
 
 
 @pytest.mark.parametrize("heading", TABLES)
 def test_every_promise_is_held_by_a_test_that_exists(heading: str) -> None:
     folders, least, complete = TABLES[heading]
-    text = (ROOT / "docs" / "reliability.md").read_text()
+    text = (ROOT / "docs" / "reliability.md").read_text("utf-8")
     section = text.partition(f"{heading}\n")[2].partition("\n## ")[0]
     rows = [line for line in section.splitlines() if line.startswith("|")][2:]
     assert len(rows) >= least

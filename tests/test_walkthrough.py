@@ -55,7 +55,7 @@ def test_a_planted_fault_is_named_by_verify_and_by_evaluate(
 
 
 def commands(path: Path) -> list[list[str]]:
-    text = path.read_text()
+    text = path.read_text("utf-8")
     return [match.split() for match in re.findall(r"^[ ]*(?:run: )?quarkconv ([^\n|>]*)", text, re.MULTILINE)]
 
 
@@ -71,7 +71,7 @@ def test_the_commands_exist(path: Path, capsys: pytest.CaptureFixture[str]) -> N
 
 
 def test_the_recipe_is_a_workflow() -> None:
-    recipe = yaml.safe_load(RECIPE.read_text())
+    recipe = yaml.safe_load(RECIPE.read_text("utf-8"))
     steps = recipe["jobs"]["verify"]["steps"]
     assert any("quarkconv verify" in step.get("run", "") for step in steps)
     assert steps[-1]["if"] == "always()"

@@ -134,7 +134,7 @@ FORBIDDEN = {
 
 def calls(path: Path) -> Iterator[str]:
     """What a file calls, by the names that it calls it by."""
-    for node in ast.walk(ast.parse(path.read_text())):
+    for node in ast.walk(ast.parse(path.read_text("utf-8"))):
         if isinstance(node, ast.Call):
             yield ast.unparse(node.func)
 
@@ -143,24 +143,24 @@ def calls(path: Path) -> Iterator[str]:
 def test_no_module_evaluates_unpickles_or_starts_anything(path: Path) -> None:
     found = FORBIDDEN & set(calls(path))
     assert not found
-    source = path.read_text()
+    source = path.read_text("utf-8")
     assert "trust_remote_code" not in source.replace("trust_remote_code=False", ""), "refused or not mentioned"
     assert "import pickle" not in source
 
 
 def test_modules_are_imported_by_literal_names() -> None:
     """``import_module`` takes names from the package's own tables, never from a file."""
-    users = [path.name for path in SOURCES if "import_module" in path.read_text()]
+    users = [path.name for path in SOURCES if "import_module" in path.read_text("utf-8")]
     # The lazy public names, the commands of the program, and the engines' modules that tune times.
     assert users == ["__init__.py", "program.py", "kernels.py"]
 
 
 def test_ci_installs_pinned_versions_with_hashes() -> None:
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if "==" in line)
+    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     locked = 0
     for file in ("requirements.txt", "torch.txt"):
-        for line in (ROOT / ".ci" / file).read_text().splitlines()[1:]:
+        for line in (ROOT / ".ci" / file).read_text("utf-8").splitlines()[1:]:
             found = re.fullmatch(r"([\w.-]+)==([\w.]+)(?:\+cpu)? --hash=sha256:[0-9a-f]{64}", line)
             assert found, line
             name = found[1].lower().replace("_", "-")

@@ -113,7 +113,7 @@ def test_a_report_of_the_structure_alone_has_no_figures(checkpoints: Checkpoints
 def test_an_inspection_has_a_report(tmp_path: Path, capsys: Capture, checkpoints: Checkpoints) -> None:
     code, _, _ = run_cli(capsys, "inspect", checkpoints("qwen3_moe-quark0.13-f2f"), "--report", tmp_path / "r.html")
     assert code == 0
-    text = (tmp_path / "r.html").read_text()
+    text = (tmp_path / "r.html").read_text("utf-8")
     assert Page(text).open == []
     assert "routed experts" in text
     assert text.count("<svg") == 2

@@ -29,7 +29,7 @@ def browse(folder: Path, html: str, *options: str, scheme: str = "light") -> str
         scheme: ``dark`` for a reader who prefers that.
     """
     assert BROWSER is not None
-    (folder / "page.html").write_text(html)
+    (folder / "page.html").write_text(html, "utf-8")
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     base = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *dark]
     command = [*base, *options, (folder / "page.html").as_uri()]

@@ -236,7 +236,7 @@ def test_the_command_has_json_and_exit_codes(converted: Converted, tmp_path: Pat
     assert value["schema"] == "quarkconv.verify/1"
     assert value["ok"] is True
     assert [layer["layer"] for layer in value["numbers"]["layers"]] == [0, 1]
-    html = report.read_text()
+    html = report.read_text("utf-8")
     assert "Verified" in html
     assert "http://" not in html.replace("http://www.w3.org", "")
     bad = subprocess.run([*command, "--layers", "5-2"], capture_output=True, text=True, check=False)

@@ -19,7 +19,7 @@ def source(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tmp_path_factory.mktemp("large") / "model", layers=5, experts=8, hidden=512, intermediate=384, family="w1",
         scale_dtype=torch.bfloat16, zero_points=True, shards=3,
     )  # fmt: skip
-    (root / "tokenizer.json").write_text('{"größe": 1}\n')
+    (root / "tokenizer.json").write_text('{"größe": 1}\n', "utf-8")
     (root / "original").mkdir()
     (root / "original" / "params.json").write_text("{}")
     return root
