@@ -2,8 +2,8 @@
 
     python benchmarks/serve/throughput.py --model Qwen3-30B-A3B --layers 24 [--backends triton,humming,quarkconv]
 
-Each backend is a `LLM` of vLLM in a process of its own, with CUDA graphs and torch.compile, on the same random
-weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's layouts
+Each backend is an `LLM` of vLLM in a process of its own (worker.py), with CUDA graphs and torch.compile, on the same
+random weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's layouts
 have one copy of the weights; with --distinct N, layers after the first N repeat their experts, so that a model that is
 larger than the GPU runs with all of its layers. Then each figure is measured in turn, round after round in alternating
 order, while the others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with
@@ -20,7 +20,6 @@ from __future__ import annotations
 
 import argparse
 import datetime
-import gzip
 import json
 import os
 import re
@@ -30,41 +29,18 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import suppress
 from importlib.metadata import version
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from filled import DISTINCT, LOAD_FORMAT, SHARED, TURN, write_entry_point
+from filled import DISTINCT, SHARED, TURN, write_entry_point
 from models import MODELS, write_model
-
-PROMPT, PROMPTS = 8192, 4
-SHORT_PROMPT = 128
-NEW = 65
-"""New tokens of each sequence of decode, unless --new-tokens says otherwise."""
-SEQUENCES = (1, 8, 64, 256)
-PREFILL = "prefill"
-FIGURES = (PREFILL, *map(str, SEQUENCES))
-"""What is measured: prefill in tokens per second, decode in milliseconds a step for each number of sequences."""
-PROFILE = "profile"
-_LARGEST = 12  # kernels of a profile that are named
-COMPARED = 256
-"""Tokens of the prompt whose log-probabilities are compared."""
-
-BACKENDS: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
-    "triton": ({}, {}),
-    "triton-tuned": ({}, {"VLLM_TUNED_CONFIG_FOLDER": ""}),
-    "humming": ({"moe_backend": "humming"}, {}),
-    "humming-int8": ({"moe_backend": "humming"}, {"VLLM_HUMMING_INPUT_QUANT_CONFIG": '{"dtype": "int8"}'}),
-    "quarkconv": ({}, {"QUARKCONV_VLLM": "1"}),
-}
-"""Backend -> arguments of LLM, and environment. Triton is vLLM's default; tuned: with the tables of --tables. Humming's
-default has 16-bit activations: vLLM 0.33 passes it no scheme for them without the variable (read in its source)."""
+from worker import BACKENDS, FIGURES, NEW, PREFILL, PROFILE, PROMPT, PROMPTS, SEQUENCES, SHORT_PROMPT
 
 REPACKED = ("humming", "humming-int8")
 """Backends with layouts of their own; the others can share the parameters of one. They load first, since repacking
@@ -93,7 +69,7 @@ class Server:
             key: getattr(options, key) for key in ("cache_bytes", "tensor_parallel", "capture_prefill", "new_tokens")
         }
         given["traces"] = str(folder / f"traces-{name}") if options.profile else ""
-        command = [sys.executable, __file__, "--worker", name, str(model), str(writing), json.dumps(given)]
+        command = [sys.executable, str(HERE / "worker.py"), name, str(model), str(writing), json.dumps(given)]
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
                 command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writing]
@@ -148,117 +124,6 @@ class Server:
         text = self.log.read_text(errors="replace")
         lines = re.findall(r"(?:Using [^\n]*MoE backend[^\n]*|quarkconv: [^\n]*)", text)
         return list(dict.fromkeys(lines))
-
-
-def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
-    """A worker: the first line of stdin builds the LLM and computes log-probabilities, each later one measures."""
-    from vllm import LLM, SamplingParams
-    from vllm.sampling_params import RequestOutputKind
-
-    channel = os.fdopen(results, "w")
-    sys.stdin.readline()
-    started = time.monotonic()
-    count, traces = options["tensor_parallel"], options["traces"]
-    ranks = {"tensor_parallel_size": count, "disable_custom_all_reduce": True} if count > 1 else {}
-    captured = [*SEQUENCES, PROMPT] if options["capture_prefill"] else list(SEQUENCES)
-    profiled = {"profiler_config": profiler_config(traces)} if traces else {}
-    llm = LLM(
-        model=model, load_format=LOAD_FORMAT, skip_tokenizer_init=True, dtype="bfloat16", seed=0,
-        max_model_len=PROMPT + 64, max_num_batched_tokens=PROMPT, max_num_seqs=max(SEQUENCES),
-        kv_cache_memory_bytes=options["cache_bytes"], gpu_memory_utilization=0.05, enable_prefix_caching=False,
-        compilation_config={"cudagraph_capture_sizes": captured}, disable_log_stats=True, **ranks,
-        **profiled, **BACKENDS[name][0],
-    )  # fmt: skip
-    vocabulary = 100_000
-
-    def prompt(length: int, seed: int) -> dict[str, list[int]]:
-        return {"prompt_token_ids": [(7919 * i + 104729 * seed) % vocabulary + 2 for i in range(length)]}
-
-    def generate(prompts: Sequence[Any], **parameters: Any) -> tuple[float, Any]:
-        sampling = SamplingParams(temperature=0, ignore_eos=True, detokenize=False, **parameters)
-        began = time.perf_counter()
-        outputs = llm.generate(prompts, sampling, use_tqdm=False)
-        return time.perf_counter() - began, outputs
-
-    def step(count: int) -> float:
-        """Median seconds between two steps that each gave every sequence a token."""
-        sampling = SamplingParams(
-            temperature=0, ignore_eos=True, detokenize=False, max_tokens=options["new_tokens"],
-            output_kind=RequestOutputKind.DELTA,
-        )  # fmt: skip
-        for seed in range(count):
-            llm.llm_engine.add_request(str(seed), prompt(SHORT_PROMPT, seed), sampling)
-        given = []
-        while llm.llm_engine.has_unfinished_requests():
-            outputs = llm.llm_engine.step()
-            given.append((time.perf_counter(), len(outputs)))
-        pairs = [(before, after) for before, after in pairwise(given) if before[1] == after[1] == count]
-        return statistics.median(after[0] - before[0] for before, after in pairs)
-
-    def prefill() -> float:
-        return generate([prompt(PROMPT, seed) for seed in range(PROMPTS)], max_tokens=1)[0]
-
-    def measure(figure: str) -> Any:
-        if figure == PREFILL:
-            return PROMPT * PROMPTS / prefill()
-        if figure != PROFILE:
-            return 1e3 * step(int(figure))
-        llm.start_profile()
-        prefill()
-        llm.stop_profile()
-        return summarize(Path(traces))
-
-    def send(result: Any) -> None:
-        channel.write(json.dumps(result) + "\n")
-        channel.flush()
-
-    tokens = prompt(COMPARED, 1)
-    [output] = generate([tokens], max_tokens=1, prompt_logprobs=1)[1]
-    rows = zip(output.prompt_logprobs[1:], tokens["prompt_token_ids"][1:], strict=True)
-    logprobs = [row[token].logprob for row, token in rows]
-    prefill()
-    for count in SEQUENCES:
-        step(count)  # compiles what has not been
-    send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
-    for line in sys.stdin:
-        send(measure(line.strip()))
-
-
-def profiler_config(folder: str) -> dict[str, Any]:
-    """Of vLLM's: kernels alone are recorded, which slows the host least."""
-    return {
-        "profiler": "torch",
-        "torch_profiler_dir": folder,
-        "torch_profiler_activities": ["CUDA"],
-        "torch_profiler_with_stack": False,
-        "torch_profiler_dump_cuda_time_total": False,
-    }
-
-
-def summarize(folder: Path) -> dict[str, Any]:
-    """What the newest trace in a folder says about the GPU; times in milliseconds, of all prompts.
-
-    span: from the first kernel to the end of the last; busy: part of it in which a kernel ran; largest: by time.
-    """
-    path = max(folder.rglob("*.json*"), key=lambda each: each.stat().st_mtime)
-    text = gzip.decompress(path.read_bytes()) if path.suffix == ".gz" else path.read_bytes()
-    kernels = [event for event in json.loads(text)["traceEvents"] if event.get("cat") == "kernel"]
-    kernels.sort(key=lambda kernel: kernel["ts"])
-    busy = end = 0.0
-    by_name: dict[str, float] = {}
-    for kernel in kernels:
-        last = kernel["ts"] + kernel["dur"]
-        busy += max(last - max(kernel["ts"], end), 0.0)
-        end = max(end, last)
-        by_name[kernel["name"][:100]] = by_name.get(kernel["name"][:100], 0.0) + kernel["dur"] / 1e3
-    span = end - kernels[0]["ts"]
-    largest = sorted(by_name.items(), key=lambda item: -item[1])[:_LARGEST]
-    return {
-        "span_ms": round(span / 1e3, 3),
-        "busy": round(busy / span, 4),
-        "kernels": len(kernels),
-        "largest_ms": {name: round(ms, 3) for name, ms in largest},
-    }
 
 
 def compare(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
@@ -358,9 +223,6 @@ def run(options: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any
 
 
 def main() -> int:
-    if sys.argv[1:2] == ["--worker"]:
-        work(sys.argv[2], sys.argv[3], int(sys.argv[4]), json.loads(sys.argv[5]))
-        return 0
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--layers", type=int, required=True, help="layers of the model that are kept")
