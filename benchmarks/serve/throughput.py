@@ -3,11 +3,11 @@
     python benchmarks/serve/throughput.py --model Qwen3-30B-A3B --layers 24 [--backends triton,humming,quarkconv]
 
 Each backend is an `LLM` of vLLM in a process of its own (worker.py), with CUDA graphs and torch.compile, on the same
-random weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's layouts
-have one copy of the weights; with --distinct N, layers after the first N repeat their experts, so that a model that is
-larger than the GPU runs with all of its layers. Then each figure is measured in turn, round after round in alternating
-order, while the others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only with
---capture-prefill. Decode: the median time of a step in which all sequences decode, after prompts of 128 tokens.
+random weights (`filled`). All start first, and load one after the other; with --share, backends that keep vLLM's
+layouts have one copy of the weights; with --distinct N, layers after the first N repeat their experts, so that a model
+that is larger than the GPU runs with all of its layers. Then each figure is measured in turn, round after round in
+alternating order, while the others wait. Prefill: prompts of 8192 tokens, one new token; it runs in CUDA graphs only
+with --capture-prefill. Decode: the median time of a step in which all sequences decode, after prompts of 128 tokens.
 Log-probabilities of one prompt are compared between backends. With --profile, one prefill of each follows under torch's
 profiler: how long its kernels took, and for which part of the time the GPU was busy; for the rest it waited for the
 host.

@@ -156,7 +156,8 @@ def test_modules_are_imported_by_literal_names() -> None:
 
 
 def test_ci_installs_pinned_versions_with_hashes() -> None:
-    pinned = dict(line.split("==") for line in (ROOT / "constraints.txt").read_text("utf-8").splitlines() if "==" in line)
+    constraints = (ROOT / "constraints.txt").read_text("utf-8")
+    pinned = dict(line.split("==") for line in constraints.splitlines() if "==" in line)
     pinned = {name.lower().replace("_", "-"): version for name, version in pinned.items()}
     locked = 0
     for file in ("requirements.txt", "torch.txt"):
