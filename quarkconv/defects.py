@@ -47,7 +47,7 @@ def invalid_header(
 
 
 def unreadable_safetensors(message: str, file: str | Path, error: Exception) -> SourceError:
-    """The library of safetensors cannot read a file that is no part of a checkpoint."""
+    """The library of safetensors cannot read a file that is not part of a checkpoint."""
     return SourceError(
         message,
         code="header-invalid",

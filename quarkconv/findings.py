@@ -69,7 +69,7 @@ CODES: Final[dict[str, FindingCode]] = {
     "file-unused": FindingCode(_W, "The index does not list a safetensors file; engines may or may not load it."),
     "file-conflict": FindingCode(
         _W,
-        "A safetensors file is no shard of the model, and engines load it all the same: every file where no index "
+        "A safetensors file is not a shard of the model, and engines load it all the same: every file where no index "
         "exists, and vLLM only consolidated*.safetensors where there is one.",
     ),
     # Claims of the config

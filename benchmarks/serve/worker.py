@@ -114,7 +114,7 @@ def work(name: str, model: str, results: int, options: dict[str, Any]) -> None:
     logprobs = [row[token].logprob for row, token in rows]
     prefill()
     for count in SEQUENCES:
-        step(count)  # compiles what has not been
+        step(count)  # compiles the rest
     send({"ready_s": time.monotonic() - started, "logprobs": logprobs})
     for line in sys.stdin:
         send(measure(line.strip()))

@@ -45,7 +45,7 @@ def contradictions(
     Args:
         declared: the scheme that the config declares.
         stored, modules, topology: the modules, with the scheme of each, and the experts among them.
-        others: the modules that are no routed experts.
+        others: the modules that are not routed experts.
         family: gives the family of models that a module belongs to; None where it is unknown.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
         fp8: the modules in FP8 that some target keeps.

@@ -170,7 +170,7 @@ def merged_unlike(others: Groups, linears: Mapping[str, Form], in_float: Collect
     """The linears that are not int8, and that engines merge with linears of another type, which they refuse.
 
     Args:
-        others: the modules that are no routed experts.
+        others: the modules that are not routed experts.
         linears: all linears.
         in_float: int8 modules that conversion dequantizes.
     """

@@ -64,7 +64,7 @@ def wrapped_names(topology: Topology, others: Groups) -> Iterator[Finding]:
 
     Args:
         topology: the MoE layers.
-        others: the modules that are no routed experts.
+        others: the modules that are not routed experts.
     """
     layers = [layer.prefix for layer in topology.layers if layer.prefix.startswith(_WRAPPERS)]
     if layers:

@@ -22,7 +22,7 @@ _AT_RUN_TIME: Final = ("input", "output")
 _KNOWN: Final = frozenset(
     {"bias", BLOCK_SCALE.removeprefix("."), *(scale.removeprefix(".") for scale in OUTPUT_SCALES)}
 )
-"""Last parts of the names of tensors below an int8 module that are no companions of its weight."""
+"""Last parts of the names of tensors below an int8 module that are not companions of its weight."""
 _FACTORS: Final = re.compile(r"smooth|pre_?quant|awq|^act_scales?$|^input_factors?$")
 """Names of factors of inputs: SmoothQuant's and AWQ's where they are not merged (``pre_quant_scale`` of ModelOpt)."""
 _ROTATES: Final = re.compile(r"online[-_ ]?(?:rotat|full_had|had)|hadamard|quarot|spinquant", re.IGNORECASE)

@@ -33,7 +33,7 @@ def missing_parts(
     Args:
         config: the config of the model.
         layers: the MoE layers.
-        others: the modules that are no routed experts.
+        others: the modules that are not routed experts.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
     """
     own = [layer for layer in layers if config.part_of(layer.moe) is config.text and not is_mtp(layer.moe)]
@@ -83,7 +83,7 @@ def shared_among_routed(
         findings: about the MoE layers.
         config: the config of the model.
         layers: the MoE layers.
-        others: the modules that are no routed experts.
+        others: the modules that are not routed experts.
     """
     stored = {layer.prefix: layer for layer in layers}
     shared = {value for key in _SHARED[:4] if type(value := config.text.get(key)) is int and value > 0}

@@ -21,7 +21,7 @@ from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural
 
 _OTHERS: Final = (".bias", "_bias", BLOCK_SCALE)
-"""Ends of the names of tensors beside a weight that are no scales of rows."""
+"""Ends of the names of tensors beside a weight that are not scales of rows."""
 
 
 def in_blocks(stored: StoredModules, modules: frozenset[str]) -> FindingsAbout:

@@ -102,7 +102,7 @@ def shard_names(store: Files, present: list[str], index: Index | None) -> list[s
 
 
 def _numbered(present: list[str]) -> Iterator[str]:
-    """All shards that there are according to the names of some."""
+    """All shards of a model of which some are present, by the count in their names."""
     counts: dict[tuple[str, ...], list[str]] = {}
     for match in filter(None, map(_NUMBERED.fullmatch, present)):
         start, number, *rest = match.groups()

@@ -102,7 +102,7 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
         return Located(find(repo, revision or None, progress), repo, repo.rpartition("/")[2])
     except HubError as error:
         folder, name = os.path.split(model)
-        if os.path.isdir(folder):  # a path that was misspelt
+        if os.path.isdir(folder):  # a misspelled path
             error.hint = f"check the name: the directory {folder} has no {name}"
         raise
 
@@ -138,10 +138,10 @@ def _open_url(url: str) -> Files:
 
 
 def check_repo_id(repo: str) -> None:
-    """Raise unless ``repo`` has the form of a repo id, without revision.
+    """Require the form of a repo id, without revision.
 
     Raises:
-        UsageError: it has not.
+        UsageError: ``repo`` has another form.
     """
     if is_url(repo):
         raise UsageError(

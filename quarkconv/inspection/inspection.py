@@ -34,7 +34,7 @@ _NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names", "norm-bia
 _NOT_READ: Final = {
     "tensors of unknown meaning": {"tensor-unrecognised", "companion-unknown"},
     "files that the index does not list": {"file-unused"},
-    "files that are no shards of the model": {"file-conflict"},
+    "files that are not shards of the model": {"file-conflict"},
 }
 """Parts of a checkpoint that no comparison covers -> the findings that name them."""
 SCHEMA: Final = "quarkconv.inspect/1"

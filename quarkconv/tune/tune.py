@@ -249,7 +249,7 @@ def named_shapes(names: Iterable[str] | None) -> tuple[RankShape, ...]:
     """Shapes by name, or as ``E,K,H,I``; None for those that quarkconv's own tables have.
 
     Raises:
-        UsageError: there is no such name.
+        UsageError: the name is unknown.
     """
     from quarkconv.kernels.tune import EXPERTS_IN_ALL, NAMED, SHAPES, parse_shape
 

@@ -29,7 +29,7 @@ from quarkconv.write.state import refuse_difference
 
 _MAX_DEPTH: Final = 100
 _BEGIN: Final = "begin"
-"""A lock that is held while a process looks at what is there, and writes the state if it is the first."""
+"""A lock that a process holds while it reads the output's state, and writes it if it is the first."""
 
 
 @dataclass(frozen=True, slots=True)
