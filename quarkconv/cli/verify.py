@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Final
@@ -144,7 +145,7 @@ def verify(
     return 0 if verification.ok else 1
 
 
-def _stages(of_numbers: dict[str, object], *, bytes_only: bool, numbers_only: bool) -> list[str]:
+def _stages(of_numbers: Mapping[str, object], *, bytes_only: bool, numbers_only: bool) -> list[str]:
     """What is checked beside the structure.
 
     Args:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Final, NamedTuple
+from typing import Any, Final
 
 from quarkconv.defects import invalid_header
 from quarkconv.dtypes import TensorType, TensorTypes
@@ -123,7 +123,8 @@ def _refuse_other_outputs(store: Files, root: Path | None) -> None:
         refuse_rank_objects(store)
 
 
-class _Documents(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class _Documents:
     """The JSON files of a checkpoint; empty or None where one is missing or cannot be read, with findings about it."""
 
     config: dict[str, Any]

@@ -69,7 +69,7 @@ def test_a_repo_id_is_converted_into_the_working_directory(
 
 
 def test_the_cache_is_refused_for_a_local_model(model: Path, tmp_path: Path, capsys: Capture) -> None:
-    words = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out", "--cache"]
+    words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", tmp_path / "out", "--cache"]
     code, _, err = run_cli(capsys, *words)
     assert (code, "--cache has no effect with a local model" in err) == (2, True)
     assert not (tmp_path / "out").exists()
