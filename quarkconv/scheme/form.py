@@ -63,6 +63,13 @@ class Form(NamedTuple):
         return self.convolution or len(self.weight.shape) > 3
 
     @property
+    def may_be_convolution(self) -> bool:
+        """True for a weight of three dimensions, unless its scale is of n linears [n, out, in]."""
+        shape = self.weight.shape
+        scale = () if self.scale is None else self.scale.shape
+        return len(shape) == 3 and (shape[1] == 1 or scale not in (shape[:2], (*shape[:2], 1)))
+
+    @property
     def granularity(self) -> Granularity | None:
         """Which parts of the weight share a scale; None when the scale has a shape that fits neither."""
         if self.scale is None or len(self.weight.shape) < 2:
