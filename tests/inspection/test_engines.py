@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -48,6 +49,12 @@ def verdicts(path: Path, form: str, engine: str = "vllm", devices: str = "") -> 
 
 def test_every_row_is_read() -> None:
     assert len(engine_facts()) == len(ROWS) > 10
+
+
+def test_the_json_that_is_read_holds_the_table() -> None:
+    copied = json.loads(TABLE.with_suffix(".json").read_text("utf-8"))
+    table = tomllib.loads(TABLE.read_text("utf-8"))
+    assert copied == json.loads(json.dumps(table, default=str)), "run `make docs`"
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: f"{row['engine']} {row['version']} {row['as']}")
