@@ -98,7 +98,7 @@ class LayerRead(NamedTuple):
 def layer_reads(
     part: LayerPart, refs: Mapping[str, TensorRef], written: Mapping[str, WrittenTensor]
 ) -> Iterator[LayerRead]:
-    """The reads that fill the memory of a layer.
+    """The reads that fill the memory of a layer, in the order of the files: a disk reads ahead.
 
     A tensor that is read from its first byte to its last, to one place, is read piece by piece of the manifest, with
     checksums; others are read in chunks.
@@ -108,7 +108,7 @@ def layer_reads(
         refs: where the tensors of the checkpoint lie.
         written: the manifest's tensors; empty for no checksums.
     """
-    for item in _joined(_projections(part, refs)):
+    for item in sorted(_joined(_projections(part, refs)), key=lambda item: (item.file, item.start)):
         tensor = written.get(item.tensor)
         if tensor is None or item.run or item.nbytes != refs[item.tensor].nbytes:
             yield from _chunks(item)

@@ -17,7 +17,7 @@ from support.stacked import stacked_experts
 
 import quarkconv
 from quarkconv.description.description import describe
-from quarkconv.experts.ranks import Rank
+from quarkconv.experts.ranks import WHOLE, Rank
 from quarkconv.headers.safetensors import TensorRef
 from quarkconv.load import layer_reads
 from quarkconv.load.arenas import Arena, ArenaPool
@@ -46,6 +46,20 @@ def test_layers_are_read_as_safetensors_reads_them(
                 for field, expected in stacked_experts(folder, layer).items():
                     assert (getattr(found, field) is None) == (expected is None), field
                     assert expected is None or torch.equal(getattr(found, field), expected), field
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("rank", [WHOLE, Rank("tp", 1, 2)], ids=["whole", "tp"])
+def test_a_layer_is_read_from_each_file_front_to_back(name: str, rank: Rank, checkpoints: Checkpoints) -> None:
+    """In memory gate and up of all experts come before down; in files the projections of an expert are neighbours."""
+    description = describe(checkpoints(name))
+    for layer in description.int8_layers:
+        part = LayerPart(layer, rank)
+        reads = list(layer_reads.layer_reads(part, description.checkpoint.refs(), {}))
+        offsets = [(item.file, item.start) for item in reads]
+        assert offsets == sorted(offsets)
+        if layer.layout == "per_expert":
+            assert [item.at for item in reads] != sorted(item.at for item in reads)
 
 
 @pytest.mark.parametrize("layout", ["per_expert", "stacked", "fused"])
