@@ -63,19 +63,19 @@ def divergence(log_p: Tensor, log_q: Tensor) -> float:
     return (log_p.exp() * (log_p - log_q)).sum(-1).mean().item()
 
 
-def compared(mine: Tensor, theirs: Tensor, targets: Tensor) -> dict[str, float]:
-    """Distance of two models' log-probabilities [W, L - 1, V]; ``theirs`` is P of the KL divergence."""
+def compared(log_q: Tensor, log_p: Tensor, targets: Tensor) -> dict[str, float]:
+    """Distance of two models' log-probabilities [W, L - 1, V]; the KL divergence is that of Q from P."""
     at = targets.unsqueeze(-1)
-    own, other = mine.gather(-1, at), theirs.gather(-1, at)
-    difference = own - other
+    target_q, target_p = log_q.gather(-1, at), log_p.gather(-1, at)
+    difference = target_q - target_p
     return {
-        "kl_mean": divergence(theirs, mine),
-        "top1": (mine.argmax(-1) == theirs.argmax(-1)).double().mean().item(),
+        "kl_mean": divergence(log_p, log_q),
+        "top1": (log_q.argmax(-1) == log_p.argmax(-1)).double().mean().item(),
         "target_mean_difference": difference.mean().item(),
         "target_standard_error": difference.std().item() / math.sqrt(difference.numel()),
         "target_rms_difference": difference.square().mean().sqrt().item(),
-        "perplexity": math.exp(-own.mean().item()),
-        "perplexity_vllm": math.exp(-other.mean().item()),
+        "perplexity": math.exp(-target_q.mean().item()),
+        "perplexity_vllm": math.exp(-target_p.mean().item()),
     }
 
 
@@ -86,25 +86,25 @@ def main() -> None:
     options = parser.parse_args()
     rows: dict[str, Any] = {}
     served: dict[str, str] = {}
-    ours: dict[str, Tensor] = {}
+    evaluated: dict[str, Tensor] = {}
     exact: dict[str, Tensor] = {}
     for file in sorted(options.folder.glob("*.safetensors")):
         with safe_open(file, framework="pt") as handle:
             served = dict(handle.metadata() or {})
             ids, found = handle.get_tensor("token_ids"), handle.get_tensor("log_probabilities").double()
-        ours, exact = ours or streamed(ids, "bfloat16"), exact or streamed(ids, "float32")
+        evaluated, exact = evaluated or streamed(ids, "bfloat16"), exact or streamed(ids, "float32")
         variant = "dequantized" if file.stem == "bf16" else "int8"
         distances = {
-            name: divergence(exact[variant], item) for name, item in (("evaluate", ours[variant]), ("vllm", found))
+            name: divergence(exact[variant], item) for name, item in (("evaluate", evaluated[variant]), ("vllm", found))
         }
         rows[file.stem] = {
-            "variant": variant, **compared(ours[variant], found, ids[:, 1:]), "kl_from_float32": distances
+            "variant": variant, **compared(evaluated[variant], found, ids[:, 1:]), "kl_from_float32": distances
         }  # fmt: skip
         print(file.stem, rows[file.stem])
     if not rows:
         raise SystemExit(f"{options.folder} holds no log-probabilities")
-    cost = compared(ours["int8"], ours["dequantized"], ids[:, 1:])["kl_mean"]
-    print(f"INT8 against dequantized, both ours: KL {cost:.3g}")
+    cost = compared(evaluated["int8"], evaluated["dequantized"], ids[:, 1:])["kl_mean"]
+    print(f"INT8 against dequantized, both of evaluate: KL {cost:.3g}")
     versions = {"torch": torch.__version__, "transformers": transformers.__version__}
     save(options.name, {"served": served, "versions": versions, "int8_cost_kl": cost, "rows": rows})
 

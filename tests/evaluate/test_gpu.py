@@ -36,9 +36,9 @@ def assert_alike(one: Evaluation, other: Evaluation) -> None:
     assert one.int8 is not None
     assert other.int8 is not None
     assert one.int8.mean == pytest.approx(other.int8.mean, rel=0.15)
-    for mine, theirs in zip(one.layers, other.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, abs=0.01)
-        assert sum(mine.load) == sum(theirs.load)
+    for layer, expected in zip(one.layers, other.layers, strict=True):
+        assert layer.own == pytest.approx(expected.own, abs=0.01)
+        assert sum(layer.load) == sum(expected.load)
 
 
 def test_a_gpu_has_the_figures_of_a_cpu(plain: Evaluation, quantized: Path, unquantized: Path, token_ids: Path) -> None:
@@ -145,9 +145,10 @@ def test_a_layer_takes_what_the_layer_before_hands_on(tmp_path: Path) -> None:
         whole = AutoModelForCausalLM.from_pretrained(model).eval().to(CUDA)
         log_p = whole(input_ids=tokens, use_cache=False).logits.double().log_softmax(-1)[:, 12:-1]
     expected = math.exp(-log_p.gather(-1, tokens[:, 13:, None]).mean().item())
-    mine = found.perplexity["dequantized"]
-    assert mine is not None
-    assert mine.value == pytest.approx(expected, rel=1e-5)  # one that chose other positions is off by tens of percent
+    perplexity = found.perplexity["dequantized"]
+    assert perplexity is not None
+    # One that chose other positions is off by tens of percent.
+    assert perplexity.value == pytest.approx(expected, rel=1e-5)
 
 
 @pytest.mark.parametrize("name", ["dbrx-0.13-eager", "gpt_oss-0.13-f2f", "deepseek_v4-0.13-f2f", "llama4-0.13-f2f"])
@@ -160,8 +161,8 @@ def test_families_have_the_figures_of_a_cpu(name: str, tmp_path: Path) -> None:
     found, expected = (
         evaluate_checkpoint(source, token_ids=ids, batch=2, device=device, resume=False) for device in (CUDA, "cpu")
     )
-    for mine, theirs in zip(found.layers, expected.layers, strict=True):
-        assert mine.own == pytest.approx(theirs.own, rel=0.2)
+    for layer, of_cpu in zip(found.layers, expected.layers, strict=True):
+        assert layer.own == pytest.approx(of_cpu.own, rel=0.2)
     one, other = found.perplexity["dequantized"], expected.perplexity["dequantized"]
     assert one is not None
     assert other is not None

@@ -77,7 +77,7 @@ def assert_transformers_own(model: Path, ids: Path, monkeypatch: pytest.MonkeyPa
             whole(input_ids=part, use_cache=False).logits[:, 12:-1].flatten(0, 1) for part in torch.split(tokens, 2)
         ]
     assert len(scored) == len(expected)
-    assert all(torch.equal(mine, theirs) for mine, theirs in zip(scored, expected, strict=True))
+    assert all(torch.equal(logits, whole_logits) for logits, whole_logits in zip(scored, expected, strict=True))
 
 
 def test_int8_resumes_with_what_was_handed_on(

@@ -21,9 +21,10 @@ def test_errors_of_hidden_states_are_those_of_float64(dtype: torch.dtype) -> Non
     sums.add(difference=difference, norm=norm, baseline_norm=baseline_norm)
     sums.tokens = 60
     found, infinite = sums.take()
-    mine, theirs = int8.double().flatten(), base.double().flatten()
-    assert found.drift == pytest.approx(((mine - theirs).norm() / theirs.norm()).item(), rel=1e-5)
-    assert 1 - found.cosine == pytest.approx(1 - (mine @ theirs / mine.norm() / theirs.norm()).item(), abs=1e-7)
+    quantized, baseline = int8.double().flatten(), base.double().flatten()
+    assert found.drift == pytest.approx(((quantized - baseline).norm() / baseline.norm()).item(), rel=1e-5)
+    cosine = (quantized @ baseline / quantized.norm() / baseline.norm()).item()
+    assert 1 - found.cosine == pytest.approx(1 - cosine, abs=1e-7)
     assert (found.tokens, infinite) == (60, [])
 
 

@@ -173,7 +173,9 @@ def test_the_int8_model_as_it_runs_has_the_perplexity_of_its_twin(
     found = streamed(quantized, windows)
     for name in ("int8", "dequantized"):
         targets = windows.ids[:, 1:, None].numpy()
-        mine, theirs = (np.take_along_axis(item[:, :-1], targets, -1).ravel() for item in (found[name], twins[name]))
-        difference = mine - theirs
+        of_model, of_twin = (
+            np.take_along_axis(item[:, :-1], targets, -1).ravel() for item in (found[name], twins[name])
+        )
+        difference = of_model - of_twin
         assert 0 < difference.std() < 0.1
         assert abs(difference.mean()) < 3 * difference.std() / math.sqrt(len(difference))

@@ -135,8 +135,8 @@ def test_a_graph_captures_repeated_launches(make_case: Callable[..., Any], repea
     with torch.cuda.graph(graph):
         fused_experts_int8(*case.tensors(), out=out)
     assert repeated == [True]
-    for mine, its in zip(case.tensors(), other.tensors(), strict=True):
-        mine.copy_(its)
+    for tensor, other_tensor in zip(case.tensors(), other.tensors(), strict=True):
+        tensor.copy_(other_tensor)
     graph.replay()
     assert torch.equal(out, expected)
 

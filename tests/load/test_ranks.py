@@ -36,11 +36,11 @@ def part_of(whole: FusedExperts, parallel: str, rank: int, world_size: int) -> l
 
 def assert_same(found: FusedExperts, expected: list[torch.Tensor | None]) -> None:
     have = [found.w13, found.w13_scale, found.w2, found.w2_scale, found.w13_input_scale, found.w2_input_scale]
-    for mine, right in zip(have, expected, strict=True):
-        assert (mine is None) is (right is None)
-        if mine is not None and right is not None:
-            assert torch.equal(mine, right)
-            assert mine.is_contiguous()
+    for tensor, right in zip(have, expected, strict=True):
+        assert (tensor is None) is (right is None)
+        if tensor is not None and right is not None:
+            assert torch.equal(tensor, right)
+            assert tensor.is_contiguous()
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -24,9 +24,9 @@ pytestmark = pytest.mark.long(30)
 
 
 def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
-    mine = tmp_path / "model"
-    shutil.copytree(source, mine)
-    everything = [mine, *mine.rglob("*")]
+    model = tmp_path / "model"
+    shutil.copytree(source, model)
+    everything = [model, *model.rglob("*")]
 
     def state() -> list[tuple[int, ...]]:
         return [(item.st_mode, item.st_mtime_ns, item.st_ctime_ns, item.st_ino) for item in map(os.stat, everything)]
@@ -34,11 +34,11 @@ def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
     for path in everything:
         path.chmod(0o555 if path.is_dir() else 0o444)
     before = state()
-    hashes = snapshot(mine)
-    convert(mine, tmp_path / "out", jobs=2)
-    assert snapshot(mine) == hashes
+    hashes = snapshot(model)
+    convert(model, tmp_path / "out", jobs=2)
+    assert snapshot(model) == hashes
     assert state() == before
-    assert sorted(mine.rglob("*")) == sorted(everything[1:])
+    assert sorted(model.rglob("*")) == sorted(everything[1:])
 
 
 @pytest.mark.parametrize("inside", ["", "sub", "sub/deeper", ".."])
@@ -112,28 +112,28 @@ def test_a_plan_that_is_older_than_its_source_is_refused(
 def test_a_source_that_is_cut_while_it_is_read(
     source: Path, reference: dict[str, str], tmp_path: Path, jobs: int
 ) -> None:
-    mine, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(source, mine)
-    cut = mine / "model-00003-of-00003.safetensors"
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, model)
+    cut = model / "model-00003-of-00003.safetensors"
     whole, modified = cut.read_bytes(), cut.stat().st_mtime_ns
 
     with pytest.raises(SourceError, match=r"ended while it was read|changed during") as caught:
-        convert(mine, out, jobs=jobs, progress=AfterAdvances(0, lambda: os.truncate(cut, 5000)))
+        convert(model, out, jobs=jobs, progress=AfterAdvances(0, lambda: os.truncate(cut, 5000)))
     assert caught.value.exit_code == 3
     assert caught.value.file == str(cut)
     assert_unfinished(out)
     cut.write_bytes(whole)
     finished = {path.name for path in out.rglob("files/*.safetensors")}
-    for shard in quarkconv.plan_conversion(mine, "fused-int8", max_shard_size=SHARD).shards:
+    for shard in quarkconv.plan_conversion(model, "fused-int8", max_shard_size=SHARD).shards:
         if shard.file in finished:  # another thread may have come to the end of one that has nothing of this file
             assert cut.name not in {piece.source.file for tensor in shard.tensors for piece in tensor.pieces}
     with pytest.raises(
         UsageError, match="another unfinished conversion"
     ) as refused:  # it was written to: is it the same?
-        convert(mine, out)
+        convert(model, out)
     assert refused.value.found == f"{cut.name} of the source was written to since"
     os.utime(cut, ns=(modified, modified))
-    assert snapshot(convert(mine, out)) == reference
+    assert snapshot(convert(model, out)) == reference
 
 
 def write_same_bytes(file: Path) -> None:
@@ -160,11 +160,11 @@ def replace(file: Path) -> None:
 def test_a_source_that_changes_is_reported_and_its_output_is_not_complete(
     source: Path, tmp_path: Path, change: Callable[[Path], None], found: str
 ) -> None:
-    mine, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(source, mine)
-    file = mine / "model-00002-of-00003.safetensors"
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, model)
+    file = model / "model-00002-of-00003.safetensors"
     with pytest.raises(SourceError, match="changed during the conversion") as caught:
-        convert(mine, out, progress=AfterAdvances(0, lambda: change(file)))
+        convert(model, out, progress=AfterAdvances(0, lambda: change(file)))
     assert caught.value.code == "source-changed"
     assert caught.value.file == str(file)
     assert found in (caught.value.found or "")
@@ -176,9 +176,9 @@ def test_a_source_that_changes_is_reported_and_its_output_is_not_complete(
 
 def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: Path) -> None:
     """What matters is checked where it matters: shards that were made before stay finished."""
-    mine, out = tmp_path / "model", tmp_path / "out"
-    shutil.copytree(source, mine)
-    plan = quarkconv.plan_conversion(mine, "fused-int8", max_shard_size=1_000_000)
+    model, out = tmp_path / "model", tmp_path / "out"
+    shutil.copytree(source, model)
+    plan = quarkconv.plan_conversion(model, "fused-int8", max_shard_size=1_000_000)
     readers = [
         {piece.source.file for tensor in shard.tensors for piece in tensor.pieces}
         for shard in plan.shards
@@ -190,10 +190,10 @@ def test_a_file_that_the_shard_does_not_read_may_change(source: Path, tmp_path: 
     def touch(_: int) -> None:
         seen.append(1)
         if len(seen) == one + 1:
-            write_same_bytes(mine / other)
+            write_same_bytes(model / other)
 
     with pytest.raises(SourceError, match="changed during"):
-        execute(plan, mine, out, jobs=1, progress=Bytes(touch))
+        execute(plan, model, out, jobs=1, progress=Bytes(touch))
     finished = {path.name for path in out.rglob("files/*.safetensors")}
     assert plan.shards[one].file in finished
 
