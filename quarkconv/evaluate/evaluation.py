@@ -6,6 +6,7 @@ import hashlib
 import os
 from collections.abc import Sequence
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from typing import Final
 
@@ -24,6 +25,7 @@ from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
 from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner
 from quarkconv.evaluate.sums import LayerSums
 from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
+from quarkconv.experts.unread import are_modules
 from quarkconv.files.written_file import require_writable
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
 from quarkconv.hub.locate import locate
@@ -34,6 +36,11 @@ from quarkconv.version import own_version
 
 _EVALUATED: Final = frozenset({"quant-config-missing", "not-moe"})
 """Findings that keep a checkpoint from being converted, but not from being evaluated."""
+_DEQUANTIZED_HINT: Final = (
+    "`quarkconv convert --to bf16` writes the dequantized model, which can be evaluated: that measures the error of "
+    "the weights, not of rounded activations"
+)
+"""The next step for INT8 experts that cannot run in INT8."""
 
 
 def evaluate_checkpoint(
@@ -165,8 +172,10 @@ def _require_readable(description: Description) -> None:
     Raises:
         SourceError, UnsupportedError: with the first finding that prevents an evaluation.
     """
+    unread = description.topology.unread
+    hint = _DEQUANTIZED_HINT if unread and are_modules(description.stored, unread) else None
     findings = [
-        item
+        replace(item, hint=hint) if hint and item.code == NOT_UNDERSTOOD else item
         for item in description.findings
         if item.code not in _EVALUATED
         and (description.schemes or not item.code.startswith("expert"))

@@ -185,8 +185,20 @@ def _forward(skeleton: Skeleton) -> Iterator[None]:
             "The model's class in transformers cannot be run layer by layer",
             file=str(skeleton.root),
             found=f"{type(skeleton.model).__name__}: {error}"[:200],
-            hint=VERIFY_INSTEAD,
+            hint=_hint(skeleton),
         ) from error
+
+
+def _hint(skeleton: Skeleton) -> str:
+    """The next step for a model whose class fails."""
+    config = skeleton.model.config.get_text_config()
+    size, rotated = (getattr(config, name, None) for name in ("head_dim", "qk_rope_head_dim"))
+    if size is not None and rotated and size != rotated:
+        return (
+            f"config.json has head_dim {size} and qk_rope_head_dim {rotated}: classes with MLA rotate head_dim "
+            "elements; remove head_dim from config.json"
+        )
+    return VERIFY_INSTEAD
 
 
 @contextmanager

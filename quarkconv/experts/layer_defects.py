@@ -71,7 +71,7 @@ def experts_of_two_sizes(prefix: str, forms: dict[Role, tuple[Form, ...]], *, jo
     return finding(
         NOT_UNDERSTOOD,
         prefix,
-        f"The layer has experts of intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
+        f"The experts under one module differ in size: intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
         hint=RENAMED_HINT,
         count=len(sizes),
     )

@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from support.changed import damaged, with_config
+from support.exports import DATA, restore
 from support.program import run_cli
 
 from quarkconv import SourceError, UnsupportedError, UsageError, WriteError, convert_checkpoint, evaluate_checkpoint
@@ -141,6 +142,41 @@ def test_a_model_type_without_a_class_is_unsupported(quantized: Path, token_ids:
     with pytest.raises(UnsupportedError, match="no class") as caught:
         evaluate_checkpoint(model, token_ids=token_ids, resume=False)
     assert caught.value.exit_code == 4
+
+
+@pytest.mark.parametrize("name", ["deepseek_v3-0.13-eager", "deepseek_v3-0.13-f2f"])
+def test_a_head_dim_that_the_class_fails_with_is_named(name: str, tmp_path: Path) -> None:
+    model, ids = restore(DATA / "families" / name, tmp_path / "model"), few_ids(tmp_path)
+    with pytest.raises(UnsupportedError, match="cannot be run layer by layer") as caught:
+        evaluate_checkpoint(model, token_ids=ids, device="cpu", resume=False)
+    assert caught.value.hint == (
+        "config.json has head_dim 8 and qk_rope_head_dim 4: classes with MLA rotate head_dim elements; "
+        "remove head_dim from config.json"
+    )
+    config = json.loads((model / "config.json").read_text("utf-8"))
+    del config["head_dim"]
+    (model / "config.json").write_text(json.dumps(config), "utf-8")
+    assert evaluate_checkpoint(model, token_ids=ids, device="cpu", resume=False).int8 is not None
+
+
+def test_experts_of_two_sizes_are_refused_and_evaluate_dequantized(tmp_path: Path) -> None:
+    """As the hint says: ernie4_5_vl_moe file to file, whose experts of text and of images lie under one module."""
+    model, ids = restore(DATA / "families" / "ernie4_5_vl_moe-0.13-f2f", tmp_path / "model"), few_ids(tmp_path)
+    with pytest.raises(UnsupportedError, match="differ in size: intermediate sizes 8, 4") as caught:
+        evaluate_checkpoint(model, token_ids=ids, device="cpu", resume=False)
+    assert caught.value.exit_code == 4
+    assert "`quarkconv convert --to bf16`" in str(caught.value.hint)
+    floats = convert_checkpoint(model, "bf16", tmp_path / "floats").output
+    found = evaluate_checkpoint(floats, floats, token_ids=ids, device="cpu", resume=False)
+    assert found.int8 is None
+    assert found.dequantized is not None
+    assert found.dequantized.mean == 0
+
+
+def few_ids(folder: Path) -> Path:
+    """Two windows of eight tokens of the smallest vocabulary."""
+    save_file({"token_ids": torch.arange(16).reshape(2, 8)}, folder / "ids.safetensors")
+    return folder / "ids.safetensors"
 
 
 def test_an_empty_name_of_a_text_is_refused(quantized: Path) -> None:
