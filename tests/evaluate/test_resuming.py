@@ -119,11 +119,25 @@ main(sys.argv[1:])
 """Kills itself when the second layer has run, before that is kept."""
 
 
+@pytest.mark.parametrize(
+    ("words", "options", "layers_run"),
+    [
+        ((), {}, [1, 2, 3]),
+        (("--ablate", "1", "--layers", "1,3"), {"ablate": 1, "layers": {1, 3}}, [1, 2, 3, 0, 1, 2, 3]),
+    ],
+    ids=["plain", "ablate and layers"],
+)
 def test_a_killed_run_resumes_from_its_last_finished_layer(
-    quantized: Path, token_ids: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    words: tuple[str, ...],
+    options: dict[str, Any],
+    layers_run: list[int],
+    quantized: Path,
+    token_ids: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    options = ("--token-ids", token_ids, "--batch", "1", "--device", "cpu", "--json")
-    process = start(KILLED_IN_THE_SECOND_LAYER, "evaluate", quantized, *options)
+    more: list[str | Path] = ["--token-ids", token_ids, "--batch", "1", "--device", "cpu", "--json", *words]
+    process = start(KILLED_IN_THE_SECOND_LAYER, "evaluate", quantized, *more)
     process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == -signal.SIGKILL
     assert list((tmp_path / "cache" / "quarkconv" / "evaluate").glob("*.safetensors"))
@@ -136,10 +150,26 @@ def test_a_killed_run_resumes_from_its_last_finished_layer(
 
     with monkeypatch.context() as patch:
         patch.setattr(Run, "_layer", counted)
-        resumed = evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu")
-    assert ran == [1, 2, 3]
-    whole = evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu", resume=False)
+        resumed = evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu", **options)
+    assert ran == layers_run
+    whole = evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu", resume=False, **options)
     assert resumed.to_json() == whole.to_json()
+
+
+def test_a_killed_run_that_records_leaves_no_record_and_is_repeated(
+    quantized: Path, token_ids: Path, tmp_path: Path
+) -> None:
+    record, expected = tmp_path / "record" / "inputs.safetensors", tmp_path / "expected.safetensors"
+    record.parent.mkdir()
+    words: list[str | Path] = ["--token-ids", token_ids, "--batch", "1", "--device", "cpu", "--record", record]
+    process = start(KILLED_IN_THE_SECOND_LAYER, "evaluate", quantized, *words)
+    process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == -signal.SIGKILL
+    assert not record.exists()
+    for path in (record, expected):
+        evaluate_checkpoint(quantized, token_ids=token_ids, batch=1, device="cpu", record=path)
+    assert record.read_bytes() == expected.read_bytes()
+    assert list(record.parent.iterdir()) == [record]
 
 
 def test_nothing_is_kept_without_resuming(
