@@ -33,6 +33,15 @@ def set_layout(module: nn.Module) -> None:
         layout.has_gate, layout.is_concatenated, layout.is_transposed = True, True, False
 
 
+def expert_count(module: nn.Module) -> int:
+    """Number of routed experts of a class, without identities; 0 where it is not known."""
+    down = module._parameters.get("down_proj")
+    if down is not None and down.dim() == 3:
+        return int(down.shape[0])
+    count = getattr(module, "num_experts", 0)
+    return count if isinstance(count, int) else 0
+
+
 def is_flat(experts: nn.Module) -> bool:
     """Whether a class keeps its experts below one another in matrices w1, v1 and w2, [E * I, H]: DbrxExperts."""
     return all(isinstance(getattr(getattr(experts, "mlp", None), name, None), nn.Parameter) for name in FLAT)

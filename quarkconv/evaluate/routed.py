@@ -48,8 +48,6 @@ def sample_experts(modules: Mapping[str, nn.Module], routed: Routed, sums: Devic
 
 
 def counts(ids: Tensor, experts: int) -> Tensor:
-    """How often each expert is chosen, int64 [E]; 0 for as many experts as are chosen."""
+    """How often each expert is chosen, int64 [E]."""
     flat = ids.flatten().long()
-    if not experts:
-        return torch.bincount(flat)
     return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.dequantize import CodeWeights
-from quarkconv.evaluate.expert_classes import ROUTED
+from quarkconv.evaluate.expert_classes import ROUTED, expert_count
 from quarkconv.evaluate.forward import LayerCall, embed, run_layer
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
@@ -195,7 +195,7 @@ class LayerRunner:
                     after[INT8] = run(skeleton, INT8)
                 if base_name in states:
                     base = after[base_name].states
-                    self._compare(sums, modules, after[INT8].states, base, routed[-1] if routed else None, base_routed)
+                    self._compare(sums, after[INT8].states, base, routed[-1] if routed else None, base_routed)
                     own_difference, _, own_norm = compared(run(skeleton, base_name).states, base)
                     sums.add(own_difference=own_difference, own_norm=own_norm)
         for name, item in after.items():
@@ -238,7 +238,6 @@ class LayerRunner:
     def _compare(
         self,
         sums: DeviceSums,
-        modules: Mapping[str, nn.Module],
         int8: Tensor,
         base: Tensor,
         routed: Routed | None,
@@ -250,8 +249,11 @@ class LayerRunner:
         if routed is None or base_routed is None:
             return
         same = routed.ids.sort(-1).values == base_routed.ids.sort(-1).values
-        experts = max((m.experts.experts for m in modules.values() if isinstance(m, Int8Experts)), default=0)
-        sums.add(changed=(~same.all(-1)).sum(), load=counts(routed.ids, experts))
+        module = routed.experts  # of the class where the experts, or this layer, do not run in INT8
+        experts = module.experts.experts if isinstance(module, Int8Experts) else expert_count(module)
+        sums.add(changed=(~same.all(-1)).sum())
+        if experts:
+            sums.add(load=counts(routed.ids, experts))
 
     @contextmanager
     def _tap(self, model: Model, number: int) -> Iterator[list[Routed]]:

@@ -86,6 +86,14 @@ def test_batches_change_nothing_but_the_last_bits(
         assert layer.own == pytest.approx(of_plain.own, rel=0.05)
 
 
+def test_layers_that_do_not_run_in_int8_have_the_load_of_all_experts(quantized: Path, token_ids: Path) -> None:
+    """Batches choose different experts; their loads had the length of the highest one chosen."""
+    found = evaluate_checkpoint(quantized, token_ids=token_ids, layers={3}, batch=1, device="cpu", resume=False)
+    assert {len(layer.load) for layer in found.layers} == {8}
+    assert {sum(layer.load) for layer in found.layers} == {5 * 24 * 2}
+    assert [layer.own > 0 for layer in found.layers] == [False, False, False, True]
+
+
 @pytest.mark.parametrize(("batch", "windows", "ablate"), [(2, None, 1), (4, 1, 0)])
 def test_several_devices_have_the_figures_of_one(
     quantized: Path,
