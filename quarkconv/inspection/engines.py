@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection
+from fnmatch import translate
 from itertools import chain
 from typing import Final
 
@@ -18,6 +19,7 @@ from quarkconv.description.expert_names import (
 from quarkconv.experts.knowledge import foreign_class
 from quarkconv.experts.naming import ENGINE_NAMES
 from quarkconv.inspection.engine_facts import (
+    NOT_CHECKED,
     RUNS,
     VERDICTS,
     EngineFact,
@@ -85,6 +87,9 @@ def engines_for(
         if fact.form in layouts
         and fact.holds_for(scheme, layouts[fact.form], row_type[fact.engine], features[fact.form == stored])
     ]
+    found = [fact for fact in found if not fact.int8_module or _has_int8_module(description, fact)]
+    of_modules = [fact for fact in found if fact.int8_module]
+    found = [fact for fact in found if not any(_replaces(row, fact) for row in of_modules)]
     found = [fact for fact in found if _names_known(description, fact)]
     tried = checked_model_types()
     found = [
@@ -126,6 +131,29 @@ def _covers(versions: str, release: str) -> bool:
     if versions.startswith("<"):
         return number < first
     return first <= number and (versions.startswith(">") or number <= (rest[0] if rest else first))
+
+
+def _has_int8_module(description: Description, fact: EngineFact) -> bool:
+    """Whether a module that the engine of a row keeps in float is int8: outside of MTP, or in it, by the row."""
+    pattern = re.compile(translate(fact.int8_module))
+    names = (name for (form, _), modules in description.others.items() if form.quantized for name in modules)
+    return any(
+        pattern.match(name) is not None
+        and description.is_mtp(name) == (".mtp." in fact.int8_module)
+        and (not fact.beside or f"{name.rpartition('.')[0]}.{fact.beside}" in description.stored.linears)
+        for name in names
+    )
+
+
+def _replaces(row: EngineFact, fact: EngineFact) -> bool:
+    """Whether a row about such modules holds in place of another, which was checked without them in int8."""
+    return (
+        (row.engine, row.form) == (fact.engine, fact.form)
+        and not fact.int8_module
+        and fact.verdict in (*RUNS, NOT_CHECKED)
+        and (fact.devices == row.devices or row.verdict not in RUNS)
+        and _covers(fact.version, row.version)
+    )
 
 
 def _names_known(description: Description, fact: EngineFact) -> bool:

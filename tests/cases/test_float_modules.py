@@ -13,7 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.checkpoints import load
-from support.exports import DATA
+from support.exports import DATA, FIXTURES, restore
 
 import quarkconv
 
@@ -59,21 +59,43 @@ CASES: dict[str, tuple[str, tuple[str, ...]]] = {
 }  # fmt: skip
 
 
-def with_linears(folder: Path, export: str, modules: tuple[str, ...], *, int8: bool) -> Path:
-    """An export with more linears [8, 16], in int8 or BF16, replaced or added; those in int8 are not excluded."""
+def with_linears(
+    folder: Path,
+    export: str,
+    modules: tuple[str, ...],
+    *,
+    int8: bool,
+    settings: dict[str, object] | None = None,
+    without: str | None = None,
+) -> Path:
+    """An export with more linears [8, 16], in int8 or BF16, replaced or added; those in int8 are not excluded.
+
+    Args:
+        folder: where it is written.
+        export: the export.
+        modules: the linears.
+        int8: whether they are in int8.
+        settings: of config.json, to replace.
+        without: a module that is left out.
+    """
     generator = torch.Generator().manual_seed(0)
-    tensors = load_file(FAMILIES / export / "model.safetensors")
+    restore(FIXTURES.get(export, FAMILIES / export), folder)
+    tensors: dict[str, torch.Tensor] = {}
+    for file in folder.glob("*.safetensors*"):
+        tensors |= load_file(file) if file.suffix == ".safetensors" else {}
+        file.unlink()
+    tensors = {name: tensor for name, tensor in tensors.items() if name.rpartition(".")[0] != without}
     for module in modules:
         shape = tensors[f"{module}.weight"].shape if f"{module}.weight" in tensors else (8, 16)
         codes = torch.randint(-127, 128, shape, generator=generator, dtype=torch.int8)
         scale = torch.rand(shape[0], generator=generator) * 0.01 + 1e-3
         tensors[f"{module}.weight"] = codes if int8 else (codes * scale[:, None]).bfloat16()
+        tensors.pop(f"{module}.weight_scale", None)
         if int8:
             tensors[f"{module}.weight_scale"] = scale
-    config = json.loads((FAMILIES / export / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text()) | (settings or {})
     exclude = config["quantization_config"]["exclude"]
     exclude[:] = [name for name in exclude if name not in modules] + ([] if int8 else list(modules))
-    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     save_file(tensors, folder / "model.safetensors")
     return folder
@@ -124,3 +146,77 @@ def test_linears_of_other_families_with_the_same_names_are_quantized(tmp_path: P
     source = with_linears(tmp_path / "source", "granitemoehybrid-0.13-eager", (module,), int8=False)
     out = quarkconv.convert_checkpoint(source, "w8a8-int8", tmp_path / "out", quantize="all").output
     assert load(out)[f"{module}.weight"].dtype == torch.int8
+
+
+BAILING_V3: dict[str, object] = {
+    "architectures": ["BailingMoeV3ForCausalLM"], "n_group": 2, "num_expert_group": None, "num_experts_per_tok": 2,
+}  # fmt: skip
+"""Settings that make a model of bailing_hybrid one of its third generation."""
+ATTENTION = "model.layers.0.attention"
+IN_SGLANG: dict[str, tuple[tuple[str, ...], str | None, bool]] = {
+    # bailing_moe_v3.py, DsV3MLA; in its KimiDeltaAttention, g_proj is a part of fused_qkvbfg_proj, in int8
+    "gate of softmax attention": (("g_proj", "kv_b_proj"), f"{ATTENTION}.b_proj", True),
+    "gate of linear attention": (("g_proj",), f"{ATTENTION}.b_proj", False),
+    # kimi_linear.py, KimiDeltaAttention with no_kda_lora, which has f_proj; without, b_proj is in int8
+    "beta": (("b_proj", "f_proj"), None, True),
+    "beta without f_proj": (("b_proj",), f"{ATTENTION}.f_proj", False),
+}
+"""Case -> int8 linears of attention, one that is left out, and whether SGLang 0.5.23 alone keeps one in float."""
+
+
+def sglang_verdicts(inspection: quarkconv.Inspection) -> set[tuple[str, str]]:
+    """(form, verdict) of the rows for NVIDIA GPUs."""
+    return {(row.form, row.verdict) for row in inspection.engines if row.engine == "sglang" and not row.devices}
+
+
+def check_sglang_alone(before: quarkconv.Inspection, after: quarkconv.Inspection, *, in_float: bool) -> None:
+    """Compare rows without, and with, int8 linears that SGLang keeps in float, or does not."""
+    forms = ("compressed-tensors", "w8a8-int8")
+    others = {item for item in sglang_verdicts(before) if item[0] not in forms}
+    assert sglang_verdicts(before) == others | {(form, "int8") for form in forms}
+    assert sglang_verdicts(after) == others | {(form, "wrong" if in_float else "int8") for form in forms}
+    assert "float-module-quantized" not in {item.code for item in after.findings}
+    in_vllm = [[row for row in each.engines if row.engine == "vllm"] for each in (before, after)]
+    assert in_vllm[0] == in_vllm[1] != []
+    assert any("SGLang 0.5.23 computes wrong results" in item.text for item in after.advice) == in_float
+
+
+@pytest.mark.parametrize("case", IN_SGLANG)
+def test_linears_that_only_sglang_keeps_in_float_are_wrong_there_and_no_finding(case: str, tmp_path: Path) -> None:
+    leaves, without, in_float = IN_SGLANG[case]
+    modules = tuple(f"{ATTENTION}.{leaf}" for leaf in leaves)
+    before, after = (
+        quarkconv.inspect_checkpoint(
+            with_linears(
+                tmp_path / str(int8), "bailing_hybrid-0.13-f2f", modules,
+                int8=int8, settings=BAILING_V3, without=without,
+            )
+        )
+        for int8 in (False, True)
+    )  # fmt: skip
+    check_sglang_alone(before, after, in_float=in_float)
+
+
+def test_the_gate_of_step3p5_in_int8_is_wrong_in_sglang_alone(tmp_path: Path) -> None:
+    """SGLang 0.5.23, step3p5.py, Step3p5Attention."""
+    modules = ("model.layers.0.self_attn.g_proj",)
+    before, after = (
+        quarkconv.inspect_checkpoint(
+            with_linears(tmp_path / str(int8), "step3p5-like-3key_fused", modules, int8=int8)
+        )
+        for int8 in (False, True)
+    )
+    check_sglang_alone(before, after, in_float=True)
+
+
+def test_linears_of_prediction_layers_that_only_vllm_keeps_in_float_change_the_note(tmp_path: Path) -> None:
+    """vLLM 0.33, mimo_v2.py, MiMoV2Attention: drafts are wrong, the model itself is not."""
+    module = "model.mtp.layers.0.self_attn.o_proj"
+    notes = []
+    for int8 in (False, True):
+        source = with_linears(tmp_path / str(int8), "mimo_v2_flash-0.13-f2f", (module,), int8=int8)
+        rows = [row for row in quarkconv.inspect_checkpoint(source).engines if row.engine == "vllm" and not row.devices]
+        notes.append({row.form: row.note for row in rows if row.verdict == "int8"})
+    assert notes[0] == {"quark": "", "compressed-tensors": ""}
+    assert list(notes[1]) == list(notes[0])
+    assert all(note.startswith("MTP drafts are wrong") for note in notes[1].values())
