@@ -153,7 +153,7 @@ def _routers(
         routing = layer_routing(known, layer)
         if isinstance(routing, Unknown):
             continue
-        names = router_tensor_names(routing, layer.moe, types.__contains__)
+        names = router_tensor_names(routing, layer.router_module, types.__contains__)
         for name, shape in router_shapes(routing, names, layer, hidden_size(known)):
             found = types.get(name)
             if found is None or not fits_router(name, found.shape, shape, names):

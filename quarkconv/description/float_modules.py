@@ -28,7 +28,7 @@ def float_test(topology: Topology, family: FamilyOf) -> Callable[[str], bool]:
         topology: the MoE layers.
         family: the family of models that a module belongs to; None where it is unknown.
     """
-    moe_modules = {layer.moe for layer in topology.layers}
+    moe_modules = {layer.router_module for layer in topology.layers}
 
     def is_float(module: str) -> bool:
         if module in topology.unread:

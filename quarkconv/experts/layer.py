@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal, NamedTuple
 
-from quarkconv.experts.naming import PAIRED, ROLES, ExpertNaming, Role
+from quarkconv.experts.naming import HOLDERS, PAIRED, ROLES, ExpertNaming, Role
 from quarkconv.experts.ranks import Rank
 from quarkconv.scheme.form import Form, TensorNames, fused_names, linear_names
 from quarkconv.scheme.spec import PER_CHANNEL
@@ -49,7 +49,7 @@ class MoELayer:
     Attributes:
         index: number of the layer; those of a separate ``mtp.layers`` are counted on after the model's own.
         prefix: module of the experts, such as ``model.layers.3.mlp.experts``; fused tensors are named under it.
-        moe: module that holds experts and router, such as ``model.layers.3.mlp``.
+        moe: module that holds experts and router, such as ``model.layers.3.mlp``; see :attr:`router_module`.
         naming: family of the projections' names.
         layout: how the experts are laid out.
         experts, hidden, intermediate: E, H and I.
@@ -85,6 +85,12 @@ class MoELayer:
     paired: bool = False
     beside: str = ""
     beside_router: str = ""
+
+    @property
+    def router_module(self) -> str:
+        """The module that holds the router: ``moe``, or the one around it where ``moe`` holds the experts alone."""
+        outer, _, leaf = self.moe.rpartition(".")
+        return outer if leaf in HOLDERS else self.moe
 
     @property
     def roles(self) -> tuple[Role, ...]:

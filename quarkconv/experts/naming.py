@@ -98,6 +98,9 @@ def published_names(model_type: str) -> tuple[str, ExpertNaming]:
     return _OTHER_NAMES.get(model_type, ("mlp", NAMINGS[0]))
 
 
+HOLDERS: Final = frozenset({"switch_mlp"})
+"""Names of modules that hold the experts of a layer and no router, which is beside them (``SwitchGLU`` of mlx-lm)."""
+
 STACKED_MODEL_TYPES: Final = frozenset({"step3p5"})
 """Model types whose own checkpoints have ``moe.gate_proj`` for all experts (3-key); engines know no other names."""
 

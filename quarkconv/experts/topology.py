@@ -134,11 +134,11 @@ def _beside_routers(layers: list[MoELayer], stored: StoredModules, family: Famil
         if row is None:
             continue
         keys = [key for field in row.tensors for key in (field if isinstance(field, tuple) else ())]
-        known.update(f"{layer.moe}.{key}" for key in keys)
+        known.update(f"{layer.router_module}.{key}" for key in keys)
         if not layer.moe.rpartition(".")[2].isdecimal():  # else the experts lie directly in the decoder layer
-            owners[layer.moe] = layer.prefix
+            owners[layer.router_module] = layer.prefix
         routers = {*_ROUTERS, *(key.rpartition(".")[0] for key in keys if "." in key)}
-        owners.update((f"{layer.moe}.{router}", layer.prefix) for router in routers)
+        owners.update((f"{layer.router_module}.{router}", layer.prefix) for router in routers)
     for name in chain(stored.plain, stored.vectors, stored.unrecognised):
         prefix = owners.get(name.rpartition(".")[0])
         if prefix is not None and name not in known:

@@ -71,7 +71,10 @@ def _finite_checks(description: Description, refs: Mapping[str, TensorRef]) -> I
     known_of = knowledge_by_stack(description.config.raw)
     for layer in description.moe_layers:
         routing = layer_routing(known_of(layer.moe), layer)
-        names = [] if isinstance(routing, Unknown) else [*router_tensor_names(routing, layer.moe, refs.__contains__)]
+        if isinstance(routing, Unknown):
+            names: list[str | None] = []
+        else:
+            names = [*router_tensor_names(routing, layer.router_module, refs.__contains__)]
         if layer.biased:
             modules = (layer.projection(role, at).names.weight for role, at, _ in layer.modules())
             names += [f"{name.removesuffix('.weight')}.bias" for name in modules]

@@ -64,7 +64,7 @@ def router_of(layer: MoELayer, config: Mapping[str, Any], reader: LayerReader) -
     routing = expert_routing(config, layer)
     if isinstance(routing, Unknown):
         return routing
-    names = router_tensor_names(routing, layer.moe, reader.has)
+    names = router_tensor_names(routing, layer.router_module, reader.has)
     for name, shape in router_shapes(routing, names, layer, hidden_size(knowledge(config, layer.moe))):
         if not reader.is_float(name):
             return Unknown(f"{name} is not stored in float" if reader.has(name) else f"{name} is not stored")

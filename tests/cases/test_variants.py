@@ -54,6 +54,35 @@ def test_packed_experts_in_one_tensor_are_unsupported_and_not_damaged(
     assert {refusal(source, target).exit_code for target in TARGETS} == {4}
 
 
+def in_switch_mlp() -> Model:
+    """The experts of each layer in tensors of ``mlp.switch_mlp``, as mlx-lm names them; the router is ``mlp.gate``."""
+    model = Model()
+    for layer, shard in enumerate(model.shards):
+        mlp = f"model.layers.{layer}.mlp"
+        for leaf in ("gate_proj", "up_proj", "down_proj"):
+            for end in ("weight", "weight_scale"):
+                parts = [shard.pop(f"{mlp}.experts.{expert}.{leaf}.{end}") for expert in range(3)]
+                shard[f"{mlp}.switch_mlp.{leaf}.{end}"] = torch.stack(parts)
+    return model
+
+
+def test_the_router_of_experts_in_switch_mlp_is_beside_it(tmp_path: Path) -> None:
+    source = in_switch_mlp().write(tmp_path / "source")
+    assert codes(source) == {}
+    out = convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    for checkpoint in (source, out):
+        verification = verify_checkpoint(checkpoint, device="cpu", tokens=2)
+        assert verification.ok
+        assert {layer.routing.partition(":")[0] for layer in verification.numbers.layers} == {"the model's own"}
+    assert {row.verdict for row in inspect_checkpoint(source).engines} <= {"not checked", "fails", "wrong"}
+
+
+def test_a_missing_router_beside_switch_mlp_is_named(tmp_path: Path) -> None:
+    model = in_switch_mlp()
+    model.remove("model.layers.1.mlp.gate.")
+    assert finding(model.write(tmp_path), "router-mismatch").subject == "model.layers.1.mlp.gate.weight"
+
+
 def test_a_packed_format_over_plain_int8_weights_is_an_error(tmp_path: Path) -> None:
     """Engines look for weight_packed; the tensors are those of int-quantized."""
     source = convert_checkpoint(Model().write(tmp_path / "plain"), "compressed-tensors", tmp_path / "source").output
