@@ -9,6 +9,7 @@ from quarkconv.description.float_modules import float_test, quantized_float_modu
 from quarkconv.description.int8_modules import CONVERT, int8_defects
 from quarkconv.description.one_scheme import scheme_findings
 from quarkconv.description.other_scales import in_blocks, scales_under_other_names, under_other_names
+from quarkconv.dtypes import FLOAT_DTYPES
 from quarkconv.experts.config import QUANTIZATION_KEY, ModelConfig
 from quarkconv.experts.family import Family, FamilyOf
 from quarkconv.experts.layer import MoELayer
@@ -51,7 +52,7 @@ def contradictions(
         fp8: the modules in FP8 that some target keeps.
     """
     is_float = float_test(topology, family)
-    yield from _config(declared, modules)
+    yield from _config(declared, modules, stored)
     yield from _experts(declared, topology, is_mtp)
     if declared is not None and not isinstance(declared, UnknownScheme):
         yield from _linears(declared, modules, others, is_float)
@@ -122,17 +123,10 @@ def rank_part(rank: Rank) -> Finding:
     )
 
 
-def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterator[Finding]:
+def _config(declared: DeclaredScheme | None, modules: ResolvedModules, stored: StoredModules) -> Iterator[Finding]:
     if declared is None:
-        has_codes = any(form.quantized for form, _ in modules.groups)
-        yield finding(
-            "quant-config-missing",
-            "config.json",
-            "config.json has no quantization_config",
-            hint="the weights are int8: restore the export's config.json, or convert with --scheme ptpc_int8"
-            if has_codes
-            else "nothing is quantized: convert with --quantize all",
-        )
+        message = "config.json has no quantization_config"
+        yield finding("quant-config-missing", "config.json", message, hint=_next_step(modules, stored))
         return
     for problem in declared.problems:
         yield finding(
@@ -140,6 +134,17 @@ def _config(declared: DeclaredScheme | None, modules: ResolvedModules) -> Iterat
             ".".join(dict.fromkeys(("quantization_config", problem.field))),
             f"Expected {problem.expected}, found {problem.found}",
         )
+
+
+def _next_step(modules: ResolvedModules, stored: StoredModules) -> str:
+    """What to do with a checkpoint that declares no scheme."""
+    if any(form.quantized for form, _ in modules.groups):
+        return "the weights are int8: restore the export's config.json, or convert with --scheme ptpc_int8"
+    dtypes = {form.weight.dtype for form, _ in modules.groups if not form.is_float}
+    dtypes |= {stored.tensors[name].dtype for name in stored.unrecognised}.difference(FLOAT_DTYPES)
+    if dtypes:
+        return f"tensors are stored in {', '.join(sorted(dtypes))}: restore the export's config.json"
+    return "nothing is quantized: convert with --quantize all"
 
 
 def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callable[[str], bool]) -> Iterator[Finding]:

@@ -29,6 +29,10 @@ _PACKED: Final = frozenset(
 
 _SUFFIX: Final = f".{EXPERTS}"
 _INSIDE: Final = f".{EXPERTS}."
+_GGUF: Final = "_exps."
+"""The experts of a layer in the names of GGUF: ``blk.3.ffn_gate_exps.weight``. In those of kt-kernel the numbers of an
+expert and of a NUMA node follow: ``blk.3.ffn_gate_exps.7.numa.0.weight``."""
+_NODE: Final = ".numa."
 _NUMBERED: Final = re.compile(r"\.(?!shared)\w*experts?(?:\w*[._])?\d+\.")
 """An expert of a number, under any name: ``local_experts.3.``, ``expert_list.3.``, ``expert_3.``."""
 
@@ -41,11 +45,11 @@ def names_not_understood(stored: StoredModules, known: frozenset[str], config_ex
         known: those whose names are understood.
         config_experts: number of routed experts that the config claims, if it does.
     """
-    names = [module for module in stored.linears if module not in known and "expert" in module and _is_expert(module)]
+    names = [module for module in stored.linears if module not in known and "exp" in module and _is_expert(module)]
     names += [
         name
         for name in chain(stored.plain, stored.vectors)
-        if (_INSIDE in name or name.endswith(_SUFFIX))
+        if (_INSIDE in name or name.endswith(_SUFFIX) or _GGUF in name)
         and known.isdisjoint((name, owner := name.rpartition(".")[0], name.removesuffix("_bias")))
         and owner not in stored.linears  # the bias of a module that is named itself
     ]
@@ -71,6 +75,10 @@ def unread_findings(
     elif packed := sorted(_PACKED.intersection(name.rpartition(".")[2] for name in names)):
         message = f"{plural(len(names), 'tensor')} of experts in a packed format ({', '.join(packed)})"
         yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint="quarkconv converts symmetric INT8 W8A8 only")
+    elif any(_GGUF in name and _NODE in name for name in names):
+        message = f"{plural(len(names), 'tensor')} of experts packed for CPUs, by the names of kt-kernel"
+        hint = "only KTransformers reads them: give the checkpoint that they were packed from"
+        yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint=hint)
     elif names:
         hint = RENAMED_HINT if are_modules(stored, names) else _UNREADABLE_HINT
         yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint=hint)
@@ -93,5 +101,5 @@ def are_modules(stored: StoredModules, names: Collection[str]) -> bool:
 
 
 def _is_expert(module: str) -> bool:
-    """Whether the name of a module is that of a routed expert: inside ``experts``, or numbered."""
-    return _INSIDE in module or _NUMBERED.search(module) is not None
+    """Whether the name of a module is that of routed experts: inside ``experts``, numbered, or GGUF's."""
+    return _INSIDE in module or _GGUF in f"{module}." or _NUMBERED.search(module) is not None

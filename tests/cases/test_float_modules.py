@@ -201,9 +201,7 @@ def test_the_gate_of_step3p5_in_int8_is_wrong_in_sglang_alone(tmp_path: Path) ->
     """SGLang 0.5.23, step3p5.py, Step3p5Attention."""
     modules = ("model.layers.0.self_attn.g_proj",)
     before, after = (
-        quarkconv.inspect_checkpoint(
-            with_linears(tmp_path / str(int8), "step3p5-like-3key_fused", modules, int8=int8)
-        )
+        quarkconv.inspect_checkpoint(with_linears(tmp_path / str(int8), "step3p5-like-3key_fused", modules, int8=int8))
         for int8 in (False, True)
     )
     check_sglang_alone(before, after, in_float=True)

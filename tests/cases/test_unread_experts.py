@@ -250,3 +250,62 @@ def test_packed_experts_are_called_packed_and_not_unknown(
     assert "experts in a packed format" in found.message
     assert found.hint == "quarkconv converts symmetric INT8 W8A8 only"
     assert {refusal(tmp_path, target).exit_code for target in TARGETS} == {4}
+
+
+def packed_for_cpus() -> Model:
+    """Experts as kt-kernel packs them for AMX, one tensor for each expert, projection and NUMA node."""
+    model = Model()
+    for layer, shard in enumerate(model.shards):
+        model.remove(f"model.layers.{layer}.mlp.experts")
+        for name in ("gate", "up", "down"):
+            for expert in range(3):
+                module = f"blk.{layer}.ffn_{name}_exps.{expert}.numa.0"
+                shard |= {f"{module}.weight": torch.ones(64, dtype=torch.int8), f"{module}.scale": torch.ones(4)}
+    model.to_float("model.layers")
+    return model
+
+
+@pytest.mark.parametrize("declared", [True, False])
+def test_experts_packed_for_cpus_are_experts_that_only_their_engine_reads(declared: bool, tmp_path: Path) -> None:
+    model = packed_for_cpus()
+    if not declared:
+        del model.config["quantization_config"]
+    source = model.write(tmp_path)
+    found = finding(source, "experts-not-understood")
+    assert (found.subject, found.count) == ("blk.0.ffn_down_exps.0.numa.0.scale", 36)
+    assert "KTransformers" in found.hint
+    if not declared:
+        assert finding(source, "quant-config-missing").hint.startswith("tensors are stored in I8: ")
+    assert {refusal(source, target).exit_code for target in TARGETS} == {4}
+
+
+def test_experts_under_the_names_of_gguf_are_converted_under_them(tmp_path: Path) -> None:
+    source = renamed_in_gguf().write(tmp_path / "source")
+    found = finding(source, "experts-not-understood")
+    assert (found.subject, found.count) == ("blk.0.ffn_down_exps", 6)
+    out = convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    before, after = load(source), load(out)
+    assert all(torch.equal(before[name], after[name]) for name in before if name.endswith("_exps.weight"))
+
+
+def renamed_in_gguf() -> Model:
+    """All experts of a layer in one linear of three dimensions for each projection, ``blk.0.ffn_gate_exps``."""
+    model = stacked()
+    names = {"bank_in": "ffn_gate_exps", "bank_up": "ffn_up_exps", "bank_out": "ffn_down_exps"}
+    for layer, shard in enumerate(model.shards):
+        for old, new in names.items():
+            for end in ("weight", "weight_scale"):
+                shard[f"blk.{layer}.{new}.{end}"] = shard.pop(f"model.layers.{layer}.mlp.{old}.{end}")
+    return model
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.int32])
+def test_weights_of_another_dtype_without_a_config_are_not_called_unquantized(
+    dtype: torch.dtype, tmp_path: Path
+) -> None:
+    model = Model()
+    del model.config["quantization_config"]
+    model.to_float("model.layers")
+    model.set("model.layers.0.self_attn.o_proj.weight", torch.ones(8, 8).to(dtype))
+    name = {torch.float8_e4m3fn: "F8_E4M3", torch.int32: "I32"}[dtype]
+    assert finding(model.write(tmp_path), "quant-config-missing").hint.startswith(f"tensors are stored in {name}: ")
