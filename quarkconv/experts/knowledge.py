@@ -57,6 +57,8 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
     """
     if not isinstance(config, Mapping):
         return Unknown("config.json is not an object")
+    if not config:
+        return Unknown("config.json is missing, empty, or cannot be read", "model_type")
     found = model_config(config)
     section = found.part_of(module)
     if section is None:

@@ -10,6 +10,7 @@ from support.model import FIRST, SECOND, Model
 from support.moe_model import INDEX
 from support.reported import codes, finding, refusal
 
+from quarkconv import inspect_checkpoint
 from quarkconv.targets import TARGETS
 
 POINTER: Final = (
@@ -73,3 +74,14 @@ def test_a_file_that_engines_cannot_decode_is_damaged(file: str, code: str, enco
     (source / file).write_text((source / file).read_text(), encoding=encoding)
     assert "byte order mark" in finding(source, code).message
     assert refusal(source, "fused-int8").exit_code == 3
+
+
+@pytest.mark.parametrize("content", [None, "{", "{}"])
+def test_a_config_that_cannot_be_read_is_not_said_to_lack_a_key(content: str | None, tmp_path: Path) -> None:
+    source = Model().write(tmp_path)
+    (source / "config.json").unlink()
+    if content is not None:
+        (source / "config.json").write_text(content)
+    texts = inspect_checkpoint(source).not_checked
+    assert any(text.endswith("(config.json is missing, empty, or cannot be read)") for text in texts)
+    assert not any("model_type" in text for text in texts)
