@@ -153,6 +153,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "config-mismatch": FindingCode(
         _W, "config.json has other sizes or layers than the tensors; engines build the model by it, and may fail."
     ),
+    "class-mismatch": FindingCode(
+        _W, "config.json names a class of another model type in architectures, by which engines choose the class."
+    ),
     "router-mismatch": FindingCode(_W, "A router is missing, or has another shape than the experts of its layer need."),
     "merged-mixed": FindingCode(
         _W, "Engines merge linears of which some are int8 and some FP8 or float; they refuse these."
@@ -187,7 +190,8 @@ NOT_UNDERSTOOD: Final = "experts-not-understood"
 DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})
 """Codes of warnings by which config.json is not that of the tensors, though these can be converted."""
 PASSED_ON: Final = DISAGREEING | {
-    "wrapped-names", "norm-biases", "file-unused", "file-conflict", "tensor-unrecognised", "companion-unknown"
+    "class-mismatch", "wrapped-names", "norm-biases", "file-unused", "file-conflict", "tensor-unrecognised",
+    "companion-unknown",
 }  # fmt: skip
 """Files that conversion leaves out, tensors that it copies unread, and disagreements that go over to the output:
 ``convert`` and ``verify`` report these."""

@@ -8,8 +8,9 @@ from typing import Any, Final
 
 from quarkconv.dtypes import TensorType
 from quarkconv.experts.config import ModelConfig, Part
+from quarkconv.experts.config_values import short
 from quarkconv.experts.function import Unknown
-from quarkconv.experts.knowledge import knowledge_by_stack, layer_routing
+from quarkconv.experts.knowledge import class_of_another_type, knowledge_by_stack, layer_routing
 from quarkconv.experts.known import Known
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.router_tensors import (
@@ -18,7 +19,7 @@ from quarkconv.experts.router_tensors import (
     router_shapes,
     router_tensor_names,
 )
-from quarkconv.findings import Finding, FindingsAbout
+from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.form import Form
 from quarkconv.scheme.merged import MERGED_WITH
 from quarkconv.scheme.resolved import Groups
@@ -39,7 +40,7 @@ def disagreements(
     vectors: tuple[str, ...],
     is_mtp: Callable[[str], bool],
 ) -> Iterator[Finding]:
-    """The findings about sizes, layers and routers.
+    """The findings about the class, sizes, layers and routers.
 
     Args:
         config: the config of the model.
@@ -48,6 +49,14 @@ def disagreements(
         vectors: the names of the weights of one dimension, such as those of norms, of which every layer has some.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
     """
+    name = class_of_another_type(config)
+    if name is not None:
+        yield finding(
+            "class-mismatch",
+            "config.json",
+            f"config.json names {short(name)}, a class of another model type than {short(config.raw['model_type'])}",
+            hint="use the config.json that belongs to these weights: engines choose the class by architectures",
+        )
     known_of = knowledge_by_stack(config.raw)
     of_routers = tuple(_routers(known_of, layers, types))
     parts = [(layer, part) for layer in layers if (part := config.part_of(layer.moe)) is not None]

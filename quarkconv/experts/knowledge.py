@@ -85,13 +85,24 @@ def foreign_class(config: ModelConfig) -> str | None:
     Engines choose a class by ``architectures``. Of model types without a row, and of other models around a language
     model, the classes are not known.
     """
-    model_type, named = config.raw.get("model_type"), config.raw.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+    model_type, names = config.raw.get("model_type"), named_classes(config)
     if not isinstance(model_type, str) or not names:
         return None
     rows = [row for row in FAMILIES if model_type.removesuffix("_text") in row.types]
     known = not rows or any(row.has_class(name) for row in rows for name in names)
     return None if known else names[0]
+
+
+def named_classes(config: ModelConfig) -> list[str]:
+    """The classes in ``architectures``."""
+    named = config.raw.get("architectures")
+    return [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
+
+
+def class_of_another_type(config: ModelConfig) -> str | None:
+    """:func:`foreign_class`, where it is one of another model type that is known; else None."""
+    name = foreign_class(config)
+    return name if name is not None and any(row.has_class(name) for row in FAMILIES) else None
 
 
 def knowledge_by_stack(config: object) -> Callable[[str], Known | Unknown]:

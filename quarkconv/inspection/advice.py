@@ -6,7 +6,15 @@ from collections.abc import Iterable
 from typing import Final, NamedTuple
 
 from quarkconv.inspection.engine_facts import ENGINE_NAMES, NOT_CHECKED, EngineFact
-from quarkconv.inspection.engines import CLASS_NOTE, ENCODERS_NOTE, FP8_NOTE, FUNCTION_NOTE, NAMES_NOTE, STACKS_NOTE
+from quarkconv.inspection.engines import (
+    ARCHITECTURES_NOTE,
+    CLASS_NOTE,
+    ENCODERS_NOTE,
+    FP8_NOTE,
+    FUNCTION_NOTE,
+    NAMES_NOTE,
+    STACKS_NOTE,
+)
 
 _SILENT_FAULTS: Final = {
     "w8a16": ("keeps activations in 16 bits", "keep activations in 16 bits"),
@@ -19,6 +27,7 @@ _NOT_CHECKED_WITH: Final = {
     FP8_NOTE: "linears in FP8 beside INT8 experts",
     ENCODERS_NOTE: "int8 linears of encoders",
     CLASS_NOTE: "this model class",
+    ARCHITECTURES_NOTE: "a config.json without architectures",
     STACKS_NOTE: "layers that config.json does not describe",
     NAMES_NOTE: "these names of experts",
     FUNCTION_NOTE: "these settings of the layers",

@@ -16,7 +16,7 @@ from quarkconv.description.expert_names import (
     has_published_names,
     in_published_stack,
 )
-from quarkconv.experts.knowledge import foreign_class
+from quarkconv.experts.knowledge import foreign_class, named_classes
 from quarkconv.experts.naming import ENGINE_NAMES
 from quarkconv.inspection.engine_facts import (
     NOT_CHECKED,
@@ -41,6 +41,9 @@ FP8_NOTE: Final = "without linears in FP8"
 CLASS_NOTE: Final = "with other model classes"
 """End of the note of a row that was never tried with the class in ``architectures``, by which engines choose one: a
 class of a fork, of the language model of a wrapper by itself, or with another head, such as that of rewards."""
+ARCHITECTURES_NOTE: Final = "with a class in architectures"
+"""End of the note of a row for a config.json that names none. vLLM 0.33 then takes the base class of the model type,
+without a head (``get_config``)."""
 STACKS_NOTE: Final = "without other stacks of layers"
 """End of the note of a row that was never tried with modules of models that config.json does not describe."""
 NAMES_NOTE: Final = "with the published names of experts"
@@ -96,7 +99,8 @@ def engines_for(
         fact if model_type in tried.get(fact.engine, (model_type,)) else fact.not_checked("with other model types")
         for fact in found
     ]
-    found = [fact.not_checked(CLASS_NOTE) if row_type[fact.engine] is None else fact for fact in found]
+    class_note = CLASS_NOTE if named_classes(description.config) else ARCHITECTURES_NOTE
+    found = [fact.not_checked(class_note) if row_type[fact.engine] is None else fact for fact in found]
     found = [_in_one_release(fact, model_type) for fact in found]
     renamed = model_type not in ENGINE_NAMES and not has_published_names(model_type, description.int8_layers)
     own_layers = (layer for layer in description.int8_layers if not description.is_mtp(layer.moe))
@@ -197,17 +201,12 @@ def _features(description: Description, as_it_is: bool) -> set[str]:
 
 
 def _is_run_class(description: Description, engine: str) -> bool:
-    """Whether an engine was run with a class in ``architectures``; True also for model types that it was not run with.
-
-    Where config.json names no class, that of its model type is meant.
-    """
+    """Whether an engine was run with a class in ``architectures``; True also for model types it was not run with."""
     raw, types = description.config.raw, checked_classes().get(engine, {})
-    named = raw.get("architectures")
-    names = [name for name in named if isinstance(name, str)] if isinstance(named, list) else []
     if model_type_of(description) not in checked_model_types().get(engine, ()):
         return foreign_class(description.config) is None
     classes = types.get(str(raw.get("model_type")), frozenset())
-    return not classes.isdisjoint(names) if names else bool(classes)
+    return not classes.isdisjoint(named_classes(description.config))
 
 
 def _has_other_stacks(description: Description) -> bool:

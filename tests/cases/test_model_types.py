@@ -8,11 +8,12 @@ from typing import Final
 
 import pytest
 import torch
+from support.checkpoints import with_class
 from support.exports import DATA, restore
 from support.model import Model, edited, experts, int8_linear
 from support.reported import codes, finding, two_stacks
 
-from quarkconv import inspect_checkpoint, verify_checkpoint
+from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
 
 # Two stacks of experts (vllm-omni 5573)
 
@@ -141,7 +142,7 @@ def test_exports_have_the_published_names_where_quark_keeps_them(kept: Path, tmp
     export = restore(kept, tmp_path / "export")
     config = json.loads((export / "config.json").read_text())
     del config["architectures"]  # by some of which no engine has a class
-    (export / "config.json").write_text(json.dumps(config))
+    (export / "config.json").write_text(json.dumps(with_class(config)))
     renamed = any(
         row.note.endswith("with the published names of experts") for row in inspect_checkpoint(export).engines
     )
@@ -171,6 +172,41 @@ def test_engines_are_checked_with_the_classes_that_they_were_run_with(
     assert any("architectures" in text or "names the class" in text for text in inspection.not_checked) != is_known
     if not is_checked:
         assert {item.text for item in inspection.advice} >= {"vLLM was not checked with this model class"}
+
+
+@pytest.mark.parametrize("named", [None, []])
+def test_a_config_that_names_no_class_has_no_verdict(named: list[str] | None, tmp_path: Path) -> None:
+    """vLLM 0.33 takes the base class of the model type (transformers_utils/config.py, get_config)."""
+    model = Model()
+    assert "int8" in {fact.verdict for fact in inspect_checkpoint(model.write(tmp_path / "named")).engines}
+    model.config["architectures"] = named
+    inspection = inspect_checkpoint(model.write(tmp_path / "unnamed"))
+    assert not {fact.verdict for fact in inspection.engines} & {"int8", "w8a16"}
+    assert "vLLM was not checked with a config.json without architectures" in {item.text for item in inspection.advice}
+
+
+@pytest.mark.parametrize(
+    ("architecture", "is_found"),
+    [
+        ("MixtralForCausalLM", True),
+        ("DeepseekV3ForCausalLM", True),
+        ("MyForkForCausalLM", False),
+        ("Qwen3MoeForSequenceClassification", False),
+    ],
+)
+def test_a_class_of_another_model_type_is_a_finding_and_passed_on(
+    architecture: str, is_found: bool, tmp_path: Path
+) -> None:
+    model = Model()
+    model.config["architectures"] = [architecture]
+    source = model.write(tmp_path / "source")
+    result = convert_checkpoint(source, "compressed-tensors", tmp_path / "out")
+    reported = [
+        {item.code for item in inspect_checkpoint(source).findings},
+        {item["code"] for item in result.to_json()["findings"]},
+        {item.code for item in verify_checkpoint(result.output, device="cpu", tokens=2).findings},
+    ]
+    assert [("class-mismatch" in found) for found in reported] == [is_found] * 3
 
 
 def test_verify_does_not_prove_what_a_class_of_a_fork_computes(tmp_path: Path) -> None:

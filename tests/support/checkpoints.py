@@ -12,6 +12,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
+from quarkconv.inspection.engine_facts import checked_classes
 from support.moe_model import INDEX, Content, MoeModel, TensorSpec, shard_name
 
 Tensors = dict[str, torch.Tensor]
@@ -36,8 +37,15 @@ def make_checkpoint(
         ``folder``.
     """
     model = replace(MoeModel(scale_dtype=_NAMES[scale_dtype]), **fields)
-    write_checkpoint(folder, fill(model.tensors(), seed), model.config(), shards)
+    write_checkpoint(folder, fill(model.tensors(), seed), with_class(model.config()), shards)
     return folder
+
+
+def with_class(config: dict[str, Any]) -> dict[str, Any]:
+    """A config.json that names the class of its model type which engines were run with, unless it names one itself."""
+    types = [found.get(str(config.get("model_type"))) for found in checked_classes().values()]
+    classes = sorted(next(filter(None, types), ()))
+    return config if "architectures" in config or not classes else config | {"architectures": classes[:1]}
 
 
 def fill(specs: dict[str, TensorSpec], seed: int = 0) -> Tensors:

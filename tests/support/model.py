@@ -10,7 +10,7 @@ from typing import Any, Final
 import torch
 from safetensors.torch import save_file
 
-from support.checkpoints import Tensors, fill
+from support.checkpoints import Tensors, fill, with_class
 from support.moe_model import INDEX, MoeModel, shard_name
 from support.raw import write_json
 
@@ -96,7 +96,7 @@ class Model:
         for file, shard in ((FIRST, self.first), (SECOND, self.second)):
             save_file(shard, folder / file)
         write_json(folder / INDEX, {"weight_map": self.weight_map or weight_map})
-        write_json(folder / "config.json", self.config)
+        write_json(folder / "config.json", with_class(self.config))
         return folder
 
 

@@ -52,6 +52,11 @@ def per_tensor_attention(model: Model, *, inputs: object = None, stored_input: b
 
 CASES: Final = (
     Case(
+        "a class of another model type",
+        (("warning", "class-mismatch", "config.json", 1),),
+        lambda model: model.config.update(architectures=["MixtralForCausalLM"]),
+    ),
+    Case(
         "int8 without quantization_config",
         (("warning", "scheme-implied", "config.json", 1),),
         lambda model: model.config.pop("quantization_config"),
