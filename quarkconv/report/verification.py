@@ -50,11 +50,12 @@ def _stages(verification: Verification) -> list[tuple[str, str, str]]:
     against = "the manifest" + (" and the source" if checked.against_source else "")
     tokens = " and ".join(map(str, numbers.tokens))
     layers = len({layer.module for layer in numbers.layers})
+    left_out = f"; not checked: {plural(len(numbers.not_checked), 'layer')}" if numbers.not_checked else ""
     what = {
         "structure": f"{plural(structure.tensors, 'tensor')} in {plural(structure.files, 'file')}",
         "bytes": checked.skipped or f"{plural(checked.pieces, 'piece')}, {size(checked.nbytes)}, against {against}",
         "numbers": numbers.skipped
-        or f"{plural(layers, 'layer')}, {tokens} tokens each, on {numbers.device} ({numbers.backend})",
+        or f"{plural(layers, 'layer')}, {tokens} tokens each, on {numbers.device} ({numbers.backend}){left_out}",
     }
     skipped = {"bytes": checked.skipped, "numbers": numbers.skipped}
     return [

@@ -10,7 +10,15 @@ from quarkconv.errors import UsageError
 from quarkconv.findings import finding_from_json
 from quarkconv.text import word
 from quarkconv.verify.layer_results import Distance, LayerExperts, LayerNumbers, WeightError
-from quarkconv.verify.results import SCHEMA, BytesResult, NumbersResult, Problem, StructureResult, Verification
+from quarkconv.verify.results import (
+    SCHEMA,
+    BytesResult,
+    NumbersResult,
+    Problem,
+    StructureResult,
+    UncheckedLayer,
+    Verification,
+)
 
 _WORST: Final = 10
 _LABELS: Final = {
@@ -94,6 +102,7 @@ def verification_from_json(value: dict[str, Any]) -> Verification:
                 layers=tuple(map(_layer, numbers["layers"])),
                 experts=tuple(map(_experts, numbers["experts"])),
                 skipped=numbers["skipped"],
+                not_checked=tuple(UncheckedLayer(**layer) for layer in numbers["not_checked"]),
             ),
             problems=tuple(Problem(**item) for item in value["problems"]),
             findings=tuple(map(finding_from_json, value["findings"])),

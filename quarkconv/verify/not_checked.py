@@ -12,7 +12,7 @@ from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding
 from quarkconv.text import examples, plural
 from quarkconv.verify.numbers import unsupported_activation
-from quarkconv.verify.results import StructureResult
+from quarkconv.verify.results import StructureResult, UncheckedLayer
 
 _AT_RUN_TIME: Final = {"rotation-online": "rotated", "smoothing-online": "multiplied by stored factors"}
 NO_MANIFEST: Final = "no quarkconv.json: quarkconv did not write this checkpoint"
@@ -42,25 +42,28 @@ def why_no_numbers(
         return "no experts are stored in int8" + (
             "" if with_source else "; --source compares their bytes with the dequantized codes of the source"
         )
-    unknown = _unknown_function(description, layers)
-    if unknown is not None:
-        return unknown
+    unknown = unknown_functions(description, layers)
+    if len(unknown) == len(layers):
+        return unknown[0].reason
     return STOPPED if stopped else None
 
 
-def _unknown_function(description: Description, layers: Sequence[MoELayer]) -> str | None:
-    """The reason why the function of these experts is unknown, or unsupported by the INT8 forward."""
+def unknown_functions(description: Description, layers: Sequence[MoELayer]) -> list[UncheckedLayer]:
+    """The layers whose experts have a function that is unknown, or that the INT8 forward does not compute."""
     codes = {item.code for item in description.findings}
-    for code, what in _AT_RUN_TIME.items():
-        if code in codes:
-            return f"activations are {what} at run time, which the INT8 forward here does not do"
+    at_run_time = next((what for code, what in _AT_RUN_TIME.items() if code in codes), None)
+    found = []
     for layer in layers:
         activation = expert_activation(description.config.raw, layer)
-        if isinstance(activation, Unknown):
-            return f"the function of the experts is unknown: {activation.reason}"
-        if (reason := unsupported_activation(activation)) is not None:
-            return reason
-    return None
+        if at_run_time is not None:
+            reason: str | None = f"activations are {at_run_time} at run time, which the INT8 forward here does not do"
+        elif isinstance(activation, Unknown):
+            reason = f"the function of the experts is unknown: {activation.reason}"
+        else:
+            reason = unsupported_activation(activation)
+        if reason is not None:
+            found.append(UncheckedLayer(layer.prefix, reason))
+    return found
 
 
 def passed_on(description: Description, source: Description | None) -> Iterator[Finding]:

@@ -59,6 +59,19 @@ class BytesResult:
 
 
 @dataclass(frozen=True, slots=True)
+class UncheckedLayer:
+    """A layer whose numbers are not checked, though those of others are.
+
+    Attributes:
+        module: module of its experts.
+        reason: why not.
+    """
+
+    module: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True)
 class NumbersResult:
     """The numbers of all layers; ``skipped`` is the reason where they were not computed.
 
@@ -70,6 +83,7 @@ class NumbersResult:
         layers: one for each layer and number of tokens.
         experts: one for each layer.
         skipped: the reason why numbers were not computed; None where they were.
+        not_checked: the layers that were left out, where others were computed.
     """
 
     device: str
@@ -79,6 +93,7 @@ class NumbersResult:
     layers: tuple[LayerNumbers, ...] = ()
     experts: tuple[LayerExperts, ...] = ()
     skipped: str | None = None
+    not_checked: tuple[UncheckedLayer, ...] = ()
 
     def label(self, layer: int, module: str) -> str:
         """The number of a layer; its module where layers share the number."""
@@ -157,6 +172,8 @@ class Verification:
         checked = ["structure", *(name for name in ("bytes", "numbers") if name not in skipped)]
         if "numbers" in checked and any(item.code == NOT_UNDERSTOOD for item in self.findings):
             skipped.append("numbers of experts that were not recognised")
+        if self.numbers.not_checked:
+            skipped.append(f"numbers of {plural(len(self.numbers.not_checked), 'layer')}")
         if "numbers" in checked and self.unquantized is not None:
             skipped.append("weights other than experts' and routers' against the unquantized model's")
         if not skipped:
@@ -195,6 +212,7 @@ class Verification:
                 "experts": [layer.to_json() for layer in numbers.experts],
                 "worst": worst,
                 "skipped": numbers.skipped,
+                "not_checked": [asdict(layer) for layer in numbers.not_checked],
             },
             "problems": [asdict(problem) for problem in self.problems],
             "findings": [asdict(item) for item in self.findings],

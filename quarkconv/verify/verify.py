@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TypeAlias
 
@@ -18,7 +19,14 @@ from quarkconv.verify.checksums import check_bytes
 from quarkconv.verify.inputs import RecordedInputs
 from quarkconv.verify.layer import LayerOutcome
 from quarkconv.verify.linears import linear_problems
-from quarkconv.verify.not_checked import NO_MANIFEST, NOT_REQUESTED, STOPPED, passed_on, why_no_numbers
+from quarkconv.verify.not_checked import (
+    NO_MANIFEST,
+    NOT_REQUESTED,
+    STOPPED,
+    passed_on,
+    unknown_functions,
+    why_no_numbers,
+)
 from quarkconv.verify.numbers import backend_name
 from quarkconv.verify.origins import origin_problems
 from quarkconv.verify.parts import Scope, identity, scope_of
@@ -95,6 +103,9 @@ def verify_checkpoint(
         with_source=opened.source is not None,
         stopped=fail_fast and problems != [],
     )
+    unknown = [] if skipped is not None else unknown_functions(opened.model, opened.layers)
+    left_out = {layer.module for layer in unknown}
+    opened = replace(opened, layers=tuple(layer for layer in opened.layers if layer.prefix not in left_out))
     scope = scope_of(opened.model, opened.manifest, opened.layers, share)
     job = NumbersJob(
         description=opened.model,
@@ -128,6 +139,7 @@ def verify_checkpoint(
             layers=tuple(item for outcome in outcomes for item in outcome.numbers),
             experts=tuple(outcome.experts for outcome in outcomes),
             skipped=skipped,
+            not_checked=tuple(unknown),
         ),
         problems=(*problems, *_bytes_first(outcomes, differences)),
         findings=tuple(passed_on(opened.model, opened.source)),

@@ -14,6 +14,9 @@ from support.model import Model, edited, experts, int8_linear
 from support.reported import codes, finding, two_stacks
 
 from quarkconv import convert_checkpoint, inspect_checkpoint, verify_checkpoint
+from quarkconv.headers.checkpoint import open_checkpoint
+from quarkconv.plan.shares import Share
+from quarkconv.verify.merged import merged, verification_from_json
 
 # Two stacks of experts (vllm-omni 5573)
 
@@ -265,3 +268,42 @@ def test_linears_of_a_draft_model_have_no_verdict_either(tmp_path: Path) -> None
 def test_experts_in_other_modules_than_published_ones_have_no_verdict(stack: str, tmp_path: Path) -> None:
     model = edited(lambda name, tensor: {name.replace("model.layers.", stack): tensor})
     assert not {fact.verdict for fact in inspect_checkpoint(model.write(tmp_path)).engines} & {"int8", "w8a16"}
+
+
+def test_verify_checks_the_numbers_of_the_layers_that_config_json_describes(tmp_path: Path) -> None:
+    model = Model()
+    draft = "draft_model.layers.0.mlp.experts"
+    model.first |= experts(draft, range(3))
+    source = model.write(tmp_path / "source")
+    out = convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
+    verification = verify_checkpoint(out, device="cpu", tokens=2)
+    numbers = verification.numbers
+    assert verification.ok
+    assert {layer.module for layer in numbers.layers} == {f"model.layers.{n}.mlp.experts" for n in (0, 1)}
+    assert [(layer.module, "does not describe" in layer.reason) for layer in numbers.not_checked] == [(draft, True)]
+    assert verification.verdict() == "Verified: structure and bytes and numbers; not checked: numbers of 1 layer"
+    alone = verify_checkpoint(out, device="cpu", tokens=2, layers=[draft])
+    assert (alone.numbers.layers, alone.numbers.not_checked) == ((), ())
+    assert "does not describe" in str(alone.numbers.skipped)
+    parts = {str(n): verify_checkpoint(out, device="cpu", tokens=2, share=Share(n, 2)).to_json() for n in (1, 2)}
+    whole = verification_from_json(merged(parts))
+    assert whole.ok
+    assert (len(whole.numbers.layers), whole.numbers.not_checked) == (2, numbers.not_checked)
+    assert whole.bytes.nbytes == verification.bytes.nbytes
+
+
+def test_a_wrong_byte_of_a_layer_whose_numbers_are_not_checked_is_found(tmp_path: Path) -> None:
+    model = Model()
+    model.first |= experts("draft_model.layers.0.mlp.experts", range(3))
+    out = convert_checkpoint(model.write(tmp_path / "source"), "compressed-tensors", tmp_path / "out").output
+    refs = open_checkpoint(out).refs()
+    place = refs["draft_model.layers.0.mlp.experts.1.up_proj.weight"]
+    with (out / place.file).open("r+b") as file:
+        file.seek(place.start)
+        first = file.read(1)[0]
+        file.seek(place.start)
+        file.write(bytes([first ^ 1]))
+    problems = verify_checkpoint(out, device="cpu", tokens=2).problems
+    assert [(problem.stage, problem.tensor) for problem in problems] == [
+        ("bytes", "draft_model.layers.0.mlp.experts.1.up_proj.weight")
+    ]

@@ -13,7 +13,7 @@ from rich.text import Text
 from quarkconv.cli.out import console, indented, printable, title, verdict
 from quarkconv.cli.render.charts import verification_charts
 from quarkconv.cli.render.findings import render_findings
-from quarkconv.text import plural, size
+from quarkconv.text import examples, plural, size
 from quarkconv.verify.layer_results import RESCALED, Distance, LayerNumbers
 from quarkconv.verify.results import NumbersResult, Problem, Verification
 
@@ -31,6 +31,8 @@ def render_verification(verification: Verification) -> RenderableType:
         parts += [*render_findings(verification.findings), ""]
     if verification.numbers.layers:
         parts.append(_numbers(verification.numbers))
+    if verification.numbers.not_checked:
+        parts.append(_left_out(verification.numbers))
     if verification.numbers.experts:
         parts += [verification_charts(verification.numbers, console().options), _worst(verification)]
     if verification.problems:
@@ -104,6 +106,18 @@ def _numbers(numbers: NumbersResult) -> RenderableType:
         f"dequantized weights, bound {noise_bound}; max: largest element error / output RMS"
     )
     lines.append(indented(legend, 2, "dim"))
+    return Group(*lines, "")
+
+
+def _left_out(numbers: NumbersResult) -> RenderableType:
+    """The layers whose numbers are not checked, by reason."""
+    by_reason: dict[str, list[str]] = {}
+    for layer in numbers.not_checked:
+        by_reason.setdefault(layer.reason, []).append(layer.module)
+    lines: list[RenderableType] = [
+        indented(printable(f"not checked: {examples(modules)} ({reason})"), 2, "dim")
+        for reason, modules in by_reason.items()
+    ]
     return Group(*lines, "")
 
 
