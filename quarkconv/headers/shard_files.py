@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Final
 
@@ -96,9 +97,25 @@ def shard_names(store: Files, present: list[str], index: Index | None) -> list[s
             file=str(store.root),
             expected=f"{SINGLE_NAME}, or shards with {INDEX_NAME}",
             found="no *.safetensors",
-            hint="give the directory that holds config.json and the weights",
+            hint=_snapshot_hint(store) or "give the directory that holds config.json and the weights",
         )
     return sorted({*present, *_numbered(present)})
+
+
+def _snapshot_hint(store: Files) -> str | None:
+    """The next step for a folder of the Hub's cache, ``models--org--name``, whose snapshots are the models; else None.
+
+    Source: ``huggingface_hub``'s cache. ``refs/main`` holds the commit of the latest download of the default revision.
+    """
+    root, snapshots, latest = store.root, list[str](), ""
+    with suppress(OSError, UnicodeDecodeError):
+        if isinstance(store, LocalFiles) and root.name.startswith("models--"):
+            snapshots = sorted(os.listdir(root / "snapshots"))
+            latest = (root / "refs" / "main").read_text("utf-8").strip()
+    if not snapshots:
+        return None
+    commit = latest if latest in snapshots else snapshots[0]
+    return f"a folder of the Hub's cache holds models as snapshots: give {root / 'snapshots' / commit}"
 
 
 def _numbered(present: list[str]) -> Iterator[str]:

@@ -13,6 +13,8 @@ from quarkconv.errors import WriteError
 
 FULL: Final = (errno.ENOSPC, errno.EDQUOT)
 """Error numbers of a full disk or quota."""
+_REFUSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
+"""Error numbers of a file system that is read-only, or of another owner's directory."""
 
 
 def write_durably(path: Path, data: bytes) -> None:
@@ -62,6 +64,8 @@ def as_write_error(error: OSError, path: Path) -> WriteError:
     if error.errno in FULL:
         message = "The disk is full" if error.errno == errno.ENOSPC else "The disk quota is used up"
         hint = "nothing is lost: free space, then run the same command again; it resumes where it stopped"
+    elif error.errno in _REFUSED:
+        hint = "make it writable, or give another directory with --out, then run the command again"
     elif error.errno == errno.ENAMETOOLONG:
         hint = "give a shorter --out"
     found = error.strerror or str(error)

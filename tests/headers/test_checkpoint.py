@@ -112,6 +112,27 @@ def test_a_file_is_refused_with_the_directory_that_holds_it(folder: Path) -> Non
     assert (caught.value.file, caught.value.hint) == (str(folder / FIRST), f"give its directory: {folder}")
 
 
+@pytest.mark.parametrize(("latest", "named"), [("b2", "b2"), ("gone", "a1"), (None, "a1")])
+def test_a_folder_of_the_hubs_cache_names_its_snapshot(latest: str | None, named: str, tmp_path: Path) -> None:
+    root = tmp_path / "models--org--name"
+    for commit in ("a1", "b2"):
+        (root / "snapshots" / commit).mkdir(parents=True)
+    if latest is not None:
+        (root / "refs").mkdir()
+        (root / "refs" / "main").write_text(latest)
+    with pytest.raises(SourceError, match="no safetensors file") as caught:
+        open_checkpoint(root)
+    assert str(caught.value.hint).endswith(f"give {root / 'snapshots' / named}")
+
+
+def test_a_folder_of_the_hubs_cache_without_snapshots_names_none(tmp_path: Path) -> None:
+    root = tmp_path / "models--org--name"
+    (root / "snapshots").mkdir(parents=True)
+    with pytest.raises(SourceError, match="no safetensors file") as caught:
+        open_checkpoint(root)
+    assert "snapshot" not in str(caught.value.hint)
+
+
 def test_a_directory_without_weights_is_refused(tmp_path: Path) -> None:
     write_json(tmp_path / "config.json", {})
     with pytest.raises(SourceError, match="no safetensors file") as caught:

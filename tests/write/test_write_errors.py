@@ -264,5 +264,6 @@ def test_a_folder_without_write_permission_is_reported(source: Path, tmp_path: P
     _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5, err
     assert "Permission denied" in err
+    assert "give another directory with --out" in err
     assert str(out) in err
     assert "Traceback" not in err
