@@ -7,7 +7,7 @@ from collections.abc import Iterator, Mapping
 import torch
 from torch import Tensor, nn
 
-from quarkconv.evaluate.expert_classes import FLAT, is_flat
+from quarkconv.evaluate.expert_classes import FLAT, identities, is_flat
 from quarkconv.evaluate.layer_ops import on_kernels, scale_codes
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ROLES
@@ -52,6 +52,8 @@ def stacked(experts: FusedExperts, module: nn.Module) -> Iterator[tuple[str, Ten
         weight = dequantized(codes, scale.squeeze(-1))
         if leaf == "gate_up_proj" and interleaved:
             weight, bias = _interleaved(weight), None if bias is None else _interleaved(bias)
+        if leaf == "gate_up_proj" and (more := identities(module)):
+            weight = torch.cat([weight, weight.new_zeros(more, *weight.shape[1:])])
         yield leaf, weight.transpose(1, 2).contiguous() if module.is_transposed else weight
         if bias is not None:
             yield f"{leaf}_bias", bias.to(torch.bfloat16)

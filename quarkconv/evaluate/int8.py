@@ -9,6 +9,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from quarkconv.evaluate.expert_classes import run_one_each
 from quarkconv.evaluate.layer_ops import on_kernels, scale_sums
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.kernels import fused_experts_int8, quantize_int8
@@ -120,13 +121,17 @@ class Int8Experts(nn.Module):
         experts: the experts.
         activation: what they compute.
         group: how many of them are on the device of the inputs at a time, for those on the CPU; None for all.
+        identities: how many experts after them return their input, times the weight.
     """
 
-    def __init__(self, experts: FusedExperts, activation: ExpertActivation, group: int | None = None) -> None:
+    def __init__(
+        self, experts: FusedExperts, activation: ExpertActivation, group: int | None = None, identities: int = 0
+    ) -> None:
         super().__init__()
         self.experts = experts
         self.activation = activation
         self.group = group
+        self.identities = identities
 
     def forward(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[M, H], int64 [M, k], floats [M, k] -> [M, H]."""
@@ -139,6 +144,9 @@ class Int8Experts(nn.Module):
             result = self._run(self.experts, wide.contiguous(), ids, weights)
         else:
             result = self._in_groups(self.group, wide, ids, weights)
+        if self.identities:
+            share = (weights * (ids >= self.experts.experts)).sum(-1, keepdim=True)
+            result = result.float() + share * states.float()
         return result.to(hidden_states.dtype).reshape(shape)
 
     def _run(self, experts: FusedExperts, states: Tensor, ids: Tensor, weights: Tensor) -> Tensor:
@@ -200,7 +208,8 @@ class ExpertLeftOut(nn.Module):
         rows = chosen.any(-1)
         if bool(rows.any()):
             share = (weights * chosen).sum(-1, keepdim=True)[rows]
-            alone = self.floats(tokens[rows], torch.full_like(share, self.expert, dtype=torch.int64), share)
+            ids_alone = torch.full_like(share, self.expert, dtype=torch.int64)
+            alone = run_one_each(self.floats, tokens[rows], ids_alone, share)
             result = result.clone()
             result[rows] += alone.reshape(-1, tokens.shape[-1])
         return result.reshape(hidden_states.shape)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from quarkconv.errors import UnsupportedError
 from quarkconv.evaluate.dequantize import dequantized
+from quarkconv.evaluate.expert_classes import identities
 from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, linear_groups
 from quarkconv.evaluate.request import VERIFY_INSTEAD
 from quarkconv.evaluate.skeleton import Skeleton
@@ -62,7 +63,8 @@ def int8_modules(
                 found=activation.reason,
                 hint="leave this layer out of --layers: it then runs dequantized",
             )
-        if path not in skeleton.experts_of(number):
+        classes = skeleton.experts_of(number)
+        if path not in classes:
             raise UnsupportedError(
                 "The class of these experts cannot be replaced",
                 file=str(skeleton.root),
@@ -71,7 +73,8 @@ def int8_modules(
                 found=type(skeleton.layers[number]).__name__,
                 hint=VERIFY_INSTEAD,
             )
-        yield path, Int8Experts(experts, activation, skeleton.group if path in weights.divided else None)
+        group = skeleton.group if path in weights.divided else None
+        yield path, Int8Experts(experts, activation, group, identities(classes[path]))
 
 
 @contextmanager

@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor, nn
 
+from quarkconv.evaluate.expert_classes import run_one_each
 from quarkconv.evaluate.int8 import Int8Experts
 from quarkconv.evaluate.sums import DeviceSums, squares
 
@@ -35,7 +36,7 @@ def sample_experts(modules: Mapping[str, nn.Module], routed: Routed, sums: Devic
     pairs = hidden.repeat_interleave(ids.shape[1], dim=0)
     flat_ids, flat_weights = ids.reshape(-1, 1), weights.reshape(-1, 1)
     with torch.no_grad():
-        expected = routed.experts(pairs, flat_ids, flat_weights).double().reshape(pairs.shape)
+        expected = run_one_each(routed.experts, pairs, flat_ids, flat_weights).double().reshape(pairs.shape)
         computed = int8(pairs, flat_ids, flat_weights).double()
     errors = (computed - expected).square().sum(-1)
     experts = int8.experts.experts
@@ -48,6 +49,7 @@ def sample_experts(modules: Mapping[str, nn.Module], routed: Routed, sums: Devic
 
 
 def counts(ids: Tensor, experts: int) -> Tensor:
-    """How often each expert is chosen, int64 [E]."""
+    """How often each expert is chosen, int64 [E]; identities, whose ids are E and more, are not counted."""
     flat = ids.flatten().long()
-    return torch.zeros(experts, dtype=torch.int64, device=ids.device).scatter_add_(0, flat, torch.ones_like(flat))
+    found = torch.zeros(experts + 1, dtype=torch.int64, device=ids.device)
+    return found.scatter_add_(0, flat.clamp(max=experts), torch.ones_like(flat))[:experts]

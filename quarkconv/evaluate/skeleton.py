@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from quarkconv.errors import SourceError, UnsupportedError
 from quarkconv.evaluate.buffers import compute_buffers
-from quarkconv.evaluate.expert_classes import is_routed, set_layout
+from quarkconv.evaluate.expert_classes import is_routed, set_layout, with_identities
 from quarkconv.evaluate.float_experts import FloatExperts, OwnWeights, computes_grouped
 from quarkconv.evaluate.model_class import meta_model
 from quarkconv.evaluate.name_mapping import NameMapping
@@ -119,6 +119,9 @@ class Skeleton:
 
         # Here, not by transformers: its threads would convert on a stream of their own.
         tensors = {name: self._converted(name, tensor) for name, tensor in tensors.items()}
+        number = None if prefix is None else self.layer_of(f"{prefix}.")
+        for path, module in self.experts_of(number).items() if number is not None else ():
+            tensors |= dict(with_identities(path, module, tensors))
         own = {name for name in tensors if self.has(name) and self.target(name) == name}
         devices = {"": self.device} | {path: torch.device("cpu") for path in self.divided}
         config = LoadStateDictConfig(dtype=self.dtype, device_map=devices, weight_mapping=list(self._names.entries))

@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import io
 import json
-import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +13,7 @@ import torch
 from rich.console import Console
 from safetensors.torch import load_file, save_file
 from support.exports import DATA, restore
+from support.int8_error import largest_error
 from support.model import Model
 from support.quark_config import layer_config
 
@@ -37,13 +37,6 @@ FLOAT_LINEARS = {"deepseek_v4-0.13-eager": ("lm_head",)}
 UNKNOWN_ROUTING = {"llama4-0.13-f2f"}
 """Experts that compute every token, with weights of zero: which ones a token chooses is not seen."""
 
-
-ROUNDING = 0.009
-"""Error of one INT8 product here: a token's largest value is 3 to 4 times its RMS, and rounding to 127 steps of it is
-an error of 0.7 to 0.9 %."""
-ANOTHER_EXPERT = 0.4
-"""Error of a token that chooses another expert, as attention in INT8 moves its router's input: 0.15 to 0.4 in windows
-of three seeds. A missing bias, factor or clamp changes every token by tens of percent."""
 IN_A_ROW = {
     # gate and up; down
     **dict.fromkeys(
@@ -69,14 +62,11 @@ Noise of 0.9 % lets 0.6 to 0.8 of 48 tokens cross it; eight seeds gave errors of
 def own_bound(family: str, changed: float) -> float:
     """The largest error of a layer on the baseline's hidden states.
 
-    The errors of products in a row are independent, so their squares add; so do those of the tokens.
-
     Args:
         family: the model type.
         changed: share of tokens that choose another expert.
     """
-    products, changed = IN_A_ROW.get(family, 4), changed + ANOTHER_WEIGHT.get(family, 0.0)
-    return math.sqrt(products * ROUNDING**2 + changed * ANOTHER_EXPERT**2)
+    return largest_error(IN_A_ROW.get(family, 4), changed + ANOTHER_WEIGHT.get(family, 0.0))
 
 
 @pytest.fixture(scope="module")
