@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from support.checkpoints import make_checkpoint
-from support.program import PROCESS_TIMEOUT
+from support.program import PROCESS_TIMEOUT, utf8_environment
 
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "quarkconv"
@@ -154,7 +154,8 @@ except SystemExit as stop:
 
 def heavy_imports(code: str, *args: str | Path) -> list[str]:
     command = [sys.executable, "-c", REPORT.format(code=code), *map(str, args)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True)
+    environment = utf8_environment()
+    run = subprocess.run(command, capture_output=True, env=environment, timeout=PROCESS_TIMEOUT, check=True)
     names: list[str] = json.loads(run.stdout.splitlines()[-1])
     return names
 

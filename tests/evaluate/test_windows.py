@@ -29,7 +29,7 @@ def test_a_text_is_cut_into_windows_and_the_rest_is_not_used(tmp_path: Path, tok
     text = tmp_path / "text.txt"
     text.write_text("abcdefghijk")
     windows = windows_of_text(text, tokenizer, 4)
-    letters = {number: letter for letter, number in json.loads(tokenizer.read_text())["model"]["vocab"].items()}
+    letters = {number: letter for letter, number in json.loads(tokenizer.read_text("utf-8"))["model"]["vocab"].items()}
     assert ["".join(letters[number] for number in window) for window in windows.ids.tolist()] == ["abcd", "efgh"]
     assert windows_of_text(text, tokenizer, 4, count=1).count == 1
 

@@ -159,7 +159,7 @@ def test_strings_of_the_config_survive_a_conversion(
 ) -> None:
     folder = corrupted(tmp_path / "model", config(lambda value: value.update(note=text, limit=[0.0, float("inf")])))
     assert run_cli(capsys, "convert", folder, "--to", "fused-int8", "--out", tmp_path / "out")[0] == 0
-    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    written = json.loads((tmp_path / "out" / "config.json").read_text("utf-8"))
     assert (written["note"], written["limit"]) == (text, [0.0, float("inf")])
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import socket
 import time
 from collections.abc import Callable
@@ -277,7 +278,7 @@ def test_a_token_with_a_line_end(published: Hub, monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.usefixtures("published")
 def test_a_token_that_no_header_can_hold(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_TOKEN", "hf_sécrét")
+    monkeypatch.setenv("HF_TOKEN", os.fsdecode("hf_sécrét".encode()))  # in any locale
     code, out, err = run_cli(capsys, "inspect", REPO, "--json")
     response: dict[str, Any] = json.loads(out)
     assert code == 3

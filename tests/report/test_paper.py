@@ -29,7 +29,7 @@ def print_pages(folder: Path, html: str, scheme: str = "light") -> list[list[str
     pdf = folder / "report.pdf"
     browse(folder, html, "--no-pdf-header-footer", f"--print-to-pdf={pdf}", scheme=scheme)
     command = ["pdftotext", "-layout", str(pdf), "-"]
-    text = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True).stdout
+    text = subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PROCESS_TIMEOUT, check=True).stdout
     return [[line.strip() for line in page.splitlines() if line.strip()] for page in text.split("\f")[:-1]]
 
 

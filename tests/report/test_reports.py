@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 from support.exports import Checkpoints
 from support.model import Model
-from support.program import PROCESS_TIMEOUT, run_cli
+from support.program import PROCESS_TIMEOUT, run_cli, utf8_environment
 from support.reports import browse, needs_browser, verification
 
 import quarkconv
@@ -222,4 +222,5 @@ def test_no_chart_library_is_imported_without_a_report(checkpoints: Checkpoints)
         "assert 'matplotlib' not in sys.modules and 'huggingface_hub' not in sys.modules"
     )
     model = str(checkpoints("qwen3_moe-quark0.13-f2f"))
-    subprocess.run([sys.executable, "-c", code, model], check=True, capture_output=True, timeout=PROCESS_TIMEOUT)
+    command, environment = [sys.executable, "-c", code, model], utf8_environment()
+    subprocess.run(command, check=True, capture_output=True, env=environment, timeout=PROCESS_TIMEOUT)

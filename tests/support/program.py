@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import signal
 import subprocess
 import sys
@@ -45,8 +46,17 @@ def run_cli(capsys: pytest.CaptureFixture[str], *args: str | Path) -> tuple[int,
     return code, captured.out, captured.err
 
 
+def utf8_environment() -> dict[str, str]:
+    """The environment for scripts that call ``main``, which leaves the encoding of stdout to the locale."""
+    return os.environ | {"PYTHONIOENCODING": "utf-8"}
+
+
 def start(script: str, *args: str | int | Path) -> subprocess.Popen[str]:
-    """Start Python on a script."""
+    """Start Python on a script, whose output is UTF-8 in any locale."""
     return subprocess.Popen(
-        [sys.executable, "-c", script, *map(str, args)], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        [sys.executable, "-c", script, *map(str, args)],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        encoding="utf-8",
+        env=utf8_environment(),
     )

@@ -33,7 +33,7 @@ def browse(folder: Path, html: str, *options: str, scheme: str = "light") -> str
     dark = ["--blink-settings=preferredColorScheme=0"] if scheme == "dark" else []
     base = [BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={folder / 'profile'}", *dark]
     command = [*base, *options, (folder / "page.html").as_uri()]
-    return subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True).stdout
+    return subprocess.run(command, capture_output=True, encoding="utf-8", timeout=PROCESS_TIMEOUT, check=True).stdout
 
 
 def distance(error: float, bound: float = 0.2) -> Distance:
