@@ -227,7 +227,8 @@ def test_an_interrupt_while_torch_imports_numpy_is_an_interrupt(tmp_path: Path, 
         "import numpy\n"
     )
     code = (
-        f"import sys; sys.path.insert(0, {str(tmp_path)!r}); from quarkconv.cli import main\n"
+        f"import signal, sys; sys.path.insert(0, {str(tmp_path)!r}); from quarkconv.cli import main\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"  # jobs in the background of a shell ignore it
         f"main._RETRY_SECONDS = {seconds}; main.run()"
     )
     words = [sys.executable, "-P", "-c", code, "verify", str(tmp_path / "nothing")]
