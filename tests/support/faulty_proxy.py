@@ -8,7 +8,7 @@ import struct
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
@@ -107,11 +107,10 @@ def faulty_proxy(upstream: str) -> Iterator[FaultyProxy]:
                 if proxy.lie:
                     first, _, last = requested.removeprefix("bytes=").partition("-")
                     headers["Range"] = f"bytes={int(first) + 1}-{int(last) + 1}"
-            upstream = http.client.HTTPConnection(proxy.upstream, timeout=30)
-            upstream.request(self.command, self.path, body, headers)
-            response = upstream.getresponse()
-            body = response.read()
-            upstream.close()
+            with closing(http.client.HTTPConnection(proxy.upstream, timeout=30)) as upstream:
+                upstream.request(self.command, self.path, body, headers)
+                response = upstream.getresponse()
+                body = response.read()
             if self.command == "PUT" and proxy.take("lose_puts"):
                 self._reset()
                 return
