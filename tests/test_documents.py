@@ -16,6 +16,14 @@ from support.program import run_cli
 ROOT = Path(__file__).resolve().parents[1]
 DOCUMENTS = [*sorted(ROOT.glob("*.md")), *sorted((ROOT / "docs").glob("*.md")), *sorted(ROOT.glob("*/README.md"))]
 README = (ROOT / "README.md").read_text("utf-8")
+BACKENDS = {
+    "vLLM Triton (default)": "triton",
+    "vLLM Triton, quarkconv's tables": "triton-tuned",
+    "vLLM Humming 0.1.19": "humming",
+    "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
+    "quarkconv": "quarkconv",
+}
+"""Rows of the tables in docs/vllm.md -> their keys in the results."""
 
 
 def named(path: Path) -> str:
@@ -186,17 +194,10 @@ def tokens_per_second(row: dict[str, Any]) -> list[float]:
 def test_what_serving_with_the_plugin_gives_was_measured() -> None:
     text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
     prose = " ".join(text.split())
-    names = {
-        "vLLM Triton (default)": "triton",
-        "vLLM Triton, quarkconv's tables": "triton-tuned",
-        "vLLM Humming 0.1.19": "humming",
-        "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
-        "quarkconv": "quarkconv",
-    }
     first, second = (result(f"serve-qwen3-30b-a3b-{run}nvidia-h200") for run in ("prefill-", ""))
     prefill = {key: row["prefill_tokens_per_s"] for key, row in first["backends"].items()}
     decode = {key: [*row["decode_tokens_per_s"].values()] for key, row in second["backends"].items()}
-    for name, key in names.items():
+    for name, key in BACKENDS.items():
         cells = [f"{value:,.0f}" for value in (prefill[key], *decode.get(key, ()))] + [""] * 4 * (key not in decode)
         assert f"| {name} | {' | '.join(cells)} |" in text
     assert first["date"] == second["date"]
@@ -231,20 +232,13 @@ def test_what_serving_with_the_plugin_gives_was_measured() -> None:
 
 def test_decode_of_repeated_experts_was_measured() -> None:
     text = (ROOT / "docs" / "vllm.md").read_text("utf-8")
-    names = {
-        "vLLM Triton (default)": "triton",
-        "vLLM Triton, quarkconv's tables": "triton-tuned",
-        "vLLM Humming 0.1.19": "humming",
-        "vLLM Humming 0.1.19, 8-bit activations": "humming-int8",
-        "quarkconv": "quarkconv",
-    }
     for run, others, over in (
         ("qwen3-30b-a3b-defaults-decode", {"triton"}, "the default"),
         ("minimax-m2-decode", {"triton-tuned", "humming", "humming-int8"}, "the best other"),
     ):
         rows = result(f"serve-{run}-nvidia-h200")["backends"]
         decode = {key: [*row["decode_tokens_per_s"].values()] for key, row in rows.items()}
-        for name, key in names.items():
+        for name, key in BACKENDS.items():
             if key in decode:
                 assert f"| {name} | {' | '.join(f'{value:,.0f}' for value in decode[key])} |" in text
         best = [max(column) for column in zip(*(decode[key] for key in others), strict=True)]

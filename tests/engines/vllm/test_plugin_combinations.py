@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -34,6 +35,24 @@ def read_by(layer: Any) -> list[int | None]:
     experts = layer.quant_method.moe_kernel.fused_experts
     read = (experts.w1_scale, experts.w2_scale, experts.a1_scale, experts.a2_scale)
     return [None if tensor is None else tensor.data_ptr() for tensor in read]
+
+
+def loaded(folder: Path, name: str) -> tuple[torch.nn.Module, Any]:
+    """A model and its experts of layer 1, loaded once, as vLLM has them before it makes their kernel."""
+    model = build(folder)
+    layer = experts_of(model, name)
+    reload.record_metadata_for_reloading(layer)
+    load(model)
+    return model, layer
+
+
+def load_again(model: torch.nn.Module, layer: Any) -> None:
+    """Load a checkpoint again by vLLM's own reloading, which restores the parameters that it replaced."""
+    config = vars(model)["engine_config"]
+    with set_current_vllm_config(config):
+        reload.initialize_layerwise_reload(layer)
+        load(model)
+        reload.finalize_layerwise_reload(layer, config.model_config)
 
 
 class Half(torch.nn.Module):
@@ -177,21 +196,14 @@ def test_captured_graphs_see_the_scales_of_weights_that_are_loaded_again(forms: 
 @pytest.mark.parametrize("name", [NAME, f"{NAME}-per_tensor_weight"])
 def test_weights_that_vllm_loads_again_are_read(forms: Forms, name: str) -> None:
     """By vLLM's own reloading, which restores the parameters that it replaced while it loaded."""
-    model = build(forms(name, QUARK))
-    config = vars(model)["engine_config"]
-    layer = experts_of(model, name)
-    reload.record_metadata_for_reloading(layer)
-    load(model)
+    model, layer = loaded(forms(name, QUARK), name)
     layer.quant_method.process_weights_after_loading(layer)
     x, weights, ids = inputs(layer, layer.global_num_experts)
     expected = layer.quant_method.apply(layer, x, weights, ids, None, None)
     addresses = read_by(layer)
     layer.w2_weight.data.zero_()
     assert not layer.quant_method.apply(layer, x, weights, ids, None, None).any()
-    with set_current_vllm_config(config):
-        reload.initialize_layerwise_reload(layer)
-        load(model)
-        reload.finalize_layerwise_reload(layer, config.model_config)
+    load_again(model, layer)
     assert read_by(layer) == addresses
     assert torch.equal(layer.quant_method.apply(layer, x, weights, ids, None, None), expected)
 
@@ -203,34 +215,23 @@ def test_scales_that_change_are_read_when_vllm_loads_again(forms: Forms, name: s
     once = ready(forms(name, QUARK), name)
     x, weights, ids = inputs(once, once.global_num_experts)
     expected = once.quant_method.apply(once, x, weights, ids, None, None)
-    model = build(forms(name, QUARK))
-    config = vars(model)["engine_config"]
-    layer = experts_of(model, name)
-    reload.record_metadata_for_reloading(layer)
-    load(model)
+    model, layer = loaded(forms(name, QUARK), name)
     scales = [parameter for key, parameter in layer.named_parameters() if key.endswith("_scale")]
     assert len(scales) == 2
     for scale in scales:
         scale.data.mul_(2)
     layer.quant_method.process_weights_after_loading(layer)
     assert relative_error(layer.quant_method.apply(layer, x, weights, ids, None, None), expected) > 0.1
-    with set_current_vllm_config(config):
-        reload.initialize_layerwise_reload(layer)
-        load(model)
-        reload.finalize_layerwise_reload(layer, config.model_config)
+    load_again(model, layer)
     assert torch.equal(layer.quant_method.apply(layer, x, weights, ids, None, None), expected)
 
 
 @pytest.mark.usefixtures("turned_on")
 def test_static_activations_are_not_loaded_again(forms: Forms) -> None:
     """vLLM counts input scales twice, drops the scales that come last, and says nothing."""
-    model = build(forms(STATIC, QUARK))
-    config = vars(model)["engine_config"]
-    layer = experts_of(model, STATIC)
-    reload.record_metadata_for_reloading(layer)
-    load(model)
+    model, layer = loaded(forms(STATIC, QUARK), STATIC)
     layer.quant_method.process_weights_after_loading(layer)
-    with set_current_vllm_config(config):
+    with set_current_vllm_config(vars(model)["engine_config"]):
         reload.initialize_layerwise_reload(layer)
         with pytest.raises(ValueError, match="leaves out scales when it loads int8_static experts again; restart"):
             load(model)
