@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterator
 
 from quarkconv.description.expert_names import is_of_adapter
-from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.int8_modules import CONVERT, int8_defects
 from quarkconv.description.one_scheme import scheme_findings
 from quarkconv.description.other_scales import in_blocks, scales_under_other_names, under_other_names
@@ -39,6 +38,8 @@ def contradictions(
     others: Groups,
     family: FamilyOf,
     is_mtp: Callable[[str], bool],
+    is_float: Callable[[str], bool],
+    float_modules: tuple[str, ...],
     fp8: Collection[str],
 ) -> Iterator[Finding]:
     """The findings about the scheme of a checkpoint.
@@ -49,14 +50,15 @@ def contradictions(
         others: the modules that are not routed experts.
         family: gives the family of models that a module belongs to; None where it is unknown.
         is_mtp: a test of names, see :func:`quarkconv.description.mtp.mtp_test`.
+        is_float: a test of names, see :func:`quarkconv.description.float_modules.float_test`.
+        float_modules: int8 modules that engines keep in float.
         fp8: the modules in FP8 that some target keeps.
     """
-    is_float = float_test(topology, family)
     yield from _config(declared, modules, stored)
     yield from _experts(declared, topology, is_mtp)
     if declared is not None and not isinstance(declared, UnknownScheme):
         yield from _linears(declared, modules, others, is_float)
-    yield from _float_modules_quantized(quantized_float_modules(others, is_float, topology.unread), is_mtp)
+    yield from _float_modules_quantized(float_modules, is_mtp)
     blocks = frozenset(name.removesuffix(BLOCK_SCALE) for name in stored.plain if name.endswith(BLOCK_SCALE))
     blocks = blocks.difference(fp8)
     renamed = scales_under_other_names(modules, stored)
@@ -76,7 +78,8 @@ def contradictions(
 
 def _simulated(modules: ResolvedModules) -> Iterator[Finding]:
     """Float weights with scales beside them, as tools store them that quantize in simulation only."""
-    names = [name for (form, _), group in modules.groups.items() if form.is_float and any(form[1:]) for name in group]
+    groups = [names for (form, _), names in modules.groups.items() if form.is_float and any(form.tensors[1:])]
+    names = [name for group in groups for name in group]
     yield from FindingsAbout(
         "companion-unknown",
         names,

@@ -252,7 +252,9 @@ def described(
             *(() if config.rank.is_whole else (rank_part(config.rank),)),
             *(ascend_findings(declared, checkpoint) if isinstance(declared, AscendScheme) else ()),
             *((scheme_implied(),) if implied else ()),
-            *contradictions(declared, stored, modules, topology, others, family, is_mtp, in_fp8),
+            *contradictions(
+                declared, stored, modules, topology, others, family, is_mtp, is_float, float_modules, in_fp8
+            ),
             *other_quantizations(config),
             *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),

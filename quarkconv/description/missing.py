@@ -15,10 +15,8 @@ from quarkconv.text import plural
 _EMBEDDINGS: Final = ("embed_tokens", "word_embeddings", "tok_embeddings", "wte", "embed", "embeddings")
 _HEADS: Final = frozenset({"lm_head", "head", "output", "output_layer", "embed_out", "proj_out"})
 """Last parts of the names of the embeddings, and of the head, of a language model."""
-_SHARED: Final = (
-    "n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert",
-    "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size",
-)  # fmt: skip
+_SHARED_COUNTS: Final = ("n_shared_experts", "num_shared_experts", "moe_num_shared_experts", "num_shared_expert")
+_SHARED: Final = (*_SHARED_COUNTS, "shared_expert_intermediate_size", "moe_shared_expert_intermediate_size")
 _NORM_BIASES: Final = tuple(f".{norm}_layernorm.bias" for norm in ("input", "post_attention"))
 _BIASED_NORMS: Final = frozenset({"phimoe"})
 """Model types whose norms have biases."""
@@ -86,7 +84,7 @@ def shared_among_routed(
         others: the modules that are not routed experts.
     """
     stored = {layer.prefix: layer for layer in layers}
-    shared = {value for key in _SHARED[:4] if type(value := config.text.get(key)) is int and value > 0}
+    shared = {value for key in _SHARED_COUNTS if type(value := config.text.get(key)) is int and value > 0}
     for item in findings:
         layer = stored.get(item.subject) if item.code == "expert-count" else None
         claimed = None if layer is None else config.local_experts_of(layer.prefix, layer.quantized)

@@ -179,7 +179,7 @@ def _check_dtypes(description: Description, options: SourceOptions) -> None:
     """Refuse weights in another quantized dtype: as float weights they would have to be dequantized first."""
     kept = {name for group in description.fp8 for name in group.modules} if options.quantize != "all" else set()
     for module, form in description.stored:
-        if form.is_float and any(form[1:]):
+        if form.is_float and any(form.tensors[1:]):
             raise UnsupportedError(
                 "A float weight with a scale beside it is not quantized: it may hold codes, or values",
                 file=str(description.checkpoint.root),

@@ -25,13 +25,24 @@ _NOT_CHECKED: Final = PASSED_ON | {"mixed-precision", NOT_UNDERSTOOD}
 def why_no_numbers(
     description: Description,
     layers: Sequence[MoELayer],
+    unknown: Sequence[UncheckedLayer],
     structure: StructureResult,
     stages: Collection[str],
     *,
     with_source: bool,
     stopped: bool,
 ) -> str | None:
-    """The reason why the numbers of these layers are not checked; None where they are."""
+    """The reason why the numbers of these layers are not checked; None where they are.
+
+    Args:
+        description: the checkpoint.
+        layers: the layers.
+        unknown: of these, those of :func:`unknown_functions`.
+        structure: the stage of structure.
+        stages: the stages that were requested.
+        with_source: whether the source is compared.
+        stopped: whether a problem ended the verification.
+    """
     if "numbers" not in stages:
         return NOT_REQUESTED
     if not structure.readable:
@@ -42,7 +53,6 @@ def why_no_numbers(
         return "no experts are stored in int8" + (
             "" if with_source else "; --source compares their bytes with the dequantized codes of the source"
         )
-    unknown = unknown_functions(description, layers)
     if len(unknown) == len(layers):
         return unknown[0].reason
     return STOPPED if stopped else None

@@ -95,17 +95,19 @@ def verify_checkpoint(
 
     opened = open_checkpoints(model, source, unquantized if "numbers" in stages else None, layers, recorded, progress)
     structure, problems = _structure(opened, linears="numbers" in stages and (share is None or share.number == 1))
+    unknown = unknown_functions(opened.model, opened.layers)
     skipped = why_no_numbers(
         opened.model,
         opened.layers,
+        unknown,
         structure,
         stages,
         with_source=opened.source is not None,
         stopped=fail_fast and problems != [],
     )
-    unknown = [] if skipped is not None else unknown_functions(opened.model, opened.layers)
-    left_out = {layer.module for layer in unknown}
-    opened = replace(opened, layers=tuple(layer for layer in opened.layers if layer.prefix not in left_out))
+    left_out = unknown if skipped is None else []
+    names = {layer.module for layer in left_out}
+    opened = replace(opened, layers=tuple(layer for layer in opened.layers if layer.prefix not in names))
     scope = scope_of(opened.model, opened.manifest, opened.layers, share)
     job = NumbersJob(
         description=opened.model,
@@ -139,7 +141,7 @@ def verify_checkpoint(
             layers=tuple(item for outcome in outcomes for item in outcome.numbers),
             experts=tuple(outcome.experts for outcome in outcomes),
             skipped=skipped,
-            not_checked=tuple(unknown),
+            not_checked=tuple(left_out),
         ),
         problems=(*problems, *_bytes_first(outcomes, differences)),
         findings=tuple(passed_on(opened.model, opened.source)),
