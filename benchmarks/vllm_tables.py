@@ -4,6 +4,7 @@
 
 Writes a table for each shape that was measured at five numbers of tokens or more, from the latest result that has it.
 Where vLLM's own choice was the fastest, the table holds what vLLM chooses, which is the same in 0.33 as in 0.25.1.
+Tables that `quarkconv tune` wrote stay.
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from quarkconv.tune.kernels import VLLMKernel
 from quarkconv.tune.shapes import RankShape, whole
 from quarkconv.tune.tables import MEASURED, SHIPPED, Timing, dump_table, record
 
+BY = "benchmarks/moe_int8.py"
 RESULTS = (Path(__file__).parent / "results").glob("moe-int8-*nvidia-*.json")
 FEWEST = 5
 _TILE = re.compile(r"(\d+)x(\d+)x(\d+) group (\d+) warps (\d+) stages (\d+)")
@@ -45,15 +47,21 @@ def write_tables(result: dict[str, Any], folder: Path) -> None:
         shape, tokens = whole(*(row[key] for key in ("experts", "top_k", "hidden", "intermediate"))), row["tokens"]
         chosen = tile(row["vllm_tuned"], kernel, shape, tokens)
         tables[shape][tokens] = Timing(chosen, row["vllm_default_us"], row["vllm_tuned_us"])
-    head = {key: result[key] for key in ("device", "date", "torch", "triton")} | {"engine": f"vllm {result['vllm']}"}
+    head = (
+        {"by": BY}
+        | {key: result[key] for key in ("device", "date", "torch", "triton")}
+        | {"engine": f"vllm {result['vllm']}"}
+    )
+    known = json.loads((folder / MEASURED).read_text()) if (folder / MEASURED).is_file() else {}
     for shape, timings in tables.items():
-        if len(timings) >= FEWEST:
-            path = kernel.table_path(folder, shape)
+        path = kernel.table_path(folder, shape)
+        if len(timings) >= FEWEST and all(entry["by"] == BY for entry in known.get(path.name, [])):
             path.write_text(dump_table(timings))
-            (folder / MEASURED).write_text(record(folder, path.name, head, shape, timings))
+            (folder / MEASURED).write_text(record(folder, path.name, head, {shape: timings}))
 
 
 if __name__ == "__main__":
     SHIPPED.joinpath("vllm").mkdir(parents=True, exist_ok=True)
-    for result in sorted((json.loads(path.read_text()) for path in RESULTS), key=lambda result: str(result["date"])):
+    results = [each for each in (json.loads(path.read_text()) for path in RESULTS) if each.get("vllm")]
+    for result in sorted(results, key=lambda result: str(result["date"])):
         write_tables(result, SHIPPED / "vllm")

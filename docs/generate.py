@@ -12,6 +12,7 @@ import re
 import statistics
 import sys
 import tomllib
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -279,7 +280,7 @@ def tuned_tables() -> str:
     """What the tables that quarkconv brings for vLLM were measured to gain."""
     entries = json.loads((SHIPPED / "vllm" / MEASURED).read_text())
     rows = ["| E, K, H, I | device | tokens: times as fast as vLLM's own choice |", "| --- | --- | --- |"]
-    for entry in entries.values():
+    for entry in chain.from_iterable(entries.values()):
         gains = (f"{n}: {t['default_us'] / t['tuned_us']:.2f}" for n, t in entry["tokens"].items())
         sizes = ", ".join(str(entry[key]) for key in ("experts", "top_k", "hidden", "intermediate"))
         rows.append(f"| {sizes} | {entry['device']} | {', '.join(gains)} |")

@@ -1,4 +1,8 @@
-"""The fastest tile by few measurements: starts, then variations of the best, then the fastest again in turns."""
+"""The fastest tile by few measurements: starts, then variations of the best, then the fastest again in turns.
+
+One tile can be for several shapes: those for which an engine reads the same table. It is then the one that saves the
+largest part of their times, in the geometric mean, among those that make none slower than the engine's choice.
+"""
 
 from __future__ import annotations
 
@@ -15,50 +19,73 @@ _ROUNDS: Final = 3
 _QUICK: Final = 4
 _THOROUGH: Final = 10
 
-Time = Callable[[Tile, int], float]
-"""Tile and repetitions -> median microseconds."""
+Times = tuple[float, ...]
+"""Median microseconds of each shape."""
 
-Found = tuple[list[Tile], Timing | None]
+Time = Callable[[Tile, int], Times]
+"""Tile and repetitions -> times."""
+
+Timings = tuple[Timing, ...]
+"""What was found, for each shape: all with the same tile."""
+
+Found = tuple[list[Tile], Timings | None]
 """Tiles to compile next, and the fastest so far, if any was timed."""
 
-Search = Generator[Found, Sequence[bool], Timing]
+Search = Generator[Found, Sequence[bool], Timings]
 """Yields tiles before it times them; is sent which of them the GPU can launch; returns the fastest."""
 
 Key = TypeVar("Key", bound=Hashable)
 
 
-def search(default: Tile, starts: Iterable[Tile], vary: Callable[[Tile], Iterable[Tile]], time: Time) -> Search:
+def search(
+    defaults: Sequence[Tile], starts: Iterable[Tile], vary: Callable[[Tile], Iterable[Tile]], time: Time
+) -> Search:
     """The fastest tile, which is the default where nothing is faster.
 
     A GPU at its power limit is slower a moment later, so that the last measurements take turns with the default.
 
     Args:
-        default: what the engine chooses without a table; it can be launched.
+        defaults: what the engine chooses without a table, for each shape; these can be launched.
         starts: tiles to begin with.
         vary: variations of a tile.
         time: measures a tile.
     """
-    times: dict[Tile, float] = {}
+    times: dict[Tile, Times] = {}
 
-    def measure(tiles: Iterable[Tile], found: Timing | None) -> Generator[Found, Sequence[bool], Tile]:
+    def measure(tiles: Iterable[Tile], found: Timings | None) -> Generator[Found, Sequence[bool], Tile]:
         new = [tile for tile in dict.fromkeys(tiles) if tile not in times]
         works = yield new, found
-        times.update({tile: time(tile, _QUICK) if ok else math.inf for tile, ok in zip(new, works, strict=True)})
-        return min(times, key=lambda tile: times[tile])
+        times.update({tile: time(tile, _QUICK) for tile, ok in zip(new, works, strict=True) if ok})
+        return _by_gain(times, defaults)[0]
 
-    best = yield from measure([default, *starts], None)
-    yield from measure(vary(best), Timing(best, times[default], times[best]))
-    launched = [tile for tile in sorted(times, key=lambda tile: times[tile]) if times[tile] < math.inf]
-    finalists = dict.fromkeys([*launched[:_FINALISTS], default])
+    best = yield from measure([*defaults, *starts], None)
+    yield from measure(vary(best), _timings(best, times, defaults))
+    finalists = dict.fromkeys([*_by_gain(times, defaults)[:_FINALISTS], *defaults])
     rounds = [{tile: time(tile, _THOROUGH) for tile in finalists} for _ in range(_ROUNDS)]
-    medians = {tile: statistics.median(each[tile] for each in rounds) for tile in finalists}
-    chosen = min(medians, key=lambda tile: medians[tile])
-    return Timing(chosen, medians[default], medians[chosen])
+    medians = {
+        tile: tuple(map(statistics.median, zip(*(each[tile] for each in rounds), strict=True))) for tile in finalists
+    }
+    return _timings(_by_gain(medians, defaults)[0], medians, defaults)
+
+
+def _by_gain(times: Mapping[Tile, Times], defaults: Sequence[Tile]) -> list[Tile]:
+    """Tiles by the product of their times over those of the engine's choices; last those that make a shape slower."""
+    own = [times[tile][number] for number, tile in enumerate(defaults)]
+
+    def rank(tile: Tile) -> tuple[bool, float]:
+        ratios = [each / by_default for each, by_default in zip(times[tile], own, strict=True)]
+        return max(ratios) > 1.0, math.prod(ratios)
+
+    return sorted(times, key=rank)
+
+
+def _timings(tile: Tile, times: Mapping[Tile, Times], defaults: Sequence[Tile]) -> Timings:
+    return tuple(Timing(tile, times[own][number], times[tile][number]) for number, own in enumerate(defaults))
 
 
 def run_together(
     searches: Mapping[Key, Search], launches: Callable[[Sequence[tuple[Key, Tile]]], Iterable[bool]]
-) -> Iterator[tuple[Key, Timing]]:
+) -> Iterator[tuple[Key, Timings]]:
     """Run searches in step, so that what all of them time next is compiled at once.
 
     Yields each key twice: with the fastest of its starts, and with the fastest.

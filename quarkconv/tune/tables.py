@@ -61,15 +61,14 @@ def parse_table(text: str) -> dict[int, Tile]:
     return {int(tokens): tile_of(entry) for tokens, entry in entries.items()}
 
 
-def record(folder: Path, name: str, head: Mapping[str, str], shape: RankShape, timings: Mapping[int, Timing]) -> str:
+def record(folder: Path, name: str, head: Mapping[str, str], timings: Mapping[RankShape, Mapping[int, Timing]]) -> str:
     """The text of a folder's :data:`MEASURED` with one more table in it; those of other names stay.
 
     Args:
         folder: the folder of the tables.
         name: the table's file name.
         head: engine, device, date and versions of this measurement.
-        shape: what the table is for.
-        timings: by tokens.
+        timings: by shape and tokens. A table can be for several shapes: its name has neither top_k nor hidden size.
 
     Raises:
         UsageError: the folder has a file of this name that is not such a record.
@@ -87,13 +86,19 @@ def record(folder: Path, name: str, head: Mapping[str, str], shape: RankShape, t
             found="something else",
             hint="give another --out",
         )
-    sizes = {"experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "intermediate": shape.intermediate}
-    rows = {
+    known[name] = [{**head, **_sizes(shape), "tokens": _times(each)} for shape, each in sorted(timings.items())]
+    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known)) + "\n}\n"
+
+
+def _sizes(shape: RankShape) -> dict[str, int]:
+    return {"experts": shape.experts, "top_k": shape.top_k, "hidden": shape.hidden, "intermediate": shape.intermediate}
+
+
+def _times(timings: Mapping[int, Timing]) -> dict[str, dict[str, float]]:
+    return {
         str(tokens): {"default_us": round(each.default_us, 1), "tuned_us": round(each.tuned_us, 1)}
         for tokens, each in sorted(timings.items())
     }
-    known[name] = {**head, **sizes, "tokens": rows}
-    return "{\n" + ",\n".join(f"{json.dumps(key)}: {json.dumps(known[key])}" for key in sorted(known)) + "\n}\n"
 
 
 def shipped_folder(engine: str) -> Path:

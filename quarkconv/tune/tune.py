@@ -5,7 +5,8 @@ from __future__ import annotations
 import datetime
 import multiprocessing
 import statistics
-from collections.abc import Iterable, Iterator, Sequence
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import Executor, ProcessPoolExecutor
 from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass
@@ -18,7 +19,7 @@ from quarkconv.progress import SILENT, Progress
 from quarkconv.text import alternatives
 from quarkconv.tune.grid import Tile, starts, variations
 from quarkconv.tune.kernels import Kernel, Routed, engine_kernel
-from quarkconv.tune.search import Search, run_together, search
+from quarkconv.tune.search import Search, Timings, run_together, search
 from quarkconv.tune.shapes import RankShape
 from quarkconv.tune.tables import MEASURED, Timing, dump_table, record
 from quarkconv.write.durable import write_durably
@@ -87,7 +88,8 @@ def tune_engine(
 ) -> list[WrittenTable]:
     """Write a table for each shape, and the record of what was measured.
 
-    Both are written again with each tile that was found: an interrupted run leaves a table of the fastest so far.
+    Shapes whose tables have the same name get one table together. Table and record are written again with each tile
+    that was found: an interrupted run leaves a table of the fastest so far.
 
     Args:
         engine: ``vllm`` or ``sglang``, which must be installed.
@@ -95,34 +97,42 @@ def tune_engine(
         folder: the folder that the engine's variable is to name.
         tokens: numbers of tokens to tune for.
         jobs: processes that compile.
-        progress: counts pairs of shape and number of tokens, twice each.
+        progress: counts pairs of table and number of tokens, twice each.
 
     Raises:
         UnsupportedError: there is no GPU, or the engine is not installed.
+        UsageError: the folder has another file of the record's name.
         WriteError: the folder cannot be written.
     """
     require_gpu()
     kernel = engine_kernel(engine)
+    tables: dict[Path, list[RankShape]] = {}
+    for shape in dict.fromkeys(shapes):
+        tables.setdefault(kernel.table_path(folder, shape), []).append(shape)
     written = []
     pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else None
     with pool or nullcontext():
-        progress.step(f"Timing {kernel.version()}", 2 * len(shapes) * len(tokens), "size")
-        for shape in shapes:
-            path, timings = kernel.table_path(folder, shape), dict[int, Timing]()
-            for count, timing in tune_shape(kernel, engine, shape, tokens, pool):
-                timings[count] = timing
-                write_durably(path, dump_table(timings).encode())
-                kept = record(folder, str(path.relative_to(folder)), _head(kernel), shape, timings)
+        progress.step(f"Timing {kernel.version()}", 2 * len(tables) * len(tokens), "size")
+        for path, together in tables.items():
+            began = time.monotonic()
+            timings: dict[RankShape, dict[int, Timing]] = {shape: {} for shape in together}
+            for count, found in tune_shapes(kernel, engine, together, tokens, pool):
+                for shape, timing in zip(together, found, strict=True):
+                    timings[shape][count] = timing
+                write_durably(path, dump_table(timings[together[0]]).encode())
+                kept = record(folder, str(path.relative_to(folder)), _head(kernel), timings)
                 write_durably(folder / MEASURED, kept.encode())
                 progress.advance()
-            written.append(WrittenTable(path, shape, timings))
-            progress.note(f"{shape}: {written[-1].gain:.2f} times as fast as by default")
+            seconds = f"{time.monotonic() - began:.0f} s"
+            for shape in together:
+                written.append(WrittenTable(path, shape, timings[shape]))
+                progress.note(f"{shape}: {written[-1].gain:.2f} times as fast as by default ({seconds})")
     return written
 
 
-def tune_shape(
-    kernel: Kernel, engine: str, shape: RankShape, tokens: Sequence[int], pool: Executor | None = None
-) -> Iterator[tuple[int, Timing]]:
+def tune_shapes(
+    kernel: Kernel, engine: str, shapes: Sequence[RankShape], tokens: Sequence[int], pool: Executor | None = None
+) -> Iterator[tuple[int, Timings]]:
     """Each number of tokens twice: with the fastest tile so far, and with the fastest.
 
     All numbers are searched together: they share most tiles, and few compile at a time for one.
@@ -130,7 +140,7 @@ def tune_shape(
     Args:
         kernel: the engine's kernel.
         engine: its name, by which processes of the pool find it.
-        shape: the experts of a rank.
+        shapes: the experts of a rank; several where they share a table.
         tokens: numbers of tokens.
         pool: processes that compile.
     """
@@ -141,33 +151,46 @@ def tune_shape(
 
     device = torch.device("cuda", torch.cuda.current_device())
     shared = device_traits(device).shared_memory
-    weights = make_weights(shape.sizes, device)
+    weights = [make_weights(shape.sizes, device) for shape in shapes]
     run = map if pool is None else pool.map
 
     def launches(pairs: Sequence[tuple[int, Tile]]) -> list[bool]:
         once = {tile: count for count, tile in reversed(pairs)}
-        list(run(partial(_compiles, engine, shape), once.values(), once))  # no tile by two processes at a time
+        list(run(partial(_compiles, engine, shapes[0]), once.values(), once))  # no tile by two processes at a time
         counts, tiles = [count for count, _ in pairs], [tile for _, tile in pairs]
-        return list(run(partial(_compiles, engine, shape), counts, tiles))
+        works = [run(partial(_compiles, engine, shape), counts, tiles) for shape in shapes]
+        return [all(each) for each in zip(*works, strict=True)]
 
-    searches = {count: _search(kernel, shape, count, weights, shared) for count in tokens}
+    searches = {count: _search(kernel, shapes, count, weights, shared) for count in tokens}
     yield from run_together(searches, launches)
     torch.cuda.empty_cache()
 
 
-def _search(kernel: Kernel, shape: RankShape, tokens: int, weights: Weights, shared: int) -> Search:
+def _search(
+    kernel: Kernel, shapes: Sequence[RankShape], tokens: int, weights: Sequence[Weights], shared: int
+) -> Search:
     """The search for a number of tokens."""
     from quarkconv.kernels.tune import time_calls
 
     count = max(1, min(_MAX_INPUTS, _MAX_INPUT_TOKENS // tokens))
-    forwards = kernel.forwards(shape, weights, [_routed(shape, tokens) for _ in range(count)])
+    forwards = [
+        kernel.forwards(shape, each, [_routed(shape, tokens) for _ in range(count)])
+        for shape, each in zip(shapes, weights, strict=True)
+    ]
 
-    def time(tile: Tile, repeats: int) -> float:
+    def measure(tile: Tile, repeats: int) -> tuple[float, ...]:
         with kernel.using(tile):
-            return time_calls(forwards, repeats)
+            return tuple(time_calls(each, repeats) for each in forwards)
 
-    first = starts(shape, tokens, shared)
-    return search(kernel.default(shape, tokens), first, lambda tile: variations(tile, shape, tokens, shared), time)
+    def each_of(tiles: Callable[[RankShape], list[Tile]]) -> list[Tile]:
+        return [tile for shape in shapes for tile in tiles(shape)]
+
+    return search(
+        [kernel.default(shape, tokens) for shape in shapes],
+        each_of(lambda shape: starts(shape, tokens, shared)),
+        lambda tile: each_of(lambda shape: variations(tile, shape, tokens, shared)),
+        measure,
+    )
 
 
 def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:
@@ -217,11 +240,12 @@ def _routed(shape: RankShape, tokens: int) -> Routed:
 
 
 def _head(kernel: Kernel) -> dict[str, str]:
-    """What a measurement is of, when, and with which versions."""
+    """What a measurement is of, by what, when, and with which versions."""
     import torch
     import triton
 
     return {
+        "by": "quarkconv tune",
         "engine": kernel.version(),
         "device": torch.cuda.get_device_name(),
         "date": datetime.date.today().isoformat(),

@@ -32,16 +32,16 @@ def run(
     """What one search finds, and how often it measured each tile."""
     measured: Counter[Tile] = Counter()
 
-    def timed(tile: Tile, repeats: int) -> float:
+    def timed(tile: Tile, repeats: int) -> tuple[float]:
         measured[tile] += repeats
-        return time(tile)
+        return (time(tile),)
 
     def each(wanted: Sequence[tuple[int, Tile]]) -> list[bool]:
         return [launches(tile) for _, tile in wanted]
 
     first = starts(SHAPE, TOKENS, SHARED)
-    one = search(DEFAULT, first, lambda tile: variations(tile, SHAPE, TOKENS, SHARED), timed)
-    *_, (_, found) = run_together({TOKENS: one}, each)
+    one = search([DEFAULT], first, lambda tile: variations(tile, SHAPE, TOKENS, SHARED), timed)
+    *_, (_, [found]) = run_together({TOKENS: one}, each)
     return found, measured
 
 
@@ -83,12 +83,12 @@ def test_searches_in_step_compile_together_and_show_what_they_have() -> None:
         compiled.append(list(wanted))
         return [True] * len(wanted)
 
-    def time(tile: Tile, _: int) -> float:
-        return cost(tile)
+    def time(tile: Tile, _: int) -> tuple[float]:
+        return (cost(tile),)
 
     searches = {
         tokens: search(
-            DEFAULT,
+            [DEFAULT],
             starts(SHAPE, tokens, SHARED),
             lambda tile, tokens=tokens: variations(tile, SHAPE, tokens, SHARED),  # type: ignore[misc]
             time,
@@ -101,6 +101,31 @@ def test_searches_in_step_compile_together_and_show_what_they_have() -> None:
     assert {tile for tokens, tile in compiled[0] if tokens == TOKENS} == {DEFAULT, *starts(SHAPE, TOKENS, SHARED)}
     assert not set(compiled[0]) & set(compiled[1])
     for tokens in (64, TOKENS):
-        early, last = (timing for each, timing in found if each == tokens)
+        early, last = (timing for each, [timing] in found if each == tokens)
         assert early.default_us == last.default_us == cost(DEFAULT)
         assert last.tuned_us <= early.tuned_us < early.default_us
+
+
+def run_for_two(costs: dict[Tile, tuple[float, float]], defaults: Sequence[Tile]) -> tuple[Timing, ...]:
+    """What a search for two shapes finds among the tiles of `costs`."""
+    one = search(defaults, list(costs), lambda _: [], lambda tile, _: costs[tile])
+    *_, (_, found) = run_together({0: one}, lambda pairs: [True] * len(pairs))
+    return found
+
+
+def test_a_tile_for_two_shapes_saves_most_of_both() -> None:
+    first, second = replace(BEST, num_warps=8), replace(BEST, group_m=1)
+    costs = {DEFAULT: (100.0, 400.0), first: (50.0, 390.0), second: (80.0, 200.0)}
+    assert run_for_two(costs, [DEFAULT, DEFAULT]) == (Timing(second, 100.0, 80.0), Timing(second, 400.0, 200.0))
+
+
+def test_a_tile_for_two_shapes_makes_neither_slower() -> None:
+    lopsided = replace(BEST, num_warps=8)
+    costs = {DEFAULT: (100.0, 400.0), lopsided: (20.0, 401.0), BEST: (95.0, 400.0)}
+    assert run_for_two(costs, [DEFAULT, DEFAULT]) == (Timing(BEST, 100.0, 95.0), Timing(BEST, 400.0, 400.0))
+
+
+def test_each_shape_is_compared_with_the_engines_choice_for_it() -> None:
+    other = replace(DEFAULT, block_m=64)
+    costs = {DEFAULT: (100.0, 90.0), other: (70.0, 80.0), BEST: (60.0, 79.0)}
+    assert run_for_two(costs, [DEFAULT, other]) == (Timing(BEST, 100.0, 60.0), Timing(BEST, 80.0, 79.0))

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ import pytest
 
 from quarkconv.tune import tune
 from quarkconv.tune.grid import Tile, starts
+from quarkconv.tune.search import Timings
 from quarkconv.tune.shapes import whole
 from quarkconv.tune.tables import MEASURED, Timing, parse_table
 
@@ -29,24 +31,47 @@ class Kernel(SimpleNamespace):
 
 
 def test_an_interrupted_run_leaves_a_table_of_what_it_reached(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupted(*_: object) -> Iterator[tuple[int, Timing]]:
-        yield 1, Timing(TILE, 20.0, 10.0)
-        yield 64, Timing(TILE, 30.0, 20.0)
+    def interrupted(*_: object) -> Iterator[tuple[int, Timings]]:
+        yield 1, (Timing(TILE, 20.0, 10.0),)
+        yield 64, (Timing(TILE, 30.0, 20.0),)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tune, "require_gpu", lambda: None)
     monkeypatch.setattr(tune, "engine_kernel", lambda _: Kernel())
-    monkeypatch.setattr(tune, "tune_shape", interrupted)
+    monkeypatch.setattr(tune, "tune_shapes", interrupted)
     monkeypatch.setattr(tune, "_head", lambda _: {"engine": "engine 1.0"})
     with pytest.raises(KeyboardInterrupt):
         tune.tune_engine("engine", [SHAPE], tmp_path, tokens=(1, 64, 512))
     assert parse_table((tmp_path / "E=8,N=64.json").read_text()) == {1: TILE, 64: TILE}
-    [kept] = json.loads((tmp_path / MEASURED).read_text()).values()
+    [[kept]] = json.loads((tmp_path / MEASURED).read_text()).values()
     assert kept["tokens"] == {"1": {"default_us": 20.0, "tuned_us": 10.0}, "64": {"default_us": 30.0, "tuned_us": 20.0}}
 
 
+def test_shapes_of_one_table_are_tuned_together(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An engine's name of a table has no hidden size: the second shape would overwrite the table of the first."""
+    wide, other = replace(SHAPE, hidden=256), whole(8, 2, 128, 32)
+    groups = []
+
+    def found(_: object, __: object, shapes: list[Any], ___: object, ____: object) -> Iterator[tuple[int, Timings]]:
+        groups.append(list(shapes))
+        yield 1, tuple(Timing(TILE, 20.0, 10.0 + number) for number in range(len(shapes)))
+
+    monkeypatch.setattr(tune, "require_gpu", lambda: None)
+    monkeypatch.setattr(tune, "engine_kernel", lambda _: Kernel())
+    monkeypatch.setattr(tune, "tune_shapes", found)
+    monkeypatch.setattr(tune, "_head", lambda _: {"engine": "engine 1.0"})
+    written = tune.tune_engine("engine", [SHAPE, other, wide, SHAPE], tmp_path, tokens=(1,))
+    assert groups == [[SHAPE, wide], [other]]
+    assert [(table.path.name, table.shape) for table in written] == [
+        ("E=8,N=64.json", SHAPE), ("E=8,N=64.json", wide), ("E=8,N=32.json", other)
+    ]  # fmt: skip
+    kept = json.loads((tmp_path / MEASURED).read_text())["E=8,N=64.json"]
+    assert [(entry["hidden"], entry["tokens"]["1"]["tuned_us"]) for entry in kept] == [(128, 10.0), (256, 11.0)]
+
+
 def test_what_is_timed_is_compiled_before_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each tile for its number of tokens; no tile twice at a time, since both would compile it."""
+    """Each tile for its number of tokens and each shape; no tile twice at a time, since both would compile it."""
+    wide = replace(SHAPE, hidden=256)
     torch = pytest.importorskip("torch")
     batches: list[list[tuple[int, Tile]]] = []
     in_use: list[Tile] = []
@@ -81,13 +106,14 @@ def test_what_is_timed_is_compiled_before_in_the_pool(monkeypatch: pytest.Monkey
     monkeypatch.setattr(tune, "_routed", lambda _, tokens: tokens)
     monkeypatch.setattr(tune, "_compiles", lambda *_: True)
     pool: Any = SimpleNamespace(map=together)
-    found = list(tune.tune_shape(Pretended(), "engine", SHAPE, (1, 64, 4096), pool))
+    found = list(tune.tune_shapes(Pretended(), "engine", [SHAPE, wide], (1, 64, 4096), pool))
     assert [tokens for tokens, _ in found] == [1, 64, 4096] * 2
-    assert len(batches) == 4  # unlike tiles, then all: of the starts, and of the variations
-    for batch in batches[::2]:
+    assert len(batches) == 6  # unlike tiles, then all for each shape: of the starts, and of the variations
+    for batch in batches[::3]:
         assert len({tile for _, tile in batch}) == len(batch)
     for tokens, tiles in timed.items():
-        assert tiles >= {TILE, *starts(SHAPE, tokens, 227 * 1024)}
+        assert tiles >= {TILE, *starts(SHAPE, tokens, 227 * 1024), *starts(wide, tokens, 227 * 1024)}
+    assert [batch for batch in batches if batches.count(batch) == 2] == [batches[n] for n in (1, 2, 4, 5)]
 
 
 @pytest.mark.parametrize("contiguous", [False, True])
