@@ -62,7 +62,7 @@ test-engines: engines  ## Run what engines load checkpoints with on what is conv
 
 engines-new: $(STAMP)  ## Run the loaders of another release: make engines-new ENGINE=vllm VERSION=0.34.0
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINE)
-	$(BIN)/python tests/engines/new_release.py .venv-engines $(ENGINE) $(VERSION)
+	$(BIN)/python tests/engines/new_release.py .venv-engines $(ENGINE) $(VERSION) $(TESTS)
 
 # What mypy found for unchanged modules is kept: the second check takes seconds.
 check: export MYPY_CACHE_DIR ?= $(CURDIR)/.mypy_cache

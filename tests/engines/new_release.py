@@ -1,8 +1,9 @@
 """Run the loaders of a new release of an engine beside the pinned one, and print the rows of engines.toml to look at.
 
-    python tests/engines/new_release.py FOLDER ENGINE VERSION
+    python tests/engines/new_release.py FOLDER ENGINE VERSION [TESTS...]
 
-FOLDER/ENGINE must hold the pinned release (install.py); FOLDER/ENGINE-VERSION gets the new one. Of what the tests need,
+FOLDER/ENGINE must hold the pinned release (install.py); FOLDER/ENGINE-VERSION gets the new one. TESTS are files of
+tests/engines/ENGINE, by default all: `test_plugin.py`, say, for an older vLLM. Of what the tests need,
 it has the packages of the pinned release, or, where the new release requires others, those. Exits 1 when a
 test ends otherwise than with the pinned release.
 """
@@ -16,7 +17,7 @@ import tempfile
 import tomllib
 import xml.etree.ElementTree as ElementTree
 import zipfile
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from email.parser import Parser
 from pathlib import Path
 from typing import Any, Final
@@ -134,12 +135,11 @@ def _metadata(engine: str, version: str, scratch: Path) -> list[str]:
         return Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
 
 
-def _run(folder: Path, engine: str, xml: Path) -> dict[str, str]:
+def _run(folder: Path, engine: str, tests: Sequence[str], xml: Path) -> dict[str, str]:
     command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={xml}"]
     environment = os.environ | {"PYTHONPATH": str(folder)}
-    done = subprocess.run(
-        [*command, str(HERE / engine)], cwd=ROOT, env=environment, capture_output=True, text=True, check=False
-    )
+    command += [str(HERE / engine / name) for name in tests or [""]]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, check=False)
     print("  " + (done.stdout.splitlines() or ["no output"])[-1], flush=True)
     if not xml.is_file():
         sys.exit(done.stdout[-2000:] + done.stderr[-2000:])
@@ -148,7 +148,7 @@ def _run(folder: Path, engine: str, xml: Path) -> dict[str, str]:
 
 def main(arguments: list[str]) -> int:
     """Install, run twice, compare."""
-    folder, engine, version = Path(arguments[0]).resolve(), arguments[1], arguments[2]
+    folder, engine, version, *tests = arguments
     sys.path.insert(0, str(HERE.parent))
     from engines.install import install
 
@@ -158,11 +158,11 @@ def main(arguments: list[str]) -> int:
         text = requirements_of((HERE / engine / "requirements.txt").read_text(), package, version, required)
         listed = Path(scratch) / "requirements.txt"
         listed.write_text(text)
-        install(listed, folder / f"{engine}-{version}")
+        install(listed, Path(folder) / f"{engine}-{version}")
         found = {}
         for name in (engine, f"{engine}-{version}"):
             print(f"{name}:", flush=True)
-            found[name] = _run(folder / name, engine, Path(scratch) / f"{name}.xml")
+            found[name] = _run(Path(folder, name).resolve(), engine, tests, Path(scratch) / f"{name}.xml")
     changed = changes(found[engine], found[f"{engine}-{version}"])
     print(report(engine, version, changed, tomllib.loads(TABLE.read_text("utf-8"))["rows"]))
     return 1 if changed else 0

@@ -41,7 +41,6 @@ from vllm.model_executor.model_loader.utils import initialize_model
 from vllm.model_executor.models import registry
 from vllm.platforms.cpu import CpuPlatform
 from vllm.v1.attention.backends import fa_utils
-from vllm.v1.attention.backends.mla.cpu_mla import CPUMLABackend
 
 _CUDA = SimpleNamespace(
     is_cuda_alike=lambda: True,
@@ -78,18 +77,9 @@ vars(import_module(_v4))["DeepseekV4ForCausalLM"] = import_module(f"{_v4}.nvidia
 vars(import_module(f"{_v4}.nvidia.flashmla"))["compute_fp8_einsum_recipe"] = lambda: ((1, 128, 128), False)
 
 
-class SparseAttention(CPUMLABackend):  # type: ignore[misc]
-    """The backend of a CPU in place of a sparse one, of which a CPU has none."""
-
-    @staticmethod
-    def get_impl_cls() -> Any:
-        """Creates the part that computes, which loading does not call."""
-        return lambda topk_indices_buffer, **rest: CPUMLABackend.get_impl_cls()(**rest)  # noqa: ARG005
-
-
 def _attention_backend(selected_backend: Any, attn_selector_config: Any, num_heads: int | None = None) -> str:
     if attn_selector_config.use_sparse:
-        return f"{SparseAttention.__module__}.{SparseAttention.__name__}"
+        return "engines.vllm.sparse_attention.SparseAttention"  # a name, since vLLM before 0.28 has no class for it
     return str(_choose_attention(selected_backend, attn_selector_config, num_heads))
 
 
