@@ -21,16 +21,11 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
-import os
-import re
-import select
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from collections.abc import Callable
-from contextlib import suppress
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -38,131 +33,11 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE))
 
-from filled import DISTINCT, SHARED, TURN, write_entry_point
+from figures import compare, medians, show
+from filled import write_entry_point
 from models import MODELS, write_model
-from worker import BACKENDS, FIGURES, NEW, PREFILL, PROFILE, PROMPT, PROMPTS, SEQUENCES, SHORT_PROMPT
-
-REPACKED = ("humming", "humming-int8")
-"""Backends with layouts of their own; the others can share the parameters of one. They load first, since repacking
-takes more memory than the model."""
-
-
-class Server:
-    """A worker process with one LLM. It answers one request at a time: "load", then names of figures."""
-
-    def __init__(self, name: str, model: Path, options: argparse.Namespace, folder: Path) -> None:
-        reading, writing = os.pipe()
-        environment = os.environ | BACKENDS[name][1] | {"VLLM_CACHE_ROOT": str(folder / f"cache-{name}")}
-        if "VLLM_TUNED_CONFIG_FOLDER" in BACKENDS[name][1]:
-            environment["VLLM_TUNED_CONFIG_FOLDER"] = str(options.tables.resolve())
-        self.turn = folder / f"turn-{name}"
-        environment[TURN] = str(self.turn)
-        if options.share and name not in REPACKED:
-            environment[SHARED] = str(folder / "shared")
-        if options.distinct is not None:
-            environment[DISTINCT] = str(options.distinct)
-        paths = [str(folder), str(HERE), *filter(None, [os.environ.get("PYTHONPATH")])]
-        environment["PYTHONPATH"] = os.pathsep.join(paths)
-        self.name = name
-        self.log = folder / f"{name}.log"
-        given = {
-            key: getattr(options, key) for key in ("cache_bytes", "tensor_parallel", "capture_prefill", "new_tokens")
-        }
-        given["traces"] = str(folder / f"traces-{name}") if options.profile else ""
-        command = [sys.executable, str(HERE / "worker.py"), name, str(model), str(writing), json.dumps(given)]
-        with self.log.open("wb") as log:
-            self.process = subprocess.Popen(
-                command, stdin=subprocess.PIPE, stdout=log, stderr=log, env=environment, pass_fds=[writing]
-            )
-        os.close(writing)
-        self.results = os.fdopen(reading)
-
-    def request(self, what: str) -> None:
-        """Send a request; `read` returns the answer."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.write(f"{what}\n".encode())
-            self.process.stdin.flush()
-
-    def read(self) -> Any:
-        """The next answer, or None if the process has ended."""
-        line = self.results.readline()
-        return json.loads(line) if line else None
-
-    def measure(self, figure: str) -> Any:
-        """Measure a figure once, or `PROFILE`; None if the process has ended."""
-        self.request(figure)
-        return self.read()
-
-    def wait(self, seconds: float) -> None:
-        """Until there is an answer to read; after so many seconds the process is ended."""
-        if not select.select([self.results], [], [], max(seconds, 0.0))[0]:
-            self.process.kill()
-
-    def load(self) -> None:
-        """Let it build its model; returns when the weights are loaded, or the process has ended."""
-        self.turn.touch()
-        while self.process.poll() is None and b"Model loading took" not in self.log.read_bytes():
-            time.sleep(0.5)
-
-    def end(self) -> None:
-        """Let the process end, without waiting for it."""
-        assert self.process.stdin is not None
-        with suppress(BrokenPipeError):
-            self.process.stdin.close()
-
-    def stop(self) -> None:
-        """End the process."""
-        self.end()
-        try:
-            self.process.wait(60)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-
-    def backend_lines(self) -> list[str]:
-        """What vLLM logged about the backend of the experts, without times."""
-        text = self.log.read_text(errors="replace")
-        lines = re.findall(r"(?:Using [^\n]*MoE backend[^\n]*|quarkconv: [^\n]*)", text)
-        return list(dict.fromkeys(lines))
-
-
-def compare(logprobs: dict[str, list[float]]) -> dict[str, dict[str, float]]:
-    """Largest and mean difference of the prompt's log-probabilities, for each pair of backends."""
-    names, found = list(logprobs), {}
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            gaps = [abs(a - b) for a, b in zip(logprobs[first], logprobs[second], strict=True)]
-            found[f"{first} and {second}"] = {"max": max(gaps), "mean": statistics.mean(gaps)}
-    return found
-
-
-def medians(values: dict[str, list[float]]) -> dict[str, Any]:
-    """The median of each figure that was measured, decode also in tokens per second, and the values."""
-    found = {figure: statistics.median(each) for figure, each in values.items() if each}
-    steps = {figure: value for figure, value in found.items() if figure != PREFILL}
-    return {
-        "prefill_tokens_per_s": found.get(PREFILL),
-        "decode_step_ms": steps,
-        "decode_tokens_per_s": {count: 1e3 * int(count) / ms for count, ms in steps.items()},
-        "values": values,
-    }
-
-
-def show(rows: dict[str, Any]) -> None:
-    """Print a table: tokens per second, and the ratio of quarkconv to the best of the others."""
-    print(f"{'tokens/s':14} " + " ".join(f"{column:>12}" for column in [PREFILL, *(f"decode {n}" for n in SEQUENCES)]))
-    values: dict[str, dict[str, float]] = {}
-    for name, row in rows.items():
-        if "error" in row:
-            print(f"{name:14} {row['error']}")
-            continue
-        prefill = row["prefill_tokens_per_s"]
-        values[name] = ({} if prefill is None else {PREFILL: prefill}) | row["decode_tokens_per_s"]
-        print(f"{name:14} " + " ".join(f"{values[name].get(figure, float('nan')):12.0f}" for figure in FIGURES))
-    ours = values.pop("quarkconv", {})
-    best = {figure: max((each[figure] for each in values.values() if figure in each), default=0.0) for figure in ours}
-    ratios = [ours[figure] / best[figure] if best.get(figure) else float("nan") for figure in FIGURES]
-    print(f"{'over the best':14} " + " ".join(f"{ratio:12.3f}" for ratio in ratios))
+from servers import REPACKED, Server
+from worker import BACKENDS, FIGURES, NEW, PREFILL, PROFILE, PROMPT, PROMPTS, SHORT_PROMPT
 
 
 def start(options: argparse.Namespace, folder: Path) -> list[Server]:
@@ -222,7 +97,8 @@ def run(options: argparse.Namespace, folder: Path, save: Callable[[dict[str, Any
     return found
 
 
-def main() -> int:
+def parsed() -> argparse.Namespace:
+    """The command line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--model", choices=MODELS, required=True)
     parser.add_argument("--layers", type=int, required=True, help="layers of the model that are kept")
@@ -250,8 +126,26 @@ def main() -> int:
     options = parser.parse_args()
     if options.share and options.tensor_parallel > 1:
         parser.error("--share is for one GPU")
+    return options
+
+
+def command_of(options: argparse.Namespace) -> str:
+    """The command that measures the same again."""
+    names = (
+        "model", "layers", "backends", "tables", "rounds", "decode_rounds", "distinct", "new_tokens", "tensor_parallel"
+    )  # fmt: skip
+    values = {name: getattr(options, name) for name in names}
+    flags = [name for name in ("capture_prefill", "profile", "share") if getattr(options, name)]
+    words = [f"--{name.replace('_', '-')} {value}" for name, value in values.items() if value is not None]
+    words += [f"--{name.replace('_', '-')}" for name in flags]
+    return f"python benchmarks/serve/throughput.py {' '.join(words)}"
+
+
+def main() -> int:
+    """Measure, write the result after each figure, and print it."""
     import torch
 
+    options = parsed()
     if torch.cuda.device_count() < options.tensor_parallel:
         print(
             f"throughput: needs {options.tensor_parallel} GPU, torch finds {torch.cuda.device_count()}", file=sys.stderr
@@ -259,19 +153,11 @@ def main() -> int:
         return 4
     device = torch.cuda.get_device_properties(0).name
     git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    chosen = f"--model {options.model} --layers {options.layers} --backends {options.backends}"
-    chosen += f" --tables {options.tables}" if options.tables else ""
-    chosen += f" --rounds {options.rounds} --decode-rounds {options.decode_rounds}"
-    chosen += (
-        " --capture-prefill" * options.capture_prefill + " --profile" * options.profile + " --share" * options.share
-    )
-    chosen += f" --distinct {options.distinct}" if options.distinct is not None else ""
-    chosen += f" --new-tokens {options.new_tokens}" if options.new_tokens != NEW else ""
     document = {
         "benchmark": "serve", "model": options.model, "layers": options.layers, "device": device,
         "tensor_parallel": options.tensor_parallel, "date": datetime.date.today().isoformat(),
         "commit": options.commit or git.stdout.strip(), "torch": torch.__version__, "vllm": version("vllm"),
-        "command": f"python benchmarks/serve/throughput.py {chosen} --tensor-parallel {options.tensor_parallel}",
+        "command": command_of(options),
         "prefill": f"{PROMPTS} prompts of {PROMPT} tokens", "decode": f"prompts of {SHORT_PROMPT} tokens",
     }  # fmt: skip
     ranks = f"-tp{options.tensor_parallel}" if options.tensor_parallel > 1 else ""

@@ -21,7 +21,7 @@ from typing import Final
 VARIABLE: Final = "QUARKCONV_VLLM"
 FIRST: Final = (0, 26)
 LAST: Final = (0, 33)
-"""The minor releases of vLLM that tests/engines/vllm/test_plugin.py ran with; docs/vllm.md has its exceptions."""
+"""The minor releases of vLLM that tests/engines/vllm/test_plugin*.py ran with; docs/vllm.md has its exceptions."""
 
 
 def register() -> None:
