@@ -12,18 +12,17 @@ import re
 import statistics
 import sys
 import tomllib
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import scaling
+import tuned
 
 from quarkconv.experts.families import FAMILIES
 from quarkconv.findings import CODES
 from quarkconv.inspection.engine_facts import ENGINE_NAMES, checked_model_types, engine_facts
 from quarkconv.targets import TARGETS
 from quarkconv.text import plural
-from quarkconv.tune.tables import MEASURED, SHIPPED
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -276,17 +275,6 @@ def option_gains() -> str:
     )
 
 
-def tuned_tables() -> str:
-    """What the tables that quarkconv brings for vLLM were measured to gain."""
-    entries = json.loads((SHIPPED / "vllm" / MEASURED).read_text())
-    rows = ["| E, K, H, I | device | tokens: times as fast as vLLM's own choice |", "| --- | --- | --- |"]
-    for entry in chain.from_iterable(entries.values()):
-        gains = (f"{n}: {t['default_us'] / t['tuned_us']:.2f}" for n, t in entry["tokens"].items())
-        sizes = ", ".join(str(entry[key]) for key in ("experts", "top_k", "hidden", "intermediate"))
-        rows.append(f"| {sizes} | {entry['device']} | {', '.join(gains)} |")
-    return "\n".join(rows)
-
-
 def served_form(found: dict[str, Any]) -> str:
     """How a form ran: the operands of the kernel, and the largest distance of a layer from exact arithmetic."""
     if "error" in found:
@@ -335,7 +323,7 @@ PARTS = {
     "forward-h200-options": option_gains,
     "kernel-devices": kernel_devices,
     "served-forms": lambda: served_forms("nvidia-h200"),
-    "tuned-tables": tuned_tables,
+    "tuned-tables": tuned.tables,
     "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
 NAMES = (
