@@ -8,6 +8,7 @@ from quarkconv.description.expert_names import is_of_adapter
 from quarkconv.description.int8_modules import CONVERT, int8_defects
 from quarkconv.description.one_scheme import scheme_findings
 from quarkconv.description.other_scales import in_blocks, scales_under_other_names, under_other_names
+from quarkconv.description.parameters import is_beside_packed, packed_weights, unknown_parameters
 from quarkconv.dtypes import FLOAT_DTYPES
 from quarkconv.experts.config import QUANTIZATION_KEY, ModelConfig
 from quarkconv.experts.family import Family, FamilyOf
@@ -67,13 +68,19 @@ def contradictions(
     yield from scheme_findings(declared, modules, topology, is_mtp, frozenset(fp8), in_blocks(stored, blocks))
     if declared is None or declared.stores_codes:
         yield from _simulated(modules)
-    unrecognised = [name for name in stored.unrecognised if not _of_the_model(name, family(name))]
+    unrecognised = [
+        name
+        for name in stored.unrecognised
+        if not _of_the_model(name, family(name)) and not is_beside_packed(name, stored)
+    ]
     yield from FindingsAbout(
         "tensor-unrecognised",
         unrecognised,
         f"{plural(len(unrecognised), 'tensor')} with codes or scales of unknown modules",
         hint="conversion copies them as they are; engines may drop them",
     )
+    yield from packed_weights(stored, topology)
+    yield from unknown_parameters(stored, topology)
 
 
 def _simulated(modules: ResolvedModules) -> Iterator[Finding]:

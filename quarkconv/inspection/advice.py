@@ -14,6 +14,7 @@ from quarkconv.inspection.engines import (
     FUNCTION_NOTE,
     NAMES_NOTE,
     STACKS_NOTE,
+    TENSORS_NOTE,
 )
 
 _SILENT_FAULTS: Final = {
@@ -30,6 +31,7 @@ _NOT_CHECKED_WITH: Final = {
     ARCHITECTURES_NOTE: "a config.json without architectures",
     STACKS_NOTE: "layers that config.json does not describe",
     NAMES_NOTE: "these names of experts",
+    TENSORS_NOTE: "tensors of unknown meaning",
     FUNCTION_NOTE: "these settings of the layers",
 }
 """End of a row's note -> what its engine was not checked with."""

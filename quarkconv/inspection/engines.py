@@ -51,6 +51,10 @@ NAMES_NOTE: Final = "with the published names of experts"
 ENCODERS_NOTE: Final = "with encoders in float"
 """End of the note of a row that was never tried with int8 linears of encoders. SGLang 0.5.23 gives the encoder of
 qwen3_vl_moe no quantization (``qwen3_vl.py``), and reads its codes as weights; vLLM's class quantizes it."""
+TENSORS_NOTE: Final = "without tensors of unknown meaning"
+"""End of the note of a row that was never tried with them: some loaders skip them, others fail."""
+_UNKNOWN_TENSORS: Final = frozenset({"tensor-unrecognised", "companion-unknown"})
+"""Findings about such tensors."""
 _STACK: Final = re.compile(r".*?\.(?=\d+\.)")
 """The start of the names of a stack of layers, up to the number: ``model.language_model.layers.``"""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
@@ -110,6 +114,7 @@ def engines_for(
         ENCODERS_NOTE: _has_int8_encoders(description),
         NAMES_NOTE: renamed,
         STACKS_NOTE: _has_other_stacks(description),
+        TENSORS_NOTE: any(item.code in _UNKNOWN_TENSORS for item in description.findings),
         FUNCTION_NOTE: not known,
     }
     for note in (note for note, found_here in conditions.items() if found_here):
