@@ -93,6 +93,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "companion-unknown": FindingCode(
         _W, "Tensors of unknown meaning lie beside int8 weights, or scales beside float ones."
     ),
+    "output-scales": FindingCode(
+        _W, "Scales of outputs or of the key-value cache are stored and not declared, or declared and not stored."
+    ),
     "mtp-missing": FindingCode(_I, "The config declares layers of multi-token prediction that are not stored."),
     "float-module-quantized": FindingCode(
         _E,
@@ -168,6 +171,9 @@ CODES: Final[dict[str, FindingCode]] = {
     "norm-biases": FindingCode(
         _W, "Norms have biases that models of this type do not have; engines drop them or fail."
     ),
+    "linear-biases": FindingCode(
+        _W, "Linears have biases that models of this type do not have; engines drop them without an error."
+    ),
     "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
         _E,
@@ -190,8 +196,8 @@ NOT_UNDERSTOOD: Final = "experts-not-understood"
 DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})
 """Codes of warnings by which config.json is not that of the tensors, though these can be converted."""
 PASSED_ON: Final = DISAGREEING | {
-    "class-mismatch", "wrapped-names", "norm-biases", "file-unused", "file-conflict", "tensor-unrecognised",
-    "companion-unknown",
+    "class-mismatch", "wrapped-names", "norm-biases", "linear-biases", "file-unused", "file-conflict",
+    "tensor-unrecognised", "companion-unknown", "output-scales",
 }  # fmt: skip
 """Files that conversion leaves out, tensors that it copies unread, and disagreements that go over to the output:
 ``convert`` and ``verify`` report these."""

@@ -24,8 +24,9 @@ from quarkconv.description.float_modules import float_test, quantized_float_modu
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings, with_companions
 from quarkconv.description.int8_modules import shapes_explained
-from quarkconv.description.missing import missing_parts, norm_biases, shared_among_routed
+from quarkconv.description.missing import linear_biases, missing_parts, norm_biases, shared_among_routed
 from quarkconv.description.mtp import mtp_test, without_mtp
+from quarkconv.description.output_scales import output_scale_findings
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
 from quarkconv.experts.knowledge import families
@@ -260,7 +261,9 @@ def described(
             *expert_name_findings(config, topology),
             *wrapped_names(topology, others),
             *function,
+            *output_scale_findings(declared, config.quantization, stored),
             *norm_biases(config, topology.layers, stored.biases),
+            *linear_biases(config, topology.layers, stored.biases, family),
             *(
                 ()
                 if any(item.severity is Severity.ERROR for item in checkpoint.findings)  # tensors that cannot be read

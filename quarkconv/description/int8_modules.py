@@ -11,7 +11,7 @@ from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.declared import DeclaredScheme
 from quarkconv.scheme.form import NARROW_DTYPES, SCALE_DTYPES, Form
 from quarkconv.scheme.resolved import ResolvedModules
-from quarkconv.scheme.spec import FOREIGN, INPUT_STATIC, PER_CHANNEL, ModuleScheme
+from quarkconv.scheme.spec import INPUT_STATIC, PER_CHANNEL, ModuleScheme
 from quarkconv.text import plural
 
 CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
@@ -136,7 +136,7 @@ def int8_defects(modules: ResolvedModules, other_scales: Collection[str], file: 
         found = [
             name
             for (form, claim), names in modules.groups.items()
-            if form.quantized and not _is_foreign(claim) and test(form, claim)
+            if form.quantized and not claim.is_foreign and test(form, claim)
             for name in names
             if form.scale is not None or name not in other_scales
         ]
@@ -191,10 +191,6 @@ def _is_of_channels(shape: tuple[int, ...], weight: tuple[int, ...]) -> bool:
     """Whether a static input scale has a value for each input of the weight, and these are not its matrices."""
     several = len(weight) > 1 and not _is_input_scale(shape, weight)
     return several and prod(shape) in (weight[-1], prod(weight[:-2]) * weight[-1])
-
-
-def _is_foreign(scheme: ModuleScheme) -> bool:
-    return scheme.weight is not None and scheme.weight.granularity == FOREIGN
 
 
 def _is_static(scheme: ModuleScheme) -> bool:

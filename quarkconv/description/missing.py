@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
 from quarkconv.experts.config import ModelConfig, stack_of
+from quarkconv.experts.family import FamilyOf
 from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import Finding, FindingsAbout, finding
 from quarkconv.scheme.form import Form
@@ -20,6 +21,19 @@ _SHARED: Final = (*_SHARED_COUNTS, "shared_expert_intermediate_size", "moe_share
 _NORM_BIASES: Final = tuple(f".{norm}_layernorm.bias" for norm in ("input", "post_attention"))
 _BIASED_NORMS: Final = frozenset({"phimoe"})
 """Model types whose norms have biases."""
+_ATTENTION: Final = frozenset({
+    "q_proj", "k_proj", "v_proj", "o_proj", "qkv_proj", "dense", "q_a_proj", "q_b_proj", "kv_b_proj",
+    "kv_a_proj_with_mqa",
+})  # fmt: skip
+_MLP: Final = frozenset({"gate_proj", "up_proj", "down_proj", "gate_up_proj"})
+"""Last parts of the names of linears of the attention, and of dense MLPs and shared experts."""
+_WITH_BIASES: Final = {
+    _ATTENTION: ("attention_bias", "qkv_bias", "use_qkv_bias", "attention_qkv_bias", "use_bias", "add_bias_linear"),
+    _MLP: ("mlp_bias", "use_bias", "add_bias_linear"),
+}
+"""Linears -> the settings by which they have biases."""
+_BIASED_ATTENTION: Final = frozenset({"gpt_oss", "qwen2_moe"})
+"""Model types whose attention has biases where no setting says so."""
 _HINT: Final = "engines build the model by config.json and leave what is not stored without weights: export it again"
 
 
@@ -123,6 +137,42 @@ def norm_biases(config: ModelConfig, layers: tuple[MoELayer, ...], biases: Itera
         names,
         f"{plural(len(names), 'bias', 'biases')} of norms that models of this type do not have",
         hint="vllm-ascend adds them, other engines drop them or fail: quantize again without shifted outliers",
+    )
+
+
+def linear_biases(
+    config: ModelConfig, layers: tuple[MoELayer, ...], biases: Iterable[str], family: FamilyOf
+) -> Iterator[Finding]:
+    """The finding about biases of linears in the decoder layers, which config.json does not declare.
+
+    vLLM 0.33 drops such biases without an error (``ignore_unexpected_suffixes`` of ``AutoWeightsLoader``). Those of
+    routed experts and routers belong to the function of these.
+
+    Args:
+        config: the config of the model.
+        layers: the MoE layers.
+        biases: names of all biases.
+        family: gives the family of models that a module belongs to; None where it is unknown.
+    """
+    own = [layer for layer in layers if config.part_of(layer.moe) is config.text and family(layer.moe) is not None]
+    if not own:
+        return
+    stacks = tuple({f"{layer.moe.rpartition('.')[0].rpartition('.')[0]}." for layer in own})
+    absent = frozenset[str]().union(
+        *(
+            leaves
+            for leaves, keys in _WITH_BIASES.items()
+            if not any(part.get(key) for part in (config.raw, config.text) for key in keys)
+            and not (leaves is _ATTENTION and config.model_type in _BIASED_ATTENTION)
+        )
+    )
+    modules = ((name, name.removesuffix(".bias").rpartition(".")) for name in biases if name.startswith(stacks))
+    names = sorted(name for name, (parent, _, leaf) in modules if leaf in absent and ".experts" not in parent)
+    yield from FindingsAbout(
+        "linear-biases",
+        names,
+        f"{plural(len(names), 'bias', 'biases')} of linears that models of this type and config.json do not have",
+        hint="vLLM drops them without an error: use the config.json of the model that was quantized, or quantize again",
     )
 
 

@@ -67,7 +67,12 @@ def scheme_findings(
             f"{'--scheme' if by_option else declared.file} declares {kind}, and nothing is stored in int8",
             hint="convert with --quantize all, without --scheme" if by_option else _INT8_ONLY,
         )
-    unnamed = [scheme for scheme in schemes if scheme not in modules.names and scheme.weight is not None]
+    by_name = any(claim.is_foreign for _, claim in modules.groups)  # reported as such; they have no activation
+    unnamed = [
+        scheme
+        for scheme in schemes
+        if scheme not in modules.names and scheme.weight is not None and not (by_name and scheme.activation is None)
+    ]
     if unnamed and declared is not None and not blocks.subjects:
         count = sum(schemes[scheme] for scheme in unnamed)
         message = f"{plural(count, 'int8 module')} with {_shown(unnamed[0].weight)} weights and "

@@ -42,8 +42,8 @@ def scales_under_other_names(modules: ResolvedModules, stored: StoredModules) ->
     """Int8 module without ``weight_scale`` -> a tensor of floats beside its weight, as many as it has rows."""
     without = {
         name: form
-        for (form, _), names in modules.groups.items()
-        if form.quantized and form.scale is None
+        for (form, claim), names in modules.groups.items()
+        if form.quantized and form.scale is None and not claim.is_foreign
         for name in names
     }
     if not without:

@@ -13,6 +13,7 @@ from quarkconv.inspection.engines import (
     FP8_NOTE,
     FUNCTION_NOTE,
     NAMES_NOTE,
+    OUTPUTS_NOTE,
     STACKS_NOTE,
     TENSORS_NOTE,
 )
@@ -32,6 +33,7 @@ _NOT_CHECKED_WITH: Final = {
     STACKS_NOTE: "layers that config.json does not describe",
     NAMES_NOTE: "these names of experts",
     TENSORS_NOTE: "tensors of unknown meaning",
+    OUTPUTS_NOTE: "these scales of outputs",
     FUNCTION_NOTE: "these settings of the layers",
 }
 """End of a row's note -> what its engine was not checked with."""

@@ -53,8 +53,13 @@ ENCODERS_NOTE: Final = "with encoders in float"
 qwen3_vl_moe no quantization (``qwen3_vl.py``), and reads its codes as weights; vLLM's class quantizes it."""
 TENSORS_NOTE: Final = "without tensors of unknown meaning"
 """End of the note of a row that was never tried with them: some loaders skip them, others fail."""
-_UNKNOWN_TENSORS: Final = frozenset({"tensor-unrecognised", "companion-unknown"})
-"""Findings about such tensors."""
+OUTPUTS_NOTE: Final = "with the scales of outputs that config.json declares"
+"""End of the note of a row that was never tried with others, or without them."""
+_OTHER_TENSORS: Final = {
+    TENSORS_NOTE: {"tensor-unrecognised", "companion-unknown"},
+    OUTPUTS_NOTE: {"output-scales"},
+}
+"""Note -> the findings about such tensors."""
 _STACK: Final = re.compile(r".*?\.(?=\d+\.)")
 """The start of the names of a stack of layers, up to the number: ``model.language_model.layers.``"""
 _RELEASE: Final = re.compile(r"\d+(?:\.\d+)*")
@@ -109,12 +114,13 @@ def engines_for(
     renamed = model_type not in ENGINE_NAMES and not has_published_names(model_type, description.int8_layers)
     own_layers = (layer for layer in description.int8_layers if not description.is_mtp(layer.moe))
     renamed = renamed or not all(in_published_stack(model_type, layer) for layer in own_layers)
+    found_codes = {item.code for item in description.findings}
     conditions = {
         FP8_NOTE: description.fp8,
         ENCODERS_NOTE: _has_int8_encoders(description),
         NAMES_NOTE: renamed,
         STACKS_NOTE: _has_other_stacks(description),
-        TENSORS_NOTE: any(item.code in _UNKNOWN_TENSORS for item in description.findings),
+        **{note: not found_codes.isdisjoint(of_note) for note, of_note in _OTHER_TENSORS.items()},
         FUNCTION_NOTE: not known,
     }
     for note in (note for note, found_here in conditions.items() if found_here):

@@ -29,10 +29,11 @@ from quarkconv.text import plural
 
 _NOT_LOADED: Final = frozenset({"quantizer-names", "file-conflict"})
 """Warnings about checkpoints that engines do not load unconverted."""
-_NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names", "norm-biases"}
+_NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names", "norm-biases", "linear-biases"}
 """Warnings about checkpoints that engines do not load, converted or not."""
 _NOT_READ: Final = {
     "tensors of unknown meaning": {"tensor-unrecognised", "companion-unknown"},
+    "scales of outputs and of the key-value cache": {"output-scales"},
     "files that the index does not list": {"file-unused"},
     "files that are not shards of the model": {"file-conflict"},
 }
@@ -194,7 +195,8 @@ def make_inspection(
         deep: whether scales and zero points were read.
     """
     modules = count_int8(description)
-    targets = {name: _support(description, target, modules) for name, target in TARGETS.items()}
+    stops = next((item for item in extra if item.severity is Severity.ERROR), None)
+    targets = {name: _support(description, target, modules, stops) for name, target in TARGETS.items()}
     findings = sorted((*description.findings, *extra), key=lambda item: list(Severity).index(item.severity))
     possible = {name for name, support in targets.items() if support.supported}
     contradicted = any(item.severity is Severity.ERROR or item.code in _NOT_LOADED for item in findings)
@@ -234,11 +236,16 @@ def linear_counts(description: Description) -> dict[str, int]:
     return counts
 
 
-def _support(description: Description, target: Target, modules: Sequence[Int8Count]) -> TargetSupport:
+def _support(
+    description: Description, target: Target, modules: Sequence[Int8Count], stops: Finding | None
+) -> TargetSupport:
+    """Whether a target is possible; ``stops`` is the finding about values at which a conversion stops."""
     try:
         check_convertible(description, target)
     except QuarkconvError as error:
         return TargetSupport(False, reason=error.message)
+    if stops is not None:
+        return TargetSupport(False, reason=f"Conversion stops at values ({stops.code}): {stops.message}")
     nbytes, losses = target.output_bytes(description, modules), target_findings(description, target)
     return TargetSupport(True, nbytes=nbytes, losses=losses)
 

@@ -41,6 +41,11 @@ class ModuleScheme(NamedTuple):
     weight: TensorSpec | None = None
     activation: TensorSpec | None = None
 
+    @property
+    def is_foreign(self) -> bool:
+        """Whether the scheme is known by name alone and not converted."""
+        return self.weight is not None and self.weight.granularity == FOREIGN
+
 
 FLOAT: Final = ModuleScheme()
 """The scheme of a module that is not quantized."""

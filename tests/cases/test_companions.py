@@ -10,6 +10,7 @@ from typing import Final
 import pytest
 import torch
 from support.model import Model, int8_linear
+from support.quark_config import TENSOR_WEIGHT, layer_config
 from support.reported import codes, finding, load, losses, refusal
 
 from quarkconv import QuarkconvError, UnsupportedError, convert_checkpoint, inspect_checkpoint, verify_checkpoint
@@ -137,6 +138,39 @@ def test_the_scale_of_the_cache_goes_with_its_setting_under_every_name(name: str
         found = [stored.removeprefix(f"{attention}.") for stored, tensor in load(out).items() if tensor.ndim == 0]
         assert found == ([expected[target]] if target in expected else []), target
         assert ("tensor-dropped" in losses(source, target)) is (target not in expected)
+
+
+@pytest.mark.parametrize(
+    "name", ["self_attn.k_scale", "self_attn.q_scale", "self_attn.prob_scale", "mlp.experts.0.down_proj.output_scale"]
+)
+def test_scales_of_outputs_that_no_setting_declares_are_not_sound(name: str, tmp_path: Path) -> None:
+    model, name = Model(), f"model.layers.0.{name}"
+    model.set(name, torch.tensor(0.5))
+    source = model.write(tmp_path / "source")
+    inspection = inspect_checkpoint(source, deep=True)
+    assert (codes(source), finding(source, "output-scales").subject) == ({"output-scales": "warning"}, name)
+    assert not inspection.headline.startswith("Sound")
+    assert not any(fact.verdict == "int8" for fact in inspection.engines)
+    result = convert_checkpoint(source, "fused-int8", tmp_path / "out")
+    assert {item.code: item.subject for item in result.plan.losses} == {"output-scales": name, "tensor-dropped": name}
+    assert name not in load(result.output)
+    assert codes(result.output) == {}
+
+
+def test_a_cache_that_is_declared_without_its_scales_is_not_sound(tmp_path: Path) -> None:
+    """vLLM 0.33 then takes 1.0 for each (``kv_cache.py``, BaseKVCacheMethod)."""
+    model = Model()
+    cached = {**layer_config(), "output_tensors": {**TENSOR_WEIGHT, "dtype": "fp8_e4m3"}}
+    model.quantization["layer_quant_config"] = {"*k_proj": cached, "*v_proj": cached}
+    model.quantization["export"]["kv_cache_group"] = ["*k_proj", "*v_proj"]
+    source = model.write(tmp_path / "source")
+    inspection = inspect_checkpoint(source, deep=True)
+    assert (codes(source), inspection.headline.startswith("Sound")) == ({"output-scales": "warning"}, False)
+    assert not any(fact.verdict == "int8" for fact in inspection.engines)
+    for module in ("k_proj", "v_proj"):
+        model.first |= int8_linear(f"model.layers.0.self_attn.{module}", 8, 8)
+        model.set(f"model.layers.0.self_attn.{module}.output_scale", torch.tensor(0.5))
+    assert codes(model.write(tmp_path / "whole")) == {}
 
 
 SCALES: Final[dict[str, Callable[[torch.Tensor, int], torch.Tensor]]] = {

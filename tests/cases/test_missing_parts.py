@@ -167,6 +167,38 @@ def test_biases_of_norms_are_named_and_no_engine_is_said_to_run_them(norm: str, 
     assert not any(fact.verdict == "int8" for fact in inspection.engines)
 
 
+LINEARS: Final = {
+    "self_attn.o_proj": "attention_bias", "self_attn.q_proj": "qkv_bias", "mlp.shared_expert.up_proj": "mlp_bias",
+}  # fmt: skip
+"""A linear -> a setting by which it has a bias."""
+
+
+@pytest.mark.parametrize("linear", LINEARS)
+def test_biases_of_linears_that_config_json_does_not_declare_are_named(linear: str, tmp_path: Path) -> None:
+    model, module = Model(), f"model.layers.0.{linear}"
+    for part in ("gate_proj", "up_proj", "down_proj") if "shared" in linear else (linear.rpartition(".")[2],):
+        model.first |= int8_linear(f"{module.rpartition('.')[0]}.{part}", 8, 8)
+    model.set(f"{module}.bias", torch.ones(8).bfloat16())
+    source = model.write(tmp_path / "source")
+    inspection = inspect_checkpoint(source, deep=True)
+    assert (codes(source), finding(source, "linear-biases").subject) == ({"linear-biases": "warning"}, f"{module}.bias")
+    assert not inspection.headline.startswith("Sound")
+    assert not any(fact.verdict == "int8" for fact in inspection.engines)
+    out = convert_checkpoint(source, "fused-int8", tmp_path / "out")
+    assert [item.code for item in out.plan.losses] == ["linear-biases"]
+    assert [item.code for item in verify_checkpoint(out.output, device="cpu").findings] == ["linear-biases"]
+    model.config[LINEARS[linear]] = True
+    assert "linear-biases" not in codes(model.write(tmp_path / "declared"))
+
+
+def test_biases_that_the_model_type_has_are_no_finding(tmp_path: Path) -> None:
+    model = Model()
+    model.config["model_type"] = "qwen2_moe"
+    model.first |= int8_linear("model.layers.0.self_attn.q_proj", 8, 8)
+    model.first["model.layers.0.self_attn.q_proj.bias"] = torch.ones(8).bfloat16()
+    assert "linear-biases" not in codes(model.write(tmp_path))
+
+
 def test_biases_of_norms_of_an_encoder_are_its_own(tmp_path: Path) -> None:
     model = Model()
     model.first["vision_model.model.layers.0.input_layernorm.bias"] = torch.zeros(8).bfloat16()

@@ -20,7 +20,7 @@ UNKNOWN: Final = (
     "model.layers.0.mlp.codebook", "model.rotation", "hadamard",
 )  # fmt: skip
 KNOWN: Final = (
-    f"{ATTENTION}.A_log", f"{ATTENTION}.sinks", f"{ATTENTION}.rotary_emb.inv_freq", f"{ATTENTION}.o_proj.bias",
+    f"{ATTENTION}.A_log", f"{ATTENTION}.sinks", f"{ATTENTION}.rotary_emb.inv_freq",
     "model.visual.blocks.0.gamma", "vision_tower.position_embedding",
 )  # fmt: skip
 

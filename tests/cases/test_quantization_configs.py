@@ -210,10 +210,13 @@ def test_experts_that_are_ignored_as_a_whole_and_stored_in_int8_are_an_error(tmp
 @pytest.mark.parametrize(("kind", "runs"), [("float", True), ("int", False)])
 def test_a_cache_that_engines_refuse_is_neither_sound_nor_carried_over(kind: str, runs: bool, tmp_path: Path) -> None:
     scheme = {"num_bits": 8, "type": kind, "strategy": "tensor", "symmetric": True, "dynamic": False}
-    source = compressed_tensors(kv_cache_scheme=scheme).write(tmp_path / "source")
+    model, name = compressed_tensors(kv_cache_scheme=scheme), "model.layers.0.self_attn.k_scale"
+    model.set(name, torch.tensor(0.5))
+    source = model.write(tmp_path / "source")
     inspection = inspect_checkpoint(source, deep=True)
     assert inspection.headline.startswith("Sound") is runs
     assert ("the key-value cache" in str(inspection.not_checked)) is not runs
     out = convert_checkpoint(source, "fused-int8", tmp_path / "out").output
     assert ("kv_cache_scheme" in config_of(out)["quantization_config"]) is runs
-    assert losses(source, "fused-int8") == ({} if runs else {"setting-dropped": ["quantization_config.kv_cache"]})
+    dropped = {"setting-dropped": ["quantization_config.kv_cache"], "tensor-dropped": [name]}
+    assert losses(source, "fused-int8") == ({} if runs else dropped)

@@ -14,7 +14,7 @@ from support.exports import Checkpoints
 from support.model import FIRST, Model
 from support.program import run_cli
 
-from quarkconv import Inspection, inspect_checkpoint
+from quarkconv import Inspection, QuarkconvError, convert_checkpoint, inspect_checkpoint
 
 
 def found(inspection: Inspection) -> list[tuple[str, str, str, int]]:
@@ -88,6 +88,26 @@ def test_deep_finds_a_zero_point_that_is_not_zero(value: int, tmp_path: Path) ->
         model.set(f"model.layers.{layer}.self_attn.o_proj.weight_zero_point", zero_point)
     errors = [item for item in found(inspect_checkpoint(model.write(tmp_path), deep=True)) if item[0] == "error"]
     assert errors == [("error", "zero-point-nonzero", f"{O_PROJ}.weight_zero_point", 2)]
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("weight_scale", torch.full((8,), torch.inf)), ("weight_zero_point", torch.ones(8).char())]
+)
+def test_no_target_and_no_engine_is_named_for_values_at_which_conversion_stops(
+    name: str, value: torch.Tensor, tmp_path: Path
+) -> None:
+    model = Model()
+    model.set(f"{O_PROJ}.{name}", value)
+    source = model.write(tmp_path / "source")
+    inspection = inspect_checkpoint(source, deep=True)
+    assert inspection.engines == ()
+    assert len(inspection.targets) == 6
+    for target, support in inspection.targets.items():
+        assert support.reason is not None
+        assert "Conversion stops at values" in support.reason
+        with pytest.raises(QuarkconvError):
+            convert_checkpoint(source, target, tmp_path / target)
+    assert all(support.supported for support in inspect_checkpoint(source).targets.values())
 
 
 def test_deep_finds_the_zero_points_of_an_asymmetric_export(

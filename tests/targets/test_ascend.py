@@ -206,8 +206,9 @@ def test_what_is_not_converted_is_named(tmp_path: Path, capsys: pytest.CaptureFi
     root = ascend_export(tmp_path, single=True)
     change, message = UNSUPPORTED[case]
     change(root)
-    codes = {item.code for item in quarkconv.inspect_checkpoint(root).findings}
-    assert "scheme-unsupported" in codes
+    findings = quarkconv.inspect_checkpoint(root).findings
+    codes = {item.code for item in findings}
+    assert [message.rstrip(":") in item.message for item in findings if item.code == "scheme-unsupported"] == [True]
     assert not codes & {"scale-missing", "granularity-mismatch"}
     code, _, err = run_cli(capsys, "convert", root, "--to", "fused-int8", "--out", tmp_path / "out")
     assert (code, (tmp_path / "out").exists()) == (4, False)

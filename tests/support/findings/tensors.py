@@ -45,6 +45,16 @@ CASES: Final = (
         set_tensor(f"{O_PROJ}.permutation", torch.arange(8)),
     ),
     Case(
+        "a scale of an output that the config does not declare",
+        (("warning", "output-scales", f"{O_PROJ}.output_scale", 1),),
+        set_tensor(f"{O_PROJ}.output_scale", torch.tensor(0.5)),
+    ),
+    Case(
+        "a bias that the config does not declare",
+        (("warning", "linear-biases", f"{O_PROJ}.bias", 1),),
+        set_tensor(f"{O_PROJ}.bias", torch.ones(8)),
+    ),
+    Case(
         "a scale in BF16",
         (("info", "scale-narrow", O_PROJ, 1),),
         set_tensor(f"{O_PROJ}.weight_scale", torch.ones(8).bfloat16()),
