@@ -16,7 +16,7 @@ from quarkconv.errors import SourceError
 from quarkconv.files.base import Range, is_inside
 from quarkconv.files.blocks import BLOCK_BYTES
 from quarkconv.files.remote import Entry, RemoteFiles
-from quarkconv.files.urls import prefix_of, without_slash
+from quarkconv.files.urls import without_slash
 
 if TYPE_CHECKING:
     from obstore import ObjectMeta
@@ -131,7 +131,7 @@ def open_bucket(url: str) -> Bucket:
     url = without_slash(url)
     store = open_store(url)
     try:
-        entries = list_entries(store, url)
+        entries = list_entries(store)
     except Exception as error:  # of obstore, and OSErrors
         raise _store_error(error, url, None) from error
     for name, entry in entries.items():
@@ -153,27 +153,21 @@ def open_bucket(url: str) -> Bucket:
     return Bucket(url, store, entries)
 
 
-def list_entries(store: ObjectStore, url: str) -> dict[str, Entry]:
-    """The objects below a URL by their relative names.
+def list_entries(store: ObjectStore) -> dict[str, Entry]:
+    """The objects below the URL of a store by their relative names.
 
     Raises:
         Exception: of obstore.
     """
     import obstore
 
-    prefix = prefix_of(url)
-    return {_relative(meta["path"], prefix): entry_of(meta) for chunk in obstore.list(store) for meta in chunk}
+    return {meta["path"]: entry_of(meta) for chunk in obstore.list(store) for meta in chunk}
 
 
 def entry_of(meta: ObjectMeta) -> Entry:
     """Size and ETag of an object. Azure lists ETags without the quotes that its headers have."""
     etag = meta["e_tag"] or ""
     return Entry(meta["size"], etag if not etag or etag.endswith('"') else f'"{etag}"')
-
-
-def _relative(name: str, prefix: str) -> str:
-    """A listed name without the path of the URL, which some versions of obstore leave in."""
-    return name.removeprefix(f"{prefix}/") if prefix else name
 
 
 def _store_error(error: Exception, url: str, name: str | None) -> SourceError:

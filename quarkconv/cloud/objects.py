@@ -83,7 +83,7 @@ class Objects:
             WriteError: the store refuses, or cannot be reached; so do all other methods.
         """
         with self._request(None):
-            return list_entries(self.store, self.url)
+            return list_entries(self.store)
 
     def entry(self, name: str) -> Entry | None:
         """Size and ETag of an object; None without the object."""

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import os
 import socket
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Final
 
@@ -60,6 +61,16 @@ def lock_folder(folder: Path) -> tuple[int, bool]:
         os.close(descriptor)  # the lock of a folder that is gone
 
 
+def unlock_folder(folder: Path, descriptor: int) -> None:
+    """Give the lock of a working folder back, and remove the folder if it is empty.
+
+    NFS keeps a file that is open under another name until it is closed, so that its folder could not be removed before.
+    """
+    os.close(descriptor)
+    with suppress(OSError):
+        folder.rmdir()
+
+
 def _open(path: Path) -> int:
     return os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC | os.O_NOFOLLOW, 0o666)
 
@@ -69,11 +80,14 @@ def hold(locks: ExitStack, path: Path, mode: int) -> None:
 
     Raises:
         OutputBusyError: another process holds it.
+        FileNotFoundError: another process has just finished here and removed the folder.
     """
     descriptor = _open(path)
     locks.callback(os.close, descriptor)
     try:
         fcntl.flock(descriptor, mode | fcntl.LOCK_NB)
+        if not os.path.samestat(os.fstat(descriptor), os.stat(path)):
+            raise FileNotFoundError(errno.ENOENT, "the lock was removed", str(path))
     except BlockingIOError:
         raise OutputBusyError(
             "Another process is working on this part, or on the whole",

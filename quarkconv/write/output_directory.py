@@ -22,7 +22,7 @@ from quarkconv.plan.pieces import OutputShard
 from quarkconv.plan.shares import Share
 from quarkconv.text import shortened
 from quarkconv.write.durable import sync_directory, write_durably, writing
-from quarkconv.write.locks import LOCK_NAME, hold, lock_folder, waiting_for
+from quarkconv.write.locks import LOCK_NAME, OutputBusyError, hold, lock_folder, unlock_folder, waiting_for
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.staging import Staging
 from quarkconv.write.state import refuse_difference
@@ -45,16 +45,17 @@ class OutputDirectory:
     def finished(self, digest: str) -> Manifest | None:
         """The manifest that an earlier run of the same plan wrote; None without one, and where none has finished.
 
-        Of a run that was killed as it ended, the rest of the working folder is removed.
+        An output without config.json is one that is being deleted. Of a run that was killed as it ended, the rest of
+        the working folder is removed.
         """
         folder = self.location / STAGING_NAME
-        if (folder / STATE_NAME).exists():
+        if (folder / STATE_NAME).exists() or not (self.location / CONFIG_NAME).is_file():
             return None
         manifest = read_manifest(self.location)
         if manifest is None or manifest.plan != digest:
             return None
         if folder.is_dir():
-            shutil.rmtree(folder, ignore_errors=True)
+            _remove_rest(folder)
         return manifest
 
     def has_begun(self) -> bool:
@@ -89,7 +90,7 @@ class OutputDirectory:
                     sync_directory(folder)
             yield staging
         finally:
-            os.close(descriptor)
+            unlock_folder(staging.folder, descriptor)
 
     @contextmanager
     def join(self, state: dict[str, Any], plan_files: list[str], share: Share | None) -> Iterator[Staging]:
@@ -102,11 +103,7 @@ class OutputDirectory:
         with ExitStack() as locks:
             with writing(output):
                 create_directory(output)
-                if not staging.folder.is_dir():  # a finished output must not get a working folder
-                    _refuse_foreign(staging, plan_files)
-                staging.folder.mkdir(exist_ok=True)
-                for name, mode in names.items():
-                    hold(locks, staging.folder / name, mode)
+                _hold(locks, staging, plan_files, names)
                 # One process writes the state, the others compare theirs with it.
                 with waiting_for(staging.folder / _BEGIN):
                     try:
@@ -129,10 +126,42 @@ class OutputDirectory:
         return self.join(state, plan_files, None)
 
 
+def _remove_rest(folder: Path) -> None:
+    """Remove the working folder of a finished conversion, unless another process works there."""
+    with suppress(OutputBusyError, OSError):
+        descriptor, _ = lock_folder(folder)
+        try:
+            if not (folder / STATE_NAME).exists():
+                shutil.rmtree(folder, ignore_errors=True)
+        finally:
+            unlock_folder(folder, descriptor)
+
+
+def _hold(locks: ExitStack, staging: Staging, plan_files: list[str], names: dict[str, int]) -> None:
+    """Hold locks of the working folder until ``locks`` is closed; a folder that is removed meanwhile is created anew.
+
+    Args:
+        locks: closes them.
+        staging: the working folder.
+        plan_files: the files that the plan will write.
+        names: the names of the locks, with their modes of flock.
+    """
+    while True:
+        if not staging.folder.is_dir():  # a finished output must not get a working folder
+            _refuse_foreign(staging, plan_files)
+        staging.folder.mkdir(exist_ok=True)
+        with suppress(FileNotFoundError), ExitStack() as held:
+            for name, mode in names.items():
+                hold(held, staging.folder / name, mode)
+            locks.push(held.pop_all())
+            return
+
+
 def _resume_or_begin(staging: Staging, state: dict[str, Any]) -> None:
     """Note the identity of the conversion, or refuse to resume another one."""
     path = staging.folder / STATE_NAME
     if not path.is_file():
+        staging.forget()
         write_durably(path, json.dumps(state).encode())
         return
     refuse_difference(str(staging.output), read_state(path), state)

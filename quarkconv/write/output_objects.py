@@ -12,6 +12,7 @@ from typing import Any, Final
 
 from quarkconv.cloud.objects import ConditionsUnsupportedError, Objects
 from quarkconv.files.remote import Entry
+from quarkconv.headers.file_names import CONFIG_NAME
 from quarkconv.headers.unfinished import STATE_PATH, parse_state
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.pieces import OutputShard
@@ -42,9 +43,13 @@ class OutputObjects:
         return Objects(self.location)
 
     def finished(self, digest: str) -> Manifest | None:
-        """The manifest of a finished conversion by the same plan; None without one, or before it is finished."""
+        """The manifest of a finished conversion by the same plan; None without one, or before it is finished.
+
+        An output without config.json is one that is being deleted.
+        """
         entries = self._objects.entries()
-        manifest = None if STATE_PATH in entries else manifest_of(self._objects, entries)
+        is_whole = STATE_PATH not in entries and CONFIG_NAME in entries
+        manifest = manifest_of(self._objects, entries) if is_whole else None
         return manifest if manifest is not None and manifest.plan == digest else None
 
     def has_begun(self) -> bool:

@@ -205,8 +205,16 @@ class Staging:
         shutil.rmtree(self.folder, ignore_errors=True)  # another process may look into it, which then removes it
         sync_directory(self.output)
 
+    def forget(self) -> None:
+        """Remove what a conversion without a state left here: its source may have been another, of the same plan."""
+        left = [path for path in (self.files, self.parts, self.notes, *self.folder.glob("checked-*")) if path.exists()]
+        for path in left:
+            shutil.rmtree(path) if path.is_dir() else path.unlink()
+        if left:
+            sync_directory(self.folder)
+
     def discard(self) -> None:
         """Remove the working folder, and the output directory if it holds nothing else."""
-        shutil.rmtree(self.folder)
+        shutil.rmtree(self.folder, ignore_errors=True)  # what is left will be resumed, or removed by the next run
         with suppress(OSError):
             self.output.rmdir()

@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 
 import pytest
+from support.checkpoints import make_checkpoint
 from support.conversions import SMALL_STEPS, STAGING, arguments, assert_unfinished, convert, start_slow
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
 
@@ -42,13 +43,13 @@ finally:
 )
 """Kills itself just before the given call that changes the disk."""
 
-EVERY_MOMENT = (
+DISTURBED = (
     SMALL_STEPS
     + """
 import hashlib, json, shutil
 from pathlib import Path
 import quarkconv
-from quarkconv.errors import SourceError
+from quarkconv.errors import SourceError, UsageError
 
 source, folder, shard_size = Path(sys.argv[1]), Path(sys.argv[2]), int(sys.argv[3])
 NAMES = ("pwrite", "fsync", "fdatasync", "ftruncate", "replace", "mkdir", "unlink", "rmdir")
@@ -56,14 +57,16 @@ REAL = {name: getattr(os, name) for name in NAMES}
 # A process that is killed leaves what it wrote to the system; waiting for the disk proves nothing here.
 REAL["fsync"] = REAL["fdatasync"] = os.fsync = os.fdatasync = lambda descriptor: None
 
-def convert(out):
-    quarkconv.convert_checkpoint(source, "fused-int8", out, max_shard_size=shard_size, jobs=1)
+def convert(out, overwrite=False):
+    quarkconv.convert_checkpoint(
+        source, "fused-int8", out, max_shard_size=shard_size, jobs=1, overwrite=overwrite
+    )
 
 def snapshot(out):
     files = (path for path in sorted(out.rglob("*")) if path.is_file())
     return {path.relative_to(out).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
 
-def disturbed(out, moment):
+def disturbed(out, moment, overwrite=False):
     '''A conversion in a process of its own that dies before call number `moment`; returns its status.'''
     child = os.fork()
     if child == 0:
@@ -79,13 +82,19 @@ def disturbed(out, moment):
         for name in NAMES:
             setattr(os, name, counted(name))
         try:
-            convert(out)
+            convert(out, overwrite)
         except BaseException as error:
             print(moment, repr(error), file=sys.stderr, flush=True)
             os._exit(1)
         os._exit(0)
     return os.waitpid(child, 0)[1]
+"""
+)
+"""Kills a conversion before one of its calls that change the disk."""
 
+EVERY_MOMENT = (
+    DISTURBED
+    + """
 convert(folder / "undisturbed")
 expected = snapshot(folder / "undisturbed")
 moment, kinds, failures = 0, {}, []
@@ -126,6 +135,43 @@ print(json.dumps({"moments": moment - 1, "kinds": kinds, "failures": failures}))
 )
 """Kills a conversion before each of its calls that change the disk, in turn, and goes on after it."""
 
+OF_ANOTHER_SOURCE = (
+    DISTURBED
+    + """
+other, before = Path(sys.argv[4]), folder / "before"
+shutil.copytree(source, folder / "source")
+if sys.argv[5] == "finished":
+    convert(before)
+else:
+    disturbed(before, int(sys.argv[5]))
+for path in other.iterdir():  # the same names, sizes and plan
+    shutil.copyfile(path, source / path.name)
+convert(folder / "undisturbed")
+earlier, expected = snapshot(before), snapshot(folder / "undisturbed")
+LAST = 40  # of those that delete the earlier conversion and begin the next
+moment, outcomes, failures = 0, {}, []
+while moment < LAST:
+    moment += 1
+    out = folder / str(moment)
+    shutil.copytree(before, out)
+    if not os.WIFSIGNALED(disturbed(out, moment, overwrite=True)):
+        failures.append([moment, "did not die"])
+    try:
+        convert(out)
+        outcome = "converted" if snapshot(out) == expected else "not replaced"
+        if outcome == "not replaced" and snapshot(out) != earlier:
+            failures.append([moment, sorted(snapshot(out))])
+    except UsageError:
+        outcome = "refused"
+    outcomes[outcome] = outcomes.get(outcome, 0) + 1
+    convert(out, overwrite=True)
+    if snapshot(out) != expected:
+        failures.append([moment, "other bytes"])
+    shutil.rmtree(out)
+print(json.dumps({"outcomes": outcomes, "failures": failures}))
+"""
+)
+"""Replaces the conversion of a source that has changed since, killed before each of its calls that change the disk."""
 
 def test_killed_before_every_call_that_changes_the_disk(small: Path, tmp_path: Path) -> None:
     (small / "tokenizer.json").write_text("{}")
@@ -141,6 +187,21 @@ def test_killed_before_every_call_that_changes_the_disk(small: Path, tmp_path: P
     kinds = report["kinds"]
     assert {"nothing", "unfinished", "complete"} <= kinds.keys()
     assert {f"{count} finished" for count in range(4)} <= kinds.keys()
+
+
+@pytest.mark.parametrize("before", ["finished", 60])
+def test_overwrite_that_is_killed_leaves_nothing_of_the_earlier_source(
+    small: Path, tmp_path: Path, before: str | int
+) -> None:
+    other = make_checkpoint(tmp_path / "other", layers=2, zero_points=True, seed=1)
+    process = start(OF_ANOTHER_SOURCE, small, tmp_path, 4000, other, before)
+    text, err = process.communicate(timeout=PROCESS_TIMEOUT)
+    assert process.returncode == 0, err
+    assert err == ""
+    report = json.loads(text)
+    assert report["failures"] == []
+    assert {"converted", "refused"} <= report["outcomes"].keys()
+    assert report["outcomes"].get("not replaced", 0) < 5  # before anything is deleted
 
 
 def test_killed_at_random_times_the_same_command_gives_the_same_bytes(
