@@ -17,10 +17,21 @@ _REFUSED: Final = (errno.EROFS, errno.EACCES, errno.EPERM)
 """Error numbers of a file system that is read-only, or of another owner's directory."""
 
 
-def write_durably(path: Path, data: bytes) -> None:
-    """Write a small file: after a crash it is complete under its name, or absent."""
+def part_of(path: Path, worker: str = "") -> Path:
+    """The name that a small file has until it is complete; each of several workers that write it has its own."""
+    return path.with_name(f"{path.name}{worker}.part")
+
+
+def write_durably(path: Path, data: bytes, worker: str = "") -> None:
+    """Write a small file: after a crash it is complete under its name, or absent.
+
+    Args:
+        path: the file.
+        data: its contents.
+        worker: name of one of several workers that may write the same file at the same time.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(path.name + ".part")
+    part = part_of(path, worker)
     write_and_sync(part, data)
     os.replace(part, path)
     sync_directory(path.parent)

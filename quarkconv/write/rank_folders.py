@@ -14,7 +14,7 @@ from quarkconv.headers.file_names import MANIFEST_NAME
 from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.plan import Plan
-from quarkconv.write.durable import write_durably, writing
+from quarkconv.write.durable import part_of, write_durably, writing
 from quarkconv.write.output_directory import create_directory
 from quarkconv.write.space import allocated, records_nbytes, require_space
 
@@ -45,11 +45,12 @@ class RankFolders:
             write_durably(self.directory / RANKS_NAME, data)
 
     def _obsolete(self, plans: Sequence[Plan], *, overwrite: bool) -> list[Path]:
-        """The files and folders of an earlier conversion that are in the way and may be deleted."""
+        """The files and folders of earlier runs that are in the way and may be deleted."""
         create_directory(self.directory)
         folders = {plan.rank.folder() for plan in plans}
         present = sorted(self.directory.iterdir())
         obsolete = [path for path in present if path.name == RANKS_NAME or _is_rank(path)] if overwrite else []
+        obsolete += [path for path in present if path == part_of(self.directory / RANKS_NAME)]  # of a crash
         for path in present:
             if path not in obsolete and path.name not in folders:
                 raise something_else(str(self.directory), path.name)
@@ -58,8 +59,8 @@ class RankFolders:
     def _require_space(self, plans: Sequence[Plan], obsolete: Sequence[Path]) -> None:
         """Check the space for all ranks before the first is written, and before anything is deleted."""
         needed = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in plans)
-        reclaimed = {path for folder in obsolete for path in folder.rglob("*")}
-        reclaimed.update(self.directory.glob(f"rank-*/{STAGING_NAME}/**/*"))
+        folders = [*obsolete, *(self.directory / plan.rank.folder() for plan in plans)]
+        reclaimed = {path for folder in folders for path in folder.rglob("*")}
         require_space(self.directory, needed, allocated(reclaimed))
 
 

@@ -89,7 +89,8 @@ class Staging:
 
         Of several workers that wrote the same shard, one gives it its name: link(2) fails where there is one already.
         """
-        write_durably(self.notes / f"{shard.file}.json", json.dumps(note_of(shard, self.plan_digest)).encode())
+        note = json.dumps(note_of(shard, self.plan_digest)).encode()
+        write_durably(self.notes / f"{shard.file}.json", note, self._worker)
         named, part = self.files / shard.file, self.part(shard.file)
         named.parent.mkdir(parents=True, exist_ok=True)
         first = True
@@ -139,7 +140,7 @@ class Staging:
 
     def record_checks(self, share: Share) -> None:
         """Record that the checks of a share hold."""
-        write_durably(self._checked(share), json.dumps({"plan": self.plan_digest}).encode())
+        write_durably(self._checked(share), json.dumps({"plan": self.plan_digest}).encode(), self._worker)
 
     def shares(self) -> int:
         """The number of shares that the conversion was begun with: 1 for a whole one, 0 for one with leases."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -159,6 +160,52 @@ def test_what_was_finished_is_not_written_again(tmp_path: Path) -> None:
     conversion.carry_out(jobs=1)
     assert first.stat().st_mtime_ns == written
     assert snapshot(tmp_path / "out") == whole
+
+
+def test_killed_while_it_writes_the_index_the_same_call_resumes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
+    out = tmp_path / "out"
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if target == out / "ranks.json":
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(root, out, "tp", 2)
+    assert sorted(path.name for path in out.iterdir()) == ["rank-00-of-02", "rank-01-of-02", "ranks.json.part"]
+    convert(root, out, "tp", 2)
+    assert snapshot(out) == whole
+
+
+def test_files_of_a_rank_that_are_in_their_place_need_no_more_space(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = make_checkpoint(tmp_path / "model", hidden=256, intermediate=256, experts=8)
+    whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
+    out = tmp_path / "out"
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if target.name == "config.json" and target.parent.parent == out:  # all else is in its place
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(root, out, "tp", 2)
+    plans = [output.plan for output in Conversion.prepare(root, "fused-int8", out, Options(tp=2)).outputs]
+    missing = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in plans) - plans[0].output_bytes
+    monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing))
+    convert(root, out, "tp", 2)
+    assert snapshot(out) == whole
 
 
 def test_the_space_of_all_ranks_is_checked_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
