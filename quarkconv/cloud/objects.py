@@ -166,8 +166,12 @@ class Objects:
         import obstore
 
         if chosen := list(names):
-            with self._request(chosen[0]), suppress(FileNotFoundError):
-                obstore.delete(self.store, chosen)
+            with self._request(chosen[0]):
+                try:
+                    obstore.delete(self.store, chosen)
+                except FileNotFoundError:  # of one of them, and Google's store has those behind it still
+                    with ThreadPoolExecutor(CONNECTIONS, thread_name_prefix="quarkconv-objects") as pool:
+                        list(pool.map(self._delete, chosen))
 
     def writer(self, name: str, nbytes: int) -> ObjectWriter:
         """Begin an object of a known size.
@@ -183,6 +187,12 @@ class Objects:
                 self.store, name, buffer_size=size, max_concurrency=max(1, _IN_FLIGHT_BYTES // size)
             )
         return ObjectWriter(self, name, stream)
+
+    def _delete(self, name: str) -> None:
+        import obstore
+
+        with suppress(FileNotFoundError):
+            obstore.delete(self.store, name)
 
     def _put_if(self, name: str, data: bytes, mode: PutMode) -> Version | None:
         import obstore

@@ -45,7 +45,7 @@ class Output(Protocol):
         """The directory, or the URL."""
 
     def finished(self, digest: str) -> Manifest | None:
-        """The manifest that an earlier run of the same plan wrote; None where none has finished, or it is being deleted.
+        """The manifest that an earlier run of the same plan wrote; None where none has, or it is being deleted.
 
         Raises:
             SourceError: there is a manifest that cannot be read.

@@ -67,6 +67,16 @@ def test_the_output_lies_in_the_working_directory(
     assert (tmp_path / "tiny-moe-fused-int8" / "config.json").is_file()
 
 
+@pytest.mark.usefixtures("proxy")
+def test_a_folder_in_the_model_may_have_the_path_of_the_model(model: Path) -> None:
+    (model / "org" / "tiny-moe").mkdir(parents=True)
+    (model / "org" / "tiny-moe" / "config.json").write_text("{}")
+    publish(model)
+    sizes = {name: entry.size for name, entry in open_bucket(URL).entries.items()}
+    assert sizes["org/tiny-moe/config.json"] == 2
+    assert sizes["config.json"] == (model / "config.json").stat().st_size
+
+
 @pytest.mark.usefixtures("published")
 def test_a_conversion_that_failed_resumes(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"

@@ -14,6 +14,7 @@ from support.s3 import objects, publish
 
 import quarkconv
 from quarkconv.cloud import objects as cloud_objects
+from quarkconv.cloud.objects import Objects
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
 from quarkconv.write import executor, joining
@@ -68,3 +69,13 @@ def test_workers_share_a_conversion(local: dict[str, str]) -> None:
         written = sum(pool.map(work, range(2)))
     assert objects(OUT) == local
     assert written == sum(name.endswith(".safetensors") for name in local)
+
+
+@pytest.mark.usefixtures("google")
+def test_objects_are_deleted_though_some_are_gone_already() -> None:
+    found = Objects(OUT)
+    names = [f"{number}.json" for number in range(40)]
+    for name in names[1::2]:
+        found.put(name, b"{}")
+    found.delete(names)
+    assert found.entries() == {}

@@ -10,12 +10,12 @@ import pytest
 from support.bucket_outputs import prepare
 from support.faulty_proxy import FaultyProxy
 from support.progress import Recorder
-from support.s3 import URL, objects
+from support.s3 import OUT, URL, objects
 
 from quarkconv.cloud.objects import Objects
 from quarkconv.errors import UsageError, WriteError
 from quarkconv.plan.shares import Share
-from quarkconv.write.modes import Finish
+from quarkconv.write.modes import Finish, Join, Mode
 from quarkconv.write.object_destination import ObjectDestination
 
 pytestmark = pytest.mark.long(15)
@@ -90,3 +90,12 @@ def test_finish_without_a_conversion_and_parts_of_another_are_refused(model: Pat
     with pytest.raises(UsageError) as caught:
         prepare(model, max_shard_size=50_000).carry_out(Share(2, 3))
     assert caught.value.found == "largest shard size 40000, now 50000"
+
+
+@pytest.mark.usefixtures("published")
+@pytest.mark.parametrize("mode", [Share(1, 2), Join(), Finish()], ids=str)
+def test_an_output_that_is_being_deleted_is_not_finished(model: Path, mode: Mode) -> None:
+    prepare(model).carry_out()
+    Objects(OUT).delete(["config.json"])  # what --overwrite deletes first
+    with pytest.raises(UsageError, match=r"other objects|no unfinished conversion"):
+        prepare(model).carry_out(mode)

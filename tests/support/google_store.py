@@ -135,9 +135,9 @@ def google_store() -> Iterator[GoogleStore]:
             path, query, _ = self._request()
             if "uploadId" in query:
                 store.uploads[query["uploadId"][0]].clear()
+                self._answer(204)
             else:
-                store.objects.pop(path, None)
-            self._answer(204)
+                self._answer(404 if store.objects.pop(path, None) is None else 204)
 
         def _created(self, path: str, data: bytes, body: bytes = b"") -> None:
             generation = store.put(path, data, self.headers.get("x-goog-if-generation-match"))
