@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 from quarkconv.files.base import Range
-from quarkconv.files.regular import open_regular, walk
+from quarkconv.files.regular import open_regular, read_range, walk
 
 
 class LocalFiles:
@@ -42,7 +42,7 @@ class LocalFiles:
         """
         descriptor = open_regular(self.path(name))
         try:
-            return os.pread(descriptor, nbytes, start)
+            return read_range(descriptor, start, nbytes)
         finally:
             os.close(descriptor)
 
@@ -55,7 +55,7 @@ class LocalFiles:
                     if descriptor >= 0:
                         os.close(descriptor)
                     opened, descriptor = file, open_regular(self.path(file))
-                yield os.pread(descriptor, end - start, start)
+                yield read_range(descriptor, start, end - start)
         finally:
             if descriptor >= 0:
                 os.close(descriptor)

@@ -52,6 +52,21 @@ def open_regular(path: str | os.PathLike[str]) -> int:
     return descriptor
 
 
+def read_range(descriptor: int, start: int, nbytes: int) -> bytes:
+    """A byte range of an open file; shorter only where the file ends.
+
+    One call of the system may return less: at most 2 GiB, and over FUSE as much as arrived.
+    """
+    data = os.pread(descriptor, nbytes, start)
+    if len(data) in (0, nbytes):
+        return data
+    parts, done = [data], len(data)
+    while done < nbytes and (data := os.pread(descriptor, nbytes - done, start + done)):
+        parts.append(data)
+        done += len(data)
+    return b"".join(parts)
+
+
 def read_regular(path: str | os.PathLike[str], limit: int) -> bytes | int:
     """The bytes of a regular file; if there are more than ``limit``, its size instead.
 

@@ -10,6 +10,7 @@ from typing import Final, NamedTuple, Protocol
 from quarkconv.defects import unreadable_file
 from quarkconv.files.base import Files, Range
 from quarkconv.files.open_limit import allow_open_files, hint_about_open_files
+from quarkconv.files.regular import read_range
 from quarkconv.files.remote import RemoteFiles
 
 BLOCK: Final = 2 * 2**20
@@ -121,7 +122,7 @@ class OpenFiles:
 
     def read(self, file: str, start: int, nbytes: int) -> bytes:
         """A byte range; shorter where the file ends."""
-        return os.pread(self[file], nbytes, start)
+        return read_range(self[file], start, nbytes)
 
     def read_into(self, file: str, view: memoryview, start: int) -> int:
         """Fill memory with the bytes from an offset on, and return how many were read."""
