@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,8 +14,12 @@ from support.conversions import STAGING, arguments, convert, fill_the_disk_later
 from support.expected import fused_int8
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot
 
-from quarkconv.errors import UsageError
+import quarkconv
+from quarkconv.errors import SourceError, UsageError
+from quarkconv.plan.manifest import read_manifest
 from quarkconv.write import state
+from quarkconv.write.locks import lock_folder
+from quarkconv.write.output import output_at
 
 
 def test_unfinished_work_with_other_options_is_refused_and_kept(
@@ -177,6 +182,60 @@ def test_invalid_notes_are_refused(notes: object) -> None:
 
 
 # The lock
+
+
+def test_a_finished_output_keeps_the_folder_in_which_another_process_has_begun(small: Path, tmp_path: Path) -> None:
+    out = convert(small, tmp_path / "out")
+    manifest = read_manifest(out)
+    assert manifest is not None
+    descriptor, _ = lock_folder(out / STAGING)  # as --overwrite does first
+    assert output_at(out).finished(manifest.plan) == manifest
+    assert (out / STAGING / "lock").exists()
+    os.close(descriptor)
+    assert output_at(out).finished(manifest.plan) == manifest
+    assert not (out / STAGING).exists()
+
+
+@pytest.fixture
+def silly_renames(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on NFS, an open file whose name is removed gets another until it is closed; here the lock of a folder."""
+    unlink, close = os.unlink, os.close
+    renamed: list[int] = []
+
+    def unlinking(path: Any, *, dir_fd: int | None = None) -> None:
+        if path != "lock" or dir_fd is None:
+            unlink(path, dir_fd=dir_fd)
+            return
+        os.rename(path, ".nfs0001", src_dir_fd=dir_fd, dst_dir_fd=dir_fd)
+        renamed.append(os.stat(".nfs0001", dir_fd=dir_fd).st_ino)
+
+    def closing(descriptor: int) -> None:
+        status, link = os.fstat(descriptor), f"/proc/self/fd/{descriptor}"
+        path = os.readlink(link)
+        close(descriptor)
+        if status.st_ino in renamed and path.endswith(".nfs0001"):
+            unlink(path)
+
+    monkeypatch.setattr(os, "unlink", unlinking)
+    monkeypatch.setattr(os, "close", closing)
+
+
+@pytest.mark.usefixtures("silly_renames")
+def test_on_nfs_nothing_is_left_of_the_working_folder(small: Path, tmp_path: Path) -> None:
+    out = convert(small, tmp_path / "out")
+    assert not (out / STAGING).exists()
+
+
+@pytest.mark.usefixtures("silly_renames")
+def test_on_nfs_a_scale_that_is_not_finite_is_reported_as_it_is(small: Path, tmp_path: Path) -> None:
+    scale = "model.layers.1.mlp.experts.0.down_proj.weight_scale"
+    ref = quarkconv.inspect_checkpoint(small).description.checkpoint.refs()[scale]
+    with (small / ref.file).open("r+b") as file:
+        file.seek(ref.start)
+        file.write(b"\0\0\xc0\x7f")
+    with pytest.raises(SourceError, match="A scale is NaN"):
+        convert(small, tmp_path / "out")
+    assert not (tmp_path / "out" / STAGING).exists()
 
 
 def test_a_lock_of_a_folder_that_was_removed_meanwhile_is_not_trusted(
