@@ -169,10 +169,10 @@ class _Worker:
                 for shard in islice(self._leased(), 1):
                     self._run.write_shards((shard,), self._jobs)
                     self._wrote(shard)
-        except QuarkconvError as error:
+        except (QuarkconvError, OSError) as error:
             if all(self._leases.holds(name) for name in self._writing):
                 raise
-            _log.info("another worker took over what failed here: %s", error.message)
+            _log.info("another worker took over what failed here: %s", error)
             raise _LeaseLostError from error
 
     def _leased(self) -> Iterator[OutputShard]:

@@ -96,6 +96,17 @@ def hold(locks: ExitStack, path: Path, mode: int) -> None:
         ) from None
 
 
+def remove_unlocked(path: Path) -> None:
+    """Remove a file, unless a process has locked it."""
+    with suppress(OSError):
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink()
+        finally:
+            os.close(descriptor)
+
+
 @contextmanager
 def waiting_for(path: Path) -> Iterator[None]:
     """Hold a lock that others hold for a moment only."""

@@ -130,6 +130,8 @@ def _write(common: list[Any], shard: OutputShard) -> int:
         execution.rejoined(sources, shard) as run,
         run.writing(),
     ):
+        if run.destination.has_locks:
+            run.destination.discard_partial((shard,))  # of a task whose node was lost
         run.write_shards((shard,), execution.jobs)
     return shard.nbytes
 

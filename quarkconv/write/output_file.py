@@ -17,6 +17,7 @@ import logging
 import mmap
 import os
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Final
@@ -55,16 +56,19 @@ class OutputFile:
         path: the file; created, or emptied.
         nbytes: its final length.
         direct: whether to write past the page cache.
+        locked: whether to lock the file, so that others see that its writer lives.
     """
 
     in_order: Final = False
 
-    def __init__(self, path: Path, nbytes: int, direct: DirectWrites) -> None:
+    def __init__(self, path: Path, nbytes: int, direct: DirectWrites, *, locked: bool = False) -> None:
         self.path = path
         self.nbytes = nbytes
         self._direct = direct
         self._descriptor = self._open()
         try:
+            if locked:
+                fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             _reserve(self._descriptor, -(-nbytes // PAGE) * PAGE)
         except BaseException:
             self.close()
@@ -77,10 +81,11 @@ class OutputFile:
             OSError: writing failed.
         """
         while block:
+            was_direct = self._is_direct()  # another thread may change it meanwhile
             try:
                 written = os.pwrite(self._descriptor, block, offset)
             except OSError as error:
-                if error.errno not in _REFUSED or not self._is_direct():
+                if error.errno not in _REFUSED or not was_direct:
                     error.filename = str(self.path)
                     raise
                 self._direct.refused(self.path, os.strerror(error.errno))
@@ -99,13 +104,18 @@ class OutputFile:
         """Cut off the padding of the last block, make the file durable, and close it."""
         os.ftruncate(self._descriptor, self.nbytes)
         os.fsync(self._descriptor)
-        self.close()
+        self._close()
 
     def close(self) -> None:
-        """Close the file; without :meth:`seal` it is not complete."""
+        """Remove the file unless it is sealed."""
+        if self._descriptor >= 0:
+            with suppress(OSError):
+                self.path.unlink()
+            self._close()
+
+    def _close(self) -> None:
         descriptor, self._descriptor = self._descriptor, -1
-        if descriptor >= 0:
-            os.close(descriptor)
+        os.close(descriptor)
 
     def _open(self) -> int:
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC | os.O_CLOEXEC

@@ -57,12 +57,12 @@ def require_space(output: Path, needed: int, reclaimed: int) -> None:
 
 
 @contextmanager
-def disk_full_explained(output: Path, parts: Path, left: Callable[[], int]) -> Iterator[None]:
+def disk_full_explained(output: Path, reclaimed: Callable[[], int], left: Callable[[], int]) -> Iterator[None]:
     """Report how much space is missing when the disk gets full.
 
     Args:
         output: a directory on the disk that is written to.
-        parts: the folder of unfinished files, which will be written again.
+        reclaimed: returns the number of bytes that the next run frees, or writes again in their places.
         left: returns the number of bytes still to be written.
     """
     try:
@@ -71,7 +71,7 @@ def disk_full_explained(output: Path, parts: Path, left: Callable[[], int]) -> I
         if error.errno not in FULL:
             raise
         failure = as_write_error(error, output)
-        free, needed = shutil.disk_usage(output).free + allocated(parts.rglob("*")), left()
+        free, needed = shutil.disk_usage(output).free + reclaimed(), left()
         failure.file = str(output)
         failure.expected = f"{size(needed)} for the rest of the output"
         failure.found = f"{size(free)} usable"

@@ -34,6 +34,7 @@ from quarkconv.plan.pieces import OutputShard, SourceFile
 from quarkconv.plan.shares import MAX_SHARES, Share
 from quarkconv.write.durable import folders_of, sync_directory, write_and_sync, write_durably, writing
 from quarkconv.write.leases import DirectoryLeases
+from quarkconv.write.locks import remove_unlocked
 from quarkconv.write.notes import note_of, written_of
 from quarkconv.write.output_file import DirectWrites, OutputFile
 from quarkconv.write.source import Source
@@ -65,7 +66,7 @@ class Staging:
 
     def open(self, shard: OutputShard) -> OutputFile:
         """Begin to write a shard."""
-        return OutputFile(self.part(shard.file), shard.nbytes, self._direct)
+        return OutputFile(self.part(shard.file), shard.nbytes, self._direct, locked=self._worker != "")
 
     def part(self, name: str) -> Path:
         """The path of a file until it is finished; its folder exists."""
@@ -169,13 +170,21 @@ class Staging:
         require_space(self.output, nbytes, allocated(self.parts / shard.file for shard in shards))
 
     def discard_partial(self, shards: tuple[OutputShard, ...]) -> None:
-        """Do nothing: a file that is not finished is written again in its place."""
+        """Remove what workers that died have left of some shards. A file without a worker is written again in place."""
+        files = {shard.file for shard in shards}
+        for path in list(self.parts.glob("*")):
+            if path.name.rpartition(".")[0] in files:
+                remove_unlocked(path)
 
     @contextmanager
     def failures(self, left: Callable[[], int]) -> Iterator[None]:
         """Turn failures to write into errors with a hint; missing bytes are counted when no thread runs."""
-        with writing(self.folder), disk_full_explained(self.output, self.parts, left):
+        with writing(self.folder), disk_full_explained(self.output, self._reclaimed, left):
             yield
+
+    def _reclaimed(self) -> int:
+        """Bytes of unfinished files that the next run writes again in their places; those of other workers are not."""
+        return 0 if self._worker else allocated(self.parts.rglob("*"))
 
     def _sync(self, names: list[str]) -> None:
         """Make the names of finished files durable, moved up already or not."""

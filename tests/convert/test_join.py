@@ -2,30 +2,38 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
+import os
+import shutil
 import signal
 import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import TypeVar
+from types import SimpleNamespace
+from typing import Any, TypeVar
 
 import pytest
 from support.checkpoints import make_checkpoint
 from support.conversions import SHARD_SIZE, SMALL_STEPS, assert_unfinished, start_slow
 from support.program import PROCESS_TIMEOUT, run_cli, snapshot, start
+from support.progress import FullDisk
 
 import quarkconv
 from quarkconv.convert.conversion import Conversion
 from quarkconv.convert.options import Options
-from quarkconv.errors import UnsupportedError, UsageError
-from quarkconv.plan.shares import Share
+from quarkconv.errors import UnsupportedError, UsageError, WriteError
+from quarkconv.plan.manifest import Manifest
+from quarkconv.plan.shares import ALL, Share
 from quarkconv.write import joining, leases
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import DirectoryLeases, Leases
 from quarkconv.write.modes import Finish, Join, Mode, Whole
 from quarkconv.write.output_directory import OutputDirectory
+from quarkconv.write.output_file import DirectWrites, OutputFile
+from quarkconv.write.staging import Staging
 
 Capture = pytest.CaptureFixture[str]
 
@@ -180,6 +188,90 @@ def test_a_shard_of_a_worker_that_vanished_is_taken_over(
     outcome = conversion.carry_out(Join())
     assert outcome.result is not None
     assert outcome.shards == len(plan.shards)
+    assert snapshot(out) == whole
+
+
+def test_what_a_worker_left_of_a_shard_is_removed_and_what_others_are_writing_is_not(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(leases, "LEASE_SECONDS", 0.3)
+    out = tmp_path / "out"
+    conversion = prepare(model, out)
+    shard = conversion.outputs[0].plan.shards[0]
+    parts = out / ".quarkconv" / "parts"
+    with pytest.raises(WriteError, match="disk is full"):
+        conversion.carry_out(Join(), jobs=1, progress=FullDisk(1))
+    assert list(parts.iterdir()) == []  # another worker, of another name, would not write there again
+    vanished = Leases(DirectoryLeases(out / ".quarkconv"))
+    assert vanished.take(shard.file)
+    (parts / f"{shard.file}.dead").write_bytes(bytes(100))
+    slow = OutputFile(parts / f"{shard.file}.slow", shard.nbytes, DirectWrites(), locked=True)
+    left: set[str] = set()
+    finish = Run.finish
+
+    def finishing(run: Run) -> Manifest:
+        left.update(path.name for path in parts.iterdir())
+        return finish(run)
+
+    monkeypatch.setattr(Run, "finish", finishing)
+    assert conversion.carry_out(Join()).result is not None
+    assert left == {f"{shard.file}.slow"}
+    slow.close()
+    assert snapshot(out) == whole
+
+
+def test_the_space_that_is_missing_does_not_count_what_other_workers_are_writing(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    conversion = prepare(model, out)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=10**9))
+    found = []
+    for nbytes in (0, 50_000_000):
+        parts = out / ".quarkconv" / "parts"
+        if nbytes:
+            (parts / "model-00001-of-00099.safetensors.other").write_bytes(bytes(nbytes))
+        with pytest.raises(WriteError, match="disk is full") as caught:
+            conversion.carry_out(Join(), jobs=1, progress=FullDisk(1))
+        found.append(caught.value.found)
+    assert found == ["1 GB usable"] * 2
+
+
+def test_two_workers_may_write_the_same_note_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / ".quarkconv").mkdir()
+    first, second = (Staging(tmp_path, "plan", worker=f".{name}") for name in ("first", "second"))
+    replace = os.replace
+
+    def between(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", replace)
+        second.record_checks(ALL)
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", between)
+    first.record_checks(ALL)
+    assert first.checks_hold(ALL)
+
+
+@pytest.mark.parametrize("call", ["open", "flock"])
+def test_a_worker_that_begins_while_the_folder_is_removed_sees_that_the_conversion_is_finished(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    out = tmp_path / "out"
+    outcome = prepare(model, out).carry_out(Join())
+    (out / ".quarkconv").mkdir()
+    module = os if call == "open" else fcntl
+    function, removed = getattr(module, call), []
+
+    def removing(*args: Any, **options: Any) -> Any:
+        if call == "flock" or str(args[0]).endswith(".quarkconv/lock"):
+            monkeypatch.setattr(module, call, function)
+            removed.append(shutil.rmtree(out / ".quarkconv"))
+        return function(*args, **options)
+
+    monkeypatch.setattr(module, call, removing)
+    monkeypatch.setattr(OutputDirectory, "finished", lambda *_: outcome.result.manifest if removed else None)
+    assert prepare(model, out).carry_out(Join()).result is not None
+    assert removed
     assert snapshot(out) == whole
 
 

@@ -7,7 +7,9 @@ import logging
 import os
 import random
 import shutil
+import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -153,6 +155,43 @@ def test_where_direct_writes_are_refused_the_page_cache_is_used_with_one_warning
     assert len(warnings) == 1
     assert str(tmp_path / "out") in warnings[0]
     assert flushed  # so that no fsync takes long, and an interrupt is quick
+
+
+def test_two_threads_whose_direct_writes_are_refused_at_the_same_time_both_use_the_page_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    both, refused = threading.Barrier(2), []
+    pwrite = os.pwrite
+
+    def writing(descriptor: int, data: memoryview, offset: int) -> int:
+        if offset not in refused:
+            refused.append(offset)
+            both.wait(10)  # neither has changed the file to the page cache yet
+            raise OSError(errno.EINVAL, os.strerror(errno.EINVAL))
+        return pwrite(descriptor, data, offset)
+
+    file = OutputFile(tmp_path / "file", 2 * PAGE, DirectWrites())
+    if not file._is_direct():
+        pytest.skip("this file system refuses O_DIRECT")
+    monkeypatch.setattr(os, "pwrite", writing)
+    blocks = [aligned_buffer(PAGE), aligned_buffer(PAGE)]
+    blocks[1][:] = b"1" * PAGE
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(file.write, blocks, (0, PAGE)))
+    file.seal()
+    assert sorted(refused) == [0, PAGE]
+    assert (tmp_path / "file").read_bytes() == bytes(PAGE) + b"1" * PAGE
+
+
+def test_a_file_that_is_not_sealed_is_removed(tmp_path: Path) -> None:
+    file = OutputFile(tmp_path / "file", PAGE, DirectWrites())
+    file.close()
+    file.close()
+    assert not (tmp_path / "file").exists()
+    sealed = OutputFile(tmp_path / "file", PAGE, DirectWrites())
+    sealed.seal()
+    sealed.close()
+    assert (tmp_path / "file").stat().st_size == PAGE
 
 
 def test_writes_are_direct_where_the_file_system_takes_them(

@@ -173,6 +173,7 @@ print(json.dumps({"outcomes": outcomes, "failures": failures}))
 )
 """Replaces the conversion of a source that has changed since, killed before each of its calls that change the disk."""
 
+
 def test_killed_before_every_call_that_changes_the_disk(small: Path, tmp_path: Path) -> None:
     (small / "tokenizer.json").write_text("{}")
     (small / "sub").mkdir()
