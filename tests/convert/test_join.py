@@ -257,21 +257,24 @@ def test_a_worker_that_begins_while_the_folder_is_removed_sees_that_the_conversi
     model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch, call: str
 ) -> None:
     out = tmp_path / "out"
-    outcome = prepare(model, out).carry_out(Join())
+    result = prepare(model, out).carry_out(Join()).result
+    assert result is not None
     (out / ".quarkconv").mkdir()
     module = os if call == "open" else fcntl
-    function, removed = getattr(module, call), []
+    function = getattr(module, call)
+    removed = threading.Event()
 
     def removing(*args: Any, **options: Any) -> Any:
         if call == "flock" or str(args[0]).endswith(".quarkconv/lock"):
             monkeypatch.setattr(module, call, function)
-            removed.append(shutil.rmtree(out / ".quarkconv"))
+            shutil.rmtree(out / ".quarkconv")
+            removed.set()
         return function(*args, **options)
 
     monkeypatch.setattr(module, call, removing)
-    monkeypatch.setattr(OutputDirectory, "finished", lambda *_: outcome.result.manifest if removed else None)
+    monkeypatch.setattr(OutputDirectory, "finished", lambda *_: result.manifest if removed.is_set() else None)
     assert prepare(model, out).carry_out(Join()).result is not None
-    assert removed
+    assert removed.is_set()
     assert snapshot(out) == whole
 
 
