@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +12,7 @@ from typing import Final
 
 from quarkconv.description.description import Description, describe
 from quarkconv.errors import UnsupportedError
+from quarkconv.evaluate.hidden_states import Streams
 from quarkconv.evaluate.request import DEFAULT_WINDOW, RECORD_CONTENT, Limits, require_one_source
 from quarkconv.evaluate.results import WORST, Evaluation, ExpertError, LayerEvaluation
 from quarkconv.evaluate.run import LeftOut, Run
@@ -21,10 +22,11 @@ from quarkconv.evaluate.same_model import (
     require_same_tokenizer,
     require_unquantized,
 )
+from quarkconv.evaluate.scores import TokenScores
 from quarkconv.evaluate.state import EvaluationState, fingerprint, state_key
 from quarkconv.evaluate.streams import DEQUANTIZED, INT8, UNQUANTIZED, LayerRunner
 from quarkconv.evaluate.sums import LayerSums
-from quarkconv.evaluate.windows import Windows, windows_of_ids, windows_of_text
+from quarkconv.evaluate.windows import windows_of_ids, windows_of_text
 from quarkconv.experts.unread import are_modules
 from quarkconv.files.written_file import require_writable
 from quarkconv.findings import NOT_UNDERSTOOD, refusal
@@ -94,61 +96,78 @@ def evaluate_checkpoint(
     require_one_source(text, token_ids)
     require_writable("--record", record, RECORD_CONTENT.encode())
     devices = pick_devices(device)
-    root = _directory(model, progress)
-    other = None if unquantized is None else _directory(unquantized, progress)
-    description = describe(root)
-    original = None if other is None else describe(other)
-    for item in (description, original):
-        if item is not None:
-            _require_readable(item)
+    description, original = _described(model, unquantized, progress)
+    root = description.checkpoint.root
     tokens = (
         windows_of_ids(token_ids, windows)
         if token_ids is not None
         else windows_of_text(text, root / "tokenizer.json", window, windows)  # type: ignore[arg-type]
     )
-    if other is not None and original is not None:
+    if original is not None:
         require_unquantized(original)
-        require_same_tokenizer(root, other)
+        require_same_tokenizer(root, original.checkpoint.root)
     with ExitStack() as stack:
         runners = layer_runners(description, original, devices, layers, stack)
-        first = runners[0]
-        tokens.check_vocabulary(first.quantized.skeleton.vocabulary)
-        run = Run(runners, tokens, batch, progress)
+        tokens.check_vocabulary(runners[0].quantized.skeleton.vocabulary)
+        run = Run(runners, tokens, batch, progress, resume)
         if not run.in_int8 and (limits != Limits() or layers is not None or ablate):
             raise _no_int8(root)
-        state = EvaluationState(_key(root, other, tokens, run, layers)) if resume else None
+        state = EvaluationState(_key(description, original, run, layers)) if resume else None
         streams = run.layers_of(run.variants, state, record)
         scores = run.scores(streams)
-        evaluated = _layers(first, streams.sums)
-        experts = _worst_experts(streams.sums)
-        ablations = run.ablations(streams, scores, _worst_parts(evaluated, experts, ablate))
+        found = replace(_figures(run, streams, scores), limits=limits)
+        ablations = run.ablations(streams, scores, _worst_parts(found.layers, _worst_experts(streams.sums), ablate))
         if state is not None:
             state.remove()
+    other = None if unquantized is None else str(unquantized)
+    return replace(found, model=str(model), unquantized=other, ablations=tuple(ablations))
+
+
+def _described(
+    model: str | Path, unquantized: str | Path | None, progress: Progress
+) -> tuple[Description, Description | None]:
+    """Both models, which can be evaluated; one on the Hub is downloaded to its cache.
+
+    Raises:
+        SourceError, UnsupportedError: as of :func:`_require_readable`, and of locating a model.
+    """
+    roots = [
+        locate(item, cache=True, progress=progress).files.root for item in (model, unquantized) if item is not None
+    ]
+    described = [describe(root) for root in roots]
+    for item in described:
+        _require_readable(item)
+    return described[0], described[1] if len(described) > 1 else None
+
+
+def _figures(run: Run, streams: Streams, scores: Mapping[str, TokenScores]) -> Evaluation:
+    """The figures of a run; names of models, limits and ablations are those of the caller."""
+    first, tokens = run.runners[0], run.tokens
+    quantized, unquantized = first.quantized, first.unquantized
+    divergences = {name: scores[name].divergence() if name in scores else None for name in (INT8, DEQUANTIZED)}
     return Evaluation(
-        model=str(model),
-        unquantized=None if unquantized is None else str(unquantized),
-        scheme=description.scheme if run.in_int8 else None,
+        model=str(quantized.skeleton.root),
+        unquantized=None if unquantized is None else str(unquantized.skeleton.root),
+        scheme=quantized.weights.description.scheme if run.in_int8 else None,
         tokens_from=tokens.source,
         windows=tokens.count,
         window=tokens.length,
         scored=tokens.count * len(tokens.scored),
-        device=" + ".join(map(str, devices)),
+        device=" + ".join(str(runner.device) for runner in run.runners),
         perplexity={
             name: scores[name].perplexity() if name in scores else None for name in (INT8, DEQUANTIZED, UNQUANTIZED)
         },
         baseline=run.baseline,
-        int8=scores[INT8].divergence() if INT8 in scores else None,
-        dequantized=scores[DEQUANTIZED].divergence() if DEQUANTIZED in scores else None,
-        layers=evaluated,
-        experts=experts[:WORST],
-        ablations=tuple(ablations),
-        float_experts=first.quantized.weights.float_experts if run.in_int8 else (),
-        float_linears=first.quantized.weights.float_linears,
-        positions=first.quantized.skeleton.positions,
-        config_differences=()
-        if first.unquantized is None
-        else config_differences(first.quantized.skeleton, first.unquantized.skeleton),
-        limits=limits,
+        int8=divergences[INT8],
+        dequantized=divergences[DEQUANTIZED],
+        layers=_layers(first, streams.sums),
+        experts=_worst_experts(streams.sums)[:WORST],
+        ablations=(),
+        float_experts=quantized.weights.float_experts if run.in_int8 else (),
+        float_linears=quantized.weights.float_linears,
+        positions=quantized.skeleton.positions,
+        config_differences=() if unquantized is None else config_differences(quantized.skeleton, unquantized.skeleton),
+        limits=Limits(),
     )
 
 
@@ -159,11 +178,6 @@ def _no_int8(root: Path) -> UnsupportedError:
         expected="INT8 modules",
         hint="leave out --max-kl, --min-agreement, --layers and --ablate",
     )
-
-
-def _directory(model: str | Path, progress: Progress) -> Path:
-    """The directory of a model; one on the Hub is downloaded to its cache."""
-    return locate(model, cache=True, progress=progress).files.root
 
 
 def _require_readable(description: Description) -> None:
@@ -203,16 +217,13 @@ def _unread_floats(description: Description) -> bool:
     return bool(unread) and all(form.is_float and not form.quantized for form in forms)
 
 
-def _key(root: Path, other: Path | None, tokens: Windows, run: Run, layers: set[int] | None) -> str:
-    digest = hashlib.sha256(repr(tokens.ids.flatten().tolist()).encode())
+def _key(description: Description, original: Description | None, run: Run, layers: set[int] | None) -> str:
+    roots = [item.checkpoint.root if item is not None else None for item in (description, original)]
     return state_key(
         own_version(),
-        os.path.realpath(root),
-        fingerprint(root),
-        other and os.path.realpath(other),
-        other and fingerprint(other),
-        digest.hexdigest(),
-        list(tokens.ids.shape),
+        *((root and os.path.realpath(root), root and fingerprint(root)) for root in roots),
+        hashlib.sha256(run.tokens.ids.numpy().data).hexdigest(),
+        list(run.tokens.ids.shape),
         run.size,
         run.variants,
         sorted(layers or ()),

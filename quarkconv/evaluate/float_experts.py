@@ -57,7 +57,8 @@ class FloatExperts:
     def __call__(self, hidden_states: Tensor, top_k_index: Tensor, top_k_weights: Tensor) -> Tensor:
         """[M, H], int64 [M, k], floats [M, k] -> [M, H]."""
         top_k, count = top_k_index.shape[-1], int(self._module.num_experts)
-        ids, order = torch.sort(top_k_index.reshape(-1))
+        ids, order = torch.sort(top_k_index.reshape(-1).to(torch.int16))  # a pass over the pairs for each byte
+        ids = ids.long()
         places = torch.empty_like(order)
         places[order] = torch.arange(len(order), device=order.device)
         tokens = order // top_k

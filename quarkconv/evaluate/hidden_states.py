@@ -1,7 +1,7 @@
 """Hidden states of all batches between two layers, and their copies to and from a device.
 
-As many batches as an eighth of a GPU's memory holds stay there. The others stay in page-locked memory of the host, and
-are copied while another batch runs.
+As many batches stay on a GPU as layers and a batch leave room for. The others stay in page-locked memory of the host,
+and are copied while another batch runs.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from quarkconv.evaluate.memory import states_bytes
 from quarkconv.evaluate.sums import LayerSums
 
 _IN_FLIGHT: Final = 2
@@ -73,14 +72,14 @@ class Transfers:
 
     Args:
         device: where batches run.
-        limit: bytes of hidden states that stay on it; by default an eighth of a GPU's memory.
+        limit: bytes of hidden states that stay on it, if it is a GPU.
     """
 
-    def __init__(self, device: torch.device, limit: int | None = None) -> None:
+    def __init__(self, device: torch.device, limit: int) -> None:
         self._device = device
         self._is_gpu = device.type == "cuda"
         if self._is_gpu:
-            self._left = states_bytes(device) if limit is None else limit
+            self._left = limit
             self._inward, self._outward = (torch.cuda.Stream(device) for _ in range(2))  # type: ignore[no-untyped-call]
             self._fetched = torch.cuda.Event()  # type: ignore[no-untyped-call]
             self._leaving: deque[torch.cuda.Event] = deque()

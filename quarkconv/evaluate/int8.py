@@ -10,31 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from quarkconv.evaluate.expert_classes import run_one_each
-from quarkconv.evaluate.layer_ops import on_kernels, scale_sums
+from quarkconv.evaluate.int8_product import QuantizedRows, scaled_product
+from quarkconv.evaluate.layer_ops import on_kernels
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.kernels import fused_experts_int8, quantize_int8
 from quarkconv.kernels.backend import device_guard
 from quarkconv.kernels.launch.combine import combine_experts, combine_experts_reference
 from quarkconv.load.experts import FusedExperts
 
-_INT_MM_ROWS: Final = 32
-"""``torch._int_mm`` on CUDA wants more than 16 rows; shorter inputs are padded to this."""
-_INT_MM_MULTIPLE: Final = 8
-"""... and inner and outer sizes that are multiples of 8; others are multiplied in float64, which is exact as well."""
-
 _GROUPED: Final = "GroupedLinear"
 """Classes with ``n_groups`` that multiply the inputs of each group with its own rows: DeepseekV4GroupedLinear."""
-
-
-def int8_product(left: Tensor, right: Tensor) -> Tensor:
-    """Exact sums of int8 [M, K] times int8 [N, K] transposed, int32 [M, N]."""
-    rows, inner = left.shape
-    if inner % _INT_MM_MULTIPLE or right.shape[0] % _INT_MM_MULTIPLE:
-        return (left.double() @ right.double().T).to(torch.int32)
-    if rows < _INT_MM_ROWS:
-        left = torch.cat([left, left.new_zeros(_INT_MM_ROWS - rows, inner)])
-    sums: Tensor = torch._int_mm(left, right.T)
-    return sums[:rows]
 
 
 class DtypeOf(NamedTuple):
@@ -48,7 +33,7 @@ class Int8Linear(nn.Module):
 
     With ``input_scale`` (float32, one element) activations take that static scale instead. Sums are exact; then
     ``sum * activation scale * weight scale + bias`` in float32, rounded once to the dtype of the input. ``dtype`` is
-    that of the weight in floats.
+    that of the weight in floats. Linears that share ``rows`` quantize an input that several of them take once.
     """
 
     def __init__(
@@ -58,9 +43,11 @@ class Int8Linear(nn.Module):
         bias: Tensor | None,
         input_scale: Tensor | None,
         dtype: torch.dtype = torch.bfloat16,
+        rows: QuantizedRows | None = None,
     ) -> None:
         super().__init__()
         self.weight = DtypeOf(dtype)
+        self._rows = QuantizedRows() if rows is None else rows
         self.codes = codes
         self.scale = scale
         self.bias = bias
@@ -69,21 +56,12 @@ class Int8Linear(nn.Module):
 
     def forward(self, states: Tensor) -> Tensor:
         """floats [..., in] -> [..., out], in the same dtype."""
-        rows = states.reshape(-1, states.shape[-1])
         if self.input_scale is None:
-            codes, scales = quantize_int8(rows)
+            codes, scales = self._rows.of(states)
         else:
+            rows = states.reshape(-1, states.shape[-1])
             codes, scales = quantize_int8(rows, granularity="per_tensor", scale=self.input_scale)
-        sums = int8_product(codes, self.codes)
-        if on_kernels(sums):
-            each = scales.reshape(-1).expand(len(sums)).contiguous()
-            return scale_sums(sums, each, self.scale, self.bias, states.dtype).reshape(*states.shape[:-1], -1)
-        result = sums * scales.reshape(-1, 1)  # converted to float32 on the way
-        if self.bias is None:
-            out = torch.empty(result.shape, dtype=states.dtype, device=states.device)
-            result = torch.mul(result, self.scale, out=out)  # rounded on the way
-        else:
-            result = (result * self.scale + self.bias.float()).to(states.dtype)
+        result = scaled_product(codes, scales, self.codes, self.scale, self.bias, states.dtype)
         return result.reshape(*states.shape[:-1], -1)
 
 

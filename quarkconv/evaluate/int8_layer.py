@@ -13,6 +13,7 @@ from quarkconv.errors import UnsupportedError
 from quarkconv.evaluate.dequantize import dequantized
 from quarkconv.evaluate.expert_classes import identities
 from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, linear_groups
+from quarkconv.evaluate.int8_product import QuantizedRows
 from quarkconv.evaluate.request import VERIFY_INSTEAD
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import Int8Weight, LayerWeights
@@ -34,6 +35,7 @@ def int8_modules(
     Raises:
         UnsupportedError: a linear or the experts have no counterpart that computes in INT8.
     """
+    rows = QuantizedRows()
     for path, names in weights.linears.items():
         module = skeleton.module(path)
         groups = linear_groups(module)
@@ -49,7 +51,7 @@ def int8_modules(
             )
         bias = [None] * groups if module.bias is None else module.bias.chunk(groups)
         parts = [
-            Int8Linear(codes, scale, shift, linear.input_scale, module.weight.dtype)
+            Int8Linear(codes, scale, shift, linear.input_scale, module.weight.dtype, rows)
             for codes, scale, shift in zip(linear.codes.chunk(groups), linear.scale.chunk(groups), bias, strict=True)
         ]
         yield path, parts[0] if type(module).forward is nn.Linear.forward else Int8GroupedLinear(parts)

@@ -171,3 +171,36 @@ def silu_gate_kernel(x_ptr, out_ptr, x_row, N, INTERPRETED: tl.constexpr, BLOCK:
         silu = tl.div_rn(gate, 1.0 + libdevice.exp(-gate))
     silu = _to_dtype(silu, out_ptr.dtype.element_ty, INTERPRETED).to(tl.float32)
     tl.store(out_ptr + row * N + columns, _to_dtype(silu * up, out_ptr.dtype.element_ty, INTERPRETED), inside)
+
+
+@triton.jit
+def largest_kernel(x_ptr, values_ptr, ids_ptr, M, N, K: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """Grid [blocks of ROWS rows]: a program finds the K largest of each of its rows, which BLOCK holds, largest first.
+
+    Integers that order as the numbers do, NaN above all, lie above their places: of equal numbers the first is found.
+    """
+    rows = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.arange(0, BLOCK)[None, :]
+    inside = (rows < M) & (columns < N)
+    x = tl.load(x_ptr + rows * N + columns, inside, 0.0).to(tl.float32)
+    bits = x.to(tl.int32, bitcast=True)
+    order = tl.where(x == x, bits ^ ((bits >> 31) & 0x7FFFFFFF), 0x7FFFFFFF)
+    place = (BLOCK - 1 - columns).to(tl.int64)
+    none = (tl.full([ROWS, BLOCK], -0x80000000, tl.int64) << 32) | place
+    keys = tl.where(inside, (order.to(tl.int64) << 32) | place, none)
+    for slot in range(K):
+        best = tl.max(keys, 1)[:, None]
+        keys = tl.where(keys == best, none, keys)
+        ordered = (best >> 32).to(tl.int32)
+        value = (ordered ^ ((ordered >> 31) & 0x7FFFFFFF)).to(tl.float32, bitcast=True)
+        at = rows * K + slot
+        tl.store(values_ptr + at, value.to(values_ptr.dtype.element_ty), rows < M)
+        tl.store(ids_ptr + at, BLOCK - 1 - (best & 0xFFFFFFFF), rows < M)
+
+
+@triton.jit
+def not_finite_kernel(x_ptr, out_ptr, N, BLOCK: tl.constexpr):
+    """Grid [blocks]: a program notes whether one of BLOCK numbers is not finite."""
+    at = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    x = tl.load(x_ptr + at, at < N, 0.0).to(tl.float32)
+    tl.store(out_ptr + tl.program_id(0), tl.max((tl.abs(x) < float("inf")).to(tl.int32) ^ 1, 0).to(tl.int8))

@@ -16,6 +16,10 @@ from quarkconv.kernels.backend import device_guard, interpreting
 _BLOCK: Final = 1024
 _NORM_BLOCK: Final = 2048
 """Elements of the rows that a program normalizes: several short ones, or one."""
+_FINITE_BLOCK: Final = 8192
+MOST_CHOICES: Final = 1024
+MOST_CHOSEN: Final = 16
+"""Numbers of a row, and how many of them, that :func:`largest` takes: those of routers."""
 LONGEST_NORM: Final = 16384
 """Elements of a row that :func:`rms_norm` takes: a program holds all of them."""
 
@@ -207,6 +211,41 @@ def compare_rows(one: Tensor, other: Tensor) -> Tensor:
     with device_guard(one.device):
         compare_rows_kernel[(rows,)](one.contiguous(), other.contiguous(), out, rows, length, BLOCK=_BLOCK)
     return out.double().sum(1)
+
+
+def is_finite(states: Tensor) -> Tensor:
+    """Whether all numbers are finite: bool, a scalar of the tensor's device."""
+    from quarkconv.evaluate.layer_kernels import not_finite_kernel
+
+    blocks = -(-states.numel() // _FINITE_BLOCK)
+    out = torch.empty(blocks, dtype=torch.int8, device=states.device)
+    with device_guard(states.device):
+        not_finite_kernel[(blocks,)](states.contiguous(), out, states.numel(), BLOCK=_FINITE_BLOCK)
+    return ~out.any()
+
+
+def largest(numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The largest numbers of each row and their places, largest first; of equal ones the first, and NaN above all.
+
+    Args:
+        numbers: floats [..., N], N at most ``MOST_CHOICES``.
+        count: k, at most N and ``MOST_CHOSEN``.
+
+    Returns:
+        [..., k] in the same dtype, and int64 [..., k].
+    """
+    from quarkconv.evaluate.layer_kernels import largest_kernel
+
+    length = numbers.shape[-1]
+    rows, block = numbers.numel() // length, max(2, 1 << (length - 1).bit_length())
+    values = torch.empty((*numbers.shape[:-1], count), dtype=numbers.dtype, device=numbers.device)
+    ids = torch.empty(values.shape, dtype=torch.int64, device=numbers.device)
+    at_once = max(1, _NORM_BLOCK // block)
+    with device_guard(numbers.device):
+        largest_kernel[(-(-rows // at_once),)](
+            numbers.contiguous(), values, ids, rows, length, K=count, ROWS=at_once, BLOCK=block
+        )
+    return values, ids
 
 
 def _options(tensor: Tensor) -> dict[str, Any]:

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from quarkconv.evaluate.row_kernels import row_divergence_kernel, row_statistics_kernel
 
-_BLOCK: Final = 2048
+_BLOCK: Final = 1024
 
 
 def row_statistics(logits: Tensor) -> tuple[Tensor, Tensor]:
@@ -34,10 +34,13 @@ def row_divergence(p: Tensor, p_log_sum: Tensor, q: Tensor, q_log_sum: Tensor) -
         p, q: logits [n, V].
         p_log_sum, q_log_sum: of :func:`row_statistics`.
     """
+    import triton.language as tl
+
     out = torch.empty_like(p_log_sum)
+    wide = tl.float64 if p.dtype == torch.float32 else tl.float32
     with _current(p):
         row_divergence_kernel[(len(p),)](
-            p.contiguous(), p_log_sum, q.contiguous(), q_log_sum, out, p.shape[1], BLOCK=_BLOCK
+            p.contiguous(), p_log_sum, q.contiguous(), q_log_sum, out, p.shape[1], WIDE=wide, BLOCK=_BLOCK
         )
     return out
 

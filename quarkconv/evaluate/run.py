@@ -11,7 +11,6 @@ from itertools import zip_longest
 from pathlib import Path
 from typing import Final, NamedTuple
 
-from safetensors import SafetensorError
 from torch import Tensor
 
 from quarkconv.errors import WriteError
@@ -51,9 +50,19 @@ class _Batch:
 
 
 class Run:
-    """One evaluation under way."""
+    """One evaluation under way.
 
-    def __init__(self, runners: list[LayerRunner], tokens: Windows, batch: int | None, progress: Progress) -> None:
+    Args:
+        runners: one for each device.
+        tokens: all windows.
+        batch: windows that run together; None to choose by memory.
+        progress: what is told of each layer.
+        resumes: whether finished layers will be kept on the disk.
+    """
+
+    def __init__(
+        self, runners: list[LayerRunner], tokens: Windows, batch: int | None, progress: Progress, resumes: bool = False
+    ) -> None:
         self.runners, self.tokens, self.progress = runners, tokens, progress
         first = runners[0]
         self.in_int8 = bool(first.quantized.weights.description.schemes)
@@ -68,9 +77,11 @@ class Run:
             _Batch(slice(start, min(start + size, tokens.count)), position % len(runners))
             for position, start in enumerate(starts)
         ]
-        devices = [runner.quantized.skeleton.device for runner in runners]
-        self._transfers = [Transfers(device) for device in devices]
-        self._side = SideStreams(devices) if all(runner.fills_ahead for runner in runners) else None
+        # A state is written while the next layers run on.
+        self._transfers = [Transfers(runner.device, runner.states_bytes(2 if resumes else 1)) for runner in runners]
+        self._side = (
+            SideStreams(runner.device for runner in runners) if all(runner.fills_ahead for runner in runners) else None
+        )
 
     @property
     def layer_count(self) -> int:
@@ -106,6 +117,8 @@ class Run:
             start, calls = self._embed()
             outputs = dict.fromkeys(variants, start) if streams is None else streams.outputs
             finished, sums = (0, []) if streams is None else (streams.finished, streams.sums)
+            if state is not None:
+                state.require_room(sum(item.states.nbytes for name in variants for item in outputs[name]))
             streams = Streams({name: self._kept(outputs[name]) for name in variants}, finished, sums)
             del start, outputs
             saved: Future[None] | None = None
@@ -246,7 +259,7 @@ class Run:
 def _save(state: EvaluationState, streams: Streams) -> None:
     try:
         state.save(streams)
-    except (OSError, SafetensorError) as error:
+    except OSError as error:
         raise WriteError(
             "The hidden states cannot be written",
             file=str(state.path),

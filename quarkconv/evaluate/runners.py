@@ -11,6 +11,7 @@ import torch
 from quarkconv.description.description import Description
 from quarkconv.errors import UsageError
 from quarkconv.evaluate.memory import experts_at_once
+from quarkconv.evaluate.parameters import fill, share
 from quarkconv.evaluate.same_model import require_same_model
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.streams import LayerRunner, Model
@@ -78,12 +79,12 @@ def _fill_rest(runners: Sequence[LayerRunner]) -> None:
             weights = rest.result()
             for runner in runners:
                 skeleton = runner.models[position].skeleton
-                skeleton.fill(weights.on(skeleton.device).floats, None)
+                fill(skeleton, weights.on(skeleton.device).floats, None)
                 if skeleton.device.type == "cuda":
                     torch.cuda.synchronize(skeleton.device)  # before its memory is read into again
     for runner in runners:
         if runner.unquantized is not None:
-            runner.unquantized.skeleton.share(runner.quantized.skeleton)
+            share(runner.unquantized.skeleton, runner.quantized.skeleton)
 
 
 def _experts_at_once(

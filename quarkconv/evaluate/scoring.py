@@ -32,6 +32,7 @@ def batch_scores(
     scored, own = torch.tensor(list(tokens.scored), device=device), tokens.ids[windows].to(device)
     rows = max(1, block_logits(device) // vocabulary)
     count = max(1, rows // len(scored))
+    count = -(-len(own) // -(-len(own) // count))  # blocks of about the same size
     skeletons = {name: runner.model_of(name).skeleton for name in outputs}
     states = {name: output.states.to(device) for name, output in outputs.items()}
     for ids, *parts in zip(

@@ -5,16 +5,25 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import shutil
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Final
 
 import torch
 from safetensors import safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
+from quarkconv.errors import WriteError
 from quarkconv.evaluate.hidden_states import LayerOutput, Streams
 from quarkconv.evaluate.sums import TENSORS, LayerSums
+from quarkconv.text import size
+
+_DTYPES: Final = {
+    torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32", torch.float64: "F64", torch.bool: "BOOL",
+    torch.int8: "I8", torch.uint8: "U8", torch.int16: "I16", torch.int32: "I32", torch.int64: "I64",
+}  # fmt: skip
+"""Of what a state holds, as safetensors names them."""
 
 
 def state_folder() -> Path:
@@ -63,6 +72,24 @@ class EvaluationState:
             return None
         return Streams(outputs, about["finished"], sums)
 
+    def require_room(self, nbytes: int) -> None:
+        """Refuse to begin where the disk does not hold so many bytes twice: a state is written beside the one before.
+
+        Raises:
+            WriteError: the disk is too full.
+        """
+        folder = next(parent for parent in self.path.parents if parent.exists())
+        before = self.path.stat().st_size if self.path.exists() else 0
+        free = shutil.disk_usage(folder).free + before
+        if free < 2 * nbytes:
+            raise WriteError(
+                "The disk is too full for the hidden states of so many tokens",
+                file=str(self.path),
+                expected=f"{size(2 * nbytes)} free",
+                found=size(free),
+                hint="free space there, set XDG_CACHE_HOME, give fewer --windows, or --no-resume",
+            )
+
     def save(self, streams: Streams) -> None:
         """Replace the state.
 
@@ -76,7 +103,7 @@ class EvaluationState:
             for batch, output in enumerate(batches):
                 parts = {part: value for part, value in output._asdict().items() if value is not None}
                 outputs[name].append(list(parts))
-                tensors |= {f"{part}.{name}.{batch}": _on_host(value) for part, value in parts.items()}
+                tensors |= {f"{part}.{name}.{batch}": value for part, value in parts.items()}
         sums = []
         for number, item in enumerate(streams.sums):
             values = {name: getattr(item, name) for name in LayerSums.__slots__ if name not in TENSORS}
@@ -87,7 +114,7 @@ class EvaluationState:
         self.path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = self.path.with_suffix(f".{os.getpid()}")
         try:
-            save_file(tensors, unfinished, metadata={"streams": json.dumps(about)})
+            _write(unfinished, tensors, {"streams": json.dumps(about)})
             unfinished.replace(self.path)
         finally:
             unfinished.unlink(missing_ok=True)
@@ -95,6 +122,21 @@ class EvaluationState:
     def remove(self) -> None:
         """Delete the file."""
         self.path.unlink(missing_ok=True)
+
+
+def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
+    """Write a safetensors file, with one tensor at a time in the host's memory."""
+    header: dict[str, Any] = {"__metadata__": about}
+    end = 0
+    for name, tensor in tensors.items():
+        start, end = end, end + tensor.nbytes
+        header[name] = {"dtype": _DTYPES[tensor.dtype], "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for tensor in tensors.values():
+            file.write(_on_host(tensor).reshape(-1).view(torch.uint8).numpy().data)
 
 
 def _on_host(tensor: Tensor) -> Tensor:

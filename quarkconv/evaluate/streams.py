@@ -21,18 +21,20 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from quarkconv.errors import SourceError, UnsupportedError
+from quarkconv.errors import SourceError, UsageError
 from quarkconv.evaluate.dequantize import CodeWeights
 from quarkconv.evaluate.expert_classes import ROUTED, expert_count
 from quarkconv.evaluate.forward import LayerCall, embed, run_layer
 from quarkconv.evaluate.hidden_states import LayerOutput
 from quarkconv.evaluate.int8 import ExpertLeftOut, Int8Experts
 from quarkconv.evaluate.int8_layer import in_place, int8_modules
-from quarkconv.evaluate.memory import batch_tokens
+from quarkconv.evaluate.memory import batch_tokens, layers_bytes, states_bytes
+from quarkconv.evaluate.parameters import empty, fill
 from quarkconv.evaluate.routed import Routed, counts, sample_experts
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.sums import DeviceSums, LayerSums, compared
 from quarkconv.evaluate.weights import CheckpointWeights, LayerWeights
+from quarkconv.load.layer_reads import LayerPart
 
 UNQUANTIZED: Final = "unquantized"
 DEQUANTIZED: Final = "dequantized"
@@ -70,6 +72,11 @@ class LayerRunner:
         self._config = quantized.weights.description.checkpoint.config
 
     @property
+    def device(self) -> torch.device:
+        """Where layers run."""
+        return self.quantized.skeleton.device
+
+    @property
     def baseline(self) -> Model:
         """The model that INT8 is compared with."""
         return self.unquantized or self.quantized
@@ -89,6 +96,16 @@ class LayerRunner:
         skeleton, config = self.quantized.skeleton, self.quantized.weights.description.config
         return batch_tokens(skeleton.device, skeleton.hidden, config.top_k or 1)
 
+    def states_bytes(self, copies: int) -> int:
+        """Bytes of hidden states that stay on the device, of which there are so many copies; 0 on a CPU."""
+        skeleton = self.quantized.skeleton
+        if skeleton.device.type != "cuda":
+            return 0
+        sizes = [(LayerPart(layer).nbytes, layer.experts) for layer in self.quantized.weights.description.moe_layers]
+        elements, experts = max(sizes, default=(0, 1))
+        part = 1 if skeleton.group is None else skeleton.group / experts
+        return states_bytes(skeleton.device, layers_bytes(elements, self.unquantized is not None, part), copies)
+
     def embed(self, ids: Tensor) -> tuple[Tensor, list[LayerCall], list[LayerCall]]:
         """Hidden states [B, L, H] before the first layer, and the calls of the layers of both models."""
         states, calls = embed(self.quantized.skeleton, ids)
@@ -97,7 +114,7 @@ class LayerRunner:
         own, baseline_calls = embed(self.unquantized.skeleton, ids)
         if not torch.equal(states, own):
             # Embeddings are not quantized: another tokenizer or another model.
-            raise UnsupportedError(
+            raise UsageError(
                 "The embeddings of the two models differ",
                 file=str(self.unquantized.skeleton.root),
                 expected="the model that was quantized",
@@ -120,7 +137,7 @@ class LayerRunner:
         """Fill a layer of the evaluated model."""
         skeleton = self.quantized.skeleton
         weights = weights.on(skeleton.device)
-        skeleton.fill(weights.floats, skeleton.layer_prefix(number), weights.divided)
+        fill(skeleton, weights.floats, skeleton.layer_prefix(number), weights.divided)
         for path in weights.divided:
             skeleton.divided[path].weights = CodeWeights(weights.experts[path][1], skeleton.module(path))
         in_int8 = self._int8_layers is None or number in self._int8_layers
@@ -131,14 +148,14 @@ class LayerRunner:
         """Fill a layer of the model before quantization."""
         assert self.unquantized is not None
         skeleton = self.unquantized.skeleton
-        skeleton.fill(weights.on(skeleton.device).floats, skeleton.layer_prefix(number))
+        fill(skeleton, weights.on(skeleton.device).floats, skeleton.layer_prefix(number))
 
     def empty(self, number: int) -> None:
         """Free a layer of both models."""
         del self._filled[number]
-        self.quantized.skeleton.empty(number)
+        empty(self.quantized.skeleton, number)
         if self.unquantized is not None:
-            self.unquantized.skeleton.empty(number)
+            empty(self.unquantized.skeleton, number)
 
     def step(
         self,

@@ -9,7 +9,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from quarkconv.evaluate.layer_ops import compare_rows, on_kernels
+from quarkconv.evaluate.layer_ops import compare_rows, is_finite, on_kernels
 
 _COUNTS: Final = ("tokens", "changed")
 _NUMBERS: Final = ("difference", "norm", "baseline_norm", "own_difference", "own_norm", "expert_norm")
@@ -91,7 +91,8 @@ class DeviceSums:
 
     def check(self, variant: str, states: Tensor) -> None:
         """Keep whether hidden states are finite."""
-        self._values[f"{_FINITE}{variant}"] = states.isfinite().all().double().reshape(-1)
+        finite = is_finite(states) if on_kernels(states) else states.isfinite().all()
+        self._values[f"{_FINITE}{variant}"] = finite.double().reshape(-1)
 
     def take(self) -> tuple[LayerSums, list[str]]:
         """The sums, and the variants whose hidden states are not finite."""

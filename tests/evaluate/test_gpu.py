@@ -16,9 +16,10 @@ from support.glm_moe_dsa import shared_positions
 
 from quarkconv import SourceError, evaluate_checkpoint
 from quarkconv.evaluate import evaluation as module
-from quarkconv.evaluate import hidden_states, runners
+from quarkconv.evaluate import runners
 from quarkconv.evaluate.results import Evaluation
 from quarkconv.evaluate.run import Run
+from quarkconv.evaluate.streams import LayerRunner
 
 pytestmark = pytest.mark.gpu
 
@@ -58,12 +59,8 @@ def test_the_same_run_has_the_same_figures_again(
 
 def limit_states_on_the_device(monkeypatch: pytest.MonkeyPatch, limit: int | None) -> None:
     """Keep at most so many bytes of hidden states on the device; None: as many as by default."""
-
-    class Limited(hidden_states.Transfers):
-        def __init__(self, device: torch.device) -> None:
-            super().__init__(device, limit)
-
-    monkeypatch.setattr("quarkconv.evaluate.run.Transfers", Limited)
+    if limit is not None:
+        monkeypatch.setattr(LayerRunner, "states_bytes", lambda *_: limit)
 
 
 @pytest.mark.parametrize("batches_on_the_device", [0, 1, 4])

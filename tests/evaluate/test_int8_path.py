@@ -5,7 +5,8 @@ from __future__ import annotations
 import pytest
 import torch
 
-from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, int8_product, linear_groups
+from quarkconv.evaluate.int8 import Int8Experts, Int8GroupedLinear, Int8Linear, linear_groups
+from quarkconv.evaluate.int8_product import int8_product
 from quarkconv.experts.function import ExpertActivation
 from quarkconv.load.experts import FusedExperts
 from quarkconv.verify.reference import reference_forwards

@@ -15,15 +15,19 @@ from quarkconv import evaluate_checkpoint
 from quarkconv.evaluate import (
     float_experts,
     int8,
+    int8_product,
     layer_kernels,  # noqa: F401 - while tests are collected, Triton is imported for its interpreter
     layer_ops,
     norms,
     rotary,
     runners,
     sums,
+    top_k,
 )
+from quarkconv.evaluate.int8 import Int8Linear
 from quarkconv.evaluate.skeleton import Skeleton
-from quarkconv.kernels import fused_experts_int8
+from quarkconv.kernels import fused_experts_int8, quantize_int8
+from quarkconv.kernels.jit import grouped_gemm, routing  # noqa: F401 - the same
 
 DEVICES = ["interpreter", pytest.param("cuda", marks=pytest.mark.gpu)]
 DTYPES = [torch.bfloat16, torch.float32]
@@ -157,6 +161,110 @@ def test_the_rotation_is_replaced_where_it_has_these_bits_and_in_one_model_alone
     assert not isinstance(module.apply_rotary_pos_emb, rotary._Rotation)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("rows", "columns", "depth"), [(5, 133, 64), (300, 256, 144), (1, 16, 48)])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_a_linear_as_one_expert_has_the_bits_of_scaled_sums(
+    at: str, rows: int, columns: int, depth: int, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    generator = torch.Generator().manual_seed(columns)
+    codes, weight = (torch.randint(-127, 128, (n, depth), generator=generator).to(torch.int8) for n in (rows, columns))
+    row_scale, scale = floats(rows).exp() * 1e-3, floats(columns, seed=3).exp() * 1e-3
+    expected = ((codes.double() @ weight.double().T).int() * row_scale[:, None] * scale).to(dtype)
+    monkeypatch.setattr(int8_product, "on_kernels", lambda _: True)
+    if at == "cpu":
+        monkeypatch.setattr(int8_product, "_runs_as_expert", lambda *_: True)
+    found = int8_product.scaled_product(codes.to(at), row_scale.to(at), weight.to(at), scale.to(at), None, dtype)
+    assert torch.equal(found.cpu(), expected)
+
+
+def test_linears_that_share_rows_quantize_them_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    inputs: list[Tensor] = []
+
+    def quantized(states: Tensor) -> tuple[Tensor, Tensor]:
+        inputs.append(states)
+        return quantize_int8(states)
+
+    monkeypatch.setattr(int8_product, "quantize_int8", quantized)
+    weight, scale, rows = torch.ones(8, 16, dtype=torch.int8), torch.ones(8), int8_product.QuantizedRows()
+    one, other = (Int8Linear(weight, scale, None, None, rows=rows) for _ in range(2))
+    alone = Int8Linear(weight, scale, None, None)
+    states = floats(2, 3, 16).bfloat16()
+    first, second = states.clone(), states + 1
+    assert torch.equal(one(first), alone(first))
+    assert torch.equal(other(first), alone(first))
+    assert len(inputs) == 2  # by the first of the two, and by the one alone
+    assert torch.equal(other(second), alone(second))
+    second.add_(1)
+    assert torch.equal(one(second), alone(second))
+    del second
+    assert torch.equal(one(states), alone(states))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize(("choices", "count"), [(128, 8), (1, 1), (6, 6), (200, 3)])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_the_largest_are_those_of_a_stable_sort(at: str, choices: int, count: int, dtype: torch.dtype) -> None:
+    numbers = (floats(2, 37, choices) * 3).to(dtype)
+    numbers[0, 0] = 0.25
+    numbers[0, 1] = -torch.inf
+    numbers[0, 2, -1] = torch.nan
+    numbers[0, 3, : choices // 2] = -numbers[0, 3, : choices // 2].abs() - 100
+    expected, places = numbers.sort(dim=-1, descending=True, stable=True)
+    values, ids = layer_ops.largest(numbers.to(at), count)
+    assert torch.equal(values.cpu().nan_to_num(1e4), expected[..., :count].nan_to_num(1e4))
+    assert torch.equal(ids.cpu(), places[..., :count])
+
+
+def test_routers_take_the_kernel_and_other_models_keep_torchs_function(monkeypatch: pytest.MonkeyPatch) -> None:
+    from transformers import AutoModelForCausalLM, Qwen3MoeConfig
+
+    config = Qwen3MoeConfig(
+        hidden_size=16, intermediate_size=16, moe_intermediate_size=8, num_hidden_layers=1, num_attention_heads=2,
+        num_key_value_heads=1, num_experts=6, num_experts_per_tok=2, vocab_size=32,
+    )  # fmt: skip
+    model, other = (AutoModelForCausalLM.from_config(config).eval() for _ in range(2))
+    model.load_state_dict(other.state_dict())
+    top_k.fuse_top_k(model)
+    assert [name for name, module in model.named_modules() if "forward" in module.__dict__] == [
+        "model.layers.0.mlp.gate"
+    ]
+    sizes: list[torch.Size] = []
+
+    def largest(numbers: Tensor, count: int) -> tuple[Tensor, Tensor]:
+        sizes.append(numbers.shape)
+        return tuple(numbers.topk(count))  # type: ignore[return-value]
+
+    monkeypatch.setattr(top_k, "on_kernels", lambda _: True)
+    monkeypatch.setattr(layer_ops, "largest", largest)
+    ids = torch.arange(10)[None]
+    with torch.no_grad():
+        assert torch.equal(model(ids).logits, other(ids).logits)
+    assert sizes == [(10, 6)]
+
+
+@pytest.mark.parametrize("options", [{"dim": 0}, {"largest": False}, {"k": 17}, {"out": None}])
+def test_what_the_kernel_does_not_take_goes_to_torch(options: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(top_k, "on_kernels", lambda _: True)
+    monkeypatch.setattr(layer_ops, "largest", lambda *_: pytest.fail("the kernel was called"))
+    numbers, options = floats(20, 20), {"k": 3, **options}
+    for found, expected in zip(top_k.top_k(numbers, **options), torch.topk(numbers, **options), strict=True):
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("bad", [None, torch.nan, torch.inf, -torch.inf])
+@pytest.mark.parametrize("at", DEVICES, indirect=True)
+def test_numbers_that_are_not_finite_are_found(
+    at: str, bad: float | None, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(layer_ops, "_FINITE_BLOCK", 64)
+    states = torch.full((3, 5, 50), torch.finfo(dtype).max, dtype=dtype)
+    if bad is not None:
+        states[2, 4, 49] = bad
+    assert bool(layer_ops.is_finite(states.to(at))) is (bad is None)
+
+
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("at", DEVICES, indirect=True)
 def test_compared_rows_have_the_sums_of_float64(at: str, dtype: torch.dtype) -> None:
@@ -179,7 +287,7 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
     monkeypatch.setenv("TRITON_INTERPRET", "1")
     monkeypatch.setattr(layer_ops, "_BLOCK", 1024)
     used: set[str] = set()
-    for module in (float_experts, int8, norms, rotary, sums):
+    for module in (float_experts, int8_product, norms, rotary, sums, top_k):
 
         def here(_: Tensor, name: str = module.__name__) -> bool:
             used.add(name)
@@ -202,7 +310,7 @@ def test_a_model_on_these_kernels_has_the_figures_of_torch(
 
     monkeypatch.setattr(runners, "Skeleton", Fused)
     found = evaluate_checkpoint(quantized, unquantized, token_ids=few, device=at, resume=False)
-    assert len(used) == 5
+    assert len(used) == 6
     assert found.int8 is not None
     assert expected.int8 is not None
     assert found.int8.mean == pytest.approx(expected.int8.mean, rel=0.15)

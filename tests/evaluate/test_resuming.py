@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import errno
 import os
+import shutil
 import signal
 import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
-from safetensors import SafetensorError
 from safetensors.torch import load_file
 from support.program import PROCESS_TIMEOUT, start
 
@@ -90,13 +91,29 @@ def test_layers_do_not_wait_for_a_slow_disk(quantized: Path, token_ids: Path, mo
 
 def test_a_full_disk_is_an_error_of_writing(quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: object, **__: object) -> None:
-        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        raise OSError(errno.ENOSPC, "No space left on device")
 
-    monkeypatch.setattr(state_module, "save_file", full)
+    monkeypatch.setattr(state_module, "_write", full)
     with pytest.raises(WriteError, match="hidden states cannot be written") as caught:
         evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu")
     assert "No space left" in str(caught.value.found)
     assert caught.value.exit_code == 5
+
+
+def test_a_disk_that_is_too_full_is_refused_before_the_first_layer(
+    quantized: Path, token_ids: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both variants of five windows of 24 tokens of 128 numbers in 16 bits, once beside the ones before."""
+    needed = 2 * 2 * 5 * 24 * 128 * 2
+    usage = shutil.disk_usage("/")
+    free = [needed - 1, needed]
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=free.pop(0)))
+    with monkeypatch.context() as patch:
+        patch.setattr(Run, "_layer", lambda *_: pytest.fail("a layer ran"))
+        with pytest.raises(WriteError, match="too full") as caught:
+            evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu")
+    assert caught.value.exit_code == 5
+    evaluate_checkpoint(quantized, token_ids=token_ids, device="cpu")
 
 
 KILLED_IN_THE_SECOND_LAYER = """

@@ -13,6 +13,7 @@ from safetensors.torch import load_file
 
 from quarkconv.description.description import describe
 from quarkconv.evaluate.forward import embed, final_logits, run_layer
+from quarkconv.evaluate.parameters import empty, fill
 from quarkconv.evaluate.skeleton import Skeleton
 from quarkconv.evaluate.weights import CheckpointWeights
 
@@ -22,13 +23,13 @@ def streamed(folder: Path, ids: torch.Tensor) -> torch.Tensor:
     skeleton = Skeleton(folder, torch.device("cpu"))
     with ExitStack() as stack:
         weights = stack.enter_context(CheckpointWeights(describe(folder), skeleton))
-        skeleton.fill(weights.layer(None).on(skeleton.device).floats, None)
+        fill(skeleton, weights.layer(None).on(skeleton.device).floats, None)
         states, calls = embed(skeleton, ids)
         handed_on = None
         for number, call in enumerate(calls):
-            skeleton.fill(weights.layer(number).on(skeleton.device).floats, skeleton.layer_prefix(number))
+            fill(skeleton, weights.layer(number).on(skeleton.device).floats, skeleton.layer_prefix(number))
             states, handed_on = run_layer(skeleton, number, states, call, handed_on)
-            skeleton.empty(number)
+            empty(skeleton, number)
             assert all(parameter.is_meta for parameter in skeleton.layers[number].parameters())
         return final_logits(skeleton, ids, states, torch.arange(ids.shape[1]))
 
