@@ -55,13 +55,14 @@ class Windows:
         Raises:
             UsageError: a token id is negative, or not below ``size``.
         """
-        low, high = int(self.ids.min()), int(self.ids.max())
-        if low < 0 or high >= size:
+        outside = ((self.ids < 0) | (self.ids >= size)).nonzero()
+        if len(outside):
+            window, place = outside[0].tolist()
             raise UsageError(
                 "A token id is outside of the vocabulary",
                 file=self.source,
                 expected=f"0 to {size - 1}",
-                found=str(low if low < 0 else high),
+                found=f"{int(self.ids[window, place])} in window {window}, position {place}",
                 hint="use the tokenizer of this model",
             )
 
@@ -84,7 +85,7 @@ def windows_of_ids(path: str | Path, count: int | None = None) -> Windows:
     except Exception as error:  # safetensors raises its own type for headers, OSError for the rest
         raise unreadable_safetensors("The token ids cannot be read", path, error) from error
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < MIN_WINDOW:
-        found = "no such tensor" if ids is None else f"{ids.dtype} {list(ids.shape)}"
+        found = "no such tensor" if ids is None else f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
         raise UsageError(
             "The file holds no windows of token ids",
             file=str(path),
@@ -139,8 +140,8 @@ def windows_of_text(path: str | Path, tokenizer_file: Path, length: int, count: 
             "The text is shorter than a window",
             file=str(path),
             expected=f"at least {length:,} tokens",
-            found=f"{len(ids):,}",
-            hint="give a longer text, or a smaller --window",
+            found=f"{len(ids):,} tokens",
+            hint="give a longer text" + (", or a smaller --window" if len(ids) >= MIN_WINDOW else ""),
         )
     windows = windows if count is None else min(windows, count)
     return Windows(torch.tensor(ids[: windows * length], dtype=torch.int64).reshape(windows, length), str(path))

@@ -111,13 +111,15 @@ def test_another_tokenizer_in_the_unquantized_model_is_refused(
     with pytest.raises(UsageError, match="another tokenizer") as caught:
         evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
     assert caught.value.exit_code == 2
+    assert caught.value.expected == f"{len(vocabulary)} tokens, {first!r} is {vocabulary[second]}"
+    assert caught.value.found == f"{len(vocabulary)} tokens, {first!r} is {vocabulary[first]}"
 
 
 def test_other_embeddings_in_the_unquantized_model_are_refused(
     quantized: Path, unquantized: Path, token_ids: Path, tmp_path: Path
 ) -> None:
     other = damaged(unquantized, tmp_path / "other", "model.embed_tokens.weight", 2.0)
-    with pytest.raises(UnsupportedError, match="embeddings of the two models differ"):
+    with pytest.raises(UsageError, match="embeddings of the two models differ"):
         evaluate_checkpoint(quantized, other, token_ids=token_ids, device="cpu", resume=False)
 
 

@@ -44,7 +44,7 @@ def test_a_text_shorter_than_a_window_is_refused(tmp_path: Path, tokenizer: Path
     text.write_text("abc")
     with pytest.raises(UsageError, match="shorter than a window") as caught:
         windows_of_text(text, tokenizer, 4)
-    assert (caught.value.expected, caught.value.found) == ("at least 4 tokens", "3")
+    assert (caught.value.expected, caught.value.found) == ("at least 4 tokens", "3 tokens")
 
 
 @pytest.mark.parametrize(
@@ -75,7 +75,7 @@ def test_tokens_outside_of_the_vocabulary_are_refused(token: int) -> None:
     windows = Windows(torch.tensor([[1, 2, token, 3]]), "ids")
     with pytest.raises(UsageError, match="outside of the vocabulary") as caught:
         windows.check_vocabulary(320)
-    assert caught.value.found == str(token)
+    assert caught.value.found == f"{token} in window 0, position 2"
 
 
 def test_a_model_without_a_tokenizer_wants_token_ids(tmp_path: Path) -> None:
