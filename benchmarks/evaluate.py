@@ -7,13 +7,12 @@ in all with 7 layers), or of MiniMax-Text-01's (26 GB with one layer), and evalu
 Before each measurement the files are dropped from the page cache, as far as the system does that, and reading both once
 is measured.
 
-The first run of each row, on at most ``--profile`` windows, compiles kernels, which takes seconds once on a machine
+The first run of each row, on at most ``--first`` windows, compiles kernels, which takes seconds once on a machine
 (``first_seconds``); the next ones, ``--repeat``, are measured, and the median counts. Before those, in rows of more
-windows, torch's profiler sums the kernels of a run on as many windows as the first. Times as many windows, that is
-``products`` and ``others``: what a GPU takes for matrix products and for all other kernels of the row. ``timeline`` are
-the seconds before the first layer, of each layer with the wait for its reading, and of the scores; ``spans`` are the
-begin and the end of each step of reading, filling, running and scoring. Memory is counted beyond what the process held
-before.
+windows, but at most ``--profile``, torch's profiler sums the kernels of a whole run: seconds of
+``products`` and of all ``others``, beside the run's own. ``timeline`` are the seconds before the first layer, of each
+layer with the wait for its reading, and of the scores; ``spans`` are the begin and the end of each step of reading,
+filling, running and scoring. Memory is counted beyond what the process held before.
 
 With several ``--device``, such as ``cuda:0,cuda`` for one GPU and for all, those rows run on each of them, and
 ``same_figures`` says whether all figures equal those on the first, bit for bit.
@@ -287,7 +286,8 @@ def main() -> None:
     parser.add_argument("--shape", default="qwen3", choices=SHAPES)
     parser.add_argument("--layers", type=int, default=7)
     parser.add_argument("--rows", default="4x512,512x2048", help="windows x tokens of a window, each measured")
-    parser.add_argument("--profile", type=int, default=64, help="windows of the first run and of the profile")
+    parser.add_argument("--first", type=int, default=16, help="windows of the first run, at most")
+    parser.add_argument("--profile", type=int, default=512, help="windows of a row whose kernels are summed, at most")
     parser.add_argument("--repeat", type=int, default=1, help="times that each row is measured; the median counts")
     parser.add_argument("--batch", type=int, help="windows that run together")
     parser.add_argument("--resume", action="store_true", help="keep hidden states on disk, as the command does")
@@ -331,8 +331,9 @@ def main() -> None:
             save_file({"token_ids": torch.randint(0, shape.vocabulary, (windows, length))}, ids)
 
             figures: list[Any] = []
-            few = min(windows, options.profile)
-            for device in devices if few < windows else devices[:1]:
+            few = min(windows, options.first)
+            is_long = few < windows
+            for device in devices if is_long else devices[:1]:
                 row: dict[str, Any] = {"device": device, "windows": windows, "window": length,
                                        "tokens": windows * length}  # fmt: skip
 
@@ -345,18 +346,18 @@ def main() -> None:
                 began = time.perf_counter()
                 evaluate(few)
                 row["first_seconds"] = time.perf_counter() - began
-                if device == devices[0] and device.startswith("cuda") and few < windows:
-                    row["kernels"] = kernel_time(lambda: evaluate(few)) | {"windows": few}  # noqa: B023
-                    for kind in ("products", "others"):
-                        row[kind] = row["kernels"][kind] * windows / few
+                if device == devices[0] and device.startswith("cuda") and is_long and windows <= options.profile:
+                    began = time.perf_counter()
+                    row["kernels"] = kernel_time(lambda: evaluate(windows), largest=40)  # noqa: B023
+                    row["kernels"]["seconds"] = time.perf_counter() - began
                 row["repetitions"] = []
                 for _ in range(options.repeat):
                     run, found = measured(evaluate, windows, device, [] if options.cached else [quantized, before])
                     print(json.dumps(run), file=sys.stderr, flush=True)
                     row["repetitions"].append(run)
                 row |= sorted(row["repetitions"], key=lambda run: run["seconds"])[options.repeat // 2]
-                if "products" in row:
-                    row["over_products"] = row["seconds"] / row["products"]
+                if "kernels" in row:
+                    row["over_products"] = row["seconds"] / row["kernels"]["products"]
                 row["kl"], row["own"] = found.int8.mean, [layer.own for layer in found.layers]
                 figures.append(found.to_json() | {"device": None})
                 row["same_figures"] = figures[-1] == figures[0]
