@@ -101,6 +101,18 @@ class WeightError:
     clipped: float
 
 
+class LinearError(NamedTuple):
+    """An int8 linear outside of the routed experts.
+
+    Attributes:
+        module: its name.
+        relative_error: as that of :class:`WeightError`, without factors per input channel where there are some.
+    """
+
+    module: str
+    relative_error: float
+
+
 class ExpertWeight(NamedTuple):
     """The weight of one projection of an expert, by its place, and its error.
 

@@ -9,10 +9,11 @@ from typing import Any, Final
 from quarkconv.errors import UsageError
 from quarkconv.findings import finding_from_json
 from quarkconv.text import word
-from quarkconv.verify.layer_results import Distance, LayerExperts, LayerNumbers, WeightError
+from quarkconv.verify.layer_results import Distance, LayerExperts, LayerNumbers, LinearError, WeightError
 from quarkconv.verify.results import (
     SCHEMA,
     BytesResult,
+    LinearsResult,
     NumbersResult,
     Problem,
     StructureResult,
@@ -103,6 +104,7 @@ def verification_from_json(value: dict[str, Any]) -> Verification:
                 experts=tuple(map(_experts, numbers["experts"])),
                 skipped=numbers["skipped"],
                 not_checked=tuple(UncheckedLayer(**layer) for layer in numbers["not_checked"]),
+                linears=_linears(numbers["linears"]),
             ),
             problems=tuple(Problem(**item) for item in value["problems"]),
             findings=tuple(map(finding_from_json, value["findings"])),
@@ -153,6 +155,7 @@ def _merge(parts: list[dict[str, Any]]) -> dict[str, Any]:
             "experts": sorted(experts, key=lambda layer: order[layer["module"]]),
             "worst": worst[:_WORST],
             "skipped": _skipped(numbers),
+            "linears": next((item["linears"] for item in numbers if item["linears"] is not None), None),
         },
         "problems": [
             *_unique(structure),
@@ -205,6 +208,18 @@ def _experts(value: dict[str, Any]) -> LayerExperts:
             for role, columns in value["weights"].items()
         },
         rescaled=value["rescaled"],
+    )
+
+
+def _linears(value: dict[str, Any] | None) -> LinearsResult | None:
+    if value is None:
+        return None
+    errors = ((item["module"], item["relative_error"]) for item in value["worst"])
+    return LinearsResult(
+        compared=value["compared"],
+        rescaled=value["rescaled"],
+        worst=tuple(LinearError(module, math.inf if error is None else error) for module, error in errors),
+        not_compared=tuple(UncheckedLayer(**item) for item in value["not_compared"]),
     )
 
 

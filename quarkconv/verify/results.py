@@ -8,7 +8,7 @@ from typing import Any, Final
 
 from quarkconv.findings import NOT_UNDERSTOOD, Finding
 from quarkconv.text import plural
-from quarkconv.verify.layer_results import ExpertWeight, LayerExperts, LayerNumbers
+from quarkconv.verify.layer_results import ExpertWeight, LayerExperts, LayerNumbers, LinearError
 
 SCHEMA: Final = "quarkconv.verify/1"
 
@@ -72,6 +72,32 @@ class UncheckedLayer:
 
 
 @dataclass(frozen=True, slots=True)
+class LinearsResult:
+    """Int8 linears outside of the routed experts beside those of the unquantized model.
+
+    Attributes:
+        compared: how many were compared.
+        rescaled: how many of these differ by factors per input channel, as SmoothQuant and AWQ leave them.
+        worst: those with the largest errors, largest first.
+        not_compared: the others, with the reason why not.
+    """
+
+    compared: int
+    rescaled: int
+    worst: tuple[LinearError, ...]
+    not_compared: tuple[UncheckedLayer, ...]
+
+    def to_json(self) -> dict[str, Any]:
+        """The fields; an infinite error is null."""
+        return {
+            "compared": self.compared,
+            "rescaled": self.rescaled,
+            "worst": [_finite(item._asdict()) for item in self.worst],
+            "not_compared": [asdict(item) for item in self.not_compared],
+        }
+
+
+@dataclass(frozen=True, slots=True)
 class NumbersResult:
     """The numbers of all layers; ``skipped`` is the reason where they were not computed.
 
@@ -84,6 +110,7 @@ class NumbersResult:
         experts: one for each layer.
         skipped: the reason why numbers were not computed; None where they were.
         not_checked: the layers that were left out, where others were computed.
+        linears: the other int8 linears beside the unquantized model's; None without ``--unquantized``.
     """
 
     device: str
@@ -94,6 +121,7 @@ class NumbersResult:
     experts: tuple[LayerExperts, ...] = ()
     skipped: str | None = None
     not_checked: tuple[UncheckedLayer, ...] = ()
+    linears: LinearsResult | None = None
 
     def label(self, layer: int, module: str) -> str:
         """The number of a layer; its module where layers share the number."""
@@ -175,10 +203,19 @@ class Verification:
         if self.numbers.not_checked:
             skipped.append(f"numbers of {plural(len(self.numbers.not_checked), 'layer')}")
         if "numbers" in checked and self.unquantized is not None:
-            skipped.append("weights other than experts' and routers' against the unquantized model's")
+            skipped += self._not_compared()
         if not skipped:
             return "Verified"
         return f"Verified: {' and '.join(checked)}; not checked: {' and '.join(skipped)}"
+
+    def _not_compared(self) -> list[str]:
+        """The weights that were not compared with those of the unquantized model."""
+        linears = self.numbers.linears
+        left_out = "norms, embeddings and linears in float against the unquantized model's"
+        if linears is None:
+            return [f"int8 linears, {left_out}"]
+        count = len(linears.not_compared)
+        return [f"{plural(count, 'int8 linear')}, {left_out}" if count else left_out]
 
     def to_json(self) -> dict[str, Any]:
         """The object that ``verify --json`` prints."""
@@ -213,6 +250,7 @@ class Verification:
                 "worst": worst,
                 "skipped": numbers.skipped,
                 "not_checked": [asdict(layer) for layer in numbers.not_checked],
+                "linears": None if numbers.linears is None else numbers.linears.to_json(),
             },
             "problems": [asdict(problem) for problem in self.problems],
             "findings": [asdict(item) for item in self.findings],

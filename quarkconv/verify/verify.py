@@ -33,6 +33,7 @@ from quarkconv.verify.parts import Scope, identity, scope_of
 from quarkconv.verify.request import DEFAULT_TOKENS, STAGES, require_valid, token_counts
 from quarkconv.verify.results import (
     BytesResult,
+    LinearsResult,
     NumbersResult,
     Problem,
     StructureResult,
@@ -41,6 +42,7 @@ from quarkconv.verify.results import (
 )
 from quarkconv.verify.streaming import NumbersJob, stream_numbers
 from quarkconv.verify.structure import check_structure, function_problems
+from quarkconv.verify.unquantized_linears import compare_linears
 
 ByteCheck: TypeAlias = Callable[[Collection[str]], tuple[BytesResult, list[Problem]]]
 """Compares the bytes of all tensors but some, and gives the result with its problems."""
@@ -94,7 +96,8 @@ def verify_checkpoint(
     recorded = None if activations is None else RecordedInputs(activations)
 
     opened = open_checkpoints(model, source, unquantized if "numbers" in stages else None, layers, recorded, progress)
-    structure, problems = _structure(opened, linears="numbers" in stages and (share is None or share.number == 1))
+    linears_here = "numbers" in stages and (share is None or share.number == 1)
+    structure, problems = _structure(opened, linears=linears_here)
     unknown = unknown_functions(opened.model, opened.layers)
     skipped = why_no_numbers(
         opened.model,
@@ -122,6 +125,11 @@ def verify_checkpoint(
         fail_fast=fail_fast,
         counts_bytes=opened.manifest is not None and "bytes" in stages,
     )
+    linears: LinearsResult | None = None
+    wrong: list[Problem] = []
+    if skipped is None and linears_here:
+        linears, wrong = _linears(opened, devices[0], every=layers is None)
+    problems += wrong
     check_rest = _byte_check(opened, stages, progress, only=scope.names, fail_fast=fail_fast)
     outcomes, checked, differences = _carry_out(job, scope, skipped, check_rest, progress)
     options = (("--source", source), ("--unquantized", unquantized), ("--activations", activations))
@@ -142,8 +150,9 @@ def verify_checkpoint(
             experts=tuple(outcome.experts for outcome in outcomes),
             skipped=skipped,
             not_checked=tuple(left_out),
+            linears=linears,
         ),
-        problems=(*problems, *_bytes_first(outcomes, differences)),
+        problems=tuple(_in_order(problems, outcomes, differences)),
         findings=tuple(passed_on(opened.model, opened.source)),
         part=None if share is None else _part(share, opened, job, stages, compared),
     )
@@ -159,6 +168,22 @@ def _structure(opened: Checkpoints, *, linears: bool) -> tuple[StructureResult, 
     if linears and structure.readable:
         problems += linear_problems(description, opened.experts)
     return structure, problems
+
+
+def _linears(opened: Checkpoints, device: torch.device, *, every: bool) -> tuple[LinearsResult | None, list[Problem]]:
+    """The int8 linears outside of the routed experts, all or in the requested layers, beside the unquantized ones."""
+    if opened.unquantized is None:
+        return None, []
+    description, blocks = opened.model, tuple(f"{layer.moe.rpartition('.')[0]}." for layer in opened.layers)
+    modules = [
+        module
+        for module, form in description.stored.linears.items()
+        if form.quantized
+        and form.granularity is not None
+        and module not in opened.experts
+        and (every or module.startswith(blocks))
+    ]
+    return compare_linears(description, opened.unquantized, modules, device)
 
 
 def _carry_out(
@@ -183,11 +208,15 @@ def _carry_out(
     return outcomes, *(rest or (BytesResult(skipped=STOPPED), []))
 
 
-def _bytes_first(outcomes: Sequence[LayerOutcome], differences: Sequence[Problem]) -> list[Problem]:
-    """The problems of bytes, those of layers before the others, and then the problems of numbers."""
-    found = [problem for outcome in outcomes for problem in outcome.problems]
-    of_bytes = [problem for problem in found if problem.stage == "bytes"]
-    return [*of_bytes, *differences, *(problem for problem in found if problem.stage != "bytes")]
+def _in_order(
+    problems: Sequence[Problem], outcomes: Sequence[LayerOutcome], differences: Sequence[Problem]
+) -> list[Problem]:
+    """The problems of structure; of bytes, those of layers first; of numbers, by layer as in merged parts."""
+    found = [*problems, *(problem for outcome in outcomes for problem in outcome.problems)]
+    stages = {stage: [problem for problem in found if problem.stage == stage] for stage in ("structure", "bytes")}
+    numbers = [problem for problem in found if problem.stage not in stages]
+    numbers.sort(key=lambda problem: (problem.layer is None, problem.layer or 0))
+    return [*stages["structure"], *stages["bytes"], *differences, *numbers]
 
 
 def _part(

@@ -227,3 +227,18 @@ def test_static_activations_have_no_place(tmp_path: Path) -> None:
     source = make_checkpoint(tmp_path / "model", granularity="per_tensor", input_scales=True)
     with pytest.raises(UnsupportedError, match="static activation scales"):
         quarkconv.convert_checkpoint(source, "ascend", tmp_path / "out")
+
+
+def test_every_target_in_turn_leads_back_to_the_tensors_of_the_export(tmp_path: Path) -> None:
+    start = ascend_export(tmp_path)
+    source = start
+    for target in ("fused-int8", "w8a8-int8", "quark", "compressed-tensors", "ascend", "fused-int8", "ascend"):
+        out = quarkconv.convert_checkpoint(source, target, tmp_path / f"{source.name} to {target}").output
+        verification = quarkconv.verify_checkpoint(out, source, device="cpu", tokens=2)
+        assert verification.verdict() == "Verified"
+        assert quarkconv.inspect_checkpoint(out, deep=True).ok
+        source = out
+    assert_same_tensors(load(source), load(start))
+    first, last = ((folder / DESCRIPTION).read_text() for folder in (start, source))
+    types = [{name: kind for name, kind in json.loads(text).items() if "." in name} for text in (first, last)]
+    assert types[0] == types[1]

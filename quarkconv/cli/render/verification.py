@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from typing import Final
 
 from rich import box
@@ -15,7 +16,7 @@ from quarkconv.cli.render.charts import verification_charts
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.text import examples, plural, size
 from quarkconv.verify.layer_results import RESCALED, Distance, LayerNumbers
-from quarkconv.verify.results import NumbersResult, Problem, Verification
+from quarkconv.verify.results import LinearsResult, NumbersResult, Problem, Verification
 
 _SHOWN_PROBLEMS: Final = 20
 _SHOWN_LAYERS: Final = 16
@@ -142,12 +143,25 @@ def _worst(verification: Verification) -> RenderableType:
     if not worst:
         return Group()
     lines: list[RenderableType] = [Text("Furthest from the unquantized model", style="bold")]
+    if (linears := verification.numbers.linears) is not None:
+        lines += [indented(printable(line), 2, "dim") for line in _linears(linears)]
     if any(layer.rescaled for layer in verification.numbers.experts):
         lines.append(indented(RESCALED, 2, "dim"))
     for layer, module, role, expert, error in worst:
         weight = f"layer {verification.numbers.label(layer, module)} expert {expert} {role}"
         lines.append(indented(f"{weight}: {error.relative_error:.2%} off, {error.clipped:.2%} clipped", 2, "dim"))
     return Group(*lines, "")
+
+
+def _linears(linears: LinearsResult) -> Iterator[str]:
+    """The int8 linears outside of the routed experts: the worst of them, and those that were not compared."""
+    rescaled = f", {linears.rescaled} without factors of their inputs" if linears.rescaled else ""
+    for module, error in linears.worst[:1]:
+        yield f"{plural(linears.compared, 'other int8 linear')}{rescaled}: at most {error:.2%} off, {module}"
+    reasons: dict[str, list[str]] = {}
+    for item in linears.not_compared:
+        reasons.setdefault(item.reason, []).append(item.module)
+    yield from (f"not compared: {examples(modules)} ({reason})" for reason, modules in reasons.items())
 
 
 def _error(distance: Distance) -> Text:
