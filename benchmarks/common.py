@@ -42,9 +42,10 @@ class Sample(NamedTuple):
 
 
 def measure(command: Sequence[str | Path]) -> Sample:
-    """Run a process to its end, in silence."""
+    """Run a process to its end, in silence. Python keeps its bytecode, as an installed package has it."""
+    kept = {name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"}
     started = time.perf_counter()
-    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL)
+    process = subprocess.Popen([str(word) for word in command], stdout=subprocess.DEVNULL, env=kept)
     peaks = [0]
     ended = threading.Event()
     watcher = threading.Thread(target=_watch, args=(process.pid, peaks, ended))

@@ -241,7 +241,7 @@ def described(
         if any(form.quantized and len(form.weight.shape) == 3 for form, _ in modules.groups):
             stored = stored.with_convolutions(topology.members | topology.unread)
             modules = resolve_modules(stored, declared)
-        others = modules.outside(topology.read)
+        others = modules.only(topology.others)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
         float_modules = quantized_float_modules(others, is_float, topology.unread)
         fp8 = fp8_groups(modules, stored, topology.layers)

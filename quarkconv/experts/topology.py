@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator, Set
 from dataclasses import replace
-from itertools import chain
+from itertools import chain, filterfalse
 from typing import Final, NamedTuple
 
 from quarkconv.experts.config import STACKS, stack_of
@@ -28,6 +28,31 @@ _MAX_DIGITS: Final = 9
 """Digits of the number of a layer or an expert, at most."""
 
 
+class Members(Set[str]):
+    """The names of the modules that are routed experts: all but a few hundred others of the 50,000 of a large model.
+
+    Those others are what is kept, since a set of all experts takes as long to build as a tenth of the headers to parse.
+    """
+
+    def __init__(self, stored: StoredModules, others: Collection[str]) -> None:
+        self._stored = stored
+        self._others = frozenset(others)
+
+    def __contains__(self, name: object) -> bool:
+        return name not in self._others and (name in self._stored.linears or name in self._stored.fused)
+
+    def __iter__(self) -> Iterator[str]:
+        return (name for name, _ in self._stored if name not in self._others)
+
+    def __len__(self) -> int:
+        return len(self._stored.linears) + len(self._stored.fused) - len(self._others)
+
+    @classmethod
+    def _from_iterable(cls, names: Iterable[str]) -> frozenset[str]:  # type: ignore[override]
+        """The type of unions and differences."""
+        return frozenset(names)
+
+
 class Topology(NamedTuple):
     """The MoE layers of a model, in order.
 
@@ -35,18 +60,15 @@ class Topology(NamedTuple):
         layers: the layers whose experts are complete.
         findings: missing experts, and shapes and names that do not fit.
         members: names of all modules that are routed experts, also of incomplete layers.
+        others: names of the modules that are no routed experts, or are those of no layer.
         unread: modules and tensors of experts that make no layer: under unknown names, or in an unknown layout.
     """
 
     layers: tuple[MoELayer, ...]
     findings: tuple[Finding, ...]
-    members: frozenset[str]
+    members: Set[str]
+    others: frozenset[str]
     unread: frozenset[str] = frozenset()
-
-    @property
-    def read(self) -> frozenset[str]:
-        """Names of the modules that are routed experts of the layers."""
-        return self.members - self.unread if self.unread else self.members
 
 
 def expert_topology(
@@ -70,10 +92,11 @@ def expert_topology(
     built = list(_layers(collected, stored, hidden_layers, family))
     layers = [item for item in built if isinstance(item, MoELayer)]
     layers.sort(key=lambda layer: (_stack(layer.prefix), layer.index, layer.prefix))
-    members = frozenset(collected.members)
+    members = Members(stored, collected.others)
     misspelt = collected.misspelt if members else []
-    known = members.union(misspelt) if misspelt else members
-    unknown = names_not_understood(stored, known, config_experts)
+    others = [*filterfalse(frozenset(misspelt).__contains__, collected.others)]
+    known = Members(stored, others)
+    unknown = names_not_understood(stored, others, known, config_experts)
     findings = (
         *_misspelt(misspelt),
         *(item for item in built if isinstance(item, Finding)),
@@ -87,8 +110,8 @@ def expert_topology(
         layers = [replace(layer, beside_router=of_routers.get(layer.prefix, "")) for layer in layers]
     unread = frozenset(unknown)
     if len(layers) < len(built):
-        unread |= members.difference(*(layer.module_names for layer in layers))
-    return Topology(tuple(layers), findings, members, unread)
+        unread |= frozenset(members).difference(*(layer.module_names for layer in layers))
+    return Topology(tuple(layers), findings, members, unread.union(collected.others), unread)
 
 
 def _layers(
@@ -183,11 +206,11 @@ _Single = dict[str, dict[tuple[ExpertNaming, str], Form]]
 
 
 class _Collected(NamedTuple):
-    """The modules that are routed experts, by the module that holds them, and those whose number is misspelt."""
+    """The modules that are routed experts, by the module that holds them; the others; of these the misspelt numbers."""
 
     per_expert: _PerExpert
     single: _Single
-    members: list[str]
+    others: list[str]
     misspelt: list[str]
 
 
@@ -196,7 +219,7 @@ def _collect(stored: StoredModules) -> _Collected:
     misspelt: list[str] = []
     per_expert: _PerExpert = {}
     single: _Single = {}
-    members: list[str] = []
+    others: list[str] = []
     forms = {id(form): form for form in stored.linears.values()}  # each is the form of many modules
     single_tensors = {key for key, form in forms.items() if len(form.weight.shape) == 3}
     numbers: dict[str, int | None] = {}  # the same for all layers
@@ -206,13 +229,15 @@ def _collect(stored: StoredModules) -> _Collected:
         if leaf not in LEAVES:
             if leaf in PAIRED and id(form) in single_tensors:
                 single.setdefault(head + _EXPERT_SUFFIX, {})[NAMINGS[0], PAIRED[leaf]] = form
-                members.append(module)
+            else:
+                others.append(module)
             continue
         if single_tensors and id(form) in single_tensors:  # 3-key: the tensors of all experts, below the MoE module
             if leaf in STACKED:
                 prefix = head if head.endswith(_EXPERT_SUFFIX) else head + _EXPERT_SUFFIX
                 single.setdefault(prefix, {})[STACKED[leaf]] = form
-                members.append(module)
+            else:
+                others.append(module)
             continue
         if head != last_head:  # the projections of an expert mostly follow one another
             last_head, projections, is_misspelt = head, None, False
@@ -229,17 +254,21 @@ def _collect(stored: StoredModules) -> _Collected:
             if of_leaf is None:
                 of_leaf = projections[leaf] = {}
             of_leaf[expert] = form
-            members.append(module)
-        elif is_misspelt:
-            misspelt.append(module)
+        else:
+            others.append(module)
+            if is_misspelt:
+                misspelt.append(module)
     for module, form in stored.fused.items():
         prefix, _, leaf = module.rpartition(".")
+        is_member = False
         for naming in NAMINGS:
             if prefix.endswith(_EXPERT_SUFFIX) and leaf in (naming.fused_gate_up, naming.fused_down):
                 part = "gate_up" if leaf == naming.fused_gate_up else "down"
                 single.setdefault(prefix, {})[naming, part] = form
-                members.append(module)
-    return _Collected(per_expert, single, members, misspelt)
+                is_member = True
+        if not is_member:
+            others.append(module)
+    return _Collected(per_expert, single, others, misspelt)
 
 
 def _number(digits: str) -> int | None:

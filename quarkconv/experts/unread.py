@@ -6,7 +6,7 @@ Targets that write every module as it is stored need to know nothing of an exper
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from itertools import chain
 from typing import Final
 
@@ -37,21 +37,24 @@ _NUMBERED: Final = re.compile(r"\.(?!shared)\w*experts?(?:\w*[._])?\d+\.")
 """An expert of a number, under any name: ``local_experts.3.``, ``expert_list.3.``, ``expert_3.``."""
 
 
-def names_not_understood(stored: StoredModules, known: frozenset[str], config_experts: int | None) -> list[str]:
+def names_not_understood(
+    stored: StoredModules, others: Iterable[str], known: Collection[str], config_experts: int | None
+) -> list[str]:
     """The modules and tensors of routed experts that have unknown names.
 
     Args:
         stored: the modules of the checkpoint.
-        known: those whose names are understood.
+        others: those among which they are looked for.
+        known: those whose names are understood, all but ``others``.
         config_experts: number of routed experts that the config claims, if it does.
     """
-    names = [module for module in stored.linears if module not in known and "exp" in module and _is_expert(module)]
+    names = [module for module in others if module in stored.linears and "exp" in module and _is_expert(module)]
     names += [
         name
         for name in chain(stored.plain, stored.vectors)
         if (_INSIDE in name or name.endswith(_SUFFIX) or _GGUF in name)
-        and known.isdisjoint((name, owner := name.rpartition(".")[0], name.removesuffix("_bias")))
-        and owner not in stored.linears  # the bias of a module that is named itself
+        and (owner := name.rpartition(".")[0]) not in stored.linears  # else the bias of a module that is named itself
+        and not any(map(known.__contains__, (name, owner, name.removesuffix("_bias"))))
     ]
     if not names and not known and config_experts is not None and config_experts > 1:
         # Nothing is named like an expert: int8 weights of all experts of a layer have three dimensions.
@@ -60,7 +63,7 @@ def names_not_understood(stored: StoredModules, known: frozenset[str], config_ex
 
 
 def unread_findings(
-    stored: StoredModules, names: list[str], known: frozenset[str], config_experts: int | None
+    stored: StoredModules, names: list[str], known: Collection[str], config_experts: int | None
 ) -> Iterator[Finding]:
     """Experts with unknown names, and experts that config.json declares without stored tensors.
 

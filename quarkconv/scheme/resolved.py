@@ -40,9 +40,9 @@ class ResolvedModules(NamedTuple):
     names: Mapping[ModuleScheme, str]
     schemes: Counter[ModuleScheme]
 
-    def outside(self, experts: Collection[str]) -> Groups:
-        """The groups without the routed experts, which most modules are."""
-        return {key: [name for name in names if name not in experts] for key, names in self.groups.items()}
+    def only(self, modules: Collection[str]) -> Groups:
+        """The groups of some modules, such as those that are no routed experts."""
+        return {key: [*filter(modules.__contains__, names)] for key, names in self.groups.items()}
 
     def quantized(self) -> Iterator[tuple[Form, ModuleScheme, list[str]]]:
         """(form, effective scheme, modules) of the modules stored quantized, in int8 or otherwise."""

@@ -197,6 +197,18 @@ def test_shared_experts_and_dense_layers_stay_outside() -> None:
     assert all(".mlp.experts." in member for member in found.members)
 
 
+def test_members_and_others_are_all_modules() -> None:
+    types = per_expert() | linear("model.layers.3.mlp.gate", 4, H) | linear(f"{PREFIX}.01.up_proj", I, H)
+    types |= linear(f"{PREFIX}.0.unknown", I, H) | drop(per_expert("model.layers.4.mlp.experts"), ".3.up_proj")
+    found = topology(types)
+    modules = {name.removesuffix(".weight") for name in types if name.endswith(".weight")}
+    experts = {name for name in modules if name.endswith("_proj") and ".01." not in name}
+    assert (found.members, len(found.members)) == (experts, 23)
+    assert found.others == modules.difference(found.layers[0].module_names)
+    assert found.members | {"another"} == {*experts, "another"}
+    assert "another" not in found.members
+
+
 # Numbers of layers
 
 
