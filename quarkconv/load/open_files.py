@@ -33,7 +33,7 @@ class FileReads(Protocol):
 
         Raises:
             SourceError: the file cannot be opened, or the store does not send it.
-            OSError: the disk cannot be read.
+            OSError: the disk cannot be read; it names the file.
         """
 
     def read_into(self, file: str, view: memoryview, start: int) -> int:
@@ -122,11 +122,21 @@ class OpenFiles:
 
     def read(self, file: str, start: int, nbytes: int) -> bytes:
         """A byte range; shorter where the file ends."""
-        return read_range(self[file], start, nbytes)
+        descriptor = self[file]
+        try:
+            return read_range(descriptor, start, nbytes)
+        except OSError as error:
+            error.filename = str(self._root / file)
+            raise
 
     def read_into(self, file: str, view: memoryview, start: int) -> int:
         """Fill memory with the bytes from an offset on, and return how many were read."""
-        return os.preadv(self[file], [view], start)
+        descriptor = self[file]
+        try:
+            return os.preadv(descriptor, [view], start)
+        except OSError as error:
+            error.filename = str(self._root / file)
+            raise
 
     def __getitem__(self, file: str) -> int:
         """The descriptor of a file.

@@ -1,33 +1,31 @@
 """Bytes: every piece of the output compared with the manifest's checksum, and with the source.
 
-Ranges of the output follow from manifest and headers, checksums are computed again, and the bytes expected from the
-source are computed with torch. The code that wrote the output shares nothing with this.
+Ranges of the output follow from manifest and headers, and checksums are computed again. The code that wrote the output
+shares nothing with this.
 """
 
 from __future__ import annotations
 
+import os
 import threading
 from collections.abc import Callable, Collection, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
-import torch
 import xxhash
 
-from quarkconv.defects import unreadable_tensor
+from quarkconv.defects import unreadable_file, unreadable_tensor
 from quarkconv.description.description import Description
 from quarkconv.errors import SourceError
 from quarkconv.files.base import Files
 from quarkconv.files.open_limit import hint_about_open_files
 from quarkconv.load.open_files import BLOCK, FileReads, OpenFile, open_files
 from quarkconv.plan.manifest import Manifest, WrittenPiece, WrittenShard, WrittenTensor
-from quarkconv.plan.pieces import CodeColumns, Codes, Columns, Copy, Piece, Rows, RowScales, Scale, Weights, Zeros
+from quarkconv.plan.pieces import Piece
+from quarkconv.verify.expected import expected_bytes, read_blocks
 from quarkconv.verify.places import wrong_pieces
 from quarkconv.verify.results import BytesResult, Problem
-
-_BLOCK: Final = 8 * 2**20
-_DTYPES: Final = {"BF16": torch.bfloat16, "F16": torch.float16, "": torch.uint8}
 
 
 def check_bytes(
@@ -71,18 +69,7 @@ def check_bytes(
         def check(part: _Part) -> list[Problem]:
             if stop.is_set():
                 return []
-            # Each tensor has its own descriptor: the kernel's read-ahead follows the last read of a descriptor.
-            try:
-                with open_files(store) as own:
-                    output = OpenFile(own, part.shard.file)
-                    found = list(_part_problems(description, part, output, sources, progress))
-            except OSError as error:
-                raise unreadable_tensor(
-                    str(store.root / part.shard.file),
-                    part.tensor and part.tensor.name,
-                    error.strerror,
-                    hint=hint_about_open_files(error),
-                ) from error
+            found = _checked(description, part, sources, progress)
             if found and fail_fast:
                 stop.set()
             return found
@@ -107,15 +94,22 @@ def check_bytes(
 
 
 def _changed_files(store: Files, manifest: Manifest, only: Collection[str] | None) -> list[Problem]:
-    """A problem for each file beside the shards that is not as it was written."""
-    with open_files(store) as opened:
-        return [
-            Problem("bytes", None, file.name, "The file has changed since it was written")
-            for file in manifest.files
-            if only is None or file.name in only
-            if (size := store.size(file.name)) is not None
-            and _range_checksum(OpenFile(opened, file.name), 0, size) != file.checksum
-        ]
+    """A problem for each file beside the shards that is not as it was written.
+
+    Raises:
+        SourceError: one cannot be read.
+    """
+    chosen = [file for file in manifest.files if only is None or file.name in only]
+    try:
+        with open_files(store) as opened:
+            return [
+                Problem("bytes", None, file.name, "The file has changed since it was written")
+                for file in chosen
+                if (size := store.size(file.name)) is not None
+                and _range_checksum(OpenFile(opened, file.name), 0, size) != file.checksum
+            ]
+    except OSError as error:
+        raise unreadable_file(os.fsdecode(error.filename or store.root), error.strerror) from error
 
 
 def check_source(source: Files, manifest: Manifest) -> None:
@@ -156,6 +150,28 @@ def _parts(shard: WrittenShard, available: int, skip: Collection[str]) -> Iterat
         position += tensor.nbytes
 
 
+def _checked(
+    description: Description, part: _Part, sources: FileReads | None, progress: Callable[[int], None]
+) -> list[Problem]:
+    """The problems of a part.
+
+    Raises:
+        SourceError: a file of the output or of the source cannot be read.
+    """
+    store = description.checkpoint.store
+    try:
+        # Each tensor has its own descriptor: the kernel's read-ahead follows the last read of a descriptor.
+        with open_files(store) as own:
+            return list(_part_problems(description, part, OpenFile(own, part.shard.file), sources, progress))
+    except OSError as error:
+        raise unreadable_tensor(
+            os.fsdecode(error.filename or store.root / part.shard.file),
+            part.tensor and part.tensor.name,
+            error.strerror,
+            hint=hint_about_open_files(error),
+        ) from error
+
+
 def _part_problems(
     description: Description, part: _Part, output: OpenFile, sources: FileReads | None, progress: Callable[[int], None]
 ) -> Iterator[Problem]:
@@ -179,17 +195,6 @@ def _part_problems(
         yield wrong_pieces(description, tensor.name, first.piece.source.tensor, reason, len(wrong), len(tensor.pieces))
 
 
-def _blocks(file: OpenFile, start: int, nbytes: int) -> Iterator[bytes]:
-    """A byte range, a block at a time; shorter where the file ends."""
-    end = start + nbytes
-    while start < end:
-        block = file.read(start, min(_BLOCK, end - start))
-        if not block:
-            return
-        yield block
-        start += len(block)
-
-
 _memory = threading.local()
 
 
@@ -209,94 +214,8 @@ def _range_checksum(file: OpenFile, start: int, nbytes: int) -> str:
 
 def _same_as_source(output: OpenFile, position: int, sources: FileReads, piece: Piece) -> bool:
     """Whether a piece of the output equals the bytes computed from its source range."""
-    for expected in _expected(sources, piece):
-        if b"".join(_blocks(output, position, len(expected))) != expected:
+    for expected in expected_bytes(sources, piece):
+        if b"".join(read_blocks(output, position, len(expected))) != expected:
             return False
         position += len(expected)
     return True
-
-
-def _expected(sources: FileReads, piece: Piece) -> Iterator[bytes]:
-    """The expected bytes of a piece, block by block, computed independently of the writer."""
-    match piece:
-        case Copy(_, file, start, nbytes):
-            yield from _blocks(OpenFile(sources, file), start, nbytes)
-        case Rows():
-            yield _bytes_of(_expected_rows(sources, piece))
-        case Weights(codes, scale):
-            yield from _expected_weights(sources, codes, scale)
-        case Columns():
-            yield from _expected_columns(OpenFile(sources, piece.source.file), piece)
-        case Codes() | RowScales():
-            yield from map(_bytes_of, _expected_quantized(OpenFile(sources, piece.source.file), piece))
-        case CodeColumns(codes, first, count):
-            for block in _expected_quantized(OpenFile(sources, piece.source.file), codes):
-                yield _bytes_of(block[:, first : first + count])
-        case Zeros(_, nbytes):
-            yield from (b"\0" * min(_BLOCK, nbytes - start) for start in range(0, nbytes, _BLOCK))
-
-
-def _expected_rows(sources: FileReads, scale: Scale) -> torch.Tensor:
-    """A scale as F32, repeated: by torch, where the writer computes it from bits."""
-    _, file, start, nbytes = scale.source
-    data = bytearray().join(_blocks(OpenFile(sources, file), start, nbytes))
-    widen, repeat = (scale.widen, scale.repeat) if isinstance(scale, Rows) else ("", 1)
-    elements = torch.frombuffer(data, dtype=_DTYPES[widen])
-    return (elements.float() if widen else elements).repeat(repeat)
-
-
-def _expected_weights(sources: FileReads, codes_range: Copy, scale: Scale) -> Iterator[bytes]:
-    """Code times scale, rounded to F32, then to BF16: exact products in float64, rounding on the bits."""
-    _, file, begin, length = codes_range
-    if not length:
-        return
-    scales = _expected_rows(sources, scale).view(torch.float32).double()
-    columns = length // len(scales)
-    rows = max(1, _BLOCK // (8 * columns))
-    for first in range(0, len(scales), rows):
-        some = scales[first : first + rows].unsqueeze(1)
-        start, nbytes = begin + first * columns, len(some) * columns
-        codes = torch.frombuffer(bytearray().join(_blocks(OpenFile(sources, file), start, nbytes)), dtype=torch.int8)
-        bits = (codes.view(len(some), columns).double() * some).float().view(torch.int32).long() & 0xFFFFFFFF
-        yield _bytes_of(((bits + 0x7FFF + (bits >> 16 & 1)) >> 16).to(torch.uint16))
-
-
-def _expected_quantized(file: OpenFile, piece: Codes | RowScales) -> Iterator[torch.Tensor]:
-    """Codes or scales of ptpc_int8: products and quotients in float64, rounded where the writer rounds."""
-    source, dtype, columns = piece
-    kind = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}[dtype]
-    row = columns * kind.itemsize
-    step = max(1, _BLOCK // (8 * row)) * row
-    for first in range(source.start, source.start + source.nbytes, step):
-        nbytes = min(step, source.start + source.nbytes - first)
-        data = bytearray().join(_blocks(file, first, nbytes))
-        weight = torch.frombuffer(data, dtype=kind).view(-1, columns).double()
-        largest = torch.maximum(weight.max(dim=1).values, -weight.min(dim=1).values)
-        scale = (largest / 127.5).float().to(kind).float()
-        if isinstance(piece, RowScales):
-            yield scale
-            continue
-        inverse = (1.0 / scale.double()).float().double()
-        products = (weight * inverse.unsqueeze(1)).float().double()
-        floor = products.floor()
-        above = products - floor
-        up = (above > 0.5) | ((above == 0.5) & (floor.remainder(2) == 1))
-        yield (floor + up).clamp(-128, 127).to(torch.int8)
-
-
-def _expected_columns(file: OpenFile, piece: Columns) -> Iterator[bytes]:
-    """The same columns of many rows, as a strided view of them."""
-    source, run, stride = piece
-    count, at_once = -(-source.nbytes // stride), max(1, _BLOCK // stride)
-    for first in range(0, count, at_once):
-        rows = min(at_once, count - first)
-        data = bytearray().join(_blocks(file, source.start + first * stride, (rows - 1) * stride + run))
-        view = torch.frombuffer(data, dtype=torch.uint8).as_strided((rows, run), (stride, 1))
-        yield _bytes_of(view)
-
-
-def _bytes_of(tensor: torch.Tensor) -> bytes:
-    result = bytearray(tensor.nbytes)
-    if result:
-        torch.frombuffer(result, dtype=torch.uint8).copy_(tensor.contiguous().view(torch.uint8).flatten())
-    return bytes(result)
