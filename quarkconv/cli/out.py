@@ -77,8 +77,8 @@ def open_output(*, json: bool = False, verbose: bool = False, quiet: bool = Fals
     """The output of a command; with ``verbose``, stderr also shows the library's log."""
     if verbose and not quiet:
         show_log()
-    else:  # huggingface_hub logs each retry, with URLs that work like passwords
-        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    # huggingface_hub logs each retry, with URLs that work like passwords.
+    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     return Output(json, quiet)
 
 

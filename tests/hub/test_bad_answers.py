@@ -6,6 +6,8 @@ import hashlib
 import json
 import os
 import socket
+import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +18,7 @@ import pytest
 from huggingface_hub import constants, snapshot_download
 from support.hub_server import HubHandler, start_hub
 from support.hub_state import Hub, Stored
-from support.program import run_cli, snapshot
+from support.program import PROCESS_TIMEOUT, run_cli, snapshot
 
 import quarkconv
 from quarkconv.errors import HubError, SourceError
@@ -120,6 +122,16 @@ def test_signatures_are_not_shown(published: Hub, capsys: Capture) -> None:
     assert code == 3
     assert "503" in json.loads(out)["found"]
     assert "Signature" not in out
+
+
+def test_signatures_are_not_shown_in_the_log_either(published: Hub, tmp_path: Path) -> None:
+    published.faults.server_errors = 1
+    command = [sys.executable, "-m", "quarkconv", "inspect", REPO, "-v"]
+    environment = os.environ | {"HF_ENDPOINT": published.url, "HF_HOME": str(tmp_path)}
+    run = subprocess.run(command, capture_output=True, text=True, timeout=PROCESS_TIMEOUT, check=True, env=environment)
+    assert published.faults.server_errors <= 0
+    assert "requests" in run.stderr
+    assert "Signature" not in run.stdout + run.stderr
 
 
 def test_stores_have_etags_of_their_own(published: Hub, model: Path, tmp_path: Path) -> None:
