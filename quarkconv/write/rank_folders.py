@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -15,6 +17,7 @@ from quarkconv.headers.rank_index import RANKS_NAME
 from quarkconv.headers.unfinished import STAGING_NAME
 from quarkconv.plan.plan import Plan
 from quarkconv.write.durable import part_of, write_durably, writing
+from quarkconv.write.locks import lock_folder
 from quarkconv.write.output_directory import create_directory
 from quarkconv.write.space import allocated, records_nbytes, require_space
 
@@ -30,9 +33,13 @@ class RankFolders:
 
     def prepare(self, plans: Sequence[Plan], unfinished: Sequence[Plan], *, overwrite: bool) -> None:
         """Create the directory, or check that it may be used, and that the ranks fit on the disk."""
-        with writing(self.directory):
+        with writing(self.directory), ExitStack() as locks:
             obsolete = self._obsolete(plans, overwrite=overwrite)
             self._require_space(unfinished, obsolete)
+            for path in obsolete:
+                if (path / STAGING_NAME).is_dir():
+                    descriptor, _ = lock_folder(path / STAGING_NAME)
+                    locks.callback(os.close, descriptor)
             for path in obsolete:
                 if path.is_dir():
                     shutil.rmtree(path)

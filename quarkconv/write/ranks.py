@@ -42,7 +42,7 @@ class RanksOutput(Protocol):
 
         Raises:
             UsageError: there is something else.
-            WriteError: there is not enough space for all ranks.
+            WriteError: there is not enough space for all ranks, or another process works on one that is to be deleted.
         """
 
     def write_index(self, data: bytes) -> None:

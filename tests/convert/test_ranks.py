@@ -23,6 +23,7 @@ from quarkconv.description.description import describe
 from quarkconv.errors import SourceError, UnsupportedError, UsageError, WriteError
 from quarkconv.experts.ranks import WHOLE, Rank, make_rank, rank_of_config
 from quarkconv.plan.plan import Plan
+from quarkconv.write.locks import OutputBusyError, lock_folder
 from quarkconv.write.space import records_nbytes
 
 STATIC = "qwen3_moe-quark0.11-eager-int8_static"
@@ -206,6 +207,20 @@ def test_files_of_a_rank_that_are_in_their_place_need_no_more_space(
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing))
     convert(root, out, "tp", 2)
     assert snapshot(out) == whole
+
+
+def test_ranks_that_another_process_writes_are_not_deleted(tmp_path: Path) -> None:
+    root = make_checkpoint(tmp_path / "model")
+    out = convert(root, tmp_path / "out", "tp", 2)
+    (out / "ranks.json").unlink()
+    descriptor, _ = lock_folder(out / "rank-01-of-02" / ".quarkconv")
+    before = snapshot(out)
+    with pytest.raises(OutputBusyError, match="Another process"):
+        convert(root, out, "tp", 2, overwrite=True)
+    assert snapshot(out) == before
+    os.close(descriptor)
+    convert(root, out, "tp", 2, overwrite=True)
+    assert (out / "ranks.json").is_file()
 
 
 def test_the_space_of_all_ranks_is_checked_before_the_first(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
