@@ -49,6 +49,9 @@ def merged(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
         part = value.get("part")
         if value.get("schema") != SCHEMA or not isinstance(part, dict) or not isinstance(part.get("identity"), dict):
             raise _invalid(name, "not a part of a verification")
+        number = part.get("number")
+        if not isinstance(number, int):
+            raise _invalid(name, f"a part with the number {word(number)}")
         for key in ("count", *_LABELS):
             here, there = _shared(value, key), _shared(expected, key)
             if here != there:
@@ -60,11 +63,9 @@ def merged(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
                     found=word(here),
                     hint="verify each part with the same options",
                 )
-        if part.get("number") in parts:
-            raise UsageError(
-                "A part occurs twice", file=name, expected="each part once", found=f"part {word(part['number'])}"
-            )
-        parts[part["number"]] = (name, value)
+        if number in parts:
+            raise UsageError("A part occurs twice", file=name, expected="each part once", found=f"part {number}")
+        parts[number] = (name, value)
     count = _shared(expected, "count")
     missing = [number for number in range(1, count + 1) if number not in parts] if isinstance(count, int) else []
     if missing or not parts:

@@ -137,7 +137,9 @@ def test_parts_that_do_not_belong_together_are_refused(model: Path, checkpoints:
         assert caught.value.file == "a"
     whole = quarkconv.verify_checkpoint(model, **OPTIONS, **quick).to_json()
     damaged = {**two["part-1.json"], "numbers": []}
-    for value in (whole, {}, {**two["part-1.json"], "part": 1}):
+    identity = two["part-1.json"]["part"]["identity"]
+    without_number = ({"identity": identity, "count": 2}, {"identity": identity, "count": 2, "number": [1]})
+    for value in (whole, {}, *({**two["part-1.json"], "part": part} for part in (1, *without_number))):
         with pytest.raises(UsageError, match="not the result of a part"):
             merged({"a": value})
     with pytest.raises(UsageError, match="not the result of a part"):
