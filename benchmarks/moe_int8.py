@@ -122,10 +122,12 @@ def compile_all(name: str, shape: Shape, counts: tuple[int, ...]) -> None:
 
 
 def compile_first(work: list[tuple[str, Shape, tuple[int, ...]]], jobs: int) -> None:
-    """Compile each shape for its numbers of tokens, in so many processes; what fails here compiles when it is timed."""
+    """Compile in so many processes, each some numbers of tokens of a shape; what fails here compiles when it is timed."""
     began = time.monotonic()
+    parts = max(jobs // len(work), 1)
+    shares = [(name, shape, counts[part::parts]) for part in range(parts) for name, shape, counts in work]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
-        for (name, *_), future in [(item, pool.submit(compile_all, *item)) for item in work]:
+        for (name, *_), future in [(share, pool.submit(compile_all, *share)) for share in shares]:
             if (error := future.exception()) is not None:
                 print(f"{name}: {type(error).__name__}: {error}", file=sys.stderr)
     print(f"compiled in {time.monotonic() - began:.0f} s", flush=True)
