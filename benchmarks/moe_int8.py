@@ -1,7 +1,7 @@
 """The INT8 MoE forward on one GPU: ours, vLLM's, and torch's in bfloat16, beside the floors of the hardware.
 
     python benchmarks/moe_int8.py [--shapes NAMES] [--tokens 1,2,4,8,16,64,256,1024,4096,16384] [--out FILE.json]
-                                  [--jobs N]
+                                  [--update] [--jobs N]
 
 Shapes: four models, slices of large ones as tensor- and expert-parallel ranks have them, and sizes that no table lists.
 
@@ -20,7 +20,6 @@ to the bytes what passes between its launches, each value once written and once 
 import argparse
 import dataclasses
 import datetime
-import json
 import math
 import multiprocessing
 import statistics
@@ -36,6 +35,7 @@ import torch
 import triton
 from moe_ceilings import measure_ceilings, time_graph
 from moe_others import Bfloat16, Implementation, load_others
+from moe_results import begin, describe, dump, print_means, record
 
 from quarkconv.kernels import fused_experts_int8_reference
 from quarkconv.kernels.activations import activate_reference, make_activation
@@ -122,7 +122,7 @@ def compile_all(name: str, shape: Shape, counts: tuple[int, ...]) -> None:
 
 
 def compile_first(work: list[tuple[str, Shape, tuple[int, ...]]], jobs: int) -> None:
-    """Compile in so many processes, each some numbers of tokens of a shape; what fails here compiles when it is timed."""
+    """Compile in so many processes, each some tokens of a shape; what fails here compiles when it is timed."""
     began = time.monotonic()
     parts = max(jobs // len(work), 1)
     shares = [(name, shape, counts[part::parts]) for part in range(parts) for name, shape, counts in work]
@@ -212,49 +212,6 @@ def summary(options: Options) -> str:
     return f"{blocks}; gate-up {tiles[0]}; down {tiles[1]}"
 
 
-def dump(document: dict[str, Any]) -> str:
-    """The JSON of what was measured, a line a row; six digits of each number."""
-    rounded = (
-        {key: float(f"{value:.6g}") if isinstance(value, float) else value for key, value in row.items()}
-        for row in document["rows"]
-    )
-    rows = ",\n".join(json.dumps(row) for row in rounded)
-    return json.dumps(document | {"rows": []}, indent=1).replace('"rows": []', f'"rows": [\n{rows}]') + "\n"
-
-
-def describe(row: dict[str, Any]) -> str:
-    def number(key: str) -> str:
-        return f"{row[key]:9.1f}" if key in row else "        -"
-
-    floor = max(row["bytes_floor_us"], row["operations_floor_us"])
-    ratios = [
-        f"{row[key] / row['ours_us']:5.2f}" if key in row else "    -"
-        for key in ("vllm_default_us", "vllm_tuned_us", "humming_us")
-    ]
-    return (
-        f"{row['shape']:15} {row['tokens']:5} {number('ours_us')} "
-        f"{number('vllm_default_us')} {number('vllm_tuned_us')} "
-        f"{number('humming_us')} {number('torch_bf16_us')} {number('bytes_floor_us')} {number('operations_floor_us')} "
-        f"{number('traffic_floor_us')} "
-        f"{' '.join(ratios)} {row['ours_us'] / floor:5.2f}"
-    )
-
-
-def print_means(rows: list[dict[str, Any]]) -> None:
-    """Geometric means of each group of cells."""
-    for group in ("model", "slice", "other"):
-        cells = [row for row in rows if row["group"] == group]
-        if not cells:
-            continue
-        over = [row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"]) for row in cells]
-        print(f"{group}: {len(cells)} cells, {statistics.geometric_mean(over):.3f} times the larger floor")
-        for key in ("vllm_default_us", "vllm_tuned_us", "humming_us"):
-            ratios = [row[key] / row["ours_us"] for row in cells if key in row]
-            if ratios:
-                mean = statistics.geometric_mean(ratios)
-                print(f"  {mean:.3f} times as fast as {key[:-3]} over {len(ratios)}, worst {min(ratios):.3f}")
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--shapes", default=",".join(NAMED))
@@ -264,6 +221,7 @@ def main() -> int:
     parser.add_argument("--budget", type=float, default=240, help="seconds after which only ours is timed")
     parser.add_argument("--jobs", type=int, default=0, help="processes that compile first, 20 GB of the GPU each")
     parser.add_argument("--out", type=Path, help="default: benchmarks/results/moe-int8-<device>.json")
+    parser.add_argument("--update", action="store_true", help="keep the cells of --out that this run does not time")
     parser.add_argument("--commit", default=None, help="what to record; default: git's HEAD")
     options = parser.parse_args()
     if not torch.cuda.is_available():
@@ -283,17 +241,17 @@ def main() -> int:
     if commit is None:
         git = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
         commit = git.stdout.strip()
-    document: dict[str, Any] = {
+    today = datetime.date.today().isoformat()
+    head = {
         "device": device,
-        "date": datetime.date.today().isoformat(),
-        "commit": commit,
+        "date": today,
         "torch": torch.__version__,
         "triton": triton.__version__,
         "vllm": None if loaded.vllm is None else loaded.vllm.version,
-        "command": " ".join(["python benchmarks/moe_int8.py", *sys.argv[1:]]),
-        "ceilings": ceilings,
-        "rows": [],
     }
+    command = " ".join(["python benchmarks/moe_int8.py", *sys.argv[1:]])
+    run = {"date": today, "commit": commit, "command": command, "ceilings": ceilings}
+    document = begin(head, run, path if options.update else None)
     print(f"{document['device']}, torch {torch.__version__}, triton {triton.__version__}, vLLM {document['vllm']}")
     print(f"reads {ceilings['read_bytes_per_s'] / 1e12:.2f} TB/s, int8 {ceilings['int8_ops_per_s'] / 1e12:.0f} TOP/s")
     columns = ("ours", "default", "tuned", "humming", "torch", "bytes", "products", "traffic")
@@ -309,12 +267,12 @@ def main() -> int:
         for count in counts:
             late = time.monotonic() - began > options.budget
             row = measure(name, shape, weights, count, ceilings, [] if late else others, options.repeats)
-            document["rows"].append(row | {"group": group})
+            record(document, row | {"group": group})
             print(describe(row), flush=True)
             path.write_text(dump(document), encoding="utf-8")
         del weights, others
         torch.cuda.empty_cache()
-    print_means(document["rows"])
+    print_means([row for row in document["rows"] if row["run"] == len(document["runs"]) - 1])
     return 0
 
 
