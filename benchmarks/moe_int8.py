@@ -126,6 +126,7 @@ def compile_first(work: list[tuple[str, Shape, tuple[int, ...]]], jobs: int) -> 
     began = time.monotonic()
     parts = max(jobs // len(work), 1)
     shares = [(name, shape, counts[part::parts]) for part in range(parts) for name, shape, counts in work]
+    shares = [share for share in shares if share[2]]
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         for (name, *_), future in [(share, pool.submit(compile_all, *share)) for share in shares]:
             if (error := future.exception()) is not None:
@@ -212,9 +213,15 @@ def summary(options: Options) -> str:
     return f"{blocks}; gate-up {tiles[0]}; down {tiles[1]}"
 
 
+def parse_sizes(text: str, tokens: tuple[int, ...]) -> list[tuple[str, Shape, tuple[int, ...]]]:
+    """Shapes by name, each with `tokens` or with its own: ``Qwen3-30B-A3B,Mixtral-8x7B=1+8``."""
+    named = (part.partition("=") for part in text.split(","))
+    return [(name, NAMED[name], tuple(map(int, own.split("+"))) if own else tokens) for name, _, own in named]
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--shapes", default=",".join(NAMED))
+    parser.add_argument("--shapes", default=",".join(NAMED), help="NAME or NAME=1+8+64, with commas between")
     parser.add_argument("--tokens", default=",".join(map(str, TOKENS)))
     parser.add_argument("--others", action=argparse.BooleanOptionalAction, default=True, help="sizes not in the table")
     parser.add_argument("--repeats", type=int, default=20, help="replays of each graph, of which the median counts")
@@ -228,7 +235,7 @@ def main() -> int:
         print("moe_int8: needs a GPU, and torch finds none", file=sys.stderr)
         return 4
     tokens = tuple(int(text) for text in options.tokens.split(","))
-    work = [(name, NAMED[name], tokens) for name in options.shapes.split(",")] + (UNLISTED if options.others else [])
+    work = parse_sizes(options.shapes, tokens) + (UNLISTED if options.others else [])
     if options.jobs:
         compile_first(work, options.jobs)
     began = time.monotonic()
@@ -259,8 +266,9 @@ def main() -> int:
         f"{'microseconds':15} {'M':>5} " + " ".join(f"{name:>9}" for name in columns) + "  vs d  vs t  vs h over floor"
     )
     for name, shape, counts in work:
+        listed = (name, shape, counts) not in UNLISTED
         weights = make_weights(shape, torch.device("cuda"))
-        group = "other" if counts != tokens else "model" if name in SHAPES else "slice"
+        group = ("model" if name in SHAPES else "slice") if listed else "other"
         others = loaded.of_shape(shape, weights, biased=name in BIASED)
         if group == "model" and time.monotonic() - began < options.budget:
             others.append(Bfloat16(weights[0].bfloat16(), weights[1].bfloat16()))

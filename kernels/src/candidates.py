@@ -56,7 +56,7 @@ def variations(options: Options, tokens: int, shape: Shape) -> tuple[list[Option
 
 
 def _vectors() -> list[VectorTile]:
-    sizes = ((1, 1), (2, 1), (4, 1), (8, 1), (2, 2), (4, 2), (8, 2), (4, 4), (8, 4))
+    sizes = ((1, 1), (2, 1), (4, 1), (8, 1), (1, 2), (2, 2), (4, 2), (8, 2), (4, 4), (8, 4), (16, 4))
     return [VectorTile(block_n, warps) for block_n, warps in sizes]
 
 
@@ -95,6 +95,7 @@ def _down_tiles(mean_rows: float, depth: int) -> Iterator[TileOptions]:
         sizes = ((256, 64, 3), (128, 64, 4), (128, 128, 4), (256, 128, 3), (64, 256, 3), (64, 128, 5))
         for block_n, block_k, stages in sizes:
             yield TileOptions(block_n, even_depth(depth, block_k), 1, 4, stages)
+        yield TileOptions(64, even_depth(depth, 256), 1, 2, 3)
     if mean_rows > 6:
         yield from (specialized_tiles(group)[0][1] for group in (1, 4))
     if mean_rows > _MANY_ROWS:
