@@ -293,8 +293,8 @@ def described(
 
 def _reported(findings: list[Finding], checkpoint: Checkpoint) -> tuple[Finding, ...]:
     """The findings by severity, without those that only follow from files that cannot be read."""
-    if not checkpoint.types:  # no tensor could be read: all other findings would only follow from that
-        findings = list(checkpoint.findings)
+    if not checkpoint.types and any(item.severity is Severity.ERROR for item in checkpoint.findings):
+        findings = list(checkpoint.findings)  # no tensor could be read: all others would only follow from that
     unread = any((item.code, item.subject) == ("config-invalid", CONFIG_NAME) for item in checkpoint.findings)
     if unread and has_file(checkpoint.store, CONFIG_NAME):
         findings = [item for item in findings if item.code != "quant-config-missing"]  # it may be there

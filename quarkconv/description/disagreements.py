@@ -9,6 +9,7 @@ from typing import Any, Final
 from quarkconv.dtypes import TensorType
 from quarkconv.experts.config import ModelConfig, Part
 from quarkconv.experts.config_values import short
+from quarkconv.experts.family import EXPERT_COUNT
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import class_of_another_type, knowledge_by_stack, layer_routing
 from quarkconv.experts.known import Known
@@ -28,6 +29,8 @@ from quarkconv.text import plural
 _HIDDEN: Final = re.compile(r"hidden_size|^(?:d_model|n_embd|dim)$")
 _INNER: Final = re.compile(r"intermediate|ffn|(?:moe|mlp|expert)\w*_dim")
 """Names of settings with the hidden size, and with the intermediate size of dense layers or of experts."""
+_NUMBERS: Final = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "vocab_size", *EXPERT_COUNT)
+"""Settings that are numbers in every model; engines calculate with them."""
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks)\.)(\d{1,9})\.")
 _MAX_LAYERS: Final = 10_000
 _HINT: Final = "use the config.json that belongs to these weights: engines build the model by it"
@@ -57,6 +60,10 @@ def disagreements(
             f"config.json names {short(name)}, a class of another model type than {short(config.raw['model_type'])}",
             hint="use the config.json that belongs to these weights: engines choose the class by architectures",
         )
+    for key in _NUMBERS:
+        if isinstance(value := config.text.get(key), str | bool | float):
+            message = f"config.json has {key} = {value!r:.60}, which is not a whole number"
+            yield finding("config-mismatch", "config.json", message, hint=_HINT)
     known_of = knowledge_by_stack(config.raw)
     of_routers = tuple(_routers(known_of, layers, types))
     parts = [(layer, part) for layer in layers if (part := config.part_of(layer.moe)) is not None]

@@ -17,6 +17,8 @@ from quarkconv.scheme.patterns import TimeLimit, name_filter
 from quarkconv.scheme.stored import StoredModules
 from quarkconv.text import plural, shortened
 
+_MTP_LAYER: Final = re.compile(r"(?:^|\.)(?:layers|mtp|mtp_layers)\.(\d+)\.")
+"""The number of a layer of multi-token prediction, in the name of a tensor of it."""
 _AT_RUN_TIME: Final = ("input", "output")
 """Locations of transforms that are not merged into weights (``TransformLocation`` of compressed-tensors)."""
 _KNOWN: Final = frozenset(
@@ -66,13 +68,21 @@ def function_findings(
             count=max(len(rotations), 1),
         )
     yield from _companions(stored, is_float)
-    if config.mtp_layers and not any(map(is_mtp, names)):
+    yield from _missing_mtp(config, [name for name in names if is_mtp(name)] if config.mtp_layers else [])
+
+
+def _missing_mtp(config: ModelConfig, stored: list[str]) -> Iterator[Finding]:
+    """The finding about layers of multi-token prediction that are declared and not among those stored."""
+    declared = config.mtp_layers or 0
+    numbers = {match[1] for name in stored if (match := _MTP_LAYER.search(name)) is not None}
+    missing = declared - len(numbers) if numbers or not stored else 0
+    if missing > 0:
         yield finding(
             "mtp-missing",
             "config.json",
-            f"{plural(config.mtp_layers, 'layer')} of multi-token prediction declared by config.json and not stored",
-            hint="engines cannot draft tokens with this checkpoint; --mtp drop removes them from config.json",
-            count=config.mtp_layers,
+            f"{plural(declared, 'layer')} of multi-token prediction declared by config.json, {missing} not stored",
+            hint="engines cannot draft tokens with these layers; --mtp drop removes them from config.json",
+            count=missing,
         )
 
 

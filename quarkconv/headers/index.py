@@ -65,6 +65,10 @@ def read_index(store: Files) -> Index | None:
     scanned = scan_index(raw)
     index = parse_json_object(raw if scanned is None else scanned.rest, name, code="index-invalid")
     runs = runs_of(_entries(index.get("weight_map"))) if scanned is None else scanned.runs
+    if not runs:
+        raise invalid_index(
+            "The index lists no tensor", expected="an entry for each tensor", found="an empty weight_map"
+        )
     distinct = _distinct([run.file for run in runs])
     for file in distinct:
         if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):

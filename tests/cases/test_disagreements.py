@@ -54,6 +54,8 @@ DISAGREE: Final[dict[str, tuple[str, Callable[[], Model]]]] = {
     "a sparse step": ("decoder_sparse_step = 2", lambda: of_qwen(decoder_sparse_step=2)),
     "a list of dense layers": ("mlp_only_layers = [0]", lambda: of_qwen(mlp_only_layers=[0])),
     "kinds of layers": ("mlp_layer_types", lambda: of_qwen(mlp_layer_types=["dense", "sparse"])),
+    "a number in quotes": ("num_hidden_layers = '2'", lambda: of_qwen(num_hidden_layers="2")),
+    "half a layer": ("hidden_size = 8.5", lambda: of_qwen(hidden_size=8.5)),
     "no router": ("routers not stored", lambda: with_router(None)),
     "a router of more experts": ("another shape", lambda: with_router((4, 8))),
     "a router of another width": ("another shape", lambda: with_router((3, 16))),

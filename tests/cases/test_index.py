@@ -37,6 +37,21 @@ def test_a_file_that_the_index_does_not_name_is_reported_by_verify(tmp_path: Pat
     assert verify_checkpoint(out, device="cpu").findings == ()
 
 
+@pytest.mark.parametrize("fault", ["an index without entries", "a file without tensors"])
+def test_a_checkpoint_without_any_tensor_is_an_error(fault: str, tmp_path: Path) -> None:
+    source = Model().write(tmp_path)
+    if fault == "an index without entries":
+        (source / INDEX).write_text('{"weight_map": {}}')
+    else:
+        for path in (source / INDEX, source / FIRST, source / SECOND):
+            path.unlink()
+        save_file({}, source / "model.safetensors")
+    code = "index-invalid" if "index" in fault else "experts-not-understood"
+    assert (codes(source)[code], finding(source, code).hint != "") == ("error", True)
+    for target in TARGETS:
+        assert refusal(source, target).exit_code == (3 if "index" in fault else 4)
+
+
 def test_verify_calls_an_index_without_its_files_damaged(tmp_path: Path) -> None:
     source = Model().write(tmp_path)
     index = json.loads((source / INDEX).read_text())

@@ -70,6 +70,18 @@ def test_a_layer_of_prediction_that_the_config_has_and_nothing_stores_is_named(t
     assert "mtp-missing" not in [item.code for item in inspect_checkpoint(model.write(tmp_path)).findings]
 
 
+@pytest.mark.parametrize(
+    "names",
+    [("model.layers.2.enorm.weight",), ("mtp.layers.0.norm.weight",), ("mtp.layers.0.norm.weight", "mtp.norm.weight")],
+)
+def test_layers_of_prediction_of_which_some_are_stored_are_named(names: tuple[str, ...], tmp_path: Path) -> None:
+    model = Model()
+    model.config["num_nextn_predict_layers"] = 3
+    model.second |= {name: torch.ones(8).bfloat16() for name in names}
+    found = finding(model.write(tmp_path), "mtp-missing")
+    assert (found.count, "3 layers" in found.message, "2 not stored" in found.message) == (2, True, True)
+
+
 def test_fp8_beside_int8_is_unsupported_and_the_option_is_named(tmp_path: Path) -> None:
     source = with_mtp("fp8").write(tmp_path)
     for target in TARGETS:

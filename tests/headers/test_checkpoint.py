@@ -295,11 +295,11 @@ def test_an_invalid_index_is_ignored(name: str, folder: Path) -> None:
     assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
 
 
-def test_an_empty_index_makes_every_file_unused(folder: Path) -> None:
+def test_an_empty_index_is_invalid(folder: Path) -> None:
     write_json(folder / INDEX, {"weight_map": {}})
     checkpoint = open_checkpoint(folder)
-    assert [(item.code, item.count) for item in checkpoint.findings] == [("file-unused", 2)]
-    assert checkpoint.shards == ()
+    assert [(item.code, item.count) for item in checkpoint.findings] == [("index-invalid", 1)]
+    assert [shard.file for shard in checkpoint.shards] == [FIRST, SECOND]
 
 
 @pytest.mark.parametrize("file", ["a\0b.safetensors", "\ud800.safetensors", "new\nline.safetensors"])
