@@ -1,6 +1,7 @@
-"""Compile every kernel for GPU targets, without a GPU: python compile_ahead.py TARGET... TARGET/all...
+"""Compile every kernel for GPU targets, without a GPU: python compile_ahead.py TARGET... TARGET/PART+PART...
 
-TARGET compiles one variant of each kernel at least, TARGET/all every variant.
+TARGET compiles one variant of each kernel at least. Its parts are `few`, one variant of each kernel, and `prefill`, the
+large tiles; `rich` are the other variants.
 
 A program of its own: it needs Triton without TRITON_INTERPRET, which the test process may have set. It prints a line a
 compilation: registers, spilled bytes (NVIDIA) or registers (AMD), shared memory. It fails if a kernel does not compile,
@@ -212,31 +213,31 @@ def other_variants(blocks: RowBlocks) -> Variants:
     ]
 
 
-def variants_for(traits: DeviceTraits, *, every: bool) -> list[tuple[bool, Variants]]:
-    """(rich, variants): decode and prefill products, and everything else; one of each kernel at least, or `every`."""
+USUAL = ("few", "prefill")
+
+
+def variants_for(traits: DeviceTraits, parts: tuple[str, ...] = USUAL) -> list[tuple[bool, Variants]]:
+    """(rich, variants) of these parts: `few` has each kernel once."""
     gemv = choose_launch_options(1, 64, 8, 3072, 1536, traits)
     assert isinstance(gemv, GemvOptions)
-    common = [(False, gemv_variants(gemv, 3072, 1536, rich=False) + row_variants(rich=False))]
+    few = [(False, gemv_variants(gemv, 3072, 1536, rich=False) + row_variants(rich=False))]
     if not traits.int8_matrix:
-        return [*common, (True, other_variants(RowBlocks(16)))]
+        return [*few, (True, other_variants(RowBlocks(16)))]
     decode = choose_launch_options(8, 64, 8, 3072, 1536, traits)
     prefill = choose_launch_options(4096, 64, 8, 2048, 1408, traits)
     assert isinstance(decode, LaunchOptions)
     assert isinstance(prefill, LaunchOptions)
-    common += [
-        (False, product_variants(prefill, rich=False)),
-        (False, product_variants(decode, rich=False)),
-        (True, other_variants(decode.blocks)),
+    few += [(False, product_variants(decode, rich=False)), (True, other_variants(decode.blocks))]
+    rich = [
+        (True, product_variants(decode, rich=True) + row_variants(rich=True)),
+        (True, gemv_variants(gemv, 2056, 1416, rich=True)),
     ]
     if traits.warp_specialization:
-        common.append((False, specialized_variants(prefill, 1, rich=False)))
-    if not every:
-        return common
-    if traits.warp_specialization:
-        common.append((True, specialized_variants(decode, 1, rich=True)))
-        common.append((True, specialized_variants(prefill, 2, rich=True)[-3:]))
-    rich_products = product_variants(decode, rich=True) + row_variants(rich=True)
-    return [*common, (True, rich_products), (True, gemv_variants(gemv, 2056, 1416, rich=True))]
+        few.append((False, specialized_variants(prefill, 1, rich=False)))
+        rich.append((True, specialized_variants(decode, 1, rich=True)))
+        rich.append((True, specialized_variants(prefill, 2, rich=True)[-3:]))
+    divided = {"few": few, "prefill": [(False, product_variants(prefill, rich=False))], "rich": rich}
+    return [variants for part in parts for variants in divided[part]]
 
 
 def complete(kernel: Any, types: dict[str, str], constants: dict[str, Any], traits: DeviceTraits) -> dict[str, Any]:
@@ -315,12 +316,12 @@ def variant_name(constants: dict[str, Any], *, rich: bool) -> str:
     return " ".join(filter(None, [constants.get("ACTIVATION", ""), block, "rich" if rich else ""]))
 
 
-def compile_all(name: str, *, every: bool = False) -> list[Resources]:
-    """Compile for a target: one variant of each kernel at least, or every one."""
+def compile_all(name: str, parts: tuple[str, ...] = USUAL) -> list[Resources]:
+    """Compile these parts for a target: one variant of each kernel at least."""
     target = TARGETS[name]
     traits, kernels = target.traits, all_kernels(target.traits)
     all_found, problems = [], []
-    for rich, variants in variants_for(traits, every=every):
+    for rich, variants in variants_for(traits, parts):
         for kernel, types, constants in variants:
             types = {name: kind for name, kind in types.items() if name in kernels[kernel].arg_names}
             constants = complete(kernels[kernel], types, constants, traits)
@@ -329,7 +330,7 @@ def compile_all(name: str, *, every: bool = False) -> list[Resources]:
             all_found.append(found)
             print(name, kernel, found.variant, f"{found.registers=} {found.spills=} {found.shared=}", *found.matrix[:1])
             problems += [f"{name} {kernel} {found.variant}: {text}"] if (text := problem(found, target)) else []
-    missing = set(kernels) - {found.kernel for found in all_found}
+    missing = set(kernels) - {found.kernel for found in all_found} if "few" in parts else set()
     missing -= set() if traits.int8_matrix else {"grouped_product_kernel"}
     if missing:
         problems.append(f"kernels without a compilation here: {sorted(missing)}")
@@ -341,9 +342,13 @@ def compile_all(name: str, *, every: bool = False) -> list[Resources]:
 def main(*words: str) -> int:
     failed = []
     for word in words:
-        name, _, extent = word.partition("/")
+        name, _, named = word.partition("/")
+        parts = tuple(named.split("+")) if named else USUAL
         try:
-            print(f"{word}: {len(compile_all(name, every=extent == 'all'))} compilations", flush=True)
+            print(
+                f"{word}: {len(compile_all(name, parts))} compilations",
+                flush=True,
+            )
         except Exception as error:  # whatever a compiler raises
             failed.append(word)
             print(f"{word}: FAILED\n{error}", flush=True)
