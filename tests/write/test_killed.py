@@ -215,7 +215,7 @@ def test_killed_at_random_times_the_same_command_gives_the_same_bytes(
     assert snapshot(tmp_path / "out") == reference
     rng = random.Random(11)
     killed = 0
-    for number in range(30):
+    for number in range(12):
         out = tmp_path / f"killed-{number}"
         words = [sys.executable, "-m", "quarkconv", *map(str, arguments(source, out, jobs=rng.choice([1, 2, 4])))]
         process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
@@ -230,7 +230,7 @@ def test_killed_at_random_times_the_same_command_gives_the_same_bytes(
             convert(source, out, jobs=2)
         assert snapshot(out) == reference, number
         shutil.rmtree(out)
-    assert killed > 5
+    assert killed > 2
 
 
 def test_killed_again_and_again_the_work_still_ends(source: Path, reference: dict[str, str], tmp_path: Path) -> None:
