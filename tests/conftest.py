@@ -32,7 +32,7 @@ def _has_gpu() -> bool:
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    parser.addoption("--seeds", type=int, default=12, help="random seeds of the tests of verify's bounds")
+    parser.addoption("--seeds", type=int, default=6, help="random seeds of the tests of verify's bounds")
 
 
 @pytest.hookimpl(wrapper=True)

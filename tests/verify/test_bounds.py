@@ -1,6 +1,6 @@
 """The bounds of verify: no false alarm for any seed, and every planted fault of a kernel is found.
 
-A dozen seeds here; ``pytest tests/verify/test_bounds.py --seeds 200`` takes as many as you like.
+Six seeds here; ``pytest tests/verify/test_bounds.py --seeds 200`` takes as many as you like.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Faults planted in single experts are found: beside the source always, by numbers alone where a forward notices them.
 
-A dozen seeds here; ``pytest tests/verify/test_planted_faults.py --seeds 200`` takes as many as you like.
+Six seeds here; ``pytest tests/verify/test_planted_faults.py --seeds 200`` takes as many as you like.
 """
 
 from __future__ import annotations
