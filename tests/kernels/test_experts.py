@@ -27,6 +27,8 @@ UNIT_ROUNDOFF = {torch.bfloat16: 2.0**-8, torch.float16: 2.0**-11}
 
 # M, H, I, E, K
 SHAPES = [(1, 96, 80, 4, 2), (5, 176, 88, 8, 3), (17, 80, 96, 3, 1)]
+NARROW = [(1, 96, 80, 4, 2), (3, 48, 24, 4, 3), (9, 24, 40, 3, 1)]
+"""For tiles of 2 to 8 columns: the interpreter takes as long for a tile of any width."""
 
 
 def relative_rms(found: torch.Tensor, expected: torch.Tensor) -> float:
@@ -127,11 +129,12 @@ def check_stages(case: Any, launch: Any = None, **options: Any) -> torch.Tensor:
     return out
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("shape", SHAPES)
-@pytest.mark.parametrize("launch", LAUNCHES.values(), ids=LAUNCHES)
-def test_each_stage_equals_its_twin(shape: Any, dtype: torch.dtype, launch: Any, make_case: Callable[..., Any]) -> None:
-    check_stages(make_case(*shape, dtype=dtype), launch)
+@pytest.mark.parametrize("number", range(len(SHAPES)))
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_each_stage_equals_its_twin(number: int, launch: str, make_case: Callable[..., Any]) -> None:
+    """Every launch with every shape, and each of them with both dtypes."""
+    dtype = (torch.bfloat16, torch.float16)[(number + list(LAUNCHES).index(launch)) % 2]
+    check_stages(make_case(*SHAPES[number], dtype=dtype), LAUNCHES[launch])
 
 
 @pytest.mark.parametrize(
@@ -299,9 +302,15 @@ def test_a_token_may_choose_an_expert_twice(make_case: Callable[..., Any]) -> No
     check_stages(case)
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf])
-@pytest.mark.parametrize("static", [False, True])
-@pytest.mark.parametrize("activation", ["silu", "swigluoai"])
+@pytest.mark.parametrize(
+    ("bad", "static", "activation"),
+    [
+        (math.nan, False, "silu"),
+        (math.inf, True, "silu"),
+        (math.inf, False, "swigluoai"),
+        (math.nan, True, "swigluoai"),
+    ],
+)
 @pytest.mark.filterwarnings("ignore:invalid value:RuntimeWarning")
 def test_a_token_that_is_not_finite_keeps_to_itself(
     bad: float, static: bool, activation: Any, make_case: Callable[..., Any], device: torch.device
@@ -313,10 +322,9 @@ def test_a_token_that_is_not_finite_keeps_to_itself(
     )
     clean = fused_experts_int8(*case.tensors(), **options)
     case.hidden_states[2, 50] = bad
-    for implementation in (fused_experts_int8, fused_experts_int8_reference):
-        out = implementation(*case.tensors(), **options)
-        assert out[2].isnan().all()
     spoiled = fused_experts_int8(*case.tensors(), **options)
+    for out in (spoiled, fused_experts_int8_reference(*case.tensors(), **options)):
+        assert out[2].isnan().all()
     others = [0, 1, 3]
     assert torch.equal(spoiled[others], clean[others])
 
@@ -326,14 +334,14 @@ def test_results_are_deterministic_and_independent_of_the_batch(
     dtype: torch.dtype, make_case: Callable[..., Any]
 ) -> None:
     """The same bits run to run, with other tiles and paths, and for a token alone as among others."""
-    case = make_case(6, 176, 88, 4, 2, dtype=dtype)
+    case = make_case(4, 112, 56, 4, 2, dtype=dtype)
     out = fused_experts_int8(*case.tensors())
     assert torch.equal(out, fused_experts_int8(*case.tensors()))
     arguments = check_arguments(*case.tensors())
     for launch in LAUNCHES.values():
         other = torch.full_like(out, math.nan)
         assert torch.equal(out, run_pipeline(arguments, other, launch))
-    for t in (0, 3, 5):
+    for t in (0, 3):
         one = slice(t, t + 1)
         alone = case.replace(
             hidden_states=case.hidden_states[one], topk_weights=case.topk_weights[one], topk_ids=case.topk_ids[one]
@@ -378,7 +386,7 @@ def test_weights_may_lie_at_any_address(launch: Any, make_case: Callable[..., An
         assert torch.equal(run_pipeline(check_arguments(*case.replace(**moved).tensors()), out, launch), expected)
 
 
-@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("shape", NARROW)
 def test_end_to_end_equals_twin(shape: Any, make_case: Callable[..., Any], device: torch.device) -> None:
     """A flipped bit of an activation moves its code by at most one of 127 steps: far below 1 % of the result.
 

@@ -72,9 +72,9 @@ def test_sorted_rows_change_no_bit(
     static: str | None, on_input: bool, make_case: Callable[..., Any], device: torch.device
 ) -> None:
     """Options that request specialized warps, whether or not the device has them."""
-    case = make_case(40, 80, 48, 4, 2)
+    case = make_case(20, 80, 48, 2, 2)  # both experts have all tokens: a block of 16, and a tail
     case.topk_ids[5:9, 1] = -1
-    more: dict[str, Any] = {} if static is None else {static: torch.linspace(0.02, 0.04, 4, device=device)}
+    more: dict[str, Any] = {} if static is None else {static: torch.linspace(0.02, 0.04, 2, device=device)}
     more["apply_router_weight_on_input"] = on_input
     options = LaunchOptions(RowBlocks(16, 16), GATE_UP, DOWN)
     expected = forward(case, LaunchOptions(RowBlocks(16), PORTABLE, PORTABLE), device, **more)
@@ -82,7 +82,7 @@ def test_sorted_rows_change_no_bit(
     # Sizes that are not multiples of 128 never fit: they are requested as they are.
     arguments = check_arguments(*case.tensors(), **more)
     workspace = empty_workspace(arguments, options)
-    assert workspace.input_codes.shape[0] == 80
+    assert workspace.input_codes.shape[0] == 40
     out = torch.full_like(expected, math.nan)
     assert torch.equal(run_pipeline(arguments, out, options, workspace), expected)
 
