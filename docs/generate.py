@@ -9,12 +9,12 @@ from __future__ import annotations
 
 import json
 import re
-import statistics
 import sys
 import tomllib
 from pathlib import Path
 from typing import Any
 
+import forward
 import scaling
 import tuned
 
@@ -155,36 +155,6 @@ def headers() -> str:
     return f"{what}\n\n{table('', [('', found['rows'])], '`json.loads`')}\n\n{times}"
 
 
-def forward(name: str, *, goal: bool) -> str:
-    """Times of the INT8 forward: the shapes and tokens of the goals, or the other ones."""
-    found = result(f"moe-int8-{name}")
-    rows = [row for row in found["rows"] if row["goal"] == goal]
-    columns = [
-        ("ours", "ours_us"), ("default", "vllm_default_us"), ("tuned", "vllm_tuned_us"), ("bf16", "torch_bf16_us"),
-        ("bytes", "bytes_floor_us"), ("operations", "operations_floor_us"),
-    ]  # fmt: skip
-    columns = [(title, key) for title, key in columns if all(key in row for row in rows)]
-    ratios = [(title, key) for title, key in columns if key.startswith("vllm")]
-    titles = ["shape", "tokens", *(title for title, _ in columns), *(f"vs {title}" for title, _ in ratios)]
-    lines = [f"| {' | '.join([*titles, 'over floor'])} |", "| --- |" + " ---: |" * len(titles)]
-    for row in rows:
-        times = [f"{row[key]:.0f}" if row[key] >= 100 else f"{row[key]:.1f}" for _, key in columns]
-        times[0] = f"**{times[0]}**"
-        over = row["ours_us"] / max(row["bytes_floor_us"], row["operations_floor_us"])
-        cells = [
-            row["shape"], str(row["tokens"]), *times, *(f"{row[key] / row['ours_us']:.2f}" for _, key in ratios),
-            f"{over:.2f}",
-        ]  # fmt: skip
-        lines.append(f"| {' | '.join(cells)} |")
-    ratios_text = []
-    for title, key in ratios:
-        times_as_fast = [row[key] / row["ours_us"] for row in rows]
-        mean = statistics.geometric_mean(times_as_fast)
-        ratios_text.append(f"{min(times_as_fast):.2f} to {max(times_as_fast):.2f} times as fast as {title}, "
-                    f"geometric mean {mean:.3f}")  # fmt: skip
-    return "\n".join(lines) + (f"\n\n{'; '.join(ratios_text)}." if ratios_text else "")
-
-
 def kernel_devices() -> str:
     """What is known of the kernels on each GPU."""
     found = result("kernel-devices")
@@ -204,75 +174,6 @@ def kernel_devices() -> str:
     unknown = len(head) - 3
     lines.append(f"| Intel | Xe | not compiled |{' |' * (unknown - 2)} not run | heuristic |")
     return "\n".join(lines)
-
-
-def floor_of(row: dict[str, Any], *names: str) -> float:
-    """How many times the largest of these floors a forward takes."""
-    over: float = row["ours_us"] / max(row[f"{name}_floor_us"] for name in names)
-    return over
-
-
-OTHERS = {"vLLM's default": "vllm_default_us", "vLLM tuned": "vllm_tuned_us", "Humming": "humming_us"}
-
-
-def best_other(row: dict[str, Any]) -> float | None:
-    """How many times as fast as the fastest of the others ours is; None where no other was timed."""
-    times = [row[key] for key in OTHERS.values() if key in row]
-    return min(times) / row["ours_us"] if times else None
-
-
-def forward_grid(name: str) -> str:
-    """Times over models and slices by tokens, each over the larger floor, and beside the fastest other."""
-    rows = [row for row in result(f"moe-int8-{name}")["rows"] if row["group"] != "other"]
-    tokens = sorted({row["tokens"] for row in rows})
-    lines = [f"| | {' | '.join(map(str, tokens))} |", "| --- |" + " ---: |" * len(tokens)]
-    for shape in dict.fromkeys(row["shape"] for row in rows):
-        cells = []
-        for row in (row for row in rows if row["shape"] == shape):
-            time = f"{row['ours_us']:.0f}" if row["ours_us"] >= 100 else f"{row['ours_us']:.1f}"
-            ratio = best_other(row)
-            beside = "" if ratio is None else f", **{ratio:.2f}**"
-            cells.append(f"{time} ({floor_of(row, 'bytes', 'operations'):.2f}{beside})")
-        earlier = "".join(sorted({" (earlier)" for row in rows if row["shape"] == shape and row.get("earlier")}))
-        lines.append(f"| {shape}{earlier} | {' | '.join(cells)} |")
-    now = [row for row in rows if not row.get("earlier")]
-    groups = {f"{kind}s": found for kind in ("model", "slice") if (found := [r for r in now if r["group"] == kind])}
-    lines += ["", f"| geometric means | {' | '.join(groups)} |", "| --- |" + " ---: |" * len(groups)]
-    for label, floors in (("larger floor", ("bytes", "operations")), ("traffic floor", ("operations", "traffic"))):
-        means = [statistics.geometric_mean(floor_of(row, *floors) for row in group) for group in groups.values()]
-        lines.append(f"| times the {label} | {' | '.join(f'{mean:.3f}' for mean in means)} |")
-    for label, key in OTHERS.items():
-        cells = []
-        for group in groups.values():
-            ratios = [row[key] / row["ours_us"] for row in group if key in row]
-            cells.append(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
-        lines.append(f"| times as fast as {label} | {' | '.join(cells)} |")
-    cells = []
-    for group in groups.values():
-        ratios = [ratio for row in group if (ratio := best_other(row)) is not None]
-        cells.append(f"{statistics.geometric_mean(ratios):.3f} ({min(ratios):.2f} to {max(ratios):.2f})")
-    lines.append(f"| times as fast as the fastest of the three | {' | '.join(cells)} |")
-    slower = [f"{row['shape']} at {row['tokens']}" for row in now if (best_other(row) or 1) < 1]
-    counts = ", ".join(f"{len(group)} cells of {kind}" for kind, group in groups.items())
-    return "\n".join(lines) + f"\n\n{counts}. Slower than the fastest other: {', '.join(slower) or 'no cell'}."
-
-
-def option_gains() -> str:
-    """What other launch options gained, by shape and tokens."""
-    rows = result("moe-int8-options-nvidia-h200")["rows"]
-    changed = [row for row in rows if row["before"] != row["now"]]
-    gains = {id(row): row["before_us"] / row["now_us"] for row in rows}
-    lines = ["| shape | E, K, H, I | tokens: us before, now |", "| --- | --- | --- |"]
-    for shape in dict.fromkeys(row["shape"] for row in changed):
-        cells = [row for row in changed if row["shape"] == shape]
-        sizes = ", ".join(str(cells[0][key]) for key in ("experts", "top_k", "hidden", "intermediate"))
-        times = (f"{row['tokens']}: {row['before_us']:g}, **{row['now_us']:g}**" for row in cells)
-        lines.append(f"| {shape} | {sizes} | {'; '.join(times)} |")
-    means = [statistics.geometric_mean(gains[id(row)] for row in found) for found in (changed, rows)]
-    return "\n".join(lines) + (
-        f"\n\nOther options in {len(changed)} of {len(rows)} cells: {means[0]:.3f} times as fast there, {means[1]:.3f} "
-        f"over all (geometric means), {min(gains.values()):.2f} to {max(gains.values()):.2f}."
-    )
 
 
 def served_form(found: dict[str, Any]) -> str:
@@ -299,6 +200,7 @@ def served_forms(name: str) -> str:
     return "\n".join(rows)
 
 
+H100, H200 = "moe-int8-nvidia-h100-80gb-hbm3", "moe-int8-nvidia-h200"
 PARTS = {
     "scaling": lambda: scaling.measured(result("scale")),
     "transfer-times": lambda: scaling.times(result("scale")),
@@ -314,17 +216,12 @@ PARTS = {
     "conversion-growth": conversion_growth,
     "conversion-targets": conversion_targets,
     "checksums": checksums,
-    "forward-h100": lambda: forward("nvidia-h100-80gb-hbm3", goal=True),
-    "forward-h100-others": lambda: forward("nvidia-h100-80gb-hbm3", goal=False),
-    "forward-h200": lambda: forward("nvidia-h200", goal=True),
-    "forward-h200-grid": lambda: forward_grid("grid-nvidia-h200"),
-    "forward-h200-models": lambda: forward_grid("models-nvidia-h200"),
-    "forward-h200-slices": lambda: forward_grid("slices-nvidia-h200"),
-    "forward-h200-options": option_gains,
+    "forward-h100": lambda: forward.times(result(H100)),
+    "forward-h200": lambda: forward.grid(result(H200)),
+    "forward-goals": lambda: forward.goals(result(H200), result(H100)),
     "kernel-devices": kernel_devices,
     "served-forms": lambda: served_forms("nvidia-h200"),
     "tuned-tables": tuned.tables,
-    "forward-h200-others": lambda: forward("nvidia-h200", goal=False),
 }
 NAMES = (
     "targets",

@@ -114,7 +114,7 @@ def fastest_other(row: dict[str, Any]) -> float | None:
 
 
 def test_the_figures_of_the_readme_were_measured() -> None:
-    convert, headers, forward = result("convert")["cp"], result("headers"), result("moe-int8-grid-nvidia-h200")
+    convert, headers, forward = result("convert")["cp"], result("headers"), result("moe-int8-nvidia-h200")
     rows = {row["command"]: row for row in convert["rows"]}
     ours, copy = rows["quarkconv"], rows["cp -r"]
     assert f"at disk speed, in {ours['peak_bytes'] / 1e6:.0f} MB of memory" in README
@@ -129,6 +129,15 @@ def test_the_figures_of_the_readme_were_measured() -> None:
     assert f"run {statistics.geometric_mean(gains):.2f} times as fast" in README
     assert f"geometric mean of {len(gains)} sizes" in README
     assert forward["vllm"].startswith("0.33.")
+
+
+@pytest.mark.parametrize("name", ["moe-int8-nvidia-h200", "moe-int8-nvidia-h100-80gb-hbm3"])
+def test_each_size_of_the_forward_was_timed_once_by_a_run_that_is_named(name: str) -> None:
+    found = result(name)
+    cells = [(row["shape"], row["tokens"]) for row in found["rows"]]
+    assert len(cells) == len(set(cells))
+    assert {row["run"] for row in found["rows"]} == set(range(len(found["runs"])))
+    assert found["date"] == max(run["date"] for run in found["runs"])
 
 
 @pytest.mark.parametrize(("device", "table"), [("H100", "nvidia-h100-80gb-hbm3"), ("H200", "nvidia-h200")])
