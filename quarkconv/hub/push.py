@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import nullcontext
+import shutil
+from contextlib import nullcontext, suppress
 from pathlib import Path
 
 from quarkconv.errors import WriteError
@@ -52,11 +53,19 @@ def upload_folder(folder: Path, repo: str, message: str, *, bars: bool = False) 
         with nullcontext() if bars else no_bars():
             if large is not None:
                 large(repo_id=repo, folder_path=folder, repo_type="model", print_report=False)
+                _remove_cache(folder)
             else:
                 api.upload_folder(repo_id=repo, folder_path=folder, commit_message=message)
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
         raise _refused("The upload to the Hub failed; the converted files are kept", repo, error) from error
     return f"{constants.ENDPOINT}/{repo}"
+
+
+def _remove_cache(folder: Path) -> None:
+    """Remove the notes of ``upload_large_folder``: --overwrite refuses a folder with files that are not quarkconv's."""
+    shutil.rmtree(folder / ".cache" / "huggingface", ignore_errors=True)
+    with suppress(OSError):
+        (folder / ".cache").rmdir()
 
 
 def _refused(message: str, repo: str, error: Exception) -> WriteError:

@@ -72,23 +72,7 @@ def compute_numbers(
     weights, ids, routing = choose_experts(checked.router, layer, checked.top_k, inputs.states, seed)
     load = torch.bincount(ids[ids >= 0], minlength=experts.experts).cpu()
     hidden_states, weights, ids = _reach_every_expert(experts, inputs.states, weights, ids, seed)
-    result = fused_experts_int8(
-        hidden_states,
-        experts.w13,
-        experts.w2,
-        experts.w13_scale,
-        experts.w2_scale,
-        weights,
-        ids,
-        activation=activation.name,
-        activation_limit=_limit(activation),
-        activation_alpha=_alpha(activation),
-        w13_input_scale=experts.w13_input_scale,
-        w2_input_scale=experts.w2_input_scale,
-        w13_bias=experts.w13_bias,
-        w2_bias=experts.w2_bias,
-        apply_router_weight_on_input=on_input,
-    ).double()
+    result = _int8_forward(experts, hidden_states, weights, ids, activation, on_input=on_input)
     read = _remembering((checked.source or experts).projection)
     references = reference_forwards(
         hidden_states, weights, ids, read, activation, on_input=on_input, samples=NOISE_SAMPLES, seed=seed
@@ -121,6 +105,44 @@ def compute_numbers(
         seconds=time.perf_counter() - started,
     )
     return numbers, tuple(load.tolist())
+
+
+def _int8_forward(
+    experts: FusedExperts,
+    hidden_states: Tensor,
+    weights: Tensor,
+    ids: Tensor,
+    activation: ExpertActivation,
+    *,
+    on_input: bool,
+) -> Tensor:
+    """The INT8 forward of the kernels, float64 [M, H].
+
+    Args:
+        experts: the experts.
+        hidden_states: BF16 [M, H].
+        weights, ids: of the router, [M, k].
+        activation: the activation function of the experts.
+        on_input: the weights multiply the inputs of the experts, not their outputs.
+    """
+    result = fused_experts_int8(
+        hidden_states,
+        experts.w13,
+        experts.w2,
+        experts.w13_scale,
+        experts.w2_scale,
+        weights,
+        ids,
+        activation=activation.name,
+        activation_limit=_limit(activation),
+        activation_alpha=_alpha(activation),
+        w13_input_scale=experts.w13_input_scale,
+        w2_input_scale=experts.w2_input_scale,
+        w13_bias=experts.w13_bias,
+        w2_bias=experts.w2_bias,
+        apply_router_weight_on_input=on_input,
+    )
+    return result.double()
 
 
 def backend_name(device: torch.device) -> str:

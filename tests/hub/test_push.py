@@ -74,6 +74,23 @@ def test_a_failed_upload_resumes_without_converting_again(
     assert "config.json" in hub.files(NEW)
 
 
+def test_the_notes_of_older_clients_are_removed_after_the_upload(
+    model: Path, tmp_path: Path, capsys: Capture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+
+    def upload(*_: object, folder_path: Path, **__: object) -> None:  # as huggingface_hub before 2.0
+        (folder_path / ".cache" / "huggingface" / "upload").mkdir(parents=True)
+        (folder_path / ".cache" / "huggingface" / "upload" / "config.json.metadata").write_text("")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.upload_large_folder", upload, raising=False)
+    code, output, _ = push(capsys, model, out)
+    assert code == 0, str(output)
+    assert not (out / ".cache").exists()
+    code, _, err = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", out, "--overwrite")
+    assert code == 0, err
+
+
 def test_a_wrong_name_or_token_is_reported_first(hub: Hub, model: Path, tmp_path: Path, capsys: Capture) -> None:
     assert push(capsys, model, tmp_path / "out", "no-slash")[0] == 2
     hub.faults.token = "hf_other"
