@@ -188,7 +188,8 @@ class _Worker:
                     self._leases.release(shard.file)
                     todo, looked = iter(self._in_order()), time.monotonic()
                     continue
-                if self._leases.took_over(shard.file):
+                # In a directory, looking costs nothing; a worker that fails gives its lease back as well.
+                if self._destination.has_locks or self._leases.took_over(shard.file):
                     self._destination.discard_partial((shard,))
                 self._writing.add(shard.file)
                 yield shard

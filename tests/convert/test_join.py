@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -27,7 +28,7 @@ from quarkconv.convert.options import Options
 from quarkconv.errors import UnsupportedError, UsageError, WriteError
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.shares import ALL, Share
-from quarkconv.write import joining, leases
+from quarkconv.write import joining, leases, staging
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import DirectoryLeases, Leases
 from quarkconv.write.modes import Finish, Join, Mode, Whole
@@ -217,6 +218,35 @@ def test_what_a_worker_left_of_a_shard_is_removed_and_what_others_are_writing_is
     assert conversion.carry_out(Join()).result is not None
     assert left == {f"{shard.file}.slow"}
     slow.close()
+    assert snapshot(out) == whole
+
+
+def test_a_shard_whose_note_could_not_be_written_is_removed_by_the_next_worker(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    parts = out / ".quarkconv" / "parts"
+    write, finish = staging.write_durably, Run.finish
+
+    def fail(path: Path, data: bytes, worker: str) -> None:
+        if path.parent.name == "notes":
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(path, data, worker)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(staging, "write_durably", fail)
+        with pytest.raises(WriteError, match="disk is full"):
+            prepare(model, out).carry_out(Join(), jobs=1)
+    assert len(list(parts.iterdir())) == 1
+    left: list[Path] = []
+
+    def finishing(run: Run) -> Manifest:
+        left.extend(parts.iterdir())
+        return finish(run)
+
+    monkeypatch.setattr(Run, "finish", finishing)
+    assert prepare(model, out).carry_out(Join()).result is not None
+    assert left == []
     assert snapshot(out) == whole
 
 
