@@ -18,7 +18,7 @@ from quarkconv.write.checks import check_float_rows, run_checks
 from quarkconv.write.execution import Execution
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import Leases
-from quarkconv.write.locks import OutputBusyError
+from quarkconv.write.locks import OutputBusyError, OutputFinishingError
 from quarkconv.write.modes import Contribution
 from quarkconv.write.shares import finish_shares
 
@@ -57,6 +57,8 @@ def write_joined(execution: Execution) -> Contribution:
             manifest = _work(execution, written)
         except _LeaseLostError:
             continue
+        except OutputFinishingError:  # nothing is left for this worker
+            return contribution(execution.finished())
         except UsageError:  # another worker may have finished the conversion meanwhile
             manifest = execution.finished()
             if manifest is None:

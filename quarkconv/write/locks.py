@@ -20,6 +20,10 @@ class OutputBusyError(WriteError):
     """Another process works on the output."""
 
 
+class OutputFinishingError(OutputBusyError):
+    """Another process has the output of this conversion alone: it finishes, or does all that is left."""
+
+
 def lock_folder(folder: Path) -> tuple[int, bool]:
     """Lock a working folder, created if necessary, for one process.
 

@@ -22,10 +22,18 @@ from quarkconv.plan.pieces import OutputShard
 from quarkconv.plan.shares import Share
 from quarkconv.text import shortened
 from quarkconv.write.durable import sync_directory, write_durably, writing
-from quarkconv.write.locks import LOCK_NAME, OutputBusyError, hold, lock_folder, unlock_folder, waiting_for
+from quarkconv.write.locks import (
+    LOCK_NAME,
+    OutputBusyError,
+    OutputFinishingError,
+    hold,
+    lock_folder,
+    unlock_folder,
+    waiting_for,
+)
 from quarkconv.write.space import allocated, require_space
 from quarkconv.write.staging import Staging
-from quarkconv.write.state import refuse_difference
+from quarkconv.write.state import difference, refuse_difference
 
 _MAX_DEPTH: Final = 100
 _BEGIN: Final = "begin"
@@ -103,7 +111,12 @@ class OutputDirectory:
         with ExitStack() as locks:
             with writing(output):
                 create_directory(output)
-                _hold(locks, staging, plan_files, names)
+                try:
+                    _hold(locks, staging, plan_files, names)
+                except OutputBusyError as error:
+                    if share is None and difference(read_state(staging.folder / STATE_NAME), state) is None:
+                        raise OutputFinishingError(error.message, file=error.file, hint=error.hint) from error
+                    raise
                 # One process writes the state, the others compare theirs with it.
                 with waiting_for(staging.folder / _BEGIN):
                     try:

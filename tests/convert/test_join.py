@@ -31,6 +31,7 @@ from quarkconv.plan.shares import ALL, Share
 from quarkconv.write import joining, leases, staging
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import DirectoryLeases, Leases
+from quarkconv.write.locks import OutputBusyError
 from quarkconv.write.modes import Finish, Join, Mode, Whole
 from quarkconv.write.output_directory import OutputDirectory
 from quarkconv.write.output_file import DirectWrites, OutputFile
@@ -305,6 +306,25 @@ def test_a_worker_that_begins_while_the_folder_is_removed_sees_that_the_conversi
     monkeypatch.setattr(OutputDirectory, "finished", lambda *_: result.manifest if removed.is_set() else None)
     assert prepare(model, out).carry_out(Join()).result is not None
     assert removed.is_set()
+    assert snapshot(out) == whole
+
+
+def test_a_worker_that_begins_while_another_one_finishes_has_nothing_to_do(
+    model: Path, tmp_path: Path, whole: dict[str, str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    outcomes = []
+    publish = Staging.publish
+
+    def publishing(destination: Staging, names: list[str], manifest: bytes) -> None:
+        outcomes.append(prepare(model, out).carry_out(Join()))
+        with pytest.raises(OutputBusyError):
+            prepare(model, out, 9000).carry_out(Join())
+        publish(destination, names, manifest)
+
+    monkeypatch.setattr(Staging, "publish", publishing)
+    assert prepare(model, out).carry_out(Join()).result is not None
+    assert [(outcome.result, outcome.shards) for outcome in outcomes] == [(None, 0)]
     assert snapshot(out) == whole
 
 
