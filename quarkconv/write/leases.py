@@ -62,7 +62,9 @@ class DirectoryLeases:
         try:
             os.link(new, path)
         except FileExistsError:
-            return None
+            # Over NFS, a reply may be lost, and the request be made again: open(2) says to look at the number of links.
+            if new.stat().st_nlink < 2:
+                return None
         finally:
             new.unlink()
         others = self._generations(name)

@@ -84,6 +84,24 @@ def test_a_lease_is_taken_once_and_taken_over_when_it_is_not_renewed(tmp_path: P
     assert [path.name for path in (tmp_path / "leases").iterdir()] == ["shard.0"]
 
 
+def test_a_lease_whose_reply_nfs_lost_is_held(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    link = os.link
+
+    def linking(source: Path, target: Path) -> None:
+        link(source, target)
+        raise FileExistsError(errno.EEXIST, os.strerror(errno.EEXIST))  # of the same request, made again
+
+    worker, other = (Leases(DirectoryLeases(tmp_path)) for _ in range(2))
+    monkeypatch.setattr(os, "link", linking)
+    assert worker.take("shard")
+    worker.renew()
+    assert worker.holds("shard")
+    monkeypatch.setattr(os, "link", link)
+    assert not other.take("shard")
+    worker.release("shard")
+    assert list((tmp_path / "leases").iterdir()) == []
+
+
 def test_clocks_that_differ_or_jump_do_not_matter(tmp_path: Path) -> None:
     clocks = [Clock(), Clock()]
     clocks[1].now = -1e9
