@@ -28,7 +28,8 @@ from quarkconv.convert.options import Options
 from quarkconv.errors import UnsupportedError, UsageError, WriteError
 from quarkconv.plan.manifest import Manifest
 from quarkconv.plan.shares import ALL, Share
-from quarkconv.write import joining, leases, staging
+from quarkconv.write import joining, leases
+from quarkconv.write.durable import write_durably
 from quarkconv.write.executor import Run
 from quarkconv.write.leases import DirectoryLeases, Leases
 from quarkconv.write.locks import OutputBusyError
@@ -245,15 +246,15 @@ def test_a_shard_whose_note_could_not_be_written_is_removed_by_the_next_worker(
 ) -> None:
     out = tmp_path / "out"
     parts = out / ".quarkconv" / "parts"
-    write, finish = staging.write_durably, Run.finish
+    finish = Run.finish
 
     def fail(path: Path, data: bytes, worker: str) -> None:
         if path.parent.name == "notes":
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(path, data, worker)
+        write_durably(path, data, worker)
 
     with monkeypatch.context() as patch:
-        patch.setattr(staging, "write_durably", fail)
+        patch.setattr("quarkconv.write.staging.write_durably", fail)
         with pytest.raises(WriteError, match="disk is full"):
             prepare(model, out).carry_out(Join(), jobs=1)
     assert len(list(parts.iterdir())) == 1
