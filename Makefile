@@ -65,7 +65,7 @@ $(ENGINES:%=run-%): export PYTHONDONTWRITEBYTECODE =
 $(ENGINES:%=run-%): run-%:
 	@echo "$*:" && PYTHONPATH=.venv-engines/$* $(BIN)/python -m pytest -q -W default tests/engines/$*
 
-engines-new: $(STAMP)  ## Run the loaders of another release: make engines-new ENGINE=vllm VERSION=0.34.0
+engines-new: $(STAMP)  ## Run the loaders of another release: make engines-new ENGINE=vllm VERSION=0.34.0 [TESTS=test_plugin.py]
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINE)
 	$(BIN)/python tests/engines/new_release.py .venv-engines $(ENGINE) $(VERSION) $(TESTS)
 
