@@ -105,13 +105,15 @@ def tune_engine(
         WriteError: the folder cannot be written.
     """
     require_gpu()
-    kernel = engine_kernel(engine)
-    tables: dict[Path, list[RankShape]] = {}
-    for shape in dict.fromkeys(shapes):
-        tables.setdefault(kernel.table_path(folder, shape), []).append(shape)
     written = []
-    pool = ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else None
-    with pool or nullcontext():
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) if jobs > 1 else nullcontext() as pool:
+        if pool is not None:
+            for _ in range(jobs):
+                pool.submit(_import, engine)  # takes longer than the first tiles: meanwhile this process imports it too
+        kernel = engine_kernel(engine)
+        tables: dict[Path, list[RankShape]] = {}
+        for shape in dict.fromkeys(shapes):
+            tables.setdefault(kernel.table_path(folder, shape), []).append(shape)
         progress.step(f"Timing {kernel.version()}", 2 * len(tables) * len(tokens), "size")
         for path, together in tables.items():
             began = time.monotonic()
@@ -191,6 +193,11 @@ def _search(
         lambda tile: each_of(lambda shape: variations(tile, shape, tokens, shared)),
         measure,
     )
+
+
+def _import(engine: str) -> None:
+    """Import an engine in a process of the pool."""
+    engine_kernel(engine)
 
 
 def _compiles(engine: str, shape: RankShape, tokens: int, tile: Tile) -> bool:

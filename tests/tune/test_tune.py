@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -67,6 +67,22 @@ def test_shapes_of_one_table_are_tuned_together(tmp_path: Path, monkeypatch: pyt
     ]  # fmt: skip
     kept = json.loads((tmp_path / MEASURED).read_text())["E=8,N=64.json"]
     assert [(entry["hidden"], entry["tokens"]["1"]["tuned_us"]) for entry in kept] == [(128, 10.0), (256, 11.0)]
+
+
+def test_processes_import_the_engine_while_this_one_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """An import of vLLM takes longer than the first tiles."""
+    events: list[Any] = []
+    pool = SimpleNamespace(submit=lambda function, engine: events.append((function, engine)))
+
+    def imported(_: str) -> Kernel:
+        events.append("this process")
+        return Kernel()
+
+    monkeypatch.setattr(tune, "require_gpu", lambda: None)
+    monkeypatch.setattr(tune, "ProcessPoolExecutor", lambda *_: nullcontext(pool))
+    monkeypatch.setattr(tune, "engine_kernel", imported)
+    assert tune.tune_engine("engine", [], tmp_path, jobs=3) == []
+    assert events == [(tune._import, "engine")] * 3 + ["this process"]
 
 
 def test_what_is_timed_is_compiled_before_in_the_pool(monkeypatch: pytest.MonkeyPatch) -> None:
