@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import tomllib
+from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from engines.new_release import TABLE, changes, outcomes, report, requirements_of, rows_about
+from engines.new_release import HERE, TABLE, changes, outcomes, report, requirements_of, rows_about, run_tests
 
 ROWS: list[dict[str, Any]] = tomllib.loads(TABLE.read_text("utf-8"))["rows"]
 PINNED = "# for 0.33\nattrs==26.1.0\ntransformers==5.20.2\ncompressed-tensors==0.17.0\n\n# source only\nvllm==0.33.0\n"
@@ -23,6 +25,24 @@ def test_requirements_change_only_where_the_release_requires_others() -> None:
     assert requirements_of(PINNED, "vllm", "0.32.0", required) == PINNED.replace(
         "vllm==0.33.0", "vllm==0.32.0"
     ).replace("transformers==5.20.2", "transformers<5.20.0,>=5.16")
+
+
+@pytest.mark.parametrize("tests", [[], ["test_plugin.py", "test_ranks.py"]])
+def test_all_tests_of_an_engine_run_or_the_files_that_are_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tests: list[str]
+) -> None:
+    commands = []
+
+    def run(command: list[str], **_: Any) -> SimpleNamespace:
+        commands.append(command)
+        (tmp_path / "report.xml").write_text(XML)
+        return SimpleNamespace(stdout="3 passed\n", stderr="")
+
+    monkeypatch.setattr("engines.new_release.subprocess.run", run)
+    assert run_tests(tmp_path / "vllm-0.34.0", "vllm", tests, tmp_path / "report.xml") == outcomes(XML)
+    [command] = commands
+    paths = [Path(word) for word in command if word.startswith(str(HERE))]
+    assert paths == ([HERE / "vllm" / name for name in tests] or [HERE / "vllm"])
 
 
 def test_outcomes_of_a_run() -> None:

@@ -135,7 +135,8 @@ def _metadata(engine: str, version: str, scratch: Path) -> list[str]:
         return Parser().parsestr(archive.read(name).decode()).get_all("Requires-Dist") or []
 
 
-def _run(folder: Path, engine: str, tests: Sequence[str], xml: Path) -> dict[str, str]:
+def run_tests(folder: Path, engine: str, tests: Sequence[str], xml: Path) -> dict[str, str]:
+    """The outcomes of the tests of an engine with a folder's packages: of these files, or of all if none is named."""
     command = [sys.executable, "-m", "pytest", "-q", "-W", "default", "-p", "no:cacheprovider", f"--junitxml={xml}"]
     environment = os.environ | {"PYTHONPATH": str(folder)}
     command += [str(HERE / engine / name) for name in tests or [""]]
@@ -162,7 +163,7 @@ def main(arguments: list[str]) -> int:
         found = {}
         for name in (engine, f"{engine}-{version}"):
             print(f"{name}:", flush=True)
-            found[name] = _run(Path(folder, name).resolve(), engine, tests, Path(scratch) / f"{name}.xml")
+            found[name] = run_tests(Path(folder, name).resolve(), engine, tests, Path(scratch) / f"{name}.xml")
     changed = changes(found[engine], found[f"{engine}-{version}"])
     print(report(engine, version, changed, tomllib.loads(TABLE.read_text("utf-8"))["rows"]))
     return 1 if changed else 0
