@@ -32,6 +32,8 @@ _INNER: Final = re.compile(r"intermediate|ffn|(?:moe|mlp|expert)\w*_dim")
 _NUMBERS: Final = ("num_hidden_layers", "hidden_size", "moe_intermediate_size", "vocab_size", *EXPERT_COUNT)
 """Settings that are numbers in every model; engines calculate with them."""
 _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks)\.)(\d{1,9})\.")
+_NORMS: Final = ("input_layernorm.weight", "post_attention_layernorm.weight")
+"""Ends of the names of norms of hidden states."""
 _MAX_LAYERS: Final = 10_000
 _HINT: Final = "use the config.json that belongs to these weights: engines build the model by it"
 
@@ -74,6 +76,7 @@ def disagreements(
     for message, modules in found.items():
         yield from FindingsAbout("config-mismatch", modules, message, hint=_HINT)
     yield from _layers(config, parts, vectors)
+    yield from _norms(config, parts, types, vectors)
     yield from of_routers
 
 
@@ -156,6 +159,22 @@ def _layers(config: ModelConfig, known: list[tuple[MoELayer, Part]], vectors: tu
         [f"{root[1]}{number}" for number in beyond],
         f"config.json has {plural(count, 'layer')}, none of multi-token prediction, and {len(beyond)} more are stored",
         hint=_HINT,
+    )
+
+
+def _norms(
+    config: ModelConfig,
+    known: list[tuple[MoELayer, Part]],
+    types: Mapping[str, TensorType],
+    vectors: tuple[str, ...],
+) -> Iterator[Finding]:
+    """Norms of the language model's layers of another size than its hidden states."""
+    width = config.text.get("hidden_size")
+    blocks = tuple({f"{layer.moe.rpartition('.')[0]}." for layer, part in known if part is config.text})
+    names = [name for name in vectors if name.endswith(_NORMS) and name.startswith(blocks)] if blocks else []
+    other = [name for name in names if type(width) is int and types[name].shape != (width,)]
+    yield from FindingsAbout(
+        "config-mismatch", other, f"config.json has hidden_size {width}, which these norms do not have", hint=_HINT
     )
 
 

@@ -203,6 +203,13 @@ def _embeddings(config: ModelConfig, modules: dict[str, Form]) -> Iterator[Findi
         yield from FindingsAbout(
             "config-mismatch", other, f"config.json has vocab_size {rows}, the embeddings {found} rows", hint=_HINT
         )
+    width = config.text.get("hidden_size", config.raw.get("hidden_size"))
+    wide = [name for name in embeddings if type(width) is int and modules[name].weight.shape[1:] != (width,)]
+    if wide:
+        shape = list(modules[wide[0]].weight.shape)
+        yield from FindingsAbout(
+            "config-mismatch", wide, f"config.json has hidden_size {width}, the embeddings are {shape}", hint=_HINT
+        )
     tied = [part["tie_word_embeddings"] for part in (config.raw, config.text) if "tie_word_embeddings" in part]
     if tied and not any(tied) and not any(name.rpartition(".")[2] in _HEADS for name in modules):
         yield finding(

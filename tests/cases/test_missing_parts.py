@@ -32,6 +32,19 @@ def changed(change: Callable[[Model], object], **settings: Any) -> Model:
         (changed(lambda model: model.remove("lm_head"), tie_word_embeddings=False), "config.json", "no head of"),
         (changed(lambda model: model.remove("model.embed_tokens"), vocab_size=16), "config.json", "No embeddings"),
         (changed(lambda _: None, vocab_size=100), "model.embed_tokens", "vocab_size 100, the embeddings"),
+        (
+            changed(lambda model: model.set("model.embed_tokens.weight", torch.ones(16, 9).bfloat16()), hidden_size=8),
+            "model.embed_tokens",
+            "hidden_size 8, the embeddings are [16, 9]",
+        ),
+        (
+            changed(
+                lambda model: model.set("model.layers.1.input_layernorm.weight", torch.ones(9).bfloat16()),
+                hidden_size=8,
+            ),
+            "model.layers.1.input_layernorm.weight",
+            "hidden_size 8, which these norms do not have",
+        ),
         (changed(lambda _: None, n_shared_experts=1), "model.layers.0.mlp", "2 MoE layers store none"),
         (
             changed(lambda model: model.remove("model.layers.1.self_attn")),

@@ -96,7 +96,11 @@ CASES: Final = (
     ),
     Case(
         "a config of another hidden size",
-        (("warning", "config-mismatch", "model.layers.0.mlp", 2),),
+        (
+            ("warning", "config-mismatch", "model.layers.0.mlp", 2),
+            ("warning", "config-mismatch", "model.layers.0.input_layernorm.weight", 2),
+            ("warning", "config-mismatch", "model.embed_tokens", 1),
+        ),
         lambda model: model.config.update(hidden_size=16),
     ),
     Case(
