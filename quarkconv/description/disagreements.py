@@ -193,6 +193,8 @@ def _routers(
             found = types.get(name)
             if found is None or not fits_router(name, found.shape, shape, names):
                 wrong.append(name)
+        if names.token_ids is not None and names.token_ids not in types:
+            wrong.append(names.token_ids)
     yield from FindingsAbout(
         "router-mismatch",
         wrong,

@@ -8,6 +8,7 @@ from typing import Any, Final
 
 import pytest
 import torch
+from support.checkpoints import edit_checkpoint
 from support.exports import DATA, restore
 from support.model import Model, int8_linear
 from support.reported import GATES, codes, finding, refusal
@@ -101,6 +102,15 @@ def test_no_export_disagrees_with_its_own_config(folder: str, tmp_path: Path) ->
     for export in exports:
         found = {item.code for item in inspect_checkpoint(restore(export, tmp_path / export.name)).findings}
         assert not found & {"config-mismatch", "router-mismatch", "merged-mixed"}
+
+
+@pytest.mark.parametrize("form", ["f2f", "eager"])
+def test_a_router_by_token_without_its_experts_of_tokens_is_named(form: str, tmp_path: Path) -> None:
+    source = restore(DATA / "families" / f"deepseek_v4-0.13-{form}", tmp_path / "source")
+    assert "router-mismatch" not in codes(source)
+    edit_checkpoint(source, lambda tensors: [tensors.pop(name) for name in list(tensors) if name.endswith("tid2eid")])
+    assert finding(source, "router-mismatch").subject.endswith(".gate.tid2eid")
+    assert not any(fact.verdict == "int8" for fact in inspect_checkpoint(source).engines)
 
 
 def merged(*int8: str) -> Model:
