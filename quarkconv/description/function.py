@@ -68,14 +68,17 @@ def function_findings(
             count=max(len(rotations), 1),
         )
     yield from _companions(stored, is_float)
-    yield from _missing_mtp(config, [name for name in names if is_mtp(name)] if config.mtp_layers else [])
+    yield from _missing_mtp(config, filter(is_mtp, names))
 
 
-def _missing_mtp(config: ModelConfig, stored: list[str]) -> Iterator[Finding]:
-    """The finding about layers of multi-token prediction that are declared and not among those stored."""
+def _missing_mtp(config: ModelConfig, stored: Iterator[str]) -> Iterator[Finding]:
+    """The finding about layers of multi-token prediction that are declared, and not among the tensors of these."""
     declared = config.mtp_layers or 0
-    numbers = {match[1] for name in stored if (match := _MTP_LAYER.search(name)) is not None}
-    missing = declared - len(numbers) if numbers or not stored else 0
+    first = next(stored, None) if declared else None  # mostly one layer is declared, and the first tensor shows it
+    missing = declared if first is None else 0
+    if first is not None and declared > 1:
+        numbers = {match[1] for name in (first, *stored) if (match := _MTP_LAYER.search(name)) is not None}
+        missing = declared - len(numbers) if numbers else 0
     if missing > 0:
         yield finding(
             "mtp-missing",
