@@ -95,7 +95,7 @@ def _is_known(name: str, stored: StoredModules) -> bool:
         or is_beside_packed(name, stored)
         or name in stored.biases
         or name in stored.fused
-        or (form is not None and form.quantized)
+        or (form is not None and not form.is_float)  # beside codes, of int8 or another dtype
         or name.endswith((BLOCK_SCALE, ROTATION, *OUTPUT_SCALES))
         or stored.tensors[name].dtype == "I8"  # named as tensors with codes
     )
