@@ -185,6 +185,13 @@ EXPLOSIVE = {
 }
 
 
+@pytest.fixture
+def short_limit(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A quarter of the processor time: what backtracks forever takes all of it, whatever it is."""
+    monkeypatch.setattr("quarkconv.scheme.patterns._SECONDS", 0.2)
+
+
+@pytest.mark.usefixtures("short_limit")
 @pytest.mark.parametrize("name", EXPLOSIVE)
 def test_a_pattern_that_backtracks_forever_is_cut_off(name: str) -> None:
     """It is matched, or refused with one error that names the patterns, within a limit of processor time."""
@@ -211,6 +218,7 @@ def matched(resolve: Callable[[str], object], names: list[str]) -> SourceError |
 NEVER = r"re:(\w|[a-z.]|..)*[!?]"
 
 
+@pytest.mark.usefixtures("short_limit")
 def test_a_pattern_that_backtracks_forever_is_one_error(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     model = Model()
     model.quantization["exclude"] = [NEVER]
