@@ -18,7 +18,7 @@ from hypothesis import event, example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 from support.checkpoints import Tensors
-from support.exports import DATA
+from support.exports import DATA, int8_families
 
 import quarkconv
 from quarkconv.description.description import describe
@@ -27,7 +27,7 @@ from quarkconv.targets import TARGETS
 from .test_round_trips import FUZZ, scratch
 
 FAMILIES: Final = DATA / "families"
-NAMES: Final = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers)
+NAMES: Final = int8_families()
 Mtp = Literal[
     "none", "own module", "own module, fused", "own module, FP8", "last layer", "last layer, int8", "last layer, fused",
     "last layer, FP8",

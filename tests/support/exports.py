@@ -7,6 +7,7 @@ import lzma
 import shutil
 import struct
 from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -18,6 +19,16 @@ FIXTURES = {
 }
 OTHER_TOOLS = {path.name: path for path in sorted((DATA / "other_tools").iterdir()) if path.is_dir()}
 EXPORTS = {path.name: path for path in sorted((DATA / "exports").iterdir()) if path.is_dir()}
+
+
+@cache
+def int8_families() -> list[str]:
+    """The exports of tests/data/families that have layers in int8; each worker reads them once."""
+    from quarkconv.description.description import describe
+
+    folders = sorted(path for path in (DATA / "families").iterdir() if path.is_dir())
+    return [path.name for path in folders if describe(path).int8_layers]
+
 
 Converted = Callable[[str], Path]
 """Name of an export -> the directory of its conversion to fused-int8."""

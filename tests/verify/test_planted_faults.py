@@ -14,7 +14,7 @@ from typing import Any, Final
 
 import pytest
 import torch
-from support.exports import DATA
+from support.exports import DATA, int8_families
 
 import quarkconv
 from quarkconv.description.description import describe
@@ -29,7 +29,7 @@ from quarkconv.verify.numbers import CheckedLayer, compute_numbers
 from quarkconv.verify.router import router_of
 
 FAMILIES: Final = DATA / "families"
-NAMES: Final = sorted(path.name for path in FAMILIES.iterdir() if path.is_dir() and describe(path).int8_layers)
+NAMES: Final = int8_families()
 COMPUTED: Final = ("mixtral-0.13-f2f", "gpt_oss-0.13-eager", "deepseek_v4-0.13-f2f", "gemma4-0.13-f2f")
 
 
