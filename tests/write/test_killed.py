@@ -148,7 +148,7 @@ for path in other.iterdir():  # the same names, sizes and plan
     shutil.copyfile(path, source / path.name)
 convert(folder / "undisturbed")
 earlier, expected = snapshot(before), snapshot(folder / "undisturbed")
-LAST = 40  # of those that delete the earlier conversion and begin the next
+LAST = 24  # of those that delete the earlier conversion and begin the next
 moment, outcomes, failures = 0, {}, []
 while moment < LAST:
     moment += 1
