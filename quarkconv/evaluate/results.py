@@ -148,7 +148,8 @@ class Evaluation:
         """Messages about what makes the figures mean less."""
         found = []
         if self.float_experts:
-            found.append(f"{plural(len(self.float_experts), 'MoE layer')} stored in float, evaluated in float")
+            layers = plural(len(self.float_experts), "MoE layer")
+            found.append(f"{layers} with experts stored in float, evaluated in float: {self.float_experts[0]}")
         if self.float_linears:
             found.append(
                 f"{plural(len(self.float_linears), 'int8 linear')} evaluated in float: {self.float_linears[0]}"

@@ -83,7 +83,7 @@ def test_the_report_says_what_was_found(evaluation: Evaluation) -> None:
     text = re.sub(r"\s+", " ", re.sub(r"<(style|script).*?</\1>|<svg.*?</svg>|<[^>]+>", " ", html, flags=re.DOTALL))
     assert "a &lt;b&gt; &amp; c" in text
     assert "✗ mean KL divergence 0.0018 exceeds --max-kl 0.001" in text
-    assert "1 MoE layer stored in float, evaluated in float" in text
+    assert "1 MoE layer with experts stored in float, evaluated in float: model.layers.1.mlp.experts" in text
     assert "model.layers.1.mlp.experts" in text
 
 
