@@ -164,6 +164,9 @@ CODES: Final[dict[str, FindingCode]] = {
         _W, "Engines merge linears of which some are int8 and some FP8 or float; they refuse these."
     ),
     "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
+    "identity-experts": FindingCode(
+        _W, "Experts that return their input have a gate and an up, as transformers saves them; vLLM fails on these."
+    ),
     "wrapped-names": FindingCode(
         _W, "Names are those of a wrapper, such as module., or of adapters inside the model; engines do not know them."
     ),
@@ -191,6 +194,7 @@ CODES: Final[dict[str, FindingCode]] = {
 }
 """Code -> default severity and meaning. Codes are stable."""
 
+IDENTITIES: Final = "identity-experts"
 NOT_UNDERSTOOD: Final = "experts-not-understood"
 """The code of experts that targets convert which write every module as it is stored."""
 DISAGREEING: Final = frozenset({"config-mismatch", "router-mismatch"})

@@ -19,7 +19,7 @@ from quarkconv.description.contradictions import (
     scheme_implied,
 )
 from quarkconv.description.disagreements import disagreements, merged_findings
-from quarkconv.description.expert_names import expert_name_findings, wrapped_names
+from quarkconv.description.expert_names import expert_name_findings, identity_experts, wrapped_names
 from quarkconv.description.float_modules import float_test, quantized_float_modules
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings, with_companions
@@ -259,6 +259,7 @@ def described(
             *other_quantizations(config),
             *fp8_findings(fp8, "config.json" if declared is None else declared.file),
             *expert_name_findings(config, topology),
+            *identity_experts(topology.layers),
             *wrapped_names(topology, others),
             *function,
             *output_scale_findings(declared, config.quantization, stored),

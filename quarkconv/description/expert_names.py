@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from typing import Final
 
 from quarkconv.experts.config import ModelConfig
 from quarkconv.experts.layer import MoELayer
 from quarkconv.experts.naming import ENGINE_NAMES, published_names, published_roots
 from quarkconv.experts.topology import Topology
-from quarkconv.findings import Finding, FindingsAbout, finding
+from quarkconv.findings import IDENTITIES, Finding, FindingsAbout, finding
+from quarkconv.scheme.form import linear_names
 from quarkconv.scheme.resolved import Groups
 from quarkconv.text import plural
 
@@ -44,6 +45,28 @@ def in_published_stack(model_type: str, layer: MoELayer) -> bool:
     stack, _, number = decoder_layer.rpartition(".")
     root = stack[: stack.rfind(".") + 1]
     return number.isdecimal() and root in published_roots(model_type)
+
+
+def identity_tensors(layers: Iterable[MoELayer], names: Container[str]) -> list[str]:
+    """The tensors of experts that return their input, which conversion leaves out.
+
+    Args:
+        layers: the MoE layers.
+        names: all tensors.
+    """
+    modules = (module for layer in layers for module in layer.identity_modules)
+    return [name for module in modules for name in linear_names(module) if name in names]
+
+
+def identity_experts(layers: Iterable[MoELayer]) -> Iterator[Finding]:
+    """The finding about experts that return their input and have weights all the same."""
+    names = [name for layer in layers for name in layer.identity_modules]
+    yield from FindingsAbout(
+        IDENTITIES,
+        names,
+        f"{plural(len(names), 'module')} of experts that return their input, as transformers saves them",
+        hint="convert it: conversion leaves them out; vLLM has no place for them and fails",
+    )
 
 
 _WRAPPERS: Final = ("module.", "_orig_mod.", "_fsdp_wrapped_module.", "base_model.", "model.model.")

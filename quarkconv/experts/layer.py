@@ -64,6 +64,7 @@ class MoELayer:
         transposed: the matrices of fused tensors are [in, out]; such experts are float.
         beside: a module or tensor below ``prefix`` whose meaning is not known; empty without any.
         beside_router: a tensor of the router, or of ``moe`` itself, that models of the family do not have.
+        identities: how many experts that return their input follow the others, with a gate and an up without use.
         paired: fused tensors are the weights of linears, ``input_linear.weight`` and ``output_linear.weight``.
     """
 
@@ -83,6 +84,7 @@ class MoELayer:
     biased: bool = False
     transposed: bool = False
     paired: bool = False
+    identities: int = 0
     beside: str = ""
     beside_router: str = ""
 
@@ -164,6 +166,12 @@ class MoELayer:
     def module_names(self) -> list[str]:
         """The module of every projection, in the order of :meth:`modules`."""
         return [module for _, _, module in self.modules()]
+
+    @property
+    def identity_modules(self) -> list[str]:
+        """The modules of the experts that return their input: no role, so not among :meth:`modules`."""
+        numbers = range(self.experts, self.experts + self.identities)
+        return [f"{self.prefix}.{number}.{self.naming.projection(role)}" for number in numbers for role in ROLES[:2]]
 
     def modules(self) -> Iterator[tuple[Role, int, str]]:
         """(role, expert, module) of every projection; in the layouts of one tensor for all experts, expert is 0."""

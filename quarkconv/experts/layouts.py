@@ -43,6 +43,13 @@ def per_expert_layer(
         leaves = {"gate": naming.joined, "down": naming.down}
     elif not gated:
         del leaves["gate"]
+    identities = _identities(projections, leaves) if family is not None and family.router.zero_experts else 0
+    if identities:
+        last = len(projections[naming.up]) - identities
+        projections = {
+            name: {number: form for number, form in forms.items() if number < last}
+            for name, forms in projections.items()
+        }
     numbers = set().union(*projections.values())
     experts = len(numbers)
     missing = missing_experts(prefix, numbers, projections, leaves)
@@ -83,7 +90,21 @@ def per_expert_layer(
         joined=joined,
         biased=biased,
         interleaved=(None if family is None else family.interleaved) if joined else False,
+        identities=identities,
     )
+
+
+def _identities(projections: dict[str, dict[int, Form]], leaves: dict[Role, str]) -> int:
+    """How many experts have a gate and an up, and no down, after those that have all three.
+
+    Source: ``LongcatFlashExperts`` of transformers 5.24, whose ``gate_up_proj`` has rows for experts that return their
+    input, and whose ``down_proj`` has none; its ``save_pretrained`` writes them one by one.
+    """
+    if len(leaves) < len(ROLES):
+        return 0
+    gate, up, down = (projections.get(leaves[role], {}).keys() for role in ROLES)
+    stored, complete = set(range(len(up))), set(range(len(down)))
+    return len(up) - len(down) if down and complete < stored == gate == up and down == complete else 0
 
 
 def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:

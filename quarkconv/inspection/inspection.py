@@ -12,7 +12,7 @@ from quarkconv.description.description import Description, described
 from quarkconv.errors import QuarkconvError
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_activation, layer_routing
-from quarkconv.findings import DISAGREEING, Finding, Severity
+from quarkconv.findings import DISAGREEING, IDENTITIES, Finding, Severity
 from quarkconv.headers.checkpoint import open_checkpoint
 from quarkconv.hub.locate import locate
 from quarkconv.inspection.advice import Advice, advice
@@ -27,7 +27,7 @@ from quarkconv.targets.changes import target_findings
 from quarkconv.targets.convertible import check_convertible
 from quarkconv.text import plural
 
-_NOT_LOADED: Final = frozenset({"quantizer-names", "file-conflict"})
+_NOT_LOADED: Final = frozenset({"quantizer-names", "file-conflict", IDENTITIES})
 """Warnings about checkpoints that engines do not load unconverted."""
 _NEVER_LOADED: Final = DISAGREEING | {"merged-mixed", "wrapped-names", "norm-biases", "linear-biases"}
 """Warnings about checkpoints that engines do not load, converted or not."""

@@ -8,6 +8,7 @@ from math import prod
 from typing import Any, ClassVar, NamedTuple
 
 from quarkconv.description.description import Description
+from quarkconv.description.expert_names import identity_tensors
 from quarkconv.description.fp8 import block_scale
 from quarkconv.experts.layer import MoELayer
 from quarkconv.plan.experts import ExpertSource, Int8Module
@@ -148,7 +149,10 @@ class Target(ABC):
                 scale = description.checkpoint.types[block_scale(name, description.checkpoint.types)]
                 kinds = [kind for kind in (scale, form.input_scale) if kind is not None]
                 size += sum(4 * prod(kind.shape) - kind.nbytes for kind in kinds)
-        size -= sum(description.checkpoint.types[name].nbytes for name in self.dropped(description))
+        stored, types = description.stored.linears, description.checkpoint.types
+        identities = identity_tensors(description.moe_layers, types)  # int8 ones are among the modules
+        in_float = [name for name in identities if not stored[name.rpartition(".")[0]].quantized]
+        size -= sum(types[name].nbytes for name in (*self.dropped(description), *in_float))
         return size + sum(map(self.expert_bytes, description.int8_layers))
 
     def _linear_bytes(self, form: Form) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from typing import Final
 
 from quarkconv.description.description import Description
+from quarkconv.description.expert_names import identity_tensors
 from quarkconv.description.quantized import QuantizedCheckpoint
 from quarkconv.files.json_files import has_file
 from quarkconv.findings import NOT_UNDERSTOOD, PASSED_ON, Finding, FindingsAbout, Severity, bounded, finding
@@ -45,6 +46,9 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
     names = target.dropped(description)
     left_out = plural(len(names), "scale or zero point", "scales and zero points")
     yield from FindingsAbout("tensor-dropped", names, f"{left_out} of activations left out")
+    names = identity_tensors(description.moe_layers, description.checkpoint.types)
+    left_out = plural(len(names), "tensor")
+    yield from FindingsAbout("tensor-dropped", names, f"{left_out} of experts that return their input left out")
     modules = description.float_modules
     if modules and description.declared is not None and target.quantizes:
         yield from FindingsAbout(

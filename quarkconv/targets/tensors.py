@@ -6,6 +6,7 @@ from collections.abc import Iterator, Mapping
 from itertools import chain
 
 from quarkconv.description.description import Description
+from quarkconv.description.expert_names import identity_tensors
 from quarkconv.dtypes import QUANTIZABLE
 from quarkconv.experts.function import Unknown
 from quarkconv.experts.knowledge import knowledge_by_stack, layer_routing
@@ -28,7 +29,8 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
         target: the format of the output.
         rank: the rank whose part of the experts is written.
     """
-    left_out = set(target.dropped(description))
+    identities = identity_tensors(description.moe_layers, description.checkpoint.types)
+    left_out = {*target.dropped(description), *identities}
     renamed = {scale: target.renamed(scale) for scale in description.stored.output_scales}
     refs = description.checkpoint.refs()
     tensors: list[OutputTensor] = []

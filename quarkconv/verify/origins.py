@@ -53,7 +53,7 @@ def origin_problems(description: Description, manifest: Manifest, source: Descri
 
 def _of_layers(description: Description) -> frozenset[str]:
     """The tensors of the modules of understood experts."""
-    modules = [module for layer in description.moe_layers for module in layer.module_names]
+    modules = [module for layer in description.moe_layers for module in (*layer.module_names, *layer.identity_modules)]
     return frozenset(name for module in modules for name in (*linear_names(module), *fused_names(module)))
 
 
