@@ -49,148 +49,158 @@ _BROKEN, _UNSUPPORTED = SourceError, UnsupportedError
 
 CODES: Final[dict[str, FindingCode]] = {
     # Files that cannot be read
-    "config-invalid": FindingCode(_E, "config.json is missing, is not JSON, or is not an object.", _BROKEN),
+    "config-invalid": FindingCode(_E, "config.json is missing, is not valid JSON, or is not an object.", _BROKEN),
     "shard-missing": FindingCode(_E, "The index names a file that does not exist.", _BROKEN),
-    "shard-truncated": FindingCode(_E, "A file ends before the data that its header promises.", _BROKEN),
-    "header-invalid": FindingCode(_E, "A safetensors header breaks the format's rules.", _BROKEN),
-    "index-invalid": FindingCode(_E, "model.safetensors.index.json is not an index.", _BROKEN),
-    "index-mismatch": FindingCode(_E, "The index and the headers disagree about where a tensor is.", _BROKEN),
-    "tensor-duplicate": FindingCode(_E, "The same tensor lies in more than one file.", _BROKEN),
+    "shard-truncated": FindingCode(_E, "A file is shorter than its header declares.", _BROKEN),
+    "header-invalid": FindingCode(_E, "A safetensors header violates the format.", _BROKEN),
+    "index-invalid": FindingCode(_E, "model.safetensors.index.json is not a valid index.", _BROKEN),
+    "index-mismatch": FindingCode(
+        _E, "The index and the headers place a tensor in different files, or one of them lacks it.", _BROKEN
+    ),
+    "tensor-duplicate": FindingCode(_E, "A tensor is stored in more than one file.", _BROKEN),
     OTHER_FORMAT: FindingCode(
         _E,
-        "The weights are in another format than safetensors, such as .bin or .gguf, or are those of an engine's ranks.",
+        "The weights are not in safetensors (.bin, .gguf and others), or are files that an engine saved for each rank.",
         _UNSUPPORTED,
     ),
-    "index-total-size": FindingCode(_I, "The total size in the index is not a number of bytes; it is ignored."),
-    "file-outside": FindingCode(_E, "A file is a link that leads out of the model's directory.", _BROKEN),
-    "tensor-name": FindingCode(
-        _E, "A tensor has a name that cannot be printed, or (info) with slashes in it.", _BROKEN
-    ),
+    "index-total-size": FindingCode(_I, "The total size in the index is not a number of bytes; quarkconv ignores it."),
+    "file-outside": FindingCode(_E, "A file is a link out of the model's directory.", _BROKEN),
+    "tensor-name": FindingCode(_E, "The name of a tensor has unprintable characters, or (info) slashes.", _BROKEN),
     "file-unused": FindingCode(_W, "The index does not list a safetensors file; engines may or may not load it."),
     "file-conflict": FindingCode(
         _W,
-        "A safetensors file is not a shard of the model, and engines load it all the same: every file where no index "
-        "exists, and vLLM only consolidated*.safetensors where there is one.",
+        "Engines load a safetensors file that is not a shard of the model. Without an index they load every "
+        "file; vLLM loads consolidated*.safetensors alone where it exists.",
     ),
     # Claims of the config
     "quant-config-missing": FindingCode(_E, "config.json has no quantization_config.", _UNSUPPORTED),
-    "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors are those of ptpc_int8."),
+    "scheme-implied": FindingCode(_W, "config.json has no quantization_config; the tensors imply ptpc_int8."),
     "quantizer-names": FindingCode(
         _W,
-        "Scales are named after the quantizer (weight_quantizer.scale), or as those of blocks (weight_scale_inv); "
-        "engines look for weight_scale.",
+        "Scales are named weight_quantizer.scale, or weight_scale_inv as scales of blocks are; engines look for "
+        "weight_scale.",
     ),
     "rotation-online": FindingCode(
-        _E,
-        "Activations are rotated at run time, which engines do not do: they would compute wrong results.",
-        _UNSUPPORTED,
+        _E, "The model rotates activations at run time; engines do not, and would compute wrong results.", _UNSUPPORTED
     ),
     "smoothing-online": FindingCode(
         _E,
-        "Stored factors multiply inputs at run time, which engines do not do: they would compute wrong results.",
+        "Stored factors multiply inputs at run time; engines do not apply them, and would compute wrong results.",
         _UNSUPPORTED,
     ),
     "companion-unknown": FindingCode(
-        _W, "Tensors of unknown meaning lie beside int8 weights, or scales beside float ones."
+        _W, "Int8 weights have companion tensors of unknown meaning, or float weights have scales."
     ),
     "output-scales": FindingCode(
-        _W, "Scales of outputs or of the key-value cache are stored and not declared, or declared and not stored."
+        _W, "Scales of outputs or the key-value cache are stored but not declared, or declared but not stored."
     ),
-    "mtp-missing": FindingCode(_I, "The config declares layers of multi-token prediction that are not stored."),
+    "mtp-missing": FindingCode(_I, "config.json declares multi-token prediction layers that are not stored."),
     "float-module-quantized": FindingCode(
         _E,
-        "Modules that engines keep in float, such as routers and heads, are stored in int8; conversion dequantizes "
-        "them. A warning where all of them are in layers of multi-token prediction.",
+        "Modules that engines keep in float, such as routers and heads, are stored in int8; conversion "
+        "dequantizes them. A warning if all of them are in multi-token prediction layers.",
     ),
     "quant-config-invalid": FindingCode(
-        _E, "quantization_config has fields of the wrong type, or invalid ones; ignored."
+        _E, "quantization_config has fields with the wrong type or an invalid value; quarkconv ignores them."
     ),
     "scheme-unsupported": FindingCode(_E, "The scheme of the tensors or the config is not INT8 W8A8.", _UNSUPPORTED),
     "description-mismatch": FindingCode(
-        _E, "Ascend's quant_model_description.json and the stored tensors disagree, or merged linears differ in type."
+        _E,
+        "quant_model_description.json (Ascend) and the tensors disagree, or linears that engines merge differ in type.",
     ),
     "mixed-precision": FindingCode(
-        _I, "Linears are stored in FP8 beside INT8 experts; targets in the compressed-tensors form keep them."
+        _I, "FP8 linears are stored beside INT8 experts; the targets compressed-tensors and fused-int8 keep them."
     ),
     "mixed-scheme": FindingCode(_W, "The model mixes more than one INT8 scheme."),
-    "granularity-mismatch": FindingCode(_E, "Stored scales are of another granularity than the config declares."),
-    "excluded-but-quantized": FindingCode(_E, "The config excludes a module that is stored in int8."),
-    "quantized-but-stored-float": FindingCode(_E, "The config declares a linear quantized that is stored in float."),
+    "granularity-mismatch": FindingCode(_E, "Scales have a different granularity than config.json declares."),
+    "excluded-but-quantized": FindingCode(_E, "config.json excludes a module that is stored in int8."),
+    "quantized-but-stored-float": FindingCode(
+        _E, "config.json declares a linear quantized, but it is stored in float."
+    ),
     "experts-not-quantized": FindingCode(
         _E,
-        "Experts are stored in float although the config declares them quantized, or others of their layer are int8.",
+        "Experts are stored in float, although config.json declares them quantized or other experts of their "
+        "layer are int8.",
     ),
     "experts-excluded": FindingCode(
-        _I, "The config excludes all routed experts of a layer, and they are stored in float."
+        _I, "config.json excludes all routed experts of a layer, and they are stored in float."
     ),
     # Stored tensors
-    "weight-shape": FindingCode(_E, "An int8 weight has no elements, or more matrices than a layer has.", _BROKEN),
+    "weight-shape": FindingCode(_E, "An int8 weight has no elements, or more matrices than a layer can have.", _BROKEN),
     "scale-missing": FindingCode(_E, "An int8 weight has no weight_scale.", _BROKEN),
-    "scale-shape": FindingCode(_E, "A scale has a shape that fits neither per-channel nor per-tensor.", _BROKEN),
-    "scale-dtype": FindingCode(_E, "A scale is stored in a dtype that is not F32, BF16 or F16.", _UNSUPPORTED),
-    "dtype-mismatch": FindingCode(_E, "A module is stored in int8 or FP8, and the config declares another dtype."),
+    "scale-shape": FindingCode(_E, "The shape of a scale is neither per-channel nor per-tensor.", _BROKEN),
+    "scale-dtype": FindingCode(_E, "The dtype of a scale is not F32, BF16 or F16.", _UNSUPPORTED),
+    "dtype-mismatch": FindingCode(_E, "A module is stored in int8 or FP8, but config.json declares another dtype."),
     "scale-narrow": FindingCode(_I, "Scales are stored in BF16 or F16; conversion widens them to F32 exactly."),
     "scale-invalid": FindingCode(
         _E,
-        "A scale is NaN or infinite, or one of activations is not positive (read by --deep, and by convert, which "
-        "stops). A warning where one of weights is zero, which is harmless over codes of zero.",
+        "A scale is NaN or infinite, or an activation scale is not positive (found by --deep, and by convert, "
+        "which stops). A warning if a weight scale is zero: harmless if its codes are zero.",
     ),
-    "scale-negative": FindingCode(_I, "Scales of weights are negative, as auto-round writes them (read by --deep)."),
-    "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may take it for zero (read by --deep)."),
-    "zero-point-present": FindingCode(_I, "Zero points are stored, which engines do not read; conversion drops zeros."),
-    "zero-point-shape": FindingCode(_E, "Zero points are more or fewer than scales, as packed ones are.", _UNSUPPORTED),
+    "scale-negative": FindingCode(_I, "Weight scales are negative, as auto-round writes them (found by --deep)."),
+    "scale-subnormal": FindingCode(_W, "A scale is so small that GPUs may flush it to zero (found by --deep)."),
+    "zero-point-present": FindingCode(
+        _I, "Zero points are stored. Engines do not read them; conversion drops them if they are zero."
+    ),
+    "zero-point-shape": FindingCode(
+        _E, "The numbers of zero points and scales differ, as when zero points are packed.", _UNSUPPORTED
+    ),
     "zero-point-nonzero": FindingCode(
-        _E, "A zero point is not zero: the quantization is not symmetric (read by --deep)."
+        _E, "A zero point is not zero: the quantization is asymmetric (found by --deep)."
     ),
     "tensor-unrecognised": FindingCode(
         _W, "A tensor with codes or scales belongs to an unknown module; engines may drop it."
     ),
     # Experts
     "expert-missing": FindingCode(_E, "Experts of a layer, or projections of an expert, are missing.", _BROKEN),
-    "expert-shape": FindingCode(_E, "Projections of the experts of one layer have shapes that do not fit.", _BROKEN),
-    "expert-count": FindingCode(_E, "The number of stored experts is not the number in the config.", _BROKEN),
+    "expert-shape": FindingCode(_E, "Projections of a layer's experts have shapes that do not fit together.", _BROKEN),
+    "expert-count": FindingCode(_E, "The number of stored experts differs from config.json.", _BROKEN),
     "shared-among-routed": FindingCode(
-        _E, "Shared experts seem to be stored as routed ones, as SGLang holds them in memory.", _UNSUPPORTED
+        _E, "Shared experts seem to be stored among the routed ones, as SGLang holds them in memory.", _UNSUPPORTED
     ),
-    "layout-conflict": FindingCode(_E, "One layer stores its experts in more than one layout or naming.", _BROKEN),
+    "layout-conflict": FindingCode(_E, "A layer stores its experts in more than one layout or naming.", _BROKEN),
     "config-mismatch": FindingCode(
-        _W, "config.json has other sizes or layers than the tensors; engines build the model by it, and may fail."
+        _W,
+        "Sizes or layers in config.json differ from the tensors; engines build the model from config.json, and "
+        "may fail.",
     ),
     "class-mismatch": FindingCode(
-        _W, "config.json names a class of another model type in architectures, by which engines choose the class."
+        _W, "architectures in config.json names a class of another model type; engines use that class."
     ),
-    "router-mismatch": FindingCode(_W, "A router is missing, or has another shape than the experts of its layer need."),
+    "router-mismatch": FindingCode(_W, "A router is missing, or its shape does not fit the experts of its layer."),
     "merged-mixed": FindingCode(
-        _W, "Engines merge linears of which some are int8 and some FP8 or float; they refuse these."
+        _W, "Linears that engines merge are stored partly in int8, partly in FP8 or float; engines refuse them."
     ),
-    "expert-names": FindingCode(_W, "Engines' classes of this model type have other names for the experts."),
+    "expert-names": FindingCode(_W, "Engines use other names for the experts of this model type."),
     "identity-experts": FindingCode(
         _W, "Experts that return their input have a gate and an up, as transformers saves them; vLLM fails on these."
     ),
     "wrapped-names": FindingCode(
-        _W, "Names are those of a wrapper, such as module., or of adapters inside the model; engines do not know them."
+        _W,
+        "Tensor names have the prefix of a wrapper, such as module., or belong to adapters inside the model; "
+        "engines do not know them.",
     ),
-    "layer-geometry": FindingCode(_I, "MoE layers differ in number or size of their experts."),
+    "layer-geometry": FindingCode(_I, "MoE layers differ in the number or the size of their experts."),
     "norm-biases": FindingCode(
         _W, "Norms have biases that models of this type do not have; engines drop them or fail."
     ),
     "linear-biases": FindingCode(
         _W, "Linears have biases that models of this type do not have; engines drop them without an error."
     ),
-    "rank-part": FindingCode(_W, "The checkpoint holds the part of one rank; engines load whole models."),
+    "rank-part": FindingCode(_W, "The checkpoint is the part of one rank; engines load whole models."),
     "experts-not-understood": FindingCode(
         _E,
-        "Routed experts have names, or a layout, that quarkconv does not know. Targets that write modules one by one "
-        "convert experts whose modules can be read, with a warning.",
+        "quarkconv does not know the names or the layout of the routed experts. Targets that write modules one "
+        "by one convert them, with a warning, if it can read their modules.",
         _UNSUPPORTED,
     ),
     "not-moe": FindingCode(_W, "The checkpoint has no routed experts.", _UNSUPPORTED),
     # Changes by a conversion (reported by convert, for one target)
     "setting-dropped": FindingCode(_W, "The target cannot express a setting of the source's quantization_config."),
-    "tensor-dropped": FindingCode(_I, "The target does not have some tensors of the source."),
+    "tensor-dropped": FindingCode(_I, "The target leaves out some tensors of the source."),
     "module-dequantized": FindingCode(_I, "Conversion dequantizes modules that engines keep in float."),
-    "left-in-float": FindingCode(_I, "Linears that --quantize leaves in float: routers, heads, and those excluded."),
-    "mtp-dropped": FindingCode(_I, "Conversion leaves out the layers of multi-token prediction."),
+    "left-in-float": FindingCode(_I, "Linears that --quantize leaves in float: routers, heads, and excluded ones."),
+    "mtp-dropped": FindingCode(_I, "Conversion leaves out the multi-token prediction layers."),
 }
 """Code -> default severity and meaning. Codes are stable."""
 

@@ -92,10 +92,10 @@ def _checked(
 ) -> float:
     if value is None:
         if takes and default is None and required:
-            raise ValueError(f"{label}: expected a number, which {name!r} has no default for, found None")
+            raise ValueError(f"{label}: expected a number ({name!r} has no default), found None")
         return default or 0.0
     if not takes:
-        raise ValueError(f"{label}: expected None, since {name!r} takes none, found {value!r}")
+        raise ValueError(f"{label}: expected None ({name!r} has no such parameter), found {value!r}")
     if not (math.isfinite(value) and value > 0):
         raise ValueError(f"{label}: expected a positive finite number, found {value!r}")
     return float(value)

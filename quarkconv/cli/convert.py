@@ -17,12 +17,14 @@ from quarkconv.errors import UsageError
 from quarkconv.plan.shares import parse_share
 from quarkconv.scheme.options import KEEP
 from quarkconv.targets import TARGETS, get_target
+from quarkconv.text import alternatives
 from quarkconv.write.modes import Finish, Join, Mode, OnRay, Whole
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
 
 _FEW_BYTES: Final = 1000
+_FOR_ENGINES: Final = "give --to fused-int8 for vLLM, --to w8a8-int8 for SGLang; `quarkconv inspect` shows all engines"
 
 
 class QuantizeMode(StrEnum):
@@ -38,9 +40,11 @@ def _complete_targets(incomplete: str) -> list[tuple[str, str]]:
 
 def convert(
     to: Annotated[
-        str,
-        typer.Option("--to", metavar="TARGET", help=" | ".join(TARGETS), autocompletion=_complete_targets),
-    ],
+        str | None,
+        typer.Option(
+            "--to", metavar="TARGET", help=f"{' | '.join(TARGETS)}  [required]", autocompletion=_complete_targets
+        ),
+    ] = None,
     model: Model = ".",
     out: Annotated[
         str | None,
@@ -90,16 +94,18 @@ def convert(
     ] = False,
     ray: Ray = None,
     finish: Annotated[
-        bool, typer.Option("--finish", help="Finish an output whose parts are all written, if the last part did not.")
+        bool, typer.Option("--finish", help="Finish an output whose parts are all written, if no part finished it.")
     ] = False,
-    mtp: Annotated[str, choice("--mtp", "keep", "drop", "quantize", help="Layers of multi-token prediction.")] = KEEP,
+    mtp: Annotated[
+        str, choice("--mtp", "keep", "drop", "quantize", help="What to do with multi-token prediction layers.")
+    ] = KEEP,
     cache: Annotated[
         bool, typer.Option("--cache", help="Download a model to the Hub's cache instead of streaming it.")
     ] = False,
     push: Annotated[
         str | None, typer.Option("--push", metavar="ORG/NAME", help="Upload the output to this repo on the Hub.")
     ] = None,
-    private: Annotated[bool, typer.Option("--private", help="Create the repo of --push as private.")] = False,
+    private: Annotated[bool, typer.Option("--private", help="Make the repo that --push creates private.")] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
     json: Json = False,
@@ -121,6 +127,8 @@ def convert(
     from quarkconv.hub.push import create_repo, upload_folder
 
     output = open_output(json=json, verbose=verbose, quiet=quiet)
+    if to is None:
+        raise UsageError("--to is missing", expected=alternatives(TARGETS), hint=_FOR_ENGINES)
     get_target(to)  # a wrong name fails before the model is located
     _require_unit(max_shard_size)
     mode = _mode(
@@ -168,7 +176,7 @@ def _require_unit(size: str) -> None:
         raise UsageError(
             "Invalid --max-shard-size",
             expected="a size with its unit, such as 5GB",
-            found=f"{size}, which is a number of bytes",
+            found=f"{size} (bytes)",
         )
 
 

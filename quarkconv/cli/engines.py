@@ -18,9 +18,9 @@ def engines(verbose: Verbose = False, quiet: Quiet = False, json: Json = False) 
     rows = [{**fact.to_json(), "evidence": fact.evidence, "checked": fact.checked} for fact in facts]
 
     def render() -> RenderableType:
-        from quarkconv.cli.render.inspection import engine_table
+        from quarkconv.cli.render.engines import EngineTable
 
-        return engine_table(facts, evidence=True)
+        return EngineTable(facts, evidence=True)
 
     open_output(json=json, verbose=verbose, quiet=quiet).show(
         {"schema": "quarkconv.engines/1", "engines": rows}, render

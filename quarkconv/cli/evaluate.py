@@ -24,12 +24,12 @@ def evaluate(
     unquantized: Annotated[
         str | None, typer.Option("--unquantized", metavar="DIR", help="The model before quantization.")
     ] = None,
-    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="A UTF-8 text to evaluate on.")] = None,
+    text: Annotated[str | None, typer.Option("--text", metavar="FILE", help="UTF-8 text file to evaluate on.")] = None,
     token_ids: Annotated[
         str | None,
         typer.Option("--token-ids", metavar="FILE", help="A safetensors file with token_ids int64 [windows, window]."),
     ] = None,
-    window: Annotated[int, typer.Option("--window", min=4, metavar="N", help="Tokens of a window.")] = DEFAULT_WINDOW,
+    window: Annotated[int, typer.Option("--window", min=4, metavar="N", help="Tokens per window.")] = DEFAULT_WINDOW,
     windows: Annotated[
         int | None, typer.Option("--windows", min=1, metavar="N", help="Windows to evaluate. [default: all]")
     ] = None,
@@ -50,7 +50,7 @@ def evaluate(
     ablate: Annotated[
         int,
         typer.Option(
-            "--ablate", min=0, metavar="N", help="Leave each of the N worst layers and experts unquantized in turn."
+            "--ablate", min=0, metavar="N", help="Leave each of the N worst layers and experts unquantized, in turn."
         ),
     ] = 0,
     max_kl: Annotated[
@@ -63,7 +63,7 @@ def evaluate(
     ] = None,
     record: Annotated[
         str | None,
-        typer.Option("--record", metavar="FILE", help="Keep the inputs of MoE layers for verify --activations."),
+        typer.Option("--record", metavar="FILE", help="Write the inputs of MoE layers, for verify --activations."),
     ] = None,
     report: Report = None,
     resume: Annotated[

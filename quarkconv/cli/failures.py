@@ -29,13 +29,13 @@ def explained(error: BaseException, command: str) -> QuarkconvError | None:
             "A package that quarkconv needs cannot be imported",
             file=error.path,
             found=error.msg,
-            hint="install it again; `pip check` names versions that do not fit together",
+            hint="reinstall it; `pip check` lists conflicting versions",
         )
     if _out_of_memory(error):
         return UsageError(
-            "There is not enough memory",
+            "Out of memory",
             found=str(error).partition("\n")[0][:300] or None,
-            hint="end other programs that use it, or give fewer --tokens, a smaller --batch, or --device cpu",
+            hint="close other programs, or give fewer --tokens, a smaller --batch, or --device cpu",
         )
     return None
 
@@ -47,7 +47,7 @@ def _of_a_file(error: OSError) -> QuarkconvError:
             "A file cannot be read or written",
             file=str(error.filename),
             found=error.strerror,
-            hint="check its permissions and the space there, then run the command again",
+            hint="check its permissions and the free space, then run the command again",
         )
     try:
         os.getcwd()

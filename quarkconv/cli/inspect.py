@@ -25,7 +25,7 @@ def inspect(
     report: Report = None,
     deep: Annotated[bool, typer.Option("--deep", help="Also read scales and zero points, never weights.")] = False,
     everything: Annotated[
-        bool, typer.Option("--all", help="Show every finding and engine, including those that do not run it.")
+        bool, typer.Option("--all", help="Show every finding and engine, including engines that fail.")
     ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,

@@ -20,7 +20,7 @@ _MAX_BYTES: Final = 2**30
 
 
 def merge(
-    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="What `verify --part K/N --json` printed.")],
+    files: Annotated[list[str], typer.Argument(metavar="FILE...", help="Outputs of `verify --part K/N --json`.")],
     report: Report = None,
     verbose: Verbose = False,
     quiet: Quiet = False,

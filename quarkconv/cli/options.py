@@ -37,9 +37,7 @@ Ray = Annotated[
     typer.Option("--ray", metavar="[ADDRESS]", help="Run on a Ray cluster: auto, local, HOST:PORT. [default: auto]"),
 ]
 """The parser knows no optional values: :func:`with_addresses` fills in the address that was left out."""
-Device = Annotated[
-    str, choice("--device", "auto", "cpu", "cuda", help="Where numbers are computed; cuda is every GPU.")
-]
+Device = Annotated[str, choice("--device", "auto", "cpu", "cuda", help="Where to compute; cuda uses every GPU.")]
 Report = Annotated[
     str | None, typer.Option("--report", metavar="FILE.html", help="Also write the result as one HTML file.")
 ]

@@ -49,7 +49,7 @@ def tune(
         typer.Option("--out", metavar="PATH", help="Folder of an engine's tables, or file of quarkconv's table."),
     ] = None,
     print_folder: Annotated[
-        bool, typer.Option("--print-folder", help="Print the folder of the tables that quarkconv brings, and stop.")
+        bool, typer.Option("--print-folder", help="Print the folder of quarkconv's own tables, and stop.")
     ] = False,
     json: Json = False,
     verbose: Verbose = False,
@@ -57,7 +57,7 @@ def tune(
 ) -> int:
     """Measure the fastest launch options on this GPU.
 
-    For an engine, its own INT8 kernel is timed, and the tables are those that it reads.
+    With --for, times the engine's own INT8 kernel, and writes the tables that the engine reads.
 
     \b
     quarkconv tune --for vllm --model org/name --tp 4 --out ./tables

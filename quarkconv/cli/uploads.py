@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def uploads(
     url: Annotated[str, typer.Argument(metavar="URL", help="s3://bucket or s3://bucket/path.")],
     abort: Annotated[
-        bool, typer.Option("--abort", help="Discard them. Stop conversions that write there first.")
+        bool, typer.Option("--abort", help="Discard them. First stop conversions that write there.")
     ] = False,
     verbose: Verbose = False,
     quiet: Quiet = False,
@@ -24,7 +24,7 @@ def uploads(
 ) -> int:
     """List unfinished multipart uploads, which take space in a bucket and appear in no listing.
 
-    A conversion that was killed leaves some; the same command discards them when it resumes.
+    A killed conversion leaves some; the same convert command discards them when it resumes.
 
     \b
     quarkconv uploads s3://bucket/path

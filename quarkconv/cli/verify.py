@@ -46,11 +46,11 @@ def verify(
     model: Model = ".",
     source: Annotated[
         str | None,
-        typer.Option("--source", metavar="DIR", help="What was converted; compared byte by byte."),
+        typer.Option("--source", metavar="DIR", help="The source of the conversion, to compare byte by byte."),
     ] = None,
     unquantized: Annotated[
         str | None,
-        typer.Option("--unquantized", metavar="DIR", help="The model before quantization, to measure what was lost."),
+        typer.Option("--unquantized", metavar="DIR", help="The model before quantization, to measure the loss."),
     ] = None,
     device: Device = "auto",
     layers: Annotated[
@@ -64,14 +64,18 @@ def verify(
     ] = None,
     tokens: Annotated[
         str | None,
-        typer.Option("--tokens", metavar="N[,N]", help="Tokens for each layer; each number is checked. [default: 64]"),
+        typer.Option(
+            "--tokens", metavar="N[,N]", help="Tokens per layer; several numbers are checked in turn. [default: 64]"
+        ),
     ] = None,
     seed: Annotated[
         int | None, typer.Option("--seed", metavar="N", help="Seed of the random tokens. [default: 0]")
     ] = None,
     activations: Annotated[
         str | None,
-        typer.Option("--activations", metavar="FILE.safetensors", help="Recorded hidden states instead of random."),
+        typer.Option(
+            "--activations", metavar="FILE.safetensors", help="Recorded hidden states, instead of random ones."
+        ),
     ] = None,
     bytes_only: Annotated[bool, typer.Option("--bytes-only", help="Check structure and bytes.")] = False,
     numbers_only: Annotated[bool, typer.Option("--numbers-only", help="Check structure and numbers.")] = False,
@@ -88,7 +92,7 @@ def verify(
 ) -> int:
     """Prove a checkpoint: its structure, every byte, and the numbers of the INT8 forward.
 
-    Takes a converted checkpoint or a Quark export as it came. Exits 1 when anything is wrong.
+    Takes converted checkpoints and Quark exports. Exits 1 when anything is wrong.
 
     \b
     quarkconv verify ./model-fused-int8 --source ./model

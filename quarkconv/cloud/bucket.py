@@ -67,7 +67,7 @@ class Bucket(RemoteFiles):
             raise self._changed(name, f"ETag {etag}" if etag else "no ETag")
         if (*found, len(data), size) != (start, end, end - start, self.entries[name].size):
             raise _unavailable(
-                "The object store sent other bytes than requested",
+                "The object store sent the wrong bytes",
                 f"{self}/{name}",
                 expected=f"bytes {start}-{end - 1}/{self.entries[name].size}",
                 found=f"bytes {found[0]}-{found[1] - 1}/{size}, {len(data)} bytes long",
@@ -109,7 +109,7 @@ class Bucket(RemoteFiles):
     def _changed(self, name: str, found: str) -> SourceError:
         entry = self.entries[name]
         return SourceError(
-            "A file in the object store differs from the one that was listed",
+            "A file in the object store has changed since it was listed",
             code="source-changed",
             file=f"{self}/{name}",
             expected=f"ETag {entry.etag}, {entry.size} bytes",
@@ -137,7 +137,7 @@ def open_bucket(url: str) -> Bucket:
     for name, entry in entries.items():
         if not is_inside(name) or not entry.etag:
             raise _unavailable(
-                "The listing of the object store cannot be used",
+                "The object store's listing is invalid",
                 url,
                 expected="relative paths, and an ETag for each file",
                 found=repr(name)[:300],

@@ -93,7 +93,7 @@ def open_store(url: str) -> ObjectStore:
     except Exception as error:  # obstore has no common class for these
         if "Account must be specified" in str(error):
             raise UsageError(
-                "There is no account for the object store",
+                "The account of the object store is not set",
                 file=url,
                 expected=_CREDENTIALS[scheme],
                 found="none",
@@ -125,7 +125,7 @@ def _check_environment(scheme: str) -> None:
         value = os.environ.get(name, "")
         if not (value.isascii() and value.isprintable()):
             raise UsageError(
-                f"{name} has a line break or another character that no request can hold",
+                f"{name} has a line break or another character that a request cannot contain",
                 expected="printable ASCII characters",
                 hint=f"set {name} again; a file may have a line break at its end",
             )
@@ -153,12 +153,12 @@ def failure_of(error: Exception, url: str, doing: str) -> Failure:
         return Failure("The bucket does not exist", found, "check its name, and the endpoint")
     if all(word in text for word in _NO_CHECKSUM):
         return Failure(
-            "The bucket demands checksums of uploads, as object lock does", found, "set AWS_CHECKSUM_ALGORITHM=SHA256"
+            "The bucket requires checksums for uploads, as object lock does", found, "set AWS_CHECKSUM_ALGORITHM=SHA256"
         )
     if any(code in text for code in _OTHER_REGION):
         return Failure("The bucket is in another region", found, "set AWS_REGION to its region")
     if _CLOCK in text:
-        return Failure("The clock of this machine differs from that of the object store", found, "set the clock")
+        return Failure("The clock of this machine differs from the object store's", found, "set the clock")
     if isinstance(error, PermissionDeniedError | UnauthenticatedError) or any(code in found for code in _REFUSALS):
         return Failure("The object store refuses access", found, f"check the credentials: {_CREDENTIALS[scheme]}")
     return Failure(f"The object store cannot be {doing}", found, f"check {_CREDENTIALS[scheme]} and the network")
@@ -182,11 +182,11 @@ def _credentials(url: str) -> dict[str, Any]:
         return {"credential_provider": Boto3CredentialProvider(boto3.Session())}
     except Exception as error:  # no credentials, no such profile, or a login that has expired
         raise UsageError(
-            "There are no credentials for the object store",
+            "Credentials for the object store are missing",
             file=url,
             expected=_CREDENTIALS["s3://"],
             found="none" if isinstance(error, ValueError) else str(error)[:300],
-            hint="set them, log in with the store's own tools, or AWS_SKIP_SIGNATURE=true for a public bucket",
+            hint="set them, log in with the store's own tools, or set AWS_SKIP_SIGNATURE=true for a public bucket",
         ) from error
 
 

@@ -36,18 +36,16 @@ def output_location(source: Located, suffix: str, out: str | Path | None) -> Pat
         directory = source.files.root
         named = directory if directory.name not in ("", "..") else Path(os.path.realpath(directory))
         if not named.name:
-            raise UsageError(
-                "The output cannot lie beside this model", file=str(directory), hint="give a directory with --out"
-            )
+            raise UsageError("There is no default output for this model", file=str(directory), hint="give --out DIR")
         output = named.with_name(f"{named.name}-{suffix}")
     if source.directory is None:
         return output
     inner, outer = (Path(os.path.realpath(path)) for path in (output, source.directory))
     if inner == outer or outer in inner.parents or inner in outer.parents:
         raise UsageError(
-            "Source and output must not lie inside one another",
+            "Source and output must not contain one another",
             file=str(output),
-            expected=f"a directory outside of {source.directory}",
+            expected=f"a directory outside {source.directory}",
             hint="give another --out",
         )
     return output
@@ -68,9 +66,9 @@ def _output_url(source: Located, url: str) -> str:
     inner, outer = f"{url}/", f"{source.origin}/"
     if inner.startswith(outer) or outer.startswith(inner):
         raise UsageError(
-            "Source and output must not lie inside one another",
+            "Source and output must not contain one another",
             file=url,
-            expected=f"a URL outside of {source.origin}",
+            expected=f"a URL outside {source.origin}",
             hint="give another --out",
         )
     return url

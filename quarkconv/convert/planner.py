@@ -132,14 +132,14 @@ def _copies(description: Description) -> Iterator[SourceFile]:
             continue
         if "\\" in name or any("\ud800" <= char <= "\udfff" for char in name):
             raise UnsupportedError(
-                "A file of the source has a name that the manifest cannot hold",
+                "The name of a source file cannot be stored in the manifest",
                 file=repr(name),
                 expected="UTF-8 without backslashes",
                 hint="rename the file, or move it out of the source",
             )
         if any(part in _REPLACED or part.endswith(".safetensors") for part in path.parts[:-1]):
             raise UnsupportedError(
-                "A folder of the source has the name of a file of the output",
+                "A folder of the source has the name of an output file",
                 file=name,
                 hint="rename the folder, or move it out of the source",
             )

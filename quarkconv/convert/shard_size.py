@@ -27,5 +27,5 @@ def parse_size(size: int | str) -> int:
         raise UsageError("Invalid --max-shard-size", expected="a size such as 5GB, 512MiB or 1000000", found=repr(size))
     size_in_bytes = int(Decimal(match[1]) * _UNITS[match[2].upper()])
     if size_in_bytes >= 2**63:
-        raise UsageError("No file can be that large", expected="less than 2^63 bytes", found=repr(size)[:80])
+        raise UsageError("--max-shard-size is too large", expected="less than 2^63 bytes", found=repr(size)[:80])
     return size_in_bytes

@@ -28,19 +28,19 @@ def ascend_findings(declared: AscendScheme, checkpoint: Checkpoint) -> Iterator[
         yield finding(
             "scheme-unsupported",
             rotated[0] if meaning == "rotations" and rotated else ASCEND_NAME,
-            f"{ASCEND_NAME} declares {meaning}, which only Ascend's engines compute",
+            f"{ASCEND_NAME} declares {meaning}, which only engines for Ascend compute",
             hint="export the model again without it",
         )
     yield from FindingsAbout(
         "description-mismatch",
         declared.missing,
-        f"{plural(len(declared.missing), 'tensor')} without an entry in {ASCEND_NAME}",
+        f"{plural(len(declared.missing), 'tensor')} without a valid entry in {ASCEND_NAME}",
         hint="vllm-ascend raises KeyError; convert it to ascend: quarkconv writes an entry for every tensor",
     )
     yield from FindingsAbout(
         "description-mismatch",
         declared.absent,
-        f"{plural(len(declared.absent), 'tensor')} with an entry in {ASCEND_NAME}, and not stored",
+        f"{plural(len(declared.absent), 'tensor')} listed in {ASCEND_NAME} but not stored",
         hint="download the checkpoint again, if these tensors belong to the model",
     )
     mixed = list(_mixed(declared, checkpoint))

@@ -76,7 +76,7 @@ def contradictions(
     yield from FindingsAbout(
         "tensor-unrecognised",
         unrecognised,
-        f"{plural(len(unrecognised), 'tensor')} with codes or scales of unknown modules",
+        f"{plural(len(unrecognised), 'tensor')} with codes or scales in unknown modules",
         hint="conversion copies them as they are; engines may drop them",
     )
     yield from packed_weights(stored, topology)
@@ -90,7 +90,7 @@ def _simulated(modules: ResolvedModules) -> Iterator[Finding]:
     yield from FindingsAbout(
         "companion-unknown",
         names,
-        f"{plural(len(names), 'float weight')} with scales or zero points beside them: codes in float, or values",
+        f"{plural(len(names), 'float weight')} with scales or zero points: they may hold codes or values",
         hint="export the model again with int8 weights; engines look for these scales beside int8 weights only",
     )
 
@@ -116,7 +116,7 @@ def other_quantizations(config: ModelConfig) -> Iterator[Finding]:
         "quant-config-invalid",
         [f"{part}.{QUANTIZATION_KEY}".lstrip(".") for part in config.other_quantizations],
         f"config.json has {plural(len(config.other_quantizations), 'more quantization config')} that differ",
-        hint="engines read the one at the top; conversion writes a single one",
+        hint="engines read the top-level one; conversion writes only one",
         severity=Severity.WARNING,
     )
 
@@ -171,7 +171,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
             continue
         claims = {declared.resolve_expert(layer.prefix, module) for module in _float_modules(layer)}
         if missing < layer.experts or layer.partly_quantized:
-            part = "" if missing < layer.experts else " in some of their projections"
+            part = "" if missing < layer.experts else " in some projections"
             yield finding(
                 "experts-not-quantized",
                 layer.prefix,
@@ -183,7 +183,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
             yield finding(
                 "experts-excluded",
                 layer.prefix,
-                f"All {missing} experts are excluded and stored in float",
+                f"All {missing} experts are excluded from quantization and stored in float",
                 count=missing,
             )
         else:
@@ -191,7 +191,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
             yield finding(
                 "experts-not-quantized",
                 layer.prefix,
-                f"{declared.file} declares {missing} experts quantized, and all are stored in {dtype}",
+                f"{declared.file} declares {missing} experts quantized, but all are stored in {dtype}",
                 hint=f"{CONVERT}, or leaves these layers out with --mtp drop"
                 if is_mtp(layer.prefix)
                 else "convert with --quantize missing; Quark 0.13 skips 3-D experts in eager mode on transformers 5",
@@ -200,7 +200,7 @@ def _experts(declared: DeclaredScheme | None, topology: Topology, is_mtp: Callab
     yield from FindingsAbout(
         "excluded-but-quantized",
         excluded,
-        f"{plural(len(excluded), 'layer')} whose experts are excluded as a whole by {declared.file} and stored in int8",
+        f"{plural(len(excluded), 'layer')} of experts excluded by {declared.file} but stored in int8",
         hint=CONVERT,
     )
 
@@ -241,7 +241,7 @@ def _linears(
         yield from FindingsAbout(
             "quantized-but-stored-float",
             claimed,
-            f"{plural(len(claimed), 'module')} declared quantized by {declared.file} and stored in float",
+            f"{plural(len(claimed), 'module')} declared quantized by {declared.file} but stored in float",
             hint=CONVERT,
         )
     else:
@@ -254,6 +254,6 @@ def _linears(
     yield from FindingsAbout(
         "excluded-but-quantized",
         excluded,
-        f"{plural(len(excluded), 'module')} excluded by {declared.file} and stored in int8",
+        f"{plural(len(excluded), 'module')} excluded by {declared.file} but stored in int8",
         hint=CONVERT,
     )

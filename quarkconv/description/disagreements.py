@@ -35,7 +35,7 @@ _LAYER: Final = re.compile(r"(.*?(?:^|\.)(?:layers|h|blocks)\.)(\d{1,9})\.")
 _NORMS: Final = ("input_layernorm.weight", "post_attention_layernorm.weight")
 """Ends of the names of norms of hidden states."""
 _MAX_LAYERS: Final = 10_000
-_HINT: Final = "use the config.json that belongs to these weights: engines build the model by it"
+_HINT: Final = "use the config.json that belongs to these weights: engines build the model from it"
 
 
 def disagreements(
@@ -59,8 +59,8 @@ def disagreements(
         yield finding(
             "class-mismatch",
             "config.json",
-            f"config.json names {short(name)}, a class of another model type than {short(config.raw['model_type'])}",
-            hint="use the config.json that belongs to these weights: engines choose the class by architectures",
+            f"config.json names {short(name)}, which is not a class of model type {short(config.raw['model_type'])}",
+            hint="use the config.json that belongs to these weights: engines choose the class from architectures",
         )
     for key in _NUMBERS:
         if isinstance(value := config.text.get(key), str | bool | float):
@@ -84,14 +84,14 @@ def _sizes(layer: MoELayer, part: Part, config: ModelConfig, known: Known | Unkn
     """The sizes of the experts that config.json does not have."""
     stated = part.get("hidden_size")
     if type(stated) is int and layer.hidden not in _values(part, _HIDDEN):
-        yield f"config.json has hidden_size {stated}, the experts {layer.hidden}"
+        yield f"config.json has hidden_size {stated}, but the experts have {layer.hidden}"
     latent = None if isinstance(known, Unknown) else known.hidden_size()
     if latent is not None and layer.hidden != latent:
-        yield f"config.json has experts of the latent width {latent}, the tensors {layer.hidden}"
+        yield f"config.json has a latent width of {latent}, but the experts have {layer.hidden}"
     inner = _values(part, _INNER)
     if inner and config.rank.is_whole and layer.intermediate not in inner:
         sizes = ", ".join(map(str, sorted(inner)))
-        yield f"config.json has intermediate sizes {sizes}, the experts {layer.intermediate}"
+        yield f"config.json has intermediate sizes {sizes}, but the experts have {layer.intermediate}"
 
 
 def _values(part: Part, pattern: re.Pattern[str]) -> set[int]:
@@ -113,7 +113,7 @@ def _density(layer: MoELayer, part: Part, config: ModelConfig, is_mtp: Callable[
     for key, is_dense in _DENSE.items():
         value = part.get(key)
         if value is not None and is_dense(value, number):
-            yield f"config.json has {key} = {value!r:.60}, by which layers that store experts have none"
+            yield f"config.json has {key} = {value!r:.60}, but layers that it makes dense store experts"
 
 
 def _is_multiple(value: object, number: int) -> bool:
@@ -151,13 +151,14 @@ def _layers(config: ModelConfig, known: list[tuple[MoELayer, Part]], vectors: tu
     yield from FindingsAbout(
         "config-mismatch",
         [f"{root[1]}{number}" for number in missing],
-        f"config.json has {plural(count, 'layer')}, of which {len(missing)} have no norm stored",
+        f"config.json has {plural(count, 'layer')}, but {len(missing)} of them have no norm stored",
         hint=_HINT,
     )
     yield from FindingsAbout(
         "config-mismatch",
         [f"{root[1]}{number}" for number in beyond],
-        f"config.json has {plural(count, 'layer')}, none of multi-token prediction, and {len(beyond)} more are stored",
+        f"config.json has {plural(count, 'layer')} and no multi-token prediction layers, "
+        f"but {len(beyond)} more are stored",
         hint=_HINT,
     )
 
@@ -198,13 +199,13 @@ def _routers(
     yield from FindingsAbout(
         "router-mismatch",
         wrong,
-        f"{plural(len(wrong), 'tensor')} of routers not stored, or of another shape than the experts need",
-        hint="engines leave such a router without weights, or fail: export the model again",
+        f"{plural(len(wrong), 'tensor')} of routers missing, or with a shape that does not fit the experts",
+        hint="engines leave such a router uninitialized, or fail: export the model again",
     )
 
 
 def merged_unlike(others: Groups, linears: Mapping[str, Form], in_float: Collection[str]) -> list[str]:
-    """The linears that are not int8, and that engines merge with linears of another type, which they refuse.
+    """The linears that are not int8, and that engines merge with linears of a different type, which they refuse.
 
     Args:
         others: the modules that are not routed experts.
@@ -233,6 +234,6 @@ def merged_findings(others: Groups, linears: Mapping[str, Form], in_float: Colle
     yield from FindingsAbout(
         "merged-mixed",
         names,
-        f"{plural(len(names), 'linear')} in {types} that engines merge with linears of another type",
+        f"{plural(len(names), 'linear')} in {types} that engines merge with linears of a different type",
         hint="vLLM and SGLang refuse such a model: quantize all parts alike, or none",
     )

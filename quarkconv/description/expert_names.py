@@ -95,15 +95,15 @@ def wrapped_names(topology: Topology, others: Groups) -> Iterator[Finding]:
         yield from FindingsAbout(
             "wrapped-names",
             layers,
-            f"Names begin with {wrapper}, as those of a wrapper around the model do",
-            hint="engines know the names without it, and conversion keeps names: save the model without its wrapper",
+            f"Names begin with {wrapper}, the prefix of a wrapper around the model",
+            hint="engines know the names without it, and conversion keeps names: save the model without the wrapper",
         )
     adapters = [name for (form, _), names in others.items() if form.is_float for name in filter(is_of_adapter, names)]
     yield from FindingsAbout(
         "wrapped-names",
         adapters,
-        f"{plural(len(adapters), 'matrix', 'matrices')} of adapters inside the model, which change what it computes",
-        hint="engines know neither these nor .base_layer names: merge the adapter, and quantize the merged model",
+        f"{plural(len(adapters), 'matrix', 'matrices')} of adapters inside the model: they change its outputs",
+        hint="engines know neither adapters nor .base_layer names: merge the adapter, then quantize the merged model",
     )
 
 

@@ -81,14 +81,14 @@ def fp8_findings(groups: tuple[Fp8Group, ...], file: str) -> Iterator[Finding]:
         "mixed-precision",
         names,
         f"{plural(len(names), 'linear')} in FP8 beside the INT8 experts",
-        hint="convert it to compressed-tensors or fused-int8: the other targets have one scheme for all modules",
+        hint="convert to compressed-tensors or fused-int8: other targets have one scheme for all modules",
     )
     undeclared = [name for group in groups if not group.declared for name in group.modules]
     yield from FindingsAbout(
         "dtype-mismatch",
         undeclared,
         f"{plural(len(undeclared), 'linear')} in FP8 that {file} does not declare in FP8",
-        hint="convert it to compressed-tensors or fused-int8: quarkconv writes a config that agrees",
+        hint="convert to compressed-tensors or fused-int8: quarkconv writes a config that matches",
     )
 
 

@@ -62,7 +62,7 @@ def function_findings(
         yield finding(
             "rotation-online",
             subject,
-            f"The inputs of quantized modules are rotated online: {rotations_found}"
+            f"The model rotates inputs of quantized modules: {rotations_found}"
             + (f" ({', '.join((*settings, *beside))})" if settings or beside else ""),
             hint="engines do not rotate: quantize the model again without online rotations",
             count=max(len(rotations), 1),
@@ -83,7 +83,7 @@ def _missing_mtp(config: ModelConfig, stored: Iterator[str]) -> Iterator[Finding
         yield finding(
             "mtp-missing",
             "config.json",
-            f"{plural(declared, 'layer')} of multi-token prediction declared by config.json, {missing} not stored",
+            f"{plural(declared, 'multi-token prediction layer')} declared by config.json, but {missing} not stored",
             hint="engines cannot draft tokens with these layers; --mtp drop removes them from config.json",
             count=missing,
         )
@@ -99,8 +99,8 @@ def _companions(stored: StoredModules, is_float: Callable[[str], bool]) -> Itera
     yield from FindingsAbout(
         "smoothing-online",
         factors,
-        f"{plural(len(factors), 'tensor')} of factors, by which inputs of quantized modules are multiplied at run time",
-        hint="engines do not multiply: quantize the model again with factors merged into the weights",
+        f"{plural(len(factors), 'tensor')} of factors that multiply the inputs of quantized modules at run time",
+        hint="engines do not apply them: quantize the model again with factors merged into the weights",
     )
     yield from FindingsAbout(
         "companion-unknown",

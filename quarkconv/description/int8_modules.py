@@ -14,8 +14,8 @@ from quarkconv.scheme.resolved import ResolvedModules
 from quarkconv.scheme.spec import INPUT_STATIC, PER_CHANNEL, ModuleScheme
 from quarkconv.text import plural
 
-CONVERT: Final = "convert it: quarkconv writes a config that agrees with the tensors"
-REQUANTIZE: Final = "quantize it again: engines fail on it, or compute wrong results"
+CONVERT: Final = "convert it: quarkconv writes a config that matches the tensors"
+REQUANTIZE: Final = "quantize it again: engines fail on it or compute wrong results"
 
 
 _Check = tuple[str, Callable[[Form, ModuleScheme], object], str, str]
@@ -31,8 +31,8 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     (
         "weight-shape",
         lambda form, _: 0 in form.weight.shape or prod(form.weight.shape[:-2]) > MAX_EXPERTS,
-        f"{{}} in int8 without elements, or of more than {MAX_EXPERTS} matrices",
-        "the file is corrupt or crafted: export the model again",
+        f"{{}} in int8 with no elements, or with more than {MAX_EXPERTS} matrices",
+        "the file is corrupt: export the model again",
     ),
     (
         "scale-dtype",
@@ -45,7 +45,7 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     (
         "scheme-unsupported",
         lambda form, _: _is_of_parts(form),
-        "{} with scales of groups, blocks or columns",
+        "{} with scales per group, block or column",
         "quarkconv converts weights with a scale for each row, [out] or [out, 1], or one for the tensor",
     ),
     (
@@ -63,8 +63,8 @@ _CHECKS: Final[tuple[_Check, ...]] = (
     (
         "scheme-unsupported",
         lambda form, _: form.input_scale is not None and _is_of_channels(form.input_scale.shape, form.weight.shape),
-        "{} with a static input scale for each channel",
-        "quarkconv converts static activations with one scale, and dynamic ones",
+        "{} with a static input scale per channel",
+        "quarkconv converts dynamic activations, and static ones with one scale",
     ),
     (
         "scale-shape",
@@ -73,13 +73,13 @@ _CHECKS: Final[tuple[_Check, ...]] = (
             and not _is_input_scale(form.input_scale.shape, form.weight.shape)
             and not _is_of_channels(form.input_scale.shape, form.weight.shape)
         ),
-        "{} with a static input scale that is neither one value nor one for each matrix",
+        "{} with a static input scale that is neither one value nor one per matrix",
         REQUANTIZE,
     ),
     (
         "scheme-unsupported",
         lambda form, claim: _is_of_columns(form, claim),
-        "{} with as many scales as rows and as columns, which {file} declares to be of columns",
+        "{} with as many scales as rows and columns; {file} declares them per column",
         "quarkconv converts weights with a scale for each row, [out] or [out, 1], or one for the tensor",
     ),
     (
@@ -90,7 +90,7 @@ _CHECKS: Final[tuple[_Check, ...]] = (
             and form.granularity != claim.weight.granularity
             and not _is_of_columns(form, claim)
         ),
-        "{} with scales of another granularity than {file} declares",
+        "{} whose scales have a different granularity than {file} declares",
         CONVERT,
     ),
     (
@@ -105,19 +105,19 @@ _CHECKS: Final[tuple[_Check, ...]] = (
             point is not None and form.scale is not None and prod(point.shape) != prod(form.scale.shape)
             for point in (form.zero_point, form.offset)
         ),
-        "{} with a zero point of another shape than the scale",
+        "{} whose zero point and scale differ in shape",
         REQUANTIZE,
     ),
     (
         "scale-narrow",
         lambda form, _: form.scale is not None and form.scale.dtype in NARROW_DTYPES,
-        "{} with a scale in 16 bits, which conversion widens to F32 exactly",
+        "{} with a 16-bit scale; conversion widens it to F32 exactly",
         "",
     ),
     (
         "zero-point-present",
         lambda form, _: any(form.zero_points),
-        "{} with stored zero points, which conversion drops after checking that they are zero",
+        "{} with stored zero points; conversion checks that they are zero and drops them",
         "",
     ),
 )
@@ -158,7 +158,7 @@ def shapes_explained(findings: Iterable[Finding], declared: DeclaredScheme | Non
         yield finding(
             "scheme-unsupported",
             item.subject,
-            f"The experts are declared {claim.dtype} by {declared.file}, and have no shapes of int8 weights",
+            f"{declared.file} declares the experts {claim.dtype}, but their shapes are not those of int8 weights",
             hint="quarkconv converts symmetric INT8 W8A8 only",
         )
 

@@ -34,7 +34,7 @@ _WITH_BIASES: Final = {
 """Linears -> the settings by which they have biases."""
 _BIASED_ATTENTION: Final = frozenset({"gpt_oss", "qwen2_moe"})
 """Model types whose attention has biases where no setting says so."""
-_HINT: Final = "engines build the model by config.json and leave what is not stored without weights: export it again"
+_HINT: Final = "engines build the model from config.json and leave missing weights uninitialized: export it again"
 
 
 def missing_parts(
@@ -68,7 +68,7 @@ def missing_parts(
         yield from FindingsAbout(
             "config-mismatch",
             bare,
-            f"{plural(len(bare), 'MoE layer')} without any linear of attention, which the others have",
+            f"{plural(len(bare), 'MoE layer')} without attention linears, which the others have",
             hint=_HINT,
         )
     yield from _incomplete(modules)
@@ -78,7 +78,7 @@ def missing_parts(
         yield from FindingsAbout(
             "config-mismatch",
             without,
-            f"config.json declares shared experts ({shared[0]}), and {plural(len(without), 'MoE layer')} store none",
+            f"config.json declares shared experts ({shared[0]}), but {plural(len(without), 'MoE layer')} store none",
             hint=_HINT,
         )
 
@@ -113,8 +113,8 @@ def shared_among_routed(
             "shared-among-routed",
             layer.prefix,
             f"The layer stores {layer.experts} experts; config.json has {claimed} routed ones, and as many shared ones "
-            "as follow these",
-            hint="give the checkpoint in which shared experts have names of their own, as published ones do",
+            "as follow them",
+            hint="give a checkpoint whose shared experts have their own names, as in the published one",
         )
 
 
@@ -135,8 +135,8 @@ def norm_biases(config: ModelConfig, layers: tuple[MoELayer, ...], biases: Itera
     yield from FindingsAbout(
         "norm-biases",
         names,
-        f"{plural(len(names), 'bias', 'biases')} of norms that models of this type do not have",
-        hint="vllm-ascend adds them, other engines drop them or fail: quantize again without shifted outliers",
+        f"{plural(len(names), 'bias', 'biases')} of norms, which models of this type do not have",
+        hint="vllm-ascend adds them; other engines drop them or fail: quantize again without shifting outliers",
     )
 
 
@@ -186,7 +186,7 @@ def _incomplete(modules: Mapping[str, Form]) -> Iterator[Finding]:
     yield from FindingsAbout(
         "config-mismatch",
         sorted(lost),
-        f"{plural(len(lost), 'MLP')} of which a projection is not stored",
+        f"{plural(len(lost), 'MLP')} with a missing projection",
         hint=_HINT,
     )
 
@@ -201,7 +201,10 @@ def _embeddings(config: ModelConfig, modules: dict[str, Form]) -> Iterator[Findi
     if other:
         found = modules[other[0]].weight.shape[0]
         yield from FindingsAbout(
-            "config-mismatch", other, f"config.json has vocab_size {rows}, the embeddings {found} rows", hint=_HINT
+            "config-mismatch",
+            other,
+            f"config.json has vocab_size {rows}, but the embeddings have {found} rows",
+            hint=_HINT,
         )
     width = config.text.get("hidden_size", config.raw.get("hidden_size"))
     wide = [name for name in embeddings if type(width) is int and modules[name].weight.shape[1:] != (width,)]
@@ -215,6 +218,6 @@ def _embeddings(config: ModelConfig, modules: dict[str, Form]) -> Iterator[Findi
         yield finding(
             "config-mismatch",
             "config.json",
-            "config.json has tie_word_embeddings = false, and no head of the language model is stored",
+            "config.json has tie_word_embeddings = false, but no head of the language model is stored",
             hint=_HINT,
         )

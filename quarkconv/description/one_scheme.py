@@ -52,7 +52,7 @@ def scheme_findings(
             "scheme-unsupported",
             list(foreign),
             f"{plural(len(foreign), 'module')} stored in {', '.join(other)}",
-            hint="--mtp drop leaves out the layers of multi-token prediction, which hold all of these"
+            hint="all of these are in multi-token prediction layers: --mtp drop leaves those out"
             if only_mtp
             else _INT8_ONLY,
         )
@@ -64,7 +64,7 @@ def scheme_findings(
         yield finding(
             "scheme-unsupported",
             declared.subject,
-            f"{'--scheme' if by_option else declared.file} declares {kind}, and nothing is stored in int8",
+            f"{'--scheme' if by_option else declared.file} declares {kind}, but nothing is stored in int8",
             hint="convert with --quantize all, without --scheme" if by_option else _INT8_ONLY,
         )
     by_name = any(claim.is_foreign for _, claim in modules.groups)  # reported as such; they have no activation
@@ -79,7 +79,7 @@ def scheme_findings(
         message += f"{_shown(unnamed[0].activation)} activations: an unsupported scheme"
         hint = _SUPPORTED
         if isinstance(declared, UnknownScheme):
-            message = f"{plural(count, 'int8 module')} under quant_method {declared.method}, which is not read"
+            message = f"{plural(count, 'int8 module')} under the unsupported quant_method {declared.method}"
             hint = f"--scheme {PTPC_NAME} converts it, if scales are per row and activations quantized per token"
         yield finding("scheme-unsupported", declared.subject, message, hint=hint, count=count)
     names_found = sorted({modules.names[scheme] for scheme in schemes if scheme in modules.names})
@@ -94,7 +94,7 @@ def scheme_findings(
             "The checkpoint has no routed experts",
             hint="engines load a dense Quark export as it is; quarkconv converts and verifies mixtures of experts"
             if quantized
-            else "quarkconv is for mixtures of experts in INT8",
+            else "quarkconv handles INT8 mixtures of experts",
             severity=Severity.WARNING if quantized else Severity.ERROR,
         )
 

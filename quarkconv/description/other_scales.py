@@ -33,7 +33,7 @@ def in_blocks(stored: StoredModules, modules: frozenset[str]) -> FindingsAbout:
     return FindingsAbout(
         "scheme-unsupported",
         names,
-        f"{plural(len(names), 'module')} with scales named weight_scale_inv, as those of blocks are{shapes}",
+        f"{plural(len(names), 'module')} with scales named weight_scale_inv, the name of block scales{shapes}",
         hint="quarkconv converts weights with a scale for each row, or one for the tensor, named weight_scale",
     )
 
@@ -67,8 +67,8 @@ def under_other_names(renamed: dict[str, str], declared: DeclaredScheme | None) 
     return FindingsAbout(
         "scheme-unsupported",
         sorted(renamed.values()),
-        f"{plural(len(renamed), 'module')} in int8{method} without weight_scale, whose scales may have another name",
-        hint="if weights are codes times these values, rename them: .weight_scale, or _scale for fused experts",
+        f"{plural(len(renamed), 'module')} in int8{method} without weight_scale; their scales may have another name",
+        hint="if weight = code x these values, rename them to .weight_scale, or _scale for fused experts",
     )
 
 

@@ -102,7 +102,7 @@ def _nothing_left(description: Description, options: SourceOptions, root: str) -
     undeclared = options.quantize == "missing" and description.declared is None
     option = "--mtp quantize" if options.quantize is None else "--quantize"
     return UnsupportedError(
-        "The config declares no module quantized" if undeclared else "Nothing is left to quantize",
+        "The config declares no module quantized" if undeclared else "Nothing to quantize",
         file=root,
         hint="--quantize all quantizes every linear that engines run in int8"
         if undeclared
@@ -181,23 +181,23 @@ def _check_dtypes(description: Description, options: SourceOptions) -> None:
     for module, form in description.stored:
         if form.is_float and any(form.tensors[1:]):
             raise UnsupportedError(
-                "A float weight with a scale beside it is not quantized: it may hold codes, or values",
+                "quarkconv does not quantize a float weight that has a scale: it may hold codes or values",
                 file=str(description.checkpoint.root),
                 tensor=f"{module}.weight",
                 expected="float weights without scales",
                 found="weights quantized in simulation, or int8 codes stored in float",
-                hint="export the model again with int8 weights, or quantize the one that it was made of",
+                hint="export the model again with int8 weights, or quantize the original model",
             )
         concerned = module not in kept or (options.mtp == QUANTIZE and description.is_mtp(module))
         if not form.is_float and not form.quantized and concerned:
             in_blocks = f"{module}{BLOCK_SCALE}" in description.stored.plain
             raise UnsupportedError(
-                "Weights that are quantized already are not quantized again",
+                "quarkconv does not quantize weights that are already quantized",
                 file=str(description.checkpoint.root),
                 tensor=f"{module}.weight",
                 expected="BF16, F16 or F32",
                 found=form.weight.dtype + (", with a scale for each block (weight_scale_inv)" if in_blocks else ""),
-                hint="dequantize the model to BF16 first, or quantize the one that it was made of",
+                hint="dequantize the model to BF16 first, or quantize the original model",
             )
 
 
@@ -208,7 +208,7 @@ def _check(description: Description, modules: dict[str, Form]) -> None:
     fused = next((name for layer in transposed for name in layer.module_names if name in modules), None)
     if fused is not None:
         raise UnsupportedError(
-            "Experts in one tensor are quantized along their rows, and this model stores them transposed",
+            "quarkconv quantizes fused experts along their rows, but this model stores them transposed",
             file=root,
             tensor=fused,
             expected="[E, 2I, H] and [E, H, I]",
@@ -219,10 +219,10 @@ def _check(description: Description, modules: dict[str, Form]) -> None:
             claim = declared.resolve(module)
             if claim.weight is not None and claim != PTPC:
                 raise UnsupportedError(
-                    "This module is declared in a scheme that quarkconv does not quantize to",
+                    "The config declares a scheme that quarkconv does not quantize to",
                     file=root,
                     tensor=module,
                     expected="ptpc_int8: int8 per channel, activations per token",
                     found=f"{claim.weight.dtype} {claim.weight.granularity}",
-                    hint="other schemes need calibration: quantize the model with Quark",
+                    hint="other schemes need calibration data: quantize the model with Quark",
                 )

@@ -131,7 +131,7 @@ def run_layer(
     output = result if isinstance(result, tuple) else (result,)
     if len(output) != (2 if skeleton.pairs else 1) or not isinstance(output[-1], Tensor | None):
         raise UnsupportedError(
-            "The layers of this model pass more than hidden states to one another",
+            "The layers of this model exchange more than hidden states",
             file=str(skeleton.root),
             tensor=skeleton.layer_prefix(number),
             found=type(skeleton.layers[number]).__name__,
@@ -178,7 +178,7 @@ def _forward(skeleton: Skeleton) -> Iterator[None]:
             yield
     except torch.OutOfMemoryError as error:
         raise UsageError(
-            "The device's memory is too small for a batch", found=str(skeleton.device), hint="give a smaller --batch"
+            "The device has too little memory for a batch", found=str(skeleton.device), hint="give a smaller --batch"
         ) from error
     except (AttributeError, IndexError, RuntimeError, TypeError, ValueError) as error:
         raise UnsupportedError(

@@ -44,7 +44,7 @@ def int8_modules(
         linear = _joined([weights.matrices[name] for name in names], module.weight)
         if linear is None:
             raise UnsupportedError(
-                "A linear of the model's class holds other rows than the checkpoint's int8 linears",
+                "The rows of a linear differ between the model's class and the checkpoint's int8 linears",
                 file=str(skeleton.root),
                 tensor=f"{path}.weight",
                 hint=VERIFY_INSTEAD,
@@ -59,11 +59,11 @@ def int8_modules(
         activation = expert_activation(config, layer)
         if isinstance(activation, Unknown):
             raise UnsupportedError(
-                "These experts cannot run in INT8: what they compute is not known",
+                "These experts cannot run in INT8: their function is unknown",
                 file=str(skeleton.root),
                 tensor=layer.prefix,
                 found=activation.reason,
-                hint="leave this layer out of --layers: it then runs dequantized",
+                hint="leave this layer out of --layers to run it dequantized",
             )
         classes = skeleton.experts_of(number)
         if path not in classes:

@@ -101,5 +101,5 @@ def _no_class(root: Path, error: Exception) -> UnsupportedError:
         "transformers has no class for this model",
         file=str(root / "config.json"),
         found=str(error).splitlines()[0].split(". ")[0][:200],
-        hint="quarkconv never runs code of a checkpoint; `quarkconv verify` checks each layer without a class",
+        hint="quarkconv never runs code from a checkpoint; `quarkconv verify` checks each layer without a class",
     )

@@ -41,7 +41,7 @@ class LayerEvaluation:
         drift: relative error of the hidden states after it, INT8 model against baseline: the accumulated error.
         cosine: cosine similarity of the same.
         own: relative error of its output on the baseline's hidden states: the layer's own error.
-        routing_changed: share of tokens that choose another set of experts than in the baseline; None without experts.
+        routing_changed: share of tokens that choose different experts than in the baseline; None without experts.
         load: tokens that each expert receives in the INT8 model; empty without experts.
     """
 

@@ -59,7 +59,7 @@ def require_same_model(quantized: Skeleton, unquantized: Skeleton) -> None:
     ):
         if found != expected:
             raise UsageError(
-                f"The unquantized model has another {what}",
+                f"The unquantized model has a different {what}",
                 file=str(unquantized.root),
                 expected=str(expected),
                 found=str(found),
@@ -103,7 +103,7 @@ def require_same_tokenizer(root: Path, other: Path) -> None:
                 for item in (vocabulary, other_vocabulary)
             )
             raise UsageError(
-                "The unquantized model has another tokenizer",
+                "The unquantized model has a different tokenizer",
                 file=str(files[1]),
                 expected=expected,
                 found=found,

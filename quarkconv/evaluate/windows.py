@@ -59,7 +59,7 @@ class Windows:
         if len(outside):
             window, place = outside[0].tolist()
             raise UsageError(
-                "A token id is outside of the vocabulary",
+                "A token id is outside the vocabulary",
                 file=self.source,
                 expected=f"0 to {size - 1}",
                 found=f"{int(self.ids[window, place])} in window {window}, position {place}",
@@ -87,7 +87,7 @@ def windows_of_ids(path: str | Path, count: int | None = None) -> Windows:
     if ids is None or ids.dtype != torch.int64 or ids.dim() != 2 or ids.shape[0] == 0 or ids.shape[1] < MIN_WINDOW:
         found = "no such tensor" if ids is None else f"{str(ids.dtype).removeprefix('torch.')} {list(ids.shape)}"
         raise UsageError(
-            "The file holds no windows of token ids",
+            "The file has no windows of token ids",
             file=str(path),
             tensor=TOKEN_IDS,
             expected=f"int64 [windows, window], windows of at least {MIN_WINDOW} tokens",
@@ -158,7 +158,7 @@ def load_tokenizer(path: Path):  # type: ignore[no-untyped-def]  # tokenizers sh
         from tokenizers import Tokenizer
     except ImportError as error:
         raise UsageError(
-            "Text needs the package tokenizers", hint="pip install 'transformers>=5' tokenizers, or give --token-ids"
+            "--text needs the package tokenizers", hint="pip install 'transformers>=5' tokenizers, or give --token-ids"
         ) from error
     if not path.is_file():
         raise SourceError(

@@ -48,8 +48,8 @@ def number(value: float | Unknown | None) -> float:
 def not_known(key: str, value: object) -> Unknown:
     """The reason for a setting that is missing, or has a value that no row has."""
     if value is None:
-        return Unknown(f"config.json does not say {key}", key, missing=True)
-    return Unknown(f"config.json says {key} = {short(value)}, which is not known here", key)
+        return Unknown(f"config.json has no {key}", key, missing=True)
+    return Unknown(f"config.json has {key} = {short(value)}, an unknown value", key)
 
 
 def short(value: object) -> str:

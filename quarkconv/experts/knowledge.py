@@ -65,14 +65,14 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
         return Unknown(f"config.json does not describe the layers of {stack_of(module)}")
     stated = section.get("model_type", config.get("model_type") if section is found.text else None)
     if not isinstance(stated, str):
-        return Unknown("config.json says no model_type", "model_type")
+        return Unknown("config.json has no model_type", "model_type")
     model_type = stated.removesuffix("_text")
     rows = [row for row in FAMILIES if model_type in row.types and _is_architecture(row, section, config)]
     if not rows:
         return Unknown(f"the model type {stated} is not known")
     named = foreign_class(found) if section is found.text else None
     if named is not None:
-        reason = f"config.json names the class {short(named)}, which is not one of the model type {stated}"
+        reason = f"config.json names the class {short(named)}, which is not a class of model type {stated}"
         return Unknown(reason, "architectures")
     row = min(rows, key=lambda row: sum(1 for _ in _contradicted(row, section)))
     contradicted = next(_contradicted(row, section), None) or next(_not_understood(row, section), None)
@@ -139,7 +139,7 @@ def layer_activation(known: Known | Unknown, layer: MoELayer) -> ExpertActivatio
     if isinstance(known, Unknown) or isinstance(activation, Unknown):
         return activation
     if layer.beside:
-        return Unknown(f"{layer.beside} is among the experts, and its meaning is not known")
+        return Unknown(f"{layer.beside} is among the experts, and its meaning is unknown")
     for what, stored, expected in (
         ("a gate", layer.gated, activation.gated),
         ("biases", layer.biased, known.family.biased),
@@ -147,14 +147,14 @@ def layer_activation(known: Known | Unknown, layer: MoELayer) -> ExpertActivatio
         if stored != expected:
             have, do_not = ("have", "do not") if stored else ("have no", "do")
             what = what if stored else what.removeprefix("a ")
-            return Unknown(f"the experts {have} {what}, and those of the model type {known.model_type} {do_not}")
+            return Unknown(f"the experts {have} {what}; experts of model type {known.model_type} {do_not}")
     return activation
 
 
 def layer_routing(known: Known | Unknown, layer: MoELayer) -> Routing | Unknown:
     """The routing of a layer, or why it is unknown."""
     if layer.beside_router and not isinstance(known, Unknown):
-        return Unknown(f"{layer.beside_router} is among the router's tensors, and its meaning is not known")
+        return Unknown(f"{layer.beside_router} is among the router's tensors, and its meaning is unknown")
     return known if isinstance(known, Unknown) else known.routing(layer.experts, layer.index)
 
 
@@ -192,7 +192,7 @@ def _not_understood(row: Family, section: Config) -> Iterator[Unknown]:
     for keys in row.settings():
         stated = {key: value for key in keys if (value := _experts(row, section).get(key)) is not None}
         if any(value != next(iter(stated.values())) for value in stated.values()):
-            yield Unknown(f"config.json says {' and '.join(f'{k} = {short(v)}' for k, v in stated.items())}", keys[0])
+            yield Unknown(f"config.json has {' and '.join(f'{k} = {short(v)}' for k, v in stated.items())}", keys[0])
     for key, value in _experts(row, section).items():
         if not isinstance(key, str) or key in understood or key in _HARMLESS or "loss" in key:
             continue
@@ -200,7 +200,7 @@ def _not_understood(row: Family, section: Config) -> Iterator[Unknown]:
             continue
         neutral = value is None or value is divides if key in _RENORMALIZE else _is_neutral(key, value)
         if not neutral:
-            yield Unknown(f"config.json says {key} = {short(value)}, whose effect is not known", key)
+            yield Unknown(f"config.json has {key} = {short(value)}, whose effect is unknown", key)
 
 
 def _is_architecture(row: Family, section: Config, config: Config) -> bool:

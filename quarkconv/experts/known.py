@@ -74,9 +74,9 @@ class Known(NamedTuple):
         n_group, topk_group = groups
         # Fewer eligible experts than k would leave the rest of the choice to how topk breaks ties between -inf.
         if k > (count + zeros) // n_group * topk_group:
-            return Unknown(f"config.json says {top_k_key} = {k}, more than the experts to choose from", top_k_key)
+            return Unknown(f"config.json has {top_k_key} = {k}, more than the experts to choose from", top_k_key)
         if rule.scoring == "sparsemixer" and k != 2:
-            return Unknown(f"config.json says {top_k_key} = {k}, and this routing is of two experts", top_k_key)
+            return Unknown(f"config.json has {top_k_key} = {k}, but this routing chooses two experts", top_k_key)
         tensors = self.family.tensors
         return Routing(
             model_type=self.model_type,
@@ -147,7 +147,7 @@ class Known(NamedTuple):
         for key in rule.experts:
             stated = of_layer(self.experts.get(key), layer) if rule.per_layer else self.experts.get(key)
             if stated is not None and positive_int(stated) != count:
-                return Unknown(f"config.json says {key} = {stated!r}, the tensors are of {count} experts", key)
+                return Unknown(f"config.json has {key} = {stated!r}, but the tensors hold {count} experts", key)
         return None
 
     def _zero_experts(self) -> int | Unknown:

@@ -34,8 +34,8 @@ def missing_experts(
     return finding(
         "expert-missing",
         prefix,
-        f"The layer has experts up to number {max(numbers)} and lacks {plural(count, noun)}, first {first}",
-        hint="download the checkpoint again; if it was published so, quantize it again",
+        f"The layer numbers its experts up to {max(numbers)} but lacks {plural(count, noun)}, beginning with {first}",
+        hint="download the checkpoint again; if it was published like this, quantize it again",
         count=count,
     )
 
@@ -51,7 +51,7 @@ def packed_experts(prefix: str, forms: dict[Role, tuple[Form, ...]], *, joined: 
     return finding(
         "scheme-unsupported",
         prefix,
-        "The experts are stored with two codes in each element, as int4",
+        "The experts are stored with two codes per element, as int4",
         hint="quarkconv converts symmetric INT8 W8A8 only",
     )
 
@@ -71,7 +71,7 @@ def experts_of_two_sizes(prefix: str, forms: dict[Role, tuple[Form, ...]], *, jo
     return finding(
         NOT_UNDERSTOOD,
         prefix,
-        f"The experts under one module differ in size: intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
+        f"The experts of one module differ in size: intermediate sizes {', '.join(map(str, dict.fromkeys(sizes)))}",
         hint=RENAMED_HINT,
         count=len(sizes),
     )
@@ -87,7 +87,7 @@ def implausible_geometry(prefix: str, geometry: tuple[int, int, int]) -> Finding
         prefix,
         f"The layer has {experts} experts, hidden {hidden}, intermediate {intermediate}; expected 1 to "
         f"{MAX_EXPERTS} experts, and sizes above 0",
-        hint="the file is corrupt or crafted: export the model again",
+        hint="the file is corrupt: export the model again",
     )
 
 
@@ -96,6 +96,6 @@ def wrong_shape(subject: str, expected: tuple[int, ...], found: tuple[int, ...])
     return finding(
         "expert-shape",
         subject,
-        f"The projection has shape {list(found)}, the others of its layer need {list(expected)}",
-        hint="download the checkpoint again; if it was published so, quantize it again",
+        f"The projection has shape {list(found)}; the others of its layer need {list(expected)}",
+        hint="download the checkpoint again; if it was published like this, quantize it again",
     )

@@ -114,10 +114,13 @@ def _naming(prefix: str, names: frozenset[str]) -> ExpertNaming | Finding:
     if naming is None:
         mixed = [naming for naming in possible if names & naming.leaves()]
         families = " and ".join(sorted("/".join(naming.projections()) for naming in mixed))
-        return finding("layout-conflict", prefix, f"The layer names its experts in two ways: {families}")
+        message = f"The layer names its experts in two ways: {families}"
+        return finding("layout-conflict", prefix, message, hint="export the model again with one naming")
     if naming.joined in names and names & {naming.gate, naming.up}:
         return finding(
-            "layout-conflict", prefix, f"The layer stores {naming.gate} and {naming.up} alone and as {naming.joined}"
+            "layout-conflict",
+            prefix,
+            f"The layer stores {naming.gate} and {naming.up} both separately and as {naming.joined}",
         )
     return naming
 
@@ -135,7 +138,7 @@ def _biased(prefix: str, numbers: range, rows: dict[str, int], stored: StoredMod
             NOT_UNDERSTOOD,
             prefix,
             "Only some projections of the experts have a bias",
-            hint=f"engines expect biases on all of them, or on none; {RENAMED_HINT}",
+            hint=f"engines expect biases on all of them or none; {RENAMED_HINT}",
         )
     for name, count in projections.items():
         bias = f"{name}.bias"
@@ -208,7 +211,7 @@ def single_tensor_layer(
             NOT_UNDERSTOOD,
             prefix,
             f"The layer stores its int8 experts in one tensor, {' and '.join(unread)}",
-            hint="no engine loads these: quantize the model with its experts one by one",
+            hint="no engine loads these: quantize the model with separate experts",
         )
     return MoELayer(
         index=index,
@@ -269,7 +272,7 @@ def _lost(prefix: str, part: str, joined: str, stored: StoredModules) -> Finding
     return finding(
         NOT_UNDERSTOOD,
         prefix,
-        f"The layer stores the experts' gate and up as one linear of three dimensions, {joined}",
+        f"The layer stores gate and up of its experts as one three-dimensional linear, {joined}",
         hint=RENAMED_HINT,
     )
 

@@ -68,7 +68,7 @@ class Rank(NamedTuple):
             )
         if self.parallel == "ep" and experts < self.world_size:
             raise UnsupportedError(
-                "There are more ranks than experts",
+                "More ranks than experts",
                 tensor=prefix,
                 expected=f"{self.world_size} experts or more",
                 found=str(experts),

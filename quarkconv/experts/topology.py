@@ -127,8 +127,8 @@ def _layers(
             yield finding(
                 "layout-conflict",
                 prefix,
-                "The layer stores its experts twice: one by one, and all in one tensor",
-                hint="remove one of the two: engines load one and drop the other",
+                "The layer stores its experts twice: one by one and in one tensor",
+                hint="remove one copy: engines load one and drop the other",
             )
             continue
         index = _layer_index(prefix, hidden_layers, position)
@@ -172,7 +172,7 @@ def _misspelt(modules: list[str]) -> Iterator[Finding]:
     yield from FindingsAbout(
         "tensor-unrecognised",
         modules,
-        f"{plural(len(modules), 'module')} with an expert number in a form that no engine writes, such as 01",
+        f"{plural(len(modules), 'module')} with an expert number that no engine writes, such as 01",
         hint="conversion treats them as ordinary linears; engines drop them",
     )
 
@@ -184,7 +184,7 @@ def _wrong_counts(layers: list[MoELayer], experts_of: Callable[[str, bool], int 
             yield finding(
                 "expert-count",
                 layer.prefix,
-                f"The layer stores {layer.experts} experts, config.json has {claimed}",
+                f"The layer stores {layer.experts} experts, but config.json has {claimed}",
                 hint="use the config.json that belongs to these weights",
             )
 
@@ -195,7 +195,7 @@ def _mixed_geometry(layers: list[MoELayer]) -> Iterator[Finding]:
         yield finding(
             "layer-geometry",
             odd[0].prefix,
-            f"{len(odd)} of {len(layers)} MoE layers with another number or size of experts than the first: "
+            f"{len(odd)} of {len(layers)} MoE layers with experts that differ in number or size from the first's: "
             f"{_geometry(odd[0])} instead of {_geometry(layers[0])}",
             count=len(odd),
         )

@@ -71,7 +71,7 @@ def unread_findings(
         stored, known, config_experts: as for :func:`names_not_understood`.
         names: what it returns.
     """
-    message = f"{plural(len(names), 'module or tensor', 'modules or tensors')} of experts under unknown names"
+    message = f"{plural(len(names), 'module or tensor', 'modules or tensors')} of experts with unknown names"
     if known:
         hint = "conversion treats int8 modules as ordinary linears and copies the rest; engines may drop them"
         yield from FindingsAbout("tensor-unrecognised", names, message, hint=hint)
@@ -80,7 +80,7 @@ def unread_findings(
         yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint="quarkconv converts symmetric INT8 W8A8 only")
     elif any(_GGUF in name and _NODE in name for name in names):
         message = f"{plural(len(names), 'tensor')} of experts packed for CPUs, by the names of kt-kernel"
-        hint = "only KTransformers reads them: give the checkpoint that they were packed from"
+        hint = "only KTransformers reads them: give the checkpoint before packing"
         yield from FindingsAbout(NOT_UNDERSTOOD, names, message, hint=hint)
     elif names:
         hint = RENAMED_HINT if are_modules(stored, names) else _UNREADABLE_HINT
@@ -89,8 +89,8 @@ def unread_findings(
         yield finding(
             NOT_UNDERSTOOD,
             "config.json",
-            f"config.json declares {config_experts} routed experts per layer, and no tensor is named like one",
-            hint="quarkconv cannot tell which tensors are the experts, and so converts none",
+            f"config.json declares {config_experts} routed experts per layer, but no tensor is named like one",
+            hint="quarkconv cannot tell which tensors are the experts",
         )
 
 

@@ -188,7 +188,7 @@ class HttpRanges(ABC):
         partial = response.status_code == 206 and _is_range(stated, start, end, size)
         if not plain or not (whole or sent_whole or partial):
             raise HubError(
-                f"{self._service()} sent other bytes than requested",
+                f"{self._service()} sent the wrong bytes",
                 file=f"{self}/{name}",
                 expected=f"bytes {start}-{end - 1}/{size}",
                 found=f"status {response.status_code}, Content-Range {stated or 'missing'}"
@@ -208,7 +208,7 @@ class HttpRanges(ABC):
 
     def _empty(self, requested: Range) -> HubError:
         return HubError(
-            f"{self._service()}'s responses end before the range does",
+            f"{self._service()}'s responses end before the requested range",
             file=f"{self}/{requested.file}",
             expected=f"bytes {requested.start}-{requested.end - 1}",
             found="empty responses",
@@ -218,7 +218,7 @@ class HttpRanges(ABC):
     def changed(self, name: str, expected: str, found: str) -> SourceError:
         """The error for a file that differs from the listing."""
         return SourceError(
-            f"A file on {self.service} differs from the one that was listed",
+            f"A file on {self.service} has changed since it was listed",
             code="source-changed",
             file=f"{self}/{name}",
             expected=expected,

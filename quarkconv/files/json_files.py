@@ -110,7 +110,7 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
     if raw.startswith(LFS_POINTER):
         found = f"a text of {len(raw)} bytes"
         raise SourceError(
-            "The file is a pointer of Git LFS, without its content",
+            "The file is a Git LFS pointer, without the content",
             code=code,
             file=name,
             found=found,
@@ -118,10 +118,10 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
         )
     if raw.startswith(_MARKS):
         raise SourceError(
-            "The file starts with a byte order mark, at which engines fail",
+            "The file starts with a byte order mark, and engines fail on it",
             code=code,
             file=name,
-            expected="UTF-8 without one",
+            expected="UTF-8 without a byte order mark",
             found=raw[:3].hex(" "),
             hint="save the file again as UTF-8 without a byte order mark",
         )
@@ -139,7 +139,7 @@ def parse_json_object(raw: bytes, name: str, *, code: str) -> dict[str, Any]:
         ) from error
     if not isinstance(value, dict):
         raise SourceError(
-            "The file does not hold a JSON object",
+            "The file is not a JSON object",
             code=code,
             file=name,
             expected="an object",
@@ -157,7 +157,7 @@ def link_error(file: str, target: str) -> SourceError:
         file=file,
         expected="a file in the directory",
         found=f"a link to {target}",
-        hint="if you made the link yourself, replace it by the file (`cp` follows links) or by a hard link (`ln`)",
+        hint="if you created the link, replace it with the file (`cp` follows links) or a hard link (`ln`)",
     )
 
 

@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
 
-CHECK_ACCESS: Final = "check who may read it"
+CHECK_ACCESS: Final = "check its permissions"
 """The hint where a permission is missing."""
 LFS_POINTER: Final = b"version https://git-lfs"
 """Start of a file that Git LFS has not fetched."""

@@ -17,7 +17,7 @@ def load_header_json(text: str) -> dict[str, dict[str, object]]:
         RecursionError: nested too deep.
     """
     if not text.startswith("{"):
-        raise ValueError("the header does not start with '{'")
+        raise ValueError("no '{' at the start of the header")
     entries: dict[str, dict[str, object]] = json.loads(text, parse_constant=_no_constant)
     # A second, slower parse finds what Python's parser accepts and the format forbids. Headers as tools write them skip
     # it: the test for it is cheap, and may only err towards parsing again.

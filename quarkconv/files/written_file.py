@@ -30,9 +30,9 @@ def require_writable(option: str, path: str | Path | None, mark: bytes) -> None:
         raise UsageError(f"{option} is empty", expected="a file to write")
     try:
         if not file.absolute().parent.is_dir():
-            raise WriteError("The folder of a file to write does not exist", file=str(path), hint="create it first")
+            raise WriteError(f"The folder for {option} does not exist", file=str(path), hint="create it first")
         if file.is_dir():
-            raise WriteError("The file to write is a directory", file=str(path), hint="name a file in it")
+            raise WriteError(f"The file for {option} is a directory", file=str(path), hint="name a file in it")
         if not file.is_symlink() and not file.exists():
             return
         if file.is_file() and not file.is_symlink():
@@ -41,10 +41,10 @@ def require_writable(option: str, path: str | Path | None, mark: bytes) -> None:
                     return
     except (OSError, ValueError) as error:
         raise WriteError(
-            "The file cannot be written", file=str(path), found=_reason(error), hint="name another file"
+            f"The file for {option} cannot be written", file=str(path), found=_reason(error), hint="name another file"
         ) from error
     raise UsageError(
-        f"{option} would replace another file",
+        f"{option} would overwrite an unrelated file",
         file=str(path),
         expected="a new file, or an earlier one of the same command",
         hint="choose another name, or delete the file first",

@@ -201,7 +201,7 @@ def _odd_names(names: list[str]) -> Iterator[Finding]:
     yield from FindingsAbout(
         "tensor-name",
         unprintable,
-        f"{plural(len(unprintable), 'tensor')} with a name that is not printable",
+        f"{plural(len(unprintable), 'tensor')} with an unprintable name",
         hint="no known tool writes such names; treat this checkpoint as suspicious",
     )
     paths = [name for name in names if name.isprintable()]
@@ -260,9 +260,8 @@ def _renamed(shards: list[ShardHeader]) -> Iterator[Finding]:
     yield from FindingsAbout(
         "quantizer-names",
         renamed,
-        "Scales named after the quantizer, such as weight_quantizer.scale, or scales of rows named weight_scale_inv, "
-        f"in {plural(len(renamed), 'file')}",
-        hint="convert it: engines look for weight_scale and input_scale, and take weight_scale_inv for blocks",
+        f"Scales named weight_quantizer.scale, or row scales named weight_scale_inv, in {plural(len(renamed), 'file')}",
+        hint="convert it: engines look for weight_scale and input_scale, and take weight_scale_inv for block scales",
     )
 
 

@@ -20,7 +20,7 @@ _MAX_FREE_VALUES: Final = 2_000_000
 """Limits of a header that needs the JSON parser, which takes several times the memory."""
 
 _DTYPE: Final = re.compile(r"[A-Z]{1,4}\d{1,3}(?:_\w{1,12})?")
-_NEWER: Final = "a newer version of the format may have this dtype, which this version of quarkconv does not read"
+_NEWER: Final = "this version of quarkconv does not read this dtype; a newer version of the format may have it"
 
 _T = TypeVar("_T")
 
@@ -105,7 +105,7 @@ def _find_bad_entry(entries: dict[str, dict[str, object]], file: str) -> NoRetur
 
     for name, entry in entries.items():
         if not isinstance(entry, dict) or set(entry) != {"dtype", "shape", "data_offsets"}:
-            refuse_entry(file, name, "an object of dtype, shape and data_offsets", shown(entry))
+            refuse_entry(file, name, "an object with dtype, shape and data_offsets", shown(entry))
         dtype, shape, offsets = entry["dtype"], entry["shape"], entry["data_offsets"]
         if not isinstance(dtype, str) or dtype not in DTYPE_BITS:
             raise invalid_header(

@@ -73,10 +73,10 @@ def read_index(store: Files) -> Index | None:
     for file in distinct:
         if not (isinstance(file, str) and _SHARD_NAME.fullmatch(file)):
             expected = "names of .safetensors files in the model's directory"
-            raise invalid_index("The index names an invalid shard", expected=expected, found=shown(file))
+            raise invalid_index("The index lists an invalid file name", expected=expected, found=shown(file))
     if len(distinct) > MAX_SHARDS:
         expected = f"at most {MAX_SHARDS} files"
-        raise invalid_index("The index names too many files", expected=expected, found=str(len(distinct)))
+        raise invalid_index("The index lists too many files", expected=expected, found=str(len(distinct)))
     metadata = index.get("metadata")
     return Index(runs, metadata.get("total_size") if isinstance(metadata, dict) else None)
 
@@ -85,7 +85,7 @@ def _entries(weight_map: object) -> Iterable[tuple[str, str]]:
     """The entries of a weight_map. Their files are not checked."""
     if not isinstance(weight_map, dict):
         found = shown(weight_map)
-        raise invalid_index("The index has no weight_map", expected="an object from tensor to file", found=found)
+        raise invalid_index("The index has no weight_map", expected="an object that maps tensors to files", found=found)
     return weight_map.items()
 
 
@@ -113,7 +113,7 @@ def compare_index(index: Index, shards: list[ShardHeader]) -> Iterator[Finding]:
             "index-total-size",
             INDEX_NAME,
             f"The total size in the index is {shown(index.total_size)}",
-            hint="loaders use it for estimates only; conversion writes the right size",
+            hint="loaders use it only for estimates; conversion writes the correct size",
         )
 
 
@@ -141,7 +141,7 @@ def _wrong_places(weight_map: dict[str, str], shards: list[ShardHeader]) -> Iter
         yield from FindingsAbout(
             "index-mismatch",
             missing,
-            f"{plural(len(missing), 'tensor')} missing from the listed file; the index has the first in {listed}, but "
+            f"{plural(len(missing), 'tensor')} missing from the listed file; the index puts the first in {listed}, but "
             f"{holder} holds it",
             hint="download the checkpoint again, or rebuild the index",
         )

@@ -44,5 +44,5 @@ def _several(subject: str, file: str, folders: list[str]) -> SourceError:
         file=file,
         expected="a checkpoint",
         found=f"{RANKS_NAME} and {len(folders)} folders",
-        hint=f"name one of them: {file}/{min(folders)}" if folders else "convert the model again",
+        hint=f"give one of them: {file}/{min(folders)}" if folders else "convert the model again",
     )

@@ -167,7 +167,7 @@ def parse_header(raw: bytes, file: str, size: int) -> ShardHeader:
     if data_start + data_size < size:
         raise invalid_header(
             file,
-            message="The file has bytes after the data of its last tensor",
+            message="The file has bytes after its last tensor",
             expected=f"{data_start + data_size} bytes",
             found=f"{size} bytes",
         )
@@ -212,7 +212,7 @@ def check_length(file: str, length: int, size: int) -> None:
     if length == _LFS_POINTER:
         raise invalid_header(
             file,
-            message="The file is a pointer of Git LFS, without the weights",
+            message="The file is a Git LFS pointer, without the weights",
             expected="a safetensors file",
             found=f"a text of {size} bytes",
             hint=FETCH_POINTER,
@@ -220,10 +220,10 @@ def check_length(file: str, length: int, size: int) -> None:
     if _TEXT.fullmatch(start := length.to_bytes(8, "little")):
         raise invalid_header(
             file,
-            message="The file is a text, without the weights",
+            message="The file is text, not weights",
             expected="a safetensors file",
             found=f"a text of {size} bytes that starts with {start.decode()!r}",
-            hint="look into the file: it may say why the download failed",
+            hint="read the file: it may explain why the download failed",
         )
     if length > MAX_HEADER_BYTES:
         raise invalid_header(

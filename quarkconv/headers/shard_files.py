@@ -115,7 +115,7 @@ def _snapshot_hint(store: Files) -> str | None:
     if not snapshots:
         return None
     commit = latest if latest in snapshots else snapshots[0]
-    return f"a folder of the Hub's cache holds models as snapshots: give {root / 'snapshots' / commit}"
+    return f"the Hub's cache keeps models in snapshots: give {root / 'snapshots' / commit}"
 
 
 def _numbered(present: list[str]) -> Iterator[str]:
@@ -143,9 +143,9 @@ def in_another_format(store: Files, present: list[str], index: Index | None) -> 
     yield from FindingsAbout(
         OTHER_FORMAT,
         of_ranks,
-        f"{plural(len(of_ranks), 'file')} with the parameters of an engine's ranks, as vLLM, SGLang and "
-        "TensorRT-LLM save them",
-        hint="give the model that the engine loaded: its parameters are merged, divided, and may be in another order",
+        f"{plural(len(of_ranks), 'file')} with the parameters of an engine's ranks, as saved by vLLM, SGLang "
+        "or TensorRT-LLM",
+        hint="give the model that the engine loaded: these parameters are merged, divided and possibly reordered",
     )
     yield from _in_folders(store, present, index)
     if present or index is not None:
@@ -155,8 +155,8 @@ def in_another_format(store: Files, present: list[str], index: Index | None) -> 
     yield from FindingsAbout(
         OTHER_FORMAT,
         others,
-        f"{plural(len(others), 'file')} with weights in another format than safetensors, and none in safetensors",
-        hint="give the model's safetensors export; other formats are not read",
+        f"{plural(len(others), 'file')} with weights in other formats, but no safetensors file",
+        hint="give the model's safetensors export; quarkconv reads no other format",
     )
 
 
@@ -169,8 +169,8 @@ def _in_folders(store: Files, present: list[str], index: Index | None) -> Iterat
     yield from FindingsAbout(
         OTHER_FORMAT,
         names,
-        f"{plural(len(names), 'safetensors file')} in folders below that of config.json",
-        hint="quarkconv and engines read shards beside config.json: move them there, with an index of their new names",
+        f"{plural(len(names), 'safetensors file')} in subfolders, below config.json",
+        hint="quarkconv and engines read shards beside config.json: move them there, and update the index",
     )
 
 
@@ -181,8 +181,12 @@ def unused(present: list[str], shards: list[str], index: Index | None) -> Iterat
     yield from FindingsAbout(
         "file-conflict",
         loaded,
-        f"{plural(len(loaded), 'safetensors file')} beside the shards, and "
-        + ("no index: engines load every file" if index is None else f"vLLM loads {_PREFERRED}*.safetensors instead"),
+        f"{plural(len(loaded), 'safetensors file')} beside the shards; "
+        + (
+            "without an index engines load every file"
+            if index is None
+            else f"vLLM loads {_PREFERRED}*.safetensors instead"
+        ),
         hint="remove them, or convert: conversion leaves them out",
     )
     if index is not None:

@@ -57,7 +57,7 @@ def open_hub_bucket(url: str) -> HttpFiles:
     for name, entry in entries.items():
         if not is_inside(name) or not entry.etag:
             raise HubError(
-                "The Hub's list of files cannot be used",
+                "The Hub's list of files is invalid",
                 file=url,
                 expected="relative paths, and a hash for each file",
                 found=repr(name)[:300],

@@ -10,7 +10,7 @@ from quarkconv.errors import HubError
 from quarkconv.files.http import client, proxy_for, url_of
 
 TOKEN_HINT: Final = "for a private or gated repo run `hf auth login`, or set HF_TOKEN"
-_RETRY_HINT: Final = "wait a little, then run the same command again"
+_RETRY_HINT: Final = "wait a moment, then run the same command again"
 _QUERY: Final = re.compile(r"(https?://[^\s'\"?<>]+)\?[^\s'\"<>]*")
 _SECRET: Final = re.compile(r"Bearer [^'\"]*")
 _PROXY_LOGIN: Final = 407
@@ -55,10 +55,10 @@ def hub_error(error: Exception, repo: str, file: str | None = None) -> HubError:
         message, hint = "The repo has no such file", "run the command again"
     elif isinstance(error, OfflineModeIsEnabled | LocalEntryNotFoundError):
         message = "The Hub cannot be reached, and its cache does not hold this model"
-        hint = "unset HF_HUB_OFFLINE, or download the model before with `hf download`"
+        hint = "unset HF_HUB_OFFLINE, or download the model first with `hf download`"
     elif isinstance(error, UnicodeEncodeError | client().LocalProtocolError):
         message, expected = "Invalid token", "letters, digits and _"
-        found, hint = "characters that no HTTP header can hold", "set HF_TOKEN again, or run `hf auth login`"
+        found, hint = "characters that an HTTP header cannot contain", "set HF_TOKEN again, or run `hf auth login`"
     elif isinstance(error, HfHubHTTPError):
         return _refused(error, error.response.status_code, name, found)
     elif isinstance(error, client().TooManyRedirects | RecursionError):  # huggingface_hub 1 recurses on redirects
@@ -106,7 +106,7 @@ def _refused(error: Exception, status: int, name: str, found: str) -> HubError:
     message, expected = "The Hub refused a request", None
     hint = TOKEN_HINT if status in (401, 403) else _RETRY_HINT
     if status == _PROXY_LOGIN and proxy is not None:
-        message, expected = "The proxy refused a request to the Hub", f"a way through {proxy.address}"
+        message, expected = "The proxy refused a request to the Hub", f"access through {proxy.address}"
         hint = _login_hint(proxy.variable)
     elif server != urlsplit(constants.ENDPOINT).netloc:
         through = "" if proxy is None else f" ({proxy.variable} is {proxy.address})"

@@ -81,14 +81,14 @@ def locate(model: str | Path, *, cache: bool = False, progress: Progress = SILEN
     """
     if model == "":
         raise UsageError(
-            "The name of a model is empty",
+            "The model name is empty",
             expected="a directory, a Hub repo id, or a URL",
             hint="give . for the current directory",
         )
     if isinstance(model, str) and is_url(model):
         if cache:
             raise UsageError(
-                "A model with a URL cannot be downloaded",
+                "A model from a URL cannot be downloaded",
                 file=model,
                 expected="`inspect`, or `convert` without --cache",
                 hint="copy it to a directory with the service's own tools",
@@ -130,7 +130,7 @@ def _open_url(url: str) -> Files:
         return open_bucket(url)
     page = _PAGE.match(url)
     raise UsageError(
-        "Models are not read from this URL",
+        "quarkconv does not read models from this URL",
         expected=f"a directory, a Hub repo id, or a URL: {alternatives((*SCHEMES, BUCKETS, MODELSCOPE))}",
         found=repr(url)[:300],
         hint=f"give the repo id: {page['repo']}" if page else "download the model, and give its directory",

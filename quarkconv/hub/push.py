@@ -27,7 +27,7 @@ def create_repo(repo: str, *, private: bool, progress: Progress = SILENT) -> Non
     try:
         HfApi(endpoint=constants.ENDPOINT).create_repo(repo, private=private or None, exist_ok=True)
     except Exception as error:  # of its HTTP client, of its own, OSError, ValueError
-        raise _refused("The repo of --push cannot be created", repo, error) from error
+        raise _refused("The repo for --push cannot be created", repo, error) from error
 
 
 def upload_folder(folder: Path, repo: str, message: str, *, bars: bool = False) -> str:

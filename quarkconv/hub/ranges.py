@@ -110,7 +110,7 @@ class BucketRanges(HubRanges):
     def _state(self, found: Any) -> _State:
         if found.xet_file_data is None:
             raise HubError(
-                "The Hub does not state the hash of a file in a bucket",
+                "The Hub's response lacks the hash of a file in a bucket",
                 file=str(self),
                 expected="X-Xet-Hash",
                 found="no such header",

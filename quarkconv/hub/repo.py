@@ -70,7 +70,7 @@ def list_repo(repo: str, revision: str | None) -> HubRepo:
 
 def _no_listing(repo: str, expected: str, found: str) -> HubError:
     return HubError(
-        "The Hub's list of files cannot be used",
+        "The Hub's list of files is invalid",
         file=repo,
         expected=expected,
         found=found,

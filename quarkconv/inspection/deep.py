@@ -89,22 +89,21 @@ class _Defects:
         yield from FindingsAbout(
             "scale-invalid",
             list(self._invalid),
-            f"{plural(len(self._invalid), 'scale')} not finite or not positive, the first with {first_problem}",
+            f"{plural(len(self._invalid), 'scale')} not finite or not positive; the first has {first_problem}",
             hint="quantize the model again; its outputs would be NaN or wrong",
         )
         yield from FindingsAbout(
             "scale-invalid",
             list(self._zero),
-            f"{plural(len(self._zero), 'scale')} of weights with the value 0, "
-            "which makes rows 0 whatever their codes are",
-            hint="harmless where the codes are 0 too, which verify checks; else quantize the model again",
+            f"{plural(len(self._zero), 'weight scale')} of 0, which make their rows 0 whatever the codes",
+            hint="harmless if their codes are 0 too, which verify checks; otherwise quantize the model again",
             severity=Severity.WARNING,
         )
         yield from FindingsAbout(
             "scale-negative",
             list(self._negative),
             f"{plural(len(self._negative), 'scale')} with negative values, as auto-round writes them",
-            hint="no action where engines multiply by scales, as vLLM and SGLang do",
+            hint="no action needed for engines that multiply by scales, as vLLM and SGLang do",
         )
         yield from FindingsAbout(
             "scale-subnormal",
@@ -115,7 +114,7 @@ class _Defects:
         yield from FindingsAbout(
             "zero-point-nonzero",
             list(self._nonzero),
-            f"{plural(len(self._nonzero), 'zero point')} not zero",
+            f"{plural(len(self._nonzero), 'tensor')} of zero points that are not zero",
             hint="quantize the model again with symmetric weights",
         )
 

@@ -144,7 +144,7 @@ class QuarkInt8Converter:
             missing = {name for name in self._groups[primary] if name not in tensors}
             if missing:
                 raise SourceError(
-                    "Tensors that are converted together came one by one",
+                    "Tensors that must be converted together came separately",
                     code="expert-missing",
                     tensor=next(name for name in tensors if self._primary[name] == primary),
                     expected=f"{min(missing)} with it",

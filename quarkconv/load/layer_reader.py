@@ -162,7 +162,7 @@ class LayerReader:
         for name, ref in refs.items():
             if ref.dtype not in _TORCH_DTYPES:
                 raise UnsupportedError(
-                    "A tensor has a dtype that torch does not have",
+                    "A tensor has a dtype that torch lacks",
                     file=self._path(ref),
                     tensor=name,
                     found=ref.dtype,

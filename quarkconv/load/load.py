@@ -58,7 +58,7 @@ def load_fused_experts(
     stored = description.config.rank
     if not requested.is_whole and not stored.is_whole and stored != requested:
         raise UsageError(
-            "The checkpoint is divided among ranks in another way",
+            "The checkpoint is divided among ranks differently",
             file=str(root),
             expected=str(requested.to_json()),
             found=str(stored.to_json()),

@@ -29,7 +29,7 @@ def select_layer(layers: Sequence[MoELayer], name: LayerName, file: str) -> MoEL
         return found[0]
     if found:
         raise UsageError(
-            f"Several MoE layers have the number {name}",
+            f"Several MoE layers have number {name}",
             file=file,
             expected="the module of one of them",
             found=_listed(layer.moe for layer in found),
@@ -37,7 +37,7 @@ def select_layer(layers: Sequence[MoELayer], name: LayerName, file: str) -> MoEL
         )
     by_number = isinstance(name, int) and len({layer.index for layer in layers}) == len(layers)
     known = _listed((str(layer.index) if by_number else layer.moe) for layer in layers)
-    raise UsageError("No MoE layer has this number or module", file=file, expected=known or "none", found=str(name))
+    raise UsageError("No such MoE layer", file=file, expected=known or "none", found=str(name))
 
 
 def select_layers(layers: Sequence[MoELayer], names: Iterable[LayerName] | None, file: str) -> tuple[MoELayer, ...]:
@@ -61,14 +61,14 @@ def check_loadable(layer: MoELayer) -> None:
     """
     if not layer.quantized or any(form.granularity is None for form in layer.all_forms):
         raise UnsupportedError(
-            "The experts of this layer are not stored in int8 with scales",
+            "The experts of this layer are not stored as int8 with scales",
             tensor=layer.prefix,
             found="/".join(sorted({form.weight.dtype for form in layer.all_forms})),
             hint="run `quarkconv inspect`",
         )
     if layer.interleaved is None:
         raise UnsupportedError(
-            "The order of the rows of gate and up in this layer is not known",
+            "The row order of gate and up in this layer is unknown",
             tensor=layer.prefix,
             expected="a model type whose order is known",
             hint="run `quarkconv inspect`",

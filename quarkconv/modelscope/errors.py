@@ -45,7 +45,7 @@ def refusal(status: int, found: str, file: str) -> HubError:
     if status in (401, 403):
         return HubError("ModelScope refuses access", file=file, found=found, hint=_TOKEN_HINT)
     return HubError(
-        "ModelScope refused a request", file=file, found=found, hint="wait a little, then run the same command again"
+        "ModelScope refused a request", file=file, found=found, hint="wait a moment, then run the same command again"
     )
 
 

@@ -134,7 +134,7 @@ def _entry(item: object, url: str) -> tuple[str, Entry]:
 
 def _unusable(url: str, found: str) -> HubError:
     return HubError(
-        "ModelScope's list of files cannot be used",
+        "ModelScope's list of files is invalid",
         file=url,
         expected="relative path, size and SHA-256 of each file",
         found=found,

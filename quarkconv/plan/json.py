@@ -98,7 +98,7 @@ def piece_from_json(row: object, sources: Sequence[SourceFile]) -> Piece:
                 return CodeColumns(Codes(*_float_rows(source, dtype, columns)), first, some)
         case "zeros", [length]:
             return Zeros(source, count(length))
-    raise ValueError(f"not a piece, or one whose sizes do not fit together: {kind!r:.40}")
+    raise ValueError(f"not a piece, or a piece with inconsistent sizes: {kind!r:.40}")
 
 
 def _float_rows(source: Copy, dtype: object, columns: object) -> tuple[Copy, str, int]:

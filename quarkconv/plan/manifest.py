@@ -160,12 +160,12 @@ def _manifest_of(files: Files) -> Manifest | None:
     )
     if value.get("format") != MANIFEST_FORMAT or value.get("checksum") != CHECKSUM:
         raise SourceError(
-            "This version of quarkconv does not read this version of the manifest",
+            "This version of quarkconv cannot read this manifest",
             code="manifest-invalid",
             file=MANIFEST_NAME,
             expected=f"{MANIFEST_FORMAT} with {CHECKSUM}",
             found=f"{word(value.get('format'))} with {word(value.get('checksum'))}",
-            hint="use the version of quarkconv that wrote it, or a later one",
+            hint="use the version of quarkconv that wrote it, or a newer one",
         )
     try:
         return _parse(value)

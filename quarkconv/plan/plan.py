@@ -104,7 +104,7 @@ class Plan:
         """
         if value.get("format") != PLAN_FORMAT:
             raise SourceError(
-                "The plan is of another format",
+                "The plan has an unknown format",
                 code="plan-invalid",
                 expected=str(PLAN_FORMAT),
                 found=repr(value.get("format"))[:40],

@@ -56,8 +56,8 @@ def _computed(piece: Piece, originals: Mapping[str, TensorRef]) -> Piece:
         case Zeros(_, nbytes):
             return Zeros(Copy(name, original.file, original.start, original.nbytes), nbytes)
     raise UnsupportedError(
-        "--quantize does not convert to this target",
+        "--quantize does not support this target",
         tensor=name,
-        expected="a target of int8 codes",
+        expected="a target with int8 codes",
         hint="quantize to compressed-tensors first, then convert that",
     )

@@ -38,7 +38,7 @@ def in_natural_order(tensors: Iterable[OutputTensor]) -> list[OutputTensor]:
     for first, second in pairwise(ordered):
         if first.name == second.name:
             raise UnsupportedError(
-                "The source already has a tensor with a name of the target",
+                "The source already has a tensor with a name that the target uses",
                 tensor=first.name,
                 hint="the checkpoint is partly converted; start from the original",
             )

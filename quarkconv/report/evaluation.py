@@ -101,7 +101,7 @@ def _layers(evaluation: Evaluation) -> Iterator[str]:
     yield page.paragraph(
         "Own error: relative error of a layer's output on the baseline's hidden states. Drift: accumulated error; "
         "cosine: cosine similarity of the same hidden states. "
-        "Experts changed: share of tokens that choose another set of experts."
+        "Experts changed: share of tokens that choose a different set of experts."
     )
 
 
@@ -111,7 +111,7 @@ def _experts(evaluation: Evaluation) -> Iterator[str]:
         yield charts.heat_map(load)
     rows = [(item.layer, item.expert, item.error, item.tokens) for item in evaluation.experts]
     if rows:
-        head = ("layer", "expert", "squared error / that of its layer's output", "tokens of the sample")
+        head = ("layer", "expert", "squared error / the layer's squared output", "tokens of the sample")
         yield page.table(head, rows, label="Worst experts", captioned=True, sortable=True)
     if evaluation.float_experts:
         text = f"{plural(len(evaluation.float_experts), 'module')} of experts stored in float, evaluated in float: "

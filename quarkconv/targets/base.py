@@ -59,12 +59,12 @@ class Target(ABC):
         if description.scheme is None:
             return "it has int8 modules that are not W8A8"
         if description.static and not self.static_inputs:
-            return f"it has static activation scales, and {self.name} computes them for each token"
+            return f"it has static activation scales, but {self.name} computes scales per token"
         source = description.config.quantization
         if not self.transforms and isinstance(source, dict) and source.get("transform_config"):
-            return "it has transforms that are computed at run time (transform_config)"
+            return "it has transforms at run time (transform_config)"
         if self.quantizes and len({scheme.activation for scheme in description.schemes}) > 1:
-            return "it mixes static and dynamic activation scales, and one config group has only one of them"
+            return "it mixes static and dynamic activation scales, but a config group has only one kind"
         return None
 
     @abstractmethod

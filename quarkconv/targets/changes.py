@@ -39,8 +39,8 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
         yield finding(
             "setting-dropped",
             MODELOPT_NAME,
-            f"{MODELOPT_NAME} is left out: engines would read it where config.json declares nothing",
-            hint="the output's own files declare how it is quantized",
+            f"{MODELOPT_NAME} is left out: engines would read it if config.json declares nothing",
+            hint="the output's own files declare its quantization",
         )
     yield from _renamed_experts(description, target)
     names = target.dropped(description)
@@ -54,8 +54,8 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
         yield from FindingsAbout(
             "module-dequantized",
             modules,
-            f"{plural(len(modules), 'module')} that engines keep in float, dequantized to {_DEQUANTIZED} with one "
-            "rounding",
+            f"{plural(len(modules), 'module')} that engines keep in float, dequantized to {_DEQUANTIZED} "
+            "(rounded once)",
         )
     if isinstance(description.checkpoint, QuantizedCheckpoint):
         yield from _left_in_float(description)
@@ -65,7 +65,7 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
         yield finding(
             "mtp-dropped",
             dropped[0] if dropped else "config.json",
-            f"The layers of multi-token prediction are left out: {held}",
+            f"The multi-token prediction layers are left out: {held}",
             count=len(dropped),
         )
 
@@ -78,8 +78,8 @@ def _renamed_experts(description: Description, target: Target) -> Iterator[Findi
     yield from FindingsAbout(
         NOT_UNDERSTOOD,
         names,
-        f"{plural(len(names), 'module')} of experts that were not recognised, converted under the names they have",
-        hint="whether an engine loads these names is not checked; verify --source compares every byte, no numbers",
+        f"{plural(len(names), 'module')} of unrecognised experts, converted under their own names",
+        hint="not checked: whether an engine loads these names; verify --source compares every byte but no numbers",
         severity=Severity.WARNING,
     )
 

@@ -35,7 +35,7 @@ def check_convertible(description: Description, target: Target, rank: Rank = WHO
         raise blocked
     if not description.config.rank.is_whole:
         raise UnsupportedError(
-            "The source is the part of one rank, not a model",
+            "The source is the part of one rank, not a whole model",
             file=root,
             expected="a whole checkpoint",
             found=description.config.rank.folder(),
@@ -51,7 +51,7 @@ def check_convertible(description: Description, target: Target, rank: Rank = WHO
         )
     if not rank.is_whole and not target.by_rank:
         raise UsageError(
-            "This target is not written by rank: engines divide it themselves", expected="fused-int8", found=target.name
+            "This target has no ranks: engines divide it themselves", expected="fused-int8", found=target.name
         )
     for layer in description.int8_layers:
         rank.check(layer.prefix, layer.experts, layer.intermediate)

@@ -76,9 +76,9 @@ def _not_fused(layer: MoELayer) -> str | None:
     if layer.biased:
         return f"{layer.prefix} has experts with biases, which no engine loads fused"
     if layer.beside:
-        return f"{layer.beside} is among the experts, and its meaning is not known"
+        return f"{layer.beside} is among the experts, and its meaning is unknown"
     if layer.joined:
-        return f"{layer.prefix} stores gate and up as one projection of each expert, which no engine loads fused"
+        return f"{layer.prefix} stores gate and up of each expert as one projection, which no engine loads fused"
     if layer.naming.fused_gate_up is None:
         names = "/".join(layer.naming.projections())
         return f"{layer.prefix} names its experts' projections {names}, which no engine loads fused"

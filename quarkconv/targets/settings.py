@@ -36,7 +36,7 @@ def dropped_settings(description: Description, target: str, *, kept: Collection[
             "setting-dropped",
             f"{QUANTIZATION_KEY}.{shortened(name)}",
             f"The target {target} cannot express this setting: {text[:80]}{'...' if len(text) > 80 else ''}",
-            hint="check whether the model needs it; the weights are the same without it",
+            hint="check whether the model needs it; the weights do not depend on it",
         )
 
 

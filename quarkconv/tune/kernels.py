@@ -202,7 +202,8 @@ def require_engine(engine: str) -> None:
     """
     if importlib.util.find_spec(engine) is None:
         raise UnsupportedError(
-            f"{_NAMES[engine]} is not installed here", hint="run this in the environment that serves with it"
+            f"{_NAMES[engine]} is not installed in this environment",
+            hint="run this in the environment that serves the model",
         )
 
 

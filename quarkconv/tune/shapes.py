@@ -54,7 +54,7 @@ def checkpoint_shapes(model: str, tp: int = 1, ep: int = 1, progress: Progress =
         tp, ep: size of the tensor parallel or of the expert parallel group.
 
     Raises:
-        SourceError: there is nothing to read, or config.json does not say how many experts a token has.
+        SourceError: there is nothing to read, or config.json does not give the number of experts per token.
         UnsupportedError: it has no routed experts with a gate, or they cannot be divided among the ranks.
         UsageError: both sizes are given, or one is out of range.
     """
@@ -72,7 +72,7 @@ def checkpoint_shapes(model: str, tp: int = 1, ep: int = 1, progress: Progress =
     top_k = description.config.top_k
     if top_k is None:
         raise SourceError(
-            "config.json does not say how many experts a token has",
+            "config.json does not give the number of experts per token",
             code="config-invalid",
             file=f"{model}/config.json",
             expected="num_experts_per_tok",

@@ -80,7 +80,7 @@ def record(folder: Path, name: str, head: Mapping[str, str], timings: Mapping[Ra
         known = None
     if not isinstance(known, dict):
         raise UsageError(
-            "The folder has another file of that name",
+            "The folder has an unrelated file of that name",
             file=str(path),
             expected="a record of measurements",
             found="something else",
@@ -111,7 +111,7 @@ def shipped_folder(engine: str) -> Path:
     if not folder.is_dir():
         brought = sorted(path.name for path in SHIPPED.glob("*") if path.is_dir())
         raise UnsupportedError(
-            f"quarkconv brings no tables for {engine}",
+            f"quarkconv has no tables for {engine}",
             expected=alternatives(brought),
             found=engine,
             hint="run `quarkconv tune` on the GPU",

@@ -72,7 +72,7 @@ def require_gpu() -> None:
 
     if not torch.cuda.is_available():
         raise UnsupportedError(
-            "Launch options are measured on a GPU, and torch finds none",
+            "tune needs a GPU, but torch finds none",
             hint="run this on the machine that serves, with a torch built for its GPU",
         )
 

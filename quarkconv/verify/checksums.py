@@ -103,7 +103,7 @@ def _changed_files(store: Files, manifest: Manifest, only: Collection[str] | Non
     try:
         with open_files(store) as opened:
             return [
-                Problem("bytes", None, file.name, "The file has changed since it was written")
+                Problem("bytes", None, file.name, "The file has changed since the conversion")
                 for file in chosen
                 if (size := store.size(file.name)) is not None
                 and _range_checksum(OpenFile(opened, file.name), 0, size) != file.checksum
@@ -178,14 +178,14 @@ def _part_problems(
     shard, tensor, position = part
     if tensor is None:
         if _range_checksum(output, 0, shard.header) != shard.header_checksum:
-            yield Problem("bytes", None, shard.file, "The header differs from the one that was written")
+            yield Problem("bytes", None, shard.file, "The header has changed since the conversion")
         progress(shard.header)
         return
     wrong: list[tuple[WrittenPiece, str]] = []
     for written in tensor.pieces:
         piece = written.piece
         if _range_checksum(output, position, piece.output_nbytes) != written.checksum:
-            wrong.append((written, "differ from the checksum in the manifest"))
+            wrong.append((written, "do not match the checksum in the manifest"))
         elif sources is not None and not _same_as_source(output, position, sources, piece):
             wrong.append((written, "differ from the source"))
         position += piece.output_nbytes

@@ -108,7 +108,7 @@ class RecordedInputs:
         by_number = [layer for layer in layers if self.name_for(layer) == str(layer.index)]
         if len({layer.index for layer in by_number}) < len(by_number):
             raise UsageError(
-                "Several MoE layers have the number of a recorded tensor",
+                "The number of a recorded tensor fits several MoE layers",
                 file=str(self.path),
                 tensor=str(by_number[0].index),
                 hint="name the tensors by module",
@@ -123,7 +123,7 @@ class RecordedInputs:
                         tensor=layer.moe,
                         expected=f"a tensor {layer.moe}, {layer.index} or hidden_states",
                         found=", ".join(sorted(self._names)[:3]) or "no tensors",
-                        hint="record it, or name the layers to check with --layers",
+                        hint="record it, or choose the layers to check with --layers",
                     )
                 part = handle.get_slice(name)
                 shape, dtype = part.get_shape(), part.get_dtype()

@@ -78,7 +78,7 @@ def check_layer(
         problems += _source_problems(experts, source)
     router = inputs.router
     if isinstance(router, Router) and not router.is_finite():
-        message = "The router's tensors are not finite: no token would reach its experts"
+        message = "The router's tensors are not finite, so no token would reach an expert"
         problems.append(Problem("numbers", experts.layer, inputs.layer.moe, message))
         router = Unknown("its tensors are not finite")  # the experts are checked anyway
     weights = None if inputs.unquantized is None else check_weights(experts, inputs.unquantized)
@@ -107,7 +107,7 @@ def _scale_problems(experts: FusedExperts) -> Iterator[Problem]:
         bad &= ~((scale == 0).flatten(1) & ~codes.any(dim=2)) if bool(bad.any()) else bad
         wrong = torch.nonzero(bad.any(dim=1)).flatten().tolist()
         if wrong:
-            message = f"The {name} of expert {wrong[0]} is zero or not finite somewhere"
+            message = f"The {name} of expert {wrong[0]} has values that are zero or not finite"
             yield Problem("numbers", experts.layer, experts.module, message, len(wrong))
 
 
@@ -160,7 +160,7 @@ def _router_problems(inputs: LayerInputs, router: Router | Unknown, weights: Wei
     error = (router.weight.double() - expected).norm() / expected.norm()
     if not error <= ROUTER_BOUND:
         message = (
-            "The experts' input channels have factors, as SmoothQuant and AWQ leave them, and the router does not: "
+            "The experts' input channels have factors, as SmoothQuant and AWQ leave them, but the router does not: "
             f"relative error {error:.3g}, bound {ROUTER_BOUND:g}"
         )
         yield Problem("numbers", inputs.layer.index, inputs.layer.moe, message)

@@ -63,11 +63,11 @@ def _wrong(linear: _Linear, values: dict[str, Tensor], reader: LayerReader) -> I
     names, form = linear.names, linear.form
     scale = values[names.scale].float()
     if not bool(torch.isfinite(scale).all()):
-        yield names.scale, "The scale is not finite somewhere"
+        yield names.scale, "The scale has values that are not finite"
     elif form.granularity is not None and bool((scale == 0).any()):
         used = reader.tensors([names.weight])[names.weight].reshape(scale.numel(), -1).any(dim=1)
         if bool((used & (scale == 0).flatten()).any()):
-            yield names.scale, "The scale is zero for rows whose codes are not"
+            yield names.scale, "The scale is zero for rows with nonzero codes"
     if form.input_scale is not None:
         static = values[names.input_scale].float()
         if not bool((torch.isfinite(static) & (static > 0)).all()):

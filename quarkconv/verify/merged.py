@@ -64,7 +64,7 @@ def merged(results: Mapping[str, dict[str, Any]]) -> dict[str, Any]:
                     hint="verify each part with the same options",
                 )
         if number in parts:
-            raise UsageError("A part occurs twice", file=name, expected="each part once", found=f"part {number}")
+            raise UsageError("A part appears twice", file=name, expected="each part once", found=f"part {number}")
         parts[number] = (name, value)
     count = _shared(expected, "count")
     missing = [number for number in range(1, count + 1) if number not in parts] if isinstance(count, int) else []

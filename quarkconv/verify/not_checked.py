@@ -66,7 +66,9 @@ def unknown_functions(description: Description, layers: Sequence[MoELayer]) -> l
     for layer in layers:
         activation = expert_activation(description.config.raw, layer)
         if at_run_time is not None:
-            reason: str | None = f"activations are {at_run_time} at run time, which the INT8 forward here does not do"
+            reason: str | None = (
+                f"activations are {at_run_time} at run time, which quarkconv's INT8 forward does not do"
+            )
         elif isinstance(activation, Unknown):
             reason = f"the function of the experts is unknown: {activation.reason}"
         else:

@@ -159,7 +159,7 @@ def unsupported_activation(activation: ExpertActivation) -> str | None:
     try:
         make_activation(activation.name, _limit(activation), _alpha(activation))
     except ValueError:
-        return f"the INT8 forward here does not compute {activation.describe()}"
+        return f"quarkconv's INT8 forward does not compute {activation.describe()}"
     return None
 
 

@@ -42,13 +42,15 @@ def origin_problems(description: Description, manifest: Manifest, source: Descri
         for tensor in shard.tensors:
             wrong = None if tensor.name in in_layers else _wrong_origin(tensor, refs)
             if wrong is not None:
-                message = f"It is made of {wrong} of the source, not of the tensor of its own name"
+                message = f"It comes from {wrong} of the source, not from the tensor of the same name"
                 yield Problem("bytes", layer_of(description, tensor.name), tensor.name, message)
     in_source_layers = _of_layers(source)
     for module in source.stored.linears:
         name = linear_names(module).weight
         if name not in description.checkpoint.types and name not in in_source_layers and not source.is_mtp(module):
-            yield Problem("bytes", layer_of(description, name), name, "The source has this tensor, the output does not")
+            yield Problem(
+                "bytes", layer_of(description, name), name, "The source has this tensor, but the output does not"
+            )
 
 
 def _of_layers(description: Description) -> frozenset[str]:

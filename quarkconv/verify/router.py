@@ -87,7 +87,7 @@ def _table(name: str, routing: Routing, reader: LayerReader) -> Tensor | Unknown
     if found.is_floating_point() or found.dim() != 2 or found.shape[1] != routing.top_k or not len(found):
         return Unknown(f"{name} is {found.dtype} {list(found.shape)}, expected integers [vocabulary, {routing.top_k}]")
     if not 0 <= int(found.min()) <= int(found.max()) < routing.experts:
-        return Unknown(f"{name} names experts that the layer does not have")
+        return Unknown(f"{name} has numbers of experts that the layer does not have")
     return found.long()
 
 
@@ -121,5 +121,5 @@ def choose_experts(
         return weights.contiguous(), ids.contiguous(), f"the model's own: {router.routing.describe()}"
     k = min(top_k or 2, layer.experts)
     weights, ids = uniform_routing(len(hidden_states), layer.experts, k, generator)
-    description = f"uniform random top {k} of {layer.experts} (the model's own is not known: {router.reason})"
+    description = f"uniform random top {k} of {layer.experts} (the model's own routing is unknown: {router.reason})"
     return weights.to(device), ids.to(device), description

@@ -40,7 +40,7 @@ from quarkconv.verify.zero_points import zero_point_problems
 Rest = TypeVar("Rest")
 
 _POLL_SECONDS: Final = 0.2  # between checks for a stop
-_CHECKSUM: Final = "do not have the checksum of the manifest"
+_CHECKSUM: Final = "do not match the checksum in the manifest"
 
 
 @dataclass(frozen=True, slots=True)

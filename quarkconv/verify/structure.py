@@ -57,7 +57,7 @@ def function_problems(description: Description, source: Description, layers: Seq
         for what, function in (("activation", _activation_of), ("routing", _routing_of)):
             found, expected = (function(each.config.raw, layer) for each in (description, source))
             if found != expected:
-                message = f"config.json gives the {what} {found}; the config.json of the source gives {expected}"
+                message = f"config.json gives the {what} {found}, but the source's gives {expected}"
                 yield Problem("structure", layer.index, layer.prefix, message)
 
 
@@ -94,7 +94,7 @@ def _truncated(description: Description) -> Iterator[Problem]:
             available = shard.size - shard.data_start
             for name, end in zip(shard.names, shard.ends, strict=True):
                 if end > available:
-                    message = f"{shard.file} ends {shard.truncated} bytes too early and cuts this tensor"
+                    message = f"{shard.file} is {shard.truncated} bytes too short and cuts this tensor"
                     yield Problem("structure", layer_of(description, name), name, message)
 
 
@@ -104,10 +104,10 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
     sizes = {shard.file: shard.size for shard in checkpoint.shards}
     for written in manifest.shards:
         if written.file not in sizes:
-            yield Problem("structure", None, written.file, "The manifest lists this file, which does not exist")
+            yield Problem("structure", None, written.file, "The manifest lists this file, but it does not exist")
             continue
         if sizes[written.file] != written.size:
-            message = f"The file has {sizes[written.file]} bytes, the manifest says {written.size}"
+            message = f"The file has {sizes[written.file]} bytes; the manifest lists {written.size}"
             yield Problem("structure", None, written.file, message)
         position = written.header
         for tensor in written.tensors:
@@ -116,10 +116,10 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
             expected = (tensor.dtype, tensor.shape, written.file, position, position + tensor.nbytes)
             position += tensor.nbytes
             if found is None:
-                message = f"The manifest lists this tensor in {written.file}, and it is missing from all headers"
+                message = f"The manifest lists this tensor in {written.file}, but no header has it"
                 yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
             elif found != expected:
-                message = f"The header has {_shown(found)}, the manifest {_shown(expected)}"
+                message = f"The header has {_shown(found)}; the manifest lists {_shown(expected)}"
                 yield Problem("structure", layer_of(description, tensor.name), tensor.name, message)
     for name in refs:
         yield Problem("structure", layer_of(description, name), name, "The manifest does not list this tensor")
@@ -127,13 +127,13 @@ def _against_manifest(description: Description, checkpoint: Checkpoint, manifest
     for path in checkpoint.files():
         name = path.as_posix()
         if (path.suffix in _LOADED or name in _DECLARING) and name not in known:
-            yield Problem("structure", None, name, "The manifest does not list this file, which loaders may use")
+            yield Problem("structure", None, name, "The manifest does not list this file, but loaders may use it")
     for file in manifest.files:
         size = checkpoint.store.size(file.name)
         if size is None:
-            yield Problem("structure", None, file.name, "The manifest lists this file, which does not exist")
+            yield Problem("structure", None, file.name, "The manifest lists this file, but it does not exist")
         elif size != file.size:
-            message = f"The file has {size} bytes, the manifest says {file.size}"
+            message = f"The file has {size} bytes; the manifest lists {file.size}"
             yield Problem("structure", None, file.name, message)
 
 

@@ -71,7 +71,7 @@ class UnquantizedModel:
                 root, stored = str(self.description.checkpoint.root), tensors_of(self._reader.refs, layer)
                 if stored:
                     raise UnsupportedError(
-                        "The unquantized model stores these experts in a layout that is not read",
+                        "quarkconv does not read the layout of the unquantized model's experts",
                         file=root,
                         tensor=layer.prefix,
                         expected=_described(layer, "float"),
@@ -161,7 +161,7 @@ def check_weights(experts: FusedExperts, weight: Weight) -> WeightCheck:
         return as_stored
     problems = ()
     if not rescaling.cancels:
-        message = "Factors of up's rows and down's columns do not cancel: the layer computes something else"
+        message = "Factors of up's rows and down's columns do not cancel: the layer's function changes"
         problems = (Problem("numbers", experts.layer, experts.module, message),)
     return WeightCheck(
         remaining, rescaled=True, outputs=rescaling.apply_inputs(weight), problems=problems, inputs=rescaling.inputs
@@ -183,7 +183,7 @@ def weight_problems(experts: FusedExperts, errors: Mapping[str, tuple[WeightErro
         if wrong:
             worst = max(wrong, key=lambda expert: found[expert].relative_error)
             message = (
-                f"The weight is not the unquantized model's, rounded: relative error "
+                f"The weight is not the unquantized model's weight, rounded: relative error "
                 f"{found[worst].relative_error:.3g}, bound {WEIGHT_BOUND:g}"
             )
             yield Problem("numbers", experts.layer, f"{experts.module}.{worst} ({role})", message, len(wrong))
@@ -206,10 +206,10 @@ def _described(layer: MoELayer, stored: str) -> str:
 
 def _other_model(layer: MoELayer, file: str, found: str) -> UsageError:
     return UsageError(
-        "The unquantized model does not have this layer in float and in this shape",
+        "The unquantized model has no such layer in float with this shape",
         file=file,
         tensor=layer.prefix,
         expected=_described(layer, "float"),
         found=found,
-        hint="give --unquantized the model that was quantized, in BF16",
+        hint="give --unquantized the model before it was quantized",
     )

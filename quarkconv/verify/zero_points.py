@@ -9,7 +9,7 @@ from quarkconv.experts.layer import MoELayer
 from quarkconv.load.layer_reader import LayerReader
 from quarkconv.verify.results import Problem
 
-NONZERO: Final = "The zero point is not zero: engines compute other weights than it means"
+NONZERO: Final = "The zero point is not zero: engines ignore it and compute wrong weights"
 
 
 def zero_point_problems(layer: MoELayer, reader: LayerReader) -> Iterator[Problem]:

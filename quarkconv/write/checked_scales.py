@@ -103,9 +103,9 @@ class CodesOfScales:
 def zero_scale(scale: Copy, codes: Copy) -> SourceError:
     """The error of a scale of 0 whose codes are not all 0."""
     return _invalid(
-        "A scale is zero, and the codes of its row are not",
+        "A scale is zero, but the codes of its row are not",
         scale,
-        expected="a row of zeros, or another scale",
+        expected="codes of zero, or a nonzero scale",
         found=f"codes of {codes.tensor} that are not zero",
     )
 
@@ -118,5 +118,5 @@ def _invalid(message: str, source: Copy, *, expected: str, found: str) -> Source
         tensor=source.tensor,
         expected=expected,
         found=found,
-        hint="download or copy the file again; if the scale is the same there, quantize the model again",
+        hint="download or copy the file again; if the scale is unchanged, quantize the model again",
     )

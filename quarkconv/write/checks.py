@@ -89,7 +89,7 @@ def _check(check: Check, reader: Reader) -> None:
         )
     if check.kind == "repeats" and second is not None and first != second * (len(first) // len(second)):
         raise UnsupportedError(
-            "The rows of a weight have different scales; with static activations, Quark has one scale per weight",
+            "The rows of a weight have different scales; with static activations, Quark stores one scale per weight",
             tensor=check.first.tensor,
             file=check.first.file,
             expected="the same scale for each row",
@@ -118,5 +118,5 @@ def _check_finite(source: Copy, dtype: str, reader: Reader) -> None:
                 tensor=source.tensor,
                 expected="finite values",
                 found="NaN or infinite values",
-                hint="download or copy the file again; if the values are the same there, export the model again",
+                hint="download or copy the file again; if the values are unchanged, export the model again",
             )

@@ -21,7 +21,7 @@ def finished_meanwhile(url: str) -> UsageError:
         "Another process has finished this conversion",
         file=url,
         expected="an unfinished conversion",
-        hint="nothing is left to do; `quarkconv verify` proves the output",
+        hint="nothing is left to do; check the output with `quarkconv verify`",
     )
 
 

@@ -57,7 +57,7 @@ def lock_folder(folder: Path) -> tuple[int, bool]:
                 "Another process is converting into this directory",
                 file=str(folder.parent),
                 found=f"process {owner}",
-                hint="wait until it has finished, or choose another --out",
+                hint="wait until it finishes, or choose another --out",
             ) from None
         except BaseException:
             os.close(descriptor)
@@ -96,7 +96,7 @@ def hold(locks: ExitStack, path: Path, mode: int) -> None:
         raise OutputBusyError(
             "Another process is working on this part, or on the whole",
             file=str(path.parent.parent),
-            hint="wait until it has finished",
+            hint="wait until it finishes",
         ) from None
 
 

@@ -125,7 +125,7 @@ class ObjectDestination:
         entry = self.objects.entry(shard.file)
         if entry is None or entry.size != shard.size:
             raise WriteError(
-                "The object store does not hold the shard that was written",
+                "The object store's object is not the shard that was written",
                 file=f"{self.objects.url}/{shard.file}",
                 expected=f"{shard.size} bytes",
                 found="no object" if entry is None else f"{entry.size} bytes",

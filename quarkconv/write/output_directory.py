@@ -205,7 +205,7 @@ def _refuse_links(output: Path) -> None:
     for name, entry in walk(output):
         is_plain = entry.is_dir(follow_symlinks=False) or entry.is_file(follow_symlinks=False)
         if not is_plain or name.count("/") > _MAX_DEPTH:
-            kind = "a link" if entry.is_symlink() else "a special file or too deep a folder"
+            kind = "a link" if entry.is_symlink() else "a special file, or folders nested too deep"
             raise UsageError(
                 "The output directory holds something other than files and folders",
                 file=str(output),

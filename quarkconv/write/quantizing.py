@@ -121,12 +121,12 @@ class _Rows:
         if not bad.any():
             return
         row = int(bad.argmax())
-        what = "zeros only, or smaller values than a scale can have" if scales[row] == 0 else "NaN or infinity"
+        what = "only zeros, or values too small for a scale" if scales[row] == 0 else "NaN or infinity"
         raise UnsupportedError(
             "A row of this weight cannot be quantized",
             file=self._source.file,
             tensor=self._source.tensor,
-            expected="finite values, not all of them zero",
+            expected="finite values, not all zero",
             found=f"row {row} of the expert or linear: {what}",
             hint="leave the module in float with --exclude, or fix the weight",
         )

@@ -73,7 +73,7 @@ class RankFolders:
 
 def something_else(output: str, found: str) -> UsageError:
     return UsageError(
-        "The output holds something else",
+        "The output has other files",
         file=output,
         expected="a new or empty directory, or an unfinished conversion by rank",
         found=found,

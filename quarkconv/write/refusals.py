@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from quarkconv.errors import SourceError
 
-START_OVER = "when nothing writes to the source any more, start over with --overwrite"
+START_OVER = "when no process writes to the source, start over with --overwrite"
 
 
 def source_changed(file: str, expected: str, found: str, hint: str = START_OVER) -> SourceError:
@@ -16,7 +16,7 @@ def source_changed(file: str, expected: str, found: str, hint: str = START_OVER)
 def not_as_planned(file: str, expected: str, found: str, tensor: str | None = None) -> SourceError:
     """The error of a source file that changed since the conversion was planned."""
     return SourceError(
-        "The source is not the one that was planned",
+        "The source differs from the planned one",
         code="source-changed",
         file=file,
         tensor=tensor,

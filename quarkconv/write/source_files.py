@@ -24,7 +24,7 @@ from quarkconv.write.refusals import not_as_planned, source_changed
 from quarkconv.write.source import Reader
 from quarkconv.write.state import FileState
 
-RUN_AGAIN: Final = "when nothing writes to the source any more, run the command again"
+RUN_AGAIN: Final = "when no process writes to the source, run the command again"
 
 
 class SourceFiles:
@@ -79,7 +79,7 @@ class SourceFiles:
             try:
                 for now in (os.fstat(self._descriptors[name]), os.stat(path)):
                     if not os.path.samestat(before, now):
-                        raise source_changed(str(path), "the file that was opened", "another file of that name")
+                        raise source_changed(str(path), "the file that was opened", "a different file with that name")
                     if now.st_size != before.st_size:
                         raise source_changed(str(path), f"{before.st_size} bytes", f"{now.st_size} bytes")
                     if now.st_mtime_ns != before.st_mtime_ns:
@@ -137,7 +137,7 @@ class SourceFiles:
                     tensor=source.tensor,
                     expected=f"{source.nbytes} bytes",
                     found=f"{offset + position} bytes",
-                    hint="run the command again when nothing writes to the source",
+                    hint="run the command again when no process writes to the source",
                 )
             position += count
 

@@ -48,10 +48,10 @@ def require_space(output: Path, needed: int, reclaimed: int) -> None:
     missing = needed - reclaimed - free
     if missing > 0:
         raise WriteError(
-            "There is not enough space for the output",
+            "Not enough space for the output",
             file=str(output),
-            expected=f"{size(needed)} for the rest of the output",
-            found=f"{size(free)} free",
+            expected=f"{size(needed)} free",
+            found=size(free) + (f", and {size(reclaimed)} in the earlier conversion" if reclaimed else ""),
             hint=f"free {_rounded_up(missing)} more and run the same command again, or choose --out on another disk",
         )
 
@@ -73,8 +73,8 @@ def disk_full_explained(output: Path, reclaimed: Callable[[], int], left: Callab
         failure = as_write_error(error, output)
         free, needed = shutil.disk_usage(output).free + reclaimed(), left()
         failure.file = str(output)
-        failure.expected = f"{size(needed)} for the rest of the output"
-        failure.found = f"{size(free)} usable"
+        failure.expected = f"{size(needed)} free"
+        failure.found = size(free)
         failure.hint = (
             f"nothing is lost: free {_rounded_up(needed - free)}, then run the same command again; "
             "it resumes where it stopped"

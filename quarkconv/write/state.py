@@ -88,11 +88,11 @@ def refuse_difference(output: str, begun: object, now: dict[str, Any]) -> None:
     if found is not None:
         start_over = "start over with --overwrite" if now.get("shares") is None else "delete the output to start over"
         raise UsageError(
-            "The output holds another unfinished conversion",
+            "The output holds a different unfinished conversion",
             file=output,
             expected="the same source, unchanged, and the same options",
             found=found,
-            hint=f"run the command that began it, or {start_over}",
+            hint=f"run its original command, or {start_over}",
         )
 
 

@@ -51,7 +51,7 @@ def test_factors_that_inputs_are_multiplied_by_are_an_error(leaf: str, tmp_path:
         assert refusal(source, target).exit_code == 4
     result = verify_checkpoint(source, device="cpu")
     assert result.numbers.skipped == (
-        "activations are multiplied by stored factors at run time, which the INT8 forward here does not do"
+        "activations are multiplied by stored factors at run time, which quarkconv's INT8 forward does not do"
     )
     assert not result.ok
 

@@ -47,8 +47,8 @@ def with_router(shape: tuple[int, ...] | None) -> Model:
 DISAGREE: Final[dict[str, tuple[str, Callable[[], Model]]]] = {
     "another hidden size": ("hidden_size 16", lambda: of_qwen(hidden_size=16)),
     "another intermediate size": ("intermediate sizes 16", lambda: of_qwen(moe_intermediate_size=16)),
-    "fewer layers": ("1 layer, none of multi-token prediction", lambda: of_qwen(num_hidden_layers=1)),
-    "more layers": ("4 layers, of which 2", lambda: of_qwen(num_hidden_layers=4)),
+    "fewer layers": ("1 layer and no multi-token prediction layers", lambda: of_qwen(num_hidden_layers=1)),
+    "more layers": ("4 layers, but 2", lambda: of_qwen(num_hidden_layers=4)),
     "dense first layers": ("first_k_dense_replace = 1", lambda: of_deepseek(first_k_dense_replace=1)),
     "every second layer sparse": ("moe_layer_freq = 2", lambda: of_deepseek(moe_layer_freq=2)),
     "a list of sparse layers": ("moe_layer_freq = [0, 1]", lambda: of_deepseek(moe_layer_freq=[0, 1])),
@@ -57,10 +57,10 @@ DISAGREE: Final[dict[str, tuple[str, Callable[[], Model]]]] = {
     "kinds of layers": ("mlp_layer_types", lambda: of_qwen(mlp_layer_types=["dense", "sparse"])),
     "a number in quotes": ("num_hidden_layers = '2'", lambda: of_qwen(num_hidden_layers="2")),
     "half a layer": ("hidden_size = 8.5", lambda: of_qwen(hidden_size=8.5)),
-    "no router": ("routers not stored", lambda: with_router(None)),
-    "a router of more experts": ("another shape", lambda: with_router((4, 8))),
-    "a router of another width": ("another shape", lambda: with_router((3, 16))),
-    "a router of three dimensions": ("another shape", lambda: with_router((1, 3, 8))),
+    "no router": ("routers missing", lambda: with_router(None)),
+    "a router of more experts": ("shape that does not fit", lambda: with_router((4, 8))),
+    "a router of another width": ("shape that does not fit", lambda: with_router((3, 16))),
+    "a router of three dimensions": ("shape that does not fit", lambda: with_router((1, 3, 8))),
 }
 
 

@@ -31,7 +31,7 @@ def changed(change: Callable[[Model], object], **settings: Any) -> Model:
     [
         (changed(lambda model: model.remove("lm_head"), tie_word_embeddings=False), "config.json", "no head of"),
         (changed(lambda model: model.remove("model.embed_tokens"), vocab_size=16), "config.json", "No embeddings"),
-        (changed(lambda _: None, vocab_size=100), "model.embed_tokens", "vocab_size 100, the embeddings"),
+        (changed(lambda _: None, vocab_size=100), "model.embed_tokens", "vocab_size 100, but the embeddings"),
         (
             changed(lambda model: model.set("model.embed_tokens.weight", torch.ones(16, 9).bfloat16()), hidden_size=8),
             "model.embed_tokens",
@@ -49,7 +49,7 @@ def changed(change: Callable[[Model], object], **settings: Any) -> Model:
         (
             changed(lambda model: model.remove("model.layers.1.self_attn")),
             "model.layers.1.mlp",
-            "1 MoE layer without any linear of attention",
+            "1 MoE layer without attention linears",
         ),
     ],
 )
@@ -84,7 +84,7 @@ def test_a_latent_width_that_the_experts_do_not_have_is_named(tmp_path: Path) ->
     config = json.loads((source / "config.json").read_text())
     assert "config-mismatch" not in codes(source)
     (source / "config.json").write_text(json.dumps(config | {"moe_latent_size": config["hidden_size"] // 2}))
-    assert "latent width 8, the tensors 16" in finding(source, "config-mismatch").message
+    assert "latent width of 8, but the experts have 16" in finding(source, "config-mismatch").message
 
 
 @pytest.mark.parametrize("wrapper", ["module.", "_orig_mod.", "base_model.model."])

@@ -100,7 +100,7 @@ def square(axis: int) -> Model:
 @pytest.mark.parametrize("target", TARGETS)
 def test_scales_of_columns_are_not_taken_for_scales_of_rows(target: str, tmp_path: Path) -> None:
     error = refusal(square(1).write(tmp_path / "columns"), target)
-    assert (error.exit_code, "declares to be of columns" in str(error)) == (4, True)
+    assert (error.exit_code, "declares them per column" in str(error)) == (4, True)
     convert_checkpoint(square(0).write(tmp_path / "rows"), target, tmp_path / "out")
 
 
@@ -256,7 +256,7 @@ def test_shards_in_folders_are_unsupported_and_not_damaged(listed: bool, tmp_pat
     assert set(codes(model)) == {"format-unsupported"}
     for target in TARGETS:
         assert isinstance(refusal(model, target), UnsupportedError)
-    with pytest.raises(UnsupportedError, match="in folders below"):
+    with pytest.raises(UnsupportedError, match="in subfolders"):
         verify_checkpoint(model)
 
 

@@ -27,7 +27,7 @@ def test_a_pointer_of_git_lfs_is_called_so_in_every_file(file: str, code: str, t
     source = Model().write(tmp_path)
     (source / file).write_text(POINTER)
     found = finding(source, code)
-    assert "pointer of Git LFS" in found.message
+    assert "Git LFS pointer" in found.message
     assert "git lfs pull" in found.hint
     assert {refusal(source, target).exit_code for target in TARGETS} == {3}
 

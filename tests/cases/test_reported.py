@@ -234,7 +234,7 @@ def test_online_rotations_are_an_error_and_converted_to_nothing(hidden: str, tmp
         assert (error.exit_code, "rotat" in str(error)) == (4, True)
     assert not [row for row in inspect_checkpoint(source).engines if row.verdict == "int8"]
     result = verify_checkpoint(source, device="cpu")
-    assert result.numbers.skipped == "activations are rotated at run time, which the INT8 forward here does not do"
+    assert result.numbers.skipped == "activations are rotated at run time, which quarkconv's INT8 forward does not do"
     assert not result.ok
 
 

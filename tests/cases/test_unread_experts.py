@@ -105,7 +105,7 @@ def test_experts_that_are_not_recognised_are_converted_module_by_module(
         name for name, form in describe(source).stored.linears.items() if form.quantized and name in warning.message
     ]
     assert (warning.severity, warning.subject) == (Severity.WARNING, unread[0])
-    assert "not recognised" in warning.message
+    assert "unrecognised experts" in warning.message
     assert result.manifest.moe is None
     assert inspect_checkpoint(source).targets[target].nbytes == result.plan.tensor_bytes
 
@@ -142,7 +142,7 @@ def test_the_command_line_says_that_experts_were_not_recognised(
     assert "ascend: experts as they are, not recognised" in " ".join(capsys.readouterr().out.split())
     assert exit_code("convert", source, "--to", "fused-int8", "--out", out) == 4
     assert exit_code("convert", source, "--to", "ascend", "--out", out) == 0
-    assert "18 modules of experts that were not recognised" in " ".join(capsys.readouterr().out.split())
+    assert "18 modules of unrecognised experts" in " ".join(capsys.readouterr().out.split())
     assert exit_code("verify", out, "--source", source, "--json") == 0
     verified: dict[str, Any] = json.loads(capsys.readouterr().out)
     assert [item["code"] for item in verified["findings"]] == ["experts-not-understood"]
@@ -209,7 +209,7 @@ def test_exchanged_experts_are_found_though_the_manifest_agrees(target: str, end
     assert verify_checkpoint(out, device="cpu").ok
     problems = verify_checkpoint(out, source, device="cpu").problems
     assert {problem.tensor for problem in problems} == {one, other}
-    assert all("not of the tensor of its own name" in problem.message for problem in problems)
+    assert all("not from the tensor of the same name" in problem.message for problem in problems)
 
 
 def test_a_module_that_is_left_out_is_found_though_the_manifest_agrees(tmp_path: Path) -> None:

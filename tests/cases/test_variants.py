@@ -29,7 +29,7 @@ def test_a_model_without_experts_is_not_sound(tmp_path: Path) -> None:
 
 def test_two_codes_in_an_element_are_unsupported_and_not_damaged(tmp_path: Path) -> None:
     source = edited(lambda name, t: {name: t[:, ::2].contiguous() if t.dtype == torch.int8 else t}).write(tmp_path)
-    assert "two codes in each element" in finding(source, "scheme-unsupported").message
+    assert "two codes per element" in finding(source, "scheme-unsupported").message
     assert {refusal(source, target).exit_code for target in TARGETS} == {4}
 
 
@@ -100,8 +100,7 @@ def test_an_unknown_method_over_int8_weights_is_named(method: str, tmp_path: Pat
     model.quantization["quant_method"] = method
     source = model.write(tmp_path / "source")
     assert (
-        f"20 int8 modules under quant_method {method}, which is not read"
-        in finding(source, "scheme-unsupported").message
+        f"20 int8 modules under the unsupported quant_method {method}" in finding(source, "scheme-unsupported").message
     )
     assert refusal(source, "fused-int8").exit_code == 4
     out = convert_checkpoint(source, "fused-int8", tmp_path / "out", scheme="ptpc_int8").output

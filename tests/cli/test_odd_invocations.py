@@ -31,8 +31,9 @@ def model(tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["inspect", ""], "The name of a model is empty"),
-        (["convert", "", "--to", "bf16"], "The name of a model is empty"),
+        (["inspect", ""], "The model name is empty"),
+        (["convert", "MODEL"], "--to is missing"),
+        (["convert", "", "--to", "bf16"], "The model name is empty"),
         (["convert", "MODEL", "--to", "bf16", "--out", ""], "--out is empty"),
         (["inspect", "MODEL", "--report", ""], "--report is empty"),
         (["inspect", "s3://"], "Invalid URL of an object store"),
@@ -102,7 +103,7 @@ def test_no_file_of_the_model_is_replaced(option: str, model: Path, command: Run
     for file in ("config.json", *(path.name for path in model.glob("*.safetensors"))):
         result = command(name, model, *more, option, model / file)
         assert result.code == 2
-        assert f"{option} would replace another file" in result.err
+        assert f"{option} would overwrite an unrelated file" in result.err
     assert snapshot(model) == before
 
 
@@ -139,7 +140,7 @@ def test_a_directory_that_cannot_be_searched_is_a_source_that_cannot_be_read(
 @pytest.mark.parametrize(
     ("error", "hint"),
     [
-        (PermissionError(13, "Permission denied"), "check who may read it"),
+        (PermissionError(13, "Permission denied"), "check its permissions"),
         (OSError(5, "I/O error"), "copy the checkpoint"),
     ],
 )
@@ -305,7 +306,7 @@ def test_a_pointer_of_git_lfs_is_named(model: Path, command: Run) -> None:
     shard.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 12345\n")
     result = command("convert", model, "--to", "bf16", "--json")
     assert (result.code, result.json["file"]) == (3, str(shard))
-    assert "pointer of Git LFS" in result.json["error"]
+    assert "Git LFS pointer" in result.json["error"]
     assert "git lfs pull" in result.json["hint"]
 
 
@@ -318,8 +319,8 @@ def test_the_short_option_of_help_is_known(words: tuple[str, ...], command: Run)
 @pytest.mark.parametrize(
     ("options", "words", "hint"),
     [
-        (["--mtp", "quantize"], "Nothing is left to quantize", "convert without --mtp quantize"),
-        (["--scheme", "ptpc_int8"], "--scheme declares int8, and nothing is stored in int8", "--quantize all"),
+        (["--mtp", "quantize"], "Nothing to quantize", "convert without --mtp quantize"),
+        (["--scheme", "ptpc_int8"], "--scheme declares int8, but nothing is stored in int8", "--quantize all"),
     ],
 )
 def test_an_option_that_finds_nothing_is_the_one_that_is_named(
@@ -368,9 +369,9 @@ class OutOfMemoryError(RuntimeError):
 @pytest.mark.parametrize(
     ("error", "message"),
     [
-        (MemoryError(), "There is not enough memory"),
+        (MemoryError(), "Out of memory"),
         (OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB.\nSee"), "Tried to allocate 20 GiB.\n"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "There is not enough memory"),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: 8 bytes"), "Out of memory"),
         (ImportError("libtorch_cpu.so: failed to map", name="_C", path="torch/_C.so"), "torch/_C.so"),
         (ModuleNotFoundError("No module named 'xxhash'", name="xxhash"), "No module named 'xxhash'"),
     ],

@@ -104,11 +104,11 @@ def test_a_file_that_is_replaced_is_noticed(model: Path, tmp_path: Path) -> None
     assert files.fetch(Range(ref.file, 8, 100)) == (model / ref.file).read_bytes()[8:100]
     change()
     for check in (lambda: files.fetch(Range(ref.file, 8, 100)), lambda: files.check_unchanged([ref.file])):
-        with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+        with pytest.raises(SourceError, match="has changed since it was listed") as caught:
             check()
         assert (caught.value.code, caught.value.file) == ("source-changed", f"{URL}/{ref.file}")
     out = tmp_path / "out"
-    with pytest.raises(SourceError, match="differs from the one that was listed"):
+    with pytest.raises(SourceError, match="has changed since it was listed"):
         convert(URL, out, progress=AfterAdvances(1, change), jobs=1)
     assert_unfinished(out)
 
@@ -120,7 +120,7 @@ def test_a_file_that_is_replaced_is_noticed_by_the_etag_of_the_response(publishe
     text = (model / "config.json").read_text()
     (model / "config.json").write_text(text.replace("4", "5"))
     publish(model)
-    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+    with pytest.raises(SourceError, match="has changed since it was listed") as caught:
         files.fetch(Range("config.json", 0, 9))
     assert caught.value.code == "source-changed"
 

@@ -71,7 +71,7 @@ def test_an_object_on_azure_that_is_replaced_is_noticed(model: Path) -> None:
     names = [name for name in files.entries if name.endswith(".safetensors")]
     files.check_unchanged(names)
     publish(model, AZURE_URL)
-    with pytest.raises(SourceError, match="differs from the one that was listed"):
+    with pytest.raises(SourceError, match="has changed since it was listed"):
         files.check_unchanged(names)
 
 

@@ -151,7 +151,7 @@ def test_missing_credentials_are_named_without_waiting(
     words: list[str | Path] = ["convert", model, "--to", "fused-int8", "--out", OUT]
     code, out, _ = run_cli(capsys, *words, "--json")
     error = json.loads(out)
-    assert (code, error["error"]) == (2, "There are no credentials for the object store")
+    assert (code, error["error"]) == (2, "Credentials for the object store are missing")
     assert "AWS_SKIP_SIGNATURE" in error["hint"]
     monkeypatch.setenv("AWS_PROFILE", "team")
     assert "team" in json.loads(run_cli(capsys, *words, "--json")[1])["found"]
@@ -177,7 +177,7 @@ def test_a_source_that_is_replaced_leaves_no_model(model: Path) -> None:
             path.write_bytes(data)
         publish(model)
 
-    with pytest.raises(SourceError, match="differs from the one that was listed"):
+    with pytest.raises(SourceError, match="has changed since it was listed"):
         convert(URL, progress=AfterAdvances(1, replace), jobs=1)
     assert "config.json" not in objects()
     assert list_uploads(OUT) == []

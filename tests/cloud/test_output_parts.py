@@ -84,7 +84,7 @@ def test_finish_without_a_conversion_and_parts_of_another_are_refused(model: Pat
     with pytest.raises(UsageError, match="no unfinished conversion"):
         prepare(model).carry_out(Finish())
     prepare(model).carry_out(Share(1, 3))
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         prepare(model).carry_out(Share(1, 4))
     assert caught.value.found == "number of parts 3, now 4"
     with pytest.raises(UsageError) as caught:

@@ -68,11 +68,11 @@ def test_a_shard_that_was_replaced_is_written_again(model: Path, local: dict[str
 def test_another_conversion_does_not_resume(model: Path) -> None:
     interrupted(model, 3)
     before = objects()
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         convert(model, max_shard_size=50_000)
     assert caught.value.found == "largest shard size 40000, now 50000"
     assert objects() == before
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         quarkconv.convert_checkpoint(model, "bf16", OUT, **OPTIONS)  # its shards have other names
     assert caught.value.found == "target fused-int8, now bf16"
     assert objects() == before

@@ -82,7 +82,7 @@ def test_the_index_names_the_ranks_and_one_of_them_must_be_chosen(model: Path) -
     assert [rank["folder"] for rank in json.loads(found[0])["ranks"]] == ["rank-00-of-02", "rank-01-of-02"]
     with pytest.raises(SourceError, match="several ranks") as caught:
         quarkconv.inspect_checkpoint(OUT)
-    assert caught.value.hint == f"name one of them: {OUT}/rank-00-of-02"
+    assert caught.value.hint == f"give one of them: {OUT}/rank-00-of-02"
 
 
 def test_overwrite_deletes_the_earlier_ranks_and_nothing_else(model: Path, tmp_path: Path) -> None:
@@ -90,7 +90,7 @@ def test_overwrite_deletes_the_earlier_ranks_and_nothing_else(model: Path, tmp_p
     before = objects()
     other: list[dict[str, Any]] = [{"tp": 2}, {"ep": 3}]
     for options in other:
-        with pytest.raises(UsageError, match="something else"):
+        with pytest.raises(UsageError, match="has other files"):
             convert(model, **options)
     put(f"{OUT}/rank-01-of-02/notes.txt", b"mine")
     with pytest.raises(UsageError, match="other objects") as caught:
@@ -102,7 +102,7 @@ def test_overwrite_deletes_the_earlier_ranks_and_nothing_else(model: Path, tmp_p
     convert(model, tmp_path / "out", ep=3)
     assert objects() == snapshot(tmp_path / "out")
     put(f"{OUT}/notes.txt", b"mine")
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="has other files"):
         convert(model, ep=3, overwrite=True)
     assert "ranks.json" in objects()
 

@@ -80,7 +80,7 @@ def files(folder: Path) -> list[Path]:
 def test_an_account_that_is_missing_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("AZURE_STORAGE_ACCOUNT_NAME", "AZURE_STORAGE_ACCOUNT_KEY", "AZURE_STORAGE_CONNECTION_STRING"):
         monkeypatch.delenv(name, raising=False)
-    with pytest.raises(UsageError, match="no account") as caught:
+    with pytest.raises(UsageError, match="account of the object store is not set") as caught:
         open_store("az://container/path")
     assert "AZURE_STORAGE_ACCOUNT_NAME" in (caught.value.expected or "")
 

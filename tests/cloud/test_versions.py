@@ -110,6 +110,6 @@ def test_a_locked_bucket_without_checksums_is_refused_with_the_setting_that_send
     monkeypatch.delenv("AWS_CHECKSUM_ALGORITHM")
     code, out, _ = run_cli(capsys, "convert", model, "--to", "fused-int8", "--out", OUT, "--json")
     error = json.loads(out)
-    assert (code, error["error"]) == (5, "The bucket demands checksums of uploads, as object lock does")
+    assert (code, error["error"]) == (5, "The bucket requires checksums for uploads, as object lock does")
     assert "AWS_CHECKSUM_ALGORITHM=SHA256" in error["hint"]
     assert objects(OUT) == {}

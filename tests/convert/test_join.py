@@ -389,7 +389,7 @@ def test_checks_that_fail_stop_every_worker(tmp_path: Path) -> None:
 def test_parts_and_joining_workers_do_not_mix(model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     prepare(model, out).carry_out(Share(1, 2))
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         prepare(model, out).carry_out(Join())
     assert caught.value.found == "number of parts 2, now chosen by --join"
     with pytest.raises(UsageError, match="unfinished conversion"):

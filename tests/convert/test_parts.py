@@ -161,7 +161,7 @@ def test_parts_of_another_conversion_are_refused(
     out = tmp_path / "out"
     prepare(model, out).carry_out(Share(2, 3))
     before = snapshot(out)
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         prepare(model, out, **options).carry_out(share)
     assert caught.value.found == found
     assert (caught.value.hint or "").endswith("delete the output to start over")  # --part excludes --overwrite

@@ -171,9 +171,9 @@ def test_each_weight_is_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
 
 def test_what_cannot_be_quantized_is_refused(tmp_path: Path) -> None:
     int8 = make_checkpoint(tmp_path / "int8")
-    with pytest.raises(UnsupportedError, match="Nothing is left to quantize"):
+    with pytest.raises(UnsupportedError, match="Nothing to quantize"):
         quarkconv.plan_conversion(int8, "quark", quantize="missing")
-    with pytest.raises(UnsupportedError, match="--quantize does not convert to this target"):
+    with pytest.raises(UnsupportedError, match="--quantize does not support this target"):
         quarkconv.plan_conversion(float_experts(tmp_path / "a"), "bf16", quantize="missing")
     static = float_experts(tmp_path / "b")
     config = json.loads((static / "config.json").read_text())
@@ -204,7 +204,7 @@ def test_missing_needs_a_config_that_declares_modules(bf16: Path) -> None:
 @pytest.mark.parametrize(
     ("export", "tensor", "message"),
     [
-        ("dbrx-0.13-f2f", "transformer.blocks.0.ffn.experts", "tensors of experts under unknown names"),
+        ("dbrx-0.13-f2f", "transformer.blocks.0.ffn.experts", "tensors of experts with unknown names"),
         ("llama4-0.13-f2f", "model.layers.0.feed_forward.experts.gate_up_proj", "transposed"),
         ("gpt_oss-0.13-f2f", "model.layers.0.mlp.experts.gate_up_proj", "transposed"),
     ],

@@ -229,7 +229,7 @@ def test_the_space_of_all_ranks_is_checked_before_the_first(tmp_path: Path, monk
     first = conversion.outputs[0].plan
     free = first.output_bytes + records_nbytes(first.shards)  # enough for one of them
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=free))
-    with pytest.raises(WriteError, match="not enough space"):
+    with pytest.raises(WriteError, match="Not enough space"):
         conversion.carry_out()
     assert list((tmp_path / "out").iterdir()) == []
 
@@ -238,13 +238,13 @@ def test_other_things_in_the_output_are_not_touched(tmp_path: Path) -> None:
     root = make_checkpoint(tmp_path / "model")
     out = convert(root, tmp_path / "out", "tp", 2)
     for parallel, world_size in (("tp", 2), ("ep", 3)):
-        with pytest.raises(UsageError, match="something else"):
+        with pytest.raises(UsageError, match="has other files"):
             convert(root, out, parallel, world_size)
     convert(root, out, "ep", 3, overwrite=True)
     assert sorted(path.name for path in out.iterdir()) == [*(f"rank-0{n}-of-03" for n in range(3)), "ranks.json"]
     (out / "notes.txt").write_text("mine")
     before = snapshot(out)
-    with pytest.raises(UsageError, match="something else"):
+    with pytest.raises(UsageError, match="has other files"):
         convert(root, out, "tp", 2, overwrite=True)
     assert (out / "notes.txt").read_text() == "mine"
     assert snapshot(out) == before
@@ -273,8 +273,8 @@ def test_the_command_converts_for_ranks(tmp_path: Path, capsys: pytest.CaptureFi
         (["--to", "fused-int8", "--tp", "2", "--ep", "2"], 2, "exclude one another"),
         (["--to", "fused-int8", "--tp", "2", "--push", "org/name"], 2, "not uploaded"),
         (["--to", "fused-int8", "--tp", "3"], 4, "cannot be divided among 3 ranks"),
-        (["--to", "fused-int8", "--ep", "4"], 4, "more ranks than experts"),
-        (["--to", "quark", "--tp", "2"], 2, "not written by rank"),
+        (["--to", "fused-int8", "--ep", "4"], 4, "More ranks than experts"),
+        (["--to", "quark", "--tp", "2"], 2, "target has no ranks"),
         (["--to", "fused-int8", "--tp", "1"], 2, "--tp"),
         (["--to", "fused-int8", "--tp", "5000"], 2, "rank is out of range"),
     ],

@@ -34,7 +34,7 @@ def test_layers_that_do_not_exist_are_refused(layers: set[int], found: str, quan
 def test_a_record_replaces_an_earlier_one_and_no_other_file(name: str, quantized: Path, token_ids: Path) -> None:
     """``--record`` with the file that is evaluated on took its place."""
     before, options = token_ids.read_bytes(), dict[str, Any]({name: token_ids})
-    with pytest.raises(UsageError, match="--record would replace another file"):
+    with pytest.raises(UsageError, match="--record would overwrite an unrelated file"):
         evaluate_checkpoint(quantized, **options, record=token_ids, device="cpu", resume=False)
     assert token_ids.read_bytes() == before
 
@@ -43,7 +43,7 @@ def test_another_model_as_the_unquantized_one_is_refused(
     quantized: Path, checkpoints: Any, token_ids: Path, tmp_path: Path
 ) -> None:
     other = convert_checkpoint(checkpoints("mixtral-quark0.11-eager"), "bf16", tmp_path / "other").output
-    with pytest.raises(UsageError, match="another class"):
+    with pytest.raises(UsageError, match="different class"):
         evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
 
 
@@ -68,7 +68,7 @@ def test_a_file_that_cannot_be_created_is_refused_before_anything_runs(
     words = ("evaluate", quantized, "--token-ids", token_ids, "--device", "cpu", option, "/does/not/exist/file")
     status, _, err = run_cli(capsys, *words)
     assert status == 5
-    assert "The folder of a file to write does not exist" in err
+    assert f"The folder for {option} does not exist" in err
 
 
 def test_a_directory_is_refused_as_a_file_to_write(quantized: Path, token_ids: Path, tmp_path: Path) -> None:
@@ -108,7 +108,7 @@ def test_another_tokenizer_in_the_unquantized_model_is_refused(
     first, second = list(vocabulary)[300:302]
     vocabulary[first], vocabulary[second] = vocabulary[second], vocabulary[first]
     (other / "tokenizer.json").write_text(json.dumps(tokenizer), "utf-8")
-    with pytest.raises(UsageError, match="another tokenizer") as caught:
+    with pytest.raises(UsageError, match="different tokenizer") as caught:
         evaluate_checkpoint(quantized, other, token_ids=token_ids, resume=False)
     assert caught.value.exit_code == 2
     assert caught.value.expected == f"{len(vocabulary)} tokens, {first!r} is {vocabulary[second]}"
@@ -126,7 +126,7 @@ def test_other_embeddings_in_the_unquantized_model_are_refused(
 def test_a_token_outside_of_the_vocabulary_is_refused(quantized: Path, tmp_path: Path) -> None:
     ids = tmp_path / "ids.safetensors"
     save_file({"token_ids": torch.full((2, 8), 512)}, ids)
-    with pytest.raises(UsageError, match="outside of the vocabulary"):
+    with pytest.raises(UsageError, match="outside the vocabulary"):
         evaluate_checkpoint(quantized, token_ids=ids, device="cpu", resume=False)
 
 

@@ -73,7 +73,7 @@ def test_a_file_that_is_not_safetensors_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize("token", [-1, 320])
 def test_tokens_outside_of_the_vocabulary_are_refused(token: int) -> None:
     windows = Windows(torch.tensor([[1, 2, token, 3]]), "ids")
-    with pytest.raises(UsageError, match="outside of the vocabulary") as caught:
+    with pytest.raises(UsageError, match="outside the vocabulary") as caught:
         windows.check_vocabulary(320)
     assert caught.value.found == f"{token} in window 0, position 2"
 

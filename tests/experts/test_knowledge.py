@@ -84,7 +84,7 @@ def test_a_neutral_setting_does_not(name: str) -> None:
 def test_a_router_that_divides_is_not_one_that_does_not() -> None:
     assert isinstance(knowledge({"model_type": "mixtral", "norm_topk_prob": True}), Known)
     assert knowledge({"model_type": "mixtral", "norm_topk_prob": False}) == Unknown(
-        "config.json says norm_topk_prob = False, whose effect is not known", "norm_topk_prob"
+        "config.json has norm_topk_prob = False, whose effect is unknown", "norm_topk_prob"
     )
     assert isinstance(knowledge({"model_type": "jamba", "norm_topk_prob": False}), Known)
     assert isinstance(knowledge({"model_type": "jamba", "norm_topk_prob": True}), Unknown)
@@ -96,7 +96,7 @@ def test_two_names_of_one_setting_have_to_agree() -> None:
     assert isinstance(knowledge({**config, "n_group": config["num_expert_group"]}), Known)
     found = knowledge({**config, "n_group": 2})
     assert isinstance(found, Unknown)
-    assert found.reason == "config.json says num_expert_group = 4 and n_group = 2"
+    assert found.reason == "config.json has num_expert_group = 4 and n_group = 2"
 
 
 @pytest.mark.parametrize(

@@ -25,7 +25,7 @@ def test_a_new_file_an_empty_one_and_an_earlier_result_are_written(held: bytes |
 def test_a_file_of_another_kind_is_refused(held: bytes, tmp_path: Path) -> None:
     path = tmp_path / "config.json"
     path.write_bytes(held)
-    with pytest.raises(UsageError, match="--report would replace another file") as caught:
+    with pytest.raises(UsageError, match="--report would overwrite an unrelated file") as caught:
         require_writable("--report", path, MARK)
     assert caught.value.file == str(path)
 
@@ -36,12 +36,12 @@ def test_a_link_is_refused_though_it_leads_to_an_earlier_result(tmp_path: Path) 
     (tmp_path / "link").symlink_to("earlier.html")
     (tmp_path / "dangling").symlink_to("nothing")
     for name in ("link", "dangling"):
-        with pytest.raises(UsageError, match="would replace another file"):
+        with pytest.raises(UsageError, match="would overwrite an unrelated file"):
             require_writable("--report", tmp_path / name, MARK)
 
 
 def test_devices_folders_and_missing_folders_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(UsageError, match="would replace another file"):
+    with pytest.raises(UsageError, match="would overwrite an unrelated file"):
         require_writable("--report", "/dev/null", MARK)
     for path in (tmp_path, tmp_path / "no folder" / "report.html"):
         with pytest.raises(WriteError):

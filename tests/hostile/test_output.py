@@ -140,7 +140,7 @@ def test_an_invalid_state_is_refused_and_overwrite_starts_over(
     data = STATES[name]
     path.write_bytes(path.read_bytes()[: path.stat().st_size // 2] if data is None else data)
     before = snapshot(unfinished)
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         convert(model, unfinished)
     assert len(str(caught.value)) < 2000
     assert "--overwrite" in (caught.value.hint or "")

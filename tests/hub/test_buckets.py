@@ -77,14 +77,14 @@ def test_a_file_that_is_replaced_is_noticed(bucket: Hub) -> None:
     name = next(name for name in files.entries if name.endswith(".safetensors"))
     data = bucket.buckets[BUCKET][f"models/tiny-moe/{name}"].data
     bucket.buckets[BUCKET][f"models/tiny-moe/{name}"] = Stored(data[:-1] + bytes([data[-1] ^ 1]))
-    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+    with pytest.raises(SourceError, match="has changed since it was listed") as caught:
         files.check_unchanged([name])
     assert (caught.value.code, caught.value.file) == ("source-changed", f"{URL}/{name}")
 
 
 def test_a_file_whose_hash_is_not_stated_is_not_read(bucket: Hub) -> None:
     bucket.states_xet_hash = False
-    with pytest.raises(HubError, match="does not state the hash"):
+    with pytest.raises(HubError, match="lacks the hash"):
         quarkconv.inspect_checkpoint(URL)
 
 
@@ -96,7 +96,7 @@ def test_a_file_whose_hash_is_not_stated_is_not_read(bucket: Hub) -> None:
         (f"hf://buckets/{BUCKET}/other", 3, "URL has no files"),
         ("hf://buckets/org", 2, "Invalid URL of a bucket"),
         (f"hf://buckets/{BUCKET}/../x", 2, "Invalid URL of a bucket"),
-        ("hf://org/name", 2, "not read from this URL"),
+        ("hf://org/name", 2, "does not read models from this URL"),
     ],
 )
 def test_what_is_not_there_is_named(capsys: Capture, url: str, code: int, message: str) -> None:

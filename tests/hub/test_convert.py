@@ -138,7 +138,7 @@ def test_another_commit_does_not_resume_what_was_begun(published: Hub, model: Pa
     raw[changed.start] ^= 1
     shard.write_bytes(raw)
     published.publish(REPO, model)
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         convert(REPO, out, max_shard_size=40_000)
     assert (caught.value.found or "").startswith(f"source {REPO}@{begun}, now {REPO}@")
     with pytest.raises(SourceError) as unfinished:
@@ -156,7 +156,7 @@ def test_wrong_bytes_never_reach_the_output(published: Hub, tmp_path: Path, lie:
     source = locate(REPO).files
     published.faults.lie = lie
     assert isinstance(source, HubRepo)
-    with pytest.raises(HubError, match="other bytes"):
+    with pytest.raises(HubError, match="wrong bytes"):
         execute(plan, source, tmp_path / "out", jobs=2)
     assert not (tmp_path / "out").exists()
 
@@ -166,7 +166,7 @@ def test_wrong_bytes_never_reach_the_output(published: Hub, tmp_path: Path, lie:
 def test_a_file_that_changes_underneath(published: Hub, tmp_path: Path, fault: str) -> None:
     files = sum(1 for _ in published.files(REPO))
     setattr(published.faults, fault, files + 1)  # after everything was looked at once
-    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+    with pytest.raises(SourceError, match="has changed since it was listed") as caught:
         convert(REPO, tmp_path / "out")
     assert caught.value.code == "source-changed"
     assert not (tmp_path / "out" / "config.json").exists()

@@ -135,7 +135,7 @@ def test_an_error_comes_after_what_was_shown(run: Run, slow: Hub) -> None:
     assert shown.out == ""
     assert any("Reading headers" in line for line in shown.lines)
     after = CONTROL.sub("", shown.terminal.rpartition("\x1b[?25h")[2])
-    assert "error: The Hub sent other bytes than requested" in after
+    assert "error: The Hub sent the wrong bytes" in after
     assert "Reading" not in after
 
 

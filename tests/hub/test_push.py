@@ -96,7 +96,7 @@ def test_a_wrong_name_or_token_is_reported_first(hub: Hub, model: Path, tmp_path
     hub.faults.token = "hf_other"
     code, output, _ = push(capsys, model, tmp_path / "out")
     assert code == 5
-    assert output["error"] == "The repo of --push cannot be created"  # nothing was converted that could be kept
+    assert output["error"] == "The repo for --push cannot be created"  # nothing was converted that could be kept
     assert "hf auth login" in output["hint"]
     assert not (tmp_path / "out").exists()
 

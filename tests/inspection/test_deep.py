@@ -45,7 +45,7 @@ def test_the_hint_about_a_scale_of_zero_says_when_it_is_harmless(value: float, i
     model = Model()
     model.set(f"{O_PROJ}.weight_scale", torch.tensor([1.0] * 7 + [value]))
     (error,) = inspect_checkpoint(model.write(tmp_path), deep=True).findings
-    assert ("harmless where the codes are 0 too" in error.hint) is is_zero
+    assert ("harmless if their codes are 0 too" in error.hint) is is_zero
 
 
 @pytest.mark.parametrize(

@@ -69,7 +69,7 @@ def test_a_loaded_layer_runs(checkpoints: Checkpoints) -> None:
 
 
 def test_a_layer_that_does_not_exist_is_refused(checkpoints: Checkpoints) -> None:
-    with pytest.raises(quarkconv.UsageError, match="No MoE layer has this number"):
+    with pytest.raises(quarkconv.UsageError, match="No such MoE layer"):
         quarkconv.load_fused_experts(checkpoints("deepseek_v3-quark0.13-f2f"), 0)
 
 

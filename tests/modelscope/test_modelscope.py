@@ -146,12 +146,12 @@ def test_a_listing_that_cannot_be_trusted_is_refused(
     published.code = 10010205001
     assert "a message" in json.loads(run_cli(capsys, "inspect", URL, "--json")[1])["found"]
     published.code, published.lists_hashes = 200, False
-    with pytest.raises(HubError, match="list of files cannot be used") as caught:
+    with pytest.raises(HubError, match="list of files is invalid") as caught:
         open_modelscope(URL)
     assert (caught.value.found or "").startswith("no SHA-256")
     published.lists_hashes = True
     published.files[REPO]["master"]["../outside"] = b"x"
-    with pytest.raises(HubError, match="list of files cannot be used"):
+    with pytest.raises(HubError, match="list of files is invalid"):
         open_modelscope(URL)
     del published.files[REPO]["master"]["../outside"]
     monkeypatch.setattr(modelscope_repo, "MOST_ENTRIES", 4)
@@ -166,7 +166,7 @@ def test_a_file_that_is_replaced_is_noticed(published: ModelScope, tmp_path: Pat
         for name in [name for name in files if name.endswith(".safetensors")]:
             files[name] = files[name][:-1] + bytes([files[name][-1] ^ 1])
 
-    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+    with pytest.raises(SourceError, match="has changed since it was listed") as caught:
         convert(URL, tmp_path / "out", progress=AfterAdvances(1, replace), jobs=1)
     assert caught.value.code == "source-changed"
     assert not (tmp_path / "out" / "config.json").exists()
@@ -174,7 +174,7 @@ def test_a_file_that_is_replaced_is_noticed(published: ModelScope, tmp_path: Pat
 
 def test_bytes_of_another_file_are_refused(published: ModelScope) -> None:
     published.linked_hash = "0" * 64
-    with pytest.raises(SourceError, match="differs from the one that was listed") as caught:
+    with pytest.raises(SourceError, match="has changed since it was listed") as caught:
         quarkconv.inspect_checkpoint(URL)
     assert caught.value.found == f"hash {'0' * 64}"
 

@@ -139,8 +139,8 @@ def test_an_offset_that_is_not_zero_is_refused(tmp_path: Path) -> None:
 
 Q_PROJ = "model.layers.0.self_attn.q_proj.weight"
 DAMAGES: dict[str, tuple[Callable[[dict[str, Any]], object], str]] = {
-    "no entry": (lambda description: description.pop(Q_PROJ), "without an entry"),
-    "an entry of another type": (lambda description: description.update({Q_PROJ: 3}), "without an entry"),
+    "no entry": (lambda description: description.pop(Q_PROJ), "without a valid entry"),
+    "an entry of another type": (lambda description: description.update({Q_PROJ: 3}), "without a valid entry"),
     "a tensor that is not stored": (lambda description: description.update({"a.weight": "FLOAT"}), "not stored"),
     "two types in qkv": (lambda description: description.update({Q_PROJ: "FLOAT"}), "of several types"),
 }

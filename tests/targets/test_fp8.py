@@ -217,7 +217,7 @@ def test_a_layer_of_experts_that_is_fp8_in_part_is_unsupported(tmp_path: Path) -
 
 def test_layers_of_prediction_in_fp8_are_not_quantized_again(tmp_path: Path) -> None:
     source = with_fp8_blocks(prediction=True).write(tmp_path)
-    with pytest.raises(quarkconv.UnsupportedError, match="not quantized again"):
+    with pytest.raises(quarkconv.UnsupportedError, match="does not quantize weights that are already quantized"):
         quarkconv.plan_conversion(source, "compressed-tensors", mtp="quantize")
     with pytest.raises(quarkconv.UnsupportedError, match="in FP8 beside INT8 experts"):
         quarkconv.plan_conversion(source, "quark")

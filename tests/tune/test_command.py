@@ -32,7 +32,7 @@ def test_a_machine_without_a_gpu_is_refused_in_one_line(
         assert run_cli(capsys, "tune", *arguments) == (
             4,
             "",
-            "error: Launch options are measured on a GPU, and torch finds none\n"
+            "error: tune needs a GPU, but torch finds none\n"
             "  hint:     run this on the machine that serves, with a torch built for its GPU\n",
         )  # fmt: skip
 
@@ -44,7 +44,8 @@ def test_an_engine_that_is_not_installed_is_named_in_one_line(
     monkeypatch.setattr("importlib.util.find_spec", lambda _: None)
     code, out, err = run_cli(capsys, "tune", "--for", engine)
     assert (code, out) == (4, "")
-    assert err == f"error: {name} is not installed here\n  hint:     run this in the environment that serves with it\n"
+    hint = "run this in the environment that serves the model"
+    assert err == f"error: {name} is not installed in this environment\n  hint:     {hint}\n"
 
 
 @pytest.mark.parametrize(

@@ -59,12 +59,12 @@ def test_the_record_has_each_shape_of_a_table(tmp_path: Path) -> None:
 @pytest.mark.parametrize("text", ["{", "[]"])
 def test_another_file_of_that_name_is_not_overwritten(tmp_path: Path, text: str) -> None:
     (tmp_path / MEASURED).write_text(text)
-    with pytest.raises(UsageError, match="another file of that name"):
+    with pytest.raises(UsageError, match="unrelated file of that name"):
         record(tmp_path, "a.json", HEAD, {whole(8, 2, 64, 64): TIMINGS})
 
 
 def test_an_engine_without_tables_is_refused() -> None:
-    with pytest.raises(UnsupportedError, match="brings no tables for nothing"):
+    with pytest.raises(UnsupportedError, match="has no tables for nothing"):
         shipped_folder("nothing")
 
 

@@ -156,7 +156,7 @@ def test_a_router_with_tensors_that_its_family_lacks_is_not_known(case: str, tmp
     assert not inspection.headline.startswith("Sound")
     assert "the routing" in " ".join(inspection.not_checked)
     (layer,) = quarkconv.verify_checkpoint(source, device="cpu", tokens=4).numbers.layers
-    assert "the model's own is not known: model.layers.0.mlp." in layer.routing
+    assert "the model's own routing is unknown: model.layers.0.mlp." in layer.routing
 
 
 def test_the_routers_of_all_families_have_what_their_rows_say() -> None:
@@ -177,8 +177,8 @@ def test_companions_of_unknown_meaning_leave_no_verdict_and_no_proof(leaf: str, 
     assert not [fact for fact in quarkconv.inspect_checkpoint(source).engines if fact.verdict == "int8"]
     skipped = quarkconv.verify_checkpoint(source, device="cpu").numbers.skipped
     assert skipped is not None
-    assert f"{leaf} is among the experts, and its meaning is not known" in skipped
-    with pytest.raises(quarkconv.UnsupportedError, match="its meaning is not known"):
+    assert f"{leaf} is among the experts, and its meaning is unknown" in skipped
+    with pytest.raises(quarkconv.UnsupportedError, match="its meaning is unknown"):
         quarkconv.convert_checkpoint(source, "fused-int8", tmp_path / "fused")
     out = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "out").output
     assert quarkconv.verify_checkpoint(out, source, device="cpu").ok

@@ -123,8 +123,8 @@ def test_a_setting_that_is_not_known_stops_the_numbers(checkpoints: Checkpoints,
 def test_an_unknown_routing_is_uniform_and_named_so(checkpoints: Checkpoints, tmp_path: Path) -> None:
     model = with_config(checkpoints, tmp_path / "model", norm_topk_prob=None)
     layers = quarkconv.verify_checkpoint(model, device="cpu", layers={0}).numbers.layers
-    reason = "config.json does not say norm_topk_prob"
-    assert layers[0].routing == f"uniform random top 3 of 8 (the model's own is not known: {reason})"
+    reason = "config.json has no norm_topk_prob"
+    assert layers[0].routing == f"uniform random top 3 of 8 (the model's own routing is unknown: {reason})"
 
 
 def test_layers_tokens_and_seed_are_chosen(checkpoints: Checkpoints) -> None:

@@ -74,7 +74,7 @@ def test_a_scale_that_is_not_finite_ends_the_conversion(layout: str, to: str, tm
 def test_a_scale_of_0_passes_only_with_codes_of_0(layout: str, to: str, tmp_path: Path) -> None:
     fields, name = LAYOUTS[layout]
     root = with_value(tmp_path / "model", name, 0.0, **fields)
-    with pytest.raises(SourceError, match="A scale is zero, and the codes of its row are not") as caught:
+    with pytest.raises(SourceError, match="A scale is zero, but the codes of its row are not") as caught:
         quarkconv.convert_checkpoint(root, to, tmp_path / "out")
     assert caught.value.tensor == name
     assert not (tmp_path / "out").exists()

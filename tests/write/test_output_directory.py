@@ -30,7 +30,7 @@ def test_unfinished_work_with_other_options_is_refused_and_kept(
     before = snapshot(out)
     code, _, err = run_cli(capsys, "convert", source, "--to", "fused-int8", "--out", out, "--max-shard-size", "6MB")
     assert code == 2
-    assert "another unfinished conversion" in err
+    assert "a different unfinished conversion" in err
     assert "largest shard size 4500000, now 6000000" in err
     assert "--overwrite" in err
     assert snapshot(out) == before
@@ -44,7 +44,7 @@ def test_unfinished_work_of_another_source_is_refused(source: Path, tmp_path: Pa
     shutil.copytree(source, other)
     config = json.loads((other / "config.json").read_text())
     (other / "config.json").write_text(json.dumps({**config, "rope_theta": 12345.0}))
-    with pytest.raises(UsageError, match="another unfinished conversion") as caught:
+    with pytest.raises(UsageError, match="a different unfinished conversion") as caught:
         convert(other, out)
     assert caught.value.found == f"source {source}, now {other}"
     assert snapshot(convert(other, out, overwrite=True)) != {}

@@ -44,7 +44,7 @@ def test_the_source_is_never_written_to(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize("inside", ["", "sub", "sub/deeper", ".."])
 def test_source_and_output_must_not_contain_one_another(small: Path, inside: str) -> None:
     before = snapshot(small.parent)
-    with pytest.raises(UsageError, match="inside one another"):
+    with pytest.raises(UsageError, match="contain one another"):
         convert(small, small / inside)
     assert snapshot(small.parent) == before
 
@@ -52,7 +52,7 @@ def test_source_and_output_must_not_contain_one_another(small: Path, inside: str
 def test_a_link_to_the_source_is_seen_through(small: Path, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(small)
     for out in (tmp_path / "link", tmp_path / "link" / "sub"):
-        with pytest.raises(UsageError, match="inside one another"):
+        with pytest.raises(UsageError, match="contain one another"):
             convert(small, out)
 
 
@@ -99,7 +99,7 @@ def test_a_plan_that_is_older_than_its_source_is_refused(
         data = file.read_bytes()
         swapped = data.replace(old, b"@" * len(old)).replace(new, old).replace(b"@" * len(old), new)
         file.write_bytes(swapped)
-    with pytest.raises(SourceError, match="not the one that was planned") as caught:
+    with pytest.raises(SourceError, match="differs from the planned one") as caught:
         execute(plan, small, tmp_path / "out", jobs=4)
     assert caught.value.code == "source-changed"
     assert found in (caught.value.found or "")
@@ -128,7 +128,7 @@ def test_a_source_that_is_cut_while_it_is_read(
         if shard.file in finished:  # another thread may have come to the end of one that has nothing of this file
             assert cut.name not in {piece.source.file for tensor in shard.tensors for piece in tensor.pieces}
     with pytest.raises(
-        UsageError, match="another unfinished conversion"
+        UsageError, match="a different unfinished conversion"
     ) as refused:  # it was written to: is it the same?
         convert(model, out)
     assert refused.value.found == f"{cut.name} of the source was written to since"
@@ -153,7 +153,7 @@ def replace(file: Path) -> None:
     [
         (write_same_bytes, "a later time of modification"),
         (lambda file: os.truncate(file, file.stat().st_size + 1), "bytes"),
-        (replace, "another file of that name"),
+        (replace, "a different file with that name"),
         (lambda file: file.unlink(), "No such file"),
     ],
 )

@@ -122,9 +122,9 @@ def test_space_is_checked_before_the_first_byte(
     usage = shutil.disk_usage(tmp_path)
     with monkeypatch.context() as patch:
         patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=10**6))
-        with pytest.raises(WriteError, match="not enough space") as caught:
+        with pytest.raises(WriteError, match="Not enough space") as caught:
             convert(source, out)
-    assert caught.value.found == "1 MB free"
+    assert caught.value.found == "1 MB"
     assert "free 30 MB more" in (caught.value.hint or "")
     assert not list(out.rglob("*.safetensors*"))
     assert_unfinished(out)
@@ -204,7 +204,7 @@ def test_a_disk_that_gets_full_is_one_message_and_nothing_is_lost(
     process = start(SMALL_STEPS + "main(sys.argv[1:])", *arguments(source, out, jobs=2))  # now it is checked
     _, err = process.communicate(timeout=PROCESS_TIMEOUT)
     assert process.returncode == 5
-    assert "not enough space" in err
+    assert "Not enough space" in err
     ballast.unlink()
     convert(source, out)
     assert snapshot(out) == reference
@@ -219,7 +219,7 @@ def test_overwrite_keeps_the_earlier_conversion_when_the_new_one_would_not_fit(
     before = snapshot(out)
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=0))
-    with pytest.raises(WriteError, match="not enough space"):  # it is as large, but for the notes beside it
+    with pytest.raises(WriteError, match="Not enough space"):  # it is as large, but for the notes beside it
         convert(source, out, overwrite=True)
     assert snapshot(out) == before
     size = allocated(out.rglob("*"))

@@ -83,7 +83,7 @@ def _layers(evaluation: Evaluation) -> RenderableType:
         )
     note = (
         "own error: relative error of a layer's output on the baseline's hidden states; drift: accumulated error; "
-        "experts changed: share of tokens that choose another set of experts"
+        "experts changed: share of tokens that choose a different set of experts"
     )
     return Group(*lines, indented(note, 2, "dim"), "")
 
@@ -102,7 +102,7 @@ def _worst(evaluation: Evaluation) -> Iterator[RenderableType]:
         table.add_row("layer", "expert", "squared error", "tokens", style="dim")
         for expert in evaluation.experts:
             table.add_row(str(expert.layer), str(expert.expert), f"{expert.error:.2g}", f"{expert.tokens:,}")
-        note = "squared error over that of their layer's output, on a sample of tokens"
+        note = "squared error relative to the layer's squared output, on a sample of tokens"
         yield _section("Worst experts", table, Text(note, style="dim"))
     if evaluation.ablations:
         lines = []

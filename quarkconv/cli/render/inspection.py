@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import shlex
-from collections.abc import Iterable, Iterator
-from typing import Final
+from collections.abc import Iterator
 
 from rich.console import Group, RenderableType
 from rich.table import Table
@@ -12,24 +11,17 @@ from rich.text import Text
 
 from quarkconv.cli.out import indented, printable, title, verdict
 from quarkconv.cli.render.charts import size_bars
+from quarkconv.cli.render.engines import EngineTable
 from quarkconv.cli.render.findings import render_findings
 from quarkconv.experts.layer import MoELayer
 from quarkconv.findings import NOT_UNDERSTOOD
-from quarkconv.inspection.engine_facts import ENGINE_NAMES, NOT_CHECKED, EngineFact
+from quarkconv.inspection.engine_facts import NOT_CHECKED, EngineFact
 from quarkconv.inspection.engines import stored_form
 from quarkconv.inspection.inspection import Inspection, linear_counts, main_scheme
 from quarkconv.inspection.sizes import bytes_by_dtype, bytes_by_use
 from quarkconv.scheme.formats.undeclared import UndeclaredScheme
 from quarkconv.scheme.spec import ModuleScheme, TensorSpec
 from quarkconv.text import plural, size
-
-_VERDICT_STYLES: Final = {
-    "int8": "bold green",
-    "w8a16": "yellow",
-    "not checked": "dim",
-    "wrong": "bold red",
-    "fails": "red",
-}
 
 
 def render_inspection(inspection: Inspection, *, everything: bool) -> RenderableType:
@@ -192,7 +184,7 @@ def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableTyp
                 latest.setdefault((fact.engine, "" if fact.devices else fact.form), fact)
         shown = list(latest.values())
     if shown:
-        yield engine_table(shown, evidence=False, stored=stored_form(inspection.description))
+        yield EngineTable(shown, stored=stored_form(inspection.description))
     else:
         on_gpus = [fact for fact in inspection.engines if not fact.devices]
         ran = any(fact.model_types and fact.verdict != NOT_CHECKED for fact in on_gpus)
@@ -204,31 +196,3 @@ def _engines(inspection: Inspection, everything: bool) -> Iterator[RenderableTyp
         yield indented(
             f"{plural(more, 'more row')} with --all: other releases and devices, engines that fail", 2, "dim"
         )
-
-
-def engine_table(facts: Iterable[EngineFact], *, evidence: bool, stored: str | None = None) -> Table:
-    """Rows of the table of engines, grouped by engine.
-
-    Args:
-        facts: the rows.
-        evidence: show conditions and evidence too.
-        stored: the form that is shown as "as it is".
-    """
-    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0), header_style="dim")
-    for column, heading in (("engine", "Engines"), ("version", "version"), ("form", "checkpoint"), ("runs", "runs as")):
-        table.add_column(Text(heading, style="bold" if column == "engine" else "dim"), no_wrap=True)
-    table.add_column("note", style="dim")
-    by_engine: dict[str, list[EngineFact]] = {}
-    for fact in facts:
-        by_engine.setdefault(fact.engine, []).append(fact)
-    for engine, rows in by_engine.items():
-        for number, fact in enumerate(rows):
-            notes = [fact.remark] if fact.remark else []
-            if evidence:
-                notes += [f"only: {fact.only_for}"] if fact.only_for else []
-                notes.append(f"evidence: {fact.proof}")
-            name = "" if number else f"  {ENGINE_NAMES.get(engine, engine)}"
-            form = "as it is" if fact.form == stored else fact.form
-            verdict_text = Text(fact.verdict, style=_VERDICT_STYLES[fact.verdict])
-            table.add_row(name, fact.version, form, verdict_text, "\n".join(notes))
-    return table

@@ -21,6 +21,8 @@ from quarkconv.verify.results import LinearsResult, NumbersResult, Problem, Veri
 _SHOWN_PROBLEMS: Final = 20
 _SHOWN_LAYERS: Final = 16
 _WORST: Final = 5
+_DAMAGED: Final = frozenset({"structure", "bytes"})
+"""Stages whose problems a new copy of the checkpoint fixes."""
 _FULL_WIDTH: Final = 72
 """Width of a terminal that shows all figures of a layer."""
 
@@ -177,6 +179,8 @@ def _problems(problems: tuple[Problem, ...]) -> RenderableType:
         lines.append(indented(printable(problem.message), 6))
     if len(problems) > _SHOWN_PROBLEMS:
         lines.append(indented(f"and {len(problems) - _SHOWN_PROBLEMS} more (all with --json)", 2, "dim"))
+    if _DAMAGED & {problem.stage for problem in problems}:
+        lines.append(indented("→ copy, download or convert the checkpoint again", 2, "green"))
     return Group(*lines, "")
 
 
