@@ -71,7 +71,7 @@ def compare_linears(
             rescaled += by_inputs
             if not error <= WEIGHT_BOUND:
                 message = (
-                    f"The weight is not the unquantized model's, rounded: relative error {error:.3g}, "
+                    f"The weight is not the unquantized model's weight, rounded: relative error {error:.3g}, "
                     f"bound {WEIGHT_BOUND:g}"
                 )
                 problems.append(Problem("numbers", layer_of(description, module), module, message))
