@@ -79,7 +79,11 @@ def test_layers_of_prediction_of_which_some_are_stored_are_named(names: tuple[st
     model.config["num_nextn_predict_layers"] = 3
     model.second |= {name: torch.ones(8).bfloat16() for name in names}
     found = finding(model.write(tmp_path), "mtp-missing")
-    assert (found.count, "3 layers" in found.message, "2 not stored" in found.message) == (2, True, True)
+    assert (found.count, "3 multi-token prediction layers" in found.message, "2 not stored" in found.message) == (
+        2,
+        True,
+        True,
+    )
 
 
 def test_fp8_beside_int8_is_unsupported_and_the_option_is_named(tmp_path: Path) -> None:
