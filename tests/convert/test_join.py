@@ -284,7 +284,7 @@ def test_the_space_that_is_missing_does_not_count_what_other_workers_are_writing
         with pytest.raises(WriteError, match="disk is full") as caught:
             conversion.carry_out(Join(), jobs=1, progress=FullDisk(1))
         found.append(caught.value.found)
-    assert found == ["1 GB usable"] * 2
+    assert found == ["1 GB"] * 2
 
 
 def test_two_workers_may_write_the_same_note_at_the_same_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
