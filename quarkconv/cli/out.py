@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from functools import cache
@@ -12,6 +13,8 @@ from typing import TYPE_CHECKING, Any, Final, NamedTuple
 from quarkconv.errors import QuarkconvError, SourceError
 
 if TYPE_CHECKING:
+    import logging
+
     from rich.console import Console, RenderableType
     from rich.padding import Padding
     from rich.text import Text
@@ -77,13 +80,13 @@ def open_output(*, json: bool = False, verbose: bool = False, quiet: bool = Fals
     """The output of a command; with ``verbose``, stderr also shows the library's log."""
     if verbose and not quiet:
         show_log()
-    # huggingface_hub logs each retry, with URLs that work like passwords.
-    os.environ.setdefault("HF_HUB_VERBOSITY", "error")
+    else:  # huggingface_hub logs each retry
+        os.environ.setdefault("HF_HUB_VERBOSITY", "error")
     return Output(json, quiet)
 
 
 def show_log() -> None:
-    """Show the library's log on stderr, one line a message."""
+    """Show the library's log on stderr, one line a message, and what huggingface_hub logs, without signatures."""
     import logging
 
     class TerminalHandler(logging.Handler):
@@ -93,6 +96,17 @@ def show_log() -> None:
     log = logging.getLogger("quarkconv")
     log.setLevel(logging.INFO)
     log.handlers = [TerminalHandler()]
+    logging.setLogRecordFactory(_record_without_queries)
+
+
+def _record_without_queries(*args: Any, **more: Any) -> logging.LogRecord:
+    """A record of a log; of huggingface_hub's, URLs lose their queries, since signed ones work like passwords."""
+    import logging
+
+    record = logging.LogRecord(*args, **more)
+    if record.name.startswith("huggingface_hub"):
+        record.msg, record.args = re.sub(r"\?\S+", "", record.getMessage()), ()
+    return record
 
 
 def print_json(value: dict[str, Any]) -> None:

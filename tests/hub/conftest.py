@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -25,6 +26,9 @@ def point_at(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callab
         ("HF_HUB_DISABLE_PROGRESS_BARS", True), ("HF_HUB_DOWNLOAD_TIMEOUT", 5),
     ):  # fmt: skip
         monkeypatch.setattr(constants, name, value)
+    # Else it requests this table from a test's Hub, and keeps the response for other tests, and in the user's cache.
+    with suppress(ImportError):  # of other versions
+        monkeypatch.setattr("huggingface_hub.utils._detect_agent._registry", {"standardEnvVars": [], "harnesses": {}})
     for name in [name for name in os.environ if name.lower().endswith("_proxy")]:
         monkeypatch.delenv(name)
     monkeypatch.delenv("HF_TOKEN", raising=False)

@@ -130,7 +130,10 @@ def test_quark_keeps_the_settings_of_quark(tmp_path: Path) -> None:
 def test_compressed_tensors_keeps_its_settings(tmp_path: Path, target: str) -> None:
     there = quarkconv.convert_checkpoint(make_checkpoint(tmp_path / "model"), "fused-int8", tmp_path / "there").output
     config = json.loads((there / "config.json").read_text())
-    more = {"transform_config": {"config_groups": {"R1": {}}}, "kv_cache_scheme": {**FP8, "strategy": "attn_head"}}
+    more = {
+        "transform_config": {"config_groups": {"R1": {}}},
+        "kv_cache_scheme": {**FP8, "strategy": "attn_head", "dynamic": True},
+    }
     config["quantization_config"].update(more)
     (there / "config.json").write_text(json.dumps(config))
     result = quarkconv.convert_checkpoint(there, target, tmp_path / "out")
