@@ -198,7 +198,9 @@ CODES: Final[dict[str, FindingCode]] = {
     # Changes by a conversion (reported by convert, for one target)
     "setting-dropped": FindingCode(_W, "The target cannot express a setting of the source's quantization_config."),
     "tensor-dropped": FindingCode(_I, "The target leaves out some tensors of the source."),
-    "module-dequantized": FindingCode(_I, "Conversion dequantizes modules that engines keep in float."),
+    "module-dequantized": FindingCode(
+        _I, "Conversion dequantizes modules that engines, or the only engine of the target, keep in float."
+    ),
     "left-in-float": FindingCode(_I, "Linears that --quantize leaves in float: routers, heads, and excluded ones."),
     "mtp-dropped": FindingCode(_I, "Conversion leaves out the multi-token prediction layers."),
 }

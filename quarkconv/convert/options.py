@@ -72,8 +72,14 @@ class Options:
         """Those on the source."""
         return SourceOptions.of(self.quantize, self.exclude, self.scheme, self.mtp)
 
-    def describe(self, files: Files, progress: Progress) -> Description:
-        """A source as it is, or as it will be with some of its float modules quantized."""
+    def describe(self, files: Files, progress: Progress, engine: str | None = None) -> Description:
+        """A source as it is, or as it will be with some of its float modules quantized.
+
+        Args:
+            files: the source.
+            progress: receives how far reading the headers has come.
+            engine: the only engine that the output is for; None for several.
+        """
         options = self.of_source
         description = describe(files, progress, scheme=options.scheme, mtp=options.mtp)
-        return quantized_description(description, options) if options.quantizes else description
+        return quantized_description(description, options, engine) if options.quantizes else description

@@ -44,7 +44,7 @@ def plans_of(
         ranks: the ranks; the whole model is a single one.
         progress: receives how far reading the headers has come.
     """
-    description = options.describe(source.files, progress)
+    description = options.describe(source.files, progress, target.engine)
     for rank in ranks:
         yield make_plan(
             description, target, options.shard_bytes, rank=rank, base_model=source.repo, options=options.of_source

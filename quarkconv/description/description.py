@@ -6,7 +6,7 @@ Headers, scheme and experts come together here. Targets, plans and reports work 
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -20,7 +20,12 @@ from quarkconv.description.contradictions import (
 )
 from quarkconv.description.disagreements import disagreements, merged_findings
 from quarkconv.description.expert_names import expert_name_findings, identity_experts, wrapped_names
-from quarkconv.description.float_modules import float_test, quantized_float_modules
+from quarkconv.description.float_modules import (
+    engine_test,
+    float_test,
+    quantized_float_modules,
+    quantized_float_modules_of,
+)
 from quarkconv.description.fp8 import Fp8Group, fp8_findings, fp8_groups
 from quarkconv.description.function import function_findings, with_companions
 from quarkconv.description.int8_modules import shapes_explained
@@ -29,7 +34,7 @@ from quarkconv.description.mtp import mtp_test, without_mtp
 from quarkconv.description.output_scales import output_scale_findings
 from quarkconv.errors import UsageError
 from quarkconv.experts.config import ModelConfig, model_config
-from quarkconv.experts.knowledge import families
+from quarkconv.experts.knowledge import families, float_in_one_engine
 from quarkconv.experts.layer import Layout, MoELayer
 from quarkconv.experts.naming import ENGINE_NAMES, FUSED_LEAVES, STACKED_MODEL_TYPES, ExpertNaming
 from quarkconv.experts.topology import Topology, expert_topology
@@ -69,7 +74,9 @@ class Description:
         findings: everything that is wrong or worth knowing, worst first.
         is_mtp: whether a tensor or module belongs to a layer of multi-token prediction.
         is_float: whether engines keep a linear in float.
+        float_in_one_engine: the engine that alone keeps a linear in float; None where none does.
         float_modules: modules stored in int8 that engines keep in float; conversion dequantizes them.
+        float_modules_of: engine -> modules stored in int8 that it alone keeps in float.
         mtp_dropped: tensors of layers of multi-token prediction that were left out; None where they are kept.
         fp8: modules in FP8 beside INT8 modules, which some targets keep.
     """
@@ -84,7 +91,9 @@ class Description:
     findings: tuple[Finding, ...]
     is_mtp: NameTest = field(compare=False)
     is_float: NameTest = field(compare=False)
+    float_in_one_engine: Callable[[str], str | None] = field(compare=False)
     float_modules: tuple[str, ...] = ()
+    float_modules_of: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     mtp_dropped: tuple[str, ...] | None = None
     fp8: tuple[Fp8Group, ...] = ()
 
@@ -243,6 +252,7 @@ def described(
             modules = resolve_modules(stored, declared)
         others = modules.only(topology.others)
         is_mtp, is_float = mtp_test(checkpoint.types, config), float_test(topology, family)
+        in_one_engine = engine_test(stored.linears, float_in_one_engine(config), is_mtp)
         float_modules = quantized_float_modules(others, is_float, topology.unread)
         fp8 = fp8_groups(modules, stored, topology.layers)
         in_fp8 = [name for group in fp8 for name in group.modules]
@@ -286,7 +296,9 @@ def described(
         findings=_reported(findings, checkpoint),
         is_mtp=is_mtp,
         is_float=is_float,
+        float_in_one_engine=in_one_engine,
         float_modules=float_modules,
+        float_modules_of=quantized_float_modules_of(others, in_one_engine),
         mtp_dropped=mtp_dropped,
         fp8=fp8,
     )

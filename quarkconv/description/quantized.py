@@ -47,12 +47,13 @@ class QuantizedCheckpoint(Checkpoint):
         return sum(found.nbytes for found in self.types.values())
 
 
-def quantized_description(description: Description, options: SourceOptions) -> Description:
+def quantized_description(description: Description, options: SourceOptions, engine: str | None = None) -> Description:
     """The description of a checkpoint as if its float modules were quantized.
 
     Args:
         description: the checkpoint as it is.
         options: which modules.
+        engine: the only engine that the output is for: what it alone keeps in float is not quantized; None for several.
 
     Raises:
         UsageError: an excluded name or pattern matches no module, or only some parts of a merged linear.
@@ -61,7 +62,11 @@ def quantized_description(description: Description, options: SourceOptions) -> D
     _check_dtypes(description, options)
     _check_experts(description)
     is_excluded = _exclusion(description, options.exclude)
-    modules = dict(_modules(description, options, is_excluded))
+    modules = {
+        module: form
+        for module, form in _modules(description, options, is_excluded)
+        if engine is None or description.float_in_one_engine(module) != engine
+    }
     root = str(description.checkpoint.root)
     if not modules:
         raise _nothing_left(description, options, root)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Final
 
-from quarkconv.experts.family import ActivationName, ActivationRule, Family, RouterRule, RouterTensors
+from quarkconv.experts.family import ActivationName, ActivationRule, EngineFloat, Family, RouterRule, RouterTensors
 
 _BIASED_GATE: Final = RouterTensors(correction_bias=("gate.e_score_correction_bias",))
 _ROUTER: Final = RouterTensors(weight=("router.weight",))
@@ -218,13 +218,13 @@ _SIGMOID_FAMILIES: Final = (
         ("glm5_next",), _V3, "Glm5NextTextTopkRouter, Glm5NextTextExperts", tensors=_BIASED_GATE, fixed=_V3_FIXED,
         activation=_CLAMPED_SILU, float_modules=(*_MTP, *_INDEXER), own_scales=_HYPER_CONNECTIONS,
     ),
-    # vLLM's mimo_v2.py knows no scale.
+    # vLLM's mimo_v2.py knows no scale. Its MiMoV2Attention keeps o_proj in float where it is of the MTP layers.
     Family(
         ("mimo_v2", "mimo_v2_flash"),
         RouterRule("sigmoid", renormalize=("norm_topk_prob",), epsilon=1e-20, group_score="top2"),
         "MiMoV2FlashTopkRouter", tensors=_BIASED_GATE, classes=("MiMoV2Omni",),
         fixed={**_V3_FIXED, "routed_scaling_factor": (None, 1, 1.0)},
-        float_modules=_MTP,
+        float_modules=_MTP, float_in_one_engine=(EngineFloat("vllm", "self_attn.o_proj", mtp=True),),
     ),
     Family(
         ("nemotron_h",), _V3, "NemotronHTopkRouter, NemotronHExperts", tensors=_BIASED_GATE, fixed=_V3_FIXED,
@@ -241,7 +241,8 @@ _SIGMOID_FAMILIES: Final = (
         float_modules=_MTP,
     ),
     # The third generation has the model type of another. Routed experts clamp gate and up before SiLU, as the shared
-    # ones do not.
+    # ones do not. SGLang keeps in float the gate of DsV3MLA (bailing_moe_v3.py), and of KimiDeltaAttention with
+    # no_kda_lora (kimi_linear.py), which has f_proj, the beta.
     Family(
         ("bailing_hybrid", "bailing_moe_v3"),
         RouterRule(
@@ -255,6 +256,9 @@ _SIGMOID_FAMILIES: Final = (
             "moe_router_enable_expert_bias": (None, True), "norm_topk_prob": (None, True),
         },
         ignored=("share_expert_swiglu_limit_list",), float_modules=_MTP,
+        float_in_one_engine=(
+            EngineFloat("sglang", "attention.g_proj", "kv_b_proj"), EngineFloat("sglang", "attention.b_proj", "f_proj"),
+        ),
     ),
     Family(
         ("bailing_hybrid",), _KIMI_LINEAR, "BailingHybridTopkRouter", classes=("BailingMoeV2_5",),
@@ -331,7 +335,8 @@ _SIGMOID_FAMILIES: Final = (
         own_scales=_HYPER_CONNECTIONS,
     ),
     # FusedMoEBlock in vLLM's step3p5.py, which refuses a router without the bias; with it, the model's remote code
-    # (router_bias_func in modeling_step3p5.py, also the epsilon's source) knows only the sigmoid.
+    # (router_bias_func in modeling_step3p5.py, also the epsilon's source) knows only the sigmoid. SGLang's
+    # Step3p5Attention (step3p5.py) keeps the gate of attention in float.
     Family(
         ("step3p5",),
         RouterRule(
@@ -342,6 +347,7 @@ _SIGMOID_FAMILIES: Final = (
         activation=ActivationRule(limit_list=("swiglu_limits",)),
         fixed={"moe_router_activation": ("sigmoid",), "use_moe_router_bias": (True,)},
         ignored=("swiglu_limits_shared", "need_fp32_gate"), float_modules=_MTP,
+        float_in_one_engine=(EngineFloat("sglang", "self_attn.g_proj"),),
     ),
 )  # fmt: skip
 
@@ -350,3 +356,5 @@ FAMILIES: Final = (*_SOFTMAX_FAMILIES, *_SIGMOID_FAMILIES)
 
 FLOAT_ENDS: Final = tuple(dict.fromkeys(f".{name}" for family in FAMILIES for name in family.in_float_names()))
 """Ends of the names of the linears that engines keep in float in some family."""
+ONE_ENGINE_ENDS: Final = tuple(f".{rule.name}" for family in FAMILIES for rule in family.float_in_one_engine)
+"""Ends of the names of those that one engine alone does."""

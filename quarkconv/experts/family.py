@@ -136,6 +136,22 @@ class ActivationRule(NamedTuple):
         yield from (self.keys, self.limit, self.alpha, self.beta, self.linear_beta, self.limit_list)
 
 
+class EngineFloat(NamedTuple):
+    """Linears that one engine alone keeps in float; the others run them in int8.
+
+    Attributes:
+        engine: the engine, as the table of engines names it: ``sglang``.
+        name: end of the linears' names.
+        beside: last part of the name of a module that is stored beside them; empty where none is needed.
+        mtp: whether only those in layers of multi-token prediction are meant.
+    """
+
+    engine: str
+    name: str
+    beside: str = ""
+    mtp: bool = False
+
+
 class Family(NamedTuple):
     """Models whose experts are chosen and computed alike.
 
@@ -155,6 +171,7 @@ class Family(NamedTuple):
         latent: keys of the experts' hidden width where it is not the model's.
         ignored: config keys that look as if they mattered and do not, for routed experts at inference.
         float_modules: modules, besides routers and lm_head, that engines never run in int8.
+        float_in_one_engine: linears that one engine alone never runs in int8.
         own_scales: last parts of names of parameters of the model that look like a quantizer's scale.
     """
 
@@ -173,6 +190,7 @@ class Family(NamedTuple):
     latent: Keys = ()
     ignored: Keys = ()
     float_modules: tuple[str, ...] = ()
+    float_in_one_engine: tuple[EngineFloat, ...] = ()
     own_scales: tuple[str, ...] = ()
 
     def has_class(self, name: str) -> bool:

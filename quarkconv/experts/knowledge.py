@@ -16,7 +16,7 @@ from typing import Final
 from quarkconv.experts.config import ModelConfig, model_config, stack_of
 from quarkconv.experts.config_values import Config, is_one_of, not_known, short
 from quarkconv.experts.families import FAMILIES
-from quarkconv.experts.family import Family, FamilyOf, Setting
+from quarkconv.experts.family import EngineFloat, Family, FamilyOf, Setting
 from quarkconv.experts.function import ExpertActivation, Routing, Unknown
 from quarkconv.experts.known import Known
 from quarkconv.experts.layer import MoELayer
@@ -63,11 +63,10 @@ def knowledge(config: object, module: str = "") -> Known | Unknown:
     section = found.part_of(module)
     if section is None:
         return Unknown(f"config.json does not describe the layers of {stack_of(module)}")
-    stated = section.get("model_type", config.get("model_type") if section is found.text else None)
+    stated = _stated_type(found, section)
     if not isinstance(stated, str):
         return Unknown("config.json has no model_type", "model_type")
-    model_type = stated.removesuffix("_text")
-    rows = [row for row in FAMILIES if model_type in row.types and _is_architecture(row, section, config)]
+    model_type, rows = stated.removesuffix("_text"), _rows(found, section)
     if not rows:
         return Unknown(f"the model type {stated} is not known")
     named = foreign_class(found) if section is found.text else None
@@ -130,6 +129,26 @@ def families(config: object) -> FamilyOf:
     return family_of
 
 
+def float_in_one_engine(config: ModelConfig) -> Callable[[str], tuple[EngineFloat, ...]]:
+    """Gives the linears that one engine alone keeps in float in the stack of layers that a module belongs to.
+
+    These are facts about classes of engines, so they hold for the model type whatever its settings.
+    """
+    if foreign_class(config) is not None:
+        return lambda _: ()
+    first: dict[str, tuple[EngineFloat, ...]] = {}
+
+    def rules_of(module: str) -> tuple[EngineFloat, ...]:
+        stack = stack_of(module)
+        if stack not in first:
+            section = config.part_of(module)
+            rows = [] if section is None else _rows(config, section)
+            first[stack] = tuple(dict.fromkeys(rule for row in rows for rule in row.float_in_one_engine))
+        return first[stack]
+
+    return rules_of
+
+
 def layer_activation(known: Known | Unknown, layer: MoELayer) -> ExpertActivation | Unknown:
     """The activation function of the experts of a layer, or why it is unknown.
 
@@ -166,6 +185,20 @@ def expert_activation(config: object, layer: MoELayer) -> ExpertActivation | Unk
 def expert_routing(config: object, layer: MoELayer) -> Routing | Unknown:
     """:func:`layer_routing` by the parsed config.json."""
     return layer_routing(knowledge(config, layer.moe), layer)
+
+
+def _stated_type(config: ModelConfig, section: Config) -> object:
+    """The model type of a part of config.json, ``_text`` at its end included."""
+    return section.get("model_type", config.raw.get("model_type") if section is config.text else None)
+
+
+def _rows(config: ModelConfig, section: Config) -> list[Family]:
+    """The rows of the model type of a part of config.json, whatever its settings."""
+    stated = _stated_type(config, section)
+    if not isinstance(stated, str):
+        return []
+    model_type = stated.removesuffix("_text")
+    return [row for row in FAMILIES if model_type in row.types and _is_architecture(row, section, config.raw)]
 
 
 def _experts(row: Family, section: Config) -> Config:

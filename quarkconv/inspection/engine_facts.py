@@ -44,7 +44,11 @@ RUNS: Final = ("int8", "w8a16")
 _TRIED: Final = ("served", "loader")
 """Kinds of evidence for which something ran."""
 _CONDITIONS: Final = ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having")
-_MODULE: Final = ("int8_module", "beside")
+_PARTS: Final = {
+    "model": "int8 linears that it alone keeps in float",
+    "mtp": "int8 linears of MTP layers that it alone keeps in float",
+}
+"""Part of a model -> the condition ``int8_in_float``, for people."""
 _FIELDS: Final = ("engine", "version", "as", "verdict", "note", "evidence")
 
 
@@ -56,9 +60,8 @@ class EngineFact(NamedTuple):
         form: the form of the checkpoint: a target's name, or ``quark``.
         devices: where it was checked or read to run; empty for NVIDIA GPUs.
         checked: date of the evidence; empty where it was not recorded.
-        int8_module: pattern with ``*`` of modules that this engine alone keeps in float: the row is about checkpoints
-            with one of them in int8, in place of the rows without this condition.
-        beside: last part of the name of a module that is stored beside it; empty where none is needed.
+        int8_in_float: ``model`` or ``mtp``: the row is about checkpoints with int8 linears that this engine alone keeps
+            in float, outside of layers of multi-token prediction or in them. It replaces rows without this condition.
     """
 
     engine: str
@@ -75,8 +78,7 @@ class EngineFact(NamedTuple):
     not_model_types: tuple[str, ...] = ()
     having: tuple[str, ...] = ()
     not_having: tuple[str, ...] = ()
-    int8_module: str = ""
-    beside: str = ""
+    int8_in_float: str = ""
 
     def holds_for(
         self, scheme: str, layout: str | None, model_type: str | None, features: Collection[str] = ()
@@ -100,9 +102,8 @@ class EngineFact(NamedTuple):
     def only_for(self) -> str:
         """The conditions, for people: ``ptpc_int8, mixed; not dbrx or step3``; empty for every checkpoint."""
         required = [*self.schemes, *self.layouts, *self.model_types, *(FEATURES[name] for name in self.having)]
-        if self.int8_module:
-            beside = f" beside {self.beside}" if self.beside else ""
-            required.append(f"{self.int8_module.removeprefix('*.')} in int8{beside}")
+        if self.int8_in_float:
+            required.append(_PARTS[self.int8_in_float])
         excluded = [*self.not_model_types, *(FEATURES[name] for name in self.not_having)]
         return "; ".join(filter(None, (", ".join(required), f"not {alternatives(excluded)}" if excluded else "")))
 
@@ -174,17 +175,16 @@ def _table() -> dict[str, Any]:
 
 
 def _fact(row: dict[str, Any]) -> EngineFact:
-    unknown = set(row) - {*_FIELDS, *_CONDITIONS, *_MODULE, "checked", "devices"}
-    if unknown or row["verdict"] not in VERDICTS or row["verdict"] == NOT_CHECKED:
+    unknown = set(row) - {*_FIELDS, *_CONDITIONS, "int8_in_float", "checked", "devices"}
+    part = str(row.get("int8_in_float", ""))
+    if unknown or part not in ("", *_PARTS) or row["verdict"] not in VERDICTS or row["verdict"] == NOT_CHECKED:
         raise ValueError(f"engines.toml: a row for {row['engine']} is malformed")
     conditions = {key: tuple(row[key]) for key in _CONDITIONS if key in row}
     engine, version, form, verdict, note, evidence = (str(row[key]) for key in _FIELDS)
     checked, devices = str(row.get("checked", "")), str(row.get("devices", ""))
-    int8_module, beside = (str(row.get(key, "")) for key in _MODULE)
     fact = EngineFact(
-        engine, version, form, verdict, note, evidence, checked, devices,
-        int8_module=int8_module, beside=beside, **conditions,
-    )  # fmt: skip
+        engine, version, form, verdict, note, evidence, checked, devices, int8_in_float=part, **conditions
+    )
     if devices and verdict in RUNS and not fact.tried:
         return fact._replace(verdict=NOT_CHECKED, note="; ".join(filter(None, (f"{verdict} as read, not run", note))))
     return fact

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Collection
-from fnmatch import translate
 from itertools import chain
 from typing import Final
 
@@ -30,6 +29,7 @@ from quarkconv.inspection.engine_facts import (
 )
 from quarkconv.inspection.quark_in_vllm import is_read_otherwise
 from quarkconv.scheme.patterns import is_pattern
+from quarkconv.targets import get_target
 
 FUSED: Final = "fused-int8"
 _SHARED: Final = ".shared_experts."
@@ -99,8 +99,8 @@ def engines_for(
         if fact.form in layouts
         and fact.holds_for(scheme, layouts[fact.form], row_type[fact.engine], features[fact.form == stored])
     ]
-    found = [fact for fact in found if not fact.int8_module or _has_int8_module(description, fact)]
-    of_modules = [fact for fact in found if fact.int8_module]
+    found = [fact for fact in found if not fact.int8_in_float or _has_int8_in_float(description, fact, stored)]
+    of_modules = [fact for fact in found if fact.int8_in_float]
     found = [fact for fact in found if not any(_replaces(row, fact) for row in of_modules)]
     found = [fact for fact in found if _names_known(description, fact)]
     tried = checked_model_types()
@@ -148,23 +148,19 @@ def _covers(versions: str, release: str) -> bool:
     return first <= number and (versions.startswith(">") or number <= (rest[0] if rest else first))
 
 
-def _has_int8_module(description: Description, fact: EngineFact) -> bool:
-    """Whether a module that the engine of a row keeps in float is int8: outside of MTP, or in it, by the row."""
-    pattern = re.compile(translate(fact.int8_module))
-    names = (name for (form, _), modules in description.others.items() if form.quantized for name in modules)
-    return any(
-        pattern.match(name) is not None
-        and description.is_mtp(name) == (".mtp." in fact.int8_module)
-        and (not fact.beside or f"{name.rpartition('.')[0]}.{fact.beside}" in description.stored.linears)
-        for name in names
-    )
+def _has_int8_in_float(description: Description, fact: EngineFact, stored: str | None) -> bool:
+    """Whether a linear that the engine of a row alone keeps in float is int8 in the form of the row."""
+    names = set(description.float_modules_of.get(fact.engine, ()))
+    if fact.form != stored:
+        names.difference_update(get_target(fact.form).float_modules(description))
+    return any(description.is_mtp(name) == (fact.int8_in_float == "mtp") for name in names)
 
 
 def _replaces(row: EngineFact, fact: EngineFact) -> bool:
     """Whether a row about such modules holds in place of another, which was checked without them in int8."""
     return (
         (row.engine, row.form) == (fact.engine, fact.form)
-        and not fact.int8_module
+        and not fact.int8_in_float
         and fact.verdict in (*RUNS, NOT_CHECKED)
         and (fact.devices == row.devices or row.verdict not in RUNS)
         and _covers(fact.version, row.version)

@@ -36,7 +36,7 @@ class Ascend(PerExpertTarget):
     static_inputs = False
 
     def unsupported(self, description: Description) -> str | None:
-        unlike = merged_unlike(description.others, description.stored.linears, description.float_modules)
+        unlike = merged_unlike(description.others, description.stored.linears, self.float_modules(description))
         if unlike:
             return f"{unlike[0]} is not int8, and engines merge it with linears that are"
         return super().unsupported(description)

@@ -28,6 +28,7 @@ class Target(ABC):
         static_inputs: False when the scales of activations are always computed for each token.
         keeps_fp8: True when the config can express modules in FP8 beside INT8 experts.
         transforms: True when the config can express transforms that are computed at run time.
+        engine: the only engine that loads it, as the table of engines names it; None for several.
         quantizes: False when the output has no quantized weights.
         facts: one sentence on the weights of the output, for the model card.
     """
@@ -36,6 +37,7 @@ class Target(ABC):
     summary: ClassVar[str]
     stacks: ClassVar[bool] = True
     by_rank: ClassVar[bool] = False
+    engine: ClassVar[str | None] = None
     quantizes: ClassVar[bool] = True
     transforms: ClassVar[bool] = False
     static_inputs: ClassVar[bool] = True
@@ -66,6 +68,10 @@ class Target(ABC):
         if self.quantizes and len({scheme.activation for scheme in description.schemes}) > 1:
             return "it mixes static and dynamic activation scales, but a config group has only one kind"
         return None
+
+    def float_modules(self, description: Description) -> tuple[str, ...]:
+        """The int8 modules that are dequantized: those that engines, or its only engine, keep in float."""
+        return (*description.float_modules, *description.float_modules_of.get(self.engine or "", ()))
 
     @abstractmethod
     def expert_tensors(self, source: ExpertSource) -> Iterator[OutputTensor]:
@@ -140,7 +146,7 @@ class Target(ABC):
             size -= count * sum(kind.nbytes for kind in form.tensors if kind is not None)
             if linears:
                 size += linears * self._linear_bytes(form)
-        for name in description.float_modules:
+        for name in self.float_modules(description):
             form = description.stored.linears[name]
             size += 2 * prod(form.weight.shape) - self._linear_bytes(form)
         for group in description.fp8 if self.keeps_fp8 else ():

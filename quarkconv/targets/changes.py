@@ -49,13 +49,14 @@ def _changes(description: Description, target: Target) -> Iterator[Finding]:
     names = identity_tensors(description.moe_layers, description.checkpoint.types)
     left_out = plural(len(names), "tensor")
     yield from FindingsAbout("tensor-dropped", names, f"{left_out} of experts that return their input left out")
-    modules = description.float_modules
+    modules = target.float_modules(description)
     if modules and description.declared is not None and target.quantizes:
+        every = len(modules) == len(description.float_modules)
+        engines = "engines keep" if every else f"the engine of {target.name} keeps"
         yield from FindingsAbout(
             "module-dequantized",
             modules,
-            f"{plural(len(modules), 'module')} that engines keep in float, dequantized to {_DEQUANTIZED} "
-            "(rounded once)",
+            f"{plural(len(modules), 'module')} that {engines} in float, dequantized to {_DEQUANTIZED} (rounded once)",
         )
     if isinstance(description.checkpoint, QuantizedCheckpoint):
         yield from _left_in_float(description)

@@ -42,7 +42,7 @@ class CompressedTensorsForm(Target):
             "format": "mixed-precision" if description.fp8 else _FORMATS["int"],
             "quantization_status": "compressed",
             "config_groups": {f"group_{number}": group for number, group in enumerate(groups)},
-            "ignore": ignored_modules(description),
+            "ignore": ignored_modules(description, self.float_modules(description)),
         }
         return description.config.with_quantization(quantization | _carried(description))
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from typing import Final
 
 from quarkconv.description.description import Description
@@ -26,9 +26,14 @@ _BESIDE_MLP: Final = ("bailing_hybrid",)
 """Model types whose class there looks up linears of ``mlp``, shared experts too, by the name of the layer."""
 
 
-def ignored_modules(description: Description) -> list[str]:
-    """Every module that is not quantized, by its exact names in engines, with the linear that they merge it into."""
-    names = set(_ignored(description))
+def ignored_modules(description: Description, float_modules: Collection[str]) -> list[str]:
+    """Every module that is not quantized, by its exact names in engines, with the linear that they merge it into.
+
+    Args:
+        description: the source.
+        float_modules: its int8 modules that conversion dequantizes.
+    """
+    names = set(_ignored(description, float_modules))
     names |= {f"re:{re.escape(module)}$" for module in names if module.startswith(_BY_PATTERN)}
     if description.config.model_type in _BESIDE_MLP:
         names |= {module.replace(".mlp.", ".", 1) for module in names}
@@ -47,11 +52,11 @@ def _names_in_sglang(module: str) -> Iterator[str]:
         yield f"model.{match[1]}.{parts[match[2]]}.{module[match.end() :]}"
 
 
-def _ignored(description: Description) -> Iterator[str]:
+def _ignored(description: Description, float_modules: Collection[str]) -> Iterator[str]:
     topology = description.topology
-    in_float = frozenset(description.float_modules)
+    in_float = frozenset(float_modules)
     quantized = {module for module, form in description.stored.linears.items() if not form.is_float} - in_float
-    for module in (*description.float_modules, *description.float_linears):
+    for module in (*float_modules, *description.float_linears):
         yield module
         if module in topology.members:
             continue

@@ -78,7 +78,7 @@ class Quark(PerExpertTarget):
             "layer_type_quant_config": {},
             "layer_quant_config": {**output_layers, **kv_layers},
             "kv_cache_quant_config": kv_layers,
-            "exclude": ignored_modules(description),
+            "exclude": ignored_modules(description, self.float_modules(description)),
             "export": {
                 "min_kv_scale": 0.0,
                 **(export if isinstance(export, dict) else {}),

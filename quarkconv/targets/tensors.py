@@ -41,7 +41,7 @@ def output_tensors(description: Description, target: Target, rank: Rank) -> tupl
             left_out.update(*(layer.projection(role, at).names for role, at, _ in layer.modules()))
         tensors += target.expert_tensors(source)
         checks += target.expert_checks(source)
-    in_float = frozenset(description.float_modules)
+    in_float = frozenset(target.float_modules(description))
     for name, form in description.stored.linears.items():
         if not form.quantized or (name in description.topology.members and name not in description.topology.unread):
             continue

@@ -18,7 +18,8 @@ class W8A8Int8(PerExpertTarget):
     name = "w8a8-int8"
     summary = "experts one by one; loads in SGLang on CUDA"
     static_inputs = False
+    engine = "sglang"
 
     def config(self, description: Description) -> dict[str, Any]:
-        quantization = {"quant_method": "w8a8_int8", "ignore": ignored_modules(description)}
-        return description.config.with_quantization(quantization)
+        ignored = ignored_modules(description, self.float_modules(description))
+        return description.config.with_quantization({"quant_method": "w8a8_int8", "ignore": ignored})

@@ -7,7 +7,9 @@ vLLM 0.33 (``quant_config=None``, ``nn.Linear``, or no parameter for it) and SGL
 from __future__ import annotations
 
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from support.checkpoints import load
 from support.exports import DATA, FIXTURES, restore
 
 import quarkconv
+from quarkconv.scheme.options import Quantize
 
 FAMILIES = DATA / "families"
 INDEXER = tuple(f"model.layers.0.self_attn.indexer.{name}" for name in ("weights_proj", "wk"))
@@ -65,7 +68,7 @@ def with_linears(
     modules: tuple[str, ...],
     *,
     int8: bool,
-    settings: dict[str, object] | None = None,
+    settings: Mapping[str, object] = {},
     without: str | None = None,
 ) -> Path:
     """An export with more linears [8, 16], in int8 or BF16, replaced or added; those in int8 are not excluded.
@@ -93,7 +96,7 @@ def with_linears(
         tensors.pop(f"{module}.weight_scale", None)
         if int8:
             tensors[f"{module}.weight_scale"] = scale
-    config = json.loads((folder / "config.json").read_text()) | (settings or {})
+    config = json.loads((folder / "config.json").read_text()) | dict(settings)
     exclude = config["quantization_config"]["exclude"]
     exclude[:] = [name for name in exclude if name not in modules] + ([] if int8 else list(modules))
     (folder / "config.json").write_text(json.dumps(config))
@@ -153,15 +156,48 @@ BAILING_V3: dict[str, object] = {
 }  # fmt: skip
 """Settings that make a model of bailing_hybrid one of its third generation."""
 ATTENTION = "model.layers.0.attention"
-IN_SGLANG: dict[str, tuple[tuple[str, ...], str | None, bool]] = {
+
+
+class InSGLang(NamedTuple):
+    """Int8 linears of attention in an export.
+
+    Attributes:
+        export: the export.
+        modules: the linears; the first is the one in question.
+        in_float: whether SGLang 0.5.23 alone keeps it in float.
+        settings: of config.json, to replace.
+        without: a module that is left out.
+    """
+
+    export: str
+    modules: tuple[str, ...]
+    in_float: bool
+    settings: Mapping[str, object] = {}
+    without: str | None = None
+
+
+def in_bailing(leaves: Iterable[str], without: str | None, *, in_float: bool) -> InSGLang:
+    modules = tuple(f"{ATTENTION}.{leaf}" for leaf in leaves)
+    return InSGLang("bailing_hybrid-0.13-f2f", modules, in_float, BAILING_V3, without)
+
+
+LATER_GATE = "model.layers.1.self_attn.g_proj"
+IN_SGLANG = {
+    # step3p5.py, Step3p5Attention
+    "step3p5": InSGLang("step3p5-like-3key_fused", ("model.layers.0.self_attn.g_proj",), True),
     # bailing_moe_v3.py, DsV3MLA; in its KimiDeltaAttention, g_proj is a part of fused_qkvbfg_proj, in int8
-    "gate of softmax attention": (("g_proj", "kv_b_proj"), f"{ATTENTION}.b_proj", True),
-    "gate of linear attention": (("g_proj",), f"{ATTENTION}.b_proj", False),
+    "gate of softmax attention": in_bailing(("g_proj", "kv_b_proj"), f"{ATTENTION}.b_proj", in_float=True),
+    "gate of linear attention": in_bailing(("g_proj",), f"{ATTENTION}.b_proj", in_float=False),
     # kimi_linear.py, KimiDeltaAttention with no_kda_lora, which has f_proj; without, b_proj is in int8
-    "beta": (("b_proj", "f_proj"), None, True),
-    "beta without f_proj": (("b_proj",), f"{ATTENTION}.f_proj", False),
+    "beta": in_bailing(("b_proj", "f_proj"), None, in_float=True),
+    "beta without f_proj": in_bailing(("b_proj",), f"{ATTENTION}.f_proj", in_float=False),
 }
-"""Case -> int8 linears of attention, one that is left out, and whether SGLang 0.5.23 alone keeps one in float."""
+
+
+def with_sglangs(folder: Path, case: str, *, int8: bool) -> Path:
+    """The export of a case, with its linears in int8 or BF16."""
+    export, modules, _, settings, without = IN_SGLANG[case]
+    return with_linears(folder, export, modules, int8=int8, settings=settings, without=without)
 
 
 def sglang_verdicts(inspection: quarkconv.Inspection) -> set[tuple[str, str]]:
@@ -174,37 +210,97 @@ def check_sglang_alone(before: quarkconv.Inspection, after: quarkconv.Inspection
     forms = ("compressed-tensors", "w8a8-int8")
     others = {item for item in sglang_verdicts(before) if item[0] not in forms}
     assert sglang_verdicts(before) == others | {(form, "int8") for form in forms}
-    assert sglang_verdicts(after) == others | {(form, "wrong" if in_float else "int8") for form in forms}
+    verdict = "wrong" if in_float else "int8"
+    assert sglang_verdicts(after) == others | {("compressed-tensors", verdict), ("w8a8-int8", "int8")}
     assert "float-module-quantized" not in {item.code for item in after.findings}
     in_vllm = [[row for row in each.engines if row.engine == "vllm"] for each in (before, after)]
     assert in_vllm[0] == in_vllm[1] != []
-    assert any("SGLang 0.5.23 computes wrong results" in item.text for item in after.advice) == in_float
+    [advice] = [item for item in after.advice if item.text.startswith("SGLang")]
+    assert advice.text.startswith("SGLang 0.5.23 runs it in int8 after convert --to w8a8-int8") or not in_float
+    dequantized = [item.code for item in after.targets["w8a8-int8"].losses].count("module-dequantized")
+    assert dequantized == in_float
+    assert not [item for item in after.targets["compressed-tensors"].losses if item.code == "module-dequantized"]
 
 
 @pytest.mark.parametrize("case", IN_SGLANG)
 def test_linears_that_only_sglang_keeps_in_float_are_wrong_there_and_no_finding(case: str, tmp_path: Path) -> None:
-    leaves, without, in_float = IN_SGLANG[case]
-    modules = tuple(f"{ATTENTION}.{leaf}" for leaf in leaves)
     before, after = (
-        quarkconv.inspect_checkpoint(
-            with_linears(
-                tmp_path / str(int8), "bailing_hybrid-0.13-f2f", modules,
-                int8=int8, settings=BAILING_V3, without=without,
-            )
-        )
-        for int8 in (False, True)
-    )  # fmt: skip
-    check_sglang_alone(before, after, in_float=in_float)
-
-
-def test_the_gate_of_step3p5_in_int8_is_wrong_in_sglang_alone(tmp_path: Path) -> None:
-    """SGLang 0.5.23, step3p5.py, Step3p5Attention."""
-    modules = ("model.layers.0.self_attn.g_proj",)
-    before, after = (
-        quarkconv.inspect_checkpoint(with_linears(tmp_path / str(int8), "step3p5-like-3key_fused", modules, int8=int8))
-        for int8 in (False, True)
+        quarkconv.inspect_checkpoint(with_sglangs(tmp_path / str(int8), case, int8=int8)) for int8 in (False, True)
     )
-    check_sglang_alone(before, after, in_float=True)
+    check_sglang_alone(before, after, in_float=IN_SGLANG[case].in_float)
+
+
+@pytest.mark.parametrize("case", IN_SGLANG)
+@pytest.mark.parametrize("to", ["w8a8-int8", "compressed-tensors", "quark"])
+def test_conversion_for_sglang_alone_dequantizes_what_it_alone_keeps_in_float(
+    case: str, to: str, tmp_path: Path
+) -> None:
+    source = with_sglangs(tmp_path / "source", case, int8=True)
+    result = quarkconv.convert_checkpoint(source, to, tmp_path / "out")
+    first, *others = IN_SGLANG[case].modules
+    in_float = IN_SGLANG[case].in_float and to == "w8a8-int8"
+    stored, written = load(source), load(result.output)
+    exact = stored[f"{first}.weight"].double() * stored[f"{first}.weight_scale"].double()[:, None]
+    expected = exact.float().bfloat16() if in_float else stored[f"{first}.weight"]
+    assert torch.equal(written[f"{first}.weight"], expected)
+    assert (f"{first}.weight_scale" in written) != in_float
+    assert all(torch.equal(written[f"{name}.weight"], stored[f"{name}.weight"]) for name in others)
+    found = [item for item in result.to_json()["findings"] if item["code"] == "module-dequantized"]
+    assert [item["subject"] for item in found] == [first] * in_float
+    assert quarkconv.verify_checkpoint(result.output, source, device="cpu", tokens=2).ok
+    verdicts = dict(sglang_verdicts(quarkconv.inspect_checkpoint(result.output)))
+    assert verdicts["w8a8-int8"] == "int8"
+    assert verdicts["compressed-tensors"] == ("wrong" if IN_SGLANG[case].in_float and not in_float else "int8")
+
+
+def test_codes_in_sglangs_own_form_are_wrong_until_it_is_converted_again(tmp_path: Path) -> None:
+    source = with_sglangs(tmp_path / "source", "step3p5", int8=True)
+    earlier = quarkconv.convert_checkpoint(source, "compressed-tensors", tmp_path / "earlier").output
+    config = json.loads((earlier / "config.json").read_text())
+    ignored = config["quantization_config"]["ignore"]
+    config["quantization_config"] = {"quant_method": "w8a8_int8", "ignore": ignored}
+    (earlier / "config.json").write_text(json.dumps(config))
+    assert ("w8a8-int8", "wrong") in sglang_verdicts(quarkconv.inspect_checkpoint(earlier))
+    again = quarkconv.convert_checkpoint(earlier, "w8a8-int8", tmp_path / "again").output
+    assert ("w8a8-int8", "int8") in sglang_verdicts(quarkconv.inspect_checkpoint(again))
+
+
+@pytest.mark.parametrize("quantize", ["missing", "all"])
+@pytest.mark.parametrize("to", ["w8a8-int8", "compressed-tensors"])
+def test_linears_that_only_sglang_keeps_in_float_stay_so_when_they_would_be_quantized(
+    quantize: Quantize, to: str, tmp_path: Path
+) -> None:
+    """Declared int8 and stored in float, as ``missing`` quantizes them."""
+    [gate] = IN_SGLANG["step3p5"].modules
+    source = with_linears(tmp_path / "source", "step3p5-like-3key_fused", (gate, LATER_GATE), int8=False)
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    shared = {f"model.layers.1.share_expert.{name}_proj" for name in ("gate", "up")}
+    exclude = config["quantization_config"]["exclude"]
+    exclude[:] = [name for name in exclude if name not in {gate, *shared}]
+    if quantize == "all":
+        del config["quantization_config"]
+        tensors = {name: tensor.bfloat16() for name, tensor in load(source).items() if not name.endswith("_scale")}
+        save_file(tensors, source / "model.safetensors")
+    path.write_text(json.dumps(config))
+    result = quarkconv.convert_checkpoint(source, to, tmp_path / "out", quantize=quantize)
+    written, dtype = load(result.output), torch.bfloat16 if to == "w8a8-int8" else torch.int8
+    assert {written[f"{name}.weight"].dtype for name in shared} == {torch.int8}
+    assert written[f"{gate}.weight"].dtype == dtype
+    assert written[f"{LATER_GATE}.weight"].dtype == (torch.bfloat16 if quantize == "missing" else dtype)
+    assert quarkconv.verify_checkpoint(result.output, source, device="cpu", tokens=2).ok
+
+
+def test_in_a_model_of_unknown_routing_sglangs_class_keeps_the_same_linears_in_float(tmp_path: Path) -> None:
+    source = with_sglangs(tmp_path / "source", "step3p5", int8=True)
+    path = source / "config.json"
+    config = json.loads(path.read_text())
+    del config["use_moe_router_bias"]
+    path.write_text(json.dumps(config))
+    assert ("compressed-tensors", "wrong") in sglang_verdicts(quarkconv.inspect_checkpoint(source))
+    [gate] = IN_SGLANG["step3p5"].modules
+    written = load(quarkconv.convert_checkpoint(source, "w8a8-int8", tmp_path / "out").output)
+    assert written[f"{gate}.weight"].dtype == torch.bfloat16
 
 
 def test_linears_of_prediction_layers_that_only_vllm_keeps_in_float_change_the_note(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from support.program import run_cli
 
 import quarkconv
 from quarkconv import inspect_checkpoint
+from quarkconv.experts import families
 from quarkconv.inspection import engines
 from quarkconv.inspection.advice import Advice, advice
 from quarkconv.inspection.engine_facts import (
@@ -72,24 +73,22 @@ def test_a_row_is_well_formed(row: dict[str, Any]) -> None:
     assert {*row.get("having", []), *row.get("not_having", [])} <= set(FEATURES)
     for key in ("schemes", "layouts", "model_types", "not_model_types", "having", "not_having"):
         assert key not in row or (row[key] and all(isinstance(item, str) for item in row[key]))
-    if "int8_module" in row:
+    if "int8_in_float" in row:
         assert re.fullmatch(r"[\d.]+", row["version"])  # rows of several releases are replaced where they include it
-        assert row["model_types"]
-        assert row["int8_module"].startswith("*.")
-    else:
-        assert "beside" not in row
+        assert row["int8_in_float"] in {"model", "mtp"}
+        assert row["engine"] in {rule.engine for family in families.FAMILIES for rule in family.float_in_one_engine}
 
 
 def test_no_row_is_repeated() -> None:
     keys = [
         (row["engine"], row["version"], row["as"],
-         *(str(row.get(key)) for key in ("devices", "schemes", "layouts", "model_types", "having", "int8_module")))
+         *(str(row.get(key)) for key in ("devices", "schemes", "layouts", "model_types", "having", "int8_in_float")))
         for row in ROWS
     ]  # fmt: skip
     assert len(set(keys)) == len(keys)
 
 
-@pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}])
+@pytest.mark.parametrize("change", [{"verdict": "fine"}, {"schems": ["mixed"]}, {"int8_in_float": "head"}])
 def test_a_malformed_row_is_refused(change: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         "quarkconv.inspection.engine_facts._table", lambda: {"rows": [{**ROWS[0], **change}], "checked_model_types": {}}
