@@ -3,6 +3,7 @@
 Replaced, because they need a machine or compiled code, and nothing else:
 - the platform is vLLM's CPU platform (``VLLM_TARGET_DEVICE``);
 - where vLLM chooses a kernel for experts, which looks at the device, it sees one of CUDA;
+- the processor has AMX, whose attention vLLM chooses for some models and for an FP8 cache: it refuses them on others;
 - sparse attention, of which a CPU has no kernel, is that of DeepSeek V3; FlashAttention exists;
 - the ranks of a parallel group are set by hand: no tensor is exchanged while loading;
 - model classes are inspected in this process instead of in one of their own, which would import vLLM again;
@@ -55,6 +56,7 @@ _CUDA = SimpleNamespace(
     supports_fp8=lambda: True,
     fp8_dtype=lambda: torch.float8_e4m3fn,
 )
+torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_supported = lambda: True
 triton_moe.current_platform = fused_moe_config.current_platform = unquantized.current_platform = _CUDA
 fa_utils.is_flash_attn_varlen_func_available = lambda: True
 vars(fa_utils)["__getattr__"] = lambda name: MagicMock(name=name)
