@@ -56,7 +56,7 @@ _CUDA = SimpleNamespace(
     supports_fp8=lambda: True,
     fp8_dtype=lambda: torch.float8_e4m3fn,
 )
-torch.cpu._is_amx_tile_supported = torch.cpu._is_avx512_supported = lambda: True
+torch.cpu._is_amx_tile_supported = lambda: True
 triton_moe.current_platform = fused_moe_config.current_platform = unquantized.current_platform = _CUDA
 fa_utils.is_flash_attn_varlen_func_available = lambda: True
 vars(fa_utils)["__getattr__"] = lambda name: MagicMock(name=name)
