@@ -96,8 +96,8 @@ def require_same_tokenizer(root: Path, other: Path) -> None:
     files = [folder / "tokenizer.json" for folder in (root, other)]
     if all(file.is_file() for file in files) and files[0].read_bytes() != files[1].read_bytes():
         vocabulary, other_vocabulary = (load_tokenizer(file).get_vocab() for file in files)
-        if differing := sorted(vocabulary.items() ^ other_vocabulary.items(), key=lambda item: item[1]):
-            token = differing[0][0]
+        if differing := vocabulary.items() ^ other_vocabulary.items():
+            token, _ = min(differing, key=lambda item: (item[1], item not in vocabulary.items()))
             expected, found = (
                 f"{len(item)} tokens, {token!r} " + (f"is {item[token]}" if token in item else "is missing")
                 for item in (vocabulary, other_vocabulary)
