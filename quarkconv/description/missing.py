@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Final
 
+from quarkconv.description.parameters import layers_of
 from quarkconv.experts.config import ModelConfig, stack_of
 from quarkconv.experts.family import FamilyOf
 from quarkconv.experts.layer import MoELayer
@@ -157,7 +158,7 @@ def linear_biases(
     own = [layer for layer in layers if config.part_of(layer.moe) is config.text and family(layer.moe) is not None]
     if not own:
         return
-    stacks = tuple({f"{layer.moe.rpartition('.')[0].rpartition('.')[0]}." for layer in own})
+    stacks = tuple({f"{stack}." for layer in own if (stack := layers_of(layer.moe)) is not None})
     absent = frozenset[str]().union(
         *(
             leaves

@@ -1,7 +1,7 @@
 """Tensors that are neither a weight, nor a bias, nor a companion of these: the model's own parameters, and all others.
 
-What is none of the model's own changes what it computes in a way that is not known: matrices of rotations, sinks of an
-attention that a fork added. Weights packed in fewer bits are known, and are not INT8.
+A tensor that the model does not have changes what it computes in an unknown way: a rotation matrix, or the attention
+sinks of a fork. Weights packed in fewer bits are known, and are not INT8.
 """
 
 from __future__ import annotations
@@ -71,15 +71,15 @@ def unknown_parameters(stored: StoredModules, topology: Topology) -> Iterator[Fi
 
 def _of_decoders(stored: StoredModules, topology: Topology) -> Iterator[str]:
     """Names of the tensors in the stacks of the MoE layers, directly in what holds such a stack, or in no module."""
-    stacks = {stack for layer in topology.layers if (stack := _stack(layer.moe)) is not None}
+    stacks = {stack for layer in topology.layers if (stack := layers_of(layer.moe)) is not None}
     inside = tuple(f"{stack}." for stack in stacks)
     holders = {stack.rpartition(".")[0] for stack in stacks} | {""}
     if stacks:
         yield from (name for name in stored.plain if name.startswith(inside) or name.rpartition(".")[0] in holders)
 
 
-def _stack(moe: str) -> str | None:
-    """The name of a stack of layers: ``model.layers`` for ``model.layers.3.mlp``."""
+def layers_of(moe: str) -> str | None:
+    """The stack of layers that an MoE layer is in: ``model.layers`` for ``model.layers.3.mlp``; None without one."""
     parts = moe.split(".")
     number = next((place for place, part in enumerate(parts) if part.isdecimal()), 0)
     return ".".join(parts[:number]) if number else None

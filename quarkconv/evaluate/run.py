@@ -56,7 +56,7 @@ class Run:
         runners: one for each device.
         tokens: all windows.
         batch: windows that run together; None to choose by memory.
-        progress: what is told of each layer.
+        progress: receives each finished layer.
         resumes: whether finished layers will be kept on the disk.
     """
 

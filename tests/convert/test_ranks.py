@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -33,6 +34,21 @@ NAMES = ("qwen3_moe-quark0.13-f2f", "mixtral-quark0.11-eager", "step3p5-like-3ke
 def convert(source: Path, out: Path, parallel: str, world_size: int, **options: Any) -> Path:
     options = {parallel: world_size, "jobs": 1, **options}
     return quarkconv.convert_checkpoint(source, "fused-int8", out, **options).output
+
+
+def interrupt_at(stops: Callable[[Path], bool], root: Path, out: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Convert for two ranks, and interrupt it before the first chosen file gets its name."""
+    replace = os.replace
+
+    def stop(source: Path, target: Path) -> None:
+        if stops(target):
+            raise KeyboardInterrupt
+        replace(source, target)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", stop)
+        with pytest.raises(KeyboardInterrupt):
+            convert(root, out, "tp", 2)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -169,17 +185,7 @@ def test_killed_while_it_writes_the_index_the_same_call_resumes(
     root = make_checkpoint(tmp_path / "model")
     whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
     out = tmp_path / "out"
-    replace = os.replace
-
-    def stop(source: Path, target: Path) -> None:
-        if target == out / "ranks.json":
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            convert(root, out, "tp", 2)
+    interrupt_at(lambda target: target == out / "ranks.json", root, out, monkeypatch)
     assert sorted(path.name for path in out.iterdir()) == ["rank-00-of-02", "rank-01-of-02", "ranks.json.part"]
     convert(root, out, "tp", 2)
     assert snapshot(out) == whole
@@ -191,17 +197,8 @@ def test_files_of_a_rank_that_are_in_their_place_need_no_more_space(
     root = make_checkpoint(tmp_path / "model", hidden=256, intermediate=256, experts=8)
     whole = snapshot(convert(root, tmp_path / "whole", "tp", 2))
     out = tmp_path / "out"
-    replace = os.replace
-
-    def stop(source: Path, target: Path) -> None:
-        if target.name == "config.json" and target.parent.parent == out:  # all else is in its place
-            raise KeyboardInterrupt
-        replace(source, target)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(os, "replace", stop)
-        with pytest.raises(KeyboardInterrupt):
-            convert(root, out, "tp", 2)
+    # When all else is in its place.
+    interrupt_at(lambda path: path.name == "config.json" and path.parent.parent == out, root, out, monkeypatch)
     plans = [output.plan for output in Conversion.prepare(root, "fused-int8", out, Options(tp=2)).outputs]
     missing = sum(plan.output_bytes + records_nbytes(plan.shards) for plan in plans) - plans[0].output_bytes
     monkeypatch.setattr("shutil.disk_usage", lambda _: SimpleNamespace(free=missing))
